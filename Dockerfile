@@ -40,7 +40,7 @@ RUN pip install --require-hashes --no-deps -r requirements/worker.lock \
     && pip install --no-deps --no-build-isolation --editable .
 ENV OMP_WAIT_POLICY=PASSIVE
 USER lorry
-CMD ["celery", "--app=worker.celery_app", "worker", "--queues=lorry", "--concurrency=1", "--without-gossip", "--without-mingle"]
+CMD ["celery", "--app=worker.entrypoints.celery_app", "worker", "--queues=lorry", "--concurrency=1", "--without-gossip", "--without-mingle"]
 
 FROM versity/versitygw:v1.8.0@sha256:30292fc2eeacc67a36993b01f7a7a5e3361a19cced0e80c1d71cfa2a4b0a2499 AS store
 RUN mkdir -p /data && chown 10001:10001 /data

@@ -57,7 +57,7 @@ test-postgres: .venv/.installed
 DEEPSPEED := $(CURDIR)/.venv/deepspeed
 
 test-deepspeed: $(DEEPSPEED)/.installed
-	PYTHONPATH=$(DEEPSPEED) PATH=$(DEEPSPEED)/bin:$$PATH $(PYTEST) -k zero3 $(PYTEST_ARGS) tests/lora_core/test_distributed.py
+	PYTHONPATH=$(DEEPSPEED) PATH=$(DEEPSPEED)/bin:$$PATH $(PYTEST) -k zero3 $(PYTEST_ARGS) tests/lora_core/distributed/test_ranks.py
 
 $(DEEPSPEED)/.installed: .venv/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $(DEEPSPEED) "deepspeed>=0.18" "ninja>=1.11" \
@@ -65,13 +65,13 @@ $(DEEPSPEED)/.installed: .venv/.installed
 	touch $@
 
 test-faults: .venv/.installed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tests.faults $(FAULTS_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m qa.chaos $(FAULTS_ARGS)
 
 soak: .venv/.installed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m tests.faults.soak --out benchmarks/results $(SOAK_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m qa.chaos.soak --out benchmarks/results $(SOAK_ARGS)
 
 fuzz: .venv/.installed
-	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+	$(BIN)/python -m qa.fuzz $(FUZZ_ARGS)
 
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

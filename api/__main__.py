@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from api import copies
-from api.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token, sign_in_url, warn_if_readable
-from api.service_identity import secret_of
-from catalog import keys, logs, pepper, projects
+from api.auth.service_identity import secret_of
+from api.commands import backup
+from api.commands.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token, sign_in_url, warn_if_readable
+from catalog import logs, pepper
 from catalog.errors import LorryError
 from catalog.settings import Settings
+from catalog.tenancy import authentication, projects
 
 LINK_SECONDS = 900
 DEFAULT_PORT = 8000
@@ -67,7 +68,7 @@ def _new_key(arguments: argparse.Namespace, settings: Settings) -> int:
     db = open_existing(settings)
     project = projects.ensure(db, arguments.project) if arguments.project else projects.first(db)
     loaded = pepper.load(settings, db)
-    _, secret = keys.create(db, project_id=project.id, name=arguments.name, pepper=loaded, is_operator=True)
+    _, secret = authentication.create(db, project_id=project.id, name=arguments.name, pepper=loaded, is_operator=True)
     db.close()
     _print({"api_key": secret} if arguments.json else f"A new operator's API key, shown this once:\n{secret}")
     return 0
@@ -127,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     key.add_argument("--project", help="Made if there is none of that name. Default: the oldest.")
     key.add_argument("--json", action="store_true")
     key.set_defaults(run=_new_key)
-    copies.add_commands(commands.add_parser)
+    backup.add_commands(commands.add_parser)
     return parser
 
 

@@ -9,27 +9,17 @@ from functools import partial
 
 from fastapi import Depends, FastAPI
 
-from api import error_handlers, uploads
-from api.background import (
-    DUTIES,
-    TASKS,
-    keep_anchored,
-    keep_clean,
-    keep_order,
-    keep_running,
-    keep_sweeps,
-)
 from api.dashboard import Dashboard
 from api.deps import Services
-from api.downloads import Downloads
-from api.feed import Feed
-from api.gate import Gate
-from api.hosts import HostPolicy, host_policy
-from api.job_stream import JobSource
-from api.known_query import refuse_unknown_query
-from api.limits import Limits
+from api.errors import handlers
+from api.maintenance_loop import DUTIES, TASKS, keep_anchored, keep_clean, keep_order, keep_running, keep_sweeps
+from api.middleware.allowed_hosts import HostPolicy, host_policy
+from api.middleware.request_gate import Gate
 from api.openapi import Api
-from api.queue_stream import QueueSource
+from api.rate_limits.limits import Limits
+from api.rate_limits.threads import KeyChecks, SlowWork, limit_route_threads
+from api.requests.strict_json import refuse_loose_json
+from api.requests.unknown_query import refuse_unknown_query
 from api.routes import (
     adapters,
     api_keys,
@@ -52,19 +42,22 @@ from api.routes import (
 )
 from api.routes import uploads as part_uploads
 from api.settings import ApiSettings
-from api.strict_json import refuse_loose_json
+from api.streaming.hub import Feed
+from api.streaming.job_stream import JobSource
+from api.streaming.queue_stream import QueueSource
 from api.telemetry import Telemetry
-from api.threads import KeyChecks, SlowWork, limit_route_threads
-from api.webhook_deliverer import WebhookDeliverer
-from api.webhook_sender import WebhookSender
-from catalog import derived_keys
-from catalog.artifacts.store import open_store
-from catalog.db import Database
-from catalog.doorbell import open_doorbell
+from api.transfers import file_upload
+from api.transfers.attachment import Downloads
+from api.webhooks.delivery_loop import WebhookDeliverer
+from api.webhooks.http_sender import WebhookSender
+from catalog.audit import derived_keys
+from catalog.audit.downloads import ReadAudit
+from catalog.db.database import Database
 from catalog.pepper import load as load_pepper
-from catalog.read_audit import ReadAudit
-from catalog.scheduling.picture import Policy
+from catalog.queue.notifier import open_doorbell
+from catalog.scheduling.snapshot import Policy
 from catalog.settings import Settings
+from catalog.storage.store import open_store
 
 DESCRIPTION = """Trains many LoRA adapters at once on the GPUs you own, and speaks the OpenAI fine-tuning API.
 
@@ -125,7 +118,7 @@ def create_app(
         telemetry=services.telemetry,
         trusted_proxies=own.proxy_networks(),
     )
-    error_handlers.install(app)
+    handlers.install(app)
     resources = (
         files,
         part_uploads,
@@ -188,7 +181,7 @@ def _hosts(api_settings: ApiSettings, bound_host: str, further: Iterable[str]) -
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services: Services = app.state.services
     limit_route_threads()
-    uploads.remove_stale(services.settings.data_dir / "spool")
+    file_upload.remove_stale(services.settings.data_dir / "spool")
     runs = (
         services.feed.run,
         partial(keep_order, services),

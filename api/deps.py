@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Header, Query, Request
 
-from api.downloads import Downloads
+from api.rate_limits.threads import KeyChecks, SlowWork
 from api.settings import ApiSettings
 from api.telemetry import Telemetry
-from api.threads import KeyChecks, SlowWork
-from catalog.artifacts.store import ArtifactStore
-from catalog.db import Database
-from catalog.doorbell import Doorbell
+from api.transfers.attachment import Downloads
+from catalog.audit.downloads import ReadAudit
+from catalog.db.database import Database
 from catalog.pepper import Pepper
-from catalog.read_audit import ReadAudit
+from catalog.queue.notifier import Doorbell
 from catalog.settings import Settings
+from catalog.storage.store import ArtifactStore
 
 if TYPE_CHECKING:
-    from api.feed import Feed
-    from api.job_stream import JobSource
-    from api.limits import Limits
-    from api.queue_stream import QueueSource
-    from api.webhook_deliverer import WebhookDeliverer
-    from api.webhook_sender import WebhookSender
+    from api.rate_limits.limits import Limits
+    from api.streaming.hub import Feed
+    from api.streaming.job_stream import JobSource
+    from api.streaming.queue_stream import QueueSource
+    from api.webhooks.delivery_loop import WebhookDeliverer
+    from api.webhooks.http_sender import WebhookSender
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from api.schemas.jobs import FineTuningJob, job_object
-from catalog import adapters, jobs, organizations
-from catalog.callers import Caller
-from catalog.db import Database
-from catalog.sweeps import reading
+from catalog.caller import Caller
+from catalog.db.database import Database
+from catalog.jobs import commands
+from catalog.registry import adapters
+from catalog.sweeps import queries
 from catalog.tables import Job
+from catalog.tenancy import organizations
 
 
 def job_objects(db: Database, rows: Sequence[Job], *, caller: Caller | None = None) -> list[FineTuningJob]:
     """In the order of `rows`. caller: who asks; whose its own project is need not be read."""
     adapter_ids = adapters.ids_by_job(db, [row.id for row in rows if row.adapter_name])
-    seconds = jobs.seconds_running(db, [row.id for row in rows if row.attempt])
+    seconds = commands.seconds_running(db, [row.id for row in rows if row.attempt])
     owners = {caller.project_id: caller.organization_id} if caller else {}
     if others := {row.project_id for row in rows} - owners.keys():
         owners |= organizations.ids_by_project(db, others)
-    trials = reading.trials_by_job(db, [row.id for row in rows if row.sweep_id])
+    trials = queries.trials_by_job(db, [row.id for row in rows if row.sweep_id])
     return [
         job_object(
             row,

@@ -15,8 +15,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.scopes import NEEDED
-from catalog.strict import WITHOUT_NUL
+from api.auth.scopes import NEEDED
+from catalog.spec.strict import WITHOUT_NUL
 
 
 class Api(FastAPI):

@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from api.threads import run_route
-from catalog.keys import Caller
+from api.rate_limits.threads import run_route
+from catalog.tenancy.authentication import Caller
 
 
 class Router(APIRouter):

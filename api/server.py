@@ -14,12 +14,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.app import create_app
-from api.connections import Connection
 from api.deps import Services
+from api.middleware.connections import Connection
 from api.settings import ApiSettings
 from catalog import tracing
 from catalog.errors import InvalidRequest
-from catalog.inspection import deny_inspection
+from catalog.process_inspection import deny_inspection
 from catalog.settings import Settings
 
 MAX_CONNECTIONS = 16_384

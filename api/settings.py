@@ -7,7 +7,7 @@ from ipaddress import IPv4Network, IPv6Network
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from catalog.webhooks.addresses import Rules, networks_of
+from catalog.webhooks.url_policy import Rules, networks_of
 
 
 class ApiSettings(BaseSettings):

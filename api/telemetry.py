@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from starlette.types import Scope
 
 from catalog.errors import RejectionReason
-from catalog.numbers import Numbers
+from catalog.fleet.metrics import Numbers
 
 METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

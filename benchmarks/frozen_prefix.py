@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from benchmarks.gate import Contender
 from benchmarks.plan import Plan
 from benchmarks.results import Result, median_of, median_ratio, shares
-from lora_core.base_model import describe_base
+from lora_core.base_model.model import describe_base
 
 SHARE_OF_ARITHMETIC = 0.85
 """Of the promised ratio: attention, norms and optimizer aren't in the arithmetic."""

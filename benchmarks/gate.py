@@ -60,7 +60,13 @@ class Contender:
         self._log = log
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.contenders", name, json.dumps(options | {"threads": threads})],
+                [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.contenders",
+                    name,
+                    json.dumps(options | {"threads": threads}),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.gate import Gate
 from benchmarks.memory import memory
-from lora_core.objectives import Head, weighted_loss
+from lora_core.losses.chunked_cross_entropy import Head, weighted_loss
 
 PEAK_RESET = Path("/proc/self/clear_refs")
 

@@ -11,7 +11,7 @@ from benchmarks.gate import Contender, Json
 from benchmarks.plan import Plan
 from benchmarks.results import Result, median_of, median_ratio, rates
 from benchmarks.workload import write_tokens
-from catalog.saturation import UNKNOWN, Speeds, free_places
+from catalog.resources.throughput import UNKNOWN, Speeds, free_places
 from catalog.settings import Settings
 
 

@@ -17,12 +17,12 @@ from unittest.mock import patch
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lora_core.base_model import BaseModel
-from lora_core.fused import FusedNorm, FusedSwiglu
-from lora_core.matrix_attention import MatrixAttention
-from lora_core.rms_norm import AddRmsNorm, RmsNorm
-from lora_core.rotary import Rotate
-from lora_core.swiglu import SwiGlu
+from lora_core.base_model.model import BaseModel
+from lora_core.layers.attention.dense_cpu import MatrixAttention
+from lora_core.layers.compiled_elementwise import FusedNorm, FusedSwiglu
+from lora_core.layers.rms_norm import AddRmsNorm, RmsNorm
+from lora_core.layers.rotary import Rotate
+from lora_core.layers.swiglu import SwiGlu
 
 Result = TypeVar("Result")
 PREFIX = "part: "
@@ -109,11 +109,11 @@ def _name_attention(stack: ExitStack) -> None:
     """The function that was registered with transformers before it could be named."""
     from transformers import AttentionInterface
 
-    from lora_core import attention
+    from lora_core.layers.attention import packed
 
-    registered = AttentionInterface()[attention.NAME]
-    AttentionInterface.register(attention.NAME, _named("attention", registered))
-    stack.callback(AttentionInterface.register, attention.NAME, registered)
+    registered = AttentionInterface()[packed.NAME]
+    AttentionInterface.register(packed.NAME, _named("attention", registered))
+    stack.callback(AttentionInterface.register, packed.NAME, registered)
 
 
 def _named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:

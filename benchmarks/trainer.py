@@ -12,10 +12,10 @@ import psutil
 from benchmarks.memory import memory
 from benchmarks.plan import Plan
 from benchmarks.workload import SEED
-from catalog.spec import JobRequest, resolve
-from worker import node
-from worker.launch import launch
-from worker.trainer_directory import EventReader, InboxWriter, TrainerDirectory
+from catalog.spec.job import JobRequest, resolve
+from worker.node import devices
+from worker.process.launcher import launch
+from worker.protocol.mailbox import EventReader, InboxWriter, TrainerDirectory
 
 LOOK_SECONDS = 0.002
 LONGEST_SILENCE_SECONDS = 3600.0
@@ -39,7 +39,7 @@ class Trainer:
         """Start the process, which imports, and waits to be told its base model."""
         bases_dir = self._plan.workload.base.parent
         self._process = launch(
-            self._directory, node.cpu(), bases_dir=bases_dir, silence_seconds=LONGEST_SILENCE_SECONDS
+            self._directory, devices.cpu(), bases_dir=bases_dir, silence_seconds=LONGEST_SILENCE_SECONDS
         )
 
     def begin(self) -> None:

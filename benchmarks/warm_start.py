@@ -138,7 +138,7 @@ def explain(_plan: Plan, result: Result) -> None:
 
 def _import_seconds() -> dict[str, float]:
     """Own time of each module that the trainer imports, by its package; as `python -X importtime` tells."""
-    argv = [sys.executable, "-X", "importtime", "-c", "import worker.train_entry"]
+    argv = [sys.executable, "-X", "importtime", "-c", "import worker.children.trainer.main"]
     told = subprocess.run(argv, cwd=ROOT, env=environment(1), capture_output=True, text=True, check=True).stderr
     seconds: dict[str, float] = {}
     for took, module in re.findall(r"^import time:\s+(\d+) \|\s+\d+ \|\s*(\S+)$", told, re.MULTILINE):

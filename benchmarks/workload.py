@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from lora_core.data import TokenDataset, rows_of_step
+from lora_core.data.token_dataset import TokenDataset, rows_of_step
 
 ROOT = Path(__file__).parents[1]
 SEED = 0
@@ -60,7 +60,7 @@ def fetched_base() -> Path:
         sys.path.insert(0, str(ROOT / "examples"))
         from demo_parts.base_source import find  # pyright: ignore[reportMissingImports]
 
-        from lora_core.base_import import import_base
+        from lora_core.model_files.import_base import import_base
 
         downloads = target.parent / "source"  # `find` has a folder named base of its own
         downloads.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from sqlalchemy import select
 
 from catalog import durable
-from catalog.db import Database
+from catalog.db.database import Database
 from catalog.disk import full_disk_named
 from catalog.errors import Conflict, InvalidRequest
 from catalog.settings import Settings

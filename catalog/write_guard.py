@@ -1,7 +1,8 @@
 """Whether this thread holds a write transaction: work whose duration clients decide must not run inside one.
 
-On SQLite a write transaction holds the only write lock, so that heartbeats of all workers wait for it. `catalog.db`
-marks each write transaction here; code that compiles or matches user-supplied patterns calls `check_outside`.
+On SQLite a write transaction holds the only write lock, so that heartbeats of all workers wait for it.
+`catalog.db.database` marks each write transaction here. Code that compiles or matches user-supplied patterns calls
+`check_outside`.
 """
 
 from __future__ import annotations

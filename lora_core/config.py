@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, cast, get_args
 
 from lora_core.errors import ConfigError
-from lora_core.module_names import REGEX_PREFIX, compiles, pattern_value
+from lora_core.module_paths import REGEX_PREFIX, compiles, pattern_value
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 1024
@@ -30,8 +30,10 @@ class LoraConfig:
     `layers_to_transform`: only in the blocks of these numbers. `rank_pattern` and `alpha_pattern`: (key,
     value) pairs; the first key that matches a path, or its end after a dot, as a regular expression, gives
     the module another rank or alpha. `use_dora`: a learned length for each output's weights (dora.py).
-    `modules_to_save`: trained in full; `trainable_token_indices`: tokens whose embeddings are (trained_tensors.py).
-    `init_lora_weights`: where A and B begin (initial.py): "default" (PEFT's True), "gaussian", "pissa",
+    `modules_to_save`: trained in full; `trainable_token_indices`: tokens whose embeddings are
+    (lora_core/adapter/modules_to_save.py).
+    `init_lora_weights`: where A and B begin (lora_core/adapter/initialization.py): "default" (PEFT's True), "gaussian",
+    "pissa",
     "pissa_niter_N" with a randomised decomposition of N iterations, or "olora".
     """
 
@@ -196,15 +198,16 @@ OBJECTIVES: tuple[ObjectiveKind, ...] = get_args(ObjectiveKind)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """What a job minimises: cross-entropy of its labels, or a loss over pairs of answers (preferences.py) or single
-    ones (kto.py). A number that the kind doesn't read is refused.
+    """What a job minimises: cross-entropy of its labels, or a loss over pairs of answers
+    (lora_core/losses/preference.py) or single ones (kto.py). A number that the kind doesn't read is refused.
 
     `beta`: strength of a preference's reward (λ in the paper of ORPO). `loss_type` belongs to DPO, `gamma`, the margin
     that is asked for, to SimPO. `label_smoothing` is DPO's part of pairs taken to be swapped; of supervised jobs it is
     that of torch's CrossEntropyLoss, in training alone: held-out losses are plain cross-entropies. The weights of
     desirable and undesirable answers belong to KTO.
     Classification and reward need a base with a head for whole sequences: `num_labels` counts the classes of the
-    former, 1 being the regression of a number; `center_rewards_coefficient` holds rewards round 0 (task_pass.py).
+    former, 1 being the regression of a number; `center_rewards_coefficient` holds rewards round 0
+    (lora_core/forward/classification.py).
     """
 
     kind: ObjectiveKind = "supervised"
@@ -274,7 +277,7 @@ class ObjectiveConfig:
 
     @property
     def needs_reference_point(self) -> bool:
-        """Whether the answers of a batch are first put to each other's prompts (unpaired.py)."""
+        """Whether the answers of a batch are first put to each other's prompts (lora_core/data/kto_pairs.py)."""
         return self.kind == "kto"
 
 

@@ -15,15 +15,17 @@ class EngineConfig:
     `token_budget`: tokens of one tick. `max_tick_seconds`: further slices stop joining a tick that is
     expected to last longer, so that cancel and admission stay quick. `job_tokens`: of one job's slices in one tick,
     where they are more than one. `num_lanes`: parts of a tick that are
-    computed side by side on a CPU, each with one thread (lanes.py). `checkpoint_blocks`: whether ticks keep only what
-    enters each block and compute it again in the backward: "always", "never", or "auto", where memory asks for it.
+    computed side by side on a CPU, each with one thread (lora_core/engine/cpu_lanes.py). `checkpoint_blocks`: whether
+    ticks keep only what enters each block and compute it again in the backward: "always", "never", or "auto", where
+    memory asks for it.
     `prefix_memory_bytes` and `prefix_disk_bytes`: how much is kept of what the blocks below a job's lowest adapter
-    give, in the host's memory and on the disk of `prefix_folder` (prefixes.py); with neither nothing is.
+    give, in the host's memory and on the disk of `prefix_folder` (lora_core/engine/prefix_cache.py); with neither
+    nothing is.
     `ticks_alone`: of each size, so many ticks are given to one job by itself, so that it is known what the others cost
-    it (tick_speeds.py). `exact_products`: on a CPU whose products depend on their number of rows, have a job's bits
-    independent of its packmates all the same (exact_products.py). With AMX that takes about a tenth of the speed of
-    steps of some hundred tokens, and more of smaller passes, as of answers; elsewhere next to nothing. Without, and on
-    any GPU, a record says `allclose`.
+    it (lora_core/engine/throughput.py). `exact_products`: on a CPU whose products depend on their number of rows, have
+    a job's bits independent of its packmates all the same (lora_core/kernels/batch_invariant.py). With AMX that takes
+    about a tenth of the speed of steps of some hundred tokens, and more of smaller passes, as of answers; elsewhere
+    next to nothing. Without, and on any GPU, a record says `allclose`.
     """
 
     token_budget: int = 1024

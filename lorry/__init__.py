@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorry.accounts import ApiKey, AuditEvent, Organization, Project
     from lorry.client import Lorry
     from lorry.errors import (
         APIError,
@@ -29,9 +28,10 @@ if TYPE_CHECKING:
         ServiceNotVerified,
         WaitTimeout,
     )
-    from lorry.models import Adapter, File, Job, JobEvent, JobUpdate, Model
-    from lorry.sweep_models import Sweep, Trial
-    from lorry.webhook_models import WebhookDelivery, WebhookEndpoint
+    from lorry.models.accounts import ApiKey, AuditEvent, Organization, Project
+    from lorry.models.jobs import Adapter, File, Job, JobEvent, JobUpdate, Model
+    from lorry.models.sweeps import Sweep, Trial
+    from lorry.models.webhooks import WebhookDelivery, WebhookEndpoint
 
 __version__ = "0.1.0"
 
@@ -72,10 +72,10 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         for home in (
             "lorry.errors",
-            "lorry.models",
-            "lorry.accounts",
-            "lorry.sweep_models",
-            "lorry.webhook_models",
+            "lorry.models.jobs",
+            "lorry.models.accounts",
+            "lorry.models.sweeps",
+            "lorry.models.webhooks",
             "lorry.client",
         ):
             found = vars(import_module(home))

@@ -14,18 +14,18 @@ from lorry import connection
 from lorry.resources.adapters import Adapters
 from lorry.resources.audit import Audit
 from lorry.resources.files import Files
-from lorry.resources.fleet import Queue, Workers
 from lorry.resources.jobs import Jobs
 from lorry.resources.keys import Keys, Projects
 from lorry.resources.models import Models
 from lorry.resources.organizations import Organizations
 from lorry.resources.plans import Plans
+from lorry.resources.queue import Queue, Workers
 from lorry.resources.sign_in import SignInLinks
 from lorry.resources.sweeps import Sweeps
 from lorry.resources.usage import Usage
 from lorry.resources.webhooks import Webhooks
-from lorry.retries import RetryPolicy
-from lorry.transport import Transport
+from lorry.transport.http import Transport
+from lorry.transport.retries import RetryPolicy
 
 
 class Lorry:

@@ -29,7 +29,8 @@ class Connection:
     url: str
     api_key: str | None = field(repr=False)
     identity_secret: str | None = field(default=None, repr=False)
-    """Shared with the service that `lorry up` started: lorry.service_identity checks by it who listens at `url`.
+    """Shared with the service that `lorry up` started. lorry.transport.service_identity proves with it that the service
+    listens at `url`.
 
     None: an address from elsewhere, which is used as it is.
     """

@@ -10,8 +10,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from lorry.errors import Conflict, LorryError
+from lorry.models.sweeps import Sweep, Trial
 from lorry.requests import Metric
-from lorry.sweep_models import Sweep, Trial
 
 if TYPE_CHECKING:
     import optuna

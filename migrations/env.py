@@ -1,4 +1,4 @@
-"""Run by Alembic: on the connection that catalog.db opened, or by hand on the database of the settings."""
+"""Run by Alembic: on the connection that catalog.db.database opened, or by hand on the database of the settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from alembic import context
 from sqlalchemy import Connection
 
-from catalog.db import Database
+from catalog.db.database import Database
 from catalog.settings import Settings
 from catalog.tables import Table, privileges
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from catalog.db import Database
+from catalog.db.database import Database
 from tests.services import statements
 from tests.services.chromium import chromium_program
 from tests.services.gguf import real_model

@@ -19,20 +19,23 @@ from typing import Any
 
 import psutil
 
-from catalog import bases, files, jobs, keys, projects
-from catalog.artifacts.store import open_store
-from catalog.db import Database
+from catalog.db.database import Database
 from catalog.errors import Unavailable
-from catalog.keys import Caller
+from catalog.jobs import commands
 from catalog.pepper import Pepper
+from catalog.registry import base_models
 from catalog.settings import Settings
-from catalog.spec import JobRequest
+from catalog.spec.job import JobRequest
 from catalog.states import FINAL_STATES
+from catalog.storage import files
+from catalog.storage.store import open_store
 from catalog.tables import Adapter, Artifact, Checkpoint, Job, JobEvent, Trainer
+from catalog.tenancy import authentication, projects
+from catalog.tenancy.authentication import Caller
 from tests import tiny_base
 from tests.catalog.world import allow_urgent
 from tests.services.postgres import as_role, role_of
-from worker.trainer_directory import EventReader, TrainerDirectory
+from worker.protocol.mailbox import EventReader, TrainerDirectory
 
 ROOT = Path(__file__).parents[1]
 BASE = "tiny"
@@ -67,7 +70,9 @@ class WorkerSite:
         self.store = open_store(self.settings)
         project = projects.ensure(self.db)
         pepper = Pepper(current=PEPPER.encode())
-        key, self.key = keys.create(self.db, project_id=project.id, name="test", pepper=pepper, is_operator=True)
+        key, self.key = authentication.create(
+            self.db, project_id=project.id, name="test", pepper=pepper, is_operator=True
+        )
         allow_urgent(self.db, key)
         self.caller = Caller(
             api_key_id=key.id,
@@ -102,16 +107,16 @@ class WorkerSite:
         body = {"model": BASE, "training_file": training_file, "validation_file": validation_file}
         body |= {"seed": 1, "precision": "float32", **fields}
         request = JobRequest.model_validate(body)
-        return jobs.create(self.db, caller=self.caller, request=request, body_digest=os.urandom(8).hex()).id
+        return commands.create(self.db, caller=self.caller, request=request, body_digest=os.urandom(8).hex()).id
 
     def job(self, job_id: str) -> Job:
-        return jobs.get(self.db, project_id=self.caller.project_id, job_id=job_id)
+        return commands.get(self.db, project_id=self.caller.project_id, job_id=job_id)
 
     def events(self, job_id: str) -> list[JobEvent]:
-        return jobs.events_since(self.db, project_id=self.caller.project_id, job_id=job_id, seq=0)
+        return commands.events_since(self.db, project_id=self.caller.project_id, job_id=job_id, seq=0)
 
     def attempts(self, job_id: str) -> list[Any]:
-        return jobs.attempts(self.db, project_id=self.caller.project_id, job_id=job_id)
+        return commands.attempts(self.db, project_id=self.caller.project_id, job_id=job_id)
 
     def reasons(self, job_id: str) -> list[str]:
         """How each attempt ended."""
@@ -145,7 +150,9 @@ class WorkerSite:
     # Processes
 
     def start_worker(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-        return self.start([sys.executable, "-m", "worker.loop", "--device", "cpu", *arguments], **environment)
+        return self.start(
+            [sys.executable, "-m", "worker.entrypoints.loop", "--device", "cpu", *arguments], **environment
+        )
 
     def start(self, argv: list[str], **environment: str) -> subprocess.Popen[bytes]:
         """On PostgreSQL under the role that a service gives to such a process."""
@@ -178,9 +185,9 @@ class WorkerSite:
 
     def import_base(self, source: Path) -> None:
         """Let a worker import the base and end."""
-        bases.add(self.db, name=BASE, kind="folder", source=str(source))
+        base_models.add(self.db, name=BASE, kind="folder", source=str(source))
         self.work_until_done()
-        assert bases.get(self.db, BASE).state == "ready", self.log()
+        assert base_models.get(self.db, BASE).state == "ready", self.log()
 
     def work_until_done(self, **environment: str) -> None:
         """One worker that ends when there is nothing left to do."""

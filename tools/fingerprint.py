@@ -29,10 +29,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from api.app import create_app
 from api.settings import ApiSettings
-from catalog.db import Database
+from catalog.db.database import Database
 from catalog.settings import Settings
-from lora_core.base_model import BaseModel, load_base
-from lora_core.engine import Engine
+from lora_core.base_model.model import BaseModel, load_base
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobFinished
 from lorry.cli.main import app
@@ -43,7 +43,7 @@ from tests.lora_core.scenarios import VOCAB, Submission, admit, submissions
 DRAWN = [number for number in range(12) if number % 8 not in (NAN_AT_ONCE, ABSURD)]
 TOKEN_BUDGET = 96
 """Small, so that most steps take several passes."""
-MODULES = ("api", "worker.loop", "benchmarks")
+MODULES = ("api", "worker.entrypoints.loop", "benchmarks")
 
 
 def digests(folder: Path) -> Iterator[tuple[str, str, str]]:

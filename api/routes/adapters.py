@@ -9,10 +9,8 @@ from typing import Annotated
 from fastapi import Query
 from starlette.responses import StreamingResponse
 
-from api.archive import Member, inline, tar_chunks, tar_size
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Services, Use
-from api.downloads import READ_BYTES, Download
 from api.routes import SIGNED, binary, errors
 from api.routing import Router
 from api.schemas.adapters import (
@@ -26,12 +24,15 @@ from api.schemas.adapters import (
     adapter_object,
     files_object,
 )
-from api.schemas.pages import ListPage, page_of
-from catalog import adapters, lineage, lineage_signatures
-from catalog.adapters import AdapterView
-from catalog.artifacts.manifest import Manifest
-from catalog.callers import Caller
+from api.schemas.pagination import ListPage, page_of
+from api.transfers.adapter_archive import Member, inline, tar_chunks, tar_size
+from api.transfers.attachment import READ_BYTES, Download
+from catalog.audit import lineage_signatures
+from catalog.caller import Caller
 from catalog.errors import NotFound
+from catalog.registry import adapters, lineage
+from catalog.registry.adapters import AdapterView
+from catalog.storage.manifest import Manifest
 
 router = Router(prefix="/v1/adapters", tags=["adapters"], responses=SIGNED)
 Shared = Annotated[bool, Query(description="Those that other projects share with this one, instead of its own.")]

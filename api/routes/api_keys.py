@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import Query
 
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import After, IdempotencyKey, Limit, Services, Use
 from api.routes import SIGNED, errors
 from api.routing import Router
@@ -22,9 +22,10 @@ from api.schemas.keys import (
     key_object,
     revoked_object,
 )
-from api.schemas.pages import ListPage, page_of
-from catalog import issuing, revocation
-from catalog.db import read_clock
+from api.schemas.pagination import ListPage, page_of
+from catalog.db.database import read_clock
+from catalog.sweeps import revocation
+from catalog.tenancy import api_keys
 
 router = Router(prefix="/v1/api_keys", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
 ProjectName = Annotated[str | None, Query(description="Id or name; another than yours: for operators.", max_length=64)]
@@ -36,7 +37,7 @@ def create_api_key(
 ) -> ApiKeyCreated:
     """The secret is in this response only, and is not stored. A second request with the same Idempotency-Key is
     rejected with 409 `idempotency_key_reused`, which names the key that the first one created."""
-    request = issuing.KeyRequest(
+    request = api_keys.KeyRequest(
         name=body.name,
         project=body.project,
         scopes=body.scopes,
@@ -46,7 +47,7 @@ def create_api_key(
         jobs_per_day=body.jobs_per_day,
         highest_priority=body.highest_priority,
     )
-    row, value = issuing.create(
+    row, value = api_keys.create(
         use.db, caller=caller, request=request, pepper=use.pepper, idempotency_key=idempotency_key
     )
     return created_object(row, value, now=_now(use))
@@ -57,14 +58,14 @@ def list_api_keys(
     use: Use, caller: Signed, after: After = None, limit: Limit = 20, project: ProjectName = None
 ) -> ListPage[ApiKeyObject]:
     """Newest first, those that were revoked or have expired too."""
-    page = issuing.list_page(use.db, caller=caller, project=project, after=after, limit=limit)
+    page = api_keys.list_page(use.db, caller=caller, project=project, after=after, limit=limit)
     now = _now(use)
     return page_of([key_object(row, now=now) for row in page.items], has_more=page.has_more)
 
 
 @router.get("/{api_key_id}", operation_id="get_api_key", responses=errors(404))
 def get_api_key(api_key_id: str, use: Use, caller: Signed) -> ApiKeyObject:
-    return key_object(issuing.get(use.db, caller=caller, api_key_id=api_key_id), now=_now(use))
+    return key_object(api_keys.get(use.db, caller=caller, api_key_id=api_key_id), now=_now(use))
 
 
 @router.post("/{api_key_id}/revoke", operation_id="revoke_api_key", responses=errors(404, 409))
@@ -94,7 +95,7 @@ def rotate_api_key(
     A second rotation of the same key is rejected with 409 `key_rotated_already`, which names the new key.
     """
     asked = body or RotateRequest()
-    row, value = issuing.rotate(
+    row, value = api_keys.rotate(
         use.db,
         caller=caller,
         api_key_id=api_key_id,
@@ -110,7 +111,7 @@ def limit_api_key(api_key_id: str, use: Use, caller: Signed, body: LimitsRequest
     """For operators: how often the key may ask, how many jobs it may create, and their highest priority."""
     given = body.model_dump(exclude_unset=True)
     highest = given.pop("highest_priority", None)
-    key = issuing.limit(use.db, caller=caller, api_key_id=api_key_id, limits=given, highest_priority=highest)
+    key = api_keys.limit(use.db, caller=caller, api_key_id=api_key_id, limits=given, highest_priority=highest)
     return key_object(key, now=_now(use))
 
 

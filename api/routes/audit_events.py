@@ -10,15 +10,16 @@ from typing import Annotated
 from fastapi import Query
 from starlette.responses import StreamingResponse
 
-from api.auth import Operator, Signed
+from api.auth.authentication import Operator, Signed
 from api.deps import After, Limit, Use
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.audit import AuditEventObject, AuditVerification, audit_event_object, verification
-from api.schemas.pages import ListPage, page_of
-from catalog import audit, audit_anchors, audit_chain
-from catalog.audit import AuditType, Filters
-from catalog.db import Database
+from api.schemas.pagination import ListPage, page_of
+from catalog.audit import chain, log
+from catalog.audit.log import AuditType, Filters
+from catalog.db.database import Database
+from catalog.maintenance import audit_anchors
 
 router = Router(prefix="/v1/audit_events", tags=["audit log"], responses={**SIGNED, **errors(403)})
 MOST_NAMED = 50
@@ -55,7 +56,7 @@ def list_audit_events(
         before=lt,
         until=lte,
     )
-    page = audit.list_page(use.db, caller=caller, filters=filters, after=after, limit=limit)
+    page = log.list_page(use.db, caller=caller, filters=filters, after=after, limit=limit)
     return page_of([audit_event_object(event) for event in page.items], has_more=page.has_more)
 
 
@@ -64,7 +65,7 @@ async def verify_audit_events(
     use: Use,
     caller: Operator,
     after: Annotated[int, Query(ge=0, le=2**53, description="A place in the chain.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=audit_chain.CHECKED_AT_ONCE)] = audit_chain.CHECKED_AT_ONCE,
+    limit: Annotated[int, Query(ge=1, le=chain.CHECKED_AT_ONCE)] = chain.CHECKED_AT_ONCE,
 ) -> AuditVerification:
     """For operators: verify the digests behind `after`, some thousands at a time, and the anchors of these events."""
     work = partial(audit_anchors.verify, use.db, use.store.objects, peppers=use.pepper.all(), after=after, limit=limit)
@@ -90,5 +91,5 @@ def export_audit_events(use: Use, caller: Operator) -> StreamingResponse:
 
 
 def _lines(db: Database) -> Iterator[bytes]:
-    for told in audit_chain.lines(db):
+    for told in chain.lines(db):
         yield json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

@@ -8,17 +8,18 @@ from typing import Annotated, Any, Literal
 from fastapi import Query, Request
 from starlette.responses import StreamingResponse
 
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Use
-from api.downloads import READ_BYTES, Download
+from api.rate_limits.threads import run_route
 from api.routes import SIGNED, binary, errors
 from api.routing import Router
 from api.schemas.files import DataReport, FileDeleted, FileObject, file_object, lifetime_seconds
-from api.schemas.pages import ListPage, page_of
-from api.threads import run_route
-from api.uploads import receive_upload
-from catalog import data_reports, files
-from catalog.row_kinds import FORMS
+from api.schemas.pagination import ListPage, page_of
+from api.transfers.attachment import READ_BYTES, Download
+from api.transfers.file_upload import receive_upload
+from catalog.datasets.formats import FORMS
+from catalog.jobs import data_reports
+from catalog.storage import files
 
 router = Router(prefix="/v1/files", tags=["files"], responses=SIGNED)
 

@@ -8,18 +8,19 @@ from typing import Annotated
 from fastapi import Query
 from starlette.responses import StreamingResponse
 
-from api.auth import Recheck, Signed, require_operator
+from api.auth.authentication import Recheck, Signed, require_operator
 from api.deps import Use
-from api.feed import Listener
-from api.live import LiveStream
+from api.rate_limits.threads import run_route
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.fleet import CordonRequest, QueueObject, WorkerObject, worker_object
-from api.schemas.pages import ListPage, page_of
-from api.threads import run_route
-from catalog import cordons, fleet, queue
-from catalog.keys import Caller
-from catalog.scheduling.picture import Policy
+from api.schemas.pagination import ListPage, page_of
+from api.streaming.hub import Listener
+from api.streaming.response import LiveStream
+from catalog.fleet import cordons, views
+from catalog.queue import listing
+from catalog.scheduling.snapshot import Policy
+from catalog.tenancy.authentication import Caller
 
 router = Router(prefix="/v1", tags=["queue and workers"], responses={**SIGNED, **errors(403)})
 All = Annotated[bool, Query(alias="all", description="Every project's jobs; for operators.")]
@@ -29,7 +30,7 @@ All = Annotated[bool, Query(alias="all", description="Every project's jobs; for 
 def get_queue(use: Use, caller: Signed, everything: All = False) -> QueueObject:
     """The project's unfinished jobs, those with a turn first. Positions are those in the whole queue."""
     return QueueObject.model_validate(
-        queue.snapshot(use.db, project_id=_scope(caller, everything), policy=Policy.of(use.settings))
+        listing.snapshot(use.db, project_id=_scope(caller, everything), policy=Policy.of(use.settings))
     )
 
 
@@ -51,26 +52,26 @@ async def stream_queue(use: Use, caller: Signed, recheck: Recheck, everything: A
 @router.get("/workers", operation_id="list_workers")
 def list_workers(use: Use, caller: Signed) -> ListPage[WorkerObject]:
     """Those that live, and those that went away in the last hour."""
-    return page_of([worker_object(view, shows_all=caller.is_operator) for view in fleet.workers(use.db)])
+    return page_of([worker_object(view, shows_all=caller.is_operator) for view in views.workers(use.db)])
 
 
 @router.post("/workers/{worker_id}/cordon", operation_id="cordon_worker", responses=errors(404, 409))
 def cordon_worker(worker_id: str, use: Use, caller: Signed, body: CordonRequest | None = None) -> WorkerObject:
     """For operators: it finishes what it holds and takes nothing new. So does who registers in its place."""
     row = cordons.cordon(use.db, worker_id, reason=body.reason if body else None)
-    return worker_object(fleet.view(use.db, row), shows_all=caller.is_operator)
+    return worker_object(views.view(use.db, row), shows_all=caller.is_operator)
 
 
 @router.post("/workers/{worker_id}/uncordon", operation_id="uncordon_worker", responses=errors(404))
 def uncordon_worker(worker_id: str, use: Use, caller: Signed) -> WorkerObject:
     """For operators: it takes jobs again."""
-    return worker_object(fleet.view(use.db, cordons.uncordon(use.db, worker_id)), shows_all=caller.is_operator)
+    return worker_object(views.view(use.db, cordons.uncordon(use.db, worker_id)), shows_all=caller.is_operator)
 
 
 @router.post("/workers/{worker_id}/drain", operation_id="drain_worker", responses=errors(404, 409))
 def drain_worker(worker_id: str, use: Use, caller: Signed) -> WorkerObject:
     """For operators: it saves its jobs, gives them back, and ends. Who registers in its place is cordoned."""
-    return worker_object(fleet.view(use.db, cordons.drain(use.db, worker_id)), shows_all=caller.is_operator)
+    return worker_object(views.view(use.db, cordons.drain(use.db, worker_id)), shows_all=caller.is_operator)
 
 
 def _scope(caller: Caller, everything: bool) -> str | None:

@@ -9,15 +9,16 @@ from fastapi.security import HTTPAuthorizationCredentials
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.auth import bearer, require_operator
+from api.auth.authentication import bearer, require_operator
+from api.auth.service_identity import NONCE_PATTERN, proof
 from api.deps import Services, Use
-from api.hosts import host_name, is_loopback
+from api.middleware.allowed_hosts import host_name, is_loopback
 from api.routes import errors
 from api.routing import Router
-from api.service_identity import NONCE_PATTERN, proof
-from catalog import keys, numbers
-from catalog.db import read_clock
+from catalog.db.database import read_clock
 from catalog.errors import LorryError, Unauthorized
+from catalog.fleet import metrics
+from catalog.tenancy import authentication
 
 router = Router(tags=["health"])
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
@@ -83,14 +84,14 @@ def get_prometheus_metrics(
 ) -> Response:
     """With an operator's key; without one for this machine itself, where the service has no public address."""
     if credentials is not None:
-        require_operator(keys.authenticate(use.db, secret=credentials.credentials, pepper=use.pepper))
+        require_operator(authentication.authenticate(use.db, secret=credentials.credentials, pepper=use.pepper))
     elif use.api_settings.public_url or not _is_from_this_machine(request):
         raise Unauthorized(
             "Numbers are shown to this machine itself only.",
             code="missing_api_key",
             remedy="Send an operator's key as Authorization: Bearer ….",
         )
-    return Response(use.telemetry.expose(numbers.read(use.db)), media_type=CONTENT_TYPE_LATEST)
+    return Response(use.telemetry.expose(metrics.read(use.db)), media_type=CONTENT_TYPE_LATEST)
 
 
 def _is_from_this_machine(request: Request) -> bool:

@@ -8,11 +8,9 @@ from typing import Annotated, Literal
 from fastapi import Header, Query
 from starlette.responses import Response, StreamingResponse
 
-from api.auth import Recheck, Signed
+from api.auth.authentication import Recheck, Signed
 from api.deps import After, Limit, Use
-from api.feed import Listener
-from api.job_stream import JobWatch
-from api.live import LiveStream
+from api.rate_limits.threads import run_route
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.job_history import (
@@ -30,13 +28,17 @@ from api.schemas.job_history import (
     log_line,
     metric_point,
 )
-from api.schemas.pages import ListPage, page_of
-from api.sse import last_event_id
-from api.threads import run_route
-from catalog import checkpoint_models, data_reports, jobs, outputs
+from api.schemas.pagination import ListPage, page_of
+from api.streaming.hub import Listener
+from api.streaming.job_stream import JobWatch
+from api.streaming.response import LiveStream
+from api.streaming.sse import last_event_id
 from catalog.errors import InvalidRequest
-from catalog.events import ShownType
-from catalog.scheduling.picture import Policy
+from catalog.history import job_logs
+from catalog.history.events import ShownType
+from catalog.jobs import commands, data_reports
+from catalog.registry import checkpoints
+from catalog.scheduling.snapshot import Policy
 
 MAX_NUMBER = 999_999_999
 router = Router(prefix="/v1/fine_tuning/jobs/{job_id}", tags=["fine-tuning jobs"], responses={**SIGNED, **errors(404)})
@@ -53,7 +55,7 @@ def list_job_events(
     type: Annotated[ShownType | None, Query(description="Only these.")] = None,  # noqa: A002  (the wire's word)
 ) -> ListPage[FineTuningJobEvent]:
     """Newest first."""
-    page = jobs.events_page(
+    page = commands.events_page(
         use.db, project_id=caller.project_id, job_id=job_id, after=event_seq(after), limit=limit, type=type
     )
     return page_of([event_object(row) for row in page.items], has_more=page.has_more)
@@ -74,7 +76,7 @@ def list_job_logs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> ListPage[LogLine]:
     """What its trainers printed, oldest attempt first. Of a running job at most a minute old; kept for 30 days."""
-    page = outputs.lines(
+    page = job_logs.lines(
         use.db,
         use.store,
         project_id=caller.project_id,
@@ -93,11 +95,11 @@ def list_job_checkpoints(
     job_id: str, use: Use, caller: Signed, after: After = None, limit: Limit = 10
 ) -> ListPage[FineTuningJobCheckpoint]:
     """Newest first, those whose files are no longer kept too."""
-    job = jobs.get(use.db, project_id=caller.project_id, job_id=job_id)
-    page = jobs.checkpoints_page(use.db, project_id=caller.project_id, job_id=job_id, after=after, limit=limit)
+    job = commands.get(use.db, project_id=caller.project_id, job_id=job_id)
+    page = commands.checkpoints_page(use.db, project_id=caller.project_id, job_id=job_id, after=after, limit=limit)
     steps = [row.step for row in page.items]
-    points = jobs.points_at(use.db, project_id=caller.project_id, job_id=job_id, steps=steps)
-    names = [checkpoint_models.shown_name(job, row, project_name=caller.project_name) for row in page.items]
+    points = commands.points_at(use.db, project_id=caller.project_id, job_id=job_id, steps=steps)
+    names = [checkpoints.shown_name(job, row, project_name=caller.project_name) for row in page.items]
     shown = [
         checkpoint_object(row, name=name, train=points.get(("train", row.step)), valid=points.get(("valid", row.step)))
         for row, name in zip(page.items, names, strict=True)
@@ -114,7 +116,7 @@ def get_job_metrics(
     max_points: Annotated[int, Query(ge=4, le=10_000, description="Thinned to so many, peaks kept.")] = 2000,
 ) -> ListPage[MetricPoint]:
     """One curve, by step."""
-    rows = jobs.metrics(use.db, project_id=caller.project_id, job_id=job_id, kind=kind, max_points=max_points)
+    rows = commands.metrics(use.db, project_id=caller.project_id, job_id=job_id, kind=kind, max_points=max_points)
     return ListPage[MetricPoint](data=[metric_point(row) for row in rows])
 
 
@@ -122,7 +124,7 @@ def get_job_metrics(
 def explain_job(job_id: str, use: Use, caller: Signed) -> WhyObject:
     """Why the job is where it is, and what it waits for."""
     return WhyObject.model_validate(
-        jobs.explain(
+        commands.explain(
             use.db,
             project_id=caller.project_id,
             job_id=job_id,
@@ -142,8 +144,8 @@ def get_job_data_report(job_id: str, use: Use, caller: Signed) -> JobDataReport:
 @router.get("/attempts", operation_id="list_job_attempts")
 def list_job_attempts(job_id: str, use: Use, caller: Signed) -> ListPage[AttemptObject]:
     """Every claim of the job by a worker, the first first."""
-    rows = jobs.attempts(use.db, project_id=caller.project_id, job_id=job_id)
-    beside = jobs.packmates(use.db, project_id=caller.project_id, job_id=job_id)
+    rows = commands.attempts(use.db, project_id=caller.project_id, job_id=job_id)
+    beside = commands.packmates(use.db, project_id=caller.project_id, job_id=job_id)
     shown = [attempt_object(row, packmates=beside.get(row.claim_id, [])) for row in rows]
     return ListPage[AttemptObject](data=shown)
 

@@ -14,17 +14,17 @@ from fastapi.openapi.models import Example
 from pydantic import BaseModel, Discriminator, Tag, ValidationError
 from starlette.datastructures import QueryParams
 
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Services, Use
 from api.job_objects import job_objects
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.jobs import FineTuningJob, JobMove
-from api.schemas.pages import ListPage, page_of
-from catalog import jobs
-from catalog.callers import Caller
+from api.schemas.pagination import ListPage, page_of
+from catalog.caller import Caller
 from catalog.errors import InvalidRequest
-from catalog.spec import JobRequest, PlannedJob
+from catalog.jobs import commands
+from catalog.spec.job import JobRequest, PlannedJob
 from catalog.tables import Job
 
 router = Router(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
@@ -80,10 +80,10 @@ def create_job(
     events, or its stream."""
     sent: Sent = {"idempotency_key": idempotency_key, "body_digest": body_digest(body), "is_client_retry": is_retry}
     may_repeat = is_retry or idempotency_key is not None
-    job = jobs.made_before(use.db, caller=caller, **sent) if may_repeat else None
+    job = commands.made_before(use.db, caller=caller, **sent) if may_repeat else None
     if job is None:
         with _fields_named(body):
-            job = jobs.create(use.db, caller=caller, request=body, **sent)
+            job = commands.create(use.db, caller=caller, request=body, **sent)
     use.doorbell.ring()
     return _shown(use, caller, job)
 
@@ -94,7 +94,7 @@ def list_jobs(
 ) -> ListPage[FineTuningJob]:
     """The project's jobs, newest first. `metadata[k]=v` chooses by a pair, `metadata=null` those without any, and
     `tag=NAME` by a tag; of several, those with all of them."""
-    page = jobs.list_page(
+    page = commands.list_page(
         use.db,
         project_id=caller.project_id,
         after=after,
@@ -107,7 +107,7 @@ def list_jobs(
 
 @router.get("/{job_id}", operation_id="get_job", responses=errors(404))
 def get_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
-    return _shown(use, caller, jobs.get(use.db, project_id=caller.project_id, job_id=job_id))
+    return _shown(use, caller, commands.get(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_job", responses=errors(404, 409))
@@ -116,14 +116,14 @@ def cancel_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
 
     A job that is final already is a conflict, save a cancelled one where the client repeats a lost request.
     """
-    job = jobs.cancel(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry)
+    job = commands.cancel(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry)
     return _shown(use, caller, job)
 
 
 @router.post("/{job_id}/pause", operation_id="pause_job", responses=errors(404, 409))
 def pause_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
     """Stop, with a checkpoint to go on from."""
-    return _shown(use, caller, jobs.pause(use.db, project_id=caller.project_id, job_id=job_id))
+    return _shown(use, caller, commands.pause(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/resume", operation_id="resume_job", responses=errors(404, 409))
@@ -132,7 +132,7 @@ def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
 
     A job that isn't paused is a conflict, save one that goes on already where the client repeats a lost request.
     """
-    job = jobs.resume(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry)
+    job = commands.resume(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry)
     use.doorbell.ring()
     return _shown(use, caller, job)
 
@@ -140,13 +140,13 @@ def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
 @router.post("/{job_id}/hold", operation_id="hold_job", responses=errors(404, 409))
 def hold_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
     """Keep it in the queue and out of every trainer, until it is released. Its files are prepared meanwhile."""
-    return _shown(use, caller, jobs.hold(use.db, project_id=caller.project_id, job_id=job_id))
+    return _shown(use, caller, commands.hold(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/release", operation_id="release_job", responses=errors(404, 409))
 def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
     """Let a held job be chosen again, in its old place."""
-    job = jobs.release(use.db, project_id=caller.project_id, job_id=job_id)
+    job = commands.release(use.db, project_id=caller.project_id, job_id=job_id)
     use.doorbell.ring()
     return _shown(use, caller, job)
 
@@ -154,8 +154,8 @@ def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
 @router.post("/{job_id}/move", operation_id="move_job", responses=errors(404, 409))
 def move_job(job_id: str, body: JobMove, use: Use, caller: Signed) -> FineTuningJob:
     """Give it another place among the project's jobs of its class that wait. Other projects' turns stay as they are."""
-    target = jobs.Target(before=body.before, after=body.after, to=body.to)
-    return _shown(use, caller, jobs.move_to(use.db, project_id=caller.project_id, job_id=job_id, target=target))
+    target = commands.Target(before=body.before, after=body.after, to=body.to)
+    return _shown(use, caller, commands.move_to(use.db, project_id=caller.project_id, job_id=job_id, target=target))
 
 
 @contextmanager

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from api.auth import Operator, Signed
+from api.auth.authentication import Operator, Signed
+from api.auth.scopes import require_scope
 from api.deps import IsRetry, Services, Use
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.models import AddModelRequest, ModelDeleted, ModelObject, adapter_model, base_object
-from api.schemas.pages import ListPage, page_of
-from api.scopes import require_scope
-from catalog import adapters, bases
-from catalog.adapters import CheckpointModel
-from catalog.keys import Caller
+from api.schemas.pagination import ListPage, page_of
+from catalog.registry import adapters, base_models
+from catalog.registry.adapters import CheckpointModel
 from catalog.tables import BaseModelRow
+from catalog.tenancy.authentication import Caller
 
 router = Router(prefix="/v1/models", tags=["models"], responses=SIGNED)
 
@@ -22,7 +22,7 @@ def list_models(use: Use, caller: Signed) -> ListPage[ModelObject]:
     """Every base model (see its `state`), then adapters and the checkpoints that are kept: the project's own, and what
     is shared with it. Of adapters and of checkpoints the newest 1,000: if there are more, `has_more` is true, and
     `/v1/adapters` has pages of all adapters."""
-    shown = [_base(use, caller, row) for row in bases.list_all(use.db)]
+    shown = [_base(use, caller, row) for row in base_models.list_all(use.db)]
     own = adapters.list_models(use.db, project_id=caller.project_id)
     checkpoints = adapters.list_checkpoint_models(use.db, project_id=caller.project_id)
     shown += [adapter_model(row) for row in own.items]
@@ -33,7 +33,7 @@ def list_models(use: Use, caller: Signed) -> ListPage[ModelObject]:
 @router.post("", operation_id="add_model", responses=errors(403, 409))
 def add_model(body: AddModelRequest, use: Use, caller: Operator) -> ModelObject:
     """Name a base model; a worker imports it. The same again is no error, and tries a failed import once more."""
-    row = bases.add(use.db, name=body.name, kind=body.kind, source=body.source, revision=body.revision)
+    row = base_models.add(use.db, name=body.name, kind=body.kind, source=body.source, revision=body.revision)
     use.doorbell.ring()
     return _base(use, caller, row)
 
@@ -42,7 +42,7 @@ def add_model(body: AddModelRequest, use: Use, caller: Operator) -> ModelObject:
 def get_model(model: str, use: Use, caller: Signed) -> ModelObject:
     """By name: a base's, an adapter's or a checkpoint's."""
     if not model.startswith("ft:"):
-        return _base(use, caller, bases.get(use.db, model))
+        return _base(use, caller, base_models.get(use.db, model))
     return adapter_model(adapters.get(use.db, project_id=caller.project_id, name=model).adapter)
 
 
@@ -57,7 +57,7 @@ def delete_model(model: str, use: Use, caller: Signed, is_retry: IsRetry) -> Mod
     if model.startswith("ft:"):
         adapters.delete(use.db, project_id=caller.project_id, name=model, is_client_retry=is_retry)
     else:
-        bases.delete(use.db, model, is_client_retry=is_retry)
+        base_models.delete(use.db, model, is_client_retry=is_retry)
     return ModelDeleted(id=model)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.organizations import OrganizationObject, OrganizationRequest, organization_object
-from api.schemas.pages import ListPage, page_of
-from catalog import organizations
+from api.schemas.pagination import ListPage, page_of
+from catalog.tenancy import organizations
 
 router = Router(prefix="/v1/organizations", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
 

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from fastapi import Query
 
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Use
 from api.routes import SIGNED, errors
 from api.routing import Router
-from api.schemas.pages import ListPage, page_of
+from api.schemas.pagination import ListPage, page_of
 from api.schemas.permissions import PermissionDeleted, PermissionObject, PermissionRequest, permission_object
-from catalog import sharing
+from catalog.registry import permissions as sharing
 
 router = Router(
     prefix="/v1/fine_tuning/checkpoints/{fine_tuned_model}/permissions",

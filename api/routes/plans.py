@@ -6,17 +6,17 @@ from typing import Annotated
 
 from fastapi import Body
 
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import After, Limit, Use
 from api.routes import SIGNED, errors
 from api.routes.jobs import REQUEST_EXAMPLES
 from api.routing import Router
-from api.schemas.pages import ListPage, page_of
+from api.schemas.pagination import ListPage, page_of
 from api.schemas.plans import PlanDeleted, PlanObject, plan_object
-from catalog import plans
-from catalog.keys import Caller
-from catalog.spec import JobRequest
+from catalog.plans import plans
+from catalog.spec.job import JobRequest
 from catalog.tables import Plan
+from catalog.tenancy.authentication import Caller
 
 router = Router(prefix="/v1/plans", tags=["plans"], responses=SIGNED)
 EXAMPLES = {name: example for name, example in REQUEST_EXAMPLES.items() if name != "planned"}

@@ -6,11 +6,11 @@ from typing import Annotated
 
 from fastapi import Query
 
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.routes import SIGNED, errors
 from api.routing import Router
-from api.schemas.pages import ListPage, page_of
+from api.schemas.pagination import ListPage, page_of
 from api.schemas.projects import (
     ProjectLimits,
     ProjectLimitsObject,
@@ -21,7 +21,8 @@ from api.schemas.projects import (
     limits_object,
     project_object,
 )
-from catalog import projects, quotas
+from catalog.tenancy import projects
+from catalog.usage import quotas
 
 router = Router(prefix="/v1/projects", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
 Archived = Annotated[bool, Query(description="Those that were archived, too.")]

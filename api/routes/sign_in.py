@@ -9,10 +9,10 @@ from fastapi import Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
 
-from api.auth import Session, Signed, cookie_name, is_https, public_address, require_same_origin
-from api.bootstrap import sign_in_url
-from api.client_address import client_address
+from api.auth.authentication import Session, Signed, cookie_name, is_https, public_address, require_same_origin
+from api.commands.bootstrap import sign_in_url
 from api.deps import Services, Use
+from api.middleware.client_address import client_address
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.sign_in import (
@@ -26,9 +26,9 @@ from api.schemas.sign_in import (
     browser_session,
     sign_in_preview,
 )
-from catalog import issuing, keys
-from catalog.callers import Caller
+from catalog.caller import Caller
 from catalog.errors import Conflict, Unauthorized
+from catalog.tenancy import api_keys, authentication
 
 router = Router(tags=["sign-in"])
 LINK_SECONDS = 900
@@ -45,8 +45,10 @@ async def to_dashboard() -> RedirectResponse:
 def create_sign_in_link(request: Request, use: Use, caller: Signed) -> SignInLink:
     """A link that signs one browser in, once, within 15 minutes, with the rights of the key that asks. Not for a
     browser session, which would never end then."""
-    issuing.refuse_browsers(caller)
-    token = keys.create_sign_in_link(use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=LINK_SECONDS)
+    api_keys.refuse_browsers(caller)
+    token = authentication.create_sign_in_link(
+        use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=LINK_SECONDS
+    )
     return SignInLink(url=sign_in_url(public_address(request, use), token), expires_at=int(time.time()) + LINK_SECONDS)
 
 
@@ -86,7 +88,7 @@ async def create_browser_session(
 ) -> BrowserSession:
     """Sign in with an API key. From the dashboard only: `X-Lorry-Csrf: 1` is needed. An earlier session ends."""
     require_same_origin(request)
-    check = partial(keys.authenticate, use.db, secret=body.api_key, pepper=use.pepper)
+    check = partial(authentication.authenticate, use.db, secret=body.api_key, pepper=use.pepper)
     async with use.limits.guarding(client_address(request), body.api_key):
         caller = await use.key_checks.run(check)
     secret = await run_in_threadpool(_sign_in, use, caller, replaced=session)
@@ -106,7 +108,7 @@ def delete_browser_session(
 ) -> SignedOut:
     """Sign out."""
     if session is not None:
-        keys.end_browser(use.db, secret=session, pepper=use.pepper)
+        authentication.end_browser(use.db, secret=session, pepper=use.pepper)
     response.delete_cookie(
         cookie_name(request, use), path="/", httponly=True, samesite="strict", secure=is_https(request, use)
     )
@@ -118,29 +120,29 @@ def _signed_in(use: Services, session: str | None) -> Caller | None:
     if session is None:
         return None
     try:
-        return keys.authenticate_browser(use.db, secret=session, pepper=use.pepper)
+        return authentication.authenticate_browser(use.db, secret=session, pepper=use.pepper)
     except Unauthorized:
         return None
 
 
 async def _read_link(request: Request, use: Services, token: str) -> tuple[Caller, float]:
     """The caller that the link would sign in, and when the link expires. Raises Unauthorized; RateLimited."""
-    read = partial(keys.read_sign_in_link, use.db, token=token, pepper=use.pepper)
+    read = partial(authentication.read_sign_in_link, use.db, token=token, pepper=use.pepper)
     async with use.limits.guarding(client_address(request), token):
         return await use.key_checks.run(read)
 
 
 def _sign_in(use: Services, caller: Caller, *, replaced: str | None) -> str:
     """The secret of a new session for the holder of a key. The session that the browser had ends."""
-    token = keys.create_sign_in_link(use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=60)
+    token = authentication.create_sign_in_link(use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=60)
     return _exchange(use, token=token, replaced=replaced)
 
 
 def _exchange(use: Services, *, token: str, replaced: str | None) -> str:
     """Exchange a link's token for the secret of a session, and end the session that the browser had."""
-    secret = keys.exchange_sign_in(use.db, token=token, pepper=use.pepper, seconds=SESSION_SECONDS)
+    secret = authentication.exchange_sign_in(use.db, token=token, pepper=use.pepper, seconds=SESSION_SECONDS)
     if replaced is not None:
-        keys.end_browser(use.db, secret=replaced, pepper=use.pepper)
+        authentication.end_browser(use.db, secret=replaced, pepper=use.pepper)
     return secret
 
 

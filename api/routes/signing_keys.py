@@ -5,7 +5,7 @@ from __future__ import annotations
 from api.deps import Use
 from api.routing import Router
 from api.schemas.adapters import PublicKeySet
-from catalog import derived_keys
+from catalog.audit import derived_keys
 
 router = Router(tags=["adapters"])
 

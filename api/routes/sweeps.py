@@ -7,15 +7,15 @@ from typing import Annotated
 from fastapi import Body, Header, Path, Request
 from fastapi.openapi.models import Example
 
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.routes import SIGNED, errors
 from api.routes.jobs import Sent, body_digest
 from api.routing import Router
-from api.schemas.pages import ListPage, page_of
+from api.schemas.pagination import ListPage, page_of
 from api.schemas.sweeps import SweepObject, TrialObject, TrialRequest, sweep_object, trial_object
-from catalog.sweeps import controller, creation, reading, verbs
-from catalog.sweeps.spec import MAX_TRIALS, SweepRequest
+from catalog.search.spec import MAX_TRIALS, SweepRequest
+from catalog.sweeps import commands, controller, creation, queries
 
 router = Router(prefix="/v1/sweeps", tags=["sweeps"], responses=SIGNED)
 Number = Annotated[int, Path(ge=0, lt=MAX_TRIALS, description="Of the trial, from 0.")]
@@ -58,7 +58,7 @@ def create_sweep(
     if sweep is None:
         sweep = creation.create(use.db, caller=caller, request=body, **sent)
     use.doorbell.ring()
-    view = reading.get(use.db, project_id=caller.project_id, sweep_id=sweep.id)
+    view = queries.get(use.db, project_id=caller.project_id, sweep_id=sweep.id)
     if is_new:
         request.state.headers |= use.limits.charge(caller, view.sweep.num_trials)
     return sweep_object(view)
@@ -67,19 +67,19 @@ def create_sweep(
 @router.get("", operation_id="list_sweeps")
 def list_sweeps(use: Use, caller: Signed, after: After = None, limit: Limit = 20) -> ListPage[SweepObject]:
     """Newest first."""
-    page = reading.list_page(use.db, project_id=caller.project_id, after=after, limit=limit)
+    page = queries.list_page(use.db, project_id=caller.project_id, after=after, limit=limit)
     return page_of([sweep_object(view) for view in page.items], has_more=page.has_more)
 
 
 @router.get("/{sweep_id}", operation_id="get_sweep", responses=errors(404))
 def get_sweep(sweep_id: str, use: Use, caller: Signed) -> SweepObject:
-    return sweep_object(reading.get(use.db, project_id=caller.project_id, sweep_id=sweep_id))
+    return sweep_object(queries.get(use.db, project_id=caller.project_id, sweep_id=sweep_id))
 
 
 @router.post("/{sweep_id}/cancel", operation_id="cancel_sweep", responses=errors(404, 409))
 def cancel_sweep(sweep_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> SweepObject:
     """No further trial is made, and those that have not ended are cancelled, within seconds. Adapters stay."""
-    verbs.cancel(use.db, project_id=caller.project_id, sweep_id=sweep_id, is_client_retry=is_retry)
+    commands.cancel(use.db, project_id=caller.project_id, sweep_id=sweep_id, is_client_retry=is_retry)
     controller.advance(use.db, sweep_id)
     return get_sweep(sweep_id, use, caller)
 
@@ -87,7 +87,7 @@ def cancel_sweep(sweep_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> 
 @router.post("/{sweep_id}/close", operation_id="close_sweep", responses=errors(404))
 def close_sweep(sweep_id: str, use: Use, caller: Signed) -> SweepObject:
     """No further trial is made or added; those that there are go on, and then the best is promoted."""
-    verbs.close(use.db, project_id=caller.project_id, sweep_id=sweep_id)
+    commands.close(use.db, project_id=caller.project_id, sweep_id=sweep_id)
     controller.advance(use.db, sweep_id)
     return get_sweep(sweep_id, use, caller)
 
@@ -97,7 +97,7 @@ def list_trials(
     sweep_id: str, use: Use, caller: Signed, after: After = None, limit: Limit = 20
 ) -> ListPage[TrialObject]:
     """The leaderboard: the best first, those without a value last. Values of trials that run change between pages."""
-    page = reading.leaderboard(use.db, project_id=caller.project_id, sweep_id=sweep_id, after=after, limit=limit)
+    page = queries.leaderboard(use.db, project_id=caller.project_id, sweep_id=sweep_id, after=after, limit=limit)
     return page_of([trial_object(view) for view in page.items], has_more=page.has_more)
 
 
@@ -108,18 +108,18 @@ def add_trial(body: TrialRequest, sweep_id: str, use: Use, caller: Signed, is_re
         use.db, caller=caller, sweep_id=sweep_id, parameters=body.parameters, is_client_retry=is_retry
     )
     use.doorbell.ring()
-    return trial_object(reading.view_of(use.db, trial, job))
+    return trial_object(queries.view_of(use.db, trial, job))
 
 
 @router.get("/{sweep_id}/trials/{number}", operation_id="get_trial", responses=errors(404))
 def get_trial(sweep_id: str, number: Number, use: Use, caller: Signed) -> TrialObject:
-    return trial_object(reading.trial(use.db, project_id=caller.project_id, sweep_id=sweep_id, number=number))
+    return trial_object(queries.trial(use.db, project_id=caller.project_id, sweep_id=sweep_id, number=number))
 
 
 @router.post("/{sweep_id}/trials/{number}/stop", operation_id="stop_trial", responses=errors(404, 409))
 def stop_trial(sweep_id: str, number: Number, use: Use, caller: Signed, is_retry: IsRetry) -> TrialObject:
     """End a trial that does badly, before its last step. It leaves no adapter, and ends as cancelled: pruned."""
-    trial, job = verbs.stop_trial(
+    trial, job = commands.stop_trial(
         use.db, project_id=caller.project_id, sweep_id=sweep_id, number=number, is_client_retry=is_retry
     )
-    return trial_object(reading.view_of(use.db, trial, job))
+    return trial_object(queries.view_of(use.db, trial, job))

@@ -7,8 +7,9 @@ from typing import Any
 
 from fastapi import Request
 
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import IsRetry, Use
+from api.rate_limits.threads import run_route
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.uploads import (
@@ -19,11 +20,10 @@ from api.schemas.uploads import (
     part_object,
     upload_object,
 )
-from api.threads import run_route
-from api.upload_form import PART
-from api.uploads import receive_upload
-from catalog import part_uploads
-from catalog.artifacts.store import Blob
+from api.transfers.file_upload import receive_upload
+from api.transfers.multipart_form import PART
+from catalog.storage import multipart_uploads
+from catalog.storage.store import Blob
 
 router = Router(prefix="/v1/uploads", tags=["files"], responses=SIGNED)
 
@@ -47,7 +47,7 @@ PART_FORM: dict[str, Any] = {
 @router.post("", operation_id="create_upload", responses=errors(413))
 def create_upload(body: UploadRequest, use: Use, caller: Signed) -> UploadObject:
     """Announce a file that comes in parts. It has an hour for that; what is not completed by then is dropped."""
-    view = part_uploads.create(
+    view = multipart_uploads.create(
         use.db,
         project_id=caller.project_id,
         purpose=body.purpose,
@@ -67,14 +67,14 @@ def create_upload(body: UploadRequest, use: Use, caller: Signed) -> UploadObject
 )
 async def add_upload_part(upload_id: str, request: Request, use: Use, caller: Signed) -> UploadPartObject:
     """Some of the file's bytes, in any order; the same bytes twice are one part."""
-    check = partial(part_uploads.check_open, use.db, project_id=caller.project_id, upload_id=upload_id)
+    check = partial(multipart_uploads.check_open, use.db, project_id=caller.project_id, upload_id=upload_id)
     await run_route(caller.project_id, check)  # before its bytes are read
     folder = use.settings.data_dir / "spool"
-    async with receive_upload(request, folder=folder, max_bytes=part_uploads.MAX_PART_BYTES, shape=PART) as part:
+    async with receive_upload(request, folder=folder, max_bytes=multipart_uploads.MAX_PART_BYTES, shape=PART) as part:
         row = await use.slow_work.run(
             caller.project_id,
             partial(
-                part_uploads.add_part,
+                multipart_uploads.add_part,
                 use.db,
                 use.store,
                 project_id=caller.project_id,
@@ -96,7 +96,7 @@ async def complete_upload(
     view = await use.slow_work.run_for(
         request,
         caller.project_id,
-        lambda is_abandoned: part_uploads.complete(
+        lambda is_abandoned: multipart_uploads.complete(
             use.db,
             use.store,
             project_id=caller.project_id,
@@ -115,5 +115,5 @@ async def complete_upload(
 @router.post("/{upload_id}/cancel", operation_id="cancel_upload", responses=errors(404, 409))
 def cancel_upload(upload_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> UploadObject:
     """Take no more parts, and drop those that came."""
-    view = part_uploads.cancel(use.db, project_id=caller.project_id, upload_id=upload_id, is_client_retry=is_retry)
+    view = multipart_uploads.cancel(use.db, project_id=caller.project_id, upload_id=upload_id, is_client_retry=is_retry)
     return upload_object(view)

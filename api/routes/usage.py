@@ -6,15 +6,15 @@ from typing import Annotated, Literal
 
 from fastapi import Query
 
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import Use
 from api.routes import SIGNED
 from api.routing import Router
 from api.schemas.usage import UsagePage, usage_page
-from catalog import usage_report
-from catalog.daily import DAY_SECONDS
-from catalog.db import read_clock
-from catalog.usage_report import MOST_DAYS, Asked, GroupBy
+from catalog.db.database import read_clock
+from catalog.usage import report as usage_report
+from catalog.usage.ledger import DAY_SECONDS
+from catalog.usage.report import MOST_DAYS, Asked, GroupBy
 
 router = Router(prefix="/v1/usage", tags=["usage"], responses=SIGNED)
 LAST_SECOND = 253402300799

@@ -8,11 +8,12 @@ from typing import Annotated
 
 from fastapi import Query
 
-from api.auth import Signed
+from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Services, Use
+from api.rate_limits.threads import run_route
 from api.routes import SIGNED, errors
 from api.routing import Router
-from api.schemas.pages import ListPage, page_of
+from api.schemas.pagination import ListPage, page_of
 from api.schemas.webhooks import (
     Replayed,
     ReplayRequest,
@@ -30,15 +31,14 @@ from api.schemas.webhooks import (
     endpoint_object,
     with_secret,
 )
-from api.threads import run_route
-from catalog.db import read_clock
+from catalog.db.database import read_clock
 from catalog.errors import Conflict
 from catalog.tables import WebhookDelivery
-from catalog.webhooks import deliveries, endpoints, sealed_urls, sending, signing
-from catalog.webhooks.addresses import target_of
-from catalog.webhooks.deliveries import Status
+from catalog.webhooks import delivery_log, delivery_queue, endpoints, sealed_urls, signing
+from catalog.webhooks.delivery_log import Status
+from catalog.webhooks.delivery_queue import Outcome
 from catalog.webhooks.event_types import EVENT_TYPES, SAMPLE_IDS
-from catalog.webhooks.sending import Outcome
+from catalog.webhooks.url_policy import target_of
 
 router = Router(prefix="/v1", tags=["webhooks"], responses=SIGNED)
 ENDPOINT = "/webhook_endpoints/{webhook_endpoint_id}"
@@ -134,11 +134,11 @@ async def test_webhook_endpoint(
     get = partial(endpoints.get, use.db, project_id=project_id, endpoint_id=webhook_endpoint_id)
     endpoint = await run_route(project_id, get)
     now = await run_route(project_id, partial(_now, use))
-    delivery = sending.new_test(endpoint, body.event_type, subject=SAMPLE_IDS[body.event_type], now=now)
+    delivery = delivery_queue.new_test(endpoint, body.event_type, subject=SAMPLE_IDS[body.event_type], now=now)
     secrets = signing.good(endpoint, use.pepper, now=now)
     url = sealed_urls.get(endpoint, peppers=use.pepper.all())
     outcome = await _sent(use, project_id, url, delivery, secrets)
-    await run_route(project_id, partial(sending.record_test, use.db, endpoint, delivery, outcome))
+    await run_route(project_id, partial(delivery_queue.record_test, use.db, endpoint, delivery, outcome))
     if outcome.status_code is None:
         raise Conflict(
             f"The endpoint did not answer. {outcome.error}",
@@ -157,7 +157,7 @@ async def test_webhook_endpoint(
 @router.post(f"{ENDPOINT}/replay", operation_id="replay_webhook_endpoint", responses=errors(404, 409))
 def replay_webhook_endpoint(webhook_endpoint_id: str, body: ReplayRequest, use: Use, caller: Signed) -> Replayed:
     """Send again, with the same ids, whatever has failed since then."""
-    number = deliveries.replay_failed(
+    number = delivery_log.replay_failed(
         use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id, since=body.since
     )
     use.deliverer.wake()
@@ -175,7 +175,7 @@ def list_webhook_deliveries(
     status: WithStatus = None,
 ) -> ListPage[WebhookDeliveryObject]:
     """Newest first, for 30 days."""
-    page = deliveries.list_page(
+    page = delivery_log.list_page(
         use.db,
         project_id=caller.project_id,
         endpoint_id=webhook_endpoint_id,
@@ -188,14 +188,14 @@ def list_webhook_deliveries(
 
 @router.get(DELIVERY, operation_id="get_webhook_delivery", responses=errors(404))
 def get_webhook_delivery(webhook_delivery_id: str, use: Use, caller: Signed) -> WebhookDeliveryObject:
-    row = deliveries.get(use.db, project_id=caller.project_id, delivery_id=webhook_delivery_id)
+    row = delivery_log.get(use.db, project_id=caller.project_id, delivery_id=webhook_delivery_id)
     return _delivery_objects(use, [row])[0]
 
 
 @router.post(f"{DELIVERY}/replay", operation_id="replay_webhook_delivery", responses=errors(404, 409))
 def replay_webhook_delivery(webhook_delivery_id: str, use: Use, caller: Signed) -> WebhookDeliveryObject:
     """Send it again now, with the same id. It has all its tries again."""
-    row = deliveries.replay(use.db, project_id=caller.project_id, delivery_id=webhook_delivery_id)
+    row = delivery_log.replay(use.db, project_id=caller.project_id, delivery_id=webhook_delivery_id)
     use.deliverer.wake()
     return _delivery_objects(use, [row])[0]
 
@@ -208,7 +208,7 @@ async def _sent(use: Services, project_id: str, url: str, delivery: WebhookDeliv
 
 
 def _delivery_objects(use: Services, rows: list[WebhookDelivery]) -> list[WebhookDeliveryObject]:
-    tries = deliveries.tries(use.db, [row.id for row in rows])
+    tries = delivery_log.tries(use.db, [row.id for row in rows])
     return [delivery_object(row, tries[row.id]) for row in rows]
 
 

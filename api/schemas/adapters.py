@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.job_history import Rewards
-from catalog import checkpoint_models
+from catalog.registry import checkpoints
 from catalog.tables import Adapter, Artifact
 
 
@@ -218,7 +218,7 @@ def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None) -> Adapter
             "created_at": int(row.created_at),
             "job_id": row.job_id,
             "owned_by": row.project_id,
-            "checkpoint_step": checkpoint_models.step_of(row),
+            "checkpoint_step": checkpoints.step_of(row),
             "base_model": row.base_model,
             "base_digest": row.base_digest,
             "parent": resolved["parent"]["name"] if resolved.get("parent") else None,

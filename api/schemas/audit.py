@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog.audit import ActorType
-from catalog.audit_chain import Checked, Fault, content
+from catalog.audit.chain import Checked, Fault, content
+from catalog.audit.log import ActorType
 from catalog.tables import AuditEvent
 
 _EXAMPLE: dict[str, Any] = {

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from catalog.files import LIFETIME_SECONDS
-from catalog.row_kinds import KIND_NAMES
-from catalog.strict import Strict
+from catalog.datasets.formats import KIND_NAMES
+from catalog.spec.strict import Strict
+from catalog.storage.files import LIFETIME_SECONDS
 from catalog.tables import File
 
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog.fleet import WorkerView
-from catalog.strict import Strict
+from catalog.fleet.views import WorkerView
+from catalog.spec.strict import Strict
 from catalog.tables import Json
 
 

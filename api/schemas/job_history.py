@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog.dividing import Strategy
-from catalog.outputs import Line
-from catalog.points import Point
+from catalog.history.job_logs import Line
+from catalog.history.metric_points import Point
+from catalog.resources.sharding import Strategy
 from catalog.tables import Attempt, Checkpoint, JobEvent
 
 EVENT_PREFIX = "ftevent-"

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog.course_spec import EarlyStopping
-from catalog.methods import MethodType, method_object
-from catalog.sample_spec import Samples
-from catalog.spec import JobSpec
+from catalog.spec.job import JobSpec
+from catalog.spec.methods import MethodType, method_object
+from catalog.spec.sample_spec import Samples
+from catalog.spec.strict import Strict
+from catalog.spec.training import EarlyStopping
 from catalog.states import JobState, PriorityClass
-from catalog.strict import Strict
 from catalog.tables import Job, Trial
 
 JOB_EXAMPLE: dict[str, Any] = {

@@ -7,12 +7,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import changes_schema
-from catalog.keys import is_live
-from catalog.revocation import Revocation
-from catalog.scopes import SCOPES, Scope, held
+from catalog.spec.strict import WITHOUT_NUL, Strict
 from catalog.states import Priority, PriorityClass
-from catalog.strict import WITHOUT_NUL, Strict
+from catalog.sweeps.revocation import Revocation
 from catalog.tables import ApiKey
+from catalog.tenancy.authentication import is_live
+from catalog.tenancy.scopes import SCOPES, Scope, held
 
 LAST_SECOND = 253402300799
 """The end of the year 9999."""

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog import checkpoint_models
-from catalog.bases import SOURCE_PATTERN
-from catalog.spec import LABEL_PATTERN
-from catalog.strict import Strict
+from catalog.registry import checkpoints
+from catalog.registry.base_models import SOURCE_PATTERN
+from catalog.spec.job import LABEL_PATTERN
+from catalog.spec.strict import Strict
 from catalog.tables import Adapter, BaseModelRow
 
 
@@ -116,7 +116,7 @@ def adapter_model(row: Adapter) -> ModelObject:
         id=row.name,
         created=int(row.created_at),
         owned_by=row.project_id,
-        kind="checkpoint" if checkpoint_models.step_of(row) is not None else "adapter",
+        kind="checkpoint" if checkpoints.step_of(row) is not None else "adapter",
         base=row.base_model,
         digest=row.artifact,
     )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.projects import OwnerName
-from catalog.strict import Strict
+from catalog.spec.strict import Strict
 from catalog.tables import Organization
 
 _EXAMPLE: dict[str, Any] = {

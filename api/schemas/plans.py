@@ -17,10 +17,10 @@ from api.schemas.jobs import (
     ScheduleObject,
     configuration,
 )
-from catalog.course_spec import EarlyStopping
-from catalog.dividing import Strategy
-from catalog.plans import Details
-from catalog.spec import JobSpec
+from catalog.plans.plans import Details
+from catalog.resources.sharding import Strategy
+from catalog.spec.job import JobSpec
+from catalog.spec.training import EarlyStopping
 from catalog.tables import Plan
 
 EXAMPLE: dict[str, Any] = {

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import changes_schema
-from catalog.quotas import Limit, Standing
-from catalog.spec import LABEL_PATTERN
+from catalog.spec.job import LABEL_PATTERN
+from catalog.spec.strict import WITHOUT_NUL, Strict
 from catalog.states import Priority, PriorityClass
-from catalog.strict import WITHOUT_NUL, Strict
 from catalog.tables import Project
+from catalog.usage.quotas import Limit, Standing
 
 _EXAMPLE: dict[str, Any] = {
     "object": "project",

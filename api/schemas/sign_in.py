@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog.keys import Caller
-from catalog.strict import Strict
+from catalog.spec.strict import Strict
+from catalog.tenancy.authentication import Caller
 
 
 class SignInLink(BaseModel):

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.jobs import Phase, phase_of
-from catalog.strict import Strict
-from catalog.sweeps.fields import VARIABLE
-from catalog.sweeps.reading import SweepView, TrialView
-from catalog.sweeps.spec import Goal, Metric, Objective, SearchType, SweepState
+from catalog.search.fields import VARIABLE
+from catalog.search.spec import Goal, Metric, Objective, SearchType, SweepState
+from catalog.spec.strict import Strict
+from catalog.sweeps.queries import SweepView, TrialView
 
 TRIAL_EXAMPLE: dict[str, Any] = {
     "id": "ftjob-1c0ffee0a1b2c3d4e5f60718",

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.files import ExpiresAfter, FileObject, file_object
-from catalog.files import PURPOSES
-from catalog.part_uploads import MAX_PARTS, Status, UploadView
-from catalog.strict import WITHOUT_NUL, Strict
+from catalog.spec.strict import WITHOUT_NUL, Strict
+from catalog.storage.files import PURPOSES
+from catalog.storage.multipart_uploads import MAX_PARTS, Status, UploadView
 from catalog.tables import UploadPart
 
 EXAMPLE: dict[str, Any] = {

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog.daily import DAY_SECONDS
-from catalog.usage_report import Day, Report, Used
+from catalog.usage.ledger import DAY_SECONDS
+from catalog.usage.report import Day, Report, Used
 
 _RESULT: dict[str, Any] = {
     "object": "usage.result",

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from api.schemas.keys import LAST_SECOND, NAME
-from catalog.strict import Strict
+from catalog.spec.strict import Strict
 from catalog.tables import WebhookDelivery, WebhookEndpoint, WebhookTry
-from catalog.webhooks.addresses import MAX_URL
-from catalog.webhooks.deliveries import Status
+from catalog.webhooks.delivery_log import Status
 from catalog.webhooks.event_types import EVENT_TYPES, EventType
+from catalog.webhooks.url_policy import MAX_URL
 
 DAY = 86_400
 ID = "webhook-3f2b8c9d0a1e4f5a6b7c8d9e"

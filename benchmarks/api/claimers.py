@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.api.plan import ApiPlan
 from benchmarks.api.service import place, servers
 from benchmarks.results import Result, rates
-from catalog import claims
-from catalog.db import Database
+from catalog.db.database import Database
+from catalog.queue import claims
 from tests.catalog.world import LEASE, WIDE
 
 GOAL_CLAIMS = 500.0

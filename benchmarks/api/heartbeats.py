@@ -15,13 +15,14 @@ from typing import Any
 from benchmarks.api.plan import ApiPlan
 from benchmarks.api.service import place, servers
 from benchmarks.results import Result
-from catalog import claims, linears
-from catalog.db import Database
+from catalog.db.database import Database
 from catalog.errors import LorryError, Unavailable
-from catalog.keys import Caller
-from catalog.lora_spec import LoraRequest, resolve_lora
+from catalog.queue import claims
+from catalog.search.spec import SweepRequest
+from catalog.spec import target_modules
+from catalog.spec.lora import LoraRequest, resolve_lora
 from catalog.sweeps import controller, creation
-from catalog.sweeps.spec import SweepRequest
+from catalog.tenancy.authentication import Caller
 from tests.catalog.world import LEASE, World
 
 THREADS = 4
@@ -134,6 +135,6 @@ def _patterns() -> dict[str, int]:
         keys[f"(?:.*?.*?.*?z{len(keys)}z|q_proj)"] = 8
         lora = resolve_lora(LoraRequest.model_validate({"rank": 8, "rank_pattern": keys}))
         began = time.perf_counter()
-        linears.adapted(DESCRIPTION, lora, base_name="wide", matcher=linears.Matcher())
+        target_modules.adapted(DESCRIPTION, lora, base_name="wide", matcher=target_modules.Matcher())
         took = time.perf_counter() - began
     return keys

@@ -19,7 +19,7 @@ from benchmarks.api.plan import ApiPlan
 from benchmarks.api.service import Served, api, place, servers
 from benchmarks.results import Result, median_of
 from benchmarks.workload import ROOT
-from catalog import claims
+from catalog.queue import claims
 from tests.catalog.world import World
 
 GOAL_SECONDS = 1.0

@@ -7,7 +7,7 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, String, Table, insert, literal, select, true, update
 from sqlalchemy import cast as sql_cast
 
-from catalog import claims
+from catalog.queue import claims
 from catalog.tables import Adapter, Attempt, File, Job, JobEvent, MetricBlock
 from tests.catalog.world import World
 

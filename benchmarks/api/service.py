@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks.workload import ROOT
-from catalog import keys
-from catalog.db import Database
+from catalog.db.database import Database
+from catalog.tenancy import authentication
 from tests.catalog.world import PEPPER, Clock, World
 from tests.services.postgres import empty_database, postgres_server
 
@@ -78,7 +78,7 @@ def place(kind: str, server: str | None, folder: Path, name: str) -> Generator[P
 @contextmanager
 def api(place: Place, world: World, *, core: int | None = None) -> Generator[Served]:
     """`python -m api serve` over the database, and a key of the world's project. `core`: the only one it may use."""
-    _, key = keys.create(world.db, project_id=world.caller.project_id, name="bench", pepper=PEPPER)
+    _, key = authentication.create(world.db, project_id=world.caller.project_id, name="bench", pepper=PEPPER)
     environment = {
         **os.environ,
         "LORRY_DATABASE_URL": place.url,

@@ -15,7 +15,8 @@ from benchmarks.api.plan import ApiPlan
 from benchmarks.api.seeding import fill
 from benchmarks.api.service import Served, api, place, servers
 from benchmarks.results import Result
-from catalog import claims, numbers
+from catalog.fleet import metrics
+from catalog.queue import claims
 from tests.catalog.world import WIDE, World
 
 GOAL_RATIO = 2.0
@@ -95,7 +96,7 @@ def _acts(side: Side) -> dict[str, Callable[[], object]]:
         "the queue": page("/v1/queue"),
         "the workers": page("/v1/workers"),
         "a claim": lambda: side.world.claim("w1", ONE),
-        "the counts that are exposed": lambda: numbers.read(side.world.db),
+        "the counts that are exposed": lambda: metrics.read(side.world.db),
     }
 
 

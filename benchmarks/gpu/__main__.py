@@ -14,7 +14,7 @@ from benchmarks.gpu.load import Load
 from benchmarks.gpu.shapes import SHAPES, TOY
 from benchmarks.results import Result, print_table, write
 from benchmarks.workload import ROOT
-from lora_core.kernels import Kernels, choose_kernels
+from lora_core.kernels.selection import Kernels, choose_kernels
 
 DEVICE = "cuda:0"
 NO_GPU = """This measures a CUDA GPU, and torch finds none here (torch {version}).

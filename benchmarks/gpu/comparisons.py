@@ -13,9 +13,9 @@ from benchmarks.gpu.contenders import Lorry, Matrix, Peft, Report
 from benchmarks.gpu.load import Load
 from benchmarks.gpu.shapes import Shape, block_weights, build
 from benchmarks.results import Result, median_of, median_ratio, rates
-from lora_core.base_model import BaseModel
+from lora_core.base_model.model import BaseModel
 from lora_core.errors import OutOfMemory
-from lora_core.kernels import Kernels
+from lora_core.kernels.selection import Kernels
 
 GOAL_OVER_PEFT = 3.0
 GOAL_OF_MATRIX_RATE = 0.5

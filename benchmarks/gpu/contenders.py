@@ -13,17 +13,17 @@ from typing import Any, cast
 
 import torch
 
+from benchmarks.contenders.baselines import pad
 from benchmarks.gpu.load import LEARNING_RATE, Load
 from benchmarks.gpu.shapes import block_weights
-from benchmarks.theirs import pad
 from benchmarks.workload import batches
-from lora_core.attach import Attachment
-from lora_core.base_model import BaseModel
-from lora_core.engine import Engine
+from lora_core.base_model.model import BaseModel
+from lora_core.base_model.patching import Attachment
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
-from lora_core.kernels import Kernels
-from lora_core.recompute import ActivationMemory, CheckpointBlocks
+from lora_core.kernels.selection import Kernels
+from lora_core.layers.activation_checkpointing import ActivationMemory, CheckpointBlocks
 
 Report = dict[str, Any]
 

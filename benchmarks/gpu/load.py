@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
-from lora_core.data import TokenDataset
+from lora_core.data.token_dataset import TokenDataset
 
 ENDLESS = 100_000
 """Steps of a job that is ended from outside."""

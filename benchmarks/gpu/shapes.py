@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from transformers import LlamaConfig
 
-from lora_core.attach import find_linears
-from lora_core.base_model import BaseModel, build_model
+from lora_core.base_model.model import BaseModel, build_model
+from lora_core.base_model.patching import find_linears
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,18 +14,20 @@ from dataclasses import dataclass
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from catalog import daily, fleet, jobs
-from catalog.acceptance import resolve_targets
-from catalog.callers import Caller
-from catalog.db import Database, read_clock, serialise
+from catalog.admission.accept import resolve_targets
+from catalog.admission.target_layers import Targets, TargetsOutdated
+from catalog.caller import Caller
+from catalog.db.database import Database, read_clock, serialise
 from catalog.errors import LorryError, QuotaExceeded
+from catalog.fleet import views
+from catalog.jobs import commands
+from catalog.search.designs import design_of
+from catalog.search.finding import find_sweep
 from catalog.states import UNFINISHED_STATES, JobState
 from catalog.sweeps import validity
 from catalog.sweeps.creation import AT_ONCE, Draft, Drafts, draft_of, make_trial
-from catalog.sweeps.designs import design_of
-from catalog.sweeps.finding import find_sweep
 from catalog.tables import Adapter, Artifact, Job, Sweep, Trial
-from catalog.targets import Targets, TargetsOutdated
+from catalog.usage import ledger
 
 CANCELLED_AT_ONCE = 100
 OUTDATED_SECONDS = 1.0
@@ -115,7 +117,7 @@ def _cancel_some(session: Session, sweep_id: str) -> bool:
     some = select(Job).where(*untold).order_by(Job.id).limit(CANCELLED_AT_ONCE).with_for_update(of=Job)
     told, now = list(session.scalars(some)), read_clock(session)
     for job in told:
-        jobs.stop(session, job, jobs.CANCEL, now=now)
+        commands.stop(session, job, commands.CANCEL, now=now)
     return bool(told)
 
 
@@ -166,14 +168,14 @@ def _make(session: Session, sweep: Sweep, next_round: _Round, room: int, *, now:
 
 def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, room: int, *, now: float) -> int:
     """Up to `room` trials of those that were drafted and no other process has made. Returns how many."""
-    precision = fleet.auto_precision(session, now=now)
+    precision = views.auto_precision(session, now=now)
     for num_made in range(min(room, sweep.num_trials - sweep.num_created)):
         draft = next_round.drafts.of(sweep.num_created)
         if draft is None:
             if next_round.error is not None:
                 raise next_round.error
             return num_made
-        with daily.savepoint(session):
+        with ledger.savepoint(session):
             targets = next_round.drafts.targets
             make_trial(session, _caller(sweep), sweep, draft, targets, now=now, auto_precision=precision)
     return room
@@ -204,7 +206,7 @@ def _delete_others(session: Session, sweep: Sweep, best: Trial, *, now: float) -
     gone = set(locked) - set(session.scalars(continued))
     held = select(func.coalesce(func.sum(Artifact.num_bytes), 0)).select_from(Adapter)
     held = held.join(Artifact, Artifact.digest == Adapter.artifact).where(Adapter.id.in_(gone))
-    daily.store(session, sweep.project_id, -(session.scalar(held) or 0), now=now)
+    ledger.store(session, sweep.project_id, -(session.scalar(held) or 0), now=now)
     session.execute(update(Adapter).where(Adapter.id.in_(gone)).values(deleted_at=now))
 
 

@@ -14,21 +14,23 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import daily, fleet, quotas, submission
-from catalog.acceptance import resolve_targets
-from catalog.audit import note
-from catalog.callers import Caller
-from catalog.db import Database, read_clock, serialise
+from catalog.admission.accept import resolve_targets
+from catalog.admission.target_layers import Targets, retried
+from catalog.audit.log import note
+from catalog.caller import Caller
+from catalog.db.database import Database, read_clock, serialise
 from catalog.errors import Conflict
-from catalog.keys import check_valid
-from catalog.spec import JobRequest, Precision
-from catalog.submission import CLIENT_RETRY_SECONDS, check_idempotency_key, key_reused
-from catalog.sweeps.design import Design, check_given, checked, designed, fewest_steps, rungs
-from catalog.sweeps.designs import design_of
-from catalog.sweeps.finding import find_sweep
-from catalog.sweeps.spec import SweepRequest
+from catalog.fleet import views
+from catalog.jobs import submission
+from catalog.jobs.submission import CLIENT_RETRY_SECONDS, check_idempotency_key, key_reused
+from catalog.search.design import Design, check_given, checked, designed, fewest_steps, rungs
+from catalog.search.designs import design_of
+from catalog.search.finding import find_sweep
+from catalog.search.spec import SweepRequest
+from catalog.spec.job import JobRequest, Precision
 from catalog.tables import File, Job, Sweep, Trial, new_id
-from catalog.targets import Targets, retried
+from catalog.tenancy.authentication import check_valid
+from catalog.usage import ledger, quotas
 
 AT_ONCE = 10
 """Trials that are made in one transaction, at most."""
@@ -111,7 +113,7 @@ def _accept(session: Session, caller: Caller, sweep: Sweep, design: Design, draf
     details = {"model": sweep.requested["model"], "search": design.search, "trials": design.num_trials}
     note(session, "sweep.created", now=now, object_id=sweep.id, project_id=sweep.project_id, details=details)
     if is_chosen_here:
-        precision = fleet.auto_precision(session, now=now)
+        precision = views.auto_precision(session, now=now)
         for draft in drafts.trials:
             make_trial(session, caller, sweep, draft, drafts.targets, now=now, auto_precision=precision)
     sweep.due_at = now if is_chosen_here and sweep.num_created < sweep.num_trials else None
@@ -221,7 +223,7 @@ def _whole_design(db: Database, request: SweepRequest) -> Design:
 
 def _try(session: Session, caller: Caller, drafts: Drafts, *, now: float) -> None:
     """Whether a job as the first draft would be accepted; it is not made."""
-    with daily.savepoint(session) as attempt:
+    with ledger.savepoint(session) as attempt:
         submission.submit(session, caller, drafts.trials[0].request, drafts.targets, body_digest=None, now=now)
         attempt.rollback()
 

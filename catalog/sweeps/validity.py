@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from catalog import audit
-from catalog.db import get_locked
-from catalog.keys import is_live
+from catalog.audit import log
+from catalog.db.database import get_locked
 from catalog.tables import ApiKey, Json, Project, Sweep
+from catalog.tenancy.authentication import is_live
 
 REMEDY = "The sweep creates no more trials, and those that exist continue. Create a new sweep for the rest."
 
@@ -34,14 +34,14 @@ def close(session: Session, sweep: Sweep, error: Json, *, now: float) -> None:
     """In the audit log, the server itself closes the sweep, for this reason."""
     sweep.is_closed, sweep.error = True, error
     details: Json = {"reason": error["code"]}
-    audit.note(
+    log.note(
         session,
         "sweep.closed",
         now=now,
         object_id=sweep.id,
         project_id=sweep.project_id,
         details=details,
-        actor=audit.SERVER,
+        actor=log.SERVER,
     )
 
 

@@ -9,12 +9,12 @@ from catalog.tables.fleet import Pulse, Service, Trainer, Worker
 from catalog.tables.gangs import Gang, GangSeat
 from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent, JobOutput, MetricBlock
 from catalog.tables.jobs import WITHOUT_METADATA, IdempotencyKey, Job, JobLabel
-from catalog.tables.owners import ApiKey, ModelPermission, Organization, Project, ProjectUsage, SignIn
 from catalog.tables.plans import FileOverlap, Plan
-from catalog.tables.stored import Adapter, Artifact, BaseModelRow, File, Prepared
+from catalog.tables.storage import Adapter, Artifact, BaseModelRow, File, Prepared
 from catalog.tables.sweeps import RungValue, Sweep, Trial
 from catalog.tables.table import Json, Table, new_id
 from catalog.tables.tallies import Tally
+from catalog.tables.tenancy import ApiKey, ModelPermission, Organization, Project, ProjectUsage, SignIn
 from catalog.tables.uploads import Upload, UploadPart
 from catalog.tables.usage import StoredBytes, StoredDay, UsageDay, UsageMonth
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry

@@ -20,7 +20,7 @@ class Worker(Table):
     """Trackers that it can write to; None of workers that said nothing of it."""
     version: Mapped[str]
     protocol: Mapped[int | None] = mapped_column(Integer)
-    """See fitness.py. None of those that registered before there was one."""
+    """See catalog/fleet/compatibility.py. None of those that registered before there was one."""
     memory_bytes: Mapped[int]
     started_at: Mapped[float]
     heartbeat_at: Mapped[float]

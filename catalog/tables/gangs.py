@@ -9,7 +9,7 @@ from catalog.tables.table import Json, Table
 
 
 class Gang(Table):
-    """One row for each name, with the round that its members train in; see catalog/gangs.py."""
+    """One row for each name, with the round that its members train in; see catalog/fleet/gangs.py."""
 
     __tablename__ = "gangs"
     name: Mapped[str] = mapped_column(primary_key=True)

@@ -73,7 +73,7 @@ class JobEvent(Table):
 
 
 class MetricBlock(Table):
-    """Some points of a curve that follow each other, as catalog/points.py packs them."""
+    """Some points of a curve that follow each other, as catalog/history/metric_points.py packs them."""
 
     __tablename__ = "metric_blocks"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)

@@ -57,7 +57,8 @@ class Job(Table):
     longest_example: Mapped[int | None]
     """Tokens of the longest row of its files, as cut to max_length, or of the longest pair of rows."""
     own_bytes: Mapped[int | None]
-    """This and the next three: what choosing needs of memory, by catalog/needs.py, since its files were prepared."""
+    """This and the next three: memory requirements for the scheduler. catalog/resources/requirements.py computes them
+    when the files are prepared."""
     saved_bytes: Mapped[int | None]
     trainer_bytes: Mapped[int | None]
     slice_bytes: Mapped[int | None]
@@ -73,7 +74,7 @@ class Job(Table):
     queued_at: Mapped[float | None]
     """When it came into the queue, while it is there and not held: what its waiting is reckoned from."""
     place: Mapped[float] = mapped_column(default=0.0, server_default="0")
-    """Among its project's jobs of its class; the lowest goes first. See catalog/places.py."""
+    """Among its project's jobs of its class; the lowest goes first. See catalog/lifecycle/position.py."""
     is_held: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     """It waits and isn't chosen, until it is released."""
     deadline: Mapped[float | None]

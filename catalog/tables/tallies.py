@@ -9,7 +9,7 @@ from catalog.tables.table import Table
 
 
 class Tally(Table):
-    """One number; its rows together. See catalog/tallies.py."""
+    """One number; its rows together. See catalog/usage/counters.py."""
 
     __tablename__ = "tallies"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)

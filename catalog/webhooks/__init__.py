@@ -1,4 +1,4 @@
 """Webhooks (standardwebhooks.com): endpoints of a project, the outbox of events for them, and how tries go.
 
-Nothing here speaks HTTP: api/webhook_deliverer.py sends what `sending` hands out.
+Nothing here speaks HTTP: api/webhooks/delivery_loop.py sends what `sending` hands out.
 """

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from catalog import audit
-from catalog.audit import AuditType
-from catalog.db import Database, read_clock, serialise
+from catalog.audit import log
+from catalog.audit.log import AuditType
+from catalog.db.database import Database, read_clock, serialise
+from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, NotFound
-from catalog.pages import Page, paginate
 from catalog.pepper import Pepper
 from catalog.tables import WebhookDelivery, WebhookEndpoint, new_id
 from catalog.webhooks import sealed_urls, signing
@@ -157,7 +157,7 @@ def delete(db: Database, *, project_id: str, endpoint_id: str, is_client_retry: 
 def note(session: Session, row: WebhookEndpoint, type: AuditType, *, now: float, **more: object) -> None:  # noqa: A002
     """In the audit log: of the address the host alone, for what follows may be a secret."""
     about = {"name": row.name, "host": urlsplit(row.url).hostname, "event_types": row.event_types, **more}
-    audit.note(session, type, now=now, object_id=row.id, project_id=row.project_id, details=about)
+    log.note(session, type, now=now, object_id=row.id, project_id=row.project_id, details=about)
 
 
 def shut(session: Session, endpoint: WebhookEndpoint, *, reason: str, now: float) -> None:

@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import select
 
-from catalog.db import Database
+from catalog.db.database import Database
 from catalog.errors import Conflict
 from catalog.tables import WebhookEndpoint
 

@@ -17,7 +17,7 @@ from openai.types.fine_tuning import FineTuningJob
 
 from demo_parts.report import DemoFailed, bars, console, draw, waiting
 from lorry import Conflict, Lorry, LorryError
-from lorry.models import Adapter, Attempt, Job, Model
+from lorry.models.jobs import Adapter, Attempt, Job, Model
 
 MAX_STEPS = 48
 BATCH_SIZE = 4

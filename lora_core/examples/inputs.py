@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from lora_core.base_import import import_base
-from lora_core.data import TokenDataset
+from lora_core.base_model.tiny_llama import tiny_llama
+from lora_core.data.token_dataset import TokenDataset
 from lora_core.errors import ConfigError
-from lora_core.tiny_llama import tiny_llama
+from lora_core.model_files.import_base import import_base
 
 SENTENCES = (
     "The lorry left the harbour before dawn with forty crates of oranges.",

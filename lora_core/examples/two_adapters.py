@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 
 from peft import LoraConfig
 
-from lora_core.base_model import load_base
+from lora_core.base_model.model import load_base
 from lora_core.config import JobConfig, OptimizerConfig, ScheduleConfig
-from lora_core.engine import Engine
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import LoraCoreError
 from lora_core.examples.inputs import base_folder, refuse_taken, text_rows
-from lora_core.from_peft import lora_config_from
+from lora_core.peft_format.config import lora_config_from
 
 
 def train_two(base_dir: Path, out_dir: Path, *, base_name: str, num_steps: int = 8) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lorry.cli import output
+from lorry.cli.render import output
 
 if TYPE_CHECKING:
     from lorry.client import Lorry

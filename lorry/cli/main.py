@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lorry.cli import (
+from lorry.cli.app import Sectioned, group, run
+from lorry.cli.commands import (
     adapters,
     audit,
     files,
@@ -23,8 +24,7 @@ from lorry.cli import (
     worker,
     workers,
 )
-from lorry.cli.app import Sectioned, group, run
-from lorry.cli.plan import plan
+from lorry.cli.commands.plan import plan
 
 app = group(
     "Trains many LoRA adapters at once on the GPUs you own.\n\n"

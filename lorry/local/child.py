@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorry.local import tether
+from lorry.local import parent_watch
 
 _LONGEST_LOG_BYTES = 16 * 2**20
 _TAIL_BYTES = 16 * 2**10
@@ -41,7 +41,7 @@ class Child:
     def start(self) -> None:
         """Call it from the main thread: the child is killed when the thread that started it ends."""
         keep_short(self.log)
-        argv = [sys.executable, "-I", tether.__file__, str(os.getpid()), *self._argv]
+        argv = [sys.executable, "-I", parent_watch.__file__, str(os.getpid()), *self._argv]
         with self.log.open("ab") as out:
             self._process = subprocess.Popen(
                 argv,

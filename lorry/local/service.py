@@ -41,7 +41,7 @@ class Bootstrapped:
     api_key: str | None = field(repr=False)
     """The first operator's key. None: it was made, and shown, at an earlier start."""
     identity_secret: str = field(repr=False)
-    """By which clients verify the listener: see lorry.service_identity."""
+    """By which clients verify the listener: see lorry.transport.service_identity."""
 
 
 class Service:
@@ -82,7 +82,7 @@ class Service:
         """One for each device."""
         names = ["worker"] if len(chosen) == 1 else [f"worker-{device}" for device in chosen]
         return [
-            self._child(name, _python("worker.loop", "--device", device))
+            self._child(name, _python("worker.entrypoints.loop", "--device", device))
             for name, device in zip(names, chosen, strict=True)
         ]
 
@@ -119,7 +119,7 @@ class Service:
 
 def become_workers(data_dir: Path, groups: Sequence[str]) -> None:
     """This process is the supervisor of a node's workers from here on; it doesn't return."""
-    command = _python("worker.groups", *groups)
+    command = _python("worker.entrypoints.node_supervisor", *groups)
     sys.stdout.flush()
     os.execve(command[0], command, _environment(data_dir, os.environ))  # noqa: S606 - no shell is what we want
 

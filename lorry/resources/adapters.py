@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lorry import archive, folder
-from lorry.models import Adapter, Permission
+from lorry.models.jobs import Adapter, Permission
 from lorry.resources import pages
 from lorry.resources.files import OnBytes
-from lorry.transport import Transport
+from lorry.transport.http import Transport
+from lorry.verification import adapter_archive, adapter_folder
 
 
 class Adapters:
@@ -44,7 +44,7 @@ class Adapters:
         return self._transport.request("POST", _of(name, "verify"))
 
     def signing_keys(self) -> builtins.list[dict[str, Any]]:
-        """The public keys that the service signs lineage records with, for `lorry.folder.verify_folder`."""
+        """The public keys of the lineage signatures, for `lorry.verification.adapter_folder.verify_folder`."""
         return self._transport.get("keys.json")["keys"]
 
     def share(self, name: str, projects: Sequence[str]) -> builtins.list[Permission]:
@@ -65,18 +65,20 @@ class Adapters:
         its lineage record is written again, which may have got a signature since.
 
         Every digest is checked before the folder appears under its name. What PEFT needs lies in it, and
-        manifest.json and lineage.json for `lorry.folder.verify_folder`. Raises BadDownload.
+        manifest.json and lineage.json for `lorry.verification.adapter_folder.verify_folder`. Raises BadDownload.
         """
         adapter = self.get(name)
         lineage = {key: value for key, value in self.lineage(adapter.id).items() if key != "children"}
-        contents = folder.Contents.of(manifest=self.manifest(adapter.id), artifact=adapter.artifact, lineage=lineage)
+        contents = adapter_folder.Contents.of(
+            manifest=self.manifest(adapter.id), artifact=adapter.artifact, lineage=lineage
+        )
         target = Path(directory).expanduser()
-        if folder.holds(target, contents):
+        if adapter_folder.holds(target, contents):
             contents.update_lineage(target)
             return target
-        folder.check_free(target)
+        adapter_folder.check_free(target)
         with self._transport.stream(_of(adapter.id, "archive"), headers={"accept": "application/x-tar"}) as response:
-            return archive.unpack(response.iter_bytes(), contents, target, on_progress=on_progress)
+            return adapter_archive.unpack(response.iter_bytes(), contents, target, on_progress=on_progress)
 
 
 def _of(name: str, *rest: str) -> str:

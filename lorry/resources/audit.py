@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorry.accounts import AuditEvent, AuditVerification
+from lorry.models.accounts import AuditEvent, AuditVerification
 from lorry.resources import pages
-from lorry.transport import Transport
+from lorry.transport.http import Transport
 
 
 class Audit:

@@ -12,9 +12,9 @@ from typing import IO, Any
 from urllib.parse import quote
 
 from lorry.errors import BadDownload
-from lorry.models import File
+from lorry.models.jobs import File
 from lorry.resources import pages
-from lorry.transport import Transport
+from lorry.transport.http import Transport
 
 OnBytes = Callable[[int, int], None]
 """Called with the bytes sent or received so far, and how many there are in all (0: not known)."""

@@ -11,9 +11,10 @@ from urllib.parse import quote
 
 from lorry import requests
 from lorry.errors import WaitTimeout
-from lorry.models import Attempt, Checkpoint, Job, JobEvent, JobUpdate, LogLine, Sample
-from lorry.resources import live, pages
-from lorry.transport import Transport
+from lorry.models.jobs import Attempt, Checkpoint, Job, JobEvent, JobUpdate, LogLine, Sample
+from lorry.resources import follow as live
+from lorry.resources import pages
+from lorry.transport.http import Transport
 
 _PATH = "fine_tuning/jobs"
 

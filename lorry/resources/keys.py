@@ -7,10 +7,10 @@ from typing import Any, Literal
 from urllib.parse import quote
 from uuid import uuid4
 
-from lorry.accounts import ApiKey, Project, ProjectLimit, RevokedKey
+from lorry.models.accounts import ApiKey, Project, ProjectLimit, RevokedKey
 from lorry.requests import Priority
 from lorry.resources import pages
-from lorry.transport import Transport
+from lorry.transport.http import Transport
 
 
 class Keys:

@@ -9,9 +9,9 @@ from typing import Literal
 from urllib.parse import quote
 
 from lorry.errors import LorryError, WaitTimeout
-from lorry.models import Model
+from lorry.models.jobs import Model
 from lorry.resources import pages
-from lorry.transport import Transport
+from lorry.transport.http import Transport
 
 Kind = Literal["hub", "folder", "gguf"]
 

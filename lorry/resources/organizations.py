@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from urllib.parse import quote
 
-from lorry.accounts import Organization
+from lorry.models.accounts import Organization
 from lorry.resources import pages
-from lorry.transport import Transport
+from lorry.transport.http import Transport
 
 
 class Organizations:

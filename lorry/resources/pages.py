@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lorry.transport import Params, Transport
+from lorry.transport.http import Params, Transport
 
 PAGE_SIZE = 100
 

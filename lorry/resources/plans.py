@@ -10,9 +10,9 @@ from urllib.parse import quote
 
 from lorry import requests
 from lorry.errors import WaitTimeout
-from lorry.plans import Plan
+from lorry.models.plans import Plan
 from lorry.resources import pages
-from lorry.transport import Transport
+from lorry.transport.http import Transport
 
 _PATH = "plans"
 

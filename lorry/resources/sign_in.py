@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorry.transport import Transport
+from lorry.transport.http import Transport
 
 
 class SignInLinks:

@@ -11,9 +11,9 @@ from urllib.parse import quote
 
 from lorry import requests
 from lorry.errors import WaitTimeout
+from lorry.models.sweeps import Sweep, Trial
 from lorry.resources import pages
-from lorry.sweep_models import Sweep, Trial
-from lorry.transport import Transport
+from lorry.transport.http import Transport
 
 _PATH = "sweeps"
 

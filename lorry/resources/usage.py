@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from lorry.accounts import UsageBucket
-from lorry.transport import Transport
+from lorry.models.accounts import UsageBucket
+from lorry.transport.http import Transport
 
 
 class Usage:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from lorry.models.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTest
 from lorry.resources import pages
-from lorry.transport import Transport
-from lorry.webhook_models import WebhookDelivery, WebhookEndpoint, WebhookTest
+from lorry.transport.http import Transport
 
 JOB_ENDS = ("fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled")
 

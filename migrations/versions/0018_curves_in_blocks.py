@@ -1,6 +1,6 @@
 """Curves are kept in blocks of points. Points of before are packed into blocks, and unpacked again on the way down.
 
-The packing is catalog/points.py's as it was at this revision. Points of before have no number of an event.
+The packing is that of catalog/history/metric_points.py at this revision. Older points have no event number.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
-from api import webhook_deliverer
 from api.app import create_app
 from api.deps import Services
 from api.settings import ApiSettings
-from catalog import keys
+from api.webhooks import delivery_loop
 from catalog.settings import Settings
+from catalog.tenancy import authentication
 from tests.api.site import PEPPER, Site, running
 from tests.catalog.world import Clock, World
 from tests.services.postgres import ON_POSTGRESQL
@@ -50,7 +50,7 @@ def settings(tmp_path: Path, database: str, request: pytest.FixtureRequest) -> S
 def nothing_looks_for_webhooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside what a test asks for, unless it is about them: a look is some statements more."""
     if "receiver" not in request.fixturenames:
-        monkeypatch.setattr(webhook_deliverer, "LOOK_SECONDS", 3600.0)
+        monkeypatch.setattr(delivery_loop, "LOOK_SECONDS", 3600.0)
 
 
 @pytest.fixture
@@ -126,6 +126,6 @@ def with_key(app: FastAPI, key: str) -> TestClient:
 
 
 def new_key(services: Services, project_id: str, *, is_operator: bool = False) -> str:
-    return keys.create(
+    return authentication.create(
         services.db, project_id=project_id, name="test", pepper=services.pepper, is_operator=is_operator
     )[1]

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from api.connections import Connection
+from api.middleware.connections import Connection
 from api.server import Server, server_config
 
 PEPPER = b"p" * 32

@@ -19,8 +19,8 @@ import httpx
 import pytest
 from sqlalchemy import update
 
-from catalog import fitness
-from catalog.db import Database
+from catalog.db.database import Database
+from catalog.fleet import compatibility
 
 ROOT = Path(__file__).parents[2]
 LATER = "of a later version"
@@ -106,7 +106,7 @@ def tables_of(data_dir: Path, revision: str) -> None:
     if revision == LATER:
         db.migrate()
         with db.write() as session:
-            session.execute(update(fitness.REVISIONS).values(version_num=revision))
+            session.execute(update(compatibility.REVISIONS).values(version_num=revision))
     else:
         db.migrate(revision)
     db.close()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.campaign import Campaign, run
-from tests.fuzz.texts import is_any_text
+from qa.fuzz.campaign import Campaign, run
+from qa.fuzz.texts import is_any_text
 
 
 @pytest.mark.timeout(600)

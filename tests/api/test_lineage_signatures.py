@@ -16,12 +16,12 @@ import rfc8785
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog import derived_keys, lineage_signatures
+from catalog.audit import derived_keys, lineage_signatures
 from catalog.pepper import Pepper
 from catalog.tables import Adapter
 from lorry import LorryError
-from lorry.folder import verify_folder
-from lorry.signatures import read_keys
+from lorry.verification.adapter_folder import verify_folder
+from lorry.verification.signatures import read_keys
 from tests.api.trained import trained
 from tests.catalog.world import World
 

@@ -16,12 +16,12 @@ from pydantic import BaseModel
 from starlette.testclient import TestClient
 
 from api.app import create_app
-from api.known_query import query_parameters
 from api.openapi import Api
-from catalog import files
-from catalog.strict import Strict
+from api.requests.unknown_query import query_parameters
+from catalog.spec.strict import Strict
+from catalog.storage import files
+from tests.api.auth.test_authentication import OPEN_PATHS
 from tests.api.site import chat_lines
-from tests.api.test_auth import OPEN_PATHS
 
 REFERENCE = re.compile(r'"#/components/schemas/(\w+)"')
 

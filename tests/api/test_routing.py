@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from api.routing import Router
-from catalog import audit
-from catalog.audit import Actor, Origin
+from catalog.audit import log
+from catalog.audit.log import Actor, Origin
 
 
 class Answer(BaseModel):
@@ -30,7 +30,7 @@ def test_an_endpoint_that_waits_costs_one_way_to_a_thread_and_knows_its_origin(m
     app, router = FastAPI(), Router(prefix="/things")
 
     def thing(name: str) -> Answer:
-        return Answer(thread=threading.get_ident(), actor=f"{name} by {audit.actor_id()}")
+        return Answer(thread=threading.get_ident(), actor=f"{name} by {log.actor_id()}")
 
     async def things() -> Answer:
         return Answer(thread=threading.get_ident(), actor=None)
@@ -41,8 +41,8 @@ def test_an_endpoint_that_waits_costs_one_way_to_a_thread_and_knows_its_origin(m
 
     async def ask(path: str) -> dict[str, Any]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
-            with audit.coming_from(Origin(request_id="req_1", address=None)):
-                audit.actor_is(Actor(type="api_key", id="key-1", name="one"))
+            with log.coming_from(Origin(request_id="req_1", address=None)):
+                log.actor_is(Actor(type="api_key", id="key-1", name="one"))
                 return (await client.get(path)).json()
 
     waiting, quick = asyncio.run(ask("/things/a")), asyncio.run(ask("/things"))

@@ -11,12 +11,14 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from api import background
-from api.background import DUTIES, clean_once, look_once
+from api import maintenance_loop
 from api.deps import Services
+from api.maintenance_loop import DUTIES, clean_once, look_once
 from api.telemetry import Telemetry
-from catalog import claims, numbers, recovery
 from catalog.errors import Unavailable
+from catalog.fleet import metrics
+from catalog.lifecycle import recovery
+from catalog.queue import claims
 from tests.catalog.world import World
 
 PAGE = (Path(__file__).parents[2] / "docs/OBSERVABILITY.md").read_text("utf-8")
@@ -30,7 +32,7 @@ LABELS = {
 
 
 def exposed(telemetry: Telemetry, world: World) -> dict[str, Metric]:
-    text = telemetry.expose(numbers.read(world.db)).decode()
+    text = telemetry.expose(metrics.read(world.db)).decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 
@@ -101,7 +103,7 @@ def test_each_duty_is_counted_by_how_it_went(services: Services, world: World, m
     began = done_at()
     monkeypatch.setattr(recovery, "expire", away)
     look_once(services)
-    monkeypatch.setattr(background, "clean", away)
+    monkeypatch.setattr(maintenance_loop, "clean", away)
     clean_once(services)
 
     counted = {key: number for key, number in runs().items() if number}

@@ -24,8 +24,9 @@ from openai._resource import AsyncAPIResource, SyncAPIResource
 from api.app import create_app
 from api.deps import Services
 from api.settings import ApiSettings
-from catalog import claims, part_uploads
+from catalog.queue import claims
 from catalog.settings import Settings
+from catalog.storage import multipart_uploads
 from catalog.webhooks import signing
 from catalog.webhooks.event_types import EVENT_TYPES
 from tests.api.hook_receiver import Receiver, receiving
@@ -312,7 +313,7 @@ def have(world: World, services: Services, receiver: Receiver, tmp_path: Path) -
     files, exported = manifest("c", kind="checkpoint"), stored_weights(services, tmp_path / "weights")
     claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=files, exported=exported)
     model = world.complete(claim.claim_id).name
-    upload = part_uploads.create(
+    upload = multipart_uploads.create(
         world.db,
         project_id=world.caller.project_id,
         purpose="user_data",

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 from api.deps import Services
-from catalog import bases, claims, jobs, lineage
-from catalog.artifacts.manifest import files_digest
+from catalog.jobs import commands
+from catalog.queue import claims
+from catalog.registry import base_models, lineage
+from catalog.storage.manifest import files_digest
 from catalog.tables import Adapter
 from tests.catalog.world import DESCRIPTION, World, sha
 
@@ -20,9 +22,9 @@ VERIFICATION = {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01}
 def solid_base(world: World) -> None:
     """A base whose digest is that of its files, as lineage wants it."""
     files = {"files": [{"path": "config.json", "digest": sha("config"), "num_bytes": 6}]}
-    added_at = bases.add(world.db, name=BASE, kind="folder", source="/models/solid").created_at
+    added_at = base_models.add(world.db, name=BASE, kind="folder", source="/models/solid").created_at
     digest = files_digest(files)
-    bases.finish_import(world.db, BASE, digest=digest, manifest=files, description=DESCRIPTION, added_at=added_at)
+    base_models.finish_import(world.db, BASE, digest=digest, manifest=files, description=DESCRIPTION, added_at=added_at)
 
 
 def stored_weights(services: Services, folder: Path) -> claims.Exported:
@@ -43,10 +45,10 @@ def trained(services: Services, world: World, folder: Path, *, suffix: str = "do
     for name, content in CONTENT.items():
         (folder / name).write_bytes(content)
     manifest = services.store.put_folder(folder, kind="adapter")
-    (attempt,) = jobs.attempts(world.db, project_id=claim.job.project_id, job_id=claim.job.id)
+    (attempt,) = commands.attempts(world.db, project_id=claim.job.project_id, job_id=claim.job.id)
     record = lineage.build(
         job=claim.job,
-        base=bases.get(world.db, BASE),
+        base=base_models.get(world.db, BASE),
         adapter=manifest,
         num_parameters=10,
         data=[],

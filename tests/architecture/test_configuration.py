@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings
 
 from api.settings import ApiSettings
 from catalog.settings import Settings
-from catalog.spec import JobRequest
+from catalog.spec.job import JobRequest
 from tests.architecture.source_files import ROOT, source_files
 
 TEXT = (ROOT / "docs/CONFIGURATION.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 import typer
 import typer.main
 
-from catalog.audit import AuditType
+from catalog.audit.log import AuditType
 from catalog.states import ENDINGS, FINAL_STATES, TRANSITIONS
 from lorry.cli.main import app
 from tests.architecture.source_files import ROOT

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import collections
 from collections.abc import Iterator
 
 from catalog import errors
-from tests.architecture.source_files import ROOT, SourceFile, dotted, source_files
+from tests.architecture.source_files import PACKAGES, ROOT, SourceFile, dotted, source_files
 
 LONGEST_FILE = 600
 LONGEST_FUNCTION = 60
+FOLDERS = (*(name for name in PACKAGES if name != "migrations"), "tests", "qa", "tools", "benchmarks", "examples")
+MOST_MODULES = 20
+"""In one folder."""
 LONGEST_OPENING = 6
 VAGUE_NAMES = {"util", "utils", "common", "helpers", "helper", "manager", "base", "types", "misc"}
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen", "pickle.loads"}
-SIGNS_MESSAGES = {"catalog/webhooks/signing.py", "catalog/lineage_signatures.py"}
+SIGNS_MESSAGES = {"catalog/webhooks/signing.py", "catalog/audit/lineage_signatures.py"}
 """The bodies of webhooks and lineage records, and no address."""
 PRESIGNERS = {"sign", "sign_async", "presign", "generate_presigned_url", "generate_presigned_post"}
 ARGUMENTS = {"trust_remote_code": True, "shell": True, "weights_only": False, "verify": False}
@@ -25,6 +29,13 @@ REFUSALS = {
 
 def test_a_file_has_one_responsibility() -> None:
     assert [source.name for source in source_files() if source.text.count("\n") > LONGEST_FILE] == []
+
+
+def test_a_folder_holds_few_modules() -> None:
+    modules = [source.name for source in source_files(*FOLDERS) if not source.name.endswith("__init__.py")]
+    folders = collections.Counter(name.rpartition("/")[0] for name in modules)
+
+    assert [folder for folder, number in folders.items() if number > MOST_MODULES] == []
 
 
 def test_a_files_name_says_what_lives_there() -> None:

@@ -9,14 +9,14 @@ from typing import TypeGuard
 
 from tests.architecture.source_files import SourceFile, dotted, source_files
 
-WRITER = "catalog/moves.py"
-PERSONS_VERBS = {"catalog/submission.py", "catalog/jobs.py"}
+WRITER = "catalog/lifecycle/transitions.py"
+PERSONS_VERBS = {"catalog/jobs/submission.py", "catalog/jobs/commands.py"}
 WORKERS_VERBS = {
-    "catalog/claims.py",
-    "catalog/taking.py",
-    "catalog/preparation.py",
-    "catalog/endings.py",
-    "catalog/recovery.py",
+    "catalog/queue/claims.py",
+    "catalog/queue/claiming.py",
+    "catalog/lifecycle/preparation.py",
+    "catalog/lifecycle/outcomes.py",
+    "catalog/lifecycle/recovery.py",
 }
 BASE_STATES = {"importing", "ready", "failed", "deleted"}
 RAW_SQL = re.compile(r"\bupdate\s+jobs\b|\binsert\s+into\s+jobs\b", re.IGNORECASE)
@@ -48,15 +48,19 @@ def test_a_job_is_made_in_one_place() -> None:
         if isinstance(node, ast.Call) and dotted(node.func) in ("Job", "tables.Job")
     }
 
-    assert makers == {"catalog/acceptance.py"}
+    assert makers == {"catalog/admission/accept.py"}
 
 
 def test_whoever_hides_a_file_or_an_adapter_takes_its_bytes_off_what_its_project_stores() -> None:
     stored = [source for source in source_files("catalog") if re.search(r"import .*\b(File|Adapter)\b", source.text)]
     hides = [source for source in stored if re.search(r"\bdeleted_at\s*=(?!=|None)", source.text)]
 
-    assert {source.name for source in hides} >= {"catalog/files.py", "catalog/adapters.py", "catalog/cleaning.py"}
-    assert [source.name for source in hides if "daily.store(" not in source.text] == []
+    assert {source.name for source in hides} >= {
+        "catalog/storage/files.py",
+        "catalog/registry/adapters.py",
+        "catalog/maintenance/garbage_collection.py",
+    }
+    assert [source.name for source in hides if "ledger.store(" not in source.text] == []
 
 
 def _services() -> Iterator[SourceFile]:

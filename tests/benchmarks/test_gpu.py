@@ -14,8 +14,8 @@ from benchmarks.gpu.contenders import Clock, Lorry, Peft, adapted
 from benchmarks.gpu.load import Load
 from benchmarks.gpu.shapes import TOY, build
 from benchmarks.results import Result
-from lora_core.kernels import Kernels
-from lora_core.recompute import ActivationMemory
+from lora_core.kernels.selection import Kernels
+from lora_core.layers.activation_checkpointing import ActivationMemory
 
 # PEFT asks transformers by a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.ours import iter_events, job_config
+from benchmarks.contenders.engine import iter_events, job_config
 from benchmarks.step_profile import BY_FUNCTION, events_of, profile_of
-from lora_core.base_model import load_base
-from lora_core.engine import Engine
+from lora_core.base_model.model import load_base
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
 from tests import tiny_base

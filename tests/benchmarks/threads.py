@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders.__main__ import CONTENDERS
 from benchmarks.gate import Json
 from benchmarks.workload import SEED
 

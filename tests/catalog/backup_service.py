@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from catalog import adapters, claims
-from catalog.artifacts.objects import Objects
-from catalog.artifacts.store import GRACE_SECONDS, ArtifactStore
-from catalog.backup import make, open_place
-from catalog.backup.place import Record
-from catalog.db import Database
+from catalog.db.database import Database
+from catalog.maintenance.backup import make, open_place
+from catalog.maintenance.backup.location import Record
+from catalog.queue import claims
+from catalog.registry import adapters
 from catalog.settings import Settings
+from catalog.storage.object_storage import Objects
+from catalog.storage.store import GRACE_SECONDS, ArtifactStore
 from tests.catalog.world import World, manifest, sha
 
 

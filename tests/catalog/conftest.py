@@ -12,8 +12,8 @@ from hypothesis import settings
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from catalog.backup import dump
-from catalog.db import Database
+from catalog.db.database import Database
+from catalog.maintenance.backup import database_dump
 from catalog.settings import Settings
 from catalog.tables import Table
 from tests.catalog.backup_service import Service
@@ -85,7 +85,7 @@ def sender(world: World, tmp_path: Path) -> Sender:
 
 @pytest.fixture
 def service(world: World, tmp_path: Path) -> Service:
-    if not world.db.is_sqlite and dump.program("pg_dump") is None:
+    if not world.db.is_sqlite and database_dump.program("pg_dump") is None:
         pytest.skip(f"{NEEDS}pg_dump")
     return Service(world, tmp_path)
 

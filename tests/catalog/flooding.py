@@ -7,7 +7,7 @@ import threading
 
 from sqlalchemy import text
 
-from catalog.db import Database
+from catalog.db.database import Database
 
 THREADS = 4
 COUNTER = 2

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from catalog import jobs
+from catalog.jobs import commands
 from catalog.tables import WebhookDelivery, WebhookEndpoint
-from catalog.webhooks import deliveries, endpoints, sending
+from catalog.webhooks import delivery_log, delivery_queue, endpoints
+from catalog.webhooks.delivery_queue import Outcome, Outgoing
 from catalog.webhooks.event_types import EVENT_TYPES, EventType
-from catalog.webhooks.sending import Outcome, Outgoing
 from tests.catalog.world import PEPPER, World
 
 OK = Outcome(started_at=1.0, seconds=0.1, status_code=204, reply="")
@@ -33,15 +33,15 @@ class Hooks:
         return {**self.owner, "endpoint_id": self.row.id}
 
     def claim(self, in_flight: Sequence[Outgoing] = ()) -> list[Outgoing]:
-        return sending.claim(self.db, pepper=PEPPER, room=100, in_flight=in_flight)
+        return delivery_queue.claim(self.db, pepper=PEPPER, room=100, in_flight=in_flight)
 
     def end_job(self) -> str:
         job = self.world.submit()
-        jobs.cancel(self.db, **self.world.of(job.id))
+        commands.cancel(self.db, **self.world.of(job.id))
         return job.id
 
     def all(self, **asked: Any) -> list[WebhookDelivery]:
-        return deliveries.list_page(self.db, **self.ident, limit=100, **asked).items
+        return delivery_log.list_page(self.db, **self.ident, limit=100, **asked).items
 
     def endpoint(self) -> WebhookEndpoint:
         return endpoints.get(self.db, **self.ident)
@@ -53,5 +53,5 @@ class Hooks:
             self.world.clock.now = max(self.world.clock.now, *(row.next_try_at or 0.0 for row in self.all()))
             for claimed in self.claim():
                 tried.append(claimed.message_id)
-                sending.record(self.db, claimed, outcome)
+                delivery_queue.record(self.db, claimed, outcome)
         return tried

@@ -8,21 +8,19 @@ from typing import Any
 
 from sqlalchemy import insert, select
 
-from catalog import (
-    claims,
-    exports,
-    jobs,
-    part_uploads,
-    sharing,
-    workers,
-)
-from catalog.artifacts.store import Blob
-from catalog.claims import Claim
-from catalog.db import Database
+from catalog.db.database import Database
+from catalog.fleet import workers
+from catalog.history import tracker_exports
+from catalog.jobs import commands
+from catalog.queue import claims
+from catalog.queue.claims import Claim
+from catalog.registry import permissions
+from catalog.search.spec import SweepRequest
 from catalog.settings import Settings
 from catalog.states import EndReason
-from catalog.sweeps import controller, creation, reading
-from catalog.sweeps.spec import SweepRequest
+from catalog.storage import multipart_uploads
+from catalog.storage.store import Blob
+from catalog.sweeps import controller, creation, queries
 from catalog.tables import (
     Adapter,
     ApiKey,
@@ -52,7 +50,7 @@ from catalog.tables import (
     WebhookDelivery,
     WebhookTry,
 )
-from catalog.webhooks import deliveries, endpoints, sending
+from catalog.webhooks import delivery_log, delivery_queue, endpoints
 from catalog.webhooks.event_types import EVENT_TYPES
 from tests.catalog.plan_data import ready as ready_plan
 from tests.catalog.world import PEPPER, World, manifest, sha
@@ -112,7 +110,7 @@ def lived_in(world: World) -> dict[str, str]:
     )
     files = manifest("checkpoint", kind="checkpoint")
     claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=files, exported=exported)
-    (checkpoint,) = jobs.checkpoints_page(world.db, **world.of(claim.job.id)).items
+    (checkpoint,) = commands.checkpoints_page(world.db, **world.of(claim.job.id)).items
     hook = endpoints.create(
         world.db, **owner(world), name="a", url="https://a/", event_types=EVENT_TYPES, pepper=PEPPER
     )[0]
@@ -120,7 +118,7 @@ def lived_in(world: World) -> dict[str, str]:
     export(world)
     send(world, status_code=204)
     operator = replace(world.caller, is_operator=True)
-    sharing.grant(world.db, caller=operator, model=adapter.name, projects_named=["theirs"])
+    permissions.grant(world.db, caller=operator, model=adapter.name, projects_named=["theirs"])
     upload = add_parts(world)
     send(world, status_code=204)
     planned = ready_plan(world, validation_file=world.file())
@@ -157,7 +155,7 @@ def _search(world: World) -> None:
         claims.end(world.db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
     while controller.advance(world.db):
         pass
-    assert reading.get(world.db, project_id=world.caller.project_id, sweep_id=sweep_id).sweep.finished_at is not None
+    assert queries.get(world.db, project_id=world.caller.project_id, sweep_id=sweep_id).sweep.finished_at is not None
 
 
 def _sweep(world: World) -> tuple[str, list[Claim]]:
@@ -168,7 +166,7 @@ def _sweep(world: World) -> tuple[str, list[Claim]]:
     made = creation.create(world.db, caller=world.caller, request=request, body_digest="a sweep")
     world.prepare_all(num_steps=100)
     trials = [claim for claim in world.claim() if claim.job.sweep_id == made.id]
-    numbers = reading.trials_by_job(world.db, [claim.job.id for claim in trials])
+    numbers = queries.trials_by_job(world.db, [claim.job.id for claim in trials])
     trials.sort(key=lambda claim: numbers[claim.job.id].number)
     for claim in trials:
         claims.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": 1, "loss": 1.0}])
@@ -184,17 +182,19 @@ def owner(world: World) -> dict[str, Any]:
 
 
 def send(world: World, *, status_code: int) -> None:
-    for claimed in sending.claim(world.db, pepper=PEPPER, room=9, in_flight=[]):
-        sending.record(world.db, claimed, sending.Outcome(started_at=1.0, seconds=0.1, status_code=status_code))
+    for claimed in delivery_queue.claim(world.db, pepper=PEPPER, room=9, in_flight=[]):
+        delivery_queue.record(
+            world.db, claimed, delivery_queue.Outcome(started_at=1.0, seconds=0.1, status_code=status_code)
+        )
 
 
 def export(world: World) -> None:
-    for export in exports.claim(world.db, types=["tensorboard"], limit=9):
-        exports.record(world.db, export, exports.look(world.db, export), run_id="run")
+    for export in tracker_exports.claim(world.db, types=["tensorboard"], limit=9):
+        tracker_exports.record(world.db, export, tracker_exports.look(world.db, export), run_id="run")
 
 
 def _newest_delivery(world: World, hook: str) -> str:
-    return deliveries.list_page(world.db, **owner(world), endpoint_id=hook, limit=1).items[0].id
+    return delivery_log.list_page(world.db, **owner(world), endpoint_id=hook, limit=1).items[0].id
 
 
 def add_parts(world: World, upload_id: str | None = None) -> str:
@@ -202,10 +202,10 @@ def add_parts(world: World, upload_id: str | None = None) -> str:
     owner, settings = world.caller.project_id, Settings()
     if upload_id is None:
         told: dict[str, Any] = {"purpose": "user_data", "filename": "a", "lifetime_seconds": None}
-        begun = part_uploads.create(world.db, project_id=owner, num_bytes=9, **told, settings=settings)
+        begun = multipart_uploads.create(world.db, project_id=owner, num_bytes=9, **told, settings=settings)
         upload_id = begun.upload.id
     content = Blob(digest=sha(f"part at {world.clock.now}"), num_bytes=9)
-    part_uploads.record_part(world.db, project_id=owner, upload_id=upload_id, content=content, settings=settings)
+    multipart_uploads.record_part(world.db, project_id=owner, upload_id=upload_id, content=content, settings=settings)
     return upload_id
 
 

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from catalog import files, part_uploads
-from catalog.artifacts.store import ArtifactStore, Blob, open_store
-from catalog.part_uploads import UploadView
 from catalog.settings import Settings
+from catalog.storage import files, multipart_uploads
+from catalog.storage.multipart_uploads import UploadView
+from catalog.storage.store import ArtifactStore, Blob, open_store
 from catalog.tables import File
 from tests.catalog.world import World
 
@@ -37,7 +37,7 @@ class Sender:
     def begin(self, num_bytes: int = len(WHOLE), **given: Any) -> str:
         told: dict[str, Any] = {"purpose": "fine-tune", "filename": "a.jsonl", "lifetime_seconds": None, **given}
         settings = self.settings
-        view = part_uploads.create(
+        view = multipart_uploads.create(
             self.world.db, project_id=self.project_id, num_bytes=num_bytes, settings=settings, **told
         )
         assert view.status == "pending"
@@ -47,7 +47,7 @@ class Sender:
         spooled = self.folder / "part"
         spooled.write_bytes(content)
         sent = Blob(digest=hashlib.sha256(content).hexdigest(), num_bytes=len(content))
-        part = part_uploads.add_part(
+        part = multipart_uploads.add_part(
             self.world.db,
             self.store,
             project_id=self.project_id,
@@ -59,7 +59,7 @@ class Sender:
         return part.id
 
     def complete(self, upload_id: str, *part_ids: str, md5: str | None = None, again: bool = False) -> UploadView:
-        return part_uploads.complete(
+        return multipart_uploads.complete(
             self.world.db,
             self.store,
             project_id=self.project_id,
@@ -72,7 +72,7 @@ class Sender:
         )
 
     def cancel(self, upload_id: str, *, again: bool = False) -> UploadView:
-        return part_uploads.cancel(
+        return multipart_uploads.cancel(
             self.world.db, project_id=self.project_id, upload_id=upload_id, is_client_retry=again
         )
 

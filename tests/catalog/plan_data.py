@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from catalog import plan_claims, plans
+from catalog.plans import claims, plans
 from catalog.settings import Settings
 from catalog.tables import Plan
 from tests.catalog.world import World, manifest, request
@@ -54,7 +54,7 @@ def know(world: World, row: Plan, *, overlap: tuple[int, int] = (0, 100), **foun
             put(world, key, REPORT | found)
     if row.valid_prepared is not None:
         keys = {"train_key": row.train_prepared, "valid_key": row.valid_prepared}
-        plan_claims.record_overlap(world.db, **keys, num_rows=overlap[0], of_rows=overlap[1])
+        claims.record_overlap(world.db, **keys, num_rows=overlap[0], of_rows=overlap[1])
 
 
 def put(world: World, key: str, report: dict[str, Any], *, details: dict[str, Any] | None = DETAILS) -> None:

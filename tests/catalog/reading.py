@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import event
 
-from catalog.db import Database
+from catalog.db.database import Database
 
 STEPS_A_ROW = 5
 """Of SQLite's machine, at the least."""

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from catalog import claims
-from catalog.claims import Claim
-from catalog.records import Course
-from catalog.sweeps import controller, creation, reading
-from catalog.sweeps.spec import SweepRequest
+from catalog.lifecycle.recording import Course
+from catalog.queue import claims
+from catalog.queue.claims import Claim
+from catalog.search.spec import SweepRequest
+from catalog.sweeps import controller, creation, queries
 from catalog.tables import Sweep
 from tests.catalog.world import World, sha
 
@@ -55,12 +55,12 @@ def of(world: World, sweep_id: str) -> dict[str, Any]:
     return {"project_id": world.caller.project_id, "sweep_id": sweep_id}
 
 
-def view(world: World, sweep_id: str) -> reading.SweepView:
-    return reading.get(world.db, **of(world, sweep_id))
+def view(world: World, sweep_id: str) -> queries.SweepView:
+    return queries.get(world.db, **of(world, sweep_id))
 
 
-def board(world: World, sweep_id: str, **page: Any) -> list[reading.TrialView]:
-    return reading.leaderboard(world.db, **of(world, sweep_id), **page).items
+def board(world: World, sweep_id: str, **page: Any) -> list[queries.TrialView]:
+    return queries.leaderboard(world.db, **of(world, sweep_id), **page).items
 
 
 def train(world: World, num_steps: int = 10) -> dict[int, Claim]:
@@ -68,7 +68,7 @@ def train(world: World, num_steps: int = 10) -> dict[int, Claim]:
     world.worker()
     world.prepare_all(num_steps=num_steps)
     claimed = world.claim()
-    trials = reading.trials_by_job(world.db, [claim.job.id for claim in claimed])
+    trials = queries.trials_by_job(world.db, [claim.job.id for claim in claimed])
     return {trials[claim.job.id].number: claim for claim in claimed}
 
 

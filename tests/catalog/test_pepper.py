@@ -11,11 +11,12 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import select
 
-from catalog import keys, pepper
+from catalog import pepper
 from catalog.errors import Conflict, InvalidRequest, Unauthorized
 from catalog.pepper import Pepper
 from catalog.settings import Settings
 from catalog.tables import ApiKey
+from catalog.tenancy import authentication
 from catalog.webhooks import endpoints, signing
 from tests.catalog.hooks import Hooks
 from tests.catalog.world import PEPPER, World
@@ -119,37 +120,41 @@ def test_no_pepper_is_in_its_repr() -> None:
 
 def test_a_key_that_is_used_during_a_rotation_is_valid_after_it(world: World) -> None:
     (used, used_secret), (unused, unused_secret) = (
-        keys.create(world.db, project_id=world.caller.project_id, name=name, pepper=PEPPER) for name in ("a", "b")
+        authentication.create(world.db, project_id=world.caller.project_id, name=name, pepper=PEPPER)
+        for name in ("a", "b")
     )
 
-    during = keys.authenticate(world.db, secret=used_secret, pepper=ROTATING)
-    after = keys.authenticate(world.db, secret=used_secret, pepper=AFTER)
+    during = authentication.authenticate(world.db, secret=used_secret, pepper=ROTATING)
+    after = authentication.authenticate(world.db, secret=used_secret, pepper=AFTER)
 
     assert during.api_key_id == after.api_key_id == used.id
     with pytest.raises(Unauthorized):
-        keys.authenticate(world.db, secret=unused_secret, pepper=AFTER)
-    assert keys.authenticate(world.db, secret=unused_secret, pepper=ROTATING).api_key_id == unused.id
+        authentication.authenticate(world.db, secret=unused_secret, pepper=AFTER)
+    assert authentication.authenticate(world.db, secret=unused_secret, pepper=ROTATING).api_key_id == unused.id
     with pytest.raises(Unauthorized):
-        keys.authenticate(world.db, secret=used_secret, pepper=PEPPER)
+        authentication.authenticate(world.db, secret=used_secret, pepper=PEPPER)
 
 
 def test_a_key_that_is_made_during_a_rotation_is_made_with_the_new_pepper(world: World) -> None:
-    key, secret = keys.create(world.db, project_id=world.caller.project_id, name="a", pepper=ROTATING)
+    key, secret = authentication.create(world.db, project_id=world.caller.project_id, name="a", pepper=ROTATING)
 
-    assert keys.authenticate(world.db, secret=secret, pepper=AFTER).api_key_id == key.id
+    assert authentication.authenticate(world.db, secret=secret, pepper=AFTER).api_key_id == key.id
 
 
 def test_links_and_browser_sessions_outlive_a_rotation(world: World) -> None:
-    links = [keys.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER) for _ in range(2)]
-    browser = keys.exchange_sign_in(world.db, token=links[0], pepper=PEPPER)
+    links = [
+        authentication.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER)
+        for _ in range(2)
+    ]
+    browser = authentication.exchange_sign_in(world.db, token=links[0], pepper=PEPPER)
 
-    opened = keys.exchange_sign_in(world.db, token=links[1], pepper=ROTATING)
+    opened = authentication.exchange_sign_in(world.db, token=links[1], pepper=ROTATING)
 
-    assert keys.authenticate_browser(world.db, secret=browser, pepper=ROTATING).is_browser
-    assert keys.authenticate_browser(world.db, secret=opened, pepper=AFTER).is_browser
-    keys.end_browser(world.db, secret=browser, pepper=ROTATING)
+    assert authentication.authenticate_browser(world.db, secret=browser, pepper=ROTATING).is_browser
+    assert authentication.authenticate_browser(world.db, secret=opened, pepper=AFTER).is_browser
+    authentication.end_browser(world.db, secret=browser, pepper=ROTATING)
     with pytest.raises(Unauthorized):
-        keys.authenticate_browser(world.db, secret=browser, pepper=ROTATING)
+        authentication.authenticate_browser(world.db, secret=browser, pepper=ROTATING)
 
 
 def test_webhook_secrets_stay_valid_during_a_rotation_until_their_owner_rotates_them(world: World) -> None:

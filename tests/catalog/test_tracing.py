@@ -67,7 +67,7 @@ def test_where_the_package_is_missing_the_service_goes_on_and_says_how_to_get_it
 
 def test_neither_its_sdk_nor_an_exporter_is_imported_while_it_is_off() -> None:
     """(FastAPI itself imports its API, where that is installed.)"""
-    code = "import sys, api.app, worker.supervise; from catalog import tracing; tracing.start('api')\n"
+    code = "import sys, api.app, worker.supervisor; from catalog import tracing; tracing.start('api')\n"
     code += "with tracing.span('a', parent=None): pass\n"
     code += "sys.exit(any(name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter')) for name in sys.modules))"
 

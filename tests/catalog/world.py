@@ -8,18 +8,22 @@ from typing import cast as cast_to
 
 from sqlalchemy import String, Table, cast, insert, literal, select, true
 
-from catalog import bases, claims, jobs, keys, organizations, prepared, projects
-from catalog.artifacts.manifest import Manifest, ManifestFile
-from catalog.artifacts.store import Blob
-from catalog.claims import Claim
-from catalog.db import Database, read_clock
+from catalog.db.database import Database, read_clock
 from catalog.errors import Unauthorized
-from catalog.keys import Caller
+from catalog.jobs import commands
 from catalog.pepper import Pepper
-from catalog.scheduling.picture import Room
-from catalog.spec import JobRequest
+from catalog.queue import claims
+from catalog.queue.claims import Claim
+from catalog.registry import base_models
+from catalog.scheduling.snapshot import Room
+from catalog.spec.job import JobRequest
 from catalog.states import PriorityClass
+from catalog.storage import token_cache
+from catalog.storage.manifest import Manifest, ManifestFile
+from catalog.storage.store import Blob
 from catalog.tables import ApiKey, File, Job, Prepared, Project, new_id
+from catalog.tenancy import authentication, organizations, projects
+from catalog.tenancy.authentication import Caller
 
 PEPPER = Pepper(current=b"p" * 32)
 LEASE = 60.0
@@ -66,20 +70,22 @@ class World:
 
     def base(self, name: str = "smol", **description: Any) -> str:
         """A base model that is ready."""
-        bases.add(self.db, name=name, kind="folder", source=f"/models/{name}", revision=None)
+        base_models.add(self.db, name=name, kind="folder", source=f"/models/{name}", revision=None)
         self.finish_import(name, digest=sha(name), description={**DESCRIPTION, **description})
         return name
 
     def finish_import(self, name: str, *, digest: str, description: dict[str, Any]) -> None:
         """By whoever imports the base that has the name now."""
         added_at, manifest = self.added_at(name), {"files": []}
-        bases.finish_import(self.db, name, digest=digest, manifest=manifest, description=description, added_at=added_at)
+        base_models.finish_import(
+            self.db, name, digest=digest, manifest=manifest, description=description, added_at=added_at
+        )
 
     def fail_import(self, name: str, error: dict[str, Any]) -> None:
-        bases.fail_import(self.db, name, error=error, added_at=self.added_at(name))
+        base_models.fail_import(self.db, name, error=error, added_at=self.added_at(name))
 
     def added_at(self, name: str) -> float:
-        return bases.get(self.db, name).created_at
+        return base_models.get(self.db, name).created_at
 
     def file(
         self,
@@ -111,7 +117,7 @@ class World:
 
     def send(self, body: JobRequest, *, caller: Caller | None = None, **given: Any) -> Job:
         given = {"body_digest": sha(body.model_dump_json()), **given}
-        return jobs.create(self.db, caller=caller or self.caller, request=body, **given)
+        return commands.create(self.db, caller=caller or self.caller, request=body, **given)
 
     def worker(
         self,
@@ -136,14 +142,14 @@ class World:
                 unprepared.training_file.digest,
                 unprepared.job.project_id,
             )
-            if prepared.get(self.db, key) is None:
+            if token_cache.get(self.db, key) is None:
                 self.put_tokens(key, file_digest=digest, artifact=tokens, report={"rows": 1}, project_id=project_id)
             found = {"num_steps": num_steps, "longest_example": longest_example}
             claims.prepared(self.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, **found)
 
     def put_tokens(self, key: str, *, project_id: str | None = None, **given: Any) -> Prepared:
         """A token cache of our project, or of the one that is given."""
-        return prepared.put(self.db, key, project_id=project_id or self.caller.project_id, **given)
+        return token_cache.put(self.db, key, project_id=project_id or self.caller.project_id, **given)
 
     def queued(self, **fields: Any) -> Job:
         job = self.submit(**fields)
@@ -203,15 +209,15 @@ class World:
         return {"project_id": self.caller.project_id, "job_id": job_id}
 
     def job(self, job_id: str) -> Job:
-        return jobs.get(self.db, **self.of(job_id))
+        return commands.get(self.db, **self.of(job_id))
 
     def _key_of(self, project_id: str) -> Caller:
-        key, secret = keys.create(self.db, project_id=project_id, name="key", pepper=PEPPER)
+        key, secret = authentication.create(self.db, project_id=project_id, name="key", pepper=PEPPER)
         allow_urgent(self.db, key)
-        return keys.authenticate(self.db, secret=secret, pepper=PEPPER)
+        return authentication.authenticate(self.db, secret=secret, pepper=PEPPER)
 
     def transitions(self, job_id: str) -> list[tuple[str | None, str]]:
-        events = jobs.events_since(self.db, **self.of(job_id), seq=0)
+        events = commands.events_since(self.db, **self.of(job_id), seq=0)
         return [(event.data["from"], event.data["to"]) for event in events if event.type == "transition" and event.data]
 
 
@@ -242,7 +248,7 @@ def sha(text: str) -> str:
 def opens(world: World, secret: str) -> bool:
     """Whether a key with this secret is let in."""
     try:
-        keys.authenticate(world.db, secret=secret, pepper=PEPPER)
+        authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
     except Unauthorized:
         return False
     return True

@@ -11,19 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from catalog import bases, claims, files, jobs, keys, lineage, prepared, projects, result_files
-from catalog.artifacts.manifest import Manifest, files_digest
-from catalog.artifacts.store import ArtifactStore, Blob, open_store
-from catalog.db import Database
-from catalog.lineage import AttemptRecord, DataSource
-from catalog.packing import pack_key
+from catalog.db.database import Database
+from catalog.history import result_files
+from catalog.jobs import commands
 from catalog.pepper import Pepper
 from catalog.pepper import load as load_pepper
-from catalog.scheduling.picture import Room
+from catalog.queue import claims
+from catalog.registry import base_models, lineage
+from catalog.registry.lineage import AttemptRecord, DataSource
+from catalog.resources.pack_key import pack_key
+from catalog.scheduling.snapshot import Room
 from catalog.settings import Settings
-from catalog.spec import JobRequest
+from catalog.spec.job import JobRequest
 from catalog.states import EndReason
+from catalog.storage import files, token_cache
+from catalog.storage.manifest import Manifest, files_digest
+from catalog.storage.store import ArtifactStore, Blob, open_store
 from catalog.tables import Attempt, File, Job, Project
+from catalog.tenancy import authentication, projects
 from tests.catalog.world import allow_urgent
 
 LEASE_SECONDS = 3600.0
@@ -53,7 +58,7 @@ class Seeded:
     store: ArtifactStore
     settings: Settings
     pepper: Pepper
-    caller: keys.Caller
+    caller: authentication.Caller
     api_key: str
     training: File
     validation: File
@@ -67,7 +72,9 @@ def start(data_dir: Path) -> Seeded:
     store = open_store(settings)
     pepper = load_pepper(settings, db)
     project = projects.ensure(db)
-    key, api_key = keys.create(db, project_id=project.id, name="first operator key", pepper=pepper, is_operator=True)
+    key, api_key = authentication.create(
+        db, project_id=project.id, name="first operator key", pepper=pepper, is_operator=True
+    )
     allow_urgent(db, key)
     _import_base(db)
     register(db, {"kind": "cpu", "name": "2 cores", "memory_bytes": 16 * 2**30}, bytes_of_each=16 * 2**30)
@@ -76,7 +83,7 @@ def start(data_dir: Path) -> Seeded:
         store=store,
         settings=settings,
         pepper=pepper,
-        caller=keys.authenticate(db, secret=api_key, pepper=pepper),
+        caller=authentication.authenticate(db, secret=api_key, pepper=pepper),
         api_key=api_key,
         training=upload(db, store, settings, project, "signatures-train.jsonl", NUM_STEPS * 4 // 3),
         validation=upload(db, store, settings, project, "signatures-held-out.jsonl", 96),
@@ -126,7 +133,7 @@ def submit(seeded: Seeded, suffix: str | None, **fields: Any) -> Job:
     }
     request = JobRequest.model_validate({**given, **fields})
     digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
-    return jobs.create(seeded.db, caller=seeded.caller, request=request, body_digest=digest)
+    return commands.create(seeded.db, caller=seeded.caller, request=request, body_digest=digest)
 
 
 def prepare(seeded: Seeded, *, num_steps: int = NUM_STEPS) -> None:
@@ -141,7 +148,7 @@ def prepare(seeded: Seeded, *, num_steps: int = NUM_STEPS) -> None:
 
 def beat(seeded: Seeded, *, trainer_id: str = TRAINER) -> None:
     """The worker lives, and holds the base."""
-    base = bases.get(seeded.db, BASE)
+    base = base_models.get(seeded.db, BASE)
     report = {"tokens_per_second": 487.0}
     claims.worker_beat(seeded.db, WORKER, resident_base=base.digest, trainer_id=trainer_id, report=report)
 
@@ -149,7 +156,7 @@ def beat(seeded: Seeded, *, trainer_id: str = TRAINER) -> None:
 def claim(seeded: Seeded, *, trainer_id: str = TRAINER, max_jobs: int = 16) -> dict[str, str]:
     """Let the waiting jobs into one trainer; claim ids by job id."""
     beat(seeded, trainer_id=trainer_id)
-    base = bases.get(seeded.db, BASE)
+    base = base_models.get(seeded.db, BASE)
     assert base.digest is not None
     key = pack_key(base.digest, "bfloat16")
     room = Room(max_jobs=max_jobs, memory_bytes_free=12 * 2**30, resident_key=key)
@@ -253,31 +260,31 @@ DIVERGED = {
 
 def _stop_two(seeded: Seeded) -> None:
     cancelled, paused = submit(seeded, "wrong-file"), submit(seeded, "reviews-long")
-    jobs.cancel(seeded.db, project_id=seeded.caller.project_id, job_id=cancelled.id)
+    commands.cancel(seeded.db, project_id=seeded.caller.project_id, job_id=cancelled.id)
     prepare(seeded)
     held = claim(seeded, trainer_id="trainer-2c90ab77f3")
     train(seeded, held[paused.id], until=90, seed=9)
-    jobs.pause(seeded.db, project_id=seeded.caller.project_id, job_id=paused.id)
+    commands.pause(seeded.db, project_id=seeded.caller.project_id, job_id=paused.id)
     claims.end(seeded.db, held[paused.id], reason=EndReason.PAUSED_BY_USER, detail="paused at step 90")
 
 
 def _import_base(db: Database) -> None:
-    added_at = bases.add(db, name=BASE, kind="gguf", source="/models/smollm2-135m-instruct.gguf").created_at
-    bases.claim_import(db, lease_seconds=LEASE_SECONDS)
+    added_at = base_models.add(db, name=BASE, kind="gguf", source="/models/smollm2-135m-instruct.gguf").created_at
+    base_models.claim_import(db, lease_seconds=LEASE_SECONDS)
     manifest = {"files": [{"path": "model.safetensors", "digest": "5e" * 32, "num_bytes": 269_060_552}]}
     told = {"manifest": manifest, "description": DESCRIPTION, "added_at": added_at}
-    bases.finish_import(db, BASE, digest=files_digest(manifest), **told)
+    base_models.finish_import(db, BASE, digest=files_digest(manifest), **told)
 
 
 def _put_report(db: Database, file: File) -> str:
-    key = prepared.key(file.project_id, file.digest, "ab" * 32, 4096)
+    key = token_cache.key(file.project_id, file.digest, "ab" * 32, 4096)
     of_file: dict[str, Any] = {"project_id": file.project_id, "file_digest": file.digest}
-    prepared.put(db, key, **of_file, artifact=None, report=_report(file))
+    token_cache.put(db, key, **of_file, artifact=None, report=_report(file))
     return key
 
 
 def _report(file: File) -> dict[str, Any]:
-    """As worker.prepare writes it."""
+    """As worker.children.tokenizer.main writes it."""
     rows = file.num_rows or 0
     return {
         "format": 1,
@@ -340,13 +347,13 @@ def _record(
     """The lineage of the adapter that this claim has made."""
     project_id = seeded.caller.project_id
     job = next(
-        job for job in jobs.list_page(seeded.db, project_id=project_id, limit=50).items if job.claim_id == claim_id
+        job for job in commands.list_page(seeded.db, project_id=project_id, limit=50).items if job.claim_id == claim_id
     )
-    attempts = jobs.attempts(seeded.db, project_id=project_id, job_id=job.id)
-    beside = jobs.packmates(seeded.db, project_id=project_id, job_id=job.id)
+    attempts = commands.attempts(seeded.db, project_id=project_id, job_id=job.id)
+    beside = commands.packmates(seeded.db, project_id=project_id, job_id=job.id)
     return lineage.build(
         job=job,
-        base=bases.get(seeded.db, BASE),
+        base=base_models.get(seeded.db, BASE),
         adapter=artifact,
         num_parameters=NUM_PARAMETERS,
         data=[
@@ -370,7 +377,7 @@ def _record(
 def another_project(seeded: Seeded) -> Seeded:
     """The same service as seen by a project beside, which has one file of its own."""
     project = projects.ensure(seeded.db, "others")
-    _, secret = keys.create(seeded.db, project_id=project.id, name="theirs", pepper=seeded.pepper)
-    caller = keys.authenticate(seeded.db, secret=secret, pepper=seeded.pepper)
+    _, secret = authentication.create(seeded.db, project_id=project.id, name="theirs", pepper=seeded.pepper)
+    caller = authentication.authenticate(seeded.db, secret=secret, pepper=seeded.pepper)
     training = upload(seeded.db, seeded.store, seeded.settings, project, "theirs.jsonl", 40)
     return replace(seeded, caller=caller, training=training, validation=training)

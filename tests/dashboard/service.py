@@ -15,8 +15,9 @@ from pathlib import Path
 
 import httpx
 
-from catalog import jobs, keys, projects
+from catalog.jobs import commands
 from catalog.tables import Job
+from catalog.tenancy import authentication, projects
 from tests.dashboard.seed import Seeded
 
 START_SECONDS = 60
@@ -47,23 +48,25 @@ class Service:
 
     def sign_in_link(self) -> str:
         caller = self.seeded.caller
-        token = keys.create_sign_in_link(self.seeded.db, api_key_id=caller.api_key_id, pepper=self.seeded.pepper)
+        token = authentication.create_sign_in_link(
+            self.seeded.db, api_key_id=caller.api_key_id, pepper=self.seeded.pepper
+        )
         return f"{self.url}/dashboard/#/sign-in/{token}"
 
     def link_of_another_project(self, name: str) -> str:
         """What anybody with a key can send to somebody else."""
         project = projects.ensure(self.seeded.db, name)
-        key, _ = keys.create(self.seeded.db, project_id=project.id, name="lure", pepper=self.seeded.pepper)
-        token = keys.create_sign_in_link(self.seeded.db, api_key_id=key.id, pepper=self.seeded.pepper)
+        key, _ = authentication.create(self.seeded.db, project_id=project.id, name="lure", pepper=self.seeded.pepper)
+        token = authentication.create_sign_in_link(self.seeded.db, api_key_id=key.id, pepper=self.seeded.pepper)
         return f"{self.url}/dashboard/#/sign-in/{token}"
 
     def browser_secret(self) -> str:
         """What a signed-in browser holds in its cookie."""
         token = self.sign_in_link().partition("#/sign-in/")[2]
-        return keys.exchange_sign_in(self.seeded.db, token=token, pepper=self.seeded.pepper)
+        return authentication.exchange_sign_in(self.seeded.db, token=token, pepper=self.seeded.pepper)
 
     def job(self, suffix: str) -> Job:
-        known = jobs.list_page(self.seeded.db, project_id=self.seeded.caller.project_id, limit=50).items
+        known = commands.list_page(self.seeded.db, project_id=self.seeded.caller.project_id, limit=50).items
         return next(job for job in known if job.suffix == suffix)
 
     def address(self, place: str) -> str:

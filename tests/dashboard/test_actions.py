@@ -7,7 +7,7 @@ from pathlib import Path
 
 from playwright.sync_api import expect
 
-from catalog import jobs
+from catalog.jobs import commands
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -43,7 +43,7 @@ def test_a_running_job_shows_that_its_cancellation_was_asked_for(fresh: Service,
 
     visitor.page.get_by_text("cancelling").wait_for()
     expect(visitor.page.get_by_role("button", name="Cancel")).to_be_disabled()
-    assert jobs.get(fresh.seeded.db, project_id=fresh.seeded.caller.project_id, job_id=job.id).cancel_requested
+    assert commands.get(fresh.seeded.db, project_id=fresh.seeded.caller.project_id, job_id=job.id).cancel_requested
 
 
 def test_an_adapter_is_downloaded_as_one_archive(filled: Service, visit: Visit, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_lineage_record_can_be_read_and_taken_as_it_is(filled: Service, visit:
 
 
 def _state(service: Service, job_id: str) -> str:
-    return jobs.get(service.seeded.db, project_id=service.seeded.caller.project_id, job_id=job_id).state
+    return commands.get(service.seeded.db, project_id=service.seeded.caller.project_id, job_id=job_id).state
 
 
 def _damage(service: Service) -> None:

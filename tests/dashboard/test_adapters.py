@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from catalog import files
+from catalog.storage import files
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from catalog import bases, files
+from catalog.registry import base_models
+from catalog.storage import files
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -41,7 +42,7 @@ def test_what_was_found_is_told_after_the_base_that_counted_it_was_deleted(fresh
     job = seed.submit(fresh.seeded, "done")
     seed.prepare(fresh.seeded)
     seed.succeed(fresh.seeded, seed.claim(fresh.seeded)[job.id])
-    bases.delete(fresh.seeded.db, seed.BASE)
+    base_models.delete(fresh.seeded.db, seed.BASE)
     visitor = visit(fresh)
 
     visitor.open("#/files")

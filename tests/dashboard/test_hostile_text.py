@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from catalog import claims, projects
+from catalog.queue import claims
+from catalog.tenancy import projects
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service

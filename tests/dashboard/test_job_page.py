@@ -7,7 +7,7 @@ import re
 from playwright.sync_api import expect
 from sqlalchemy import select
 
-from catalog import claims
+from catalog.queue import claims
 from catalog.tables import Attempt, Job
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit

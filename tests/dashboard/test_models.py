@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 
-from catalog import bases, keys
+from catalog.registry import base_models
+from catalog.tenancy import authentication
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -18,7 +19,7 @@ FAILED = {
 
 
 def test_a_base_tells_its_state_size_digest_and_what_was_made_of_it(filled: Service, visit: Visit) -> None:
-    digest = bases.get(filled.seeded.db, seed.BASE).digest or ""
+    digest = base_models.get(filled.seeded.db, seed.BASE).digest or ""
     visitor = visit(filled)
 
     visitor.open("#/models")
@@ -54,8 +55,8 @@ def test_the_end_of_an_import_appears_by_itself(fresh: Service, visit: Visit) ->
     row.get_by_text("importing").wait_for()
     visitor.page.wait_for_load_state("networkidle")
 
-    added_at = bases.get(fresh.seeded.db, "llama-1b").created_at
-    bases.fail_import(fresh.seeded.db, "llama-1b", error=FAILED, added_at=added_at)
+    added_at = base_models.get(fresh.seeded.db, "llama-1b").created_at
+    base_models.fail_import(fresh.seeded.db, "llama-1b", error=FAILED, added_at=added_at)
 
     row.get_by_text("import failed").wait_for()
 
@@ -71,14 +72,14 @@ def test_a_base_is_deleted_with_the_keyboard_only_after_the_question_was_answere
     visitor.page.get_by_role("dialog", name="Delete llama-1b?").wait_for()
     visitor.assert_accessible()
     visitor.page.keyboard.press("Escape")
-    assert [base.name for base in bases.list_all(fresh.seeded.db)] == ["llama-1b", seed.BASE]
+    assert [base.name for base in base_models.list_all(fresh.seeded.db)] == ["llama-1b", seed.BASE]
     expect(button).to_be_focused()
     visitor.page.keyboard.press("Enter")
     visitor.page.get_by_role("button", name="Delete the model").click()
 
     expect(visitor.page.get_by_role("row").filter(has_text="llama-1b")).to_have_count(0)
     expect(visitor.page.locator("[aria-live]").filter(has_text="Deleted llama-1b")).to_have_count(1)
-    assert [base.name for base in bases.list_all(fresh.seeded.db)] == [seed.BASE]
+    assert [base.name for base in base_models.list_all(fresh.seeded.db)] == [seed.BASE]
 
 
 def test_a_base_that_a_job_needs_is_kept_and_the_page_says_why(fresh: Service, visit: Visit) -> None:
@@ -92,7 +93,7 @@ def test_a_base_that_a_job_needs_is_kept_and_the_page_says_why(fresh: Service, v
     alert = visitor.page.get_by_role("alert")
     expect(alert).to_contain_text(f"used by the job {job.id}")
     expect(alert).to_contain_text("Wait until every job on it ends")
-    assert [base.name for base in bases.list_all(fresh.seeded.db)] == [seed.BASE]
+    assert [base.name for base in base_models.list_all(fresh.seeded.db)] == [seed.BASE]
 
 
 def test_an_operator_sees_that_another_project_uses_a_base(fresh: Service, visit: Visit) -> None:
@@ -111,7 +112,9 @@ def test_an_operator_sees_that_another_project_uses_a_base(fresh: Service, visit
 def test_only_operators_are_offered_to_delete_a_base(fresh: Service, visit: Visit) -> None:
     seeded = fresh.seeded
     project_id = seeded.caller.project_id
-    _, secret = keys.create(seeded.db, project_id=project_id, name="plain", pepper=seeded.pepper, is_operator=False)
+    _, secret = authentication.create(
+        seeded.db, project_id=project_id, name="plain", pepper=seeded.pepper, is_operator=False
+    )
     visitor = visit(fresh, signed_in=False)
     visitor.open("#/models")
     visitor.page.get_by_label("API key").fill(secret)
@@ -123,7 +126,7 @@ def test_only_operators_are_offered_to_delete_a_base(fresh: Service, visit: Visi
 
 
 def test_without_a_base_the_page_names_the_command_that_adds_one(fresh: Service, visit: Visit) -> None:
-    bases.delete(fresh.seeded.db, seed.BASE)
+    base_models.delete(fresh.seeded.db, seed.BASE)
     visitor = visit(fresh)
 
     visitor.open("#/models")
@@ -135,7 +138,7 @@ def test_without_a_base_the_page_names_the_command_that_adds_one(fresh: Service,
 def _add(service: Service, name: str, *, error: dict[str, str] | None = None) -> None:
     """A base that is being imported, or whose import has failed."""
     db = service.seeded.db
-    added_at = bases.add(db, name=name, kind="hub", source="meta-llama/Llama-3.2-1B-Instruct").created_at
-    bases.claim_import(db, lease_seconds=seed.LEASE_SECONDS)
+    added_at = base_models.add(db, name=name, kind="hub", source="meta-llama/Llama-3.2-1B-Instruct").created_at
+    base_models.claim_import(db, lease_seconds=seed.LEASE_SECONDS)
     if error is not None:
-        bases.fail_import(db, name, error=error, added_at=added_at)
+        base_models.fail_import(db, name, error=error, added_at=added_at)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from playwright.sync_api import Locator, expect
 
-from catalog import bases, claims
+from catalog.queue import claims
+from catalog.registry import base_models
 from catalog.tables import Job
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
@@ -92,7 +93,7 @@ def test_a_job_that_has_ended_is_on_no_devices(filled: Service, visit: Visit) ->
 def test_a_worker_of_several_devices_tells_how_it_holds_bases(fresh: Service, visit: Visit) -> None:
     seed.register(fresh.seeded.db, seed.gpus(4, bytes_of_each=EACH), bytes_of_each=EACH)
     report = {"room": {"max_jobs": 3, "memory_bytes_free": 10**8, "holding": "offloaded"}}
-    digest = bases.get(fresh.seeded.db, seed.BASE).digest
+    digest = base_models.get(fresh.seeded.db, seed.BASE).digest
     claims.worker_beat(fresh.seeded.db, seed.WORKER, resident_base=digest, trainer_id=seed.TRAINER, report=report)
     visitor = visit(fresh)
 

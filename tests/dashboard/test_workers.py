@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from catalog import cordons
+from catalog.fleet import cordons
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests import tiny_base
-from worker.chat_template import ChatTemplate
+from worker.children.tokenizer.chat_template import ChatTemplate
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from catalog.spec import JobRequest
+from catalog.spec.job import JobRequest
 from tests.lorry.scripted_server import Reply, Script, serving
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining
 
-from lora_core.base_model import BaseModel, load_base
+from lora_core.base_model.model import BaseModel, load_base
 from lora_core.config import ObjectiveConfig
-from lora_core.data import TokenDataset
+from lora_core.data.token_dataset import TokenDataset
 from tests.lora_core.scenarios import VOCAB, Submission, config, dataset
 from tests.lora_core.test_families import COMMON
 

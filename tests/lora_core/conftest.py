@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lora_core.base_import import import_base
-from lora_core.base_model import BaseModel, load_base
-from lora_core.lanes import Lanes
-from lora_core.probe import Invariance, measure_invariance
+from lora_core.base_model.model import BaseModel, load_base
+from lora_core.engine.cpu_lanes import Lanes
+from lora_core.engine.invariance_probe import Invariance, measure_invariance
+from lora_core.model_files.import_base import import_base
 from tests.lora_core.exports import trained
 from tests.lora_core.scenarios import VOCAB
 
@@ -25,7 +25,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second engine that a test makes on a base takes over what the first has found of it: the probe of a tiny base
-    costs more than many a job. test_probe.py turns this off."""
+    costs more than many a job. tests/lora_core/engine/test_invariance_probe.py turns this off."""
     known: list[tuple[BaseModel, Invariance]] = []
 
     def measure(base: BaseModel, lanes: Lanes) -> Invariance:
@@ -35,7 +35,7 @@ def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         known.append((base, measure_invariance(base, lanes)))
         return known[-1][1]
 
-    monkeypatch.setattr("lora_core.engine.measure_invariance", measure)
+    monkeypatch.setattr("lora_core.engine.engine.measure_invariance", measure)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from lora_core.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
-from lora_core.data import TokenDataset
+from lora_core.data.token_dataset import TokenDataset
 from tests.lora_core.scenarios import Submission, dataset, rated
 
 NUM_PLANNED = 6

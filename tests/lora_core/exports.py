@@ -1,7 +1,7 @@
 """A small job that was trained to its end, to export; and what of a base a visitor may not change."""
 
-from lora_core.base_model import BaseModel
-from lora_core.engine import Engine
+from lora_core.base_model.model import BaseModel
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from tests.lora_core.scenarios import Submission, admit, config, dataset
 

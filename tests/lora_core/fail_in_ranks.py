@@ -18,22 +18,26 @@ from typing import Any, cast
 
 import torch
 
-from lora_core import distributed, generate, packed_pass, passes, verify
-from lora_core import job as job_module
-from lora_core.base_model import BaseModel, load_base
-from lora_core.between_parts import silent
-from lora_core.distributed import ALONE, Ranks
-from lora_core.engine import Engine
+from lora_core.base_model.model import BaseModel, load_base
+from lora_core.base_model.sharding import Strategy
+from lora_core.distributed import ranks as distributed
+from lora_core.distributed.failure_broadcast import told_to_all
+from lora_core.distributed.ranks import ALONE, Ranks
+from lora_core.engine import job as job_module
+from lora_core.engine import tick as passes
+from lora_core.engine.engine import Engine
+from lora_core.engine.tick import TickPlan
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import OutOfMemory, RanksDiffer
 from lora_core.events import JobDiverged
-from lora_core.first_failure import told_to_all
-from lora_core.generate import Prompts
-from lora_core.pack import Pack
-from lora_core.passes import TickPlan
-from lora_core.sharding import Strategy
+from lora_core.forward import generation as generate
+from lora_core.forward import language_model
+from lora_core.forward.generation import Prompts
+from lora_core.forward.progress_hooks import silent
+from lora_core.packing.packed_batch import Pack
+from lora_core.peft_format import verify
 from tests.lora_core.scenarios import Submission, admit, config, dataset, state_bytes
-from worker.train_outputs import exported
+from worker.children.trainer.outputs import exported
 
 STEPS = 4
 JOBS = {
@@ -198,8 +202,8 @@ def end(base: BaseModel, ranks: Ranks, way: str) -> str:
     of answers to prompts."""
     short = torch.OutOfMemoryError("simulated")
     failures = {
-        "error": (packed_pass, "loss_by_head", 3, ValueError("the number 7\nagain")),
-        "memory at the start": (packed_pass, "loss_by_head", 3, short),
+        "error": (language_model, "loss_by_head", 3, ValueError("the number 7\nagain")),
+        "memory at the start": (language_model, "loss_by_head", 3, short),
         "memory in a tick": (passes, "run_training", 2, short),
         "memory in verification": (verify, "_last_logits", 2, short),
         "memory in answers": (generate, "hidden_states", 2, short),

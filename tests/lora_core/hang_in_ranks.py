@@ -4,12 +4,13 @@ that could end it; the second fails."""
 import os
 import threading
 
-from lora_core import distributed, first_failure
-from lora_core.first_failure import told_to_all
+from lora_core.distributed import failure_broadcast
+from lora_core.distributed import ranks as distributed
+from lora_core.distributed.failure_broadcast import told_to_all
 
 
 def main() -> None:
-    first_failure.LOOK_SECONDS, first_failure.GRACE_SECONDS = 0.05, 0.5
+    failure_broadcast.LOOK_SECONDS, failure_broadcast.GRACE_SECONDS = 0.05, 0.5
     ranks = distributed.join("cpu", silence_seconds=300)
     with told_to_all(ranks):
         if ranks.leads:

@@ -17,7 +17,7 @@ IMPORTS = textwrap.dedent("""
     import json
     import sys
     from pathlib import Path
-    from lora_core.base_import import import_base
+    from lora_core.model_files.import_base import import_base
     from lora_core.errors import LoraCoreError
     for line in sys.stdin:
         folder, names = json.loads(line)

@@ -7,11 +7,11 @@ from typing import Any
 import peft
 import torch
 
-from lora_core.base_model import BaseModel
+from lora_core.base_model.model import BaseModel
 from lora_core.config import JobConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
-from lora_core.engine import Engine
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.parent import lora_config_of
+from lora_core.peft_format.load_parent import lora_config_of
 from tests.lora_core.scenarios import Submission, admit, config, dataset
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from lora_core.base_model import BaseModel
+from lora_core.base_model.model import BaseModel
 from lora_core.config import (
     EarlyStoppingConfig,
     JobConfig,
@@ -17,9 +17,9 @@ from lora_core.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
-from lora_core.data import TokenDataset
-from lora_core.distributed import ALONE, Ranks
-from lora_core.engine import Engine
+from lora_core.data.token_dataset import TokenDataset
+from lora_core.distributed.ranks import ALONE, Ranks
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobFinished
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lora_core.base_model import BaseModel, load_base
-from lora_core.engine import Engine
+from lora_core.base_model.model import BaseModel, load_base
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import OutOfMemory
 from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, state_bytes

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_core.base_model import load_base
-from lora_core.engine import Engine
+from lora_core.base_model.model import load_base
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import UnsupportedModel
-from lora_core.verify import verify_export
+from lora_core.peft_format.verify import verify_export
 from tests.lora_core.scenarios import (
     VOCAB,
     Submission,
@@ -142,7 +142,7 @@ def test_a_model_that_reads_more_than_text_is_refused_for_that_and_before_it_is_
 ):
     options, said = TOWERS[family]
     AutoConfig.for_model(family, **options).save_pretrained(tmp_path)
-    monkeypatch.setattr("lora_core.base_model.build_model", None)
+    monkeypatch.setattr("lora_core.base_model.model.build_model", None)
 
     with pytest.raises(UnsupportedModel, match=re.escape(said)) as caught:
         load_base(tmp_path, dtype="float32", device="cpu", task=task)

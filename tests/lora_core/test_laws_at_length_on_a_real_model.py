@@ -7,13 +7,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
 
-from lora_core import lanes
-from lora_core.base_model import BaseModel, load_base
+from lora_core.base_model.model import BaseModel, load_base
 from lora_core.config import JobConfig, LoraConfig, ScheduleConfig
-from lora_core.engine import Engine
+from lora_core.engine import cpu_lanes
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobDiverged
 from tests.lora_core.drawn_jobs import drawn_job
+from tests.lora_core.engine.test_engine_state_machine import BOUNDED, FEW_KINDS, SoloRuns, Trainers, engine_configs
+from tests.lora_core.engine.test_ruined_methods import at_an_absurd_rate, spoil
+from tests.lora_core.peft_format.test_peft_parity import assert_equal_to_peft
 from tests.lora_core.scenarios import (
     Submission,
     admit,
@@ -25,9 +28,6 @@ from tests.lora_core.scenarios import (
     state_bytes,
     text_dataset,
 )
-from tests.lora_core.test_engine_state_machine import BOUNDED, FEW_KINDS, SoloRuns, Trainers, engine_configs
-from tests.lora_core.test_peft_parity import assert_equal_to_peft
-from tests.lora_core.test_ruined_methods import at_an_absurd_rate, spoil
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 
@@ -73,7 +73,7 @@ def test_fifty_steps_of_each_method_equal_those_of_peft_on_a_real_model(real_bas
 
 @pytest.mark.parametrize("ruin", ["nan", "absurd rate", "infinite scale"])
 def test_a_ruined_job_leaves_its_packmates_as_they_were_on_a_real_model(base, alone, monkeypatch, ruin):
-    monkeypatch.setattr(lanes, "MIN_LANE_TOKENS", 16)
+    monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 16)
     bad = replace(MATES["evaluated"], valid=None)  # it diverges in training, beside the others
     if ruin == "absurd rate":
         bad = at_an_absurd_rate(bad)
@@ -133,7 +133,7 @@ def affordable_job(family: str, number: int) -> Submission:
 
 
 def test_drawn_courses_give_the_bytes_of_solo_runs_on_a_real_model(real_base_dir, monkeypatch):
-    monkeypatch.setattr(lanes, "MIN_LANE_TOKENS", 16)
+    monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 16)
     base = load_base(real_base_dir, dtype="bfloat16", device="cpu")
 
     class OnARealModel(Trainers):

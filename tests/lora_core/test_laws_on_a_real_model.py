@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.base_model import BaseModel, load_base
+from lora_core.base_model.model import BaseModel, load_base
 from lora_core.config import ObjectiveConfig, OptimizerConfig
-from lora_core.engine import Engine
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event
 from tests.lora_core.scenarios import (

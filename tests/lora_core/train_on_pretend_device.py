@@ -15,16 +15,17 @@ from typing import Any, cast
 import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from lora_core import fused, varlen
-from lora_core.attach import Attachment
-from lora_core.base_model import load_base
-from lora_core.engine import Engine
+from lora_core.base_model.model import load_base
+from lora_core.base_model.patching import Attachment
+from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobFinished, JobStepped
-from lora_core.generate import Prompts
-from lora_core.kernels import Kernels
-from lora_core.strip_attention import STRIP_NUMBERS
-from lora_core.verify import verify_export
+from lora_core.forward.generation import Prompts
+from lora_core.kernels.selection import Kernels
+from lora_core.layers import compiled_elementwise
+from lora_core.layers.attention import flash
+from lora_core.layers.attention.tiled_cpu import STRIP_NUMBERS
+from lora_core.peft_format.verify import verify_export
 from tests.lora_core.classifiers import classification_jobs
 from tests.lora_core.pretend_device import DEVICE, KIND, pretending
 from tests.lora_core.scenarios import Submission, admit, submissions
@@ -37,9 +38,9 @@ QUESTION = Prompts(prompts=((3, 4, 5, 6, 7), (9, 10)), max_tokens=3)
 def main(folder: Path, family: str, dtype: str, task: str) -> None:
     torch.set_num_threads(1)
     stand_in = StandIn()
-    varlen.kernel = lambda: stand_in
+    flash.kernel = lambda: stand_in
     STRIP_NUMBERS[KIND] = STRIP_NUMBERS["cuda"]
-    fused.compiled = cast(Any, lambda function: function)
+    compiled_elementwise.compiled = cast(Any, lambda function: function)
     jobs = submissions(family) if task == "causal-lm" else classification_jobs(with_types=family == "bert")
     whole = set_checkpoint_early_stop(False)  # by an exception, which the device's guard in Python can't be passed by
     with pretending(), whole, TemporaryDirectory() as scratch:

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Mapping
 from typing import Any
 
-from lorry import canonical_json
+from lorry.verification import canonical_json
 from tests.lorry.scripted_server import Reply, Script
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 20_000, "sub/extra.txt": b""}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from lorry import service_identity
+from lorry.transport import service_identity
 
 
 @dataclass(kw_only=True)

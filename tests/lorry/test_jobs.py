@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from lorry import Job, Lorry, WaitTimeout
-from lorry.cli.job_sheet import status
+from lorry.cli.render.job_view import status
 from lorry.errors import ConnectionFailed, LorryError, NotFound, ServerFailed
-from lorry.models import JobUpdate
-from lorry.resources import live
+from lorry.models.jobs import JobUpdate
+from lorry.resources import follow as live
 from tests.lorry.scripted_server import Reply, Script
 
 JOBS = "/v1/fine_tuning/jobs"

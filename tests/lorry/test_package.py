@@ -11,9 +11,9 @@ import lorry
 
 FRESH = """
 import sys, lorry
-assert not {"lorry.errors", "lorry.models", "httpx"} & sys.modules.keys(), "loaded unasked"
+assert not {"lorry.errors", "lorry.models.jobs", "httpx"} & sys.modules.keys(), "loaded unasked"
 assert lorry.errors.NotFound is lorry.NotFound
-assert lorry.retries.RetryPolicy
+assert lorry.transport.retries.RetryPolicy
 assert vars(lorry)["NotFound"] is lorry.NotFound, "looked up again each time"
 """
 

@@ -9,8 +9,8 @@ import pytest
 
 from lorry import Conflict, InvalidRequest, Lorry, NotFound
 from tests import tiny_base
+from tests.lorry.cli.commands.test_up import up
 from tests.lorry.commands import Commands
-from tests.lorry.test_up import up
 from tests.services.running import free_port
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("service_database")]

@@ -12,8 +12,8 @@ import pytest
 from lorry import Lorry
 from lorry.optuna import optimize
 from tests import tiny_base
+from tests.lorry.cli.commands.test_up import up
 from tests.lorry.commands import Commands
-from tests.lorry.test_up import up
 from tests.services.running import free_port
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.services.programs import Missing
-from worker import cgroup
+from worker.node import cgroup
 
 GONE_SECONDS = 30.0
 

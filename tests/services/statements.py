@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.util import LRUCache
 
-from catalog import db
+from catalog.db import database
 from tests.services import roles
 
 KEPT = 2000
@@ -22,7 +22,7 @@ def share() -> None:
     for dialect in (SQLiteDialect_pysqlite, PGDialect_psycopg):
         dialect.__eq__ = _is_alike
         dialect.__hash__ = _kind
-    compiled, make = LRUCache(KEPT), db._engine
+    compiled, make = LRUCache(KEPT), database._engine
 
     def engine(url: str) -> Engine:
         made = make(url)
@@ -30,7 +30,7 @@ def share() -> None:
         roles.assume(made)
         return made
 
-    db._engine = engine
+    database._engine = engine
 
 
 def _is_alike(self: object, other: object) -> bool:

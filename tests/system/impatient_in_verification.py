@@ -7,15 +7,16 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from catalog.settings import Settings
-from worker import loop, node
-from worker.context import WorkerContext, open_worker
+from worker.context.context import WorkerContext, open_worker
+from worker.entrypoints import loop
+from worker.node import devices
 
 VERIFYING_SECONDS = 5.0
 OTHERWISE_SECONDS = 3600.0
 
 
 @contextmanager
-def impatient(settings: Settings, *, device: node.Device) -> Generator[WorkerContext]:
+def impatient(settings: Settings, *, device: devices.Device) -> Generator[WorkerContext]:
     with open_worker(settings, device=device) as context:
         context.verifying_seconds, context.progress_seconds = VERIFYING_SECONDS, OTHERWISE_SECONDS
         yield context

@@ -28,7 +28,7 @@ from sqlalchemy import make_url
 from api.__main__ import _parser as api_parser
 from api.settings import ApiSettings
 from catalog import logs
-from catalog.db import Database
+from catalog.db.database import Database
 from catalog.settings import Settings
 from catalog.tables.privileges import API_ROLE, WORKER_ROLE
 from tests.services.postgres import as_role
@@ -253,7 +253,11 @@ def test_commands_name_modules_that_exist() -> None:
     named = {name: modules(name) for name in SERVICES}
 
     assert named["api"] == named["bootstrap"] == named["backup"] == {"api"}
-    assert named["worker-cpu"] == named["worker-gpu"] == {"worker.celery_app", "worker.alive"}
+    assert (
+        named["worker-cpu"]
+        == named["worker-gpu"]
+        == {"worker.entrypoints.celery_app", "worker.entrypoints.healthcheck"}
+    )
     for module in set().union(*named.values()):
         assert find_spec(module) is not None, module
 

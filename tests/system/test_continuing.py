@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from catalog import jobs
-from catalog.lineage import verify as verify_record
+from catalog.jobs import commands
+from catalog.registry.lineage import verify as verify_record
 from catalog.states import JobState
 from tests.worker_site import worker_site
 
@@ -26,11 +26,11 @@ def test_a_child_begins_where_its_parent_ended_and_a_pause_changes_no_byte(tmp_p
 
         site.start_worker(FAILPOINT=f"step_3:wait={site.gate('pause')}")
         site.wait_for_step(3, child, twin)
-        jobs.pause(site.db, project_id=site.caller.project_id, job_id=twin)
+        commands.pause(site.db, project_id=site.caller.project_id, job_id=twin)
         site.wait_for_message("pause")
         site.gate("pause").touch()
         site.wait_until(lambda: site.job(twin).state == JobState.PAUSED)
-        jobs.resume(site.db, project_id=site.caller.project_id, job_id=twin)
+        commands.resume(site.db, project_id=site.caller.project_id, job_id=twin)
         site.wait_for_end(child, twin)
 
         assert [site.job(job_id).state for job_id in (child, twin)] == [JobState.SUCCEEDED] * 2, site.log()
@@ -43,11 +43,11 @@ def test_a_child_begins_where_its_parent_ended_and_a_pause_changes_no_byte(tmp_p
         assert adapter.evaluation["loss"] < adapter.evaluation["parent_loss"]
         assert adapter.lineage["graph"] == {"parents": [parent.lineage_id]}
         assert adapter.lineage["config"]["resolved"]["lora"]["rank"] == 8
-        (paused_at,) = jobs.checkpoints_page(site.db, project_id=site.caller.project_id, job_id=twin).items
+        (paused_at,) = commands.checkpoints_page(site.db, project_id=site.caller.project_id, job_id=twin).items
         third = site.submit(rows, **{**fields, "max_steps": 1}, model=paused_at.name)
         site.wait_for_end(third)
         assert site.job(third).state == JobState.SUCCEEDED, site.log()
-        points = jobs.metrics(site.db, project_id=site.caller.project_id, job_id=twin, kind="valid")
+        points = commands.metrics(site.db, project_id=site.caller.project_id, job_id=twin, kind="valid")
         (loss_then,) = [point.loss for point in points if point.step == paused_at.step]
         evaluation = site.adapter(third).evaluation
         assert evaluation is not None

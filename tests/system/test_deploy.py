@@ -25,8 +25,8 @@ from api.settings import ApiSettings
 from catalog import logs
 from catalog.settings import Settings
 from lorry.cli.main import app as lorry_app
-from worker.celery_app import QUEUE
-from worker.context import WorkerContext
+from worker.context.context import WorkerContext
+from worker.entrypoints.celery_app import QUEUE
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -72,7 +72,7 @@ def is_worker(argv: list[str]) -> bool:
 def check_command(argv: list[str]) -> None:
     """It is one that the code takes."""
     if argv[0].endswith("celery"):
-        assert argv[1] == "--app=worker.celery_app"
+        assert argv[1] == "--app=worker.entrypoints.celery_app"
         assert argv[2] == "worker"
     elif argv[0].endswith("/lorry"):
         assert lorry_parsed(argv[1:])
@@ -81,7 +81,7 @@ def check_command(argv: list[str]) -> None:
         assert api_parser().parse_args(argv[3:]).run
     if is_worker(argv):
         told = {f"--queues={QUEUE}", "--concurrency=1", "--without-gossip", "--without-mingle"}
-        assert told <= set(argv), "what worker/celery_app.py asks for"
+        assert told <= set(argv), "what worker/entrypoints/celery_app.py asks for"
 
 
 def lorry_parsed(words: Sequence[str]) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def test_a_pod_of_a_worker_has_one_gpu_and_time_to_drain() -> None:
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert {"name": "LORRY_DEVICE", "value": "0"} in container["env"]
     assert pod["terminationGracePeriodSeconds"] == TIME_TO_LEAVE
-    assert container["livenessProbe"]["exec"]["command"] == ["python", "-m", "worker.alive"]
+    assert container["livenessProbe"]["exec"]["command"] == ["python", "-m", "worker.entrypoints.healthcheck"]
     seconds = container["livenessProbe"]["periodSeconds"] * container["livenessProbe"]["failureThreshold"]
     assert seconds >= 600, "an outage of the database must not start the fleet anew"
 

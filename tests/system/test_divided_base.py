@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from catalog import explanation
+from catalog.jobs import explanation
 from catalog.states import EndReason, JobState
 from tests.system.test_killed_worker import small_job
 from tests.worker_site import worker_site

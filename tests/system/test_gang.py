@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
-from catalog import gang_waits
-from catalog.db import read_clock
-from catalog.explanation import explain
+from catalog.db.database import read_clock
+from catalog.fleet import gang_views
+from catalog.jobs.explanation import explain
 from catalog.states import EndReason, JobState
 from catalog.tables import Trainer
 from tests import tiny_base
@@ -54,7 +54,7 @@ class Nodes:
 
     def start(self, node: Node, **environment: str) -> subprocess.Popen[bytes]:
         own = {"LORRY_DATA_DIR": str(self.site.folder / node.name), "LORRY_ADVERTISE_ADDRESS": node.address}
-        argv = node.argv([sys.executable, "-m", "worker.loop", "--device", "cpu"])
+        argv = node.argv([sys.executable, "-m", "worker.entrypoints.loop", "--device", "cpu"])
         return self.site.start(argv, **self._shared, **own, **environment)
 
     def workers_of(self, job_id: str) -> list[str]:
@@ -84,7 +84,7 @@ def make_nodes(tmp_path: Path, net: Network, new_postgres_url: str) -> Iterator[
 def live_seats(site: WorkerSite) -> list[str]:
     """Workers of the gang that live."""
     with site.db.read() as session:
-        found = gang_waits.all_of(session, now=read_clock(session), silent_seconds=LEASE_SECONDS)
+        found = gang_views.all_of(session, now=read_clock(session), silent_seconds=LEASE_SECONDS)
         return [worker for gang in found for worker in gang.workers]
 
 

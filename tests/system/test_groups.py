@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from catalog import cordons, workers
+from catalog.fleet import cordons, workers
 from catalog.tables import Worker
 from tests.worker_site import WAIT_SECONDS, WorkerSite, bare_site
 

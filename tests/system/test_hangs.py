@@ -17,7 +17,7 @@ from tests.worker_site import PEPPER, WorkerSite, worker_site
 
 pytestmark = pytest.mark.timeout(1800)
 IMPATIENT_IN_VERIFICATION = [sys.executable, "-m", "tests.system.impatient_in_verification"]
-IMPATIENT = [sys.executable, "-m", "tests.faults.impatient_worker"]
+IMPATIENT = [sys.executable, "-m", "qa.chaos.impatient_worker"]
 SECRET = "failpoints.py"
 """A secret of the worker's that happens to be in every stack."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from catalog import jobs
+from catalog.jobs import commands
 from catalog.states import EndReason, JobState
 from tests.worker_site import WAIT_SECONDS, WorkerSite, is_gone_in_time, worker_site
 
@@ -101,7 +101,7 @@ def test_resumed_equals_uninterrupted_when_the_trainer_is_killed_amid_joins_and_
     site.wait_for_step(12, packed["stays"], cancelled)  # from here on the trainer reads no message until it may go on
     packed["joins"] = site.submit(files["joins"], **kinds["joins"])
     site.wait_until(lambda: site.job(cancelled).state == JobState.RUNNING)  # else it ends at once, and nobody is told
-    jobs.cancel(site.db, project_id=site.caller.project_id, job_id=cancelled)
+    commands.cancel(site.db, project_id=site.caller.project_id, job_id=cancelled)
     site.wait_for_message("admit")
     site.wait_for_message("cancel")
     site.gate("join").touch()

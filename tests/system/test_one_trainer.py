@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from catalog import jobs, records
-from catalog.db import Database
+from catalog.db.database import Database
+from catalog.jobs import commands
+from catalog.lifecycle import recording
 from catalog.states import JobState
 from catalog.tables import Artifact, Json
 from tests.worker_site import worker_site
@@ -35,7 +36,7 @@ def test_jobs_that_come_together_and_one_that_comes_later_train_in_one_trainer_a
         assert len({site.job(job_id).trainer_id for job_id in packed}) == 1
         for job_id in packed:
             project_id = site.caller.project_id
-            (mates,) = jobs.packmates(site.db, project_id=project_id, job_id=job_id).values()
+            (mates,) = commands.packmates(site.db, project_id=project_id, job_id=job_id).values()
             assert set(mates) == {other for other in packed if other != job_id}
             evaluation = site.adapter(job_id).evaluation
             assert evaluation is not None
@@ -76,17 +77,17 @@ def test_a_paused_job_leaves_the_trainer_and_resumes_from_where_it_was(tmp_path:
         job_id = site.submit(site.upload(40), checkpoint_every_steps=1000, max_steps=20)
         site.start_worker(FAILPOINT=f"step_10:wait={site.gate('pause')}")
         site.wait_for_step(10, job_id)
-        jobs.pause(site.db, project_id=project_id, job_id=job_id)
+        commands.pause(site.db, project_id=project_id, job_id=job_id)
         site.wait_for_message("pause")
 
         site.gate("pause").touch()
 
         site.wait_until(lambda: site.job(job_id).state == JobState.PAUSED)
-        jobs.resume(site.db, project_id=project_id, job_id=job_id)
+        commands.resume(site.db, project_id=project_id, job_id=job_id)
         site.wait_for_end(job_id)
         assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
         assert site.attempts(job_id)[1].resumed_from_step == 10
-        assert len(jobs.metrics(site.db, project_id=project_id, job_id=job_id, kind="train")) == 20
+        assert len(commands.metrics(site.db, project_id=project_id, job_id=job_id, kind="train")) == 20
 
 
 def test_a_preempted_job_makes_room_at_a_tick_and_ends_with_the_bytes_of_one_that_was_left_alone(
@@ -156,7 +157,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) 
 def _resumable(db: Database, job_id: str) -> list[list[Json]]:
     """The files of each checkpoint that has its files, newest first."""
     with db.read() as session:
-        return [session.get_one(Artifact, row.artifact).files for row in records.resumable(session, job_id)]
+        return [session.get_one(Artifact, row.artifact).files for row in recording.resumable(session, job_id)]
 
 
 def test_a_job_answers_its_prompts_at_each_evaluation_and_trains_to_the_same_bytes(tmp_path: Path) -> None:

@@ -14,11 +14,14 @@ from typing import Any
 import openai
 import pytest
 
-from catalog import bases, claims, prepared, result_files
-from catalog.artifacts.store import ArtifactStore, open_store
-from catalog.db import Database
-from catalog.scheduling.picture import Room
+from catalog.db.database import Database
+from catalog.history import result_files
+from catalog.queue import claims
+from catalog.registry import base_models
+from catalog.scheduling.snapshot import Room
 from catalog.settings import Settings
+from catalog.storage import token_cache
+from catalog.storage.store import ArtifactStore, open_store
 from tests.catalog.world import DESCRIPTION, manifest, sha
 from tests.system.api_process import Service, api_process
 
@@ -44,9 +47,9 @@ def database(data_dir: Path, module_database: None) -> Iterator[Database]:
 @pytest.fixture(scope="module")
 def service(data_dir: Path, database: Database) -> Iterator[Service]:
     with api_process(data_dir) as service:
-        added_at = bases.add(database, name="smol", kind="folder", source="/models/smol").created_at
+        added_at = base_models.add(database, name="smol", kind="folder", source="/models/smol").created_at
         told = {"manifest": {"files": []}, "description": DESCRIPTION, "added_at": added_at}
-        bases.finish_import(database, "smol", digest=sha("smol"), **told)
+        base_models.finish_import(database, "smol", digest=sha("smol"), **told)
         yield service
 
 
@@ -66,7 +69,7 @@ def prepare(db: Database) -> None:
         file_digest = unprepared.training_file.digest
         key, project_id = unprepared.files.train_key, unprepared.job.project_id
         tokens = manifest("tokens", kind="tokens")
-        prepared.put(db, key, project_id=project_id, file_digest=file_digest, artifact=tokens, report={"rows": 20})
+        token_cache.put(db, key, project_id=project_id, file_digest=file_digest, artifact=tokens, report={"rows": 20})
         claims.prepared(db, claim_id=unprepared.claim_id, train_key=key, valid_key=key, num_steps=2)
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import redis
 
-from catalog import workers
+from catalog.fleet import workers
 from tests.worker_site import WAIT_SECONDS, WorkerSite, bare_site
 
 pytestmark = pytest.mark.timeout(600)
@@ -39,7 +39,7 @@ from worker import celery_app
 celery_app.supervise = hang
 celery_app.app.worker_main("worker -c 1 -Q lorry -l info --without-gossip --without-mingle".split())
 """
-RING = "from worker.celery_app import app; app.send_task('lorry.work')"
+RING = "from worker.entrypoints.celery_app import app; app.send_task('lorry.work')"
 
 
 def start(site: WorkerSite, program: str) -> subprocess.Popen[bytes]:

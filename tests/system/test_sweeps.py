@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from catalog import adapters
+from catalog.registry import adapters
+from catalog.search.spec import SweepRequest
 from catalog.states import EndReason, JobState
-from catalog.sweeps import creation, reading
-from catalog.sweeps.spec import SweepRequest
+from catalog.sweeps import creation, queries
 from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
@@ -38,9 +38,9 @@ def test_trials_train_in_one_pack_and_bad_ones_are_stopped_at_rungs(tmp_path: Pa
         site.start([sys.executable, "-m", "api", "serve", "--port", "0"], LORRY_PEPPER=PEPPER)
         site.start_worker()
 
-        site.wait_until(lambda: reading.get(site.db, **mine).sweep.finished_at is not None)
-        view = reading.get(site.db, **mine)
-        board = reading.leaderboard(site.db, **mine).items
+        site.wait_until(lambda: queries.get(site.db, **mine).sweep.finished_at is not None)
+        view = queries.get(site.db, **mine)
+        board = queries.leaderboard(site.db, **mine).items
         assert view.sweep.state == "succeeded", site.log()
         assert len({each.job.trainer_id for each in board}) == 1
         pruned = [each for each in board if each.job.reason == EndReason.PRUNED]

@@ -19,7 +19,7 @@ import pytest
 import redis
 
 from lorry import Lorry
-from lorry.models import FINAL_STATUSES, Attempt
+from lorry.models.jobs import FINAL_STATUSES, Attempt
 from tests import tiny_base
 from tests.services.postgres import as_role, role_of
 from tests.services.redis import redis_server
@@ -28,7 +28,7 @@ from tests.worker_site import ROOT, wait_until
 
 TEST_SECONDS = 900
 pytestmark = [pytest.mark.timeout(TEST_SECONDS), pytest.mark.slow]
-CELERY = [sys.executable, "-m", "celery", "--app=worker.celery_app"]
+CELERY = [sys.executable, "-m", "celery", "--app=worker.entrypoints.celery_app"]
 WORKER = ["worker", "--queues=lorry", "--concurrency=1", "--without-gossip", "--without-mingle", "--loglevel=INFO"]
 NUM_JOBS, NUM_EPOCHS = 12, 20
 """Of fifteen steps each: so many that no machine is through with them before its workers are hit."""

@@ -17,15 +17,17 @@ from starlette.testclient import TestClient
 
 from api.app import create_app
 from api.settings import ApiSettings
-from catalog import claims, keys, tracing
-from catalog.claims import Claim
+from catalog import tracing
+from catalog.queue import claims
+from catalog.queue.claims import Claim
 from catalog.states import EndReason
 from catalog.tables import Job
+from catalog.tenancy import authentication
 from tests.api.site import PEPPER
 from tests.worker.pack_site import PASSED, PackSite, say, step, tell
-from worker import preparation
-from worker.held import End
-from worker.trainer_directory import InboxReader
+from worker.background import tokenization
+from worker.protocol.mailbox import InboxReader
+from worker.session.session_job import End
 
 CLIENTS = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 SECRET_WORDS = "the words of a row"
@@ -56,7 +58,7 @@ def client(site: PackSite) -> Iterator[TestClient]:
     )
     app = create_app(settings, ApiSettings())
     project_id = site.world.caller.project_id
-    _, secret = keys.create(site.db, project_id=project_id, name="k", pepper=app.state.services.pepper)
+    _, secret = authentication.create(site.db, project_id=project_id, name="k", pepper=app.state.services.pepper)
     with closing(app.state.services.db):
         yield TestClient(app, base_url="http://127.0.0.1", headers={"authorization": f"Bearer {secret}"})
 
@@ -75,11 +77,11 @@ def prepare(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     def both_files(*_: Any, **__: Any) -> Any:
         report = {"usable_rows": 1, "longest_example": 9}
         of_project: dict[str, Any] = {"project_id": site.world.caller.project_id, "file_digest": "0" * 64}
-        row = preparation.prepared.put(site.db, "tokens", **of_project, artifact=manifest, report=report)
+        row = tokenization.token_cache.put(site.db, "tokens", **of_project, artifact=manifest, report=report)
         return row, None
 
-    monkeypatch.setattr(preparation, "both_files", both_files)
-    assert preparation.prepare_next(site.context)
+    monkeypatch.setattr(tokenization, "both_files", both_files)
+    assert tokenization.prepare_next(site.context)
 
 
 def ended(name: str, began_at: float, ended_at: float) -> dict[str, Any]:

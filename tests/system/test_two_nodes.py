@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from catalog import bases
+from catalog.registry import base_models
 from catalog.states import JobState
 from tests.worker_site import BASE, worker_site
 
@@ -28,5 +28,7 @@ def test_a_node_without_the_base_imports_the_same_bytes_and_trains_the_same_adap
 
         assert site.job(elsewhere).state == JobState.SUCCEEDED, site.log()
         assert site.job(elsewhere).worker_id != site.job(here).worker_id
-        assert [folder.name for folder in (tmp_path / "other" / "bases").iterdir()] == [bases.get(site.db, BASE).digest]
+        assert [folder.name for folder in (tmp_path / "other" / "bases").iterdir()] == [
+            base_models.get(site.db, BASE).digest
+        ]
         assert site.weights_digest(elsewhere) == site.weights_digest(here)

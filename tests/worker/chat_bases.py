@@ -9,9 +9,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from catalog.data_spec import DataSpec
-from lora_core.data import TokenDataset
-from worker.prepare import DatasetReport, prepare
+from catalog.spec.data import DataSpec
+from lora_core.data.token_dataset import TokenDataset
+from worker.children.tokenizer.main import DatasetReport, prepare
 
 Messages = list[dict[str, Any]]
 Row = Messages | dict[str, Any]

@@ -11,8 +11,10 @@ import pytest
 from tests.worker.chat_bases import Base, train_tokenizer
 from tests.worker.pack_site import PackSite
 from tests.worker.scripted_trainer import FakeTrainer, Script
-from worker import bases, node, supervise
-from worker.trainer_directory import TrainerDirectory
+from worker import supervisor
+from worker.background import base_models
+from worker.node import devices
+from worker.protocol.mailbox import TrainerDirectory
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], l
 
     def launch(
         directory: TrainerDirectory,
-        _device: node.Device,
+        _device: devices.Device,
         *,
         silence_seconds: float,
         bases_dir: Path,
@@ -56,11 +58,11 @@ def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], l
 
     def run(script: Script) -> list[FakeTrainer]:
         scripts.append(script)
-        supervise.supervise(site.context)
+        supervisor.supervise(site.context)
         return trainers
 
     scripts: list[Script] = []
-    monkeypatch.setattr(supervise, "launch", launch)
-    monkeypatch.setattr(bases, "ensure", lambda *_, **__: Path("/nowhere"))
-    monkeypatch.setattr(node, "free_bytes", lambda _: 10**12)
+    monkeypatch.setattr(supervisor, "launch", launch)
+    monkeypatch.setattr(base_models, "ensure", lambda *_, **__: Path("/nowhere"))
+    monkeypatch.setattr(devices, "free_bytes", lambda _: 10**12)
     return run

@@ -5,23 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from catalog import claims, prepared
-from catalog.artifacts.store import open_store
-from catalog.claims import Claim, Orders
-from catalog.db import Database
-from catalog.doorbell import FileDoorbell
+from catalog.db.database import Database
 from catalog.errors import Unavailable
-from catalog.jobs import attempts
-from catalog.scheduling.picture import Room
+from catalog.jobs.commands import attempts
+from catalog.queue import claims
+from catalog.queue.claims import Claim, Orders
+from catalog.queue.notifier import FileDoorbell
+from catalog.scheduling.snapshot import Room
 from catalog.settings import Settings
 from catalog.states import EndReason
+from catalog.storage import token_cache
+from catalog.storage.store import open_store
 from catalog.tables import Checkpoint, Job
 from tests.catalog.world import DESCRIPTION, WIDE, Clock, World
-from worker import node
-from worker.context import WorkerContext
-from worker.pack import Pack
-from worker.pulse import Pulse
-from worker.trainer_directory import EventReader, EventWriter, InboxReader, TrainerDirectory
+from worker.context.context import WorkerContext
+from worker.context.heartbeat import Pulse
+from worker.node import devices
+from worker.protocol.mailbox import EventReader, EventWriter, InboxReader, TrainerDirectory
+from worker.session.trainer_session import Pack
 
 READY = {
     "type": "ready",
@@ -50,7 +51,7 @@ class PackSite:
             db=self.db,
             store=self.store,
             worker_id="w1",
-            device=node.cpu(),
+            device=devices.cpu(),
             pulse=pulse,
             bell=FileDoorbell(self.settings.bell_path()),
         )
@@ -71,7 +72,7 @@ class PackSite:
         manifest = self.store.put_folder(self.tokens, kind="tokens")
         digest = "0" * 64
         of_project: dict[str, Any] = {"project_id": job.project_id, "file_digest": digest}
-        prepared.put(self.db, job.train_prepared, **of_project, artifact=manifest, report={"usable_rows": 1})
+        token_cache.put(self.db, job.train_prepared, **of_project, artifact=manifest, report={"usable_rows": 1})
         return job
 
     def claim_all(self, trainer_id: str = "trainer-1", room: Room = WIDE) -> list[Claim]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
-from catalog import jobs
+from catalog.jobs import commands
 from tests.worker.pack_site import READY, PackSite
-from worker.trainer_directory import EventWriter, InboxReader, Message, TrainerDirectory
+from worker.protocol.mailbox import EventWriter, InboxReader, Message, TrainerDirectory
 
 Script = Callable[["FakeTrainer"], Generator[None]]
 
@@ -85,7 +85,7 @@ def loads_for_ever(trainer: FakeTrainer) -> Generator[None]:
 
 
 def reasons(site: PackSite, job_id: str) -> list[str | None]:
-    return [attempt.reason for attempt in jobs.attempts(site.db, **site.world.of(job_id))]
+    return [attempt.reason for attempt in commands.attempts(site.db, **site.world.of(job_id))]
 
 
 def raising(error: Exception) -> Callable[..., Any]:

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from catalog import claims, workers
-from catalog.artifacts.store import ArtifactStore
-from catalog.claims import Orders
 from catalog.errors import OutOfSpace
+from catalog.fleet import workers
+from catalog.queue import claims
+from catalog.queue.claims import Orders
 from catalog.states import EndReason
+from catalog.storage.store import ArtifactStore
 from catalog.tables import Attempt, Job
 from tests.worker.pack_site import OUTAGE, READY, PackSite, asked
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, raising, reasons
-from worker import bases, supervise
-from worker.trainer_directory import InboxWriter, Message, TrainerDirectory
+from worker import supervisor
+from worker.background import base_models
+from worker.protocol.mailbox import InboxWriter, Message, TrainerDirectory
 
 Run = Callable[[Script], list[FakeTrainer]]
 READ_ONLY = OSError(errno.EROFS, "Read-only file system")
@@ -53,7 +55,7 @@ def test_claims_that_were_given_up_while_the_base_was_brought_are_not_trained_on
         give_up(site)
         return Path("/nowhere")
 
-    monkeypatch.setattr(bases, "ensure", ensure)
+    monkeypatch.setattr(base_models, "ensure", ensure)
 
     run(trains(trained))
 
@@ -222,7 +224,7 @@ def test_a_folder_that_can_not_be_read_for_a_lease_after_its_trainer_ended_is_th
 ) -> None:
     job = site.queued()
     site.context.settings = site.settings.model_copy(update={"lease_seconds": 0.1})
-    monkeypatch.setattr(supervise, "OUTAGE_SECONDS", 0.01)
+    monkeypatch.setattr(supervisor, "OUTAGE_SECONDS", 0.01)
 
     def script(trainer: FakeTrainer) -> Generator[None]:
         trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from catalog import claims
-from catalog.spec import JobRequest, resolve
+from catalog.queue import claims
+from catalog.spec.job import JobRequest, resolve
 from tests import tiny_base
 from tests.worker.pack_site import PackSite, said, tell
-from worker.token_file import TokenFile
-from worker.train_entry import Trainer
-from worker.trainer_directory import InboxReader, InboxWriter, TrainerDirectory
+from worker.children.tokenizer.token_file import TokenFile
+from worker.children.trainer.main import Trainer
+from worker.protocol.mailbox import InboxReader, InboxWriter, TrainerDirectory
 
 CLAIM = "claim-1"
 PROMPTS = {"prompts": ["What colour is the lorry?"], "max_tokens": 3}

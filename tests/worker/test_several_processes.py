@@ -13,15 +13,15 @@ import numpy as np
 import psutil
 import pytest
 
-from catalog.spec import JobRequest, resolve
+from catalog.spec.job import JobRequest, resolve
 from catalog.states import EndReason
 from tests import tiny_base
 from tests.worker_site import WAIT_SECONDS
-from worker import node
-from worker.exits import classify_exit
-from worker.launch import TrainerProcess, launch
-from worker.token_file import TokenFile
-from worker.trainer_directory import EventReader, InboxWriter, Json, TrainerDirectory
+from worker.children.tokenizer.token_file import TokenFile
+from worker.node import devices
+from worker.process.exits import classify_exit
+from worker.process.launcher import TrainerProcess, launch
+from worker.protocol.mailbox import EventReader, InboxWriter, Json, TrainerDirectory
 
 pytestmark = pytest.mark.timeout(600)
 TIMED = ("seconds", "pid")
@@ -56,7 +56,7 @@ class Launched:
         self.said: list[Json] = []
         self.process: TrainerProcess = launch(
             self.directory,
-            node.cpu(),
+            devices.cpu(),
             silence_seconds=WAIT_SECONDS,
             bases_dir=base_dir,
             num_processes=num_processes,

@@ -10,7 +10,15 @@ import pytest
 HEAVY = ("torch", "transformers", "lora_core", "peft", "accelerate")
 
 
-@pytest.mark.parametrize("module", ["worker.supervise", "worker.loop", "worker.tasks", "worker.celery_app"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "worker.supervisor",
+        "worker.entrypoints.loop",
+        "worker.entrypoints.celery_tasks",
+        "worker.entrypoints.celery_app",
+    ],
+)
 def test_a_parent_of_trainers_imports_nothing_heavy(module: str) -> None:
     program = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
 
@@ -22,7 +30,7 @@ def test_a_parent_of_trainers_imports_nothing_heavy(module: str) -> None:
 def test_a_trainer_is_ready_before_it_has_imported_peft_and_knows_no_database() -> None:
     """PEFT's import, with bitsandbytes, takes as long as torch's."""
     late = ("peft", "bitsandbytes", "sqlalchemy")
-    program = f"import sys, worker.train_entry; print([name for name in {late!r} if name in sys.modules])"
+    program = f"import sys, worker.children.trainer.main; print([name for name in {late!r} if name in sys.modules])"
 
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 

@@ -1,0 +1,173 @@
+"""Who asks: an API key in the Authorization header, or the dashboard's cookie with proof against forgery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request, Security
+from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.requests import HTTPConnection
+
+from api.auth.scopes import check_operation, operator_required
+from api.deps import Services, Use
+from api.middleware.client_address import client_address
+from catalog.audit import log
+from catalog.audit.log import Actor
+from catalog.errors import Forbidden, Unauthorized
+from catalog.tenancy import authentication
+from catalog.tenancy.authentication import Caller
+
+COOKIE = "lorry_session"
+SECURE_COOKIE = "__Host-lorry_session"
+"""Over https. Browsers accept a cookie of this name only from this very host, over https: no other host of the domain,
+and no page over http, can plant a session of its own."""
+CSRF_HEADER = "x-lorry-csrf"
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+bearer = HTTPBearer(auto_error=False, scheme_name="apiKey", description="An API key: `Authorization: Bearer lorry_…`.")
+
+
+class SessionCookie(APIKeyCookie):
+    """The secret of the dashboard's session, from the one cookie that this service sets at its address."""
+
+    async def __call__(self, request: HTTPConnection) -> str | None:
+        return request.cookies.get(cookie_name(request, request.app.state.services))
+
+
+cookie = SessionCookie(
+    name=COOKIE,
+    auto_error=False,
+    scheme_name="browser",
+    description="The dashboard's session; over https the cookie's name is `__Host-lorry_session`. Unsafe methods need "
+    "`X-Lorry-Csrf: 1` and a same-origin request too.",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Asks again, later, whose request this is: for answers that last."""
+
+    who: Hashable = field(repr=False)
+    """Equal for requests that come with the same key or session. It is one, so it is never logged."""
+    identify: Callable[[], Caller] = field(repr=False)
+    """Raises Unauthorized."""
+
+
+async def caller_of(
+    request: Request,
+    use: Use,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
+    session: Annotated[str | None, Security(cookie)],
+) -> Caller:
+    """The project and the rights that come with the request. Raises Unauthorized; RateLimited; Forbidden without the
+    scope that the route needs."""
+    given = credentials.credentials if credentials is not None else session
+    async with use.limits.guarding(client_address(request), given):
+        found = await use.key_checks.run(partial(_identify, request, use, credentials, session))
+    caller = replace(found, service_jobs_per_day=use.limits.jobs_per_day)
+    _check_owners(request, caller)
+    request.state.headers = {"openai-organization": caller.organization_name}
+    request.state.headers |= use.limits.count_request(caller, given)
+    check_operation(caller, getattr(request.scope.get("route"), "operation_id", None))
+    request.state.caller = caller
+    log.actor_is(Actor(type="browser" if caller.is_browser else "api_key", id=caller.api_key_id, name=caller.name))
+    return caller
+
+
+async def operator_of(caller: Annotated[Caller, Depends(caller_of)]) -> Caller:
+    require_operator(caller)
+    return caller
+
+
+async def recheck_of(
+    request: Request,
+    use: Use,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
+    session: Annotated[str | None, Security(cookie)],
+) -> Identity:
+    given = credentials.credentials if credentials is not None else None
+    return Identity(who=(given, session), identify=lambda: _identify(request, use, credentials, session))
+
+
+def require_operator(caller: Caller) -> None:
+    if not caller.is_operator:
+        raise operator_required()
+
+
+def public_address(request: HTTPConnection, use: Services) -> str:
+    """The service's address as the browser reaches it."""
+    return use.api_settings.public_url or str(request.base_url)
+
+
+def is_https(request: HTTPConnection, use: Services) -> bool:
+    return public_address(request, use).startswith("https:")
+
+
+def cookie_name(request: HTTPConnection, use: Services) -> str:
+    return SECURE_COOKIE if is_https(request, use) else COOKIE
+
+
+async def session_of(request: Request, use: Use) -> str | None:
+    """The secret of the browser's session cookie, unchecked. No security scheme: the routes that take it are open."""
+    return request.cookies.get(cookie_name(request, use))
+
+
+Session = Annotated[str | None, Depends(session_of)]
+Signed = Annotated[Caller, Depends(caller_of)]
+Operator = Annotated[Caller, Depends(operator_of)]
+Recheck = Annotated[Identity, Depends(recheck_of)]
+
+
+def require_same_origin(request: Request) -> None:
+    """A page of another origin can neither set our header nor hide where it is from."""
+    origin = request.headers.get("origin")
+    site = request.headers.get("sec-fetch-site")
+    from_us = origin is not None and urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower()
+    alien = (origin is not None and not from_us) or (site is not None and site != "same-origin")
+    if request.headers.get(CSRF_HEADER) != "1" or alien or (origin is None and site is None):
+        raise Forbidden(
+            "A change made with the dashboard's cookie must come from the dashboard itself.",
+            code="cross_site_request",
+            remedy="Send X-Lorry-Csrf: 1 from a page of this service, or use an API key.",
+        )
+
+
+def _identify(
+    request: Request, use: Services, credentials: HTTPAuthorizationCredentials | None, session: str | None
+) -> Caller:
+    if credentials is not None:
+        return authentication.authenticate(use.db, secret=credentials.credentials, pepper=use.pepper)
+    if session is not None:
+        caller = authentication.authenticate_browser(use.db, secret=session, pepper=use.pepper)
+        if request.method not in SAFE_METHODS:
+            require_same_origin(request)
+        return caller
+    raise Unauthorized(
+        "No API key came with the request.",
+        code="missing_api_key",
+        remedy="Send Authorization: Bearer YOUR_KEY. `lorry up` writes the first key to connection.json in its data "
+        "folder.",
+        reason="missing",
+    )
+
+
+def _check_owners(request: Request, caller: Caller) -> None:
+    """An organization and a project that are named, by id or by name, must be the key's own."""
+    own = {
+        "organization": (caller.organization_id, caller.organization_name),
+        "project": (caller.project_id, caller.project_name),
+    }
+    for kind, names in own.items():
+        named = request.headers.get(f"openai-{kind}")
+        if named and named not in names:
+            variable = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID"}[kind]
+            raise Unauthorized(
+                f"The API key belongs to another {kind} than the OpenAI-{kind.title()} header names.",
+                code=f"mismatched_{kind}",
+                remedy=f"Leave the header out (the openai client sends it for `{kind}` and for {variable}), or use a "
+                f"key of that {kind}.",
+            )

@@ -1,0 +1,174 @@
+"""`python -m api backup`, `restore`, `verify` and `verify-export`: for people and for scripts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from api.commands.bootstrap import open_existing
+from catalog import pepper
+from catalog.audit import chain
+from catalog.errors import InvalidRequest
+from catalog.maintenance.audit_anchors import SUPERSEDED_PREFIX
+from catalog.maintenance.backup import Checked, check, make, open_place, restore
+from catalog.settings import Settings
+from catalog.storage.store import open_store
+from catalog.tables import Json
+
+WHERE = "A folder, or a URL such as s3://bucket/prefix."
+BY_ITS_OWN = "Run this command of the version that the service runs; migrate after the backup: python -m api bootstrap."
+"""Whoever copies before an upgrade must not be told to migrate first."""
+NO_PEPPER = "The audit chain can be verified only with the service's pepper, and this machine has none."
+SHOWN = 20
+"""Problems that are told in full; of more, the number."""
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    backup = add("backup", help="Copy the database and all files that it names, while the service works.")
+    backup.add_argument("place", help=f"{WHERE} Further backups there add what is new.")
+    backup.add_argument("--keep", type=_at_least_one, metavar="N", help="Leave the newest N backups there.")
+    backup.set_defaults(run=_backup)
+    back = add("restore", help="Put a backup into an empty database and a store, and check all of it.")
+    back.add_argument("place", help=WHERE)
+    back.add_argument("--backup", metavar="NAME", help="Default: the newest.")
+    back.set_defaults(run=_restore)
+    verify = add("verify", help="Check the database and its files; verify the audit chain.")
+    verify.set_defaults(run=_verify)
+    export = add("verify-export", help="Verify an exported audit log.")
+    export.add_argument("file", type=Path, help="What `lorry audit export` wrote.")
+    export.set_defaults(run=_verify_export)
+    for command in (backup, back, verify, export):
+        command.add_argument("--json", action="store_true")
+
+
+def _backup(arguments: argparse.Namespace, settings: Settings) -> int:
+    db = open_existing(settings, if_older=BY_ITS_OWN)
+    try:
+        place = open_place(arguments.place, is_new=True)
+        made = make(db, open_store(settings), place, work_dir=settings.work_dir(), keep=arguments.keep)
+    finally:
+        db.close()
+    record = made.record
+    told = f"Backup {record.name}: {record.dump_bytes} bytes of database, {record.num_objects} objects"
+    _tell(
+        arguments,
+        f"{told}, of which {made.num_copied} were new here. {PEPPER}",
+        problems=record.problems,
+        details={**asdict(record), "num_copied": made.num_copied, "forgotten": made.forgotten},
+    )
+    return 1 if record.problems else 0
+
+
+PEPPER = "The pepper is not in it: keep that apart, for without it no API key opens what is restored."
+
+
+def _restore(arguments: argparse.Namespace, settings: Settings) -> int:
+    restored = restore(settings, open_place(arguments.place), name=arguments.backup)
+    told = f"Backup {restored.record.name} is back: {_found(restored.checked)}"
+    if settings.pepper is None and not (settings.data_dir / "pepper").exists():
+        path = settings.data_dir / "pepper"
+        told += (
+            f" The audit chain was not verified, for that takes the service's pepper. Set LORRY_PEPPER, or write the "
+            f"pepper to {path}, and run `python -m api verify`. Without the pepper no API key is valid."
+        )
+    if anchors := restored.superseded_anchors:
+        told += f" {len(anchors)} anchors of the audit log were made after the backup and no longer apply: they are in "
+        told += f"{SUPERSEDED_PREFIX}/ of the store, and service.restored in the audit log names them."
+    details = {
+        "backup": restored.record.name,
+        "num_copied": restored.num_copied,
+        "superseded_anchors": restored.superseded_anchors,
+        **_counts(restored.checked),
+    }
+    _tell(arguments, told, problems=restored.checked.problems, details=details)
+    return 1 if restored.checked.problems else 0
+
+
+def _verify(arguments: argparse.Namespace, settings: Settings) -> int:
+    db = open_existing(settings, if_older=BY_ITS_OWN)
+    try:
+        peppers = pepper.known(settings)
+        checked = check(db, open_store(settings), peppers=peppers)
+    finally:
+        db.close()
+    told = f"Checked: {_found(checked)}"
+    if not peppers:
+        told += f" {NO_PEPPER} Only the order of its events was checked."
+    details = {**_counts(checked), "audit_chain_verified": bool(peppers)}
+    _tell(arguments, told, problems=checked.problems, details=details)
+    return 1 if checked.problems else 0
+
+
+def _verify_export(arguments: argparse.Namespace, settings: Settings) -> int:
+    found = chain.check_export(_events(arguments.file), peppers=_peppers(settings))
+    if found.misfit is not None:
+        where = f"{found.misfit.link} ({found.misfit.id})" if found.misfit.id else str(found.misfit.link)
+        problems = [f"The audit chain does not fit at {where}: {found.misfit.fault}."]
+    else:
+        problems = []
+    told = f"Checked: {found.num_events} audit events, {len(problems) or 'no'} problems."
+    _tell(arguments, told, problems=problems, details={"num_events": found.num_events, "last_link": found.last_link})
+    return 1 if problems else 0
+
+
+def _peppers(settings: Settings) -> list[bytes]:
+    """Raises InvalidRequest where there is none."""
+    if peppers := pepper.known(settings):
+        return peppers
+    raise InvalidRequest(
+        NO_PEPPER,
+        code="pepper_missing",
+        remedy=f"Set LORRY_PEPPER as for the API server, or copy its file to {settings.data_dir / 'pepper'}.",
+    )
+
+
+def _events(path: Path) -> Iterator[Json]:
+    """Of an export, a line each. Raises InvalidRequest."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                event: Any = json.loads(line)
+                if not isinstance(event, dict):
+                    raise _no_export(f"Line {number} of {path} is not an audit event.")
+                yield cast(Json, event)
+    except (OSError, ValueError) as error:
+        raise _no_export(f"{path} can't be read as an exported audit log: {error}") from error
+
+
+def _no_export(sentence: str) -> InvalidRequest:
+    return InvalidRequest(
+        sentence,
+        code="invalid_export",
+        remedy="Give a file that `lorry audit export` or GET /v1/audit_events/export wrote.",
+    )
+
+
+def _found(checked: Checked) -> str:
+    parts = f"{checked.num_artifacts} artifacts, {checked.num_objects} objects, {checked.num_audit_events} audit events"
+    return f"{parts}, {len(checked.problems) or 'no'} problems."
+
+
+def _counts(checked: Checked) -> dict[str, Any]:
+    return {name: value for name, value in asdict(checked).items() if name != "problems"}
+
+
+def _tell(arguments: argparse.Namespace, sentence: str, *, problems: list[str], details: dict[str, Any]) -> None:
+    if arguments.json:
+        print(json.dumps({**details, "problems": problems}), flush=True)  # noqa: T201
+        return
+    for problem in problems[:SHOWN]:
+        print(problem, flush=True)  # noqa: T201
+    if len(problems) > SHOWN:
+        print(f"… and {len(problems) - SHOWN} more; --json tells all.", flush=True)  # noqa: T201
+    print(sentence, flush=True)  # noqa: T201
+
+
+def _at_least_one(text: str) -> int:
+    """argparse tells the message of its own error to people."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of backups: at least 1.")
+    return int(text)

@@ -1,0 +1,109 @@
+"""The first start: tables, a project, and one operator's key, made once however often it is called."""
+
+from __future__ import annotations
+
+import logging
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import URL, inspect, make_url
+from sqlalchemy.exc import DatabaseError
+
+from catalog import durable, pepper
+from catalog.db.database import Database
+from catalog.disk import full_disk_named
+from catalog.errors import InvalidRequest
+from catalog.fleet import compatibility
+from catalog.maintenance.backup import integrity
+from catalog.pepper import Pepper
+from catalog.resources import requirements
+from catalog.settings import Settings
+from catalog.tables import ApiKey
+from catalog.tenancy import authentication, projects
+
+log = logging.getLogger(__name__)
+COMMAND = "python -m api bootstrap"
+FIRST_KEY_NAME = "first operator key"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bootstrapped:
+    created: bool
+    """The key was made now."""
+    api_key: str | None
+    pepper: Pepper
+
+
+def bootstrap(settings: Settings) -> Bootstrapped:
+    """Safe to call again, and from several processes at once: one of them gets the key."""
+    with full_disk_named():
+        durable.make_folder(settings.data_dir, mode=0o700)
+    warn_if_readable(settings.data_dir)
+    db = Database(settings.resolved_database_url())
+    try:
+        db.migrate()
+        compatibility.announce(db)
+        requirements.note_all(db)
+        project = projects.first(db)
+        loaded = pepper.load(settings, db)
+        made = authentication.create_first(db, project_id=project.id, name=FIRST_KEY_NAME, pepper=loaded)
+    finally:
+        db.close()
+    return Bootstrapped(created=made is not None, api_key=made, pepper=loaded)
+
+
+def warn_if_readable(folder: Path) -> None:
+    """Log a warning where users other than the owner and its group can read the data folder."""
+    if folder.is_dir() and (mode := stat.S_IMODE(folder.stat().st_mode)) & 0o007:
+        log.warning(
+            "Other users of this machine can read the data folder %s (mode %o). If they must not, run: "
+            "chmod -R go-rwx %s",
+            folder,
+            mode,
+            folder,
+        )
+
+
+def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) -> Database:
+    """The existing database; none is created. Raises InvalidRequest where there is none, and Conflict where it is
+    damaged or where its tables are older than this code, with the remedy `if_older`."""
+    url = make_url(settings.resolved_database_url())
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+        raise _nothing_there(url)
+    db = Database(settings.resolved_database_url())
+    try:
+        with db.read() as session:
+            if not inspect(session.connection()).has_table(ApiKey.__tablename__):
+                raise _nothing_there(url)
+            compatibility.check_tables(session, remedy=if_older)
+    except DatabaseError as error:
+        if not integrity.means_damage(error):
+            raise
+        raise integrity.refusal(str(error.orig)) from error
+    return db
+
+
+def _nothing_there(url: URL) -> InvalidRequest:
+    return InvalidRequest(
+        f"There is no Lorry at {url.render_as_string()}.",
+        code="database_not_set_up",
+        remedy=f"Name the data folder of the one you mean by LORRY_DATA_DIR, or make it here: {COMMAND}.",
+    )
+
+
+def sign_in_token(settings: Settings, db: Database, *, seconds: float) -> str:
+    """A one-time token with the rights of the oldest valid operator key."""
+    secret = pepper.load(settings, db)
+    return authentication.create_sign_in_link(
+        db, api_key_id=authentication.an_operator(db), pepper=secret, seconds=seconds
+    )
+
+
+def sign_in_url(address: str, token: str) -> str:
+    """The dashboard's page that shows what the token would sign in to, and signs in when the user confirms.
+
+    The token is in the fragment, which browsers send to no server: it gets into no log of a proxy, and a program that
+    opens the link to check it does not use it up.
+    """
+    return f"{address.rstrip('/')}/dashboard/#/sign-in/{token}"

@@ -1,0 +1,153 @@
+"""Every way in which a request can end badly, turned into {"error": {message, remedy, type, param, code}}.
+
+What a person can act on comes from catalog.errors; nothing of our own insides ever leaves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.errors import unsupported
+from api.errors.validation import AGAIN, explain
+from api.rate_limits.limits import retry_headers
+from catalog.disk import is_full, out_of_space
+from catalog.errors import LorryError, QuotaExceeded, RateLimited, Unauthorized, Unavailable
+
+log = logging.getLogger("lorry.api")
+
+
+def error_response(
+    status: int,
+    *,
+    message: str,
+    code: str,
+    type: str = "invalid_request_error",  # noqa: A002  (the wire's word)
+    param: str | None = None,
+    remedy: str,
+    headers: Mapping[str, str] | None = None,
+    quota: Mapping[str, Any] | None = None,
+) -> Response:
+    """The shape on the wire. Only ASCII leaves, because a message may quote a lone surrogate."""
+    told = f"{message} {remedy}".strip()
+    error: dict[str, Any] = {"message": told, "remedy": remedy, "type": type, "param": param, "code": code}
+    if quota is not None:
+        error["quota"] = quota
+    content = json.dumps({"error": error}).encode("ascii")
+    return Response(content, status_code=status, media_type="application/json", headers=dict(headers or {}))
+
+
+def refusal(error: LorryError) -> Response:
+    """What a LorryError says, with the headers that make clients retry it, or not."""
+    headers: dict[str, str] = {}
+    if error.status in (409, 507):
+        headers["x-should-retry"] = "false"
+    if isinstance(error, Unavailable):
+        headers["retry-after"] = str(error.retry_after_seconds)
+    if isinstance(error, RateLimited):
+        headers |= retry_headers(error)
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = 'Bearer realm="lorry"'
+    return error_response(
+        error.status,
+        message=error.message,
+        remedy=error.remedy,
+        type=error.type,
+        param=error.param,
+        code=error.code,
+        headers=headers,
+        quota=error.quota if isinstance(error, QuotaExceeded) else None,
+    )
+
+
+def internal_error(request_id: str) -> Response:
+    """A crash of ours: the id leads an operator to the log, and nothing else is told."""
+    return error_response(
+        500,
+        message="Something broke inside the service.",
+        remedy=f"Try again; if it stays, tell the operator the id {request_id}.",
+        type="server_error",
+        code="internal_error",
+    )
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(LorryError, _on_refusal)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(OSError, _on_os_error)
+
+
+async def _on_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LorryError)
+    if isinstance(error, Unauthorized):
+        request.state.rejection = error  # for the gate, which logs and counts it
+    return refusal(error)
+
+
+async def _on_validation(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return refusal(explain(list(error.errors()), body=error.body, route=request.scope.get("route")))
+
+
+async def _on_os_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OSError)
+    if is_full(error):
+        return refusal(out_of_space())
+    raise error
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return _unknown_route(request)
+    if error.status_code == 405:
+        error.headers = {"allow": _allowed(request)}
+    message, remedy, code = _sentence(request, error)
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return error_response(
+        error.status_code, message=message, remedy=remedy, type=kind, code=code, headers=error.headers
+    )
+
+
+def _sentence(request: Request, error: HTTPException) -> tuple[str, str, str]:
+    """(message, remedy, code)"""
+    allowed = (error.headers or {}).get("allow", "another method")
+    wrong_method = f"{request.method} can't be done on {_quoted(request.url.path)}."
+    known: dict[int, tuple[str, str, str]] = {
+        400: ("The body can't be read as JSON.", "Send one JSON object, in UTF-8.", "invalid_json"),
+        405: (wrong_method, f"Use {allowed}.", "method_not_allowed"),
+        413: ("The body is larger than this call may send.", "Make it shorter.", "request_too_large"),
+    }
+    return known.get(error.status_code, (str(error.detail), AGAIN, f"http_{error.status_code}"))
+
+
+def _unknown_route(request: Request) -> Response:
+    path = request.url.path
+    known_elsewhere = unsupported.find(path)
+    if known_elsewhere is not None:
+        return error_response(404, message=known_elsewhere.message, remedy=known_elsewhere.remedy, code="not_offered")
+    templates: list[str] = list(request.app.methods)
+    near = difflib.get_close_matches(path, templates, n=1, cutoff=0.75)
+    remedy = f"Did you mean {near[0]}?" if near else "The routes are listed in /openapi.json."
+    message = f"There is no route {request.method} {_quoted(path)}."
+    return error_response(404, message=message, remedy=remedy, code="unknown_route")
+
+
+def _allowed(request: Request) -> str:
+    """Every method of the route: the framework names those of one handler only."""
+    template = getattr(request.scope.get("route"), "path_format", "")  # as the document spells it
+    return ", ".join(sorted(request.app.methods.get(template, {"GET"})))
+
+
+def _quoted(path: str) -> str:
+    return json.dumps(path[:200])[1:-1]

@@ -1,0 +1,147 @@
+"""What pydantic found wrong with a request, as one sentence a person can act on.
+
+`loc` becomes a dotted path ("lora.rank"); branches of a union become "a whole number or 'auto'"; a name
+that is not known gets the nearest one that is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Union, cast, get_args, get_origin
+
+from pydantic import BaseModel
+
+from api.errors.field_aliases import known_elsewhere
+from api.errors.unsupported import INSTEAD_OF_REINFORCEMENT
+from catalog.errors import InvalidRequest
+from catalog.spec.validation_messages import Location, Problem, by_field, expectation, field_path
+
+MAX_LISTED = 5
+AGAIN = "Correct this and send the request again."
+SECRET_FIELDS = frozenset({"api_key", "token", "secret"})
+
+
+def explain(problems: Sequence[Problem], *, body: Any, route: Any = None) -> InvalidRequest:
+    """One refusal for everything that was wrong; `param` and `code` are those of the first."""
+    model = _body_model(route)
+    grouped = by_field((_path(problem, body), problem) for problem in problems)
+    told = [_tell(path, group, model) for path, group in grouped.items()]
+    first_path, (message, remedy, code) = next(iter(grouped)), told[0]
+    if len(told) > 1:
+        message = " ".join(f"{sentence} {hint}".strip() for sentence, hint, _ in told[:MAX_LISTED])
+        message += f" And {len(told) - MAX_LISTED} more." if len(told) > MAX_LISTED else ""
+        remedy = ""
+    return InvalidRequest(message, code=code, param=first_path or None, remedy=remedy or AGAIN)
+
+
+def _path(problem: Problem, body: Any) -> str:
+    """The dotted path of the field, without the names that pydantic gives to branches of a union."""
+    where, *rest = cast(Location, problem["loc"]) or ("",)
+    if problem["type"] == "json_invalid":
+        return ""
+    if where != "body":
+        return ".".join(str(part) for part in rest)
+    return field_path(rest, body, is_missing=problem["type"] == "missing")
+
+
+def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tuple[str, str, str]:
+    """(sentence, remedy if it is a special one, code) for all that is wrong at one path."""
+    first = group[0]
+    kind = first["type"]
+    name = f"'{_ascii(path)}'" if path else "The body"
+    if kind == "missing":
+        return f"{name if path else 'A JSON body'} is missing.", _types_to_choose(path, model), _code(kind)
+    if kind == "extra_forbidden":
+        return f"There is no field {name}.", _nearest(path, model), _code(kind)
+    if kind == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "it ends too early")
+        return (
+            f"The body is not JSON: {reason} at character {first['loc'][-1]}.",
+            "Send one JSON object, in UTF-8, with Content-Type: application/json.",
+            _code(kind),
+        )
+    is_reinforcement = path == "method.type" and first.get("input") == "reinforcement"
+    remedy = f"Reinforcement isn't offered. {INSTEAD_OF_REINFORCEMENT}" if is_reinforcement else ""
+    return f"{name} {expectation(group)}{_it_was(path, first)}.", remedy, _code(kind)
+
+
+def _types_to_choose(path: str, model: type[BaseModel] | None) -> str:
+    """Where what is missing is an object that a type decides over."""
+    field = model.model_fields.get(path) if model else None
+    for part in _models_in(field.annotation) if field else []:
+        if "type" in part.model_fields and (names := get_args(part.model_fields["type"].annotation)):
+            return f"Give it a type: one of {', '.join(map(repr, names))}."
+    return ""
+
+
+def _code(kind: str) -> str:
+    names = {
+        "missing": "missing_required_parameter",
+        "extra_forbidden": "unknown_parameter",
+        "json_invalid": "invalid_json",
+    }
+    return names.get(kind, "invalid_value")
+
+
+def _it_was(path: str, problem: Problem) -> str:
+    """The refused value, if it is short and no secret."""
+    value = problem.get("input")
+    if path.rpartition(".")[2] in SECRET_FIELDS or not isinstance(value, str | int | float | bool | None):
+        return ""
+    shown = json.dumps(value)
+    return f"; it was {shown if len(shown) <= 80 else shown[:77] + '...'}"
+
+
+def _nearest(path: str, model: type[BaseModel] | None) -> str:
+    """The field that was probably meant, wherever in the request it belongs."""
+    known = _all_paths(model) if model else []
+    if not known:
+        return "Leave it out."
+    parent, _, name = path.rpartition(".")
+    siblings = {item.rpartition(".")[2]: item for item in known if item.rpartition(".")[0] == parent}
+    elsewhere = [item for item in known if item.rpartition(".")[2] == name]
+    near = [siblings[found] for found in difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)]
+    if not near and path.startswith("method.") and (others := _methods_with(elsewhere)):
+        return f"It belongs to the methods {', '.join(others)}: choose one in 'method.type', or leave it out."
+    if not near and not elsewhere and (ours := known_elsewhere(path)):
+        return ours
+    near = near or elsewhere[:1] or difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    if near:
+        return f"Did you mean '{near[0]}'?"
+    return f"Leave it out. Known here: {', '.join(siblings)}."
+
+
+def _methods_with(paths: Sequence[str]) -> list[str]:
+    return [path.split(".")[1] for path in paths if path.startswith("method.") and path.count(".") == 3]
+
+
+def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted paths of a model's fields, outer ones first."""
+    paths: list[str] = []
+    inner: list[str] = []
+    for name, field in model.model_fields.items():
+        paths.append(prefix + name)
+        for part in _models_in(field.annotation):
+            inner += _all_paths(part, f"{prefix}{name}.")
+    return paths + inner
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [model for part in get_args(annotation) for model in _models_in(part)]
+    return []
+
+
+def _body_model(route: Any) -> type[BaseModel] | None:
+    field = getattr(route, "body_field", None)
+    models = _models_in(getattr(getattr(field, "field_info", None), "annotation", None))
+    return models[0] if models else None
+
+
+def _ascii(text: str) -> str:
+    return json.dumps(text[:200])[1:-1]

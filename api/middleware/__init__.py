@@ -1,0 +1,1 @@
+"""What every request passes: request id, hosts, body limits, headers, connections."""

@@ -1,0 +1,248 @@
+"""What every request passes on its way in and out: a request id, the hosts that are allowed, the limit of its
+body, security headers, one line in the log, and the last catch of a crash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.deps import Services
+from api.errors.handlers import error_response, internal_error, refusal
+from api.middleware import client_address
+from api.middleware.allowed_hosts import HostPolicy
+from api.middleware.body_limit import RequestBody
+from api.middleware.security_headers import security_headers
+from api.telemetry import Telemetry, route_template
+from catalog import logs, tracing
+from catalog.audit import log as audit
+from catalog.caller import Caller
+from catalog.errors import Unauthorized, Unavailable
+
+UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
+"""Paths whose POST is bounded by the route itself, which counts the file's own bytes."""
+log = logging.getLogger("lorry.api")
+
+
+@dataclass(kw_only=True, slots=True)
+class _Exchange:
+    """One request and what became of it."""
+
+    scope: Scope
+    request_id: str
+    address: str | None
+    """The client's: behind a trusted proxy, the one that the proxy reports."""
+    began: float = field(default_factory=time.monotonic)
+    status: int = 0
+    trace: str | None = None
+    """Its traceparent."""
+
+    @property
+    def path(self) -> str:
+        return self.scope["path"]
+
+    @property
+    def caller(self) -> Caller | None:
+        """Known once the key or the session was accepted."""
+        return self.scope["state"].get("caller")
+
+    @property
+    def rejection(self) -> Unauthorized | None:
+        """Why no key or session was accepted."""
+        return self.scope["state"].get("rejection")
+
+    @property
+    def key_id(self) -> str | None:
+        """Of the key that was accepted, or that was right once and is rejected now."""
+        if self.caller is not None:
+            return self.caller.api_key_id
+        return self.rejection.api_key_id if self.rejection else None
+
+
+class Gate:
+    """Outermost of our middleware; pure ASGI, so that streams pass through it as they are."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: HostPolicy,
+        max_body_bytes: int,
+        telemetry: Telemetry,
+        trusted_proxies: Sequence[client_address.Network] = (),
+    ) -> None:
+        self._app = app
+        self._trusted_proxies = trusted_proxies
+        self._hosts = hosts
+        self._max_body_bytes = max_body_bytes
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        address = client_address.resolve(scope, self._trusted_proxies)
+        exchange = _Exchange(scope=scope, request_id=f"req_{secrets.token_hex(12)}", address=address)
+        scope.setdefault("state", {}).update(request_id=exchange.request_id, client_address=address)
+        body = RequestBody(scope, receive, max_bytes=self._max_body_bytes if _is_bounded(scope) else None)
+        sender = _decorated(send, exchange, body)
+        with logs.about({"request": exchange.request_id}):
+            await self._answer(exchange, body, receive, sender)
+
+    async def _answer(self, exchange: _Exchange, body: RequestBody, receive: Receive, sender: Send) -> None:
+        scope = exchange.scope
+        try:
+            refused = self._refusal(scope)
+            if refused is not None:
+                await refused(scope, receive, sender)
+            else:
+                with _traced(exchange), audit.coming_from(_origin(exchange)):
+                    await self._app(scope, body.receive, sender)
+        except Exception:  # the one place where a crash becomes a 500
+            with logs.about(_subjects(exchange)):
+                log.exception("crash request_id=%s path=%s", exchange.request_id, _logged(exchange.path))
+            if exchange.status:  # the answer has begun: all that is left is to cut it off
+                raise
+            await internal_error(exchange.request_id)(scope, receive, sender)
+        except asyncio.CancelledError:  # only uvicorn cancels this task: its shutdown timeout has expired
+            if exchange.status:
+                raise
+            await refusal(_shutting_down())(scope, receive, sender)
+        finally:
+            self._note(exchange)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        if not self._hosts.admits(headers.get("host", "")):
+            return error_response(
+                421,
+                message="This service isn't known by the name in the Host header.",
+                remedy="Use the address it was started with, or have the name added to LORRY_ALLOWED_HOSTS.",
+                code="unknown_host",
+            )
+        if "\0" in scope["path"] or b"%00" in scope.get("query_string", b""):
+            message = "The address contains a NUL character."
+            return error_response(400, message=message, remedy="Remove it.", code="invalid_path")
+        declared = headers.get("content-length", "0")
+        if _is_bounded(scope) and declared.isdecimal() and int(declared) > self._max_body_bytes:
+            return self._too_large()
+        return _limited(scope, headers)
+
+    def _too_large(self) -> Response:
+        return error_response(
+            413,
+            message=f"The body is larger than {self._max_body_bytes} bytes.",
+            remedy="Make it shorter, or upload data as a file.",
+            code="request_too_large",
+        )
+
+    def _note(self, exchange: _Exchange) -> None:
+        seconds = time.monotonic() - exchange.began
+        self._telemetry.observe(exchange.scope, status=exchange.status, seconds=seconds)
+        rejected = exchange.rejection.reason if exchange.rejection else None
+        if rejected is not None:
+            self._telemetry.count_rejected_key(rejected)
+        with logs.about(_subjects(exchange)):
+            log.info(
+                "request id=%s method=%s path=%s status=%d seconds=%.4f key=%s project=%s address=%s%s",
+                exchange.request_id,
+                exchange.scope["method"],
+                _logged(exchange.path),
+                exchange.status,
+                seconds,
+                exchange.key_id or "-",
+                exchange.caller.project_id if exchange.caller else "-",
+                exchange.address or "-",
+                f" rejected={rejected}" if rejected else "",
+            )
+
+
+def _limited(scope: Scope, headers: Headers) -> Response | None:
+    """The response to a key that has no requests left. It is sent before routing, because such clients send many."""
+    scheme, _, credential = headers.get("authorization", "").partition(" ")
+    if not scope["path"].startswith("/v1/") or scheme.lower() != "bearer":
+        return None
+    services: Services = scope["app"].state.services
+    limited = services.limits.refusal(credential)
+    return None if limited is None else refusal(limited)
+
+
+def _shutting_down() -> Unavailable:
+    return Unavailable(
+        "The API server is shutting down, and the request was not finished in time.",
+        code="shutting_down",
+        remedy="Send it again. A submission with the same Idempotency-Key creates no second job.",
+    )
+
+
+@contextmanager
+def _traced(exchange: _Exchange) -> Generator[None]:
+    """A span of the request, within the trace that the client may have begun; of the API alone."""
+    parent = tracing.well_formed(Headers(scope=exchange.scope).get("traceparent"))
+    if not exchange.path.startswith("/v1/"):
+        yield
+        return
+    method = exchange.scope["method"]
+    with tracing.span(method, parent=parent, is_server=True, about={"request": exchange.request_id}) as span:
+        exchange.trace = span.traceparent
+        try:
+            yield
+        finally:
+            route = route_template(exchange.scope)
+            span.rename(f"{method} {route}")
+            status = exchange.status
+            span.note({"http_request_method": method, "http_route": route, "http_response_status_code": status})
+            if exchange.status >= 500:
+                span.fail(str(exchange.status))
+
+
+def _subjects(exchange: _Exchange) -> logs.Subjects:
+    """Ids of the objects that its log lines are about, as far as they are known."""
+    job_id: str | None = exchange.scope.get("path_params", {}).get("job_id")
+    caller = exchange.caller
+    return {
+        "trace": tracing.trace_id(exchange.trace),
+        "job": job_id,
+        "key": exchange.key_id,
+        "project": caller.project_id if caller else None,
+        "address": exchange.address,
+    }
+
+
+def _origin(exchange: _Exchange) -> audit.Origin:
+    return audit.Origin(request_id=exchange.request_id, address=exchange.address)
+
+
+def _is_bounded(scope: Scope) -> bool:
+    return not (scope["method"] == "POST" and UPLOADS.fullmatch(scope["path"]))
+
+
+def _decorated(send: Send, exchange: _Exchange, body: RequestBody) -> Send:
+    async def with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            exchange.status = message["status"]
+            if exchange.status >= 400:
+                await body.drain()
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = exchange.request_id
+            of_caller: dict[str, str] = exchange.scope["state"].get("headers", {})
+            for name, value in {**of_caller, **security_headers(exchange.path)}.items():
+                headers.setdefault(name, value)
+        await send(message)
+
+    return with_headers
+
+
+def _logged(path: str) -> str:
+    """A path fit for one line of a log. Queries are never logged: a sign-in token may be in one."""
+    return path[:200].encode("unicode_escape").decode("ascii")

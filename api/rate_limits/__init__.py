@@ -1,0 +1,1 @@
+"""How much one key, project or address may use."""

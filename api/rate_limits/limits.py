@@ -1,0 +1,231 @@
+"""How often a key may send requests, and an address without a valid key: counted in this process, rejected with 429."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from ipaddress import IPv6Address, ip_address, ip_network
+
+import anyio
+
+from api.rate_limits.token_bucket import Bucket, Rate, Standing, charge, take
+from api.settings import ApiSettings
+from catalog.errors import RateLimited, Unauthorized
+from catalog.tenancy import authentication
+from catalog.tenancy.authentication import Caller
+
+MINUTE = 60.0
+FAILURES = Rate(limit=60, period_seconds=MINUTE)
+"""Requests without a valid key, of one address."""
+CHECKS_BEYOND_FAILURES = 2
+"""Credentials that are checked at once for all addresses that have no failures left: too few to delay other checks."""
+IPV6_PREFIX = 64
+"""What one client usually has: its addresses count together."""
+MAX_BUCKETS = 10_000
+"""Beyond it full buckets are dropped, which changes nothing, or else the one that was used longest ago."""
+MAX_RECOGNIZED = 10_000
+
+
+class Limits:
+    """Those of the settings, and of a key that has its own. 0: no limit, and then nothing is counted."""
+
+    def __init__(self, settings: ApiSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._buckets = Buckets(clock=clock)
+        self._recognized: dict[bytes, tuple[str, Rate] | None] = {}
+        """Credentials that were valid, by digest, and where their requests are counted."""
+        self._salt = secrets.token_bytes(32)
+        self._checks_beyond = anyio.CapacityLimiter(CHECKS_BEYOND_FAILURES)
+
+    def count_request(self, caller: Caller, credential: str | None) -> dict[str, str]:
+        """The headers of the answer. Raises RateLimited, with them too."""
+        counted = self._counted(caller)
+        self._recognize(self._digest(credential), counted)
+        if counted is None:
+            return {}
+        standing = self._buckets.take(*counted)
+        if not standing.is_allowed:
+            raise _refused(standing)
+        return headers(standing)
+
+    def charge(self, caller: Caller, num_requests: int) -> dict[str, str]:
+        """For a request that did the work of so many more. It is not refused, but the key's next requests may be.
+        Returns the headers of the answer, as `count_request` does."""
+        counted = self._counted(caller)
+        return headers(self._buckets.charge(*counted, cost=num_requests)) if counted else {}
+
+    def refusal(self, credential: str) -> RateLimited | None:
+        """The error for a credential that this process has accepted before and whose key has no requests left; else
+        None. Does not query the database."""
+        counted = self._recognized.get(self._digest(credential))
+        if counted is None or (left := self._buckets.take(*counted, cost=0)).tokens >= 1:
+            return None
+        return _refused(left.of_one())
+
+    @asynccontextmanager
+    async def guarding(self, address: str | None, credential: str | None) -> AsyncGenerator[None]:
+        """Around the check of a credential, which raises Unauthorized. Raises RateLimited if the address has sent too
+        many that were not valid.
+
+        Each check reserves one failure of its address and returns it if the credential is valid. An address without
+        failures left is refused before the check, unless the credential has the form of a secret: that is checked, few
+        at once. Secrets cannot be guessed, so the limit protects the database only, and clients with a valid key are
+        not locked out by others behind their address. A credential that was valid before, in this process, is always
+        checked. A service whose settings have no limit of requests has none of these either.
+        """
+        if self._settings.requests_per_minute == 0:
+            yield
+            return
+        name, digest = f"failures:{_network(address)}", self._digest(credential)
+        is_known = digest in self._recognized
+        standing = self._buckets.take(name, FAILURES, cost=0 if is_known else 1)
+        is_reserved = not is_known and standing.is_allowed
+        try:
+            if is_known or is_reserved:
+                yield
+            elif credential is not None and authentication.SECRET_TEXT.fullmatch(credential):
+                async with self._checks_beyond:
+                    yield
+            else:
+                raise _too_many_failures(standing)
+        except Unauthorized as error:
+            self._recognized.pop(digest, None)
+            if not is_reserved and not (standing := self._buckets.take(name, FAILURES)).is_allowed and not is_known:
+                raise _too_many_failures(standing) from error
+            raise
+        except BaseException:  # nothing is known of the credential
+            self._give_back(name, is_reserved=is_reserved)
+            raise
+        self._give_back(name, is_reserved=is_reserved)
+        self._recognize(digest, self._recognized.get(digest))
+
+    @property
+    def jobs_per_day(self) -> int:
+        """Of a key without a number of its own; counted with the jobs themselves, by catalog.usage.quotas."""
+        return self._settings.jobs_per_day
+
+    def _counted(self, caller: Caller) -> tuple[str, Rate] | None:
+        """The key's bucket; None: it has no limit."""
+        own = caller.requests_per_minute
+        limit = self._settings.requests_per_minute if own is None else own
+        return (f"requests:{caller.api_key_id}", Rate(limit=limit, period_seconds=MINUTE)) if limit else None
+
+    def _give_back(self, name: str, *, is_reserved: bool) -> None:
+        if is_reserved:
+            self._buckets.take(name, FAILURES, cost=-1)
+
+    def _digest(self, credential: str | None) -> bytes:
+        return hashlib.blake2b((credential or "").encode("utf-8", "replace"), key=self._salt).digest()
+
+    def _recognize(self, digest: bytes, counted: tuple[str, Rate] | None) -> None:
+        self._recognized.pop(digest, None)
+        self._recognized[digest] = counted
+        if len(self._recognized) > MAX_RECOGNIZED:
+            self._recognized.pop(next(iter(self._recognized)), None)
+
+
+class Buckets:
+    """Token buckets by name, by the machine's own steady clock."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._buckets: dict[str, tuple[Bucket, Rate]] = {}
+
+    @property
+    def num_buckets(self) -> int:
+        return len(self._buckets)
+
+    def take(self, name: str, rate: Rate, *, cost: int = 1) -> Standing:
+        """Ask the bucket of that name for `cost` tokens; a negative cost gives back."""
+        return self._change(name, rate, partial(take, cost=cost))
+
+    def charge(self, name: str, rate: Rate, *, cost: int) -> Standing:
+        """Take `cost` tokens from the bucket of that name, whether or not it has them."""
+        return self._change(name, rate, partial(charge, cost=cost))
+
+    def _change(self, name: str, rate: Rate, change: Callable[..., tuple[Bucket, Standing]]) -> Standing:
+        with self._lock:
+            now = self._clock()
+            kept = self._buckets.pop(name, None)
+            bucket, standing = change(kept[0] if kept else None, rate, now=now)
+            self._buckets[name] = (bucket, rate)
+            if len(self._buckets) > MAX_BUCKETS:
+                self._drop_full(now)
+            return standing
+
+    def _drop_full(self, now: float) -> None:
+        full = [name for name, kept in self._buckets.items() if take(*kept, now=now, cost=0)[1].reset_seconds == 0]
+        for name in full or [next(iter(self._buckets))]:
+            del self._buckets[name]
+
+
+def headers(standing: Standing) -> dict[str, str]:
+    """As the OpenAI API tells them."""
+    return {
+        "x-ratelimit-limit-requests": str(standing.rate.limit),
+        "x-ratelimit-remaining-requests": str(standing.remaining),
+        "x-ratelimit-reset-requests": duration(standing.reset_seconds),
+    }
+
+
+def duration(seconds: float) -> str:
+    """`20ms`, `1s`, `6m0s`, `2h0m0s`: never less than it is."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000 - 1e-6)}ms"
+    minutes, rest = divmod(math.ceil(seconds - 1e-6), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+def retry_headers(error: RateLimited) -> Mapping[str, str]:
+    """When to come again. Clients wait no longer than two minutes: beyond that they are told not to."""
+    after = error.retry_after_seconds
+    told = {**error.headers}
+    if math.isfinite(after):
+        told |= {"retry-after": str(max(1, math.ceil(after - 1e-6)))}
+    if after > 120:
+        told["x-should-retry"] = "false"
+    elif after > 0:
+        told["retry-after-ms"] = str(max(1, math.ceil(after * 1000 - 1e-3)))
+    return told
+
+
+def _refused(standing: Standing) -> RateLimited:
+    after = standing.retry_after_seconds
+    remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Ask for fewer at once."
+    return RateLimited(
+        f"The API key has reached its limit of {standing.rate.limit} requests a minute.",
+        code="rate_limit_exceeded",
+        remedy=f"{remedy} An operator can give the key a higher limit: lorry keys limit.",
+        retry_after_seconds=after,
+        headers=headers(standing),
+    )
+
+
+def _network(address: str | None) -> str:
+    """The address itself, or the network of an IPv6 address."""
+    try:
+        parsed = ip_address(address or "")
+    except ValueError:
+        return str(address)
+    if isinstance(parsed, IPv6Address):
+        return str(ip_network((int(parsed), IPV6_PREFIX), strict=False))
+    return str(parsed)
+
+
+def _too_many_failures(standing: Standing) -> RateLimited:
+    after = standing.retry_after_seconds
+    return RateLimited(
+        f"Your address has sent {FAILURES.limit} requests without a valid API key within a minute.",
+        code="too_many_failed_authentications",
+        remedy=f"Check the API key, and try again in {duration(after)}.",
+        retry_after_seconds=after,
+        headers={},
+    )

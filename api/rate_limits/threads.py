@@ -1,0 +1,123 @@
+"""Which work of this process may use how many threads, so that none of it can take those of another.
+
+Routes share ROUTE_THREADS, of which one project gets a part. The check of API keys has threads of its own: a valid key
+is recognized however busy routes are. Work that reads or writes whole files has others, and one project a part of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+from anyio.lowlevel import RunVar
+from starlette.requests import Request
+
+from api.rate_limits.project_slots import ProjectSlots
+from api.requests.disconnects import watched
+from catalog.errors import Unavailable
+
+ROUTE_THREADS = 20
+ROUTE_THREADS_OF_PROJECT = 2
+"""A project with many requests at once waits for itself. Python runs one thread at a time, so that more would slow down
+the requests of other projects, and end none of the project's own sooner."""
+KEY_CHECK_THREADS = 8
+SLOW_THREADS = 8
+"""With those of routes and of the check of keys, fewer than the database has connections: catalog.db.database.POOL."""
+SLOW_THREADS_OF_PROJECT = 2
+WAIT_SECONDS = 60.0
+"""How long slow work waits for a thread before its client is asked to try again."""
+T = TypeVar("T")
+
+
+class KeyChecks:
+    """The threads in which API keys and sessions are looked up."""
+
+    def __init__(self) -> None:
+        self._limiter = anyio.CapacityLimiter(KEY_CHECK_THREADS)
+
+    async def run(self, check: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(check, limiter=self._limiter)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Project:
+    limiter: anyio.CapacityLimiter
+    num_users: int = 0
+
+
+@dataclass(kw_only=True)
+class SlowWork:
+    """Work that takes seconds or minutes, first come first served within a project."""
+
+    num_threads: int = SLOW_THREADS
+    per_project: int = SLOW_THREADS_OF_PROJECT
+    wait_seconds: float = WAIT_SECONDS
+    _projects: dict[str, _Project] = field(default_factory=dict[str, _Project], init=False)
+    _closing: threading.Event = field(default_factory=threading.Event, init=False)
+
+    def __post_init__(self) -> None:
+        self._places = anyio.CapacityLimiter(self.num_threads)
+        self._threads = anyio.CapacityLimiter(self.num_threads)
+
+    def close(self) -> None:
+        """Work that asks whether it is abandoned stops."""
+        self._closing.set()
+
+    async def run(self, project_id: str, work: Callable[[], T]) -> T:
+        """In a thread. Raises Unavailable if none is free for the project in time."""
+        async with self._place(project_id):
+            return await anyio.to_thread.run_sync(work, limiter=self._threads)
+
+    async def run_for(self, request: Request, project_id: str, work: Callable[[Callable[[], bool]], T]) -> T:
+        """`work` gets a function that says whether nobody waits for its result any more: the client has gone, or this
+        process stops. The request's body must have been read."""
+        async with watched(request.receive) as gone:
+            return await self.run(project_id, lambda: work(lambda: gone.is_set() or self._closing.is_set()))
+
+    @asynccontextmanager
+    async def _place(self, project_id: str) -> AsyncGenerator[None]:
+        project = self._projects.setdefault(project_id, _Project(limiter=anyio.CapacityLimiter(self.per_project)))
+        project.num_users += 1
+        try:
+            async with AsyncExitStack() as held:
+                try:
+                    with anyio.fail_after(self.wait_seconds):
+                        for limiter in (project.limiter, self._places):
+                            await held.enter_async_context(limiter)
+                except TimeoutError as error:
+                    raise Unavailable(
+                        "The API server is busy with the files of other requests.",
+                        code="files_busy",
+                        remedy="Try again in a few seconds. A project has "
+                        f"{self.per_project} uploads and verifications at once.",
+                    ) from error
+                yield
+        finally:
+            project.num_users -= 1
+            if not project.num_users:
+                del self._projects[project_id]
+
+
+_route_slots: RunVar[ProjectSlots | None] = RunVar("route_slots")
+"""Of the event loop."""
+
+
+def limit_route_threads() -> None:
+    """For the event loop that runs."""
+    anyio.to_thread.current_default_thread_limiter().total_tokens = ROUTE_THREADS
+
+
+async def run_route(project_id: str | None, work: Callable[[], T]) -> T:
+    """In a thread for routes, as soon as the project has one. None: a request without a project."""
+    if project_id is None:
+        return await anyio.to_thread.run_sync(work)
+    slots = _route_slots.get(None)
+    if slots is None:
+        _route_slots.set(slots := ProjectSlots(ROUTE_THREADS, per_project=ROUTE_THREADS_OF_PROJECT))
+    async with slots.slot(project_id):
+        return await anyio.to_thread.run_sync(work)

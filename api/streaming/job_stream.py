@@ -1,0 +1,111 @@
+"""What watchers of a job are told, in wire form: one who catches up, and all who go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import cast
+
+from api.job_objects import job_objects
+from api.schemas.job_history import event_object, metric_point
+from api.schemas.jobs import FineTuningJob, job_object
+from api.streaming.hub import Found, Topic
+from api.streaming.sse import message
+from catalog.caller import Caller
+from catalog.db.database import Database
+from catalog.history import changes as watching
+from catalog.history.changes import Seen
+from catalog.history.metric_points import Point
+from catalog.states import FINAL_STATES
+from catalog.tables import Job, JobEvent
+
+
+class JobWatch:
+    """One watcher's own looks, page by page."""
+
+    def __init__(self, db: Database, mark: watching.Mark, caller: Caller) -> None:
+        self._db = db
+        self._caller = caller
+        self._mark = mark
+        self._shown: FineTuningJob | None = None
+        self.told_events = 0
+
+    @classmethod
+    def start(cls, db: Database, *, caller: Caller, job_id: str, last_seen: int | None) -> tuple[JobWatch, Found]:
+        """With its first look. Raises NotFound."""
+        mark = watching.start(db, project_id=caller.project_id, job_id=job_id, last_seen=last_seen)
+        watch = cls(db, mark, caller)
+        return watch, watch.look()
+
+    def look(self) -> Found:
+        """Points and events as they were written, then the job if it has changed: a final job comes after all that
+        led to it, and who has an event's id has the points that were written before it."""
+        news = watching.look(self._db, self._mark)
+        self.told_events += len(news.events)
+        parts = _messages(news.items)
+        if news.has_more:
+            return Found(seq=self._mark.seq, parts=parts, has_more=True)
+        told, shown = b"", _of_its_row(news.job)
+        if shown != self._shown:
+            self._shown = shown
+            told = _whole(self._db, [news.job], self._caller)[news.job.id]
+        is_last = news.job.state in FINAL_STATES
+        return Found(seq=self._mark.seq, parts=parts, view=shown, told_view=told, is_last=is_last)
+
+
+class JobSource:
+    """Looks at every job that is watched, together. Keys are (project, job)."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+        watched = {cast(tuple[str, str], key): topic for key, topic in topics.items()}
+        changes = watching.look_at_many(self._db, {key: _seen(topic) for key, topic in watched.items()})
+        views: dict[str, FineTuningJob] = {}
+        to_tell: list[Job] = []
+        for key, change in changes.items():
+            if change is None or change.has_more:
+                continue
+            view = views[change.job.id] = _of_its_row(change.job)
+            if watched[key].mark is None or view != watched[key].view:
+                to_tell.append(change.job)
+        told = _whole(self._db, to_tell)
+        found: dict[Hashable, Found] = {}
+        for key, change in changes.items():
+            if change is None:
+                found[key] = Found(seq=watched[key].seq, is_last=True)
+                continue
+            found[key] = Found(
+                seq=change.seen.seq,
+                mark=change.seen,
+                parts=_messages(change.items),
+                view=views.get(change.job.id),
+                told_view=told.get(change.job.id, b""),
+                is_last=not change.has_more and change.job.state in FINAL_STATES,
+            )
+        return found
+
+
+def _seen(topic: Topic) -> Seen:
+    return topic.mark if isinstance(topic.mark, Seen) else Seen(seq=topic.seq)
+
+
+def _messages(items: Sequence[JobEvent | Point]) -> list[tuple[int, bytes]]:
+    return [(item.seq, _message(item)) for item in items]
+
+
+def _message(item: JobEvent | Point) -> bytes:
+    if isinstance(item, Point):
+        return message("metric", metric_point(item).model_dump_json())
+    return message("event", event_object(item).model_dump_json(), ident=item.seq)
+
+
+def _whole(db: Database, rows: Sequence[Job], caller: Caller | None = None) -> dict[str, bytes]:
+    shown = job_objects(db, rows, caller=caller) if rows else []
+    return {row.id: message("job", job.model_dump_json()) for row, job in zip(rows, shown, strict=True)}
+
+
+def _of_its_row(row: Job) -> FineTuningJob:
+    """To compare, by no query more. What moves with every second is no news: the estimate, the time it has run."""
+    job = job_object(row, organization_id="", adapter_id=None, seconds_running=0.0)
+    return job.model_copy(update={"estimated_finish": None})

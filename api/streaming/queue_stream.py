@@ -1,0 +1,76 @@
+"""What watchers of the queue are told, in wire form. One look serves all who see the same of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Hashable, Mapping
+from typing import Any, cast
+
+from api.schemas.fleet import QueueObject
+from api.streaming.hub import Found, Topic
+from api.streaming.sse import message
+from catalog.db.database import Database
+from catalog.history import changes
+from catalog.queue import listing
+from catalog.scheduling.snapshot import Policy
+
+QUIET_SECONDS = 2.0
+"""With no event of any job, the queue is looked at so rarely: times go by, workers come and go."""
+FRESH_SECONDS = 0.5
+"""So old a look may be that a new watcher begins with."""
+
+
+class QueueSource:
+    """Keys are the project whose jobs are seen; None: every project's."""
+
+    def __init__(self, db: Database, policy: Policy) -> None:
+        self._db = db
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._newest: dict[str | None, tuple[float, Found]] = {}
+
+    def begin(self, project_id: str | None) -> Found:
+        """The queue as a new watcher is told it; of many who come at once, one reads it for all."""
+        with self._lock:
+            looked_at, found = self._newest.get(project_id, (0.0, None))
+            if found is None or time.monotonic() - looked_at > FRESH_SECONDS:
+                found = self._look(project_id, newest=0)
+                if len(self._newest) > 1000:
+                    self._newest.clear()
+                self._newest[project_id] = (time.monotonic(), found)
+            return found
+
+    def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+        found: dict[Hashable, Found] = {}
+        newest = changes.newest_event(self._db)
+        for key, topic in topics.items():
+            if isinstance(topic.mark, _Looked) and topic.mark.serves(newest):
+                continue
+            news = self._look(cast(str | None, key), newest=newest)
+            if news.view == topic.view and topic.mark is not None:
+                news = Found(mark=news.mark)
+            found[key] = news
+        return found
+
+    def _look(self, project_id: str | None, *, newest: int) -> Found:
+        snapshot = listing.snapshot(self._db, project_id=project_id, policy=self._policy)
+        told = message("queue", QueueObject.model_validate(snapshot).model_dump_json())
+        gist = json.dumps(_without_clock(snapshot), sort_keys=True)
+        return Found(view=gist, told_view=told, mark=_Looked(newest))
+
+
+class _Looked:
+    def __init__(self, newest: int) -> None:
+        self._newest = newest
+        self._until = time.monotonic() + QUIET_SECONDS
+
+    def serves(self, newest: int) -> bool:
+        return newest == self._newest and time.monotonic() < self._until
+
+
+def _without_clock(snapshot: dict[str, Any]) -> dict[str, Any]:
+    """Waiting longer is no news."""
+    jobs = [{**entry, "waited_seconds": None, "reason": None} for entry in snapshot["jobs"]]
+    return {**snapshot, "as_of": None, "jobs": jobs}

@@ -1,0 +1,147 @@
+"""Downloads: bytes of the store as an attachment, whatever they contain, so that a browser never shows or runs them.
+
+A client that reads slowly or not at all holds two chunks of READ_BYTES and what its connection buffers. A key, a
+project and the process have a limited number of concurrent downloads. `api.middleware.connections` ends those that
+are too slow.
+"""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from urllib.parse import quote
+
+import anyio
+import anyio.to_thread
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.requests.disconnects import watched
+from catalog.caller import Caller
+from catalog.errors import RateLimited, Unavailable
+
+READ_BYTES = 2**20
+"""Chunks in which blobs are read: a read holds one, and the one before it until the digest of the whole is known."""
+PIECE_BYTES = 2**17
+"""What is given to a connection at once. The next piece follows when most of it has been sent."""
+MAX_DOWNLOADS_OF_KEY = 8
+MAX_DOWNLOADS_OF_PROJECT = 16
+MAX_DOWNLOADS = 64
+READING_THREADS = 8
+BUSY_SECONDS = 5.0
+"""After which a client is asked to try again."""
+
+
+class Downloads:
+    """Counts the downloads of this process, and reads for them in threads of their own."""
+
+    def __init__(
+        self,
+        *,
+        per_key: int = MAX_DOWNLOADS_OF_KEY,
+        per_project: int = MAX_DOWNLOADS_OF_PROJECT,
+        per_process: int = MAX_DOWNLOADS,
+    ) -> None:
+        self._per_key = per_key
+        self._per_project = per_project
+        self._per_process = per_process
+        self._of_keys: Counter[str] = Counter()
+        self._of_projects: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._threads = anyio.CapacityLimiter(READING_THREADS)
+
+    @contextmanager
+    def admitted(self, *, api_key_id: str, project_id: str) -> Generator[None]:
+        """Around one download. Raises RateLimited if the key or the project has too many, and Unavailable if the
+        process has."""
+        with self._lock:
+            if self._of_keys[api_key_id] >= self._per_key:
+                raise _too_many("API key", self._per_key)
+            if self._of_projects[project_id] >= self._per_project:
+                raise _too_many("project", self._per_project)
+            if self._of_keys.total() >= self._per_process:
+                raise Unavailable(
+                    f"The API server has {self._per_process} downloads at once, which is the maximum.",
+                    code="downloads_busy",
+                    remedy="Try again in a few seconds.",
+                )
+            self._of_keys[api_key_id] += 1
+            self._of_projects[project_id] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                for running, owner in ((self._of_keys, api_key_id), (self._of_projects, project_id)):
+                    running[owner] -= 1
+                    if not running[owner]:
+                        del running[owner]
+
+    async def open(self, content: Callable[[], Iterator[bytes]]) -> Iterator[bytes]:
+        return await anyio.to_thread.run_sync(content, limiter=self._threads)
+
+    async def read(self, chunks: Iterator[bytes]) -> bytes | None:
+        """The next chunk; None at the end."""
+        return await anyio.to_thread.run_sync(next, chunks, None, limiter=self._threads)
+
+
+class Download(Response):
+    """An attachment that is read from the store as it is sent."""
+
+    def __init__(
+        self,
+        downloads: Downloads,
+        content: Callable[[], Iterator[bytes]],
+        *,
+        caller: Caller,
+        record: Callable[[], None],
+        filename: str,
+        num_bytes: int,
+        etag: str,
+        sha256: str | None = None,
+        media_type: str = "application/octet-stream",
+    ) -> None:
+        """content: opens what is sent, once the download is admitted. record: notes the download in the audit log;
+        called once its first bytes were read, before they are sent. sha256: of all the bytes, in hex, where it is
+        known before they are sent."""
+        plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in filename) or "download"
+        headers = {
+            "content-disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}",
+            "etag": f'"{etag}"',
+            "content-security-policy": "sandbox; default-src 'none'",
+        }
+        if sha256 is not None:
+            headers["repr-digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"
+        super().__init__(headers=headers, media_type=media_type)
+        self.headers["content-length"] = str(num_bytes)
+        self._downloads = downloads
+        self._content = content
+        self._caller = caller
+        self._record = record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The first chunk is read before the response begins, so that damage found by then is an error response."""
+        with self._downloads.admitted(api_key_id=self._caller.api_key_id, project_id=self._caller.project_id):
+            chunks = await self._downloads.open(self._content)
+            chunk = await self._downloads.read(chunks)
+            await anyio.to_thread.run_sync(self._record)
+            async with watched(receive) as gone:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                while chunk is not None and not gone.is_set():
+                    for start in range(0, len(chunk), PIECE_BYTES):
+                        piece = chunk[start : start + PIECE_BYTES]
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    chunk = await self._downloads.read(chunks)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _too_many(owner: str, limit: int) -> RateLimited:
+    return RateLimited(
+        f"The {owner} has {limit} downloads at once, which is the maximum.",
+        code="too_many_downloads",
+        remedy="Try again when one of them has finished.",
+        retry_after_seconds=BUSY_SECONDS,
+        headers={},
+    )

@@ -1,0 +1,159 @@
+"""One uploaded file on its way in: parsed as it arrives, written to DATA/spool, counted and hashed on the way.
+
+Memory holds one chunk, whatever the size of the file. The spool file is gone when `receive_upload` ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+
+from api.transfers.multipart_form import FILE, FormShape, UploadForm
+from catalog.disk import full_disk_named
+from catalog.errors import InvalidRequest, TooLarge
+
+WRITE_BYTES = 2**18
+FORM_OVERHEAD_BYTES = 2**16
+"""What a form may hold beside the file: fields, part headers, boundaries."""
+STALE_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upload:
+    """A whole file in the spool folder, and what the form said about it."""
+
+    fields: dict[str, str]
+    filename: str
+    path: Path
+    num_bytes: int
+    digest: str
+
+
+class Spool:
+    """A file of the spool folder that grows to `max_bytes` at most; removed at the end of the block."""
+
+    def __init__(self, folder: Path, *, max_bytes: int, shape: FormShape) -> None:
+        self.path = folder / f"upload-{secrets.token_hex(12)}"
+        self.num_bytes = 0
+        self._max_bytes = max_bytes
+        self._shape = shape
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> Spool:
+        with full_disk_named():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open_new(self.path)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        """Raises TooLarge, or OutOfSpace where the disk is full."""
+        assert self._file is not None
+        if self.num_bytes + len(data) > self._max_bytes:
+            raise _too_large(self._max_bytes, self._shape)
+        with full_disk_named():
+            self._file.write(data)
+        self._hash.update(data)
+        self.num_bytes += len(data)
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Unbuffered: a full disk shows at the write, not at the close."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)
+
+
+@asynccontextmanager
+async def receive_upload(
+    request: Request, *, folder: Path, max_bytes: int, shape: FormShape = FILE
+) -> AsyncGenerator[Upload]:
+    """The upload in `request`, a form of that shape; its spool file lives as long as the block.
+
+    Raises InvalidRequest, TooLarge or OutOfSpace; the rest of the body is then unread.
+    """
+    form = UploadForm(shape)
+    boundary = _boundary(request, shape)
+    _check_declared_size(request, max_bytes, shape)
+    with Spool(folder, max_bytes=max_bytes, shape=shape) as spool:
+        await _parse(request.stream(), boundary, form, spool, max_body_bytes=max_bytes + FORM_OVERHEAD_BYTES)
+        yield Upload(
+            fields=form.fields(),
+            filename=form.filename(),
+            path=spool.path,
+            num_bytes=spool.num_bytes,
+            digest=spool.digest,
+        )
+
+
+def remove_stale(folder: Path) -> None:
+    """Spool files that a killed process left behind."""
+    for path in folder.glob("upload-*") if folder.is_dir() else ():
+        if path.stat().st_mtime < time.time() - STALE_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def _too_large(max_bytes: int, shape: FormShape) -> TooLarge:
+    message = f"The {shape.noun} is larger than {max_bytes} bytes."
+    return TooLarge(message, code=shape.too_large, remedy=shape.smaller, param=shape.content)
+
+
+async def _parse(
+    body: AsyncIterator[bytes], boundary: bytes, form: UploadForm, spool: Spool, *, max_body_bytes: int
+) -> None:
+    try:
+        parser = MultipartParser(boundary, form.callbacks())
+        total = 0
+        async for chunk in body:
+            total += len(chunk)
+            if total > max_body_bytes:
+                raise _too_large(max_body_bytes - FORM_OVERHEAD_BYTES, form.shape)
+            parser.write(chunk)
+            if len(form.pending) >= WRITE_BYTES:
+                await run_in_threadpool(spool.write, form.take())
+        parser.finalize()
+    except FormParserError as error:
+        raise _not_a_form("The multipart form is cut off or malformed.", form.shape) from error
+    except ClientDisconnect as error:
+        raise _not_a_form("The connection ended before the whole file was there.", form.shape) from error
+    if form.pending:
+        await run_in_threadpool(spool.write, form.take())
+    form.check_complete()
+
+
+def _boundary(request: Request, shape: FormShape) -> bytes:
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    boundary = options.get(b"boundary", b"")
+    if kind != b"multipart/form-data" or not boundary:
+        raise _not_a_form("A file is uploaded as multipart/form-data.", shape)
+    return boundary
+
+
+def _check_declared_size(request: Request, max_bytes: int, shape: FormShape) -> None:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes + FORM_OVERHEAD_BYTES:
+        raise _too_large(max_bytes, shape)
+
+
+def _not_a_form(message: str, shape: FormShape) -> InvalidRequest:
+    return InvalidRequest(message, code="invalid_multipart", remedy=shape.remedy, param=shape.content)

@@ -1,0 +1,105 @@
+"""Sends what the outbox holds: looks for what is due, a few of each endpoint and project at a time, and notes how each
+try went.
+
+Every api process has one; they share the work by claims. No transaction is open while a request is under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+
+from starlette.concurrency import run_in_threadpool
+
+from api.telemetry import Telemetry
+from api.webhooks.http_sender import WebhookSender
+from catalog.db.database import Database
+from catalog.errors import LorryError
+from catalog.pepper import Pepper
+from catalog.webhooks import delivery_queue, sealed_urls, signing
+from catalog.webhooks.delivery_queue import Outcome, Outgoing
+
+LOOK_SECONDS = 1.0
+CLOSE_SECONDS = 5.0
+"""What requests that are under way have at the end of the process. Those that are cut off are sent again."""
+log = logging.getLogger("lorry.api")
+
+
+class WebhookDeliverer:
+    def __init__(self, db: Database, sender: WebhookSender, *, pepper: Pepper, telemetry: Telemetry) -> None:
+        self._db, self._sender, self._pepper, self._telemetry = db, sender, pepper, telemetry
+        self._in_flight: dict[str, Outgoing] = {}
+        """By delivery."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wakened = asyncio.Event()
+
+    def wake(self) -> None:
+        """There may be something to send. From any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wakened.set)
+
+    async def run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            while True:
+                await self._look()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wakened.wait(), LOOK_SECONDS)
+                self._wakened.clear()
+        finally:
+            await self._end()
+
+    async def _look(self) -> None:
+        room = delivery_queue.MAX_IN_FLIGHT - len(self._tasks)
+        if room <= 0:
+            return
+        try:
+            claimed = await run_in_threadpool(
+                delivery_queue.claim, self._db, pepper=self._pepper, room=room, in_flight=list(self._in_flight.values())
+            )
+        except LorryError as error:
+            log.warning("webhooks code=%s", error.code)
+            return
+        except Exception:  # this loop outlives whatever one look meets
+            log.exception("crash in webhooks")
+            return
+        for outgoing in claimed:
+            self._in_flight[outgoing.delivery_id] = outgoing
+            task = asyncio.create_task(self._deliver(outgoing))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _deliver(self, outgoing: Outgoing) -> None:
+        try:
+            outcome = await self._try(outgoing)
+            self._telemetry.count_try(is_delivered=outcome.is_success)
+            await run_in_threadpool(delivery_queue.record, self._db, outgoing, outcome)
+        except LorryError as error:  # it is sent again when its claim has run out
+            log.warning("webhooks delivery=%s code=%s", outgoing.delivery_id, error.code)
+        except Exception:
+            log.exception("crash in the webhook delivery %s", outgoing.delivery_id)
+        finally:
+            del self._in_flight[outgoing.delivery_id]
+            self._wakened.set()
+
+    async def _try(self, outgoing: Outgoing) -> Outcome:
+        if not outgoing.signed_with:
+            return Outcome(started_at=time.time(), seconds=0.0, error=signing.SecretLost().sentence())
+        if outgoing.url is None:
+            return Outcome(started_at=time.time(), seconds=0.0, error=sealed_urls.UrlLost().sentence())
+        headers = signing.headers(
+            outgoing.body, message_id=outgoing.message_id, at=time.time(), signed_with=outgoing.signed_with
+        )
+        return await self._sender.send(
+            outgoing.url, project_id=outgoing.project_id, body=outgoing.body, headers=headers
+        )
+
+    async def _end(self) -> None:
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)

@@ -1,0 +1,34 @@
+"""What a contender's process does: `python -m benchmarks.contenders NAME OPTIONS`, started by gate.Contender.
+
+Each trains on the same batches in the same order; tokens are those that count, padding is not among them. A
+contender imports what it needs and no more: a script's start is not to be charged with our imports.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+
+from benchmarks.gate import Gate, Json
+from benchmarks.workload import SEED
+
+CONTENDERS = {
+    **dict.fromkeys(("lorry", "pack", "several", "matrix", "profiled"), "benchmarks.contenders.engine"),
+    **dict.fromkeys(("peft_loop", "peft_trainer", "trl_sft"), "benchmarks.contenders.baselines"),
+    **dict.fromkeys(("chunked_head", "plain_head"), "benchmarks.heads"),
+    **dict.fromkeys(("upper_blocks", "upper_blocks_profiled"), "benchmarks.contenders.upper_blocks"),
+}
+"""The module of each."""
+
+
+def main(name: str, options: Json) -> None:
+    import torch
+
+    torch.set_num_threads(options["threads"])
+    torch.manual_seed(SEED)
+    getattr(import_module(CONTENDERS[name]), name)(Gate(options.get("num_steps")), options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

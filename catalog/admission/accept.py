@@ -1,0 +1,371 @@
+"""What a job's request comes to, and every refusal that needs the database: of a job and of a plan of one alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import get_args
+
+from sqlalchemy.orm import Session
+
+from catalog.admission import parent as continuing
+from catalog.admission.target_layers import Targets
+from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, RowKind, known_kind, row_kind
+from catalog.db.database import Database, get_locked
+from catalog.errors import InvalidRequest, LorryError, NotFound
+from catalog.fleet import views
+from catalog.lifecycle import position
+from catalog.registry import base_models
+from catalog.resources import memory
+from catalog.resources.pack_key import pack_key
+from catalog.spec import evaluation_schedule
+from catalog.spec.data import check_data
+from catalog.spec.integrations import INSTALL
+from catalog.spec.job import JobRequest, JobSpec, Precision, resolve
+from catalog.spec.job_warnings import Caution
+from catalog.spec.lora import LoraSpec, begins_with_the_base, resolve_lora
+from catalog.spec.methods import MethodType, compared_kind
+from catalog.spec.training import BASE_LEARNING_RATE
+from catalog.states import PriorityClass
+from catalog.storage import files, token_cache
+from catalog.tables import Adapter, BaseModelRow, File, Job, new_id
+from catalog.tenancy.authentication import Caller
+
+PURPOSE = "fine-tune"
+NO_USUAL_RATE = {
+    "sgd": ("SGD", "ten to a thousand times that of adamw is common"),
+    "adafactor": (
+        "Adafactor",
+        "it is the largest share of its own size by which a matrix moves in a step: 0.1 to 1 suits adapters",
+    ),
+}
+"""By the type of the optimizer: its name, and what helps to choose."""
+_READS: dict[DataKind | None, tuple[str, str]] = {
+    None: ("does not learn from these", "a file of neither pairs nor labelled answers"),
+    "preference": ("learns from pairs of answers", f"a file of pairs: on each line {PREFERENCE.form}"),
+    "unpaired": ("learns from answers with labels", f"a file of those: on each line {UNPAIRED.form}"),
+}
+"""By what a method compares: how it reads, and which file would do."""
+INSTALL_QUANT = "Install it where a worker runs (pip install 'lorry[quant]'), and start that worker again."
+"""The remedy where no worker has bitsandbytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accepted:
+    """A request that can be done, and what it comes to. What it names is locked against deletion until the transaction
+    ends."""
+
+    request: JobRequest
+    """As it was asked."""
+    spec: JobSpec
+    base: BaseModelRow
+    training: File
+    validation: File | None
+    surprises: tuple[Caution, ...]
+    """What is done as it was asked, and hardly meant so."""
+
+
+def accept(
+    session: Session,
+    caller: Caller,
+    request: JobRequest,
+    *,
+    now: float,
+    seed: int,
+    auto_precision: Precision | None = None,
+) -> Accepted:
+    """seed: where the request names none. auto_precision: None: what suits the workers there are.
+
+    Raises InvalidRequest, NotFound.
+    """
+    asked, parent = request, continuing.parent_of(session, request, project_id=caller.project_id)
+    base = _usable_base(session, caller, _base_name(request, parent))
+    if parent is not None:
+        continuing.check_base(parent, base)
+        request = continuing.completed(session, request, parent)
+    training = _usable_file(session, caller, request.training_file, "training_file", now=now)
+    validation = None
+    if request.validation_file is not None:
+        validation = _usable_file(session, caller, request.validation_file, "validation_file", now=now)
+    for file, param in ((training, "training_file"), (validation, "validation_file")):
+        if file is not None:
+            _check_kind(file, request.method_type, param)
+    _check_rates(request)
+    _check_quantisation(session, request, now=now)
+    _check_integrations(session, request, now=now)
+    for file in (training, validation):
+        if file is not None:
+            check_data(request.data, known_kind(file.kind), file_id=file.id)
+    _check_held_out(request)
+    spec = resolve(
+        request,
+        num_rows=training.num_rows or 0,
+        max_positions=(base.description or {}).get("max_positions"),
+        seed=seed,
+        auto_precision=auto_precision or views.auto_precision(session, now=now),
+        parent=parent and continuing.parent_spec(parent),
+    )
+    evaluation_schedule.check_in_time(spec, evaluation_schedule.most_steps(spec, training.num_rows or 0))
+    surprised = tuple(surprises(request, spec, training, validation))
+    return Accepted(request=asked, spec=spec, base=base, training=training, validation=validation, surprises=surprised)
+
+
+def resolve_targets(db: Database, caller: Caller, requests: Iterable[JobRequest]) -> Targets:
+    """The layers of jobs that `job_row` will need, before the transaction that accepts them.
+
+    A request that can't be accepted raises nothing here: the transaction rejects it, for a reason that holds then.
+    """
+    shapes: list[tuple[BaseModelRow, LoraSpec]] = []
+    with db.read() as session:
+        for request in requests:
+            with suppress(LorryError):
+                shapes.append(_shape(session, caller, request))
+    targets = Targets()
+    for base, lora in shapes:
+        targets.resolve(base, lora)
+    return targets
+
+
+def _shape(session: Session, caller: Caller, request: JobRequest) -> tuple[BaseModelRow, LoraSpec]:
+    """As `accept` will find it."""
+    parent = continuing.parent_of(session, request, project_id=caller.project_id)
+    base = _usable_base(session, caller, _base_name(request, parent))
+    if parent is not None:
+        request = continuing.completed(session, request, parent)
+    return base, resolve_lora(request.lora)
+
+
+def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by: str, now: float) -> Job:
+    """A job as it is before it has a state.
+
+    Raises InvalidRequest for layers that the base model doesn't have; TargetsOutdated if it has changed since
+    `resolve_targets`.
+    """
+    request, spec, base, validation = accepted.request, accepted.spec, accepted.base, accepted.validation
+    assert base.digest is not None
+    layers = targets.of(base, spec.lora)
+    return Job(
+        id=new_id("ftjob"),
+        project_id=project_id,
+        created_at=now,
+        created_by=created_by,
+        state="",
+        base_model=base.name,
+        base_digest=base.digest,
+        pack_key=pack_key(base.digest, spec.precision, spec.quantisation),
+        priority=PriorityClass[request.priority],
+        place=position.of_new(now, request.deadline),
+        deadline=request.deadline,
+        requested=request.model_dump(mode="json", exclude_unset=True),
+        spec=spec.model_dump(mode="json"),
+        parent_adapter=spec.parent.adapter if spec.parent else None,
+        adapter_parameters=memory.adapter_parameters(layers, use_dora=spec.lora.use_dora),
+        suffix=request.suffix,
+        labels=request.metadata,
+        tags=request.tags,
+        training_file=accepted.training.id,
+        validation_file=validation.id if validation else None,
+        train_prepared=token_cache.key_of(project_id, base, accepted.training, spec),
+        valid_prepared=validation and token_cache.key_of(project_id, base, validation, spec),
+        attempt=0,
+        counted_attempts=0,
+        lost_preparations=0,
+        lease_extended=False,
+        cancel_requested=False,
+        pause_requested=False,
+    )
+
+
+def surprises(request: JobRequest, spec: JobSpec, training: File, validation: File | None) -> Iterator[Caution]:
+    """What is done as it was asked, and hardly meant so."""
+    if validation is not None and validation.digest == training.digest:
+        message = (
+            "The validation file and the training file hold the same rows: the held-out loss tells nothing about "
+            "data that the job doesn't learn from"
+        )
+        yield Caution(code="validation_is_training", message=message)
+    if request.max_length != "auto" and spec.max_length < request.max_length:
+        message = (
+            f"max_length is {spec.max_length} tokens, the most that the base model was made for, and not the "
+            f"{request.max_length} that were asked for"
+        )
+        yield Caution(code="max_length_lowered", message=message)
+    num_steps = evaluation_schedule.most_steps(spec, training.num_rows or 0)
+    if num_steps is not None and evaluation_schedule.come_too_late(spec, num_steps):
+        yield Caution(code="evaluations_too_late", message=evaluation_schedule.too_late(spec, num_steps))
+
+
+def _base_name(request: JobRequest, parent: Adapter | None) -> str:
+    is_base_named = not request.model.startswith(continuing.NAME_PREFIX)
+    return request.model if is_base_named or parent is None else parent.base_model
+
+
+def _usable_base(session: Session, caller: Caller, name: str) -> BaseModelRow:
+    """Locked against deletion until the job that names it exists."""
+    base = base_models.find(session, name, lock="share")
+    if base.state == "importing":
+        raise InvalidRequest(
+            f"The base model {name!r} is still being imported.",
+            code="model_not_ready",
+            remedy="Submit the job again once the model's state is ready; GET /v1/models shows it.",
+            param="model",
+        )
+    if base.state != "ready":
+        raise _import_failed(base, is_operator=caller.is_operator)
+    return base
+
+
+def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
+    """Its message and remedy are for operators: they may quote folders and logs of a machine."""
+    error = base.error or {}
+    reason = error.get("code", "import_failed")
+    remedy = "Have an operator look at its error in GET /v1/models and add it again, or choose another model."
+    if is_operator:
+        reason = f"{reason}: {error.get('message', '')}".rstrip(": .")
+        remedy = f"{told} Or choose another model." if (told := error.get("remedy")) else "Choose another model."
+    return InvalidRequest(
+        f"The import of the base model {base.name!r} failed: {reason}.",
+        code="model_import_failed",
+        remedy=remedy,
+        param="model",
+    )
+
+
+def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, now: float) -> File:
+    """Locked against deletion until the job that uses it exists."""
+    file = get_locked(session, File, file_id)
+    if file is None or file.project_id != caller.project_id or file.deleted_at is not None:
+        remedy = "Upload it with this project's key, and use the id that the upload returned."
+        raise NotFound("file", file_id, param=param, remedy=remedy)
+    if files.has_expired(file, now=now):
+        remedy = "It has expired, as its expires_after said. Upload it again."
+        raise NotFound("file", file_id, param=param, remedy=remedy)
+    if file.purpose != PURPOSE:
+        raise InvalidRequest(
+            f"The file {file_id} was uploaded with the purpose {file.purpose!r}.",
+            code="wrong_file_purpose",
+            remedy=f"Upload the data with purpose {PURPOSE!r} and use that file as {param}.",
+            param=param,
+        )
+    if not file.num_rows:
+        raise InvalidRequest(
+            f"The file {file_id} has no rows.",
+            code="empty_file",
+            remedy="Upload a file with at least one row.",
+            param=param,
+        )
+    return file
+
+
+def _check_kind(file: File, method: MethodType, param: str) -> None:
+    """A method learns from pairs of answers, from answers with labels, or from rows that are neither."""
+    kind, wanted = row_kind(known_kind(file.kind)), compared_kind(method)
+    if wanted == _compared(kind):
+        return
+    reads, instead = _READS[wanted]
+    methods = [name for name in get_args(MethodType) if compared_kind(name) == _compared(kind)]
+    raise InvalidRequest(
+        f"Each row of the file {file.id} is {kind.noun}, and the method {method} {reads}.",
+        code="wrong_file_kind",
+        remedy=f"Use method {' or '.join(', '.join(methods).rsplit(', ', 1))}, or {instead}.",
+        param=param,
+    )
+
+
+def _compared(kind: RowKind) -> DataKind | None:
+    return kind.name if kind in (PREFERENCE, UNPAIRED) else None
+
+
+def _check_quantisation(session: Session, request: JobRequest, *, now: float) -> None:
+    """Where no worker lives, the job waits for one that can."""
+    if request.quantisation == "none":
+        return
+    if request.lora.use_dora:
+        raise InvalidRequest(
+            "DoRA reads the base's weights as plain numbers, which a quantised base does not have.",
+            code="dora_on_quantised_base",
+            remedy="Leave out lora.use_dora or quantisation.",
+            param="lora.use_dora",
+        )
+    if begins_with_the_base(request.lora.init_lora_weights):
+        raise InvalidRequest(
+            f"{request.lora.init_lora_weights} decomposes the base's weights, which a quantised base does not have.",
+            code="start_on_quantised_base",
+            remedy="Leave out lora.init_lora_weights or quantisation.",
+            param="lora.init_lora_weights",
+        )
+    found = views.quantisations(session, now=now)
+    if found is None or request.quantisation in found:
+        return
+    raise InvalidRequest(
+        f"No worker can hold a base model as {request.quantisation}: none has bitsandbytes.",
+        code="quantisation_unavailable",
+        remedy=f"{INSTALL_QUANT} Or leave out quantisation.",
+        param="quantisation",
+    )
+
+
+def _check_integrations(session: Session, request: JobRequest, *, now: float) -> None:
+    """Where no worker lives, the job waits for one, and its curves for one that can write them."""
+    if not request.integrations:
+        return
+    found = views.integrations(session, now=now)
+    for number, one in enumerate(request.integrations):
+        if found is not None and one.type not in found:
+            raise InvalidRequest(
+                f"No worker can write to {one.type}.",
+                code="integration_unavailable",
+                remedy=f"{INSTALL} Or leave it out.",
+                param=f"integrations.{number}.type",
+            )
+        if one.wandb is not None and one.wandb.entity is not None:
+            raise InvalidRequest(
+                "A job can't choose the entity of Weights & Biases: every project would reach all that the service's "
+                "account reaches.",
+                code="integration_entity_not_allowed",
+                remedy="Leave out wandb.entity. The operator sets it, by WANDB_ENTITY on the workers.",
+                param=f"integrations.{number}.wandb.entity",
+            )
+
+
+def _check_rates(request: JobRequest) -> None:
+    """The rate may be given twice where both say the same, as in a copy of a job's own numbers."""
+    multiplier, rate = request.numbers().learning_rate_multiplier, request.optimizer.learning_rate
+    optimizer = request.optimizer.type
+    if optimizer in NO_USUAL_RATE and multiplier == "auto" and rate == "auto":
+        name, hint = NO_USUAL_RATE[optimizer]
+        raise InvalidRequest(
+            f"{name} has no usual learning rate.",
+            code="learning_rate_required",
+            remedy=f"Give optimizer.learning_rate; {hint}.",
+            param="optimizer.learning_rate",
+        )
+    if multiplier == "auto" or rate == "auto" or math.isclose(rate, BASE_LEARNING_RATE * multiplier, rel_tol=1e-6):
+        return
+    raise InvalidRequest(
+        f"The learning rate is given twice: {rate:g}, and {multiplier:g} times {BASE_LEARNING_RATE:g}.",
+        code="conflicting_learning_rates",
+        remedy="Give either optimizer.learning_rate or learning_rate_multiplier; leave the other out, or say 'auto'.",
+        param="optimizer.learning_rate",
+    )
+
+
+def _check_held_out(request: JobRequest) -> None:
+    """What evaluations decide needs a file to evaluate on."""
+    if request.validation_file is not None:
+        return
+    for field, is_asked in (
+        ("early_stopping", request.early_stopping is not None),
+        ("evaluation.keep", request.evaluation.keep == "best"),
+        ("evaluation.every_steps", request.evaluation.every_steps != "auto"),
+        ("evaluation.samples", request.evaluation.samples is not None),
+    ):
+        if is_asked:
+            raise InvalidRequest(
+                f"{field} belongs to evaluations on held-out data, and the job has none.",
+                code="validation_file_required",
+                remedy=f"Give a validation_file, or leave {field} out.",
+                param=field,
+            )

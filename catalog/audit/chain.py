@@ -1,0 +1,270 @@
+"""The audit log as a chain: each event's digest covers the event before it, under a key that only API servers have.
+
+The key is derived from the pepper, so that a database password alone can't forge a digest. That events are missing at
+the end shows by the anchors (audit_anchors). The API servers seal events in batches, not as they are written: writers
+would wait for each other. Until then an event is in the table, and not yet in the chain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import rfc8785
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from catalog.audit import derived_keys
+from catalog.audit.derived_keys import ChainKey
+from catalog.db.database import Database, serialise
+from catalog.tables import AuditEvent, AuditHead, Json, RetiredKey
+
+GENESIS = "0" * 64
+"""What the first event has for the digest of the one before."""
+LARGEST = 2**53 - 1
+"""Of RFC 8785's whole numbers."""
+SEALED_AT_ONCE = 500
+"""Events in one transaction."""
+CHECKED_AT_ONCE = 5_000
+Fault = Literal["changed", "missing", "misplaced", "anchor_changed"]
+"""changed: not what was sealed, or sealed under an unknown pepper. anchor_changed: the same of an anchor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Misfit:
+    """The first event that doesn't fit, by its place in the chain; `id` None where it isn't there."""
+
+    link: int
+    id: str | None
+    fault: Fault
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """What the verification of a part of the chain found."""
+
+    num_events: int
+    last_link: int
+    last_digest: str
+    has_more: bool
+    misfit: Misfit | None
+    num_unsealed: int
+
+
+def content(event: AuditEvent) -> Json:
+    """An event as the API returns it and as its digest covers it: everything except the digest."""
+    actor = {"type": event.actor_type, "id": event.actor_id, "name": event.actor_name}
+    told = {
+        "object": "audit_event",
+        "id": event.id,
+        "type": event.type,
+        "effective_at": event.effective_at,
+        "actor": actor,
+        "project_id": event.project_id,
+        "object_id": event.object_id,
+        "request_id": event.request_id,
+        "address": event.address,
+        "details": event.details,
+        "link": event.link,
+        "previous": event.previous,
+    }
+    return cast(Json, _within_json(told))
+
+
+def seal_of(told: Mapping[str, Any], key: bytes) -> str:
+    """HMAC-SHA256 over the RFC 8785 form, without what is null: a field that is added later changes no digest."""
+    return hmac.new(key, rfc8785.dumps(_without_nulls(told)), hashlib.sha256).hexdigest()
+
+
+def is_sealed(told: Mapping[str, Any], seal: object, keys: Iterable[ChainKey], *, at: tuple[int, str]) -> bool:
+    """Whether the seal was made with one of the keys that cover the event at this place, with this digest."""
+    return any(key.covers(*at) and hmac.compare_digest(str(seal), seal_of(told, key.key)) for key in keys)
+
+
+def seal(db: Database, *, pepper: bytes, at_most: int | None = None) -> int:
+    """Append unsealed events to the chain, in the order of writing. Returns how many.
+
+    at_most: end after about so many, and leave the others to the next call. Raises PepperReplaced.
+    """
+    num_sealed = 0
+    while at_most is None or num_sealed < at_most:
+        with db.read() as session:  # usually nothing is unsealed: then no writer has to wait
+            if session.scalar(select(AuditEvent.seq).where(AuditEvent.link.is_(None)).limit(1)) is None:
+                break
+        with db.write() as session:
+            num_sealed += _seal_some(session, pepper)
+    return num_sealed
+
+
+def check(db: Database, *, peppers: Sequence[bytes], after: int = 0, limit: int = CHECKED_AT_ONCE) -> Checked:
+    """Verify at most `limit` digests of the chain behind the place `after`.
+
+    peppers: the current one first. With it, events that were sealed under replaced peppers are verified too
+    (derived_keys). Where none is known, only whether each event follows the one before is verified.
+    """
+    with db.read() as session:
+        end, noted = head(session)
+        keys = derived_keys.chain_keys(derived_keys.wire_rows(session), peppers)
+        walk = _walk(session, keys, after=after, limit=limit)
+        if walk.link > end:  # sealed meanwhile, or the head was set back
+            end, noted = head(session)
+        return Checked(
+            num_events=walk.link - after,
+            last_link=walk.link,
+            last_digest=walk.digest,
+            has_more=walk.misfit is None and walk.link < end,
+            misfit=walk.misfit or _against_head(session, walk, end, noted, is_whole=walk.link == after + limit),
+            num_unsealed=session.scalar(select(func.count()).where(AuditEvent.link.is_(None))) or 0,
+        )
+
+
+def check_export(events: Iterable[Json], *, peppers: Sequence[bytes]) -> Checked:
+    """Verify exported events in their order. An export that begins in the middle is taken at its word there.
+
+    The rows of retired keys precede the events, if there are any.
+    """
+    walk, number = _Walk(link=0, digest=GENESIS), 0
+    rows: list[Json] = []
+    keys: list[ChainKey] | None = None
+    for event in events:
+        if keys is None and event.get("object") == RetiredKey.WIRE_OBJECT:
+            rows.append(event)
+            continue
+        keys = derived_keys.chain_keys(rows, peppers) if keys is None else keys
+        told = {name: value for name, value in event.items() if name != "digest"}
+        link, previous = event.get("link"), event.get("previous")
+        if number == 0 and isinstance(link, int) and link > 1:
+            walk = _Walk(link=link - 1, digest=str(previous))
+        fault = _fault(told, event.get("digest"), walk, keys)
+        if fault is not None:
+            ident = None if fault == "missing" else event.get("id")
+            walk = replace(walk, misfit=Misfit(link=walk.link + 1, id=ident, fault=fault))
+            break
+        walk, number = _Walk(link=walk.link + 1, digest=str(event["digest"])), number + 1
+    return Checked(
+        num_events=number,
+        last_link=walk.link,
+        last_digest=walk.digest,
+        has_more=False,
+        misfit=walk.misfit,
+        num_unsealed=0,
+    )
+
+
+def lines(db: Database) -> Iterator[Json]:
+    """The rows of retired keys, then every sealed event with its digest, in the order of the chain; read in pages."""
+    with db.read() as session:
+        rows = derived_keys.wire_rows(session)
+    yield from rows
+    last = 0
+    while True:
+        with db.read() as session:
+            page = _sealed(session, after=last, limit=SEALED_AT_ONCE)
+        yield from ({**content(event), "digest": event.digest} for event in page)
+        if len(page) < SEALED_AT_ONCE:
+            return
+        last = page[-1].link or 0
+
+
+def _seal_some(session: Session, pepper: bytes) -> int:
+    serialise(session, derived_keys.CHAIN)
+    derived_keys.check_current(session, pepper)
+    key = derived_keys.chain_key(pepper)
+    end = session.get(AuditHead, 1, with_for_update=True, populate_existing=True)
+    if end is None:
+        end = AuditHead(id=1, link=0, digest=GENESIS)
+        session.add(end)
+    unsealed = select(AuditEvent).where(AuditEvent.link.is_(None)).order_by(AuditEvent.seq).limit(SEALED_AT_ONCE)
+    events = list(session.scalars(unsealed))
+    for event in events:
+        end.link += 1
+        event.link, event.previous = end.link, end.digest
+        event.digest = end.digest = seal_of(content(event), key)
+    return len(events)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Walk:
+    """How far the chain fits."""
+
+    link: int
+    digest: str
+    misfit: Misfit | None = None
+
+
+def _walk(session: Session, keys: Sequence[ChainKey], *, after: int, limit: int) -> _Walk:
+    digest_before = GENESIS if after == 0 else session.scalar(select(AuditEvent.digest).where(AuditEvent.link == after))
+    if digest_before is None:
+        return _Walk(link=after, digest=GENESIS, misfit=Misfit(link=after, id=None, fault="missing"))
+    walk = _Walk(link=after, digest=digest_before)
+    for event in _sealed(session, after=after, limit=limit):
+        fault = _fault(content(event), event.digest, walk, keys)
+        if fault is not None:
+            ident = None if fault == "missing" else event.id
+            return replace(walk, misfit=Misfit(link=walk.link + 1, id=ident, fault=fault))
+        walk = _Walk(link=walk.link + 1, digest=event.digest or "")
+    return walk
+
+
+def _fault(told: Json, digest: object, before: _Walk, keys: Sequence[ChainKey]) -> Fault | None:
+    if told.get("link") != before.link + 1:
+        return "missing"
+    try:
+        is_whole = not keys or is_sealed(told, digest, keys, at=(before.link + 1, str(digest)))
+    except (ValueError, AttributeError, TypeError):  # no form of an event was ever sealed that has no canonical form
+        is_whole = False
+    if not is_whole:
+        return "changed"
+    return None if told.get("previous") == before.digest else "misplaced"
+
+
+def _against_head(session: Session, walk: _Walk, end: int, noted: str, *, is_whole: bool) -> Misfit | None:
+    """Whether the chain ends where the last sealing left it."""
+    if walk.link < end:
+        return None if is_whole else Misfit(link=walk.link + 1, id=None, fault="missing")
+    if walk.link > end or walk.digest != noted:
+        ident = session.scalar(select(AuditEvent.id).where(AuditEvent.link == walk.link))
+        return Misfit(link=walk.link, id=ident, fault="misplaced")
+    return None
+
+
+def head(session: Session) -> tuple[int, str]:
+    """Place and digest of the last sealed event; place 0: none is."""
+    row = session.execute(select(AuditHead.link, AuditHead.digest)).first()
+    return (row.link, row.digest) if row is not None else (0, GENESIS)
+
+
+def _sealed(session: Session, *, after: int, limit: int) -> list[AuditEvent]:
+    beyond = select(AuditEvent).where(AuditEvent.link > after)
+    return list(session.scalars(beyond.order_by(AuditEvent.link).limit(limit)))
+
+
+def _without_nulls(told: Mapping[str, Any]) -> Json:
+    """Of an event and of its actor; `details` stay as they are."""
+    kept = {name: value for name, value in told.items() if value is not None}
+    if "actor" in kept:
+        kept["actor"] = {name: value for name, value in kept["actor"].items() if value is not None}
+    return kept
+
+
+def _within_json(value: Any) -> Any:
+    """As text what RFC 8785 has no form for: large numbers, NaN and infinities, and halves of a surrogate pair. So
+    whatever was written can be sealed, and what follows it."""
+    if isinstance(value, dict):
+        return {_well_formed(name): _within_json(inner) for name, inner in cast(Json, value).items()}
+    if isinstance(value, list):
+        return [_within_json(inner) for inner in cast(list[Any], value)]
+    if isinstance(value, str):
+        return _well_formed(value)
+    is_beyond = (isinstance(value, int) and abs(value) > LARGEST) or (
+        isinstance(value, float) and not math.isfinite(value)
+    )
+    return str(value) if is_beyond else value
+
+
+def _well_formed(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,201 @@
+"""Keys that are derived from the pepper, and those of replaced peppers: what they sealed and signed stays verifiable.
+
+A row of `retired_keys` has the audit chain's key and the public lineage key of one replaced pepper, and where the chain
+ended when it was replaced. The row is encrypted under the current pepper (AES-256-GCM): someone who has only the
+database can neither read nor add a key. A retired chain key is accepted up to that end only, so its holder can't forge
+later events. Earlier ones neither, because they would lead to another end.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog.audit import lineage_signatures
+from catalog.db.database import Database, read_clock, serialise
+from catalog.errors import Conflict
+from catalog.pepper import Pepper
+from catalog.tables import AuditHead, Json, RetiredKey
+
+CHAIN = "audit chain"
+"""Names the lock of everything that appends to the chain."""
+CHAIN_PURPOSE = b"lorry: audit chain"
+"""Separates this key from others that are derived from the pepper."""
+ID_PURPOSE = b"lorry: id of an audit chain key"
+ROW_PURPOSE = b"lorry: retired keys"
+NONCE_BYTES = 12
+log = logging.getLogger("lorry.catalog")
+
+
+class PepperReplaced(Conflict):
+    """This process still has the old pepper."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This API server has a pepper that was replaced: it seals no audit events.",
+            code="pepper_replaced",
+            remedy="Restart it with the new LORRY_PEPPER. To go back to the old pepper instead, set LORRY_PEPPER to it "
+            "and LORRY_PREVIOUS_PEPPER to the new one on every API server.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChainKey:
+    """A key of the audit chain. Of a retired key, `last_link` and `last_digest` are the end of the chain at that time;
+    0: the chain was empty."""
+
+    key: bytes = field(repr=False)
+    last_link: int | None = None
+    last_digest: str = ""
+
+    def covers(self, link: int, digest: str) -> bool:
+        """Whether the event at this place may have been sealed with this key."""
+        if self.last_link is None or link < self.last_link:
+            return True
+        return link == self.last_link and digest == self.last_digest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retired:
+    """The keys of one replaced pepper."""
+
+    chain_key: ChainKey
+    public_key: Json
+    """A JSON Web Key of lineage_signatures."""
+    retired_at: float
+
+
+def chain_key(pepper: bytes) -> bytes:
+    return hmac.digest(pepper, CHAIN_PURPOSE, hashlib.sha256)
+
+
+def retire(db: Database, pepper: Pepper) -> bool:
+    """Keep the keys of the previous pepper, and encrypt under the current one those of peppers before it.
+
+    Call it when an API server starts. Returns whether anything was written. Once the previous pepper's row is there, no
+    row that is encrypted under the previous pepper is accepted any more: its holder may have made it.
+    """
+    if pepper.previous is None or pepper.previous == pepper.current:
+        return False
+    with db.write() as session:
+        serialise(session, CHAIN)
+        head = session.get(AuditHead, 1)
+        ended = (head.link, head.digest) if head is not None else (0, "")
+        rows = {row.id: row for row in session.scalars(select(RetiredKey).with_for_update())}
+        previous_id = _key_id(pepper.previous)
+        if previous_id in rows and _opened(rows[previous_id].id, rows[previous_id].sealed, pepper.current):
+            return False
+        for row in rows.values():
+            if row.id == _key_id(pepper.current):  # the operator went back to this pepper
+                session.delete(row)
+                continue
+            found = _opened(row.id, row.sealed, pepper.previous)
+            if found is not None and (found.chain_key.last_link or 0) <= ended[0]:
+                row.sealed = _sealed(row.id, found, pepper.current)
+            elif row.id != previous_id:  # or it claims events that are not there yet: no server wrote it
+                log.warning("retired key not kept id=%s", row.id)
+        key = ChainKey(key=chain_key(pepper.previous), last_link=ended[0], last_digest=ended[1])
+        public_key = lineage_signatures.public_key(pepper.previous)
+        retired = Retired(chain_key=key, public_key=public_key, retired_at=read_clock(session))
+        session.merge(RetiredKey(id=previous_id, sealed=_sealed(previous_id, retired, pepper.current)))
+    return True
+
+
+def check_current(session: Session, pepper: bytes) -> None:
+    """Raises PepperReplaced where another server has retired this pepper's keys: new seals with them are invalid."""
+    if session.get(RetiredKey, _key_id(pepper)) is not None:
+        raise PepperReplaced
+
+
+def wire_rows(session: Session) -> list[Json]:
+    """The rows as an export of the audit log holds them: a holder of the pepper can read them."""
+    rows = session.scalars(select(RetiredKey).order_by(RetiredKey.id))
+    return [{"object": RetiredKey.WIRE_OBJECT, "id": row.id, "sealed": row.sealed} for row in rows]
+
+
+def chain_keys(rows: Iterable[Mapping[str, Any]], peppers: Sequence[bytes]) -> list[ChainKey]:
+    """With which the audit chain may be sealed, the current one first; empty where no pepper is known.
+
+    rows: of `wire_rows`. peppers: the current one first. A previous pepper that no server has retired yet has no limit.
+    """
+    retired, unretired = _known(rows, peppers)
+    keys = [ChainKey(key=chain_key(pepper)) for pepper in (*peppers[:1], *unretired)]
+    return [*keys, *(each.chain_key for each in retired)]
+
+
+def key_set(db: Database, peppers: Sequence[bytes]) -> Json:
+    """The public keys of lineage signatures as a JSON Web Key Set: the current one, then previous ones. Those that were
+    retired have `retired_at`, the newest first."""
+    with db.read() as session:
+        retired, unretired = _known(wire_rows(session), peppers)
+    retired.sort(key=lambda each: each.retired_at, reverse=True)
+    current = [lineage_signatures.public_key(pepper) for pepper in (*peppers[:1], *unretired)]
+    return {"keys": [*current, *({**each.public_key, "retired_at": each.retired_at} for each in retired)]}
+
+
+def _known(rows: Iterable[Mapping[str, Any]], peppers: Sequence[bytes]) -> tuple[list[Retired], list[bytes]]:
+    """What the peppers open, and the previous peppers that are not among it."""
+    sealed = {str(row.get("id")): str(row.get("sealed")) for row in rows}
+    if not peppers:
+        return [], []
+    found = _all_opened(sealed, peppers[0])
+    unretired = [pepper for pepper in peppers[1:] if _key_id(pepper) not in found]
+    for pepper in unretired:
+        found = {**_all_opened(sealed, pepper), **found}
+    found.pop(_key_id(peppers[0]), None)
+    return list(found.values()), unretired
+
+
+def _all_opened(sealed: Mapping[str, str], pepper: bytes) -> dict[str, Retired]:
+    opened = {ident: _opened(ident, text, pepper) for ident, text in sealed.items()}
+    return {ident: retired for ident, retired in opened.items() if retired is not None}
+
+
+def _key_id(pepper: bytes) -> str:
+    """Names the keys of a pepper; nobody can compute a key from it."""
+    return hmac.new(chain_key(pepper), ID_PURPOSE, hashlib.sha256).hexdigest()[:32]
+
+
+def _sealed(ident: str, retired: Retired, pepper: bytes) -> str:
+    """Bound to the row's id."""
+    told = {
+        "key": retired.chain_key.key.hex(),
+        "link": retired.chain_key.last_link,
+        "digest": retired.chain_key.last_digest,
+        "public_key": retired.public_key,
+        "retired_at": retired.retired_at,
+    }
+    nonce = os.urandom(NONCE_BYTES)
+    return base64.b64encode(nonce + _cipher(pepper).encrypt(nonce, json.dumps(told).encode(), ident.encode())).decode()
+
+
+def _opened(ident: str, sealed: str, pepper: bytes) -> Retired | None:
+    """None where it was not sealed under this pepper."""
+    try:
+        content = base64.b64decode(sealed, validate=True)
+        opened = _cipher(pepper).decrypt(content[:NONCE_BYTES], content[NONCE_BYTES:], ident.encode())
+    except (InvalidTag, binascii.Error, ValueError):
+        return None
+    try:  # a holder of a replaced pepper may have written the content
+        told: Any = json.loads(opened)
+        key = ChainKey(key=bytes.fromhex(told["key"]), last_link=int(told["link"]), last_digest=str(told["digest"]))
+        return Retired(chain_key=key, public_key=dict(told["public_key"]), retired_at=float(told["retired_at"]))
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        return None
+
+
+def _cipher(pepper: bytes) -> AESGCM:
+    return AESGCM(hmac.digest(pepper, ROW_PURPOSE, hashlib.sha256))

@@ -1,0 +1,213 @@
+"""The audit log: who changed what, noted in the same transaction as the change. Sealing it is in audit_chain, and
+downloads are in read_audit.
+
+What a job goes through by itself is in its own events, transitions included; here is what somebody asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from sqlalchemy import ColumnElement, Table, insert, select
+from sqlalchemy.orm import Session
+
+from catalog.caller import Caller
+from catalog.db.database import Database
+from catalog.db.pagination import Page, paginate
+from catalog.tables import AuditEvent, Json, new_id
+
+AuditType = Literal[
+    "api_key.created",
+    "api_key.rotated",
+    "api_key.revoked",
+    "api_key.updated",
+    "sign_in_link.created",
+    "login.succeeded",
+    "logout.succeeded",
+    "organization.created",
+    "organization.updated",
+    "project.created",
+    "project.updated",
+    "project.archived",
+    "project.restored",
+    "model.added",
+    "model.deleted",
+    "file.created",
+    "file.deleted",
+    "file.downloaded",
+    "upload.created",
+    "upload.cancelled",
+    "job.created",
+    "job.cancelled",
+    "job.paused",
+    "job.resumed",
+    "sweep.created",
+    "sweep.cancelled",
+    "sweep.closed",
+    "trial.stopped",
+    "job.held",
+    "job.released",
+    "job.moved",
+    "adapter.deleted",
+    "adapter.downloaded",
+    "webhook_endpoint.created",
+    "webhook_endpoint.updated",
+    "webhook_endpoint.secret_rotated",
+    "webhook_endpoint.deleted",
+    "webhook_endpoint.disabled",
+    "webhook_endpoint.tested",
+    "webhook_endpoint.replayed",
+    "webhook_delivery.replayed",
+    "permission.created",
+    "permission.deleted",
+    "audit.exported",
+    "worker.cordoned",
+    "worker.uncordoned",
+    "worker.drained",
+    "service.restored",
+]
+AUDIT_TYPES: tuple[AuditType, ...] = get_args(AuditType)
+ActorType = Literal["api_key", "browser", "server"]
+"""server: nobody came over the API; somebody used a command on the machine itself."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Actor:
+    """Who did it: a key by its id and label."""
+
+    type: ActorType
+    id: str | None = None
+    name: str | None = None
+
+
+SERVER = Actor(type="server")
+
+
+@dataclass(kw_only=True, slots=True)
+class Origin:
+    """Where a change comes from. `actor` is known only once the request's key is."""
+
+    request_id: str | None = None
+    address: str | None = None
+    actor: Actor = SERVER
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filters:
+    """Which events: of any of these, where something is named, and within these times."""
+
+    types: Sequence[str] = ()
+    actor_ids: Sequence[str] = ()
+    project_ids: Sequence[str] = ()
+    after: float | None = None
+    """Later than this; the next three: not before, before, not after."""
+    since: float | None = None
+    before: float | None = None
+    until: float | None = None
+
+
+_here: ContextVar[Origin | None] = ContextVar("origin_of_changes", default=None)
+
+
+@contextmanager
+def coming_from(origin: Origin) -> Generator[Origin]:
+    """Changes in this block, and in threads that it waits for, are this origin's."""
+    token = _here.set(origin)
+    try:
+        yield origin
+    finally:
+        _here.reset(token)
+
+
+def actor_is(actor: Actor) -> None:
+    """Whose request this is turns out only when its key was looked at."""
+    origin = _here.get()
+    if origin is not None:
+        origin.actor = actor
+
+
+def actor_id() -> str | None:
+    """The key by which what happens now is done."""
+    origin = _here.get()
+    return origin.actor.id if origin is not None else None
+
+
+def client_address() -> str | None:
+    """Network address of the client whose request is being answered."""
+    origin = _here.get()
+    return origin.address if origin is not None else None
+
+
+def note(
+    session: Session,
+    type: AuditType,  # noqa: A002  (the wire's word)
+    *,
+    now: float,
+    object_id: str | None,
+    project_id: str | None,
+    details: Json | None = None,
+    actor: Actor | None = None,
+) -> None:
+    """Append one event. `details` hold no secret, and nothing that grows with what was sent.
+
+    actor: of a request that says itself whose it is; else the origin's.
+    """
+    origin = _here.get() or Origin()
+    actor = actor or origin.actor
+    # Not by the ORM, which names every column and reads `seq` back: roles may write these alone.
+    event = insert(cast("Table", AuditEvent.__table__)).values(
+        id=new_id("audit"),
+        type=type,
+        effective_at=now,
+        project_id=project_id,
+        object_id=object_id,
+        actor_type=actor.type,
+        actor_id=actor.id,
+        actor_name=actor.name,
+        request_id=origin.request_id,
+        address=origin.address,
+        details=details or {},
+    )
+    session.execute(event.inline())
+
+
+def list_page(
+    db: Database, *, caller: Caller, filters: Filters, after: str | None = None, limit: int = 20
+) -> Page[AuditEvent]:
+    """Newest first: of the caller's project, and for operators of all."""
+    scope = select(AuditEvent)
+    if not caller.is_operator:
+        scope = scope.where(AuditEvent.project_id == caller.project_id)
+    with db.read() as session:
+        return paginate(
+            session,
+            scope,
+            created=AuditEvent.effective_at,
+            ident=AuditEvent.id,
+            after=after,
+            limit=limit,
+            visible=_conditions(filters),
+        )
+
+
+def _conditions(filters: Filters) -> tuple[ColumnElement[bool], ...]:
+    at = AuditEvent.effective_at
+    named: tuple[tuple[ColumnElement[bool], Collection[str]], ...] = (
+        (AuditEvent.type.in_(filters.types), filters.types),
+        (AuditEvent.actor_id.in_(filters.actor_ids), filters.actor_ids),
+        (AuditEvent.project_id.in_(filters.project_ids), filters.project_ids),
+    )
+    found: list[ColumnElement[bool]] = [condition for condition, names in named if names]
+    if filters.after is not None:
+        found.append(at > filters.after)
+    if filters.since is not None:
+        found.append(at >= filters.since)
+    if filters.before is not None:
+        found.append(at < filters.before)
+    if filters.until is not None:
+        found.append(at <= filters.until)
+    return tuple(found)

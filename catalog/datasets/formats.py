@@ -1,0 +1,124 @@
+"""The kinds of rows that a data set may have. This table is the one place that tells them apart.
+
+A kind is told by a row's keys; all rows of a file are of the kind of its first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from catalog.datasets.chat import BadRow, check_chat, is_supervised, quoted
+from catalog.datasets.completion import (
+    COMPLETION_FORM,
+    TEXT_FORM,
+    check_completion,
+    check_text,
+    is_completion_supervised,
+)
+from catalog.datasets.foreign_rows import refuse_foreign
+from catalog.datasets.preference import PAIR_FORM, check_pair
+from catalog.datasets.unpaired_preference import LABEL, UNPAIRED_FORM, check_unpaired
+
+DataKind = Literal["chat", "completion", "text", "preference", "unpaired"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowKind:
+    """One kind of rows."""
+
+    name: DataKind
+    keys: tuple[str, ...]
+    """A row with any of them is of this kind, or meant to be. An answer with a label is told by `_is_labelled`."""
+    noun: str
+    form: str
+    check: Callable[[dict[str, Any]], Any]
+    """The row, if it is right. Raises BadRow."""
+    is_supervised: Callable[[Any], bool]
+    """Something is learnt from what `check` returned."""
+
+
+PREFERENCE = RowKind(
+    name="preference",
+    keys=("input", "preferred_output", "non_preferred_output"),
+    noun="a pair of answers",
+    form=PAIR_FORM,
+    check=check_pair,
+    is_supervised=lambda _: True,
+)
+UNPAIRED = RowKind(
+    name="unpaired",
+    keys=(),
+    noun="an answer with a label",
+    form=UNPAIRED_FORM,
+    check=check_unpaired,
+    is_supervised=lambda _: True,
+)
+COMPLETION = RowKind(
+    name="completion",
+    keys=("prompt", "completion"),
+    noun="a prompt with its completion",
+    form=COMPLETION_FORM,
+    check=check_completion,
+    is_supervised=is_completion_supervised,
+)
+KINDS = (
+    RowKind(
+        name="chat",
+        keys=("messages",),
+        noun="a chat",
+        form='{"messages": [...]}',
+        check=check_chat,
+        is_supervised=is_supervised,
+    ),
+    COMPLETION,
+    RowKind(
+        name="text",
+        keys=("text",),
+        noun="a plain text",
+        form=TEXT_FORM,
+        check=check_text,
+        is_supervised=lambda _: True,
+    ),
+    PREFERENCE,
+    UNPAIRED,
+)
+_BY_NAME: dict[str, DataKind] = {kind.name: kind.name for kind in KINDS}
+KIND_NAMES = tuple(kind.name for kind in KINDS)
+FORMS = f"{', '.join(kind.form for kind in KINDS[:-1])} or {KINDS[-1].form}"
+
+
+def known_kind(recorded: str | None) -> DataKind:
+    """A data set's kind as its row in the database has it: before kinds were kept, all were chats."""
+    return _BY_NAME.get(recorded or "chat", "chat")
+
+
+def row_kind(name: DataKind) -> RowKind:
+    return next(kind for kind in KINDS if kind.name == name)
+
+
+def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:
+    """The row's kind. before: that of the rows before it, None at the first. Raises BadRow."""
+    refuse_foreign(row)
+    found = next((kind for kind in KINDS if any(key in row for key in kind.keys)), before)
+    if found is None:
+        raise _unknown(row)
+    if found is COMPLETION and _is_labelled(row, before):
+        found = UNPAIRED
+    if before is not None and found is not before:
+        reason = f"the row is {found.noun}, and those before it are each {before.noun}"
+        raise BadRow("mixed_kinds", reason, "Put rows of each kind into a file of their own.")
+    return found
+
+
+def _is_labelled(row: dict[str, Any], before: RowKind | None) -> bool:
+    """Of a prompt with an answer. Among labelled ones it is meant to be, and lacks its label."""
+    return LABEL in row or before is UNPAIRED
+
+
+def _unknown(row: dict[str, Any]) -> BadRow:
+    if row:
+        reason = f"the key {quoted(next(iter(row)))} is of no kind of row"
+        return BadRow("unknown_key", reason, f"Write {FORMS}, or correct the key's spelling.")
+    return BadRow("row_empty", "the object is empty", f"Write {FORMS}.")

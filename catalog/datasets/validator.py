@@ -1,0 +1,157 @@
+"""The structural check of a data set: JSON Lines, read once and line by line, no tokenizer.
+
+Every refusal has a code, the line and a remedy. What one line may hold is told by `row_kinds`, beside this file.
+Memory is bounded by `max_line_bytes`, however long a line is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+from catalog.datasets.chat import BadRow, parse_object
+from catalog.datasets.formats import FORMS, DataKind, RowKind, kind_of_row
+from catalog.errors import InvalidRequest
+
+MAX_LISTED = 5
+"""Bad lines named in one refusal; reading stops at the last of them."""
+SKIP_BYTES = 2**20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Some editors put it before UTF-8. It says nothing there, and is skipped."""
+MASKED = "as on all lines before, every assistant message has weight 0, so there is nothing to learn"
+NOTHING_TO_LEARN = "Give at least one assistant message a weight other than 0, or none."
+
+MAGICS = {
+    b"PK\x03\x04": "a ZIP archive or a spreadsheet",
+    b"\x1f\x8b": "a gzip archive",
+    b"PAR1": "a Parquet file",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"%PDF": "a PDF",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetCheck:
+    """What a data set that passed is."""
+
+    num_rows: int
+    kind: DataKind = "chat"
+
+
+def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetCheck:
+    """Read a whole file from its current position. Raises InvalidRequest naming up to 5 bad lines."""
+    problems: list[tuple[int, BadRow]] = []
+    num_rows = num_supervised = last = 0
+    kind: RowKind | None = None
+    for number, line in _read_lines(lines, max_line_bytes=max_line_bytes):
+        num_rows, last = num_rows + 1, number
+        if num_rows > max_rows:
+            raise _refuse([(number, _too_many(max_rows))])
+        if num_rows == 1 and isinstance(line, bytes):
+            _check_first(number, line)
+        try:
+            row = _parse_line(line)
+            kind = kind_of_row(row, before=kind)
+            num_supervised += kind.is_supervised(kind.check(row))
+        except BadRow as problem:
+            problems.append((number, problem))
+            if len(problems) == MAX_LISTED:
+                break
+    if problems:
+        raise _refuse(problems)
+    if num_rows == 0:
+        raise _refuse([(1, BadRow("file_empty", "the file holds no rows", "Write one JSON object on each line."))])
+    if num_supervised == 0:
+        raise _refuse(
+            [(last, BadRow("only_masked_rows", "on this line and all before it " + MASKED, NOTHING_TO_LEARN))]
+        )
+    assert kind is not None
+    return DatasetCheck(num_rows=num_rows, kind=kind.name)
+
+
+def read_rows(lines: IO[bytes], *, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """(line number, line) of a file that `inspect` let pass. Raises InvalidRequest where it would not."""
+    for number, line in _read_lines(lines, max_line_bytes=max_line_bytes):
+        if isinstance(line, BadRow):
+            raise _refuse([(number, line)])
+        yield number, line
+
+
+def _read_lines(lines: IO[bytes], *, max_line_bytes: int) -> Iterator[tuple[int, bytes | BadRow]]:
+    """Number from 1 and content of each line; blank lines at the end are passed over."""
+    number, blank = 0, 0
+    while line := lines.readline(max_line_bytes + 2 + (0 if number else len(BYTE_ORDER_MARK))):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        content = line.rstrip(b"\r\n")
+        if len(content) > max_line_bytes:
+            _skip_rest(lines, line)
+            yield number, _too_long(max_line_bytes)
+        elif not content.strip():
+            blank = blank or number
+        else:
+            if blank:
+                yield blank, _blank(blank, number - 1)
+                blank = 0
+            yield number, content
+
+
+def _skip_rest(lines: IO[bytes], line: bytes) -> None:
+    while line and not line.endswith(b"\n"):
+        line = lines.readline(SKIP_BYTES)
+
+
+def _parse_line(line: bytes | BadRow) -> dict[str, Any]:
+    if isinstance(line, BadRow):
+        raise line
+    return parse_object(line)
+
+
+def _check_first(number: int, line: bytes) -> None:
+    """The whole file is of another kind: say so once, rather than line by line."""
+    kind = next((name for magic, name in MAGICS.items() if line.startswith(magic)), None)
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _refuse([(number, BadRow("invalid_utf8", "the text is UTF-16", "Save the file as UTF-8."))])
+    start = line.lstrip()[:1]
+    if kind is None and start == b"[":
+        kind = "a JSON array"
+    elif kind is None and line.strip() == b"{":
+        kind = "one JSON object over several lines"
+    elif kind is None and start != b"{":
+        kind = "CSV or plain text"
+    if kind is not None:
+        remedy = f"Write JSON Lines: on each line one object, {FORMS}."
+        raise _refuse([(number, BadRow("not_jsonl", f"this looks like {kind}, not JSON Lines", remedy))])
+
+
+def _refuse(problems: list[tuple[int, BadRow]]) -> InvalidRequest:
+    """Each line with its own remedy; one that all share is said once, at the end."""
+    code, remedies = problems[0][1].code, {problem.remedy for _, problem in problems}
+    if len(remedies) == 1:
+        sentences = [f"Line {number}: {problem.reason}." for number, problem in problems]
+        remedy = remedies.pop()
+    else:
+        sentences = [f"Line {number}: {problem.reason}. {problem.remedy}" for number, problem in problems]
+        remedy = "Correct these lines and upload the file again."
+    if len(problems) == MAX_LISTED:
+        sentences.append(f"Reading stopped at the {MAX_LISTED}th bad line: there may be more.")
+    return InvalidRequest(" ".join(sentences), code=code, remedy=remedy, param="file")
+
+
+def _blank(first: int, last: int) -> BadRow:
+    """Lines `first` to `last`, between two rows."""
+    reason = "the line is blank" if first == last else f"the line is blank, and so are those up to line {last}"
+    return BadRow("blank_line", reason, "Delete blank lines between rows.")
+
+
+def _too_long(max_line_bytes: int) -> BadRow:
+    remedy = "Split the row, or remove what does not belong in it."
+    return BadRow("line_too_long", f"the line is longer than {max_line_bytes:,} bytes", remedy)
+
+
+def _too_many(max_rows: int) -> BadRow:
+    return BadRow("too_many_rows", f"the file has more than {max_rows:,} rows", "Split it into several files.")

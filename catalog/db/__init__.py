@@ -1,0 +1,1 @@
+"""Engine, sessions, the database clock, and the errors of drivers. Imports only `tables`."""

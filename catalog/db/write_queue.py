@@ -1,0 +1,123 @@
+"""Fair access to SQLite's write lock: SQLite has no queue, so a process that writes without a pause starves others.
+
+Threads of one process write in the order in which they ask. Processes take turns by a turnstile: a lock on a file next
+to the database, held only from the moment at which a process is next until its transaction has begun. A process that
+has just written must pass the turnstile again, and so can't overtake the one that waits in it. The kernel releases the
+lock when a process dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Lock
+
+from catalog.db.errors import disk_full, silent
+from catalog.errors import OutOfSpace, Unavailable
+
+POLL_SECONDS = 0.001
+"""Between two attempts to pass the turnstile, and of the one process in it to begin its transaction."""
+SUFFIX = "-turnstile"
+"""Of the file's name, after the database's. It is empty, and may be deleted while no process runs."""
+
+
+class FairLock:
+    """A lock that threads acquire in the order in which they ask for it."""
+
+    def __init__(self) -> None:
+        self._guard = Lock()
+        self._waiting: deque[Lock] = deque()
+        self._is_held = False
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def acquire(self, seconds: float) -> bool:
+        """False where the lock was not free within `seconds`."""
+        with self._guard:
+            if not self._is_held:
+                self._is_held = True
+                return True
+            mine = Lock()
+            mine.acquire()
+            self._waiting.append(mine)
+        try:
+            if mine.acquire(timeout=max(0.0, seconds)):
+                return True
+        except BaseException:
+            if not self._withdraw(mine):
+                self.release()
+            raise
+        return not self._withdraw(mine)
+
+    def release(self) -> None:
+        """Hand the lock to the thread that has waited longest."""
+        with self._guard:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._is_held = False
+
+    def _withdraw(self, mine: Lock) -> bool:
+        """Stop waiting. False where the lock was handed over at the last moment."""
+        with self._guard, suppress(ValueError):
+            self._waiting.remove(mine)
+            return True
+        return False
+
+
+class Turnstile:
+    """Lets one process at a time wait for the write lock of a database; the others wait for the turnstile."""
+
+    def __init__(self, database: Path) -> None:
+        self._path = database.with_name(database.name + SUFFIX)
+
+    @contextmanager
+    def held(self, deadline: float) -> Generator[None]:
+        """deadline: monotonic seconds. Raises Unavailable where the turnstile was not free by then."""
+        descriptor = self._open()
+        try:
+            while not _try_lock(descriptor):
+                wait_until_next_poll(deadline)
+            yield
+        finally:
+            os.close(descriptor)  # releases the lock
+
+    def _open(self) -> int:
+        """Opened for each use, so that no forked child shares the lock. Only the owner can open it, so no other user of
+        the machine can block writers."""
+        try:
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _not_opened(self._path, error) from error
+
+
+def wait_until_next_poll(deadline: float) -> None:
+    """Raises Unavailable after the deadline, in monotonic seconds."""
+    if time.monotonic() >= deadline:
+        raise silent()
+    time.sleep(POLL_SECONDS)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _not_opened(path: Path, error: OSError) -> OutOfSpace | Unavailable:
+    if "No space left" in str(error):
+        return disk_full()
+    return Unavailable(
+        f"The file {path.name!r} next to the database can't be opened: {error.strerror}.",
+        code="database_unavailable",
+        remedy="Run all processes of the service as the user that owns the database.",
+    )

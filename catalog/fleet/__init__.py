@@ -1,0 +1,1 @@
+"""Workers, gangs, cordons, compatibility and placement."""

@@ -1,0 +1,421 @@
+"""Which workers take nothing new: those that a person cordoned, and those that failed one job after another.
+
+A worker finishes what it holds. Its cordon is of its place, a host and the devices on it: who registers there next
+is cordoned as well, so that a restart makes no bad node good. Only a person takes it back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations, takewhile
+from typing import Any, Literal
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from catalog.audit import log as audit
+from catalog.audit.log import SERVER, Actor, AuditType
+from catalog.db.database import Database, read_clock
+from catalog.errors import Conflict, LorryError, NotFound
+from catalog.history import events
+from catalog.lifecycle import candidates, load_failures
+from catalog.states import CLAIMED_STATES, EndReason, JobState, reasons
+from catalog.tables import Attempt, Checkpoint, Job, Json, ProjectUsage, Trainer, Worker
+from catalog.tables.living import is_live
+
+log = logging.getLogger("lorry.catalog")
+MAX_FAILED_RUNNING = 3
+"""Jobs that a node may fail one after the other before it is cordoned."""
+AT_FAULT = reasons(lambda ending: ending.may_be_nodes)
+MAX_LOOKED_AT = 100
+"""Ended attempts of one worker, and earlier workers of one host."""
+OF_THE_SERVICE = f"{MAX_FAILED_RUNNING} jobs failed on it one after the other."
+OUT_OF_MEMORY = reasons(lambda ending: ending.is_of_memory)
+USED_SECONDS = 86_400.0
+BEFORE_ANY_JOB = f"It failed {MAX_FAILED_RUNNING} times in a row, before a job had begun."
+OF_A_DRAIN = "It was drained."
+By = Literal["operator", "service"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """How one attempt ended."""
+
+    job_id: str
+    trainer_id: str | None
+    reason: str
+    culprit: str | None = None
+    """What may be to blame if not the node. None: the job. Else, where the trainer never got ready, its base, by pack
+    key, if that is known to fail (catalog/lifecycle/load_failures.py); or neither: the trainer's id, which no other
+    trainer shares."""
+
+
+def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker:
+    """It takes nothing new from now on. One that is cordoned stays as it is. Raises NotFound, Conflict."""
+    with db.write() as session:
+        worker = _held(session, worker_id)
+        if worker.ended_at is not None:
+            raise ended(worker_id, "cordon")
+        if worker.cordon is None:
+            now = read_clock(session)
+            _put(worker, by="operator", reason=reason, now=now)
+            _note(session, "worker.cordoned", worker, now=now, details={"reason": reason} if reason else None)
+            _tell_jobs(session, worker, "was cordoned: it finishes what it holds, this job too.", now=now)
+        return worker
+
+
+def cordon_own(db: Database, worker_id: str, *, reason: str) -> None:
+    """The worker itself has seen that its node needs somebody's look: it takes nothing new, and nor does who comes in
+    its place."""
+    with db.write() as session:
+        close(session, worker_id, reason=reason)
+
+
+def uncordon(db: Database, worker_id: str) -> Worker:
+    """It takes jobs again, and what failed on it before counts no more. One that has gone keeps its successor's place
+    free of a cordon. Raises NotFound."""
+    with db.write() as session:
+        worker = _held(session, worker_id)
+        if worker.cordon is not None:
+            now = read_clock(session)
+            details = {"was": {name: worker.cordon[name] for name in ("by", "reason", "at")}}
+            worker.cordon, worker.uncordoned_at = None, now
+            _note(session, "worker.uncordoned", worker, now=now, details=details)
+            _tell_jobs(session, worker, "takes new jobs again.", now=now)
+        return worker
+
+
+def drain(db: Database, worker_id: str) -> Worker:
+    """Ask a worker to end: it releases its jobs at their last step and takes no more, and nor does who comes in its
+    place. Raises NotFound, Conflict."""
+    with db.write() as session:
+        worker = _held(session, worker_id)
+        if worker.ended_at is not None:
+            raise ended(worker_id, "drain")
+        if not worker.drain_requested:
+            now = read_clock(session)
+            worker.drain_requested = True
+            if worker.cordon is None:
+                _put(worker, by="operator", reason=OF_A_DRAIN, now=now)
+            _note(session, "worker.drained", worker, now=now)
+            told = "was asked to leave: it saves this job, which goes on elsewhere. The attempt does not count."
+            _tell_jobs(session, worker, told, now=now)
+        return worker
+
+
+def retire(session: Session, worker: Worker, version: str, *, now: float) -> None:
+    """Ask a worker to leave that the service, since it was upgraded to that version, can't work with any more. Its
+    row is locked. Who comes in its place is cordoned by nobody."""
+    worker.drain_requested = True
+    details = {"reason": f"Lorry {version} takes no worker of protocol {worker.protocol}."}
+    _note(session, "worker.drained", worker, now=now, details=details, actor=SERVER)
+    told = f"is too old for Lorry {version}: it saves this job, which goes on elsewhere. The attempt does not count."
+    _tell_jobs(session, worker, told, now=now)
+
+
+def ended(worker_id: str, verb: str) -> Conflict:
+    return Conflict(f"Worker {worker_id} has ended.", code="worker_ended", remedy=f"There is nothing to {verb}.")
+
+
+def inherit(session: Session, worker: Worker, *, is_live_after: float) -> None:
+    """A worker has the cordon of one that was at its place before and has gone: it moves, so that of several workers at
+    one place as many are cordoned as were. is_live_after: who was heard from later and has not ended is there still,
+    and keeps its cordon to itself. Both rows are locked after it."""
+    before = (Worker.host == worker.host, Worker.id != worker.id, Worker.heartbeat_at <= worker.started_at)
+    latest = select(Worker).where(*before).order_by(Worker.heartbeat_at.desc()).limit(MAX_LOOKED_AT)
+    gone = (row for row in session.scalars(latest) if row.ended_at is not None or row.heartbeat_at <= is_live_after)
+    cordoned = (row for row in gone if row.cordon is not None and place(row.devices) == place(worker.devices))
+    if (last := next(cordoned, None)) is None:
+        return
+    row = session.get_one(Worker, last.id, with_for_update=True, populate_existing=True)
+    worker.cordon, row.cordon = row.cordon, None
+
+
+def inherit_late(session: Session, worker: Worker, *, now: float, silent_seconds: float) -> None:
+    """At a heartbeat, as who was killed is known to have gone only after it has been silent for so long. Nothing
+    happens once the worker is older than twice that, or an operator has uncordoned it."""
+    is_new = now < worker.started_at + 2 * silent_seconds
+    if is_new and worker.cordon is None and worker.uncordoned_at is None:
+        inherit(session, worker, is_live_after=now - silent_seconds)
+
+
+def place(devices: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """What tells the devices of one worker from those of another on the same host: as written, and as read back."""
+    return [
+        (one.get("kind"), one.get("index"), *(one.get("indices") or ()), *("core", *(one.get("cores") or ())))
+        for one in devices
+    ]
+
+
+def look(db: Database, worker_id: str | None) -> bool:
+    """Cordon the worker if what ended on it lately says that the node is bad. True where it was. A fault in it costs
+    nobody anything: the next bad end looks again."""
+    try:
+        return bool(worker_id) and _look(db, worker_id)
+    except LorryError as error:
+        log.warning("cordon code=%s", error.code)
+    except Exception:  # an attempt's end is on record by now, and must stay so
+        log.exception("crash in cordoning")
+    return False
+
+
+def _look(db: Database, worker_id: str) -> bool:
+    with db.write() as session:
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None or worker.cordon is not None or worker.ended_at is not None:
+            return False
+        since = max(worker.started_at, worker.uncordoned_at or 0.0)
+        attempts = _of_node(session, worker_id, since=since)
+        now = read_clock(session)
+        ends = _ended(session, attempts, worker_id, now=now)
+        blamed = failed_running(ends)
+        if not blamed:
+            return False
+        found = [attempt for attempt, end in zip(attempts, ends, strict=True) if end in blamed]
+        if not _is_beyond_one_project(session, worker_id, found, blamed, now=now):
+            return False
+        if not _may_cordon_another(session, now=now):
+            log.warning("cordon limit: worker=%s failed jobs, but a third of the fleet is cordoned already", worker_id)
+            return False
+        jobs = sorted({attempt.job_id for attempt in found})
+        evidence, told = [_evidence(one) for one in found], {"jobs": jobs[:MAX_FAILED_RUNNING]}
+        is_of_jobs = len(jobs) >= MAX_FAILED_RUNNING
+        reason = OF_THE_SERVICE if is_of_jobs else BEFORE_ANY_JOB
+        why = "this job and others failed on it one after the other" if is_of_jobs else "it failed time and again"
+        _put_by_service(session, worker, reason, now=now, evidence=evidence, details=told)
+        told = f"was cordoned, for {why}: {_what_next()}"
+        _tell(session, worker, jobs, told, now=now)
+        return True
+
+
+def close(session: Session, worker_id: str, *, reason: str, evidence: Sequence[Json] = ()) -> None:
+    """By the service, which has seen what is told as evidence. One that is cordoned stays as it is."""
+    worker = session.get(Worker, worker_id, with_for_update=True)
+    if worker is not None and worker.cordon is None and worker.ended_at is None:
+        now = read_clock(session)
+        _put_by_service(session, worker, reason, now=now, evidence=evidence)
+        _tell_jobs(session, worker, f"was cordoned. {reason} {_what_next().capitalize()}", now=now)
+
+
+def _put_by_service(
+    session: Session,
+    worker: Worker,
+    reason: str,
+    *,
+    now: float,
+    evidence: Sequence[Json],
+    details: Json | None = None,
+) -> None:
+    _put(worker, by="service", reason=reason, now=now, evidence=evidence)
+    told = {"reason": reason, **(details or {})}
+    _note(session, "worker.cordoned", worker, now=now, details=told, actor=SERVER)
+
+
+def _of_node(session: Session, worker_id: str, *, since: float) -> list[Attempt]:
+    """The ends that tell of it, newest first: of its own attempts but for those that are laid to another of its gang,
+    those of others that are laid to it, and what has succeeded on it."""
+    latest = select(Attempt).order_by(Attempt.ended_at.desc(), Attempt.claim_id).limit(MAX_LOOKED_AT)
+    is_own = func.coalesce(Attempt.blamed_worker_id, worker_id) == worker_id
+    own = session.scalars(latest.where(Attempt.worker_id == worker_id, Attempt.ended_at > since, is_own)).all()
+    of_others = (Attempt.blamed_worker_id == worker_id, Attempt.worker_id != worker_id, Attempt.ended_at > since)
+    laid = session.scalars(latest.where(*of_others)).all()
+    found = [*own, *laid, *(_succeeded_with(session, worker_id, laid) if laid else ())]
+    return sorted(found, key=lambda attempt: (-(attempt.ended_at or 0.0), attempt.claim_id))[:MAX_LOOKED_AT]
+
+
+def _succeeded_with(session: Session, worker_id: str, laid: Sequence[Attempt]) -> list[Attempt]:
+    """Of those who led it: the latest of what has succeeded in a trainer that it had a part in."""
+    leaders, oldest = {one.worker_id for one in laid}, min(one.ended_at or 0.0 for one in laid)
+    theirs = (Attempt.worker_id.in_(leaders), Attempt.ended_at > oldest, Attempt.reason == EndReason.COMPLETED)
+    found = select(Attempt, Trainer).join(Trainer, Trainer.id == Attempt.trainer_id).where(*theirs)
+    rows = session.execute(found.order_by(Attempt.ended_at.desc()).limit(MAX_LOOKED_AT)).all()
+    return [attempt for attempt, trainer in rows if worker_id in _lent_to(trainer)]
+
+
+def _lent_to(trainer: Trainer) -> list[str]:
+    """The workers that lent their devices to it, its own among them."""
+    return (trainer.report or {}).get("gang", {}).get("workers", [])
+
+
+def failed_running(ends: Sequence[Ended]) -> list[Ended]:
+    """The bad ends, newest first, for which a node is to blame; [] where it may be its jobs. Pure.
+
+    ends: newest first; they count back to the last job that succeeded. A job that ends its trainer takes those with it
+    that trained beside it: so the node is to blame only where no two jobs could be, because each trainer that ended
+    badly held one of them. Of a base that fails to load everywhere it is the base, and not each of its jobs: else one
+    node would be cordoned after the other. Where the node failed before any job had begun, no job could be.
+    """
+    bad: list[Ended] = []
+    for end in ends:
+        if end.reason == EndReason.COMPLETED:
+            break
+        if end.reason in AT_FAULT:
+            bad.append(end)
+    by_trainer: dict[str | None, set[str]] = {}
+    for end in bad:
+        by_trainer.setdefault(end.trainer_id, set()).add(end.culprit or end.job_id)
+    return [] if _could_be_to_blame(by_trainer.values(), MAX_FAILED_RUNNING - 1) else bad
+
+
+def _is_beyond_one_project(
+    session: Session, worker_id: str, attempts: Sequence[Attempt], blamed: Sequence[Ended], *, now: float
+) -> bool:
+    """Whether the jobs of one project cannot explain the failures, so that no tenant can have nodes cordoned.
+
+    They cannot if a trainer failed without a job of that project, if enough of the failed jobs have progressed on
+    another worker since, or if no other project uses the service. attempts: those of `blamed`.
+    """
+    whose = select(Job.id, Job.project_id).where(Job.id.in_({end.job_id for end in blamed}))
+    project_of = {row.id: row.project_id for row in session.execute(whose)}
+    by_trainer: dict[str | None, set[str]] = {}
+    for end in blamed:
+        by_trainer.setdefault(end.trainer_id, set()).add(end.culprit or project_of[end.job_id])
+    return (
+        not _could_be_to_blame(by_trainer.values(), 1)
+        or len(_progressed_elsewhere(session, worker_id, attempts)) >= MAX_FAILED_RUNNING
+        or not _is_used_by_others(session, set(project_of.values()), now=now)
+    )
+
+
+def _progressed_elsewhere(session: Session, worker_id: str, attempts: Sequence[Attempt]) -> set[str]:
+    """Jobs that failed here, and then completed or wrote a checkpoint on another worker: they crash no trainer.
+
+    Out of memory does not count: such a job may fit the other worker's larger devices only.
+    """
+    failed_at = {one.job_id: one.ended_at or 0.0 for one in attempts if one.reason not in OUT_OF_MEMORY}
+    newest = select(Checkpoint.job_id, func.max(Checkpoint.created_at).label("at")).where(
+        Checkpoint.job_id.in_(failed_at)
+    )
+    checkpoint_at = {row.job_id: row.at for row in session.execute(newest.group_by(Checkpoint.job_id))}
+    elsewhere = select(Attempt).where(Attempt.job_id.in_(failed_at), Attempt.worker_id != worker_id)
+    return {
+        one.job_id
+        for one in session.scalars(elsewhere)
+        if one.started_at >= failed_at[one.job_id]
+        and (one.reason == EndReason.COMPLETED or checkpoint_at.get(one.job_id, 0.0) > one.started_at)
+    }
+
+
+def _is_used_by_others(session: Session, project_ids: Collection[str], *, now: float) -> bool:
+    """Whether any other project has a job in the queue, or has used a device within a day."""
+    used = (ProjectUsage.project_id.not_in(project_ids), ProjectUsage.as_of > now - USED_SECONDS)
+    if session.scalar(select(ProjectUsage.project_id).where(*used).limit(1)) is not None:
+        return True
+    waiting = candidates.projects(JobState.QUEUED)
+    return session.scalar(select(waiting.c.project_id).where(waiting.c.project_id.not_in(project_ids))) is not None
+
+
+def _may_cordon_another(session: Session, *, now: float) -> bool:
+    """At most a third of the live workers, and always one, are cordoned because of failed jobs."""
+    live = list(session.scalars(select(Worker).where(is_live(now=now))))
+    cordoned = sum((worker.cordon or {}).get("reason") in (OF_THE_SERVICE, BEFORE_ANY_JOB) for worker in live)
+    return cordoned < max(1, len(live) // 3)
+
+
+def _could_be_to_blame(packs: Collection[set[str]], number: int) -> bool:
+    """Whether so many jobs are enough for each pack to hold one of them."""
+    if len(packs) <= number:
+        return True
+    jobs = sorted(set[str]().union(*packs))
+    return any(
+        all(pack.intersection(chosen) for pack in packs) for chosen in combinations(jobs, min(number, len(jobs)))
+    )
+
+
+def _ended(session: Session, attempts: Sequence[Attempt], worker_id: str, *, now: float) -> list[Ended]:
+    culprits = _culprits(session, attempts, worker_id, now=now)
+    return [
+        Ended(
+            job_id=attempt.job_id,
+            trainer_id=attempt.trainer_id,
+            reason=attempt.reason or "",
+            culprit=culprits.get(attempt.claim_id),
+        )
+        for attempt in attempts
+    ]
+
+
+def _culprits(session: Session, attempts: Sequence[Attempt], worker_id: str, *, now: float) -> dict[str, str]:
+    """By claim, of trainers since the last that got ready there. Neither job nor base can be to blame where the node
+    failed before either came in, nor where others have loaded that base of late; and hardly the bases where several
+    fail. Where one base fails that nobody has loaded yet, it may be the base or the node, and each job is a witness.
+
+    attempts: newest first.
+    """
+    ids = {attempt.trainer_id for attempt in attempts if attempt.trainer_id is not None}
+    trainers = {trainer.id: trainer for trainer in session.scalars(select(Trainer).where(Trainer.id.in_(ids)))}
+
+    def got_ready(attempt: Attempt) -> bool:
+        trainer = trainers.get(attempt.trainer_id or "")
+        return trainer is not None and load_failures.was_ready(trainer.report)
+
+    unready = list(takewhile(lambda attempt: not got_ready(attempt), attempts))
+    of_load = [one for one in unready if one.reason in load_failures.OF_A_LOAD and one.trainer_id in trainers]
+    keys = {one.claim_id: trainers[str(one.trainer_id)].pack_key for one in of_load}
+    suspect = {key for key in set(keys.values()) if load_failures.is_suspect(session, key, worker_id, now=now)}
+    others = set(keys.values()) - suspect
+    loadable = others if len(others) > 1 else {key for key in others if load_failures.has_been_loaded(session, key)}
+    found = {claim_id: key for claim_id, key in keys.items() if key in suspect}
+    for one in unready:
+        if one.trainer_id and (one.reason == EndReason.NODE_FAILED or keys.get(one.claim_id) in loadable):
+            found[one.claim_id] = one.trainer_id
+    return found
+
+
+def _evidence(attempt: Attempt) -> Json:
+    return {
+        "job_id": attempt.job_id,
+        "attempt": attempt.number,
+        "trainer_id": attempt.trainer_id,
+        "reason": attempt.reason,
+        "detail": attempt.detail,
+        "ended_at": attempt.ended_at,
+    }
+
+
+def _put(worker: Worker, *, by: By, reason: str | None, now: float, evidence: Sequence[Json] = ()) -> None:
+    worker.cordon = {"by": by, "reason": reason, "at": now, "evidence": list(evidence)}
+
+
+def _held(session: Session, worker_id: str) -> Worker:
+    worker = session.get(Worker, worker_id, with_for_update=True)
+    if worker is None:
+        raise NotFound("worker", worker_id, remedy="`lorry workers` shows those that there are.")
+    return worker
+
+
+def _note(
+    session: Session,
+    type: AuditType,  # noqa: A002  (the wire's word)
+    worker: Worker,
+    *,
+    now: float,
+    details: Json | None = None,
+    actor: Actor | None = None,
+) -> None:
+    told = {"host": worker.host, **(details or {})}
+    audit.note(session, type, now=now, object_id=worker.id, project_id=None, details=told, actor=actor)
+
+
+def _tell_jobs(session: Session, worker: Worker, what: str, *, now: float) -> None:
+    """In the events of those that it holds."""
+    held = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker.id, Job.claim_id.is_not(None))
+    _tell(session, worker, session.scalars(select(Job.id).where(*held).order_by(Job.id)).all(), what, now=now)
+
+
+def _tell(session: Session, worker: Worker, job_ids: Sequence[str], what: str, *, now: float) -> None:
+    for job_id in job_ids:
+        data = {"worker_id": worker.id}
+        events.add(session, job_id, now=now, level="warn", message=f"Worker {worker.id} {what}", data=data)
+
+
+def _what_next() -> str:
+    return "it takes no new job before an operator has looked at it."
+
+
+def count(session: Session) -> int:
+    """Of the workers that have not ended."""
+    cordoned = (Worker.cordon.is_not(None), Worker.ended_at.is_(None))
+    return session.scalar(select(func.count()).select_from(Worker).where(*cordoned)) or 0

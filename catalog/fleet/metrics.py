@@ -1,0 +1,168 @@
+"""What the whole fleet is doing, in numbers for whoever watches it: read at once, and as fast with a million jobs as
+with ten. What would have to be counted is kept (tallies.py) or read from an index of what is unfinished."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, read_clock
+from catalog.fleet import cordons
+from catalog.fleet import views as fleet
+from catalog.fleet.views import WorkerState, WorkerView
+from catalog.lifecycle.recovery import Work
+from catalog.states import EndReason, JobState, PriorityClass
+from catalog.tables import Job, JobEvent, WebhookDelivery
+from catalog.usage import counters
+
+MAX_COUNTED = 10_000
+"""Of deliveries that wait: more are told as so many."""
+HELD_IN: dict[Work, JobState] = {"training": JobState.RUNNING, "preparing": JobState.VALIDATING_FILES}
+NAMELESS = "unnamed"
+"""A base that lost its name while it is loaded."""
+Device = tuple[str, str]
+"""Host, and cpu, cpu:0-3 (some of its cores), cuda:0, or cuda:0+1 (a group)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Numbers:
+    """All of the whole service, and of now."""
+
+    jobs: Mapping[tuple[JobState, PriorityClass], int]
+    """Every pair is there."""
+    oldest_wait_seconds: Mapping[PriorityClass, float]
+    """0 where none is in the queue; those that are held don't wait."""
+    claims: int
+    attempts_ended: Mapping[EndReason, int]
+    leases: Mapping[Work, int]
+    leases_overdue: int
+    """Past, and nobody has ended them yet."""
+    leases_expired: Mapping[Work, int]
+    trained_tokens: int
+    """Of jobs that succeeded."""
+    adapters: int
+    events: int
+    """The last number that was given to one."""
+    workers: Mapping[WorkerState, int]
+    """Of those seen in the last hour."""
+    workers_cordoned: int
+    """Of those that have not ended."""
+    trainers: Mapping[str, int]
+    """By name of the base model that is loaded."""
+    trainer_jobs: Mapping[str, int]
+    """Jobs that train, by name of their base model."""
+    tokens_per_second: Mapping[Device, float]
+    """What trainers said last: of several on one device the sum, as of their memory."""
+    predicted_bytes: Mapping[Device, float]
+    peak_bytes: Mapping[Device, float]
+    devices: Mapping[Device, Mapping[str, float]]
+    """As worker/node/utilization.py told it; what a device doesn't tell is left out."""
+    webhooks_pending: int
+    """At most MAX_COUNTED."""
+    webhooks_overdue_seconds: float
+
+
+def read(db: Database) -> Numbers:
+    """Raises Unavailable."""
+    views = fleet.workers(db)
+    live = [view for view in views if view.state not in ("lost", "ended")]
+    with db.read() as session:
+        now, kept = read_clock(session), counters.read(session)
+        pending, due_at = _webhooks(session)
+        return Numbers(
+            jobs=counters.jobs(kept),
+            oldest_wait_seconds=_oldest_waits(session, now=now),
+            claims=kept.get(("claims", ""), 0),
+            attempts_ended={reason: kept.get(("attempts_ended", reason.value), 0) for reason in EndReason},
+            leases={work: _num_leases(session, state) for work, state in HELD_IN.items()},
+            leases_overdue=sum(_num_leases(session, state, until=now) for state in HELD_IN.values()),
+            leases_expired={work: kept.get(("leases_expired", work), 0) for work in HELD_IN},
+            trained_tokens=kept.get(("trained_tokens", ""), 0),
+            adapters=kept.get(("adapters", ""), 0),
+            events=session.scalar(select(func.max(JobEvent.seq))) or 0,
+            workers=_by_state(views),
+            workers_cordoned=cordons.count(session),
+            trainers=Counter(_name(view.base_names) for view in live if view.worker.resident_base),
+            trainer_jobs=_jobs_of_bases(session),
+            tokens_per_second=_told_by_trainers(live, "tokens_per_second"),
+            predicted_bytes=_told_by_trainers(live, "predicted_bytes"),
+            peak_bytes=_told_by_trainers(live, "peak_bytes"),
+            devices=_devices(live),
+            webhooks_pending=pending,
+            webhooks_overdue_seconds=0.0 if due_at is None else max(0.0, now - due_at),
+        )
+
+
+def _oldest_waits(session: Session, *, now: float) -> dict[PriorityClass, float]:
+    """Each from the beginning of an index."""
+    first = {
+        each: select(func.min(Job.queued_at)).where(Job.priority == int(each), Job.queued_at.is_not(None))
+        for each in PriorityClass
+    }
+    found = session.execute(select(*(oldest.scalar_subquery() for oldest in first.values()))).one()
+    return {
+        each: 0.0 if queued_at is None else max(0.0, now - queued_at)
+        for each, queued_at in zip(first, found, strict=True)
+    }
+
+
+def _num_leases(session: Session, state: JobState, *, until: float | None = None) -> int:
+    held = select(func.count()).select_from(Job).where(Job.state == state, Job.lease_expires_at > 0)
+    return session.scalar(held if until is None else held.where(Job.lease_expires_at <= until)) or 0
+
+
+def _jobs_of_bases(session: Session) -> Counter[str]:
+    """By the names under which they were asked for."""
+    running = select(Job.base_model, func.count()).where(Job.state == JobState.RUNNING).group_by(Job.base_model)
+    return Counter({row[0]: row[1] for row in session.execute(running)})
+
+
+def _webhooks(session: Session) -> tuple[int, float | None]:
+    """How many wait, and when the first of them was due."""
+    waiting = select(WebhookDelivery.next_try_at).where(WebhookDelivery.next_try_at.is_not(None))
+    some = waiting.limit(MAX_COUNTED).subquery()
+    return session.scalar(select(func.count()).select_from(some)) or 0, session.scalar(
+        select(func.min(WebhookDelivery.next_try_at)).where(WebhookDelivery.next_try_at.is_not(None))
+    )
+
+
+def _by_state(views: Iterable[WorkerView]) -> dict[WorkerState, int]:
+    """Every state is there."""
+    found = Counter(view.state for view in views)
+    return {state: found[state] for state in get_args(WorkerState)}
+
+
+def _name(names: list[str]) -> str:
+    return min(names, default=NAMELESS)
+
+
+def _told_by_trainers(live: Iterable[WorkerView], name: str) -> dict[Device, float]:
+    found: defaultdict[Device, float] = defaultdict(float)
+    for view in live:
+        value: Any = (view.worker.report or {}).get(name)
+        if view.worker.trainer_id is not None and isinstance(value, int | float):
+            found[_device(view)] += value
+    return dict(found)
+
+
+def _devices(live: Iterable[WorkerView]) -> dict[Device, dict[str, float]]:
+    found: dict[Device, dict[str, float]] = {}
+    for view in live:
+        told: dict[str, Any] = (view.worker.report or {}).get("device") or {}
+        known = {name: float(value) for name, value in told.items() if isinstance(value, int | float)}
+        found[_device(view)] = {"memory_bytes": float(view.worker.memory_bytes), **known}
+    return found
+
+
+def _device(view: WorkerView) -> Device:
+    """A worker has one."""
+    devices: list[dict[str, Any]] = view.worker.devices or [{}]
+    first = devices[0]
+    kind, cores = str(first.get("kind", "cpu")), first.get("cores") or ()
+    numbers = [f"{min(cores)}-{max(cores)}"] if cores else first.get("indices") or ()
+    return view.worker.host, ":".join([kind, *(["+".join(map(str, numbers))] if numbers else [])])

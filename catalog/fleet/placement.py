@@ -1,0 +1,60 @@
+"""Where one job trains, or could: how the device groups of workers that run hold its base, and what each device needs.
+
+By the rule of catalog/resources/sharding.py; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+from sqlalchemy.orm import Session
+
+from catalog.fleet import views
+from catalog.resources import pack_key as packing
+from catalog.resources import requirements
+from catalog.resources.sharding import NEVER, Demand, Group, reason
+from catalog.tables import BaseModelRow, Job, Json, Worker
+
+
+def of_running(session: Session, job: Job) -> list[Json]:
+    """One; none where its worker is not known any more."""
+    worker = session.get(Worker, job.worker_id) if job.worker_id else None
+    return [] if worker is None else [_told(session, job, views.room_of(worker).group)]
+
+
+def of_waiting(session: Session, job: Job, *, now: float, lenders: Collection[str] = ()) -> list[Json]:
+    """Of workers that take new jobs, can load the base as the job asks and have the memory; groups that are alike
+    once. lenders: workers of gangs that claim nothing themselves."""
+    quantisation = packing.quantisation_of(job.pack_key)
+    rooms = views.empty_rooms(session, now=now, quantisation=quantisation, without=lenders)
+    alike = Counter(room.group for room in rooms)
+    told = [_told(session, job, group, num_workers=number) for group, number in alike.items()]
+    return [one for one in told if one["needed_bytes"] <= one["memory_bytes"]]
+
+
+def _told(session: Session, job: Job, group: Group, *, num_workers: int = 1) -> Json:
+    description = session.get_one(BaseModelRow, job.base_model).description or {}
+    demand = requirements.demand(job, description, recomputes=group.kind == "cuda")
+    needed_bytes = group.needed_bytes(demand)
+    is_divided = group.holding(demand) != "whole" and needed_bytes != NEVER
+    return {
+        "kind": group.kind,
+        "num_devices": group.num_devices,
+        "num_workers": num_workers,
+        "strategy": group.strategy(demand),
+        "reason": reason(group, demand),
+        "needed_bytes": needed_bytes,
+        "memory_bytes": group.bytes_of_each,
+        "blocks": _blocks(group, demand, description) if is_divided else None,
+    }
+
+
+def _blocks(group: Group, demand: Demand, description: Json) -> Json:
+    parts = group.block_parts(demand, group.holding(demand))
+    return {
+        "count": description.get("blocks", {}).get("count"),
+        "bytes": demand.divisible_bytes,
+        "share_bytes": group.share_bytes(demand),
+        "gathered_bytes": parts["gathered_blocks"] + parts.get("coming_share", 0),
+    }

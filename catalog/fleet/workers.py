@@ -1,0 +1,159 @@
+"""Workers and their trainers: who is there, what each holds, who was asked to drain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, read_clock
+from catalog.fleet import compatibility, cordons
+from catalog.lifecycle import recovery
+from catalog.lifecycle.outcomes import end_attempt
+from catalog.lifecycle.preparation import free
+from catalog.states import CLAIMED_STATES, EndReason, JobState
+from catalog.tables import Job, Json, Trainer, Worker
+from catalog.tables.living import SILENT_SECONDS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerOrders:
+    """What the worker is asked to do."""
+
+    drain: bool
+
+
+def register_worker(
+    db: Database,
+    *,
+    worker_id: str,
+    host: str,
+    pid: int,
+    devices: list[Any],
+    version: str,
+    memory_bytes: int,
+    integrations: Sequence[str] = (),
+    protocol: int | None = None,
+) -> Worker:
+    """A worker has started. One that had the same id before is gone: what it held is freed at once.
+
+    protocol: this code's own where None. Raises UnfitWorker where it can't work with the service; then nothing is
+    written.
+    """
+    protocol = compatibility.PROTOCOL if protocol is None else protocol
+    with db.write() as session:
+        compatibility.check_in(session, protocol=protocol)
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None:
+            worker = Worker(id=worker_id)
+            session.add(worker)
+        else:
+            recovery.lose_worker(session, worker_id, now=now)
+            _close_trainers(session, worker_id, now=now)
+        worker.host, worker.pid, worker.devices = host, pid, devices
+        worker.version, worker.protocol, worker.memory_bytes = version, protocol, memory_bytes
+        worker.integrations = list(integrations)
+        worker.started_at = worker.heartbeat_at = now
+        worker.ended_at = worker.resident_base = worker.trainer_id = worker.report = None
+        worker.served_at = worker.prepared_at = None
+        worker.drain_requested, worker.uncordoned_at, worker.cordon = False, None, None
+        cordons.inherit(session, worker, is_live_after=now - SILENT_SECONDS)
+        return worker
+
+
+def worker_beat(
+    db: Database, worker_id: str, *, resident_base: str | None, trainer_id: str | None, report: Json | None
+) -> WorkerOrders:
+    """The worker lives, and holds this. A worker that was ended in the meantime is told to drain, and so is one whose
+    protocol an upgraded service takes no more."""
+    with db.write() as session:
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None or worker.ended_at is not None:
+            return WorkerOrders(drain=True)
+        worker.heartbeat_at = read_clock(session)
+        worker.resident_base, worker.trainer_id, worker.report = resident_base, trainer_id, report
+        if worker.protocol is not None and not worker.drain_requested:
+            window = compatibility.window_of(session)
+            if not window.has(worker.protocol):
+                cordons.retire(session, worker, window.version, now=worker.heartbeat_at)
+        cordons.inherit_late(session, worker, now=worker.heartbeat_at, silent_seconds=SILENT_SECONDS)
+        return WorkerOrders(drain=worker.drain_requested)
+
+
+def end_worker(db: Database, worker_id: str) -> None:
+    """The worker leaves in good order: what it still holds is released, and does not count."""
+    with db.write() as session:
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None or worker.ended_at is not None:
+            return
+        worker.ended_at = now
+        worker.resident_base = worker.trainer_id = None
+        held = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker_id, Job.claim_id.is_not(None))
+        locked = session.scalars(select(Job).where(*held).order_by(Job.id).with_for_update())
+        for job in recovery.by_sweep(locked):
+            if job.state == JobState.RUNNING:
+                end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} left.", now=now)
+            else:
+                free(job)
+        _close_trainers(session, worker_id, now=now)
+
+
+def declare_lost(db: Database, worker_id: str) -> int:
+    """Its process is known to have died: what it held is freed now, not at the end of its leases. Returns how much."""
+    with db.write() as session:
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is None or worker.ended_at is not None:
+            return 0
+        worker.ended_at = now
+        worker.resident_base = worker.trainer_id = None
+        _close_trainers(session, worker_id, now=now)
+        return recovery.lose_worker(session, worker_id, now=now)
+
+
+def list_workers(db: Database, *, ended_within_seconds: float = 3600) -> list[Worker]:
+    """Those that live, and those that ended or fell silent lately; newest first."""
+    with db.read() as session:
+        since = read_clock(session) - ended_within_seconds
+        recent = select(Worker).where(Worker.heartbeat_at >= since)
+        return list(session.scalars(recent.order_by(Worker.started_at.desc(), Worker.id)))
+
+
+def register_trainer(
+    db: Database, *, trainer_id: str, worker_id: str, base_digest: str, pack_key: str, report: Json | None = None
+) -> Trainer:
+    """A base is being loaded on a device group."""
+    with db.write() as session:
+        trainer = Trainer(id=trainer_id, worker_id=worker_id, base_digest=base_digest, pack_key=pack_key)
+        trainer.started_at, trainer.report = read_clock(session), report
+        session.add(trainer)
+        return trainer
+
+
+def end_trainer(db: Database, trainer_id: str, *, report: Json | None = None) -> None:
+    """The trainer has unloaded or died; `report` is added to what it said at the start."""
+    with db.write() as session:
+        trainer = session.get(Trainer, trainer_id, with_for_update=True)
+        if trainer is None:
+            return
+        trainer.ended_at = trainer.ended_at or read_clock(session)
+        if report is not None:
+            trainer.report = {**(trainer.report or {}), **report}
+
+
+def report_trainer(db: Database, trainer_id: str, *, report: Json) -> None:
+    """What a live trainer says of itself: dtype, device, determinism class, versions, memory."""
+    with db.write() as session:
+        trainer = session.get(Trainer, trainer_id, with_for_update=True)
+        if trainer is not None:
+            trainer.report = {**(trainer.report or {}), **report}
+
+
+def _close_trainers(session: Session, worker_id: str, *, now: float) -> None:
+    still_open = (Trainer.worker_id == worker_id, Trainer.ended_at.is_(None))
+    session.execute(update(Trainer).where(*still_open).values(ended_at=now))

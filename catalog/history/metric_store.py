@@ -1,0 +1,157 @@
+"""A job's curves as they are stored: in blocks of points, which are read and written within a caller's transaction.
+
+The last block of a curve is open: points are appended to it. One that is full changes only where steps are trained
+again, and holds two smaller pictures of itself, so that a long curve is drawn without reading all of its points.
+Whoever writes holds the job's row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, LargeBinary, Select, delete, func, or_, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from catalog.db.database import upsert
+from catalog.history.curves import thin
+from catalog.history.metric_points import Point, pack, unpack
+from catalog.tables import MetricBlock
+
+BLOCK_POINTS = 256
+OUTLINE_POINTS, SKETCH_POINTS = 32, 8
+BLOCKS_A_LOOK = 64
+"""Blocks that are read and unpacked at once where a whole curve is walked through."""
+
+
+def put(session: Session, job_id: str, kind: str, points: Sequence[Point]) -> None:
+    """Points of one curve, of steps that rise. A step that is there already is overwritten."""
+    if not points:
+        return
+    old = _blocks_to_change(session, job_id, kind, points)
+    by_step = {point.step: point for block in old for point in unpack(kind, block.points)}
+    by_step |= {point.step: point for point in points}
+    merged = [by_step[step] for step in sorted(by_step)]
+    rows = [_row(job_id, kind, merged[i : i + BLOCK_POINTS]) for i in range(0, len(merged), BLOCK_POINTS)]
+    gone = {block.first_step for block in old} - {row["first_step"] for row in rows}
+    if gone:
+        session.execute(delete(MetricBlock).where(*_of(job_id, kind), MetricBlock.first_step.in_(gone)))
+    upsert(session, MetricBlock, rows)
+
+
+def walk(session: Session, job_id: str, kind: str) -> Iterator[Point]:
+    """Every point, by step."""
+    last_step = -1
+    while points := some(session, job_id, kind, after_step=last_step):
+        yield from points
+        last_step = points[-1].step
+
+
+def some(session: Session, job_id: str, kind: str, *, after_step: int) -> list[Point]:
+    """The points of the next blocks after a step: memory holds so many, however long the job. None at the end."""
+    later = _packed(job_id, kind).where(MetricBlock.last_step > after_step).limit(BLOCKS_A_LOOK)
+    found = (point for block in session.execute(later).all() for point in unpack(kind, block.points))
+    return [point for point in found if point.step > after_step]
+
+
+def thinned(session: Session, job_id: str, kind: str, max_points: int) -> list[Point]:
+    """At most so many points, the first, the last and the peaks among them; of a long curve only pictures are read."""
+    counted = select(func.count(), func.sum(MetricBlock.num_points)).where(*_of(job_id, kind))
+    num_blocks, num_points = session.execute(counted).one()
+    if num_blocks == 0:
+        return []
+    column = _coarsest(num_blocks, num_points, max_points)
+    shown = select(column).where(*_of(job_id, kind)).order_by(MetricBlock.first_step)
+    points = [point for packed in session.scalars(shown) for point in unpack(kind, packed)]
+    return thin(points, max_points, value=lambda point: point.loss)
+
+
+def at(session: Session, job_id: str, kind: str, steps: Collection[int]) -> dict[int, Point]:
+    """By step, of those steps at which something was measured. Reads the blocks that hold them."""
+    found: dict[int, Point] = {}
+    for some in _some(sorted(set(steps))):
+        held = or_(*((MetricBlock.first_step <= step) & (MetricBlock.last_step >= step) for step in some))
+        for block in session.execute(_packed(job_id, kind).where(held)):
+            found |= {point.step: point for point in unpack(kind, block.points) if point.step in some}
+    return found
+
+
+def first(session: Session, job_id: str, kind: str) -> Point | None:
+    packed = session.execute(_packed(job_id, kind).limit(1)).first()
+    return None if packed is None else unpack(kind, packed.points)[0]
+
+
+def least_loss(session: Session, job_id: str, kind: str) -> float | None:
+    return session.scalar(select(func.min(MetricBlock.least_loss)).where(*_of(job_id, kind)))
+
+
+def written(session: Session, after: Mapping[str, int]) -> list[tuple[str, Point]]:
+    """By job: the points that came with events after that number, as (job, point)."""
+    found: list[tuple[str, Point]] = []
+    for some in _some(list(after.items())):
+        newer = or_(*((MetricBlock.job_id == job_id) & (MetricBlock.last_seq > seq) for job_id, seq in some))
+        for block in session.execute(select(MetricBlock.job_id, MetricBlock.kind, MetricBlock.points).where(newer)):
+            points = unpack(block.kind, block.points)
+            found += [(block.job_id, point) for point in points if point.seq > after[block.job_id]]
+    return found
+
+
+def _blocks_to_change(session: Session, job_id: str, kind: str, points: Sequence[Point]) -> list[Any]:
+    """The open block, where the points follow it; else all that hold steps between the first of them and the last."""
+    first_step, last_step = points[0].step, points[-1].step
+    columns = (MetricBlock.first_step, MetricBlock.last_step, MetricBlock.num_points, MetricBlock.points)
+    of_curve = select(*columns).where(*_of(job_id, kind))
+    newest = session.execute(of_curve.order_by(MetricBlock.first_step.desc()).limit(1)).first()
+    if newest is None:
+        return []
+    if first_step > newest.last_step:
+        return [newest] if newest.num_points < BLOCK_POINTS else []
+    between = of_curve.where(MetricBlock.last_step >= first_step, MetricBlock.first_step <= last_step)
+    return list(session.execute(between.order_by(MetricBlock.first_step)))
+
+
+def _row(job_id: str, kind: str, points: Sequence[Point]) -> dict[str, Any]:
+    is_full = len(points) == BLOCK_POINTS
+    return {
+        "job_id": job_id,
+        "kind": kind,
+        "first_step": points[0].step,
+        "last_step": points[-1].step,
+        "num_points": len(points),
+        "last_seq": max(point.seq for point in points),
+        "least_loss": min(point.loss for point in points),
+        "sketch": _picture(points, SKETCH_POINTS) if is_full else None,
+        "outline": _picture(points, OUTLINE_POINTS) if is_full else None,
+        "points": pack(points),
+    }
+
+
+def _picture(points: Sequence[Point], num_points: int) -> bytes:
+    return pack(thin(points, num_points, value=lambda point: point.loss))
+
+
+def _coarsest(num_blocks: int, num_points: int, max_points: int) -> ColumnElement[bytes]:
+    """The smallest picture of the blocks that has as many points as are wanted."""
+    pictures: tuple[tuple[int, InstrumentedAttribute[Any]], ...] = (
+        (SKETCH_POINTS, MetricBlock.sketch),
+        (OUTLINE_POINTS, MetricBlock.outline),
+    )
+    for num_kept, picture in pictures:
+        if num_blocks * num_kept >= min(max_points, num_points):
+            return func.coalesce(picture, MetricBlock.points, type_=LargeBinary())
+    return MetricBlock.points.expression
+
+
+def _of(job_id: str, kind: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return (MetricBlock.job_id == job_id, MetricBlock.kind == kind)
+
+
+def _packed(job_id: str, kind: str) -> Select[int, bytes]:
+    """By step: the last step and the points of each block."""
+    packed = select(MetricBlock.last_step, MetricBlock.points)
+    return packed.where(*_of(job_id, kind)).order_by(MetricBlock.first_step)
+
+
+def _some(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """As many as one question may name."""
+    return (items[i : i + 50] for i in range(0, len(items), 50))

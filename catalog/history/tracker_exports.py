@@ -1,0 +1,232 @@
+"""What of a job's curves its trackers have, and what is to be written next. The record is read, never the trainer: so
+an export holds nobody up, loses nothing, and goes on where another worker stopped.
+
+A claim lasts for as long as a worker has the run open, and is renewed with what it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, cast
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, read_clock, skip_locked
+from catalog.history import events, metric_store
+from catalog.history.metric_points import Point
+from catalog.spec.integrations import Integration
+from catalog.states import FINAL_STATES, JobState
+from catalog.tables import Adapter, Job, JobExport, Json, Project, new_id
+
+CLAIM_SECONDS = 120.0
+MAX_POINTS = 500
+MAX_FAILURES = 8
+"""In a row; with the waits between them some two hours."""
+FIRST_WAIT_SECONDS = 30.0
+FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens")
+
+
+class Follows(Enum):
+    """What becomes of an open run."""
+
+    GO_ON = "go on"
+    SLEEP = "sleep"
+    """The job doesn't train now: it is woken when it does."""
+    DONE = "done"
+    STALE = "stale"
+    """Another worker has it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """One that this worker writes."""
+
+    job_id: str
+    type: str
+    claim_id: str
+    run_id: str | None
+    train_step: int
+    valid_step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class News:
+    """What is to be written of a job now."""
+
+    run: Json
+    """Of the job: id, project, model, options, config."""
+    points: list[Json] = field(default_factory=list[Json])
+    end: Json | None = None
+    """How the job ended, once all of its points are among these or written."""
+    has_more: bool = False
+
+
+def add(session: Session, job: Job, integrations: Sequence[Integration]) -> None:
+    for one in integrations:
+        session.add(JobExport(job_id=job.id, type=one.type, train_step=-1, valid_step=-1, num_failures=0))
+
+
+def wake(session: Session, job: Job, *, now: float) -> None:
+    """The job trains, or has ended."""
+    if job.requested.get("integrations"):
+        asleep = (JobExport.job_id == job.id, JobExport.finished_at.is_(None), JobExport.claim_id.is_(None))
+        session.execute(update(JobExport).where(*asleep).values(next_at=now))
+
+
+def claim(db: Database, *, types: Collection[str], limit: int) -> list[Export]:
+    """Exports that are due, of the types that this worker can write."""
+    with db.read() as session:
+        now = read_clock(session)
+        due = select(JobExport.job_id).where(JobExport.next_at <= now, JobExport.type.in_(types))
+        if limit <= 0 or session.scalar(due.limit(1)) is None:
+            return []
+    with db.write() as session:
+        now = read_clock(session)
+        rows = select(JobExport).where(JobExport.next_at <= now, JobExport.type.in_(types))
+        found = list(session.scalars(skip_locked(rows.order_by(JobExport.next_at).limit(limit))))
+        for row in found:
+            row.claim_id, row.next_at = new_id("claim"), now + CLAIM_SECONDS
+        return [_export(row) for row in found]
+
+
+def look(db: Database, export: Export) -> News:
+    """What the record has beyond what was written."""
+    with db.read() as session:
+        job = session.get_one(Job, export.job_id)
+        is_final = job.state in FINAL_STATES  # read before the points: so none comes after
+        points = [
+            *_points(session, job.id, "train", export.train_step),
+            *_points(session, job.id, "valid", export.valid_step),
+        ]
+        points.sort(key=lambda point: (point["step"], point["kind"]))
+        has_more = len(points) > MAX_POINTS
+        points = points[:MAX_POINTS]
+        end = _end(session, job) if is_final and not has_more else None
+        return News(run=_run(session, job, export.type), points=points, end=end, has_more=has_more)
+
+
+def record(db: Database, export: Export, news: News, *, run_id: str) -> tuple[Export, Follows]:
+    """Note what was written; the claim is renewed while the job trains."""
+    with db.write() as session:
+        now = read_clock(session)
+        row = _held(session, export)
+        if row is None:
+            return export, Follows.STALE
+        state = session.get_one(Job, export.job_id).state
+        row.run_id, row.num_failures = run_id, 0
+        row.train_step = max([row.train_step, *_steps(news, "train")])
+        row.valid_step = max([row.valid_step, *_steps(news, "valid")])
+        row.next_at = now + CLAIM_SECONDS
+        follows = Follows.GO_ON
+        if news.end is not None:
+            follows, row.finished_at, row.next_at, row.claim_id = Follows.DONE, now, None, None
+        elif state != JobState.RUNNING and state not in FINAL_STATES and not news.has_more:
+            follows, row.next_at, row.claim_id = Follows.SLEEP, None, None
+        return _export(row, claim_id=export.claim_id), follows
+
+
+def release(db: Database, export: Export) -> None:
+    """The worker leaves; another may go on at once."""
+    with db.write() as session:
+        row = _held(session, export)
+        if row is not None:
+            row.claim_id, row.next_at = None, read_clock(session)
+
+
+def fail(db: Database, export: Export, problem: str) -> None:
+    """It is tried again, later and later, and given up in the end. The job's log says so, once each."""
+    with db.write() as session:
+        row = _held(session, export)
+        if row is None:
+            return
+        now = read_clock(session)
+        row.num_failures += 1
+        row.claim_id, row.next_at = None, now + FIRST_WAIT_SECONDS * 2 ** (row.num_failures - 1)
+        told = f"The integration {row.type} could not be written: {problem}"
+        if row.num_failures >= MAX_FAILURES:
+            row.finished_at, row.next_at = now, None
+            events.add(session, row.job_id, now=now, level="warn", message=f"{told} It was given up")
+        elif row.error is None:
+            message = f"{told} Training goes on, and it is tried again"
+            events.add(session, row.job_id, now=now, level="warn", message=message)
+        row.error = row.error or problem
+
+
+def _export(row: JobExport, *, claim_id: str | None = None) -> Export:
+    return Export(
+        job_id=row.job_id,
+        type=row.type,
+        claim_id=claim_id or row.claim_id or "",
+        run_id=row.run_id,
+        train_step=row.train_step,
+        valid_step=row.valid_step,
+    )
+
+
+def _held(session: Session, export: Export) -> JobExport | None:
+    """Locked, and before it the job: who lets that train again waits until this is done, and then wakes it."""
+    session.get_one(Job, export.job_id, with_for_update=True)
+    mine = (
+        JobExport.job_id == export.job_id,
+        JobExport.type == export.type,
+        JobExport.claim_id == export.claim_id,
+    )
+    return session.scalar(select(JobExport).where(*mine).with_for_update())
+
+
+def _points(session: Session, job_id: str, kind: str, after: int) -> list[Json]:
+    return [_point(point) for point in metric_store.some(session, job_id, kind, after_step=after)]
+
+
+def _point(row: Point) -> Json:
+    values = {name: getattr(row, name) for name in FIELDS}
+    values |= {f"rewards/{name}": value for name, value in (row.rewards or {}).items()}
+    known = {f"{row.kind}/{name}": float(value) for name, value in values.items() if value is not None}
+    return {"kind": row.kind, "step": row.step, "at": row.created_at, "values": known}
+
+
+def _steps(news: News, kind: str) -> list[int]:
+    return [point["step"] for point in news.points if point["kind"] == kind]
+
+
+def _run(session: Session, job: Job, wanted: str) -> Json:
+    project = session.get_one(Project, job.project_id)
+    asked = [Integration.model_validate(one) for one in job.requested.get("integrations") or ()]
+    options = next(one for one in asked if one.type == wanted).options()
+    config: dict[str, Any] = {"model": job.base_model, "base_digest": job.base_digest, **_flat(job.spec)}
+    return {
+        "job_id": job.id,
+        "project": project.name,
+        "options": options.model_dump(mode="json"),
+        "config": config,
+    }
+
+
+def _flat(value: Json, prefix: str = "") -> Json:
+    """{"lora.rank": 16, …}, without what is None."""
+    found: Json = {}
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            found |= _flat(cast(Json, inner), f"{prefix}{name}.")
+        elif inner is not None:
+            found[f"{prefix}{name}"] = inner
+    return found
+
+
+def _end(session: Session, job: Job) -> Json:
+    """The state, and the figures of an adapter."""
+    adapter = session.scalar(select(Adapter).where(Adapter.job_id == job.id))
+    figures: Json = {"trained_tokens": job.trained_tokens, **((adapter.evaluation or {}) if adapter else {})}
+    numbers = {name: value for name, value in _flat(figures, "final.").items() if isinstance(value, int | float)}
+    error = (job.error or {}).get("message")
+    return {
+        "status": job.state,
+        "reason": job.reason,
+        "adapter": job.adapter_name,
+        "lineage_id": adapter.lineage_id if adapter else None,
+        "error": error,
+        "numbers": numbers,
+    }

@@ -1,0 +1,1 @@
+"""A person's actions on a job: submit, cancel, pause, explain."""

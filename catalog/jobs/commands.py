@@ -1,0 +1,224 @@
+"""The user's verbs on jobs. What belongs to another project does not exist for the caller.
+
+Accepting is in submission, reading in job_records, "why does it wait" in explanation; they are re-exported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog.audit import log
+from catalog.audit.log import AuditType
+from catalog.db.database import Database, read_clock
+from catalog.db.pagination import Page, paginate
+from catalog.errors import Conflict
+from catalog.history import events
+from catalog.history.queries import (
+    attempts,
+    checkpoints_page,
+    events_page,
+    events_since,
+    find,
+    first_step,
+    metrics,
+    packmates,
+    points_at,
+    seconds_running,
+)
+from catalog.jobs import labels
+from catalog.jobs.explanation import explain
+from catalog.jobs.submission import create, made_before
+from catalog.lifecycle.position import Target, hold, move_to, release
+from catalog.lifecycle.transitions import move
+from catalog.resources import requirements
+from catalog.states import FINAL_STATES, EndReason, JobState, Verb
+from catalog.tables import WITHOUT_METADATA, Job, JobLabel, Prepared
+from catalog.usage import quotas
+
+__all__ = [
+    "Target",
+    "attempts",
+    "cancel",
+    "checkpoints_page",
+    "create",
+    "events_page",
+    "events_since",
+    "explain",
+    "first_step",
+    "get",
+    "hold",
+    "list_page",
+    "made_before",
+    "metrics",
+    "move_to",
+    "packmates",
+    "pause",
+    "points_at",
+    "release",
+    "resume",
+    "seconds_running",
+    "stop",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stop:
+    """A wish that a job stops: how it is done at once, and how its worker is asked."""
+
+    verb: Verb
+    audited: AuditType
+    reason: EndReason
+    flag: Literal["cancel_requested", "pause_requested"]
+    done: str
+    asked: str
+
+
+CANCEL = Stop(
+    verb=Verb.CANCEL,
+    audited="job.cancelled",
+    reason=EndReason.CANCELLED_BY_USER,
+    flag="cancel_requested",
+    done="The job was cancelled.",
+    asked="Cancellation was requested; the worker stops the job.",
+)
+PRUNE = Stop(
+    verb=Verb.CANCEL,
+    audited="trial.stopped",
+    reason=EndReason.PRUNED,
+    flag="cancel_requested",
+    done="The trial was stopped.",
+    asked="The trial is to stop; the worker ends it.",
+)
+PAUSE = Stop(
+    verb=Verb.PAUSE,
+    audited="job.paused",
+    reason=EndReason.PAUSED_BY_USER,
+    flag="pause_requested",
+    done="The job was paused.",
+    asked="A pause was requested; the worker stores a checkpoint first.",
+)
+
+
+def get(db: Database, *, project_id: str, job_id: str) -> Job:
+    """Raises NotFound."""
+    with db.read() as session:
+        return find(session, project_id, job_id)
+
+
+def list_page(
+    db: Database,
+    *,
+    project_id: str,
+    after: str | None = None,
+    limit: int = 20,
+    metadata: dict[str, str] | None = None,
+    tags: Sequence[str] = (),
+) -> Page[Job]:
+    """Newest first. `metadata`: only jobs whose metadata hold all these pairs; {} means those without any. `tags`: only
+    jobs with all of these. `after` is then one of the chosen jobs."""
+    wanted = labels.digests(metadata or {}, tags)
+    scope, created, ident = select(Job).where(Job.project_id == project_id), Job.created_at, Job.id
+    if wanted:
+        scope, created, ident = labels.jobs_with(project_id, wanted), JobLabel.created_at, JobLabel.job_id
+    scope = scope.where(WITHOUT_METADATA) if metadata == {} else scope
+    with db.read() as session:
+        return paginate(session, scope, created=created, ident=ident, after=after, limit=limit)
+
+
+def cancel(db: Database, *, project_id: str, job_id: str, is_client_retry: bool = False) -> Job:
+    """End the job: at once where no worker trains it, else as soon as its worker obeys.
+
+    is_client_retry: the client says that it sends this again, having had no reply. Then a cancelled job is its answer.
+    """
+    with db.write() as session:
+        job = find(session, project_id, job_id, locked=True)
+        if not (is_client_retry and job.state == JobState.CANCELLED):
+            stop(session, job, CANCEL, now=read_clock(session))
+        return job
+
+
+def pause(db: Database, *, project_id: str, job_id: str) -> Job:
+    """Stop the job, to go on later from where it is. Pausing twice is pausing once."""
+    with db.write() as session:
+        job = find(session, project_id, job_id, locked=True)
+        if job.cancel_requested:
+            raise Conflict(
+                f"Job {job.id} is being cancelled.",
+                code="job_cancelling",
+                remedy="It can't be paused any more. Create a new job to train again.",
+            )
+        if job.state != JobState.PAUSED:
+            stop(session, job, PAUSE, now=read_clock(session))
+        return job
+
+
+def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool = False) -> Job:
+    """Let a paused job go on; where its files are prepared, it is queued at once.
+
+    is_client_retry: as of `cancel`. Then a job that goes on is its answer.
+    """
+    with db.write() as session:
+        job = find(session, project_id, job_id, locked=True)
+        now = read_clock(session)
+        if job.state in FINAL_STATES:
+            raise _already_final(job)
+        if job.state == JobState.RUNNING and job.pause_requested and not job.cancel_requested:
+            job.pause_requested = False
+            events.add(session, job.id, now=now, message="The pause was withdrawn.")
+            _note(session, "job.resumed", job, now=now)
+            return job
+        if job.state != JobState.PAUSED:
+            if is_client_retry and not job.cancel_requested:
+                return job
+            raise Conflict(
+                f"Job {job.id} is {job.state}, not paused.",
+                code="job_not_paused",
+                remedy="Only a paused job can be resumed.",
+            )
+        quotas.check_resumption(session, job.project_id, now=now)
+        _note(session, "job.resumed", job, now=now)
+        move(session, job, Verb.RESUME, now=now, message="The job was resumed.")
+        job.counted_attempts = job.lost_attempts = job.lost_preparations = 0
+        job.resumed_at = now
+        if _is_prepared(session, job):
+            requirements.note(session, job)
+            session.flush()
+            move(session, job, Verb.PREPARED, now=now, message="Its files are prepared: the job is queued.")
+        return job
+
+
+def stop(session: Session, job: Job, wish: Stop, *, now: float) -> None:
+    """At once where no worker trains the job; else its worker is asked, once. Raises Conflict where it has ended."""
+    if job.state in FINAL_STATES:
+        raise _already_final(job)
+    if job.state == JobState.RUNNING and getattr(job, wish.flag):
+        return
+    _note(session, wish.audited, job, now=now)
+    if job.state != JobState.RUNNING:
+        move(session, job, wish.verb, now=now, message=wish.done, reason=wish.reason)
+    else:
+        setattr(job, wish.flag, True)
+        events.add(session, job.id, now=now, message=wish.asked)
+
+
+def _note(session: Session, type: AuditType, job: Job, *, now: float) -> None:  # noqa: A002
+    log.note(session, type, now=now, object_id=job.id, project_id=job.project_id, details={"from": job.state})
+
+
+def _is_prepared(session: Session, job: Job) -> bool:
+    wanted = [job.train_prepared, job.valid_prepared] if job.validation_file else [job.train_prepared]
+    caches = [session.get(Prepared, key) if key else None for key in wanted]
+    return job.num_steps is not None and all(cache is not None and cache.artifact for cache in caches)
+
+
+def _already_final(job: Job) -> Conflict:
+    return Conflict(
+        f"Job {job.id} is already {job.state}.",
+        code="job_already_final",
+        remedy="A finished job does not change any more. Create a new one to train again.",
+    )

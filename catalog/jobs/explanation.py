@@ -1,0 +1,352 @@
+"""Why a job is where it is: one sentence for a person, and the facts it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from sqlalchemy import and_, func, or_, select
+from sqlalchemy.orm import Session
+
+from catalog.admission.accept import INSTALL_QUANT
+from catalog.db.database import Database, read_clock
+from catalog.fleet import availability, gang_views, placement, views
+from catalog.fleet.views import Resident
+from catalog.history.queries import find
+from catalog.lifecycle import deadlines
+from catalog.queue import charging, listing
+from catalog.resources import pack_key as packing
+from catalog.resources import sharding, throughput
+from catalog.resources.memory import readable
+from catalog.resources.sharding import ONE
+from catalog.scheduling import fair_share
+from catalog.scheduling.ordering import Turn
+from catalog.scheduling.snapshot import PATIENCE_SECONDS, USUAL, Policy, Room
+from catalog.search.trials import trial_of
+from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState, PriorityClass
+from catalog.tables import Attempt, BaseModelRow, Job, Json, Worker
+from catalog.usage import quotas
+from catalog.usage.quotas import Standing
+
+MAX_NAMED = 20
+"""Jobs that are named of those ahead."""
+NOTHING = Room(max_jobs=1, memory_bytes_free=0)
+ON_A_GPU = Room(max_jobs=1, memory_bytes_free=0, recomputes=True)
+
+
+def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUAL, sees_all: bool = False) -> Json:
+    """`explanation` (a sentence), `state`, and facts that depend on the state. sees_all: other projects' weights and
+    use too, which are an operator's business."""
+    with db.read() as session:
+        job = find(session, project_id, job_id)
+        now = read_clock(session)
+        match JobState(job.state):
+            case JobState.VALIDATING_FILES:
+                sentence, facts = _validating(session, job, now=now)
+            case JobState.QUEUED:
+                sentence, facts = _queued(session, job, now=now, policy=policy, sees_all=sees_all)
+            case JobState.RUNNING:
+                sentence, facts = _running(session, job, now=now)
+            case JobState.PAUSED:
+                sentence, facts = "It is paused. Resume it to let it go on from its last checkpoint.", {}
+            case JobState.SUCCEEDED:
+                sentence, facts = f"It has succeeded: its adapter is {job.adapter_name}.", {"adapter": job.adapter_name}
+            case JobState.FAILED:
+                error = job.error or {}
+                sentence, facts = f"It failed. {error.get('message', '')}".strip(), {"error": error}
+            case JobState.CANCELLED:
+                sentence, facts = "It was cancelled.", {}
+        trial, told = _as_a_trial(session, job)
+        told = f"{sentence} {told}" if told else sentence
+        where = {"job_id": job.id, "state": job.state, "reason": job.reason}
+        return {**where, "explanation": told, "sweep": trial, **facts}
+
+
+def _as_a_trial(session: Session, job: Job) -> tuple[Json | None, str]:
+    trial = trial_of(session, job)
+    if trial is None:
+        return None, ""
+    facts: Json = {"id": trial.sweep_id, "trial": trial.number, "parameters": trial.parameters}
+    stopped = f", and was stopped: {trial.stopped[0].lower()}{trial.stopped[1:]}" if trial.stopped else ""
+    return {**facts, "stopped": trial.stopped}, f"It is trial {trial.number} of the sweep {trial.sweep_id}{stopped}."
+
+
+def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
+    residents = views.residents(session, now=now)
+    facts: Json = {
+        "worker_id": job.worker_id,
+        "run_after": job.run_after,
+        "live_workers": len(residents),
+        "closed_workers": availability.facts(residents),
+    }
+    if job.claim_id is not None:
+        return f"Worker {job.worker_id} is preparing its files.", facts
+    if job.run_after is not None and job.run_after > now:
+        return f"Its files are prepared again in {job.run_after - now:.0f} s.", facts
+    unheld = (Job.state == JobState.VALIDATING_FILES, Job.claim_id.is_(None))
+    is_earlier = or_(Job.priority < job.priority, and_(Job.priority == job.priority, Job.created_at < job.created_at))
+    own = select(func.count()).where(*unheld, Job.project_id == job.project_id, is_earlier)
+    others = select(Job.project_id).where(*unheld, Job.project_id != job.project_id).limit(1)
+    facts["ahead"] = session.scalar(own) or 0
+    facts["takes_turns"] = session.scalar(others) is not None
+    if not facts["live_workers"]:
+        return "Its files wait to be prepared, but no worker is running. Start one.", facts
+    if (closed := availability.where_all_are(residents)) is not None:
+        return f"Its files wait to be prepared. {closed}", facts
+    turns = " in its project, which takes turns with others" if facts["takes_turns"] else ""
+    return f"Its files wait to be prepared; {_jobs(facts['ahead']).lower()} ahead of it{turns}.", facts
+
+
+def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all: bool) -> tuple[str, Json]:
+    live = views.residents(session, now=now)
+    open_ones, gangs = availability.open_ones(live), gang_views.all_of(session, now=now)
+    lenders = gang_views.lenders(gangs)
+    residents = [resident for resident in open_ones if resident.worker_id not in lenders]
+    facts: Json = {
+        "run_after": job.run_after,
+        "counted_attempts": job.counted_attempts,
+        "live_workers": len(live),
+        "closed_workers": availability.facts(live),
+        "gangs": gang_views.facts(gangs),
+        "resident_bases": sorted({resident.base_digest for resident in residents if resident.base_digest}),
+        "resident_precisions": _precisions(residents, job.base_digest),
+        "base_digest": job.base_digest,
+        "precision": packing.precision_of(job.pack_key),
+        "quantisation": packing.quantisation_of(job.pack_key),
+        "priority": PriorityClass(job.priority).name,
+    }
+    facts |= {"is_held": job.is_held, **deadlines.facts(job, now)}
+    facts |= {"placements": placement.of_waiting(session, job, now=now, lenders=lenders)}
+    kept_back = _kept_back(session, job, now=now)
+    if kept_back is not None:
+        return kept_back[0], facts | kept_back[1]
+    turns = listing.turns(session, now=now, policy=policy)
+    mine = next((turn for turn in turns if turn.candidate.job_id == job.id), None)
+    had = charging.shares_of_waiting(session, now=now, policy=policy)
+    share = fair_share.described(had, job.project_id, policy)
+    facts |= {"share": share, "policy": asdict(policy)}
+    facts |= {"shares": fair_share.of_everybody(had, policy)} if sees_all else {}
+    if mine is None:
+        facts |= {"ahead_at_least": len(turns), "ahead_of_this_project_in_all": _own_ahead(session, job)}
+        return _far_behind(facts), facts
+    ahead = [turn for turn in turns if turn.position < mine.position]
+    facts |= _place(mine, ahead, job)
+    facts |= _made_room(session, job) | {"room_asked_at": job.room_asked_at}
+    if not facts["live_workers"]:
+        return "No worker is running. Start one.", facts
+    hindrance = (
+        availability.where_all_are(live)
+        or _unquantised(session, job, now=now)
+        or _too_large(session, job, mine, now=now)
+        or gang_views.where_all_wait(gangs, [one.worker_id for one in open_ones])
+    )
+    if hindrance:
+        return hindrance, facts
+    parts = (
+        _left_for(facts["preemption"]),
+        _queue_sentence(job, mine, ahead, residents),
+        _none_free(session, mine, residents),
+        availability.where_its_base_is(live, job.base_digest),
+        _room_is_made(mine),
+        deadlines.sentence(job, now),
+        fair_share.sentence(share),
+    )
+    return " ".join(part for part in parts if part), facts
+
+
+def _kept_back(session: Session, job: Job, *, now: float) -> tuple[str, Json] | None:
+    """Why the job is not looked at, wherever it stands."""
+    if job.is_held:
+        return "It is held, and isn't chosen before it is released: lorry jobs release.", {}
+    if job.run_after is not None and job.run_after > now:
+        wait = job.run_after - now
+        return f"It waits {wait:.0f} s after a bad end ({job.reason}) before it is tried again.", {}
+    reached = quotas.holds(session, now=now, project_ids=[job.project_id]).get(job.project_id)
+    return None if reached is None else (_limited(reached), {"quota": asdict(reached)})
+
+
+def _made_room(session: Session, job: Job) -> Json:
+    """How its last attempt made room for another job, where it did."""
+    last = select(Attempt).where(Attempt.job_id == job.id).order_by(Attempt.number.desc()).limit(1)
+    attempt = session.scalar(last) if job.reason == EndReason.PREEMPTED else None
+    preemption = attempt.preemption if attempt is not None else None
+    return {"preemption": preemption, "num_preemptions": job.num_preemptions}
+
+
+def _left_for(preemption: Json | None) -> str | None:
+    """A sentence of what was decided; the job for which it left may be another project's."""
+    if preemption is None:
+        return None
+    above = PriorityClass(preemption["for_class"]).name
+    return (
+        f"It made room for a job of the class {above} that had waited for {preemption['for_waited_seconds']:.0f} s: "
+        f"itself it had trained for {preemption['trained_seconds']:.0f} s, counted as "
+        f"{_class_name(preemption['counts_as'])}. It goes on from the checkpoint that it saved."
+    )
+
+
+def _class_name(counts_as: int) -> str:
+    return PriorityClass(counts_as).name if counts_as >= 0 else "above urgent"
+
+
+def _room_is_made(mine: Turn) -> str | None:
+    if not mine.is_made_room_for:
+        return None
+    return "Jobs of lower classes were asked to make room for it: they save a checkpoint first."
+
+
+def _own_ahead(session: Session, job: Job) -> int:
+    """Of its project and class."""
+    is_before = or_(Job.place < job.place, and_(Job.place == job.place, Job.id < job.id))
+    alike = (Job.project_id == job.project_id, Job.priority == job.priority)
+    mine = (Job.state == job.state, *alike, Job.is_held.is_(False))
+    return session.scalar(select(func.count()).where(*mine, is_before)) or 0
+
+
+def _far_behind(facts: Json) -> str:
+    own = _jobs(facts["ahead_of_this_project_in_all"]).lower()
+    return (
+        f"It stands far behind: more than {facts['ahead_at_least']} jobs are ahead of it. "
+        f"Of its own project and class {own} ahead of it."
+    )
+
+
+def _limited(quota: Standing) -> str:
+    ends = {"concurrent_jobs": "It waits until one of them has ended"}
+    until = ends.get(quota.name, "It waits until the month is over")
+    return f"Its project may have {quota.said()}, and has them. {until}, or an operator raises the limit."
+
+
+def _place(mine: Turn, ahead: list[Turn], job: Job) -> Json:
+    """Jobs of other projects are counted, not named."""
+    own = [turn.candidate.job_id for turn in ahead if turn.candidate.project_id == job.project_id]
+    return {
+        "position": mine.position,
+        "ahead": len(ahead),
+        "ahead_of_this_project": own[:MAX_NAMED],
+        "waited_seconds": mine.waited_seconds,
+        "turn": mine.reason,
+        "counts_as": mine.counts_as,
+        "level": mine.level,
+        "effective_level": mine.effective_level,
+    }
+
+
+def _precisions(residents: list[Resident], base_digest: str) -> list[str]:
+    """In which the job's own base is loaded."""
+    keys = {resident.pack_key for resident in residents if resident.base_digest == base_digest}
+    return sorted(packing.precision_of(key) for key in keys if key)
+
+
+def _queue_sentence(job: Job, mine: Turn, ahead: list[Turn], residents: list[Resident]) -> str:
+    if mine.candidate.is_suspect:
+        return f"{_ends_told(job)}: it waits for a worker to itself, so that no other job is hurt."
+    place = f"{_jobs(len(ahead))} ahead of it." if ahead else "It is first in the queue."
+    of_its_base = [resident for resident in residents if resident.base_digest == job.base_digest]
+    takers = [resident for resident in of_its_base if resident.pack_key in (job.pack_key, None)]
+    if takers:
+        near_plateau = [throughput.explained(resident.saturation) for resident in takers]
+        why = near_plateau[0] if all(near_plateau) else None
+        return f"{place} {why or _joins(ahead)}"
+    if any(resident.base_digest is None for resident in residents):
+        return place if ahead else "It is first in the queue and waits for a worker to have room."
+    return f"{place} {_other_trainer(job, of_its_base)} {_patience(mine)}"
+
+
+def _ends_told(job: Job) -> str:
+    if job.lost_attempts:
+        number = job.counted_attempts + job.lost_attempts
+        return f"{number} trainers or workers have ended with it since its last checkpoint"
+    return f"It has ended badly {job.counted_attempts} times of {MAX_COUNTED_ATTEMPTS}"
+
+
+def _joins(ahead: list[Turn]) -> str:
+    if any(turn.is_made_room_for for turn in ahead):
+        return "Its base is loaded, but room is being made for a job ahead of it, and nobody joins before that one."
+    return "Its base is loaded: it joins as soon as there is room."
+
+
+def _other_trainer(job: Job, of_its_base: list[Resident]) -> str:
+    """Why no trainer that is loaded takes the job."""
+    if not of_its_base:
+        return "Workers hold another base now."
+    loaded = " and ".join(sorted({packing.weights_of(held.pack_key) for held in of_its_base if held.pack_key}))
+    wanted = packing.weights_of(job.pack_key)
+    return f"Its base is loaded in {loaded}; it asks for {wanted}, so it can't join and waits for a trainer of its own."
+
+
+def _patience(mine: Turn) -> str:
+    if mine.is_made_room_for:
+        return "No job behind it joins what is loaded before it trains."
+    if mine.waited_seconds < PATIENCE_SECONDS:
+        return f"Jobs that can join what is loaded may go first for {PATIENCE_SECONDS:.0f} s at most."
+    return "No job behind it joins what is loaded any more: its turn comes when the jobs in there have ended."
+
+
+def _unquantised(session: Session, job: Job, *, now: float) -> str | None:
+    wanted, found = packing.quantisation_of(job.pack_key), views.quantisations(session, now=now, only_open=True)
+    if found is None or wanted in found:
+        return None
+    return f"It asks for its base as {wanted}, and no worker that runs has bitsandbytes. {INSTALL_QUANT}"
+
+
+def _too_large(session: Session, job: Job, mine: Turn, *, now: float) -> str | None:
+    rooms = views.empty_rooms(session, now=now)
+    found = [(room.group, room.demand(mine.candidate)) for room in rooms] or [(ONE, NOTHING.demand(mine.candidate))]
+    description = session.get_one(BaseModelRow, job.base_model).description or {}
+    hindrance = sharding.hindrance(job.spec["lora"], packing.quantisation_of(job.pack_key), description)
+    nowhere = sharding.nowhere(found, hindrance)
+    if nowhere is None:
+        return None
+    fits = sharding.would_fit_sentence(sharding.would_fit(ON_A_GPU.demand(mine.candidate)))
+    return f"{nowhere} {fits} Add such a worker, or cancel it and use a lower rank or a smaller base."
+
+
+def _none_free(session: Session, mine: Turn, residents: list[Resident]) -> str | None:
+    """Where workers wait for a job, and none of them has free what this one needs, though one has it in all."""
+    empty = [resident.worker_id for resident in residents if resident.base_digest is None]
+    told = views.told_when_empty(session, empty)
+    needed = [(room.alone(mine.candidate), worker_id, room) for worker_id, room in told]
+    if len(told) < len(empty) or any(need <= room.memory_bytes_free for need, _, room in needed):
+        return None
+    found = [one for one in needed if one[0] <= one[2].group.bytes_of_each]
+    if not found:
+        return None
+    need, worker_id, room = max(found, key=lambda one: one[2].memory_bytes_free - one[0])
+    free, whole = readable(room.memory_bytes_free), readable(room.group.bytes_of_each)
+    return (
+        f"It needs about {readable(need)}. Worker {worker_id} holds nothing, and has {free} of its {whole} free: "
+        "others take the rest. Free it there, or add a worker that has it."
+    )
+
+
+def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
+    attempt, placed = session.get(Attempt, job.claim_id), placement.of_running(session, job)
+    facts: Json = {
+        "worker_id": job.worker_id,
+        "trainer_id": job.trainer_id,
+        "attempt": job.attempt,
+        "why": attempt.why if attempt else None,
+        "progress": job.progress,
+        "strategy": placed[0]["strategy"] if placed else None,
+        "placements": placed,
+        "preemption": attempt.preemption if attempt and job.preempted_for else None,
+        **deadlines.facts(job, now),
+    }
+    if job.cancel_requested:
+        return f"Its worker {job.worker_id} was asked to stop it.", facts
+    if job.pause_requested:
+        return f"Its worker {job.worker_id} was asked to store a checkpoint and pause it.", facts
+    if job.preempted_for is not None:
+        told = "to store a checkpoint and to make room for an urgent job"
+        return f"Its worker {job.worker_id} was asked {told}; it goes back to its place in the queue.", facts
+    around = availability.around(session.get(Worker, job.worker_id) if job.worker_id else None)
+    begun = f"It trains on worker {job.worker_id}, attempt {job.attempt}."
+    if job.started_at is None:
+        begun = f"Worker {job.worker_id} has it, attempt {job.attempt}, and its trainer loads the base model."
+    among_several = placed[0]["reason"] if placed and placed[0]["num_devices"] > 1 else None
+    told = (begun, among_several, around, deadlines.sentence(job, now))
+    return " ".join(filter(None, told)), facts
+
+
+def _jobs(number: int) -> str:
+    return {0: "No job is", 1: "1 job is"}.get(number, f"{number} jobs are")

@@ -1,0 +1,177 @@
+"""Submitting a job: accepted (acceptance.py), it is one row. The same submission twice is one job."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog import failpoints, tracing
+from catalog.admission.accept import accept, job_row, resolve_targets
+from catalog.admission.target_layers import Targets, retried
+from catalog.audit import log
+from catalog.db.database import Database, read_clock, serialised_at
+from catalog.errors import Conflict, InvalidRequest
+from catalog.history import events, tracker_exports
+from catalog.jobs import labels
+from catalog.lifecycle.transitions import begin
+from catalog.plans.jobs_from_plans import AgreedPlan, accept_planned, agree
+from catalog.spec.job import JobRequest, PlannedJob, Precision
+from catalog.storage import quota
+from catalog.tables import IdempotencyKey, Job
+from catalog.tenancy.authentication import Caller, check_valid
+from catalog.usage import ledger, quotas
+
+CLIENT_RETRY_SECONDS = 600
+"""An identical body, marked by the client as a retry, is the same submission for so long."""
+MAX_KEY_CHARS = 255
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sent:
+    """How a submission is recognized when it is repeated. The fields are arguments of `create`."""
+
+    idempotency_key: str | None
+    body_digest: str
+    is_client_retry: bool
+
+
+def create(
+    db: Database,
+    *,
+    caller: Caller,
+    request: JobRequest | PlannedJob,
+    idempotency_key: str | None = None,
+    body_digest: str,
+    is_client_retry: bool = False,
+) -> Job:
+    """Accept a job, or return the one that this same submission made before.
+
+    idempotency_key: one per submission, for ever; with another body it is a Conflict. is_client_retry: the
+    client says that it sends this again, having had no reply.
+    """
+    check_idempotency_key(idempotency_key)
+    sent = _Sent(idempotency_key=idempotency_key, body_digest=body_digest, is_client_retry=is_client_retry)
+    agreed = agree(db, caller, request) if isinstance(request, PlannedJob) else request
+    return retried(lambda: _create(db, caller, agreed, sent))
+
+
+def _create(db: Database, caller: Caller, request: JobRequest | AgreedPlan, sent: _Sent) -> Job:
+    """Raises TargetsOutdated."""
+    idempotency_key, body_digest = sent.idempotency_key, sent.body_digest
+    targets = resolve_targets(db, caller, [request.request if isinstance(request, AgreedPlan) else request])
+    with db.write() as session:
+        name = f"submit {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}"
+        now = serialised_at(session, name)
+        earlier = _same_submission(session, caller, idempotency_key, body_digest, sent.is_client_retry, now=now)
+        if earlier is not None:
+            return earlier
+        check_valid(session, caller.api_key_id, now=now)
+        job = submit(session, caller, request, targets, body_digest=body_digest, now=now)
+        if idempotency_key is not None:
+            key = IdempotencyKey(project_id=caller.project_id, key=idempotency_key, job_id=job.id)
+            key.body_digest, key.created_at = body_digest, now
+            session.flush()  # the job's row goes first: the key refers to it
+            session.add(key)
+        failpoints.pass_by("submit_before_commit")
+    failpoints.pass_by("submit_after_commit")
+    return job
+
+
+def made_before(
+    db: Database, *, caller: Caller, idempotency_key: str | None, body_digest: str, is_client_retry: bool
+) -> Job | None:
+    """The job that `create` would return without making one. Raises Conflict for a key that had another body."""
+    with db.read() as session:
+        now = read_clock(session)
+        return _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
+
+
+def check_idempotency_key(key: str | None) -> None:
+    if key is not None and not 1 <= len(key) <= MAX_KEY_CHARS:
+        raise InvalidRequest(
+            f"The Idempotency-Key has {len(key)} characters.",
+            code="invalid_idempotency_key",
+            remedy=f"Use between 1 and {MAX_KEY_CHARS}, for example a UUID.",
+            param="Idempotency-Key",
+        )
+
+
+def key_reused(key: str, made: str) -> Conflict:
+    return Conflict(
+        f"The Idempotency-Key {key!r} was used for another request.",
+        code="idempotency_key_reused",
+        remedy=f"It made {made}. Use a new key for another one.",
+    )
+
+
+def _same_submission(
+    session: Session,
+    caller: Caller,
+    idempotency_key: str | None,
+    body_digest: str,
+    is_client_retry: bool,
+    *,
+    now: float,
+) -> Job | None:
+    if idempotency_key is not None:
+        used = session.get(IdempotencyKey, (caller.project_id, idempotency_key))
+        if used is None:
+            return None
+        if used.body_digest != body_digest:
+            raise key_reused(idempotency_key, used.job_id)
+        return session.get_one(Job, used.job_id)
+    if not is_client_retry:
+        return None
+    same = select(Job).where(
+        Job.created_by == caller.api_key_id,
+        Job.project_id == caller.project_id,
+        Job.created_at > now - CLIENT_RETRY_SECONDS,
+        Job.body_digest == body_digest,
+    )
+    return session.scalar(same.order_by(Job.created_at.desc()).limit(1))
+
+
+def submit(
+    session: Session,
+    caller: Caller,
+    request: JobRequest | AgreedPlan,
+    targets: Targets,
+    *,
+    body_digest: str | None,
+    now: float,
+    sweep_id: str | None = None,
+    is_promised: bool = False,
+    auto_precision: Precision | None = None,
+) -> Job:
+    """Accept a job within a transaction.
+
+    targets: of `resolve_targets`, from before the transaction. body_digest: None for a job that no client repeats by
+    itself. is_promised: it was counted with its sweep. auto_precision: as of `accept`. Raises what `accept` and
+    `job_row` do.
+    """
+    quotas.check_submission(session, caller, now=now, is_promised=is_promised)
+    if isinstance(request, AgreedPlan):
+        accepted = accept_planned(session, caller, request, now=now)
+    else:
+        seed = secrets.randbelow(2**31)
+        accepted = accept(session, caller, request, now=now, seed=seed, auto_precision=auto_precision)
+    quotas.check_priority(session, caller, accepted.request.priority)
+    job = job_row(accepted, targets, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
+    job.body_digest, job.sweep_id, job.trace = body_digest, sweep_id, tracing.current()
+    begin(session, job, now=now, message=f"Created fine-tuning job: {job.id}")
+    quota.check_preparation(session, job, now=now)
+    labels.note(session, job)
+    ledger.add(session, job, "num_created", 1, now=now)
+    told = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}
+    told |= {"plan": request.plan} if isinstance(request, AgreedPlan) else {}
+    told |= {"sweep": sweep_id} if sweep_id else {}
+    log.note(session, "job.created", now=now, object_id=job.id, project_id=job.project_id, details=told)
+    tracker_exports.add(session, job, accepted.request.integrations or ())
+    if isinstance(request, AgreedPlan):
+        events.add(session, job.id, now=now, message=f"It is just as {request.plan} has planned it.")
+    for surprise in accepted.surprises:
+        events.add(session, job.id, now=now, level="warn", message=surprise.sentence())
+    return job

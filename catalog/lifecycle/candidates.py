@@ -1,0 +1,266 @@
+"""The jobs that a decision looks at: the first of each project and class, however many wait behind them.
+
+Each is found by an index. What is read grows with the projects that have something waiting, not with the queue. The
+questions are made once and kept, for making one takes longer than its answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+from typing import cast as cast_to
+
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    ColumnElement,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    case,
+    func,
+    literal,
+    or_,
+    select,
+    true,
+    union_all,
+)
+from sqlalchemy.orm import Session, aliased
+
+from catalog.db.database import each_of, is_sqlite
+from catalog.resources import requirements
+from catalog.resources.sharding import GATHERED_BLOCKS, ONE, DividesWhen, Group, Holding
+from catalog.scheduling.snapshot import Candidate, Unprepared
+from catalog.states import MAX_ENDS_IN_COMPANY, JobState, PriorityClass, is_suspect
+from catalog.tables import Job, Project
+from catalog.usage import quotas
+
+NEEDS = ("own_bytes", "saved_bytes", "trainer_bytes", "slice_bytes", "divisible_bytes", "gathered_bytes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Such:
+    """Which jobs of the queue are looked for. With neither `alone` nor `alike`: any that may be claimed now."""
+
+    alone: bool = False
+    """Those that fit with a trainer to themselves."""
+    alike: bool = False
+    """Of one pack key, those that fit beside others, or if `alone` by themselves; none that must train alone."""
+    recomputes: bool = False
+    """On a device that computes blocks again where memory is short."""
+    priority: int | None = None
+    """Of this class alone."""
+    not_held_as: tuple[str, ...] = ()
+    """None whose base is to be quantised in one of these ways."""
+    divides_when: DividesWhen = "never"
+    """Of the group that they are looked for."""
+    tried_less: bool = False
+    """That have ended badly no oftener than so many times."""
+    holding: Holding = "whole"
+    """Alike ones: for a trainer that holds the base so."""
+
+
+def waiting(
+    session: Session,
+    such: Such,
+    *,
+    now: float,
+    per_group: int,
+    num_bytes: int = 0,
+    key: str | None = None,
+    group: Group = ONE,
+    num_ends: int = 0,
+) -> list[Candidate]:
+    """Of each project and class the first `per_group` jobs that may be claimed now and are such, in no order; none of a
+    project that has reached a limit. num_bytes: free on each device of the group. num_ends: of those tried less."""
+    such = replace(such, divides_when=group.divides_when)
+    left = num_bytes - group.reserve_bytes if such.alone else num_bytes
+    asked = {"now": now, "per_group": per_group, "num_bytes": left, "key": key, "num_ends": num_ends}
+    asked |= {"num_devices": group.num_devices, "usable_bytes": group.usable_bytes}
+    asked |= {"host_bytes": group.host_limit_bytes, "keeps_shares": int(group.keeps_shares)}
+    rows = session.execute(_waiting(such, for_sqlite=is_sqlite(session)), asked).all()
+    limited = {row.project_id for row in rows if row.is_limited}
+    held = quotas.holds(session, now=now, project_ids=limited) if limited else ()
+    return [_candidate(session, row) for row in rows if row.project_id not in held]
+
+
+def to_prepare(session: Session, *, now: float) -> list[Unprepared]:
+    """Of each project and class the first job whose files wait to be prepared, in no order."""
+    rows = session.execute(_to_prepare(for_sqlite=is_sqlite(session)), {"now": now, "per_group": 1})
+    names = ("job_id", "project_id", "priority", "created_at", "preparing_at")
+    return [
+        Unprepared(
+            **{name: getattr(row, name) for name in names},
+            class_prepared_at=float(prepared.get(str(row.priority), 0.0)),
+        )
+        for row in rows
+        for prepared in [cast_to(dict[str, float], row.class_prepared_at or {})]
+    ]
+
+
+def is_unprepared(job: type[Job], now: float | ColumnElement[float]) -> tuple[ColumnElement[bool], ...]:
+    """Its files wait to be prepared, and nobody does so."""
+    is_free = func.coalesce(job.claim_id, "") == ""  # of an index of claims, SQLite would read all that have none
+    return (job.state == JobState.VALIDATING_FILES, is_free, is_due(job, now))
+
+
+def is_due(job: type[Job], now: float | ColumnElement[float]) -> ColumnElement[bool]:
+    """It does not wait after a bad end."""
+    return or_(job.run_after.is_(None), job.run_after <= now)
+
+
+def num_groups(session: Session) -> int:
+    """Projects with a class of which something is in the queue."""
+    return session.scalar(_num_groups()) or 0
+
+
+def projects(state: JobState) -> CTE:
+    """Those that have a job in `state`, and at the end a line that is null: one look at the index for each."""
+    found = select(func.min(Job.project_id).label("project_id")).where(Job.state == state).cte("found", recursive=True)
+    job = aliased(Job)
+    following = select(func.min(job.project_id)).where(job.state == state, job.project_id > found.c.project_id)
+    return found.union_all(select(following.scalar_subquery()).where(found.c.project_id.is_not(None)))
+
+
+@cache
+def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
+    groups, job = _groups(JobState.QUEUED, such.priority), aliased(Job)
+    conditions = [is_due(job, bindparam("now"))]
+    if such.alike:
+        trains_alone = job.counted_attempts + job.lost_attempts >= MAX_ENDS_IN_COMPANY
+        conditions += [*_in_queue(job), job.pack_key == bindparam("key"), ~trains_alone]
+    else:
+        conditions += [job.state == JobState.QUEUED]
+    if such.alone or such.alike:
+        conditions += [_fits(job, such)]
+        groups = _where_some_fit(groups, such)
+    if such.tried_less:
+        conditions += [job.counted_attempts <= bindparam("num_ends")]
+    conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
+    names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
+    names = (*names, "created_at", "counted_attempts", "lost_attempts", "room_asked_at", "least_divided_bytes")
+    rows = each_of(groups, _firsts(groups, job, conditions), job, names, for_sqlite=for_sqlite).subquery()
+    with_project = rows.join(Project, Project.id == rows.c.project_id)
+    return select(*rows.c, quotas.CAN_HOLD.label("is_limited")).select_from(with_project)
+
+
+@cache
+def _to_prepare(*, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
+    groups, job = _groups(JobState.VALIDATING_FILES), aliased(Job)
+    firsts = _firsts(groups, job, [*is_unprepared(job, bindparam("now"))])
+    rows = each_of(
+        groups, firsts, job, ("id", "project_id", "priority", "created_at"), for_sqlite=for_sqlite
+    ).subquery()
+    preparing_at = func.coalesce(Project.preparing_at, 0.0).label("preparing_at")
+    with_project = rows.join(Project, Project.id == rows.c.project_id)
+    columns = (rows.c.id.label("job_id"), rows.c.project_id, rows.c.priority, rows.c.created_at)
+    return select(*columns, preparing_at, Project.class_prepared_at).select_from(with_project)
+
+
+@cache
+def _num_groups() -> Select[int]:
+    groups, job = _groups(JobState.QUEUED), aliased(Job)
+    some = _firsts(groups, job, [job.state == JobState.QUEUED]).limit(1)
+    return select(func.count()).select_from(groups).where(some.exists())
+
+
+def _in_queue(job: type[Job]) -> tuple[ColumnElement[bool], ...]:
+    """Found by an index of those in the queue. A worker of an older version leaves jobs there that run; their state is
+    asked so that no index of states is thought to be a better one, and that it is known how many are in that state."""
+    others = [state for state in JobState if state is not JobState.QUEUED]
+    return job.queued_at.is_not(None), job.state.not_in(others)
+
+
+def _where_some_fit(groups: CTE, such: Such) -> CTE:
+    """Those of the groups whose smallest job fits: of the others, however many wait, one is read."""
+    job = aliased(Job)
+    mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority, job.queued_at.is_not(None))
+    need, by = func.coalesce(job.least_bytes - job.trainer_bytes, 0), job.least_bytes
+    if such.alone:  # what a share comes to is in no index: it is taken to be none
+        need = by = job.least_bytes if such.divides_when == "never" else job.least_divided_bytes
+    smallest = select(need).where(*mine).order_by(by).limit(1).correlate(groups)
+    if such.alike:
+        smallest = smallest.where(job.pack_key == bindparam("key"))
+    fitting = select(groups).where(smallest.scalar_subquery() <= bindparam("num_bytes"))
+    # Known before the firsts of a group are looked for: PostgreSQL may think that it is cheaper the other way round.
+    return fitting.cte("fitting_groups").prefix_with("MATERIALIZED", dialect="postgresql")
+
+
+def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) -> Select[str]:
+    """Of one of the groups, the ids of the first jobs of which all this is true."""
+    mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority)
+    mine = (*mine, job.is_held == groups.c.is_held)
+    firsts = select(job.id).where(*conditions, *mine).order_by(job.place, job.id)
+    return firsts.limit(bindparam("per_group")).correlate(groups)
+
+
+def _fits(job: type[Job], such: Such) -> ColumnElement[bool]:
+    """What it needs may be not on its row yet: it is reckoned with the answer."""
+    own = job.own_bytes - job.saved_bytes if such.recomputes else job.own_bytes
+    whole = own + job.trainer_bytes
+    need, is_trained = (whole if such.alone else own), true()
+    if such.divides_when != "never":
+        need_alone, is_trained = _held(job, such, whole)
+        need = need_alone if such.alone else own
+    return or_(_is_unknown(job, such), and_(is_trained, need <= bindparam("num_bytes")))
+
+
+def _is_unknown(job: type[Job], such: Such) -> ColumnElement[bool]:
+    is_unprepared = job.own_bytes.is_(None)
+    return is_unprepared if such.divides_when == "never" else or_(is_unprepared, job.least_divided_bytes == 0)
+
+
+def _held(job: type[Job], such: Such, whole: ColumnElement[int]) -> tuple[ColumnElement[int], ColumnElement[bool]]:
+    """(What it needs alone where the group holds its base as `Group.holding` has it, whether it is trained so.)"""
+    number, usable = bindparam("num_devices", type_=BigInteger), bindparam("usable_bytes", type_=BigInteger)
+    share = (job.divisible_bytes + number - 1) // number
+    rest = whole - job.divisible_bytes + job.gathered_bytes
+    coming = (job.gathered_bytes + GATHERED_BLOCKS * number - 1) // (GATHERED_BLOCKS * number)
+    divided, offloaded = rest + share, rest + share * bindparam("keeps_shares") + coming
+    can_divide, host_holds = job.divisible_bytes > 0, job.divisible_bytes <= bindparam("host_bytes")
+    if such.divides_when == "always":
+        return divided, can_divide
+    if such.divides_when == "offloaded":
+        return offloaded, and_(can_divide, host_holds)
+    is_spread = and_(can_divide, whole > usable)
+    is_offloaded = and_(is_spread, divided > usable, host_holds)
+    ways = {"whole": ~is_spread, "divided": and_(is_spread, ~is_offloaded), "offloaded": is_offloaded}
+    need = case((is_offloaded, offloaded), (is_spread, divided), else_=whole)
+    return need, ways[such.holding] if such.alike else true()
+
+
+def _groups(state: JobState, only: int | None = None) -> CTE:
+    """Every class, or one, of every project that has a job in `state`; of the queue without those that are held, whose
+    files are prepared all the same."""
+    found = projects(state)
+    wanted = PriorityClass if only is None else (only,)
+    ways = (False,) if state == JobState.QUEUED else (False, True)
+    each_class = (
+        select(literal(int(priority)).label("priority"), literal(is_held).label("is_held"))
+        for priority in wanted
+        for is_held in ways
+    )
+    classes = union_all(*each_class).cte("classes")
+    both = select(found.c.project_id, classes.c.priority, classes.c.is_held).join(classes, true())
+    return both.where(found.c.project_id.is_not(None)).cte("project_classes")
+
+
+def _candidate(session: Session, row: Row[*tuple[Any, ...]]) -> Candidate:
+    kept = {name: getattr(row, name) for name in NEEDS}
+    if row.own_bytes is None or not row.least_divided_bytes:  # prepared before that was kept
+        found = requirements.of(session, session.get_one(Job, row.id))
+        kept = {name: getattr(found, name) for name in NEEDS}
+    return Candidate(
+        job_id=row.id,
+        project_id=row.project_id,
+        base_digest=row.base_digest,
+        pack_key=row.pack_key,
+        priority=row.priority,
+        place=row.place,
+        queued_at=row.created_at if row.queued_at is None else row.queued_at,
+        is_suspect=is_suspect(row.counted_attempts, row.lost_attempts),
+        room_asked_at=row.room_asked_at,
+        **kept,
+    )

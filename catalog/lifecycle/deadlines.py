@@ -1,0 +1,77 @@
+"""Whether jobs meet their deadlines. One that can't any more is told so, once; nobody is ever ended for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Select, select
+
+from catalog.db.database import Database, read_clock
+from catalog.history import events
+from catalog.states import JobState
+from catalog.tables import Job
+
+Json = dict[str, Any]
+UNFINISHED = (JobState.VALIDATING_FILES, JobState.QUEUED, JobState.RUNNING)
+
+
+def tell_late(db: Database) -> int:
+    """An event for each unfinished job that can't meet its deadline any more. Returns for how many."""
+    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+        now = read_clock(session)
+        found = [job.id for job in session.scalars(_untold()) if is_late(job, now)]
+    if not found:
+        return 0
+    with db.write() as session:
+        now = read_clock(session)
+        rows = select(Job).where(Job.id.in_(found)).order_by(Job.id).with_for_update()
+        late = [job for job in session.scalars(rows) if not job.is_told_late and is_late(job, now)]
+        for job in late:
+            job.is_told_late = True
+            message = f"The job can't meet its deadline any more. {sentence(job, now)} It goes on all the same."
+            events.add(session, job.id, now=now, level="warn", message=message, data=facts(job, now))
+        return len(late)
+
+
+def is_late(job: Job, now: float) -> bool:
+    """It can't meet its deadline, by what is known of how long it takes."""
+    return job.deadline is not None and job.state in UNFINISHED and _expected_end(job, now) > job.deadline
+
+
+def facts(job: Job, now: float) -> Json:
+    """{} where it has no deadline."""
+    if job.deadline is None:
+        return {}
+    return {
+        "deadline": job.deadline,
+        "needed_start": job.needed_start,
+        "expected_end_at_best": round(_expected_end(job, now), 1),
+        "is_late": is_late(job, now),
+    }
+
+
+def sentence(job: Job, now: float) -> str | None:
+    if job.deadline is None or job.state not in UNFINISHED:
+        return None
+    if job.state == JobState.RUNNING:
+        word = "after" if is_late(job, now) else "before"
+        return f"It ends about {abs(_expected_end(job, now) - job.deadline):.0f} s {word} its deadline."
+    left = (job.needed_start or job.deadline) - now
+    if left < 0:
+        return f"It had to start {-left:.0f} s ago to meet its deadline."
+    return f"It has to start within {left:.0f} s to meet its deadline."
+
+
+def _expected_end(job: Job, now: float) -> float:
+    """At best: if it started, or goes on, now."""
+    deadline = job.deadline or 0.0
+    seconds_left = (job.progress or {}).get("seconds_left") if job.state == JobState.RUNNING else None
+    if isinstance(seconds_left, int | float):
+        return now + seconds_left
+    return now + max(0.0, deadline - (job.needed_start or deadline))
+
+
+def _untold() -> Select[Job]:
+    """By the index of deadlines of jobs that have not ended."""
+    unfinished = select(Job).where(Job.deadline > 0, Job.finished_at.is_(None)).order_by(Job.deadline)
+    return unfinished.where(Job.is_told_late.is_(False))

@@ -1,0 +1,227 @@
+"""How an attempt's end becomes the job's next state: `decide` is pure, `end_attempt` writes what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import takewhile
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from catalog.lifecycle import backoff, load_failures, out_of_memory
+from catalog.lifecycle.transitions import move
+from catalog.search.trials import ended_for
+from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, MAX_LOSSES, EndReason, JobState, Verb, reasons
+from catalog.storage.manifest import DAMAGED
+from catalog.tables import Attempt, Checkpoint, Job, Json
+from catalog.usage import counters
+
+BACK_OFF_SECONDS = (2.0, 8.0, 30.0)
+"""Before the next attempt, by the number of bad ends so far; the last also for every further one."""
+BAD = reasons(lambda ending: ending.is_bad)
+AGAIN = "submit the job again, or continue its newest checkpoint by a new one"
+REMEDIES: dict[EndReason, str] = {
+    EndReason.CUDA_OOM: f"Lower max_length, the batch size or the rank, or ask for a larger GPU; then {AGAIN}.",
+    EndReason.HOST_OOM: f"Lower max_length or give smaller files, or ask for a machine with more memory; then {AGAIN}.",
+    EndReason.DIVIDED_OOM: f"Lower max_length or the rank, or ask for a group of more or larger GPUs; then {AGAIN}.",
+    EndReason.TRAINER_CRASHED: f"Look into the job's logs for why, and show the operator; then {AGAIN}.",
+    EndReason.TIMEOUT: f"The job's logs tell where the trainer stood: show the operator; then {AGAIN}.",
+    EndReason.NODE_FAILED: f"The worker is at fault, not the job: tell the operator which; then {AGAIN}.",
+    EndReason.INFRA_LOST: f"Ask the operator why workers go away; then {AGAIN}.",
+}
+"""What somebody can do whose job was put aside, by how it ended last: of each ending after which one may be."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What follows for the job."""
+
+    verb: Verb
+    counted_attempts: int
+    wait_seconds: float = 0.0
+    is_quarantine: bool = False
+
+
+def decide(
+    reason: EndReason,
+    *,
+    cancel_requested: bool,
+    pause_requested: bool,
+    counted_attempts: int,
+    is_bystander: bool = False,
+    losses: int = 1,
+    num_shortages: int = 0,
+    yields_seconds: float = 0.0,
+) -> Verdict:
+    """The verb that the person's wishes, then ENDINGS give. A wish outlives a crash; only completing outruns it.
+
+    is_bystander: its trainer ended before it had begun the job, whose base is not to blame. losses: bad ends in a row,
+    where the last one was not the job's doing. num_shortages: where memory has ended this attempt, how many it has with
+    this one. yields_seconds: how long a job that is tried again waits at least.
+    """
+    ending = ENDINGS[reason]
+    is_loss = _is_loss(reason, is_bystander=is_bystander)
+    counted = counted_attempts + int(ending.is_counted and not is_loss)
+    if 0 < num_shortages < out_of_memory.MAX_SHORTAGES:
+        counted = min(counted, out_of_memory.ALONE)  # it was not tried in the smallest way yet
+    wished = _wished(reason, cancel_requested=cancel_requested, pause_requested=pause_requested)
+    if wished is not None:
+        return Verdict(verb=wished, counted_attempts=counted)
+    if not ending.retryable:
+        return Verdict(verb=Verb.FAIL, counted_attempts=counted)
+    if not ending.counts and not is_loss:
+        return Verdict(verb=Verb.RELEASE, counted_attempts=counted)
+    number, most = (losses, MAX_LOSSES) if is_loss else (counted, MAX_COUNTED_ATTEMPTS)
+    if number >= most:
+        return Verdict(verb=Verb.FAIL, counted_attempts=counted, is_quarantine=True)
+    wait = max(yields_seconds, BACK_OFF_SECONDS[min(number, len(BACK_OFF_SECONDS)) - 1])
+    return Verdict(verb=Verb.REQUEUE, counted_attempts=counted, wait_seconds=wait)
+
+
+def _is_loss(reason: EndReason, *, is_bystander: bool) -> bool:
+    """It was tried and is tried again, and what ended it was not its own doing."""
+    ending = ENDINGS[reason]
+    return reason is EndReason.INFRA_LOST or (is_bystander and ending.is_counted)
+
+
+def _wished(reason: EndReason, *, cancel_requested: bool, pause_requested: bool) -> Verb | None:
+    """What a person asked for, where this ending leaves the choice."""
+    if reason in (EndReason.CANCELLED_BY_USER, EndReason.PRUNED):
+        return Verb.OBEY_CANCEL
+    is_pause = reason is EndReason.PAUSED_BY_USER
+    if not is_pause and not ENDINGS[reason].retryable:
+        return None
+    if cancel_requested:
+        return Verb.OBEY_CANCEL
+    if pause_requested:
+        return Verb.OBEY_PAUSE
+    return Verb.RELEASE if is_pause else None  # a pause that was withdrawn meanwhile
+
+
+def end_attempt(
+    session: Session,
+    job: Job,
+    *,
+    reason: EndReason,
+    detail: str,
+    error: Json | None = None,
+    is_bystander: bool = False,
+    now: float,
+) -> JobState:
+    """End the attempt that holds `job`, whose row this transaction has locked. Not for a completion.
+
+    is_bystander: its trainer ended before it had begun the job, which may be its base's doing all the same.
+    """
+    assert reason is not EndReason.COMPLETED, "a completion brings its adapter: claims.complete"
+    if reason is EndReason.CANCELLED_BY_USER:
+        reason = ended_for(session, job, reason)
+    close_attempt(session, job, reason=reason, detail=detail, now=now)
+    is_bystander = is_bystander and not load_failures.is_to_blame(session, job, reason, now=now)
+    yields_seconds = backoff.seconds(session, job, now=now) if ENDINGS[reason].may_be_nodes else 0.0
+    losses = _losses(session, job) if _is_loss(reason, is_bystander=is_bystander) else 0
+    num_shortages = out_of_memory.of_this(session, job, reason)
+    verdict = decide(
+        reason,
+        cancel_requested=job.cancel_requested,
+        pause_requested=job.pause_requested,
+        counted_attempts=job.counted_attempts,
+        is_bystander=is_bystander,
+        losses=losses,
+        num_shortages=num_shortages,
+        yields_seconds=yields_seconds,
+    )
+    job.counted_attempts = verdict.counted_attempts
+    job.lost_attempts += reason is EndReason.INFRA_LOST
+    job.num_preemptions += reason is EndReason.PREEMPTED
+    if verdict.verb is Verb.FAIL:
+        is_put_aside, number = verdict.is_quarantine, losses or job.counted_attempts
+        job.error = (
+            _quarantined(session, job, reason, detail, number, error=error)
+            if is_put_aside
+            else _failed(reason, detail, error)
+        )
+    level = "error" if verdict.verb is Verb.FAIL else "warn" if verdict.verb is Verb.REQUEUE else "info"
+    if verdict.verb is Verb.OBEY_CANCEL:
+        reason = ended_for(session, job, reason)
+    message = _message(job, verdict, reason, detail, is_loss=losses > 0)
+    if num_shortages and verdict.verb is Verb.REQUEUE:
+        message += f" {out_of_memory.what_next(num_shortages, counted_attempts=verdict.counted_attempts)}"
+    state = move(session, job, verdict.verb, now=now, message=message, reason=reason, level=level)
+    if verdict.wait_seconds:
+        job.run_after = now + verdict.wait_seconds
+    return state
+
+
+def _losses(session: Session, job: Job) -> int:
+    """Attempts in a row that ended badly with no new checkpoint, the one that has just ended among them: of those since
+    somebody resumed the job, which begins anew."""
+    newest = session.scalar(select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job.id)) or 0.0
+    since = (Attempt.job_id == job.id, Attempt.ended_at > max(newest, job.resumed_at or 0.0))
+    since = (*since, Attempt.reason != EndReason.GANG_INCOMPLETE)  # nothing was tried: it says neither well nor badly
+    latest = select(Attempt.reason).where(*since).order_by(Attempt.number.desc()).limit(MAX_LOSSES)
+    in_a_row = takewhile(lambda reason: reason in BAD, session.scalars(latest))
+    return max(1, sum(1 for _ in in_a_row))
+
+
+def close_attempt(session: Session, job: Job, *, reason: EndReason, detail: str | None, now: float) -> None:
+    """Write the end on the attempt's own row."""
+    attempt = session.get(Attempt, job.claim_id)
+    assert attempt is not None, f"job {job.id} runs without an attempt"
+    attempt.ended_at, attempt.reason, attempt.detail = now, reason, detail
+    counters.add(session, "attempts_ended", reason)
+
+
+def _failed(reason: EndReason, detail: str, error: Json | None) -> Json:
+    fallback: Json = {"code": reason.value, "message": detail, "param": None}
+    return {**fallback, **(error or {})}
+
+
+def _quarantined(
+    session: Session, job: Job, reason: EndReason, detail: str, number: int, *, error: Json | None
+) -> Json:
+    """The evidence: how each of the latest attempts ended, and where. error: of the last one, if any: it has its own
+    remedy, and no worker has gone away then."""
+    ended = select(Attempt).where(Attempt.job_id == job.id, Attempt.ended_at.is_not(None))
+    attempts = session.scalars(ended.order_by(Attempt.number.desc()).limit(number + 2))
+    evidence = [
+        {
+            "attempt": a.number,
+            "reason": a.reason,
+            "detail": a.detail,
+            "worker_id": a.blamed_worker_id or a.worker_id,
+            "ended_at": a.ended_at,
+        }
+        for a in attempts
+    ]
+    message = (
+        f"The job was put aside: {number} attempts ended badly with no new checkpoint in between. "
+        f"The last one: {reason.value.replace('_', ' ')}."
+    )
+    is_smallest = job.counted_attempts >= MAX_COUNTED_ATTEMPTS and out_of_memory.of_this(session, job, reason)
+    tried = out_of_memory.given_up(session, job) if is_smallest else ""
+    remedy = REMEDIES[reason]
+    if error is not None and reason is EndReason.INFRA_LOST:
+        remedy = "" if error.get("code") == DAMAGED else f"Then {AGAIN}."
+    told = " ".join(part for part in (message, detail, tried, remedy) if part)
+    return {"code": "quarantined", "message": told, "param": None, "evidence": evidence}
+
+
+def _message(job: Job, verdict: Verdict, reason: EndReason, detail: str, *, is_loss: bool) -> str:
+    why = f"{reason.value.replace('_', ' ')}: {detail}" if detail else reason.value.replace("_", " ")
+    match verdict.verb:
+        case Verb.FAIL:
+            return f"The job failed. {(job.error or {}).get('message', why)}"
+        case Verb.OBEY_CANCEL:
+            return "The trial was stopped." if reason is EndReason.PRUNED else "The job was cancelled."
+        case Verb.OBEY_PAUSE:
+            return "The job was paused; its last checkpoint is kept."
+        case Verb.RELEASE if reason is EndReason.PREEMPTED:
+            return f"The job made room for an urgent one and goes back to its place in the queue. {detail}".strip()
+        case Verb.RELEASE:
+            return f"The job goes back to the queue ({why}). This attempt does not count."
+        case _:
+            so_far = f"{verdict.counted_attempts} of {MAX_COUNTED_ATTEMPTS} bad ends so far"
+            return (
+                f"Attempt {job.attempt} ended ({why}). It is tried again in {verdict.wait_seconds:.0f} s "
+                f"from its last checkpoint; {'this attempt does not count' if is_loss else so_far}."
+            )

@@ -1,0 +1,190 @@
+"""The order of one project's jobs of one class, which is the project's own business: places, deadlines, holds.
+
+A place is a number on the job's row; the lowest goes first. What is here writes no state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session
+
+from catalog.audit import log
+from catalog.audit.log import AuditType
+from catalog.db.database import Database, read_clock, serialise
+from catalog.errors import Conflict, InvalidRequest
+from catalog.history import events
+from catalog.history.queries import find
+from catalog.states import FINAL_STATES, JobState
+from catalog.tables import Job
+
+BEFORE_ALL = 1e10
+"""Taken from a time it gives a place before those of all jobs without a deadline."""
+WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
+LATEST_JOBS = 50
+"""Of a project, among which those are looked for that tell how long a step takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Where a job is to stand: exactly one of these."""
+
+    before: str | None = None
+    after: str | None = None
+    to: Literal["first", "last"] | None = None
+
+
+def of_new(now: float, deadline: float | None) -> float:
+    """The place of a job that is submitted: by its needed start where it has a deadline, and else behind all."""
+    return now if deadline is None else deadline - BEFORE_ALL
+
+
+def settle(session: Session, job: Job) -> None:
+    """Note when the job must start to meet its deadline, now that its steps are known. One that was moved stays."""
+    if job.deadline is None:
+        return
+    was_moved = job.place != (of_new(job.created_at, job.deadline) if job.needed_start is None else _due(job))
+    job.needed_start = job.deadline - _expected_seconds(session, job)
+    if not was_moved:
+        job.place = _due(job)
+
+
+def hold(db: Database, *, project_id: str, job_id: str) -> Job:
+    """Keep the job in the queue, and out of every trainer, until it is released. Twice is once."""
+    with db.write() as session:
+        job = find(session, project_id, job_id, locked=True)
+        _check_waits(job, "held")
+        if not job.is_held:
+            now = read_clock(session)
+            job.is_held, job.queued_at = True, None
+            _note(session, "job.held", job, now=now, message="The job is held: it waits to be released.")
+        return job
+
+
+def release(db: Database, *, project_id: str, job_id: str) -> Job:
+    """Let a held job be chosen again: its waiting counts from now, its place is what it was. Twice is once."""
+    with db.write() as session:
+        job = find(session, project_id, job_id, locked=True)
+        _check_waits(job, "released")
+        if job.is_held:
+            now = read_clock(session)
+            job.is_held = False
+            job.queued_at = now if job.state == JobState.QUEUED else None
+            _note(session, "job.released", job, now=now, message="The job was released.")
+        return job
+
+
+def move_to(db: Database, *, project_id: str, job_id: str, target: Target) -> Job:
+    """Give the job another place among its project's jobs of its class that wait. Others' turns stay what they are."""
+    beside = target.before or target.after
+    if sum(value is not None for value in (target.before, target.after, target.to)) != 1 or beside == job_id:
+        raise InvalidRequest(
+            "A move names one place.",
+            code="invalid_place",
+            remedy="Give `before` or `after` with the id of another of the project's jobs, or `to`: first or last.",
+        )
+    with db.write() as session:
+        serialise(session, f"places of {project_id}")
+        job = find(session, project_id, job_id, locked=True)
+        _check_waits(job, "moved")
+        if beside is not None:
+            _check_alike(job, find(session, project_id, beside))
+        job.place = _place(session, job, target)
+        _note(session, "job.moved", job, now=read_clock(session), message=_told(target))
+        return job
+
+
+def _note(session: Session, type: AuditType, job: Job, *, now: float, message: str) -> None:  # noqa: A002
+    log.note(session, type, now=now, object_id=job.id, project_id=job.project_id, details={"message": message})
+    events.add(session, job.id, now=now, message=message)
+
+
+def _place(session: Session, job: Job, target: Target) -> float:
+    found = _between(session, job, target)
+    if found is None:  # neighbours whose places are as near as numbers can be
+        _spread(session, job)
+        found = _between(session, job, target)
+    assert found is not None, "spread places have room between them"
+    return found
+
+
+def _between(session: Session, job: Job, target: Target) -> float | None:
+    others = (*_others(job), Job.id != job.id)
+    if target.to is not None or (beside := target.before or target.after) is None:
+        furthest = func.min(Job.place) if target.to == "first" else func.max(Job.place)
+        edge = session.scalar(select(furthest).where(*others))
+        return job.place if edge is None else edge - 1 if target.to == "first" else max(edge, job.created_at) + 1
+    there = session.scalar(select(Job.place).where(Job.id == beside)) or 0.0
+    same = session.scalar(select(func.count()).where(*others, Job.place == there)) or 0
+    is_next = Job.place < there if target.before else Job.place > there
+    edge = func.max(Job.place) if target.before else func.min(Job.place)
+    neighbour = session.scalar(select(edge).where(*others, is_next))
+    if neighbour is None:
+        neighbour = there - 2 if target.before else there + 2
+    place = (there + neighbour) / 2
+    return place if same == 1 and place not in (there, neighbour) else None
+
+
+def _spread(session: Session, job: Job) -> None:
+    """Give all that wait places with room between them, in their order."""
+    waiting = list(session.scalars(select(Job).where(*_others(job)).order_by(Job.id).with_for_update()))
+    waiting.sort(key=lambda each: (each.place, each.id))
+    first = waiting[0].place
+    for number, each in enumerate(waiting):
+        each.place = first + number
+    session.flush()
+
+
+def _others(job: Job) -> tuple[ColumnElement[bool], ...]:
+    return (Job.state.in_(WAITING), Job.project_id == job.project_id, Job.priority == job.priority)
+
+
+def _check_waits(job: Job, done: str) -> None:
+    if job.state in WAITING:
+        return
+    remedy = "A running job can be paused." if job.state == JobState.RUNNING else "Look at its state."
+    if job.state == JobState.PAUSED:
+        remedy = "Resume it first; a paused job isn't chosen either."
+    if job.state in FINAL_STATES:
+        remedy = "It has ended; create a new one to train again."
+    raise Conflict(f"Job {job.id} is {job.state} and can't be {done}.", code="job_not_waiting", remedy=remedy)
+
+
+def _check_alike(job: Job, other: Job) -> None:
+    if other.state in WAITING and other.priority == job.priority:
+        return
+    raise Conflict(
+        f"Job {other.id} doesn't wait in the same class as {job.id}.",
+        code="not_beside",
+        remedy="Name another of the project's jobs that waits and has the same `priority`.",
+        param="before",
+    )
+
+
+def _told(target: Target) -> str:
+    if target.to is not None:
+        return f"The job was moved to the {target.to} place of its project's jobs of its class."
+    return f"The job was moved to stand {'before' if target.before else 'after'} {target.before or target.after}."
+
+
+def _due(job: Job) -> float:
+    return (job.needed_start or job.deadline or 0.0) - BEFORE_ALL
+
+
+def _expected_seconds(session: Session, job: Job) -> float:
+    """How long it is going to train: by what it said itself when it trained last, or by what a step took the project's
+    latest jobs on that base; 0 where there is nothing to go by."""
+    left = (job.progress or {}).get("seconds_left")
+    if isinstance(left, int | float):
+        return float(left)
+    columns = (Job.base_model, Job.num_steps, Job.started_at, Job.finished_at, Job.state)
+    latest = select(*columns).where(Job.project_id == job.project_id).order_by(Job.created_at.desc(), Job.id.desc())
+    paces = [
+        (row.finished_at - row.started_at) / row.num_steps
+        for row in session.execute(latest.limit(LATEST_JOBS))
+        if row.state == JobState.SUCCEEDED and row.base_model == job.base_model and row.num_steps and row.started_at
+    ]
+    return (job.num_steps or 0) * median(paces) if paces else 0.0

@@ -1,0 +1,219 @@
+"""The worker verbs of a job whose files are still to be tokenised: leased like a claim, but no attempt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, read_clock, serialise
+from catalog.history import events
+from catalog.lifecycle import candidates, position
+from catalog.lifecycle.fencing import hold
+from catalog.lifecycle.transitions import move
+from catalog.resources import requirements
+from catalog.scheduling.ordering import first_to_prepare
+from catalog.scheduling.snapshot import USUAL, Policy
+from catalog.spec import evaluation_schedule, job_warnings
+from catalog.spec.job import JobSpec
+from catalog.states import EndReason, JobState, Verb
+from catalog.storage import token_cache as caches
+from catalog.tables import BaseModelRow, File, Job, Json, Project, Worker, new_id
+
+VALIDATING = JobState.VALIDATING_FILES
+MAX_LOST_PREPARATIONS = 5
+"""Files that take their worker down this often are refused, and those that so often can't be prepared for a reason that
+may be the worker's. (Such an end is no attempt.)"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FilesToPrepare:
+    """Of a job, or of a plan of one."""
+
+    project_id: str
+    base: BaseModelRow
+    base_digest: str
+    spec: JobSpec
+    training: File
+    train_key: str
+    """In `prepared`."""
+    validation: File | None
+    valid_key: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unprepared:
+    """A job to prepare, and what that takes."""
+
+    claim_id: str
+    job: Job
+    training_file: File
+    validation_file: File | None
+    base: BaseModelRow
+
+    @property
+    def files(self) -> FilesToPrepare:
+        assert self.job.train_prepared is not None
+        return FilesToPrepare(
+            project_id=self.job.project_id,
+            base=self.base,
+            base_digest=self.job.base_digest,
+            spec=JobSpec.model_validate(self.job.spec),
+            training=self.training_file,
+            train_key=self.job.train_prepared,
+            validation=self.validation_file,
+            valid_key=self.job.valid_prepared,
+        )
+
+
+def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float, policy: Policy = USUAL) -> Unprepared | None:
+    """The first job whose files wait to be prepared, leased to this worker; None where there is none.
+
+    Renew the lease with `claims.heartbeat`, as any other.
+    """
+    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+        if not candidates.to_prepare(session, now=read_clock(session)):
+            return None
+    with db.write() as session:
+        serialise(session, "take files to prepare")
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id, with_for_update=True)
+        if worker is not None and worker.takes_nothing_new:
+            return None
+        job = _take_first(session, now=now, policy=policy)
+        if job is None:
+            return None
+        project = session.get_one(Project, job.project_id)
+        project.preparing_at = now
+        project.class_prepared_at = {**(project.class_prepared_at or {}), str(job.priority): now}
+        job.claim_id = claim_id = new_id("prep")
+        job.worker_id = worker_id
+        job.lease_expires_at = now + lease_seconds
+        job.lease_extended = False
+        training = session.get_one(File, job.training_file)
+        validation = session.get_one(File, job.validation_file) if job.validation_file else None
+        base, spec = session.get_one(BaseModelRow, job.base_model), JobSpec.model_validate(job.spec)
+        if job.train_prepared is None:  # an earlier version accepted the job
+            job.train_prepared = caches.key_of(job.project_id, base, training, spec)
+            job.valid_prepared = validation and caches.key_of(job.project_id, base, validation, spec)
+        return Unprepared(claim_id=claim_id, job=job, training_file=training, validation_file=validation, base=base)
+
+
+def _take_first(session: Session, *, now: float, policy: Policy) -> Job | None:
+    """Locked. Only people can be quicker here: what they cancel or pause is passed over."""
+    while found := candidates.to_prepare(session, now=now):
+        first = first_to_prepare(found, now, policy=policy)
+        job = session.scalar(
+            select(Job).where(Job.id == first.job_id, *candidates.is_unprepared(Job, now)).with_for_update()
+        )
+        if job is not None:
+            return job
+    return None
+
+
+def prepared(
+    db: Database,
+    *,
+    claim_id: str,
+    train_key: str,
+    valid_key: str | None,
+    num_steps: int,
+    longest_example: int | None = None,
+) -> None:
+    """The files' token caches are stored: the job is queued. longest_example: in tokens, where it is known."""
+    with db.write() as session:
+        job = hold(session, claim_id, state=VALIDATING)
+        now = read_clock(session)
+        job.train_prepared, job.valid_prepared, job.num_steps = train_key, valid_key, num_steps
+        job.longest_example = longest_example
+        job.lost_preparations = 0
+        requirements.note(session, job)
+        position.settle(session, job)
+        move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
+        spec = JobSpec.model_validate(job.spec)
+        if evaluation_schedule.decide(spec) and evaluation_schedule.come_too_late(spec, num_steps):
+            # Fewer rows are usable than were thought at submission, or it would have been refused.
+            events.add(session, job.id, now=now, level="warn", message=evaluation_schedule.too_late(spec, num_steps))
+        if (few := job_warnings.few_steps(spec, num_steps)) is not None:
+            events.add(session, job.id, now=now, level="warn", message=few.sentence())
+
+
+def refused(
+    db: Database, *, claim_id: str, error: Json, train_key: str | None = None, valid_key: str | None = None
+) -> None:
+    """The files can't be trained on: `error` holds code, message (with its remedy) and param.
+
+    The keys lead to what preparation found in the files, as far as it got.
+    """
+    with db.write() as session:
+        job = hold(session, claim_id, state=VALIDATING)
+        job.train_prepared, job.valid_prepared = train_key, valid_key
+        job.error = found = {"code": "invalid_training_file", "param": "training_file", **error}
+        message = f"The job failed. {found.get('message', '')}".strip()
+        now = read_clock(session)
+        move(session, job, Verb.REFUSED, now=now, message=message, reason=EndReason.USER_ERROR, level="error")
+
+
+def release_preparation(db: Database, *, claim_id: str, detail: str, wait_seconds: float = 0) -> None:
+    """The worker gives the job back unprepared: it drains, or the store did not answer."""
+    with db.write() as session:
+        job = hold(session, claim_id, state=VALIDATING)
+        now = read_clock(session)
+        free(job)
+        job.run_after = now + wait_seconds if wait_seconds else None
+        events.add(session, job.id, now=now, level="warn", message=f"The files will be prepared again: {detail}")
+
+
+def fail_preparation(
+    db: Database, *, claim_id: str, error: Json, wait_seconds: float, train_key: str, valid_key: str | None
+) -> None:
+    """It came to nothing by the files' doing, the base's or the worker's, which can't be told apart: another may do
+    better. error: code, message (with its remedy) and param, of which the job fails in the end. wait_seconds: after the
+    first time; see `longer`. The keys are those of `refused`."""
+    with db.write() as session:
+        job = hold(session, claim_id, state=VALIDATING)
+        now = read_clock(session)
+        job.lost_preparations += 1
+        if job.lost_preparations >= MAX_LOST_PREPARATIONS:
+            message = f"Its files could not be prepared {job.lost_preparations} times. {error['message']}"
+            job.train_prepared, job.valid_prepared = train_key, valid_key
+            _give_up(session, job, {**error, "message": message}, now=now)
+            return
+        free(job)
+        job.run_after = now + longer(wait_seconds, job.lost_preparations)
+        events.add(
+            session, job.id, now=now, level="warn", message=f"The files will be prepared again: {error['message']}"
+        )
+
+
+def longer(wait_seconds: float, number: int) -> float:
+    """Before the next try, after so many that came to nothing: else one bad worker, which is free again at once, would
+    use up all of them while good ones are busy."""
+    return wait_seconds * 3 ** (number - 1)
+
+
+def lose_preparation(session: Session, job: Job, *, now: float) -> None:
+    """Whoever prepared the job, whose row is locked, was not heard from any more: it is free for another."""
+    job.lost_preparations += 1
+    if job.lost_preparations < MAX_LOST_PREPARATIONS:
+        free(job)
+        return
+    message = lost(job.lost_preparations)
+    _give_up(session, job, {"code": "preparation_lost", "message": message, "param": "training_file"}, now=now)
+
+
+def lost(number: int) -> str:
+    return f"The files could not be prepared {number} times: the last time the worker that did so was lost."
+
+
+def _give_up(session: Session, job: Job, error: Json, *, now: float) -> None:
+    job.error = error
+    failed = f"The job failed. {error['message']}"
+    move(session, job, Verb.REFUSED, now=now, message=failed, reason=EndReason.INFRA_LOST, level="error")
+
+
+def free(job: Job) -> None:
+    """Whoever prepared the job, whose row is locked, does so no more."""
+    job.claim_id = job.worker_id = job.lease_expires_at = None
+    job.lease_extended = False

@@ -1,0 +1,248 @@
+"""What a running job leaves behind: events, curve points, progress and checkpoints, all fenced by its claim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, read_clock
+from catalog.history import events, metric_store
+from catalog.history.metric_points import Point
+from catalog.lifecycle.fencing import hold
+from catalog.registry import checkpoints
+from catalog.search import trials
+from catalog.storage import artifact_index
+from catalog.storage.manifest import Manifest
+from catalog.tables import Checkpoint, Job, JobEvent, Json, new_id
+
+KEPT_CHECKPOINTS = 2
+"""Those whose files are kept: the newest, and one to fall back on."""
+EVALUATED = ("valid_loss", "best_valid_loss")
+"""What of a job's progress comes from its evaluations on held-out data."""
+_OPTIONAL = ("token_accuracy", "learning_rate", "grad_norm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Course:
+    """How a completed job's training went."""
+
+    steps: int
+    kept_step: int
+    """Whose weights the adapter has."""
+    stopped_early: str | None
+    """The sentence why it ended before its last step."""
+
+
+def record_event(
+    db: Database,
+    claim_id: str,
+    level: events.Level,
+    message: str,
+    data: Json | None = None,
+    *,
+    type: events.EventType = "message",  # noqa: A002  (the wire's word)
+) -> None:
+    """Say something to the people who watch the job."""
+    assert type != "transition", "a transition is written by the move that it records"
+    with db.write() as session:
+        job = hold(session, claim_id)
+        now = read_clock(session)
+        events.add(session, job.id, now=now, level=level, message=message, data=data, type=type)
+
+
+def record_progress(db: Database, claim_id: str, progress: Json) -> None:
+    """Replace the latest step, loss, tokens_per_second, seconds_left; what was evaluated stays."""
+    with db.write() as session:
+        job = hold(session, claim_id)
+        evaluated = {name: value for name, value in (job.progress or {}).items() if name in EVALUATED}
+        job.progress = {**evaluated, **progress, "told_at": read_clock(session)}
+
+
+def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> bool:
+    """Points of the curves: kind (train, valid), step, loss, and where known token_accuracy, learning_rate,
+    grad_norm, num_tokens, rewards (chosen, rejected, margin, accuracy). A replayed step overwrites. A point whose
+    loss is not finite is left out.
+
+    One event of type `metrics` is written for the last point of each kind. True where the job is to stop, as a trial
+    that its sweep is better without; the next heartbeats say so too.
+    """
+    with db.write() as session:
+        job = hold(session, claim_id)
+        now = read_clock(session)
+        measured = [_measured(point, now) for point in points if math.isfinite(point["loss"])]
+        if measured:
+            _keep(session, job, measured, now=now)
+        return trials.observe(session, job, [point._asdict() for point in measured], now=now)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """The weights of a checkpoint as an adapter's stored files, with the record of where they come from."""
+
+    artifact: Manifest
+    lineage: Json
+    lineage_id: str
+
+
+def record_checkpoint(
+    db: Database, claim_id: str, *, step: int, artifact: Manifest, exported: Exported | None = None
+) -> list[str]:
+    """A checkpoint whose files are stored. Returns the manifests that nothing needs any more.
+
+    exported: what it is used by as a model; None where that could not be written.
+
+    One that is further than any before is progress: bad ends are counted from 0 again.
+    """
+    with db.write() as session:
+        job = hold(session, claim_id)
+        now = read_clock(session)
+        furthest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id))
+        if furthest is None or step > furthest:
+            job.counted_attempts = job.lost_attempts = 0
+        checkpoint = _put_checkpoint(session, job, step=step, artifact=artifact, now=now)
+        if exported is not None:
+            _put_model(session, checkpoint, exported, now=now)
+        events.add(session, job.id, now=now, message=f"Checkpoint created at step {step}", data={"step": step})
+        return _drop_older(session, job, now=now)
+
+
+def record_checkpoint_model(db: Database, claim_id: str, *, step: int, exported: Exported) -> None:
+    """What a checkpoint on record is used by as a model; nothing where that one could not be stored."""
+    with db.write() as session:
+        job = hold(session, claim_id)
+        checkpoint = session.scalar(_of_step(job, step).where(Checkpoint.artifact.is_not(None)))
+        if checkpoint is not None:
+            _put_model(session, checkpoint, exported, now=read_clock(session))
+
+
+def distrust_checkpoint(db: Database, claim_id: str, *, checkpoint_id: str, problem: str) -> None:
+    """A checkpoint's files are damaged or gone, or its weights are ruined: it is never resumed from again."""
+    with db.write() as session:
+        job = hold(session, claim_id)
+        checkpoint = session.get(Checkpoint, checkpoint_id, with_for_update=True)
+        if checkpoint is None or checkpoint.job_id != job.id or checkpoint.artifact is None:
+            return
+        now, digest = read_clock(session), checkpoint.artifact
+        checkpoints.assign(session, checkpoint, "artifact", None, now=now)
+        for unused in (digest, checkpoints.let_go(session, checkpoint)):
+            if unused is not None:
+                artifact_index.hide_unused(session, unused)
+        message = f"The checkpoint of step {checkpoint.step} can't be used: {problem}"
+        events.add(session, job.id, now=now, level="warn", message=message)
+
+
+def record_course(session: Session, job: Job, course: Course, *, now: float) -> None:
+    """How training went, onto the job's progress; what a person wouldn't expect, as events as well."""
+    of_all = f"{course.steps} of {job.num_steps}" if job.num_steps else f"{course.steps}"
+    data: Json = {"step": course.steps, "total_steps": job.num_steps, "kept_step": course.kept_step}
+    if course.stopped_early is not None:
+        message = f"Training ended early, at step {of_all}. {course.stopped_early}"
+        events.add(session, job.id, now=now, message=message, data=data)
+    if course.kept_step != course.steps:
+        message = f"The weights of step {course.kept_step} are kept, whose held-out loss was the lowest"
+        events.add(session, job.id, now=now, message=message, data=data)
+    progress: Json = {"step": course.steps, "kept_step": course.kept_step, "stopped_early": course.stopped_early}
+    kept = metric_store.at(session, job.id, "valid", [course.kept_step]).get(course.kept_step)
+    progress["kept_valid_loss"] = None if kept is None else kept.loss
+    job.progress = {**(job.progress or {}), **progress, "seconds_left": 0.0}
+
+
+def held_out_point(session: Session, job: Job, step: int) -> Json | None:
+    """What was measured on held-out data at this step."""
+    point = metric_store.at(session, job.id, "valid", [step]).get(step)
+    return None if point is None else point._asdict()
+
+
+def resumable(session: Session, job_id: str) -> tuple[Checkpoint, ...]:
+    """The checkpoints that have their files, newest first."""
+    kept = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.artifact.is_not(None))
+    return tuple(session.scalars(kept.order_by(Checkpoint.step.desc())))
+
+
+def _measured(point: Json, now: float) -> Point:
+    """Numbered once its event is."""
+    assert point["kind"] in ("train", "valid")
+    known = {name: value for name in _OPTIONAL if (value := point.get(name)) is not None and math.isfinite(value)}
+    rewards: Json | None = point.get("rewards")
+    is_known = rewards is not None and all(math.isfinite(value) for value in rewards.values())
+    return Point(
+        kind=point["kind"],
+        step=point["step"],
+        seq=0,
+        created_at=now,
+        loss=float(point["loss"]),
+        num_tokens=point.get("num_tokens"),
+        rewards=rewards if is_known else None,
+        **{name: float(value) for name, value in known.items()},
+    )
+
+
+def _keep(session: Session, job: Job, measured: Sequence[Point], *, now: float) -> None:
+    """Onto the curves, with the events that tell of them."""
+    told = [_tell(session, job, point, now=now) for point in {point.kind: point for point in measured}.values()]
+    session.flush()  # numbers the events
+    seq = min(event.seq for event in told)
+    for kind in ("train", "valid"):
+        by_step = {point.step: point._replace(seq=seq) for point in measured if point.kind == kind}
+        metric_store.put(session, job.id, kind, [by_step[step] for step in sorted(by_step)])
+    evaluations = [point for point in measured if point.kind == "valid"]
+    if evaluations:
+        _show_evaluation(session, job, evaluations[-1].loss)
+
+
+def _show_evaluation(session: Session, job: Job, loss: float) -> None:
+    """The best is read from the curve: a point that was trained again after a resume counts as it is now."""
+    best = metric_store.least_loss(session, job.id, "valid")
+    job.progress = {**(job.progress or {}), "valid_loss": loss, "best_valid_loss": best}
+
+
+def _tell(session: Session, job: Job, point: Point, *, now: float) -> JobEvent:
+    """The same words and data that watchers of the OpenAI API know."""
+    kind, step, loss = point.kind, point.step, point.loss
+    of_all = f"{step}/{job.num_steps}" if job.num_steps else f"{step}"
+    data: Json = {"step": step, "total_steps": job.num_steps, f"{kind}_loss": loss}
+    data[f"{kind}_mean_token_accuracy"] = point.token_accuracy
+    if kind == "train":
+        data |= {"learning_rate": point.learning_rate, "grad_norm": point.grad_norm}
+    if point.rewards is not None:
+        data[f"{kind}_rewards"] = point.rewards
+    word = "training" if kind == "train" else "validation"
+    message = f"Step {of_all}: {word} loss={loss:.4f}"
+    return events.add(session, job.id, now=now, type="metrics", message=message, data=data)
+
+
+def _put_checkpoint(session: Session, job: Job, *, step: int, artifact: Manifest, now: float) -> Checkpoint:
+    checkpoint = session.scalar(_of_step(job, step))
+    if checkpoint is None:
+        name = checkpoints.new_name(session, job, step=step)
+        checkpoint = Checkpoint(id=new_id("ftckpt"), job_id=job.id, step=step, created_at=now, name=name)
+        session.add(checkpoint)
+    checkpoints.assign(session, checkpoint, "artifact", artifact_index.show(session, artifact, now=now), now=now)
+    session.flush()
+    return checkpoint
+
+
+def _of_step(job: Job, step: int) -> Select[Checkpoint]:
+    """Locked: somebody may delete its model meanwhile."""
+    return select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step).with_for_update()
+
+
+def _put_model(session: Session, checkpoint: Checkpoint, exported: Exported, *, now: float) -> None:
+    digest = artifact_index.show(session, exported.artifact, now=now)
+    checkpoints.assign(session, checkpoint, "adapter", digest, now=now)
+    checkpoint.lineage, checkpoint.lineage_id = exported.lineage, exported.lineage_id
+    session.flush()
+
+
+def _drop_older(session: Session, job: Job, *, now: float) -> list[str]:
+    stale = resumable(session, job.id)[KEPT_CHECKPOINTS:]
+    digests = {checkpoint.artifact for checkpoint in stale if checkpoint.artifact}
+    for checkpoint in stale:
+        checkpoints.assign(session, checkpoint, "artifact", None, now=now)
+        if (adapter := checkpoints.let_go(session, checkpoint)) is not None:
+            digests.add(adapter)
+    return [digest for digest in sorted(digests) if artifact_index.hide_unused(session, digest)]

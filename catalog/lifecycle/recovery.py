@@ -1,0 +1,141 @@
+"""What becomes of jobs whose holder fell silent: expired leases are ended, with one lease of grace after an outage.
+
+An outage shows as a gap in the pulse: nobody has looked, nobody has beaten. Then no lease could have been
+renewed, so silence proves nothing: every lease is extended once, to a full grace from now. A second
+extension needs a heartbeat in between, so a dead holder delays its jobs by one lease at most. A clock
+that was set back looks the same way and is treated alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Literal
+
+from sqlalchemy import Select, and_, exists, or_, select
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, clock_column, clock_given, read_clock, skip_locked, upsert
+from catalog.lifecycle.outcomes import end_attempt
+from catalog.lifecycle.preparation import lose_preparation
+from catalog.states import CLAIMED_STATES, EndReason, JobState
+from catalog.tables import Job, Pulse, Worker
+from catalog.usage import counters
+
+GRACE_SECONDS = 60.0
+Work = Literal["training", "preparing"]
+HELD = (Job.state.in_(CLAIMED_STATES), Job.claim_id.is_not(None))
+
+
+def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
+    """End or free every claim whose lease is past by the database's clock. Returns how many.
+
+    grace_seconds: the length of a lease. Safe to call from anywhere, at any time, as often as one likes.
+    """
+    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+        if not _is_needed(session, grace_seconds=grace_seconds):
+            return 0
+    with db.write() as session:
+        now = read_clock(session)
+        _observe(session, now=now, grace_seconds=grace_seconds)
+        # First by the index of leases, which is not in the order of ids.
+        is_past = (*HELD, Job.lease_expires_at <= now)
+        past = list(session.scalars(select(Job.id).where(*is_past)))
+        locked = skip_locked(select(Job).where(Job.id.in_(past), *is_past).order_by(Job.id))
+        expired = list(session.scalars(locked))
+        for job in expired:
+            counters.add(session, "leases_expired", work_of(job))
+        return _lose(session, expired, now=now)
+
+
+def work_of(job: Job) -> Work:
+    """What a job that is held is held for."""
+    return "training" if job.state == JobState.RUNNING else "preparing"
+
+
+def observe(db: Database, *, grace_seconds: float) -> None:
+    """Note that the database answers; after a gap, extend the leases that nobody could renew.
+
+    In a transaction of its own: it may wait for the rows of any job, and holds nothing that those wait for.
+    """
+    with db.read() as session:
+        pulse, now = session.get(Pulse, 1), read_clock(session)
+        if pulse is not None and not _is_old(pulse.seen_at, now=now, grace_seconds=grace_seconds):
+            return
+    with db.write() as session:
+        _observe(session, now=read_clock(session), grace_seconds=grace_seconds)
+
+
+def _observe(session: Session, *, now: float, grace_seconds: float) -> None:
+    pulse = session.get(Pulse, 1)
+    if pulse is None:
+        upsert(session, Pulse, [{"id": 1, "seen_at": now}])
+        return
+    if not _is_old(pulse.seen_at, now=now, grace_seconds=grace_seconds):
+        return
+    # Whoever holds the row notes the same. He is waited for only after a gap, since no lease may be missed then.
+    may_skip = not _is_gap(pulse, now=now, grace_seconds=grace_seconds)
+    pulse = session.get(Pulse, 1, with_for_update={"skip_locked": may_skip}, populate_existing=True)
+    if pulse is None:
+        return
+    if _is_gap(pulse, now=now, grace_seconds=grace_seconds):
+        _extend_leases(session, now=now, grace_seconds=grace_seconds)
+    pulse.seen_at = now
+
+
+def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
+    """Its process is known to be gone: end or free at once what it held."""
+    held = select(Job).where(*HELD, Job.worker_id == worker_id)
+    return _lose(session, session.scalars(held.order_by(Job.id).with_for_update()), now=now)
+
+
+def _is_needed(session: Session, *, grace_seconds: float) -> bool:
+    given = clock_given(session)
+    now, seen_at, is_past = session.execute(_leases(is_clock_given=bool(given)), given).one()
+    return is_past or _is_old(seen_at, now=now, grace_seconds=grace_seconds)
+
+
+@cache
+def _leases(*, is_clock_given: bool) -> Select[float, float, bool]:
+    """The time, when the database was last seen to answer, and whether a lease is past."""
+    moment = select(clock_column(is_given=is_clock_given).label("now")).cte("moment")
+    seen_at = select(Pulse.seen_at).where(Pulse.id == 1).scalar_subquery()
+    past = exists().where(*HELD, Job.lease_expires_at <= select(moment.c.now).scalar_subquery())
+    return select(moment.c.now, seen_at, past)
+
+
+def _is_old(seen_at: float | None, *, now: float, grace_seconds: float) -> bool:
+    """The pulse is written rarely."""
+    return seen_at is None or abs(now - seen_at) > min(5.0, grace_seconds / 20)
+
+
+def _is_gap(pulse: Pulse, *, now: float, grace_seconds: float) -> bool:
+    return now - pulse.seen_at > grace_seconds / 2 or pulse.seen_at - now > grace_seconds / 10
+
+
+def _extend_leases(session: Session, *, now: float, grace_seconds: float) -> None:
+    gone = select(Worker.id).where(Worker.ended_at.is_not(None))
+    lease_is_off = or_(
+        and_(Job.lease_expires_at < now + grace_seconds, Job.lease_extended.is_(False)),
+        Job.lease_expires_at > now + 2 * grace_seconds,
+    )
+    held = (*HELD, Job.worker_id.not_in(gone), lease_is_off)
+    for job in session.scalars(select(Job).where(*held).order_by(Job.id).with_for_update()):
+        job.lease_expires_at, job.lease_extended = now + grace_seconds, True
+
+
+def by_sweep(held: Iterable[Job]) -> list[Job]:
+    """In the order in which several are ended: each end locks the sweep of a trial, and two who end some at once may
+    meet there."""
+    return sorted(held, key=lambda job: (job.sweep_id or "", job.id))
+
+
+def _lose(session: Session, held: Iterable[Job], *, now: float) -> int:
+    jobs = by_sweep(held)
+    for job in jobs:
+        if job.state == JobState.RUNNING:
+            detail = f"Worker {job.worker_id} was not heard from any more."
+            end_attempt(session, job, reason=EndReason.INFRA_LOST, detail=detail, now=now)
+        else:
+            lose_preparation(session, job, now=now)
+    return len(jobs)

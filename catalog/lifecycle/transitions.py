@@ -1,0 +1,104 @@
+"""The one place that writes a job's state: by the table of transitions, with an event in the same transaction, and of
+an end with what webhooks are to tell.
+
+Only jobs (a person's verbs), taking, claims and preparation (a worker's) and endings call it.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from catalog.errors import Conflict
+from catalog.history import events, tracker_exports
+from catalog.search import trials
+from catalog.states import FINAL_STATES, EndReason, JobState, Verb, next_state
+from catalog.tables import Job
+from catalog.usage import counters, ledger
+from catalog.webhooks import outbox
+
+ENDED: dict[JobState, ledger.Amount] = {
+    JobState.SUCCEEDED: "num_succeeded",
+    JobState.FAILED: "num_failed",
+    JobState.CANCELLED: "num_cancelled",
+}
+
+
+def begin(session: Session, job: Job, *, now: float, message: str) -> None:
+    """Store a new job in its first state."""
+    after = next_state(None, Verb.CREATE)
+    assert after is not None
+    job.state = after
+    session.add(job)
+    session.flush()  # what is told of it names it
+    counters.moved(session, job.priority, before=None, after=after)
+    _tell(session, job, Verb.CREATE, before=None, after=after, now=now, message=message)
+
+
+def move(
+    session: Session,
+    job: Job,
+    verb: Verb,
+    *,
+    now: float,
+    message: str,
+    reason: EndReason | None = None,
+    level: events.Level = "info",
+) -> JobState:
+    """Take the job where `verb` leads from its state. Raises Conflict where the table has no such move."""
+    before = JobState(job.state)
+    after = next_state(before, verb)
+    if after is None:
+        raise Conflict(
+            f"A job that is {before} can't {verb.value.replace('_', ' ')}.",
+            code="invalid_transition",
+            remedy="Look at its state and at its events.",
+        )
+    job.state = after
+    counters.moved(session, job.priority, before=before, after=after)
+    job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)
+    job.queued_at = now if after is JobState.QUEUED and not job.is_held else None
+    job.room_asked_at = None
+    if after is not JobState.RUNNING:
+        _let_go(job, after)
+    if reason is not None:
+        job.reason = reason
+    if after in FINAL_STATES:
+        job.finished_at = now
+        ledger.add(session, job, ENDED[after], 1, now=now)
+    _tell(session, job, verb, before=before, after=after, reason=reason, now=now, message=message, level=level)
+    trials.moved(session, job, now=now)
+    if after is JobState.RUNNING or after in FINAL_STATES:
+        tracker_exports.wake(session, job, now=now)
+    if after in FINAL_STATES:
+        outbox.job_ended(session, job, after, now=now)
+    return after
+
+
+def _tell(
+    session: Session,
+    job: Job,
+    verb: Verb,
+    *,
+    before: JobState | None,
+    after: JobState,
+    now: float,
+    message: str,
+    reason: EndReason | None = None,
+    level: events.Level = "info",
+) -> None:
+    data = {"from": before, "to": after, "verb": verb, "reason": reason}
+    events.add(session, job.id, now=now, message=message, level=level, type="transition", data=data)
+
+
+def _let_go(job: Job, after: JobState) -> None:
+    """Whoever held the job writes nothing more. A finished job keeps the names of where it trained last."""
+    job.claim_id = None
+    job.lease_expires_at = None
+    job.lease_extended = False
+    job.run_after = None
+    job.cancel_requested = False
+    job.pause_requested = False
+    job.preempted_for = None
+    if after not in FINAL_STATES:
+        job.worker_id = None
+        job.trainer_id = None

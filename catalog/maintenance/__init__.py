@@ -1,0 +1,1 @@
+"""Garbage collection, audit anchors, backup and restore."""

@@ -1,0 +1,224 @@
+"""The database as one file, and back: SQLite's online backup, PostgreSQL's pg_dump and pg_restore.
+
+What a dump names, and how many rows it has, is read from the state that it holds. A restore creates a database and
+never writes into an existing one, nor next to files that SQLite would replay into it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import URL, func, inspect, make_url, select, text
+from sqlalchemy.orm import Session
+
+from catalog import durable
+from catalog.db.database import BUSY_SECONDS, Database, read_clock
+from catalog.db.errors import translated
+from catalog.errors import Conflict, InvalidRequest
+from catalog.maintenance.backup import integrity, references
+from catalog.maintenance.backup.references import Keys
+from catalog.tables import AuditHead
+
+DEBIAN = Path("/usr/lib/postgresql")
+PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
+"""Variables that PostgreSQL's programs see, beside its own, PG…."""
+SIDE_FILES = ("-wal", "-shm", "-journal")
+"""What SQLite keeps next to a database. It replays a log into any file of the matching name, even that of another
+database."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """What the record said at the moment of which the dump is."""
+
+    taken_at: float
+    """Seconds since 1970 by the database's clock."""
+    revision: str
+    """Of the tables, by alembic."""
+    row_counts: dict[str, int]
+    """By table."""
+    keys: Keys
+    audit_link: int
+    audit_digest: str
+    """Where the audit chain ended; 0 and empty where nothing was sealed."""
+
+
+def kind_of(url: str) -> str:
+    """sqlite or postgresql."""
+    return make_url(url).get_backend_name()
+
+
+def take(db: Database, into: Path) -> Snapshot:
+    """Write one state of the database to `into`, while others write on. Raises InvalidRequest, Unavailable."""
+    return _sqlite_take(db, into) if db.is_sqlite else _postgresql_take(db, into)
+
+
+def put_back(dump: Path, url: str) -> None:
+    """Make the database at `url`, which must have no tables, what it was: whole or not at all."""
+    if kind_of(url) == "sqlite":
+        _sqlite_put_back(dump, Path(make_url(url).database or ""))
+    else:
+        _run("pg_restore", make_url(url), ["--single-transaction", "--exit-on-error", str(dump)])
+        _analyse(url)
+
+
+def check_empty(url: str) -> None:
+    """Raises Conflict where the database exists, or where files of an earlier SQLite database are in its place."""
+    parsed = make_url(url)
+    if kind_of(url) == "sqlite":
+        if parsed.database:
+            _check_no_files(Path(parsed.database))
+        return
+    db = Database(url)
+    try:
+        with translated(), db.engine.connect() as connection:
+            has_tables = bool(inspect(connection).get_table_names())
+    finally:
+        db.close()
+    if has_tables:
+        raise Conflict(
+            f"There are tables already in the database {parsed.render_as_string()}.",
+            code="database_not_empty",
+            remedy="Set LORRY_DATABASE_URL to an empty database. A restore never overwrites a database.",
+        )
+
+
+def _check_no_files(path: Path) -> None:
+    """Raises Conflict that names the database and the files next to it, as far as they exist."""
+    names = [str(path), *(f"{path}{suffix}" for suffix in SIDE_FILES)]
+    if found := [name for name in names if os.path.lexists(name)]:
+        raise Conflict(
+            f"Files of another database are already in the place of the restored one: {', '.join(found)}.",
+            code="database_not_empty",
+            remedy="Move all of them together to another folder, and then restore again; or set LORRY_DATA_DIR to an "
+            "empty folder. A restore never overwrites a database, and SQLite would replay a leftover log into it.",
+        )
+
+
+def _sqlite_take(db: Database, into: Path) -> Snapshot:
+    """All pages in one step: a reader's transaction, which keeps no writer waiting, and which none makes begin anew."""
+    path = str(db.engine.url.database)
+    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as source, closing(sqlite3.connect(into)) as copy:
+        source.backup(copy)
+    copied = Database(URL.create("sqlite", database=str(into)).render_as_string())
+    try:
+        with copied.read() as session:
+            snapshot = _look(session)
+    finally:
+        copied.close()
+    with closing(sqlite3.connect(into)) as copy:
+        copy.execute("PRAGMA journal_mode=DELETE")  # one file, and not one with a log beside it
+        found = copy.execute("PRAGMA integrity_check").fetchone()
+    if found != ("ok",):
+        raise integrity.refusal(str(found[0]))
+    return snapshot
+
+
+def _postgresql_take(db: Database, into: Path) -> Snapshot:
+    """pg_dump reads what this transaction sees, so it is open until that has ended: as pg_dump's own is."""
+    frozen = db.engine.execution_options(isolation_level="REPEATABLE READ")
+    with translated(), Session(frozen) as session, session.begin():
+        session.execute(text("set local idle_in_transaction_session_timeout = 0"))
+        name = str(session.scalar(select(func.pg_export_snapshot())))
+        snapshot = _look(session)
+        excluded = [_exclusion(name) for name in integrity.foreign_relations(session.connection())]
+        options = ["--format=custom", f"--snapshot={name}", f"--file={into}", *excluded]
+        _run("pg_dump", db.engine.url, options)
+    return snapshot
+
+
+def _exclusion(relation: str) -> str:
+    """Quoted, so that pg_dump takes no character for part of a pattern."""
+    quoted = relation.replace('"', '""')
+    return f'--exclude-table="{quoted}"'
+
+
+def _look(session: Session) -> Snapshot:
+    head = session.get(AuditHead, 1)
+    return Snapshot(
+        taken_at=read_clock(session),
+        revision=integrity.revision(session),
+        row_counts=integrity.row_counts(session),
+        keys=references.named(session),
+        audit_link=head.link if head is not None else 0,
+        audit_digest=head.digest if head is not None else "",
+    )
+
+
+def _sqlite_put_back(dump: Path, path: Path) -> None:
+    """The name appears once the content is on the disk, and a service that started meanwhile is not overwritten."""
+    durable.make_folder(path.parent)
+    draft = path.with_name(f".{path.name}-restored")
+    draft.unlink(missing_ok=True)  # left by a restore that was killed, it may be a second name of a live database
+    try:
+        shutil.copyfile(dump, draft)
+        durable.sync(draft)
+        _check_no_files(path)
+        os.link(draft, path)
+    except FileExistsError:
+        _check_no_files(path)
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
+    durable.sync(path.parent)
+
+
+def _analyse(url: str) -> None:
+    """A dump has no statistics, without which PostgreSQL plans as if all tables were small."""
+    db = Database(url)
+    try:
+        with translated(), db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("analyze")
+    finally:
+        db.close()
+
+
+def program(name: str) -> Path | None:
+    """One of PostgreSQL's: on PATH, else the newest where Debian keeps several."""
+    if found := shutil.which(name):
+        return Path(found)
+    kept = sorted(DEBIAN.glob(f"*/bin/{name}"), key=lambda path: float(path.parts[-3]))
+    return kept[-1] if kept else None
+
+
+def _run(name: str, url: URL, options: Sequence[str]) -> None:
+    """Secrets of the URL go into the environment: every user of the machine can read a command line."""
+    found = program(name)
+    if found is None:
+        raise InvalidRequest(
+            f"{name} is not on this machine, and a PostgreSQL database is copied by it alone.",
+            code="pg_dump_missing",
+            remedy="Install PostgreSQL's client programs, of the server's version or later (Debian: "
+            "postgresql-client), or copy by hand as docs/OPERATIONS.md says.",
+        )
+    query = dict(url.query)
+    password = query.pop("password", url.password)
+    if "sslpassword" in query:
+        raise InvalidRequest(
+            f"{name} would show the database URL's sslpassword to every user of this machine, on its command line.",
+            code="secret_on_command_line",
+            remedy="Use a client key without a password, in a file that only this user can read, and take sslpassword "
+            "out of LORRY_DATABASE_URL.",
+        )
+    address = URL.create(
+        "postgresql", username=url.username, host=url.host, port=url.port, database=url.database, query=query
+    ).render_as_string()
+    passed = {key: value for key, value in os.environ.items() if key in PASSED_ON or key.startswith("PG")}
+    if password:
+        passed["PGPASSWORD"] = str(password)
+    argv = [str(found), f"--dbname={address}", "--no-owner", "--no-privileges", "--no-password", *options]
+    done = subprocess.run(argv, env=passed, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        raise InvalidRequest(
+            f"{name} did not copy the database: {said}",
+            code="pg_dump_failed",
+            remedy="Nothing was kept. Do what it says, then try again.",
+        )

@@ -1,0 +1,145 @@
+"""Whether a database is sound: its structure, its foreign keys, and the number of rows that a backup recorded.
+
+SQLite checks itself. For PostgreSQL, every row is read, and every foreign key is compared with the rows it refers to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sqlalchemy import Connection, column, func, inspect, quoted_name, select, table, text
+from sqlalchemy.exc import DatabaseError, InternalError
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database
+from catalog.db.errors import translated
+from catalog.errors import Conflict
+
+REVISION_TABLE = "alembic_version"
+INVALID_INDEXES = """
+    select cls.relname from pg_index idx join pg_class cls on cls.oid = idx.indexrelid
+    where cls.relnamespace = current_schema()::regnamespace and not idx.indisvalid
+    and cls.relowner = (select relowner from pg_class where oid = 'alembic_version'::regclass)
+    order by cls.relname
+"""
+FOREIGN_RELATIONS = """
+    select cls.relname from pg_class cls
+    where cls.relnamespace = current_schema()::regnamespace and cls.relkind in ('r', 'p', 'v', 'm', 'f', 'S')
+    and cls.relowner <> (select relowner from pg_class where oid = 'alembic_version'::regclass)
+    order by cls.relname
+"""
+
+
+def row_counts(session: Session) -> dict[str, int]:
+    """Rows by table, of every table of Lorry's in the database, alembic's too."""
+    names = _table_names(session.connection())
+    return {name: session.scalar(select(func.count()).select_from(table(name))) or 0 for name in names}
+
+
+def foreign_relations(connection: Connection) -> list[str]:
+    """Tables, views and sequences in the schema that belong to another PostgreSQL role than Lorry's tables: the role
+    of this process may not be allowed to read them."""
+    return [] if connection.dialect.name == "sqlite" else list(connection.scalars(text(FOREIGN_RELATIONS)))
+
+
+def revision(session: Session) -> str:
+    """Revision of the tables, by alembic."""
+    return str(session.scalar(text(f"select version_num from {REVISION_TABLE}")))  # noqa: S608
+
+
+def damage(db: Database) -> list[str]:
+    """Sentences about unreadable pages, rows and indexes. Where there are any, no other result can be trusted.
+
+    Reads the whole database. Raises Unavailable.
+    """
+    try:
+        with translated(), db.engine.connect() as connection:
+            found = _sqlite_damage(connection) if db.is_sqlite else _postgresql_damage(connection)
+    except DatabaseError as error:
+        if not means_damage(error):
+            raise
+        found = [str(error.orig)]
+    return [f"The database is damaged: {problem}." for problem in found]
+
+
+def orphans(db: Database) -> list[str]:
+    """Sentences about rows that refer to missing rows. Raises Unavailable."""
+    with translated(), db.engine.connect() as connection:
+        found = _sqlite_orphans(connection) if db.is_sqlite else _postgresql_orphans(connection)
+    return [_orphan_sentence(child, parent, number) for (child, parent), number in sorted(found.items())]
+
+
+def differences(db: Database, *, recorded_revision: str, recorded_counts: Mapping[str, int] | None) -> list[str]:
+    """Sentences about what differs from a backup's record. recorded_counts None: the backup recorded none."""
+    with db.read() as session:
+        found_revision, found = revision(session), row_counts(session)
+    problems: list[str] = []
+    if found_revision != recorded_revision:
+        problems.append(f"Its tables have revision {found_revision}, and the backup recorded {recorded_revision}.")
+    for name in sorted({*found, *recorded_counts} if recorded_counts is not None else ()):
+        expected = (recorded_counts or {}).get(name, 0)
+        if found.get(name, 0) != expected:
+            problems.append(f"{name} has {found.get(name, 0)} rows, and the backup recorded {expected}.")
+    return problems
+
+
+def means_damage(error: DatabaseError) -> bool:
+    """SQLite reports a malformed file by the base class itself, PostgreSQL by its class XX."""
+    return type(error) is DatabaseError or isinstance(error, InternalError)
+
+
+def refusal(problem: str) -> Conflict:
+    """The error of a command that can't work with a damaged database."""
+    return Conflict(
+        f"The database is damaged: {problem}.",
+        code="database_damaged",
+        remedy="Stop the service, move the database with its -wal and -shm files to another folder, and then restore "
+        "a backup: python -m api restore.",
+    )
+
+
+def _table_names(connection: Connection) -> list[str]:
+    foreign = set(foreign_relations(connection))
+    return [name for name in inspect(connection).get_table_names() if name not in foreign]
+
+
+def _sqlite_damage(connection: Connection) -> list[str]:
+    found = [str(row[0]) for row in connection.exec_driver_sql("PRAGMA integrity_check")]
+    return [] if found == ["ok"] else found
+
+
+def _sqlite_orphans(connection: Connection) -> dict[tuple[str, str], int]:
+    found: dict[tuple[str, str], int] = {}
+    for child, _, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+        found[child, parent] = found.get((child, parent), 0) + 1
+    return found
+
+
+def _postgresql_damage(connection: Connection) -> list[str]:
+    """Each row is turned into text, so that its out-of-line values are read too."""
+    for name in _table_names(connection):
+        whole_row = text(f"length({connection.dialect.identifier_preparer.quote(name)}::text)")
+        connection.execute(select(func.count(whole_row)).select_from(table(name)))
+    return [f"the index {name} is not valid" for name in connection.scalars(text(INVALID_INDEXES))]
+
+
+def _postgresql_orphans(connection: Connection) -> dict[tuple[str, str], int]:
+    inspector = inspect(connection)
+    found: dict[tuple[str, str], int] = {}
+    for name in _table_names(connection):
+        for key in inspector.get_foreign_keys(name):
+            here, there = key["constrained_columns"], key["referred_columns"]
+            child = table(name, *map(column, here)).alias("child")
+            parent = table(quoted_name(key["referred_table"], quote=None), *map(column, there)).alias("parent")
+            pairs = list(zip(here, there, strict=True))
+            matching = select(1).where(*(parent.c[theirs] == child.c[ours] for ours, theirs in pairs))
+            refers = [child.c[ours].is_not(None) for ours in here]
+            number = connection.scalar(select(func.count()).select_from(child).where(*refers, ~matching.exists()))
+            if number:
+                found[name, key["referred_table"]] = found.get((name, key["referred_table"]), 0) + number
+    return found
+
+
+def _orphan_sentence(child: str, parent: str, number: int) -> str:
+    rows = "1 row that refers" if number == 1 else f"{number} rows that refer"
+    return f"{child} has {rows} to a missing row of {parent}."

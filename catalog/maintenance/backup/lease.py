@@ -1,0 +1,100 @@
+"""One backup at a time at a location: a lease object that is created only where there is none, and renewed meanwhile.
+
+A backup that is killed leaves it behind. It has expired once it was not renewed for LEASE_SECONDS by the location's
+clock; then the next backup takes over. Two that take over in the same moment may both believe that they hold it, until
+one of them asks again: `check` does, before anything is finished or deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+from contextlib import suppress
+from typing import Any, cast
+
+from catalog.errors import Conflict, OutOfSpace, Unavailable
+from catalog.storage.object_storage import NoSuchObject, Objects
+
+KEY = "lease.json"
+LEASE_SECONDS = 600.0
+RENEW_SECONDS = 60.0
+log = logging.getLogger("lorry.catalog")
+
+
+class Lease:
+    """A context. Raises Conflict where another backup runs, OutOfSpace, Unavailable."""
+
+    def __init__(self, objects: Objects, where: str, *, renew_seconds: float = RENEW_SECONDS) -> None:
+        """where: the location, for messages."""
+        self.objects = objects
+        self._where = where
+        self._renew_seconds = renew_seconds
+        holder = {"token": secrets.token_hex(16), "host": socket.gethostname(), "pid": os.getpid()}
+        self._content = json.dumps(holder).encode()
+        self._stop = threading.Event()
+        self._renewing = threading.Thread(target=self._renew, name="backup lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        if not self.objects.create(KEY, self._content):
+            self._refuse_if_held()
+            with suppress(NoSuchObject):
+                self.objects.delete(KEY)
+            if not self.objects.create(KEY, self._content):
+                raise self._running()
+        self._renewing.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._renewing.join()
+        with suppress(NoSuchObject, Unavailable):  # otherwise it expires
+            if self._is_ours():
+                self.objects.delete(KEY)
+
+    def check(self) -> None:
+        """Raises Conflict where another backup has taken over."""
+        if not self._is_ours():
+            raise Conflict(
+                f"Another backup to {self._where} has taken over, because this one did not renew its lease for "
+                f"{LEASE_SECONDS:.0f} s.",
+                code="backup_lease_lost",
+                remedy="This backup was not finished and deleted nothing. Back up again once the other has ended.",
+            )
+
+    def _refuse_if_held(self) -> None:
+        with suppress(NoSuchObject):  # it has ended meanwhile
+            if self.objects.now() - self.objects.head(KEY).written_at < LEASE_SECONDS:
+                raise self._running()
+
+    def _running(self) -> Conflict:
+        holder: dict[str, Any] = {}
+        with suppress(NoSuchObject, ValueError):
+            holder = cast("dict[str, Any]", json.loads(self._read()))
+        return Conflict(
+            f"Another backup to {self._where} is running: process {holder.get('pid', '?')} on "
+            f"{holder.get('host', '?')}.",
+            code="backup_running",
+            remedy=f"Wait until it has ended. If it was killed, its lease expires {LEASE_SECONDS:.0f} s after the last "
+            "renewal.",
+        )
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self._renew_seconds):
+            try:
+                if self._is_ours():
+                    self.objects.put(KEY, self._content)
+            except (OutOfSpace, Unavailable) as error:
+                log.warning("backup lease not renewed code=%s", error.code)
+
+    def _is_ours(self) -> bool:
+        try:
+            return self._read() == self._content
+        except NoSuchObject:
+            return False
+
+    def _read(self) -> bytes:
+        return b"".join(self.objects.read(KEY))

@@ -1,0 +1,158 @@
+"""Where backups lie: a folder or a bucket, with one store for all of them, so that each adds what is new.
+
+`store/` holds objects by digest, as the service's own store does. `backups/NAME/` holds `database`, `objects.txt`, the
+keys of the objects that it names, and `backup.json`, which is written last: what has none is no backup. `lease.json` is
+there while a backup runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+from catalog.errors import InvalidRequest, NotFound
+from catalog.maintenance.backup.lease import RENEW_SECONDS, Lease
+from catalog.maintenance.backup.references import Keys, stored
+from catalog.storage.manifest import DamagedArtifact
+from catalog.storage.object_storage import CHUNK_BYTES, NoSuchObject, Objects
+from catalog.storage.store import verified
+
+FORMAT = 2
+READABLE = (1, FORMAT)
+"""Backups of format 1 have no row counts."""
+RECORD, DUMP, OBJECTS = "backup.json", "database", "objects.txt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """What is known of one backup."""
+
+    name: str
+    taken_at: float
+    """Seconds since 1970 by the database's clock."""
+    database: str
+    """sqlite or postgresql."""
+    revision: str
+    dump_digest: str
+    dump_bytes: int
+    objects_digest: str
+    num_objects: int
+    audit_link: int
+    audit_digest: str
+    problems: list[str]
+    """Objects that the record names, and that could not be copied."""
+    row_counts: dict[str, int] | None
+    """By table; None in a backup of format 1."""
+    format: int = FORMAT
+
+
+class BackupPlace:
+    """Backups by name. Raises Unavailable and OutOfSpace."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.store = Objects(f"{url}/store")
+        self._root = Objects(url)
+        self._backups = Objects(f"{url}/backups")
+
+    def lease(self, *, renew_seconds: float = RENEW_SECONDS) -> Lease:
+        """A context in which no other backup to this location runs."""
+        return Lease(self._root, self.url, renew_seconds=renew_seconds)
+
+    def records(self) -> list[Record]:
+        """Of whole backups, oldest first. Raises InvalidRequest where a newer version has written one."""
+        keys = [entry.key for entry in self._backups.list_all("") if entry.key.endswith(f"/{RECORD}")]
+        return sorted((_record(b"".join(self._backups.read(key))) for key in keys), key=lambda record: record.taken_at)
+
+    def find(self, name: str | None) -> Record:
+        """The newest where no name is said. Raises NotFound."""
+        records = self.records()
+        for record in reversed(records):
+            if name in (None, record.name):
+                return record
+        names = ", ".join(record.name for record in records) or "none"
+        raise NotFound("backup", name or "any", remedy=f"Backups at {self.url}: {names}.")
+
+    def put(self, name: str, dump: Path, keys: Keys) -> dict[str, Any]:
+        """Keep a dump and the keys that it names; what of that stands in the backup's record."""
+        listed = "".join(f"{key}\n" for key in keys).encode()
+        digest, num_bytes = sha256(), 0
+        for chunk in _chunks(dump):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+        self._backups.put(f"{name}/{DUMP}", _chunks(dump))
+        self._backups.put(f"{name}/{OBJECTS}", listed)
+        return {
+            **{"dump_digest": digest.hexdigest(), "dump_bytes": num_bytes},
+            **{"objects_digest": sha256(listed).hexdigest(), "num_objects": len(keys)},
+        }
+
+    def finish(self, record: Record) -> None:
+        """From now on it is a backup."""
+        self._backups.put(f"{record.name}/{RECORD}", json.dumps(asdict(record), indent=1).encode())
+
+    def keys(self, record: Record) -> Keys:
+        """Raises DamagedArtifact."""
+        return b"".join(self._read(record, OBJECTS, record.objects_digest)).decode().splitlines()
+
+    def fetch_dump(self, record: Record, into: Path) -> None:
+        """Raises DamagedArtifact."""
+        with into.open("xb") as out:
+            for chunk in self._read(record, DUMP, record.dump_digest):
+                out.write(chunk)
+
+    def forget_all_but(self, keep: int) -> list[str]:
+        """Delete the oldest backups, and objects that none of the others names. Returns their names. The caller holds
+        the lease: an object that a running backup counts as present must not be deleted."""
+        records = self.records()
+        old, kept = records[:-keep], records[-keep:]
+        for record in old:
+            for part in (RECORD, OBJECTS, DUMP):  # the record first: from then on it is no backup
+                self._backups.delete(f"{record.name}/{part}")
+        if old:
+            live = {key for record in kept for key in self.keys(record)}
+            for key in stored(self.store) - live:
+                self.store.delete(key)
+            self.store.delete_staged(older_than=self.store.now())
+        return [record.name for record in old]
+
+    def _read(self, record: Record, part: str, digest: str) -> Iterator[bytes]:
+        try:
+            return verified(self._backups.read(f"{record.name}/{part}"), digest)
+        except NoSuchObject as error:
+            raise DamagedArtifact(f"The backup {record.name} has no {part} any more.") from error
+
+
+def open_place(where: str, *, is_new: bool = False) -> BackupPlace:
+    """Of a folder's path, or of a URL as LORRY_STORE_URL's. is_new: a folder may be made, for its owner alone."""
+    if "://" in where:
+        return BackupPlace(where.rstrip("/"))
+    folder = Path(where).expanduser().absolute()
+    if is_new:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not folder.is_dir():
+        raise NotFound("backup", where, remedy="Name the folder, or the s3://…, that `python -m api backup` wrote to.")
+    return BackupPlace(folder.as_uri())
+
+
+def _record(content: bytes) -> Record:
+    fields = cast("dict[str, Any]", json.loads(content))
+    if fields.get("format") not in READABLE:
+        raise InvalidRequest(
+            f"The backup {fields.get('name')} has the format {fields.get('format')}. This version reads the formats "
+            f"{READABLE[0]} to {FORMAT}.",
+            code="backup_of_another_version",
+            remedy="Restore it with the version that made it, and then migrate.",
+        )
+    fields.setdefault("row_counts", None)
+    return Record(**fields)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk

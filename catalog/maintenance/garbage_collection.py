@@ -1,0 +1,108 @@
+"""Which stored bytes are still wanted, by the record; the rest is deleted once it is old enough.
+
+Run it now and then, from any one process. What is being stored meanwhile is young, and so is safe.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import ColumnElement, delete, exists, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, read_clock, serialise, skip_locked
+from catalog.history import job_logs
+from catalog.registry import checkpoints
+from catalog.storage import artifact_index, files, multipart_uploads, token_cache
+from catalog.storage.store import GRACE_SECONDS, ArtifactStore
+from catalog.tables import Artifact, Checkpoint, File, FileOverlap, Job, JobOutput, Plan, Prepared, UploadPart
+from catalog.usage import ledger, stored_bytes
+
+EXPIRED_AT_ONCE = 10_000
+"""Files past their time that one cleaning deletes; the next takes the rest, which nobody sees either."""
+CHECKPOINT_SECONDS = 7 * 24 * 3600.0
+"""The last checkpoints of a job are kept this long after it has ended."""
+
+
+def clean(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SECONDS) -> int:
+    """Delete blobs and manifests that nothing names. Returns how many. Raises Unavailable, OutOfSpace."""
+    let_go(db)
+    stored_bytes.reconcile(db)
+    return store.delete_unreferenced(live_digests(db), grace_seconds=grace_seconds)
+
+
+def let_go(db: Database) -> None:
+    """Hide what nobody needs: files past their time, parts of uploads that are over, checkpoints of jobs that ended a
+    week ago, what was printed for those that ended a month ago, tokens of deleted files, plans past their time, deleted
+    adapters."""
+    with db.write() as session:
+        serialise(session, "clean")  # two at once would lock the same rows, each in its own order
+        now = read_clock(session)
+        _let_expire(session, now=now)
+        multipart_uploads.forget(session, now=now)
+        job_logs.let_go(session, now=now)
+        _drop_checkpoints(session, now=now)
+        checkpoints.expire(session)
+        session.execute(delete(Plan).where(Plan.expires_at <= now))
+        _drop_prepared(session, now=now)
+        there = select(Prepared.key)
+        is_of_gone = or_(FileOverlap.train_key.not_in(there), FileOverlap.valid_key.not_in(there))
+        session.execute(delete(FileOverlap).where(is_of_gone))
+    with db.read() as session:
+        unused = artifact_index.unused(session)
+    for digest in unused:
+        with db.write() as session:
+            artifact_index.hide_unused(session, digest)
+
+
+def live_digests(db: Database) -> set[str]:
+    """Manifests that are visible and the files that they name, files that are not deleted or that a job still needs,
+    what trainers printed, and parts of uploads."""
+    with db.read() as session:
+        artifacts = session.execute(select(Artifact.digest, Artifact.files)).all()
+        files_of_artifacts = {file["digest"] for artifact in artifacts for file in artifact.files}
+        return {*(artifact.digest for artifact in artifacts), *files_of_artifacts, *wanted_files(session)}
+
+
+def wanted_files(session: Session) -> set[str]:
+    """Digests of files that are not deleted or that a job still needs, of what trainers printed, and of parts of
+    uploads."""
+    wanted = session.scalars(select(File.digest).where(_is_wanted()))
+    printed = session.scalars(select(JobOutput.digest))
+    return {*wanted, *printed, *session.scalars(select(UploadPart.digest))}
+
+
+def _let_expire(session: Session, *, now: float) -> None:
+    """Passed over: what a submission has just locked, and what a job reads once the rows are locked here."""
+    past = select(File.id).where(File.deleted_at.is_(None), File.expires_at <= now, ~files.is_read())
+    locked = list(session.scalars(skip_locked(past.order_by(File.expires_at).limit(EXPIRED_AT_ONCE))))
+    gone = update(File).where(File.id.in_(locked), ~files.is_read()).values(deleted_at=now)
+    gone = gone.returning(File.project_id, File.num_bytes)
+    for row in session.execute(gone, execution_options={"synchronize_session": False}):
+        ledger.store(session, row.project_id, -row.num_bytes, now=now)
+
+
+def _drop_checkpoints(session: Session, *, now: float) -> None:
+    """Those of jobs that ended long ago: nobody resumes from them."""
+    ended = select(Job.id).where(Job.finished_at < now - CHECKPOINT_SECONDS)
+    kept = (Checkpoint.artifact.is_not(None), Checkpoint.job_id.in_(ended))
+    held = select(Job.project_id, func.sum(Artifact.num_bytes)).select_from(Checkpoint)
+    held = held.join(Job, Job.id == Checkpoint.job_id).join(Artifact, Artifact.digest == Checkpoint.artifact)
+    for project_id, num_bytes in session.execute(held.where(*kept).group_by(Job.project_id)):
+        ledger.store(session, project_id, -int(num_bytes), now=now)
+    dropped = update(Checkpoint).where(*kept).values(artifact=None)
+    session.execute(dropped, execution_options={"synchronize_session": False})
+
+
+def _drop_prepared(session: Session, *, now: float) -> None:
+    """What was found in files that their project has no more, unless an unfinished job or plan needs it."""
+    of_file = (File.project_id == Prepared.project_id, File.digest == Prepared.file_digest)
+    is_of_file = exists().where(*of_file, _is_wanted())
+    gone = delete(Prepared).where(~is_of_file, ~token_cache.is_needed())
+    gone = gone.returning(Prepared.project_id, Prepared.artifact, Prepared.num_bytes)
+    for project_id, artifact, num_bytes in session.execute(gone, execution_options={"synchronize_session": False}):
+        if project_id is not None and artifact is not None:
+            ledger.store(session, project_id, -num_bytes, now=now)
+
+
+def _is_wanted() -> ColumnElement[bool]:
+    """The file is not deleted, or a job that has not ended reads it."""
+    return or_(File.deleted_at.is_(None), files.is_read())

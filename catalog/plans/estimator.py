@@ -1,0 +1,392 @@
+"""What a job would come to, of what is known now: asks the record, and leaves the arithmetic to planning/.
+
+The job is a row that was never stored, so that what is reckoned of it is reckoned as of any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog.admission.accept import Accepted
+from catalog.fleet import gang_views, views
+from catalog.plans import duration, serving
+from catalog.plans.duration import Measured, Occupied, Place, Runner
+from catalog.queue import charging, listing
+from catalog.resources import gpus, memory, requirements, sharding
+from catalog.resources import pack_key as packing
+from catalog.resources.gpus import Held
+from catalog.resources.sharding import NEVER, Demand, Group
+from catalog.resources.throughput import Speeds
+from catalog.scheduling.ordering import order
+from catalog.scheduling.snapshot import Candidate, Policy, Share
+from catalog.settings import Settings
+from catalog.spec import job_warnings
+from catalog.spec.job_warnings import Caution
+from catalog.spec.target_modules import Adapted
+from catalog.states import JobState, PriorityClass
+from catalog.tables import BaseModelRow, Job, Json, Project, Trainer, Worker
+from catalog.tables.living import is_live
+
+NUM_RECENT = 20
+"""Jobs of each class, the project's last that succeeded, that tell how long jobs take."""
+NUM_TRAINERS = 5
+"""The last of a base in one form, that tell how fast it trains."""
+CORES = re.compile(r"CPU, (\d+) cores")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """What preparation found in the files."""
+
+    training: Json
+    validation: Json | None
+    overlap: tuple[int, int] | None
+    """Rows of the validation file that training has too, and all of its rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sizes:
+    """Bytes by what they are for, by kind of device, which holds the whole base."""
+
+    parts: dict[str, dict[str, int]]
+    divisible_bytes: int
+    gathered_bytes: int
+    hindrance: str | None
+    """Why the base can't be divided for the job."""
+
+    def total(self, kind: str) -> int:
+        return gpus.total(self.parts[kind], kind=kind)
+
+    def demand(self, kind: str) -> Demand:
+        return Demand(
+            whole_bytes=sum(self.parts[kind].values()),
+            divisible_bytes=self.divisible_bytes,
+            gathered_bytes=self.gathered_bytes,
+        )
+
+    def on(self, group: Group) -> dict[str, int]:
+        """The parts on each device of a group that divides the base."""
+        whole, demand = self.parts[group.kind], self.demand(group.kind)
+        held = {"undivided": whole["base"] - self.divisible_bytes}
+        held |= group.block_parts(demand, group.holding(demand))
+        return held | {name: num_bytes for name, num_bytes in whole.items() if name != "base"}
+
+
+def foretell(
+    session: Session,
+    job: Job,
+    accepted: Accepted,
+    data: Data,
+    *,
+    targets: list[Adapted],
+    now: float,
+    settings: Settings,
+) -> Json:
+    """job: of `acceptance.job_row`, in no session. targets: the layers that it adapts."""
+    spec, description = accepted.spec, accepted.base.description or {}
+    num_steps = spec.num_steps(int(data.training["usable_rows"]))
+    found = [int(report.get("longest_example") or 0) for report in (data.training, data.validation) if report]
+    job.longest_example = max(found) or None
+    sizes, live = _sizes(job, description), _live(session, job, now=now)
+    groups = _groups(session, live, now=now)
+    fitting = _fitting(live, groups, sizes)
+    servable = serving.of_job(spec, [target.rank for target in targets])
+    warned = [*accepted.surprises, *_cautions(accepted, data, targets, job=job, num_steps=num_steps)]
+    if live and not fitting:
+        warned.append(_fits_nowhere(groups, sizes))
+    return {
+        "computed_at": now,
+        "data": {
+            "training": data.training,
+            "validation": data.validation,
+            "overlap": dict(zip(("rows", "of_rows"), data.overlap, strict=True)) if data.overlap else None,
+        },
+        "num_steps": num_steps,
+        "trainable_parameters": job.adapter_parameters,
+        "adapted_layers": len(targets),
+        "memory": [*(_memory(sizes, kind) for kind in ("cuda", "cpu")), *_memory_of_groups(sizes, groups)],
+        "devices": _devices(sizes, groups, fitting),
+        "training_time": asdict(_training_time(session, job, accepted, data, fitting, num_steps=num_steps, now=now)),
+        "expected_start": asdict(_expected_start(session, job, live, fitting, now=now, settings=settings)),
+        "servable": {server: asdict(answer) for server, answer in servable.items()},
+        "warnings": [asdict(caution) for caution in warned],
+    }
+
+
+def _cautions(accepted: Accepted, data: Data, targets: list[Adapted], *, job: Job, num_steps: int) -> Iterator[Caution]:
+    spec = accepted.spec
+    yield from job_warnings.of_course(spec, num_steps=num_steps, has_held_out=data.validation is not None)
+    yield from job_warnings.of_data(spec, data.training, role="training")
+    if data.validation is not None:
+        yield from job_warnings.of_data(spec, data.validation, role="validation")
+    is_one_file = any(surprise.code == "validation_is_training" for surprise in accepted.surprises)
+    if data.overlap is not None and not is_one_file:
+        overlap = job_warnings.of_overlap(data.overlap[0], of_rows=data.overlap[1])
+        if overlap is not None:
+            yield overlap
+    yield from job_warnings.of_rank(
+        spec,
+        targets,
+        num_parameters=job.adapter_parameters,
+        supervised_tokens=int(data.training["supervised_tokens"]),
+    )
+
+
+def _sizes(job: Job, description: Json) -> _Sizes:
+    precision, quantisation = packing.precision_of(job.pack_key), packing.quantisation_of(job.pack_key)
+    tick = memory.tick_parts(description, precision, quantisation, num_tokens=memory.JOB_TOKENS)
+    base = {"base": memory.base_bytes(description, precision, quantisation), **tick}
+    divisible, gathered = requirements.divisible_bytes(job, description)
+    return _Sizes(
+        parts={
+            kind: base | requirements.own_parts(job, description, recomputes=kind == "cuda") for kind in ("cuda", "cpu")
+        },
+        divisible_bytes=divisible,
+        gathered_bytes=gathered,
+        hindrance=sharding.hindrance(job.spec["lora"], quantisation, description),
+    )
+
+
+def _memory(sizes: _Sizes, kind: str) -> Json:
+    parts = _listed(sizes.parts[kind])
+    if kind == "cuda":
+        told = "CUDA itself, about"
+        parts.append({"part": "cuda", "bytes": gpus.CUDA_BYTES, "description": told})
+    one = {"num_devices": 1, "strategy": "replicated"}
+    return {"kind": kind, **one, "total_bytes": sizes.total(kind), "parts": parts}
+
+
+def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, Group]) -> list[Json]:
+    """Of each device of the groups that would divide the base, each kind of group once."""
+    found: dict[tuple[str, int, str], Json] = {}
+    for group in dict.fromkeys(groups.values()):
+        demand = sizes.demand(group.kind)
+        holding, needed = group.holding(demand), group.needed_bytes(demand)
+        if holding == "whole" or needed == NEVER:
+            continue
+        parts = _listed(sizes.on(group))
+        if group.reserve_bytes:
+            told = "CUDA itself and what the GPUs talk through, about"
+            parts.append({"part": "cuda", "bytes": group.reserve_bytes, "description": told})
+        about = (group.kind, group.num_devices, group.strategy(demand))
+        told = dict(zip(("kind", "num_devices", "strategy"), about, strict=True))
+        of_host = demand.divisible_bytes if holding == "offloaded" and not group.keeps_shares else 0
+        found[about] = {**told, "total_bytes": needed, "host_bytes": of_host, "parts": parts}
+    return list(found.values())
+
+
+def _listed(parts: dict[str, int]) -> list[Json]:
+    return [{"part": name, "bytes": num_bytes, "description": told} for name, num_bytes, told in gpus.listed(parts)]
+
+
+def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
+    """Workers that take jobs, and can hold the base as it is to be. Those that lend their devices take none."""
+    quantisation = packing.quantisation_of(job.pack_key)
+    lenders = gang_views.lenders(gang_views.all_of(session, now=now))
+    live = session.scalars(select(Worker).where(is_live(now=now)).order_by(Worker.id))
+    able = [row for row in live if not row.takes_nothing_new and quantisation in views.quantisations_of(row)]
+    return [row for row in able if row.id not in lenders]
+
+
+def _groups(session: Session, live: Sequence[Worker], *, now: float) -> dict[str, Group]:
+    """By worker: what its trainers run on, with no more memory than the smallest worker of its gang has."""
+    smallest = gang_views.smallest(session, now=now)
+    return {row.id: views.room_of(row, smallest.get(row.id)).group for row in live}
+
+
+def _fitting(live: Sequence[Worker], groups: Mapping[str, Group], sizes: _Sizes) -> list[Worker]:
+    """Smallest first."""
+    held = {row.id: row for row in live}
+    fit = gpus.that_fit([_held(row, groups[row.id], sizes) for row in live])
+    return [held[device.worker_id] for device in fit]
+
+
+def _held(row: Worker, group: Group, sizes: _Sizes) -> Held:
+    demand = sizes.demand(group.kind)
+    return Held(
+        worker_id=row.id,
+        name=_device(row),
+        kind=group.kind,
+        memory_bytes=group.bytes_of_each,
+        num_devices=group.num_devices,
+        strategy=group.strategy(demand),
+        needed_bytes=group.needed_bytes(demand),
+    )
+
+
+def _device(row: Worker) -> str:
+    return str(next((device.get("name") for device in row.devices if device.get("name")), "a device"))
+
+
+def _fits_nowhere(groups: Mapping[str, Group], sizes: _Sizes) -> Caution:
+    found = [(group, sizes.demand(group.kind)) for group in groups.values()]
+    message = sharding.nowhere(found, sizes.hindrance)
+    assert message is not None, "it fits none"
+    fits = sharding.would_fit_sentence(sharding.would_fit(sizes.demand("cuda")))
+    return Caution(
+        code="fits_no_worker",
+        message=message,
+        remedy=f"{fits} Add such a worker, or use a lower rank, a quantised or a smaller base.",
+    )
+
+
+def _devices(sizes: _Sizes, groups: Mapping[str, Group], fitting: Sequence[Worker]) -> Json:
+    card = gpus.smallest_card(sizes.total("cuda"))
+    of_several = [fit for fit in sharding.would_fit(sizes.demand("cuda")) if fit.num_devices > 1]
+    return {
+        "smallest_gpu": asdict(card) if card else None,
+        "groups": [
+            {"num_devices": fit.num_devices, "host_bytes": fit.host_bytes, **asdict(fit.card)} for fit in of_several
+        ],
+        "workers_that_fit": [asdict(_held(row, groups[row.id], sizes)) for row in fitting],
+        "live_workers": len(groups),
+    }
+
+
+def _training_time(
+    session: Session,
+    job: Job,
+    accepted: Accepted,
+    data: Data,
+    fitting: Sequence[Worker],
+    *,
+    num_steps: int,
+    now: float,
+) -> duration.Estimate:
+    work = duration.work_of(
+        accepted.spec,
+        num_steps=num_steps,
+        tokens=int(data.training["tokens"]),
+        usable_rows=int(data.training["usable_rows"]),
+        valid_tokens=int(data.validation["tokens"]) if data.validation else None,
+        num_parameters=int((accepted.base.description or {}).get("num_parameters", 0)),
+    )
+    same = _measured(session, job.pack_key)
+    return duration.training_time(work, [_runner(session, row, same, job.pack_key) for row in fitting])
+
+
+def _runner(session: Session, row: Worker, same: dict[str, Measured], pack_key: str) -> Runner:
+    """What its own trainer says now goes before what earlier ones said."""
+    cores = CORES.search(_device(row))
+    own = _of_live_trainer(session, row)
+    is_same = own is not None and own[0] == pack_key
+    return Runner(
+        worker_id=row.id,
+        device=_device(row),
+        kind="cuda" if views.is_gpu(row) else "cpu",
+        num_cores=int(cores[1]) if cores else None,
+        same=own[1] if own is not None and is_same else same.get(row.id) or same.get(_device(row)),
+        other=own[1] if own is not None and not is_same else None,
+    )
+
+
+def _of_live_trainer(session: Session, row: Worker) -> tuple[str, Measured] | None:
+    """(pack key, what it learnt)"""
+    trainer = session.get(Trainer, row.trainer_id) if row.trainer_id else None
+    speeds = (row.report or {}).get("tick_speeds")
+    if trainer is None or not speeds:
+        return None
+    measured = _as_measured(session, row.id, trainer, speeds)
+    return (trainer.pack_key, measured) if measured else None
+
+
+def _measured(session: Session, pack_key: str) -> dict[str, Measured]:
+    """By worker and by name of its device, what the last trainers of this base in this form had learnt at their end."""
+    rows = select(Trainer).where(Trainer.pack_key == pack_key).order_by(Trainer.started_at.desc()).limit(NUM_TRAINERS)
+    found: dict[str, Measured] = {}
+    for trainer in session.scalars(rows):
+        speeds = (trainer.report or {}).get("tick_speeds")
+        measured = _as_measured(session, trainer.worker_id, trainer, speeds) if speeds else None
+        if measured is None:
+            continue
+        worker = session.get(Worker, trainer.worker_id)
+        for name in (trainer.worker_id, _device(worker) if worker else trainer.worker_id):
+            found.setdefault(name, measured)
+    return found
+
+
+def _as_measured(session: Session, worker_id: str, trainer: Trainer, report: Any) -> Measured | None:
+    speeds = Speeds.of_report(report)
+    base = session.scalar(select(BaseModelRow).where(BaseModelRow.digest == trainer.base_digest).limit(1))
+    if not speeds.alone or base is None:
+        return None
+    num_parameters = int((base.description or {}).get("num_parameters", 0))
+    return Measured(worker_id=worker_id, base_name=base.name, num_parameters=num_parameters, speeds=speeds)
+
+
+def _expected_start(
+    session: Session,
+    job: Job,
+    live: Sequence[Worker],
+    fitting: Sequence[Worker],
+    *,
+    now: float,
+    settings: Settings,
+) -> duration.Estimate:
+    took = _recent_seconds(session, job.project_id)
+    place = Place(
+        ahead=_num_ahead(session, job, now=now, policy=Policy.of(settings)),
+        typical_seconds=duration.median(took),
+        num_typical=len(took),
+        fitting=tuple(_occupied(session, row, job, settings) for row in fitting),
+        num_live=len(live),
+    )
+    return duration.expected_start(place)
+
+
+def _num_ahead(session: Session, job: Job, *, now: float, policy: Policy) -> int:
+    """Jobs of the queue that would have their turn before it, if it came into the queue now."""
+    wanted = requirements.of(session, job)
+    mine = Candidate(
+        job_id=job.id,
+        project_id=job.project_id,
+        base_digest=job.base_digest,
+        pack_key=job.pack_key,
+        priority=job.priority,
+        place=now,
+        queued_at=now,
+        **asdict(wanted),
+    )
+    waiting = listing.candidates(session, now=now)
+    shares = charging.shares_of_waiting(session, now=now, policy=policy)
+    if job.project_id not in shares:
+        had = charging.used(session, [job.project_id], now=now, policy=policy)
+        weight = session.get_one(Project, job.project_id).weight
+        shares[job.project_id] = Share(
+            weight=weight, device_seconds=had[job.project_id], num_running=_num_running(session, job.project_id)
+        )
+    turns = order([*waiting, mine], now, shares=shares, served=charging.served(session, now=now), policy=policy)
+    return next(turn.position for turn in turns if turn.candidate.job_id == job.id) - 1
+
+
+def _num_running(session: Session, project_id: str) -> int:
+    running = select(Job.id).where(Job.state == JobState.RUNNING, Job.project_id == project_id)
+    return len(session.scalars(running).all())
+
+
+def _recent_seconds(session: Session, project_id: str) -> list[float]:
+    """How long the project's last jobs trained that have succeeded."""
+    took: list[float] = []
+    for priority in PriorityClass:
+        ended = (Job.state == JobState.SUCCEEDED, Job.project_id == project_id, Job.priority == int(priority))
+        last = select(Job.started_at, Job.finished_at).where(*ended).order_by(Job.created_at.desc()).limit(NUM_RECENT)
+        for started_at, finished_at in session.execute(last):
+            if started_at and finished_at:
+                took.append(max(0.0, finished_at - started_at))
+    return took
+
+
+def _occupied(session: Session, row: Worker, job: Job, settings: Settings) -> Occupied:
+    training = select(Job.progress).where(Job.state == JobState.RUNNING, Job.worker_id == row.id)
+    left = tuple((progress or {}).get("seconds_left") for progress in session.scalars(training))
+    trainer = session.get(Trainer, row.trainer_id) if row.trainer_id else None
+    saturation: Json = (row.report or {}).get("saturation") or {}
+    is_full = bool(saturation.get("is_full")) or len(left) >= settings.max_jobs_per_trainer
+    has_base = trainer is not None and trainer.pack_key == job.pack_key
+    return Occupied(worker_id=row.id, seconds_left=left, takes_it_now=has_base and not is_full)

@@ -1,0 +1,234 @@
+"""Plans: what a job would come to, before it is submitted. A person's verbs; a worker's are in plan_claims.
+
+A plan is accepted as a job is, and then waits for what preparation finds in its files. It has no state machine: it is
+computed once, and then it stands until it expires.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from catalog.admission.accept import Accepted, accept, job_row, resolve_targets, surprises
+from catalog.admission.target_layers import Targets, retried
+from catalog.db.database import Database, read_clock, serialise
+from catalog.db.pagination import Page, paginate
+from catalog.errors import Conflict, Forbidden, NotFound
+from catalog.plans.estimator import Data, foretell
+from catalog.settings import Settings
+from catalog.spec.job import JobRequest, JobSpec
+from catalog.storage import quota, token_cache
+from catalog.tables import BaseModelRow, File, FileOverlap, Json, Plan, Prepared, new_id
+from catalog.tenancy.authentication import Caller
+from catalog.usage import ledger, quotas
+
+PLAN_SECONDS = 7 * 24 * 3600.0
+"""A plan stands for so long."""
+MAX_COMPUTING = 16
+"""Plans of one project that wait to be computed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Details:
+    """What a file's rows are like. None where it isn't prepared, or the file is gone: its rows go with it."""
+
+    training: Json | None
+    validation: Json | None
+
+
+def create(db: Database, *, caller: Caller, request: JobRequest, settings: Settings) -> Plan:
+    """Refused as a job would be; ready at once where the project has the files prepared.
+
+    Raises InvalidRequest, NotFound; Forbidden where a worker would have to prepare the files and the key lacks
+    jobs:write; QuotaExceeded; Conflict where the project has too many that wait.
+    """
+    return retried(lambda: _create(db, caller, request, settings=settings))
+
+
+def _create(db: Database, caller: Caller, request: JobRequest, *, settings: Settings) -> Plan:
+    targets = resolve_targets(db, caller, [request])
+    with db.write() as session:
+        serialise(session, f"plan {caller.project_id}")
+        now = read_clock(session)
+        quotas.check_priority(session, caller, request.priority)
+        accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))
+        # Rejects layers that the base model doesn't have.
+        job_row(accepted, targets, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
+        plan = _row(accepted, caller, now=now)
+        conclude(session, plan, accepted.request, targets, now=now, settings=settings)
+        is_computed = plan.state == "computing"
+        if is_computed:
+            _check_scope(caller)
+            _check_room(session, caller.project_id)
+        quotas.check_plan(session, caller, is_computed=is_computed, now=now)
+        session.add(plan)
+        if is_computed:
+            quota.check_preparation(session, plan, now=now)
+            ledger.add_plan(session, plan, now=now)
+        return plan
+
+
+def get(db: Database, *, project_id: str, plan_id: str) -> Plan:
+    """Raises NotFound, also for one that has expired."""
+    with db.read() as session:
+        return find(session, project_id=project_id, plan_id=plan_id)
+
+
+def list_page(db: Database, *, project_id: str, after: str | None = None, limit: int = 20) -> Page[Plan]:
+    """Newest first."""
+    scope = select(Plan).where(Plan.project_id == project_id)
+    with db.read() as session:
+        visible = (Plan.expires_at > read_clock(session),)
+        return paginate(
+            session, scope, created=Plan.created_at, ident=Plan.id, after=after, limit=limit, visible=visible
+        )
+
+
+def delete(db: Database, *, project_id: str, plan_id: str) -> None:
+    """Jobs that were made from it stay. Raises NotFound."""
+    with db.write() as session:
+        session.delete(find(session, project_id=project_id, plan_id=plan_id, lock=True))
+
+
+def details(db: Database, plan: Plan) -> Details:
+    """Sample rows, and the lines of odd ones."""
+    with db.read() as session:
+        return Details(
+            training=_details(session, plan.training_file, plan.train_prepared),
+            validation=_details(session, plan.validation_file, plan.valid_prepared),
+        )
+
+
+def find(session: Session, *, project_id: str, plan_id: str, lock: bool = False) -> Plan:
+    """Within a transaction. Raises NotFound."""
+    owned = select(Plan).where(Plan.id == plan_id, Plan.project_id == project_id)
+    plan = session.scalar(owned.with_for_update(of=Plan) if lock else owned)
+    if plan is None or plan.expires_at <= read_clock(session):
+        remedy = f"Plans stand for {PLAN_SECONDS / 86400:.0f} days. Make a new one; POST /v1/plans takes a job's body."
+        raise NotFound("plan", plan_id, param="plan", remedy=remedy)
+    return plan
+
+
+def resolve_plan(plan: Plan, base: BaseModelRow) -> tuple[JobRequest, Targets]:
+    """What `conclude` needs and no transaction may wait for: the plan's request, parsed, and the layers of its job."""
+    targets = Targets()
+    targets.resolve(base, JobSpec.model_validate(plan.spec).lora)
+    return JobRequest.model_validate(plan.requested), targets
+
+
+def conclude(
+    session: Session, plan: Plan, request: JobRequest, targets: Targets, *, now: float, settings: Settings
+) -> bool:
+    """Ready or failed, where all that it needs is known. Returns whether it was. request, targets: of `resolve_plan`.
+
+    Raises TargetsOutdated if the base model has changed since.
+    """
+    error = _refusal(session, plan.train_prepared, "training_file") or _refusal(
+        session, plan.valid_prepared, "validation_file"
+    )
+    data = None if error else _data(session, plan)
+    if error is None and data is None:
+        return False
+    plan.state, plan.error = ("failed", error) if error else ("ready", None)
+    plan.claim_id = plan.lease_expires_at = plan.run_after = None
+    if data is not None:
+        accepted = _recall(session, plan, request)
+        job = job_row(accepted, targets, project_id=plan.project_id, created_by=plan.created_by, now=now)
+        layers = targets.of(accepted.base, accepted.spec.lora)
+        plan.found = foretell(session, job, accepted, data, targets=layers, now=now, settings=settings)
+    return True
+
+
+def _recall(session: Session, plan: Plan, request: JobRequest) -> Accepted:
+    """What was accepted when the plan was made, of the rows as they are now."""
+    spec = JobSpec.model_validate(plan.spec)
+    training = session.get_one(File, plan.training_file)
+    validation = session.get_one(File, plan.validation_file) if plan.validation_file else None
+    return Accepted(
+        request=request,
+        spec=spec,
+        base=session.get_one(BaseModelRow, plan.base_model),
+        training=training,
+        validation=validation,
+        surprises=tuple(surprises(request, spec, training, validation)),
+    )
+
+
+def is_known(row: Prepared | None) -> bool:
+    """Whether a plan can be made of it: the file was prepared or refused, and there are details. (The tokens may have
+    been evicted since.)"""
+    return row is not None and row.details is not None
+
+
+def _row(accepted: Accepted, caller: Caller, *, now: float) -> Plan:
+    base, spec, validation = accepted.base, accepted.spec, accepted.validation
+    assert base.digest is not None
+    return Plan(
+        id=new_id("plan"),
+        project_id=caller.project_id,
+        created_at=now,
+        created_by=caller.api_key_id,
+        expires_at=now + PLAN_SECONDS,
+        state="computing",
+        base_model=base.name,
+        base_digest=base.digest,
+        requested=accepted.request.model_dump(mode="json", exclude_unset=True),
+        spec=spec.model_dump(mode="json"),
+        training_file=accepted.training.id,
+        validation_file=validation.id if validation else None,
+        train_prepared=token_cache.key_of(caller.project_id, base, accepted.training, spec),
+        valid_prepared=validation and token_cache.key_of(caller.project_id, base, validation, spec),
+        num_lost=0,
+    )
+
+
+def _check_scope(caller: Caller) -> None:
+    if "jobs:write" not in caller.scopes:
+        raise Forbidden(
+            f"A worker has to prepare the files for this plan, and the API key {caller.name!r} lacks the scope "
+            "jobs:write.",
+            code="missing_scope",
+            remedy="Use a key that has jobs:write. A key with jobs:read gets plans of files that are prepared already.",
+        )
+
+
+def _check_room(session: Session, project_id: str) -> None:
+    waiting = select(func.count()).where(Plan.state == "computing", Plan.project_id == project_id)
+    if (session.scalar(waiting) or 0) >= MAX_COMPUTING:
+        raise Conflict(
+            f"{MAX_COMPUTING} plans of this project are being computed.",
+            code="too_many_plans",
+            remedy="Wait until one is ready, or delete one: GET /v1/plans shows them.",
+        )
+
+
+def _refusal(session: Session, key: str | None, param: str) -> Json | None:
+    """In the form of a job's error."""
+    row = session.get(Prepared, key) if key else None
+    if row is None or not is_known(row) or "refusal" not in row.report:
+        return None
+    refusal = row.report["refusal"]
+    return {"code": refusal["code"], "message": f"{refusal['message']} {refusal['remedy']}", "param": param}
+
+
+def _data(session: Session, plan: Plan) -> Data | None:
+    """None where something isn't known yet."""
+    train = session.get(Prepared, plan.train_prepared)
+    if train is None or not is_known(train):
+        return None
+    if plan.valid_prepared is None:
+        return Data(training=train.report, validation=None, overlap=None)
+    valid = session.get(Prepared, plan.valid_prepared)
+    overlap = session.get(FileOverlap, (plan.train_prepared, plan.valid_prepared))
+    if valid is None or not is_known(valid) or overlap is None:
+        return None
+    return Data(training=train.report, validation=valid.report, overlap=(overlap.num_rows, overlap.of_rows))
+
+
+def _details(session: Session, file_id: str | None, key: str | None) -> Json | None:
+    file = session.get(File, file_id) if file_id else None
+    row = session.get(Prepared, key) if key else None
+    return row.details if file is not None and file.deleted_at is None and row is not None else None

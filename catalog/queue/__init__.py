@@ -1,0 +1,1 @@
+"""How workers get jobs: snapshot, claim, charge, preempt, notify."""

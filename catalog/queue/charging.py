@@ -1,0 +1,227 @@
+"""What projects have used of devices, and what each is due: charged while jobs train, read to decide who trains next.
+
+What was used long ago counts less: see catalog/scheduling/fair_share.py. Of a project there are SLOTS rows, so that
+workers who charge it at one time don't wait for each other; a row a worker would do as well, but each start of one has
+a new id.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+from typing import cast as cast_to
+
+from sqlalchemy import Select, Text, bindparam, cast, func, select
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, add_if_missing, read_clock
+from catalog.fleet import device_counts
+from catalog.fleet.workers import SILENT_SECONDS
+from catalog.lifecycle import candidates
+from catalog.resources.sharding import group_told
+from catalog.scheduling import fair_share
+from catalog.scheduling.snapshot import Policy, Service, Share
+from catalog.states import JobState, PriorityClass
+from catalog.tables import Attempt, Job, Json, Project, ProjectUsage, Worker
+from catalog.tables.living import has_gpu, quantisations_on
+from catalog.usage import ledger
+
+SLOTS = 16
+
+
+def charge_beat(session: Session, jobs: Iterable[Job], worker: Worker | None, *, now: float, policy: Policy) -> None:
+    """Charge jobs that train, whose rows are locked, from the last charge until now: all that their trainers hold."""
+    training = [job for job in jobs if job.state == JobState.RUNNING]
+    beside = Counter(job.trainer_id for job in training)
+    num_devices = _num_devices(session, worker) if training else 1
+    owed: defaultdict[str, float] = defaultdict(float)
+    for job in training:
+        num_jobs = beside[job.trainer_id]
+        taken = _take_stock(session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy)
+        owed[job.project_id] += taken * policy.multiple(job.priority)
+    for project_id in sorted(owed):  # in one order, so that nobody waits in a circle
+        row = _locked(session, project_id, worker, now=now)
+        row.device_seconds = _left(row, now=now, policy=policy) + owed[project_id]
+        row.as_of = now
+
+
+def settle(db: Database, trainer_id: str, *, policy: Policy) -> None:
+    """Charge all that the trainer holds until now: before one joins or leaves, so that each second is divided among
+    those who were there.
+
+    In a transaction of its own: it locks the jobs by id, as a heartbeat does.
+    """
+    with db.write() as session:
+        now = read_clock(session)
+        running = (Job.state == JobState.RUNNING, Job.trainer_id == trainer_id)
+        beside = select(Job).where(Job.id.in_(_held_by(trainer_id)), *running)
+        held = list(session.scalars(beside.order_by(Job.id).with_for_update()))
+        if held:
+            charge_beat(session, held, session.get(Worker, held[0].worker_id), now=now, policy=policy)
+
+
+def charge_end(session: Session, job: Job, *, now: float, policy: Policy) -> None:
+    """Charge a job whose attempt is about to end, and whose row is locked, for what is left since `settle`.
+
+    Of a worker that is lost or leaves the seconds since its last heartbeat are not charged to anybody.
+    """
+    num_jobs = session.scalar(select(func.count()).select_from(_held_by(job.trainer_id).subquery())) or 1
+    worker = session.get(Worker, job.worker_id) if job.worker_id else None
+    num_devices = _num_devices(session, worker)
+    owed = _take_stock(session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy)
+    owed *= policy.multiple(job.priority)
+    row = _locked(session, job.project_id, worker, now=now)
+    row.device_seconds, row.as_of = _left(row, now=now, policy=policy) + owed, now
+
+
+def shares_of_waiting(session: Session, *, now: float, policy: Policy) -> dict[str, Share]:
+    """The share of each project that has something in the queue."""
+    return _shares(session, JobState.QUEUED, now=now, policy=policy)
+
+
+def shares_of_training(session: Session, *, now: float, policy: Policy) -> dict[str, Share]:
+    """The share of each project whose jobs train."""
+    return _shares(session, JobState.RUNNING, now=now, policy=policy)
+
+
+def _shares(session: Session, state: JobState, *, now: float, policy: Policy) -> dict[str, Share]:
+    standing = session.execute(_standings(state)).all()
+    used_by: defaultdict[str, float] = defaultdict(float)
+    for row in standing:
+        used_by[row.project_id] += 0.0 if row.as_of is None else _left(row, now=now, policy=policy)
+    running, held = _running(session, used_by)
+    return {
+        row.project_id: Share(
+            weight=row.weight,
+            device_seconds=used_by[row.project_id],
+            num_running=running[row.project_id],
+            devices_held=held[row.project_id],
+        )
+        for row in standing
+    }
+
+
+def served(session: Session, *, now: float) -> list[Service]:
+    """What workers that live have served: of those alike as one, and of those that have served nothing none."""
+    latest: defaultdict[tuple[int, str], dict[tuple[str, int], float]] = defaultdict(dict)
+    for memory_bytes, told, served_at in session.execute(_turns(), {"since": now - SILENT_SECONDS}):
+        turns = latest[memory_bytes, told]
+        for group, at in _by_project_and_class(served_at):
+            if at <= now:  # later ones are of a clock that was set back
+                turns[group] = max(at, turns.get(group, at))
+    found: list[Service] = []
+    for (memory_bytes, told), turns in latest.items():
+        devices = json.loads(told)
+        can_load, recomputes = quantisations_on(devices), has_gpu(devices)
+        service = Service(at=turns, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load)
+        found.append(replace(service, group=group_told(devices, memory_bytes)))
+    return found
+
+
+def note_turns(worker: Worker, groups: Iterable[tuple[str, int]], *, now: float, policy: Policy) -> None:
+    """The worker, whose row is locked, has claimed the first job of each of these projects and classes.
+
+    What is so long ago that every class has risen above `urgent` since then is dropped: it decides nothing any more.
+    """
+    kept: Json = {}
+    oldest = now - (len(PriorityClass) + 1) * policy.promote_after_seconds
+    for (project_id, priority), at in [*_by_project_and_class(worker.served_at), *((group, now) for group in groups)]:
+        if at >= oldest:
+            kept.setdefault(project_id, {})[str(priority)] = at
+    worker.served_at = kept
+
+
+def _by_project_and_class(served_at: Json | None) -> Iterator[tuple[tuple[str, int], float]]:
+    """A worker of the version before has written times by class alone: they are passed over."""
+    for project_id, classes in (served_at or {}).items():
+        if isinstance(classes, dict):
+            yield from (
+                ((project_id, int(priority)), at) for priority, at in cast_to(dict[str, float], classes).items()
+            )
+
+
+def _held_by(trainer_id: str | None) -> Select[str]:
+    """Ids of the jobs that the trainer holds."""
+    return select(Attempt.job_id).where(Attempt.trainer_id == trainer_id, Attempt.ended_at.is_(None))
+
+
+def _running(session: Session, waiting: Collection[str]) -> tuple[Counter[str], defaultdict[str, float]]:
+    """Of those projects: how many jobs run, and of how many devices they have their part."""
+    rows, lent = session.execute(_packs()).all(), device_counts.lent(session)
+    beside: Counter[str | None] = Counter()
+    for row in rows:
+        beside[row.trainer_id] += row.number
+    running: Counter[str] = Counter()
+    held: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        if row.project_id in waiting:
+            running[row.project_id] += row.number
+            num_devices = device_counts.count(row.worker_id, row.devices, lent)
+            held[row.project_id] += num_devices * row.number / beside[row.trainer_id]
+    return running, held
+
+
+def _num_devices(session: Session, worker: Worker | None) -> int:
+    return 1 if worker is None else device_counts.count(worker.id, worker.devices, device_counts.lent(session))
+
+
+def _take_stock(session: Session, job: Job, *, num_devices: int, num_jobs: int, now: float, policy: Policy) -> float:
+    """The device-seconds that the job has had since it was charged last; noted on its row."""
+    since = now if job.charged_at is None else job.charged_at
+    elapsed = min(now - since, policy.lease_seconds)
+    owed = fair_share.charge(elapsed, num_devices=num_devices, num_jobs=num_jobs)
+    job.charged_at, job.device_seconds = now, job.device_seconds + owed
+    ledger.add(session, job, "device_seconds", owed, now=now)
+    return owed
+
+
+def _locked(session: Session, project_id: str, worker: Worker | None, *, now: float) -> ProjectUsage:
+    """The project's row that this worker adds to."""
+    key = {"project_id": project_id, "slot": zlib.crc32(worker.id.encode()) % SLOTS if worker else 0}
+    row = session.get(ProjectUsage, key, with_for_update=True, populate_existing=True)
+    if row is None:
+        add_if_missing(session, ProjectUsage, {**key, "device_seconds": 0.0, "as_of": now})
+        row = session.get_one(ProjectUsage, key, with_for_update=True, populate_existing=True)
+    return row
+
+
+def _left(row: Any, *, now: float, policy: Policy) -> float:
+    return fair_share.decay(row.device_seconds, now - row.as_of, half_life_seconds=policy.half_life_seconds)
+
+
+def used(session: Session, project_ids: Collection[str], *, now: float, policy: Policy) -> defaultdict[str, float]:
+    found: defaultdict[str, float] = defaultdict(float)
+    for row in session.scalars(select(ProjectUsage).where(ProjectUsage.project_id.in_(project_ids))):
+        found[row.project_id] += _left(row, now=now, policy=policy)
+    return found
+
+
+@cache
+def _standings(state: JobState) -> Select[*tuple[Any, ...]]:
+    """Each project that has a job in `state`, its weight, and what it has had: a line for each of its rows."""
+    found = candidates.projects(state)
+    had = (ProjectUsage.device_seconds, ProjectUsage.as_of)
+    standing = select(Project.id.label("project_id"), Project.weight, *had)
+    standing = standing.join(found, found.c.project_id == Project.id)
+    return standing.outerjoin(ProjectUsage, ProjectUsage.project_id == Project.id)
+
+
+@cache
+def _packs() -> Select[*tuple[Any, ...]]:
+    """How many jobs each project has in each trainer."""
+    number = func.count().label("number")
+    packs = select(Job.project_id, Job.trainer_id, Job.worker_id, number).where(Job.state == JobState.RUNNING)
+    found = packs.group_by(Job.project_id, Job.trainer_id, Job.worker_id).subquery()
+    return select(found, Worker.devices).outerjoin(Worker, Worker.id == found.c.worker_id)
+
+
+@cache
+def _turns() -> Select[int, str, Json | None]:
+    """Memory and devices of workers that live, and the turns that they have given."""
+    live = (Worker.ended_at.is_(None), Worker.heartbeat_at > bindparam("since"), Worker.served_at.is_not(None))
+    return select(Worker.memory_bytes, cast(Worker.devices, Text), Worker.served_at).where(*live)

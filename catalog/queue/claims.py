@@ -1,0 +1,265 @@
+"""The worker's verbs. A claim gives one job to one worker: its id is the fencing token of every later write.
+
+Zero rows under that id means StaleClaim: another attempt has the job, and this worker writes nothing more.
+Claiming itself is in taking; preparing, recording and the workers' own rows are in preparation, records and workers,
+under the same fence.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from catalog import failpoints
+from catalog.db.database import Database, read_clock
+from catalog.errors import LorryError, StaleClaim
+from catalog.fleet import cordons
+from catalog.fleet.workers import WorkerOrders, end_trainer, end_worker, register_trainer, register_worker, worker_beat
+from catalog.history import events, result_files
+from catalog.lifecycle import recovery
+from catalog.lifecycle.fencing import hold
+from catalog.lifecycle.outcomes import close_attempt, end_attempt
+from catalog.lifecycle.preparation import Unprepared, next_unprepared, prepared, refused, release_preparation
+from catalog.lifecycle.recording import (
+    Course,
+    Exported,
+    distrust_checkpoint,
+    held_out_point,
+    record_checkpoint,
+    record_checkpoint_model,
+    record_course,
+    record_event,
+    record_metrics,
+    record_progress,
+)
+from catalog.lifecycle.transitions import move
+from catalog.queue import charging, preemption
+from catalog.queue.claiming import Claim, claim_pack
+from catalog.scheduling.snapshot import USUAL, Policy, Room
+from catalog.search import trials
+from catalog.states import ENDINGS, EndReason, JobState, Verb
+from catalog.storage import artifact_index
+from catalog.storage.manifest import Manifest
+from catalog.storage.store import Blob
+from catalog.tables import Adapter, Attempt, Job, Json, Project, Worker, new_id
+from catalog.usage import counters, ledger
+
+__all__ = [
+    "Claim",
+    "Exported",
+    "Orders",
+    "Room",
+    "StaleClaim",
+    "Unprepared",
+    "WorkerOrders",
+    "claim_pack",
+    "complete",
+    "distrust_checkpoint",
+    "end",
+    "end_trainer",
+    "end_worker",
+    "heartbeat",
+    "next_unprepared",
+    "prepared",
+    "record_checkpoint",
+    "record_checkpoint_model",
+    "record_event",
+    "record_metrics",
+    "record_progress",
+    "refused",
+    "register_trainer",
+    "register_worker",
+    "release_preparation",
+    "started",
+    "worker_beat",
+]
+
+log = logging.getLogger("lorry.catalog")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Orders:
+    """What to do about one claim."""
+
+    cancel: bool = False
+    pause: bool = False
+    preempt: bool = False
+    """Save it and give it back: an urgent job needs the room."""
+    stale: bool = False
+    """The job is another's now: stop, and write nothing."""
+
+
+def heartbeat(
+    db: Database, *, worker_id: str, claim_ids: Collection[str], lease_seconds: float, policy: Policy = USUAL
+) -> dict[str, Orders]:
+    """Renew the leases of those claims that are still held, of training or preparing, charge what has trained, and tell
+    what is asked; then see whether anybody is to make room."""
+    recovery.observe(db, grace_seconds=lease_seconds)
+    with db.write() as session:
+        now = read_clock(session)
+        session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now))
+        mine = select(Job).where(Job.claim_id.in_(claim_ids)).order_by(Job.id).with_for_update()
+        orders = dict.fromkeys(claim_ids, Orders(stale=True))
+        held = list(session.scalars(mine))
+        charging.charge_beat(session, held, session.get(Worker, worker_id), now=now, policy=policy)
+        for job in held:
+            job.lease_expires_at, job.lease_extended = now + lease_seconds, False
+            orders[job.claim_id or ""] = _orders(job)
+    if _make_room(db, policy) or any(each.preempt for each in orders.values()):
+        return _orders_now(db, claim_ids)
+    return orders
+
+
+def _make_room(db: Database, policy: Policy) -> int:
+    """How many were asked to leave. A fault in it costs no lease: they are renewed by then."""
+    try:
+        return preemption.look(db, policy=policy)
+    except LorryError as error:
+        log.warning("preemption code=%s", error.code)
+    except Exception:  # the next heartbeat tries again
+        log.exception("crash in preemption")
+    return 0
+
+
+def _orders_now(db: Database, claim_ids: Collection[str]) -> dict[str, Orders]:
+    with db.read() as session:
+        held = session.scalars(select(Job).where(Job.claim_id.in_(claim_ids)))
+        return dict.fromkeys(claim_ids, Orders(stale=True)) | {job.claim_id or "": _orders(job) for job in held}
+
+
+def _orders(job: Job) -> Orders:
+    is_preempted = job.preempted_for is not None
+    return Orders(cancel=job.cancel_requested, pause=job.pause_requested, preempt=is_preempted)
+
+
+def started(
+    db: Database,
+    claim_id: str,
+    *,
+    trainer_id: str,
+    resumed_from_step: int | None,
+    strategy: tuple[str, Json] | None = None,
+) -> None:
+    """The trainer has admitted the job. strategy: how it holds the base, as an event: (message, data)."""
+    with db.write() as session:
+        job = hold(session, claim_id)
+        now = read_clock(session)
+        attempt = session.get_one(Attempt, claim_id)
+        job.trainer_id = attempt.trainer_id = trainer_id
+        attempt.resumed_from_step = resumed_from_step
+        job.started_at = job.started_at or now
+        message = (
+            f"Fine-tuning resumed from step {resumed_from_step}" if resumed_from_step else "Fine-tuning job started"
+        )
+        data = {"attempt": job.attempt, "trainer_id": trainer_id, "resumed_from_step": resumed_from_step}
+        events.add(session, job.id, now=now, message=message, data=data)
+        if strategy is not None:
+            events.add(session, job.id, now=now, message=strategy[0], data=strategy[1])
+
+
+def complete(
+    db: Database,
+    claim_id: str,
+    *,
+    artifact: Manifest,
+    num_parameters: int,
+    verification: Json,
+    evaluation: Json | None,
+    trained_tokens: int,
+    course: Course,
+    curves: Blob,
+    lineage: Json,
+    lineage_id: str,
+    policy: Policy = USUAL,
+) -> Adapter:
+    """The job has succeeded: its adapter becomes visible in the same transaction. A cancel that came later lost.
+
+    curves: the stored content of its result file, which becomes visible too.
+    """
+    _settle(db, claim_id, policy)
+    with db.write() as session:
+        job = hold(session, claim_id)
+        now = read_clock(session)
+        adapter = Adapter(
+            id=new_id("adapter"),
+            name=_adapter_name(session, job),
+            job_id=job.id,
+            project_id=job.project_id,
+            base_model=job.base_model,
+            base_digest=job.base_digest,
+            artifact=artifact_index.show(session, artifact, now=now),
+            num_parameters=num_parameters,
+            verification=verification,
+            evaluation=evaluation,
+            lineage=lineage,
+            lineage_id=lineage_id,
+            created_at=now,
+        )
+        session.add(adapter)
+        charging.charge_end(session, job, now=now, policy=policy)
+        close_attempt(session, job, reason=EndReason.COMPLETED, detail=course.stopped_early, now=now)
+        record_course(session, job, course, now=now)
+        trials.completed(session, job, held_out_point(session, job, course.kept_step))
+        result_files.record(session, job, curves, now=now)
+        job.adapter_name, job.trained_tokens, job.error = adapter.name, trained_tokens, None
+        message = f"New fine-tuned model created: {adapter.name}"
+        events.add(session, job.id, now=now, message=message, data={"adapter_id": adapter.id})
+        ledger.add(session, job, "trained_tokens", trained_tokens, now=now)
+        counters.add(session, "trained_tokens", number=trained_tokens)
+        counters.add(session, "adapters")
+        ledger.store(session, job.project_id, artifact.num_bytes + curves.num_bytes, now=now)
+        done = "The job has successfully completed"
+        move(session, job, Verb.COMPLETE, now=now, message=done, reason=EndReason.COMPLETED)
+        session.flush()
+        failpoints.pass_by("in_complete")
+        return adapter
+
+
+def end(
+    db: Database,
+    claim_id: str,
+    *,
+    reason: EndReason,
+    detail: str,
+    error: Json | None = None,
+    is_bystander: bool = False,
+    blamed_worker_id: str | None = None,
+    policy: Policy = USUAL,
+) -> JobState:
+    """The attempt ended without an adapter. What follows is decided by ENDINGS, and returned.
+
+    is_bystander: the trainer ended before it had begun the job, which counts the end for nothing then.
+    blamed_worker_id: see Attempt.
+    """
+    _settle(db, claim_id, policy)
+    with db.write() as session:
+        job = hold(session, claim_id)
+        worker_id, now = job.worker_id, read_clock(session)
+        charging.charge_end(session, job, now=now, policy=policy)
+        session.get_one(Attempt, claim_id).blamed_worker_id = blamed_worker_id
+        state = end_attempt(session, job, reason=reason, detail=detail, error=error, is_bystander=is_bystander, now=now)
+    if ENDINGS[reason].may_be_nodes:
+        cordons.look(db, worker_id if blamed_worker_id is None else blamed_worker_id)
+    return state
+
+
+def _settle(db: Database, claim_id: str, policy: Policy) -> None:
+    """Who trained beside the job pays for his part until now, before he is one of fewer."""
+    with db.read() as session:
+        trainer_id = session.scalar(select(Attempt.trainer_id).where(Attempt.claim_id == claim_id))
+    if trainer_id is not None:
+        charging.settle(db, trainer_id, policy=policy)
+
+
+def _adapter_name(session: Session, job: Job) -> str:
+    """`ft:BASE:PROJECT:SUFFIX:ID`; the id is the job's own, so that a reader finds one from the other."""
+    project = session.get_one(Project, job.project_id)
+    stem = f"ft:{job.base_model}:{project.name}:{job.suffix or ''}"
+    name = f"{stem}:{job.id[-8:]}"
+    while session.scalar(select(Adapter.id).where(Adapter.name == name)) is not None:
+        name = f"{stem}:{new_id('x')[-8:]}"
+    return name

@@ -1,0 +1,117 @@
+"""What waits and in which order: for claims to choose from, for people to look at."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Row, and_, or_, select
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, read_clock
+from catalog.fleet import views
+from catalog.lifecycle import candidates as heads
+from catalog.queue import charging, pending
+from catalog.scheduling.ordering import Turn, order
+from catalog.scheduling.snapshot import USUAL, Candidate, Policy
+from catalog.states import UNFINISHED_STATES, JobState, PriorityClass
+from catalog.tables import BaseModelRow, Job, Json, Plan, Project
+
+MAX_SHOWN = 5000
+"""Jobs that people are shown, and that the place of one of them is reckoned from."""
+SHOWN = (
+    "state",
+    "base_model",
+    "priority",
+    "run_after",
+    "attempt",
+    "worker_id",
+    "trainer_id",
+    "progress",
+    "suffix",
+    "is_held",
+)
+"""Columns of a job that an entry of the queue shows as they are."""
+
+
+def turns(session: Session, *, now: float, policy: Policy = USUAL) -> list[Turn]:
+    """The jobs that may be claimed now, first turn first: MAX_SHOWN or a little more where there are so many. Projects
+    and classes that have less than their part of these leave it to the others."""
+    shares = charging.shares_of_waiting(session, now=now, policy=policy)
+    return order(
+        candidates(session, now=now), now, shares=shares, served=charging.served(session, now=now), policy=policy
+    )
+
+
+def candidates(session: Session, *, now: float) -> list[Candidate]:
+    """Those that `turns` orders, in no order."""
+    per_group = math.ceil(MAX_SHOWN / max(1, heads.num_groups(session)))
+    while True:
+        found = heads.waiting(session, heads.Such(), now=now, per_group=per_group)
+        sizes = Counter((candidate.project_id, candidate.priority) for candidate in found)
+        full = [size for size in sizes.values() if size == per_group]
+        left = MAX_SHOWN - len(found)
+        if left <= 0 or not full:
+            return found
+        per_group += math.ceil(left / len(full))
+
+
+def snapshot(db: Database, *, project_id: str | None, policy: Policy = USUAL) -> Json:
+    """The queue as people see it: counts, the waiting in order, the running. `project_id` None: every project's.
+
+    Positions are those in the whole queue, so a project sees how many stand before it, not who.
+    """
+    with db.read() as session:
+        now = read_clock(session)
+        places = {turn.candidate.job_id: turn for turn in turns(session, now=now, policy=policy)}
+        entries = [_entry(row, places.get(row.id), now=now) for row in _unfinished(session, project_id)]
+        entries.sort(key=lambda entry: (entry["position"] is None, entry["position"] or 0))
+        return {
+            "as_of": now,
+            "counts": dict(Counter(entry["state"] for entry in entries)),
+            "waiting_in_all": len(places),
+            "jobs": entries,
+            "workers": views.count_live(session, now=now),
+        }
+
+
+def has_work(db: Database) -> bool:
+    """Whether there is anything to import, to prepare or to train now: whether ringing has a use."""
+    with db.read() as session:
+        now = read_clock(session)
+        is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
+        untouched = and_(Job.state.in_((JobState.QUEUED, JobState.VALIDATING_FILES)), Job.claim_id.is_(None))
+        is_free = or_(BaseModelRow.importing_until.is_(None), BaseModelRow.importing_until <= now)
+        jobs = select(Job.id).where(untouched, is_due, or_(~Job.is_held, Job.state != JobState.QUEUED)).limit(1)
+        imports = select(BaseModelRow.name).where(BaseModelRow.state == "importing", is_free).limit(1)
+        plans = select(Plan.id).where(pending.is_waiting(now=now)).limit(1)
+        return any(session.scalar(some) is not None for some in (jobs, imports, plans))
+
+
+def _unfinished(session: Session, project_id: str | None) -> Sequence[Row[*tuple[Any, ...]]]:
+    columns = [getattr(Job, name) for name in ("id", "created_at", "queued_at", *SHOWN)]
+    rows = select(*columns, Project.name.label("project")).join(Project, Project.id == Job.project_id)
+    rows = rows.where(Job.state.in_(UNFINISHED_STATES))
+    if project_id is not None:
+        rows = rows.where(Job.project_id == project_id)
+    return session.execute(rows.order_by(Job.created_at, Job.id).limit(MAX_SHOWN)).all()
+
+
+def _entry(row: Row[*tuple[Any, ...]], turn: Turn | None, *, now: float) -> Json:
+    shown = {name: getattr(row, name) for name in SHOWN}
+    return {
+        **shown,
+        "job_id": row.id,
+        "project": row.project,
+        "priority": PriorityClass(row.priority).name,
+        "created_at": row.created_at,
+        "waited_seconds": max(0.0, now - _waits_since(row)),
+        "position": turn.position if turn else None,
+        "reason": turn.reason if turn else None,
+    }
+
+
+def _waits_since(row: Row[*tuple[Any, ...]]) -> float:
+    return row.queued_at if row.state == JobState.QUEUED and row.queued_at is not None else row.created_at

@@ -1,0 +1,234 @@
+"""Room for what is urgent: jobs that train are asked to leave, by the rule of catalog/scheduling/preemption.py.
+
+A look costs one question while nothing urgent waits. Who is asked is told by its worker's next heartbeat, saves a
+checkpoint at a tick's boundary and goes back to its place in the queue.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sqlalchemy import and_, select, union
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, read_clock, serialise
+from catalog.fleet import device_counts, views
+from catalog.fleet.views import is_gpu, quantisations_of
+from catalog.history import events
+from catalog.lifecycle import candidates
+from catalog.queue import charging
+from catalog.scheduling import preemption as preempt
+from catalog.scheduling.ordering import Turn, order
+from catalog.scheduling.preemption import AT_ONCE, Holder, Preemption, Training
+from catalog.scheduling.snapshot import Candidate, Policy, Service, Share
+from catalog.states import JobState, PriorityClass, is_suspect
+from catalog.tables import Attempt, Job, Trainer, Worker
+from catalog.tables.living import is_live
+from catalog.usage import quotas
+
+PRESSING = PriorityClass.urgent
+ASKING = "ask jobs to leave"
+IS_ASKED = and_(Job.state == JobState.RUNNING, Job.preempted_for.is_not(None))
+"""To leave, and trains still."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """For whom somebody is asked to leave."""
+
+    job: Candidate
+    preemption: Preemption
+
+
+def look(db: Database, *, policy: Policy) -> int:
+    """Ask whom it takes to leave; take it back of those who are not needed any more. Returns how many were asked."""
+    if not policy.max_preemptions:
+        return 0
+    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+        now = read_clock(session)
+        if not _decide(session, now=now, policy=policy) and not list(session.scalars(select(Job.id).where(IS_ASKED))):
+            return 0
+    with db.write() as session:
+        serialise(session, ASKING)
+        _take_back(session, now=read_clock(session))
+    with db.write() as session:  # one transaction for both would lock jobs twice, not in one order
+        serialise(session, ASKING)
+        now = read_clock(session)
+        decided = _decide(session, now=now, policy=policy)
+        return _ask(session, decided, now=now, policy=policy)
+
+
+def _pressing(session: Session, *, now: float, policy: Policy) -> list[tuple[Turn, list[Candidate]]]:
+    """What `preempt.pressing` finds in the queue; of a project no more than it may begin."""
+    urgent = candidates.waiting(session, candidates.Such(priority=PRESSING), now=now, per_group=AT_ONCE)
+    late = [job for job in urgent if now - job.queued_at >= policy.preempt_after_seconds]
+    if all(policy.is_making_room(job.room_asked_at, now) for job in late):
+        return []
+    waiting = candidates.waiting(session, candidates.Such(), now=now, per_group=AT_ONCE)
+    shares, served = charging.shares_of_waiting(session, now=now, policy=policy), charging.served(session, now=now)
+    turns = order(waiting, now, shares=shares, served=served, policy=policy)
+    return _beginnable(session, preempt.pressing(turns, now=now, policy=policy), late)[:AT_ONCE]
+
+
+def _beginnable(
+    session: Session, found: Sequence[tuple[Turn, list[Candidate]]], late: Collection[Candidate]
+) -> list[tuple[Turn, list[Candidate]]]:
+    """Those that their projects' limits let begin beside the late ones for which room is being made already."""
+    again = {turn.candidate.job_id for turn, _ in found}
+    free = quotas.free_places(session, {turn.candidate.project_id for turn, _ in found}) if found else {}
+    for job in late:
+        if job.job_id not in again:
+            free[job.project_id] = free.get(job.project_id, math.inf) - 1
+    begun: list[tuple[Turn, list[Candidate]]] = []
+    for turn, ahead in found:
+        project_id = turn.candidate.project_id
+        free[project_id] = free.get(project_id, math.inf) - 1
+        begun += [(turn, ahead)] if free[project_id] >= 0 else []
+    return begun
+
+
+def _take_back(session: Session, *, now: float) -> None:
+    """Of those whose urgent job has found room elsewhere, waits no more, is held, or has a project that has reached a
+    limit: no room is being made for that one any more. Who has been told already leaves."""
+    named = union(select(Job.id).where(IS_ASKED), select(Job.preempted_for).where(IS_ASKED))
+    locked = select(Job).where(Job.id.in_(named)).order_by(Job.id).with_for_update()
+    jobs = {job.id: job for job in session.scalars(locked)}
+    for job in jobs.values():
+        if job.preempted_for is None or _may_begin(session, job.preempted_for, now=now):
+            continue
+        jobs[job.preempted_for].room_asked_at = None
+        job.preempted_for = None
+        events.add(session, job.id, now=now, message="The room is not needed any more: the job may stay.")
+
+
+def _may_begin(session: Session, job_id: str | None, *, now: float) -> bool:
+    waits = (Job.id == job_id, Job.state == JobState.QUEUED, Job.is_held.is_(False))
+    project_id = session.scalar(select(Job.project_id).where(*waits))
+    return project_id is not None and not quotas.holds(session, now=now, project_ids=[project_id])
+
+
+def _decide(session: Session, *, now: float, policy: Policy) -> list[Asked]:
+    pressing = _pressing(session, now=now, policy=policy)
+    holders = _holders(session, now=now, policy=policy) if pressing else []
+    decided: list[Asked] = []
+    for turn, ahead in pressing:
+        chosen = preempt.choose(turn, holders, ahead=ahead, now=now, policy=policy)
+        if chosen is None:
+            continue
+        decided.append(Asked(job=turn.candidate, preemption=chosen))
+        holders = [_without(holder, chosen) for holder in holders]
+    return [one for one in decided if one.preemption.victims]
+
+
+def _without(holder: Holder, chosen: Preemption) -> Holder:
+    """Its room is spoken for: the next job needs others to leave."""
+    if holder.worker_id != chosen.worker_id:
+        return holder
+    gone = {victim.job_id for victim in chosen.victims}
+    left = tuple(job for job in holder.jobs if job.job_id not in gone and not job.is_leaving)
+    return replace(holder, jobs=left, memory_bytes_free=0, places=0)
+
+
+def _ask(session: Session, decided: Sequence[Asked], *, now: float, policy: Policy) -> int:
+    named = {one.job.job_id for one in decided} | {v.job_id for one in decided for v in one.preemption.victims}
+    locked = select(Job).where(Job.id.in_(named)).order_by(Job.id).with_for_update()
+    jobs = {job.id: job for job in session.scalars(locked.execution_options(populate_existing=True))} if named else {}
+    number = 0
+    for one in decided:
+        victims = [jobs[victim.job_id] for victim in one.preemption.victims if victim.job_id in jobs]
+        is_as_seen = all(job.state == JobState.RUNNING and job.preempted_for is None for job in victims)
+        if not is_as_seen or jobs[one.job.job_id].state != JobState.QUEUED:
+            continue
+        jobs[one.job.job_id].room_asked_at = now
+        for job, victim in zip(victims, one.preemption.victims, strict=True):
+            _ask_one(session, job, one, victim, now=now, policy=policy)
+            number += 1
+        _tell_who_waits(session, one, now=now)
+    return number
+
+
+def _ask_one(session: Session, job: Job, one: Asked, victim: Training, *, now: float, policy: Policy) -> None:
+    job.preempted_for = one.job.job_id
+    data = preempt.told(one.job, one.preemption, victim, now=now, policy=policy)
+    attempt = session.get(Attempt, job.claim_id)
+    if attempt is not None:
+        attempt.preemption = data
+    message = "An urgent job needs the room: this one saves a checkpoint and goes back to its place in the queue."
+    events.add(session, job.id, now=now, message=message, data=data)
+
+
+def _tell_who_waits(session: Session, one: Asked, *, now: float) -> None:
+    number = len(one.preemption.victims)
+    jobs = "1 job of a lower class is" if number == 1 else f"{number} jobs of lower classes are"
+    data = {"worker_id": one.preemption.worker_id, "num_leaving": number, "makes": one.preemption.makes}
+    events.add(session, one.job.job_id, now=now, message=f"{jobs} asked to make room for this one.", data=data)
+
+
+def _holders(session: Session, *, now: float, policy: Policy) -> list[Holder]:
+    """Workers that live, take jobs and hold some."""
+    running = select(Job, Attempt).join(Attempt, Attempt.claim_id == Job.claim_id)
+    held: defaultdict[str | None, list[tuple[Job, Attempt]]] = defaultdict(list)
+    for job, attempt in session.execute(running.where(Job.state == JobState.RUNNING)):
+        held[job.worker_id].append((job, attempt))
+    live = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
+    rows = session.execute(live.where(is_live(now=now))).all()
+    open_ones = [(worker, key) for worker, key in rows if held[worker.id] and not worker.takes_nothing_new]
+    shares, lent = charging.shares_of_training(session, now=now, policy=policy), device_counts.lent(session)
+    found: list[Holder] = []
+    for worker, key in open_ones:
+        num_devices = device_counts.count(worker.id, worker.devices, lent)
+        found.append(_holder(worker, key, held[worker.id], shares=shares, num_devices=num_devices, policy=policy))
+    return found
+
+
+def _holder(
+    worker: Worker,
+    key: str | None,
+    held: list[tuple[Job, Attempt]],
+    *,
+    shares: Mapping[str, Share],
+    num_devices: int,
+    policy: Policy,
+) -> Holder:
+    room, recomputes, can_load = views.room_told(worker), is_gpu(worker), quantisations_of(worker)
+    service = Service(
+        at={},
+        memory_bytes=worker.memory_bytes,
+        recomputes=recomputes,
+        group=views.room_of(worker).group,
+        can_load=can_load,
+    )
+    num_jobs = Counter(job.project_id for job, _ in held)
+
+    def training(job: Job, attempt: Attempt) -> Training:
+        devices_left = num_devices * num_jobs[job.project_id] / len(held)
+        counts_as = min(job.priority, int((attempt.why or {}).get("counts_as", job.priority)))
+        share = shares.get(job.project_id, Share())
+        level = preempt.level_if_it_left(share, priority=job.priority, devices_left=devices_left, policy=policy)
+        own = (job.own_bytes or 0) + (job.slice_bytes or 0) - ((job.saved_bytes or 0) if recomputes else 0)
+        return Training(
+            job_id=job.id,
+            project_id=job.project_id,
+            counts_as=counts_as,
+            effective_level=level,
+            own_bytes=own,
+            began_at=attempt.started_at,
+            num_beside=len(held),
+            num_preemptions=job.num_preemptions,
+            is_leaving=job.cancel_requested or job.pause_requested or job.preempted_for is not None,
+            seconds_left=(job.progress or {}).get("seconds_left"),
+        )
+
+    return Holder(
+        worker_id=worker.id,
+        pack_key=key or held[0][0].pack_key,
+        service=service,
+        jobs=tuple(training(job, attempt) for job, attempt in held),
+        memory_bytes_free=room.memory_bytes_free,
+        places=room.max_jobs,
+        holding=room.holding,
+        has_suspect=any(is_suspect(job.counted_attempts, job.lost_attempts) for job, _ in held),
+    )

@@ -1,0 +1,1 @@
+"""Base models, adapters, checkpoints, permissions and lineage."""

@@ -1,0 +1,233 @@
+"""Trained adapters as people read them. `complete` in claims makes them; here they are found, listed and hidden.
+
+A checkpoint that can be used as a model is found by its name or id as well, and so is what is shared with the project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session, load_only
+
+from catalog.audit import log
+from catalog.db.database import Database, read_clock
+from catalog.db.pagination import Page, paginate
+from catalog.errors import Conflict, NoLongerKept, NotFound
+from catalog.registry import checkpoints, permissions
+from catalog.states import UNFINISHED_STATES
+from catalog.tables import Adapter, Artifact, Checkpoint, Job, ModelPermission, Sweep
+from catalog.usage import counters, ledger
+
+MAX_MODELS = 1000
+"""Adapters, and checkpoints, in the list of all models, which has no pages."""
+MODEL_COLUMNS = (
+    Adapter.id,
+    Adapter.name,
+    Adapter.created_at,
+    Adapter.project_id,
+    Adapter.base_model,
+    Adapter.artifact,
+)
+LIST_THEM = "lorry adapters list, or GET /v1/adapters, shows those of the key's project."
+LIST_CHECKPOINTS = "lorry jobs checkpoints ID, or GET /v1/fine_tuning/jobs/ID/checkpoints, shows those of a job."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterView:
+    """An adapter with what it takes to show it."""
+
+    adapter: Adapter
+    artifact: Artifact
+    rank: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointModel:
+    """A checkpoint whose files are kept, as a model. project_id and base_model: of its job."""
+
+    name: str
+    created_at: float
+    project_id: str
+    base_model: str
+    artifact: str
+
+
+def list_page(
+    db: Database, *, project_id: str, after: str | None = None, limit: int = 20, shared: bool = False
+) -> Page[AdapterView]:
+    """Newest first: the project's own, or those that others share with it, by when that was allowed."""
+    own = select(Adapter).where(Adapter.project_id == project_id)
+    scope, created, ident = own, Adapter.created_at, Adapter.id
+    if shared:
+        scope, created, ident = (
+            permissions.shared_with(project_id),
+            ModelPermission.created_at,
+            ModelPermission.model_id,
+        )
+    visible = (Adapter.deleted_at.is_(None),)
+    with db.read() as session:
+        page = paginate(session, scope, created=created, ident=ident, after=after, limit=limit, visible=visible)
+        return Page(items=[_view(session, row) for row in page.items], has_more=page.has_more)
+
+
+def list_models(db: Database, *, project_id: str, limit: int = MAX_MODELS) -> Page[Adapter]:
+    """The newest adapters of the project, then those that are shared with it, with the columns of MODEL_COLUMNS alone:
+    lineage records are large."""
+    mine = select(Adapter).where(Adapter.project_id == project_id)
+    newest_first = Adapter.created_at.desc(), Adapter.id
+    found: list[Adapter] = []
+    with db.read() as session:
+        for scope in (mine, permissions.shared_with(project_id)):
+            there = scope.where(Adapter.deleted_at.is_(None)).options(load_only(*MODEL_COLUMNS, raiseload=True))
+            found += session.scalars(there.order_by(*newest_first).limit(limit + 1 - len(found)))
+    return Page(items=found[:limit], has_more=len(found) > limit)
+
+
+def get(db: Database, *, project_id: str, name: str) -> AdapterView:
+    """By id or by name, or by the id of a sweep that has ended: its best. Raises NotFound, and NoLongerKept for a
+    checkpoint."""
+    with db.read() as session:
+        return _view(session, find(session, project_id, _named(session, project_id, name)))
+
+
+def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = False) -> Adapter:
+    """Hide the adapter. Its row stays, for the records of what was made from it. Of a checkpoint its files go.
+
+    is_client_retry: the client says that it sends this again, having had no reply; then one that is deleted is its
+    answer. Raises Conflict while a job that has not ended continues it: its files are read at each attempt. What is
+    shared with the project is not for it to delete, and not found.
+    """
+    with db.write() as session:
+        if checkpoints.is_named(name):
+            return _delete_checkpoint(session, project_id, name, is_client_retry=is_client_retry)
+        adapter = _own(session, project_id, name, even_deleted=is_client_retry)
+        if adapter.deleted_at is not None:
+            return adapter
+        child = session.scalar(
+            select(Job).where(Job.parent_adapter == adapter.id).where(Job.state.in_(UNFINISHED_STATES)).limit(1)
+        )
+        if child is not None:
+            by = (
+                f"the job {child.id}" if child.project_id == project_id else "a job of a project that it is shared with"
+            )
+            raise Conflict(
+                f"The adapter {adapter.name!r} is continued by {by}, which has not ended.",
+                code="adapter_in_use",
+                remedy="Wait until the job ends, or cancel it; then delete the adapter.",
+                param="adapter",
+            )
+        adapter.deleted_at = now = read_clock(session)
+        counters.add(session, "adapters", number=-1)
+        ledger.store(session, adapter.project_id, -session.get_one(Artifact, adapter.artifact).num_bytes, now=now)
+        return _note_deleted(session, adapter)
+
+
+def ids_by_job(db: Database, job_ids: Collection[str]) -> dict[str, str]:
+    """The id of each job's adapter, where it has one that is kept."""
+    if not job_ids:
+        return {}
+    of_jobs = select(Adapter.job_id, Adapter.id).where(Adapter.job_id.in_(job_ids), Adapter.deleted_at.is_(None))
+    with db.read() as session:
+        return {row[0]: row[1] for row in session.execute(of_jobs)}
+
+
+def list_checkpoint_models(db: Database, *, project_id: str, limit: int = MAX_MODELS) -> Page[CheckpointModel]:
+    """The newest checkpoints that can be used as models: of the project's jobs, then those shared with it."""
+    own = checkpoints.kept().where(Job.project_id == project_id)
+    newest_first = Checkpoint.created_at.desc(), Checkpoint.id
+    columns = Checkpoint.name, Checkpoint.created_at, Job.project_id, Job.base_model, Checkpoint.adapter
+    found: list[CheckpointModel] = []
+    with db.read() as session:
+        for kept in (own, permissions.checkpoints_shared_with(project_id)):
+            newest = kept.with_only_columns(*columns).order_by(*newest_first).limit(limit + 1 - len(found))
+            for name, created_at, owner, base, artifact in session.execute(newest):
+                assert name is not None, "a checkpoint that has an adapter has a name"
+                assert artifact is not None, "only such checkpoints are selected"
+                found.append(
+                    CheckpointModel(
+                        name=name, created_at=created_at, project_id=owner, base_model=base, artifact=artifact
+                    )
+                )
+    return Page(items=found[:limit], has_more=len(found) > limit)
+
+
+def find(session: Session, project_id: str, name: str, *, locked: bool = False, param: str | None = None) -> Adapter:
+    """What the project may read by that name or id: its adapter, its checkpoint's, or one that is shared with it.
+
+    `locked` keeps it from being deleted until the transaction ends. Raises NotFound, NoLongerKept.
+    """
+    if checkpoints.is_named(name):
+        is_visible = permissions.may_read_checkpoint(project_id)
+        checkpoint = checkpoints.row(session, is_visible, name, locked=locked)
+        if checkpoint is None:
+            raise NotFound("checkpoint", name, param=param, remedy=LIST_CHECKPOINTS)
+        return checkpoints.as_adapter(session, checkpoint, param=param)
+    named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name), Adapter.deleted_at.is_(None))
+    readable = named.where(permissions.may_read_adapter(project_id))
+    adapter = session.scalar(readable.with_for_update(read=True) if locked else readable)
+    if adapter is None:
+        raise NotFound("adapter", name, param=param, remedy=LIST_THEM)
+    return adapter
+
+
+def children(db: Database, *, project_id: str, name: str) -> list[Adapter]:
+    """The adapters that continue one, the oldest first. Raises NotFound for it."""
+    with db.read() as session:
+        parent = find(session, project_id, name)
+        made = select(Adapter).join(Job, Job.id == Adapter.job_id).where(Job.parent_adapter == parent.id)
+        kept = made.where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+        return list(session.scalars(kept.order_by(Adapter.created_at, Adapter.id)))
+
+
+def _named(session: Session, project_id: str, name: str) -> str:
+    """The adapter's own name, of a sweep's that of its best trial."""
+    if not name.startswith("sweep-"):
+        return name
+    mine = select(Adapter.id).join(Sweep, Sweep.best_job == Adapter.job_id)
+    found = session.scalar(mine.where(Sweep.id == name, Sweep.project_id == project_id, Adapter.deleted_at.is_(None)))
+    if found is None:
+        remedy = "A sweep has one once all its trials have ended and one has succeeded: GET /v1/sweeps/{id} tells."
+        raise NotFound("adapter", name, remedy=remedy)
+    return found
+
+
+def _own(session: Session, project_id: str, name: str, *, even_deleted: bool = False) -> Adapter:
+    """Locked, which keeps new jobs from continuing it."""
+    named = or_(Adapter.id == name, Adapter.name == name)
+    mine = select(Adapter).where(named, Adapter.project_id == project_id)
+    if not even_deleted:
+        mine = mine.where(Adapter.deleted_at.is_(None))
+    adapter = session.scalar(mine.with_for_update())
+    if adapter is None:
+        raise NotFound("adapter", name, remedy=LIST_THEM)
+    return adapter
+
+
+def _delete_checkpoint(session: Session, project_id: str, name: str, *, is_client_retry: bool) -> Adapter:
+    checkpoint = checkpoints.row(session, Job.project_id == project_id, name, locked=True)
+    if checkpoint is None:
+        raise NotFound("checkpoint", name, remedy=LIST_CHECKPOINTS)
+    try:
+        adapter = checkpoints.as_adapter(session, checkpoint)
+    except NoLongerKept:
+        if is_client_retry:
+            return Adapter(id=checkpoint.id, name=checkpoint.name)
+        raise
+    checkpoints.delete(session, checkpoint)
+    return _note_deleted(session, adapter)
+
+
+def _note_deleted(session: Session, adapter: Adapter) -> Adapter:
+    owner, told = adapter.project_id, {"name": adapter.name}
+    now = read_clock(session)
+    log.note(session, "adapter.deleted", now=now, object_id=adapter.id, project_id=owner, details=told)
+    return adapter
+
+
+def _view(session: Session, adapter: Adapter) -> AdapterView:
+    job = session.get_one(Job, adapter.job_id)
+    lora: dict[str, Any] = job.spec.get("lora") or {}
+    return AdapterView(adapter=adapter, artifact=session.get_one(Artifact, adapter.artifact), rank=lora.get("rank"))

@@ -1,0 +1,250 @@
+"""What an adapter came from, as one canonical record: enough to check it, compare it and make it again.
+
+Pure: `build` takes rows and plain values and reads nothing. A record's id is the sha256 of its RFC 8785 form.
+It never holds a row of data, a secret or a path of a host, nor what is its project's alone: whoever an adapter is
+shared with reads the whole record, since a part of it has no id.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any, Literal, cast
+
+import rfc8785
+
+from catalog.storage.manifest import Manifest
+from catalog.tables import Attempt, BaseModelRow, File, Job, Json
+
+FORMAT = "lorry.lineage/1"
+MAX_SAFE_INTEGER = 2**53 - 1
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+HOST_PATH = re.compile(r"(?:^|[\s'\"(=:,])(?:file:/+|~?/[\w.-]+/|[A-Za-z]:\\|\\\\\w)")
+PRIVATE = frozenset({"metadata", "tags", "integrations", "samples"})
+"""What a request or a spec holds that made no difference to the adapter; `samples` within a request's evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSource:
+    """One file that was read, and how it became tokens."""
+
+    role: Literal["training", "validation"]
+    file: File
+    tokens: str
+    """Digest of the token cache's manifest."""
+    report: Json
+    """What worker.children.tokenizer.main said of it: rows, tokens, digests of tokenizer and template, format."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttemptRecord:
+    """One attempt, with where it ran and which other jobs were in the trainer with it."""
+
+    attempt: Attempt
+    trainer: Json
+    """What the trainer said of itself: device, dtype, versions, how exact its arithmetic is."""
+    packmates: Sequence[str] = ()
+
+
+def build(
+    *,
+    job: Job,
+    base: BaseModelRow,
+    adapter: Manifest,
+    num_parameters: int,
+    data: Sequence[DataSource],
+    attempts: Sequence[AttemptRecord],
+    results: Json,
+    code: Mapping[str, str],
+    parents: Sequence[str] = (),
+    finished_at: float | None = None,
+) -> Json:
+    """The record of an adapter.
+
+    attempts: all of the job's, in order; the last made the adapter, and ends at finished_at (None: it goes on, and
+    the adapter is a checkpoint's). results: final step,
+    tokens, evaluation, verification, digest of the loss log. code: versions by name. parents: ids of the
+    records of adapters that this one continues. Raises ValueError where a value has no canonical form.
+    """
+    record: Json = {
+        "format": FORMAT,
+        "job": job.id,
+        "outputs": _outputs(adapter, num_parameters),
+        "base": {**_base(base), "quantisation": job.spec.get("quantisation", "none")},
+        "data": [_data(source) for source in data],
+        "config": {"requested": _requested(job.requested), "resolved": _without(job.spec, PRIVATE)},
+        "attempts": [_attempt(entry, finished_at, is_last=entry is attempts[-1]) for entry in attempts],
+        "code": dict(code),
+        "results": results,
+        "people": _people(job, finished_at),
+        "graph": {"parents": list(parents)},
+    }
+    record = cast(Json, _without_paths(record))
+    canonical(record)
+    return record
+
+
+def canonical(record: Json) -> bytes:
+    """The record's RFC 8785 form. Raises ValueError naming the place of a value that has none."""
+    _check(record, "record")
+    return rfc8785.dumps(record)
+
+
+def lineage_id(record: Json) -> str:
+    return sha256(canonical(record)).hexdigest()
+
+
+def verify(record: Json, lineage_id: str, manifest: Manifest) -> list[str]:
+    """Whether the record is the one with this id and tells of this adapter: what is wrong, in sentences."""
+    try:
+        found = sha256(canonical(record)).hexdigest()
+    except ValueError as error:
+        return [f"The record has no canonical form: {error}."]
+    problems: list[str] = []
+    if found != lineage_id:
+        problems.append(f"The record has changed: its id is {found}, not {lineage_id}.")
+    if record.get("format") != FORMAT:
+        return [*problems, f"The record has the format {record.get('format')!r}, and {FORMAT!r} is understood."]
+    try:
+        return problems + _compare_files(record["outputs"], manifest) + _check_base(record["base"])
+    except (KeyError, TypeError, AttributeError) as error:
+        return [*problems, f"The record lacks a part ({error})."]
+
+
+def _outputs(adapter: Manifest, num_parameters: int) -> Json:
+    return {
+        "artifact": adapter.digest,
+        "kind": adapter.kind,
+        "files": adapter.as_rows(),
+        "num_bytes": adapter.num_bytes,
+        "num_parameters": num_parameters,
+    }
+
+
+def _base(base: BaseModelRow) -> Json:
+    files = cast(list[Json], (base.manifest or {}).get("files", []))
+    digests: dict[str, str] = {file["path"]: file["digest"] for file in files}
+    description = dict(base.description or {})
+    return {
+        "name": base.name,
+        "kind": base.kind,
+        "source": base.source if base.kind == "hub" else None,  # any other source is a path
+        "revision": (base.manifest or {}).get("revision") or base.revision,
+        "digest": base.digest,
+        "files": files,
+        "license": description.pop("license", None),
+        "description": description,
+        "tokenizer": digests.get(TOKENIZER),
+        "chat_template": digests.get(TEMPLATE),
+    }
+
+
+def _data(source: DataSource) -> Json:
+    return {
+        "role": source.role,
+        "file": source.file.id,
+        "digest": source.file.digest,
+        "num_bytes": source.file.num_bytes,
+        "num_rows": source.file.num_rows,
+        "tokens": source.tokens,
+        "preparation": source.report,
+    }
+
+
+def _attempt(entry: AttemptRecord, finished_at: float | None, *, is_last: bool) -> Json:
+    """Not `detail`, which may quote a log; packmates are counted, not named."""
+    attempt = entry.attempt
+    completes = is_last and attempt.ended_at is None and finished_at is not None
+    return {
+        "number": attempt.number,
+        "worker": attempt.worker_id,
+        "trainer": attempt.trainer_id,
+        "started_at": _time(attempt.started_at),
+        "ended_at": _time(finished_at if completes else attempt.ended_at),
+        "end": "completed" if completes else attempt.reason,
+        "resumed_from_step": attempt.resumed_from_step,
+        "num_packmates": len(entry.packmates),
+        "machine": entry.trainer,
+    }
+
+
+def _requested(request: Json) -> Json:
+    told, evaluation = _without(request, PRIVATE), request.get("evaluation")
+    return {**told, "evaluation": _without(evaluation, PRIVATE)} if evaluation else told
+
+
+def _people(job: Job, finished_at: float | None) -> Json:
+    return {
+        "project": job.project_id,
+        "requested_at": _time(job.created_at),
+        "started_at": _time(job.started_at),
+        "finished_at": _time(finished_at),
+    }
+
+
+def _time(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _without(values: Json, keys: frozenset[str]) -> Json:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def _without_paths(value: Any) -> Any:
+    """Drop each text that names a place on a host: it says nothing elsewhere, and something about its owner."""
+    if isinstance(value, Mapping):
+        items = cast(Mapping[str, Any], value).items()
+        return {key: _without_paths(item) for key, item in items if not (_is_path(item) or _is_path(key))}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in cast(Sequence[Any], value) if not _is_path(item)]
+    return value
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and HOST_PATH.search(value) is not None
+
+
+def _check(value: Any, place: str) -> None:
+    if isinstance(value, dict):
+        for key, item in cast(dict[Any, Any], value).items():
+            if not isinstance(key, str):
+                raise ValueError(f"{place} has the key {key!r}, which is not text")
+            _check(item, f"{place}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(cast(list[Any], value)):
+            _check(item, f"{place}[{index}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{place} is {value}")
+    elif isinstance(value, int):
+        if abs(value) > MAX_SAFE_INTEGER:
+            raise ValueError(f"{place} is {value}, beyond 2**53")
+    elif not isinstance(value, str | None):
+        raise ValueError(f"{place} is of the type {type(value).__name__}")
+
+
+def _compare_files(outputs: Json, manifest: Manifest) -> list[str]:
+    problems: list[str] = []
+    recorded = {file["path"]: file["digest"] for file in outputs["files"]}
+    stored = {file.path: file.digest for file in manifest.files}
+    problems += [f"The file {path} of the record is missing." for path in recorded if path not in stored]
+    problems += [f"The file {path} is not in the record." for path in stored if path not in recorded]
+    problems += [
+        f"The file {path} is not the recorded one: its digest is {stored[path]}, not {digest}."
+        for path, digest in recorded.items()
+        if stored.get(path, digest) != digest
+    ]
+    if outputs["artifact"] != manifest.digest:
+        problems.append(f"The record tells of the artifact {outputs['artifact']}, not of {manifest.digest}.")
+    return problems
+
+
+def _check_base(base: Json) -> list[str]:
+    found = sha256(rfc8785.dumps(base["files"])).hexdigest()
+    return [] if found == base["digest"] else ["The base's digest is not that of the base's files in the record."]

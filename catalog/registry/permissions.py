@@ -1,0 +1,132 @@
+"""Who else may read an adapter or a checkpoint: permissions for other projects of its organization, given by operators.
+
+Whoever has one may download the model and continue it, and sees nothing else of its job. What it has begun with it goes
+on when the permission is taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, and_, exists, or_, select, true
+from sqlalchemy.orm import Session
+
+from catalog.audit import log
+from catalog.db.database import Database, read_clock
+from catalog.db.pagination import Order, Page, paginate
+from catalog.errors import InvalidRequest, NotFound
+from catalog.registry import checkpoints
+from catalog.tables import Adapter, Checkpoint, Job, ModelPermission, Project, new_id
+from catalog.tenancy import projects
+from catalog.tenancy.authentication import Caller
+
+
+def may_read_adapter(project_id: str) -> ColumnElement[bool]:
+    """Of Adapter: it is the project's own, or shared with it."""
+    return or_(Adapter.project_id == project_id, _is_shared(Adapter.id, project_id))
+
+
+def may_read_checkpoint(project_id: str) -> ColumnElement[bool]:
+    """Of Checkpoint, with its Job: as `may_read_adapter`."""
+    return or_(Job.project_id == project_id, _is_shared(Checkpoint.id, project_id))
+
+
+def grant(db: Database, *, caller: Caller, model: str, projects_named: Sequence[str]) -> list[ModelPermission]:
+    """Let these projects, by id or name, read the model. One that may already keeps its permission.
+
+    Raises NotFound for a model or a project, one of another organization too, InvalidRequest for the model's own
+    project; then none is given.
+    """
+    with db.write() as session:
+        shared = _model(session, model, locked=True)
+        sought: dict[str, Any] = {"beside": session.get_one(Project, shared.project_id), "param": "project_ids"}
+        readers = [projects.find(session, caller=caller, project=one, **sought) for one in projects_named]
+        for reader in readers:
+            if reader.id == shared.project_id:
+                raise InvalidRequest(
+                    f"The model belongs to the project {reader.name!r} itself.",
+                    code="own_model",
+                    remedy="Name other projects; it has every right already.",
+                    param="project_ids",
+                )
+        now = read_clock(session)
+        ids = dict.fromkeys(reader.id for reader in readers)
+        return [_give(session, shared, reader_id, caller=caller, now=now) for reader_id in ids]
+
+
+def list_page(
+    db: Database,
+    *,
+    model: str,
+    project_id: str | None = None,
+    after: str | None = None,
+    limit: int = 10,
+    order: Order = "desc",
+) -> Page[ModelPermission]:
+    """Who may read the model. project_id: only that one's."""
+    with db.read() as session:
+        scope = select(ModelPermission).where(ModelPermission.model_id == _model(session, model).id)
+        if project_id is not None:
+            scope = scope.where(ModelPermission.project_id == project_id)
+        created, ident = ModelPermission.created_at, ModelPermission.id
+        return paginate(session, scope, created=created, ident=ident, after=after, limit=limit, order=order)
+
+
+def revoke(db: Database, *, model: str, permission_id: str, is_client_retry: bool = False) -> None:
+    """Raises NotFound; not where the client sends this again, having had no reply."""
+    with db.write() as session:
+        shared, row = _model(session, model), session.get(ModelPermission, permission_id)
+        if row is not None and row.model_id == shared.id:
+            session.delete(row)
+            _note(session, "permission.deleted", row, shared, now=read_clock(session))
+        elif not is_client_retry:
+            remedy = "GET /v1/fine_tuning/checkpoints/MODEL/permissions shows those that there are."
+            raise NotFound("permission", permission_id, param="permission_id", remedy=remedy)
+
+
+def shared_with(project_id: str) -> Select[Adapter]:
+    """Adapters of others that the project may read, deleted ones too."""
+    given = ModelPermission.model_id == Adapter.id, ModelPermission.project_id == project_id
+    return select(Adapter).join(ModelPermission, and_(*given))
+
+
+def checkpoints_shared_with(project_id: str) -> Select[Checkpoint, Job]:
+    given = ModelPermission.model_id == Checkpoint.id, ModelPermission.project_id == project_id
+    return checkpoints.kept().join(ModelPermission, and_(*given))
+
+
+def _is_shared(model_id: Any, project_id: str) -> ColumnElement[bool]:
+    return exists().where(ModelPermission.model_id == model_id, ModelPermission.project_id == project_id)
+
+
+def _model(session: Session, name: str, *, locked: bool = False) -> Adapter:
+    """Whosever it is: for operators. Raises NotFound, NoLongerKept."""
+    if checkpoints.is_named(name):
+        checkpoint = checkpoints.row(session, true(), name, locked=locked)
+        if checkpoint is None:
+            raise NotFound("checkpoint", name, param="fine_tuned_model_checkpoint")
+        return checkpoints.as_adapter(session, checkpoint, param="fine_tuned_model_checkpoint")
+    named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name), Adapter.deleted_at.is_(None))
+    adapter = session.scalar(named.with_for_update() if locked else named)
+    if adapter is None:
+        remedy = "Give the name of an adapter, as in a job's fine_tuned_model, or of a checkpoint."
+        raise NotFound("adapter", name, param="fine_tuned_model_checkpoint", remedy=remedy)
+    return adapter
+
+
+def _give(session: Session, shared: Adapter, reader_id: str, *, caller: Caller, now: float) -> ModelPermission:
+    """The model's row is locked: nobody else gives one for it meanwhile."""
+    same = select(ModelPermission).where(ModelPermission.model_id == shared.id, ModelPermission.project_id == reader_id)
+    found = session.scalar(same)
+    if found is None:
+        found = ModelPermission(id=new_id("cp"), model_id=shared.id, project_id=reader_id, created_at=now)
+        found.created_by = caller.api_key_id
+        session.add(found)
+        _note(session, "permission.created", found, shared, now=now)
+    return found
+
+
+def _note(session: Session, type: log.AuditType, given: ModelPermission, shared: Adapter, *, now: float) -> None:  # noqa: A002
+    told = {"model": shared.name, "to": given.project_id}
+    log.note(session, type, now=now, object_id=given.id, project_id=shared.project_id, details=told)

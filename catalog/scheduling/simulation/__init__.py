@@ -1,0 +1,1 @@
+"""A simulated queue and workload, to test the scheduler over days."""

@@ -1,0 +1,392 @@
+"""Simulates a day of a cluster in seconds: runs the scheduling rules over the jobs of a trace.
+
+`python -m catalog.scheduling.simulation.simulator trace.csv`
+
+The trace has a line a job: submitted_at (seconds), project, priority, base, seconds (that it trains alone on one
+device). Nothing is stored, nothing trains: what the service decides, with the same functions, and how long all waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import heapq
+import json
+import math
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from catalog.resources import throughput
+from catalog.resources.throughput import Speeds
+from catalog.scheduling import fair_share, preemption
+from catalog.scheduling.ordering import order
+from catalog.scheduling.packing import Choice
+from catalog.scheduling.preemption import Holder, Preemption, Training
+from catalog.scheduling.scheduler import Join, Start, decide, leading
+from catalog.scheduling.simulation.queue import Arrival, Record, Waiting
+from catalog.scheduling.snapshot import USUAL, Picture, Policy, Room, Service, Share
+from catalog.states import PriorityClass
+
+PLENTY = 10**12
+SPEEDS = Speeds(alone=((1024.0, 1.0),), together=((2048.0, 1.9), (4096.0, 3.4), (8192.0, 4.0)))
+"""Of a device with a plateau at four times the speed of a job by itself; see catalog/resources/throughput.py."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """What the trace runs on."""
+
+    num_workers: int = 8
+    max_jobs: int = 16
+    max_slowdown: float = 4.0
+    load_seconds: float = 60.0
+    """For a base that the worker has not loaded."""
+    weights: Mapping[str, float] = field(default_factory=dict[str, float])
+    policy: Policy = USUAL
+
+
+@dataclass(kw_only=True, slots=True)
+class _Worker:
+    key: str | None = None
+    jobs: dict[str, Record] = field(default_factory=dict[str, Record])
+    as_of: float = 0.0
+    """Until when the progress of its jobs is reckoned; in the future while it loads."""
+    version: int = 0
+    """Counts up when its jobs change, so that an end which was foreseen before is passed over."""
+    num_loads: int = 0
+
+
+class Simulation:
+    """Give it arrivals, `run` it, and read `records`."""
+
+    def __init__(self, arrivals: Iterable[Arrival], cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.now = 0.0
+        self.records: list[Record] = []
+        self._numbers = count()
+        self._events: list[tuple[float, int, Any, int]] = []
+        for number, arrival in enumerate(sorted(arrivals, key=lambda each: each.at)):
+            record = Record(arrival=arrival, job_id=f"job-{number:07}", left=arrival.seconds)
+            self.records.append(record)
+            self._push(arrival.at, record)
+        self._queue = Waiting()
+        self._workers = [_Worker() for _ in range(cluster.num_workers)]
+        self._used: dict[str, tuple[float, float]] = {}
+        self._running: defaultdict[str, int] = defaultdict(int)
+        self._served = Service(at=(served_at := dict[tuple[str, int], float]()), memory_bytes=PLENTY)
+        self._served_at = served_at
+
+    def run(self, *, until: float = float("inf")) -> list[Record]:
+        """Until every job has ended, or until that moment."""
+        while self._events and self._events[0][0] <= until:
+            self.now, _, what, version = heapq.heappop(self._events)
+            if isinstance(what, Record) and version:
+                self._press(what)
+            elif isinstance(what, Record):
+                what.waits_since = self.now
+                self._queue.add(what)
+                if what.arrival.priority == PriorityClass.urgent and self.cluster.policy.max_preemptions:
+                    self._push(self.now + self.cluster.policy.preempt_after_seconds, what, 1)
+                for worker in self._workers:
+                    if not worker.jobs or worker.key == what.arrival.base:  # to others it makes no difference yet
+                        self._look(worker)
+            elif what.version == version:
+                self._end(what)
+        self.now = max(self.now, until) if self._events else self.now
+        for worker in self._workers:
+            self._advance(worker)
+        return self.records
+
+    @property
+    def num_loads(self) -> int:
+        return sum(worker.num_loads for worker in self._workers)
+
+    def _push(self, at: float, what: Record | _Worker, version: int = 0) -> None:
+        heapq.heappush(self._events, (at, next(self._numbers), what, version))
+
+    def _end(self, worker: _Worker) -> None:
+        self._advance(worker)
+        for record in [record for record in worker.jobs.values() if record.left <= 1e-6]:
+            record.ended_at = self.now
+            del worker.jobs[record.job_id]
+            self._running[record.arrival.project] -= 1
+        self._look(worker)
+        self._foresee(worker)
+
+    def _press(self, record: Record) -> None:
+        """It has waited: others leave for it, if it waits still; and others later, if it waits on."""
+        if record not in self._queue:
+            return
+        policy = self.cluster.policy
+        chosen = self._preemption(record)
+        if chosen is not None and chosen.victims:
+            record.room_asked_at = self.now
+            worker = self._workers[int(chosen.worker_id)]
+            self._advance(worker)
+            for victim in chosen.victims:
+                self._send_back(worker, worker.jobs[victim.job_id])
+            self._look(worker)
+            self._foresee(worker)
+        self._push(self.now + policy.ask_again_seconds, record, 1)
+
+    def _preemption(self, record: Record) -> Preemption | None:
+        policy = self.cluster.policy
+        firsts = list(self._queue.firsts(preemption.AT_ONCE, None, 0))
+        if all(job.job_id != record.job_id for job in firsts):
+            return None
+        turns = order(firsts, self.now, shares=self._shares(), served=(self._served,), policy=policy)
+        for turn, ahead in preemption.pressing(turns, now=self.now, policy=policy):
+            if turn.candidate.job_id == record.job_id:
+                holders = [self._holder(number, worker) for number, worker in enumerate(self._workers) if worker.jobs]
+                return preemption.choose(turn, holders, ahead=ahead, now=self.now, policy=policy)
+        return None
+
+    def _send_back(self, worker: _Worker, record: Record) -> None:
+        del worker.jobs[record.job_id]
+        self._running[record.arrival.project] -= 1
+        record.num_preemptions += 1
+        record.waits_since = self.now
+        self._queue.add(record)
+
+    def _holder(self, number: int, worker: _Worker) -> Holder:
+        slower, policy = throughput.slowdown(len(worker.jobs), SPEEDS), self.cluster.policy
+        num_jobs = Counter(record.arrival.project for record in worker.jobs.values())
+        levels = {
+            (project, priority): preemption.level_if_it_left(
+                self._share(project), priority=priority, devices_left=number / len(worker.jobs), policy=policy
+            )
+            for project, number in num_jobs.items()
+            for priority in PriorityClass
+        }
+        jobs = tuple(
+            Training(
+                job_id=record.job_id,
+                project_id=record.arrival.project,
+                counts_as=record.counts_as,
+                effective_level=levels[record.arrival.project, PriorityClass(record.arrival.priority)],
+                own_bytes=1,
+                began_at=record.began_at,
+                num_beside=len(worker.jobs),
+                num_preemptions=record.num_preemptions,
+                seconds_left=record.left * slower,
+            )
+            for record in worker.jobs.values()
+        )
+        return Holder(
+            worker_id=str(number),
+            pack_key=worker.key or "",
+            service=self._served,
+            jobs=jobs,
+            memory_bytes_free=PLENTY,
+            places=self._places(worker),
+        )
+
+    def _places(self, worker: _Worker) -> int:
+        at_most = self.cluster.max_jobs - len(worker.jobs)
+        return throughput.free_places(len(worker.jobs), SPEEDS, max_slowdown=self.cluster.max_slowdown, at_most=at_most)
+
+    def _advance(self, worker: _Worker) -> None:
+        """Its jobs train until now, and are charged."""
+        elapsed = self.now - worker.as_of
+        if elapsed <= 0:
+            return
+        worker.as_of = self.now
+        if not worker.jobs:
+            return
+        slower = throughput.slowdown(len(worker.jobs), SPEEDS)
+        for record in worker.jobs.values():
+            record.left -= elapsed / slower
+            record.trained += elapsed / slower
+            owed = fair_share.charge(elapsed, num_devices=1, num_jobs=len(worker.jobs))
+            record.device_seconds += owed
+            owed *= self.cluster.policy.multiple(record.arrival.priority)
+            self._used[record.arrival.project] = (self._left_of(record.arrival.project) + owed, self.now)
+
+    def _left_of(self, project: str) -> float:
+        amount, as_of = self._used.get(project, (0.0, self.now))
+        return fair_share.decay(amount, self.now - as_of, half_life_seconds=self.cluster.policy.half_life_seconds)
+
+    def _foresee(self, worker: _Worker) -> None:
+        """When the next of its jobs ends, if nothing changes."""
+        worker.version += 1
+        if worker.jobs:
+            soonest = min(record.left for record in worker.jobs.values())
+            at = max(worker.as_of, self.now) + max(0.0, soonest) * throughput.slowdown(len(worker.jobs), SPEEDS)
+            self._push(at, worker, worker.version)
+
+    def _look(self, worker: _Worker) -> None:
+        """As a worker does: take what is decided for the room that it has."""
+        places = self._places(worker)
+        if not places or not len(self._queue):
+            return
+        action = decide(self._picture(worker, places), self.cluster.policy).action
+        if isinstance(action, Start | Join):
+            self._take(worker, action.choices)
+
+    def _picture(self, worker: _Worker, places: int) -> Picture:
+        room = Room(max_jobs=places, memory_bytes_free=PLENTY, resident_key=worker.key, num_jobs=len(worker.jobs))
+        live = worker.key if worker.jobs else None
+        picture = Picture(
+            now=self.now,
+            candidates=tuple(self._queue.firsts(places + 1 if live else 1, worker.key, places)),
+            shares=self._shares(),
+            served=(self._served,),
+            room=room,
+            live_key=live,
+            worker_bytes=PLENTY,
+        )
+        lead = None if live else leading(picture, self.cluster.policy)
+        if lead is None:
+            return picture
+        alike = self._queue.firsts(0, lead.candidate.pack_key, places)
+        return replace(picture, candidates=(*picture.candidates, *alike))
+
+    def _shares(self) -> dict[str, Share]:
+        return {project: self._share(project) for project in self._queue.projects()}
+
+    def _share(self, project: str) -> Share:
+        weight = self.cluster.weights.get(project, 1.0)
+        return Share(weight=weight, device_seconds=self._left_of(project), **self._held(project))
+
+    def _held(self, project: str) -> dict[str, Any]:
+        parts = [
+            sum(record.arrival.project == project for record in worker.jobs.values()) / len(worker.jobs)
+            for worker in self._workers
+            if worker.jobs
+        ]
+        return {"num_running": self._running[project], "devices_held": sum(parts)}
+
+    def _take(self, worker: _Worker, choices: Sequence[Choice]) -> None:
+        chosen = [choice.turn.candidate for choice in choices]
+        counted = {
+            choice.turn.candidate.job_id: min(choice.turn.counts_as, choice.turn.candidate.priority)
+            for choice in choices
+        }
+        self._advance(worker)
+        if worker.key != chosen[0].pack_key:
+            worker.key, worker.num_loads = chosen[0].pack_key, worker.num_loads + 1
+            worker.as_of = self.now + self.cluster.load_seconds
+        for choice in choices:
+            if choice.turn.is_first_of_class:
+                job = choice.turn.candidate
+                self._served_at[job.project_id, job.priority] = self.now
+        for candidate in chosen:
+            record = self._queue.take(candidate.job_id)
+            record.started_at = self.now if record.started_at is None else record.started_at
+            record.began_at, record.counts_as = self.now, counted[candidate.job_id]
+            worker.jobs[record.job_id] = record
+            self._running[record.arrival.project] += 1
+        self._foresee(worker)
+
+
+def read_trace(lines: Iterable[str]) -> list[Arrival]:
+    """Raises ValueError with the line's number where it is not as it should be."""
+    arrivals: list[Arrival] = []
+    for number, row in enumerate(csv.DictReader(lines), start=2):
+        try:
+            arrivals.append(
+                Arrival(
+                    at=_seconds(row["submitted_at"]),
+                    project=row["project"],
+                    priority=PriorityClass[row["priority"]],
+                    base=row["base"],
+                    seconds=_seconds(row["seconds"]),
+                )
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            wanted = "submitted_at,project,priority,base,seconds"
+            raise ValueError(f"Line {number} of the trace is not {wanted}, priority being a class: {error}") from error
+    return arrivals
+
+
+def _seconds(text: str) -> float:
+    """Raises ValueError."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{text} is not a number of seconds")
+    return number
+
+
+def _weight(text: str) -> float:
+    """Raises ValueError."""
+    weight = float(text or "nan")
+    if not 0 < weight < math.inf:
+        raise ValueError(f"A weight is a number above 0, as in --weight search=2: not {text!r}.")
+    return weight
+
+
+def summary(simulation: Simulation) -> dict[str, Any]:
+    """Device-seconds and waiting, by project and by class."""
+    records = simulation.records
+    total = sum(record.device_seconds for record in records)
+    return {
+        "seconds": simulation.now,
+        "jobs": len(records),
+        "ended": sum(record.ended_at is not None for record in records),
+        "loads": simulation.num_loads,
+        "preemptions": sum(record.num_preemptions for record in records),
+        "busy": total / max(1e-9, simulation.now * simulation.cluster.num_workers),
+        "projects": {name: _of(group, total) for name, group in _by(records, _project)},
+        "classes": {name: _of(group, total) for name, group in _by(records, _class)},
+    }
+
+
+def _project(record: Record) -> str:
+    return record.arrival.project
+
+
+def _class(record: Record) -> str:
+    return PriorityClass(record.arrival.priority).name
+
+
+def _by(records: Iterable[Record], name_of: Callable[[Record], str]) -> list[tuple[str, list[Record]]]:
+    groups: defaultdict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[name_of(record)].append(record)
+    return sorted(groups.items())
+
+
+def _of(records: list[Record], total: float) -> dict[str, Any]:
+    waits = sorted(record.waited for record in records if record.started_at is not None)
+    used = sum(record.device_seconds for record in records)
+    return {
+        "jobs": len(records),
+        "device_seconds": round(used, 1),
+        "part": round(used / total, 4) if total else None,
+        "waited_median": round(waits[len(waits) // 2], 1) if waits else None,
+        "waited_most": round(waits[-1], 1) if waits else None,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m catalog.scheduling.simulation.simulator", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("trace", type=Path, help="CSV with the columns submitted_at,project,priority,base,seconds")
+    parser.add_argument("--workers", type=int, default=8, help="of one device each")
+    parser.add_argument("--load-seconds", type=float, default=60.0, help="to load a base")
+    parser.add_argument("--weight", action="append", default=[], metavar="PROJECT=WEIGHT")
+    parser.add_argument("--max-preemptions", type=int, default=USUAL.max_preemptions, help="of one job; 0: none")
+    parser.add_argument("--until", type=float, default=float("inf"), help="seconds of simulated time")
+    given = parser.parse_args(argv)
+    try:
+        weights = {name: _weight(text) for name, _, text in (pair.partition("=") for pair in given.weight)}
+        arrivals = read_trace(given.trace.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 1
+    policy = replace(USUAL, max_preemptions=given.max_preemptions)
+    cluster = Cluster(num_workers=given.workers, load_seconds=given.load_seconds, weights=weights, policy=policy)
+    simulation = Simulation(arrivals, cluster)
+    simulation.run(until=given.until)
+    print(json.dumps(summary(simulation), indent=2))  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

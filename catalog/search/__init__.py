@@ -1,0 +1,1 @@
+"""What a sweep searches: its specification, search space, design and successive halving."""

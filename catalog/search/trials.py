@@ -1,0 +1,137 @@
+"""What the trials of a sweep measure, taken in where it is recorded: in the transaction of the metric itself.
+
+So whether a trial goes on is decided by the record, whatever has become of any api. What is decided here is only
+written down as a wish; whoever holds the job obeys it as it obeys a person's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from catalog.db.database import get_locked
+from catalog.history import events
+from catalog.search.asha import Rungs
+from catalog.search.designs import rungs_of
+from catalog.search.spec import Objective
+from catalog.states import FINAL_STATES, EndReason
+from catalog.tables import Job, RungValue, Sweep, Trial
+
+RECENT_STEPS = 10
+"""Whose mean a metric of training is: one batch by itself may be a hard one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measure:
+    """Which number of a point of the curves a sweep compares by."""
+
+    kind: str
+    field: str
+    reward: str | None
+    direction: float
+    """1 where less is better, else -1."""
+
+    def score(self, point: Mapping[str, Any]) -> float | None:
+        """Less is better; None where the point has no such number. point: as records keeps it."""
+        if point["kind"] != self.kind:
+            return None
+        rewards: Mapping[str, Any] = point["rewards"] or {}
+        value: float | None = rewards.get(self.reward) if self.reward else point[self.field]
+        return None if value is None or not math.isfinite(value) else self.direction * value
+
+
+def measure_of(sweep: Sweep) -> Measure:
+    objective = Objective.model_validate(sweep.requested.get("objective") or {})
+    kind, _, name = objective.metric.partition("_")
+    direction = 1.0 if objective.resolved_goal() == "minimize" else -1.0
+    field = "loss" if name == "loss" else "token_accuracy"
+    reward = name.removeprefix("reward_") if name.startswith("reward_") else None
+    return Measure(kind=kind, field=field, reward=reward, direction=direction)
+
+
+def observe(session: Session, job: Job, points: Sequence[Mapping[str, Any]], *, now: float) -> bool:
+    """Take in the points of a trial, whose job is locked, and whether it is to stop. Of any other job: False."""
+    trial = trial_of(session, job)
+    if trial is None:
+        return False
+    sweep = session.get_one(Sweep, trial.sweep_id)
+    measure, rungs = measure_of(sweep), rungs_of(sweep)
+    for point in sorted(points, key=lambda point: point["step"]):
+        score = measure.score(point)
+        if score is None or point["step"] == 0:  # what the base has is nobody's merit
+            continue
+        trial.step, trial.score = point["step"], _smoothed(trial, measure, point["step"], score)
+        if rungs is not None and job.num_steps is not None and trial.stopped is None:
+            rung = rungs.at(point["step"], num_steps=job.num_steps)
+            if rung is not None and not _goes_on(session, trial, rung, rungs):
+                stop(session, job, trial, _at_a_rung(sweep, rung, point["step"]), now=now)
+    return trial.stopped is not None
+
+
+def stop(session: Session, job: Job, trial: Trial, why: str, *, now: float) -> None:
+    """A wish that its worker obeys; once. It ends as `pruned`, unless it was being cancelled before."""
+    if trial.stopped is None and not job.cancel_requested:
+        trial.stopped, job.cancel_requested = why, True
+        events.add(session, job.id, now=now, message=f"The trial is stopped. {why}", data={"step": trial.step})
+
+
+def completed(session: Session, job: Job, point: Mapping[str, Any] | None) -> None:
+    """A trial's value at its end is that of its adapter. point: of the held-out curve, at the step that it keeps."""
+    trial = trial_of(session, job)
+    if trial is None:
+        return
+    trial.stopped = None  # it was done before its worker heard of it
+    score = None if point is None else measure_of(session.get_one(Sweep, trial.sweep_id)).score(point)
+    if score is not None and point is not None:
+        trial.step, trial.score = point["step"], score
+
+
+def ended_for(session: Session, job: Job, reason: EndReason) -> EndReason:
+    """Why a job really ended that was cancelled, whoever or whatever made it end then."""
+    trial = trial_of(session, job)
+    return EndReason.PRUNED if trial is not None and trial.stopped is not None else reason
+
+
+def moved(session: Session, job: Job, *, now: float) -> None:
+    """When a trial has ended its sweep may go on, or be at its end."""
+    if job.sweep_id is not None and job.state in FINAL_STATES:
+        sweep = get_locked(session, Sweep, job.sweep_id, lock="update")
+        assert sweep is not None
+        if sweep.finished_at is None:
+            sweep.due_at = now
+
+
+def trial_of(session: Session, job: Job) -> Trial | None:
+    return None if job.sweep_id is None else session.get_one(Trial, job.id)
+
+
+def _smoothed(trial: Trial, measure: Measure, step: int, score: float) -> float:
+    if measure.kind != "train":
+        return score
+    earlier = [(at, value) for at, value in (trial.recent or {}).get("scores", ()) if at < step]
+    kept = [*earlier, (step, score)][-RECENT_STEPS:]
+    trial.recent = {"scores": kept}
+    return sum(value for _, value in kept) / len(kept)
+
+
+def _goes_on(session: Session, trial: Trial, rung: int, rungs: Rungs) -> bool:
+    """By what the others had that have come to the rung. A step that is trained again after a resume decides nothing
+    anew."""
+    if session.get(RungValue, (trial.job_id, rung)) is not None:
+        return True
+    session.add(RungValue(job_id=trial.job_id, rung=rung, sweep_id=trial.sweep_id, score=trial.score))
+    trial.rung = rung
+    session.flush()
+    there = select(func.count()).where(RungValue.sweep_id == trial.sweep_id, RungValue.rung == rung)
+    num_better = session.scalar(there.where(RungValue.score < trial.score)) or 0
+    return rungs.goes_on(num_better=num_better, num_competing=session.scalar(there) or 1)
+
+
+def _at_a_rung(sweep: Sweep, rung: int, step: int) -> str:
+    factor = (sweep.rungs or {})["reduction_factor"]
+    return f"At rung {rung}, step {step}, it was not among the best 1 of {factor} that have come so far"

@@ -1,0 +1,1 @@
+"""What a job may ask for, and the resolved specification that a worker trains. Pure: no database."""

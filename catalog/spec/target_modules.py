@@ -1,0 +1,252 @@
+"""The linear layers of a base, and which of them a job's adapter is on.
+
+The rules are PEFT's. lora_core.base_model.patching has them too, because the API server has no torch; a test compares
+the two. Patterns come from users: all matching of one submission has a time limit. No pattern is matched within a
+write transaction: see catalog/admission/target_layers.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import regex
+
+from catalog import write_guard
+from catalog.errors import InvalidRequest
+from catalog.spec.lora import LoraSpec
+
+MATCH_SECONDS = 0.1
+"""Of processor time, for all patterns of a submission on all layers. Sound ones take milliseconds."""
+MAX_LISTED = 12
+LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+
+Value = TypeVar("Value", int, float)
+Description = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Linear:
+    """`path`: of the module in the base model; in a description of old its name alone."""
+
+    path: str
+    out_features: int
+    in_features: int
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """The number of the block that it is in."""
+        found = LAYER.match(self.path)
+        return int(found[1]) if found else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapted:
+    linear: Linear
+    rank: int
+
+
+def linears_of(description: Description) -> list[Linear]:
+    """Every linear layer that an adapter may change, as lora_core describes a base."""
+    if not _has_paths(description):
+        shapes: Mapping[str, Any] = description.get("linear_shapes", {})
+        return [
+            Linear(path=name, out_features=out_features, in_features=in_features)
+            for name, ((out_features, in_features), count) in shapes.items()
+            for _ in range(count)
+        ]
+    return [
+        Linear(path=path, out_features=group["shape"][0], in_features=group["shape"][1])
+        for group in description["linear_paths"]
+        for path in _paths(group)
+    ]
+
+
+class Matcher:
+    """Matches patterns on paths, each pair once, for MATCH_SECONDS of processor time in all."""
+
+    def __init__(self) -> None:
+        self._left = MATCH_SECONDS
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+        self._known: dict[tuple[str, str], bool] = {}
+
+    def matches(self, expression: str, path: str, param: str) -> bool:
+        """Whether the whole path matches. Raises InvalidRequest when the time is up."""
+        write_guard.check_outside("matching a pattern")
+        known = self._known.get((expression, path))
+        if known is None:
+            known = self._known[expression, path] = self._match(expression, path, param)
+        return known
+
+    def _match(self, expression: str, path: str, param: str) -> bool:
+        began = time.thread_time()
+        try:
+            if self._left <= 0:
+                raise TimeoutError
+            if expression not in self._compiled:
+                self._compiled[expression] = regex.compile(expression)
+            return self._compiled[expression].fullmatch(path, timeout=self._left) is not None
+        except TimeoutError as error:
+            raise InvalidRequest(
+                f"The patterns of {param} take too long to match the paths of the layers.",
+                code="pattern_too_slow",
+                remedy="Write them without nested repetitions, such as (a+)+, or give names.",
+                param=param,
+            ) from error
+        finally:
+            self._left -= time.thread_time() - began
+
+
+def adapted(description: Description, lora: LoraSpec, *, base_name: str, matcher: Matcher) -> list[Adapted]:
+    """The layers that `lora` names, with their ranks. matcher: may be shared by several shapes, and its time then too.
+
+    Raises InvalidRequest for a name, a number or a pattern that matches nothing, and for two keys of a pattern
+    that give one layer different values.
+    """
+    linears = linears_of(description)
+    _check_known(description, lora, linears, base_name)
+    chosen = _in_layers(_targeted(linears, lora, matcher, base_name), lora.layers_to_transform, base_name)
+    paths = [linear.path for linear in chosen]
+    ranks = _values(paths, lora.rank_pattern, lora.rank, matcher, "lora.rank_pattern")
+    _values(paths, lora.alpha_pattern, lora.alpha, matcher, "lora.alpha_pattern")
+    if lora.begins_with_the_base:
+        _check_ranks(chosen, ranks, lora.init_lora_weights)
+    return [Adapted(linear=linear, rank=rank) for linear, rank in zip(chosen, ranks, strict=True)]
+
+
+def _has_paths(description: Description) -> bool:
+    return "linear_paths" in description
+
+
+def _paths(group: Mapping[str, Any]) -> list[str]:
+    path, layers = group["path"], group["layers"]
+    return [path] if layers is None else [path.replace("*", str(layer), 1) for layer in layers]
+
+
+def _check_known(description: Description, lora: LoraSpec, linears: list[Linear], base_name: str) -> None:
+    if not linears:
+        raise InvalidRequest(
+            f"{base_name} has no linear layers that an adapter could go on.",
+            code="no_target_modules",
+            remedy="Choose another base model.",
+            param="model",
+        )
+    by_path = lora.target_expression is not None or lora.layers_to_transform is not None
+    if not _has_paths(description) and (by_path or lora.rank_pattern or lora.alpha_pattern):
+        raise InvalidRequest(
+            f"{base_name} was imported before Lorry kept the paths of its layers, so that patterns can't be checked.",
+            code="model_without_layer_paths",
+            remedy="Have an operator add it again under another name, or name target_modules and nothing more.",
+            param="lora",
+        )
+
+
+def _targeted(linears: list[Linear], lora: LoraSpec, matcher: Matcher, base_name: str) -> list[Linear]:
+    wanted, expression = lora.target_modules, lora.target_expression
+    if wanted == "all-linear":
+        return linears
+    if expression is not None:
+        found = [linear for linear in linears if matcher.matches(expression, linear.path, "lora.target_modules")]
+        if not found:
+            sentence = f"The regular expression {expression!r} matches the path of no linear layer of {base_name}."
+            raise _unknown(sentence, f"One is {linears[-1].path}. {_existing(linears)}")
+        return found
+    names = [wanted] if isinstance(wanted, str) else wanted
+    missing = [name for name in names if not any(_ends(linear.path, name) for linear in linears)]
+    if missing:
+        near = _nearest(missing, sorted({linear.name for linear in linears}))
+        raise _unknown(f"{base_name} has no linear layers named {', '.join(missing)}.", near + _existing(linears))
+    return [linear for linear in linears if any(_ends(linear.path, name) for name in names)]
+
+
+def _in_layers(linears: list[Linear], layers: list[int] | None, base_name: str) -> list[Linear]:
+    if layers is None:
+        return linears
+    existing = sorted({linear.layer for linear in linears if linear.layer is not None})
+    missing = [layer for layer in layers if layer not in existing]
+    if missing:
+        raise InvalidRequest(
+            f"{base_name} has no targeted linear layers in the blocks {', '.join(map(str, missing))}.",
+            code="unknown_layers",
+            remedy=f"Use numbers {_span(existing)}, or leave it out." if existing else "Leave it out.",
+            param="lora.layers_to_transform",
+        )
+    return [linear for linear in linears if linear.layer in layers]
+
+
+def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matcher: Matcher, param: str) -> list[Value]:
+    """The value of each path."""
+    matched: set[str] = set()
+    values: list[Value] = []
+    for path in paths:
+        keys = [key for key in pattern if matcher.matches(rf"(?:.*\.)?(?:{key})", path, param)]
+        matched.update(keys)
+        if len({pattern[key] for key in keys}) > 1:
+            raise _ambiguous(path, {key: pattern[key] for key in keys}, param)
+        values.append(pattern[keys[0]] if keys else usual)
+    for key in pattern:
+        if key not in matched:
+            names = sorted({path.rpartition(".")[2] for path in paths})
+            raise InvalidRequest(
+                f"{param} names {key!r}, which matches none of the adapted layers.",
+                code="unknown_pattern_key",
+                remedy=f"{_nearest([key], names)}The adapted layers are named {', '.join(names)}; one is {paths[-1]}.",
+                param=param,
+            )
+    return values
+
+
+def _check_ranks(linears: list[Linear], ranks: list[int], init_lora_weights: str) -> None:
+    for linear, rank in zip(linears, ranks, strict=True):
+        if rank > min(linear.out_features, linear.in_features):
+            raise InvalidRequest(
+                f"{init_lora_weights} has nothing to begin with for rank {rank} of {linear.path}, which is "
+                f"{linear.out_features} by {linear.in_features}.",
+                code="rank_too_high",
+                remedy="Give it no higher rank than its smaller side, by lora.rank or lora.rank_pattern.",
+                param="lora.rank",
+            )
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _unknown(sentence: str, remedy: str) -> InvalidRequest:
+    return InvalidRequest(sentence, code="unknown_target_modules", remedy=remedy, param="lora.target_modules")
+
+
+def _ambiguous(path: str, values: Mapping[str, float], param: str) -> InvalidRequest:
+    told = " and ".join(f"{value:g} by {key!r}" for key, value in sorted(values.items()))
+    return InvalidRequest(
+        f"{param} gives {path} different values: {told}.",
+        code="ambiguous_pattern",
+        remedy="Write the keys so that one alone matches each layer: the keys of a JSON object have no order.",
+        param=param,
+    )
+
+
+def _nearest(wanted: list[str], names: Sequence[str]) -> str:
+    near = [match for name in wanted for match in difflib.get_close_matches(name.rpartition(".")[2], names, n=1)]
+    return f"Did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
+
+
+def _existing(linears: list[Linear]) -> str:
+    names = sorted({linear.name for linear in linears})
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"It has: {', '.join(names[:MAX_LISTED])}{more}. Or say 'all-linear'."
+
+
+def _span(numbers: list[int]) -> str:
+    """'from 0 to 31', or all of them where there are gaps."""
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"from {numbers[0]} to {numbers[-1]}"
+    return f"among {', '.join(map(str, numbers))}"

@@ -1,0 +1,53 @@
+"""Which manifests are visible: an artifact exists for readers once its row does, in the transaction of its owner."""
+
+from __future__ import annotations
+
+from sqlalchemy import ColumnElement, exists, or_, select
+from sqlalchemy.orm import Session
+
+from catalog.db.database import get_locked, upsert
+from catalog.storage.manifest import Manifest
+from catalog.tables import Adapter, Artifact, Checkpoint, Prepared
+
+
+def show(session: Session, manifest: Manifest, *, now: float) -> str:
+    """Make the manifest visible; the same bytes may have been shown before. Returns its digest.
+
+    Its row is locked, so that nobody hides it before this transaction's reference to it can be seen.
+    """
+    files = [{"path": f.path, "digest": f.digest, "num_bytes": f.num_bytes} for f in manifest.files]
+    row = {"digest": manifest.digest, "kind": manifest.kind, "files": files, "num_bytes": manifest.num_bytes}
+    if get_locked(session, Artifact, manifest.digest) is None:
+        upsert(session, Artifact, [{**row, "created_at": now}])
+    return manifest.digest
+
+
+def lock(session: Session, digest: str) -> Artifact | None:
+    """The row, locked until the transaction ends; None where it is hidden."""
+    return session.get(Artifact, digest, with_for_update=True)
+
+
+def hide_unused(session: Session, digest: str) -> bool:
+    """Drop the row where nothing refers to it any more: the store's cleaning may then delete its files."""
+    session.flush()
+    row = lock(session, digest)
+    if row is None or session.scalar(select(Artifact.digest).where(Artifact.digest == digest, _is_used())):
+        return False
+    session.delete(row)
+    return True
+
+
+def unused(session: Session) -> list[str]:
+    """Digests of visible manifests that nothing refers to."""
+    return list(session.scalars(select(Artifact.digest).where(~_is_used()).order_by(Artifact.digest)))
+
+
+def _is_used() -> ColumnElement[bool]:
+    """A deleted adapter keeps the digest, and not the files."""
+    of_adapter = exists().where(Adapter.artifact == Artifact.digest, Adapter.deleted_at.is_(None))
+    of_checkpoint = exists().where(Checkpoint.adapter == Artifact.digest)
+    return or_(
+        of_adapter,
+        of_checkpoint,
+        *(exists().where(owner.artifact == Artifact.digest) for owner in (Checkpoint, Prepared)),
+    )

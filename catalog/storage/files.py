@@ -1,0 +1,277 @@
+"""Uploaded files: a row for who, when and what, and a blob of the store for the bytes.
+
+Nothing shows until the row is there. A blob whose row could not be written is cleaned from the store later:
+another upload of the same bytes may rely on it by then, so it is not deleted here.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from catalog.audit import log
+from catalog.audit.log import AuditType
+from catalog.datasets import check_process, validator
+from catalog.datasets.validator import DatasetCheck
+from catalog.db.database import Database, read_clock
+from catalog.db.pagination import Order, Page, paginate
+from catalog.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unavailable
+from catalog.settings import Settings
+from catalog.states import UNFINISHED_STATES
+from catalog.storage import quota
+from catalog.storage.store import ArtifactStore, Blob
+from catalog.tables import File, Job, Json, Sweep, new_id
+from catalog.usage import ledger
+
+DATASET = "fine-tune"
+"""Purpose of a training or validation file: only these are checked, and only these can be trained on."""
+PURPOSES = (DATASET, "user_data")
+"""What may be uploaded, of what OpenAI's client knows in its answers."""
+SHORT_BYTES = 2**16
+"""A data set of so many bytes is checked in this process, within some hundredths of a second."""
+MAX_NAME_CHARS = 200
+LIFETIME_SECONDS = (3600, 30 * 24 * 3600)
+"""Least and most of `expires_after`, OpenAI's."""
+
+
+def create(
+    db: Database,
+    store: ArtifactStore,
+    *,
+    project_id: str,
+    purpose: str,
+    filename: str,
+    spooled: Path,
+    num_bytes: int,
+    digest: str,
+    lifetime_seconds: int | None = None,
+    settings: Settings,
+    is_abandoned: Callable[[], bool] = lambda: False,
+) -> File:
+    """Check, store and record the bytes in `spooled`, which stays the caller's. is_abandoned: stops the check.
+
+    num_bytes and digest (sha256, hex) are what the upload had; lifetime_seconds within LIFETIME_SECONDS. Raises
+    InvalidRequest, TooLarge, OutOfSpace and Unavailable; after any of these no file was made.
+    """
+    content = Blob(digest=digest, num_bytes=num_bytes)
+    with db.read() as session:  # what would be refused isn't stored
+        quota.look_stored(session, project_id, num_bytes, now=read_clock(session))
+    file = stored(
+        store,
+        project_id=project_id,
+        purpose=purpose,
+        filename=filename,
+        spooled=spooled,
+        content=content,
+        settings=settings,
+        is_abandoned=is_abandoned,
+    )
+    with db.write() as session:
+        return show(session, file, lifetime_seconds=lifetime_seconds)
+
+
+def stored(
+    store: ArtifactStore,
+    *,
+    project_id: str,
+    purpose: str,
+    filename: str,
+    spooled: Path,
+    content: Blob,
+    settings: Settings,
+    is_abandoned: Callable[[], bool] = lambda: False,
+) -> File:
+    """Check and store the bytes in `spooled`; its row, which nobody sees before `show`.
+
+    content: what was sent. Raises what create does.
+    """
+    check_purpose(purpose)
+    check_size(content.num_bytes, settings)
+    check = _inspect(spooled, content.num_bytes, settings, is_abandoned) if purpose == DATASET else None
+    put(store, spooled, content)
+    return File(
+        id=new_id("file"),
+        project_id=project_id,
+        purpose=purpose,
+        filename=label(filename),
+        num_bytes=content.num_bytes,
+        num_rows=check.num_rows if check else None,
+        kind=check.kind if check else None,
+        digest=content.digest,
+    )
+
+
+def put(store: ArtifactStore, spooled: Path, content: Blob) -> None:
+    """Store the bytes in `spooled`, which must be what was sent. Raises Unavailable, OutOfSpace."""
+    if store.put_file(spooled) != content:
+        raise Unavailable("The upload arrived damaged.", code="upload_damaged", remedy="Send it again.")
+
+
+def show(session: Session, file: File, *, lifetime_seconds: int | None) -> File:
+    """From now on the file is there. Raises QuotaExceeded."""
+    file.created_at = read_clock(session)
+    file.expires_at = None if lifetime_seconds is None else file.created_at + lifetime_seconds
+    quota.check_stored(session, file.project_id, file.num_bytes, now=file.created_at)
+    session.add(file)
+    ledger.store(session, file.project_id, file.num_bytes, now=file.created_at)
+    details = {"filename": file.filename, "purpose": file.purpose, "bytes": file.num_bytes, "digest": file.digest}
+    _note(session, "file.created", file, now=file.created_at, details=details)
+    return file
+
+
+def same_content(db: Database, file: File) -> str | None:
+    """The id of the project's earliest other file with the same bytes and purpose; None where there is none."""
+    with db.read() as session:
+        others = select(File.id).where(File.project_id == file.project_id, File.digest == file.digest)
+        others = others.where(File.purpose == file.purpose, File.id != file.id, is_visible(read_clock(session)))
+        return session.scalar(others.order_by(File.created_at, File.id).limit(1))
+
+
+def get(db: Database, *, project_id: str, file_id: str) -> File:
+    """Raises NotFound, also for a file that was deleted or has expired, and for another project's."""
+    with db.read() as session:
+        return find(session, project_id=project_id, file_id=file_id)
+
+
+def list_page(
+    db: Database,
+    *,
+    project_id: str,
+    after: str | None = None,
+    limit: int = 20,
+    order: Order = "desc",
+    purpose: str | None = None,
+) -> Page[File]:
+    """The project's files by time of upload. Raises InvalidRequest for an unknown cursor."""
+    scope = select(File).where(File.project_id == project_id)
+    of_purpose = () if purpose is None else (File.purpose == purpose,)
+    with db.read() as session:
+        return paginate(
+            session,
+            scope,
+            created=File.created_at,
+            ident=File.id,
+            after=after,
+            limit=limit,
+            order=order,
+            visible=(is_visible(read_clock(session)), *of_purpose),
+        )
+
+
+def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool = False) -> File:
+    """Hide the file. Raises Conflict while a job that has not ended reads it.
+
+    Its row stays, for the records of the jobs that used it. is_client_retry: the client says that it sends this
+    again, having had no reply; then one that is deleted is its answer.
+    """
+    with db.write() as session:
+        file = find(session, project_id=project_id, file_id=file_id, lock=True, even_deleted=is_client_retry)
+        if file.deleted_at is not None:
+            return file
+        user = session.scalar(
+            select(Job.id)
+            .where(or_(Job.training_file == file_id, Job.validation_file == file_id))
+            .where(Job.state.in_(UNFINISHED_STATES))
+            .limit(1)
+        )
+        if user is not None:
+            raise _in_use(file_id, f"job {user}")
+        sweep = session.scalar(select(Sweep.id).where(_makes_trials(), _of_sweep(file_id)).limit(1))
+        if sweep is not None:
+            raise _in_use(file_id, f"sweep {sweep}")
+        file.deleted_at = now = read_clock(session)
+        ledger.store(session, file.project_id, -file.num_bytes, now=now)
+        _note(session, "file.deleted", file, now=now, details={"filename": file.filename})
+    return file
+
+
+def find(session: Session, *, project_id: str, file_id: str, lock: bool = False, even_deleted: bool = False) -> File:
+    """The row, inside a transaction; `lock` keeps new jobs from starting to use it. Raises NotFound."""
+    statement = select(File).where(File.id == file_id, File.project_id == project_id)
+    if not even_deleted:
+        statement = statement.where(is_visible(read_clock(session)))
+    file = session.scalar(statement.with_for_update() if lock else statement)
+    if file is None:
+        raise NotFound("file", file_id, param="file_id")
+    return file
+
+
+def is_visible(now: float) -> ColumnElement[bool]:
+    """It was not deleted, and its time is to come or a job still reads it."""
+    return and_(File.deleted_at.is_(None), or_(File.expires_at.is_(None), File.expires_at > now, is_read()))
+
+
+def is_read() -> ColumnElement[bool]:
+    """A job that has not ended reads the file, or one that a sweep is still to make will."""
+    unfinished = select(Job.id).where(Job.state.in_(UNFINISHED_STATES))  # few, found by an index
+    trains, checks = unfinished.where(Job.training_file == File.id), unfinished.where(Job.validation_file == File.id)
+    return or_(trains.exists(), checks.exists(), select(Sweep.id).where(_makes_trials(), _of_sweep(File.id)).exists())
+
+
+def _makes_trials() -> ColumnElement[bool]:
+    return and_(Sweep.finished_at.is_(None), Sweep.is_closed.is_(False), Sweep.num_created < Sweep.num_trials)
+
+
+def _of_sweep(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
+    return or_(Sweep.training_file == file_id, Sweep.validation_file == file_id)
+
+
+def _in_use(file_id: str, user: str) -> Conflict:
+    what = user.partition(" ")[0]
+    return Conflict(
+        f"The file {file_id} is used by the {user}, which has not ended.",
+        code="file_in_use",
+        remedy=f"Wait until the {what} ends, or cancel it; then delete the file.",
+        param="file_id",
+    )
+
+
+def has_expired(file: File, *, now: float) -> bool:
+    """A job that is new can't read it, even where another job still does."""
+    return file.expires_at is not None and file.expires_at <= now
+
+
+def label(filename: str) -> str:
+    """What a person called it: the last part of the path, with nothing in it that a terminal would act on."""
+    name = PurePosixPath(filename.replace("\\", "/")).name
+    plain = "".join("_" if unicodedata.category(char)[0] == "C" else char for char in name).strip()
+    return plain[:MAX_NAME_CHARS] if plain.strip(".") else "file"
+
+
+def check_purpose(purpose: str) -> None:
+    if purpose not in PURPOSES:
+        raise InvalidRequest(
+            f"Files of the purpose {purpose[:40]!a} can't be uploaded.",
+            code="invalid_purpose",
+            remedy=f"Use one of: {', '.join(PURPOSES)}. Data to train on has the purpose {DATASET!r}.",
+            param="purpose",
+        )
+
+
+def check_size(num_bytes: int, settings: Settings, *, param: str = "file") -> None:
+    if num_bytes > settings.max_file_bytes:
+        raise TooLarge(
+            f"The file has {num_bytes:,} bytes; at most {settings.max_file_bytes:,} are allowed.",
+            code="file_too_large",
+            remedy="Split the file, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
+            param=param,
+        )
+    if num_bytes == 0:
+        raise InvalidRequest("The file is empty.", code="file_empty", remedy="Send a file with rows.", param=param)
+
+
+def _note(session: Session, type: AuditType, file: File, *, now: float, details: Json) -> None:  # noqa: A002
+    log.note(session, type, now=now, object_id=file.id, project_id=file.project_id, details=details)
+
+
+def _inspect(spooled: Path, num_bytes: int, settings: Settings, is_abandoned: Callable[[], bool]) -> DatasetCheck:
+    """A short file takes less time than to start a process for it."""
+    limits = {"max_line_bytes": settings.max_line_bytes, "max_rows": settings.max_rows}
+    if num_bytes > SHORT_BYTES:
+        return check_process.inspect(spooled, **limits, is_abandoned=is_abandoned)
+    with spooled.open("rb") as lines:
+        return validator.inspect(lines, **limits)

@@ -1,0 +1,362 @@
+"""Content-addressed blobs and manifests: written blobs first and manifest last, verified when read.
+
+`blobs/ab/abcdef…` is the sha256 of the content, so writing twice is writing once. Nothing is deleted but by
+`delete_unreferenced`, which spares what is young: somebody may be about to name it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+from catalog.disk import full_disk_named
+from catalog.errors import OutOfSpace
+from catalog.settings import Settings
+from catalog.storage.manifest import DamagedArtifact, Manifest, ManifestFile, check_digest
+from catalog.storage.object_storage import CHUNK_BYTES, NoSuchObject, Objects
+
+log = logging.getLogger("lorry.catalog")
+GRACE_SECONDS = 24 * 3600.0
+"""An unreferenced object lives at least this long: longer than any upload or export takes."""
+CLOCK_SECONDS = 600.0
+"""The store's clock is read again after so long."""
+TRASH = "trash/"
+"""Prefix of the keys of deleted objects, which can be read for another grace. obstore can't delete an object on the
+condition that it is old, so a writer may put it again between the check of its age and its deletion."""
+MAX_COPIED_BYTES = 5 * 2**30
+"""S3 copies no larger object in one request. The cleaning deletes larger ones directly."""
+REFRESH_SECONDS = GRACE_SECONDS / 4
+"""A blob older than this is written again when it is put again, so that its grace begins anew."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blob:
+    """One stored content."""
+
+    digest: str
+    num_bytes: int
+
+
+def open_store(settings: Settings) -> ArtifactStore:
+    """The store that the settings name. Raises Unavailable."""
+    return ArtifactStore(Objects(settings.resolved_store_url()))
+
+
+class ArtifactStore:
+    """Raises OutOfSpace, Unavailable, and DamagedArtifact where content and digest differ."""
+
+    def __init__(self, objects: Objects, *, clock: Callable[[], float] | None = None) -> None:
+        """clock: in place of the store's own, in seconds since 1970, for tests that turn it."""
+        self.objects = objects
+        self.clock = clock or objects.now
+        self._clock_read = (-math.inf, 0.0)
+
+    def put_file(self, path: Path) -> Blob:
+        """Store the content of one file. Idempotent; a file that changes meanwhile is not stored."""
+        with path.open("rb") as file:
+            return self._put_opened(file)
+
+    def _put_opened(self, file: BinaryIO) -> Blob:
+        content = file.read(CHUNK_BYTES + 1)
+        if len(content) <= CHUNK_BYTES:
+            return self.put_bytes(content)
+        blob = _digest_of(file)
+        if not self._has(blob_key(blob.digest), blob.num_bytes):
+            self.objects.put(blob_key(blob.digest), verified(_chunks(file), blob.digest))
+        return blob
+
+    def put_bytes(self, content: bytes) -> Blob:
+        """Store a short content."""
+        blob = Blob(digest=sha256(content).hexdigest(), num_bytes=len(content))
+        if not self._has(blob_key(blob.digest), blob.num_bytes):
+            self.objects.put(blob_key(blob.digest), content)
+        return blob
+
+    def put_folder(self, folder: Path, *, kind: str, dir_fd: int | None = None) -> Manifest:
+        """Store every file under `folder`, then the manifest that names them.
+
+        dir_fd: of an open folder to which `folder` is relative. Raises DamagedArtifact for links and for files with a
+        second name: the process that wrote the folder might have had no right to read them. Replacing a file or a
+        folder by a link while this runs has no effect.
+        """
+        if not stat.S_ISDIR(_mode_of(folder, dir_fd)):
+            raise DamagedArtifact(f"The folder {folder.name!r} is missing.")
+        files: list[ManifestFile] = []
+        walk = os.fwalk(folder, dir_fd=dir_fd, follow_symlinks=False, onerror=_raise)
+        for parent, folders, names, descriptor in walk:
+            for name in folders:
+                if not stat.S_ISDIR(_mode_of(Path(name), descriptor)):
+                    raise DamagedArtifact(f"{name!r} is not a plain file.")
+            for name in names:
+                with _opened_plain(name, descriptor) as file:
+                    blob = self._put_opened(file)
+                path = (Path(parent) / name).relative_to(folder).as_posix()
+                files.append(ManifestFile(path=path, digest=blob.digest, num_bytes=blob.num_bytes))
+        manifest = Manifest.of(kind, files)
+        self.put_manifest(manifest)
+        return manifest
+
+    def put_manifest(self, manifest: Manifest) -> None:
+        """Store a manifest whose blobs are stored already."""
+        content = manifest.canonical()
+        if not self._has(manifest_key(manifest.digest), len(content)):
+            self.objects.put(manifest_key(manifest.digest), content)
+
+    def get_manifest(self, digest: str) -> Manifest:
+        check_digest(digest)
+        try:
+            content = b"".join(read_stored(self.objects, manifest_key(digest)))
+        except NoSuchObject as error:
+            raise DamagedArtifact(f"The manifest {digest} is missing from the store.") from error
+        if sha256(content).hexdigest() != digest:
+            raise DamagedArtifact(f"The manifest {digest} has changed in the store.")
+        return Manifest.parse(content)
+
+    def open_blob(self, digest: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """The content in chunks of at most `chunk_bytes`.
+
+        Raises DamagedArtifact at the call if the blob is missing, and instead of the last chunk if it has changed.
+        """
+        check_digest(digest)
+        try:
+            chunks = read_stored(self.objects, blob_key(digest), chunk_bytes=chunk_bytes)
+        except NoSuchObject as error:
+            raise DamagedArtifact(f"The blob {digest} is missing from the store.") from error
+        return verified(chunks, digest)
+
+    def fetch(self, manifest: Manifest, into: Path) -> None:
+        """Make `into` (absent, or an empty folder) hold the files, each verified: whole or not at all."""
+        with full_disk_named():
+            into.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{into.name}.", dir=into.parent))
+        try:
+            with full_disk_named():
+                for file in manifest.files:
+                    self._fetch_file(file, temporary / file.path)
+                temporary.chmod(0o755)
+                temporary.rename(into)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    def _fetch_file(self, file: ManifestFile, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as out:
+            for chunk in self.open_blob(file.digest):
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def verify(self, manifest: Manifest) -> list[str]:
+        """Read everything back. What is wrong, in sentences; none if all is well."""
+        problems: list[str] = []
+        for file in manifest.files:
+            try:
+                num_bytes = sum(len(chunk) for chunk in self.open_blob(file.digest))
+            except DamagedArtifact as error:
+                problems.append(f"{file.path}: {error.message}")
+                continue
+            if num_bytes != file.num_bytes:
+                problems.append(
+                    f"{file.path} has {num_bytes} bytes in the store, and {file.num_bytes} by its manifest."
+                )
+        return problems
+
+    def empty_damaged(self, digest: str) -> None:
+        """Empty those files of a manifest whose content has changed, so that putting them again writes them.
+
+        Workers call this: deleting the objects would need a permission that they should not have.
+        """
+        try:
+            manifest = self.get_manifest(digest)
+        except DamagedArtifact:
+            self.objects.put(manifest_key(digest), b"")
+            return
+        for file in manifest.files:
+            alone = Manifest.of(manifest.kind, [file])
+            if self.verify(alone):
+                self.objects.put(blob_key(file.digest), b"")
+
+    def delete_unreferenced(self, live: set[str], *, grace_seconds: float = GRACE_SECONDS) -> int:
+        """Delete manifests and blobs that are not in `live` and older than the grace, by the store's clock.
+
+        live: the digests of every manifest and of every blob that the database names. Returns the number of objects
+        deleted. A young manifest keeps its blobs, because its row may not be committed yet; one that can't be read is
+        logged. What writers put or put again meanwhile is young, and stays. If an object is put again between the
+        last check of its age and its deletion, readers find it in the trash, and the next call that has it in `live`
+        moves it back. Raises Unavailable, OutOfSpace.
+        """
+        oldest = self.clock() - grace_seconds
+        kept = {manifest_key(digest) for digest in live} | {blob_key(digest) for digest in live}
+        for entry in self.objects.list_all("manifests"):
+            is_unlisted = entry.key not in kept and entry.written_at >= oldest
+            if is_unlisted and entry.num_bytes:  # an emptied one names nothing
+                kept |= self._blobs_of(entry.key)
+        num_deleted = 0
+        for prefix in ("manifests", "blobs"):
+            for entry in list(self.objects.list_all(prefix)):
+                num_deleted += entry.key not in kept and self._discard_if_old(entry.key, oldest)
+        self._empty_trash(kept, oldest)
+        self.objects.delete_staged(older_than=oldest)
+        return num_deleted
+
+    def check_reachable(self) -> None:
+        """Raises Unavailable where the store does not answer."""
+        try:
+            self.objects.head("manifests/none")
+        except NoSuchObject:
+            return
+
+    def _has(self, key: str, num_bytes: int) -> bool:
+        try:
+            entry = self.objects.head(key)
+        except NoSuchObject:
+            return False
+        return entry.num_bytes == num_bytes and self._recent_clock() - entry.written_at < REFRESH_SECONDS
+
+    def _recent_clock(self) -> float:
+        """The store's time, as read at most CLOCK_SECONDS ago. A machine that was suspended since reads it late, by
+        less than what a blob that is not written again has left of its grace."""
+        read_at, seconds = self._clock_read
+        elapsed = time.monotonic() - read_at
+        if elapsed > CLOCK_SECONDS or self.clock != self.objects.now:
+            self._clock_read = (time.monotonic(), self.clock())
+            return self._clock_read[1]
+        return seconds + elapsed
+
+    def _blobs_of(self, key: str) -> set[str]:
+        """Keys of the blobs that a stored manifest names; none where it can't be read."""
+        digest = key.removeprefix("manifests/").removesuffix(".json")
+        try:
+            return {blob_key(file.digest) for file in self.get_manifest(digest).files}
+        except DamagedArtifact as error:
+            log.warning("a manifest without a row can't be read code=%s: %s", error.code, error)
+            return set()
+
+    def _discard_if_old(self, key: str, oldest: float) -> bool:
+        """Check the age once more, because a writer may have put the object again since it was listed."""
+        try:
+            entry = self.objects.head(key)
+            if entry.written_at >= oldest:
+                return False
+            if entry.num_bytes > MAX_COPIED_BYTES:
+                self.objects.delete(key)
+                return True
+            try:
+                self.objects.move(key, TRASH + key)
+            except OutOfSpace:  # a full bucket has no room for the copy, and the cleaning must make some
+                self.objects.delete(key)
+        except NoSuchObject:
+            return False
+        return True
+
+    def _empty_trash(self, kept: set[str], oldest: float) -> None:
+        """Move back what is kept after all, and delete what is old.
+
+        In a folder a moved object keeps its age: garbage goes in the same cleaning. A bucket counts from the move.
+        """
+        for entry in list(self.objects.list_all(TRASH.rstrip("/"))):
+            key = entry.key.removeprefix(TRASH)
+            try:
+                if key in kept and not self._exists(key):
+                    self.objects.move(entry.key, key)
+                elif key in kept or entry.written_at < oldest:
+                    self.objects.delete(entry.key)
+            except NoSuchObject:
+                continue  # another cleaning was faster
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self.objects.head(key)
+        except NoSuchObject:
+            return False
+        return True
+
+
+def read_stored(objects: Objects, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """Of the object, or of what the trash has under its key. Raises NoSuchObject at the call."""
+    try:
+        return objects.read(key, chunk_bytes=chunk_bytes)
+    except NoSuchObject:
+        return objects.read(TRASH + key, chunk_bytes=chunk_bytes)
+
+
+def blob_key(digest: str) -> str:
+    return f"blobs/{digest[:2]}/{digest}"
+
+
+def manifest_key(digest: str) -> str:
+    return f"manifests/{digest}.json"
+
+
+def _raise(error: OSError) -> NoReturn:
+    """For a walk that must not leave anything out."""
+    raise error
+
+
+def _mode_of(path: Path, dir_fd: int | None) -> int:
+    """Of the file itself, not of what a link leads to; 0 if there is none."""
+    try:
+        return os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return 0
+
+
+def _opened_plain(name: str, dir_fd: int) -> BinaryIO:
+    """Open a file without following a link and without waiting for a pipe. Raises DamagedArtifact."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise DamagedArtifact(f"{name!r} is not a plain file.") from error
+    file = os.fdopen(descriptor, "rb")
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        file.close()
+        raise DamagedArtifact(f"{name!r} is not a plain file with a single name.")
+    return file
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    """Of the whole file, from its first byte."""
+    file.seek(0)
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
+
+
+def _digest_of(file: BinaryIO) -> Blob:
+    digest, num_bytes = sha256(), 0
+    for chunk in _chunks(file):
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    return Blob(digest=digest.hexdigest(), num_bytes=num_bytes)
+
+
+def verified(chunks: Iterator[bytes], digest: str) -> Iterator[bytes]:
+    """The chunks, where the last one is yielded only after the content has matched `digest`.
+
+    A reader therefore never receives the whole of a damaged content: it gets DamagedArtifact instead of the last chunk.
+    """
+    seen = sha256()
+    last: bytes | None = None
+    for chunk in chunks:
+        seen.update(chunk)
+        if last is not None:
+            yield last
+        last = chunk
+    if seen.hexdigest() != digest:
+        raise DamagedArtifact(f"The content of {digest} has changed.")
+    if last is not None:
+        yield last

@@ -1,0 +1,120 @@
+"""What a person reads of sweeps: lists, counts by state, the best trial so far, the leaderboard."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, func, literal, select, tuple_
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database
+from catalog.db.pagination import Page, paginate, unknown_cursor
+from catalog.search.finding import find_sweep, find_trial
+from catalog.search.trials import measure_of
+from catalog.sweeps.controller import best_trial
+from catalog.tables import Adapter, Job, Sweep, Trial
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialView:
+    """A trial with its job. value: of the objective; None before anything was measured."""
+
+    trial: Trial
+    job: Job
+    value: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepView:
+    """A sweep as it stands."""
+
+    sweep: Sweep
+    counts: dict[str, int]
+    """Trials by state."""
+    best: TrialView | None
+    """Of those that have succeeded, so far."""
+    best_adapter: str | None
+    """Its adapter's id, where that is kept."""
+
+
+def get(db: Database, *, project_id: str, sweep_id: str) -> SweepView:
+    """Raises NotFound."""
+    with db.read() as session:
+        return _views(session, [find_sweep(session, project_id, sweep_id)])[0]
+
+
+def list_page(db: Database, *, project_id: str, after: str | None = None, limit: int = 20) -> Page[SweepView]:
+    """Newest first."""
+    scope = select(Sweep).where(Sweep.project_id == project_id)
+    with db.read() as session:
+        page = paginate(session, scope, created=Sweep.created_at, ident=Sweep.id, after=after, limit=limit)
+        return Page(items=_views(session, page.items), has_more=page.has_more)
+
+
+def leaderboard(
+    db: Database, *, project_id: str, sweep_id: str, after: str | None = None, limit: int = 20
+) -> Page[TrialView]:
+    """The best first, those without a value last. `after`: the id of a trial's job.
+
+    While trials run their values change, and so does the place after which a page begins.
+    """
+    with db.read() as session:
+        sweep = find_sweep(session, project_id, sweep_id)
+        scope = select(Trial, Job).join(Job, Job.id == Trial.job_id).where(Trial.sweep_id == sweep.id)
+        if after is not None:
+            scope = scope.where(_beyond(session, sweep, after))
+        rows = session.execute(scope.order_by(Trial.score, Trial.number).limit(limit + 1)).all()
+        views = [_trial_view(sweep, trial, job) for trial, job in rows]
+        return Page(items=views[:limit], has_more=len(views) > limit)
+
+
+def trial(db: Database, *, project_id: str, sweep_id: str, number: int) -> TrialView:
+    """Raises NotFound."""
+    with db.read() as session:
+        sweep = find_sweep(session, project_id, sweep_id)
+        found = find_trial(session, sweep, number)
+        return _trial_view(sweep, found, session.get_one(Job, found.job_id))
+
+
+def view_of(db: Database, row: Trial, job: Job) -> TrialView:
+    with db.read() as session:
+        return _trial_view(session.get_one(Sweep, row.sweep_id), row, job)
+
+
+def trials_by_job(db: Database, job_ids: Collection[str]) -> dict[str, Trial]:
+    """Of those jobs that are trials."""
+    if not job_ids:
+        return {}
+    with db.read() as session:
+        return {row.job_id: row for row in session.scalars(select(Trial).where(Trial.job_id.in_(job_ids)))}
+
+
+def _beyond(session: Session, sweep: Sweep, after: str) -> ColumnElement[bool]:
+    cursor = session.scalar(select(Trial).where(Trial.job_id == after, Trial.sweep_id == sweep.id))
+    if cursor is None:
+        raise unknown_cursor(after)
+    place = tuple_(literal(cursor.score), literal(cursor.number))
+    return tuple_(Trial.score, Trial.number) > place
+
+
+def _views(session: Session, sweeps: Sequence[Sweep]) -> list[SweepView]:
+    counted = select(Job.sweep_id, Job.state, func.count()).where(Job.sweep_id.in_([row.id for row in sweeps]))
+    counts: dict[str, dict[str, int]] = {}
+    for sweep_id, state, number in session.execute(counted.group_by(Job.sweep_id, Job.state)):
+        counts.setdefault(sweep_id or "", {})[state] = number
+    return [_sweep_view(session, sweep, counts.get(sweep.id, {})) for sweep in sweeps]
+
+
+def _sweep_view(session: Session, sweep: Sweep, counts: dict[str, int]) -> SweepView:
+    best = best_trial(session, sweep.id)
+    if best is None:
+        return SweepView(sweep=sweep, counts=counts, best=None, best_adapter=None)
+    kept = select(Adapter.id).where(Adapter.job_id == best.job_id, Adapter.deleted_at.is_(None))
+    view = _trial_view(sweep, best, session.get_one(Job, best.job_id))
+    return SweepView(sweep=sweep, counts=counts, best=view, best_adapter=session.scalar(kept))
+
+
+def _trial_view(sweep: Sweep, trial: Trial, job: Job) -> TrialView:
+    is_measured = trial.score != float("inf")
+    return TrialView(trial=trial, job=job, value=measure_of(sweep).direction * trial.score if is_measured else None)

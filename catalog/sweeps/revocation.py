@@ -1,0 +1,162 @@
+"""Revoking API keys, and with them the keys, jobs and sweeps that they created.
+
+Keys are revoked in one transaction, all or none. What they created is cancelled after that, a few rows in a
+transaction, so that no new work appears meanwhile; a call that is interrupted can be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session, aliased
+
+from catalog.caller import Caller
+from catalog.db.database import Database, read_clock, serialise
+from catalog.errors import Conflict, Forbidden
+from catalog.jobs import commands as job_commands
+from catalog.states import UNFINISHED_STATES
+from catalog.sweeps import commands as sweep_commands
+from catalog.tables import ApiKey, Job, Json, Sweep
+from catalog.tenancy import authentication
+from catalog.tenancy.api_keys import check_may_change, find, last_operator
+from catalog.tenancy.authentication import is_live, lasting_operators
+
+JOBS_AT_ONCE = 50
+SWEEPS_AT_ONCE = 10
+"""Rows that one transaction cancels."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What keys have created and what has not finished. Work whose cancellation is requested is not counted."""
+
+    num_jobs: int
+    num_sweeps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Revocation:
+    """What a call has revoked, and what is left of it."""
+
+    key: ApiKey
+    revoked: Sequence[str]
+    """Ids of the keys that are revoked: the key, and its descendants where they were to be revoked too."""
+    num_valid_descendants: int
+    """Keys that the key created, or that such keys created, and that are valid."""
+    left: Work
+    """Of all keys that are revoked."""
+
+
+def revoke(
+    db: Database, *, caller: Caller, api_key_id: str, cancel: bool = False, with_descendants: bool = False
+) -> Revocation:
+    """End a key now, and every browser session made from it. A key that is revoked already stays as it is.
+
+    with_descendants: also the keys that it created, and those that these created, and so on. cancel: also cancel the
+    unfinished jobs and sweeps that the revoked keys created. Raises NotFound; Forbidden where the caller may not change
+    one of the keys, or may not cancel jobs; Conflict for the last operator's key, and for the caller's own key among
+    the descendants. Then nothing is revoked.
+    """
+    if cancel and "jobs:write" not in caller.scopes:
+        raise Forbidden(
+            "Your key may not cancel jobs: it lacks the scope jobs:write.",
+            code="missing_scope",
+            remedy="Leave out cancel, or use a key with jobs:write.",
+            param="cancel",
+        )
+    with db.write() as session:
+        serialise(session, "operators' keys")
+        key = find(session, caller, api_key_id)
+        check_may_change(session, caller, key)
+        ended = [key, *_descendants(session, key)] if with_descendants else [key]
+        _end(session, caller, ended, is_cancelling=cancel)
+    ids, project_ids = [each.id for each in ended], {each.project_id for each in ended}
+    if cancel:
+        _cancel_sweeps(db, ids)
+        _cancel_jobs(db, ids, project_ids)
+    with db.read() as session:
+        return Revocation(
+            key=key,
+            revoked=ids,
+            num_valid_descendants=_count_valid(_descendants(session, key), now=read_clock(session)),
+            left=_unfinished(session, ids, project_ids),
+        )
+
+
+def _end(session: Session, caller: Caller, ended: Sequence[ApiKey], *, is_cancelling: bool) -> None:
+    now = read_clock(session)
+    to_revoke = [key for key in ended if key.revoked_at is None]
+    ids = {key.id for key in to_revoke}
+    if caller.api_key_id in ids - {ended[0].id}:
+        raise Conflict(
+            f"Your own key, {caller.api_key_id}, is a descendant of {ended[0].id}.",
+            code="revokes_own_key",
+            remedy="Use a key that it did not create, or leave out with_descendants.",
+            param="with_descendants",
+        )
+    for key in to_revoke:
+        check_may_change(session, caller, key)
+    lasting = [key.id for key in lasting_operators(session, now=now)]
+    if lasting and ids.issuperset(lasting):
+        raise last_operator(next(key for key in to_revoke if key.id == lasting[0]))
+    for key in to_revoke:
+        key.revoked_at = now
+    for key in to_revoke:
+        left = _unfinished(session, [key.id], {key.project_id})
+        details: Json = {"unfinished_jobs": left.num_jobs, "unfinished_sweeps": left.num_sweeps}
+        details |= {"valid_descendants": _count_valid(_descendants(session, key), now=now), "cancel": is_cancelling}
+        authentication.note(session, "api_key.revoked", key, now=now, details=details)
+
+
+def _descendants(session: Session, key: ApiKey) -> list[ApiKey]:
+    """Keys that the key created, by rotation too, and theirs, and so on; the oldest first."""
+    found = select(ApiKey.id).where(ApiKey.created_by == key.id).cte("descendants", recursive=True)
+    child = aliased(ApiKey)
+    found = found.union(select(child.id).where(child.created_by == found.c.id))
+    those = select(ApiKey).join(found, found.c.id == ApiKey.id).where(ApiKey.id != key.id)
+    return list(session.scalars(those.order_by(ApiKey.created_at, ApiKey.id)))
+
+
+def _count_valid(found: Sequence[ApiKey], *, now: float) -> int:
+    return sum(is_live(key, now) for key in found)
+
+
+def _unfinished(session: Session, key_ids: Collection[str], project_ids: Collection[str]) -> Work:
+    """A key creates jobs in its own project only, so the index of unfinished jobs by project finds them."""
+    of_jobs = select(func.count()).select_from(Job).where(Job.project_id.in_(project_ids))
+    of_jobs = of_jobs.where(Job.state.in_(UNFINISHED_STATES), Job.created_by.in_(key_ids))
+    of_sweeps = select(func.count()).select_from(Sweep).where(Sweep.created_by.in_(key_ids))
+    of_sweeps = of_sweeps.where(Sweep.finished_at.is_(None), Sweep.cancel_requested.is_(False))
+    return Work(
+        num_jobs=session.scalar(of_jobs.where(Job.cancel_requested.is_(False))) or 0,
+        num_sweeps=session.scalar(of_sweeps) or 0,
+    )
+
+
+def _cancel_sweeps(db: Database, key_ids: Collection[str]) -> None:
+    """Before the jobs, so that no sweep makes another trial."""
+    mine = select(Sweep).where(Sweep.created_by.in_(key_ids), Sweep.finished_at.is_(None))
+    some = mine.where(Sweep.cancel_requested.is_(False)).order_by(Sweep.id).limit(SWEEPS_AT_ONCE)
+    while True:
+        with db.write() as session:
+            found = list(session.scalars(some.with_for_update(of=Sweep)))
+            for sweep in found:
+                sweep_commands.request_cancel(session, sweep)
+        if not found:
+            return
+
+
+def _cancel_jobs(db: Database, key_ids: Collection[str], project_ids: Collection[str]) -> None:
+    mine = select(Job).where(Job.project_id.in_(project_ids), Job.created_by.in_(key_ids))
+    open_ones = mine.where(Job.state.in_(UNFINISHED_STATES), Job.cancel_requested.is_(False))
+    some = open_ones.order_by(Job.id).limit(JOBS_AT_ONCE)
+    while True:
+        with db.write() as session:
+            found = list(session.scalars(some.with_for_update(of=Job)))
+            now = read_clock(session)
+            for job in found:
+                job_commands.stop(session, job, job_commands.CANCEL, now=now)
+        if not found:
+            return

@@ -1,0 +1,1 @@
+"""Organizations, projects, API keys, sign-in and scopes."""

@@ -1,0 +1,333 @@
+"""API keys as people make, list and rotate them. The one rule: nobody hands out more than he has.
+
+A key's own holder may rotate and revoke it; another's key only who could have made it. Revoking is in revocation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, read_clock, serialise
+from catalog.db.pagination import Page, paginate
+from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound
+from catalog.pepper import Pepper
+from catalog.states import Priority, PriorityClass
+from catalog.tables import ApiKey, Json
+from catalog.tenancy import authentication, projects
+from catalog.tenancy.authentication import Caller, is_live, lasting_operators, new_key
+from catalog.tenancy.scopes import OPERATORS, held
+
+MAX_VALID_KEYS = 100
+"""Of one project. Each key has a request rate and downloads of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyRequest:
+    """A key that somebody would like to have."""
+
+    name: str
+    project: str | None = None
+    """By id or by name; None: the caller's."""
+    scopes: Sequence[str] | None = None
+    """None: as many as the caller can give."""
+    is_operator: bool = False
+    expires_at: float | None = None
+    """None: when the caller's does."""
+    requests_per_minute: int | None = None
+    jobs_per_day: int | None = None
+    """Of both: None: the caller's; another number is an operator's to give."""
+    highest_priority: Priority | None = None
+    """None: `normal`, or the caller's where that is lower; another one is an operator's to give."""
+
+
+def create(
+    db: Database, *, caller: Caller, request: KeyRequest, pepper: Pepper, idempotency_key: str | None = None
+) -> tuple[ApiKey, str]:
+    """Create a key. Returns its row and its secret, which is not stored and can't be shown again.
+
+    Raises Forbidden for more rights than the caller has, and Unauthorized if the caller's key was revoked meanwhile.
+    Raises Conflict if the project has MAX_VALID_KEYS, and if the caller has created a key with this Idempotency-Key
+    before: a repeated request must not create a second key, and the secret can't be repeated.
+    """
+    able = held(None, is_operator=request.is_operator)
+    wanted = frozenset(request.scopes) if request.scopes is not None else able & caller.scopes
+    _check_kind(wanted, is_operator=request.is_operator)
+    _check_rights(caller, wanted, is_operator=request.is_operator)
+    limits = {"requests_per_minute": request.requests_per_minute, "jobs_per_day": request.jobs_per_day}
+    given = {name: value for name, value in limits.items() if value is not None}
+    highest = request.highest_priority
+    _check_limits(caller, [*given, *(["highest_priority"] if highest is not None else [])])
+    takes_all = request.scopes is None and not caller.is_limited
+    with db.write() as session:
+        now = _begin(session, caller)
+        if idempotency_key is not None:
+            _check_unused(session, caller, idempotency_key)
+        project_id = caller.project_id
+        if request.project is not None:
+            project_id = projects.find(session, caller=caller, project=request.project, param="project").id
+        key, secret = new_key(project_id, request.name, pepper)
+        key.is_operator, key.created_at = request.is_operator, now
+        key.scopes = None if takes_all else sorted(wanted)
+        key.expires_at = _expiry(caller, request.expires_at, caller.expires_at, now=now)
+        key.requests_per_minute = given.get("requests_per_minute", caller.requests_per_minute)
+        key.jobs_per_day = given.get("jobs_per_day", caller.jobs_per_day)
+        usual = max(PriorityClass.normal, caller.highest_priority)
+        key.highest_priority = usual if highest is None else PriorityClass[highest]
+        key.idempotency_key = idempotency_key
+        _check_room(session, project_id, now=now)
+        authentication.add(session, key, created_by=caller.api_key_id)
+    return key, secret
+
+
+def list_page(
+    db: Database, *, caller: Caller, project: str | None = None, after: str | None = None, limit: int = 20
+) -> Page[ApiKey]:
+    """Newest first, those that open nothing any more too; of the caller's project where none is named."""
+    with db.read() as session:
+        project_id = caller.project_id
+        if project is not None:
+            project_id = projects.find(session, caller=caller, project=project, param="project").id
+        scope = select(ApiKey).where(ApiKey.project_id == project_id)
+        return paginate(session, scope, created=ApiKey.created_at, ident=ApiKey.id, after=after, limit=limit)
+
+
+def get(db: Database, *, caller: Caller, api_key_id: str) -> ApiKey:
+    """Raises NotFound."""
+    with db.read() as session:
+        return find(session, caller, api_key_id)
+
+
+def rotate(
+    db: Database,
+    *,
+    caller: Caller,
+    api_key_id: str,
+    overlap_seconds: float,
+    expires_at: float | None = None,
+    pepper: Pepper,
+) -> tuple[ApiKey, str]:
+    """A key with the same name and rights, and its text; the old one is good for `overlap_seconds` more.
+
+    `expires_at` None: the new one ends when the old one would have, and of another's key no later than the caller's.
+    A caller whose own limits are the tighter ones can't rid himself of them so: the new one has his. Raises Conflict
+    for a key that is not live, or whose place another has taken, where the last operator's key would end, and if the
+    project has MAX_VALID_KEYS and the old key stays valid. Raises Unauthorized if the caller's key was revoked
+    meanwhile.
+    """
+    with db.write() as session:
+        now = _begin(session, caller)
+        old = find(session, caller, api_key_id)
+        refuse_browsers(caller)
+        check_may_change(session, caller, old)
+        _check_rotatable(old, now)
+        key, secret = new_key(old.project_id, old.name, pepper)
+        key.is_operator, key.scopes, key.created_at = old.is_operator, old.scopes, now
+        key.expires_at = _end(caller, old) if expires_at is None else _expiry(caller, expires_at, None, now=now)
+        if key.expires_at is not None and _is_last_operator(session, old, now=now):
+            raise last_operator(old)
+        key.requests_per_minute, key.jobs_per_day = old.requests_per_minute, old.jobs_per_day
+        key.highest_priority = old.highest_priority
+        if old.id != caller.api_key_id and not caller.is_operator:
+            key.requests_per_minute, key.jobs_per_day = caller.requests_per_minute, caller.jobs_per_day
+            key.highest_priority = max(old.highest_priority, caller.highest_priority)
+        old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
+        session.flush()
+        _check_room(session, old.project_id, now=now)
+        authentication.add(session, key, created_by=caller.api_key_id)
+        old.replaced_by = key.id
+        authentication.note(
+            session, "api_key.rotated", old, now=now, details={"by": key.id, "expires_at": old.expires_at}
+        )
+    return key, secret
+
+
+def limit(
+    db: Database,
+    *,
+    caller: Caller,
+    api_key_id: str,
+    limits: Mapping[str, int | None],
+    highest_priority: Priority | None = None,
+) -> ApiKey:
+    """Change those of `requests_per_minute` and `jobs_per_day` that are given. None: the service's; 0: without limit.
+    highest_priority: None: as it was.
+
+    Operators alone may. Raises NotFound and Forbidden.
+    """
+    with db.write() as session:
+        key = find(session, caller, api_key_id)
+        given: Json = {**limits, **({} if highest_priority is None else {"highest_priority": highest_priority})}
+        _check_limits(caller, given)
+        check_may_change(session, caller, key)
+        if key.id == caller.api_key_id and caller.is_limited:
+            raise _exceeds("take what it likes", "api_key_id")
+        key.requests_per_minute = limits.get("requests_per_minute", key.requests_per_minute)
+        key.jobs_per_day = limits.get("jobs_per_day", key.jobs_per_day)
+        if highest_priority is not None:
+            key.highest_priority = PriorityClass[highest_priority]
+        authentication.note(session, "api_key.updated", key, now=read_clock(session), details=given)
+        return key
+
+
+def _begin(session: Session, caller: Caller) -> float:
+    """The time. Until the transaction ends, no other creates or revokes keys: a revocation with descendants sees each
+    key of a revoked one, and a revoked key creates none. Raises Unauthorized."""
+    serialise(session, "operators' keys")
+    now = read_clock(session)
+    authentication.check_valid(session, caller.api_key_id, now=now)
+    return now
+
+
+def _check_room(session: Session, project_id: str, *, now: float) -> None:
+    """Raises Conflict."""
+    valid = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
+    count = select(func.count()).select_from(ApiKey).where(ApiKey.project_id == project_id, *valid)
+    if (session.scalar(count) or 0) >= MAX_VALID_KEYS:
+        raise Conflict(
+            f"The project has {MAX_VALID_KEYS} valid keys, which is the maximum.",
+            code="too_many_keys",
+            remedy="Revoke a key that is not used: `lorry keys list` shows them with their last use. A rotation with "
+            "an overlap of 0 seconds adds none.",
+        )
+
+
+def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> None:
+    """Until the transaction ends, no other request of this caller can use the Idempotency-Key. Raises Conflict."""
+    serialise(session, f"keys by {caller.api_key_id}")
+    used = (ApiKey.created_by == caller.api_key_id, ApiKey.idempotency_key == idempotency_key)
+    key_id = session.scalar(select(ApiKey.id).where(*used).limit(1))
+    if key_id is not None:
+        raise Conflict(
+            f"A request with the Idempotency-Key {idempotency_key!r} created the key {key_id} before. Its secret was "
+            "in the first response only, and is not stored.",
+            code="idempotency_key_reused",
+            remedy=f"Revoke {key_id} if its secret was lost, and create another key with a new Idempotency-Key.",
+            param="Idempotency-Key",
+        )
+
+
+def find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
+    """Within a transaction. Raises NotFound, also for a key of a project that the caller can't see."""
+    mine = select(ApiKey).where(ApiKey.id == api_key_id)
+    key = session.scalar(mine if caller.is_operator else mine.where(ApiKey.project_id == caller.project_id))
+    if key is None:
+        raise NotFound("key", api_key_id, remedy="`lorry keys list` shows those of your project.")
+    return key
+
+
+def _check_kind(wanted: frozenset[str], *, is_operator: bool) -> None:
+    beyond = sorted(wanted & OPERATORS)
+    if beyond and not is_operator:
+        raise InvalidRequest(
+            f"{' and '.join(beyond)} can be held by an operator's key only.",
+            code="operator_scope",
+            remedy="Ask for an operator's key with is_operator: true, or leave it out.",
+            param="scopes",
+        )
+
+
+def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool) -> None:
+    if is_operator and not caller.is_operator:
+        raise _exceeds("be an operator's key", "is_operator")
+    beyond = sorted(wanted - caller.scopes)
+    if beyond:
+        raise _exceeds(f"have {', '.join(beyond)}", "scopes")
+
+
+def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
+    """One's own always. Another's only who could have made it, and not with a key that is being replaced: it may be
+    replaced because it leaked."""
+    if key.id == caller.api_key_id:
+        return
+    if session.get_one(ApiKey, caller.api_key_id).replaced_by is not None:
+        raise Forbidden(
+            "Another key has taken the place of yours, which can change no other key any more.",
+            code="key_replaced",
+            remedy="Use the key that took its place.",
+        )
+    _check_rights(caller, held(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator)
+    if key.scopes is None and caller.is_limited:
+        raise _exceeds("have every scope", "scopes")
+
+
+def _is_last_operator(session: Session, key: ApiKey, *, now: float) -> bool:
+    return [lasting.id for lasting in lasting_operators(session, now=now)] == [key.id]
+
+
+def last_operator(key: ApiKey) -> Conflict:
+    return Conflict(
+        f"The key {key.name!r} is the last operator's key with every scope that never ends.",
+        code="last_operator_key",
+        remedy="Make another first, lorry keys create NAME --operator, or rotate this one to one without an end.",
+    )
+
+
+def refuse_browsers(caller: Caller) -> None:
+    """Of what would outlive a browser session. Raises Forbidden."""
+    if caller.is_browser:
+        raise Forbidden(
+            "A browser session can't do this: what comes of it would be good after the session's end.",
+            code="api_key_required",
+            remedy="Do it with the API key itself, by the lorry command for example.",
+        )
+
+
+def _end(caller: Caller, old: ApiKey) -> float | None:
+    """Of a key that takes the place of `old`, where none was asked for."""
+    ends = [old.expires_at, None if old.id == caller.api_key_id else caller.expires_at]
+    return min((end for end in ends if end is not None), default=None)
+
+
+def _check_limits(caller: Caller, limits: Collection[str]) -> None:
+    """limits: names of those that are given."""
+    if limits and not caller.is_operator:
+        raise Forbidden(
+            "What a key may take is for operators to say.",
+            code="operator_required",
+            remedy="Leave it out, or ask an operator: lorry keys limit.",
+            param=next(iter(limits)),
+        )
+
+
+def _exceeds(what: str, param: str) -> Forbidden:
+    return Forbidden(
+        f"The key would {what}, and yours does not: a key gives away no more than it has.",
+        code="exceeds_own_rights",
+        remedy="Ask for less, or have somebody do it whose key has that.",
+        param=param,
+    )
+
+
+def _check_rotatable(key: ApiKey, now: float) -> None:
+    if not is_live(key, now):
+        raise Conflict(
+            f"The key {key.name!r} was revoked or has expired.",
+            code="key_not_live",
+            remedy="Make a new one: lorry keys create NAME.",
+        )
+    if key.replaced_by is not None:
+        raise Conflict(
+            f"The place of the key {key.name!r} was taken by {key.replaced_by}.",
+            code="key_rotated_already",
+            remedy=f"Rotate {key.replaced_by}. If its secret was lost, revoke it and create another key.",
+        )
+
+
+def _expiry(caller: Caller, wanted: float | None, otherwise: float | None, *, now: float) -> float | None:
+    """Never later than the caller's own end."""
+    if wanted is None:
+        return otherwise
+    if wanted <= now:
+        raise InvalidRequest(
+            f"'expires_at' is in the past: it is {int(now)} by the database's clock.",
+            code="expires_in_the_past",
+            remedy="Give a later time, in seconds since 1970, or leave it out.",
+            param="expires_at",
+        )
+    if caller.expires_at is not None and wanted > caller.expires_at:
+        raise _exceeds(f"last beyond {int(caller.expires_at)}", "expires_at")
+    return wanted

@@ -1,0 +1,191 @@
+"""Projects: whose files, jobs and adapters are whose. Operators make and archive them; others see their own.
+
+Their names are unique in the whole service: those of adapters begin with them.
+"""
+
+from __future__ import annotations
+
+import math
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from catalog.audit import log
+from catalog.audit.log import AuditType
+from catalog.db.database import Database, read_clock, serialise
+from catalog.db.pagination import Page, paginate
+from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.tables import Json, Organization, Project, new_id
+from catalog.tenancy import organizations
+from catalog.tenancy.authentication import Caller, lasting_operators
+from catalog.tenancy.organizations import check_name
+
+ID_PREFIX = "proj"
+
+
+def ensure(db: Database, name: str = "default") -> Project:
+    """The project of that name, made in the oldest organization if there is none."""
+    with db.write() as session:
+        serialise(session, "projects")
+        found = _named(session, name)
+        if found is None:
+            _check_name(name)
+            found = _add(session, name, organizations.oldest(session))
+        return found
+
+
+def first(db: Database) -> Project:
+    """The oldest that is not archived; where there is none, one is made."""
+    with db.write() as session:
+        serialise(session, "projects")
+        kept = select(Project).where(Project.archived_at.is_(None)).order_by(Project.created_at, Project.id)
+        found = session.scalar(kept.limit(1))
+        return found or _named(session, "default") or _add(session, "default", organizations.oldest(session))
+
+
+def create(db: Database, name: str, *, organization: str | None = None, is_client_retry: bool = False) -> Project:
+    """organization: by id or by name; None: the oldest.
+
+    Raises NotFound for it, and Conflict where the name is taken; not where the client sends this again, having had no
+    reply.
+    """
+    _check_name(name)
+    with db.write() as session:
+        serialise(session, "projects")
+        found = _named(session, name)
+        if organization is None:
+            owner = organizations.oldest(session)
+        else:
+            owner = organizations.find(session, organization=organization, param="organization")
+        if found is not None and not (is_client_retry and found.organization_id == owner.id):
+            raise _taken(name)
+        return found or _add(session, name, owner)
+
+
+def get(db: Database, *, caller: Caller, project: str) -> Project:
+    """By id or by name. Raises NotFound, too, for what is not the caller's, save for operators."""
+    with db.read() as session:
+        return find(session, caller=caller, project=project)
+
+
+def list_page(
+    db: Database, *, caller: Caller, after: str | None = None, limit: int = 20, archived: bool = False
+) -> Page[Project]:
+    """Newest first; the caller's own, and for operators all. `archived`: those that were put away, too."""
+    scope = select(Project)
+    if not caller.is_operator:
+        scope = scope.where(Project.id == caller.project_id)
+    visible = () if archived else (Project.archived_at.is_(None),)
+    with db.read() as session:
+        return paginate(
+            session, scope, created=Project.created_at, ident=Project.id, after=after, limit=limit, visible=visible
+        )
+
+
+def rename(db: Database, *, caller: Caller, project: str, name: str) -> Project:
+    """Adapters that it has keep their names. Raises NotFound, and Conflict where the name is taken."""
+    _check_name(name)
+    with db.write() as session:
+        serialise(session, "projects")
+        row = find(session, caller=caller, project=project)
+        other = _named(session, name)
+        if other is not None and other.id != row.id:
+            raise _taken(name)
+        _note(session, "project.updated", row, now=read_clock(session), details={"name": name, "was": row.name})
+        row.name = name
+        return row
+
+
+def archive(db: Database, *, caller: Caller, project: str) -> Project:
+    """From now on its keys open nothing. What it has stays, and its jobs go on to their end.
+
+    Raises Conflict where no operator's key would be left to bring it back.
+    """
+    with db.write() as session:
+        serialise(session, "operators' keys")
+        row = find(session, caller=caller, project=project)
+        now = read_clock(session)
+        if row.archived_at is None:
+            if all(key.project_id == row.id for key in lasting_operators(session, now=now)):
+                raise Conflict(
+                    f"The project {row.name!r} has the only operator's key that opens this service.",
+                    code="last_operator_key",
+                    remedy="Make an operator's key in another project first: lorry keys create NAME --operator "
+                    "--project OTHER.",
+                )
+            row.archived_at = now
+            _note(session, "project.archived", row, now=now)
+        return row
+
+
+def restore(db: Database, *, caller: Caller, project: str) -> Project:
+    """Its keys open it again."""
+    with db.write() as session:
+        row = find(session, caller=caller, project=project)
+        if row.archived_at is not None:
+            row.archived_at = None
+            _note(session, "project.restored", row, now=read_clock(session))
+        return row
+
+
+def find(
+    session: Session, *, caller: Caller, project: str, param: str | None = None, beside: Project | None = None
+) -> Project:
+    """As `get`, in a transaction of one's own; one's id goes before another's name. beside: of this one's organization
+    alone, though an operator asks."""
+    by_id = Project.id == project
+    named = select(Project).where(or_(by_id, Project.name == project)).order_by(by_id.desc()).limit(1)
+    remedy = "`lorry projects list` shows those that you can see."
+    if beside is not None:
+        named = named.where(Project.organization_id == beside.organization_id)
+        remedy = f"Name one of the organization of {beside.name!r}: `lorry projects list` shows whose each is."
+    row = session.scalar(named if caller.is_operator else named.where(Project.id == caller.project_id))
+    if row is None:
+        raise NotFound("project", project, param=param, remedy=remedy)
+    return row
+
+
+def _check_name(name: str) -> None:
+    check_name(name, "a project's", id_prefix=ID_PREFIX)
+
+
+def _named(session: Session, name: str) -> Project | None:
+    return session.scalar(select(Project).where(Project.name == name))
+
+
+def _add(session: Session, name: str, owner: Organization) -> Project:
+    row = Project(id=new_id(ID_PREFIX), organization_id=owner.id, name=name)
+    row.created_at, row.created_by = read_clock(session), log.actor_id()
+    session.add(row)
+    details = {"name": name, "organization_id": owner.id}
+    _note(session, "project.created", row, now=row.created_at, details=details)
+    return row
+
+
+def _note(session: Session, type: AuditType, row: Project, *, now: float, details: Json | None = None) -> None:  # noqa: A002
+    log.note(session, type, now=now, object_id=row.id, project_id=row.id, details=details)
+
+
+def _taken(name: str) -> Conflict:
+    return Conflict(
+        f"There is a project with the name {name!r}.",
+        code="project_exists",
+        remedy="Choose another name. `lorry projects list --archived` shows all of them.",
+        param="name",
+    )
+
+
+def weigh(db: Database, *, caller: Caller, project: str, weight: float) -> Project:
+    """Give the project that part of the devices, beside the weights of others whose jobs wait."""
+    if not (math.isfinite(weight) and weight > 0):
+        raise InvalidRequest(
+            f"{weight} cannot be a project's weight.",
+            code="invalid_weight",
+            remedy="Use a number above 0; 1 is the weight of a project that was given none.",
+            param="weight",
+        )
+    with db.write() as session:
+        row = find(session, caller=caller, project=project)
+        _note(session, "project.updated", row, now=read_clock(session), details={"weight": weight, "was": row.weight})
+        row.weight = weight
+        return row

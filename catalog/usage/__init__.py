@@ -1,0 +1,1 @@
+"""Counters, the daily ledger, quotas and the usage report."""

@@ -1,0 +1,152 @@
+"""What projects use, by day and base model: added up in the transactions in which it is used.
+
+What one transaction adds is written at its end and in one order: rows that others add to as well are held for a
+moment only, and nobody waits in a circle for them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Generator
+from contextlib import contextmanager
+from copy import deepcopy
+from datetime import UTC, datetime
+from typing import Literal
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session, SessionTransaction
+
+from catalog.db.database import add_to, at_the_end, upsert
+from catalog.tables import Job, Plan, StoredBytes, StoredDay, UsageDay, UsageMonth
+
+DAY_SECONDS = 86_400
+SLOTS = 16
+Amount = Literal[
+    "device_seconds", "trained_tokens", "num_created", "num_succeeded", "num_failed", "num_cancelled", "num_plans"
+]
+AMOUNTS: tuple[Amount, ...] = (
+    "device_seconds",
+    "trained_tokens",
+    "num_created",
+    "num_succeeded",
+    "num_failed",
+    "num_cancelled",
+    "num_plans",
+)
+GATHERED = ("used", "tallies")
+"""In a session's `info`: what a transaction adds at its end."""
+_Key = tuple[str, int, str, int]
+
+
+class _Pending:
+    """What this transaction adds."""
+
+    def __init__(self) -> None:
+        self.used: defaultdict[_Key, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.stored: defaultdict[tuple[str, int], int] = defaultdict(int)
+
+
+def day_of(moment: float) -> int:
+    """Days since 1970, in UTC."""
+    return int(moment // DAY_SECONDS)
+
+
+def add(session: Session, job: Job, amount: Amount, number: float, *, now: float) -> None:
+    """The job's project has used so much more today, of the job's base model."""
+    if not number:
+        return
+    slot = zlib.crc32((job.worker_id or job.id).encode()) % SLOTS
+    _pending(session).used[job.project_id, day_of(now), job.base_model, slot][amount] += number
+
+
+def add_plan(session: Session, plan: Plan, *, now: float) -> None:
+    """The project has created one more plan today that a worker has to compute."""
+    slot = zlib.crc32(plan.id.encode()) % SLOTS
+    _pending(session).used[plan.project_id, day_of(now), plan.base_model, slot]["num_plans"] += 1
+
+
+def store(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
+    """The project stores so many bytes more, or fewer: see stored_bytes.py for what counts."""
+    if num_bytes:
+        _pending(session).stored[project_id, day_of(now)] += num_bytes
+
+
+@contextmanager
+def savepoint(session: Session) -> Generator[SessionTransaction]:
+    """`begin_nested`; what is taken back with it is not added."""
+    kept, is_kept = {name: deepcopy(session.info[name]) for name in GATHERED if name in session.info}, False
+    try:
+        with session.begin_nested() as nested:
+            yield nested
+            is_kept = nested.is_active
+    finally:
+        if not is_kept:
+            for name in GATHERED:
+                session.info.pop(name, None)
+            session.info.update(kept)
+
+
+def stored_bytes(session: Session, project_id: str) -> int:
+    """Without what this transaction adds."""
+    return session.scalar(select(StoredBytes.num_bytes).where(StoredBytes.project_id == project_id)) or 0
+
+
+def month_of(moment: float) -> int:
+    """Months since the year 0, in UTC."""
+    date = datetime.fromtimestamp(moment, UTC)
+    return date.year * 12 + date.month - 1
+
+
+def next_month(moment: float) -> float:
+    """When the month after that of `moment` begins."""
+    year, month = divmod(month_of(moment) + 1, 12)
+    return datetime(year, month + 1, 1, tzinfo=UTC).timestamp()
+
+
+def month_seconds(session: Session, project_id: str, *, now: float) -> float:
+    """Device-seconds of the project in this calendar month; without what this transaction adds."""
+    of_month = (UsageMonth.project_id == project_id, UsageMonth.month == month_of(now))
+    return session.scalar(select(func.sum(UsageMonth.device_seconds)).where(*of_month)) or 0.0
+
+
+def total(session: Session, project_id: str, amount: Amount, *, first_day: int) -> float:
+    """What the project has used since that day began, with what this transaction adds."""
+    of_project = (UsageDay.project_id == project_id, UsageDay.day >= first_day)
+    written = session.scalar(select(func.sum(getattr(UsageDay, amount))).where(*of_project)) or 0
+    pending: _Pending | None = session.info.get("used")
+    used = pending.used.items() if pending is not None else ()
+    return written + sum(added[amount] for key, added in used if key[0] == project_id and key[1] >= first_day)
+
+
+def _pending(session: Session) -> _Pending:
+    pending: _Pending | None = session.info.get("used")
+    if pending is None:
+        pending = session.info["used"] = _Pending()
+        at_the_end(session, "daily", _write)
+    return pending
+
+
+def _write(session: Session) -> None:
+    pending: _Pending = session.info.pop("used", None) or _Pending()
+    session.flush()  # all else is written before: a row of a day is held for a moment only
+    for (project_id, day, base_model, slot), amounts in sorted(pending.used.items()):
+        key = {"project_id": project_id, "day": day, "base_model": base_model, "slot": slot}
+        add_to(session, UsageDay, key, {name: amounts[name] for name in AMOUNTS})
+    for (project_id, month, slot), device_seconds in sorted(_by_month(pending).items()):
+        key = {"project_id": project_id, "month": month, "slot": slot}
+        add_to(session, UsageMonth, key, {"device_seconds": device_seconds})
+    for (project_id, day), num_bytes in sorted(pending.stored.items()):
+        if not num_bytes:
+            continue
+        add_to(session, StoredBytes, {"project_id": project_id}, {"num_bytes": num_bytes})
+        held = stored_bytes(session, project_id)
+        upsert(session, StoredDay, [{"project_id": project_id, "day": day, "num_bytes": held}])
+
+
+def _by_month(pending: _Pending) -> dict[tuple[str, int, int], float]:
+    found: defaultdict[tuple[str, int, int], float] = defaultdict(float)
+    for (project_id, day, _, slot), amounts in pending.used.items():
+        if amounts["device_seconds"]:
+            found[project_id, month_of(day * DAY_SECONDS), slot] += amounts["device_seconds"]
+    return found

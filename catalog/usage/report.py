@@ -1,0 +1,147 @@
+"""What was used, as people ask for it: by day, and in a day by organization, project or base model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from catalog.caller import Caller
+from catalog.db.database import Database, read_clock
+from catalog.errors import InvalidRequest
+from catalog.tables import Organization, Project, StoredDay, UsageDay
+from catalog.usage import ledger
+from catalog.usage.ledger import AMOUNTS
+
+_Key = tuple[int, str | None, str | None, str | None]
+"""Day, organization, project, base model."""
+GroupBy = Literal["organization_id", "project_id", "model"]
+_COLUMNS = {
+    "organization_id": Project.organization_id,
+    "project_id": UsageDay.project_id,
+    "model": UsageDay.base_model.label("model"),
+}
+MOST_DAYS = 31
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """Times in seconds since 1970; days are UTC's, and one is told whole where any of it is asked for."""
+
+    start_time: float
+    end_time: float | None = None
+    """None: now."""
+    group_by: Sequence[GroupBy] = ("project_id",)
+    project_ids: Sequence[str] = ()
+    """Of both: by id or name; none named: all that the caller sees."""
+    organization_ids: Sequence[str] = ()
+    models: Sequence[str] = ()
+    num_days: int = 7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Used:
+    """What was used on a day, by an organization or a project, or of a base model."""
+
+    organization_id: str | None
+    project_id: str | None
+    model: str | None
+    amounts: dict[str, float]
+    stored_bytes: int | None = None
+    """None where it is told by base model, of which stored bytes are not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Day:
+    day: int
+    used: list[Used] = field(default_factory=list[Used])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    days: list[Day]
+    next_day: int | None
+    """Where the next page begins."""
+
+
+def report(db: Database, *, caller: Caller, asked: Asked) -> Report:
+    """A page of days, the earliest first. Raises InvalidRequest for a time that ends before it begins."""
+    with db.read() as session:
+        end_time = read_clock(session) if asked.end_time is None else asked.end_time
+        if end_time <= asked.start_time:
+            raise InvalidRequest(
+                f"The time ends at {end_time:.0f}, before it begins.",
+                code="invalid_value",
+                remedy="Give a start_time, in seconds since 1970, that is earlier than end_time.",
+                param="start_time",
+            )
+        first, last = ledger.day_of(asked.start_time), ledger.day_of(end_time - 1e-6)
+        past = min(last + 1, first + asked.num_days)
+        seen = _seen(session, caller, asked)
+        days = _days(session, asked, seen, first, past)
+        return Report(days=days, next_day=past if past <= last else None)
+
+
+def _seen(session: Session, caller: Caller, asked: Asked) -> dict[str, str]:
+    """Ids of the projects that are asked for and that the caller may see, and of their organizations. Those that he
+    may not are as none."""
+    mine = select(Project.id, Project.organization_id)
+    if not caller.is_operator:
+        mine = mine.where(Project.id == caller.project_id)
+    if named := asked.project_ids:
+        mine = mine.where(Project.id.in_(named) | Project.name.in_(named))
+    if named := asked.organization_ids:
+        mine = mine.join(Organization, Organization.id == Project.organization_id)
+        mine = mine.where(Organization.id.in_(named) | Organization.name.in_(named))
+    return {row[0]: row[1] for row in session.execute(mine.order_by(Project.id))}
+
+
+def _days(session: Session, asked: Asked, seen: dict[str, str], first: int, past: int) -> list[Day]:
+    sums = _sums(session, asked, seen, first, past)
+    if "model" not in asked.group_by and not asked.models:
+        for (day, project_id), num_bytes in _stored(session, seen, first, past).items():
+            owner = seen[project_id] if "organization_id" in asked.group_by else None
+            key = (day, owner, project_id if "project_id" in asked.group_by else None, None)
+            nothing: dict[str, float] = dict.fromkeys(AMOUNTS, 0.0)
+            used = sums.get(key) or Used(organization_id=owner, project_id=key[2], model=None, amounts=nothing)
+            sums[key] = replace(used, stored_bytes=(used.stored_bytes or 0) + num_bytes)
+    found: defaultdict[int, list[Used]] = defaultdict(list)
+    for key in sorted(sums, key=lambda key: (key[0], *(name or "" for name in key[1:]))):
+        found[key[0]].append(sums[key])
+    return [Day(day=day, used=found[day]) for day in range(first, past)]
+
+
+def _sums(session: Session, asked: Asked, seen: Collection[str], first: int, past: int) -> dict[_Key, Used]:
+    columns = [column for name, column in _COLUMNS.items() if name in asked.group_by]
+    amounts = [func.sum(getattr(UsageDay, name)).label(name) for name in AMOUNTS]
+    wanted = select(UsageDay.day, *columns, *amounts).join(Project, Project.id == UsageDay.project_id)
+    wanted = wanted.where(UsageDay.project_id.in_(seen), UsageDay.day >= first, UsageDay.day < past)
+    if asked.models:
+        wanted = wanted.where(UsageDay.base_model.in_(asked.models))
+    sums: dict[_Key, Used] = {}
+    for row in session.execute(wanted.group_by(UsageDay.day, *columns)).mappings():
+        owner, project_id, model = (row.get(name) for name in _COLUMNS)
+        told = {name: row[name] for name in AMOUNTS}
+        used = Used(organization_id=owner, project_id=project_id, model=model, amounts=told)
+        sums[row["day"], owner, project_id, model] = used
+    return sums
+
+
+def _stored(session: Session, seen: Collection[str], first: int, past: int) -> dict[tuple[int, str], int]:
+    """At the end of each day, up to today; a day on which nothing changed has what the one before had."""
+    before = select(StoredDay.num_bytes).where(StoredDay.project_id == Project.id, StoredDay.day < first)
+    latest = before.order_by(StoredDay.day.desc()).limit(1).correlate(Project).scalar_subquery()
+    held: dict[str, int | None] = {
+        row[0]: row[1] for row in session.execute(select(Project.id, latest).where(Project.id.in_(seen)))
+    }
+    changes = select(StoredDay).where(StoredDay.project_id.in_(seen), StoredDay.day >= first, StoredDay.day < past)
+    changed = {(row.day, row.project_id): row.num_bytes for row in session.scalars(changes)}
+    found: dict[tuple[int, str], int] = {}
+    for day in range(first, min(past, ledger.day_of(read_clock(session)) + 1)):
+        held |= {project_id: changed[day, project_id] for project_id in seen if (day, project_id) in changed}
+        found |= {(day, project_id): num_bytes for project_id, num_bytes in held.items() if num_bytes is not None}
+    return found

@@ -1,0 +1,67 @@
+"""What counts as a project's stored bytes, counted from the rows.
+
+The counters in `stored_bytes` follow every change (daily.store); cleaning compares them with this recount once a day,
+because workers of an earlier version, which may run during an upgrade, charge only for files and adapters.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from sqlalchemy import Select, func, select, union_all
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, add_if_missing, read_clock
+from catalog.tables import Adapter, Artifact, Checkpoint, File, Job, JobOutput, Prepared, StoredBytes
+from catalog.usage import ledger
+
+log = logging.getLogger("lorry.catalog")
+
+
+def recount(session: Session, project_id: str | None = None) -> dict[str, int]:
+    """Bytes by project, of all projects or of one. A project that stores nothing may be missing.
+
+    An object counts once for each row that refers to it, although the store keeps equal bytes once.
+    """
+    parts = union_all(*_parts()).subquery()
+    total = select(parts.c.project_id, func.sum(parts.c.num_bytes)).group_by(parts.c.project_id)
+    if project_id is not None:
+        total = total.where(parts.c.project_id == project_id)
+    return {owner: int(num_bytes) for owner, num_bytes in session.execute(total)}
+
+
+def reconcile(db: Database) -> int:
+    """Correct the counters that differ from the recount. Returns how many did."""
+    with db.read() as session:
+        counted = recount(session)
+        kept = {row.project_id: row.num_bytes for row in session.scalars(select(StoredBytes))}
+    differing = [owner for owner in sorted(counted | kept) if counted.get(owner, 0) != kept.get(owner, 0)]
+    return sum(_correct(db, project_id) for project_id in differing)
+
+
+def _correct(db: Database, project_id: str) -> bool:
+    """The counter is locked first: what others commit before that is counted, and what they commit later they add."""
+    with db.write() as session:
+        add_if_missing(session, StoredBytes, {"project_id": project_id, "num_bytes": 0})
+        counter = session.get_one(StoredBytes, project_id, with_for_update=True, populate_existing=True)
+        difference = recount(session, project_id).get(project_id, 0) - counter.num_bytes
+        ledger.store(session, project_id, difference, now=read_clock(session))
+    if difference:
+        log.warning("corrected stored bytes project=%s by=%d", project_id, difference)
+    return difference != 0
+
+
+def _parts() -> tuple[Select[str, int], ...]:
+    """Files, adapters, token caches, what jobs resume from, checkpoints as models, and what trainers printed."""
+    adapters = select(Adapter.project_id, Artifact.num_bytes).join(Artifact, Artifact.digest == Adapter.artifact)
+    checkpoints = select(Job.project_id, Artifact.num_bytes).select_from(Checkpoint)
+    checkpoints = checkpoints.join(Job, Job.id == Checkpoint.job_id)
+    caches = (Prepared.artifact.is_not(None), Prepared.project_id.is_not(None))
+    return (
+        select(File.project_id, File.num_bytes).where(File.deleted_at.is_(None)),
+        adapters.where(Adapter.deleted_at.is_(None)),
+        select(Prepared.project_id, Prepared.num_bytes).where(*caches),  # pyright: ignore[reportReturnType]
+        checkpoints.join(Artifact, Artifact.digest == Checkpoint.artifact),
+        checkpoints.join(Artifact, Artifact.digest == Checkpoint.adapter),
+        select(Job.project_id, JobOutput.num_bytes).join(JobOutput, JobOutput.job_id == Job.id),
+    )

@@ -1,0 +1,142 @@
+"""The log of deliveries, and sending one of them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from catalog.audit import log
+from catalog.db.database import Database, read_clock
+from catalog.db.pagination import Page, paginate
+from catalog.errors import Conflict, NotFound
+from catalog.tables import WebhookDelivery, WebhookEndpoint, WebhookTry
+from catalog.webhooks import endpoints
+
+KEPT_SECONDS = 30 * 86_400.0
+"""How long what was delivered, or has failed, is kept."""
+Status = Literal["pending", "delivered", "failed"]
+
+
+def list_page(
+    db: Database,
+    *,
+    project_id: str,
+    endpoint_id: str,
+    status: Status | None = None,
+    after: str | None = None,
+    limit: int = 20,
+) -> Page[WebhookDelivery]:
+    """Newest first. Raises NotFound."""
+    with db.read() as session:
+        endpoints.find(session, project_id=project_id, endpoint_id=endpoint_id)
+        return paginate(
+            session,
+            select(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id),
+            created=WebhookDelivery.created_at,
+            ident=WebhookDelivery.id,
+            after=after,
+            limit=limit,
+            visible=() if status is None else (WebhookDelivery.status == status,),
+        )
+
+
+def get(db: Database, *, project_id: str, delivery_id: str) -> WebhookDelivery:
+    """Raises NotFound."""
+    with db.read() as session:
+        return _find(session, project_id=project_id, delivery_id=delivery_id)[0]
+
+
+def tries(db: Database, delivery_ids: Sequence[str]) -> dict[str, list[WebhookTry]]:
+    """Of each delivery its tries, the first one first."""
+    found: dict[str, list[WebhookTry]] = {delivery_id: [] for delivery_id in delivery_ids}
+    with db.read() as session:
+        wanted = select(WebhookTry).where(WebhookTry.delivery_id.in_(delivery_ids)).order_by(WebhookTry.seq)
+        for row in session.scalars(wanted):
+            found[row.delivery_id].append(row)
+    return found
+
+
+def replay(db: Database, *, project_id: str, delivery_id: str) -> WebhookDelivery:
+    """Send it again now, with the same id; it has all its tries again. One that is being sent stays as it is.
+
+    Raises NotFound; Conflict where its endpoint is disabled.
+    """
+    with db.write() as session:
+        _, endpoint = _find(session, project_id=project_id, delivery_id=delivery_id)
+        endpoint = endpoints.find(session, project_id=project_id, endpoint_id=endpoint.id, lock=True)
+        _check_open(endpoint)
+        locked = select(WebhookDelivery).where(WebhookDelivery.id == delivery_id).with_for_update()
+        row = session.scalars(locked.execution_options(populate_existing=True)).one()
+        now = read_clock(session)
+        if row.claim_id is None or (row.next_try_at or 0.0) <= now:
+            row.status, row.next_try_at, row.ended_at, row.claim_id = "pending", now, None, None
+            row.num_tries_before = row.num_tries
+            told = {"webhook_endpoint_id": endpoint.id, "event_id": row.event_id}
+            log.note(
+                session,
+                "webhook_delivery.replayed",
+                now=now,
+                object_id=row.id,
+                project_id=project_id,
+                details=told,
+            )
+        return row
+
+
+def replay_failed(db: Database, *, project_id: str, endpoint_id: str, since: float) -> int:
+    """Send again what has failed since then, tests left out. How many that are. Raises NotFound; Conflict."""
+    with db.write() as session:
+        endpoint = endpoints.find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True)
+        _check_open(endpoint)
+        now = read_clock(session)
+        failed = (
+            WebhookDelivery.endpoint_id == endpoint_id,
+            WebhookDelivery.created_at >= since,
+            WebhookDelivery.status == "failed",
+            WebhookDelivery.is_test.is_(False),
+        )
+        again = {"status": "pending", "next_try_at": now, "ended_at": None, "claim_id": None}
+        statement = update(WebhookDelivery).where(*failed)
+        done = session.execute(statement.values(**again, num_tries_before=WebhookDelivery.num_tries))
+        number = int(getattr(done, "rowcount", 0))
+        endpoints.note(session, endpoint, "webhook_endpoint.replayed", now=now, since=since, replayed=number)
+        return number
+
+
+def forget(db: Database) -> None:
+    """Delete the log of before, and endpoints that were deleted before that."""
+    with db.write() as session:
+        before = read_clock(session) - KEPT_SECONDS
+        of_any = WebhookDelivery.endpoint_id.in_(select(WebhookEndpoint.id))
+        old = (of_any, WebhookDelivery.created_at < before, WebhookDelivery.next_try_at.is_(None))
+        session.execute(delete(WebhookTry).where(WebhookTry.delivery_id.in_(select(WebhookDelivery.id).where(*old))))
+        session.execute(delete(WebhookDelivery).where(*old))
+        unused = ~select(WebhookDelivery.id).where(WebhookDelivery.endpoint_id == WebhookEndpoint.id).exists()
+        session.execute(delete(WebhookEndpoint).where(WebhookEndpoint.deleted_at < before, unused))
+
+
+def _find(session: Session, *, project_id: str, delivery_id: str) -> tuple[WebhookDelivery, WebhookEndpoint]:
+    mine = select(WebhookDelivery, WebhookEndpoint).join(WebhookEndpoint)
+    found = session.execute(
+        mine.where(
+            WebhookDelivery.id == delivery_id,
+            WebhookEndpoint.project_id == project_id,
+            WebhookEndpoint.deleted_at.is_(None),
+        )
+    ).first()
+    if found is None:
+        remedy = "`lorry webhooks deliveries ENDPOINT` lists those of an endpoint, for 30 days."
+        raise NotFound("webhook delivery", delivery_id, remedy=remedy)
+    return found[0], found[1]
+
+
+def _check_open(endpoint: WebhookEndpoint) -> None:
+    if endpoint.disabled_at is not None:
+        raise Conflict(
+            f"The webhook endpoint {endpoint.name!r} is disabled.",
+            code="webhook_endpoint_disabled",
+            remedy=f"Enable it first: lorry webhooks enable {endpoint.id}.",
+        )

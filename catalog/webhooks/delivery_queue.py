@@ -1,0 +1,256 @@
+"""What is sent next, and what became of it. A claim on a delivery is short: whose process dies leaves it to the next.
+
+Who sends holds no transaction meanwhile. Several processes at once send different deliveries.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import Select, func, or_, select
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database, read_clock, skip_locked
+from catalog.pepper import Pepper
+from catalog.tables import WebhookDelivery, WebhookEndpoint, WebhookTry, new_id
+from catalog.webhooks import endpoints, outbox, sealed_urls, signing
+from catalog.webhooks.event_types import EventType
+from catalog.webhooks.retries import wait_seconds
+
+CLAIM_SECONDS = 60.0
+"""A try ends long before."""
+MAX_IN_FLIGHT = 64
+"""Deliveries that one process sends at the same time."""
+OF_PROJECT = MAX_IN_FLIGHT // 4
+"""And of one project among them."""
+AT_ONCE = 4
+"""Deliveries of one endpoint that are sent at the same time; 1 while it fails."""
+FAILING_SECONDS = 5 * 86_400.0
+"""An endpoint whose tries have all failed for so long is disabled."""
+GONE = 410
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outgoing:
+    """A delivery in the hands of one process."""
+
+    delivery_id: str
+    claim_id: str
+    endpoint_id: str
+    project_id: str
+    url: str | None
+    """None where it can't be decrypted any more."""
+    message_id: str
+    body: bytes
+    signed_with: list[str]
+    """Secrets; none where they can't be made any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one try came to."""
+
+    started_at: float
+    seconds: float
+    status_code: int | None = None
+    error: str | None = None
+    """Why there was no answer, as a sentence."""
+    reply: str | None = None
+    retry_after: float | None = None
+    says_of_endpoint: bool = True
+    """False: it failed before there was a connection, while this service had no room to resolve names."""
+
+    @property
+    def is_success(self) -> bool:
+        return self.status_code is not None and 200 <= self.status_code < 300
+
+
+def claim(db: Database, *, pepper: Pepper, room: int, in_flight: Collection[Outgoing]) -> list[Outgoing]:
+    """Up to `room` deliveries that are due, a few of each endpoint. `in_flight`: those that this process sends now: a
+    slow endpoint holds up only itself, and a project has at most OF_PROJECT.
+
+    The project that has the fewest comes next; of equals, that whose first delivery has been due for longest.
+    """
+    by_endpoint = Counter(outgoing.endpoint_id for outgoing in in_flight)
+    by_project = Counter(outgoing.project_id for outgoing in in_flight)
+    full = [endpoint_id for endpoint_id, number in by_endpoint.items() if number >= AT_ONCE]
+    full_projects = [project_id for project_id, number in by_project.items() if number >= OF_PROJECT]
+    waiting: dict[str, deque[tuple[str, bool]]] = {}
+    with db.read() as session:
+        now = read_clock(session)
+        if session.scalar(_any_due(now, full, full_projects)) is None:
+            return []
+        turns = _turns(now, full, full_projects, busy=list(by_endpoint))
+        for endpoint_id, project_id, is_failing in session.execute(turns):
+            waiting.setdefault(project_id, deque()).append((endpoint_id, is_failing))
+    found: list[Outgoing] = []
+    while waiting and len(found) < room:
+        project_id = min(waiting, key=lambda one: by_project[one])
+        endpoint_id, is_failing = waiting[project_id].popleft()
+        free = (1 if is_failing else AT_ONCE) - by_endpoint[endpoint_id]
+        number = min(free, OF_PROJECT - by_project[project_id], room - len(found))
+        claimed = _claim_of(db, endpoint_id, number, pepper=pepper) if number > 0 else []
+        found += claimed
+        by_project[project_id] += len(claimed)
+        if not waiting[project_id] or by_project[project_id] >= OF_PROJECT:
+            del waiting[project_id]
+    return found
+
+
+def record(db: Database, claimed: Outgoing, outcome: Outcome) -> None:
+    """Note the try; then the delivery has ended or waits for its next. A claim that ran out changes nothing else."""
+    with db.write() as session:
+        endpoint = _lock(session, claimed.endpoint_id)
+        now = read_clock(session)
+        add_try(session, claimed.delivery_id, outcome)
+        mine = (WebhookDelivery.id == claimed.delivery_id, WebhookDelivery.claim_id == claimed.claim_id)
+        delivery = session.scalar(select(WebhookDelivery).where(*mine).with_for_update())
+        if delivery is None:
+            return
+        delivery.num_tries += 1
+        delivery.claim_id = None
+        if outcome.is_success:
+            delivery.status, delivery.next_try_at, delivery.ended_at = "delivered", None, now
+            endpoint.failing_since = None
+            return
+        _go_on(delivery, outcome, now=now)
+        if outcome.says_of_endpoint:
+            _judge(session, endpoint, outcome, now=now)
+
+
+def add_try(session: Session, delivery_id: str, outcome: Outcome) -> None:
+    session.add(
+        WebhookTry(
+            delivery_id=delivery_id,
+            started_at=outcome.started_at,
+            seconds=outcome.seconds,
+            status_code=outcome.status_code,
+            error=outcome.error,
+            reply=outcome.reply,
+        )
+    )
+
+
+def record_test(db: Database, endpoint: WebhookEndpoint, delivery: WebhookDelivery, outcome: Outcome) -> None:
+    """A test is sent once, by who asks for it, and then kept with its one try."""
+    with db.write() as session:
+        now = read_clock(session)
+        delivery.status, delivery.num_tries = "delivered" if outcome.is_success else "failed", 1
+        delivery.created_at = delivery.ended_at = now
+        session.add(delivery)
+        session.flush()
+        add_try(session, delivery.id, outcome)
+        endpoints.note(session, endpoint, "webhook_endpoint.tested", now=now, status_code=outcome.status_code)
+
+
+def new_test(endpoint: WebhookEndpoint, event_type: EventType, *, subject: str, now: float) -> WebhookDelivery:
+    """A row that is not stored yet."""
+    return WebhookDelivery(
+        id=new_id("delivery"),
+        endpoint_id=endpoint.id,
+        event_id=new_id("evt-test"),
+        event_type=event_type,
+        event_at=now,
+        data={"id": subject},
+        created_at=now,
+        status="pending",
+        is_test=True,
+        num_tries=0,
+        num_tries_before=0,
+    )
+
+
+def _any_due(now: float, full: list[str], full_projects: list[str]) -> Select[str]:
+    due = select(WebhookDelivery.id).where(WebhookDelivery.next_try_at <= now)
+    due = due.where(WebhookDelivery.endpoint_id.not_in(full))
+    if full_projects:
+        due = due.join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
+        due = due.where(WebhookEndpoint.project_id.not_in(full_projects))
+    return due.limit(1)
+
+
+def _turns(now: float, full: list[str], full_projects: list[str], *, busy: list[str]) -> Select[str, str, bool]:
+    """Endpoints that something is due for, with their project, the one that waits longest first, and whether they fail:
+    one that does takes no turn while something is sent to it."""
+    waiting = (WebhookDelivery.endpoint_id == WebhookEndpoint.id, WebhookDelivery.next_try_at.is_not(None))
+    first = select(func.min(WebhookDelivery.next_try_at)).where(*waiting).scalar_subquery()
+    is_failing = WebhookEndpoint.failing_since.is_not(None)
+    turns = select(WebhookEndpoint.id, WebhookEndpoint.project_id, is_failing).where(first <= now)
+    turns = turns.where(or_(~is_failing, WebhookEndpoint.id.not_in(busy)))
+    is_open = (WebhookEndpoint.id.not_in(full), WebhookEndpoint.project_id.not_in(full_projects))
+    return turns.where(*is_open).order_by(first)
+
+
+def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: Pepper) -> list[Outgoing]:
+    with db.write() as session:
+        now = read_clock(session)
+        endpoint = session.get_one(WebhookEndpoint, endpoint_id)
+        if endpoint.disabled_at is not None or endpoint.deleted_at is not None:
+            # Its event was written while that was being said.
+            endpoints.give_up_waiting(session, endpoint_id, now=now)
+            return []
+        due = select(WebhookDelivery).where(
+            WebhookDelivery.endpoint_id == endpoint_id,
+            WebhookDelivery.next_try_at.is_not(None),
+            WebhookDelivery.next_try_at <= now,
+        )
+        rows = list(session.scalars(skip_locked(due.order_by(WebhookDelivery.next_try_at).limit(number))))
+        for row in rows:
+            row.claim_id, row.next_try_at = new_id("claim"), now + CLAIM_SECONDS
+        secrets = _secrets(endpoint, pepper, now=now)
+        url = _url(endpoint, pepper)
+        return [_outgoing(row, endpoint, url, secrets) for row in rows]
+
+
+def _outgoing(row: WebhookDelivery, endpoint: WebhookEndpoint, url: str | None, secrets: list[str]) -> Outgoing:
+    return Outgoing(
+        delivery_id=row.id,
+        claim_id=row.claim_id or "",
+        endpoint_id=endpoint.id,
+        project_id=endpoint.project_id,
+        url=url,
+        message_id=row.event_id,
+        body=signing.body_of(row),
+        signed_with=secrets,
+    )
+
+
+def _url(endpoint: WebhookEndpoint, pepper: Pepper) -> str | None:
+    try:
+        return sealed_urls.get(endpoint, peppers=pepper.all())
+    except sealed_urls.UrlLost:
+        return None
+
+
+def _secrets(endpoint: WebhookEndpoint, pepper: Pepper, *, now: float) -> list[str]:
+    try:
+        return signing.good(endpoint, pepper, now=now)
+    except signing.SecretLost:
+        return []
+
+
+def _lock(session: Session, endpoint_id: str) -> WebhookEndpoint:
+    wanted = select(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id)
+    return session.scalars(wanted.with_for_update(key_share=True)).one()
+
+
+def _go_on(delivery: WebhookDelivery, outcome: Outcome, *, now: float) -> None:
+    """It waits for its next try, or has had them all."""
+    wait = wait_seconds(delivery.num_tries - delivery.num_tries_before, retry_after=outcome.retry_after)
+    delivery.next_try_at = None if wait is None else now + wait
+    if wait is None:
+        delivery.status, delivery.ended_at = "failed", now
+
+
+def _judge(session: Session, endpoint: WebhookEndpoint, outcome: Outcome, *, now: float) -> None:
+    """Disable an endpoint that says that it is gone, or that has failed for days; its project's others are told."""
+    endpoint.failing_since = since = now if endpoint.failing_since is None else endpoint.failing_since
+    is_gone = outcome.status_code == GONE
+    if not is_gone and since > now - FAILING_SECONDS:
+        return
+    if endpoint.disabled_at is None and endpoint.deleted_at is None:
+        endpoints.shut(session, endpoint, reason="gone" if is_gone else "failing", now=now)
+        outbox.endpoint_disabled(session, endpoint, now=now)
+        endpoints.note(session, endpoint, "webhook_endpoint.disabled", now=now, reason=endpoint.disabled_reason)

@@ -1,0 +1,1 @@
+"""One job's parameters, gradients and optimizer state as flat vectors."""

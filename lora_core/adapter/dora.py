@@ -1,0 +1,53 @@
+# pyright: basic
+"""The part of one job in one linear with DoRA (arXiv 2402.09353): W's rows keep their direction, and learn a length.
+
+y = b + c·(W x + scale·B A x), with c = m / ‖W + scale·B A‖ by output. The norm is a constant to the gradient
+(section 4.3) and is taken once a step, by the row. Dropout, as in PEFT, is before all that training changes:
+y = b + W x + (c - 1)·W d + c·scale·B A d, with d = dropout(x). Letters as in lora_linear.py.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core.adapter.flat_adapter import MagnitudeViews, SiteViews
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MagnitudeBranch:
+    """What the backward needs: v = W d + scale·B A d, and whether d is other than x."""
+
+    v_tO: Tensor
+    with_dropout: bool
+
+
+def add_magnitude(
+    y_tO: Tensor,
+    d_tD: Tensor,
+    h_tR: Tensor,
+    views: SiteViews,
+    *,
+    weight_OD: Tensor,
+    bias_O: Tensor | None,
+    with_dropout: bool,
+) -> MagnitudeBranch:
+    """Make y = W x + b the output of the adapted linear, in place; h = scale·d Aᵀ.
+
+    Where nothing has been learned yet c is 1 and y stays as it is.
+    """
+    assert views.magnitude is not None
+    c_O = views.magnitude.factor_O
+    without_bias_tO = y_tO if bias_O is None else y_tO - bias_O
+    base_tO = F.linear(d_tD, weight_OD) if with_dropout else without_bias_tO
+    lora_tO = h_tR @ views.b_OR.T
+    v_tO = base_tO + lora_tO
+    y_tO.copy_(y_tO + (c_O - 1) * base_tO + c_O * lora_tO)
+    return MagnitudeBranch(v_tO=v_tO, with_dropout=with_dropout)
+
+
+def add_magnitude_gradient(dy_tO: Tensor, branch: MagnitudeBranch, magnitude: MagnitudeViews) -> Tensor:
+    """Accumulate dm = Σ dy·v / ‖W + scale·B A‖ into the row. Returns c·dy, what v receives."""
+    products_tO = dy_tO.to(magnitude.factor_O.dtype) * branch.v_tO
+    magnitude.grad_O.add_(products_tO.sum(0) / magnitude.norm_O)
+    return (dy_tO * magnitude.factor_O).to(dy_tO.dtype)

@@ -1,0 +1,67 @@
+# pyright: basic
+"""Where A and B begin: what PEFT calls `init_lora_weights`. Each is a pure function of seed, module and weight.
+
+PiSSA (arXiv 2404.02948): W's r largest singular values and vectors, scale·B A = U_r S_r V_rᵀ. OLoRA (arXiv
+2406.01775): the first r columns and rows of W = Q R. Those begin with an update that is not zero, which is
+subtracted from the base model: adapters.py keeps it beside the row. Letters as in adapters.py.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_core.config import LoraConfig
+from lora_core.runtime.counter_rng import normal, uniform
+
+OVERSAMPLED = 8
+"""Directions beyond the rank that the randomised decomposition looks at, against the error of the last ones."""
+
+
+def initial_a(lora: LoraConfig, module: str, *, seed: int, rank: int, in_features: int) -> Tensor:
+    """fp32 [R, D]. default: Kaiming-uniform with a = √5, that is U(-1/√D, 1/√D); gaussian: N(0, 1/R²)."""
+    if lora.init_lora_weights == "gaussian":
+        numbers = normal("lora_A", seed, module, count=rank * in_features) / rank
+    else:
+        numbers = (2 * uniform("lora_A", seed, module, count=rank * in_features) - 1) * in_features**-0.5
+    return torch.from_numpy(numbers.astype(np.float32)).view(rank, in_features)
+
+
+def start_work(lora: LoraConfig, module: str, shape: tuple[int, int]) -> int:
+    """Multiplications that the start on a weight of this shape takes, about: it says what is long, not how long."""
+    rank, num_weights = lora.rank_of(module), shape[0] * shape[1]
+    if not lora.subtracts_start:
+        return rank * shape[1]
+    if lora.init_lora_weights == "olora" or lora.pissa_iterations is None:
+        return num_weights * min(shape)
+    return num_weights * (rank + OVERSAMPLED) * 2 * (lora.pissa_iterations + 1)
+
+
+def decomposed(lora: LoraConfig, module: str, weight_OD: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """(A [R, D], B [O, R]) of PiSSA or OLoRA, fp32, on the weight's device."""
+    rank, scale = lora.rank_of(module), lora.scale_of(module)
+    weight_OD = weight_OD.float()
+    if lora.init_lora_weights == "olora":
+        q_OK, r_KD = torch.linalg.qr(weight_OD)
+        return r_KD[:rank], q_OK[:, :rank]
+    num_iterations = lora.pissa_iterations
+    if num_iterations is None:
+        u_OK, s_K, v_KD = torch.linalg.svd(weight_OD, full_matrices=False)
+    else:
+        u_OK, s_K, v_KD = _randomised_svd(weight_OD, module, rank=rank, num_iterations=num_iterations, seed=seed)
+    root_R = (s_K[:rank] / scale).sqrt()
+    return root_R[:, None] * v_KD[:rank], u_OK[:, :rank] * root_R
+
+
+def _randomised_svd(
+    weight_OD: Tensor, module: str, *, rank: int, num_iterations: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Halko et al., SIAM Review 2011, algorithms 4.4 and 5.1: U, S, Vᵀ of the largest few singular values."""
+    num_columns = min(rank + OVERSAMPLED, *weight_OD.shape)
+    numbers = normal("pissa", seed, module, count=weight_OD.shape[1] * num_columns)
+    start_DK = torch.from_numpy(numbers.astype(np.float32)).view(-1, num_columns).to(weight_OD.device)
+    q_OK = torch.linalg.qr(weight_OD @ start_DK)[0]
+    for _ in range(num_iterations):
+        q_DK = torch.linalg.qr(weight_OD.T @ q_OK)[0]
+        q_OK = torch.linalg.qr(weight_OD @ q_DK)[0]
+    u_KK, s_K, v_KD = torch.linalg.svd(q_OK.T @ weight_OD, full_matrices=False)
+    return q_OK @ u_KK, s_K, v_KD

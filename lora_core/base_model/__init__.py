@@ -1,0 +1,1 @@
+"""Load, patch, shard and quantize a base model, and its identity."""

@@ -1,0 +1,223 @@
+# pyright: basic
+"""Reads a folder of config.json and weights with transformers, and refuses by name what can't be trained here.
+
+No pickle, no trust_remote_code, no auto_map: what can't be had without running its code is refused.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from lora_core.errors import UnsupportedModel
+from lora_core.layers.task_heads import NUM_PLACEHOLDER_CLASSES, Task, task_head_of
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+IMPLEMENTATION = re.compile(r"(attn|experts)_implementation", re.IGNORECASE)
+BUILT_IN = (None, True, False, "eager", "sdpa")
+"""Values of such a key that load nothing. Any other may name a kernel of the hub, which is native code."""
+KERNELS = ("use_kernels", "kernel_config")
+REFERENCE = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?")
+"""OWNER/NAME of a repository of the hub, with a revision and a part of it."""
+NAMES_OF_ORIGIN = re.compile(r"name_or_path$|^(base_)?model(_name)?$")
+"""Keys that say what a model was made of. Nothing is loaded by them."""
+LABELS = ("id2label", "label2id")
+"""Objects of a classifier's labels, such as "N/A", which are texts."""
+
+
+AUTO_MODELS: dict[Task, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+
+
+def read_config(folder: Path, task: Task = "causal-lm") -> Any:
+    """The config of a folder. Raises UnsupportedModel if it asks for code or has no dense model for the task."""
+    refuse_code(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise refused(f"config.json of {folder.name!r} can't be read: {error}") from error
+    refuse_towers(config)
+    if type(config) not in AUTO_MODELS[task]._model_mapping:
+        kind = {"causal-lm": "causal language model", "sequence-classification": "classifier of sequences"}[task]
+        raise refused(f"{config.model_type!r} has no {kind}")
+    if task == "sequence-classification":
+        config.num_labels = NUM_PLACEHOLDER_CLASSES
+    refuse_unpackable(config)
+    return config
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The files that transformers would read the weights from; [] if there are none. Raises UnsupportedModel.
+
+    Whatever else lies beside them (other formats, an original in another layout) takes no part.
+    """
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise refused(f"{INDEX} can't be read") from error
+    foreign = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]
+    if foreign or not names:
+        raise refused(f"{INDEX} names {foreign[0]!r}" if foreign else f"{INDEX} names no file")
+    return names
+
+
+def refuse_code(folder: Path) -> None:
+    """No file of the folder may name Python code to load."""
+    for path in sorted(folder.glob("*.json")):
+        if path.name.endswith((".index.json", "tokenizer.json", "vocab.json")):
+            continue
+        try:
+            content = json.loads(path.read_text())
+        except (ValueError, RecursionError) as error:
+            raise refused(f"{path.name} is not valid JSON") from error
+        for parent, key, value in _entries(content):
+            may_refer = path.name == "config.json" and parent not in LABELS
+            if (why := _why_code(key, value, may_refer=may_refer)) is not None:
+                raise refused(f"{path.name} has {key!r}, {why}")
+
+
+def _entries(content: Any, parent: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(key of the object, key, value) of every entry of every object, however deep."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield parent, key, value
+            yield from _entries(value, key)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _entries(value)
+
+
+def _why_code(key: str, value: Any, *, may_refer: bool) -> str | None:
+    """Why an entry might have transformers load code that does not come with it. may_refer: it is read as more than a
+    text."""
+    if key == "auto_map":
+        return "which means that it needs code of its own"
+    if IMPLEMENTATION.search(key) and not (value is None or (isinstance(value, bool | str) and value in BUILT_IN)):
+        return f"which names an implementation that may be loaded as code, {str(value)[:100]!r}; remove the entry"
+    if key.lower() in KERNELS and value:
+        return "which has kernels loaded as code; remove the entry"
+    is_reference = isinstance(value, str) and REFERENCE.fullmatch(value) is not None
+    if may_refer and is_reference and not NAMES_OF_ORIGIN.search(key):
+        return f"which refers to a repository, {str(value)[:100]!r}; remove the entry"
+    return None
+
+
+def built_in_attention(config: Any, task: Task = "causal-lm") -> str:
+    """The attention that transformers chooses by itself, said in full so that nothing in a config takes its place.
+    An engine puts its own in."""
+    classes: Any = AUTO_MODELS[task]._model_mapping
+    found = classes[type(config)]
+    model_class = found[0] if isinstance(found, tuple) else found
+    return "sdpa" if model_class._supports_sdpa else "eager"
+
+
+def refuse_quantized(config: Any) -> None:
+    """Weights in another library's format, which that library's code would read."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise refused("its weights are quantised")
+
+
+def refuse_towers(config: Any) -> None:
+    """What reads images or sound beside text is several models in one, of which transformers builds all."""
+    towers = {"images": "vision_config", "sound": "audio_config"}
+    read = [f"{what} ({name})" for what, name in towers.items() if getattr(config, name, None) is not None]
+    if read:
+        raise UnsupportedModel(
+            f"Models of type {config.model_type!r} aren't supported: this one reads {' and '.join(read)} beside text.",
+            remedy="Give a checkpoint of a language model alone: of Gemma 3 those of 270M and 1B (model_type "
+            "'gemma3_text'), or a dense decoder such as a Llama, Qwen3, Mistral or GPT-2 model.",
+        )
+
+
+def refuse_unpackable(config: Any) -> None:
+    """Experts mix the tokens of jobs; recurrent and convolutional layers carry state across sequences, and rotary
+    frequencies of kind 'dynamic' carry it across passes."""
+    experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if any(getattr(config, name, None) for name in experts):
+        raise unpackable(config, "routes tokens to experts")
+    allowed = {"full_attention", "sliding_attention", "attention"}
+    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - allowed)
+    if foreign:
+        raise unpackable(config, f"has layers of kind {foreign}")
+    dynamic = [kind for kind in _rotary_kinds(config) if "dynamic" in kind]
+    if dynamic:
+        raise UnsupportedModel(
+            f"Models of type {config.model_type!r} with rope_type {dynamic[0]!r} aren't supported: their rotary "
+            "frequencies depend on the longest sequence of former passes.",
+            remedy="Give a copy with rope_type 'default' in its config.json, which for a Llama-like model computes the "
+            "same up to max_position_embeddings, or choose another model.",
+        )
+
+
+def _rotary_kinds(config: Any) -> list[str]:
+    """Of the whole model, or of each type of layer."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return [str(part.get("rope_type")) for part in parts]
+
+
+def unpackable(config: Any, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"Models of type {config.model_type!r} aren't supported: this one {reason}.",
+        remedy="Choose a dense decoder such as a Llama, Qwen, Mistral, Gemma or GPT-2 model.",
+    )
+
+
+def load_with_transformers(
+    folder: Path, *, dtype: torch.dtype, task: Task = "causal-lm", **source: Any
+) -> PreTrainedModel:
+    """The model with every weight from the files: a missing one would be random. No pickle is read. Raises
+    UnsupportedModel.
+
+    With a head for sequences, all but that: the head comes with a job. Heads of other tasks are left in the files.
+    """
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
+    if "gguf_file" in source:
+        options["attn_implementation"] = "eager"  # it is saved, and never run
+    else:
+        config = read_config(folder, task)
+        refuse_quantized(config)
+        options["attn_implementation"] = built_in_attention(config, task)
+        if not weight_names(folder):
+            raise refused("its folder has no weights as safetensors")
+        options["use_safetensors"] = True
+    try:
+        loaded: Any = AUTO_MODELS[task].from_pretrained(
+            folder, dtype=dtype, ignore_mismatched_sizes=task != "causal-lm", **options, **source
+        )
+    except RuntimeError as error:
+        raise mismatch("a weight has another shape") from error
+    model, report = loaded
+    wrong = [*report["missing_keys"], *report["unexpected_keys"]]
+    head = task_head_of(model)
+    if head is not None:
+        shapes = [key for key, *_ in report["mismatched_keys"]]
+        wrong = [name for name in [*report["missing_keys"], *shapes] if not name.startswith(f"{head.path}.")]
+    if wrong:
+        raise mismatch(f"{wrong[0]} is missing or unknown")
+    return model
+
+
+def mismatch(reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"The weights don't match config.json: {reason}.",
+        remedy="Import the base model again from a complete source.",
+    )
+
+
+def refused(reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"This base model is refused: {reason}.",
+        remedy="Give a causal language model that transformers knows, as safetensors or GGUF.",
+    )

@@ -1,0 +1,275 @@
+# pyright: basic
+"""Makes the linears of a base model serve packs, and takes that back without a trace.
+
+Each linear, each block, and what rms_norm.py, rotary.py, longrope.py, swiglu.py, residual_block.py and
+lora_core/layers/compiled_elementwise.py find, gets its own `forward` on the instance: no module is replaced, no name or
+parameter changes. Outside a running pack each computes exactly what it did before.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_core.adapter.flat_adapter import Target
+from lora_core.adapter.modules_to_save import path_of
+from lora_core.base_model.blocks import find_blocks, pass_block
+from lora_core.base_model.sharding import is_whole
+from lora_core.config import ALL_LINEAR, LoraConfig
+from lora_core.errors import NoTargets
+from lora_core.kernels.batch_invariant import ExactProducts, own_forward
+from lora_core.kernels.selection import Kernels, choose_kernels
+from lora_core.layers.activation_checkpointing import blocks_of, checkpointed
+from lora_core.layers.attention import packed
+from lora_core.layers.compiled_elementwise import fused_parts
+from lora_core.layers.embeddings import forward_embedding, forward_embedding_watched
+from lora_core.layers.fused_projections import Siblings, find_siblings, forward_siblings, taken_from_ahead
+from lora_core.layers.grouped_lora import SegmentOp
+from lora_core.layers.longrope import rotations_by_length
+from lora_core.layers.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
+from lora_core.layers.residual_block import faster_blocks
+from lora_core.layers.rms_norm import faster_norms
+from lora_core.layers.rotary import faster_rotations
+from lora_core.layers.swiglu import faster_mlps
+from lora_core.layers.task_heads import task_head_of
+from lora_core.module_paths import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
+from lora_core.packing.packed_batch import current_kernels, current_pack
+
+LOGGER = logging.getLogger(__name__)
+
+
+def find_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linears that an adapter may change, by module path: all but the output or task head, as in PEFT."""
+    head, task_head = model.get_output_embeddings(), task_head_of(model)
+    in_head = "" if task_head is None else f"{task_head.path}."
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not head
+        and not (in_head and f"{name}.".startswith(in_head))
+    }
+
+
+def target_of(name: str, linear: nn.Module) -> Target:
+    if isinstance(linear, Conv1D):
+        return Target(name=name, in_features=linear.nx, out_features=linear.nf)
+    assert isinstance(linear, nn.Linear)
+    return Target(name=name, in_features=linear.in_features, out_features=linear.out_features)
+
+
+def choose_targets(linears: dict[str, nn.Module], lora: LoraConfig) -> tuple[Target, ...]:
+    """Linears that `lora` names, in the model's order. Raises NoTargets for a name that matches nothing."""
+    try:
+        wanted = _in_layers(_wanted(linears, lora), lora.layers_to_transform)
+        for field, pairs in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+            for key, _ in pairs:
+                if not any(matches_pattern(path, end_pattern(key)) for path in wanted):
+                    raise _unmatched(f"lora.{field} names {key!r}, which matches no adapted layer.", linears)
+    except PatternTooSlow as error:
+        raise NoTargets(
+            f"The regular expression {str(error)!r} takes too long to match a module's path.",
+            remedy="Write it without nested repetitions, such as (a+)+, or give names.",
+        ) from error
+    return tuple(target_of(path, linears[path]) for path in wanted)
+
+
+def _wanted(linears: dict[str, nn.Module], lora: LoraConfig) -> list[str]:
+    wanted, pattern = lora.target_modules, lora.target_pattern
+    if wanted == ALL_LINEAR:
+        return list(linears)
+    if pattern is not None:
+        found = [path for path in linears if matches_pattern(path, pattern)]
+        if not found:
+            raise _unmatched(f"The regular expression {pattern!r} matches no linear layer of this base model.", linears)
+        return found
+    suffixes = (wanted,) if isinstance(wanted, str) else wanted
+    for suffix in suffixes:
+        if not any(matches(path, suffix) for path in linears):
+            sentence = f"lora.target_modules names {suffix!r}, which matches no linear layer of this base model."
+            raise _unmatched(sentence, linears)
+    return [path for path in linears if any(matches(path, suffix) for suffix in suffixes)]
+
+
+def _in_layers(paths: list[str], layers: tuple[int, ...] | None) -> list[str]:
+    if layers is None:
+        return paths
+    existing = {layer_of(path) for path in paths}
+    for layer in layers:
+        if layer not in existing:
+            numbers = sorted(layer for layer in existing if layer is not None)
+            raise NoTargets(
+                f"lora.layers_to_transform names {layer}, but no targeted linear layer is in a block of that number.",
+                remedy=f"Use numbers among: {', '.join(map(str, numbers)) or 'none'}; or leave it out.",
+            )
+    return [path for path in paths if layer_of(path) in layers]
+
+
+def _unmatched(sentence: str, linears: dict[str, nn.Module]) -> NoTargets:
+    existing = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
+    return NoTargets(sentence, remedy=f"Use 'all-linear' or names among: {existing}.")
+
+
+class Attachment:
+    """The attached state of one model; `leaf` is what makes autograd visit adapted linears.
+
+    `kernels`: else those that are chosen for the model's device and dtype; with `exact_products` such that packmates
+    change no bit on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kernels: Kernels | None = None,
+        *,
+        exact_products: bool = True,
+        is_divided: bool = False,
+    ) -> None:
+        """is_divided: among ranks; then nothing reads a weight but the module that it belongs to, while it computes."""
+        self.model = model
+        self.is_divided = is_divided
+        self.exact_products = exact_products
+        self.linears = find_linears(model)
+        self.kernels = kernels or replace(
+            choose_kernels(model.device, model.dtype),
+            exact_products=ExactProducts() if exact_products and model.device.type == "cpu" else None,
+        )
+        for reason in self.kernels.reasons:
+            LOGGER.warning("%s", reason)
+        self.segment_op = SegmentOp(self.kernels.lora)
+        self.blocks = find_blocks(model)
+        self._siblings = {} if is_divided else find_siblings(self.linears)
+        self.leaf = torch.zeros((), device=model.device, requires_grad=True)
+        faster = [] if is_divided else _faster_parts(model, self.kernels)
+        self._parts = [*faster, *faster_rotations(model), *rotations_by_length(model)]
+        self._blocks = blocks_of(model)
+        self._attention = model.config._attn_implementation or "eager"
+        self._attach()
+
+    def _attach(self) -> None:
+        packed.register()
+        self.model.set_attn_implementation(packed.NAME)
+        for name, linear in self.linears.items():
+            linear.forward = partial(forward_linear, linear, name, self.leaf, self.segment_op)
+        for name, siblings in self._siblings.items():
+            linear = self.linears[name]
+            linear.forward = partial(forward_first, siblings, linear, self.leaf)
+        for module, forward in self._parts:
+            module.forward = forward
+        for block in self._blocks:
+            block.forward = partial(checkpointed, block.forward)
+        for number, block in enumerate(self.blocks.modules):
+            block.forward = partial(pass_block, block.forward, number)
+        pooler = getattr(self.model.base_model, "pooler", None)
+        if pooler is not None:
+            pooler.forward = partial(forward_pooler, pooler)
+        embedding = self.model.get_input_embeddings()
+        forward = forward_embedding_watched if self.is_divided else forward_embedding
+        embedding.forward = partial(forward, cast(nn.Embedding, embedding), path_of(self.model, embedding), self.leaf)
+
+    def detach(self) -> None:
+        patched = [*self.linears.values(), self.model.get_input_embeddings(), *(module for module, _ in self._parts)]
+        patched += [*self._blocks, *self.blocks.modules]
+        pooler = getattr(self.model.base_model, "pooler", None)
+        for module in dict.fromkeys(patched if pooler is None else [*patched, pooler]):
+            del module.forward
+        self.model.set_attn_implementation(self._attention)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The untouched model, for a reference library to work on."""
+        self.detach()
+        try:
+            yield
+        finally:
+            self._attach()
+
+
+def _faster_parts(model: PreTrainedModel, kernels: Kernels) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Norms, gated MLPs and whole blocks that this device computes in fewer passes over memory; a block comes after its
+    parts."""
+    if kernels.elementwise == "compiled":
+        return fused_parts(model)
+    norms = faster_norms(model)
+    return [*norms, *faster_mlps(model), *faster_blocks(model, [norm for norm, _ in norms])]
+
+
+def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: SegmentOp, x: Tensor) -> Tensor:
+    """x [..., D] to [..., O]: the plain linear outside a pack, the packed one inside."""
+    pack = current_pack()
+    if pack is None:
+        return type(linear).forward(linear, x)
+    ahead = taken_from_ahead(name, x)
+    if ahead is not None:
+        return ahead
+    x_TD = x.reshape(-1, x.shape[-1])
+    every = pieces_of(pack.segments, name)
+    pieces, runs = segment_op.divide(name, every, x_TD)
+    plain = plain_weight(linear)
+    if plain is not None:
+        y_TO = PackedLinear.apply(x_TD, leaf if every else None, plain, pieces, runs)
+    else:
+        y_TO = own_forward(linear, x_TD, target_of(name, linear).out_features, current_kernels().exact_products)
+        y_TO = PackedDelta.apply(y_TO, x_TD, leaf, pieces, runs) if every else y_TO
+    return y_TO.view(*x.shape[:-1], -1)
+
+
+def forward_first(siblings: Siblings, linear: nn.Module, leaf: Tensor, x: Tensor) -> Tensor:
+    """The first of siblings, which computes the others with it inside a pack."""
+    pack = current_pack()
+    return type(linear).forward(linear, x) if pack is None else forward_siblings(siblings, pack, leaf, x)
+
+
+def forward_pooler(pooler: nn.Module, hidden: Tensor) -> Tensor | None:
+    """Nothing in the pass over tokens, where it would see the first sequence alone; see
+    lora_core/forward/classification.py."""
+    pack = current_pack()
+    return type(pooler).forward(pooler, hidden) if pack is None or pack.is_pooled else None
+
+
+def frozen_weights(
+    linears: dict[str, nn.Module], targets: tuple[Target, ...], lora: LoraConfig
+) -> dict[str, Tensor] | None:
+    """The weight [O, D] of each target, by name; none is copied, and there are none where `lora` needs none.
+
+    Raises NoTargets where one can't be read, or is too small for what is decomposed from it.
+    """
+    if not (lora.use_dora or lora.subtracts_start):
+        return None
+    field = "use_dora" if lora.use_dora else f"init_lora_weights={lora.init_lora_weights}"
+    weights: dict[str, Tensor] = {}
+    for target in targets:
+        plain = plain_weight(linears[target.name])
+        if plain is None:
+            raise NoTargets(
+                f"lora.{field} needs the weights of {target.name}, which the base doesn't hold as plain numbers.",
+                remedy=f"Leave out lora.{field}, or train on the base model as it is, not quantised.",
+            )
+        if lora.subtracts_start and lora.rank_of(target.name) > min(plain.weight_OD.shape):
+            raise NoTargets(
+                f"lora.{field} has nothing to begin with for rank {lora.rank_of(target.name)} of {target.name}, "
+                f"which is {target.out_features} by {target.in_features}.",
+                remedy="Give it no higher rank than its smaller side, by lora.rank or lora.rank_pattern.",
+            )
+        weights[target.name] = plain.weight_OD
+    return weights
+
+
+def plain_weight(linear: nn.Module) -> PlainWeight | None:
+    """The weight that a GEMM can read; None for a quantised linear with a forward of its own, and for one of a divided
+    block that doesn't compute."""
+    weight = linear.weight
+    if not isinstance(weight, Tensor) or not is_whole(weight):
+        return None
+    if type(linear) is nn.Linear:
+        return PlainWeight(weight_OD=linear.weight, bias_O=linear.bias)
+    if type(linear) is Conv1D:
+        return PlainWeight(weight_OD=linear.weight.T, bias_O=linear.bias)
+    return None

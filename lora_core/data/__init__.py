@@ -1,0 +1,1 @@
+"""Tokens, their order, work units and microbatches. Knows no model."""

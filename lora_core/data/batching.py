@@ -1,0 +1,49 @@
+# pyright: basic
+"""The work of a job in one piece: an optimizer step, or a pass over the held-out set, cut into slices."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lora_core.config import JobConfig, Kind
+from lora_core.data.token_dataset import TokenDataset, cut_slices, rows_of_examples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """A step or an evaluation: its slices (rows of `dataset`), and the labels and tokens of them all.
+
+    The loss is a mean over `num_terms`: labels, pairs, or single answers. Token accuracy is one over
+    `num_accuracy_labels`: all labels, or those of the chosen answers of pairs. `measures_point`: a pass before a step
+    or an evaluation of KTO, over answers to which another's prompt was put (kto_pairs.py); then no loss is summed.
+    """
+
+    kind: Kind
+    dataset: TokenDataset
+    slices: tuple[tuple[int, ...], ...]
+    tokens_of_slices: tuple[int, ...]
+    num_labels: int
+    num_tokens: int
+    num_terms: int
+    num_accuracy_labels: int
+    measures_point: bool = False
+
+
+def make_unit(kind: Kind, dataset: TokenDataset, examples: Iterable[int], config: JobConfig) -> Unit:
+    """The examples, in their order, as slices; an example is a row, or a pair of rows that stay together."""
+    width = config.objective.rows_per_example
+    lengths, examples = dataset.row_lengths(), list(examples)
+    cuts = cut_slices(examples, lengths.reshape(-1, width).sum(axis=1), slice_tokens=config.slice_tokens)
+    slices = tuple(rows_of_examples(cut, width) for cut in cuts)
+    grades = config.objective.grades_sequences  # then each row is one label
+    labels = [1 if grades else int(dataset.row(row)[1].sum()) for part in slices for row in part]
+    tokens_of_slices = tuple(int(lengths[list(part)].sum()) for part in slices)
+    return Unit(
+        kind=kind,
+        dataset=dataset,
+        slices=slices,
+        tokens_of_slices=tokens_of_slices,
+        num_labels=sum(labels),
+        num_tokens=sum(tokens_of_slices),
+        num_terms=len(examples) if config.objective.is_preference else sum(labels),
+        num_accuracy_labels=sum(labels[::width]),
+    )

@@ -1,0 +1,1 @@
+"""Ranks, collectives, and the first failure among them."""

@@ -1,0 +1,347 @@
+# pyright: basic
+"""One resident job: which slice comes next, and what the scores of a slice change.
+
+Work comes in units: one optimizer step, or one pass over the held-out set. A unit is a list of slices that
+depends on the job alone. Only a completed step changes the weights, so a dropped unit can be replayed.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.gradients import SliceGradients
+from lora_core.adapter.optimizer import gradient_norm, learning_rate_at, optimizer_step, stays_finite
+from lora_core.config import JobConfig, Kind
+from lora_core.data.batching import Unit, make_unit
+from lora_core.data.kto_pairs import mismatched
+from lora_core.data.token_dataset import TokenDataset, data_digest, rows_of_step
+from lora_core.distributed.ranks import ALONE, Ranks
+from lora_core.engine.divergence import is_dead
+from lora_core.engine.early_stopping import Selection
+from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
+from lora_core.losses.scoring import SliceScores
+from lora_core.packing.neftune import NoiseKey
+from lora_core.packing.packed_batch import DropoutKey, SliceInput
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """What the slices of the current unit have given so far; loss in nats, summed over labels or pairs."""
+
+    next_slice: int = 0
+    loss_sum: float = 0.0
+    num_correct: int = 0
+    chosen_sum: float = 0.0
+    rejected_sum: float = 0.0
+    num_ordered: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """What a checkpoint keeps beside the vectors: completed steps, the last evaluated one (-1: none), tokens, and
+    what the evaluations have decided."""
+
+    step: int = 0
+    last_evaluated_step: int = -1
+    num_tokens: int = 0
+    num_supervised_tokens: int = 0
+    selection: Selection = field(default_factory=Selection)
+
+
+class Job:
+    """`served` is the engine's account of tokens, for turns; `pending` events are due at the next tick.
+
+    `best`: the weights of the best evaluation so far, fp32 like the row's p; None where the last ones are kept.
+    `reference_point`: KTO's, of the unit that is computed; no checkpoint has it, since it follows from the weights.
+    `entry_block`: where its sequences may enter the base (prefix_cache.py); 0 where nothing is kept of them.
+    `shortages`: attempts of it that memory has ended before; ticks are smaller while it is resident (fair_queue.py).
+    `is_torn`: an update broke off half way; nothing may be made of the row.
+    `reference`: what the objective compares with, where it does. `parent_sha256`: of the weights that it began with.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: JobConfig,
+        *,
+        row: AdapterRow,
+        train: TokenDataset,
+        valid: TokenDataset | None,
+        progress: Progress,
+        best: Tensor | None = None,
+        is_started: bool = True,
+        reference: AdapterRow | None = None,
+        parent_sha256: str | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """is_started: the row is filled; else `starting` fills it, in pieces, and is None at its end."""
+        self.name = name
+        self.config = config
+        self.row = row
+        self.train = train
+        self.valid = valid
+        self.progress = progress
+        self.served = self.shortages = 0
+        self.best = best
+        self.starting = None if is_started else row.starting(config.seed)
+        self.entry_block = 0
+        self.reference = reference
+        self.parent_sha256 = parent_sha256
+        self.is_torn = False
+        self._gradients = SliceGradients(row=row, ranks=ranks)
+        self.unit: Unit | None = None
+        self.tally = Tally()
+        self.reference_point: float | None = None
+        self.pending: list[Event] = self._begin_unit()
+
+    @cached_property
+    def data_digest(self) -> str:
+        return data_digest(self.train, self.valid)
+
+    @property
+    def num_examples(self) -> int:
+        """Of the training data: rows, or pairs of them."""
+        return self.train.num_rows // self.config.objective.rows_per_example
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
+    def evaluated_step(self) -> int | None:
+        """The step of the row's weights, where they were evaluated; at the end that of the weights that are kept."""
+        progress = self.progress
+        if progress.last_evaluated_step != progress.step:
+            return None
+        return self._kept_step() if self.unit is None else progress.step
+
+    def _kept_step(self) -> int:
+        return self.step if self.best is None else self.progress.selection.best_step
+
+    @property
+    def num_bytes(self) -> int:
+        best_bytes = 0 if self.best is None else self.best.nbytes
+        reference_bytes = 0 if self.reference is None else self.reference.num_bytes
+        return self.row.num_bytes + self._gradients.num_bytes + best_bytes + reference_bytes
+
+    def go_on_starting(self, work: int) -> None:
+        """Pieces of the start, until they have taken about `work` multiplications; then `starting` may be None."""
+        while self.starting is not None and work > 0:
+            try:
+                piece = next(self.starting, None)
+            except BaseException:
+                self.starting = self.row.starting(self.config.seed)  # the one that broke off would be taken to be done
+                raise
+            if piece is None:
+                self.starting = None
+            else:
+                work -= piece
+
+    def waiting_tokens(self) -> tuple[int, ...]:
+        """Tokens that each slice left of the unit puts through the base model: twice its own where they are compared
+        with a reference."""
+        assert self.unit is not None
+        passes = 1 if self.reference is None else 2
+        return tuple(passes * tokens for tokens in self.unit.tokens_of_slices[self.tally.next_slice :])
+
+    def next_slices(self, offsets: Iterable[int]) -> list[SliceInput]:
+        """Slices to compute now, of one unit, counted from the next one; asking twice gives the same ones."""
+        return [self._slice(self.tally.next_slice + offset) for offset in offsets]
+
+    def _slice(self, index: int) -> SliceInput:
+        unit = self.unit
+        assert unit is not None
+        training = unit.kind == "train"
+        dropout = self.config.lora.dropout if training else 0.0
+        key = DropoutKey(probability=dropout, seed=self.config.seed, step=self.step, slice_index=index)
+        sequences = tuple(unit.dataset.row(row) for row in unit.slices[index])
+        return SliceInput(
+            row=self._gradients.row_of(index) if training else self.row,
+            sequences=sequences,
+            label_weight=1 / unit.num_terms if training else 0.0,
+            dropout=key if dropout else None,
+            objective=self.config.objective,
+            labels=self._labels(unit, index),
+            token_types=tuple(unit.dataset.row_token_types(row) for row in unit.slices[index]),
+            reference_point=self.reference_point,
+            noise=self._noise(index, [len(ids) for ids, _ in sequences]) if training else None,
+            reference=self.reference,
+        )
+
+    def _noise(self, slice_index: int, lengths: list[int]) -> NoiseKey | None:
+        alpha = self.config.neftune_alpha
+        if not alpha:
+            return None
+        return NoiseKey(
+            alpha=alpha, seed=self.config.seed, step=self.step, slice_index=slice_index, lengths=tuple(lengths)
+        )
+
+    def _labels(self, unit: Unit, index: int) -> tuple[float, ...]:
+        """Of each row of a slice, where rows have some."""
+        if self.config.objective.kind not in ("classification", "kto") or unit.measures_point:
+            return ()
+        return tuple(unit.dataset.row_label(row) for row in unit.slices[index])
+
+    def collect(self, ranks_of_slices: Sequence[int]) -> None:
+        """Add up the gradients of the slices of a tick, each from the rank that has computed it."""
+        if self.unit is not None and self.unit.kind == "train":
+            self._gradients.collect(self.tally.next_slice, ranks_of_slices)
+
+    def receive(self, scores: SliceScores) -> list[Event]:
+        """Book a slice whose gradient was collected; the slices of a tick one by one, in their order."""
+        unit, tally = self.unit, self.tally
+        assert unit is not None
+        if not math.isfinite(scores.loss_sum):
+            what = "distance from the base" if unit.measures_point else "loss"
+            return self._diverge(f"The {what} of {unit.kind} slice {tally.next_slice + 1} is not finite.")
+        tally.loss_sum += scores.loss_sum
+        tally.num_correct += scores.num_correct
+        if scores.rewards is not None:
+            tally.chosen_sum += scores.rewards.chosen
+            tally.rejected_sum += scores.rewards.rejected
+            tally.num_ordered += scores.rewards.num_ordered
+        tally.next_slice += 1
+        if tally.next_slice < len(unit.slices):
+            return []
+        if unit.measures_point:
+            return self._begin_unit(reference_point=max(0.0, tally.loss_sum / unit.num_terms))
+        return self._finish_step(unit) if unit.kind == "train" else self._finish_evaluation(unit)
+
+    def replay_unit(self) -> None:
+        """Forget the slices computed since the last completed step or evaluation."""
+        self._gradients.drop()
+        self.tally = Tally()
+
+    def _finish_step(self, unit: Unit) -> list[Event]:
+        config, step = self.config.optimizer, self.step + 1
+        rate = learning_rate_at(step, peak=config.learning_rate, schedule=self.config.schedule)
+        self._gradients.complete()
+        norm = gradient_norm(self.row)
+        if not math.isfinite(norm):
+            return self._diverge(f"The gradient of step {step} is not finite.")
+        loss = self.tally.loss_sum / unit.num_terms
+        if is_dead(self.row, self.config.objective, unit.dataset, unit.slices, norm=norm, loss=loss):
+            stands = f"exactly zero at a loss of {loss:.4g}: no step from these weights can lower it"
+            return self._diverge(f"The gradient of step {step} is {stands}.")
+        if not stays_finite(self.row, config, learning_rate=rate, norm=norm):
+            return self._diverge(f"The update of step {step} is not finite.", is_good=True)
+        try:
+            optimizer_step(self.row, config, step=step, learning_rate=rate, norm=norm)
+        except BaseException:
+            self.quarantine()
+            self.is_torn = True  # half an update can be neither undone nor completed
+            raise
+        self.progress.step = step
+        self.progress.num_tokens += unit.num_tokens
+        self.progress.num_supervised_tokens += unit.num_labels
+        stepped = JobStepped(
+            job=self.name,
+            step=step,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            num_tokens=unit.num_tokens,
+            num_supervised_tokens=unit.num_labels,
+            token_accuracy=self.tally.num_correct / unit.num_accuracy_labels,
+            rewards=self._rewards(unit),
+        )
+        return [stepped, *self._begin_unit()]
+
+    def _finish_evaluation(self, unit: Unit) -> list[Event]:
+        self.progress.last_evaluated_step = self.step
+        loss = self.tally.loss_sum / unit.num_terms
+        if self.step > 0:
+            self._select(loss)
+        evaluated = JobEvaluated(
+            job=self.name,
+            step=self.step,
+            loss=loss,
+            token_accuracy=self.tally.num_correct / unit.num_accuracy_labels,
+            num_supervised_tokens=unit.num_labels,
+            rewards=self._rewards(unit),
+        )
+        return [evaluated, *self._begin_unit()]
+
+    def _select(self, loss: float) -> None:
+        rule = self.config.early_stopping
+        is_best = self.progress.selection.book(step=self.step, loss=loss, min_delta=rule.min_delta if rule else 0.0)
+        if is_best and self.best is not None:
+            self.best.copy_(self.row.p)
+
+    def _rewards(self, unit: Unit) -> Rewards | None:
+        if not self.config.objective.is_preference:
+            return None
+        tally, num_chosen, num_rejected = self.tally, unit.num_terms, unit.num_terms
+        if self.reference_point is not None:
+            num_chosen = sum(unit.dataset.row_label(row) == 1 for part in unit.slices for row in part)
+            num_rejected = unit.num_terms - num_chosen
+        chosen = tally.chosen_sum / num_chosen if num_chosen else None
+        rejected = tally.rejected_sum / num_rejected if num_rejected else None
+        return Rewards(
+            chosen=chosen,
+            rejected=rejected,
+            margin=None if chosen is None or rejected is None else chosen - rejected,
+            accuracy=tally.num_ordered / unit.num_terms,
+            kl=self.reference_point,
+        )
+
+    def quarantine(self) -> None:
+        """Compute nothing more; the row holds the last completed step, save where an update broke off."""
+        self.unit = self.starting = None
+        self._gradients.drop()
+
+    def _diverge(self, message: str, *, is_good: bool = False) -> list[Event]:
+        """is_good: the weights that the row has gave finite losses and a gradient to go on by, as those of the steps
+        before did. Where they did not they would again, for a step is computed in one way: nobody can go on from them.
+        """
+        self.quarantine()
+        good_step = self.step if is_good else self.step - 1 if self.step else None
+        return [JobDiverged(job=self.name, step=self.step, good_step=good_step, message=message)]
+
+    def _begin_unit(self, *, reference_point: float | None = None) -> list[Event]:
+        """What is due at this step; of KTO first the pass that measures the reference point of it."""
+        self.tally, self.reference_point = Tally(), reference_point
+        if self._evaluation_is_due():
+            assert self.valid is not None
+            num_examples = self.valid.num_rows // self.config.objective.rows_per_example
+            self.unit = self._unit("evaluate", self.valid, range(num_examples))
+        elif self.step < self.config.num_steps and self._reason_to_stop() is None:
+            examples = rows_of_step(
+                num_rows=self.num_examples,
+                batch_size=self.config.batch_size,
+                seed=self.config.seed,
+                step=self.step,
+            )
+            self.unit = self._unit("train", self.train, examples)
+        else:
+            self.unit = None
+            return [self._finish()]
+        return []
+
+    def _unit(self, kind: Kind, dataset: TokenDataset, examples: Sequence[int]) -> Unit:
+        if self.config.objective.needs_reference_point and self.reference_point is None:
+            others = mismatched(dataset, examples)
+            return replace(make_unit("evaluate", others, range(others.num_rows), self.config), measures_point=True)
+        return make_unit(kind, dataset, examples, self.config)
+
+    def _finish(self) -> JobFinished:
+        """The row ends with the weights that are kept. Done again after a resume, it changes nothing."""
+        if self.best is not None:
+            self.row.p.copy_(self.best)
+            self.row.refresh_compute()
+        is_early = self.step < self.config.num_steps
+        reason = self._reason_to_stop() if is_early else None
+        return JobFinished(job=self.name, step=self.step, kept_step=self._kept_step(), stopped_early=reason)
+
+    def _reason_to_stop(self) -> str | None:
+        return self.progress.selection.reason_to_stop(self.config.early_stopping)
+
+    def _evaluation_is_due(self) -> bool:
+        if self.valid is None or self.progress.last_evaluated_step == self.step:
+            return False
+        every = self.config.evaluate_every_steps
+        return self.step in (0, self.config.num_steps) or (every is not None and self.step % every == 0)

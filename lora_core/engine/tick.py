@@ -1,0 +1,171 @@
+# pyright: basic
+"""What a tick computes, and its passes through the base: by which rank, in which lane, entering at which block."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.base_model.model import BaseModel
+from lora_core.config import Kind, LoraConfig
+from lora_core.distributed.ranks import Ranks
+from lora_core.engine.cpu_lanes import Lanes, split
+from lora_core.engine.job import Job
+from lora_core.engine.prefix_cache import Prefixes, by_entry, slices_of
+from lora_core.forward.language_model import run_evaluation, run_training
+from lora_core.losses.scoring import RewardSums, SliceScores
+from lora_core.packing.packed_batch import ROW_MULTIPLE, SliceInput, build_pack
+from lora_core.runtime.device_errors import shortage_in_pass
+
+NOTHING = LoraConfig(rank=1, alpha=1)
+"""Of a row without targets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TickPlan:
+    """The tokens of each job's next slices, all of one kind, and the rank of each slice; the same on every rank."""
+
+    kind: Kind
+    tokens: Mapping[str, tuple[int, ...]]
+    ranks: tuple[int, ...]
+    checkpointed: bool = False
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of all slices, in their order."""
+        return list(chain(*self.tokens.values()))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def largest_share(self) -> int:
+        """Tokens of the rank that has the most."""
+        return max(map(self.share_of, set(self.ranks)))
+
+    def share_of(self, rank: int) -> int:
+        """Tokens of one rank."""
+        return sum(size for size, of_rank in zip(self.sizes, self.ranks, strict=True) if of_rank == rank)
+
+    def by_job(self) -> dict[str, range]:
+        """The slices of each job, by their numbers in the tick."""
+        spans: dict[str, range] = {}
+        start = 0
+        for job, tokens in self.tokens.items():
+            spans[job] = range(start, start + len(tokens))
+            start += len(tokens)
+        return spans
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"tokens": list(self.tokens.items())}
+
+    @classmethod
+    def of_json(cls, told: dict[str, Any]) -> "TickPlan":
+        tokens = {job: tuple(sizes) for job, sizes in told["tokens"]}
+        return cls(**told | {"tokens": tokens, "ranks": tuple(told["ranks"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computed:
+    """The scores of all slices; what all ranks have computed of them, in tokens through the whole base, and how much of
+    that the fullest of all lanes has."""
+
+    scores: list[SliceScores]
+    cost: int
+    fullest_lane: int
+
+
+class Passes:
+    """Of one engine."""
+
+    def __init__(self, base: BaseModel, *, prefixes: Prefixes, lanes: Lanes, ranks: Ranks) -> None:
+        self._base = base
+        self._prefixes = prefixes
+        self._lanes = lanes
+        self._ranks = ranks
+
+    def run(self, plan: TickPlan, jobs: Mapping[str, Job]) -> Computed:
+        """Gradients are left with the slices. Raises torch.OutOfMemoryError where this or another rank's share doesn't
+        fit, on every rank; BrokenPass where that was amid a divided base, on this rank alone."""
+        own = [index for index, rank in enumerate(plan.ranks) if rank == self._ranks.rank]
+        shortage: torch.OutOfMemoryError | None = None
+        scores: list[SliceScores] = []
+        costs: list[int] = []
+        lanes: list[list[int]] = []
+        try:
+            with shortage_in_pass(is_divided=self._base.is_divided):
+                slices = _slices(plan, jobs, own)
+                sizes = [plan.sizes[index] for index in own]
+                costs = [self._prefixes.cost(part, size) for part, size in zip(slices, sizes, strict=True)]
+                lanes = split(costs, num_tokens=sum(sizes), num_lanes=self._lanes.count) if own else []
+                if self._base.is_divided:
+                    slices += self._keeping_step(slices, plan, jobs)
+                    lanes = [list(range(len(slices)))]
+                scores = self._run_lanes(lanes, slices, plan.kind, checkpointed=plan.checkpointed)[: len(own)]
+        except torch.OutOfMemoryError as error:
+            shortage = error
+        own_lanes = [sum(costs[index] for index in lane if index < len(own)) for lane in lanes]
+        told = {"scores": [asdict(score) for score in scores], "cost": sum(costs), "lane": max(own_lanes, default=0)}
+        found = self._ranks.gathered(None if shortage else told)
+        if shortage is not None:
+            raise shortage
+        if None in found:
+            raise torch.OutOfMemoryError(f"The share of rank {found.index(None)} doesn't fit its device.")
+        each = [iter(of_rank["scores"]) for of_rank in found]
+        return Computed(
+            scores=[_scores(next(each[rank])) for rank in plan.ranks],
+            cost=sum(of_rank["cost"] for of_rank in found),
+            fullest_lane=max(of_rank["lane"] for of_rank in found),
+        )
+
+    def _keeping_step(self, slices: Sequence[SliceInput], plan: TickPlan, jobs: Mapping[str, Job]) -> list[SliceInput]:
+        """What this rank passes through a divided base beside its slices, so that it does so as often as the others."""
+        compares = any(jobs[name].reference is not None for name in plan.tokens)
+        if slices and (not compares or any(part.reference is not None for part in slices)):
+            return []
+        nothing = AdapterRow((), NOTHING, dtype=self._base.dtype, device=self._base.device, is_trained=False)
+        ids, mask = np.zeros(ROW_MULTIPLE, np.int32), np.zeros(ROW_MULTIPLE, np.uint8)
+        mask[-1] = 1
+        return [
+            SliceInput(
+                row=nothing,
+                sequences=((ids, mask),),
+                label_weight=0.0,
+                dropout=None,
+                reference=nothing if compares else None,
+            )
+        ]
+
+    def _run_lanes(
+        self, lanes: list[list[int]], slices: list[SliceInput], kind: Kind, *, checkpointed: bool
+    ) -> list[SliceScores]:
+        """The scores of each slice; `lanes` are indices of `slices`."""
+        run = run_training if kind == "train" else run_evaluation
+
+        def compute(lane: list[int]) -> list[SliceScores]:
+            found: dict[int, SliceScores] = {}
+            for group, parts in by_entry(lane, slices):
+                pack = self._prefixes.entered(build_pack(parts, device=self._base.device), parts)
+                found |= zip(group, run(self._base, replace(pack, is_checkpointed=checkpointed)), strict=True)
+            return [found[index] for index in lane]
+
+        scores = dict(zip(chain(*lanes), chain(*self._lanes.run(compute, lanes)), strict=True))
+        return [scores[index] for index in range(len(slices))]
+
+
+def _slices(plan: TickPlan, jobs: Mapping[str, Job], own: Sequence[int]) -> list[SliceInput]:
+    """Those with the numbers `own`."""
+    wanted, slices = set(own), list[SliceInput]()
+    for name, numbers in plan.by_job().items():
+        slices += slices_of(jobs[name], [number - numbers.start for number in numbers if number in wanted])
+    return slices
+
+
+def _scores(told: dict[str, Any]) -> SliceScores:
+    rewards: dict[str, Any] | None = told.pop("rewards")
+    return SliceScores(**told, rewards=None if rewards is None else RewardSums(**rewards))

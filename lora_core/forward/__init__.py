@@ -1,0 +1,1 @@
+"""One pass of the model: language, classification, generation."""

@@ -1,0 +1,144 @@
+# pyright: basic
+"""A pass of a pack through a base model with classification heads: one score a sequence, not one a token.
+
+Letters: P sequences of the tick, D features, n sequences of a segment, C classes. The layers between pooling and
+head see sequences as rows, so they get a pack in which segments count those.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.modules_to_save import TrainedTensors, choose_trained, module_tensors
+from lora_core.base_model.model import BaseModel
+from lora_core.config import JobConfig, ObjectiveConfig
+from lora_core.errors import ConfigError
+from lora_core.layers.task_heads import between, class_logits, head_tensors, own_head, pooled_hidden, task_head_of
+from lora_core.losses.scoring import RewardSums, SliceScores
+from lora_core.packing.packed_batch import ROW_MULTIPLE, Graded, Pack, Segment, running
+
+
+def refuse_other_task(base: BaseModel, objective: ObjectiveConfig) -> None:
+    """Raises ConfigError where the base is loaded for another task than the objective's."""
+    if objective.grades_sequences != (base.task == "sequence-classification"):
+        needed = "sequence-classification" if objective.grades_sequences else "causal-lm"
+        raise ConfigError(
+            f"The objective {objective.kind!r} needs a base model for {needed}, and this one is for {base.task}.",
+            remedy=f"Load the base model with the task {needed!r}, or choose another objective.",
+        )
+
+
+def trained_tensors(base: BaseModel, config: JobConfig) -> TrainedTensors:
+    """What a job trains beside A and B. Raises NoTargets."""
+    head = task_head_of(base.model)
+    if head is None:
+        return choose_trained(base.model, config.lora)
+    tensors = head_tensors(base.model, config.objective.num_labels)
+    return choose_trained(base.model, config.lora, head_path=head.path, head=tensors)
+
+
+def head_alone(base: BaseModel, row: AdapterRow) -> TrainedTensors:
+    """The head of a row as it is now, for a row that has nothing else; nothing on a base without one."""
+    head = task_head_of(base.model)
+    if head is None:
+        return TrainedTensors()
+    tensors = [
+        replace(tensor, start=lambda _seed, name=tensor.name: row.tensors[name].value)
+        for tensor in row.trained.tensors
+        if tensor.name.startswith(f"{head.path}.")
+    ]
+    return TrainedTensors(tensors=tuple(tensors), modules=(head.path,))
+
+
+def placeholder_head(base: BaseModel) -> TrainedTensors:
+    """The head that the base was loaded with, for a row of the engine's own; nothing on a base without one."""
+    head = task_head_of(base.model)
+    if head is None:
+        return TrainedTensors()
+    tensors = module_tensors(head.path, base.model.get_submodule(head.path))
+    return TrainedTensors(tensors=tuple(tensors), modules=(head.path,))
+
+
+def run_task_training(base: BaseModel, pack: Pack, h_TD: Tensor) -> list[SliceScores]:
+    """Backward of what `h_TD` was computed for; called with gradients enabled. Gradients are added to the rows."""
+    h_PD = head_inputs(base, pack, h_TD)
+    losses: list[Tensor] = []
+    scores: list[SliceScores] = []
+    heads: list[tuple[AdapterRow, torch.nn.Module]] = []
+    for segment in pack.segments:
+        head = head_module(base, segment.row)
+        logits_nC = class_logits(base.model, head, h_PD[segment.graded.first : segment.graded.last])
+        loss, score = score_segment(logits_nC, segment.graded)
+        losses.append(loss * segment.graded.weight)
+        scores.append(score)
+        heads.append((segment.row, head))
+    torch.stack(losses).sum().backward()
+    for row, head in heads:
+        _accumulate(base, row, head)
+    return scores
+
+
+def run_task_evaluation(base: BaseModel, pack: Pack, h_TD: Tensor) -> list[SliceScores]:
+    h_PD = head_inputs(base, pack, h_TD)
+    return [score_segment(_logits(base, segment, h_PD), segment.graded)[1] for segment in pack.segments]
+
+
+def _logits(base: BaseModel, segment: Segment, h_PD: Tensor) -> Tensor:
+    part_nD = h_PD[segment.graded.first : segment.graded.last]
+    return class_logits(base.model, head_module(base, segment.row), part_nD)
+
+
+def head_inputs(base: BaseModel, pack: Pack, h_TD: Tensor) -> Tensor:
+    """[P, D]: what the heads read of each sequence."""
+    h_PD = pooled_hidden(base.model, h_TD, pack.input_ids[0], pack.sequence_lengths)
+    h_PD = F.pad(h_PD, (0, 0, 0, -len(h_PD) % ROW_MULTIPLE))
+    segments = tuple(
+        replace(segment, start=segment.graded.first, stop=segment.graded.last) for segment in pack.segments
+    )
+    with running(replace(pack, segments=segments, is_pooled=True), base.kernels):
+        return between(base.model, h_PD)
+
+
+def head_module(base: BaseModel, row: AdapterRow) -> torch.nn.Module:
+    head = task_head_of(base.model)
+    assert head is not None
+    return own_head(base.model, row.tensors, path=head.path)
+
+
+def _accumulate(base: BaseModel, row: AdapterRow, head: torch.nn.Module) -> None:
+    found = task_head_of(base.model)
+    assert found is not None
+    for name, parameter in head.named_parameters():
+        if parameter.grad is not None:
+            row.tensors[f"{found.path}.{name}"].grad.add_(parameter.grad)
+
+
+def score_segment(logits_nC: Tensor, graded: Graded) -> tuple[Tensor, SliceScores]:
+    """The sum of losses, which autograd can follow, and the scores of a segment."""
+    if graded.objective.kind == "reward":
+        return _reward_loss(logits_nC[:, 0], graded.objective)
+    labels_n = torch.tensor(graded.labels, dtype=torch.float32, device=logits_nC.device)
+    if graded.objective.num_labels == 1:
+        loss = (logits_nC[:, 0] - labels_n).square().sum()
+        return loss, SliceScores(loss_sum=float(loss.detach().double()), num_correct=0)
+    loss = F.cross_entropy(logits_nC, labels_n.long(), reduction="sum")
+    num_correct = int((logits_nC.argmax(-1) == labels_n.long()).sum())
+    return loss, SliceScores(loss_sum=float(loss.detach().double()), num_correct=num_correct)
+
+
+def _reward_loss(rewards_n: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, SliceScores]:
+    """-log sigmoid(r_chosen - r_rejected) (Bradley and Terry; arXiv 2203.02155, equation 1), and as TRL has it
+    `center_rewards_coefficient` · (r_chosen + r_rejected)², which holds the rewards round 0 (arXiv 2312.09244)."""
+    chosen, rejected = rewards_n.view(-1, 2).unbind(1)
+    loss = -F.logsigmoid(chosen - rejected).sum()
+    loss = loss + objective.center_rewards_coefficient * (chosen + rejected).square().sum()
+    ordered = int((chosen > rejected).sum())
+    sums = RewardSums(
+        chosen=float(chosen.detach().double().sum()),
+        rejected=float(rejected.detach().double().sum()),
+        num_ordered=ordered,
+    )
+    return loss, SliceScores(loss_sum=float(loss.detach().double()), num_correct=ordered, rewards=sums)

@@ -1,0 +1,218 @@
+# pyright: basic
+"""Greedy answers of adapters to given prompts, by the pass that evaluates: what a person reads beside a loss.
+
+Keys and values are kept while an answer grows (lora_core/packing/kv_cache.py), so that one of n tokens to a prompt of m
+takes m + n tokens of forward passes. An answer depends on its job alone, as training does: whatever else is answered in
+the same pass, its bits, and so its likeliest tokens, are the same.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.base_model.model import BaseModel
+from lora_core.errors import ConfigError, OutOfMemory
+from lora_core.forward.language_model import hidden_states
+from lora_core.layers.lm_heads import head_of
+from lora_core.layers.longrope import bounds_in
+from lora_core.losses.chunked_cross_entropy import LABEL_MULTIPLE
+from lora_core.packing.kv_cache import KeptKeys
+from lora_core.packing.packed_batch import Pack, SliceInput, build_pack
+from lora_core.runtime.device_errors import shortage_in_pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompts:
+    """What one job is asked: the ids of each prompt, and where its answers end."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    max_tokens: int
+    """Of one answer."""
+    end_ids: frozenset[int] = frozenset()
+    """Any of these ends an answer, and is its last token."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Answer:
+    prompt: tuple[int, ...]
+    ids: list[int] = field(default_factory=list)
+    is_complete: bool = False
+    kept: KeptKeys | None = None
+    """None before its first pass, and where that has to be made again."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.ids)
+
+
+class Generation:
+    """Answers that grow by one token at each `advance`. Rows must not train meanwhile.
+
+    Jobs are answered in groups, one group after another: as many as may have `token_budget` tokens in the end, for that
+    is what their keys and values need memory for.
+    """
+
+    def __init__(self, base: BaseModel, asked: Mapping[str, tuple[AdapterRow, Prompts]], *, token_budget: int) -> None:
+        """asked: by job. Raises ConfigError."""
+        for _, prompts in asked.values():
+            check_prompts(prompts, base)
+        self._base = base
+        self._asked = dict(asked)
+        self._token_budget = token_budget
+        self._group: list[str] = []
+        self._bounds = bounds_in(base.model)
+        self._answers = {
+            job: [_Answer(prompt=prompt) for prompt in prompts.prompts] for job, (_, prompts) in asked.items()
+        }
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._growing()
+
+    def advance(self) -> None:
+        """One token more for each answer of the group that goes on; nothing where all are complete.
+
+        Raises OutOfMemory for one job: `drop` it, or all; BrokenPass where the base is divided.
+        """
+        while not self.is_complete:
+            jobs = [job for job in self._group if self._open(job)]
+            if not jobs:
+                self._group = jobs = self._next_group()
+            try:
+                with shortage_in_pass(is_divided=self._base.is_divided):
+                    found = self._next_tokens(jobs)
+            except torch.OutOfMemoryError as error:
+                num_tokens = sum(self._most_tokens(job) for job in jobs)
+                for job in jobs:
+                    self._begin_again(job)
+                if len(jobs) == 1:
+                    raise OutOfMemory(jobs[0], num_tokens=num_tokens) from error
+                self._token_budget, self._group = num_tokens // 2, []
+                continue
+            for job, tokens in zip(jobs, found, strict=True):
+                self._book(job, tokens)
+            return
+
+    def drop(self, job: str) -> None:
+        """Answer that job no further."""
+        del self._asked[job], self._answers[job]
+        self._group = [other for other in self._group if other != job]
+
+    def answers(self) -> dict[str, list[tuple[int, ...]]]:
+        """The ids of each answer so far, in the order of the prompts; an end token is there where it came."""
+        return {job: [tuple(answer.ids) for answer in answers] for job, answers in self._answers.items()}
+
+    def _growing(self) -> list[str]:
+        return [job for job in self._asked if self._open(job)]
+
+    def _open(self, job: str) -> list[_Answer]:
+        return [answer for answer in self._answers[job] if not answer.is_complete]
+
+    def _most_tokens(self, job: str) -> int:
+        """Of all its answers that go on, with their prompts, when they are complete."""
+        return sum(len(answer.prompt) + self._asked[job][1].max_tokens for answer in self._open(job))
+
+    def _next_group(self) -> list[str]:
+        """The first jobs that fit together; a job's own answers are never parted."""
+        taken: list[str] = []
+        num_tokens = 0
+        for job in self._growing():
+            num_tokens += self._most_tokens(job)
+            if taken and num_tokens > self._token_budget:
+                break
+            taken.append(job)
+        return taken
+
+    def _begin_again(self, job: str) -> None:
+        """What is kept of its answers goes, and with it what followed from that: an answer has the bits of one that
+        was never interrupted."""
+        for answer in self._open(job):
+            answer.ids.clear()
+            answer.kept = None
+
+    @torch.no_grad()
+    def _next_tokens(self, jobs: Sequence[str]) -> list[list[int]]:
+        """The likeliest next token of each open answer, by job."""
+        growing = [(job, answer) for job in jobs for answer in self._open(job)]
+        for job, answer in growing:
+            self._make_ready(answer, capacity=len(answer.prompt) + self._asked[job][1].max_tokens)
+        pack = self._pack(jobs)
+        h_SD = hidden_states(self._base, pack)[pack.sequence_bounds_S[1:] - 1]
+        found: list[list[int]] = []
+        for segment in pack.segments:
+            h_lD = h_SD[segment.graded.first : segment.graded.last]
+            filler = -len(h_lD) % LABEL_MULTIPLE
+            logits_lV = head_of(self._base.head(), segment.row).logits(F.pad(h_lD, (0, 0, 0, filler)))
+            found.append(logits_lV[: len(h_lD)].argmax(dim=-1).tolist())
+        for kept, (_, answer) in zip(pack.kept, growing, strict=True):
+            kept.num_tokens = answer.num_tokens
+        return found
+
+    def _make_ready(self, answer: _Answer, *, capacity: int) -> None:
+        """All of its tokens are computed in its first pass, and where it grows beyond a length from which on all of
+        them are placed otherwise (longrope.py)."""
+        if answer.kept is None or answer.kept.num_tokens in self._bounds:
+            answer.kept = KeptKeys(capacity=capacity)
+        answer.kept.begin_pass()
+
+    def _pack(self, jobs: Sequence[str]) -> Pack:
+        """Of each answer what its keys are not kept of, at its place in the answer."""
+        slices = [
+            SliceInput(
+                row=self._asked[job][0],
+                sequences=tuple(_new_tokens(answer) for answer in self._open(job)),
+                label_weight=0.0,
+                dropout=None,
+            )
+            for job in jobs
+        ]
+        pack = build_pack(slices, device=self._base.device)
+        kept = tuple(answer.kept for job in jobs for answer in self._open(job) if answer.kept is not None)
+        offsets = [of_answer.num_tokens for of_answer in kept]
+        offsets += [0] * (len(pack.sequence_lengths) - len(kept))  # the filler
+        by_token = torch.tensor(offsets).repeat_interleave(torch.tensor(pack.sequence_lengths))
+        return replace(pack, kept=kept, position_ids=pack.position_ids + by_token.to(pack.position_ids.device))
+
+    def _book(self, job: str, tokens: Sequence[int]) -> None:
+        prompts = self._asked[job][1]
+        for answer, token in zip(self._open(job), tokens, strict=True):
+            answer.ids.append(token)
+            answer.is_complete = token in prompts.end_ids or len(answer.ids) == prompts.max_tokens
+            if answer.is_complete:
+                answer.kept = None
+
+
+def _new_tokens(answer: _Answer) -> tuple[np.ndarray, np.ndarray]:
+    """No token more than there is: a base may compute by a sequence's length (longrope.py)."""
+    kept = 0 if answer.kept is None else answer.kept.num_tokens
+    ids = np.array([*answer.prompt, *answer.ids][kept:], dtype=np.int32)
+    return ids, np.zeros(len(ids), dtype=np.uint8)
+
+
+def check_prompts(prompts: Prompts, base: BaseModel) -> None:
+    """Raises ConfigError where they can't be answered."""
+    if base.task != "causal-lm":
+        raise ConfigError(
+            "A classifier of sequences answers no prompts.", remedy="Ask a job on a base model of causal language."
+        )
+    if not prompts.prompts or prompts.max_tokens < 1:
+        raise ConfigError("There is nothing to answer.", remedy="Give one prompt or more, and 1 token or more.")
+    for number, prompt in enumerate(prompts.prompts, start=1):
+        if not prompt:
+            raise ConfigError(f"Prompt {number} has no token.", remedy="Write a prompt, or leave it out.")
+        if not 0 <= min(prompt) <= max(prompt) < base.vocab_size:
+            raise ConfigError(
+                f"Prompt {number} holds a token that the base model, which has {base.vocab_size}, does not know.",
+                remedy="Tokenise prompts with this base model's tokenizer.",
+            )
+        longest = len(prompt) + prompts.max_tokens
+        if base.max_positions is not None and longest > base.max_positions:
+            raise ConfigError(
+                f"Prompt {number} has {len(prompt)} tokens, and with an answer of {prompts.max_tokens} that is more "
+                f"than the base model takes, {base.max_positions}.",
+                remedy="Shorten the prompt, or lower max_tokens.",
+            )

@@ -1,0 +1,132 @@
+# pyright: basic
+"""One pass of a pack through the base model: forward, and backward when it trains.
+
+Letters: T tokens, L labels, D features, l labels of a segment, S its sequences. Where the answers of a segment are
+compared, a label's weight follows from the whole of them: the head is passed twice, chunk by chunk each time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_core.base_model.model import BaseModel
+from lora_core.forward.classification import run_task_evaluation, run_task_training
+from lora_core.layers.lm_heads import head_of, labels_of, loss_by_head, score_by_head
+from lora_core.layers.task_heads import ENCODERS, positions_of
+from lora_core.losses.chunked_cross_entropy import TokenScores, score_labels
+from lora_core.losses.scoring import AnswerScores, SliceScores, score_answers
+from lora_core.packing.packed_batch import Pack, Segment, running
+
+
+def hidden_states(base: BaseModel, pack: Pack) -> Tensor:
+    """The last hidden states [T, D], with each segment's adapter at work."""
+    options: dict[str, Any] = {} if pack.token_types is None else {"token_type_ids": pack.token_types}
+    positions = positions_of(base.model, pack.position_ids, pack.input_ids, pack.sequence_lengths)
+    if base.model.config.model_type not in ENCODERS:
+        options["use_cache"] = False
+    with running(pack, base.kernels):
+        output = base.model.base_model(input_ids=pack.input_ids, position_ids=positions, **options)
+    return output.last_hidden_state[0]
+
+
+def run_training(base: BaseModel, pack: Pack) -> list[SliceScores]:
+    """Forward and backward: gradients are added to the rows, the scores of each segment returned.
+
+    The loss is a sum over disjoint adapters on a frozen base, so each row receives its own gradient exactly.
+    """
+    if base.task != "causal-lm":
+        with torch.enable_grad():
+            return run_task_training(base, pack, hidden_states(base, pack))
+    reference_L = _reference_losses(base, pack)
+    with torch.enable_grad():
+        h_LD = hidden_states(base, pack)[pack.label_positions_L]
+        answers = _answers_of_segments(base, pack, h_LD, reference_L)
+        weights_L = _label_weights(pack, answers)
+        loss, scores = loss_by_head(h_LD, base.head(), pack, weights_L)
+        loss.backward()
+    return _by_segment(pack, scores, answers)
+
+
+@torch.no_grad()
+def run_evaluation(base: BaseModel, pack: Pack) -> list[SliceScores]:
+    """Forward only."""
+    if base.task != "causal-lm":
+        return run_task_evaluation(base, pack, hidden_states(base, pack))
+    reference_L = _reference_losses(base, pack)
+    h_LD = hidden_states(base, pack)[pack.label_positions_L]
+    scores = score_by_head(h_LD, base.head(), pack)
+    answers = [_score_segment(segment, scores.losses_L[labels_of(segment)], reference_L) for segment in pack.segments]
+    return _by_segment(pack, scores, answers)
+
+
+@torch.no_grad()
+def _reference_losses(base: BaseModel, pack: Pack) -> Tensor | None:
+    """Cross-entropy of the reference's labels; None where nothing is compared with one."""
+    if pack.reference is None:
+        return None
+    h_LD = hidden_states(base, pack.reference)[pack.reference.label_positions_L]
+    return score_by_head(h_LD, base.head(), pack.reference).losses_L
+
+
+@torch.no_grad()
+def _answers_of_segments(
+    base: BaseModel, pack: Pack, h_LD: Tensor, reference_L: Tensor | None
+) -> list[AnswerScores | None]:
+    """The first pass of the head: only over segments whose answers are compared."""
+    found: list[AnswerScores | None] = []
+    for segment in pack.segments:
+        labels = labels_of(segment)
+        losses_l = h_LD.new_zeros(0)
+        if segment.compared is not None:
+            losses_l = score_labels(h_LD[labels], head_of(base.head(), segment.row), pack.labels_L[labels]).losses_L
+        found.append(_score_segment(segment, losses_l, reference_L))
+    return found
+
+
+def _score_segment(segment: Segment, losses_l: Tensor, reference_L: Tensor | None) -> AnswerScores | None:
+    compared = segment.compared
+    if compared is None:
+        return None
+    reference_l = None
+    if compared.objective.needs_reference:
+        assert reference_L is not None
+        reference_l = reference_L[compared.reference_start :][: len(losses_l)]
+    return score_answers(compared, losses_l, reference_l)
+
+
+def _label_weights(pack: Pack, answers: list[AnswerScores | None]) -> Tensor:
+    """fp32 [L]: as the pack has them; of an answer's labels, minus its slope, for cross-entropy is minus the log
+    probability."""
+    if not any(answers):
+        return pack.label_weights_L
+    weights_L = pack.label_weights_L.clone()
+    for segment, scores in zip(pack.segments, answers, strict=True):
+        if segment.compared is not None and scores is not None:
+            weights = -segment.compared.weight * scores.slopes_S
+            weights_l = weights.float().repeat_interleave(torch.tensor(segment.compared.num_labels))
+            weights_L[segment.label_start : segment.label_stop] = weights_l.to(weights_L.device)
+    return weights_L
+
+
+def _by_segment(pack: Pack, scores: TokenScores, answers: list[AnswerScores | None]) -> list[SliceScores]:
+    losses_L, correct_L = scores.losses_L.double().cpu(), scores.correct_L.cpu()
+    return [
+        _slice_scores(segment, losses_L, correct_L, of_answers)
+        for segment, of_answers in zip(pack.segments, answers, strict=True)
+    ]
+
+
+def _slice_scores(
+    segment: Segment, losses_L: Tensor, correct_L: Tensor, of_answers: AnswerScores | None
+) -> SliceScores:
+    correct_l = correct_L[segment.label_start : segment.label_stop]
+    if segment.compared is None or of_answers is None:
+        loss_sum = float(losses_L[segment.label_start : segment.label_stop].sum())
+        return SliceScores(loss_sum=loss_sum, num_correct=int(correct_l.sum()))
+    counted = correct_l.split(segment.compared.num_labels)[:: segment.compared.objective.rows_per_example]
+    return SliceScores(
+        loss_sum=of_answers.loss_sum,
+        num_correct=sum(int(answer.sum()) for answer in counted),
+        rewards=of_answers.rewards,
+    )

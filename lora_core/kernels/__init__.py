@@ -1,0 +1,1 @@
+"""Numba and torch.compile kernels, and which of them a device uses."""

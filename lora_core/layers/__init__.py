@@ -1,0 +1,1 @@
+"""Layers that serve many adapters at once: linears, norms, rotary embeddings, heads."""

@@ -1,0 +1,137 @@
+# pyright: basic
+"""Attention within each sequence of a pack, at the sequence's own length: packmates can't change a bit of it.
+
+Letters: H query heads, K key heads, G = H / K, S tokens of a sequence, T of the tick, E head features.
+Registered with transformers under one name, without a mask: the pack says where sequences begin.
+"""
+
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from lora_core.errors import UnsupportedModel
+from lora_core.layers.attention.dense_cpu import UNLIMITED, Sight, attend_by_matrices, serves
+from lora_core.layers.attention.flash import attend_together, fits
+from lora_core.layers.attention.tiled_cpu import Scoring, attend_in_strips
+from lora_core.packing.kv_cache import attend_last
+from lora_core.packing.packed_batch import Pack, current_kernels, current_pack
+
+NAME = "lora_core_packed"
+LONGEST_MATRIX = 1024  # above, scores [H, S, S] cost more memory than they save time
+
+
+def register() -> None:
+    """Make the function known to transformers; idempotent."""
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*args, **kwargs) -> None:
+    return None
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, E], key and value [1, K, T, E] to [1, T, H, E], as transformers expects."""
+    assert attention_mask is None, "packed attention takes no mask"
+    assert dropout == 0.0, "the base model is in evaluation mode"
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} has sinks or a position bias, which packing doesn't support.",
+            remedy="Choose a base model with plain causal attention.",
+        )
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    options = {"scale": scale, "causal": causal, "window": sliding_window, "softcap": softcap}
+    pack = current_pack()
+    if pack is None:  # an ordinary batch of whole sequences
+        outputs = [attend(q, k, v, **options) for q, k, v in zip(query, key, value, strict=True)]
+        return torch.stack(outputs).transpose(1, 2), None
+    if pack.kept:
+        return _attend_growing(query[0], key[0], value[0], pack, **options), None
+    if current_kernels().attention == "varlen" and fits(query, value, softcap):
+        return attend_together(query, key, value, pack, scale=scale, causal=causal, window=sliding_window), None
+    lengths = list(pack.sequence_lengths)
+    if _by_matrices(query, key, value, softcap, max(lengths)):
+        heads = query.squeeze(0), key.squeeze(0), value.squeeze(0)
+        sight = Sight(lengths=pack.sequence_lengths, scale=scale, causal=causal, window=sliding_window or UNLIMITED)
+        return attend_by_matrices(*heads, sight)[None], None
+    parts = zip(query[0].split(lengths, 1), key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True)
+    outputs = [attend(q, k, v, **options) for q, k, v in parts]
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+
+
+def _attend_growing(query: Tensor, key: Tensor, value: Tensor, pack: Pack, *, causal: bool, **options: Any) -> Tensor:
+    """[1, T, H, E]: whole sequences as ever, and of those that are kept the last token alone."""
+    lengths = list(pack.sequence_lengths)
+    parts = zip(query.split(lengths, 1), key.split(lengths, 1), value.split(lengths, 1), strict=True)
+    outputs: list[Tensor] = []
+    for (q, k, v), kept in zip_longest(parts, pack.kept):
+        if kept is None:  # the filler
+            outputs.append(attend(q, k, v, causal=causal, **options))
+            continue
+        is_whole = kept.num_tokens == 0
+        seen = kept.extended(k, v)
+        outputs.append(attend(q, *seen, causal=causal, **options) if is_whole else attend_last(q, *seen, **options))
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None]
+
+
+def attend(
+    q_HSE: Tensor,
+    k_KSE: Tensor,
+    v_KSE: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One sequence: softmax(softcap · tanh(scale · q kᵀ / softcap)) v. Returns [H, S, E]."""
+    num_tokens = q_HSE.shape[1]
+    seen = UNLIMITED if window is None or window >= num_tokens else window
+    if _by_matrices(q_HSE, k_KSE, v_KSE, softcap, num_tokens):
+        sight = Sight(lengths=(num_tokens,), scale=scale, causal=causal, window=seen)
+        return attend_by_matrices(q_HSE, k_KSE, v_KSE, sight).transpose(0, 1)
+    if seen == UNLIMITED and _is_fused(q_HSE, k_KSE, v_KSE, softcap):
+        return _attend_fused(q_HSE, k_KSE, v_KSE, scale=scale, causal=causal)
+    return attend_in_strips(q_HSE, k_KSE, v_KSE, Scoring(scale=scale, causal=causal, window=seen, softcap=softcap))
+
+
+def _by_matrices(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, longest: int) -> bool:
+    """Whether dense_cpu.py computes sequences of up to `longest` tokens, as the sequence alone would have it."""
+    return softcap is None and longest <= LONGEST_MATRIX and serves(query, key, value)
+
+
+def _is_fused(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
+    """Whether torch has a kernel that keeps no scores; where it has none, it computes as one would write it down."""
+    if query.device.type == "cpu":
+        return softcap is None and serves(query, key, value) and query.shape[-1] == value.shape[-1]
+    return fits(query, value, softcap)
+
+
+def _attend_fused(q_HSE: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, scale: float, causal: bool) -> Tensor:
+    """That kernel. It has no window: as a mask that would be [S, S] numbers, kept for each layer until the backward."""
+    return F.scaled_dot_product_attention(
+        q_HSE[None],
+        k_KSE[None],
+        v_KSE[None],
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q_HSE.shape[0] != k_KSE.shape[0],
+    )[0]

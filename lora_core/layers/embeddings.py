@@ -1,0 +1,86 @@
+# pyright: basic
+"""The input embedding of a pack whose jobs train the embeddings of some tokens, or add noise to theirs.
+
+Letters: T tokens of the tick, K trained tokens of a job, P places where they occur, D features.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.adapter.modules_to_save import TensorViews
+from lora_core.packing.neftune import with_noise
+from lora_core.packing.packed_batch import Pack, current_pack
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenPiece:
+    """Where the trained tokens of one job stand in the tick, which of its rows each is, and those rows [K, D].
+
+    As in torch's embedding, the padding token has no gradient: `learns_P` is False there.
+    """
+
+    places_P: Tensor
+    rows_P: Tensor
+    learns_P: Tensor
+    views: TensorViews
+
+
+def forward_embedding(embedding: nn.Embedding, name: str, leaf: Tensor, input_ids: Tensor, *args: Any) -> Tensor:
+    """ids [1, T] to [1, T, D]: the plain embedding, with trained rows and noise in the segments of jobs with some."""
+    y_1TD = type(embedding).forward(embedding, input_ids, *args)
+    pack = current_pack()
+    if pack is None:
+        return y_1TD
+    pieces = token_pieces(pack, name, padding=embedding.padding_idx)
+    if pieces:
+        scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0))  # of families that scale inside the embedding
+        y_1TD = TrainedRows.apply(y_1TD[0], leaf, scale.to(y_1TD), pieces)[None]
+    noisy = [(slice(part.start, part.stop), part.noise) for part in pack.segments if part.noise is not None]
+    return with_noise(y_1TD, noisy)
+
+
+def forward_embedding_watched(
+    embedding: nn.Embedding, name: str, leaf: Tensor, input_ids: Tensor, *args: Any
+) -> Tensor:
+    """The same, differentiated down to here: so every rank goes back through all blocks, whichever its slices adapt."""
+    y_1TD = forward_embedding(embedding, name, leaf, input_ids, *args)
+    is_watched = torch.is_grad_enabled() and not y_1TD.requires_grad
+    return y_1TD.requires_grad_() if is_watched else y_1TD
+
+
+def token_pieces(pack: Pack, name: str, *, padding: int | None) -> tuple[TokenPiece, ...]:
+    pieces: list[TokenPiece] = []
+    for segment in pack.segments:
+        trained = segment.row.trained
+        if not trained.token_ids or trained.embedding != name:
+            continue
+        ids_t = pack.input_ids[0, segment.start : segment.stop]
+        known_K = torch.tensor(trained.token_ids, device=ids_t.device)
+        places_P, rows_P = (ids_t[:, None] == known_K).nonzero(as_tuple=True)
+        views = segment.row.tensors[trained.tokens_name]
+        learns_P = known_K[rows_P] != (-1 if padding is None else padding)
+        pieces.append(TokenPiece(places_P=places_P + segment.start, rows_P=rows_P, learns_P=learns_P, views=views))
+    return tuple(pieces)
+
+
+class TrainedRows(torch.autograd.Function):
+    """y with the trained embeddings in their places; gradients go straight into the rows."""
+
+    @staticmethod
+    def forward(ctx, y_TD: Tensor, leaf: Tensor, scale: Tensor, pieces: tuple[TokenPiece, ...]):
+        ctx.scale, ctx.pieces = scale, pieces
+        out_TD = y_TD.clone()
+        for piece in pieces:
+            out_TD[piece.places_P] = piece.views.value[piece.rows_P] * scale
+        return out_TD
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        dy_TD = grad_outputs[0]
+        for piece in ctx.pieces:
+            dy_PD = dy_TD[piece.places_P] * ctx.scale * piece.learns_P[:, None]
+            piece.views.grad.index_add_(0, piece.rows_P, dy_PD.float())
+        return None, None, None, None

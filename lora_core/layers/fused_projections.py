@@ -1,0 +1,183 @@
+# pyright: basic
+"""Linears that read the same input (q, k and v; gate and up), computed as one node of autograd on a CPU.
+
+The input's gradient is summed within the products instead of in passes of its own, and the A of one job, which
+lie side by side in its row, are one matrix: three thin products become one. The first of the siblings computes
+them all, and the others take theirs from the pass. Letters: T tokens, t of a segment, D features in, O out, S the
+sum of ranks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.adapter.flat_adapter import JointViews
+from lora_core.kernels import batch_invariant
+from lora_core.layers.lora_linear import (
+    Piece,
+    PlainWeight,
+    accumulate,
+    add_lora,
+    add_lora_gradients,
+    add_through_dropout,
+    pieces_of,
+    received_by_lora,
+    through_weight,
+)
+from lora_core.packing.packed_batch import Pack, Segment, computed_ahead, current_kernels
+
+NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""As Llama calls them and whoever followed it; a family with other names has its linears one by one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Siblings:
+    """Modules with one input, in the order in which the block calls them."""
+
+    modules: tuple[str, ...]
+    weights: tuple[PlainWeight, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JointPiece:
+    """A segment whose A are one matrix: rows [start, stop) of the tick."""
+
+    start: int
+    stop: int
+    joint: JointViews
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares:
+    """The segments of a pack in these linears: `joint`, and for each linear those that go through it by themselves."""
+
+    joint: tuple[JointPiece, ...]
+    single: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.joint and not any(self.single)
+
+
+def find_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Siblings]:
+    """By the path of the first. `linears` in the model's order, as rows are laid out."""
+    found: dict[str, Siblings] = {}
+    for path in linears:
+        parent, _, name = path.rpartition(".")
+        for names in (names for names in NAMES if names[0] == name):
+            modules = tuple(f"{parent}.{other}" for other in names)
+            parts = [linears.get(module) for module in modules]
+            if all(type(part) is nn.Linear and part.weight.device.type == "cpu" for part in parts):
+                found[path] = Siblings(modules=modules, weights=tuple(map(_plain, parts)))
+    return found
+
+
+def _plain(linear: nn.Module | None) -> PlainWeight:
+    assert isinstance(linear, nn.Linear)
+    return PlainWeight(weight_OD=linear.weight, bias_O=linear.bias)
+
+
+def forward_siblings(siblings: Siblings, pack: Pack, leaf: Tensor, x: Tensor) -> Tensor:
+    """The output of the first; those of the others are left for them."""
+    shares = shares_of(pack, siblings.modules)
+    outputs = PackedSiblings.apply(
+        x.reshape(-1, x.shape[-1]), None if shares.is_empty else leaf, siblings.weights, shares
+    )
+    first, *others = (y_TO.view(*x.shape[:-1], -1) for y_TO in outputs)
+    for module, output in zip(siblings.modules[1:], others, strict=True):
+        computed_ahead()[module] = (x, output)
+    return first
+
+
+def taken_from_ahead(module: str, x: Tensor) -> Tensor | None:
+    """The output of a linear that a sibling has computed for this very input."""
+    found = computed_ahead().pop(module, None)
+    return found[1] if found is not None and found[0] is x else None
+
+
+def shares_of(pack: Pack, modules: tuple[str, ...]) -> Shares:
+    joint: list[JointPiece] = []
+    alone: list[Segment] = []
+    for segment in pack.segments:
+        views = segment.row.joint(modules) if segment.dropout is None else None
+        if views is None:
+            alone.append(segment)
+        else:
+            joint.append(JointPiece(start=segment.start, stop=segment.stop, joint=views))
+    return Shares(joint=tuple(joint), single=tuple(pieces_of(alone, module) for module in modules))
+
+
+class PackedSiblings(torch.autograd.Function):
+    """y of each linear, LoRA of each segment included; `leaf` as in PackedLinear. Saves x once."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, leaf: Tensor | None, weights: tuple[PlainWeight, ...], shares: Shares):
+        ctx.exact = current_kernels().exact_products
+        outputs = [batch_invariant.linear(x_TD, weight.weight_OD, weight.bias_O, ctx.exact) for weight in weights]
+        ctx.weights, ctx.shares = weights, shares
+        ctx.hidden = [_add_joint(outputs, x_TD, piece) for piece in shares.joint]
+        ctx.branches = [
+            add_lora(y_TO, x_TD, pieces, weight)
+            for y_TO, pieces, weight in zip(outputs, shares.single, weights, strict=True)
+        ]
+        ctx.save_for_backward(*([] if shares.is_empty else [x_TD]))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        gradients = [dy_TO.contiguous() for dy_TO in grad_outputs]
+        single: tuple[tuple[Piece, ...], ...] = ctx.shares.single
+        received = [received_by_lora(*parts) for parts in zip(gradients, ctx.branches, single, strict=True)]
+        dx_TD = _input_gradient(ctx, gradients, received) if ctx.needs_input_grad[0] else None
+        if not ctx.shares.is_empty:
+            (x_TD,) = ctx.saved_tensors
+            for piece, h_tS in zip(ctx.shares.joint, ctx.hidden, strict=True):
+                _add_joint_gradients(dx_TD, gradients, x_TD, h_tS, piece)
+            for of_linear, branches, pieces in zip(received, ctx.branches, single, strict=True):
+                add_lora_gradients(dx_TD, of_linear, x_TD, branches, pieces)
+        return dx_TD, None, None, None
+
+
+def _add_joint(outputs: list[Tensor], x_TD: Tensor, piece: JointPiece) -> Tensor:
+    """y += h Bᵀ of each linear in place. Returns h = scale·x Aᵀ, [t, S]."""
+    h_tS = (x_TD[piece.rows] @ piece.joint.a_SD.T).mul_(piece.joint.scale)
+    for index, ranks, views in piece.joint.parts:
+        outputs[index][piece.rows].addmm_(h_tS[:, ranks], views.b_OR.T)
+    return h_tS
+
+
+def _add_joint_gradients(
+    dx_TD: Tensor | None, gradients: list[Tensor], x_TD: Tensor, h_tS: Tensor, piece: JointPiece
+) -> None:
+    """Accumulate dA and dB into the row, and the LoRA part of dx in place where dx is wanted."""
+    dh_tS = torch.empty_like(h_tS)
+    for index, ranks, views in piece.joint.parts:
+        dy_tO = gradients[index][piece.rows]
+        dh_tS[:, ranks] = dy_tO @ views.b_OR
+        accumulate(views.grad_b_OR, dy_tO.T, h_tS[:, ranks])
+    dh_tS.mul_(piece.joint.scale)
+    accumulate(piece.joint.grad_a_SD, dh_tS.T, x_TD[piece.rows])
+    if dx_TD is not None:
+        dx_TD[piece.rows].addmm_(dh_tS, piece.joint.a_SD)
+
+
+def _input_gradient(ctx, gradients: list[Tensor], received: list[list[Tensor]]) -> Tensor:
+    """dx through the frozen weights, each product added to the one before."""
+    parts = list(zip(gradients, ctx.weights, received, ctx.branches, ctx.shares.single, strict=True))
+    dx_TD = None
+    for dy_TO, weight, of_linear, branches, pieces in parts:
+        through_TO = through_weight(dy_TO, of_linear, branches, pieces)
+        if dx_TD is None:
+            dx_TD = batch_invariant.times(through_TO, weight.weight_OD, ctx.exact)
+        else:
+            batch_invariant.add_times(dx_TD, through_TO, weight.weight_OD, ctx.exact)
+    assert dx_TD is not None
+    for dy_TO, weight, of_linear, branches, pieces in parts:
+        add_through_dropout(dx_TD, dy_TO, weight.weight_OD, of_linear, branches, pieces)
+    return dx_TD

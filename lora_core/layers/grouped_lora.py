@@ -1,0 +1,216 @@
+# pyright: basic
+"""The LoRA of many segments in a few launches: torch's grouped product over segments, ranks padded with zeros.
+
+The reference is the loop of lora_linear.py, which computes whatever isn't grouped: DoRA, dropout, an adapter that is
+alone. Letters: T tokens, t tokens of a run, D features in, O out, R rank, W padded rank, G groups of a run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from lora_core.adapter.flat_adapter import SiteViews
+
+if TYPE_CHECKING:
+    from lora_core.layers.lora_linear import Piece
+
+MIN_WIDTH = 8
+"""Of a padded rank; from there on powers of two, so that jobs of 16 don't carry the zeros of one of 256."""
+ALIGNMENT_BYTES = 16  # what a grouped product asks of every stride
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Rows [start, stop) of the tick; `views` is None between pieces, where the padded weights are zero."""
+
+    start: int
+    stop: int
+    views: SiteViews | None
+
+    @property
+    def rank(self) -> int:
+        """Of the weights; the gradients have half of it where a start is subtracted."""
+        return 0 if self.views is None else len(self.views.a_RD)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stacks:
+    """The padded weights of a run: zero past each group's own rank, so h and its gradient are zero there as well."""
+
+    a_GWD: Tensor
+    b_GOW: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where each group of a run ends, int32 [G], counted from the run's first row; its scale by row, fp32 [t, 1]."""
+
+    ends_G: Tensor
+    scales_t1: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Groups that follow each other without a gap, of adapters that are padded to one width."""
+
+    groups: tuple[Group, ...]
+    stacks: Stacks
+    layout: Layout
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.groups[0].start, self.groups[-1].stop)
+
+    def add(self, y_TO: Tensor, x_TD: Tensor) -> Tensor:
+        """y += scale·x Aᵀ Bᵀ in place. Returns h = scale·x Aᵀ, [t, W], for the backward."""
+        h_tW = grouped(x_TD[self.rows], self.stacks.a_GWD.transpose(1, 2), self.layout).mul_(self.layout.scales_t1)
+        y_TO[self.rows] += grouped(h_tW, self.stacks.b_GOW.transpose(1, 2), self.layout)
+        return h_tW
+
+    def add_gradients(self, dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, h_tW: Tensor) -> None:
+        """Accumulate dA and dB into the rows, and the LoRA part of dx in place where dx is wanted."""
+        x_tD, dy_tO = x_TD[self.rows], dy_TO[self.rows]
+        dh_tW = grouped(dy_tO, self.stacks.b_GOW, self.layout).mul_(self.layout.scales_t1)
+        _accumulate(
+            [(None if group.views is None else group.views.grad_b_OR.T) for group in self.groups],
+            grouped(dy_tO.T, h_tW, self.layout).transpose(1, 2),
+        )
+        _accumulate(
+            [(None if group.views is None else group.views.grad_a_RD) for group in self.groups],
+            grouped(dh_tW.T, x_tD, self.layout),
+        )
+        if dx_TD is not None:
+            dx_TD[self.rows] += grouped(dh_tW, self.stacks.a_GWD, self.layout)
+
+
+def grouped(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
+    """[t, K] @ [G, K, N] to [t, N], each row by its group's matrix; or [M, t] @ [t, N] to [G, M, N], one product over
+    the rows of each group. No row of another group is read."""
+    product = getattr(torch.nn.functional, "grouped_mm", None)  # public from torch 2.10 on
+    return (product or torch._grouped_mm)(left, right, offs=layout.ends_G)  # pyright: ignore
+
+
+def _accumulate(gradients: list[Tensor | None], products_GRN: Tensor) -> None:
+    """gradient += its group's product, less the padding; rounded to the compute dtype before, as in the loop."""
+    wide_GRN = products_GRN.to(torch.float32)
+    pairs = [
+        (gradient, wide_RN[: len(gradient)])
+        for gradient, wide_RN in zip(gradients, wide_GRN, strict=True)
+        if gradient is not None
+    ]
+    torch._foreach_add_(*map(list, zip(*pairs, strict=True)))  # pyright: ignore[reportPrivateImportUsage]
+
+
+class SegmentOp:
+    """Divides the pieces of a linear between the loop and runs. One belongs to each attached model.
+
+    Padded weights are kept from tick to tick until the row's weights change or other jobs are in the pack.
+    """
+
+    def __init__(self, kernel: Literal["loop", "grouped_mm"]) -> None:
+        self.kernel = kernel
+        self._stacks: dict[tuple[str, int], tuple[list[_Source], Stacks]] = {}
+
+    def divide(
+        self, module: str, pieces: tuple["Piece", ...], x_TD: Tensor
+    ) -> tuple[tuple["Piece", ...], tuple[Run, ...]]:
+        """What the loop computes, and what is grouped; together all `pieces` of `module`."""
+        if self.kernel == "loop" or not pieces or not _is_aligned(pieces[0].views):
+            return pieces, ()
+        alone = [piece for piece in pieces if piece.dropout is not None or piece.views.magnitude is not None]
+        plain = [piece for piece in pieces if piece.dropout is None and piece.views.magnitude is None]
+        runs: list[Run] = []
+        for width, members in groupby(plain, key=lambda piece: width_of(len(piece.views.a_RD))):
+            together = list(members)
+            if len(together) == 1:  # nothing to save, and the loop adds to y without another pass over it
+                alone += together
+            else:
+                runs.append(self._run(module, len(runs), together, width, x_TD))
+        return tuple(sorted(alone, key=lambda piece: piece.start)), tuple(runs)
+
+    def forget(self) -> None:
+        """Give back the memory of padded weights."""
+        self._stacks.clear()
+
+    def _run(self, module: str, index: int, pieces: Sequence["Piece"], width: int, like: Tensor) -> Run:
+        groups: list[Group] = []
+        for piece in pieces:
+            if groups and groups[-1].stop < piece.start:
+                groups.append(Group(start=groups[-1].stop, stop=piece.start, views=None))
+            groups.append(Group(start=piece.start, stop=piece.stop, views=piece.views))
+        spans = tuple((group.stop - group.start, group.views.scale if group.views else 0.0) for group in groups)
+        return Run(
+            groups=tuple(groups),
+            stacks=self._stacked(module, index, groups, width),
+            layout=layout_of(spans, str(like.device)),
+        )
+
+    def _stacked(self, module: str, index: int, groups: list[Group], width: int) -> Stacks:
+        sources = [_Source(group.views) for group in groups]
+        kept = self._stacks.get((module, index))
+        if kept is None or kept[0] != sources:
+            self._stacks[module, index] = kept = sources, stack(groups, width)
+        return kept[1]
+
+
+class _Source:
+    """Weights as they are now: equal to another only where it is of the same tensors, unchanged since."""
+
+    def __init__(self, views: SiteViews | None) -> None:
+        self._tensors = () if views is None else (ref(views.a_RD), ref(views.b_OR))  # an evicted row is let go
+        self._versions = () if views is None else (views.a_RD._version, views.b_OR._version)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Source) or self._versions != other._versions:
+            return False
+        pairs = zip(self._tensors, other._tensors, strict=True)
+        return all(one() is not None and one() is another() for one, another in pairs)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def width_of(rank: int) -> int:
+    """The power of two that a rank is padded to."""
+    return max(MIN_WIDTH, 1 << (rank - 1).bit_length())
+
+
+def stack(groups: Sequence[Group], width: int) -> Stacks:
+    """Two launches, whatever the number of groups."""
+    like = next(group.views for group in groups if group.views is not None)
+    zeros_WD, zeros_OW = like.a_RD.new_zeros(width, like.a_RD.shape[1]), like.b_OR.new_zeros(len(like.b_OR), width)
+    a_parts: list[Tensor] = []
+    b_parts: list[Tensor] = []
+    for group in groups:
+        padding = width - group.rank
+        if group.views is not None:
+            a_parts.append(group.views.a_RD)
+            b_parts.append(group.views.b_OR)
+        a_parts.append(zeros_WD[:padding])
+        b_parts.append(zeros_OW[:, :padding])
+    return Stacks(
+        a_GWD=torch.cat(a_parts).view(len(groups), width, -1),
+        b_GOW=torch.cat(b_parts, dim=1).view(-1, len(groups), width).transpose(0, 1),
+    )
+
+
+@lru_cache(maxsize=16)
+def layout_of(spans: tuple[tuple[int, float], ...], device: str) -> Layout:
+    """Of groups with these lengths and scales. Nearly all linears of a tick share one, so it is made once."""
+    lengths, scales = zip(*spans, strict=True)
+    lengths_G = torch.tensor(lengths, device=device)
+    scales_G = torch.tensor(scales, dtype=torch.float32, device=device)
+    return Layout(
+        ends_G=lengths_G.cumsum(0).to(torch.int32),
+        scales_t1=scales_G.repeat_interleave(lengths_G, output_size=sum(lengths))[:, None],
+    )
+
+
+def _is_aligned(views: SiteViews) -> bool:
+    numbers = ALIGNMENT_BYTES // views.a_RD.element_size()
+    return views.a_RD.shape[1] % numbers == 0 and len(views.b_OR) % numbers == 0

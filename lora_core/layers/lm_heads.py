@@ -1,0 +1,133 @@
+# pyright: basic
+"""The output heads of a pack: the base's for most jobs, and for some one that they train.
+
+Letters: L labels of the tick, l labels of a segment, C of a chunk, D features, V vocabulary, K trained tokens.
+Jobs with the base's head go through it together; each other job goes through its own.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.modules_to_save import TensorViews
+from lora_core.losses.chunked_cross_entropy import Head, TokenScores, score_labels, weighted_loss
+from lora_core.packing.packed_batch import Pack, Segment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedHead(Head):
+    """A head whose weight, and bias where it has one, lie in a job's row."""
+
+    weight: TensorViews
+    bias: TensorViews | None
+
+    def product_gradient(self, dz_CV: Tensor, h_CD: Tensor) -> Tensor:
+        self.weight.grad.add_(dz_CV.T @ h_CD)  # rounded to the compute dtype first, as autograd does
+        if self.bias is not None:
+            self.bias.grad.add_(dz_CV.sum(0))
+        return dz_CV @ self.weight_VD
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRowsHead(Head):
+    """A head that is the base's embedding table, with the trained rows [K, D] of a job for its tokens."""
+
+    ids_K: Tensor
+    rows: TensorViews
+
+    def product(self, h_CD: Tensor) -> Tensor:
+        z_CV = F.linear(h_CD, self.weight_VD, self.bias_V)
+        bias_K = None if self.bias_V is None else self.bias_V[self.ids_K]
+        return z_CV.index_copy_(1, self.ids_K, F.linear(h_CD, self.rows.value, bias_K))
+
+    def product_gradient(self, dz_CV: Tensor, h_CD: Tensor) -> Tensor:
+        dz_CK = dz_CV[:, self.ids_K]
+        self.rows.grad.add_(dz_CK.T @ h_CD)
+        through_table_CV = dz_CV.index_fill(1, self.ids_K, 0)
+        return through_table_CV @ self.weight_VD + dz_CK @ self.rows.value
+
+
+def head_of(head: Head, row: AdapterRow) -> Head:
+    """The output head of a job: `head`, which is the base's, unless the job trains one, or its rows."""
+    trained = row.trained
+    options = {field.name: getattr(head, field.name) for field in fields(Head)}
+    if trained.modules:
+        (path,) = trained.modules
+        weight, bias = row.tensors[f"{path}.weight"], row.tensors.get(f"{path}.bias")
+        options |= {"weight_VD": weight.value, "bias_V": None if bias is None else bias.value}
+        return SavedHead(**options, weight=weight, bias=bias)
+    if trained.is_tied:
+        ids_K = torch.tensor(trained.token_ids, device=head.weight_VD.device)
+        return TokenRowsHead(**options, ids_K=ids_K, rows=row.tensors[trained.tokens_name])
+    return head
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Segments that go through one head, and where their labels are."""
+
+    head: Head
+    places: slice | Tensor
+    segments: tuple[int, ...]
+
+
+def score_by_head(h_LD: Tensor, head: Head, pack: Pack) -> TokenScores:
+    """The scores of all labels of the pack, without a gradient; `head` is the base's."""
+    groups = _groups(head, pack)
+    parts = [score_labels(h_LD[group.places], group.head, pack.labels_L[group.places]) for group in groups]
+    return _in_order(parts, groups, pack)
+
+
+def loss_by_head(h_LD: Tensor, head: Head, pack: Pack, weights_L: Tensor) -> tuple[Tensor, TokenScores]:
+    """Σ weight · cross-entropy of all labels, whose backward reaches h, and their scores.
+
+    The gradients of trained heads are in their rows already.
+    """
+    groups, smoothing_L = _groups(head, pack), pack.label_smoothing_L
+    results = [
+        weighted_loss(
+            h_LD[group.places],
+            group.head,
+            pack.labels_L[group.places],
+            weights_L[group.places],
+            None if smoothing_L is None else smoothing_L[group.places],
+        )
+        for group in groups
+    ]
+    losses = torch.stack([loss for loss, _ in results])
+    return losses.sum(), _in_order([scores for _, scores in results], groups, pack)
+
+
+def _groups(head: Head, pack: Pack) -> list[Group]:
+    """Jobs with the base's head in one group, then each other one with its own."""
+    heads = [head_of(head, segment.row) for segment in pack.segments]
+    shared = tuple(index for index, own in enumerate(heads) if own is head)
+    if len(shared) == len(heads):
+        return [Group(head=head, places=slice(None), segments=shared)]
+    others = [
+        Group(head=own, places=labels_of(pack.segments[index]), segments=(index,))
+        for index, own in enumerate(heads)
+        if own is not head
+    ]
+    if not shared:
+        return others
+    ranges = [torch.arange(pack.segments[index].label_start, pack.segments[index].label_stop) for index in shared]
+    return [Group(head=head, places=torch.cat(ranges).to(pack.labels_L.device), segments=shared), *others]
+
+
+def labels_of(segment: Segment) -> slice:
+    return slice(segment.label_start, segment.label_stop)
+
+
+def _in_order(parts: list[TokenScores], groups: list[Group], pack: Pack) -> TokenScores:
+    """The scores of groups, as the labels of the pack lie."""
+    if len(groups) == 1:
+        return parts[0]
+    losses_L = torch.empty(len(pack.labels_L), device=pack.labels_L.device)
+    correct_L = torch.empty_like(losses_L, dtype=torch.bool)
+    for scores, group in zip(parts, groups, strict=True):
+        losses_L[group.places], correct_L[group.places] = scores.losses_L, scores.correct_L
+    return TokenScores(losses_L=losses_L, correct_L=correct_L)

@@ -1,0 +1,102 @@
+# pyright: basic
+"""Rotary frequencies that depend on a sequence's length (LongRoPE, arXiv 2402.13753), in a pack by each sequence's own.
+
+transformers takes short or long factors by the largest position of a whole pass and writes what it took into the
+module: in a pack that would be by the longest packmate, and lanes would write at once. So an instance gets a `forward`
+that reads two copies, which transformers itself has set up for either length, and writes nothing.
+Letters: T tokens, S sequences.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.packing.packed_batch import Pack, current_pack
+
+NAME, BOUND = "longrope", "original_max_position_embeddings"
+
+Bounds = Mapping[str | None, int]
+"""By type of layer, None where a module knows of none: the longest sequence that has short factors."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factors:
+    """A rotary module as transformers leaves it after a short sequence, and after a long one."""
+
+    bounds: Bounds
+    short: nn.Module
+    long: nn.Module
+
+
+def rotations_by_length(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """The rotary modules of `model` that choose by length, and the forward of each."""
+    found = [(module, bounds) for module in model.modules() if (bounds := _bounds_of(module))]
+    return [(module, partial(forward_rotary, module, _factors_of(module, bounds))) for module, bounds in found]
+
+
+def bounds_in(model: nn.Module) -> frozenset[int]:
+    """Lengths beyond which a sequence has other factors for all of its tokens."""
+    return frozenset(bound for module in model.modules() for bound in _bounds_of(module).values())
+
+
+def _bounds_of(module: nn.Module) -> Bounds:
+    kinds: Any = getattr(module, "rope_type", None)
+    parameters: Any = getattr(getattr(module, "config", None), "rope_parameters", None)
+    if isinstance(kinds, dict):
+        return {layer: parameters[layer][BOUND] for layer, kind in kinds.items() if kind == NAME}
+    return {None: parameters[BOUND]} if kinds == NAME else {}
+
+
+def _factors_of(module: nn.Module, bounds: Bounds) -> Factors:
+    return Factors(bounds=bounds, short=_set_up(module, bounds, excess=0), long=_set_up(module, bounds, excess=1))
+
+
+@torch.no_grad()
+def _set_up(module: nn.Module, bounds: Bounds, *, excess: int) -> nn.Module:
+    """A copy behind a pass of a sequence that is so many tokens longer than the bound."""
+    copied = copy.deepcopy(module)
+    like = next(copied.buffers()).new_zeros(1)
+    for layer, bound in bounds.items():
+        last = torch.full((1, 1), bound + excess - 1, device=like.device)
+        type(copied).forward(copied, like, last, **_of_layer(layer))
+    return copied
+
+
+def _of_layer(layer_type: str | None) -> dict[str, str]:
+    """Families with one kind of layer don't take the argument."""
+    return {} if layer_type is None else {"layer_type": layer_type}
+
+
+def forward_rotary(
+    module: nn.Module, factors: Factors, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+) -> Any:
+    """Cosines and sines [1, T, ...], or what else a family makes of positions."""
+    pack, options = current_pack(), _of_layer(layer_type)
+    if pack is None or layer_type not in factors.bounds:
+        return type(module).forward(module, x, position_ids, **options)
+    own = inspect.unwrap(type(module).forward)  # without what chooses and writes
+    is_long_S = [length > factors.bounds[layer_type] for length in pack.whole_lengths]
+    if not any(is_long_S):
+        return own(factors.short, x, position_ids, **options)
+    long = own(factors.long, x, position_ids, **options)
+    if all(is_long_S):
+        return long
+    short, is_long_T = own(factors.short, x, position_ids, **options), _by_token(pack, is_long_S, x.device)
+    if isinstance(long, Tensor):
+        return _chosen(is_long_T, long, short)
+    return tuple(_chosen(is_long_T, *pair) for pair in zip(long, short, strict=True))
+
+
+def _by_token(pack: Pack, is_long_S: list[bool], device: torch.device) -> Tensor:
+    lengths_S = torch.tensor(pack.sequence_lengths)
+    return torch.tensor(is_long_S).repeat_interleave(lengths_S).to(device)
+
+
+def _chosen(is_long_T: Tensor, long: Tensor, short: Tensor) -> Tensor:
+    return torch.where(is_long_T.view(1, -1, *[1] * (long.ndim - 2)), long, short)

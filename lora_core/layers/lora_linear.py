@@ -1,0 +1,248 @@
+# pyright: basic
+"""The linear layer of a packed step: one GEMM of the frozen weight over all tokens, LoRA by segment.
+
+Letters: T tokens, t tokens of a segment, D features in, O features out, R rank. Gradients of A and B go
+straight into each job's row, not through autograd; the gradient of the frozen weight is never computed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_core.adapter.dora import MagnitudeBranch, add_magnitude, add_magnitude_gradient
+from lora_core.adapter.flat_adapter import SiteViews
+from lora_core.kernels import batch_invariant
+from lora_core.kernels.batch_invariant import ExactProducts
+from lora_core.layers.grouped_lora import Run
+from lora_core.packing.packed_batch import DropoutKey, Segment, current_kernels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """The part of one job in one linear: rows [start, stop), its views, and its dropout if it has one."""
+
+    start: int
+    stop: int
+    views: SiteViews
+    module: str
+    dropout: DropoutKey | None
+
+    def keep_tD(self, x_tD: Tensor) -> Tensor | None:
+        """Which elements dropout keeps; None without dropout."""
+        return None if self.dropout is None else self.dropout.keep_TD(self.module, x_tD)
+
+    def dropped(self, x_tD: Tensor, keep_tD: Tensor | None) -> Tensor:
+        return x_tD if self.dropout is None or keep_tD is None else self.dropout.dropped(x_tD, keep_tD)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Branch:
+    """What the forward of a piece leaves for its backward: h = scale · dropout(x) Aᵀ, what dropout kept, and DoRA's.
+
+    Making the mask again costs five times as much as applying it; kept, it takes a byte an element.
+    """
+
+    h_tR: Tensor
+    keep_tD: Tensor | None
+    magnitude: MagnitudeBranch | None = None
+
+
+def pieces_of(segments: Sequence[Segment], module: str) -> tuple[Piece, ...]:
+    """Those whose adapters change `module`."""
+    return tuple(
+        Piece(
+            start=segment.start,
+            stop=segment.stop,
+            views=segment.row.sites[module],
+            module=module,
+            dropout=segment.dropout,
+        )
+        for segment in segments
+        if module in segment.row.sites
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainWeight:
+    """The frozen weight of a linear, as a GEMM reads it."""
+
+    weight_OD: Tensor
+    bias_O: Tensor | None
+
+
+def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...], linear: PlainWeight | None) -> list[Branch]:
+    """y += h Bᵀ in place by segment, or DoRA's output instead, which needs `linear`. Returns the branch of each."""
+    branches: list[Branch] = []
+    for piece in pieces:
+        views, x_tD, y_tO = piece.views, x_TD[piece.start : piece.stop], y_TO[piece.start : piece.stop]
+        keep_tD = piece.keep_tD(x_tD)
+        d_tD = piece.dropped(x_tD, keep_tD)
+        h_tR = (d_tD @ views.a_RD.T).mul_(views.scale)
+        magnitude = None
+        if views.magnitude is None:
+            y_tO.addmm_(h_tR, views.b_OR.T)
+        else:
+            assert linear is not None, "admission refuses DoRA where the weight can't be read"
+            magnitude = add_magnitude(
+                y_tO,
+                d_tD,
+                h_tR,
+                views,
+                weight_OD=linear.weight_OD,
+                bias_O=linear.bias_O,
+                with_dropout=keep_tD is not None,
+            )
+        branches.append(Branch(h_tR=h_tR, keep_tD=keep_tD, magnitude=magnitude))
+    return branches
+
+
+def add_lora_gradients(
+    dx_TD: Tensor | None, received: list[Tensor], x_TD: Tensor, branches: list[Branch], pieces: tuple[Piece, ...]
+) -> None:
+    """Accumulate dA and dB into the rows, and the LoRA part of dx in place where dx is wanted.
+
+    `received`: the gradient [t, O] of each piece's scale·B A dropout(x).
+    """
+    for piece, branch, dy_tO in zip(pieces, branches, received, strict=True):
+        views, x_tD = piece.views, x_TD[piece.start : piece.stop]
+        dh_tR = (dy_tO @ views.b_OR).mul_(views.scale)
+        rank = len(views.grad_a_RD)  # the weights may be of twice this: what lies beyond is frozen
+        accumulate(views.grad_b_OR, dy_tO.T, branch.h_tR[:, :rank])
+        accumulate(views.grad_a_RD, dh_tR[:, :rank].T, piece.dropped(x_tD, branch.keep_tD))
+        if dx_TD is None:
+            continue
+        if piece.dropout is None:
+            dx_TD[piece.start : piece.stop].addmm_(dh_tR, views.a_RD)
+        else:
+            dx_TD[piece.start : piece.stop] += piece.dropped(dh_tR @ views.a_RD, branch.keep_tD)
+
+
+def received_by_lora(dy_TO: Tensor, branches: list[Branch], pieces: tuple[Piece, ...]) -> list[Tensor]:
+    """dy of each piece; with DoRA times its factor, and the magnitude's gradient is accumulated into the row."""
+    received: list[Tensor] = []
+    for piece, branch in zip(pieces, branches, strict=True):
+        dy_tO, magnitude = dy_TO[piece.start : piece.stop], piece.views.magnitude
+        if magnitude is not None and branch.magnitude is not None:
+            dy_tO = add_magnitude_gradient(dy_tO, branch.magnitude, magnitude)
+        received.append(dy_tO)
+    return received
+
+
+def input_gradient(  # noqa: PLR0917
+    dy_TO: Tensor,
+    weight_OD: Tensor,
+    exact: ExactProducts | None,
+    received: list[Tensor],
+    branches: list[Branch],
+    pieces: tuple[Piece, ...],
+) -> Tensor:
+    """dx through the frozen weight."""
+    dx_TD = batch_invariant.times(through_weight(dy_TO, received, branches, pieces), weight_OD, exact)
+    add_through_dropout(dx_TD, dy_TO, weight_OD, received, branches, pieces)
+    return dx_TD
+
+
+def through_weight(dy_TO: Tensor, received: list[Tensor], branches: list[Branch], pieces: tuple[Piece, ...]) -> Tensor:
+    """What the frozen weight gets of dy: with DoRA, where W x has a factor, times that."""
+    magnified = [
+        branch.magnitude is not None and piece.dropout is None for branch, piece in zip(branches, pieces, strict=True)
+    ]
+    if not any(magnified):
+        return dy_TO
+    through_weight_TO = dy_TO.clone()
+    for piece, dv_tO, is_magnified in zip(pieces, received, magnified, strict=True):
+        if is_magnified:
+            through_weight_TO[piece.start : piece.stop] = dv_tO
+    return through_weight_TO
+
+
+def add_through_dropout(  # noqa: PLR0917
+    dx_TD: Tensor,
+    dy_TO: Tensor,
+    weight_OD: Tensor,
+    received: list[Tensor],
+    branches: list[Branch],
+    pieces: tuple[Piece, ...],
+) -> None:
+    """With DoRA and dropout W x is as it was, and W dropout(x) has the factor less 1."""
+    for piece, branch, dv_tO in zip(pieces, branches, received, strict=True):
+        if branch.magnitude is not None and piece.dropout is not None:
+            rows = slice(piece.start, piece.stop)
+            dx_TD[rows] += piece.dropped((dv_tO - dy_TO[rows]) @ weight_OD, branch.keep_tD)
+
+
+def accumulate(gradient: Tensor, left: Tensor, right: Tensor) -> None:
+    """gradient += left @ right; below fp32 the product is rounded to its dtype first, as autograd does."""
+    if gradient.dtype == left.dtype:
+        gradient.addmm_(left, right)
+    else:
+        gradient.add_(left @ right)
+
+
+class PackedLinear(torch.autograd.Function):
+    """y = x Wᵀ + b over all tokens, plus each segment's LoRA. Saves x once, the small h, and the masks.
+
+    `leaf` is a scalar that requires a gradient wherever an adapter is present: it makes autograd visit this
+    node although no weight is known to it. It receives none. `runs` are the segments that aren't among the pieces,
+    because they are grouped (grouped_lora.py).
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917  (autograd passes by position)
+        ctx,
+        x_TD: Tensor,
+        leaf: Tensor | None,
+        linear: PlainWeight,
+        pieces: tuple[Piece, ...],
+        runs: tuple[Run, ...] = (),
+    ):
+        ctx.exact = current_kernels().exact_products
+        y_TO = batch_invariant.linear(x_TD, linear.weight_OD, linear.bias_O, ctx.exact)
+        ctx.pieces, ctx.runs = pieces, runs
+        ctx.branches = add_lora(y_TO, x_TD, pieces, linear)
+        ctx.hidden = [run.add(y_TO, x_TD) for run in runs]
+        ctx.weight_OD = linear.weight_OD  # frozen, so autograd needn't watch it
+        ctx.save_for_backward(*([x_TD] if pieces or runs else []))
+        return y_TO
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        dy_TO = grad_outputs[0].contiguous()
+        received = received_by_lora(dy_TO, ctx.branches, ctx.pieces)
+        dx_TD = None
+        if ctx.needs_input_grad[0]:
+            dx_TD = input_gradient(dy_TO, ctx.weight_OD, ctx.exact, received, ctx.branches, ctx.pieces)
+        if ctx.pieces or ctx.runs:
+            (x_TD,) = ctx.saved_tensors
+            add_lora_gradients(dx_TD, received, x_TD, ctx.branches, ctx.pieces)
+            for run, h_tW in zip(ctx.runs, ctx.hidden, strict=True):
+                run.add_gradients(dx_TD, dy_TO, x_TD, h_tW)
+        return dx_TD, None, None, None, None
+
+
+class PackedDelta(torch.autograd.Function):
+    """The LoRA part alone, for a linear with a forward of its own (quantised, sharded): y + delta."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917  (autograd passes by position)
+        ctx, y_TO: Tensor, x_TD: Tensor, leaf: Tensor, pieces: tuple[Piece, ...], runs: tuple[Run, ...] = ()
+    ):
+        out_TO = y_TO.clone()
+        ctx.pieces, ctx.runs = pieces, runs
+        ctx.branches = add_lora(out_TO, x_TD, pieces, None)
+        ctx.hidden = [run.add(out_TO, x_TD) for run in runs]
+        ctx.save_for_backward(x_TD)
+        return out_TO
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        (x_TD,) = ctx.saved_tensors
+        dy_TO = grad_outputs[0].contiguous()
+        dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None
+        received = received_by_lora(dy_TO, ctx.branches, ctx.pieces)
+        add_lora_gradients(dx_TD, received, x_TD, ctx.branches, ctx.pieces)
+        for run, h_tW in zip(ctx.runs, ctx.hidden, strict=True):
+            run.add_gradients(dx_TD, dy_TO, x_TD, h_tW)
+        return dy_TO, dx_TD, None, None, None

@@ -1,0 +1,143 @@
+# pyright: basic
+"""Rotary position embedding in one pass through memory, forward and backward, where a library's takes a dozen.
+
+An attention module finds `apply_rotary_pos_emb` among the globals of its file. Those are every model's of the family in
+this process, so they stay as they are: an instance gets its class's own `forward`, over a copy of the globals in which
+that one name is ours. A family's function is asked before: only where ours gives its numbers is it replaced.
+Letters: H heads, T tokens, E features of a head, D of them rotated.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.errors import ANY_FAILURE
+from lora_core.kernels.numba_jit import array_of, flat_memory, runs_on
+from lora_core.kernels.rotary import rotate
+from lora_core.packing.packed_batch import current_pack
+
+NAME = "apply_rotary_pos_emb"
+CHECKED_TOKENS, CHECKED_FEATURES, CHECKED_PART = 5, 16, 6
+
+Rotation = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A family's function, and whether it gives the numbers of ours: for heads that are rotated whole, and in part."""
+
+    original: Rotation
+    whole: bool
+    part: bool
+
+
+def faster_rotations(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """The attention modules of `model` whose rotation can be replaced, and the forward of each."""
+    found = [(module, own) for module in model.modules() if (own := _own_forward(module)) is not None]
+    asked: dict[tuple[Rotation, torch.dtype], Asked] = {}
+    forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+    for module, own in found:
+        original, like = own.__globals__[NAME], next(module.parameters())
+        if (original, like.dtype) not in asked:
+            asked[original, like.dtype] = _ask(original, like)
+        answer = asked[original, like.dtype]
+        if answer.whole or answer.part:
+            forwards.append((module, partial(_forward, module, _over_ours(own, answer))))
+    return forwards
+
+
+def _own_forward(module: nn.Module) -> FunctionType | None:
+    """The class's forward without its decorators, if it rotates by the function of that name."""
+    own = inspect.unwrap(type(module).forward)
+    if not isinstance(own, FunctionType) or NAME not in own.__code__.co_names:
+        return None
+    return own if callable(own.__globals__.get(NAME)) and any(True for _ in module.parameters()) else None
+
+
+def _over_ours(own: FunctionType, asked: Asked) -> FunctionType:
+    names = own.__globals__ | {NAME: partial(_rotated, asked)}
+    copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    copy.__kwdefaults__ = own.__kwdefaults__
+    return copy
+
+
+def _forward(module: nn.Module, own: FunctionType, *args: Any, **kwargs: Any) -> Any:
+    if current_pack() is None:
+        return type(module).forward(module, *args, **kwargs)
+    return own(module, *args, **kwargs)
+
+
+def _ask(original: Rotation, like: Tensor) -> Asked:
+    whole, part = (runs_on(like) and _agrees(original, like, size) for size in (CHECKED_FEATURES, CHECKED_PART))
+    return Asked(original=original, whole=whole, part=part)
+
+
+@torch.no_grad()
+def _agrees(original: Rotation, like: Tensor, num_rotated: int) -> bool:
+    """Whether both rotate so many features of two query heads and a key head by the same numbers, up to the last bit
+    or two."""
+    numbers = torch.arange(5 * CHECKED_TOKENS * CHECKED_FEATURES, dtype=torch.float32)
+    rows = torch.sin(numbers * 0.7).to(like.dtype).view(5, CHECKED_TOKENS, CHECKED_FEATURES)
+    query, key = rows[:2][None], rows[2:3][None]
+    cos, sin = (row[..., :num_rotated].contiguous() for row in (rows[3:4], rows[4:]))
+    try:
+        expected = original(query, key, cos, sin)
+    except ANY_FAILURE:
+        return False  # a function of other arguments
+    ours = Rotate.apply(query, key, cos, sin)
+    bound = 2 * torch.finfo(like.dtype).eps
+    return all(
+        theirs.shape == mine.shape and torch.allclose(mine.float(), theirs.float(), rtol=bound, atol=bound)
+        for mine, theirs in zip(ours, expected, strict=True)
+    )
+
+
+def _rotated(
+    asked: Asked, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    agrees = asked.whole if cos.shape[-1] == query.shape[-1] else asked.part
+    if not agrees or args or kwargs.get("unsqueeze_dim", 1) != 1 or not _fits(query, key, cos, sin):
+        return asked.original(query, key, cos, sin, *args, **kwargs)
+    return Rotate.apply(query, key, cos, sin)
+
+
+def _fits(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """One row of tokens on the CPU, in one dtype, an even number of features rotated."""
+    num_tokens, size = query.shape[-2:]
+    return (
+        all(runs_on(tensor) and tensor.dtype == query.dtype for tensor in (query, key, cos, sin))
+        and (query.ndim, key.ndim, len(query), key.shape[-2:]) == (4, 4, 1, query.shape[-2:])
+        and cos.shape == sin.shape == (1, num_tokens, cos.shape[-1])
+        and cos.shape[-1] <= size
+        and cos.shape[-1] % 2 == 0
+    )
+
+
+class Rotate(torch.autograd.Function):
+    """query [1, H, T, E] and key [1, K, T, E] by cos and sin [1, T, D], which get no gradient; memory goes by token."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor):
+        ctx.angles = array_of(cos.reshape(-1)), array_of(sin.reshape(-1))
+        return _turned(query, ctx.angles, backward=False), _turned(key, ctx.angles, backward=False)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        query, key = grad_outputs
+        return _turned(query, ctx.angles, backward=True), _turned(key, ctx.angles, backward=True), None, None
+
+
+def _turned(heads: Tensor, angles: tuple[Any, Any], *, backward: bool) -> Tensor:
+    plain_HTE, numbers = flat_memory(heads.squeeze(0))
+    num_heads, num_tokens, size = plain_HTE.shape
+    head_stride, token_stride, _ = plain_HTE.stride()
+    target_THE = heads.new_empty(num_tokens, num_heads, size)
+    into = array_of(target_THE.view(-1))
+    rotate(numbers, token_stride, head_stride, *angles, num_tokens, num_heads, size, backward, into)
+    return target_THE.transpose(0, 1)[None]

@@ -1,0 +1,72 @@
+# pyright: basic
+"""The gated MLP down(silu(gate(x)) · up(x)) (arXiv 2002.05202) with the activation in one pass over memory each way.
+
+An MLP is recognised by its parts and then asked, as norms are; it is replaced on the instance and inside a pack.
+Letters: T tokens, D features, F of the gate.
+"""
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.kernels.numba_jit import array_of, runs_on
+from lora_core.kernels.swiglu import swiglu, swiglu_backward
+from lora_core.layers.module_matching import is_gated_mlp, kind_of
+from lora_core.layers.rms_norm import CHECKED_TOKENS, same_numbers
+from lora_core.packing.packed_batch import current_pack
+
+
+def faster_mlps(model: nn.Module) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    """The MLPs of `model` that can be replaced, and the forward of each. One of each kind is asked, for that reads all
+    its weights."""
+    found = [(module, kind_of(module)) for module in model.modules() if _is_ours(module)]
+    asked: dict[Hashable, bool] = {}
+    for module, kind in found:
+        if kind not in asked:
+            asked[kind] = _agrees(module)
+    return [(module, partial(forward_mlp, module)) for module, kind in found if asked[kind]]
+
+
+def _is_ours(module: nn.Module) -> bool:
+    linears = [module.gate_proj, module.up_proj, module.down_proj] if is_gated_mlp(module) else []
+    return bool(linears) and all(type(linear) is nn.Linear and runs_on(linear.weight) for linear in linears)
+
+
+@torch.no_grad()
+def _agrees(module: nn.Module) -> bool:
+    gate = cast(nn.Linear, module.gate_proj)
+    numbers = torch.arange(CHECKED_TOKENS * gate.in_features, dtype=torch.float32)
+    x_TD = torch.sin(numbers * 0.7).view(1, CHECKED_TOKENS, -1).to(gate.weight.dtype)
+    return same_numbers(type(module).forward(module, x_TD), _forward(module, x_TD))
+
+
+def forward_mlp(module: nn.Module, x_TD: Tensor) -> Tensor:
+    return type(module).forward(module, x_TD) if current_pack() is None else _forward(module, x_TD)
+
+
+def _forward(module: nn.Module, x_TD: Tensor) -> Tensor:
+    gate, up, down = (cast(nn.Module, part) for part in (module.gate_proj, module.up_proj, module.down_proj))
+    return down(SwiGlu.apply(gate(x_TD), up(x_TD)))
+
+
+class SwiGlu(torch.autograd.Function):
+    """y = round(round(silu(gate)) · up); nothing but gate and up is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, gate_TF: Tensor, up_TF: Tensor):
+        gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
+        y_TF = torch.empty_like(gate_TF)
+        swiglu(*(array_of(part.view(-1)) for part in (gate_TF, up_TF, y_TF)))
+        ctx.save_for_backward(gate_TF, up_TF)
+        return y_TF
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        gate_TF, up_TF = ctx.saved_tensors
+        dgate_TF, dup_TF = torch.empty_like(gate_TF), torch.empty_like(up_TF)
+        parts = gate_TF, up_TF, grad_outputs[0].contiguous(), dgate_TF, dup_TF
+        swiglu_backward(*(array_of(part.view(-1)) for part in parts))
+        return dgate_TF, dup_TF

@@ -1,0 +1,1 @@
+"""Cross-entropy, preference losses, KTO and scores."""

@@ -1,0 +1,127 @@
+# pyright: basic
+"""Cross-entropy through the output head at supervised positions only, its gradient made in the forward.
+
+Letters: L labels of the tick, C labels of a chunk, D features, V vocabulary. Logits exist one chunk at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core.kernels import batch_invariant
+from lora_core.kernels.batch_invariant import ExactProducts
+from lora_core.losses.cross_entropy import score_rows
+
+CHUNK_LABELS = 256
+LABEL_MULTIPLE = 32  # rows of a chunk, so that exp and tanh take vector code up to the end at any vocabulary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """logits = softcap · tanh(z / softcap) with z = multiplier · (h Wᵀ + b). `exact`: see
+    lora_core/kernels/batch_invariant.py."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    multiplier: float = 1.0
+    softcap: float | None = None
+    exact: ExactProducts | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits are the product itself."""
+        return self.multiplier == 1.0 and self.softcap is None
+
+    def logits(self, h_CD: Tensor) -> Tensor:
+        """[C, V] in the base's dtype, as transformers has them."""
+        z_CV = self.product(h_CD)
+        if self.multiplier != 1.0:
+            z_CV = z_CV * self.multiplier
+        if self.softcap is not None:
+            z_CV = torch.tanh(z_CV / self.softcap) * self.softcap
+        return z_CV
+
+    def product(self, h_CD: Tensor) -> Tensor:
+        return batch_invariant.linear(h_CD, self.weight_VD, self.bias_V, self.exact)
+
+    def capping_slope(self, logits_CV: Tensor) -> Tensor | None:
+        """What capping multiplies a logit's gradient by: d tanh = 1 - tanh². None without capping."""
+        return None if self.softcap is None else 1 - (logits_CV / self.softcap).square()
+
+    def input_gradient(self, dlogits_CV: Tensor, slope_CV: Tensor | None, h_CD: Tensor) -> Tensor:
+        """dh [C, D] for the gradient of the logits; it is fp32 where they were scaled or capped."""
+        if slope_CV is not None:
+            dlogits_CV = dlogits_CV * slope_CV
+        if self.multiplier != 1.0:
+            dlogits_CV = dlogits_CV * self.multiplier
+        return self.product_gradient(dlogits_CV.to(self.weight_VD.dtype), h_CD)
+
+    def product_gradient(self, dz_CV: Tensor, _h_CD: Tensor) -> Tensor:
+        """dh [C, D] of `product`. A trained head adds its own gradient to its job's row as well."""
+        return batch_invariant.times(dz_CV, self.weight_VD, self.exact)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenScores:
+    """Of each label: its cross-entropy in nats (fp32 [L]), and whether it was the likeliest (bool [L])."""
+
+    losses_L: Tensor
+    correct_L: Tensor
+
+
+def score_labels(h_LD: Tensor, head: Head, labels_L: Tensor) -> TokenScores:
+    """Without a gradient, for evaluation."""
+    scores, _ = _score(h_LD.detach(), head, labels_L, None)
+    return scores
+
+
+def weighted_loss(
+    h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor, smoothing_L: Tensor | None = None
+) -> tuple[Tensor, TokenScores]:
+    """Σ weight · cross-entropy, whose backward reaches h, and the scores of each label.
+
+    `smoothing_L`: each label's ε, as label_smoothing of torch's cross_entropy: the label has the probability 1 - ε,
+    and ε is spread evenly over the whole vocabulary.
+    """
+    loss, losses_L, correct_L = ChunkedCrossEntropy.apply(h_LD, head, labels_L, (weights_L, smoothing_L))
+    return loss, TokenScores(losses_L=losses_L, correct_L=correct_L)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_LD: Tensor, head: Head, labels_L: Tensor, of_labels: tuple[Tensor, Tensor | None]):
+        weights_L, smoothing_L = of_labels
+        scores, ctx.dh_LD = _score(h_LD, head, labels_L, weights_L, smoothing_L)
+        ctx.mark_non_differentiable(scores.losses_L, scores.correct_L)
+        return scores.losses_L.dot(weights_L), scores.losses_L, scores.correct_L
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        return ctx.dh_LD * grad_outputs[0], None, None, None
+
+
+def _score(
+    h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor | None, smoothing_L: Tensor | None = None
+) -> tuple[TokenScores, Tensor | None]:
+    """Scores, and with weights the gradient [L, D]. Pads the last chunk with rows that nobody reads."""
+    num_labels = len(labels_L)
+    filler = -num_labels % LABEL_MULTIPLE
+    h_LD, labels_L = F.pad(h_LD, (0, 0, 0, filler)), F.pad(labels_L, (0, filler))
+    weights_L = F.pad(weights_L, (0, filler)) if weights_L is not None else None
+    smoothing_L = F.pad(smoothing_L, (0, filler)) if smoothing_L is not None else None
+    losses, correct, gradients = [], [], []
+    for start in range(0, num_labels, CHUNK_LABELS):
+        chunk = slice(start, start + CHUNK_LABELS)
+        smoothing_C = None if smoothing_L is None else smoothing_L[chunk]
+        logits_CV = head.logits(h_LD[chunk]) if head.is_plain else head.logits(h_LD[chunk]).float()
+        slope_CV = head.capping_slope(logits_CV) if weights_L is not None else None
+        scored = score_rows(logits_CV, labels_L[chunk], smoothing_C)
+        losses.append(scored.losses_C)
+        correct.append(scored.correct_C)
+        if weights_L is not None:
+            dlogits_CV = scored.gradient(weights_L[chunk])
+            gradients.append(head.input_gradient(dlogits_CV, slope_CV, h_LD[chunk]))
+    scores = TokenScores(losses_L=torch.cat(losses)[:num_labels], correct_L=torch.cat(correct)[:num_labels])
+    return scores, torch.cat(gradients)[:num_labels] if gradients else None

@@ -1,0 +1,1 @@
+"""Files of base models: import, GGUF, license, merge."""

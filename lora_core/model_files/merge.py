@@ -1,0 +1,365 @@
+# pyright: basic
+"""Merged equals adapted: writes W + scale · B A as a whole model folder, and measures what rounding took.
+
+`python -m lora_core.model_files.merge ADAPTER BASE OUT`. The sum is computed in fp32 and rounded once to the base's
+dtype, one linear at a time. A folder appears only if its logits are those of the base with the adapter.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lora_core.base_model.loading import read_config
+from lora_core.base_model.model import BaseModel, load_base
+from lora_core.base_model.quantization import Quantisation, quantisation_in_training
+from lora_core.errors import BadAdapter, LoraCoreError, UnsafeFile, UnsupportedModel
+from lora_core.model_files.import_base import import_base
+from lora_core.model_files.merge_cost import compare_cost
+from lora_core.peft_format.export import pseudo_random_ids
+from lora_core.peft_format.verify import NUM_NUDGES, ROUNDING_FACTOR, refuse_foreign_code, verify_export
+from lora_core.runtime.safetensors_io import read_header, write_directory, write_json
+
+PROBE_SEED = 20_260_102
+DEQUANTISE_HELP = "merge into a quantised GGUF file, or an adapter that was trained on a quantised base; store 16 bits"
+MEASURE_HELP = "time a pass of the base and of the merged model; a GGUF file is read twice for it"
+WEIGHTS = "adapter_model.safetensors"
+RECORD = "merge.json"
+PLAIN_TENSORS = {"F32", "F16", "BF16", "F64"}
+SHARD = "5GB"
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeReport:
+    """What merging changed, in logits: over every position of pseudo-random sequences.
+
+    `max_abs_diff` is the largest difference between merged and adapted, `tolerance` what rounding to `dtype`
+    explains, `max_abs_effect` the largest change that the adapter makes. `update_error` is the Frobenius norm of
+    the rounding over that of B A, all linears together: 0 in fp32, 1 where as much was lost as was added.
+    """
+
+    dtype: Dtype
+    num_merged: int
+    max_abs_diff: float
+    tolerance: float
+    max_abs_effect: float
+    update_error: float
+    adapter_sha256: str
+    dequantised: bool
+    trained_on: Quantisation = "none"
+    """How the base was held in training, where the adapter's folder says so."""
+    max_abs_diff_to_trained: float | None = None
+    """Of an adapter that was trained on a quantised base: to the logits that training saw, in the adapter's probe."""
+
+
+def merge_adapter(
+    adapter_dir: Path,
+    base_source: Path,
+    out_dir: Path,
+    *,
+    dtype: Dtype | None = None,
+    dequantise: bool = False,
+) -> MergeReport:
+    """Write `out_dir` (which must not exist): config, tokenizer, weights in shards, merge.json.
+
+    `base_source` is a base directory or a GGUF file. `dtype` None means the base's own. Raises BadAdapter for an
+    adapter of another base or one whose merged logits differ by more than rounding, UnsupportedModel for a
+    quantised base, or an adapter that was trained on one, without `dequantise`.
+    """
+    refuse_foreign_adapter(adapter_dir)
+    trained_on = quantisation_in_training(adapter_dir / WEIGHTS)
+    if trained_on != "none" and not dequantise:
+        raise UnsupportedModel(
+            f"This adapter was trained on its base held as {trained_on}. Merged, it stands on the plain weights, and "
+            "gives other logits than those that training saw and verification checked.",
+            remedy=f"Serve it on the base held as {trained_on}; or accept this with --dequantise, which measures it.",
+        )
+    with _base_folder(base_source, dequantise=dequantise) as (base_dir, was_quantised):
+        stored: Dtype = "float32" if read_config(base_dir).dtype == torch.float32 else "bfloat16"
+        base = load_base(base_dir, dtype=dtype or stored, device="cpu")
+        _refuse_other_base(base if trained_on == "none" else _held_as(base_dir, trained_on, base), adapter_dir)
+        to_trained = None if trained_on == "none" else _diff_to_trained(base, adapter_dir)
+        model = cast(nn.Module, base.model)
+        ids = torch.from_numpy(pseudo_random_ids(base, "merge", PROBE_SEED))
+        with torch.no_grad():
+            plain_logits = _logits(model, ids)
+            adapted = _load(model, adapter_dir)
+            adapted_logits = _logits(adapted, ids)
+            layers = _lora_layers(adapted, model)
+            update_error = _merge(layers)
+            merged_logits = _logits(adapted, ids)
+            roundings = [_nudged(layers, lambda: _logits(adapted, ids), seed=seed) for seed in range(NUM_NUDGES)]
+            merged = _unloaded(adapted)
+        report = MergeReport(
+            dtype=dtype or stored,
+            num_merged=len(layers),
+            max_abs_diff=_largest(merged_logits - adapted_logits),
+            tolerance=_tolerance(merged_logits, roundings, base.dtype),
+            max_abs_effect=_largest(adapted_logits - plain_logits),
+            update_error=update_error,
+            adapter_sha256=hashlib.sha256((adapter_dir / WEIGHTS).read_bytes()).hexdigest(),
+            dequantised=was_quantised,
+            trained_on=trained_on,
+            max_abs_diff_to_trained=to_trained,
+        )
+        if not report.max_abs_diff <= report.tolerance:
+            raise _bad(
+                f"merged logits differ by {report.max_abs_diff:.3g}, and rounding explains {report.tolerance:.3g}"
+            )
+        write_directory(out_dir, lambda directory: _write(merged, base_dir, directory, report))
+    return report
+
+
+def refuse_foreign_adapter(adapter_dir: Path) -> None:
+    """Raises BadAdapter for what isn't a plain LoRA folder in PEFT's layout, or would run code."""
+    for name in ("adapter_config.json", WEIGHTS):
+        if not (adapter_dir / name).is_file():
+            raise _bad(f"{name} is missing")
+    refuse_foreign_code(adapter_dir)
+    _refuse_changed(adapter_dir)
+    if json.loads((adapter_dir / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS":
+        raise _bad("it has a head of its own for whole sequences, which the base's folder has no place for")
+    try:
+        read_header(adapter_dir / WEIGHTS)
+    except UnsafeFile as error:
+        raise _bad(error.message.removesuffix(".")) from error
+
+
+def _refuse_changed(adapter_dir: Path) -> None:
+    """Files that are not those of the manifest that a pulled folder has; see `lorry adapters verify`."""
+    manifest = adapter_dir / "manifest.json"
+    if not manifest.is_file():
+        return
+    try:
+        told = {str(entry["path"]): entry["digest"] for entry in json.loads(manifest.read_text("utf-8"))["files"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _bad("its manifest.json can't be read") from error
+    for name in ("adapter_config.json", WEIGHTS):
+        if name in told and hashlib.sha256((adapter_dir / name).read_bytes()).hexdigest() != told[name]:
+            raise _bad(f"{name} is not the file that its manifest.json names")
+
+
+@contextmanager
+def _base_folder(source: Path, *, dequantise: bool) -> Iterator[tuple[Path, bool]]:
+    """(A folder of plain weights, whether they were quantised). A GGUF file is imported for the while."""
+    if source.is_dir():
+        if getattr(read_config(source), "quantization_config", None) is not None:
+            raise UnsupportedModel(
+                f"The weights of {source.name!r} are quantised, so W + B A can't be stored in their place.",
+                remedy="Give the base model that it was quantised from, and quantise the merged model.",
+            )
+        yield source, False
+        return
+    kinds = _quantised_kinds(source)
+    if kinds and not dequantise:
+        raise UnsupportedModel(
+            f"{source.name!r} is quantised ({', '.join(kinds)}). Merging stores its weights in 16 bits: the folder "
+            "grows accordingly, and quantising it again rounds away some or all of what the adapter added.",
+            remedy="Merge into the model that it was quantised from, or accept this with --dequantise.",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        import_base(source=str(source), kind="gguf", revision=None, target_dir=Path(folder) / "base")
+        yield Path(folder) / "base", bool(kinds)
+
+
+def _quantised_kinds(gguf: Path) -> list[str]:
+    from gguf import GGUFReader
+
+    if not gguf.is_file():
+        raise UnsupportedModel(
+            f"There is no base model at {str(gguf)!r}.", remedy="Give a base directory or a GGUF file."
+        )
+    try:
+        return sorted({tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors} - PLAIN_TENSORS)
+    except ValueError as error:
+        raise UnsupportedModel(
+            f"{gguf.name!r} is not a GGUF file: {error}.", remedy="Give a base directory or a GGUF file."
+        ) from error
+
+
+def _refuse_other_base(base: BaseModel, adapter_dir: Path) -> None:
+    """Raises BadAdapter where training saw other logits, with the adapter or without.
+
+    The evidence is in the adapter's folder, if Lorry wrote it; in another dtype it would differ by that one's rounding.
+    """
+    if not (adapter_dir / "probe.safetensors").is_file():
+        return
+    stored = {kind for kind, _ in read_header(adapter_dir / WEIGHTS).values()}
+    if stored != {{torch.float32: "F32", torch.bfloat16: "BF16"}[base.dtype]}:
+        return
+    if not verify_export(base, adapter_dir).passed:
+        raise _bad("on this base model it doesn't give the logits that training saw")
+
+
+def _held_as(base_dir: Path, quantisation: Quantisation, plain: BaseModel) -> BaseModel:
+    """The base as training had it: what the adapter's evidence is of."""
+    dtype = "float32" if plain.dtype == torch.float32 else "bfloat16"
+    return load_base(base_dir, dtype=dtype, device="cpu", quantisation=quantisation)
+
+
+def _diff_to_trained(base: BaseModel, adapter_dir: Path) -> float | None:
+    """On the plain base, in logits; None without a probe."""
+    if not (adapter_dir / "probe.safetensors").is_file():
+        return None
+    return verify_export(base, adapter_dir).max_abs_diff
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def _load(model: nn.Module, adapter_dir: Path) -> PeftModel:
+    """PEFT's own loading, and the refusal of weights that it would pass over with a warning."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False).eval()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _bad(f"PEFT can't load it: {error}") from error
+    with safe_open(adapter_dir / WEIGHTS, framework="pt") as file:
+        foreign = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() ^ set(file.keys()))
+    if foreign:
+        raise _bad(f"{foreign[0]} is missing, or has no place in this base model")
+    return adapted
+
+
+def _lora_layers(adapted: PeftModel, model: nn.Module) -> list[LoraLayer]:
+    """The adapted layers. Raises BadAdapter where one, or a layer that was trained in full, shares its weight with
+    another layer: both would change."""
+    layers: list[LoraLayer] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    owners = [parameter.data_ptr() for _, parameter in parameters]
+    replaced = [module.original_module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
+    weights = [*map(_weight, layers), *(weight for module in replaced for weight in module.parameters())]
+    for weight in weights:
+        if owners.count(weight.data_ptr()) > 1:
+            raise BadAdapter(
+                "The adapter is not merged: it changes the output head, whose weight this base model shares with its "
+                "embeddings. A merged model would have them tied again, and be another than was trained.",
+                remedy="Serve the adapter beside the base model, as PEFT loads it. For one that merges, train without "
+                "the head: leave it out of modules_to_save and target_modules.",
+            )
+    return layers
+
+
+def _weight(layer: LoraLayer) -> nn.Parameter:
+    return cast(nn.Parameter, layer.get_base_layer().weight)
+
+
+def _merge(layers: list[LoraLayer]) -> float:
+    """W becomes W + B A, by PEFT's own rule for each method. Returns `update_error`; see MergeReport.
+
+    PEFT would round B A to the dtype of W and then the sum; a layer that is fp32 for the while is rounded once.
+    """
+    added = lost = 0.0
+    for layer in layers:
+        weight = _weight(layer)
+        before = weight.data
+        layer.get_base_layer().float()
+        try:
+            layer.merge(safe_merge=True)  # into a new tensor, so the file's memory map stays as it is
+        except ValueError as error:
+            raise _bad(f"{error}") from error
+        exact = weight.data
+        layer.get_base_layer().to(before.dtype)
+        added += float((exact - before.float()).double().square().sum())
+        lost += float((exact - weight.data.float()).double().square().sum())
+    return (lost / added) ** 0.5 if added else 0.0
+
+
+def _nudged(layers: list[LoraLayer], logits: Callable[[], Tensor], *, seed: int) -> Tensor:
+    """The logits where every merged weight is off at random by at most half a unit in its last place."""
+    random = torch.Generator().manual_seed(seed)
+    kept = [_weight(layer).data for layer in layers]
+    for layer in layers:
+        weight = _weight(layer)
+        half_units = torch.rand(weight.shape, generator=random) - 0.5
+        factor = 1 + half_units.double() * torch.finfo(weight.dtype).eps
+        weight.data = (weight.data.double() * factor).to(weight.dtype)
+    try:
+        return logits()
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            _weight(layer).data = weight
+
+
+def _tolerance(merged_logits: Tensor, nudged: list[Tensor], dtype: torch.dtype) -> float:
+    """Three times what rounding does to the logits: half a unit in the last place of each merged weight, in the
+    worst of three draws, and of the largest logit. As in verify.py, measured and not guessed."""
+    least = torch.finfo(dtype).eps * _largest(merged_logits) / 2
+    return ROUNDING_FACTOR * max(least, *(_largest(logits - merged_logits) for logits in nudged))
+
+
+def _unloaded(adapted: PeftModel) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that the layers are merged already
+        return cast(nn.Module, adapted.merge_and_unload())
+
+
+def _write(merged: nn.Module, base_dir: Path, directory: Path, report: MergeReport) -> None:
+    """The base's own files byte by byte (tokenizer, template, licence), then config and weights as they are now."""
+    for path in sorted(base_dir.iterdir()):
+        if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".gguf", ".bin", ".pt", ".py")):
+            shutil.copyfile(path, directory / path.name)
+    merged.save_pretrained(directory, max_shard_size=SHARD)  # pyright: ignore[reportCallIssue]
+    write_json(directory / RECORD, asdict(report))
+
+
+def _largest(logits: Tensor) -> float:
+    return float(logits.abs().max())
+
+
+def _bad(reason: str) -> BadAdapter:
+    return BadAdapter(
+        f"The adapter is not merged: {reason}.", remedy="Give a LoRA adapter that was trained on this base model."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_core.model_files.merge", description="Merge an adapter into its base."
+    )
+    parser.add_argument("adapter", type=Path, help="folder in PEFT's layout, such as `lorry adapters pull` gives")
+    parser.add_argument("base", type=Path, help="folder of safetensors, or a GGUF file")
+    parser.add_argument("out", type=Path, help="folder to make; it must not exist")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="of the merged weights; the base's own if left out"
+    )
+    parser.add_argument("--dequantise", action="store_true", help=DEQUANTISE_HELP)
+    parser.add_argument("--measure", action="store_true", help=MEASURE_HELP)
+    given = parser.parse_args(arguments)
+    try:
+        report = merge_adapter(given.adapter, given.base, given.out, dtype=given.dtype, dequantise=given.dequantise)
+        answer: dict[str, object] = {"merged": asdict(report)}
+        if given.measure:
+            with _base_folder(given.base, dequantise=given.dequantise) as (base_dir, _):
+                answer["cost"] = asdict(compare_cost(base_dir, given.out, dtype=report.dtype))
+    except LoraCoreError as error:
+        sys.stderr.write(f"{error.message} {error.remedy}\n")
+        return 1
+    except FileExistsError as error:
+        sys.stderr.write(f"{error} exists already. Name a folder that doesn't.\n")
+        return 1
+    sys.stdout.write(json.dumps(answer, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A step's packed batch: segments, key-value cache, block range, embedding noise."""

@@ -1,0 +1,290 @@
+# pyright: basic
+"""What one tick computes: slices of several jobs, concatenated without padding between sequences.
+
+Letters: T tokens of the tick. T is rounded up to a multiple of 16 with a filler sequence that belongs to no
+job: below 16 rows a GEMM takes other kernels, and at odd sizes the last elements take scalar code.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.config import ObjectiveConfig
+from lora_core.kernels.selection import Kernels
+from lora_core.packing.block_range import Entry, Passage
+from lora_core.packing.kv_cache import KeptKeys
+from lora_core.packing.neftune import NoiseKey
+from lora_core.runtime.counter_rng import coin_flips
+
+ROW_MULTIPLE = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DropoutKey:
+    """Names the random mask of one slice; the module's name completes the key."""
+
+    probability: float
+    seed: int
+    step: int
+    slice_index: int
+
+    @property
+    def threshold(self) -> int:
+        return round((1 - self.probability) * 65536)
+
+    def keep_TD(self, module: str, like_TD: Tensor) -> Tensor:
+        """1 where an element is kept, else 0; uint8, which a CPU casts much faster than bool. Shaped as `like_TD`."""
+        key = ("dropout", self.seed, self.step, self.slice_index, module)
+        flips = coin_flips(*key, count=like_TD.numel(), threshold=self.threshold)
+        return torch.from_numpy(flips.view(np.uint8)).view(like_TD.shape).to(like_TD.device)
+
+    def dropped(self, x_TD: Tensor, keep_TD: Tensor) -> Tensor:
+        """x where it is kept, over the share that is kept, so that the mean stays; 0 elsewhere."""
+        return x_TD * keep_TD.to(x_TD.dtype).mul_(65536 / self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SliceInput:
+    """One slice of one job: its sequences, which tokens are labels, and each label's weight in the loss.
+
+    With an objective over pairs the sequences come so, chosen before rejected, and the weight is that of a pair: its
+    labels' weights follow from the loss. With KTO it is that of a sequence, whose label is 1 where it is desirable;
+    without a `reference_point` (nats) the slice is one of those that measure it.
+    """
+
+    row: AdapterRow
+    sequences: tuple[tuple[np.ndarray, np.ndarray], ...]  # (input_ids, loss_mask) each
+    label_weight: float
+    dropout: DropoutKey | None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    labels: tuple[float, ...] = ()  # of each sequence, where they are classified or KTO's
+    reference_point: float | None = None
+    token_types: tuple[np.ndarray | None, ...] = ()
+    noise: NoiseKey | None = None
+    entry: Entry | None = None
+    reference: AdapterRow | None = None
+    """What an objective compares with: no adapter on the base model, or the one that the job began with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compared:
+    """The answers of a segment, whose loss follows from their log probabilities (losses/scoring.py): the weight of a
+    pair or of an answer in the loss, the number of labels of each sequence, and where the same labels begin in the pack
+    of the reference. `labels` and `reference_point` as of the slice."""
+
+    objective: ObjectiveConfig
+    weight: float
+    num_labels: tuple[int, ...]
+    reference_start: int
+    labels: tuple[float, ...]
+    reference_point: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graded:
+    """Sequences [first, last) of the pack are a segment's; the weight is of one in the loss, or of a pair of them."""
+
+    objective: ObjectiveConfig
+    first: int
+    last: int
+    weight: float
+    labels: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Rows [start, stop) of the tick belong to one slice; labels [first_label, last_label) as well."""
+
+    start: int
+    stop: int
+    row: AdapterRow
+    dropout: DropoutKey | None
+    label_start: int
+    label_stop: int
+    compared: Compared | None
+    graded: Graded
+    noise: NoiseKey | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pack:
+    """input_ids and position_ids int64 [1, T]; label_positions int64 [L]: the rows before labels; sequence_bounds
+    int32 [S + 1]: where each sequence begins, and where the last ends.
+
+    `label_smoothing_L`: what each label's probability is lowered by in training (losses/chunked_cross_entropy.py);
+    None.
+
+    `reference`: the sequences of jobs that compare with another adapter, or none, with that at work; a pass of its
+    own, since nothing of it is differentiated.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    sequence_lengths: tuple[int, ...]
+    sequence_bounds_S: Tensor
+    segments: tuple[Segment, ...]
+    label_positions_L: Tensor
+    labels_L: Tensor
+    label_weights_L: Tensor
+    label_smoothing_L: Tensor | None = None
+    reference: "Pack | None" = None
+    token_types: Tensor | None = None
+    is_pooled: bool = False  # segments count sequences, not tokens
+    is_checkpointed: bool = (
+        False  # the backward computes each block's forward again (layers/activation_checkpointing.py)
+    )
+    passage: Passage | None = None
+    kept: tuple[KeptKeys, ...] = ()  # of each sequence that grows (forward/generation.py); the tokens are then new
+
+    @property
+    def whole_lengths(self) -> tuple[int, ...]:
+        """Of each sequence with the tokens that are kept of it."""
+        fillers = (0,) * (len(self.sequence_lengths) - len(self.kept))
+        before = (*(kept.num_tokens for kept in self.kept), *fillers)
+        return tuple(old + new for old, new in zip(before, self.sequence_lengths, strict=True))
+
+
+def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
+    """Concatenate slices in the order given, and fill up to a multiple of 16 tokens."""
+    compared = [
+        replace(part, row=part.reference, dropout=None, noise=None) for part in slices if part.reference is not None
+    ]
+    reference = _concatenated(compared, _segments(compared), device=device) if compared else None
+    return replace(_concatenated(slices, _segments(slices), device=device), reference=reference)
+
+
+def bare_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
+    """The sequences alone, without the adapters of their jobs."""
+    return _concatenated(slices, (), device=device)
+
+
+def _concatenated(slices: Sequence[SliceInput], segments: tuple[Segment, ...], *, device: str) -> Pack:
+    sequences = [sequence for part in slices for sequence in part.sequences]
+    lengths = [len(ids) for ids, _ in sequences]
+    filler = -sum(lengths) % ROW_MULTIPLE
+    lengths += [filler] if filler else []
+    ids = np.concatenate([*(ids for ids, _ in sequences), np.zeros(filler, np.int32)])
+    mask = np.concatenate([*(mask for _, mask in sequences), np.zeros(filler, np.uint8)])
+    label_rows = np.flatnonzero(mask)
+    weights = [np.full(sum(_num_labels(part)), part.label_weight, np.float32) for part in slices]
+    return Pack(
+        input_ids=torch.from_numpy(ids.astype(np.int64)).to(device)[None],
+        position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+        sequence_lengths=tuple(lengths),
+        sequence_bounds_S=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+        segments=segments,
+        label_positions_L=torch.from_numpy(label_rows - 1).to(device),
+        labels_L=torch.from_numpy(ids[label_rows].astype(np.int64)).to(device),
+        label_weights_L=torch.from_numpy(np.concatenate(weights)).to(device),
+        label_smoothing_L=_label_smoothing(slices, device=device),
+        token_types=_token_types(slices, filler, device=device),
+    )
+
+
+def _token_types(slices: Sequence[SliceInput], filler: int, *, device: str) -> Tensor | None:
+    """int64 [1, T], 0 where a job tells none; None where none does."""
+    if not any(types is not None for part in slices for types in part.token_types):
+        return None
+    parts: list[np.ndarray] = []
+    for part in slices:
+        given = part.token_types or (None,) * len(part.sequences)
+        sequences = zip(part.sequences, given, strict=True)
+        parts += [np.zeros(len(ids), np.uint8) if types is None else types for (ids, _), types in sequences]
+    types = np.concatenate([*parts, np.zeros(filler, np.uint8)])
+    return torch.from_numpy(types.astype(np.int64)).to(device)[None]
+
+
+def _label_smoothing(slices: Sequence[SliceInput], *, device: str) -> Tensor | None:
+    """fp32 [L]."""
+    if not any(part.objective.token_smoothing for part in slices):
+        return None
+    parts = [np.full(sum(_num_labels(part)), part.objective.token_smoothing, np.float32) for part in slices]
+    return torch.from_numpy(np.concatenate(parts)).to(device)
+
+
+def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
+    segments: list[Segment] = []
+    start = label_start = reference_start = first = 0
+    for part in slices:
+        num_labels = _num_labels(part)
+        stop = start + sum(len(ids) for ids, _ in part.sequences)
+        label_stop = label_start + sum(num_labels)
+        segments.append(
+            Segment(
+                start=start,
+                stop=stop,
+                row=part.row,
+                dropout=part.dropout,
+                label_start=label_start,
+                label_stop=label_stop,
+                compared=_compared(part, num_labels, reference_start),
+                graded=Graded(
+                    objective=part.objective,
+                    first=first,
+                    last=first + len(part.sequences),
+                    weight=part.label_weight,
+                    labels=part.labels,
+                ),
+                noise=part.noise,
+            )
+        )
+        first += len(part.sequences)
+        start, label_start = stop, label_stop
+        reference_start += 0 if part.reference is None else sum(num_labels)
+    return tuple(segments)
+
+
+def _compared(part: SliceInput, num_labels: tuple[int, ...], reference_start: int) -> Compared | None:
+    if not part.objective.is_preference or part.objective.grades_sequences:
+        return None
+    return Compared(
+        objective=part.objective,
+        weight=part.label_weight,
+        num_labels=num_labels,
+        reference_start=reference_start,
+        labels=part.labels,
+        reference_point=part.reference_point,
+    )
+
+
+def _num_labels(part: SliceInput) -> tuple[int, ...]:
+    """Of each sequence."""
+    return tuple(int(mask.sum()) for _, mask in part.sequences)
+
+
+_current: ContextVar[tuple[Pack, Kernels] | None] = ContextVar("lora_core_pack", default=None)
+_ahead: ContextVar[dict[str, tuple[Tensor, Tensor]]] = ContextVar("lora_core_ahead")
+
+
+def current_pack() -> Pack | None:
+    """The pack that the running forward pass computes, for the attached linears and the attention."""
+    current = _current.get()
+    return None if current is None else current[0]
+
+
+def current_kernels() -> Kernels:
+    """Those of the running forward pass; outside one, those of a CPU."""
+    current = _current.get()
+    return Kernels() if current is None else current[1]
+
+
+def computed_ahead() -> dict[str, tuple[Tensor, Tensor]]:
+    """Of linears that were computed with one before them, by module: (the input, the output); of this pass alone."""
+    return _ahead.get()
+
+
+@contextmanager
+def running(pack: Pack, kernels: Kernels) -> Iterator[None]:
+    token, ahead = _current.set((pack, kernels)), _ahead.set({})
+    try:
+        yield
+    finally:
+        _current.reset(token)
+        _ahead.reset(ahead)

@@ -1,0 +1,101 @@
+# pyright: basic
+"""What is trained in full gives row by row: a head's score of each token, and the embedding of each trained token.
+
+The logits of a few positions show a wrong row of a head, or of a rare token, only where it is wrong by more than
+they round. A row by itself is known to its own rounding. Evidence from the engine, and PEFT's to compare.
+Letters: N inputs, D features, V vocabulary, K trained tokens.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.base_model.model import BaseModel
+from lora_core.layers.lm_heads import head_of
+from lora_core.peft_format.evidence_linears import ROUNDING_FACTOR, inputs
+
+PREFIX = "in_full."
+"""Before the name of a tensor in probe.safetensors."""
+HEAD, TIED_ROWS, EMBEDDINGS, TOKENS = "head", "tied_rows", "embeddings", "token_ids"
+
+
+@torch.no_grad()
+def evidence(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
+    """Of a base of causal language: z = W x of the inputs for each token [N, V], if the job trains the head; if it
+    trains embeddings, e·x of each [K, N], and z [N, K] where they are rows of the head as well.
+
+    A head for sequences has a row a class, which the logits show as they are.
+    """
+    trained, found = row.trained, {}
+    if base.task != "causal-lm" or not trained.tensors:
+        return {}
+    x_ND = _inputs(base.head().weight_VD)
+    scores_NV = head_of(replace(base.head(), exact=None), row).product(x_ND)  # by the product that PEFT will take
+    if trained.modules:
+        found[HEAD] = scores_NV
+    if trained.token_ids:
+        ids_K = torch.tensor(trained.token_ids, device=x_ND.device)
+        table: Any = base.model.get_input_embeddings()
+        rows_KD = row.tensors[trained.tokens_name].value
+        scale = torch.as_tensor(getattr(table, "embed_scale", 1.0)).to(rows_KD)
+        found |= {TOKENS: ids_K, EMBEDDINGS: _projected(rows_KD * scale)}
+        if trained.is_tied:
+            found[TIED_ROWS] = scores_NV[:, ids_K]
+    return {f"{PREFIX}{name}": tensor.cpu().contiguous() for name, tensor in found.items()}
+
+
+@torch.no_grad()
+def errors(model: nn.Module, recorded: dict[str, Tensor], *, dtype: torch.dtype) -> dict[str, float]:
+    """By what was compared, the largest difference of a row as a share of what rounding explains. `model`: with
+    PEFT's adapter in place. `recorded`: the evidence, without its prefix."""
+    found: dict[str, float] = {}
+    output, table = model.get_output_embeddings(), model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    ids_K = recorded[TOKENS].to(_weight(output).device) if TOKENS in recorded else None
+    if HEAD in recorded or TIED_ROWS in recorded:
+        x_ND = _inputs(_weight(output)).to(dtype)
+        scores_NV = output(x_ND).float()
+        lengths_V = torch.linalg.vector_norm(_weight(output).float(), dim=1)
+        if HEAD in recorded:
+            found["the output head"] = _share(scores_NV.T, recorded[HEAD].float().T, lengths_V, dtype=dtype)
+        if TIED_ROWS in recorded and ids_K is not None:
+            rows_KD = table(ids_K[None])[0].float()
+            lengths_K = torch.linalg.vector_norm(rows_KD, dim=1)
+            of_ids_KN = scores_NV[:, ids_K].T
+            found["a trained row of the head"] = _share(
+                of_ids_KN, recorded[TIED_ROWS].float().T, lengths_K, dtype=dtype
+            )
+    if EMBEDDINGS in recorded and ids_K is not None:
+        rows_KD = table(ids_K[None])[0]
+        lengths_K = torch.linalg.vector_norm(rows_KD.float(), dim=1)
+        found["a trained embedding"] = _share(_projected(rows_KD), recorded[EMBEDDINGS], lengths_K, dtype=dtype)
+    return found
+
+
+def _weight(output: Any) -> Tensor:
+    """Of the output head, also where PEFT has put its own in its place."""
+    return output.weight
+
+
+def _inputs(weight_VD: Tensor) -> Tensor:
+    return inputs("in_full", weight_VD.shape[1]).to(weight_VD.device, weight_VD.dtype)
+
+
+def _projected(rows_KD: Tensor) -> Tensor:
+    """fp32 [K, N]: two signed sums of each row."""
+    return (rows_KD.double() @ inputs("in_full", rows_KD.shape[1]).to(rows_KD.device).double().T).float()
+
+
+def _share(found_KN: Tensor, recorded_KN: Tensor, lengths_K: Tensor, *, dtype: torch.dtype) -> float:
+    """The worst row's difference over three of its roundings: one unit in the last place of its length, which is the
+    size of such a sum of its numbers, and of the sum itself."""
+    recorded_KN = recorded_KN.to(found_KN.device)
+    if found_KN.shape != recorded_KN.shape:
+        return math.inf
+    size_K = lengths_K + found_KN.abs().amax(1)
+    tolerance_K = ROUNDING_FACTOR * torch.finfo(dtype).eps * size_K + torch.finfo(torch.float32).tiny
+    share = float(((found_KN - recorded_KN).abs().amax(1) / tolerance_K).max())
+    return math.inf if math.isnan(share) else share

@@ -1,0 +1,219 @@
+# pyright: basic
+"""An adapter in PEFT's layout, with the logits that the engine computes from it as evidence.
+
+What is exported are the weights that training computed with: in the base model's dtype, so that whoever loads
+them multiplies by the same numbers. The fp32 master stays in checkpoints.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.base_model.model import BaseModel
+from lora_core.base_model.quantization import Quantisation
+from lora_core.forward.classification import head_alone, head_inputs, head_module
+from lora_core.forward.language_model import hidden_states
+from lora_core.layers.lm_heads import head_of
+from lora_core.layers.task_heads import class_logits
+from lora_core.module_paths import layer_of, matches
+from lora_core.packing.packed_batch import SliceInput, build_pack
+from lora_core.peft_format import evidence_linears, evidence_modules
+from lora_core.runtime.counter_rng import random_words
+from lora_core.runtime.safetensors_io import write_directory, write_json
+
+PROBE_ROWS, PROBE_TOKENS, PROBE_POSITIONS = 2, 48, 2
+PROBE_SEED = 20_260_101
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportReport:
+    """`sha256` is of adapter_model.safetensors; `num_parameters` counts all that was trained.
+
+    `quantisation` is of the base model that the adapter was trained on.
+    """
+
+    num_parameters: int
+    num_bytes: int
+    sha256: str
+    dtype: str
+    quantisation: Quantisation = "none"
+
+
+def export_adapter(
+    base: BaseModel, row: AdapterRow, directory: Path, *, base_name: str, has_evidence: bool = True
+) -> ExportReport:
+    """Write adapter_config.json, adapter_model and probe.safetensors; `directory` must not exist.
+
+    has_evidence: false leaves the probe out, which costs passes: of a checkpoint, which nobody verifies.
+    """
+    probe = _probe(base, row) if has_evidence else None  # all passes before any writing, which may fail on one rank
+    write_directory(directory, lambda temporary: _write(base, row, temporary, base_name, probe))
+    content = (directory / "adapter_model.safetensors").read_bytes()
+    return ExportReport(
+        num_parameters=row.num_parameters,
+        num_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        dtype=str(row.dtype).removeprefix("torch."),
+        quantisation=base.quantisation,
+    )
+
+
+def _write(base: BaseModel, row: AdapterRow, directory: Path, base_name: str, probe: dict[str, Tensor] | None) -> None:
+    save_file(adapter_tensors(row), directory / "adapter_model.safetensors", metadata=_metadata(base))
+    write_json(directory / "adapter_config.json", peft_config(base, row, base_name))
+    if probe is not None:
+        save_file(probe, directory / "probe.safetensors")
+
+
+def _metadata(base: BaseModel) -> dict[str, str]:
+    """Of a quantised base, how: PEFT's adapter_config.json has no place for it."""
+    if base.quantisation == "none":
+        return {"format": "pt"}
+    how = base.model.config.quantization_config.to_dict()
+    return {"format": "pt", "base_quantization_config": json.dumps(how, sort_keys=True)}
+
+
+def adapter_tensors(row: AdapterRow) -> dict[str, Tensor]:
+    """PEFT's names: lora_A.weight [R, D] and lora_B.weight [O, R] under each module's path; DoRA's magnitude [O];
+    what is trained in full as the module itself names it.
+
+    Where the start is subtracted they are of twice the rank, [A; A₀] and [B, -B₀], for the unchanged base model.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, views in row.sites.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = views.a_RD.cpu().clone()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = views.b_OR.cpu().clone()
+        if views.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = views.magnitude.m_O.cpu().clone()
+    for name, trained in row.tensors.items():
+        tensors[f"{PREFIX}{name}"] = trained.value.cpu().clone()
+    return tensors
+
+
+def peft_config(base: BaseModel, row: AdapterRow, base_name: str) -> dict[str, object]:
+    conv1d = any(type(module).__name__ == "Conv1D" for module in base.model.modules())
+    names, layers = target_names(base, row)
+    lora = row.lora
+    times, alpha_times = (2, math.sqrt(2) if lora.use_rslora else 2) if lora.subtracts_start else (1, 1)
+    ranks: dict[str, float] = {name: times * lora.rank_of(name) for name in row.sites}
+    alphas: dict[str, float] = {name: alpha_times * lora.alpha_of(name) for name in row.sites}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if base.task == "causal-lm" else "SEQ_CLS",
+        "base_model_name_or_path": base_name,
+        "r": times * lora.rank,
+        "lora_alpha": alpha_times * lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "rank_pattern": exceptions(ranks, times * lora.rank),
+        "alpha_pattern": exceptions(alphas, alpha_times * lora.alpha),
+        "target_modules": names,
+        "layers_to_transform": layers,
+        "fan_in_fan_out": conv1d,
+        "bias": "none",
+        "modules_to_save": list(row.trained.modules) or None,
+        "trainable_token_indices": list(row.trained.token_ids) or None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def exceptions(values: dict[str, float], usual: float) -> dict[str, float]:
+    """PEFT's pattern for the modules whose value isn't the usual one.
+
+    By short name where all modules of that name have the value, by path otherwise. What a person wrote as a
+    regular expression is thus never run by whoever loads the adapter.
+    """
+    by_name: dict[str, set[float]] = {}
+    for path, value in values.items():
+        by_name.setdefault(_short(path), set()).add(value)
+    return {
+        _short(path) if len(by_name[_short(path)]) == 1 else path: value
+        for path, value in values.items()
+        if value != usual
+    }
+
+
+def target_names(base: BaseModel, row: AdapterRow) -> tuple[list[str], list[int] | None]:
+    """(names, layers) for PEFT: short names if they match exactly the adapted modules, as servers expect.
+
+    Short names in the job's layers_to_transform, if those do, are next; full paths otherwise.
+    """
+    short = sorted({_short(name) for name in row.sites})
+    matched = {name for name in base.linear_names() if any(matches(name, suffix) for suffix in short)}
+    if matched == row.sites.keys():
+        return short, None
+    layers = row.lora.layers_to_transform
+    if layers is not None and {name for name in matched if layer_of(name) in layers} == row.sites.keys():
+        return short, sorted(layers)
+    return sorted(row.sites), None
+
+
+def _short(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
+    """Pseudo-random ids, the engine's logits with and without the adapter, what each linear adds, and what is trained
+    in full gives."""
+    ids = with_tokens(pseudo_random_ids(base, "probe", PROBE_SEED), _trained_tokens(base, row))
+    bare = AdapterRow((), row.lora, dtype=base.dtype, device=base.device, trained=head_alone(base, row))
+    bare.initialise(0)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "logits": packed_logits(base, row, ids),
+        "base_logits": packed_logits(base, bare, ids),
+        **evidence_linears.evidence(base, row),
+        **evidence_modules.evidence(base, row),
+    }
+
+
+def _trained_tokens(base: BaseModel, row: AdapterRow) -> list[int]:
+    """Those whose embeddings the job trains; the padding token has no gradient, and may end a sequence."""
+    padding = getattr(base.model.get_input_embeddings(), "padding_idx", None)
+    return [token for token in row.trained.token_ids if token != padding]
+
+
+def with_tokens(ids: np.ndarray, tokens: list[int]) -> np.ndarray:
+    """`ids` with the tokens in them, which the logits could not tell otherwise: from the end backwards, where most of
+    what they do is seen. Of more tokens than half the places as many as those hold, evenly chosen."""
+    num_rows, num_places = ids.shape
+    count = min(len(tokens), ids.size // 2)
+    chosen = np.linspace(0, len(tokens) - 1, count).astype(np.int64)
+    places, found = np.arange(count), ids.copy()
+    found[places % num_rows, num_places - 1 - places // num_rows] = np.array(tokens, np.int64)[chosen]
+    return found
+
+
+def pseudo_random_ids(base: BaseModel, purpose: str, seed: int) -> np.ndarray:
+    """int64 [2, 48], or as many as the base takes: the same each time, and never a user's."""
+    num_tokens = min(PROBE_TOKENS, base.max_positions or PROBE_TOKENS)
+    words = random_words(purpose, seed, count=PROBE_ROWS * num_tokens)
+    return (words % np.uint64(base.vocab_size)).astype(np.int64).reshape(PROBE_ROWS, num_tokens)
+
+
+@torch.no_grad()
+def packed_logits(base: BaseModel, row: AdapterRow, ids: np.ndarray) -> Tensor:
+    """fp32 [rows, 2, V]: what the engine's own path gives at the last two positions of each row.
+
+    Of a base that classifies: [rows, 1, C], once for each row, from the job's own head.
+    """
+    no_labels = np.zeros(ids.shape[1], np.uint8)
+    sequences = tuple((row_ids.astype(np.int32), no_labels) for row_ids in ids)
+    pack = build_pack([SliceInput(row=row, sequences=sequences, label_weight=0.0, dropout=None)], device=base.device)
+    if base.task != "causal-lm":
+        h_PD = head_inputs(base, pack, hidden_states(base, pack))[: len(ids)]
+        return class_logits(base.model, head_module(base, row), h_PD)[:, None].cpu()
+    hidden = hidden_states(base, pack)[: ids.size].view(*ids.shape, -1)
+    last = hidden[:, -PROBE_POSITIONS:]
+    return head_of(base.head(), row).logits(last.flatten(0, 1)).float().view(len(ids), PROBE_POSITIONS, -1).cpu()

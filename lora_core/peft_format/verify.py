@@ -1,0 +1,369 @@
+# pyright: basic
+"""Served equals trained: an exported adapter, loaded by PEFT on the resident base, gives the engine's logits.
+
+Each adapted linear by itself, which knows every matrix to its rounding (evidence_linears.py), and the logits of all
+together, whose tolerance is measured, not guessed: `_compare` derives it.
+"""
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lora_core.base_model.model import BaseModel
+from lora_core.errors import BadAdapter, OutOfMemory, UnsafeFile
+from lora_core.forward.progress_hooks import Between, silent, told_at_linears
+from lora_core.layers.task_heads import own_head, task_head_of
+from lora_core.peft_format import evidence_linears, evidence_modules
+from lora_core.peft_format.evidence_linears import ROUNDING_FACTOR, LinearsReport
+from lora_core.peft_format.export import PREFIX, PROBE_POSITIONS
+from lora_core.runtime.device_errors import is_shortage, shortage_in_pass
+from lora_core.runtime.device_faults import is_device_fault
+from lora_core.runtime.safetensors_io import read_header
+
+LOGITS_FACTOR = 6
+NUM_NUDGES = 3
+SAME_MODEL = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Share of the largest logit by which two orders of operations of one model may differ; another model is far off."""
+SAME_INT8_MODEL = 0.1
+LEVELS = 127
+"""Of a linear that holds its weights in int8, and brings its inputs to as many whole steps each way (arXiv 2208.07339):
+what rounding moves across the middle between two is off by a whole one."""
+FILES = ("adapter_config.json", "adapter_model.safetensors", "probe.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """Differences to PEFT over all probed logits, and their tolerances; in logits.
+
+    One that is not finite is told as the largest float, so that every report is JSON, and has not passed.
+
+    `max_abs_effect` is the largest change that the adapter makes; `num_positions` counts probed positions.
+    `worst_linear_error`: of what each adapted linear adds, and what a head or embeddings trained in full give row by
+    row, the largest difference as a share of its tolerance; with
+    `worst_linear` None where the adapter was exported without that evidence, by an older version. `explanation`
+    tells in words what was compared and why so much is allowed.
+    """
+
+    max_abs_diff: float
+    max_abs_logit: float
+    tolerance: float
+    rms_diff: float
+    rms_tolerance: float
+    max_abs_effect: float
+    passed: bool
+    num_positions: int
+    num_linears: int = 0
+    worst_linear: str | None = None
+    worst_linear_error: float | None = None
+    explanation: str = ""
+
+
+def verify_export(base: BaseModel, directory: Path, *, between: Between = silent) -> VerifyReport:
+    """Compare PEFT's logits with probe.safetensors; the base is left without a trace.
+
+    Six passes, on an int8 base nine, of two short sequences on the base that is resident already, nothing of which is
+    loaded again; `between` is called after each linear of them. Raises BadAdapter; OutOfMemory, in the name of the
+    directory, where PEFT's own pass doesn't fit the device, or BrokenPass where the base is divided.
+    """
+    try:
+        with shortage_in_pass(is_divided=base.is_divided), told_at_linears(base, between):
+            return _verify(base, directory)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(directory.name) from error
+
+
+def _verify(base: BaseModel, directory: Path) -> VerifyReport:
+    probe = _load_probe(base, directory)
+    added, in_full = _evidence(probe, evidence_linears.PREFIX), _evidence(probe, evidence_modules.PREFIX)
+    linears = None
+    with base.untouched() as model, _with_head(base, directory), torch.no_grad():
+        ids = probe["input_ids"].to(base.device)
+        roundings = [_last_logits(model, ids) - probe["base_logits"]]
+        with _adapted(model, directory, device=base.device) as adapted:
+            if added:
+                _check_same_linears(model, added)
+                more = evidence_modules.errors(model, in_full, dtype=base.dtype)
+                linears = evidence_linears.compare(model, added, dtype=base.dtype, more=more)
+            logits = _last_logits(adapted, ids)
+            roundings += [_nudged_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
+            if base.quantisation == "int8":
+                roundings += [_stepped_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
+        with _adapted(model, directory, device=base.device, in_fp32=False) as adapted:
+            roundings.append(_last_logits(adapted, ids) - logits)
+    same_model = SAME_INT8_MODEL if base.quantisation == "int8" else SAME_MODEL[base.dtype]
+    return _compare(probe, logits, roundings=roundings, dtype=base.dtype, linears=linears, same_model=same_model)
+
+
+def _evidence(probe: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """By name, of each adapted linear, or of what is trained in full; none in an export of an older version."""
+    return {name.removeprefix(prefix): tensor for name, tensor in probe.items() if name.startswith(prefix)}
+
+
+def _check_same_linears(model: torch.nn.Module, added: dict[str, Tensor]) -> None:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    shapes = {name: evidence_linears.shape_of(layer) for name, layer in layers.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in added.items()}
+    if shapes != found:
+        different = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
+        raise _bad(f"PEFT adapts other layers than training did, {different[0]} for one")
+
+
+def _compare(
+    probe: dict[str, Tensor],
+    logits: Tensor,
+    *,
+    roundings: list[Tensor],
+    dtype: torch.dtype,
+    linears: LinearsReport | None,
+    same_model: float,
+) -> VerifyReport:
+    """The tolerance is so many times the largest of `roundings`, each of which is rounding alone.
+
+    - Without any adapter, the engine and transformers compute one function in two orders: their difference.
+    - A high learning rate can make an adapter that magnifies the rounding of every layer: the change where
+      the output of every adapted linear is nudged at random by at most half a unit in its last place
+      (Parker 1997, Monte Carlo arithmetic), in each of three draws of fixed seed.
+    - The engine multiplies by A and B in the base's dtype, PEFT in fp32 unless it is told not to
+      (`autocast_adapter_dtype`): the difference of PEFT's two ways. It is zero where the base is fp32.
+    - A linear in int8 rounds its inputs to steps: the change where one input of each token is a step off in each.
+
+    The first is of the same base model only if it is within `same_model` of the largest logit: another one would widen
+    its own tolerance. None is taken as smaller than half a unit in the last place of the largest logit. All are taken
+    at the worst logit and in the root mean square, and the difference must be within both: the root mean square
+    notices a wrong adapter long before the worst logit does. A chaotic adapter flips between a few outcomes, some
+    rare: if three times is too little, and each linear by itself is proven, the logits are allowed twice as much.
+    """
+    largest, difference = _largest(probe["logits"]), logits - probe["logits"]
+    least = max(torch.finfo(dtype).eps * largest / 2, torch.finfo(torch.float32).tiny)
+    rounding, rms_rounding = max(least, *map(_largest, roundings)), max(least, *map(_rms, roundings))
+    needed = max(_largest(difference) / rounding, _rms(difference) / rms_rounding)
+    proven = linears is not None and linears.worst_error <= 1
+    factor = LOGITS_FACTOR if proven and needed > ROUNDING_FACTOR else ROUNDING_FACTOR
+    tolerance, rms_tolerance = factor * rounding, factor * rms_rounding
+    is_same_base = _largest(roundings[0]) <= same_model * _largest(probe["base_logits"])
+    numbers = {
+        "max_abs_diff": _largest(difference),
+        "max_abs_logit": largest,
+        "tolerance": tolerance,
+        "rms_diff": _rms(difference),
+        "rms_tolerance": rms_tolerance,
+        "max_abs_effect": _largest(probe["logits"] - probe["base_logits"]),
+    }
+    passed = is_same_base and numbers["max_abs_diff"] <= tolerance and numbers["rms_diff"] <= rms_tolerance
+    passed = passed and (proven or linears is None) and all(map(math.isfinite, numbers.values())) and largest > 0
+    return VerifyReport(
+        **{name: _told(number) for name, number in numbers.items()},
+        passed=passed,
+        num_positions=logits.shape[0] * logits.shape[1],
+        num_linears=linears.num_linears if linears else 0,
+        worst_linear=linears.worst_linear if linears else None,
+        worst_linear_error=_told(linears.worst_error) if linears else None,
+        explanation=_explained(linears, tolerance, factor=factor, magnified=tolerance / (factor * least), dtype=dtype)
+        if largest > 0
+        else ALL_ZERO,
+    )
+
+
+ALL_ZERO = "With this adapter every logit is zero: training has ruined it, and nothing can be told from its answers."
+
+
+def _told(number: float) -> float:
+    """JSON, and the databases that keep it, know neither infinity nor what is not a number."""
+    return number if math.isfinite(number) else sys.float_info.max
+
+
+def _explained(
+    linears: LinearsReport | None, tolerance: float, *, factor: int, magnified: float, dtype: torch.dtype
+) -> str:
+    """`magnified`: the largest rounding that was measured, in half units in the last place of the largest logit."""
+    name = str(dtype).removeprefix("torch.")
+    logits = (
+        f"Logits may differ by {tolerance:.2g}: {factor} times the rounding in {name} that was measured on "
+        f"this base model with this adapter, which magnifies the smallest rounding {magnified:.2g} times."
+    )
+    if not math.isfinite(tolerance):
+        logits = "With this adapter logits, or their rounding, are not finite, so nothing can be compared with them."
+    if linears is None:
+        return f"{logits} The adapter was exported before linears were compared one by one."
+    if linears.worst_error <= 1:
+        share = f"the furthest is off by {linears.worst_error:.0%} of what its rounding allows"
+        return (
+            f"Each of {linears.num_linears} adapted linears adds in PEFT what it added in training; {share}. {logits}"
+        )
+    times = f"{linears.worst_error:.2g} times what" if math.isfinite(linears.worst_error) else "what no"
+    return f"{linears.worst_linear} adds in PEFT {times} rounding explains. {logits}"
+
+
+def _largest(logits: Tensor) -> float:
+    return float(logits.abs().max())
+
+
+def _rms(logits: Tensor) -> float:
+    return float(logits.square().mean().sqrt())
+
+
+def _last_logits(model: torch.nn.Module, input_ids: Tensor) -> Tensor:
+    """fp32 [rows, 2, V]; or [rows, 1, C], row by row, for some families have no padding token to tell rows apart by."""
+    if is_classifier(model):
+        return torch.cat([model(input_ids=row[None]).logits for row in input_ids])[:, None].float().cpu()
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    return logits[:, -PROBE_POSITIONS:].float().cpu()
+
+
+def _nudged_logits(model: torch.nn.Module, input_ids: Tensor, *, seed: int) -> Tensor:
+    """The logits where every adapted linear rounds at random."""
+    random = torch.Generator().manual_seed(seed)
+    linears = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    hooks = [linear.register_forward_hook(partial(_nudge, random=random)) for linear in linears]
+    try:
+        return _last_logits(model, input_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _nudge(_linear: torch.nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, *, random: torch.Generator) -> Tensor:
+    """Each number times 1 + u·eps, u uniform in [-1/2, 1/2): computed in fp64, then rounded."""
+    half_units = torch.rand(output.shape, generator=random, dtype=torch.float64) - 0.5
+    factor = 1 + half_units * torch.finfo(output.dtype).eps
+    return (output.double() * factor.to(output.device)).to(output.dtype)
+
+
+def _stepped_logits(model: torch.nn.Module, input_ids: Tensor, *, seed: int) -> Tensor:
+    """The logits where one input of every token is off by a step in each linear that rounds its inputs to LEVELS."""
+    random = torch.Generator().manual_seed(seed)
+    linears = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    hooks = [linear.register_forward_pre_hook(partial(_step, random=random)) for linear in linears]
+    try:
+        return _last_logits(model, input_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _step(_linear: torch.nn.Module, inputs: tuple[Tensor, ...], *, random: torch.Generator) -> tuple[Tensor, ...]:
+    x, *rest = inputs
+    places = torch.randint(x.shape[-1], (*x.shape[:-1], 1), generator=random)
+    signs = 2.0 * torch.randint(2, places.shape, generator=random) - 1
+    steps = x.abs().amax(-1, keepdim=True) / LEVELS * signs.to(x)
+    return x.scatter_add(-1, places.to(x.device), steps), *rest
+
+
+@contextmanager
+def _adapted(model: torch.nn.Module, directory: Path, *, device: str, in_fp32: bool = True) -> Iterator[PeftModel]:
+    """The adapter in the base's modules, as PEFT puts it there, but on `device`, whatever the host's memory holds of
+    them. The base's own come back at the end, also where PEFT failed half way: packmates go on with this base."""
+    own, attributes = dict(model.named_modules()), set(vars(model))
+    adapted = None
+    try:
+        adapted = _load_adapter(model, directory, in_fp32=in_fp32)
+        _bring(adapted, device)
+        yield adapted
+    finally:
+        if adapted is not None:
+            adapted.unload()
+        for path, module in own.items():  # outer ones first
+            if path and model.get_submodule(path) is not module:
+                model.set_submodule(path, module)
+        for name in vars(model).keys() - attributes:
+            delattr(model, name)
+
+
+def _bring(adapted: PeftModel, device: str) -> None:
+    """PEFT puts an adapter where the weight is that it adapts."""
+    layers = (layer for layer in adapted.modules() if isinstance(layer, LoraLayer))
+    for part in (getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names):
+        if isinstance(part, torch.nn.Module):
+            part.to(device)
+
+
+def _load_adapter(model: torch.nn.Module, directory: Path, *, in_fp32: bool = True) -> PeftModel:
+    """PEFT's own loading; by its default, adapter weights are raised to fp32 as any user's would be."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT calls what transformers deprecates
+            return PeftModel.from_pretrained(
+                model, str(directory), is_trainable=False, autocast_adapter_dtype=in_fp32
+            ).eval()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        if is_shortage(error) or is_device_fault(error):
+            raise
+        raise _bad(f"PEFT can't load it: {error}") from error
+
+
+def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
+    """On the CPU, where logits are compared."""
+    for name in FILES:
+        if not (directory / name).is_file():
+            raise _bad(f"{name} is missing")
+    refuse_foreign_code(directory)
+    try:
+        read_header(directory / "adapter_model.safetensors")
+        header = read_header(directory / "probe.safetensors")
+    except UnsafeFile as error:
+        raise _bad(error.message.removesuffix(".")) from error
+    named = {name for name in header if not name.startswith((evidence_linears.PREFIX, evidence_modules.PREFIX))}
+    if named != {"input_ids", "logits", "base_logits"} or _is_foreign(base, header):
+        raise _bad("probe.safetensors is of another base model or format")
+    return load_file(directory / "probe.safetensors")
+
+
+def _is_foreign(base: BaseModel, header: dict) -> bool:
+    """Whether the logits can't be of this base model; a head of its own may have any number of classes."""
+    return base.task == "causal-lm" and header["logits"][1][-1] != base.vocab_size
+
+
+@contextmanager
+def _with_head(base: BaseModel, directory: Path) -> Iterator[None]:
+    """The base with the head of the exported adapter, where it has one: its classes are as many as the job's."""
+    head = task_head_of(base.model)
+    if head is None:
+        yield
+        return
+    tensors = load_file(directory / "adapter_model.safetensors")
+    own = {name.removeprefix(PREFIX): tensor.to(base.device) for name, tensor in tensors.items()}
+    before = base.model.get_submodule(head.path)
+    base.model.set_submodule(head.path, own_head(base.model, own, path=head.path).requires_grad_(False))
+    try:
+        yield
+    finally:
+        base.model.set_submodule(head.path, before)
+
+
+def is_classifier(model: torch.nn.Module) -> bool:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return task_head_of(inner) is not None
+
+
+def refuse_foreign_code(directory: Path) -> None:
+    """An adapter configuration may not name classes to import (PEFT's auto_mapping)."""
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text())
+    except (ValueError, RecursionError) as error:
+        raise _bad("adapter_config.json is not valid JSON") from error
+    if not isinstance(config, dict) or config.get("auto_mapping") or config.get("peft_type") != "LORA":
+        raise _bad("adapter_config.json is not that of a plain LoRA adapter")
+
+
+def _bad(reason: str) -> BadAdapter:
+    return BadAdapter(f"The exported adapter is refused: {reason}.", remedy="Export the job again.")
+
+
+def unverifiable(error: Exception) -> BadAdapter:
+    """What a job is told whose adapter neither passed nor failed."""
+    return BadAdapter(
+        f"Its adapter could not be exported and verified ({type(error).__name__}: {error}).",
+        remedy="Lower the learning rate if its loss is not as it should be; else the worker's log tells more.",
+    )

@@ -1,0 +1,1 @@
+"""Counter-based random numbers, safetensors files, interrupts and device errors."""

@@ -1,0 +1,104 @@
+"""What a person types at `lorry jobs submit` for each field of the service, and a refusal in those words."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from lorry.cli.parsing.choices import Method
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorry.errors import APIError
+
+NUMBERS = "method.METHOD.hyperparameters"
+"""Where a method's numbers are; METHOD stands for its name."""
+FIELDS = {
+    "parent": "parent_adapter",
+    "rank": "lora.rank",
+    "alpha": "lora.alpha",
+    "rslora": "lora.use_rslora",
+    "dropout": "lora.dropout",
+    "target": "lora.target_modules",
+    "layer": "lora.layers_to_transform",
+    "rank_pattern": "lora.rank_pattern",
+    "alpha_pattern": "lora.alpha_pattern",
+    "dora": "lora.use_dora",
+    "optimizer": "optimizer.type",
+    "init": "lora.init_lora_weights",
+    "learning_rate": "optimizer.learning_rate",
+    "lora_plus_ratio": "optimizer.lora_plus_ratio",
+    "weight_decay": "optimizer.weight_decay",
+    "schedule": "schedule.type",
+    "warmup": "schedule.warmup_ratio",
+    "decay": "schedule.decay_ratio",
+    "method": "method.type",
+    "epochs": f"{NUMBERS}.n_epochs",
+    "batch_size": f"{NUMBERS}.batch_size",
+    "beta": f"{NUMBERS}.beta",
+    "gamma": f"{NUMBERS}.gamma",
+    "label_smoothing": f"{NUMBERS}.label_smoothing",
+    "neftune_alpha": f"{NUMBERS}.neftune_alpha",
+    "loss": "data.loss",
+    "overflow": "data.overflow",
+    "max_steps": "max_steps",
+    "max_length": "max_length",
+    "precision": "precision",
+    "quantisation": "quantisation",
+    "seed": "seed",
+    "evaluate_every": "evaluation.every_steps",
+    "keep": "evaluation.keep",
+    "patience": "early_stopping.patience",
+    "checkpoint_every": "checkpoint_every_steps",
+    "suffix": "suffix",
+    "priority": "priority",
+    "deadline": "deadline",
+}
+"""The field that each option stands for, by the option's name in `submit`."""
+NAMES = {
+    "model": "MODEL",
+    "training_file": "TRAIN",
+    "validation_file": "--valid",
+    "metadata": "--metadata",
+    "tags": "--tag",
+    **{
+        path.replace("METHOD", method): f"--{name.replace('_', '-')}"
+        for name, path in FIELDS.items()
+        for method in Method
+    },
+}
+"""What a person typed for a field."""
+
+
+def in_typed_words(error: APIError, typed: Mapping[str, str]) -> None:
+    """A refusal names the option where the service names the field. typed: what set each field, by dotted path."""
+    words = {"validation_file": NAMES["validation_file"], "method.type": NAMES["method.type"]}
+    if error.param:
+        said = _said(error.param, typed)
+        words[error.param], error.param = said, said
+    error.message, error.remedy = _told(error.message, words), _told(error.remedy, words)
+
+
+def _said(param: str, typed: Mapping[str, str]) -> str:
+    """The option or argument that set the field, or a field around it; else those that set fields in it."""
+    for path, name in [*typed.items(), *NAMES.items()]:
+        if param == path or param.startswith(f"{path}."):
+            return name
+    inside = [name for path, name in typed.items() if path.startswith(f"{param}.")]
+    return ", ".join(inside) or param
+
+
+def _told(text: str, words: Mapping[str, str]) -> str:
+    """A field's name is one where it stands in quotes, or can be no other word. All in one look: what was typed for it
+    may hold the name itself."""
+    if not words:
+        return text
+    patterns = [_pattern(field) for field in sorted(words, key=len, reverse=True)]
+    return re.sub("|".join(patterns), lambda found: words[found[0].strip("'")], text)
+
+
+def _pattern(field: str) -> str:
+    name = re.escape(field)
+    is_no_word = "_" in field or "." in field
+    return f"'{name}'" + (rf"|(?<![\w.'-]){name}(?![\w'-]|\.\w)" if is_no_word else "")

@@ -1,0 +1,98 @@
+"""What a person types of a sweep: `lora.rank=4,8,16`, `optimizer.learning_rate=1e-5..1e-3:log`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lorry.cli.parsing.key_value import json_or_text, pair
+from lorry.cli.parsing.option_names import FIELDS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lorry.cli.parsing.choices import Method
+
+OTHER_NAMES = {"lr": "learning_rate"}
+"""Of options."""
+FORM = "FIELD=A,B,C or FIELD=LOW..HIGH[:log][:POINTS]"
+
+
+class Metric(StrEnum):
+    """What trials are compared by."""
+
+    valid_loss = "valid_loss"
+    valid_mean_token_accuracy = "valid_mean_token_accuracy"  # noqa: S105
+    valid_reward_accuracy = "valid_reward_accuracy"
+    valid_reward_margin = "valid_reward_margin"
+    train_loss = "train_loss"
+    train_mean_token_accuracy = "train_mean_token_accuracy"  # noqa: S105
+
+
+def parameter(given: str) -> tuple[str, dict[str, Any]]:
+    """The field's path, and what it may be. A list in brackets is JSON, for values that hold commas themselves."""
+    path, text = pair(given, "--over", FORM)
+    if text.startswith("["):
+        values = json_or_text(text)
+        if not isinstance(values, list):
+            raise typer.BadParameter(f"{text!r} is not a list in JSON.", param_hint="--over")
+        return path, {"values": values}
+    if ".." in text:
+        return path, _range(given, text)
+    return path, {"values": [json_or_text(part.strip()) for part in text.split(",")]}
+
+
+def _range(given: str, text: str) -> dict[str, Any]:
+    limits, *more = text.split(":")
+    low, _, high = limits.partition("..")
+    try:
+        told: dict[str, Any] = {"min": _number(low), "max": _number(high)}
+        for word in more:
+            told |= {"scale": word} if word in ("log", "linear") else {"points": int(word)}
+    except ValueError:
+        raise typer.BadParameter(f"{given!r} is not of the form {FORM}.", param_hint="--over") from None
+    return told
+
+
+def _number(text: str) -> float:
+    return int(text) if text.strip().lstrip("-").isdigit() else float(text)
+
+
+def check_space(varied: Mapping[str, Mapping[str, Any]], *, kind: str, method: Method) -> None:
+    """What needs no service to be refused, so that no file is uploaded for it."""
+    for path, told in varied.items():
+        name = path.lstrip("-").replace("-", "_")
+        field = FIELDS.get(OTHER_NAMES.get(name, name), path).replace("METHOD", method)
+        has_objects = any(isinstance(value, dict) for value in told.get("values", ()))
+        if field != path and not has_objects:
+            raise typer.BadParameter(
+                f"{path!r} is no field of a job by itself: write --over {field}=…", param_hint="--over"
+            )
+        if kind == "grid" and "min" in told and "points" not in told:
+            raise typer.BadParameter(
+                f"a grid takes a number of points of a range, such as 8: --over {path}={_typed(told)}:8. "
+                "Or draw from it: add --random or --asha, with --trials.",
+                param_hint="--over",
+            )
+
+
+def _typed(told: Mapping[str, Any]) -> str:
+    """As a person types a range, without its points."""
+    return f"{told['min']:g}..{told['max']:g}" + (f":{told['scale']}" if "scale" in told else "")
+
+
+def search_of(random: bool, asha: bool, **numbers: int | None) -> dict[str, Any]:
+    """A grid, unless something else is asked for."""
+    if random and asha:
+        raise typer.BadParameter("--random and --asha exclude each other.", param_hint="--asha")
+    kind = "asha" if asha else "random" if random else "grid"
+    if kind != "grid" and numbers["trials"] is None:
+        raise typer.BadParameter(f"say how many: --{kind} --trials 20", param_hint="--trials")
+    for name, number in numbers.items():
+        needed = {"trials": kind != "grid", "seed": True}.get(name, kind == "asha")
+        if number is not None and not needed:
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"a {kind} sweep has none: leave it out, or add --asha.", param_hint=option)
+    return {"type": kind, **{name: number for name, number in numbers.items() if number is not None}}

@@ -1,0 +1,184 @@
+"""Live bars for jobs: step, loss, tokens/s and time left. One thread per job reads; the main thread draws."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import typer
+
+from lorry.cli.app import EXIT_REFUSED
+from lorry.cli.render import output
+from lorry.errors import LorryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.progress import Progress, TaskID
+
+    from lorry.client import Lorry
+    from lorry.models.jobs import Job
+
+_BAR_CELLS = 24
+_CELLS_OF_ALL_FACTS = 106
+"""An id of 30 and everything that is told beside it, for a job of some thousand steps."""
+Message = tuple[str, "Job | LorryError"]
+
+
+def stay(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> None:
+    """Watches, and exits with 1 if a job did not succeed. Ctrl-C ends the watching alone."""
+    try:
+        jobs = watch(lorry, job_ids, as_json=as_json)
+    except KeyboardInterrupt:
+        output.say(f"No longer watching; training goes on. Watch again: lorry jobs watch {' '.join(job_ids)}")
+        raise
+    if any(job.status != "succeeded" for job in jobs):
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def watch(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> list[Job]:
+    """Until all are final; returns them as they ended. With JSON, every change is one line on stdout."""
+    unique = list(dict.fromkeys(job_ids))
+    if as_json:
+        return _drain(lorry, unique, lambda job: output.print_json_line(job.raw))
+    if not sys.stderr.isatty():
+        return _drain(lorry, unique, _telling_of_a_pause(_Lines().show, output.say))
+    with _bars() as progress:
+        bars = {job_id: progress.add_task(job_id, total=None, facts="") for job_id in unique}
+        above = progress.console
+        show = _telling_of_a_pause(
+            lambda job: _draw(progress, bars[job.id], job),
+            lambda sentence: above.print(output.clean(sentence), soft_wrap=True),
+        )
+        jobs = _drain(lorry, unique, show)
+    for job in jobs:
+        output.say(ending(job))
+    return jobs
+
+
+def ending(job: Job) -> str:
+    """One sentence on how a job ended."""
+    if job.status == "succeeded":
+        return f"{job.id} succeeded: {job.fine_tuned_model}"
+    why = f": {job.error.message} {job.error.remedy}".rstrip() if job.error else "."
+    return f"{job.id} {job.status}{why}"
+
+
+def how_to_resume(job: Job) -> str:
+    return f"paused; go on with: lorry jobs resume {job.id}"
+
+
+def facts(job: Job, *, room: int | None = None) -> str:
+    """What stands beside a bar. Where there is no room for all, the least go first; room: in cells."""
+    progress = job.progress
+    moves = not job.is_final and job.status != "paused"  # else what was measured last is no news of now
+    parts = [(0, job.status)]
+    if progress.num_steps:
+        parts.append((0, f"step {progress.step}/{progress.num_steps}"))
+    if progress.loss is not None:
+        parts.append((1, f"loss {progress.loss:.3f}"))
+    if (valid_loss := held_out_loss(job)) is not None:
+        parts.append((2, f"held-out {valid_loss:.3f}"))
+    if progress.tokens_per_second is not None and moves:
+        parts.append((4, f"{progress.tokens_per_second:,.0f} tokens/s"))
+    if progress.seconds_left is not None and moves:
+        parts.append((3, f"{output.duration(progress.seconds_left)} left"))
+    while room is not None and len(_joined(parts)) > room and max(parts)[0] > 0:
+        parts.remove(max(parts))
+    return _joined(parts)
+
+
+def held_out_loss(job: Job) -> float | None:
+    """The adapter's own, once there is one; before that the latest."""
+    kept = job.progress.kept_valid_loss
+    return job.progress.valid_loss if kept is None else kept
+
+
+def _joined(parts: list[tuple[int, str]]) -> str:
+    return "  ".join(text for _, text in parts)
+
+
+def _telling_of_a_pause(show: Callable[[Job], None], say: Callable[[str], None]) -> Callable[[Job], None]:
+    """Shows as `show` does, and says once in each pause how to end it."""
+    paused: set[str] = set()
+
+    def shown(job: Job) -> None:
+        show(job)
+        if job.status != "paused":
+            paused.discard(job.id)
+        elif job.id not in paused:
+            paused.add(job.id)
+            say(f"{job.id} is {how_to_resume(job)}")
+
+    return shown
+
+
+class _Lines:
+    """For logs and pipes: one line when a job's status or step has changed."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, str] = {}
+
+    def show(self, job: Job) -> None:
+        line = ending(job) if job.is_final else f"{job.id}  {facts(job)}"
+        key = f"{job.status} {job.progress.step}"
+        if self._last.get(job.id) != key:
+            self._last[job.id] = key
+            output.say(line)
+
+
+def _drain(lorry: Lorry, job_ids: list[str], show: Callable[[Job], None]) -> list[Job]:
+    """Shows each new state of each job, in the main thread, so that Ctrl-C ends it at once."""
+    ended: dict[str, Job] = {}
+    for message in _messages(lorry, job_ids):
+        job_id, seen = message
+        if isinstance(seen, LorryError):
+            raise seen
+        show(seen)
+        if seen.is_final:
+            ended[job_id] = seen
+        if len(ended) == len(job_ids):
+            break
+    return [ended[job_id] for job_id in job_ids]
+
+
+def _messages(lorry: Lorry, job_ids: list[str]) -> Iterator[Message]:
+    if len(job_ids) == 1:  # no thread where none is needed
+        yield from ((job_ids[0], update.job) for update in lorry.jobs.follow(job_ids[0]) if update.job is not None)
+        return
+    inbox: SimpleQueue[Message] = SimpleQueue()
+    for job_id in job_ids:
+        threading.Thread(target=_follow, args=(lorry, job_id, inbox), daemon=True).start()
+    while True:
+        yield inbox.get()
+
+
+def _follow(lorry: Lorry, job_id: str, inbox: SimpleQueue[Message]) -> None:
+    try:
+        for update in lorry.jobs.follow(job_id):
+            if update.job is not None:
+                inbox.put((job_id, update.job))
+    except LorryError as error:
+        inbox.put((job_id, error))
+
+
+def _bars() -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = output.messages()
+    bar = [BarColumn(bar_width=_BAR_CELLS)] if _has_room_for_bars(console.width) else []
+    label, words = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[facts]}", markup=False)
+    return Progress(label, *bar, words, console=console)
+
+
+def _draw(progress: Progress, bar: TaskID, job: Job) -> None:
+    steps, width = job.progress, progress.console.width
+    total = steps.num_steps or (1 if job.is_final else None)
+    room = width - len(job.id) - 1 - (_BAR_CELLS + 1 if _has_room_for_bars(width) else 0)
+    progress.update(bar, completed=steps.step, total=total, facts=output.clean(facts(job, room=room)))
+
+
+def _has_room_for_bars(width: int) -> bool:
+    return width >= _CELLS_OF_ALL_FACTS + _BAR_CELLS

@@ -1,0 +1,180 @@
+"""A sweep's leaderboard: once as a table, or drawn anew until all trials have ended."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lorry.cli.app import EXIT_REFUSED
+from lorry.cli.render import output
+from lorry.cli.render.tables import Column, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lorry.client import Lorry
+    from lorry.models.sweeps import Sweep, Trial
+
+POLL_SECONDS = 2.0
+ENDED = ("succeeded", "failed", "cancelled")
+
+
+def num_ended(sweep: Sweep) -> int:
+    return sum(sweep.counts.get(status, 0) for status in ENDED)
+
+
+def facts(sweep: Sweep) -> Iterator[tuple[str, object]]:
+    yield "id", sweep.id
+    yield "status", sweep.status
+    yield "model", sweep.model
+    yield "search", _search(sweep)
+    yield "objective", f"{sweep.objective.get('goal')} {sweep.objective.get('metric')}"
+    yield "trials", _trials(sweep)
+    yield "created", output.when(sweep.created_at or None)
+    yield "finished", output.when(sweep.finished_at)
+    if sweep.best_trial is not None:
+        yield "best finished" if not sweep.is_final else "best", _best(sweep.best_trial)
+    yield "adapter", sweep.fine_tuned_model
+    if sweep.error is not None:
+        yield "no further trial", sweep.error.message
+
+
+def print_board(sweep: Sweep, trials: Sequence[Trial]) -> None:
+    """Best first."""
+    paths = list(dict.fromkeys(path for trial in trials for path in trial.parameters))
+    columns = (
+        Column(title="TRIAL"),
+        *(Column(title=path, narrowest=10) for path in _short(paths)),
+        Column(title=str(sweep.objective.get("metric") or "value").upper()),
+        Column(title="STEP", goes=3),
+        Column(title="STATUS"),
+        Column(title="RUNG", goes=4),
+        Column(title="JOB", goes=2),
+    )
+    rows = [
+        (
+            trial.number,
+            *(trial.parameters.get(path) for path in paths),
+            trial.value,
+            _steps(trial),
+            _status(trial),
+            trial.rung,
+            trial.id,
+        )
+        for trial in trials
+    ]
+    table(columns, rows, empty="It has no trial yet.")
+
+
+def stay(lorry: Lorry, sweep_id: str, *, as_json: bool) -> None:
+    """Until all trials have ended; exits with 1 if none has succeeded. Ctrl-C ends the watching alone."""
+    try:
+        sweep = _watch(lorry, sweep_id, as_json=as_json)
+    except KeyboardInterrupt:
+        output.say(f"No longer watching; the sweep goes on. Watch again: lorry sweep watch {sweep_id}")
+        raise
+    if sweep.status != "succeeded":
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def _watch(lorry: Lorry, sweep_id: str, *, as_json: bool) -> Sweep:
+    if as_json:
+        return _until_final(lorry, sweep_id)
+    sweep = _drawn(lorry, sweep_id) if sys.stderr.isatty() else _told(lorry, sweep_id)
+    print_board(sweep, list(lorry.sweeps.trials(sweep_id)))
+    if sweep.fine_tuned_model:
+        output.say(f"The best adapter is {sweep.fine_tuned_model}; get it with: lorry adapters pull {sweep.id}")
+    else:
+        output.say(f"{sweep.id} {sweep.status}, and has no adapter.")
+    return sweep
+
+
+def _until_final(lorry: Lorry, sweep_id: str) -> Sweep:
+    """Each change is a line."""
+    last: list[Any] = []
+
+    def show(sweep: Sweep) -> None:
+        if last != [sweep.raw]:
+            last[:] = [sweep.raw]
+            output.print_json_line(sweep.raw)
+
+    return lorry.sweeps.wait(sweep_id, on_progress=show, poll_seconds=POLL_SECONDS)
+
+
+def _told(lorry: Lorry, sweep_id: str) -> Sweep:
+    """For logs and pipes: a line when a count or the best has changed."""
+    said: list[str] = []
+
+    def tell(sweep: Sweep) -> None:
+        line = f"{sweep.id}  {_trials(sweep)}" + (f"  best: {_best(sweep.best_trial)}" if sweep.best_trial else "")
+        if said != [line]:
+            said[:] = [line]
+            output.say(line)
+
+    return lorry.sweeps.wait(sweep_id, on_progress=tell, poll_seconds=POLL_SECONDS)
+
+
+def _drawn(lorry: Lorry, sweep_id: str) -> Sweep:
+    from rich.live import Live
+
+    with Live(console=output.messages(), refresh_per_second=4, transient=True) as live:
+
+        def draw(sweep: Sweep) -> None:
+            height = max(3, live.console.height - 6)
+            live.update(_picture(sweep, list(lorry.sweeps.trials(sweep_id, limit=height))))
+
+        return lorry.sweeps.wait(sweep_id, on_progress=draw, poll_seconds=POLL_SECONDS)
+
+
+def _picture(sweep: Sweep, trials: Sequence[Trial]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    paths = list(dict.fromkeys(path for trial in trials for path in trial.parameters))
+    drawn = Table(box=None, pad_edge=False, title=Text(f"{sweep.id}  {_trials(sweep)}"), title_justify="left")
+    titles = ("TRIAL", *_short(paths), str(sweep.objective.get("metric") or "value").upper(), "STEP", "STATUS")
+    for title in titles:
+        drawn.add_column(Text(title), no_wrap=True, overflow="ellipsis")
+    for trial in trials:
+        parameters = (trial.parameters.get(path) for path in paths)
+        values = (trial.number, *parameters, trial.value, _steps(trial), _status(trial))
+        drawn.add_row(*(Text(output.clean(output.cell(value))) for value in values))
+    return drawn
+
+
+def _short(paths: Sequence[str]) -> list[str]:
+    """The last name of each, where that tells them apart."""
+    names = [path.rpartition(".")[2] for path in paths]
+    return [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
+
+
+def _status(trial: Trial) -> str:
+    """Of one that runs without training, what it does instead."""
+    if trial.status == "running" and trial.phase in ("loading", "verifying"):
+        return trial.phase
+    return "pruned" if trial.reason == "pruned" else trial.status
+
+
+def _steps(trial: Trial) -> str:
+    total = trial.progress.num_steps
+    return f"{trial.progress.step}/{total}" if total else "-"
+
+
+def _trials(sweep: Sweep) -> str:
+    counts = ", ".join(f"{number} {status}" for status, number in sorted(sweep.counts.items()))
+    return f"{num_ended(sweep)} of {sweep.num_trials} ended" + (f" ({counts})" if counts else "")
+
+
+def _best(trial: Trial) -> str:
+    values = ", ".join(f"{path}={output.cell(value)}" for path, value in trial.parameters.items())
+    return f"trial {trial.number}, {output.cell(trial.value)} with {values}"
+
+
+def _search(sweep: Sweep) -> str:
+    search = sweep.search
+    told = f"{search.get('type')}, seed {search.get('seed')}"
+    if search.get("min_steps"):
+        told += f"; rungs from step {search['min_steps']}, the best 1 of {search['reduction_factor']} go on"
+    return told

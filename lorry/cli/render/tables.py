@@ -1,0 +1,70 @@
+"""Tables for people: one line a row, at whatever width. Where it is narrow, columns shrink, then the least go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lorry.cli.render import output
+
+_GAP = "  "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """The first column of a table is shown whole, whatever its numbers are."""
+
+    title: str
+    goes: int = 0
+    """Where it is narrow, the highest is left out first; 0 stays."""
+    narrowest: int | None = None
+    """In cells; may be cut to it, with an ellipsis. None: never cut."""
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, empty: str) -> None:
+    """A plain table; where there is no row, the sentence `empty` on stderr."""
+    from rich.text import Text
+
+    cells = [[" ".join(output.clean(output.cell(value)).split()) for value in row] for row in rows]
+    if not cells:
+        return output.say(empty)
+    out = output.console()
+    widths = _widths(columns, cells, out.width)
+    out.print(Text(_line([column.title for column in columns], widths), style="bold"), soft_wrap=True)
+    for row in cells:
+        out.print(Text(_line(row, widths)), soft_wrap=True)
+    return None
+
+
+def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> dict[int, int]:
+    """Of each column that is shown, by its index."""
+    from rich.cells import cell_len
+
+    widths = {
+        index: max(cell_len(text) for text in (column.title, *(row[index] for row in cells)))
+        for index, column in enumerate(columns)
+    }
+    least = {index: min(width, columns[index].narrowest or width) for index, width in widths.items()}
+    going = sorted((i for i in widths if i and columns[i].goes), key=lambda i: columns[i].goes, reverse=True)
+    while going and _total(least) > room:
+        dropped = going.pop(0)
+        del widths[dropped], least[dropped]
+    for index in sorted(widths, key=lambda i: widths[i] - least[i], reverse=True):
+        excess = _total(widths) - room
+        if index and excess > 0:
+            widths[index] = max(least[index], widths[index] - excess)
+    return widths
+
+
+def _total(widths: dict[int, int]) -> int:
+    return sum(widths.values()) + len(_GAP) * (len(widths) - 1)
+
+
+def _line(row: Sequence[str], widths: dict[int, int]) -> str:
+    return _GAP.join(_fitted(row[index], width) for index, width in widths.items()).rstrip()
+
+
+def _fitted(text: str, width: int) -> str:
+    from rich.cells import cell_len, set_cell_size
+
+    return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"

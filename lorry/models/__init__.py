@@ -1,0 +1,1 @@
+"""What the API returns, as typed objects."""

@@ -1,0 +1,61 @@
+"""What the service answers of webhooks, as dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorry.models.jobs import View
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebhookEndpoint(View):
+    """Where events are sent. `signing_secret` is told once, to who made the endpoint or rotated its secret."""
+
+    id: str = ""
+    name: str = ""
+    url: str = ""
+    """Host and last four characters: the service never shows the whole."""
+    event_types: list[str] = field(default_factory=list[str])
+    signing_secret: str = field(default="", repr=False)
+    signing_secret_hint: str = ""
+    status: str = ""
+    created_at: int = 0
+    updated_at: int = 0
+    old_secret_until: int | None = None
+    """Until then messages are signed with the old secret too."""
+    failing_since: int | None = None
+    """Every try since then has failed."""
+    disabled_at: int | None = None
+    disabled_reason: str | None = None
+    """by_request, gone or failing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebhookTest(View):
+    """How an endpoint answered a sample. `reply`: the first bytes of its answer."""
+
+    webhook_endpoint_id: str = ""
+    event_type: str = ""
+    status_code: int = 0
+    delivery_id: str = ""
+    reply: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebhookDelivery(View):
+    """One event for one endpoint, and each try at it: started_at, seconds, status_code, error, reply."""
+
+    id: str = ""
+    webhook_endpoint_id: str = ""
+    event_id: str = ""
+    """The webhook-id that is sent, the same at every try."""
+    event_type: str = ""
+    data: dict[str, Any] = field(default_factory=dict[str, Any])
+    is_test: bool = False
+    status: str = ""
+    """pending, delivered or failed."""
+    created_at: int = 0
+    ended_at: int | None = None
+    next_try_at: int | None = None
+    tries: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])

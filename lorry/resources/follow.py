@@ -1,0 +1,82 @@
+"""Following one job: server-sent events while they flow, polling while they don't, never both at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from lorry.errors import APIError, ConnectionFailed, ServerFailed
+from lorry.models.jobs import Job, JobEvent, JobUpdate
+from lorry.transport import sse
+from lorry.transport.http import Transport
+
+
+def stream(transport: Transport, path: str, last_event_id: str | None) -> Iterator[JobUpdate]:
+    """Updates of one connection, from after `last_event_id` on."""
+    headers = {"accept": "text/event-stream"}
+    if last_event_id:
+        headers["last-event-id"] = last_event_id
+    with transport.stream(path, headers=headers) as response:
+        for event in sse.parse(response.iter_bytes()):
+            update = _update(event)
+            if update is not None:
+                yield update
+
+
+def follow(
+    open_stream: Callable[[str | None], Iterator[JobUpdate]],
+    get_job: Callable[[], Job],
+    *,
+    last_event_id: str | None = None,
+    sleep: Callable[[float], None],
+    clock: Callable[[], float],
+    poll_seconds: float,
+    patience_seconds: float,
+) -> Iterator[JobUpdate]:
+    """Ends with the update in which the job is final.
+
+    Raises ConnectionFailed or ServerFailed where the service has not answered well for `patience_seconds`.
+    """
+    heard_at = clock()
+    while True:
+        try:
+            for update in open_stream(last_event_id):
+                last_event_id, heard_at = update.id or last_event_id, clock()
+                yield update
+                if update.job is not None and update.job.is_final:
+                    return
+        except (ConnectionFailed, APIError) as error:
+            if isinstance(error, APIError) and error.status < 500 and error.status not in {404, 408, 429}:
+                raise
+        try:
+            job = get_job()
+        except (ConnectionFailed, ServerFailed):
+            if clock() - heard_at > patience_seconds:
+                raise
+        else:
+            heard_at = clock()
+            yield JobUpdate(kind="job", job=job)
+            if job.is_final:
+                return
+        sleep(poll_seconds)
+
+
+def _update(event: sse.ServerEvent) -> JobUpdate | None:
+    """None for what this client doesn't know (a newer service may send more)."""
+    try:
+        parsed: object = json.loads(event.data)
+    except ValueError:
+        return None
+    if not isinstance(parsed, dict):
+        return None
+    data = cast("dict[str, Any]", parsed)
+    match event.event:
+        case "job":
+            return JobUpdate(kind="job", id=event.id, job=Job.of(data))
+        case "event":
+            return JobUpdate(kind="event", id=event.id, event=JobEvent.of(data))
+        case "metric":
+            return JobUpdate(kind="metric", id=event.id, metric=data)
+        case _:
+            return None

@@ -1,0 +1,51 @@
+"""The queue and the workers that serve it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+from lorry.models.jobs import Worker
+from lorry.resources import pages
+from lorry.transport import sse
+from lorry.transport.http import Transport
+
+
+class Queue:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def get(self, *, all_projects: bool = False) -> dict[str, Any]:
+        """What runs and what waits, in the order in which it will be looked at."""
+        return self._transport.get("queue", {"all": "true" if all_projects else None})
+
+    def stream(self) -> Iterator[dict[str, Any]]:
+        """Snapshots as they change, until the service ends the stream."""
+        with self._transport.stream("queue/stream", headers={"accept": "text/event-stream"}) as response:
+            for event in sse.parse(response.iter_bytes()):
+                yield json.loads(event.data)
+
+
+class Workers:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def list(self) -> Iterator[Worker]:
+        return (Worker.of(wire) for wire in pages.whole(self._transport, "workers"))
+
+    def cordon(self, worker_id: str, *, reason: str | None = None) -> Worker:
+        """For operators: it finishes what it holds and takes nothing new, nor does who registers in its place."""
+        return self._do(worker_id, "cordon", {"reason": reason} if reason else {})
+
+    def uncordon(self, worker_id: str) -> Worker:
+        """For operators: it takes jobs again."""
+        return self._do(worker_id, "uncordon")
+
+    def drain(self, worker_id: str) -> Worker:
+        """For operators: it saves its jobs, gives them back and ends. Who registers in its place is cordoned."""
+        return self._do(worker_id, "drain")
+
+    def _do(self, worker_id: str, verb: str, body: dict[str, Any] | None = None) -> Worker:
+        return Worker.of(self._transport.request("POST", f"workers/{quote(worker_id, safe='')}/{verb}", body=body))

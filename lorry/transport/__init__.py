@@ -1,0 +1,1 @@
+"""HTTP, retries, server-sent events, and the proof of the service identity."""

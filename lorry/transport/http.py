@@ -1,0 +1,192 @@
+"""Requests to one service: the key, time-outs, repetitions, and errors as exceptions. Knows no resource."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import httpx
+
+from lorry.connection import Connection, is_loopback
+from lorry.errors import APIError, ConnectionFailed, from_response
+from lorry.transport.retries import RetryPolicy, is_retryable
+from lorry.transport.service_identity import VerifiedTransport
+
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 120.0
+_LONGEST_ERROR_BODY = 64 * 2**10
+
+Params = Mapping[str, str | int | float | bool | list[str] | None]
+"""A list is sent as one parameter for each item."""
+
+
+class Transport:
+    """Thread-safe as far as httpx.Client is."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        retries: RetryPolicy | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.connection = connection
+        self.retries = retries or RetryPolicy()
+        self.sleep = sleep
+        self._has_answered = False
+        headers = {"user-agent": "lorry-python/0.1.0", "accept": "application/json"}
+        if connection.api_key is not None:
+            headers["authorization"] = f"Bearer {connection.api_key}"
+        self._http = httpx.Client(
+            base_url=f"{connection.url}/v1/",
+            headers=headers,
+            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+            transport=transport or _verifying(connection),
+            trust_env=not is_loopback(connection.url),
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def get(self, path: str, params: Params | None = None) -> dict[str, Any]:
+        return self.request("GET", path, params=params)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Params | None = None,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """Sends JSON and returns the JSON object of the answer. Raises APIError or ConnectionFailed."""
+        return self._repeat(
+            lambda: self._http.build_request(method, path, params=_given(params), json=body, headers=_plain(headers))
+        )
+
+    def upload(self, path: str, *, fields: Mapping[str, str], files: Mapping[str, Any]) -> dict[str, Any]:
+        """Sends a multipart form; its files are read in pieces, and from the start again on a repetition."""
+        return self._repeat(
+            lambda: self._http.build_request("POST", path, data=dict(fields), files=dict(files), timeout=600)
+        )
+
+    @contextmanager
+    def stream(
+        self, path: str, *, params: Params | None = None, headers: Mapping[str, str] | None = None
+    ) -> Generator[httpx.Response]:
+        """An open response whose body is read by the caller; only its opening is repeated."""
+        response = self._send(
+            lambda: self._http.build_request("GET", path, params=_given(params), headers=_plain(headers))
+        )
+        try:
+            yield response
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        finally:
+            response.close()
+
+    def _repeat(self, build: Callable[[], httpx.Request]) -> dict[str, Any]:
+        response = self._send(build)
+        try:
+            parsed: object = None if response.status_code == 204 else _parsed(response)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        finally:
+            response.close()
+        return cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
+
+    def _send(self, build: Callable[[], httpx.Request]) -> httpx.Response:
+        """The first response that is no error; x-stainless-retry-count tells the service of repetitions."""
+        retry = 0
+        while True:
+            request = build()
+            request.headers["x-stainless-retry-count"] = str(retry)
+            failure, headers = self._attempt(request)
+            if isinstance(failure, httpx.Response):
+                return failure
+            if headers is None or retry >= self.retries.max_retries:
+                raise failure
+            self.sleep(self.retries.delay(retry, headers))
+            retry += 1
+
+    def _attempt(
+        self, request: httpx.Request
+    ) -> tuple[httpx.Response, None] | tuple[APIError | ConnectionFailed, Mapping[str, str] | None]:
+        """An answer, or an error with the headers that say when to try again (None: don't)."""
+        try:
+            response = self._http.send(request, stream=True)
+        except httpx.TransportError as error:
+            return self._unreachable(error), None if self._nothing_listens(error) else {}
+        self._has_answered = True
+        if response.is_success:
+            return response, None
+        try:
+            body = _bounded(response)
+        except httpx.TransportError:
+            body = b""
+        finally:
+            response.close()
+        error = from_response(response.status_code, body, response.headers)
+        return error, response.headers if is_retryable(response.status_code, response.headers) else None
+
+    def _nothing_listens(self, error: httpx.TransportError) -> bool:
+        """On this machine that is certain at once. A service that has answered before may be starting again."""
+        return not self._has_answered and is_loopback(self.connection.url) and _is_refusal(error)
+
+    def _unreachable(self, error: httpx.TransportError) -> ConnectionFailed:
+        why = str(error) or type(error).__name__
+        return ConnectionFailed(
+            f"The service at {self.connection.url} does not answer: {why}. {self.connection.origin}".rstrip(),
+            code="connection_failed",
+            remedy="Check the address, and whether it runs: one just started needs some seconds. `lorry up` starts a "
+            "service on this machine.",
+        )
+
+
+def _verifying(connection: Connection) -> httpx.BaseTransport | None:
+    """For the service of this installation, whose listener proves its identity on each new connection. None: httpx's
+    own transport. Over https, the certificate is the proof."""
+    if connection.identity_secret is None or not connection.url.startswith("http:"):
+        return None
+    return VerifiedTransport(connection.identity_secret)
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """httpx wraps the system's own error twice."""
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _given(params: Params | None) -> dict[str, str | int | float | bool | list[str]]:
+    return {name: value for name, value in (params or {}).items() if value is not None}
+
+
+def _plain(headers: Mapping[str, str] | None) -> dict[str, str]:
+    return dict(headers or {})
+
+
+def _bounded(response: httpx.Response) -> bytes:
+    body = b""
+    for chunk in response.iter_bytes():
+        body += chunk
+        if len(body) > _LONGEST_ERROR_BODY:
+            break
+    return body
+
+
+def _parsed(response: httpx.Response) -> object:
+    response.read()
+    try:
+        return response.json()
+    except ValueError as error:
+        raise APIError(
+            f"What answers at {response.url} is not Lorry: its body is not JSON.",
+            code="not_lorry",
+            remedy="Check LORRY_URL.",
+            status=response.status_code,
+        ) from error

@@ -1,0 +1,1 @@
+"""Offline verification of adapters, lineage and signatures."""

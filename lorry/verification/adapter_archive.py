@@ -1,0 +1,138 @@
+"""Taking an adapter's tar from the wire into a folder: checked member by member, then renamed as a whole.
+
+tarfile only reads the headers here; it never writes, so no member can name a place of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, cast
+
+from lorry.errors import BadDownload
+from lorry.verification.adapter_folder import LINEAGE, MANIFEST, Contents, FileEntry
+
+_PIECE_BYTES = 2**20
+_SLACK_BYTES = 2**20
+_SLACK_PER_FILE_BYTES = 4096
+
+
+def unpack(
+    chunks: Iterable[bytes], contents: Contents, target: Path, *, on_progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Puts exactly the files of `contents` into `target`. Raises BadDownload, and then leaves nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        _unpack_into(temporary, _Body(chunks, _most_bytes(contents), on_progress), contents)
+        contents.write_records(temporary)
+        temporary.chmod(0o755)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def _unpack_into(folder: Path, body: _Body, contents: Contents) -> None:
+    missing = dict(contents.files)
+    try:
+        with tarfile.open(fileobj=cast("IO[bytes]", body), mode="r|") as tar:
+            for member in tar:
+                entry = _checked(member, missing)
+                if entry is not None:
+                    source = tar.extractfile(member)
+                    if source is None:
+                        raise _refused(member, "has no content")
+                    _copy(source, folder / entry.path, entry)
+                    del missing[entry.path]
+    except tarfile.TarError as error:
+        raise BadDownload(
+            f"What came is not a whole tar archive: {error}.", code="bad_archive", remedy=_AGAIN
+        ) from error
+    if missing:
+        raise BadDownload(f"The archive lacks {', '.join(sorted(missing))}.", code="bad_archive", remedy=_AGAIN)
+
+
+def _checked(member: tarfile.TarInfo, missing: dict[str, FileEntry]) -> FileEntry | None:
+    """The file that the member is. None for what is passed over: the records, which are written anew, and folders."""
+    if member.name in {MANIFEST, LINEAGE} or member.isdir():
+        return None
+    if not member.isreg():
+        raise _refused(member, "is not a plain file")
+    entry = missing.get(member.name)
+    if entry is None:
+        raise _refused(member, "is not in the manifest, or comes twice")
+    if member.size != entry.num_bytes:
+        raise _refused(member, f"has {member.size} bytes where the manifest says {entry.num_bytes}")
+    return entry
+
+
+def _copy(source: IO[bytes], path: Path, entry: FileEntry) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seen = hashlib.sha256()
+    with path.open("xb") as out:
+        while piece := source.read(_PIECE_BYTES):
+            seen.update(piece)
+            out.write(piece)
+        out.flush()
+        os.fsync(out.fileno())
+    if seen.hexdigest() != entry.digest:
+        raise BadDownload(
+            f"{entry.path} came with the digest {seen.hexdigest()[:16]}…, and its manifest says {entry.digest[:16]}….",
+            code="digest_mismatch",
+            remedy=_AGAIN,
+        )
+
+
+class _Body(io.RawIOBase):
+    """The chunks of a response as the file that tarfile reads, with an end to how much it may be."""
+
+    def __init__(
+        self, chunks: Iterable[bytes], most_bytes: int, on_progress: Callable[[int, int], None] | None
+    ) -> None:
+        super().__init__()
+        self._chunks: Iterator[bytes] = iter(chunks)
+        self._left = b""
+        self._num_read = 0
+        self._most_bytes = most_bytes
+        self._on_progress = on_progress
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        pieces, wanted = list[bytes](), self._most_bytes + 1 if size < 0 else size
+        while wanted > 0 and (piece := self._left or next(self._chunks, b"")):
+            pieces.append(piece[:wanted])
+            self._left = piece[wanted:]
+            wanted -= len(pieces[-1])
+        taken = b"".join(pieces)
+        self._count(len(taken))
+        return taken
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_read += num_bytes
+        if self._num_read > self._most_bytes:
+            raise BadDownload("The archive is much longer than its manifest says.", code="bad_archive", remedy=_AGAIN)
+        if self._on_progress is not None:
+            self._on_progress(self._num_read, self._most_bytes)
+
+
+_AGAIN = "Nothing was kept. Pull it again; if it stays, have the service check it with `lorry adapters verify`."
+
+
+def _most_bytes(contents: Contents) -> int:
+    """The files, with tar's headers and padding and the two records."""
+    files = contents.files.values()
+    return sum(entry.num_bytes + _SLACK_PER_FILE_BYTES for entry in files) + _SLACK_BYTES
+
+
+def _refused(member: tarfile.TarInfo, why: str) -> BadDownload:
+    return BadDownload(f"The archive's member {member.name[:200]!r} {why}.", code="bad_archive", remedy=_AGAIN)

@@ -1,0 +1,225 @@
+"""An adapter in a folder on this disk: what must be in it, and checking that it is, without a service.
+
+manifest.json names the files with their digests, and its own digest is the artifact's; lineage.json holds
+the record that names the artifact, and the record's digest is the lineage id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Self, cast
+
+from lorry.errors import BadDownload, LorryError
+from lorry.verification import canonical_json, signatures
+
+MANIFEST = "manifest.json"
+LINEAGE = "lineage.json"
+_PIECE_BYTES = 2**20
+_AGAIN = "Pull the adapter again, into a new folder; if it stays, check it with `lorry adapters verify`."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """`digest` is the sha256 of the file's bytes, in hex."""
+
+    path: str
+    digest: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """What the service says of an adapter; its manifest has been checked against the artifact's digest."""
+
+    files: Mapping[str, FileEntry]
+    kind: str
+    artifact: str
+    lineage: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, *, manifest: Mapping[str, Any], artifact: str, lineage: Mapping[str, Any]) -> Self:
+        """From the wire. Raises BadDownload where a path could leave the folder or the digests don't agree."""
+        entries = _entries(manifest.get("data"))
+        files = {entry.path: entry for entry in entries}
+        contents = cls(files=files, kind=str(manifest.get("kind")), artifact=artifact, lineage=lineage)
+        if canonical_json.sha256(contents.manifest()) != artifact:
+            raise BadDownload(
+                "The list of the adapter's files is not the one that its digest stands for.",
+                code="bad_manifest",
+                remedy="Have the service check it with `lorry adapters verify`.",
+            )
+        return contents
+
+    def manifest(self) -> dict[str, Any]:
+        """Its canonical JSON is what the artifact's digest is taken over."""
+        rows = [
+            {"path": entry.path, "digest": entry.digest, "num_bytes": entry.num_bytes}
+            for entry in sorted(self.files.values(), key=lambda entry: entry.path)
+        ]
+        return {"files": rows, "kind": self.kind}
+
+    def write_records(self, folder: Path) -> None:
+        (folder / MANIFEST).write_bytes(canonical_json.encode(self.manifest()))
+        (folder / LINEAGE).write_text(self._lineage_text(), "utf-8")
+
+    def update_lineage(self, folder: Path) -> None:
+        """Replace a record that differs, in one step."""
+        text, path = self._lineage_text(), folder / LINEAGE
+        if path.read_text("utf-8") != text:
+            temporary = folder / f".{LINEAGE}.{os.getpid()}"
+            temporary.write_text(text, "utf-8")
+            temporary.replace(path)
+
+    def _lineage_text(self) -> str:
+        return json.dumps(self.lineage, indent=2, ensure_ascii=False) + "\n"
+
+
+def check_free(target: Path) -> None:
+    """Raises LorryError where something else is in the way."""
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        raise LorryError(
+            f"{target} exists and is not this adapter.",
+            code="target_exists",
+            remedy="Name another folder, or remove it first.",
+        )
+
+
+def holds(target: Path, contents: Contents) -> bool:
+    """True if `target` is this very adapter, every byte of it."""
+    try:
+        kept = canonical_json.sha256(json.loads((target / MANIFEST).read_bytes()))
+    except (OSError, ValueError):
+        return False
+    return kept == contents.artifact and verify_folder(target)["passed"]
+
+
+def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Checks a pulled folder offline: files against the manifest, record against its id, and the record's signature.
+
+    keys: the service's public keys (signatures.read_keys). Without them, only digests are checked, and `signature` is
+    `not_checked`. With them it is `valid`, `invalid`, or `unknown_key` if none of the keys made it. `key_retired_at`
+    (seconds since 1970) is set if the key of a valid signature was retired. `problems` are sentences.
+    Raises LorryError for a folder that has neither a manifest nor a record.
+    """
+    if not any((folder / name).exists() for name in (MANIFEST, LINEAGE)):
+        raise LorryError(
+            f"{folder} holds no pulled adapter: it has neither {MANIFEST} nor {LINEAGE}.",
+            code="no_adapter",
+            remedy="Name the folder that `lorry adapters pull` wrote.",
+        )
+    try:
+        manifest = _object(folder / MANIFEST)
+        lineage = _object(folder / LINEAGE)
+        entries = _entries(manifest.get("files"))
+        artifact = canonical_json.sha256(manifest)
+    except LorryError as error:
+        return _result([error.message], signature="not_checked")
+    except ValueError as error:
+        return _result([f"{MANIFEST} has no canonical form: {error}."], signature="not_checked")
+    problems = [problem for entry in entries if (problem := _file_problem(folder, entry))]
+    known = {entry.path for entry in entries} | {MANIFEST, LINEAGE}
+    problems += [f"{path} is not in the manifest." for path in _paths(folder) if path not in known]
+    problems += lineage_problems(lineage, artifact)
+    if keys is None:
+        return _result(problems, signature="not_checked")
+    status, problem = signatures.check(
+        lineage.get("signature"), lineage_id=lineage.get("lineage_id"), artifact=artifact, keys=keys
+    )
+    result = _result([*problems, *([problem] if problem else [])], signature=status)
+    retired_at = signatures.key_retired_at(lineage["signature"], keys) if status == "valid" else None
+    return result if retired_at is None else {**result, "key_retired_at": retired_at}
+
+
+def read_lineage(folder: Path) -> dict[str, Any]:
+    """What a pulled folder keeps of its adapter's origin, unchecked. Raises LorryError where it keeps nothing."""
+    return _object(folder / LINEAGE)
+
+
+def lineage_problems(lineage: Mapping[str, Any], artifact: str) -> list[str]:
+    """Whether the record gives its id, and names the artifact."""
+    held: object = lineage.get("lineage")
+    if not isinstance(held, dict):
+        return [f"{LINEAGE} holds no record."]
+    record = cast("dict[str, Any]", held)
+    problems: list[str] = []
+    try:
+        if canonical_json.sha256(record) != lineage.get("lineage_id"):
+            problems.append("The lineage record is not the one that its id stands for.")
+    except (ValueError, TypeError):
+        problems.append("The lineage record has no canonical form.")
+    if artifact not in json.dumps(record.get("outputs", record)):
+        problems.append("The lineage record is not about these files: it does not name their manifest's digest.")
+    return problems
+
+
+def digest_of(path: Path) -> str:
+    seen = hashlib.sha256()
+    with path.open("rb") as source:
+        while piece := source.read(_PIECE_BYTES):
+            seen.update(piece)
+    return seen.hexdigest()
+
+
+def is_safe(path: str) -> bool:
+    """A relative path that stays inside of its folder, on any system."""
+    parts = path.split("/")
+    return (
+        path.isprintable()
+        and not any(part in {"", ".", ".."} or part.endswith((" ", ".")) for part in parts)
+        and not any(character in path for character in '\\:*?"<>|')
+    )
+
+
+def _entries(wire: object) -> list[FileEntry]:
+    if not isinstance(wire, list) or not all(isinstance(row, dict) for row in cast("list[object]", wire)):
+        raise BadDownload("The manifest has no list of files.", code="bad_manifest", remedy=_AGAIN)
+    return [_entry(row) for row in cast("list[dict[str, Any]]", wire)]
+
+
+def _entry(wire: Mapping[str, Any]) -> FileEntry:
+    path, digest = wire.get("path"), wire.get("digest")
+    num_bytes = wire.get("num_bytes", wire.get("bytes"))
+    if not (isinstance(path, str) and isinstance(digest, str) and isinstance(num_bytes, int)):
+        raise BadDownload("A file of the manifest has no path, digest and size.", code="bad_manifest", remedy=_AGAIN)
+    if not is_safe(path) or path in {MANIFEST, LINEAGE}:
+        raise BadDownload(
+            f"The manifest names {path!r}, which is not a path of an adapter.", code="unsafe_path", remedy=_AGAIN
+        )
+    return FileEntry(path=path, digest=digest, num_bytes=num_bytes)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        parsed: object = json.loads(path.read_bytes())
+    except OSError as error:
+        raise LorryError(f"{path.name} can't be read: {error.strerror}.", code="unreadable", remedy=_AGAIN) from error
+    except (ValueError, RecursionError) as error:
+        raise LorryError(f"{path.name} is not JSON.", code="unreadable", remedy=_AGAIN) from error
+    if not isinstance(parsed, dict):
+        raise LorryError(f"{path.name} is not a JSON object.", code="unreadable", remedy=_AGAIN)
+    return cast("dict[str, Any]", parsed)
+
+
+def _file_problem(folder: Path, entry: FileEntry) -> str | None:
+    path = folder / entry.path
+    if path.is_symlink() or not path.is_file():
+        return f"{entry.path} is missing."
+    if path.stat().st_size != entry.num_bytes:
+        return f"{entry.path} has {path.stat().st_size} bytes; its manifest says {entry.num_bytes}."
+    return None if digest_of(path) == entry.digest else f"{entry.path} is not what its digest stands for."
+
+
+def _paths(folder: Path) -> list[str]:
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(str(PurePosixPath(path.relative_to(folder))) for path in found)
+
+
+def _result(problems: list[str], *, signature: str) -> dict[str, Any]:
+    return {"object": "adapter.verification", "passed": not problems, "problems": problems, "signature": signature}

@@ -1,0 +1,259 @@
+"""Holds a database and its store against the invariants of the fault matrix, I1 to I8; see findings.SAYS.
+
+He decides nothing as Lorry does: he reads tables, the store's objects and docs/STATE_MACHINE.md, and counts. What is
+stored is looked at in stored.py, what is left over in leftovers.py.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import cache
+from hashlib import sha256
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import rfc8785
+
+from qa.chaos.audit import artifacts, leftovers, tables
+from qa.chaos.audit.findings import Finding, Invariant, Seen, Sighting
+from qa.chaos.audit.tables import Record, Row
+
+STATES_PAGE = Path(__file__).parents[2] / "docs" / "STATE_MACHINE.md"
+ARROW = re.compile(r"^\s*(\S+) --> (\S+?)(?:: (\w+))?\s*$", re.MULTILINE)
+OUTSIDE = "[*]"
+KILL_SECONDS = 10.0
+"""Beside the lease: how long two trainers of one job may be seen together."""
+GENESIS = "0" * 64
+ASKED = {"cancelled_by_user": "job.cancelled", "paused_by_user": "job.paused"}
+HOOKS = {"succeeded", "failed", "cancelled"}
+
+
+def audit(
+    database_url: str,
+    *,
+    store_url: str,
+    lease_seconds: float,
+    pepper: bytes,
+    seen: Seen | None = None,
+    work_dir: Path | None = None,
+    is_settled: bool = True,
+    now: float | None = None,
+) -> list[Finding]:
+    """What must not be. An empty list is a good report.
+
+    store_url: file:///… or s3://…, as LORRY_STORE_URL. pepper: of the API servers. work_dir: of the workers, all of
+    which have ended; None: no folder and no process is looked at. is_settled: every job has had the time to end. now:
+    of the database, in seconds since 1970.
+    """
+    found = tables.read(database_url)
+    known = seen or Seen()
+    moment = time.time() if now is None else now
+    return [
+        *_one_end(found, known, is_settled=is_settled),
+        *_one_completion(found),
+        *_one_trainer(found, known.trainers, lease_seconds=lease_seconds),
+        *artifacts.damaged(found, store_url),
+        *_one_job_a_key(found, known),
+        *_hooks(found, known, is_settled=is_settled),
+        *leftovers.rows(found, now=moment, lease_seconds=lease_seconds),
+        *(leftovers.on_machine(work_dir) if work_dir is not None else ()),
+        *_moves(found),
+        *_people(found),
+        *_chain(found, pepper),
+    ]
+
+
+@cache
+def _diagram() -> tuple[frozenset[tuple[str, str, str]], frozenset[str]]:
+    """(state, verb, state) of every move there is, and the final states: as the page draws them."""
+    arrows = ARROW.findall(STATES_PAGE.read_text("utf-8"))
+    moves = frozenset((start, verb, end) for start, end, verb in arrows if end != OUTSIDE)
+    return moves, frozenset(start for start, end, _ in arrows if end == OUTSIDE)
+
+
+def _one_end(found: Record, seen: Seen, *, is_settled: bool) -> Iterator[Finding]:
+    _, final = _diagram()
+    known = {job["id"] for job in found.jobs}
+    for job in found.jobs:
+        told = [move["data"]["to"] for move in found.transitions.get(job["id"], ())]
+        ends = [state for state in told if state in final]
+        if is_settled and job["state"] not in final:
+            yield _finding("I1", job["id"], f"it is {job['state']}, and will not end by itself")
+        if len(ends) > 1 or (ends and told[-1] not in final):
+            yield _finding("I1", job["id"], f"it went on after its end: {' → '.join(told)}")
+        if (job["state"] in final) != (job["finished_at"] is not None):
+            yield _finding("I1", job["id"], f"it is {job['state']}, and finished_at is {job['finished_at']}")
+    for key, ids in seen.submissions.items():
+        for job_id in set(ids) - known:
+            yield _finding("I1", job_id, f"it was accepted, by the key {key}, and is not there")
+
+
+def _one_completion(found: Record) -> Iterator[Finding]:
+    adapters: dict[str, list[Row]] = defaultdict(list)
+    for adapter in found.adapters:
+        adapters[adapter["job_id"]].append(adapter)
+    for job in found.jobs:
+        attempts = found.attempts.get(job["id"], [])
+        numbers = [attempt["number"] for attempt in attempts]
+        completed = [attempt["number"] for attempt in attempts if attempt["reason"] == "completed"]
+        wanted = numbers[-1:] if job["state"] == "succeeded" else []
+        if completed != wanted:
+            yield _finding("I2", job["id"], f"it is {job['state']}; attempts {completed} of {numbers} completed it")
+        if len(adapters[job["id"]]) != len(wanted):
+            yield _finding("I2", job["id"], f"it is {job['state']}, with {len(adapters[job['id']])} adapters")
+        if numbers != list(range(1, len(numbers) + 1)) or job["attempt"] != len(numbers):
+            yield _finding("I2", job["id"], f"its attempts are {numbers}, and the last is said to be {job['attempt']}")
+
+
+def _one_trainer(found: Record, sightings: Sequence[Sighting], *, lease_seconds: float) -> Iterator[Finding]:
+    for job_id, attempts in found.attempts.items():
+        for before, after in pairwise(attempts):
+            if before["ended_at"] is None or before["ended_at"] > after["started_at"]:
+                sentence = f"attempt {after['number']} began before attempt {before['number']} had ended"
+                yield _finding("I3", job_id, sentence)
+    job_of = {attempt["claim_id"]: job_id for job_id, rows in found.attempts.items() for attempt in rows}
+    together: dict[str, list[Sighting]] = defaultdict(list)
+    for sighting in sightings:
+        together[job_of.get(sighting.claim_id, sighting.claim_id)].append(sighting)
+    for job_id, of_job in together.items():
+        for one, other in combinations(of_job, 2):
+            seconds = min(one.last_at, other.last_at) - max(one.first_at, other.first_at)
+            if one.pid != other.pid and seconds > lease_seconds + KILL_SECONDS:
+                yield _finding("I3", job_id, f"processes {one.pid} and {other.pid} both trained it for {seconds:.1f} s")
+
+
+def _one_job_a_key(found: Record, seen: Seen) -> Iterator[Finding]:
+    jobs = {job["id"]: job for job in found.jobs}
+    rows = {row["key"]: row for row in found.idempotency_keys}
+    for key, row in rows.items():
+        job = jobs.get(row["job_id"])
+        if job is None or (job["body_digest"], job["project_id"]) != (row["body_digest"], row["project_id"]):
+            yield _finding("I5", row["job_id"], f"the key {key} is of another request, or its job is gone")
+    for key, ids in seen.submissions.items():
+        stands_for = {rows[key]["job_id"]} if key in rows else set[str]()
+        if len({*ids, *stands_for}) > 1 or not stands_for:
+            yield _finding("I5", key, f"answers named {sorted(set(ids))}, and the record {sorted(stands_for)}")
+    for request_id, ids in _made_by_requests(found).items():
+        if len(ids) > 1:
+            yield _finding("I5", request_id, f"one request made the jobs {ids}")
+
+
+def _made_by_requests(found: Record) -> dict[str, list[str]]:
+    made: dict[str, list[str]] = defaultdict(list)
+    for event in found.audit_events:
+        if event["type"] == "job.created" and event["request_id"] and "sweep" not in event["details"]:
+            made[event["request_id"]].append(event["object_id"])
+    return made
+
+
+def _hooks(found: Record, seen: Seen, *, is_settled: bool) -> Iterator[Finding]:
+    """Of each job that has ended, to each endpoint that was there and asked for it."""
+    events: dict[str, set[str]] = {}
+    for job in (job for job in found.jobs if job["state"] in HOOKS):
+        mine = [row for row in found.deliveries if row["data"].get("id") == job["id"] and not row["is_test"]]
+        events[job["id"]] = {row["event_id"] for row in mine}
+        yield from _hooks_of(job, mine, found.endpoints, is_settled=is_settled)
+    yield from _sent(found, seen)
+    tests = {row["event_id"] for row in found.deliveries if row["is_test"]}
+    for hook in seen.hooks:
+        if hook.event_id not in tests | events.get(hook.job_id, set()):
+            yield _finding("I6", hook.job_id, f"{hook.event_type} came as {hook.event_id}, which is none of its own")
+
+
+def _hooks_of(job: Row, mine: list[Row], endpoints: list[Row], *, is_settled: bool) -> Iterator[Finding]:
+    event_type = f"fine_tuning.job.{job['state']}"
+    ids = sorted({row["event_id"] for row in mine})
+    if wrong := [row["event_type"] for row in mine if row["event_type"] != event_type]:
+        yield _finding("I6", job["id"], f"it is {job['state']}, and {wrong} was to be told")
+    if len(ids) > 1:
+        yield _finding("I6", job["id"], f"one end has several ids: {ids}")
+    for endpoint in (endpoint for endpoint in endpoints if _is_due(endpoint, job, event_type)):
+        sent = [row for row in mine if row["endpoint_id"] == endpoint["id"]]
+        if len(sent) != 1:
+            yield _finding("I6", job["id"], f"{len(sent)} deliveries were written for {endpoint['id']}")
+        elif is_settled and endpoint["disabled_at"] is None and sent[0]["status"] != "delivered":
+            yield _finding("I6", job["id"], f"{sent[0]['id']} was not delivered to {endpoint['id']}")
+
+
+def _sent(found: Record, seen: Seen) -> Iterator[Finding]:
+    """What is said to be delivered was answered well, and came."""
+    answered = {row["delivery_id"] for row in found.tries if 200 <= (row["status_code"] or 0) < 300}
+    came = {hook.event_id for hook in seen.hooks}
+    for row in (row for row in found.deliveries if row["status"] == "delivered"):
+        if row["id"] not in answered:
+            yield _finding("I6", row["id"], "it is said to be delivered, and no try of it was answered well")
+        if seen.hooks and row["event_id"] not in came:
+            yield _finding("I6", row["id"], f"it is said to be delivered, and {row['event_id']} never came")
+
+
+def _is_due(endpoint: Row, job: Row, event_type: str) -> bool:
+    was_there = endpoint["created_at"] < job["finished_at"] and endpoint["deleted_at"] is None
+    return was_there and endpoint["project_id"] == job["project_id"] and event_type in endpoint["event_types"]
+
+
+def _moves(found: Record) -> Iterator[Finding]:
+    """Each state follows from the one before by a move of the diagram, and the last one is where the job is."""
+    allowed, _ = _diagram()
+    for job in found.jobs:
+        state = OUTSIDE
+        moves = found.transitions.get(job["id"], [])
+        for move in moves:
+            data = move["data"]
+            if (data["from"] or OUTSIDE) != state or (state, data["verb"], data["to"]) not in allowed:
+                sentence = f"after {state} it is told to {data['verb']} from {data['from']} to {data['to']}"
+                yield _finding("I8", job["id"], sentence)
+            state = data["to"]
+        if state != job["state"]:
+            yield _finding("I8", job["id"], f"it is {job['state']}, and by its events {state}")
+        claims = sum(move["data"]["verb"] == "claim" for move in moves)
+        if claims != len(found.attempts.get(job["id"], ())):
+            yield _finding("I8", job["id"], f"{claims} claims are told of {len(found.attempts.get(job['id'], ()))}")
+
+
+def _people(found: Record) -> Iterator[Finding]:
+    """Whatever somebody asked for is in the audit log, with the job's id."""
+    noted: dict[tuple[str, str], int] = defaultdict(int)
+    for event in found.audit_events:
+        noted[event["type"], event["object_id"] or ""] += 1
+    for job in found.jobs:
+        moves = [move["data"] for move in found.transitions.get(job["id"], ())]
+        if noted["job.created", job["id"]] != 1:
+            yield _finding("I8", job["id"], f"its creation is noted {noted['job.created', job['id']]} times")
+        if job["sweep_id"] is not None:
+            continue
+        asked = [ASKED[move["reason"]] for move in moves if move["reason"] in ASKED and move["verb"] != "requeue"]
+        asked += ["job.resumed" for move in moves if move["verb"] == "resume"]
+        for kind in set(asked):
+            if asked.count(kind) > noted[kind, job["id"]]:
+                yield _finding("I8", job["id"], f"{kind} happened {asked.count(kind)} times, and is noted less often")
+
+
+def _chain(found: Record, pepper: bytes) -> Iterator[Finding]:
+    """Every sealed event has the digest of what it says and of the one before, to where the head stands."""
+    sealed = sorted((event for event in found.audit_events if event["link"] is not None), key=lambda row: row["link"])
+    digest = GENESIS
+    for link, event in enumerate(sealed, start=1):
+        if event["link"] != link or event["previous"] != digest or event["digest"] != _digest(event, pepper):
+            yield _finding("I8", event["id"], f"the audit log does not fit at link {link}")
+            return
+        digest = event["digest"]
+    heads = [(head["link"], head["digest"]) for head in found.audit_heads]
+    if heads != ([(len(sealed), digest)] if sealed else []):
+        yield _finding("I8", "audit_head", f"the audit log ends at {len(sealed)}, and its head says {heads}")
+
+
+def _digest(event: Row, pepper: bytes) -> str:
+    names = ("id", "type", "effective_at", "project_id", "object_id", "request_id", "address", "details", "link")
+    told: dict[str, Any] = {name: event[name] for name in (*names, "previous") if event[name] is not None}
+    actor = {name: event[f"actor_{name}"] for name in ("type", "id", "name") if event[f"actor_{name}"] is not None}
+    key = hmac.digest(pepper, b"lorry: audit chain", sha256)
+    return hmac.digest(key, rfc8785.dumps({**told, "object": "audit_event", "actor": actor}), sha256).hex()
+
+
+def _finding(invariant: Invariant, subject: str, sentence: str) -> Finding:
+    return Finding(invariant=invariant, subject=subject, sentence=sentence)

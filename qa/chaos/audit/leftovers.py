@@ -1,0 +1,98 @@
+"""I7: what nobody needs any more and is still there: leases, open rows, folders whose owner has gone, processes.
+
+What lies in the store and no row names is no leak: Lorry's own cleaning takes it once it is a day old.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from qa.chaos.audit.findings import Finding
+from qa.chaos.audit.tables import Record, Row
+
+HELD = ("running", "validating_files")
+OWNED = ("trainers", "scratch", "workers")
+"""Folders of things that live no longer than their owner, who holds a lock beside each."""
+
+
+def rows(found: Record, *, now: float, lease_seconds: float) -> Iterator[Finding]:
+    oldest = now - 2 * lease_seconds
+    for job in found.jobs:
+        yield from _of_job(job, oldest)
+    yield from _never_ended(found)
+    for plan in found.plans:
+        if plan["claim_id"] is not None and (plan["lease_expires_at"] or 0.0) < oldest:
+            yield _leak(plan["id"], "the lease on it ran out two leases ago")
+    for base in found.bases:
+        if base["state"] == "importing" and (base["importing_until"] or now) < oldest:
+            yield _leak(base["name"], "whoever imports it was not heard from for two leases")
+
+
+def _of_job(job: Row, oldest: float) -> Iterator[Finding]:
+    is_held = job["claim_id"] is not None
+    if is_held and (job["state"] not in HELD or job["lease_expires_at"] is None):
+        yield _leak(job["id"], f"it is {job['state']}, and the claim {job['claim_id']} holds it")
+    if job["lease_expires_at"] is not None and (not is_held or job["lease_expires_at"] < oldest):
+        yield _leak(job["id"], "a lease on it ran out two leases ago, or nobody holds it")
+    if (job["queued_at"] is not None) != (job["state"] == "queued" and not job["is_held"]):
+        yield _leak(job["id"], f"it is {job['state']}, and queued_at is {job['queued_at']}")
+
+
+def _never_ended(found: Record) -> Iterator[Finding]:
+    """Attempts without their claim, trainers without their worker."""
+    holder = {job["claim_id"]: job["id"] for job in found.jobs if job["claim_id"] is not None}
+    for job_id, attempts in found.attempts.items():
+        for attempt in attempts:
+            if attempt["ended_at"] is None and holder.get(attempt["claim_id"]) != job_id:
+                yield _leak(attempt["claim_id"], f"attempt {attempt['number']} of {job_id} never ended")
+    ended = {worker["id"] for worker in found.workers if worker["ended_at"] is not None}
+    for trainer in found.trainers:
+        if trainer["ended_at"] is None and trainer["worker_id"] in ended:
+            yield _leak(trainer["id"], f"its worker {trainer['worker_id']} has ended, and it has not")
+
+
+def on_machine(work_dir: Path) -> Iterator[Finding]:
+    """Of a work folder whose workers have all ended."""
+    for name in OWNED:
+        for path in sorted((work_dir / name).glob("*")) if (work_dir / name).is_dir() else ():
+            if path.suffix != ".lock" and not _is_owned(path):
+                yield _leak(path.name, f"a folder in {name} whose owner has gone")
+            if path.suffix == ".lock" and not _is_locked(path):
+                yield _leak(path.name, f"a lock in {name} that nobody holds")
+    for process in processes(work_dir):
+        yield _leak(str(process.pid), f"the process still runs: {' '.join(process.cmdline())[:200]}")
+
+
+def processes(work_dir: Path) -> list[psutil.Process]:
+    """Trainers and other children that work in it, their zombies left out."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        try:
+            named = any(str(work_dir) in argument for argument in process.cmdline())
+            if named and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _is_owned(path: Path) -> bool:
+    lock = path.with_name(f"{path.name}.lock")
+    return lock.exists() and _is_locked(lock)
+
+
+def _is_locked(path: Path) -> bool:
+    with path.open("r+b") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def _leak(subject: str, sentence: str) -> Finding:
+    return Finding(invariant="I7", subject=subject, sentence=sentence)

@@ -1,0 +1,63 @@
+"""Looks several times a second which trainers live and whose files they hold: what no table can tell."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from qa.chaos.audit.findings import Sighting
+from qa.chaos.audit.leftovers import processes
+
+LOOK_SECONDS = 0.25
+ENTRY = "worker.children.trainer.main"
+
+
+class Watch:
+    """Of one work folder, for as long as the block."""
+
+    def __init__(self, work_dir: Path) -> None:
+        self._work_dir = work_dir
+        self._seen: dict[tuple[int, str], Sighting] = {}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._look_on, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def sightings(self) -> list[Sighting]:
+        return list(self._seen.values())
+
+    def _look_on(self) -> None:
+        while not self._is_over.wait(LOOK_SECONDS):
+            for process in processes(self._work_dir):
+                self._note(process)
+
+    def _note(self, process: psutil.Process) -> None:
+        try:
+            argv = process.cmdline()
+        except psutil.Error:
+            return
+        if ENTRY not in argv:
+            return
+        now = time.time()
+        for folder in _folders(Path(argv[argv.index(ENTRY) + 1]) / "jobs"):
+            key = process.pid, folder.name
+            before = self._seen.get(key)
+            first_at = now if before is None else before.first_at
+            self._seen[key] = Sighting(pid=process.pid, claim_id=folder.name, first_at=first_at, last_at=now)
+
+
+def _folders(jobs: Path) -> list[Path]:
+    """None where they are gone meanwhile."""
+    try:
+        return list(jobs.iterdir())
+    except OSError:
+        return []

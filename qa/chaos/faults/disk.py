@@ -1,0 +1,139 @@
+"""Faults of the disk: full under the trainers, under the store, under SQLite. Each is a small one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from catalog.states import EndReason, JobState
+from qa.chaos.row import SQLITE, Row
+from qa.chaos.site import NUM_ROWS, SMALL, FaultSite
+
+LONG_LEASE = {"LORRY_LEASE_SECONDS": "30"}
+BLOCK_BYTES = 4096
+MAX_ACCEPTED = 500
+"""Submissions that SQLite's log has room for, on a disk that is full."""
+
+
+@contextmanager
+def _full(disk: Path) -> Generator[None]:
+    """To the last byte, for as long as the block."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        size = BLOCK_BYTES
+        while size:
+            try:
+                file.write(b"\0" * size)
+            except OSError:
+                size //= 2
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+def _at_step_15(site: FaultSite) -> str:
+    job_id = site.submit_small()
+    site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
+    site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
+    site.wait_for_step(15, job_id)
+    return job_id
+
+
+def _under_trainers(site: FaultSite) -> str:
+    """Their checkpoints, adapters, events and logs."""
+    job_id = _at_step_15(site)
+    with _full(site.settings.work_dir()):
+        site.gate("go").touch()
+        site.wait_until(lambda: _warnings(site, job_id))
+
+    site.wait_for_success(job_id)
+
+    attempts = site.attempts(job_id)
+    assert set(site.reasons(job_id)) <= {EndReason.NODE_FAILED, EndReason.COMPLETED}, site.told(job_id)
+    assert all((attempt.resumed_from_step or 0) >= 10 for attempt in attempts[1:]), site.told(job_id)
+    return f"“{_warnings(site, job_id)[0]}” {site.told(job_id)}"
+
+
+def _under_store(site: FaultSite) -> str:
+    """A checkpoint without room costs the checkpoint; an adapter waits for some."""
+    job_id = _at_step_15(site)
+    with _full(site.settings.data_dir / "store"):
+        site.gate("go").touch()
+        site.wait_until(lambda: _warnings(site, job_id))
+        site.wait_for_file("jobs/*/adapter/adapter_model.safetensors")
+        site.wait_seconds(2)
+        assert site.job(job_id).state == JobState.RUNNING
+        assert site.checkpoint_steps(job_id) == [10]
+
+    site.wait_for_success(job_id)
+
+    assert site.reasons(job_id) == [EndReason.COMPLETED], site.told(job_id)
+    return f"“{_warnings(site, job_id)[0]}” The adapter waited for room; {site.told(job_id)}"
+
+
+def _under_database(site: FaultSite) -> str:
+    """Its log may have room for a few more submissions."""
+    file_id = site.upload(NUM_ROWS)
+    site.start_api()
+    job_id = _at_step_15(site)
+    with _full(site.folder / "database"):
+        site.gate("go").touch()
+        number, answer = 0, _submit(site, file_id, 0)
+        while answer.status_code == 200 and number < MAX_ACCEPTED:
+            number += 1
+            answer = _submit(site, file_id, number)
+        site.wait_seconds(2)
+    assert answer.status_code == 507, f"{answer.status_code} {answer.text}"
+    again = _submit(site, file_id, number)
+    assert again.status_code == 200, again.text
+    later = [accepted for ids in site.submissions.values() for accepted in ids]
+    site.cancel(*later)
+
+    site.wait_for_success(job_id)
+    site.wait_for_end(*later)
+
+    assert site.reasons(job_id) == [EndReason.COMPLETED], site.told(job_id)
+    refusal = f"507 {answer.json()['error']['code']}"
+    told = f"{number} submissions had room, then {refusal}; accepted once there was room again"
+    return f"{told}. The running job: {site.told(job_id)}"
+
+
+def _submit(site: FaultSite, file_id: str, number: int) -> httpx.Response:
+    return site.post_job(file_id, idempotency_key=f"full-{number}", **SMALL)
+
+
+def _warnings(site: FaultSite, job_id: str) -> list[str]:
+    return [event.message for event in site.events(job_id) if event.level == "warn"]
+
+
+ROWS = (
+    Row(
+        name="disk-full-trainers",
+        fault="disk full under trainers' checkpoints, events and logs",
+        also="told by name; the last good checkpoint kept",
+        act=_under_trainers,
+        small_disk="data/work",
+        environment=LONG_LEASE,
+    ),
+    Row(
+        name="disk-full-store",
+        fault="disk full under the store",
+        also="told by name; the last good checkpoint kept",
+        act=_under_store,
+        small_disk="data/store",
+        environment=LONG_LEASE,
+    ),
+    Row(
+        name="disk-full-database",
+        fault="disk full under SQLite",
+        also="told by name; nothing lost",
+        act=_under_database,
+        small_disk="database",
+        databases=SQLITE,
+        environment=LONG_LEASE,
+    ),
+)

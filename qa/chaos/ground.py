@@ -1,0 +1,139 @@
+"""What all rows of a run stand on: the servers, and a data folder and a database in which the base is imported."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psycopg
+
+from qa.chaos.row import DatabaseKind, Row
+from qa.chaos.site import FaultSite, Under
+from tests import tiny_base
+from tests.services.fault_proxy import FaultProxy, fault_proxy
+from tests.services.postgres import KILLABLE, empty_database, restartable_postgres
+from tests.services.redis import restartable_redis
+from tests.services.running import Restartable
+from tests.services.s3 import new_bucket, s3_server
+from tests.services.small_disk import mounted
+from tests.worker_site import WorkerSite
+
+IMPORTED = "imported"
+"""Name of the PostgreSQL database that each row's is a copy of."""
+DISK_BYTES = 64 * 2**20
+"""Of a small disk: a trainer's directory has room on it."""
+
+
+class Ground:
+    """Servers start on first use, and end with the block."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open = ExitStack()
+        self._imported: dict[DatabaseKind, Path] = {}
+
+    def __enter__(self) -> Ground:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @contextmanager
+    def site(self, row: Row, kind: DatabaseKind, *, has_weights: bool = True) -> Generator[FaultSite]:
+        """A site of its own. What is left of its processes is killed after the block."""
+        imported, weights = self._import(kind), self.weights if has_weights else None
+        folder = Path(tempfile.mkdtemp(prefix=f"{row.name}-{kind}-", dir=self._folder))
+        (folder / "data").mkdir()
+        with ExitStack() as stack:
+            if row.small_disk is not None:
+                stack.enter_context(mounted(folder / row.small_disk, DISK_BYTES))
+            shutil.copytree(imported, folder / "data", dirs_exist_ok=True)
+            environment = {**row.environment, **self._database(stack, row, kind, folder)}
+            under = Under(postgres=self._postgres[1] if kind == "postgresql" else None)
+            if row.has_redis:
+                url, redis = stack.enter_context(restartable_redis())
+                under, environment["LORRY_REDIS_URL"] = replace(under, redis=redis, redis_url=url), url
+            if row.has_s3:
+                proxy, of_store = self._bucket(stack)
+                under, environment = replace(under, store=proxy), {**environment, **of_store}
+            site = FaultSite(folder, under=under, weights=weights, **environment)
+            stack.callback(site.close)
+            yield site
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _database(self, stack: ExitStack, row: Row, kind: DatabaseKind, folder: Path) -> dict[str, str]:
+        """A copy of the one in which the base is imported."""
+        if kind == "postgresql":
+            address, server = self._postgres
+            server.start()
+            name = f"row_{os.urandom(4).hex()}"
+            url = stack.enter_context(empty_database(address, name, template=IMPORTED))
+            with psycopg.connect(address.replace("+psycopg", ""), autocommit=True) as admin:
+                admin.execute("checkpoint")  # else a kill sets the copy's sequences back to what its template had
+            stack.callback(server.start)  # a row may have left it down, and the database is to be dropped
+            return {"LORRY_DATABASE_URL": url}
+        if row.small_disk == "database":
+            moved = shutil.move(folder / "data" / "lorry.db", folder / "database" / "lorry.db")
+            return {"LORRY_DATABASE_URL": f"sqlite:///{moved}"}
+        return {}
+
+    def _bucket(self, stack: ExitStack) -> tuple[FaultProxy, dict[str, str]]:
+        """An empty one, a proxy before its server, and what processes are told. We ourselves reach it directly."""
+        bucket = new_bucket(self._s3)
+        address = urlsplit(self._s3)
+        proxy = stack.enter_context(fault_proxy(str(address.hostname), address.port or 0))
+        direct = bucket.environment()
+        kept = {name: os.environ.get(name) for name in direct}
+        os.environ.update(direct)
+        stack.callback(_restore, kept)
+        told = {**direct, "AWS_ENDPOINT": f"http://127.0.0.1:{proxy.port}"}
+        return proxy, {**told, "LORRY_STORE_URL": f"s3://{bucket.name}/store"}
+
+    @cached_property
+    def weights(self) -> str:
+        """Digest of the adapter that the small job gives where nothing disturbs it."""
+        nothing = Row(name="undisturbed", fault="none", also="", act=lambda _: "")
+        with self.site(nothing, "sqlite", has_weights=False) as site:
+            job_id = site.submit_small()
+            site.work_until_done()
+            return site.weights_digest(job_id)
+
+    @cached_property
+    def _postgres(self) -> tuple[str, Restartable]:
+        return self._open.enter_context(restartable_postgres(settings=KILLABLE))
+
+    @cached_property
+    def _s3(self) -> str:
+        return self._open.enter_context(s3_server())
+
+    def _import(self, kind: DatabaseKind) -> Path:
+        """The data folder after the import, by a real worker, once a run."""
+        if kind not in self._imported:
+            folder = Path(tempfile.mkdtemp(prefix=f"imported-{kind}-", dir=self._folder))
+            database: dict[str, str] = {}
+            if kind == "postgresql":
+                url = self._open.enter_context(empty_database(self._postgres[0], IMPORTED))
+                database["LORRY_DATABASE_URL"] = url
+            site = WorkerSite(folder, **database)
+            site.patience_seconds = FaultSite.patience_seconds
+            try:
+                site.import_base(tiny_base.make(self._folder / "base"))
+            finally:
+                site.close()
+            self._imported[kind] = folder / "data"
+        return self._imported[kind]
+
+
+def _restore(kept: dict[str, str | None]) -> None:
+    for name, value in kept.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value

@@ -1,0 +1,246 @@
+"""A whole Lorry to break: api and workers as processes, either database, and what an auditor is to be told."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from sqlalchemy import text
+
+from catalog.audit import chain
+from catalog.errors import OutOfSpace, Unavailable
+from catalog.jobs import commands
+from catalog.states import JobState
+from catalog.tables import Job
+from qa.chaos.audit.auditor import audit
+from qa.chaos.audit.findings import Finding, Hook, Seen
+from qa.chaos.audit.leftovers import processes
+from qa.chaos.audit.trainer_watch import Watch
+from tests.services.fault_proxy import FaultProxy
+from tests.services.running import Restartable, free_port
+from tests.worker_site import BASE, PEPPER, WorkerSite, wait_until
+
+LEASE_SECONDS = 6.0
+"""As WorkerSite sets it."""
+SMALL: dict[str, Any] = {"hyperparameters": {"batch_size": 4}, "max_steps": 30, "checkpoint_every_steps": 10}
+"""The job of most rows: its adapter is known by its digest."""
+NUM_ROWS = 40
+LOOK_SECONDS = 0.05
+PATIENCE_SECONDS = 300.0
+"""However loaded the machine is."""
+ALONE_SECONDS = 10.0
+"""How long what a worker has started may outlive it: by promise a second, and more on a busy machine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Under:
+    """The servers that a site stands on, where it has them; each may be broken."""
+
+    postgres: Restartable | None = None
+    redis: Restartable | None = None
+    redis_url: str = ""
+    store: FaultProxy | None = None
+    """Before its bucket."""
+
+
+class FaultSite(WorkerSite):
+    """`url`: of the api, once it was started; the same after each further start."""
+
+    patience_seconds = PATIENCE_SECONDS
+
+    def __init__(self, folder: Path, *, under: Under, weights: str | None, **environment: str) -> None:
+        """weights: digest of what the small job gives undisturbed."""
+        super().__init__(folder, **environment)
+        self.under = under
+        self.weights = weights
+        self.submissions: dict[str, list[str]] = defaultdict(list)
+        self.hooks: list[Hook] = []
+        self.api: subprocess.Popen[bytes] | None = None
+        self._port = free_port()
+        self._watch = Watch(self.settings.work_dir())
+        self._watch.__enter__()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    # Looking
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """As of any site; while the database does not answer, it is not yet so."""
+        wait_until(lambda: _unless_down(condition), said=self.log, seconds=self.patience_seconds)
+
+    def wait_seconds(self, seconds: float) -> None:
+        """Let real time pass: of a lease, or of an outage."""
+        time.sleep(seconds)
+
+    def children_of(self, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """Trainers of a worker."""
+        found = psutil.Process(process.pid).children(recursive=True)
+        return [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
+
+    def trainer_of(self, worker: subprocess.Popen[bytes]) -> psutil.Process:
+        """Waits for it: the one process that trains, from its very start."""
+        self.wait_until(lambda: self.trainers_of(worker))
+        return self.trainers_of(worker)[0]
+
+    def trainers_of(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """Those that live."""
+        return [child for child in self.children_of(worker) if "worker.children.trainer.main" in child.cmdline()]
+
+    def has_seen_trainer(self) -> bool:
+        """Any that held a job, whether or not it still lives."""
+        return bool(self._watch.sightings())
+
+    def seconds_until_alone(self) -> float:
+        """Until nothing works in its folder any more: trainers and other children of a worker that has just ended."""
+        began = time.monotonic()
+        while left := processes(self.settings.work_dir()):
+            seconds = time.monotonic() - began
+            assert seconds < ALONE_SECONDS, f"{len(left)} processes outlived their worker by {seconds:.1f} s"
+            time.sleep(LOOK_SECONDS)
+        return time.monotonic() - began
+
+    def num_jobs(self) -> int:
+        with self.db.read() as session:
+            return session.query(Job).count()
+
+    def seconds_until(self, condition: Callable[[], object]) -> float:
+        began = time.monotonic()
+        self.wait_until(condition)
+        return time.monotonic() - began
+
+    def is_told(self, verb: str) -> bool:
+        """A trainer has a message that it has not read."""
+        return bool(list(self.settings.work_dir().glob(f"trainers/*/inbox/*-{verb}.json")))
+
+    def is_anybody_writing(self) -> bool:
+        """SQLite's lock is held, or a transaction of PostgreSQL's waits for its client for longer than any does."""
+        if self.db.is_sqlite:
+            try:
+                with self.db.write_briefly():
+                    return False
+            except Unavailable:
+                return True
+        waits = "datname = current_database() and state = 'idle in transaction' and now() - state_change > '0.5 s'"
+        with self.db.read() as session:
+            return bool(session.scalar(text(f"select count(*) from pg_stat_activity where {waits}")))
+
+    def wait_for_file(self, pattern: str) -> None:
+        """Until a trainer has written it; relative to its directory."""
+        self.wait_until(lambda: list(self.settings.work_dir().glob(f"trainers/*/{pattern}")))
+
+    # What is asked of the api
+
+    def start_api(self, **environment: str) -> subprocess.Popen[bytes]:
+        """Answers when this returns."""
+        api = self.begin_api(**environment)
+        self.wait_until(self._answers)
+        return api
+
+    def begin_api(self, **environment: str) -> subprocess.Popen[bytes]:
+        """May not answer yet."""
+        argv = [sys.executable, "-m", "api", "--log-level", "warning", "serve", "--port", str(self._port)]
+        hooks = {"LORRY_WEBHOOK_ALLOWED_NETWORKS": "127.0.0.1/32", "LORRY_WEBHOOK_ALLOW_HTTP": "true"}
+        self.api = self.start(argv, LORRY_PEPPER=PEPPER, LORRY_REQUESTS_PER_MINUTE="0", **hooks, **environment)
+        return self.api
+
+    def ask(self, method: str, path: str, *, timeout: float = 60.0, **given: Any) -> httpx.Response:
+        """Raises httpx.TransportError where nobody answers."""
+        with httpx.Client(base_url=self.url, trust_env=False, timeout=timeout) as client:
+            headers = {"authorization": f"Bearer {self.key}", **given.pop("headers", {})}
+            return client.request(method, path, headers=headers, **given)
+
+    def post_job(self, training_file: str, *, idempotency_key: str, **fields: Any) -> httpx.Response:
+        """A submission over HTTP; which job the answer named is kept for the auditor."""
+        body = {"model": BASE, "training_file": training_file, "seed": 1, "precision": "float32", **fields}
+        headers = {"idempotency-key": idempotency_key}
+        response = self.ask("POST", "/v1/fine_tuning/jobs", json=body, headers=headers)
+        if response.status_code == 200:
+            self.submissions[idempotency_key].append(response.json()["id"])
+        return response
+
+    def _answers(self) -> bool:
+        assert self.api is not None
+        assert self.api.poll() is None, self.log()
+        try:
+            return self.ask("GET", "/healthz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    # What most rows do
+
+    def submit_small(self, **fields: Any) -> str:
+        return self.submit(self.upload(NUM_ROWS), **{**SMALL, **fields})
+
+    def finish(self, *job_ids: str, is_small: bool = True, **environment: str) -> None:
+        """By one more worker. is_small: their adapters have the bytes that nothing disturbed."""
+        worker = self.start_worker(**environment)
+        self.wait_for_success(*job_ids, is_small=is_small)
+        self.wait_until(lambda: f"-{worker.pid}-" in self.log())  # it has told its id: from then on it can be asked
+
+    def wait_for_success(self, *job_ids: str, is_small: bool = True) -> None:
+        self.wait_for_end(*job_ids)
+        for job_id in job_ids:
+            assert self.job(job_id).state == JobState.SUCCEEDED, f"{self.job(job_id).error}\n{self.log()}"
+            if is_small and self.weights is not None:
+                digest = self.weights_digest(job_id)
+                assert digest == self.weights, f"its bytes, {digest}, are not {self.weights} of an undisturbed job"
+
+    def cancel(self, *job_ids: str) -> None:
+        """What ends a job soonest."""
+        for job_id in job_ids:
+            commands.cancel(self.db, project_id=self.caller.project_id, job_id=job_id)
+
+    def told(self, job_id: str) -> str:
+        """How its attempts ended, in short."""
+        told: list[str] = []
+        for attempt in self.attempts(job_id):
+            step = attempt.resumed_from_step
+            told.append(f"{attempt.reason}{f' from step {step}' if step else ''}")
+        return ", then ".join(told)
+
+    # The end
+
+    def stop(self) -> None:
+        """Ask all that still run to leave, api last, and see them end well."""
+        live = [process for process in self._processes if process.poll() is None]
+        for process in live:
+            process.send_signal(signal.SIGTERM)
+        for process in live:
+            assert process.wait(PATIENCE_SECONDS) == 0, self.log()
+
+    def audit(self) -> list[Finding]:
+        """After `stop`. What was not sealed yet is, as an api's chore does."""
+        self._watch.__exit__()
+        chain.seal(self.db, pepper=PEPPER.encode())
+        return audit(
+            self.settings.resolved_database_url(),
+            store_url=self.settings.resolved_store_url(),
+            lease_seconds=self.settings.lease_seconds,
+            seen=Seen(submissions=self.submissions, hooks=self.hooks, trainers=self._watch.sightings()),
+            work_dir=self.settings.work_dir(),
+            pepper=PEPPER.encode(),
+        )
+
+    def heard(self, body: bytes, *, event_id: str) -> None:
+        """A webhook that came."""
+        told = json.loads(body)
+        self.hooks.append(Hook(event_id=event_id, event_type=told["type"], job_id=told["data"]["id"]))
+
+
+def _unless_down(condition: Callable[[], object]) -> object:
+    try:
+        return condition()
+    except (Unavailable, OutOfSpace):
+        return None

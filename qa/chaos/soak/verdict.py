@@ -1,0 +1,260 @@
+"""What a soak has shown, from what was seen and what is on record: pure, so that it can be tried on planted records."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason
+from qa.chaos.audit.tables import Record
+from qa.chaos.soak.asking import Sample
+from qa.chaos.soak.kept import Away, Window
+from worker.process.exits import WAS_KILLED
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+UNAVAILABLE = 503
+GRACE_SECONDS = 5.0
+"""After what was away has come back: connections are made anew."""
+MAX_RATIO = 2.0
+"""A promise: how many times its usual time the api takes while all this goes on, half of the requests of each kind."""
+MIN_SAMPLES = 20
+"""Of either stretch: the median of fewer says little."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """What became of one job."""
+
+    job_id: str
+    state: str
+    error: Mapping[str, Any] | None = None
+    reasons: Sequence[str | None] = ()
+    """How its attempts ended, in their order."""
+    crashes: Sequence[str] = ()
+    """What was told of the ends since its furthest checkpoint that count against it."""
+    digests: Sequence[str] = ()
+    """Of its adapters' weights."""
+
+
+def ended(found: Record, *, project_id: str) -> dict[str, Ended]:
+    """By job of the project."""
+    artifacts = {row["digest"]: row for row in found.artifacts}
+    digests: dict[str, list[str]] = defaultdict(list)
+    for adapter in found.adapters:
+        files = artifacts[adapter["artifact"]]["files"]
+        digests[adapter["job_id"]] += [file["digest"] for file in files if file["path"] == WEIGHTS_FILE]
+    return {
+        job["id"]: Ended(
+            job_id=job["id"],
+            state=job["state"],
+            error=job["error"],
+            reasons=[attempt["reason"] for attempt in found.attempts.get(job["id"], ())],
+            crashes=_crashes(found, job["id"]),
+            digests=digests[job["id"]],
+        )
+        for job in found.jobs
+        if job["project_id"] == project_id
+    }
+
+
+def _crashes(found: Record, job_id: str) -> list[str]:
+    """The count begins anew with a checkpoint that is further than any before."""
+    own = [row for row in found.checkpoints if row["job_id"] == job_id]
+    furthest = max(own, key=lambda row: row["step"], default={"created_at": 0.0})["created_at"]
+    ended_since = [one for one in found.attempts.get(job_id, ()) if (one["ended_at"] or 0.0) > furthest]
+    return [one["detail"] for one in ended_since if ENDINGS[EndReason(one["reason"])].is_counted]
+
+
+def is_put_aside_by_kills(job: Ended) -> bool:
+    """Whether it is as promised that it failed: its trainer was killed so often with no new checkpoint in between, and
+    nobody but the soak sends SIGKILL. Whoever submits it again gets the adapter."""
+    is_quarantined = job.state == "failed" and (job.error or {}).get("code") == "quarantined"
+    is_by_the_last = list(job.reasons[-1:]) == [EndReason.TRAINER_CRASHED]  # else too many workers were lost with it
+    are_kills = len(job.crashes) >= MAX_COUNTED_ATTEMPTS and set(job.crashes) == {WAS_KILLED}
+    return is_quarantined and is_by_the_last and are_kills
+
+
+def again(key: str) -> str:
+    """The key under which the same work is asked for once more."""
+    return f"again-{key}"
+
+
+def problems(
+    submitted: Mapping[str, str],
+    samples: Iterable[Sample],
+    jobs: Mapping[str, Ended],
+    digests: Mapping[str, str],
+    windows: Sequence[Window],
+    *,
+    of_operator: Iterable[Sample] = (),
+) -> list[str]:
+    """What must not be; an empty list is a good report.
+
+    submitted: by key, the name of the work that was asked for. digests: by work, of what it gives undisturbed.
+    of_operator: answers to requests that may be refused, as a pause of a job that has just ended is.
+    """
+    asked = list(samples)
+    accepted: dict[str, set[str]] = defaultdict(set)
+    for sample in asked:
+        if sample.key is not None and sample.job_id is not None:
+            accepted[sample.key].add(sample.job_id)
+    found: list[str] = []
+    for key, work in submitted.items():
+        found += _of_key(key, accepted[key], jobs, digests[work], submitted)
+    named = {job_id for ids in accepted.values() for job_id in ids}
+    found += [f"{job_id}: it is there, and no answer named it" for job_id in sorted(set(jobs) - named)]
+    found += _told_bad(asked, windows, lambda sample: _is_bad(sample, windows) or 400 <= sample.status < 500)
+    return [*found, *_told_bad(of_operator, windows, lambda sample: _is_bad(sample, windows))]
+
+
+def refusals(samples: Iterable[Sample]) -> Counter[str]:
+    """How often what was answered with another status than 200, in words."""
+    found: Counter[str] = Counter()
+    for sample in samples:
+        if sample.status != 200:
+            advice = " with Retry-After" if sample.retry_after else ""
+            found[f"{sample.what}: {sample.status} {sample.told}{advice}"] += 1
+    return found
+
+
+def _of_key(
+    key: str, ids: set[str], jobs: Mapping[str, Ended], digest: str, asked_again: Collection[str]
+) -> Iterator[str]:
+    if len(ids) != 1:
+        yield f"{key}: answers named {len(ids)} jobs"
+    for job_id in sorted(ids):
+        job = jobs.get(job_id)
+        if job is None:
+            yield f"{key}: {job_id} was accepted, and is not there"
+            continue
+        is_asked_again = again(key) in asked_again and is_put_aside_by_kills(job)
+        if job.state != "succeeded" and not is_asked_again:
+            yield f"{key}: {job_id} is {job.state}, after {_told(job.reasons)}: {(job.error or {}).get('message')}"
+        completed = sum(reason == "completed" for reason in job.reasons)
+        if completed > 1 or len(job.digests) > 1:
+            yield f"{key}: {job_id} was done {completed} times, with {len(job.digests)} adapters"
+        if any(each != digest for each in job.digests):
+            yield f"{key}: {job_id} has the bytes {', '.join(job.digests)}, undisturbed {digest}; {_told(job.reasons)}"
+
+
+def _told(reasons: Sequence[str | None]) -> str:
+    return ", ".join(str(reason) for reason in reasons) or "no attempt"
+
+
+def _told_bad(samples: Iterable[Sample], windows: Sequence[Window], is_bad: Callable[[Sample], bool]) -> Iterator[str]:
+    for sample in samples:
+        if is_bad(sample):
+            away = " and ".join(sorted({window.what for window in windows if window.overlaps(sample.at, sample.until)}))
+            told = f"{sample.what} at {sample.at:.1f}: {sample.status} {sample.told} after {sample.seconds:.2f} s"
+            yield f"{told}, Retry-After {sample.retry_after}, away: {away or 'nothing'}"
+
+
+def _is_bad(sample: Sample, windows: Sequence[Window]) -> bool:
+    """503 with advice is the answer of a service that is away or whose database is; any other of 500 and more is a
+    fault, and so is none at all while the api was not itself what was ended."""
+    if sample.status == 0:
+        return not _is_in(sample, "api", windows)
+    if sample.status != UNAVAILABLE or not sample.retry_after:
+        return sample.status >= 500
+    late = replace(sample, at=sample.at - GRACE_SECONDS, seconds=sample.seconds + GRACE_SECONDS)
+    return not any(_is_in(late, what, windows) for what in get_args(Away))
+
+
+def _is_in(sample: Sample, what: str, windows: Sequence[Window]) -> bool:
+    return any(window.what == what and window.overlaps(sample.at, sample.until) for window in windows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Of one kind of request in one stretch. Milliseconds; 0 where there was none."""
+
+    num: int
+    median: float
+    p95: float
+    p99: float
+    longest: float
+
+
+@dataclass(kw_only=True, slots=True)
+class Compared:
+    """One kind of request: undisturbed, and amid faults while neither the api nor its database was away."""
+
+    what: str
+    calm: Latency
+    storm: Latency
+    away: dict[str, Counter[str]] = field(default_factory=dict[str, Counter[str]])
+    """What was answered while the database or the api was away: how often each status."""
+
+    def ratio(self, name: str) -> float:
+        calm = getattr(self.calm, name)
+        return getattr(self.storm, name) / calm if calm else 0.0
+
+
+def compare(
+    samples: Iterable[Sample],
+    windows: Sequence[Window],
+    *,
+    calm: tuple[float, float],
+    storm: tuple[float, float],
+) -> list[Compared]:
+    """calm, storm: from when to when, in seconds since 1970."""
+    by_what: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_what[sample.what].append(sample)
+    return [_compared(what, by_what[what], windows, calm, storm) for what in sorted(by_what)]
+
+
+def slow(compared: Iterable[Compared]) -> list[str]:
+    """Kinds of request that take longer than is promised; and that nothing could be compared, if so."""
+    enough = [each for each in compared if min(each.calm.num, each.storm.num) >= MIN_SAMPLES]
+    if not enough:
+        return [f"no kind of request was answered {MIN_SAMPLES} times both undisturbed and amid faults"]
+    return [
+        f"{each.what}: half of the answers took {each.storm.median:.1f} ms and more amid faults, undisturbed "
+        f"{each.calm.median:.1f} ms: {each.ratio('median'):.2f} times as long"
+        for each in enough
+        if each.ratio("median") > MAX_RATIO
+    ]
+
+
+def _compared(
+    what: str,
+    samples: list[Sample],
+    windows: Sequence[Window],
+    calm: tuple[float, float],
+    storm: tuple[float, float],
+) -> Compared:
+    away: dict[str, Counter[str]] = {"database": Counter(), "api": Counter()}
+    stormy: list[Sample] = []
+    for sample in samples:
+        if not storm[0] <= sample.at < storm[1]:
+            continue
+        if _is_in(sample, "api", windows):
+            away["api"][_status(sample)] += 1
+        elif _is_in(sample, "database", windows):
+            away["database"][_status(sample)] += 1
+        else:
+            stormy.append(sample)
+    quiet = [sample for sample in samples if calm[0] <= sample.at < calm[1]]
+    return Compared(what=what, calm=_latency(quiet), storm=_latency(stormy), away=away)
+
+
+def _status(sample: Sample) -> str:
+    if sample.status == 0:
+        return f"none ({sample.told})"
+    return f"{sample.status}{' with Retry-After' if sample.retry_after else ''}"
+
+
+def _latency(samples: Iterable[Sample]) -> Latency:
+    waits = sorted(sample.seconds * 1000 for sample in samples)
+    if not waits:
+        return Latency(num=0, median=0.0, p95=0.0, p99=0.0, longest=0.0)
+    return Latency(
+        num=len(waits), median=_part(waits, 50), p95=_part(waits, 95), p99=_part(waits, 99), longest=waits[-1]
+    )
+
+
+def _part(waits: list[float], percent: int) -> float:
+    return waits[min(len(waits) - 1, len(waits) * percent // 100)]

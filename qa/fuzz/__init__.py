@@ -1,0 +1,1 @@
+"""Fuzzes the API of a whole service with schemathesis."""

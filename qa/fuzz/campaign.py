@@ -1,0 +1,270 @@
+"""Runs of schemathesis against one service, with the keys of two projects and an operator's; and what came of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from pydantic import SecretStr
+
+from api.app import open_services
+from api.settings import ApiSettings
+from catalog.db.database import Database
+from catalog.settings import Settings
+from catalog.tenancy import authentication
+from qa.fuzz.planted import (
+    ID,
+    Key,
+    data_file,
+    first_adapter,
+    ids_of,
+    models_by_permission,
+    names_by_parameter,
+    organization_of,
+    parts_by_upload,
+    plant,
+    reader_of,
+)
+from qa.fuzz.service import ROOT, serving
+from tests.api.hook_receiver import receiving
+from tests.api.trained import BASE
+from tests.catalog.world import PEPPER
+
+NUM_SIGN_INS = 20
+"""Links that can be opened, each once."""
+EXAMPLE_BASE, EXAMPLE_HOOK = "smollm2-135m", "https://example.com/hooks"
+EXAMPLE_FILES = ("file-3f2b8c9d0a1e4f5a6b7c8d9e", "file-4a3b8c9d0a1e4f5a6b7c8d9e")
+"""What bodies name in the document's examples."""
+CHANCE = 0.7
+"""How often a parameter that names something gets a name that one of the projects has."""
+BODY_FIELDS = {
+    "model": "start",
+    "plan": "plan_id",
+    "project": "project",
+    "project_ids[*]": "reader",
+    "organization": "organization",
+    "url": "hook",
+    "training_file": "file_id",
+    "validation_file": "file_id",
+    "parent_adapter": "adapter",
+    "part_ids[*]": "part_ids",
+}
+"""Fields of bodies, by whose names they take."""
+STATEFUL = "stateful"
+SCENARIOS, STEPS = 8, 12
+"""Of a round of the stateful phase, at most: chains of requests for each example, and requests of a chain."""
+PARTS = (
+    r"^/v1/(files|uploads|models)",
+    r"^/v1/(files|fine_tuning/jobs|plans)",
+    r"^/v1/(files|sweeps)",
+    r"^/v1/(adapters|models|fine_tuning)",
+    r"^/v1/webhook",
+    r"^/v1/(organizations|projects|api_keys|audit_events|usage)",
+    r"^/",
+)
+"""Of the api, by paths. A round ends, without a word, at the first scenario that goes on otherwise than one that began
+like it, as the service remembers: one over all paths never comes to most of them."""
+OPERATORS_PARTS = PARTS[3], PARTS[5], PARTS[6]
+OPERATORS_PATHS = (
+    r"^/v1/(models|organizations|projects|api_keys|queue|workers|usage|audit|fine_tuning/checkpoints)"
+    r"|^/metrics|^/v1/sign_in_links"
+)
+"""Where an operator's key may do more than another."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Campaign:
+    """What is run. examples: of each operation in each phase, at most. rounds: of the stateful phase over each part of
+    the api. only: a regular expression of paths."""
+
+    seed: int = 1
+    examples: int = 5
+    rounds: int = 1
+    phases: str = "examples,coverage,fuzzing,stateful"
+    only: str = ""
+    is_short: bool = False
+    """One project asks, the other is only looked for; a round goes over the whole api."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """How often each operation was answered with each status."""
+
+    counts: Counter[tuple[str, int]] = field(default_factory=Counter[tuple[str, int]])
+    is_well: bool = True
+
+    def num_cases(self) -> int:
+        return self.counts.total()
+
+    def table(self) -> str:
+        statuses = sorted({status for _, status in self.counts})
+        labels = sorted({label for label, _ in self.counts})
+        lines = [f"{'operation':58}" + "".join(f"{status:>7}" for status in statuses) + f"{'all':>8}"]
+        for label in labels:
+            row = [self.counts[label, status] for status in statuses]
+            lines.append(f"{label:58}" + "".join(f"{number or '':>7}" for number in row) + f"{sum(row):>8}")
+        sums = [sum(self.counts[label, status] for label in labels) for status in statuses]
+        lines.append(f"{len(labels):<58}" + "".join(f"{number:>7}" for number in sums) + f"{self.num_cases():>8}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Site:
+    """What is asked, and where it keeps things. hooks: where webhooks can be sent."""
+
+    folder: Path
+    url: str
+    db: Database
+    hooks: str
+
+
+def run(campaign: Campaign, folder: Path, *, database_url: str, echo: TextIO) -> Outcome:
+    """Fill a database, serve it, and ask as each project, then as an operator of the first."""
+    data_dir = folder / "data"
+    data_dir.mkdir()
+    settings = Settings(
+        data_dir=data_dir, database_url=SecretStr(database_url), pepper=SecretStr(PEPPER.current.decode())
+    )
+    services = open_services(settings, ApiSettings())
+    services.db.migrate()
+    outcome, log = Outcome(), folder / "service.log"
+    with receiving() as receiver:
+        planted = plant(services, folder, hooks=receiver.url)
+        first, second = planted.keys
+        pairs = ((first, second), (second, first), (planted.operator, second))
+        with serving(settings, log) as url:
+            for me, other in pairs[:1] if campaign.is_short else pairs:
+                site = _Site(folder=folder, url=url, db=services.db, hooks=receiver.url)
+                _ask(campaign, site, me, other, echo=echo, outcome=outcome)
+    services.db.close()
+    if "crash" in log.read_text():
+        outcome.is_well = False
+        echo.write(log.read_text()[-20_000:])
+    return outcome
+
+
+def _ask(campaign: Campaign, site: _Site, me: Key, other: Key, *, echo: TextIO, outcome: Outcome) -> None:
+    folder, mine, theirs = site.folder, *(names_by_parameter(site.db, one.project_id) for one in (me, other))
+    _write(folder / "brief.json", _brief(site, me, other, mine, theirs))
+    _write(folder / "people.json", {"auth": [_person(me), _person(other)]})
+    config = _config(campaign, folder, me, other, _pools(site, me, other, mine, theirs))
+    only = campaign.only or (OPERATORS_PATHS if me.is_operator else "^/")
+    phases = [phase for phase in campaign.phases.split(",") if phase != STATEFUL]
+    turns = [(",".join(phases), [only])] if phases else []
+    if STATEFUL in campaign.phases:
+        parts = PARTS[-1:] if campaign.is_short or campaign.only else OPERATORS_PARTS if me.is_operator else PARTS
+        turns += [(STATEFUL, [only, part]) for part in parts * campaign.rounds]
+    for number, (turn, paths) in enumerate(turns):
+        (folder / "schemathesis.toml").write_text(f"seed = {campaign.seed + number}\n{config}")
+        told, is_well = _run(site, turn, paths, outcome)
+        echo.write(f"\n== as {me.mark}{', an operator' if me.is_operator else ''}: {turn} {paths[-1]}\n{told}\n")
+        echo.flush()
+        outcome.is_well = outcome.is_well and is_well
+
+
+def _run(site: _Site, phases: str, paths: list[str], outcome: Outcome) -> tuple[str, bool]:
+    """All that schemathesis says, and whether it found nothing. paths: regular expressions that must all hold."""
+    folder = site.folder
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(folder / "schemathesis.toml")]
+    command += ["run", f"{site.url}/openapi.json", "--phases", phases]
+    command += ["--include-path-regex", "".join(f"(?={path})" for path in paths)]
+    environment = {**os.environ, "FUZZ_BRIEF": str(folder / "brief.json"), "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    counts = folder / "counts.json"
+    assert counts.exists(), done.stdout + done.stderr
+    for label, status, number in json.loads(counts.read_text()):
+        outcome.counts[label, status] += number
+    counts.unlink()
+    return f"{done.stdout}\n{done.stderr}", done.returncode == 0
+
+
+def _brief(
+    site: _Site, me: Key, other: Key, mine: dict[str, list[str]], theirs: dict[str, list[str]]
+) -> dict[str, Any]:
+    names = {name for names in theirs.values() for name in names if other.mark in name}
+    data = data_file(site.db, me.project_id)
+    their_ids = ids_of(site.db, other.project_id)
+    assert their_ids.isdisjoint(ids_of(site.db, me.project_id)), "nothing is of both"
+    return {
+        "is_operator": me.is_operator,
+        "my_key": me.id,
+        "my_secret": me.secret,
+        "another_key": next(one for one in mine["api_key_id"] if one != me.id),
+        "my_project": [me.project_id, me.mark],
+        "parts": parts_by_upload(site.db, me.project_id),
+        "shared": models_by_permission(site.db, me.project_id),
+        "kept": first_adapter(site.db, me.project_id),
+        "examples": {**dict.fromkeys(EXAMPLE_FILES, data), EXAMPLE_BASE: BASE, EXAMPLE_HOOK: site.hooks},
+        "id_form": ID.pattern,
+        "their_ids": sorted(their_ids),
+        "their_words": [*sorted(names, key=len, reverse=True), other.mark],
+        "their_mark": other.mark,
+        "counts": str(site.folder / "counts.json"),
+    }
+
+
+def _pools(
+    site: _Site, me: Key, other: Key, mine: dict[str, list[str]], theirs: dict[str, list[str]]
+) -> dict[str, list[Any]]:
+    """What parameters and fields may name: all of ours, and some of the other project's."""
+    pools: dict[str, list[Any]] = {name: names + theirs[name][: len(names) // 3 + 1] for name, names in mine.items()}
+    pools["project"] = [me.project_id, me.mark, other.project_id, other.mark]
+    tokens = [authentication.create_sign_in_link(site.db, api_key_id=me.id, pepper=PEPPER) for _ in range(NUM_SIGN_INS)]
+    pools |= {
+        "base": [BASE, "smol"],
+        "start": [BASE, BASE, "smol", *pools["model"]],
+        "path": ["README.md", "adapter_config.json"],
+        "number": [0, 1],
+        "reader": [reader_of(me.mark), reader_of(other.mark)],
+        "organization": [organization_of(me.mark), organization_of(other.mark)],
+        "tag": [me.mark, other.mark],
+        "hook": [f"{site.hooks}/{me.mark}"],
+        "token": tokens,
+    }
+    return {name: values for name, values in pools.items() if values}
+
+
+def _person(key: Key) -> dict[str, Any]:
+    return {"name": key.name, "fixedHeaders": [{"name": "Authorization", "value": f"Bearer {key.secret}"}]}
+
+
+def _config(campaign: Campaign, folder: Path, me: Key, other: Key, pools: dict[str, list[Any]]) -> str:
+    """An operator is no peer: what others' keys are called is shown to it."""
+    lines = [
+        'hooks = "qa.fuzz.hooks"',
+        "continue-on-failure = true",
+        "max-stream-events = 2",
+        "request-timeout = 20",
+        "[cache]",
+        "enabled = false",
+        "[generation]",
+        f"max-examples = {campaign.examples}",
+        'database = "none"',
+        "[phases.stateful]",
+        f"max-steps = {STEPS}",
+        f"generation = {{ max-examples = {SCENARIOS * campaign.examples} }}",
+        "[checks.negative_data_rejection]",
+        # the usual ones, and 413: what is too long is refused before anybody looks what else is wrong with it
+        'expected-statuses = ["400", "401", "403", "404", "405", "406", "409", "413", "415", "422", "428", "429"]',
+        "[auth.wfc]",
+        f"path = {json.dumps(str(folder / 'people.json'))}",
+        f"user = {json.dumps(me.name)}",
+        *([] if me.is_operator else [f"peers = {json.dumps([me.name, other.name])}"]),
+    ]
+    for name, values in pools.items():
+        lines += [f"[dictionaries.{name}]", f"values = {json.dumps(values)}"]
+    named = {f"path.{name}": name for name in pools} | {f"body.{name}": pool for name, pool in BODY_FIELDS.items()}
+    named |= {"query.model": "base", "query.tag[*]": "tag", "body.token": "token", "query.project": "project"}
+    for place, pool in ((place, pool) for place, pool in named.items() if pool in pools):
+        lines += [f"[parameters.{json.dumps(place)}]", f'dictionary = "{pool}"', f"probability = {CHANCE}"]
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))

@@ -1,0 +1,170 @@
+"""Loaded by schemathesis: counts what was asked, and looks in each answer for what is the other project's.
+
+What it needs to know is in the file that FUZZ_BRIEF names; what it counted goes to the file that the brief names.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import schemathesis
+from hypothesis import strategies as st
+
+from qa.fuzz.texts import is_any_text
+
+BRIEF: dict[str, Any] = json.loads(Path(os.environ["FUZZ_BRIEF"]).read_text())
+ID = re.compile(BRIEF["id_form"])
+THEIR_IDS = frozenset[str](BRIEF["their_ids"])
+THEIR_WORDS: tuple[str, ...] = tuple(BRIEF["their_words"])
+"""Names that hold the mark, the longest first, and then the mark alone."""
+SHOWN_TO_OPERATORS = re.compile(
+    r"\w+ /v1/(organizations|projects|api_keys|queue|usage|audit|fine_tuning/checkpoints)|DELETE /v1/models/"
+)
+"""Where an operator sees every project, as documented: also which unfinished jobs keep a base."""
+DEPENDS_ON_WHAT_IS_STORED = frozenset(
+    {
+        *("unknown_cursor", "part_not_found", "expires_in_the_past", "operator_scope", "file_too_large"),
+        *("wrong_file_purpose", "wrong_file_kind", "loss_needs_chat", "split_needs_text", "empty_file"),
+        *("model_not_ready", "model_import_failed", "model_without_layer_paths", "invalid_metadata_filter"),
+        *("validation_file_required", "conflicting_learning_rates", "learning_rate_required"),
+        *("dora_on_quantised_base", "start_on_quantised_base", "quantisation_unavailable"),
+        *("integration_unavailable", "integration_entity_not_allowed", "validation_is_training", "max_length_lowered"),
+        *("differs_from_parent", "parent_of_another_base", "two_parents", "own_model"),
+        *("rank_too_high", "no_target_modules", "unknown_target_modules", "unknown_layers"),
+        *("unknown_pattern_key", "ambiguous_pattern"),
+        *("grid_too_large", "overlapping_parameters", "metric_of_another_method", "min_steps_required"),
+        *("no_rung_in_time", "rung_without_evaluation", "no_evaluation_in_time", "evaluations_too_late"),
+        *("invalid_webhook_url", "webhook_address_not_allowed"),  # what is allowed is the operator's to say
+    }
+)
+"""Codes of refusals of what is well formed, but does not go with what there is, or with another field beside it. No
+JSON schema says these: that they are sent is no failure of `positive_data_acceptance`, and of no other check."""
+RULES_BETWEEN_FIELDS = frozenset(
+    {
+        *("optimizer", "schedule", "method", "lora", "method.dpo.hyperparameters", "search", None),
+        "start_time",  # before the end
+        "lora.target_modules",  # behind `re:` a regular expression
+        *("integrations", *(f"integrations.{number}" for number in range(4))),
+    }
+)
+"""Objects whose fields must go together, and texts of which no schema says what is in them: the same of the refusals of
+these."""
+WHOLE_FORMS = {"POST /v1/files": {b"purpose", b"file"}, "POST /v1/uploads/{upload_id}/parts": {b"data"}}
+SENT: set[str] = set()
+"""Names of the other project that this run gave to something of its own, such as a key that is called so."""
+COUNTS: Counter[tuple[str, int]] = Counter()
+
+
+class ForeignName(AssertionError):
+    """An answer holds what belongs to the other project."""
+
+
+@schemathesis.check
+def nothing_of_the_other_project(_ctx: Any, response: Any, case: Any) -> None:
+    """What the request itself held is told back in a refusal, and is no news."""
+    if BRIEF["is_operator"] and SHOWN_TO_OPERATORS.match(case.operation.label):
+        return
+    asked = _asked(response.request) + unquote(str(dict(response.request.headers)))
+    told = response.content.decode("utf-8", "replace") + str(dict(response.headers))
+    found = [*THEIR_IDS.intersection(ID.findall(told)), *(word for word in THEIR_WORDS if word in told)]
+    for name in found:
+        if name not in asked and name not in SENT and name in told:
+            raise ForeignName(f"{case.operation.label} shows {name}, which is another project's")
+        told = told.replace(name, "")
+
+
+@schemathesis.hook
+def filter_failure(_context: Any, failure: Any, case: Any, response: Any) -> bool:
+    """Whether it is one."""
+    if type(failure).__name__ == "AcceptedNegativeData":
+        if "violates `required`" in failure.message:
+            return not _is_whole_form(case, response.request)
+        return not is_any_text(failure.message, response.request.url)
+    if type(failure).__name__ != "RejectedPositiveData" or response.status_code not in (400, 413):
+        return True
+    error = response.json()["error"]
+    is_between_fields = error["code"] == "invalid_value" and error["param"] in RULES_BETWEEN_FIELDS
+    names_a_field = (error["param"] or "").startswith("parameters.")  # of a sweep: a job's, by its path
+    return not (is_between_fields or names_a_field or error["code"] in DEPENDS_ON_WHAT_IS_STORED)
+
+
+def _is_whole_form(case: Any, request: Any) -> bool:
+    """It is said to lack a field, and came out with every one: what is linked to was put in after it was spoilt."""
+    sent = set(re.findall(rb'form-data; name="(\w+)"', request.body if isinstance(request.body, bytes) else b""))
+    return sent == WHOLE_FORMS.get(case.operation.label)
+
+
+@schemathesis.hook
+def before_call(_context: Any, case: Any, _kwargs: dict[str, Any]) -> None:
+    """What is well formed is made to fit too, where one thing of it follows from another. And nobody saws off the
+    branch that he sits on: the key that asks stays good, else nothing more is asked, and one adapter stays."""
+    named = case.path_parameters or {}
+    if case.meta is not None and case.meta.generation.mode.is_positive:
+        _make_fit(case, named)
+    if case.method == "GET":
+        return
+    if named.get("api_key_id") == BRIEF["my_key"]:
+        case.path_parameters = {**named, "api_key_id": BRIEF["another_key"]}
+    if case.method == "DELETE" and not {unquote(str(name)) for name in named.values()}.isdisjoint(BRIEF["kept"]):
+        case.path_parameters = dict.fromkeys(named, BRIEF["their_mark"])
+    if named.get("project") in BRIEF["my_project"] and case.operation.path.endswith("/archive"):
+        case.path_parameters = {**named, "project": BRIEF["their_mark"]}
+
+
+def _make_fit(case: Any, named: dict[str, Any]) -> None:
+    """An upload is asked for with the parts that it has, a permission by its own model, and a planned job as the plan
+    has it; webhooks go to nobody but us; a page of the dashboard signs in with a key that is good."""
+    if case.operation.path.endswith("/complete"):
+        case.body = {"part_ids": BRIEF["parts"].get(named.get("upload_id"), case.body["part_ids"])}
+    if named.get("permission_id") in BRIEF["shared"]:
+        case.path_parameters = {**named, "fine_tuned_model": BRIEF["shared"][named["permission_id"]]}
+    if isinstance(case.body, dict) and (fitting := _ours(case.body)) != case.body:
+        case.body = fitting
+    if case.operation.label == "POST /v1/browser_session":
+        case.body = {"api_key": BRIEF["my_secret"]}
+        case.headers = {**(case.headers or {}), "X-Lorry-Csrf": "1", "Sec-Fetch-Site": "same-origin"}
+
+
+def _ours(body: dict[str, Any]) -> dict[str, Any]:
+    """For what an example of the document names, what the project has; beside a plan, nothing."""
+    named = {"plan": body["plan"]} if "plan" in body else body
+    known: dict[str, str] = BRIEF["examples"]
+    return {name: known.get(value, value) if isinstance(value, str) else value for name, value in named.items()}
+
+
+@schemathesis.hook
+def after_call(_context: Any, case: Any, response: Any) -> None:
+    COUNTS[case.operation.label, response.status_code] += 1
+    if case.method != "GET" and response.status_code < 400:
+        asked = _asked(response.request)
+        SENT.update(name for name in (*THEIR_IDS, *THEIR_WORDS) if name in asked)
+
+
+@atexit.register
+def _report() -> None:
+    told = [[label, status, number] for (label, status), number in COUNTS.items()]
+    Path(BRIEF["counts"]).write_text(json.dumps(told))
+
+
+def _asked(request: Any) -> str:
+    body = request.body
+    return unquote(str(request.url)) + (body.decode("utf-8", "replace") if isinstance(body, bytes) else str(body or ""))
+
+
+def _rows() -> st.SearchStrategy[bytes]:
+    """Data files: bytes that are no chats are refused, which no JSON schema can say."""
+    text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=40).filter(str.strip)
+    said = st.fixed_dictionaries({"role": st.just("assistant"), "content": text})
+    asked = st.fixed_dictionaries({"role": st.just("user"), "content": text})
+    row = st.tuples(asked, said).map(lambda pair: json.dumps({"messages": list(pair)}).encode() + b"\n")
+    return st.lists(row, min_size=1, max_size=4).map(b"".join)
+
+
+schemathesis.openapi.format("binary", _rows())

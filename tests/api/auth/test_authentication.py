@@ -1,0 +1,286 @@
+"""Nothing is answered without a key or a signed-in browser; what is another project's does not exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from api.app import create_app
+from api.deps import Services
+from api.settings import ApiSettings
+from catalog.db.database import read_clock
+from catalog.errors import Unauthorized
+from catalog.settings import Settings
+from catalog.tenancy import authentication
+from tests.api.site import SAME_ORIGIN, error_of, new_token, open_link
+from tests.catalog.world import World, end_key
+
+OPEN_PATHS = {
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    *("/v1/browser_session", "/v1/sign_in_links/preview", "/v1/sign_in_links/open"),
+    "/v1/service_identity",
+    "/v1/keys.json",
+}
+
+
+def test_every_route_but_the_open_ones_needs_a_key(app: FastAPI, anonymous: TestClient) -> None:
+    for path, methods in app.openapi()["paths"].items():
+        for method in methods:
+            if path in OPEN_PATHS:
+                continue
+            filled = path.replace("{", "").replace("}", "")
+
+            response = anonymous.request(method, filled, json={"name": "x", "kind": "hub", "source": "y"})
+
+            assert response.status_code in (401, 400), (method, path, response.text)
+            if response.status_code == 400:  # the shape of a body is looked at first; nothing is done with it
+                assert error_of(response)["type"] == "invalid_request_error"
+            else:
+                assert response.headers["www-authenticate"] == 'Bearer realm="lorry"'
+                assert error_of(response)["type"] == "authentication_error"
+
+
+@pytest.mark.parametrize("secret", ["x", "lorry_key-123_abc", "lorry_" + "x" * 2000, "sk-proj-1"])
+def test_a_wrong_key_is_refused(anonymous: TestClient, secret: str) -> None:
+    response = anonymous.get("/v1/files", headers={"authorization": f"Bearer {secret}"})
+
+    assert response.status_code == 401
+    assert error_of(response)["code"] == "invalid_api_key"
+
+
+def test_an_expired_and_a_revoked_key_are_refused(services: Services, world: World, anonymous: TestClient) -> None:
+    with services.db.read() as session:
+        now = read_clock(session)
+    project_id = world.caller.project_id
+    _, expired = authentication.create(
+        services.db, project_id=project_id, name="old", pepper=services.pepper, expires_at=now - 1
+    )
+    row, revoked = authentication.create(services.db, project_id=project_id, name="gone", pepper=services.pepper)
+    end_key(services.db, row.id)
+
+    for secret in (expired, revoked):
+        response = anonymous.get("/v1/files", headers={"authorization": f"Bearer {secret}"})
+
+        assert response.status_code == 401
+
+
+def test_a_rejected_key_is_logged_and_counted_by_reason_and_the_client_is_not_told(
+    services: Services, world: World, anonymous: TestClient, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with services.db.read() as session:
+        now = read_clock(session)
+    db, pepper, project_id = services.db, services.pepper, world.caller.project_id
+    old, expired = authentication.create(db, project_id=project_id, name="old", pepper=pepper, expires_at=now - 1)
+    gone, revoked = authentication.create(db, project_id=project_id, name="gone", pepper=pepper)
+    end_key(db, gone.id)
+    cases = {
+        "malformed": ("sk-proj-1", "-"),
+        "unknown": (key[:-1] + ("a" if key[-1] != "a" else "b"), "-"),
+        "expired": (expired, old.id),
+        "revoked": (revoked, gone.id),
+    }
+    caplog.set_level("INFO", logger="lorry.api")
+
+    answers = {
+        reason: anonymous.get("/v1/files", headers={"authorization": f"Bearer {secret}"})
+        for reason, (secret, _) in cases.items()
+    }
+    anonymous.get("/v1/files")
+    anonymous.get("/v1/files", headers={"cookie": "lorry_session=ended"})
+
+    assert len({response.text for response in answers.values()}) == 1
+    lines = [line for line in caplog.messages if "path=/v1/files" in line]
+    for line, (reason, (_, key_id)) in zip(lines, cases.items(), strict=False):
+        assert f" key={key_id} project=- address=127.0.0.1 rejected={reason}" in line
+    registry = services.telemetry.registry
+    for reason in (*cases, "missing", "session_ended"):
+        assert registry.get_sample_value("lorry_http_rejected_keys_total", {"reason": reason}) == 1, reason
+
+
+@pytest.mark.parametrize("kind", ["organization", "project"])
+def test_what_openais_headers_name_is_the_keys_own(client: TestClient, world: World, kind: str) -> None:
+    for own in (getattr(world.caller, f"{kind}_id"), getattr(world.caller, f"{kind}_name"), ""):
+        assert client.get("/v1/files", headers={f"openai-{kind}": own}).status_code == 200
+
+    response = client.get("/v1/files", headers={f"openai-{kind}": "other"})
+
+    assert (response.status_code, error_of(response)["code"]) == (401, f"mismatched_{kind}")
+    assert "openai-organization" not in response.headers
+
+
+def test_what_is_another_projects_is_not_found(stranger: TestClient, client: TestClient, world: World) -> None:
+    job = world.submit()
+    announced = {"bytes": 1, "filename": "a", "mime_type": "text/plain", "purpose": "user_data"}
+    upload_id = client.post("/v1/uploads", json=announced).json()["id"]
+    theirs = [
+        ("POST", f"/v1/uploads/{upload_id}/parts"),
+        ("POST", f"/v1/uploads/{upload_id}/cancel"),
+        ("GET", f"/v1/files/{world.file_id}"),
+        ("GET", f"/v1/files/{world.file_id}/content"),
+        ("GET", f"/v1/files/{world.file_id}/report?model=smol"),
+        ("DELETE", f"/v1/files/{world.file_id}"),
+        *(("GET", f"/v1/fine_tuning/jobs/{job.id}{rest}") for rest in ("", "/events", "/checkpoints", "/metrics")),
+        *(("GET", f"/v1/fine_tuning/jobs/{job.id}{rest}") for rest in ("/why", "/data_report", "/attempts", "/stream")),
+        *(
+            ("POST", f"/v1/fine_tuning/jobs/{job.id}/{verb}")
+            for verb in ("cancel", "pause", "resume", "hold", "release")
+        ),
+    ]
+
+    for method, path in theirs:
+        response = stranger.request(method, path)
+
+        assert response.status_code == 404, (method, path, response.text)
+        error_of(response)
+    assert stranger.get("/v1/fine_tuning/jobs").json()["data"] == []
+    assert stranger.get("/v1/files").json()["data"] == []
+    assert stranger.get("/v1/queue").json()["jobs"] == []
+    assert client.get(f"/v1/fine_tuning/jobs/{job.id}").status_code == 200
+
+
+def test_a_sign_in_link_opens_one_browser_once(client: TestClient, anonymous: TestClient) -> None:
+    body = {"token": new_token(client)}
+
+    shown = anonymous.post("/v1/sign_in_links/preview", json=body)
+    first = anonymous.post("/v1/sign_in_links/open", json=body, headers=SAME_ORIGIN)
+    second = anonymous.post("/v1/sign_in_links/open", json=body, headers=SAME_ORIGIN)
+
+    assert (shown.json()["project"], shown.json()["key_name"]) == ("ours", "test")
+    assert "set-cookie" not in shown.headers
+    assert first.json()["project"] == "ours"
+    cookie = first.headers["set-cookie"].lower()
+    assert cookie.startswith("lorry_session=")
+    assert all(part in cookie for part in ("httponly", "samesite=strict", "path=/"))
+    assert (second.status_code, error_of(second)["code"]) == (401, "invalid_sign_in_link")
+    assert anonymous.post("/v1/sign_in_links/preview", json=body).status_code == 401
+    assert anonymous.get("/v1/browser_session").json()["project"] == "ours"
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-lorry-csrf": "1", "origin": "http://evil.example"}])
+def test_no_page_of_another_origin_signs_a_browser_in(
+    client: TestClient, anonymous: TestClient, headers: dict[str, str]
+) -> None:
+    """By a navigation (there is no GET that signs in), by a form, or by a script."""
+    token = new_token(client)
+
+    navigated = anonymous.get(f"/dashboard/?token={token}")
+    posted = anonymous.post("/v1/sign_in_links/open", json={"token": token}, headers=headers)
+
+    assert "set-cookie" not in navigated.headers
+    assert (posted.status_code, error_of(posted)["code"]) == (403, "cross_site_request")
+    assert anonymous.post("/v1/sign_in_links/preview", json={"token": token}).status_code == 200
+
+
+def test_a_link_of_another_key_replaces_a_session_only_with_the_users_consent(
+    client: TestClient, stranger: TestClient, anonymous: TestClient, services: Services
+) -> None:
+    open_link(anonymous, client)
+    mine = anonymous.cookies["lorry_session"]
+    body = {"token": new_token(stranger)}
+
+    refused = anonymous.post("/v1/sign_in_links/open", json=body, headers=SAME_ORIGIN)
+    assert (refused.status_code, error_of(refused)["code"]) == (409, "session_exists")
+    assert anonymous.get("/v1/browser_session").json()["project"] == "ours"
+    assert open_link(anonymous, client).status_code == 200, "the same key needs no consent"
+
+    replaced = anonymous.post("/v1/sign_in_links/open", json={**body, "replaces_session": True}, headers=SAME_ORIGIN)
+
+    assert replaced.json()["project"] == "theirs"
+    with pytest.raises(Unauthorized):
+        authentication.authenticate_browser(services.db, secret=mine, pepper=services.pepper)
+
+
+def test_a_link_of_a_revoked_key_shows_nothing(services: Services, world: World, anonymous: TestClient) -> None:
+    row, _ = authentication.create(services.db, project_id=world.caller.project_id, name="gone", pepper=services.pepper)
+    token = authentication.create_sign_in_link(services.db, api_key_id=row.id, pepper=services.pepper)
+    end_key(services.db, row.id)
+
+    for path in ("preview", "open"):
+        response = anonymous.post(f"/v1/sign_in_links/{path}", json={"token": token}, headers=SAME_ORIGIN)
+        assert (response.status_code, error_of(response)["code"]) == (401, "invalid_sign_in_link")
+
+
+def test_over_https_the_session_is_in_a_cookie_of_this_host_alone(settings: Settings, world: World, key: str) -> None:
+    app = create_app(settings, ApiSettings(public_url="https://lorry.example"), further_hosts=["lorry.example"])
+    origin = {**SAME_ORIGIN, "origin": "https://lorry.example"}
+    with TestClient(app, base_url="https://lorry.example") as browser:
+        signed_in = browser.post("/v1/browser_session", json={"api_key": key}, headers=origin)
+
+        cookie = signed_in.headers["set-cookie"]
+        secret = browser.cookies["__Host-lorry_session"]
+        assert cookie.startswith("__Host-lorry_session=")
+        assert {"Secure", "Path=/", "HttpOnly", "SameSite=strict"} <= set(cookie.split("; "))
+        assert "domain" not in cookie.lower()
+        assert browser.get("/v1/browser_session").json()["project"] == "ours"
+
+        signed_out = browser.delete("/v1/browser_session", headers=origin)
+        assert signed_out.headers["set-cookie"].startswith('__Host-lorry_session=""')
+        assert "Secure" in signed_out.headers["set-cookie"]
+
+        again = browser.post("/v1/browser_session", json={"api_key": key}, headers=origin)
+        assert again.status_code == 200
+        planted = browser.cookies["__Host-lorry_session"]
+        browser.cookies.clear()
+        assert secret != planted
+        under_the_plain_name = browser.get("/v1/browser_session", headers={"cookie": f"lorry_session={planted}"})
+        assert under_the_plain_name.status_code == 401
+
+
+def test_a_browser_signs_in_with_a_key_and_out_again(anonymous: TestClient, key: str) -> None:
+    signed_in = anonymous.post("/v1/browser_session", json={"api_key": key}, headers=SAME_ORIGIN)
+    assert signed_in.json()["is_operator"] is False
+    assert anonymous.get("/v1/files").status_code == 200
+
+    signed_out = anonymous.delete("/v1/browser_session", headers=SAME_ORIGIN)
+
+    assert signed_out.json()["deleted"] is True
+    assert anonymous.get("/v1/files").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"x-lorry-csrf": "1"},
+        {"origin": "http://127.0.0.1"},
+        {"x-lorry-csrf": "1", "origin": "http://evil.example"},
+        {"x-lorry-csrf": "1", "origin": "http://127.0.0.1:9999"},
+        {"x-lorry-csrf": "1", "sec-fetch-site": "cross-site"},
+        {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-site"},
+        {"x-lorry-csrf": "1", "origin": "null"},
+    ],
+)
+def test_a_change_by_cookie_needs_proof_of_the_dashboard(
+    anonymous: TestClient, key: str, world: World, headers: dict[str, Any]
+) -> None:
+    job = world.submit()
+    anonymous.post("/v1/browser_session", json={"api_key": key}, headers=SAME_ORIGIN)
+
+    forged = anonymous.post(f"/v1/fine_tuning/jobs/{job.id}/cancel", headers=headers)
+    also = anonymous.post("/v1/browser_session", json={"api_key": key}, headers=headers)
+
+    for response in (forged, also):
+        assert response.status_code == 403
+        assert error_of(response)["code"] == "cross_site_request"
+    own = anonymous.post(f"/v1/fine_tuning/jobs/{job.id}/cancel", headers=SAME_ORIGIN)
+    assert own.json()["status"] == "cancelled"
+
+
+def test_only_an_operator_adds_models_and_sees_every_project(
+    client: TestClient, operator: TestClient, world: World
+) -> None:
+    world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    body = {"name": "other", "kind": "hub", "source": "org/other"}
+
+    refused = [client.post("/v1/models", json=body), client.get("/v1/queue", params={"all": "true"})]
+
+    assert [response.status_code for response in refused] == [403, 403]
+    assert error_of(refused[0])["type"] == "permission_error"
+    assert operator.post("/v1/models", json=body).json()["state"] == "importing"
+    assert len(operator.get("/v1/queue", params={"all": "true"}).json()["jobs"]) == 1
+    assert operator.get("/v1/queue").json()["jobs"] == []

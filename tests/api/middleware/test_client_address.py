@@ -1,0 +1,90 @@
+"""The address of a client, with and without trusted proxies in front of the API server."""
+
+from __future__ import annotations
+
+import logging
+from ipaddress import ip_network
+
+import pytest
+from starlette.testclient import TestClient
+
+from api.app import create_app
+from api.middleware.client_address import resolve
+from api.settings import ApiSettings
+from catalog.settings import Settings
+from tests.catalog.world import World
+
+PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
+
+
+def resolved(peer: str, *forwarded: str) -> str | None:
+    headers = [(b"x-forwarded-for", line.encode()) for line in forwarded]
+    return resolve({"type": "http", "client": (peer, 1), "headers": headers}, PROXIES)
+
+
+def test_a_direct_client_can_not_forge_its_address() -> None:
+    assert resolved("203.0.113.7") == "203.0.113.7"
+    assert resolved("203.0.113.7", "198.51.100.1") == "203.0.113.7"
+
+
+def test_the_right_most_hop_that_is_not_a_trusted_proxy_is_the_client() -> None:
+    assert resolved("10.0.0.1", "198.51.100.1") == "198.51.100.1"
+    assert resolved("10.0.0.1", "192.0.2.66, 198.51.100.1, 10.0.0.2") == "198.51.100.1"
+    assert resolved("10.0.0.1", "192.0.2.66", "198.51.100.1, 10.0.0.2") == "198.51.100.1"
+    assert resolved("10.0.0.1", "10.0.0.3") == "10.0.0.3"
+    assert resolved("10.0.0.1") == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("entry", "address"),
+    [
+        ("198.51.100.1:4711", "198.51.100.1"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("[2001:db8::1]:4711", "2001:db8::1"),
+        ("::ffff:198.51.100.1", "198.51.100.1"),
+    ],
+)
+def test_an_entry_may_carry_a_port_and_a_mapped_address_is_ipv4(entry: str, address: str) -> None:
+    assert resolved("10.0.0.1", entry) == address
+    assert resolved("::ffff:10.0.0.1", entry) == address
+
+
+@pytest.mark.parametrize("entry", ["unknown", "", "a\nb", "198.51.100.1, nonsense", "x" * 10_000, ", " * 5_000])
+def test_an_entry_that_is_no_address_stops_at_the_proxy_that_sent_it(entry: str) -> None:
+    assert resolved("10.0.0.1", entry) == "10.0.0.1"
+
+
+def test_a_chain_of_many_proxies_is_read_only_so_far() -> None:
+    assert resolved("10.0.0.1", ", ".join(["198.51.100.1", *["10.0.0.2"] * 100])) == "10.0.0.2"
+
+
+def test_a_connection_without_an_address_has_none() -> None:
+    assert resolve({"type": "http", "client": None, "headers": []}, PROXIES) is None
+
+
+@pytest.mark.parametrize("text", ["10.0.0.1/8", "proxy.example", "10.0.0.0/8;10.1.0.0/16"])
+def test_a_setting_that_names_no_networks_is_rejected(text: str) -> None:
+    with pytest.raises(ValueError, match="trusted_proxies"):
+        ApiSettings(trusted_proxies=text)
+
+
+def test_the_access_log_and_the_audit_log_name_the_client_behind_the_proxy(
+    settings: Settings, world: World, key: str, operator_key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(settings, ApiSettings(trusted_proxies="127.0.0.1/32"))
+    headers = {"authorization": f"Bearer {key}", "x-forwarded-for": "192.0.2.66, 198.51.100.1"}
+    with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50000)) as proxied:
+        caplog.set_level(logging.INFO, logger="lorry.api")
+
+        made = proxied.post(
+            "/v1/fine_tuning/jobs", json={"model": "smol", "training_file": world.file_id}, headers=headers
+        )
+
+        bearer = {"authorization": f"Bearer {operator_key}"}
+        event = proxied.get("/v1/audit_events", params={"limit": 1}, headers=bearer).json()["data"][0]
+    assert made.status_code == 200, made.text
+    assert (event["type"], event["address"]) == ("job.created", "198.51.100.1")
+    (line,) = [text for text in caplog.messages if "path=/v1/fine_tuning/jobs" in text]
+    assert " address=198.51.100.1" in line
+    assert f" key={key.split('_')[1]} " in line
+    assert f" project={world.caller.project_id} " in line

@@ -1,0 +1,297 @@
+"""/v1/audit_events: every change that comes over the API is there, with who, from where and by which request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from pydantic import SecretStr
+from starlette.testclient import TestClient
+
+from api.app import open_services
+from api.auth.scopes import NEEDED
+from api.deps import Services
+from api.maintenance_loop import look_once
+from api.rate_limits.threads import SlowWork
+from catalog.audit import chain
+from tests.api.site import chat_lines, error_of, open_link
+from tests.api.test_openapi import operations
+from tests.api.trained import trained
+from tests.catalog.world import World
+
+CHANGES_NOTHING = {
+    "preview_sign_in_link",
+    "verify_adapter",
+    "create_plan",  # a look at what would be
+    "delete_plan",  # which goes by itself in a week
+    "add_upload_part",  # bytes of an upload that is in the log, and that is completed or dropped
+}
+"""Operations that are no GET, and of which the log tells nothing."""
+TOLD_AS: dict[str, str] = {
+    "upload_file": "file.created",
+    "delete_file": "file.deleted",
+    "create_upload": "upload.created",
+    "complete_upload": "file.created",
+    "cancel_upload": "upload.cancelled",
+    "create_job": "job.created",
+    "cancel_job": "job.cancelled",
+    "pause_job": "job.paused",
+    "resume_job": "job.resumed",
+    "create_sweep": "sweep.created",
+    "cancel_sweep": "sweep.cancelled",
+    "close_sweep": "sweep.closed",
+    "add_trial": "job.created",
+    "stop_trial": "trial.stopped",
+    "hold_job": "job.held",
+    "release_job": "job.released",
+    "move_job": "job.moved",
+    "delete_adapter": "adapter.deleted",
+    "create_webhook_endpoint": "webhook_endpoint.created",
+    "change_webhook_endpoint": "webhook_endpoint.updated",
+    "rotate_webhook_secret": "webhook_endpoint.secret_rotated",
+    "delete_webhook_endpoint": "webhook_endpoint.deleted",
+    "test_webhook_endpoint": "webhook_endpoint.tested",
+    "replay_webhook_endpoint": "webhook_endpoint.replayed",
+    "replay_webhook_delivery": "webhook_delivery.replayed",
+    "delete_model": "model.deleted",
+    "create_model_permissions": "permission.created",
+    "delete_model_permission": "permission.deleted",
+    "add_model": "model.added",
+    "create_api_key": "api_key.created",
+    "revoke_api_key": "api_key.revoked",
+    "rotate_api_key": "api_key.rotated",
+    "limit_api_key": "api_key.updated",
+    "create_organization": "organization.created",
+    "rename_organization": "organization.updated",
+    "create_project": "project.created",
+    "rename_project": "project.updated",
+    "weigh_project": "project.updated",
+    "limit_project": "project.updated",
+    "archive_project": "project.archived",
+    "restore_project": "project.restored",
+    "cordon_worker": "worker.cordoned",
+    "uncordon_worker": "worker.uncordoned",
+    "drain_worker": "worker.drained",
+    "create_sign_in_link": "sign_in_link.created",
+    "create_browser_session": "login.succeeded",
+    "open_sign_in_link": "login.succeeded",
+    "delete_browser_session": "logout.succeeded",
+}
+"""By operation, the event that it leaves; tests/catalog/audit/test_audit.py has one of each."""
+
+
+def latest(operator: TestClient, **params: Any) -> dict[str, Any]:
+    return operator.get("/v1/audit_events", params={"limit": 1, **params}).json()["data"][0]
+
+
+def test_every_operation_that_changes_something_says_what_the_log_has_of_it(app: FastAPI) -> None:
+    changing = {told["operationId"] for _, method, told in operations(app) if method != "get"}
+
+    assert changing - CHANGES_NOTHING - TOLD_AS.keys() == set()
+    without_a_key = {"create_browser_session", "open_sign_in_link", "preview_sign_in_link"}
+    assert TOLD_AS.keys() <= changing <= NEEDED.keys() | without_a_key
+
+
+def test_a_change_is_told_with_the_key_the_request_and_the_address(
+    client: TestClient, operator: TestClient, world: World
+) -> None:
+    answer = client.post("/v1/fine_tuning/jobs", json={"model": "smol", "training_file": world.file_id})
+
+    event = latest(operator)
+    assert (event["type"], event["object_id"]) == ("job.created", answer.json()["id"])
+    assert event["request_id"] == answer.headers["x-request-id"]
+    assert event["address"] == "127.0.0.1"
+    assert event["actor"]["type"] == "api_key"
+    assert event["actor"]["name"] == "test"
+    assert event["actor"]["id"] == client.get("/v1/api_keys").json()["data"][1]["id"]
+    assert event["project_id"] == world.caller.project_id
+    assert event["link"] is None
+
+
+@pytest.mark.parametrize("purpose", ["fine-tune"])
+def test_changes_of_files_are_told_from_the_thread_that_makes_them(
+    client: TestClient, operator: TestClient, purpose: str
+) -> None:
+    made = client.post("/v1/files", data={"purpose": purpose}, files={"file": ("a.jsonl", chat_lines(2))}).json()
+    created = latest(operator)
+    client.delete(f"/v1/files/{made['id']}")
+    deleted = latest(operator)
+
+    assert [(event["type"], event["object_id"]) for event in (created, deleted)] == [
+        ("file.created", made["id"]),
+        ("file.deleted", made["id"]),
+    ]
+    assert created["actor"]["type"] == deleted["actor"]["type"] == "api_key"
+    assert created["details"]["filename"] == "a.jsonl"
+
+
+def test_a_browser_is_told_apart_from_the_key_that_signed_it_in(
+    anonymous: TestClient, operator: TestClient, operator_key: str, world: World
+) -> None:
+    headers = {"x-lorry-csrf": "1", "origin": "http://127.0.0.1"}
+    anonymous.post("/v1/browser_session", json={"api_key": operator_key}, headers=headers)
+    login = latest(operator)
+
+    anonymous.post(f"/v1/projects/{world.stranger.project_id}/weight", json={"weight": 3}, headers=headers)
+    weighed = latest(operator)
+
+    assert login["type"] == "login.succeeded"
+    assert weighed["details"] == {"weight": 3.0, "was": 1.0}
+    assert login["actor"] == weighed["actor"]
+    assert login["actor"]["type"] == "browser"
+    assert weighed["project_id"] == world.stranger.project_id
+
+
+def test_a_request_takes_nothing_over_from_the_one_before(
+    client: TestClient, anonymous: TestClient, operator: TestClient, services: Services
+) -> None:
+    client.post("/v1/sign_in_links")
+    operator.get("/v1/projects")
+
+    open_link(anonymous, client)
+
+    event = latest(operator)
+    assert event["type"] == "login.succeeded"
+    assert event["actor"]["type"] == "browser"
+
+
+def test_a_project_reads_its_own_log_and_pages_through_it(
+    client: TestClient, stranger: TestClient, world: World
+) -> None:
+    for _ in range(3):
+        client.post("/v1/sign_in_links")
+    pages, after = 0, None
+    seen: list[str] = []
+    while True:
+        page = client.get("/v1/audit_events", params={"limit": 2, **({"after": after} if after else {})}).json()
+        seen += [event["id"] for event in page["data"]]
+        pages, after = pages + 1, page["last_id"]
+        if not page["has_more"]:
+            break
+
+    whole = client.get("/v1/audit_events", params={"limit": 100}).json()["data"]
+    assert seen == [event["id"] for event in whole]
+    assert pages == -(-len(seen) // 2) > 2
+    assert {event["project_id"] for event in whole} == {world.caller.project_id}
+    theirs = stranger.get("/v1/audit_events", params={"limit": 100}).json()["data"]
+    assert {event["project_id"] for event in theirs} == {world.stranger.project_id}
+
+
+def test_events_are_filtered_as_openais_are(client: TestClient, operator: TestClient) -> None:
+    client.post("/v1/sign_in_links")
+    at = latest(operator)["effective_at"]
+
+    def number(**params: Any) -> int:
+        return len(operator.get("/v1/audit_events", params={"limit": 100, **params}).json()["data"])
+
+    assert number(**{"event_types[]": "sign_in_link.created"}) == 1
+    assert number(**{"event_types[]": ["sign_in_link.created", "model.added"]}) == 2
+    assert number(**{"effective_at[gte]": at, "effective_at[lte]": at}) == 1
+    assert number(**{"effective_at[gt]": at}) == number(**{"effective_at[lt]": 5}) == 0
+    wrong = operator.get("/v1/audit_events", params={"event_types[]": "job.eaten"})
+    assert (wrong.status_code, error_of(wrong)["code"]) == (400, "invalid_value")
+
+
+def test_the_log_is_sealed_by_the_services_own_chore_and_can_be_looked_at(
+    operator: TestClient, services: Services
+) -> None:
+    open_ends = operator.get("/v1/audit_events/verify").json()
+    look_once(services)
+
+    found = operator.get("/v1/audit_events/verify").json()
+    lines = operator.get("/v1/audit_events/export").text.splitlines()
+
+    assert open_ends["num_events"] == 0 < open_ends["num_unsealed"]
+    assert (found["is_sound"], found["num_events"]) == (True, open_ends["num_unsealed"])
+    exported = [json.loads(line) for line in lines]
+    verified = chain.check_export(exported, peppers=[services.pepper.current])
+    assert (verified.misfit, verified.last_digest) == (None, found["last_digest"])
+    assert exported[-1] == latest(operator, **{"event_types[]": "api_key.created"})
+    assert (latest(operator)["type"], latest(operator)["link"]) == ("audit.exported", None)
+
+
+def test_the_whole_chain_is_for_operators(client: TestClient) -> None:
+    refused = [client.get(f"/v1/audit_events/{what}") for what in ("verify", "export")]
+
+    assert [(answer.status_code, error_of(answer)["code"]) for answer in refused] == [(403, "operator_required")] * 2
+
+
+def test_downloads_and_exports_are_recorded(
+    client: TestClient, operator: TestClient, services: Services, world: World, tmp_path: Path
+) -> None:
+    adapter = trained(services, world, tmp_path / "made")
+    form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", chat_lines(2))}}
+    file = client.post("/v1/files", **form).json()["id"]
+
+    assert client.get(f"/v1/files/{file}/content").content == chat_lines(2)
+    client.get(f"/v1/files/{file}/content")
+    client.get("/v1/files/file-none/content")
+    client.get(f"/v1/adapters/{adapter.name}/files/none")
+    client.get(f"/v1/adapters/{adapter.name}/archive")
+    client.get(f"/v1/adapters/{adapter.name}/files/README.md")
+    operator.get("/v1/audit_events/export")
+
+    types = ["file.downloaded", "adapter.downloaded", "audit.exported"]
+    found = operator.get("/v1/audit_events", params={"event_types[]": types}).json()["data"]
+    assert [(event["type"], event["object_id"]) for event in reversed(found)] == [
+        ("file.downloaded", file),
+        ("adapter.downloaded", adapter.id),
+        ("audit.exported", None),
+    ]
+    key_id = client.headers["authorization"].split("_")[1]
+    assert [event["actor"]["id"] == key_id for event in reversed(found)] == [True, True, False]
+    assert {event["address"] for event in found} == {"127.0.0.1"}
+    assert {event["project_id"] for event in found} == {world.caller.project_id}
+
+
+def test_a_download_that_does_not_begin_is_not_recorded(
+    client: TestClient, operator: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", chat_lines(2))}}
+    file = client.post("/v1/files", **form).json()["id"]
+    monkeypatch.setattr(services.downloads, "_per_key", 0)
+
+    assert client.get(f"/v1/files/{file}/content").status_code == 429
+
+    params = {"event_types[]": "file.downloaded"}
+    assert operator.get("/v1/audit_events", params=params).json()["data"] == []
+
+
+def test_verification_runs_in_the_threads_of_slow_work(
+    operator: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads files of the store: routes that only read the database must not wait for it."""
+    look_once(services)
+    run, num_runs = SlowWork.run, list[str]()
+
+    async def counted(self: SlowWork, project_id: str, work: Callable[[], Any]) -> Any:
+        num_runs.append(project_id)
+        return await run(self, project_id, work)
+
+    monkeypatch.setattr(SlowWork, "run", counted)
+
+    assert operator.get("/v1/audit_events/verify").json()["is_sound"]
+    assert len(num_runs) == 1
+
+
+def test_a_finished_rotation_leaves_a_log_that_verifies(operator: TestClient, services: Services) -> None:
+    """A server that starts with both peppers keeps the old keys; from then on the new pepper is enough."""
+    look_once(services)
+    old_file = services.settings.data_dir / "pepper.previous"
+    old_file.write_bytes(services.pepper.current)
+    settings = services.settings.model_copy(update={"pepper": SecretStr("n" * 32)})
+    open_services(settings, services.api_settings).db.close()
+    old_file.unlink()
+
+    started = open_services(settings, services.api_settings)
+    operator.post("/v1/projects", json={"name": "after"})
+    look_once(started)
+
+    assert started.pepper.previous is None
+    found = chain.check(started.db, peppers=started.pepper.all())
+    assert (found.misfit, found.num_unsealed) == (None, 0)
+    started.db.close()

@@ -1,0 +1,282 @@
+"""Base models, the queue, the workers, and the numbers for an operator's graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from api.deps import Services
+from catalog.errors import Unavailable
+from catalog.queue import claims
+from catalog.tables import Worker
+from catalog.tables.living import SILENT_SECONDS
+from tests.api.site import error_of
+from tests.api.trained import CONTENT, stored_weights
+from tests.catalog.world import World, manifest
+
+
+def test_a_base_is_added_and_its_import_can_be_followed(operator: TestClient, client: TestClient, world: World) -> None:
+    body = {"name": "mine", "kind": "folder", "source": "/models/mine"}
+
+    added = operator.post("/v1/models", json=body).json()
+    again = operator.post("/v1/models", json=body).json()
+    world.fail_import("mine", {"code": "no_such_folder", "message": "Gone.", "remedy": "Mend it."})
+    failed = client.get("/v1/models/mine").json()
+
+    assert added == again
+    assert (added["state"], added["kind"], added["source"]) == ("importing", "base", "/models/mine")
+    assert (failed["state"], failed["error"]["code"]) == ("failed", "no_such_folder")
+    assert failed["source"] is None
+    assert {model["id"]: model["state"] for model in client.get("/v1/models").json()["data"]} == {
+        "mine": "failed",
+        "smol": "ready",
+    }
+
+
+def test_why_an_import_failed_is_told_in_full_to_operators_only(
+    client: TestClient, operator: TestClient, world: World
+) -> None:
+    operator.post("/v1/models", json={"name": "mine", "kind": "folder", "source": "/secret/mine"})
+    told = {"code": "crashed", "message": "OSError in /secret/mine/model.safetensors", "remedy": "Mend /secret."}
+    world.fail_import("mine", told)
+
+    answers = [
+        client.get("/v1/models/mine"),
+        client.get("/v1/models"),
+        client.post("/v1/fine_tuning/jobs", json={"model": "mine", "training_file": world.file_id}),
+    ]
+
+    assert all("secret" not in answer.text and "crashed" in answer.text for answer in answers)
+    assert error_of(answers[2])["code"] == "model_import_failed"
+    assert answers[0].json()["error"]["remedy"]
+    assert operator.get("/v1/models/mine").json()["error"] == told
+
+
+def test_another_source_under_the_same_name_is_a_conflict(operator: TestClient, world: World) -> None:
+    response = operator.post("/v1/models", json={"name": "smol", "kind": "hub", "source": "org/other"})
+
+    assert response.status_code == 409
+    assert error_of(response)["code"] == "model_exists"
+
+
+def test_an_unknown_model_is_refused_with_those_there_are(client: TestClient, world: World) -> None:
+    for name in ("none", "ft:none", "ft:none:ckpt-step-1"):
+        response = client.get(f"/v1/models/{name}")
+
+        assert response.status_code == 404
+        error_of(response)
+
+
+def test_a_base_is_deleted_by_an_operator_once_no_job_waits_for_it(
+    client: TestClient, operator: TestClient, world: World
+) -> None:
+    job = world.submit()
+
+    refused = [client.delete("/v1/models/smol"), operator.delete("/v1/models/smol")]
+    client.post(f"/v1/fine_tuning/jobs/{job.id}/cancel")
+    deleted = operator.delete("/v1/models/smol")
+    afterwards = [operator.delete("/v1/models/smol"), client.get("/v1/models/smol")]
+
+    assert [response.status_code for response in refused] == [403, 409]
+    assert [error_of(response)["code"] for response in refused] == ["operator_required", "model_in_use"]
+    assert deleted.json() == {"id": "smol", "object": "model", "deleted": True}
+    assert [response.status_code for response in afterwards] == [404, 404]
+    assert client.get("/v1/models").json()["data"] == []
+    assert client.get(f"/v1/fine_tuning/jobs/{job.id}").json()["model"] == "smol"
+
+
+def test_a_kept_checkpoint_is_a_model_with_files_until_it_is_deleted(
+    client: TestClient, services: Services, world: World, tmp_path: Path
+) -> None:
+    world.worker()
+    claim = world.running(suffix="docs")
+    files, exported = manifest("c", kind="checkpoint"), stored_weights(services, tmp_path / "weights")
+    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=files, exported=exported)
+    name = f"ft:smol:ours:docs:{claim.job.id[-8:]}:ckpt-step-5"
+
+    model, adapter = (client.get(f"/v1/{kind}/{name}").json() for kind in ("models", "adapters"))
+    content = client.get(f"/v1/adapters/{name}/files/README.md").content
+    listed = client.get("/v1/models").json()["data"]
+    deleted = client.delete(f"/v1/models/{name}").json()
+    gone = [error_of(client.get(f"/v1/{kind}/{name}")) for kind in ("models", "adapters")]
+
+    assert (model["kind"], model["base"]) == ("checkpoint", "smol")
+    assert (adapter["checkpoint_step"], adapter["verification"]["passed"], content) == (5, None, CONTENT["README.md"])
+    assert model in listed
+    assert client.get("/v1/adapters").json()["data"] == []
+    assert deleted == {"id": name, "object": "model", "deleted": True}
+    assert {error["code"] for error in gone} == {"checkpoint_expired"}
+    (shown,) = client.get(f"/v1/fine_tuning/jobs/{claim.job.id}/checkpoints").json()["data"]
+    assert (shown["fine_tuned_model_checkpoint"], shown["available"]) == (name, False)
+
+
+def test_the_queue_shows_places_and_a_worker_what_it_holds(
+    client: TestClient, operator: TestClient, world: World
+) -> None:
+    world.worker()
+    running = world.running()
+    first, second = world.queued(priority="urgent"), world.queued()
+    claims.worker_beat(
+        world.db, "w1", resident_base=running.job.base_digest, trainer_id="trainer-w1", report={"tokens_per_second": 9}
+    )
+
+    queue = client.get("/v1/queue").json()
+    (seen,) = client.get("/v1/workers").json()["data"]
+    (by_operator,) = operator.get("/v1/workers").json()["data"]
+
+    places = {entry["job_id"]: entry["position"] for entry in queue["jobs"]}
+    assert places[running.job.id] is None
+    assert places[first.id] < places[second.id]
+    assert queue["counts"] == {"running": 1, "queued": 2}
+    assert (seen["state"], seen["resident_base_names"], seen["host"]) == ("busy", ["smol"], None)
+    assert (by_operator["host"], by_operator["report"]) == ("here", {"tokens_per_second": 9})
+    with world.db.write() as session:
+        session.get_one(Worker, "w1").heartbeat_at -= SILENT_SECONDS + 1
+    (lost,) = client.get("/v1/workers").json()["data"]
+    assert (lost["state"], lost["resident_base_names"], lost["resident_base"]) == ("lost", [], None)
+    assert lost["trainer_id"] is None, "nobody knows what a worker holds that is gone"
+
+
+def test_a_worker_whose_trainer_holds_no_job_is_idle_for_everybody(
+    client: TestClient, operator: TestClient, stranger: TestClient, anonymous: TestClient, world: World
+) -> None:
+    world.worker("w1")
+    world.worker("w2")
+    claim = world.running()
+    for worker_id in ("w1", "w2"):
+        claims.worker_beat(
+            world.db, worker_id, resident_base=claim.job.base_digest, trainer_id=f"t-{worker_id}", report=None
+        )
+
+    def states() -> list[dict[str, str]]:
+        answers = [viewer.get("/v1/workers").json()["data"] for viewer in (client, operator, stranger)]
+        return [{worker["id"]: worker["state"] for worker in data} for data in answers]
+
+    assert states() == [{"w1": "busy", "w2": "idle"}] * 3
+
+    world.complete(claim.claim_id)
+
+    assert states() == [{"w1": "idle", "w2": "idle"}] * 3
+    assert 'lorry_workers{state="idle"} 2.0' in anonymous.get("/metrics").text
+
+
+def test_an_operator_cordons_and_drains_a_worker_and_everybody_sees_why(
+    client: TestClient, operator: TestClient, world: World
+) -> None:
+    world.worker("w1")
+    world.worker("w2")
+
+    cordoned = operator.post("/v1/workers/w1/cordon", json={"reason": "Its fan is loud."})
+    drained = operator.post("/v1/workers/w2/drain")
+    listed = {one["id"]: one for one in client.get("/v1/workers").json()["data"]}
+
+    assert (cordoned.status_code, cordoned.json()["state"]) == (200, "idle")
+    assert cordoned.json()["cordon"]["evidence"] == []
+    assert drained.json()["state"] == "draining"
+    assert (listed["w1"]["cordon"]["by"], listed["w1"]["cordon"]["reason"]) == ("operator", "Its fan is loud.")
+    assert listed["w1"]["cordon"]["evidence"] is None
+    assert listed["w2"]["cordon"]["reason"] == "It was drained."
+    assert operator.post("/v1/workers/w1/uncordon").json()["cordon"] is None
+    assert "lorry_workers_cordoned 1.0" in operator.get("/metrics").text
+
+
+def test_cordons_are_refused_in_plain_words(client: TestClient, operator: TestClient, world: World) -> None:
+    world.worker("gone")
+    claims.end_worker(world.db, "gone")
+
+    for verb in ("cordon", "uncordon", "drain"):
+        assert error_of(client.post(f"/v1/workers/gone/{verb}"))["code"] == "operator_required"
+        assert error_of(operator.post(f"/v1/workers/nobody/{verb}"))["code"] == "worker_not_found"
+    assert error_of(operator.post("/v1/workers/gone/cordon"))["code"] == "worker_ended"
+    assert error_of(operator.post("/v1/workers/gone/cordon", json={"reason": ""}))["param"] == "reason"
+
+
+def test_readiness_tells_what_does_not_answer(
+    anonymous: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = anonymous.get("/readyz")
+
+    def away() -> None:
+        raise Unavailable("The store does not answer.", code="store_unavailable", remedy="")
+
+    monkeypatch.setattr(services.store, "check_reachable", away)
+    unready = anonymous.get("/readyz")
+
+    assert (ready.status_code, ready.json()["status"]) == (200, "ok")
+    assert unready.status_code == 503
+    assert unready.json() == {"status": "unavailable", "database": "ok", "store": "unavailable"}
+    assert anonymous.get("/healthz").json() == {"status": "ok"}
+
+
+def test_numbers_are_exposed_with_bounded_labels(anonymous: TestClient, client: TestClient, world: World) -> None:
+    job = world.submit()
+    client.get(f"/v1/fine_tuning/jobs/{job.id}")
+    client.get(f"/v1/fine_tuning/jobs/{job.id}/events")
+    client.get("/v1/nowhere/secret-path")
+    anonymous.get("/dashboard/index.html")
+    client.request("BREW", "/v1/files")
+
+    response = anonymous.get("/metrics")
+
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    requests = {
+        (sample.labels["method"], sample.labels["route"], sample.labels["status"])
+        for sample in families["lorry_http_requests"].samples
+    }
+    assert ("GET", "/v1/fine_tuning/jobs/{job_id}", "200") in requests
+    assert ("GET", "/v1/fine_tuning/jobs/{job_id}/events", "200") in requests
+    assert ("GET", "unmatched", "404") in requests
+    assert ("GET", "/dashboard", "200") in requests
+    assert "other" in {method for method, _, _ in requests}
+    assert "secret-path" not in response.text
+    assert job.id not in response.text
+    by_state = {
+        (sample.labels["state"], sample.labels["priority"]): sample.value for sample in families["lorry_jobs"].samples
+    }
+    assert by_state["validating_files", "normal"] == 1
+    assert by_state["running", "normal"] == by_state["validating_files", "urgent"] == 0
+    assert families["lorry_job_events"].samples[0].value >= 1
+    assert "lorry_workers" in families
+
+
+def test_numbers_are_for_this_machine_or_an_operator(
+    app: FastAPI, anonymous: TestClient, client: TestClient, operator: TestClient
+) -> None:
+    far = TestClient(app, base_url="http://127.0.0.1", client=("203.0.113.7", 5))
+    strangers = [far.get("/metrics"), anonymous.get("/metrics", headers={"x-forwarded-for": "203.0.113.7"})]
+
+    assert [response.status_code for response in strangers] == [401, 401]
+    assert client.get("/metrics").status_code == 403
+    assert operator.get("/metrics").status_code == 200
+
+
+def test_behind_a_public_address_numbers_need_a_key_on_this_machine_too(
+    app: FastAPI, anonymous: TestClient, operator: TestClient, services: Services
+) -> None:
+    """A proxy that names nobody makes every stranger look local."""
+    public = services.api_settings.model_copy(update={"public_url": "https://lorry.example"})
+    app.state.services = dataclasses.replace(services, api_settings=public)
+
+    assert anonymous.get("/metrics").status_code == 401
+    assert operator.get("/metrics").status_code == 200
+
+
+def test_a_hubs_id_in_a_models_place_tells_how_it_is_added(operator: TestClient, world: World) -> None:
+    wanted = "HuggingFaceTB/SmolLM2-135M"
+    job = {"model": wanted, "training_file": world.file_id}
+
+    refused = [
+        error_of(operator.get(f"/v1/models/{wanted}")),
+        error_of(operator.delete(f"/v1/models/{wanted}")),
+        error_of(operator.post("/v1/fine_tuning/jobs", json=job)),
+    ]
+
+    for error in refused:
+        assert error["code"] == "model_not_found"
+        assert "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M." in error["remedy"]
+        assert "Base models here: smol." in error["remedy"]

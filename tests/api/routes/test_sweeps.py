@@ -1,0 +1,163 @@
+"""Sweeps over HTTP, and by the SDK: asked for, looked at, and driven by a study of Optuna."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+import pytest
+from starlette.testclient import TestClient
+
+from api.deps import Services
+from catalog.lifecycle.recording import Course
+from catalog.queue import claims
+from catalog.states import EndReason
+from catalog.sweeps import controller, queries
+from catalog.tenancy import authentication
+from lorry import Lorry
+from lorry.optuna import optimize
+from tests.api.site import Site, error_of
+from tests.catalog.world import World
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def asked(world: World, **fields: Any) -> dict[str, Any]:
+    files = {"training_file": world.file_id, "validation_file": world.file_id}
+    usual = {"model": "smol", "search": {"type": "grid"}, "parameters": {"lora.rank": {"values": [2, 4, 8]}}}
+    return {**usual, **files, **fields}
+
+
+def test_a_sweep_is_made_listed_and_cancelled(client: TestClient, world: World) -> None:
+    made = client.post("/v1/sweeps", json=asked(world, suffix="try")).json()
+
+    assert (made["status"], made["num_trials"], made["counts"]) == ("running", 3, {"validating_files": 3})
+    assert made["search"] | {"seed": 0} == {
+        **{"type": "grid", "trials": 3, "seed": 0},
+        **{"min_steps": None, "reduction_factor": None, "max_rungs": None},
+    }
+    assert made["objective"] == {"metric": "valid_loss", "goal": "minimize"}
+    assert [sweep["id"] for sweep in client.get("/v1/sweeps").json()["data"]] == [made["id"]]
+    trials = client.get(f"/v1/sweeps/{made['id']}/trials").json()["data"]
+    assert [trial["parameters"] for trial in trials] == [{"lora.rank": rank} for rank in (2, 4, 8)]
+    job = client.get(f"/v1/fine_tuning/jobs/{trials[1]['id']}").json()
+    assert job["sweep"] == {"id": made["id"], "trial": 1, "parameters": {"lora.rank": 4}}
+    assert (job["suffix"], job["priority"]) == ("try", "batch")
+
+    assert client.post(f"/v1/sweeps/{made['id']}/cancel").json()["counts"] == {"cancelled": 3}
+
+    assert client.get(f"/v1/sweeps/{made['id']}/trials/0").json()["status"] == "cancelled"
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"parameters": {"lora.rnak": {"values": [4]}}}, "parameters.lora.rnak", "Did you mean 'lora.rank'?"),
+    ({"parameters": {"lora.rank": {"values": [4, 1000]}}}, "parameters.lora.rank", "1000"),
+    ({"parameters": {"lora.rank": {"value": [4]}}}, "parameters.lora.rank.value", "no field"),
+    ({"search": {"type": "grid", "trials": 3}}, "search", "leave it out"),
+    ({"search": {"type": "gird"}}, "search.type", "'grid'"),
+    ({"search": None}, "search", "one of 'grid', 'random', 'asha', 'ask_tell'"),
+    ({"parametres": {}}, "parametres", "'parameters'"),
+    ({"model": "gone"}, "model", "gone"),
+    ({"training_file": "file-gone"}, "training_file", "file-gone"),
+]
+"""A change of the body, the field at fault, and what is said of it."""
+
+
+def test_a_refusal_names_what_is_at_fault_and_makes_no_job(client: TestClient, world: World) -> None:
+    for change, param, words in REFUSED:
+        body = {name: value for name, value in asked(world, **change).items() if value is not None}
+        response = client.post("/v1/sweeps", json=body)
+
+        assert response.status_code in (400, 404), change
+        error = error_of(response)
+        assert error["param"] == param
+        assert words in error["message"]
+    assert client.get("/v1/fine_tuning/jobs").json()["data"] == []
+
+
+def test_each_trial_counts_as_a_job(client: TestClient, world: World, services: Services) -> None:
+    with services.db.write() as session:
+        for row in session.query(authentication.ApiKey):
+            row.jobs_per_day = 4
+
+    assert client.post("/v1/sweeps", json=asked(world)).status_code == 200
+    assert client.post("/v1/sweeps", json=asked(world)).status_code == 429
+
+    assert len(client.get("/v1/sweeps").json()["data"]) == 1
+
+
+class Fleet:
+    """What workers would do, a step of each trial at each look: a trial's loss falls towards what its rank gives."""
+
+    def __init__(self, world: World, num_steps: int) -> None:
+        self._world = world
+        self._num_steps = num_steps
+        self._running: dict[str, tuple[claims.Claim, int]] = {}
+        world.worker()
+
+    def work(self, _seconds: float) -> None:
+        self._world.prepare_all(num_steps=self._num_steps)
+        self._running |= {claim.claim_id: (claim, 0) for claim in self._world.claim()}
+        for claim_id, (claim, step) in list(self._running.items()):
+            self._running[claim_id] = (claim, step + 1)
+            if self._step(claim, step + 1):
+                del self._running[claim_id]
+        while controller.advance(self._world.db):
+            pass
+
+    def _step(self, claim: claims.Claim, step: int) -> bool:
+        """Whether it has ended."""
+        db, rank = self._world.db, claim.job.spec["lora"]["rank"]
+        if self._world.job(claim.job.id).cancel_requested:
+            claims.end(db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
+            return True
+        point = {"kind": "valid", "step": step, "loss": abs(rank - 20) + 10.0 / step}
+        claims.record_metrics(db, claim.claim_id, [point])
+        if step < self._num_steps:
+            return False
+        course = Course(steps=step, kept_step=step, stopped_early=None)
+        self._world.complete(claim.claim_id, f"adapter of {claim.job.id}", course=course)
+        return True
+
+
+def test_a_study_of_optuna_drives_a_sweep_and_its_pruner_ends_trials(site: Site, world: World) -> None:
+    fleet = Fleet(world, num_steps=3)
+    study = optuna.create_study(direction="minimize", pruner=optuna.pruners.MedianPruner(n_startup_trials=2))
+    for rank in (24, 18, 60, 21, 1):
+        study.enqueue_trial({"rank": rank})
+
+    def choose(trial: optuna.Trial) -> dict[str, Any]:
+        return {"lora.rank": trial.suggest_int("rank", 1, 64)}
+
+    with Lorry(site.url, site.key, sleep=fleet.work) as lorry:
+        sweep = optimize(
+            study, choose, lorry, trials=5, at_once=2, model="smol", training_file=world.file_id,
+            validation_file=world.file_id, lora={"alpha": 8.0},
+        )  # fmt: skip
+        board = list(lorry.sweeps.trials(sweep.id))
+
+    assert (sweep.status, sweep.num_created, sum(sweep.counts.values())) == ("succeeded", 5, 5)
+    pruned = [trial for trial in study.trials if trial.state is optuna.trial.TrialState.PRUNED]
+    assert 0 < len(pruned) == sum(trial.reason == "pruned" for trial in board) < 5
+    assert {trial.user_attrs["job_id"] for trial in pruned} == {t.id for t in board if t.reason == "pruned"}
+    best = next(trial for trial in board if trial.status == "succeeded")
+    assert study.best_value == best.value
+    assert study.best_params == {"rank": best.parameters["lora.rank"]}
+    assert study.best_trial.user_attrs["fine_tuned_model"] == sweep.fine_tuned_model
+
+
+def test_what_goes_wrong_in_a_study_cancels_its_sweep(site: Site, world: World) -> None:
+    fleet = Fleet(world, num_steps=2)
+    study = optuna.create_study()
+
+    def choose(trial: optuna.Trial) -> dict[str, Any]:
+        return {"lora.rank": 1000 if trial.number == 2 else 4}
+
+    with Lorry(site.url, site.key, sleep=fleet.work) as lorry, pytest.raises(Exception, match="1000"):
+        optimize(
+            study, choose, lorry, trials=4, at_once=2, model="smol", training_file=world.file_id, metric="train_loss"
+        )
+    fleet.work(0)
+
+    (view,) = queries.list_page(world.db, project_id=world.caller.project_id).items
+    assert view.sweep.state == "cancelled"

@@ -1,0 +1,290 @@
+"""The hub of live streams by itself: who joins when, who is too slow, and who may not listen any more."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+
+import pytest
+
+from api.streaming import hub as feeds
+from api.streaming.hub import Feed, Found, Listener, Topic
+from catalog.errors import Unauthorized, Unavailable
+
+
+@dataclass(eq=False)
+class Log:
+    """A source whose topics are logs of numbered messages."""
+
+    written: dict[Hashable, list[int]] = field(default_factory=dict[Hashable, list[int]])
+    looks: list[dict[Hashable, int]] = field(default_factory=list[dict[Hashable, int]])
+
+    def write(self, key: Hashable, count: int = 1) -> None:
+        log = self.written.setdefault(key, [])
+        log += range(len(log) + 1, len(log) + 1 + count)
+
+    def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+        self.looks.append({key: topic.seq for key, topic in topics.items()})
+        return {key: self.found(key, topic.seq) for key, topic in topics.items() if len(self.written[key]) > topic.seq}
+
+    def found(self, key: Hashable, seq: int, limit: int = 10**9) -> Found:
+        new = self.written[key][seq : seq + limit]
+        parts = [(number, b"%d " % number) for number in new]
+        has_more = seq + len(new) < len(self.written[key])
+        return Found(seq=seq + len(new), parts=parts, has_more=has_more, view=None if has_more else "same")
+
+    def listener(self, key: Hashable, seq: int = 0, *, page: int = 3, who: Hashable = "me") -> Listener:
+        def look() -> Found:
+            return self.found(key, listener.seq, page)
+
+        listener = Listener(source=self, key=key, look=look, signed=who)
+        listener.seq = seq
+        return listener
+
+
+def welcome() -> None:
+    return None
+
+
+async def caught_up(feed: Feed, listener: Listener, identify: Callable[[], object] = welcome) -> None:
+    feed.enter(listener, listener.look(), identify)
+    while not await feed.catch_up(listener):
+        pass
+
+
+def a_feed() -> Feed:
+    return Feed(look_seconds=0.001, heartbeat_seconds=60)
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not is_so():
+            await asyncio.sleep(0.001)
+
+
+def held(listener: Listener) -> list[int]:
+    return [int(number) for number in b"".join(listener.held).split()]
+
+
+def test_listeners_that_join_at_any_time_are_told_all_once_and_a_topic_is_read_once() -> None:
+    async def scenario() -> None:
+        feed, log = a_feed(), Log()
+        log.write("job", 10)
+        listeners: list[Listener] = []
+        running = asyncio.create_task(feed.run())
+        for seq in (0, 4, 10, 2):
+            listener = log.listener("job", seq)
+            await caught_up(feed, listener)
+            listeners.append(listener)
+            log.write("job", 2)
+            await asyncio.sleep(0.003)
+        log.write("job")
+        await until(lambda: all(held(listener)[-1:] == [19] for listener in listeners))
+        feed.close()
+        running.cancel()
+
+        for listener, seq in zip(listeners, (0, 4, 10, 2), strict=True):
+            assert held(listener) == list(range(seq + 1, 20))
+        assert all(len(look) == 1 for look in log.looks)
+
+    asyncio.run(scenario())
+
+
+def test_one_who_joined_ahead_of_the_topic_is_not_told_again_and_one_behind_it_looks_again() -> None:
+    async def scenario() -> None:
+        feed, log = a_feed(), Log()
+        log.write("job", 2)
+        first = log.listener("job")
+        await caught_up(feed, first)
+        log.write("job", 2)  # the topic has not been looked at since
+        ahead = log.listener("job")
+        await caught_up(feed, ahead)
+        behind = log.listener("job", page=1)
+        feed.enter(behind, behind.look(), welcome)
+        assert not await feed.catch_up(behind)
+
+        running = asyncio.create_task(feed.run())
+        log.write("job")
+        await until(lambda: held(first)[-1:] == [5])
+        while not await feed.catch_up(behind):
+            pass
+        running.cancel()
+
+        assert [held(listener) for listener in (first, ahead, behind)] == [[1, 2, 3, 4, 5]] * 3
+
+    asyncio.run(scenario())
+
+
+def test_a_topic_that_was_begun_anew_during_a_look_is_not_told_what_was_found_for_the_one_before() -> None:
+    class Slow(Log):
+        def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+            found = super().look(topics)
+            looked.set()
+            assert go_on.wait(20)
+            return found
+
+    looked, go_on = threading.Event(), threading.Event()
+
+    async def scenario() -> None:
+        feed, log = a_feed(), Slow()
+        log.write("job", 6)
+        early, late = log.listener("job", page=5), log.listener("job", page=2)
+        feed.enter(early, early.look(), welcome)
+        feed.enter(late, late.look(), welcome)
+        early.is_behind = late.is_behind = False  # as if nothing more had been written then
+        assert await feed.catch_up(early)
+        running = asyncio.create_task(feed.run())
+        await until(looked.is_set)
+        feed.leave(early)
+        assert await feed.catch_up(late)
+        go_on.set()
+        await until(lambda: held(late)[-1:] == [6])
+        running.cancel()
+
+        assert held(late) == [1, 2, 3, 4, 5, 6]
+
+    asyncio.run(scenario())
+
+
+def test_only_the_listeners_of_a_topic_are_woken_by_it() -> None:
+    async def scenario() -> None:
+        feed, log = a_feed(), Log()
+        for key in ("one", "other"):
+            log.write(key)
+        one, other = log.listener("one"), log.listener("other")
+        for listener in (one, other):
+            await caught_up(feed, listener)
+            await listener.take()
+        running = asyncio.create_task(feed.run())
+        log.write("one")
+        taken = await one.take()
+        running.cancel()
+
+        assert (taken, other.held) == (b"2 ", [])
+
+    asyncio.run(scenario())
+
+
+def test_one_that_reads_too_slowly_is_ended_and_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "MAX_HELD_BYTES", 100)
+
+    async def scenario() -> None:
+        feed, log = a_feed(), Log()
+        log.write("job")
+        slow, quick = log.listener("job"), log.listener("job")
+        for listener in (slow, quick):
+            await caught_up(feed, listener)
+        running = asyncio.create_task(feed.run())
+        told: list[int] = []
+        for _ in range(40):
+            log.write("job")
+            while log.written["job"][-1] not in told:
+                told += [int(number) for number in (await quick.take()).split()]
+        running.cancel()
+
+        assert (slow.ended, slow.held, quick.ended) == (True, [], False)
+        assert told == list(range(1, 42))
+        feed.leave(slow)
+        feed.leave(quick)
+        assert feed.num_listeners() == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_key_is_looked_at_once_for_all_of_its_streams_and_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "RECHECK_SECONDS", 0.0)
+
+    async def scenario() -> None:
+        feed, log = a_feed(), Log()
+        log.write("job")
+        asked: list[str] = []
+
+        def identify(who: str) -> Callable[[], object]:
+            def ask() -> None:
+                asked.append(who)
+                if who == "gone" and len(asked) > 6:
+                    raise Unauthorized("It was revoked.", code="invalid_api_key", remedy="Use another.")
+                if who == "away":
+                    raise Unavailable("It does not answer.", code="database_unavailable", remedy="Wait.")
+
+            return ask
+
+        listeners = [log.listener("job", who=who) for who in ("gone", "gone", "away", "stays")]
+        for listener in listeners:
+            await caught_up(feed, listener, identify(str(listener.signed)))
+        running = asyncio.create_task(feed.run())
+        await until(lambda: listeners[0].ended)
+        running.cancel()
+
+        assert [listener.ended for listener in listeners] == [True, True, False, False]
+        assert asked[:3] == ["gone", "away", "stays"]
+
+    asyncio.run(scenario())
+
+
+def test_a_silent_stream_hears_comments() -> None:
+    async def scenario() -> None:
+        feed, log = Feed(look_seconds=0.001, heartbeat_seconds=0.01), Log()
+        log.write("job")
+        listener = log.listener("job", 1)
+        await caught_up(feed, listener)
+        running = asyncio.create_task(feed.run())
+        heard = [await listener.take() for _ in range(3)]
+        running.cancel()
+
+        assert heard == [b": still here\n\n"] * 3
+
+    asyncio.run(scenario())
+
+
+def test_other_work_has_its_turn_while_a_thousand_listeners_are_given_news() -> None:
+    async def scenario() -> None:
+        feed, log = a_feed(), Log()
+        log.write("topic")
+        listeners = [log.listener("topic") for _ in range(1000)]
+        for listener in listeners:
+            await caught_up(feed, listener)
+            await listener.take()
+        running = asyncio.create_task(feed.run())
+        log.write("topic")
+        num_given: set[int] = set()
+        while not num_given or max(num_given) < len(listeners):
+            await asyncio.sleep(0)
+            num_given.add(sum(bool(listener.held) for listener in listeners))
+        running.cancel()
+
+        assert len(num_given) > len(listeners) / feeds.BATCH
+
+    asyncio.run(scenario())
+
+
+def test_one_who_joins_between_two_batches_is_told_all_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeds, "BATCH", 1)
+
+    async def scenario() -> None:
+        feed, log = a_feed(), Log()
+        log.write("topic")
+        first, second, late = (log.listener("topic") for _ in range(3))
+        for listener in (first, second):
+            await caught_up(feed, listener)
+            await listener.take()
+        began = Found(seq=1)
+        running = asyncio.create_task(feed.run())
+        log.write("topic")
+        while bool(first.held) == bool(second.held):
+            await asyncio.sleep(0)
+        late.seq = 1
+        feed.enter(late, began, welcome)  # its own look was before the news
+        while not await feed.catch_up(late):
+            pass
+        log.write("topic")
+        told = b""
+        while b"3" not in told:
+            told += await late.take()
+        running.cancel()
+
+        assert told == b"2 3 "
+
+    asyncio.run(scenario())

@@ -1,0 +1,100 @@
+"""Downloads are in the audit log, once in a while for each key, object and address."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+from sqlalchemy import select
+
+from catalog.audit import downloads as read_audit
+from catalog.audit import log
+from catalog.audit.downloads import REPEAT_SECONDS, ReadAudit
+from catalog.audit.log import Actor, Origin
+from catalog.db.database import Database
+from catalog.errors import Unavailable
+from catalog.tables import AuditEvent
+from tests.catalog.world import World
+
+MINE = Actor(type="api_key", id="key-me", name="mine")
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def downloads(db: Database) -> list[AuditEvent]:
+    with db.read() as session:
+        found = select(AuditEvent).where(AuditEvent.type == "file.downloaded").order_by(AuditEvent.seq)
+        return list(session.scalars(found))
+
+
+def download(reads: ReadAudit, world: World, *, file_id: str = "file-1", address: str = "192.0.2.7") -> None:
+    with log.coming_from(Origin(request_id="req_1", address=address, actor=MINE)):
+        reads.record("file.downloaded", caller=world.caller, object_id=file_id)
+
+
+def test_a_download_is_recorded_with_key_object_and_address(world: World) -> None:
+    download(ReadAudit(world.db), world)
+
+    (event,) = downloads(world.db)
+    assert (event.object_id, event.project_id, event.address) == ("file-1", world.caller.project_id, "192.0.2.7")
+    assert (event.actor_id, event.request_id) == ("key-me", "req_1")
+
+
+def test_a_repetition_is_recorded_again_after_a_while_and_another_object_key_or_address_at_once(world: World) -> None:
+    clock = Time()
+    reads = ReadAudit(world.db, clock=clock)
+
+    for _ in range(3):
+        download(reads, world)
+    assert len(downloads(world.db)) == 1
+
+    download(reads, world, file_id="file-2")
+    download(reads, world, address="192.0.2.8")
+    with log.coming_from(Origin(address="192.0.2.7")):
+        other = replace(world.caller, api_key_id="key-other")
+        reads.record("file.downloaded", caller=other, object_id="file-1")
+    assert len(downloads(world.db)) == 4
+
+    clock.now += REPEAT_SECONDS - 1
+    download(reads, world)
+    assert len(downloads(world.db)) == 4
+    clock.now += 1
+    download(reads, world)
+    assert len(downloads(world.db)) == 5
+
+
+def test_what_is_remembered_is_bounded_and_what_was_forgotten_is_recorded_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read_audit, "MAX_REMEMBERED", 2)
+    reads = ReadAudit(world.db)
+
+    for number in (1, 2, 3, 1):
+        download(reads, world, file_id=f"file-{number}")
+
+    assert [event.object_id for event in downloads(world.db)] == ["file-1", "file-2", "file-3", "file-1"]
+
+
+def test_a_database_that_can_not_be_written_stops_no_download_and_the_next_one_is_recorded(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away() -> None:
+        raise Unavailable("Away.", code="database_unavailable", remedy="")
+
+    reads = ReadAudit(world.db)
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, logger="lorry.audit"):
+        patched.setattr(world.db, "write", away)
+        download(reads, world)
+
+    assert downloads(world.db) == []
+    assert "not in the audit log: file.downloaded" in caplog.text
+    assert "address=192.0.2.7" in caplog.text
+    download(reads, world)
+    assert len(downloads(world.db)) == 1

@@ -1,0 +1,114 @@
+"""A data set is checked in a process of its own: with the same result, and never left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from catalog.datasets import check_process, validator
+from catalog.datasets.check_process import CheckStopped
+from catalog.datasets.validator import DatasetCheck
+from catalog.errors import InvalidRequest, Unavailable
+
+ROOT = Path(__file__).parents[3]
+MAX_LINE_BYTES, MAX_ROWS = 1000, 100
+CHAT = json.dumps({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]})
+STUCK = (sys.executable, "-c", "import os; os.read(0, 1)")
+
+
+def in_a_process(path: Path, is_abandoned: Callable[[], bool] = lambda: False) -> DatasetCheck:
+    return check_process.inspect(path, max_line_bytes=MAX_LINE_BYTES, max_rows=MAX_ROWS, is_abandoned=is_abandoned)
+
+
+def here(path: Path) -> DatasetCheck:
+    with path.open("rb") as lines:
+        return validator.inspect(lines, max_line_bytes=MAX_LINE_BYTES, max_rows=MAX_ROWS)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text(text)
+    return path
+
+
+def test_a_process_finds_what_a_check_in_this_process_finds(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{CHAT}\n" * 3)
+
+    assert in_a_process(path) == here(path)
+
+
+@pytest.mark.parametrize("text", ["", "nonsense\n", f'{CHAT}\n{{"a": 1}}\n', f"{CHAT}\n" * 101, "[" * 999])
+def test_a_process_rejects_with_the_same_words(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, text)
+
+    with pytest.raises(InvalidRequest) as own:
+        here(path)
+    with pytest.raises(InvalidRequest) as other:
+        in_a_process(path)
+
+    expected, found = own.value, other.value
+    assert (found.message, found.code, found.remedy, found.param) == (
+        expected.message,
+        expected.code,
+        expected.remedy,
+        expected.param,
+    )
+
+
+def test_a_process_that_fails_is_named_with_its_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_process, "COMMAND", (sys.executable, "-c", "raise SystemExit(7)"))
+
+    with pytest.raises(Unavailable, match="exit status 7") as failed:
+        in_a_process(written(tmp_path, CHAT))
+
+    assert failed.value.code == "dataset_check_failed"
+
+
+def test_a_process_gets_no_secret_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_PEPPER", "a secret")
+    counts = "import json, os; print(json.dumps({'num_rows': sum(name.startswith('LORRY_') for name in os.environ)}))"
+    monkeypatch.setattr(check_process, "COMMAND", (sys.executable, "-c", counts))
+
+    assert in_a_process(written(tmp_path, CHAT)).num_rows == 0
+
+
+def test_a_check_that_nobody_waits_for_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_process, "COMMAND", STUCK)
+    others = set(psutil.Process().children())  # such as the servers of other tests
+    seen: set[psutil.Process] = set()
+
+    def is_abandoned() -> bool:
+        seen.update(set(psutil.Process().children()) - others)
+        return True
+
+    with pytest.raises(CheckStopped):
+        in_a_process(written(tmp_path, CHAT), is_abandoned)
+
+    assert seen
+    assert not any(each.is_running() for each in seen)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a named pipe")
+def test_a_check_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
+    pipe = tmp_path / "data.jsonl"
+    os.mkfifo(pipe)  # the check waits for somebody to write
+    begin = f"from pathlib import Path; from catalog import dataset_process as d; d.inspect(Path({str(pipe)!r}), "
+    parent = subprocess.Popen([sys.executable, "-c", f"{begin}max_line_bytes=9, max_rows=9)"], cwd=ROOT)
+    writer = os.open(pipe, os.O_WRONLY)  # returns once the check reads
+    children = psutil.Process(parent.pid).children()
+
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+
+    assert len(children) == 1
+    _, left = psutil.wait_procs(children, timeout=30)
+    os.close(writer)
+    assert not left

@@ -1,0 +1,130 @@
+"""Rows without a conversation: what passes, what is refused, and that a file holds rows of one kind."""
+
+import io
+import json
+from typing import Any
+
+import pytest
+
+from catalog.datasets.completion import as_chat, check_completion
+from catalog.datasets.formats import KINDS
+from catalog.datasets.validator import DatasetCheck, inspect
+from catalog.errors import InvalidRequest
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+SAMPLES: dict[str, dict[str, Any]] = {
+    "chat": {"messages": [USER, ANSWER]},
+    "completion": {"prompt": "2 + 2 =", "completion": " 4"},
+    "text": {"text": "Once upon a time."},
+    "preference": {
+        "input": {"messages": [USER]},
+        "preferred_output": [ANSWER],
+        "non_preferred_output": [{"role": "assistant", "content": "go away"}],
+    },
+    "unpaired": {"prompt": "2 + 2 =", "completion": " 5", "label": False},
+}
+
+
+def check(*rows: Any) -> DatasetCheck:
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return inspect(io.BytesIO(content), max_line_bytes=10_000, max_rows=10)
+
+
+def refusal(*rows: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        check(*rows)
+    assert caught.value.remedy.endswith(".")
+    return caught.value
+
+
+def test_every_kind_has_a_sample_here() -> None:
+    assert set(SAMPLES) == {kind.name for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_a_file_is_of_the_kind_of_its_rows(kind: str) -> None:
+    found = check(SAMPLES[kind], SAMPLES[kind])
+
+    assert (found.num_rows, found.kind) == (2, kind)
+
+
+@pytest.mark.parametrize("first", SAMPLES)
+@pytest.mark.parametrize("second", SAMPLES)
+def test_kinds_are_not_mixed(first: str, second: str) -> None:
+    if first == second:
+        return
+    problem = refusal(SAMPLES[first], SAMPLES[second])
+
+    if (first, second) == ("unpaired", "completion"):
+        assert problem.code == "label_missing"
+        return
+    assert problem.code == "mixed_kinds"
+    assert problem.message.startswith("Line 2: the row is a")
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({}, "row_empty"),
+        ({"txt": "a"}, "unknown_key"),
+        ({"prompt": "a"}, "completion_missing"),
+        ({"completion": "a"}, "prompt_missing"),
+        ({"prompt": "a", "completion": "b", "id": 1}, "unknown_key"),
+        ({"prompt": "a", "completion": "b", "tools": []}, "tools_unsupported"),
+        ({"prompt": None, "completion": "b"}, "prompt_not_text"),
+        ({"prompt": "a", "completion": 4}, "completion_not_text"),
+        ({"prompt": "a", "completion": " \n"}, "completion_empty"),
+        ({"prompt": "a", "completion": [ANSWER]}, "prompt_unlike_completion"),
+        ({"prompt": [], "completion": [ANSWER]}, "messages_empty"),
+        ({"prompt": [USER], "completion": []}, "messages_empty"),
+        ({"prompt": [USER], "completion": [USER]}, "no_assistant_turn"),
+        ({"prompt": [{"role": "bot", "content": "x"}], "completion": [ANSWER]}, "invalid_role"),
+        ({"text": "a", "meta": 1}, "unknown_key"),
+        ({"text": ["a"]}, "text_not_text"),
+        ({"text": "  "}, "text_empty"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_row_is_named(row: dict[str, Any], code: str) -> None:
+    problem = refusal(row)
+
+    assert problem.code == code
+    assert problem.message.startswith("Line 1: ")
+
+
+def test_a_prompt_may_be_empty() -> None:
+    assert check({"prompt": "", "completion": "b"}).kind == "completion"
+
+
+def test_answers_within_a_prompt_are_read_and_those_of_the_completion_learnt() -> None:
+    row = check_completion({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+
+    assert as_chat(row) == [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
+
+
+def test_a_file_of_masked_completions_has_nothing_to_learn() -> None:
+    masked = {"prompt": [USER], "completion": [{**ANSWER, "weight": 0}]}
+
+    assert refusal(masked).code == "only_masked_rows"
+    assert check(masked, {"prompt": [USER], "completion": [ANSWER]}).num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "form", "named"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "trl_pair", "TRL", ("preferred_output", "input")),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "trl_pair", "TRL", ("begin with alike",)),
+        ({"instruction": "a", "input": "", "output": "b"}, "alpaca_row", "Alpaca", ('"prompt"', '"completion"')),
+        ({"instruction": "a", "output": "b"}, "alpaca_row", "Alpaca", ('"prompt"', '"completion"')),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt_row", "ShareGPT", ('"messages"', "role")),
+    ],
+    ids=str,
+)
+def test_a_row_in_a_form_of_others_is_told_its_name_and_how_it_is_written_here(
+    row: dict[str, Any], code: str, form: str, named: tuple[str, ...]
+) -> None:
+    problem = refusal(row)
+
+    assert problem.code == code
+    assert form in problem.message
+    assert all(name in problem.remedy for name in named)

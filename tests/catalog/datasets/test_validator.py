@@ -1,0 +1,307 @@
+"""The structural check: what passes, and what is said of everything that doesn't."""
+
+import io
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catalog.datasets.chat import BadRow, check_chat, parse_object
+from catalog.datasets.formats import kind_of_row
+from catalog.datasets.preference import check_pair
+from catalog.datasets.validator import DatasetCheck, inspect, read_rows
+from catalog.errors import InvalidRequest
+
+MIB = 2**20
+
+
+def row(*, question: str = "What is 2 + 2?", answer: str = "4", **extra: Any) -> bytes:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **extra}]
+    return json.dumps({"messages": messages}).encode() + b"\n"
+
+
+def check(content: bytes, *, max_line_bytes: int = 8 * MIB, max_rows: int = 100_000) -> DatasetCheck:
+    return inspect(io.BytesIO(content), max_line_bytes=max_line_bytes, max_rows=max_rows)
+
+
+def refusal(content: bytes, **limits: int) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        check(content, **limits)
+    assert caught.value.param == "file"
+    assert caught.value.remedy.endswith(".")
+    return caught.value
+
+
+def test_rows_of_chat_are_counted() -> None:
+    assert check(row() * 3) == DatasetCheck(num_rows=3, kind="chat")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_at_the_start_is_skipped(mark: bytes) -> None:
+    line = row().rstrip()
+
+    assert check(mark + line, max_line_bytes=len(line)).num_rows == 1
+    assert list(read_rows(io.BytesIO(mark + line), max_line_bytes=MIB)) == [(1, line)]
+    assert refusal(line + b"\n" + b"\xef\xbb\xbf" + line).code == "invalid_json"
+    assert refusal(mark + line + b"x", max_line_bytes=len(line)).code == "line_too_long"
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n  \n"])
+def test_the_end_of_the_file_may_look_as_it_likes(end: bytes) -> None:
+    assert check(row() + row().rstrip() + end).num_rows == 2
+
+
+def test_every_role_a_weight_and_names_are_let_in() -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": ""},
+        {"role": "user", "content": "Grüße, 世界 😀", "name": "anna"},
+        {"role": "assistant", "content": "thinking", "weight": 0},
+        {"role": "tool", "content": "42", "tool_call_id": "call-1"},
+        {"role": "assistant", "content": "42", "weight": 1},
+    ]
+
+    assert check_chat(parse_object(json.dumps({"messages": messages}).encode())) == messages
+
+
+WHOLE_FILES = {
+    b"": "file_empty",
+    b"\n\n \n": "file_empty",
+    b'[{"messages": []}]': "not_jsonl",
+    b'{\n  "messages": []\n}\n': "not_jsonl",
+    b"prompt,completion\na,b\n": "not_jsonl",
+    b"PK\x03\x04rest": "not_jsonl",
+    b"\x1f\x8brest": "not_jsonl",
+    b"PAR1rest": "not_jsonl",
+    row().decode().encode("utf-16"): "invalid_utf8",
+}
+
+
+@pytest.mark.parametrize(("content", "code"), WHOLE_FILES.items(), ids=str)
+def test_a_file_of_another_kind_is_named_once(content: bytes, code: str) -> None:
+    problem = refusal(content)
+
+    assert problem.code == code
+    assert problem.message.startswith("Line 1: ")
+    assert problem.message.count("Line ") == 1
+
+
+BAD_ROWS: dict[str, tuple[bytes, str]] = {
+    "cut short": (b'{"messages": [', "invalid_json"),
+    "plain text": (b"hello", "invalid_json"),
+    "two objects": (b"{} {}", "invalid_json"),
+    "a control character": (b'{"messages": [{"role": "user", "content": "\x01"}]}', "invalid_json"),
+    "a NUL": (b"\x00", "invalid_json"),
+    "bytes that are not UTF-8": (b'{"messages": "\xff"}', "invalid_utf8"),
+    "half a surrogate pair": (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "lone_surrogate"),
+    "half a surrogate pair in a key": (b'{"\\uDC00": 1}', "lone_surrogate"),
+    "100,000 objects deep": (b'{"a":' * 100_000, "json_too_deep"),
+    "100,000 lists deep": (b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "json_too_deep"),
+    "NaN": (b'{"messages": NaN}', "number_not_finite"),
+    "minus infinity": (b'{"messages": -Infinity}', "number_not_finite"),
+    "1e999": (b'{"messages": 1e999}', "number_not_finite"),
+    "an integer of 100,000 digits": (b'{"messages": ' + b"9" * 100_000 + b"}", "number_too_large"),
+    "a key twice": (b'{"messages": [], "messages": []}', "duplicate_key"),
+    "a key twice within": (b'{"messages": [{"role": "user", "role": "tool"}]}', "duplicate_key"),
+    "a list": (b"[1]", "row_not_object"),
+    "null": (b"null", "row_not_object"),
+    "nothing": (b"{}", "messages_missing"),
+    "a completion": (b'{"prompt": "a", "completion": "b"}', "mixed_kinds"),
+    "a text": (b'{"text": "a"}', "mixed_kinds"),
+    "one key too many": (b'{"messages": [], "id": 1}', "unknown_key"),
+    "tools": (b'{"messages": [], "tools": []}', "tools_unsupported"),
+    "parallel tool calls": (b'{"messages": [], "parallel_tool_calls": false}', "tools_unsupported"),
+    "messages as a string": (b'{"messages": "hi"}', "messages_not_list"),
+    "no message": (b'{"messages": []}', "no_assistant_turn"),
+    "a message as a string": (b'{"messages": ["hi"]}', "message_not_object"),
+    "no role": (b'{"messages": [{"content": "hi"}]}', "invalid_role"),
+    "an unknown role": (b'{"messages": [{"role": "bot", "content": "hi"}]}', "invalid_role"),
+    "a role that is a list": (b'{"messages": [{"role": [], "content": "hi"}]}', "invalid_role"),
+    "no content": (b'{"messages": [{"role": "user"}]}', "content_not_text"),
+    "null content": (b'{"messages": [{"role": "assistant", "content": null}]}', "content_not_text"),
+    "no part": (b'{"messages": [{"role": "user", "content": []}]}', "content_not_text"),
+    "an image": (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "content_not_text"),
+    "a part of two": (
+        b'{"messages": [{"content": [{"type": "text", "text": "a", "x": 1}], "role": "user"}]}',
+        "content_not_text",
+    ),
+    "a bare part": (b'{"messages": [{"role": "user", "content": ["a"]}]}', "content_not_text"),
+    "a tool call": (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}', "tools_unsupported"),
+    "a misspelt key": (b'{"messages": [{"role": "user", "content": "a", "wieght": 0}]}', "unknown_key"),
+    "weight 0.5": (row(weight=0.5), "invalid_weight"),
+    "weight true": (row(weight=True), "invalid_weight"),
+    "a weight on a question": (b'{"messages": [{"role": "user", "content": "a", "weight": 1}]}', "invalid_weight"),
+    "a number as a name": (row(name=7), "invalid_name"),
+    "no assistant": (b'{"messages": [{"role": "user", "content": "hi"}]}', "no_assistant_turn"),
+    "an empty answer": (row(answer=" \n"), "no_assistant_turn"),
+    "a blank line": (b"  ", "blank_line"),
+}
+
+
+@pytest.mark.parametrize(("line", "code"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_one_bad_line_is_named_with_its_reason(line: bytes, code: str) -> None:
+    problem = refusal(row() * 2 + line.rstrip(b"\n") + b"\n" + row())
+
+    assert problem.code == code
+    assert problem.message.startswith("Line 3: ")
+    assert problem.message.count("Line ") == 1
+
+
+def test_one_bad_line_of_ten_thousand_is_found() -> None:
+    content = row() * 6_172 + b'{"messages": [}\n' + row() * 3_827
+
+    problem = refusal(content)
+
+    assert problem.message == "Line 6173: not valid JSON at column 15: expecting value."
+
+
+def test_five_bad_lines_are_listed_and_reading_stops() -> None:
+    problem = refusal((row() + b"{}\n") * 50)
+
+    assert [line for line in range(1, 101) if f"Line {line}:" in problem.message] == [2, 4, 6, 8, 10]
+    assert problem.message.endswith("Reading stopped at the 5th bad line: there may be more.")
+
+
+def test_each_kind_of_problem_brings_its_remedy() -> None:
+    problem = refusal(row() + b"{}\n" + b'{"messages": 1}\n' + row())
+
+    assert problem.code == "messages_missing"
+    assert problem.message == (
+        'Line 2: the key "messages" is missing. Write {"messages": [...]}. '
+        "Line 3: messages is a number, not a list. Write a list of {role, content} objects."
+    )
+    assert problem.remedy == "Correct these lines and upload the file again."
+
+
+def test_a_remedy_that_all_bad_lines_share_is_said_once() -> None:
+    problem = refusal(row() + b"{}\n" + row() + b"{}\n")
+
+    assert problem.message == 'Line 2: the key "messages" is missing. Line 4: the key "messages" is missing.'
+    assert problem.remedy == 'Write {"messages": [...]}.'
+
+
+def test_every_run_of_blank_lines_between_rows_is_told_once_with_its_extent() -> None:
+    assert refusal(row() + b"\n" + row()).message == "Line 2: the line is blank."
+    problem = refusal(row() + b"\n \n\n" + row() + b"\n" + row())
+
+    assert problem.code == "blank_line"
+    assert problem.message == "Line 2: the line is blank, and so are those up to line 4. Line 6: the line is blank."
+    assert problem.remedy == "Delete blank lines between rows."
+    many = refusal((row() + b"\n\n") * 3 + b"{}\n")
+    assert many.message.startswith(
+        "Line 2: the line is blank, and so are those up to line 3. Delete blank lines between rows. Line 5: "
+    )
+
+
+def test_only_masked_rows_are_refused() -> None:
+    assert refusal(row(weight=0) * 3).code == "only_masked_rows"
+    assert check(row(weight=0) + row()).num_rows == 2
+
+
+def test_more_rows_than_allowed_are_refused_at_the_first_too_many() -> None:
+    problem = refusal(row() * 4, max_rows=3)
+
+    assert problem.code == "too_many_rows"
+    assert problem.message.startswith("Line 4: ")
+
+
+def test_the_longest_line_that_is_allowed_passes_and_one_byte_more_does_not() -> None:
+    line = row().rstrip(b"\n")
+
+    assert check(line + b"\r\n" + line, max_line_bytes=len(line)).num_rows == 2
+    assert refusal(line + b"\n" + line + b" \n", max_line_bytes=len(line)).code == "line_too_long"
+
+
+class Endless(io.RawIOBase):
+    """A file with one line of 300 MB in it that no memory holds."""
+
+    def __init__(self, head: bytes, num_bytes: int, tail: bytes) -> None:
+        self._parts = self._generate(head, num_bytes, tail)
+        self._left = b""
+
+    def _generate(self, head: bytes, num_bytes: int, tail: bytes) -> Iterator[bytes]:
+        yield head
+        for _ in range(num_bytes // MIB):
+            yield b"a" * MIB
+        yield tail
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._left = self._left or next(self._parts, b"")
+        taken = self._left[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._left = self._left[len(taken) :]
+        return len(taken)
+
+
+def test_a_line_of_300_mb_is_refused_in_bounded_memory() -> None:
+    head = row() + b'{"messages": [{"role": "user", "content": "'
+    file = io.BufferedReader(Endless(head, 300 * MIB, b'"}]}\n{}\n' + row()))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    with pytest.raises(InvalidRequest) as caught:
+        inspect(file, max_line_bytes=8 * MIB, max_rows=100)
+
+    grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert caught.value.code == "line_too_long"
+    assert caught.value.message.startswith("Line 2: the line is longer than 8,388,608 bytes. Split ")
+    assert " Line 3: " in caught.value.message
+    assert grown_bytes < 64 * MIB
+
+
+def test_rows_are_read_again_with_their_line_numbers() -> None:
+    assert [number for number, _ in read_rows(io.BytesIO(row() * 2 + b"\n"), max_line_bytes=MIB)] == [1, 2]
+    with pytest.raises(InvalidRequest, match="Line 2"):
+        list(read_rows(io.BytesIO(row() + b"\n" + row()), max_line_bytes=MIB))
+
+
+def test_what_a_person_wrote_is_quoted_short_and_harmless() -> None:
+    problem = refusal(json.dumps({"\u001b[31m" + "x" * 500: 1}).encode())
+
+    assert "\u001b" not in problem.message
+    assert len(problem.message) < 120
+
+
+KEYS = st.sampled_from(["messages", "role", "content", "weight", "prompt", "completion", "text"]) | st.text()
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner),
+)
+
+
+@given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_whatever_the_bytes_a_row_is_parsed_or_refused(content: bytes) -> None:
+    with suppress(BadRow):
+        found = parse_object(content)
+        assert kind_of_row(found, before=None).check(found)
+
+
+def test_content_in_parts_of_text_is_one_text() -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "1+1?"}]
+    chat = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1], "weight": 1}]}
+    pair = {
+        "input": {"messages": [{"role": "user", "content": parts}]},
+        "preferred_output": [{"role": "assistant", "content": [{"type": "text", "text": "2"}]}],
+        "non_preferred_output": [{"role": "assistant", "content": "3"}],
+    }
+
+    assert [message["content"] for message in check_chat(chat)] == ["What is 1+1?", "What is "]
+    checked = check_pair(pair)
+    assert (checked["prompt"][0]["content"], checked["preferred"]["content"]) == ("What is 1+1?", "2")
+
+
+def test_what_is_no_text_in_a_message_is_told_with_its_place() -> None:
+    image = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "http://x"}}]
+
+    with pytest.raises(BadRow) as raised:
+        check_chat({"messages": [{"role": "user", "content": image}]})
+
+    assert raised.value.reason == "messages[0].content[1].type is 'image_url'"
+    assert "take images" in raised.value.remedy

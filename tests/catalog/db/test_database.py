@@ -1,0 +1,344 @@
+"""Transactions on both databases: the clock, what an outage says, and writers that never fail half way."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import cast
+
+import psycopg
+import pytest
+from sqlalchemy import Connection, QueuePool, event, select, text
+
+from catalog.db.database import STUCK_SECONDS, Database, get_locked, read_clock, serialise, serialised_at, upsert
+from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
+from catalog.tables import File, MetricBlock, Organization, Pulse
+from catalog.tenancy import projects
+from tests.catalog.reading import statements_of
+from tests.catalog.world import World, request
+
+
+def test_the_clock_is_the_databases_own(database_url: str) -> None:
+    database = Database(database_url)
+
+    with database.read() as session:
+        told = read_clock(session)
+
+    database.close()
+    assert abs(told - time.time()) < 5
+
+
+def test_a_transaction_that_fails_leaves_nothing(db: Database) -> None:
+    def write_half() -> None:
+        with db.write() as session:
+            session.add(Organization(id="p", name="p", created_at=0))
+            session.flush()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+
+    with db.read() as session:
+        assert session.scalars(select(Organization)).all() == []
+
+
+def test_many_writers_at_once_lose_no_write(db: Database) -> None:
+    with db.write() as session:
+        session.add(Pulse(id=2, seen_at=0))
+
+    def add_one(_: int) -> None:
+        with db.write() as session:
+            row = session.get_one(Pulse, 2, with_for_update=True)
+            row.seen_at += 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add_one, range(80)))
+
+    with db.read() as session:
+        assert session.get_one(Pulse, 2).seen_at == 80
+
+
+def test_what_is_serialised_by_name_runs_one_after_another(db: Database) -> None:
+    inside: list[str] = []
+
+    def enter(_: int) -> None:
+        with db.write() as session:
+            serialise(session, "one at a time")
+            inside.append("in")
+            session.execute(select(Organization))
+            inside.append("out")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(enter, range(24)))
+
+    assert inside == ["in", "out"] * 24
+
+
+def test_the_time_is_told_once_nobody_is_waited_for(database_url: str) -> None:
+    database = Database(database_url)  # by its own clock
+
+    def enter() -> float:
+        with database.write() as session:
+            return serialised_at(session, "one at a time")
+
+    with ThreadPoolExecutor() as pool:
+        with database.write() as session:
+            serialise(session, "one at a time")
+            waiting = pool.submit(enter)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            last = read_clock(session)
+        assert waiting.result(timeout=30) >= last
+
+    database.close()
+
+
+def test_a_row_is_locked_once_in_a_transaction_and_again_after_a_savepoint_was_rolled_back(world: World) -> None:
+    def act() -> None:
+        with world.db.write() as session:
+            row = get_locked(session, File, world.file_id)
+            with session.begin_nested() as attempt:
+                assert get_locked(session, File, world.file_id) is row
+                attempt.rollback()
+            assert get_locked(session, File, world.file_id) is row
+            assert get_locked(session, File, world.file_id) is row
+            assert get_locked(session, File, "file-none") is None
+
+    asked = [text for text, _ in statements_of(world.db, act) if "FROM files" in text]
+
+    assert len(asked) == 3
+    assert world.db.is_sqlite or all("FOR SHARE" in text for text in asked)
+
+
+def test_an_upsert_replaces_by_primary_key_and_touches_nothing_else(world: World) -> None:
+    job = world.submit()
+    block = {"job_id": job.id, "kind": "train", "last_step": 9, "num_points": 1, "last_seq": 1, "points": b"some"}
+
+    with world.db.write() as session:
+        upsert(session, MetricBlock, [{**block, "first_step": step, "least_loss": 3.0} for step in (1, 2)])
+        upsert(session, MetricBlock, [{**block, "first_step": 2, "least_loss": 1.0}])
+        upsert(session, MetricBlock, [])
+
+    with world.db.read() as session:
+        rows = session.scalars(select(MetricBlock).order_by(MetricBlock.first_step)).all()
+        assert [(row.first_step, row.least_loss, row.points) for row in rows] == [(1, 3.0, b"some"), (2, 1.0, b"some")]
+
+
+def test_a_database_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> None:
+    database = Database("postgresql+psycopg://nobody@127.0.0.1:1/none")
+
+    with pytest.raises(Unavailable) as refusal, database.read() as session:
+        read_clock(session)
+
+    database.close()
+    assert refusal.value.status == 503
+    assert refusal.value.retry_after_seconds > 0
+
+
+def test_a_database_that_stays_locked_is_unavailable_and_changes_nothing(
+    tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
+    holder = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+    monkeypatch.setattr("catalog.db.database.BUSY_SECONDS", 0.01)
+    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+
+    with holder.write(), pytest.raises(Unavailable):
+        projects.ensure(database, "new")
+
+    assert projects.ensure(database, "new").name == "new"
+    holder.close()
+    database.close()
+
+
+def test_sqlites_writers_of_one_process_queue_without_a_connection(tmp_path: Path, migrated_database: Path) -> None:
+    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
+    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+
+    with ThreadPoolExecutor() as pool:
+        with database.write():
+            waiting = pool.submit(projects.ensure, database, "new")
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            taken = cast(QueuePool, database.engine.pool).checkedout()
+            with pytest.raises(Unavailable), database.write_briefly():
+                pass
+        assert waiting.result(timeout=30).name == "new"
+
+    assert taken == 1
+    database.close()
+
+
+def test_postgresql_compiles_no_question(shared_postgres_url: str) -> None:
+    database = Database(shared_postgres_url)
+
+    with database.read() as session:
+        assert session.scalar(text("show jit")) == "off"
+
+    database.close()
+
+
+def test_a_wait_for_other_threads_and_one_for_other_processes_have_one_deadline(
+    tmp_path: Path, migrated_database: Path
+) -> None:
+    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
+    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+    told: list[int] = []
+
+    def note(connection: Connection) -> None:
+        left = connection.get_execution_options()["lorry_deadline"] - time.monotonic()
+        told.append(int(left * 1000))
+
+    event.listen(database.engine, "begin", note)
+
+    def enter() -> None:
+        with database.write():
+            pass
+
+    with ThreadPoolExecutor() as pool:
+        with database.write():
+            waiting = pool.submit(enter)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+        waiting.result(timeout=30)
+    with database.write_briefly():
+        pass
+
+    at_once, after_the_other, briefly = told
+    assert after_the_other < at_once - 400 <= 30_000 - 400, "it waited for half a second already"
+    assert 0 < briefly <= 100
+    database.close()
+
+
+def test_a_long_write_transaction_is_logged_with_the_function_that_opened_it(
+    db: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write() -> None:
+        with db.write() as session:
+            session.execute(text("select 1"))
+
+    write()
+    monkeypatch.setattr("catalog.db.database.LONG_WRITE_SECONDS", 0.0)
+    write()
+
+    assert db.num_long_writes == 1
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"by={__name__}.write")
+
+
+def test_a_full_disk_is_named(tmp_path: Path, migrated_database: Path) -> None:
+    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
+    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+
+    def fill() -> None:
+        with database.write() as session:
+            pages = session.scalar(text("pragma page_count"))
+            session.execute(text(f"pragma max_page_count={pages}"))
+            session.add_all([Organization(id=f"{i:0200d}", name=f"{i:0200d}", created_at=0) for i in range(200)])
+
+    with pytest.raises(OutOfSpace, match="full"):
+        fill()
+
+    with database.read() as session:
+        assert session.scalars(select(Organization)).all() == []
+    database.close()
+
+
+def test_a_value_that_cannot_be_stored_is_the_requests_fault(world: World) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        world.send(request(training_file=world.file_id), idempotency_key="half a \ud800 character")
+
+    assert refusal.value.code == "unstorable_value"
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_database_that_only_reads_is_unavailable(db: Database) -> None:
+    def write() -> None:
+        with db.write() as session:
+            session.execute(text("set transaction read only"))
+            session.add(Organization(id="p", name="p", created_at=0))
+
+    with pytest.raises(Unavailable):
+        write()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_database_without_tables_says_how_they_are_made(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    is_sqlite = kind == "sqlite"
+    database = Database(
+        f"sqlite:///{tmp_path / 'new.db'}" if is_sqlite else request.getfixturevalue("new_postgres_url")
+    )
+
+    with pytest.raises(Unavailable, match="not been set up") as refusal:
+        projects.ensure(database, "new")
+
+    database.close()
+    assert refusal.value.code == "database_not_set_up"
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_commit_is_on_the_disk_before_it_is_answered(db: Database) -> None:
+    with db.read() as session:
+        assert session.scalar(text("pragma synchronous")) == 2
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_connections_that_died_while_idle_are_replaced_before_they_are_used(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("catalog.db.database.IDLE_SECONDS", 0.0)
+    with db.read(), db.read() as second, db.read() as third:  # as many connections
+        second.execute(text("select 1"))
+        third.execute(text("select 1"))
+    others = "datname = current_database() and pid != pg_backend_pid()"
+    end_all = text(f"select pg_terminate_backend(pid) from pg_stat_activity where {others}")
+    other = Database(db.url)
+    with other.read() as session:
+        session.execute(end_all)
+    other.close()
+
+    with db.write() as session, db.read() as reader:
+        session.add(Organization(id="p", name="p", created_at=0))
+        assert reader.scalars(select(Organization)).all() == []
+
+    with db.read() as session:
+        assert [row.id for row in session.scalars(select(Organization))] == ["p"]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_writer_that_stands_still_amid_its_transaction_holds_its_rows_for_half_a_minute(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with db.write() as session:
+        session.add(Organization(id="p", name="p", created_at=0))
+        assert session.scalar(text("show idle_in_transaction_session_timeout")) == f"{STUCK_SECONDS}s"
+    monkeypatch.setattr("catalog.db.database.STUCK_SECONDS", 1)
+    stuck = Database(db.url)
+
+    def stand_still() -> None:
+        with stuck.write() as session:
+            row = session.get_one(Organization, "p", with_for_update=True)
+            with db.write() as other:  # waits for the row, until the server takes it from who says nothing
+                other.get_one(Organization, "p", with_for_update=True).name = "theirs"
+            row.name = "mine"
+            session.flush()
+
+    with pytest.raises(Unavailable):
+        stand_still()
+
+    with db.read() as session:
+        assert session.get_one(Organization, "p").name == "theirs"
+    stuck.close()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_connection_that_is_in_use_at_the_end_is_closed_when_it_is_given_back(db: Database) -> None:
+    with db.read() as session:
+        used: psycopg.Connection = session.connection().connection.driver_connection  # pyright: ignore[reportAssignmentType]
+        db.close()
+        assert session.scalar(text("select 1")) == 1
+
+    assert used.closed

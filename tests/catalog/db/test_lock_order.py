@@ -1,0 +1,184 @@
+"""Transactions that meet on PostgreSQL: whoever locks several rows takes them in one order.
+
+So nobody waits in a circle. Each test holds one transaction where it has half of its rows until another stands in
+line behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
+import pytest
+from sqlalchemy import event, select, text
+from sqlalchemy.orm import Session
+
+from catalog.db.database import Database
+from catalog.errors import Unauthorized
+from catalog.history import tracker_exports
+from catalog.queue import claims
+from catalog.storage import artifact_index, token_cache
+from catalog.storage.manifest import Manifest
+from catalog.sweeps import revocation
+from catalog.tables import Artifact, Job, Prepared, Worker
+from catalog.tenancy import api_keys, authentication
+from catalog.tenancy.api_keys import KeyRequest
+from tests.catalog.world import LEASE, PEPPER, World, manifest, sha
+
+pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+MOST_LOOKS = 2_000
+LOOK_PAUSE = text("select pg_sleep(0.01)")
+"""Between two looks the database waits, so that those who are looked for have the processor."""
+
+
+@pytest.fixture(autouse=True)
+def no_endless_wait(db: Database) -> None:
+    """A circle that PostgreSQL can't see, since a test's own thread is in it, ends as a failure."""
+    event.listen(db.engine, "begin", lambda connection: connection.exec_driver_sql("set local lock_timeout = '20s'"))
+
+
+def wait_for_one_in_line(db: Database) -> None:
+    """Until another transaction of this database waits for a lock."""
+    in_line = text(
+        "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    )
+    for look in count():
+        with db.engine.connect() as connection:
+            connection.exec_driver_sql(
+                "set local role none"
+            )  # other roles do not see what the owner's sessions wait for
+            if connection.execute(in_line).scalar():
+                return
+            connection.execute(LOOK_PAUSE)
+        assert look < MOST_LOOKS, "nobody came"
+
+
+def after_the_first_call(function: Callable[..., Any], then: Callable[[], None]) -> Callable[..., Any]:
+    calls = count()
+
+    def wrapped(*arguments: Any, **given: Any) -> Any:
+        result = function(*arguments, **given)
+        if next(calls) == 0:
+            then()
+        return result
+
+    return wrapped
+
+
+def test_a_cache_can_be_put_and_forgotten_at_the_same_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = manifest("tokens", kind="tokens")
+
+    def put(artifact: Manifest = tokens) -> None:
+        world.put_tokens("key", file_digest=sha("file"), artifact=artifact, report={})
+
+    put()
+    with ThreadPoolExecutor(1) as pool:
+        forgetting: list[Any] = []
+
+        def forget_meanwhile() -> None:
+            forgetting.append(pool.submit(token_cache.forget, world.db, "key"))
+            wait_for_one_in_line(world.db)
+
+        monkeypatch.setattr(artifact_index, "show", after_the_first_call(artifact_index.show, forget_meanwhile))
+        put()
+        forgetting[0].result()
+
+    # The cache that was put last is the one that was found damaged: it is gone, or whole.
+    with world.db.read() as session:
+        row = session.get(Prepared, "key")
+        assert (row is None) == (session.get(Artifact, tokens.digest) is None)
+
+
+def test_a_sound_cache_that_was_put_meanwhile_is_not_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged, sound = manifest("damaged", kind="tokens"), manifest("sound", kind="tokens")
+    world.put_tokens("key", file_digest=sha("file"), artifact=damaged, report={})
+
+    def put_sound() -> None:
+        world.put_tokens("key", file_digest=sha("file"), artifact=sound, report={})
+
+    meanwhile, serialise = iter([put_sound]), token_cache.serialise
+
+    def serialise_after_a_put(session: Session, name: str) -> None:
+        for act in meanwhile:
+            act()
+        serialise(session, name)
+
+    monkeypatch.setattr(token_cache, "serialise", serialise_after_a_put)
+    token_cache.forget(world.db, "key")
+
+    found = token_cache.get(world.db, "key")
+    assert found is not None
+    assert found.artifact == sound.digest
+
+
+def test_leases_are_extended_after_an_outage_without_holding_the_workers_row(world: World) -> None:
+    world.worker("w1")
+    world.worker("w2")
+    mine = world.running()
+    world.queued()
+    (other,) = world.claim("w2")
+    world.clock.turn(LEASE)
+
+    with ThreadPoolExecutor(1) as pool:
+        with world.db.write() as session:
+            lock(session, other.job.id)
+            beat = pool.submit(world.beat, mine.claim_id, worker_id="w1")
+            wait_for_one_in_line(world.db)
+
+            session.scalar(select(Worker).where(Worker.id == "w1").with_for_update())
+        orders = beat.result()
+
+    assert orders == {mine.claim_id: claims.Orders()}
+    assert world.job(other.job.id).lease_extended
+
+
+def test_a_run_that_falls_asleep_while_its_job_begins_to_train_is_woken(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.worker(integrations=("tensorboard",))
+    job = world.queued(integrations=[{"type": "tensorboard"}])
+    with world.db.write() as session:
+        tracker_exports.wake(session, session.get_one(Job, job.id), now=world.clock())
+    (export,) = tracker_exports.claim(world.db, types=["tensorboard"], limit=1)
+    news = tracker_exports.look(world.db, export)
+
+    with ThreadPoolExecutor(1) as pool:
+        recording: list[Any] = []
+
+        def record_meanwhile() -> None:
+            recording.append(pool.submit(tracker_exports.record, world.db, export, news, run_id="r"))
+            wait_for_one_in_line(world.db)
+
+        monkeypatch.setattr(tracker_exports, "wake", after_the_first_call(tracker_exports.wake, record_meanwhile))
+        world.claim()
+        _, follows = recording[0].result()
+
+    assert follows is tracker_exports.Follows.GO_ON
+
+
+def lock(session: Session, job_id: str) -> None:
+    assert session.scalar(select(Job.id).where(Job.id == job_id).with_for_update())
+
+
+def test_a_key_is_not_created_past_the_revocation_of_its_creator_with_descendants(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The creation begins after the descendants were read, and before the creator's key is revoked."""
+    request = KeyRequest(name="child")
+    creator, secret = api_keys.create(world.db, caller=world.caller, request=request, pepper=PEPPER)
+    holder = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
+    with ThreadPoolExecutor(1) as pool:
+        creating: list[Any] = []
+
+        def create_meanwhile() -> None:
+            creating.append(pool.submit(api_keys.create, world.db, caller=holder, request=request, pepper=PEPPER))
+            wait_for_one_in_line(world.db)
+
+        read = after_the_first_call(revocation._descendants, create_meanwhile)  # pyright: ignore[reportPrivateUsage]
+        monkeypatch.setattr(revocation, "_descendants", read)
+        revocation.revoke(world.db, caller=world.caller, api_key_id=creator.id, with_descendants=True)
+
+        with pytest.raises(Unauthorized):
+            creating[0].result()

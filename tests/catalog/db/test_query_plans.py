@@ -1,0 +1,330 @@
+"""What is asked often is found by an index: no statement reads all of a table that grows with what was ever done."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import event
+
+from catalog.audit import chain, log
+from catalog.audit.log import Filters
+from catalog.caller import Caller
+from catalog.db.database import Database
+from catalog.fleet import cordons, views, workers
+from catalog.fleet import metrics as numbers
+from catalog.history import changes, job_logs, result_files, tracker_exports
+from catalog.history import queries as history_queries
+from catalog.jobs import commands as job_commands
+from catalog.lifecycle import deadlines, recovery
+from catalog.maintenance import garbage_collection
+from catalog.plans import claims as plan_claims
+from catalog.plans import plans
+from catalog.queue import claims as queue_claims
+from catalog.queue import listing, preemption
+from catalog.registry import adapters, permissions
+from catalog.scheduling.snapshot import USUAL
+from catalog.states import EndReason
+from catalog.storage import artifact_index, multipart_uploads
+from catalog.storage import files as catalog_files
+from catalog.sweeps import commands as sweep_commands
+from catalog.sweeps import controller, creation, revocation
+from catalog.sweeps import queries as sweep_queries
+from catalog.tables import ApiKey, Table
+from catalog.tenancy import api_keys, authentication
+from catalog.usage import quotas
+from catalog.usage import report as usage_report
+from catalog.webhooks import delivery_log, delivery_queue
+from tests.catalog.lived_in import FAR, GROWING, add_parts, export, lived_in, of_sweep, owner, send
+from tests.catalog.plan_data import plan
+from tests.catalog.plan_data import ready as ready_plan
+from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest
+
+ONE = replace(WIDE, max_jobs=1)
+Asked = list[tuple[str, Any]]
+PARTIAL = {
+    index.name
+    for table in Table.metadata.sorted_tables
+    for index in table.indexes
+    if index.dialect_options["sqlite"]["where"] is not None
+}
+"""Indexes of a part of their table: to read one whole is to read that part."""
+
+
+@contextmanager
+def listening(db: Database) -> Generator[Asked]:
+    """Each statement that is sent meanwhile, with its values; of one that is sent for many, the first's."""
+    asked: Asked = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, values: Any, _context: Any, _many: bool) -> None:
+        asked.append((statement, values[0] if isinstance(values, list) else values))
+
+    event.listen(db.engine, "before_cursor_execute", note)
+    yield asked
+    event.remove(db.engine, "before_cursor_execute", note)
+
+
+def read_whole(db: Database, statement: str, values: Any) -> list[str]:
+    """Tables that grow and of which this statement reads every line, as the database plans it."""
+    if not re.match(r"\s*(SELECT|UPDATE|DELETE)", statement, re.IGNORECASE):
+        return []
+    with db.engine.connect() as connection:
+        if db.is_sqlite:
+            plan = connection.exec_driver_sql(f"explain query plan {statement}", values).all()
+            named = [re.match(r"SCAN (\w+)(?: USING (?:COVERING )?INDEX (\w+))?", step.detail) for step in plan]
+            return [match[1] for match in named if match and match[1] in GROWING and match[2] not in PARTIAL]
+        told = connection.exec_driver_sql(f"explain (format json) {statement}", values).scalar_one()
+        return list(_in_plan((told if isinstance(told, list) else json.loads(told))[0]["Plan"]))
+
+
+def _in_plan(node: dict[str, Any]) -> Generator[str]:
+    is_read = node["Node Type"] not in ("ModifyTable", "Bitmap Heap Scan")
+    is_part = "Index Cond" in node or node.get("Index Name") in PARTIAL
+    if is_read and node.get("Relation Name") in GROWING and not is_part:
+        yield node["Relation Name"]
+    for below in node.get("Plans", ()):
+        yield from _in_plan(below)
+
+
+Act = Callable[[World, dict[str, str]], object]
+ACTS: dict[str, Act] = {
+    "a page of jobs": lambda w, ids: job_commands.list_page(w.db, project_id=w.caller.project_id, after=ids["ended"]),
+    "jobs with a pair and a tag": lambda w, _: job_commands.list_page(
+        w.db, project_id=w.caller.project_id, metadata={"team": "search"}, tags=["nightly"]
+    ),
+    "jobs without metadata": lambda w, _: job_commands.list_page(w.db, project_id=w.caller.project_id, metadata={}),
+    "a page of files": lambda w, ids: catalog_files.list_page(w.db, project_id=w.caller.project_id, after=ids["file"]),
+    "a page of adapters": lambda w, ids: adapters.list_page(w.db, project_id=w.caller.project_id, after=ids["adapter"]),
+    "adapters shared with a project": lambda w, _: adapters.list_page(
+        w.db, project_id=w.stranger.project_id, shared=True
+    ),
+    "one of them": lambda w, ids: adapters.get(w.db, project_id=w.stranger.project_id, name=ids["adapter"]),
+    "a checkpoint as a model": lambda w, ids: adapters.get(
+        w.db, project_id=w.caller.project_id, name=ids["checkpoint"]
+    ),
+    "who may read a model": lambda w, ids: permissions.list_page(w.db, model=ids["checkpoint"]),
+    "checkpoints that are stored": lambda w, ids: [
+        queue_claims.record_checkpoint(w.db, ids["claim"], step=step, artifact=manifest(f"c{step}"))
+        for step in (1, 2, 3)
+    ],
+    "a page of keys": lambda w, _: api_keys.list_page(w.db, caller=w.caller, after=w.caller.api_key_id),
+    "who asks": lambda w, _: authentication.authenticate(w.db, secret=_new_secret(w), pepper=PEPPER),
+    "a job": lambda w, ids: job_commands.get(w.db, **w.of(ids["ended"])),
+    "its events": lambda w, ids: history_queries.events_page(w.db, **w.of(ids["ended"])),
+    "its checkpoints": lambda w, ids: history_queries.checkpoints_page(w.db, **w.of(ids["ended"])),
+    "their numbers": lambda w, ids: history_queries.points_at(w.db, **w.of(ids["ended"]), steps=[1]),
+    "its curve": lambda w, ids: history_queries.metrics(w.db, **w.of(ids["ended"]), kind="train"),
+    "its curve in few points": lambda w, ids: history_queries.metrics(
+        w.db, **w.of(ids["ended"]), kind="train", max_points=100
+    ),
+    "how its curve begins": lambda w, ids: history_queries.first_step(w.db, **w.of(ids["ended"])),
+    "points of its curve": lambda w, ids: queue_claims.record_metrics(
+        w.db, ids["claim"], [{"kind": kind, "step": 3, "loss": 1.0} for kind in ("train", "valid")]
+    ),
+    "its curves as a file": lambda w, ids: list(result_files.lines(w.db, ids["ended"])),
+    "a part of an upload": lambda w, ids: add_parts(w, ids["upload"]),
+    "a cancel of an upload": lambda w, ids: multipart_uploads.cancel(
+        w.db, project_id=w.caller.project_id, upload_id=ids["upload"]
+    ),
+    "its attempts": lambda w, ids: history_queries.attempts(w.db, **w.of(ids["ended"])),
+    "its packmates": lambda w, ids: history_queries.packmates(w.db, **w.of(ids["ended"])),
+    "its seconds": lambda w, ids: history_queries.seconds_running(w.db, [ids["ended"], ids["running"]]),
+    "what is new of it": lambda w, ids: changes.look(w.db, changes.start(w.db, **w.of(ids["running"]), last_seen=None)),
+    "what is new of many": lambda w, ids: changes.look_at_many(
+        w.db, {(w.caller.project_id, ids[name]): changes.Seen(seq=0) for name in ("ended", "running", "first")}
+    ),
+    "whether anything is new": lambda w, _: changes.newest_event(w.db),
+    "why it waits": lambda w, ids: job_commands.explain(w.db, **w.of(ids["first"])),
+    "why it runs": lambda w, ids: job_commands.explain(w.db, **w.of(ids["running"])),
+    "why its files wait": lambda w, _: job_commands.explain(w.db, **w.of(w.submit().id)),
+    "the queue": lambda w, _: listing.snapshot(w.db, project_id=w.caller.project_id),
+    "the queue of all": lambda w, _: listing.snapshot(w.db, project_id=None),
+    "whether there is work": lambda w, _: listing.has_work(w.db),
+    "the workers": lambda w, _: views.workers(w.db),
+    "whether a node is to blame": lambda w, _: cordons._look(w.db, w.worker("new")),  # pyright: ignore[reportPrivateUsage]
+    "the numbers of the fleet": lambda w, _: numbers.read(w.db),
+    "a plan that is made": lambda w, _: plan(w),
+    "a plan that is at hand": lambda w, _: ready_plan(w, lora={"rank": 4}),
+    "a plan that is looked at": lambda w, ids: plans.details(
+        w.db, plans.get(w.db, project_id=w.caller.project_id, plan_id=ids["plan"])
+    ),
+    "a page of plans": lambda w, ids: plans.list_page(w.db, project_id=w.caller.project_id, after=ids["plan"]),
+    "a claim of a plan": lambda w, _: plan_claims.claim(w.db, worker_id="w1", lease_seconds=LEASE),
+    "a plan that is deleted": lambda w, ids: plans.delete(w.db, project_id=w.caller.project_id, plan_id=ids["plan"]),
+    "the same upload": lambda w, ids: catalog_files.same_content(
+        w.db, catalog_files.get(w.db, project_id=w.caller.project_id, file_id=ids["file"])
+    ),
+    "a page of sweeps": lambda w, ids: sweep_queries.list_page(
+        w.db, project_id=w.caller.project_id, after=ids["sweep"]
+    ),
+    "a sweep": lambda w, ids: sweep_queries.get(w.db, **of_sweep(w, ids)),
+    "its leaderboard": lambda w, ids: sweep_queries.leaderboard(w.db, **of_sweep(w, ids)),
+    "a trial": lambda w, ids: sweep_queries.trial(w.db, **of_sweep(w, ids), number=0),
+    "what a trial has at a rung": lambda w, ids: queue_claims.record_metrics(
+        w.db, ids["trial"], [{"kind": "valid", "step": 3, "loss": 1.0}]
+    ),
+    "the end of a trial": lambda w, ids: w.complete(ids["trial"], "of a trial"),
+    "a trial that is to stop": lambda w, ids: sweep_commands.stop_trial(w.db, **of_sweep(w, ids), number=1),
+    "a cancel of a sweep": lambda w, ids: sweep_commands.cancel(w.db, **of_sweep(w, ids)),
+    "a step of a sweep": lambda w, _: controller.advance(w.db),
+    "its last step": lambda w, ids: (
+        queue_claims.end(w.db, ids["another trial"], reason=EndReason.CANCELLED_BY_USER, detail="Cancelled."),
+        controller.advance(w.db),
+    ),
+    "a look for sweeps": lambda w, _: controller.advance(w.db),
+    "an adapter by its sweep": lambda w, ids: adapters.get(w.db, project_id=w.caller.project_id, name=ids["sweep"]),
+    "a submission": lambda w, _: w.submit(),
+    "whether a key may submit": lambda w, _: _check_key(w),
+    "a preparation": lambda w, _: w.prepare_all(),
+    "a heartbeat": lambda w, ids: w.beat(ids["claim"]),
+    "a cancel that is asked for": lambda w, ids: job_commands.cancel(w.db, **w.of(ids["running"])),
+    "an end": lambda w, ids: w.complete(ids["claim"], "another"),
+    "a cancel at once": lambda w, ids: job_commands.cancel(w.db, **w.of(ids["first"])),
+    "a pause": lambda w, ids: job_commands.pause(w.db, **w.of(ids["second"])),
+    "a resume": lambda w, ids: job_commands.resume(w.db, **w.of(ids["second"])),
+    "a hold": lambda w, ids: job_commands.hold(w.db, **w.of(ids["second"])),
+    "a release": lambda w, ids: job_commands.release(w.db, **w.of(ids["second"])),
+    "a move": lambda w, ids: job_commands.move_to(w.db, **w.of(ids["second"]), target=job_commands.Target(to="last")),
+    "deadlines that can't be met": lambda w, _: deadlines.tell_late(w.db),
+    "a look for whom to preempt": lambda w, _: (
+        w.queued(priority="urgent"),
+        w.clock.turn(60),
+        preemption.look(w.db, policy=USUAL),
+    ),
+    "a claim of one that joins": lambda w, ids: w.claim("w1", ONE, pack_key=w.job(ids["running"]).pack_key),
+    "a claim for a base that is loaded": lambda w, ids: w.claim(
+        "w2", replace(ONE, resident_key=w.job(ids["running"]).pack_key)
+    ),
+    "a claim": lambda w, _: w.claim("w2"),
+    "leases that are past": lambda w, _: recovery.expire(w.db, grace_seconds=LEASE),
+    "leases after an outage": lambda w, _: (w.clock.turn(10 * LEASE), recovery.expire(w.db, grace_seconds=LEASE)),
+    "a worker that left": lambda w, _: workers.end_worker(w.db, "w2"),
+    "a worker that is lost": lambda w, _: workers.declare_lost(w.db, "w1"),
+    "a page of the audit log": lambda w, _: log.list_page(w.db, caller=w.caller, filters=Filters()),
+    "a page of all of it": lambda w, _: log.list_page(w.db, caller=_operator(w), filters=Filters(since=1.0)),
+    "what a key did": lambda w, _: log.list_page(w.db, caller=_operator(w), filters=Filters(actor_ids=["key-00007"])),
+    "what was cancelled": lambda w, _: log.list_page(
+        w.db, caller=_operator(w), filters=Filters(types=["job.cancelled"])
+    ),
+    "whether the log is whole": lambda w, _: chain.check(w.db, peppers=PEPPER.all(), after=FAR + 9, limit=5),
+    "sealing": lambda w, _: chain.seal(w.db, pepper=PEPPER.current),
+    "a second sealing": lambda w, _: chain.seal(w.db, pepper=PEPPER.current),
+    "what was used": lambda w, _: usage_report.report(
+        w.db, caller=w.caller, asked=usage_report.Asked(start_time=w.clock.now - 9)
+    ),
+    "what all used": lambda w, _: usage_report.report(
+        w.db, caller=_operator(w), asked=usage_report.Asked(start_time=w.clock.now - 9, group_by=("model",))
+    ),
+    "a new upload": lambda w, _: add_parts(w),
+    "files past their time": lambda w, _: _let_expire(w),
+    "a key that is created once": lambda w, _: api_keys.create(
+        w.db, caller=w.caller, request=api_keys.KeyRequest(name="once"), pepper=PEPPER, idempotency_key="i"
+    ),
+    "what a revoked key leaves": lambda w, _: _revoke(w),
+    "files that are let go": lambda w, _: _hide(w),
+    "a page of deliveries": lambda w, ids: delivery_log.list_page(
+        w.db, **owner(w), endpoint_id=ids["hook"], after=ids["delivery"]
+    ),
+    "a delivery and its tries": lambda w, ids: delivery_log.tries(
+        w.db, [delivery_log.get(w.db, **owner(w), delivery_id=ids["delivery"]).id]
+    ),
+    "a replay": lambda w, ids: delivery_log.replay(w.db, **owner(w), delivery_id=ids["delivery"]),
+    "deliveries that are due, and a try": lambda w, _: send(w, status_code=503),
+    "whether a delivery is due": lambda w, _: delivery_queue.claim(w.db, pepper=PEPPER, room=9, in_flight=[]),
+    "replays since a time": lambda w, ids: delivery_log.replay_failed(
+        w.db, **owner(w), endpoint_id=ids["hook"], since=w.clock.now
+    ),
+    "exports that are due, and what is written": lambda w, _: export(w),
+    "a look for exports": lambda w, _: tracker_exports.claim(w.db, types=["tensorboard"], limit=9),
+    "a repeated submission": lambda w, _: (
+        w.clock.turn(3600),
+        job_commands.made_before(w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True),
+    ),
+    "a repeated sweep": lambda w, _: creation.made_before(
+        w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True
+    ),
+}
+
+
+def _check_key(world: World) -> None:
+    with world.db.write() as session:
+        caller = replace(world.caller, api_key_id="key-00007", service_jobs_per_day=50)
+        quotas.check_key(session, caller, now=world.clock.now)
+
+
+def _new_secret(world: World) -> str:
+    return authentication.create(world.db, project_id=world.caller.project_id, name="new", pepper=PEPPER)[1]
+
+
+def _let_expire(world: World) -> None:
+    with world.db.write() as session:
+        garbage_collection._let_expire(session, now=1.0)  # pyright: ignore[reportPrivateUsage]
+
+
+def _revoke(world: World) -> None:
+    """All of a revocation except the check for the last operator's key, which reads all operators' keys."""
+    key_ids, project_ids = [world.caller.api_key_id], [world.caller.project_id]
+    with world.db.read() as session:
+        key = session.get_one(ApiKey, world.caller.api_key_id)
+        revocation._descendants(session, key)  # pyright: ignore[reportPrivateUsage]
+        revocation._unfinished(session, key_ids, project_ids)  # pyright: ignore[reportPrivateUsage]
+    revocation._cancel_sweeps(world.db, ["key-none"])  # pyright: ignore[reportPrivateUsage]
+    revocation._cancel_jobs(world.db, ["key-none"], project_ids)  # pyright: ignore[reportPrivateUsage]
+
+
+def _operator(world: World) -> Caller:
+    return replace(world.caller, is_operator=True)
+
+
+def _hide(world: World) -> None:
+    with world.db.write() as session:
+        artifact_index.hide_unused(session, manifest("adapter").digest)
+
+
+def test_no_statement_that_is_asked_often_reads_all_of_what_grows(world: World) -> None:
+    ids = lived_in(world)
+    whole: dict[str, dict[str, list[str]]] = {}
+
+    for what, act in ACTS.items():
+        with listening(world.db) as asked:
+            act(world, ids)
+        assert asked, what
+        found = {
+            statement: tables for statement, values in asked if (tables := read_whole(world.db, statement, values))
+        }
+        whole |= {what: found} if found else {}
+
+    assert whole == {}
+
+
+def test_a_statement_that_reads_all_is_seen(world: World) -> None:
+    lived_in(world)
+
+    with listening(world.db) as asked, world.db.read() as session:
+        session.connection().exec_driver_sql("select id from jobs where suffix = 'none'")
+
+    assert read_whole(world.db, *asked[-1]) == ["jobs"]
+
+
+def test_what_a_trainer_holds_is_found_without_reading_all_that_it_ever_held(world: World) -> None:
+    lived_in(world)
+
+    with listening(world.db) as asked:
+        job_logs.attempts_of(world.db, "t-00007", ended_after=world.clock.now)
+
+    ended = next((statement, values) for statement, values in asked if "ended_at > " in statement)
+    searched = [found for found in _searched(world.db, *ended) if "trainer_id" in found]
+    assert ["ended_at" in found for found in searched] == [True]
+
+
+def _searched(db: Database, statement: str, values: Any) -> list[str]:
+    """By which conditions indexes are looked into."""
+    with db.engine.connect() as connection:
+        if db.is_sqlite:
+            return [step.detail for step in connection.exec_driver_sql(f"explain query plan {statement}", values)]
+        told = connection.exec_driver_sql(f"explain {statement}", values).scalars()
+        return [line for line in told if "Index Cond" in line]

@@ -1,0 +1,139 @@
+"""SQLite's write lock is shared fairly: between the threads of a process, and between processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+from sqlalchemy import text
+
+from catalog.db.database import Database
+from catalog.db.write_queue import SUFFIX, FairLock
+from catalog.errors import Unavailable
+from catalog.tables import Pulse
+from tests.catalog.flooding import ADD, COUNTER
+
+ROOT = Path(__file__).parents[3]
+READ = text(f"select seen_at from pulse where id = {COUNTER}")
+ROUNDS = 10
+MOST_OVERTAKING = 4
+"""On average: one transaction is open and one is next; the rest is what begins before the waiting process asks."""
+
+
+@pytest.fixture
+def shared_db(tmp_path: Path, migrated_database: Path) -> Iterator[Database]:
+    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
+    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+    with database.write() as session:
+        session.add(Pulse(id=COUNTER, seen_at=0))
+    yield database
+    database.close()
+
+
+@contextmanager
+def flooded(db: Database) -> Iterator[None]:
+    """Another process writes to the database without a pause, and has begun to."""
+    argv = [sys.executable, "-m", "tests.catalog.flooding", db.url]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, cwd=ROOT) as flooder:
+        try:
+            while count(db) == 0:
+                assert flooder.poll() is None, "the flooding process has ended"
+            yield
+        finally:
+            assert flooder.stdin is not None
+            flooder.stdin.close()
+            flooder.wait(60)
+
+
+def count(db: Database) -> float:
+    with db.read() as session:
+        return session.execute(READ).scalar_one()
+
+
+def test_a_process_waits_for_few_of_the_transactions_of_another_that_writes_without_a_pause(
+    shared_db: Database,
+) -> None:
+    overtaking = 0.0
+
+    with flooded(shared_db):
+        for _ in range(ROUNDS):
+            before = count(shared_db)
+            with shared_db.write() as session:
+                overtaking += session.execute(READ).scalar_one() - before
+                session.execute(ADD)
+
+    assert overtaking <= MOST_OVERTAKING * ROUNDS
+
+
+def test_a_process_that_is_killed_while_it_is_next_holds_up_no_other(shared_db: Database) -> None:
+    argv = [sys.executable, "-m", "tests.catalog.flooding", shared_db.url]
+    with shared_db.write(), subprocess.Popen(argv, stdin=subprocess.PIPE, cwd=ROOT) as waiting:
+        while not is_occupied(shared_db):
+            assert waiting.poll() is None, "the waiting process has ended"
+        with pytest.raises(Unavailable), Database(shared_db.url).write_briefly():
+            pass
+        waiting.kill()
+
+    with shared_db.write_briefly() as session:
+        session.execute(ADD)
+
+    assert count(shared_db) == 1
+
+
+def is_occupied(db: Database) -> bool:
+    """Whether a process is next to write."""
+    path = db.url.removeprefix("sqlite:///") + SUFFIX
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def test_only_the_owner_can_open_the_turnstile(shared_db: Database) -> None:
+    path = Path(shared_db.url.removeprefix("sqlite:///") + SUFFIX)
+
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_threads_acquire_a_fair_lock_in_the_order_in_which_they_ask() -> None:
+    lock, order, started = FairLock(), list[int](), Barrier(2)
+    assert lock.acquire(0)
+
+    def wait(number: int) -> None:
+        started.wait(60)
+        assert lock.acquire(60)
+        order.append(number)
+        lock.release()
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(8):
+            pool.submit(wait, number)
+            started.wait(60)
+            while lock.num_waiting <= number:
+                pass
+        lock.release()
+
+    assert order == list(range(8))
+    assert lock.acquire(0), "it is free again"
+
+
+def test_a_thread_that_stops_waiting_for_a_fair_lock_is_passed_over() -> None:
+    lock = FairLock()
+    assert lock.acquire(0)
+
+    assert not lock.acquire(0.01)
+    lock.release()
+
+    assert lock.acquire(0)

@@ -1,0 +1,168 @@
+"""Which workers a service takes: those of its database's revision, and of a protocol in the window it has announced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from alembic.script import ScriptDirectory
+from sqlalchemy import update
+
+from catalog.db.database import Database, alembic_config
+from catalog.errors import Conflict, Unavailable, UnfitWorker
+from catalog.fleet import compatibility, cordons, workers
+from catalog.jobs import commands
+from catalog.queue import claims
+from catalog.states import EndReason, JobState
+from catalog.tables import Worker
+from tests.catalog.world import World
+
+
+@pytest.fixture
+def restored(world: World) -> Iterator[World]:
+    """Whose revision is put back: a later test may be given the same database."""
+    yield world
+    with world.db.write() as session:
+        session.execute(update(compatibility.REVISIONS).values(version_num=compatibility.code_revision()))
+
+
+def at_revision(world: World, revision: str) -> None:
+    with world.db.write() as session:
+        session.execute(update(compatibility.REVISIONS).values(version_num=revision))
+
+
+def announced(world: World, oldest: int, newest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a service whose code takes these."""
+    with monkeypatch.context() as patch:
+        patch.setattr(compatibility, "OLDEST_PROTOCOL", oldest)
+        patch.setattr(compatibility, "PROTOCOL", newest)
+        patch.setattr(compatibility, "lorry_version", lambda: "9.9.9")
+        compatibility.announce(world.db)
+
+
+def register(world: World, worker_id: str, protocol: int | None = None) -> None:
+    about = {"host": "here", "pid": 1, "devices": [{"kind": "cpu"}], "version": "1", "memory_bytes": 10**12}
+    workers.register_worker(world.db, worker_id=worker_id, protocol=protocol, **about)  # pyright: ignore[reportArgumentType]
+
+
+def beat(world: World, worker_id: str) -> bool:
+    """Whether it is told to drain."""
+    return claims.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None).drain
+
+
+@pytest.mark.parametrize(
+    ("revision", "code", "remedy"),
+    [
+        ("0001", "database_too_old", "python -m api bootstrap"),
+        ("9999", "worker_too_old", "Install the service's version"),
+    ],
+)
+def test_a_worker_of_another_revision_is_refused_with_what_to_do_and_writes_nothing(
+    restored: World, revision: str, code: str, remedy: str
+) -> None:
+    world = restored
+    at_revision(world, revision)
+
+    with pytest.raises(UnfitWorker) as refused:
+        register(world, "w1")
+
+    assert refused.value.code == code
+    assert f"it is at {revision}" in refused.value.message
+    assert remedy in refused.value.remedy
+    with pytest.raises(UnfitWorker):
+        compatibility.check(world.db)
+    at_revision(world, compatibility.code_revision())
+    with world.db.read() as session:
+        assert session.get(Worker, "w1") is None
+
+
+@pytest.mark.parametrize(
+    ("protocol", "code", "remedy"),
+    [(3, "worker_too_old", "Install the service's version"), (6, "worker_too_new", "Upgrade the service first")],
+)
+def test_a_worker_outside_the_window_of_protocols_is_refused_with_what_to_do(
+    world: World, monkeypatch: pytest.MonkeyPatch, protocol: int, code: str, remedy: str
+) -> None:
+    announced(world, 4, 5, monkeypatch)
+
+    with pytest.raises(UnfitWorker, match="takes workers of protocol 4 to 5") as refused:
+        register(world, "w1", protocol)
+
+    assert (refused.value.code, remedy in refused.value.remedy) == (code, True)
+    assert "Lorry 9.9.9" in refused.value.message
+    register(world, "w4", 4)
+    register(world, "w5", 5)
+
+
+def test_where_nothing_was_announced_a_worker_of_this_code_fits(world: World) -> None:
+    compatibility.check(world.db)
+    register(world, "w1")
+
+    with pytest.raises(UnfitWorker):
+        register(world, "w2", compatibility.PROTOCOL + 1)
+
+
+def test_a_service_takes_newer_tables_than_its_own_and_no_older_ones(restored: World) -> None:
+    world = restored
+    at_revision(world, "9999")
+    with world.db.read() as session:
+        compatibility.check_tables(session)
+
+    at_revision(world, "0001")
+
+    with pytest.raises(Conflict, match="it is at 0001, an older one") as refused, world.db.read() as session:
+        compatibility.check_tables(session)
+    assert refused.value.code == "database_too_old"
+    assert "python -m api bootstrap" in refused.value.remedy
+
+
+def test_every_revision_but_the_newest_is_older(db: Database) -> None:
+    known = {script.revision for script in ScriptDirectory.from_config(alembic_config(db.url)).walk_revisions()}
+
+    assert {revision for revision in known if not compatibility.is_older(revision)} == {compatibility.code_revision()}
+    assert compatibility.is_older(None)
+    assert not compatibility.is_older("of a later version")
+
+
+def test_a_database_without_tables_is_waited_for(empty_url: str) -> None:
+    database = Database(empty_url)
+
+    with pytest.raises(Unavailable, match="has not been set up"):
+        compatibility.check(database)
+    database.close()
+
+
+def test_workers_are_upgraded_one_by_one_while_jobs_go_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protocol 1 is that of the old workers; the service comes first, and takes both for a while."""
+    announced(world, 1, 1, monkeypatch)
+    register(world, "old", 1)
+    world.queued(seed=1)
+    (claim,) = world.claim("old", trainer_id="trainer-old")
+
+    announced(world, 1, 2, monkeypatch)
+    register(world, "new", 2)
+    world.queued(seed=2)
+    assert not beat(world, "old")
+    assert not beat(world, "new")
+    assert len(world.claim("new")) == 1
+    assert not world.beat(claim.claim_id, worker_id="old")[claim.claim_id].stale
+
+    announced(world, 2, 2, monkeypatch)
+    assert beat(world, "old")
+    assert not beat(world, "new")
+    assert world.claim("old") == []
+    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="The worker left.")
+    claims.end_worker(world.db, "old")
+    (again,) = [one for one in world.claim("new", trainer_id="t") if one.job.id == claim.job.id]
+    world.complete(again.claim_id)
+
+    job = world.job(claim.job.id)
+    assert (job.state, job.counted_attempts) == (JobState.SUCCEEDED, 0)
+    messages = [event.message for event in commands.events_since(world.db, **world.of(job.id), seq=0)]
+    assert any("Worker old is too old for Lorry 9.9.9" in message for message in messages)
+    with pytest.raises(UnfitWorker):
+        register(world, "old again", 1)
+    register(world, "its successor", 2)
+    with world.db.read() as session:
+        assert session.get_one(Worker, "its successor").cordon is None
+    assert cordons.OF_A_DRAIN not in str(messages)

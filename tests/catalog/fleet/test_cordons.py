@@ -1,0 +1,517 @@
+"""Workers that take nothing new: by a person's wish, or because one job after another failed there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import select
+
+from catalog.caller import Caller
+from catalog.errors import Conflict, NotFound
+from catalog.fleet import cordons, metrics, workers
+from catalog.fleet.cordons import Ended, failed_running, place
+from catalog.jobs import commands, explanation
+from catalog.plans import claims as plan_claims
+from catalog.queue import claims as queue_claims
+from catalog.scheduling.snapshot import Room
+from catalog.states import EndReason, JobState
+from catalog.tables import AuditEvent, Job, Worker
+from tests.catalog import plan_data
+from tests.catalog.world import LEASE, World
+from worker.node.devices import Device, cpu
+
+ALONE = Room(max_jobs=1, memory_bytes_free=10**12)
+
+
+def row(world: World, worker_id: str = "w1") -> Worker:
+    with world.db.read() as session:
+        return session.get_one(Worker, worker_id)
+
+
+def fail(
+    world: World,
+    *,
+    worker_id: str = "w1",
+    trainer: str,
+    reason: EndReason = EndReason.TRAINER_CRASHED,
+    caller: Caller | None = None,
+) -> str:
+    """One more job, which ends badly alone in a trainer of that name."""
+    training_file = world.file(caller=caller)
+    job = world.submit(caller=caller, training_file=training_file, seed=len(trainer))
+    world.prepare_all()
+    (claim,) = [one for one in world.claim(worker_id, trainer_id=trainer) if one.job.id == job.id]
+    queue_claims.end(world.db, claim.claim_id, reason=reason, detail=f"Trainer {trainer} ended.")
+    return job.id
+
+
+def why(world: World, job_id: str) -> dict[str, Any]:
+    return explanation.explain(world.db, **world.of(job_id))
+
+
+def messages(world: World, job_id: str) -> list[str]:
+    return [event.message for event in commands.events_since(world.db, **world.of(job_id), seq=0)]
+
+
+def test_a_cordoned_worker_finishes_what_it_holds_and_takes_nothing_new(world: World) -> None:
+    world.worker()
+    held = world.running()
+
+    cordons.cordon(world.db, "w1", reason="Its fan is loud.")
+
+    waiting, unprepared = world.queued(), world.submit()
+    plan_data.ready(world)
+    assert world.claim() == []
+    assert world.claim(pack_key=held.job.pack_key, trainer_id="trainer-w1") == []
+    assert queue_claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is None
+    assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
+    assert not queue_claims.worker_beat(world.db, "w1", resident_base=None, trainer_id=None, report=None).drain
+    assert not world.beat(held.claim_id)[held.claim_id].stale
+    world.complete(held.claim_id)
+    assert world.job(held.job.id).state == JobState.SUCCEEDED
+
+    cordons.uncordon(world.db, "w1")
+
+    assert [claim.job.id for claim in world.claim()] == [waiting.id]
+    prepared = queue_claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert prepared is not None
+    assert prepared.job.id == unprepared.id
+
+
+def test_a_job_is_told_what_becomes_of_its_worker(world: World) -> None:
+    world.worker()
+    held = world.running()
+
+    for act in (cordons.cordon, cordons.uncordon, cordons.drain):
+        act(world.db, "w1")
+
+    assert messages(world, held.job.id)[-3:] == [
+        "Worker w1 was cordoned: it finishes what it holds, this job too.",
+        "Worker w1 takes new jobs again.",
+        "Worker w1 was asked to leave: it saves this job, which goes on elsewhere. The attempt does not count.",
+    ]
+
+
+def test_who_asks_why_a_job_waits_is_told_of_the_cordon(world: World) -> None:
+    world.worker()
+    held = world.running()
+    waiting, unprepared = world.queued(), world.submit()
+    queue_claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+
+    cordons.cordon(world.db, "w1", reason="Its fan is loud.")
+
+    only = (
+        "Worker w1 is cordoned: Its fan is loud. It is the only worker that runs. "
+        "An operator lets one take jobs again: lorry workers uncordon ID."
+    )
+    assert why(world, waiting.id)["explanation"] == only
+    assert why(world, unprepared.id)["explanation"] == f"Its files wait to be prepared. {only}"
+    assert why(world, waiting.id)["closed_workers"] == [
+        {"worker_id": "w1", "by": "operator", "reason": "Its fan is loud."}
+    ]
+    assert "That worker is cordoned: it finishes this job" in why(world, held.job.id)["explanation"]
+
+    world.worker("w2")
+
+    told = why(world, waiting.id)["explanation"]
+    assert told.startswith("It is first in the queue and waits for a worker to have room.")
+    assert told.endswith("Its base is loaded elsewhere too, but: Worker w1 is cordoned: Its fan is loud.")
+    cordons.drain(world.db, "w2")
+    told = why(world, waiting.id)["explanation"]
+    assert "None of the 2 workers that run takes new jobs" in told
+    assert "Worker w1 is cordoned: Its fan is loud." in told or "Worker w2 is cordoned" in told
+
+
+def test_who_registers_at_the_place_of_a_cordoned_worker_that_has_gone_is_cordoned_too(world: World) -> None:
+    world.worker("first")
+    world.worker("beside")
+    cordons.cordon(world.db, "first", reason="Its fan is loud.")
+
+    world.worker("comes while the first is there")
+    world.worker("gpu", kind="cuda")
+    queue_claims.end_worker(world.db, "first")
+    world.worker("second")
+
+    cordoned = {worker.id for worker in workers.list_workers(world.db) if worker.cordon is not None}
+    assert cordoned == {"second"}
+    cordons.uncordon(world.db, "second")
+    queue_claims.end_worker(world.db, "second")
+    world.worker("third")
+    assert row(world, "third").cordon is None
+
+
+def test_a_device_is_the_same_place_once_it_was_read_back_from_the_record() -> None:
+    device = (
+        cpu(cores=(0, 1)).as_json(),
+        cpu().as_json(),
+        Device(kind="cuda", indices=(2, 3), name="GPU", memory_bytes=1).as_json(),
+    )
+
+    assert place(json.loads(json.dumps(device))) == place(device)
+    assert len({repr(place([one])) for one in device}) == 3
+
+
+def test_the_cordon_of_a_worker_of_this_code_s_own_devices_is_its_successor_s(world: World) -> None:
+    about: dict[str, Any] = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**9}
+    devices = [cpu().as_json()]
+    workers.register_worker(world.db, worker_id="old", devices=devices, **about)
+    cordons.drain(world.db, "old")
+    queue_claims.end_worker(world.db, "old")
+
+    workers.register_worker(world.db, worker_id="new", devices=devices, **about)
+
+    assert row(world, "new").cordon is not None
+
+
+def test_of_several_workers_at_one_place_as_many_stay_cordoned_as_were(world: World) -> None:
+    for worker_id in ("w1", "w2", "w3"):
+        world.worker(worker_id)
+    cordons.cordon(world.db, "w2", reason="Its fan is loud.")
+    for worker_id in ("w2", "w1", "w3"):
+        world.clock.turn(1)
+        queue_claims.end_worker(world.db, worker_id)
+
+    for worker_id in ("w4", "w5", "w6"):
+        world.worker(worker_id)
+
+    cordoned = [one.id for one in workers.list_workers(world.db) if one.cordon is not None]
+    assert cordoned == ["w4"]
+    cordons.uncordon(world.db, "w4")
+    queue_claims.end_worker(world.db, "w4")
+    world.worker("w7")
+    assert row(world, "w7").cordon is None
+
+
+def test_who_follows_a_killed_worker_at_once_is_cordoned_as_soon_as_that_one_counts_as_gone(world: World) -> None:
+    world.worker("old")
+    cordons.cordon(world.db, "old", reason="Its fan is loud.")
+    world.clock.turn(1)
+    world.worker("new")
+    world.worker("gpu", kind="cuda")
+
+    def is_cordoned_after(seconds: float) -> bool:
+        world.clock.turn(seconds)
+        for worker_id in ("new", "gpu"):
+            workers.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None)
+        return row(world, "new").cordon is not None
+
+    assert not is_cordoned_after(workers.SILENT_SECONDS - 10)
+    assert is_cordoned_after(20)
+    assert row(world, "gpu").cordon is None
+    cordons.uncordon(world.db, "new")
+    assert not is_cordoned_after(10)
+
+
+def test_what_follows_a_drained_worker_takes_nothing_before_it_is_uncordoned(world: World) -> None:
+    world.worker("old")
+    cordons.drain(world.db, "old")
+    queue_claims.end_worker(world.db, "old")
+
+    world.worker("new")
+
+    world.queued()
+    assert not row(world, "new").drain_requested
+    assert world.claim("new") == []
+    cordons.uncordon(world.db, "new")
+    assert len(world.claim("new")) == 1
+
+
+def test_a_worker_that_is_not_there_is_refused_by_name(world: World) -> None:
+    world.worker("gone")
+    queue_claims.end_worker(world.db, "gone")
+
+    for act in (cordons.cordon, cordons.drain):
+        with pytest.raises(Conflict, match="Worker gone has ended"):
+            act(world.db, "gone")
+    for act in (cordons.cordon, cordons.uncordon, cordons.drain):
+        with pytest.raises(NotFound, match="nobody"):
+            act(world.db, "nobody")
+
+
+def test_a_node_that_fails_three_jobs_running_is_cordoned_with_the_evidence(world: World) -> None:
+    world.worker()
+    failed = [fail(world, trainer=name) for name in ("t1", "t2")]
+    assert row(world).cordon is None
+
+    failed.append(fail(world, trainer="t3", reason=EndReason.NODE_FAILED))
+
+    found = row(world).cordon
+    assert found is not None
+    assert (found["by"], found["reason"]) == ("service", cordons.OF_THE_SERVICE)
+    assert [(one["job_id"], one["trainer_id"], one["reason"]) for one in found["evidence"]] == [
+        (failed[2], "t3", "node_failed"),
+        (failed[1], "t2", "trainer_crashed"),
+        (failed[0], "t1", "trainer_crashed"),
+    ]
+    assert found["evidence"][0]["detail"] == "Trainer t3 ended."
+    with world.db.read() as session:
+        noted = session.scalars(select(AuditEvent).order_by(AuditEvent.seq.desc())).first()
+    assert noted is not None
+    assert (noted.type, noted.object_id, noted.actor_type) == ("worker.cordoned", "w1", "server")
+    assert sorted(noted.details["jobs"]) == sorted(failed)
+    assert all("failed on it one after the other" in messages(world, job_id)[-1] for job_id in failed)
+    world.clock.turn(60)
+    world.beat(worker_id="w1")
+    assert world.claim() == []
+    world.worker("w2")
+    assert len(world.claim("w2")) == 3  # the others go on
+
+
+def test_what_failed_before_an_operator_uncordoned_it_counts_no_more(world: World) -> None:
+    world.worker()
+    for name in ("t1", "t2", "t3"):
+        fail(world, trainer=name)
+    cordons.uncordon(world.db, "w1")
+
+    fail(world, trainer="t4")
+    fail(world, trainer="t5")
+
+    assert row(world).cordon is None
+    fail(world, trainer="t6")
+    assert row(world).cordon is not None
+
+
+def test_one_job_that_succeeds_in_between_clears_a_node(world: World) -> None:
+    world.worker()
+    fail(world, trainer="t1")
+    fail(world, trainer="t2")
+    world.complete(world.running().claim_id)
+
+    fail(world, trainer="t3")
+
+    assert row(world).cordon is None
+
+
+def test_a_poison_job_and_those_beside_it_are_no_fault_of_the_node(world: World) -> None:
+    world.worker()
+    for _ in range(3):
+        world.queued(seed=7)
+    for _ in range(2):  # until each of them is suspect, and trains alone
+        for claim in world.claim(trainer_id=f"t{world.clock()}"):
+            queue_claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+        world.clock.turn(60)
+
+    (poison,) = world.claim(trainer_id="alone")
+    queue_claims.end(world.db, poison.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+
+    assert world.job(poison.job.id).state == JobState.FAILED
+    assert row(world).cordon is None
+
+
+def busy_stranger(world: World) -> None:
+    """Another project that uses the service: a job of it has trained on another worker."""
+    world.worker("w9", host="far")
+    world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    world.prepare_all()
+    (claim,) = world.claim("w9")
+    world.complete(claim.claim_id)
+
+
+def test_jobs_of_one_project_cordon_no_worker_of_a_service_that_others_use(world: World) -> None:
+    world.worker()
+    busy_stranger(world)
+
+    for name in ("t1", "t2", "t3", "t4", "t5"):
+        fail(world, trainer=name)
+
+    assert row(world).cordon is None
+
+
+def test_jobs_of_two_projects_that_fail_cordon_their_worker(world: World) -> None:
+    world.worker()
+    fail(world, trainer="t1")
+    fail(world, trainer="t2")
+
+    fail(world, trainer="t3", caller=world.stranger)
+
+    assert row(world).cordon is not None
+
+
+def test_a_job_that_crashes_together_with_anothers_is_no_second_witness(world: World) -> None:
+    """Jobs of another project share the trainers of crashing jobs, and end with them."""
+    world.worker()
+    for number in range(4):
+        for caller in (world.caller, world.stranger):
+            world.submit(caller=caller, training_file=world.file(caller=caller), seed=number)
+        world.prepare_all()
+        held = world.claim(trainer_id=f"t{number}")
+        is_crash = any(claim.job.project_id == world.caller.project_id for claim in held)
+        for claim in held:
+            reason = EndReason.TRAINER_CRASHED if is_crash else EndReason.DRAINED
+            queue_claims.end(world.db, claim.claim_id, reason=reason, detail="")
+        world.clock.turn(60)
+        world.beat()
+
+    assert row(world).cordon is None
+
+
+def test_failed_jobs_of_one_project_that_progress_elsewhere_cordon_the_worker_that_failed_them(world: World) -> None:
+    world.worker()
+    busy_stranger(world)
+    failed = [fail(world, trainer=name) for name in ("t1", "t2", "t3")]
+    world.worker("w2", host="there")
+    world.clock.turn(3600)
+    for claim in world.claim("w2"):
+        world.complete(claim.claim_id, content=claim.job.id)
+    assert {world.job(job_id).state for job_id in failed} == {JobState.SUCCEEDED}
+    assert row(world).cordon is None
+
+    fail(world, trainer="t4")
+
+    assert row(world).cordon is not None
+
+
+def test_jobs_that_ran_out_of_memory_and_fit_elsewhere_are_no_evidence(world: World) -> None:
+    world.worker()
+    busy_stranger(world)
+    for name in ("t1", "t2", "t3"):
+        fail(world, trainer=name, reason=EndReason.CUDA_OOM)
+    world.worker("w2", host="there")
+    world.clock.turn(3600)
+    for claim in world.claim("w2"):
+        world.complete(claim.claim_id, content=claim.job.id)
+
+    fail(world, trainer="t4", reason=EndReason.CUDA_OOM)
+
+    assert row(world).cordon is None
+
+
+def test_failed_jobs_cordon_at_most_a_third_of_the_workers(world: World) -> None:
+    names = [f"w{number}" for number in range(1, 7)]
+    for name in names:
+        world.worker(name, host=name)
+
+    for name in names:
+        for number in range(3):
+            fail(world, worker_id=name, trainer=f"{name}-{number}", caller=world.stranger if number else None)
+
+    assert [name for name in names if row(world, name).cordon] == names[:2]
+
+
+def test_jobs_that_fail_before_they_begin_cordon_at_most_a_third_of_the_workers_too(world: World) -> None:
+    names = [f"w{number}" for number in range(1, 7)]
+    for name in names:
+        world.worker(name, host=name)
+        with world.db.write() as session:
+            session.get_one(Worker, name).cordon = (
+                {"by": "service", "reason": cordons.BEFORE_ANY_JOB} if name in names[:2] else None
+            )
+
+    for number in range(3):
+        fail(world, worker_id="w6", trainer=f"w6-{number}", caller=world.stranger if number else None)
+
+    assert row(world, "w6").cordon is None
+
+
+def test_an_outage_that_loses_every_worker_cordons_none(world: World) -> None:
+    world.worker()
+    for name in ("t1", "t2", "t3", "t4"):
+        fail(world, trainer=name, reason=EndReason.INFRA_LOST)
+
+    assert row(world).cordon is None
+
+
+def test_counts_tell_how_many_are_cordoned(world: World) -> None:
+    world.worker("w1")
+    world.worker("w2")
+    cordons.cordon(world.db, "w2")
+
+    assert metrics.read(world.db).workers_cordoned == 1
+
+
+def ends(*packs: str, reason: EndReason = EndReason.TRAINER_CRASHED) -> list[Ended]:
+    """One trainer for each text, whose letters are its jobs."""
+    return [
+        Ended(job_id=job, trainer_id=str(number), reason=reason) for number, pack in enumerate(packs) for job in pack
+    ]
+
+
+@pytest.mark.parametrize(
+    ("packs", "is_to_blame"),
+    [
+        (("a", "b", "c"), True),
+        (("a", "b"), False),
+        (("a", "a", "a", "b"), False),
+        (("a", "a", "a"), False),
+        (("pab", "pab", "p"), False),
+        (("pab", "pab", "p", "x"), False),
+        (("pab", "pab", "p", "x", "y"), True),
+        (("abc",), False),
+        (("abc", "abc", "a", "b", "c"), True),
+    ],
+)
+def test_a_node_is_to_blame_where_no_two_jobs_could_be(packs: tuple[str, ...], is_to_blame: bool) -> None:
+    assert bool(failed_running(ends(*packs))) is is_to_blame
+
+
+PACKS = st.lists(st.sets(st.sampled_from("abcdef"), min_size=1, max_size=4).map("".join), max_size=6)
+
+
+@given(PACKS, PACKS)
+def test_what_lies_before_a_success_never_counts(after: list[str], before: list[str]) -> None:
+    done = Ended(job_id="z", trainer_id="good", reason=EndReason.COMPLETED)
+
+    assert failed_running([*ends(*after), done, *ends(*before)]) == failed_running(ends(*after))
+
+
+@given(PACKS, st.sampled_from("abcdef"), st.sampled_from("abcdef"))
+def test_two_jobs_in_all_that_failed_never_cordon_a_node(packs: list[str], one: str, other: str) -> None:
+    with_one = [pack + (one if number % 2 else other) for number, pack in enumerate(packs)]
+
+    assert failed_running(ends(*with_one)) == []
+
+
+def test_where_no_job_had_begun_none_could_be_to_blame() -> None:
+    names = ("first", "second", "third")
+    before = [Ended(job_id="a", trainer_id=name, reason=EndReason.NODE_FAILED, culprit=name) for name in names]
+
+    assert failed_running(before) == before
+    assert failed_running([*before[:2], *ends("a", "a")]) != []
+    assert failed_running([before[0], *ends("b", "b", "b")]) == []
+
+
+@pytest.mark.parametrize("seconds_each", [1, 15, 200])
+def test_a_bad_node_is_found_before_any_of_three_jobs_has_used_up_its_attempts(world: World, seconds_each: int) -> None:
+    """Whatever a trainer takes to die, where it has room for one job."""
+    waiting = [world.queued().id for _ in range(3)]
+    world.worker()
+    for number in range(100):
+        held = world.claim(trainer_id=f"trainer-{number}", room=ALONE)
+        world.pass_time(seconds_each if held else 1, *(claim.claim_id for claim in held))
+        for claim in held:
+            queue_claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="It ended.")
+        if row(world).cordon is not None:
+            break
+
+    assert row(world).cordon is not None
+    assert [world.job(job_id).state for job_id in waiting] == [JobState.QUEUED] * 3
+
+
+def test_a_job_that_fails_while_no_other_waits_is_tried_again_at_once(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    world.pass_time(100, claim.claim_id)
+
+    queue_claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="It ended.")
+
+    world.pass_time(3)
+    assert [again.job.id for again in world.claim()] == [claim.job.id]
+
+
+def test_a_job_gives_way_to_nobody_that_its_worker_could_never_take(world: World) -> None:
+    world.worker(memory_bytes=10**9)
+    claim = world.running()
+    too_large = world.queued()
+    with world.db.write() as session:
+        job = session.get_one(Job, too_large.id)
+        job.own_bytes = job.least_bytes = 10**12
+    world.pass_time(100, claim.claim_id)
+
+    queue_claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="It ended.")
+
+    world.pass_time(3)
+    assert [again.job.id for again in world.claim()] == [claim.job.id]

@@ -1,0 +1,385 @@
+"""Gangs: all of a round join, or nobody trains; and one leads, whoever else would."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from catalog.fleet import cordons, gangs, workers
+from catalog.fleet.gangs import NotGathered, Place, Round
+from catalog.fleet.heard import Heard
+from catalog.jobs.explanation import explain
+from tests.catalog.world import Clock, World
+
+SILENT = 60.0
+JOIN = 300.0
+TASK = {"trainer_id": "trainer-1", "base_model": "smol"}
+KILLED = {"reason": "trainer_crashed", "detail": "The trainer was killed (signal 9).", "is_echo": False}
+FULL = KILLED | {"reason": "node_failed", "detail": "Its disk is full."}
+
+
+class Gang:
+    """Workers of one gang, by short names."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def place(self, worker_id: str) -> Place:
+        return Place(db=self.world.db, worker_id=worker_id, gang="pair", silent_seconds=SILENT)
+
+    def enter(self, *worker_ids: str, size: int = 2, min_size: int = 2, num_processes: int = 1) -> None:
+        about: dict[str, Any] = {"kind": "cpu", "num_processes": num_processes, "free_bytes": 10**9}
+        for worker_id in worker_ids:
+            self.world.worker(worker_id)
+            gangs.enter(self.place(worker_id), size=size, min_size=min_size, **about)
+
+    def beat(self, *worker_ids: str) -> None:
+        for worker_id in worker_ids:
+            self.world.beat(worker_id=worker_id)
+            workers.worker_beat(self.world.db, worker_id, resident_base=None, trainer_id=None, report=None)
+
+    def lead(self, worker_id: str) -> bool:
+        return gangs.lead(self.place(worker_id))
+
+    def open(self, leader_id: str, *others: str) -> Round:
+        return gangs.open_round(self.place(leader_id), members=[leader_id, *others], task=TASK, seconds=JOIN)
+
+    def called(self, worker_id: str) -> gangs.Call | None:
+        return gangs.standing(self.place(worker_id)).call
+
+    def member(self, worker_id: str) -> gangs.Member:
+        return next(one for one in gangs.standing(self.place(worker_id)).members if one.worker_id == worker_id)
+
+    def start(self, leader_id: str, led: Round) -> None:
+        gangs.start(self.place(leader_id), led.round_id, port=4711)
+
+    def has_started(self) -> bool:
+        call = self.called("w2")
+        return call is not None and call.port is not None
+
+
+@pytest.fixture
+def gang(world: World) -> Gang:
+    found = Gang(world)
+    found.enter("w1", "w2")
+    return found
+
+
+def refuses(act: Callable[[], object]) -> str:
+    with pytest.raises(NotGathered) as refused:
+        act()
+    return refused.value.message
+
+
+def test_a_round_starts_once_all_have_joined_and_each_knows_its_part(gang: Gang) -> None:
+    assert gang.lead("w1")
+    assert not gang.lead("w2")
+    led = gang.open("w1", "w2")
+    refused = refuses(lambda: gang.start("w1", led))
+
+    gangs.join(gang.place("w2"), led.round_id)
+    gang.start("w1", led)
+
+    call = gang.called("w2")
+    assert refused == "Worker w2 of the gang had not joined."
+    assert call is not None
+    assert (call.round_id, call.first_rank, call.port, call.has_joined) == (led.round_id, 1, 4711, True)
+    assert call.task == {**TASK, "num_ranks": 2}
+    assert gang.called("w1") is None
+
+
+def test_ranks_follow_from_how_many_processes_each_has(world: World) -> None:
+    gang = Gang(world)
+    gang.enter("w1", num_processes=4)
+    gang.enter("w2", "w3", num_processes=2)
+    gang.lead("w2")
+
+    led = gang.open("w2", "w1", "w3")
+
+    calls = [gang.called(worker) for worker in ("w1", "w3")]
+    assert [call and call.first_rank for call in calls] == [2, 6]
+    assert led.num_ranks == 8
+    assert led.workers == ["w2", "w1", "w3"]
+
+
+@pytest.mark.parametrize("why", ["silent", "ended", "cordoned", "leaving", "no member"])
+def test_none_is_called_where_one_can_not_be(gang: Gang, clock: Clock, why: str) -> None:
+    gang.lead("w1")
+    clock.turn(SILENT + 1)
+    gang.beat("w1", *([] if why == "silent" else ["w2"]))
+    if why == "ended":
+        workers.end_worker(gang.world.db, "w2")
+    if why == "cordoned":
+        cordons.cordon(gang.world.db, "w2")
+    if why == "leaving":
+        gangs.ask_to_leave(gang.place("w2"))
+
+    refused = refuses(lambda: gang.open("w1", "w3" if why == "no member" else "w2"))
+
+    assert "can't be called now" in refused
+    assert gang.called("w2") is None
+
+
+@pytest.mark.parametrize("why", ["silent", "ended", "told", "leaving", "late", "over"])
+def test_none_starts_where_one_is_lost_between_joining_and_the_start(gang: Gang, clock: Clock, why: str) -> None:
+    gang.lead("w1")
+    led = gang.open("w1", "w2")
+    gangs.join(gang.place("w2"), led.round_id)
+    clock.turn(SILENT + 1 if why != "late" else JOIN + 1)
+    gang.beat("w1", *([] if why == "silent" else ["w2"]))
+    if why == "ended":
+        workers.declare_lost(gang.world.db, "w2")
+    if why == "told":
+        assert gangs.leave(gang.place("w2"), led.round_id, end=KILLED)
+    if why == "leaving":
+        gangs.ask_to_leave(gang.place("w2"))
+    if why == "over":
+        gangs.end_round(gang.place("w1"), led.round_id)
+
+    refuses(lambda: gang.start("w1", led))
+
+    assert not gang.has_started()
+
+
+def test_who_joins_too_late_or_a_round_that_is_over_is_told(gang: Gang, clock: Clock) -> None:
+    gang.lead("w1")
+    first = gang.open("w1", "w2")
+    clock.turn(JOIN + 1)
+    gang.beat("w1", "w2")
+    late = refuses(lambda: gangs.join(gang.place("w2"), first.round_id))
+
+    second = gang.open("w1", "w2")
+
+    assert "too late" in late
+    assert "over" in refuses(lambda: gangs.join(gang.place("w2"), first.round_id))
+    assert not gangs.leave(gang.place("w2"), first.round_id, end=KILLED)
+    assert gangs.progress(gang.place("w1"), second.round_id).ended == {}
+
+
+def test_the_lead_goes_to_another_when_the_leader_is_gone_and_its_round_is_over(gang: Gang, clock: Clock) -> None:
+    gang.lead("w1")
+    led = gang.open("w1", "w2")
+    gangs.join(gang.place("w2"), led.round_id)
+    clock.turn(SILENT + 1)
+    gang.beat("w2")
+
+    assert gang.lead("w2")
+
+    gang.beat("w1")  # it was only stopped
+    assert not gang.lead("w1")
+    for act in (lambda: gang.start("w1", led), lambda: gang.open("w1", "w2")):
+        assert "led by w2" in refuses(act)
+    refuses(lambda: gangs.progress(gang.place("w1"), led.round_id))
+    gangs.end_round(gang.place("w1"), led.round_id)
+    assert gang.open("w2", "w1").workers == ["w2", "w1"]
+
+
+def test_a_cordoned_leader_ends_its_round_and_leads_no_other(gang: Gang) -> None:
+    gang.lead("w1")
+    led = gang.open("w1", "w2")
+    cordons.cordon(gang.world.db, "w1")
+    during = gang.lead("w2")
+
+    gangs.end_round(gang.place("w1"), led.round_id)
+
+    assert not during
+    assert gang.lead("w2")
+    assert not gang.lead("w1")
+
+
+def test_the_leader_learns_who_has_ended_and_who_is_lost(gang: Gang, clock: Clock) -> None:
+    gang.enter("w3")
+    gang.lead("w1")
+    led = gang.open("w1", "w2", "w3")
+    gangs.leave(gang.place("w2"), led.round_id, end=KILLED)
+    clock.turn(SILENT + 1)
+    gang.beat("w1", "w2")
+
+    found = gangs.progress(gang.place("w1"), led.round_id)
+
+    assert (found.ended, found.lost, found.num_others) == ({"w2": KILLED}, ("w3",), 2)
+    assert gang.called("w2") is None
+    assert "killed (signal 9)" in str(gangs.hindrance_of(found))
+
+
+def test_a_member_that_can_not_take_part_is_called_after_others_and_cordoned_at_the_third_time(gang: Gang) -> None:
+    gang.enter("w3")
+    gang.lead("w1")
+    missed: list[int] = []
+    for _ in range(3):
+        led = gang.open("w1", "w2")
+        missed.append(gang.member("w2").num_missed)
+        gangs.leave(gang.place("w2"), led.round_id, end=FULL)
+
+    (worker,) = (one for one in workers.list_workers(gang.world.db) if one.id == "w2")
+
+    assert missed == [0, 1, 2]
+    assert worker.cordon is not None
+    assert worker.cordon["reason"] == "It could not take part in 3 trainers of its gang running."
+    assert worker.cordon["evidence"] == [FULL]
+    assert not gang.member("w2").is_open
+    assert gang.member("w3").is_open
+
+
+def test_lateness_and_outages_are_no_reasons_of_its_own_by_which_a_member_is_cordoned(gang: Gang) -> None:
+    gang.lead("w1")
+    for _ in range(2):
+        gangs.missed(gang.place("w1"), gang.open("w1", "w2").round_id, ["w2"])
+    gangs.leave(gang.place("w2"), gang.open("w1", "w2").round_id, end=KILLED | {"reason": "infra_lost"})
+    are_open: list[bool] = []
+    for _ in range(3):
+        gangs.leave(gang.place("w2"), gang.open("w1", "w2").round_id, end=FULL)
+        are_open.append(gang.member("w2").is_open)
+
+    assert are_open == [True, True, False]
+
+
+@pytest.mark.parametrize("end", [KILLED | {"reason": "drained"}, KILLED | {"reason": "infra_lost"}])
+def test_who_leaves_or_meets_an_outage_is_not_cordoned(gang: Gang, end: dict[str, Any]) -> None:
+    gang.lead("w1")
+    for _ in range(4):
+        led = gang.open("w1", "w2")
+        gangs.leave(gang.place("w2"), led.round_id, end=end)
+
+    assert gang.member("w2").is_open
+
+
+def test_a_round_that_starts_clears_its_members_and_one_that_is_late_is_told_of(gang: Gang) -> None:
+    gang.lead("w1")
+    first = gang.open("w1", "w2")
+    gangs.missed(gang.place("w1"), first.round_id, ["w2"])
+    before = gang.member("w2").num_missed
+    second = gang.open("w1", "w2")
+    gangs.join(gang.place("w2"), second.round_id)
+
+    gang.start("w1", second)
+
+    assert (before, gang.member("w2").num_missed) == (1, 0)
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_database_whose_clock_is_set_loses_no_member_and_keeps_none_that_died(
+    gang: Gang, clock: Clock, hours: int
+) -> None:
+    own = [0.0]
+    heard = Heard(silent_seconds=SILENT, clock=lambda: own[0])
+    gang.lead("w1")
+    led = gang.open("w1", "w2")
+    place = replace(gang.place("w1"), heard=heard)
+    for _ in range(2):
+        clock.turn(10)
+        gang.beat("w1", "w2")
+        gangs.progress(place, led.round_id)
+    clock.turn(hours * 3600)
+
+    at_once = gangs.progress(place, led.round_id).lost
+    own[0] += SILENT / 2
+    gang.beat("w1")
+    in_time = gangs.progress(place, led.round_id).lost
+    own[0] += SILENT / 2
+    gang.beat("w1")
+    later = gangs.progress(place, led.round_id).lost
+
+    assert (at_once, in_time, later) == ((), (), ("w2",))
+
+
+def test_of_several_that_would_lead_at_once_one_does(gang: Gang) -> None:
+    gang.enter("w3", "w4")
+    names = ["w1", "w2", "w3", "w4"]
+
+    with ThreadPoolExecutor(4) as pool:
+        leads = list(pool.map(gang.lead, names))
+
+    assert leads.count(True) == 1
+    leader = names[leads.index(True)]
+    assert all(gang.lead(name) == (name == leader) for name in names)
+
+
+def test_a_job_is_told_how_many_of_its_gang_are_there(gang: Gang, clock: Clock) -> None:
+    job = gang.world.queued()
+    gang.lead("w1")
+    with_both = explain(gang.world.db, **gang.world.of(job.id))
+    clock.turn(SILENT + 1)
+    gang.beat("w1")
+
+    alone = explain(gang.world.db, **gang.world.of(job.id))
+
+    assert with_both["explanation"].startswith("It is first in the queue and waits for a worker to have room.")
+    assert alone["explanation"] == "It waits for others of a gang of workers. Of pair 1 of the 2 workers is there."
+    assert [one["workers"] for one in alone["gangs"]] == [["w1"]]
+
+
+NAMES = ("w1", "w2", "w3")
+ACTS = st.sampled_from(["lead", "open", "join", "start", "leave", "end", "wait", "die"])
+
+
+class Course:
+    """What three workers do, and what must then be so."""
+
+    def __init__(self, world: World, clock: Clock) -> None:
+        self.gang, self.clock = Gang(world), clock
+        self.rounds: dict[str, Round] = {}
+        self.joined: dict[str, set[str]] = {}
+        self.dead: set[str] = set()
+        for name in NAMES:
+            self.gang.enter(name, size=3, min_size=3)
+
+    def does(self, act: str, who: str) -> None:
+        with contextlib.suppress(NotGathered):
+            getattr(self, act)(who)
+
+    def lead(self, who: str) -> None:
+        self.gang.lead(who)
+
+    def open(self, who: str) -> None:
+        led = self.gang.open(who, *(name for name in NAMES if name != who))
+        assert not self.dead
+        self.rounds[who], self.joined[led.round_id] = led, {who}
+
+    def join(self, who: str) -> None:
+        if (call := self.gang.called(who)) is not None:
+            gangs.join(self.gang.place(who), call.round_id)
+            self.joined[call.round_id].add(who)
+
+    def leave(self, who: str) -> None:
+        if (call := self.gang.called(who)) is not None:
+            gangs.leave(self.gang.place(who), call.round_id, end=KILLED)
+            self.joined[call.round_id].discard(who)
+
+    def start(self, who: str) -> None:
+        if (led := self.rounds.get(who)) is not None:
+            self.gang.start(who, led)
+            assert self.joined[led.round_id] == set(NAMES)
+            assert not self.dead
+
+    def end(self, who: str) -> None:
+        if (led := self.rounds.get(who)) is not None:
+            gangs.end_round(self.gang.place(who), led.round_id)
+
+    def wait(self, _: str) -> None:
+        self.clock.turn(SILENT + 1)
+        self.gang.beat(*(name for name in NAMES if name not in self.dead))
+
+    def die(self, who: str) -> None:
+        workers.declare_lost(self.gang.world.db, who)
+        self.dead.add(who)
+
+
+@given(st.lists(st.tuples(ACTS, st.sampled_from(NAMES)), max_size=25))
+@example([("lead", "w1"), ("open", "w1"), ("join", "w2"), ("join", "w3"), ("start", "w1")])
+@example([("lead", "w1"), ("open", "w1"), ("join", "w2"), ("join", "w3"), ("die", "w3"), ("start", "w1")])
+@example([("lead", "w1"), ("open", "w1"), ("join", "w2"), ("die", "w1"), ("lead", "w2"), ("start", "w1")])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_comes_in_whichever_order_a_round_that_starts_has_all_of_its_members(
+    world: World, clock: Clock, acts: list[tuple[str, str]]
+) -> None:
+    course = Course(world, clock)
+    for act, who in acts:
+        course.does(act, who)

@@ -1,0 +1,218 @@
+"""The fleet's numbers are what counting would give. (What reading them costs: test_query_plans.py.)"""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from alembic import command
+from sqlalchemy import select
+
+from catalog.db.database import Database, alembic_config
+from catalog.fleet import metrics
+from catalog.fleet.metrics import Numbers
+from catalog.jobs import commands
+from catalog.lifecycle import recovery
+from catalog.queue import claims
+from catalog.registry import adapters
+from catalog.states import EndReason, JobState, PriorityClass
+from catalog.tables import Job, WebhookDelivery, WebhookEndpoint
+from catalog.usage import counters
+from tests.catalog.world import LEASE, Clock, World
+
+
+def read(world: World) -> Numbers:
+    return metrics.read(world.db)
+
+
+def counted(world: World) -> dict[tuple[str, int], int]:
+    """Jobs by state and class, one by one."""
+    with world.db.read() as session:
+        rows = session.execute(select(Job.state, Job.priority)).all()
+    return dict(Counter((row[0], row[1]) for row in rows))
+
+
+def kept(world: World) -> dict[tuple[str, int], int]:
+    return {(state.value, int(each)): number for (state, each), number in read(world).jobs.items() if number}
+
+
+def test_what_is_kept_is_what_counting_gives_after_every_way_that_a_job_can_go(world: World) -> None:
+    world.worker()
+    finished, failing, released = world.running(), world.running(priority="urgent"), world.running(priority="batch")
+    adapter = world.complete(finished.claim_id)
+    claims.end(world.db, failing.claim_id, reason=EndReason.USER_ERROR, detail="no")
+    claims.end(world.db, released.claim_id, reason=EndReason.DRAINED, detail="left")
+    paused, cancelled = world.submit(priority="urgent"), world.submit()
+    commands.pause(world.db, **world.of(paused.id))
+    commands.cancel(world.db, **world.of(cancelled.id))
+    world.submit(priority="batch")
+
+    found = read(world)
+
+    assert kept(world) == counted(world)
+    assert len(kept(world)) == 6
+    assert (found.claims, found.adapters, found.trained_tokens) == (3, 1, 5)
+    ended = {reason: number for reason, number in found.attempts_ended.items() if number}
+    assert ended == {EndReason.COMPLETED: 1, EndReason.USER_ERROR: 1, EndReason.DRAINED: 1}
+
+    adapters.delete(world.db, project_id=world.caller.project_id, name=adapter.id)
+    commands.resume(world.db, **world.of(paused.id))
+
+    assert read(world).adapters == 0
+    assert kept(world) == counted(world)
+
+
+def test_every_state_class_and_reason_is_told_before_there_is_any(world: World) -> None:
+    found = read(world)
+
+    assert set(found.jobs) == {(state, each) for state in JobState for each in PriorityClass}
+    assert set(found.attempts_ended) == set(EndReason)
+    assert {*found.jobs.values(), *found.oldest_wait_seconds.values(), *found.leases.values()} == {0}
+
+
+def test_the_oldest_wait_is_of_its_class_and_ends_when_it_is_claimed(world: World) -> None:
+    world.worker()
+    world.queued(priority="urgent")
+    world.clock.turn(50)
+    world.queued(priority="normal")
+    held = world.submit(priority="batch")
+    commands.hold(world.db, **world.of(held.id))
+    world.prepare_all()
+    world.clock.turn(100)
+
+    waits = read(world).oldest_wait_seconds
+
+    assert waits[PriorityClass.urgent] == pytest.approx(150, abs=1)
+    assert waits[PriorityClass.normal] == pytest.approx(100, abs=1)
+    assert waits[PriorityClass.batch] == 0, "who is held does not wait"
+    world.claim()
+    assert set(read(world).oldest_wait_seconds.values()) == {0}
+
+
+def test_leases_are_told_while_they_are_held_when_they_are_past_and_once_they_are_ended(world: World) -> None:
+    world.worker()
+    world.running()
+    world.submit()
+    claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert read(world).leases == {"training": 1, "preparing": 1}
+    assert read(world).leases_overdue == 0
+
+    world.pass_time(LEASE + 1)
+
+    assert read(world).leases_overdue == 2
+    recovery.expire(world.db)
+    found = read(world)
+    assert (found.leases_overdue, found.leases_expired) == (0, {"training": 1, "preparing": 1})
+    assert found.leases == {"training": 0, "preparing": 0}
+    assert kept(world) == counted(world)
+
+
+def test_trainers_and_their_devices_are_told_as_their_workers_say(world: World) -> None:
+    for number, worker_id in enumerate(("w1", "w2", "silent")):
+        about: dict[str, Any] = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
+        devices = [{"kind": "cuda", "indices": [number % 2]}]
+        claims.register_worker(world.db, worker_id=worker_id, devices=devices, **about)
+    report = {"tokens_per_second": 10.0, "predicted_bytes": 70, "peak_bytes": 60}
+    report["device"] = {"power_watts": 300.0, "utilization_ratio": 0.9}
+    claim = world.running()
+    world.pass_time(70)
+    for worker_id, trainer_id in (("w1", "t1"), ("w2", None)):
+        base = claim.job.base_digest if trainer_id else None
+        claims.worker_beat(world.db, worker_id, resident_base=base, trainer_id=trainer_id, report=report)
+
+    found = read(world)
+
+    assert found.workers == {"busy": 1, "idle": 1, "draining": 0, "lost": 1, "ended": 0}
+    assert (found.trainers, found.trainer_jobs) == ({"smol": 1}, {"smol": 1})
+    first, second = ("node-1", "cuda:0"), ("node-1", "cuda:1")
+    assert found.tokens_per_second == {first: 10.0}, "a worker without a trainer repeats what the last one said"
+    assert (found.predicted_bytes, found.peak_bytes) == ({first: 70}, {first: 60})
+    assert found.devices[first] == {"memory_bytes": 100, "power_watts": 300.0, "utilization_ratio": 0.9}
+    assert second in found.devices
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ({"kind": "cpu", "indices": [], "cores": []}, "cpu"),
+        ({"kind": "cpu", "cores": [4, 5, 6, 7]}, "cpu:4-7"),
+        ({"kind": "cuda", "indices": [3]}, "cuda:3"),
+        ({"kind": "cuda", "indices": [0, 1]}, "cuda:0+1"),
+    ],
+)
+def test_two_workers_of_one_host_are_told_apart_by_their_devices(
+    world: World, device: dict[str, Any], name: str
+) -> None:
+    about: dict[str, Any] = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
+    claims.register_worker(world.db, worker_id="w1", devices=[device], **about)
+
+    assert set(read(world).devices) == {("node-1", name)}
+
+
+def test_webhooks_that_wait_and_how_long_the_first_was_due(world: World) -> None:
+    world.clock.turn(0)
+    now = world.clock.now
+    with world.db.write() as session:
+        about: dict[str, Any] = {"name": "n", "url": "u", "event_types": [], "salt": "s", "ending": "e"}
+        times = {"secret_made_at": now, "created_at": now, "updated_at": now}
+        session.add(WebhookEndpoint(id="hook", project_id=world.caller.project_id, **about, **times))
+        session.flush()
+        for number, due_in in enumerate((-30.0, 60.0, None)):
+            delivery = {"event_id": "e", "event_type": "t", "event_at": now, "data": {}, "created_at": now}
+            delivery |= {"status": "pending", "is_test": False, "num_tries": 0, "num_tries_before": 0}
+            due = None if due_in is None else now + due_in
+            session.add(WebhookDelivery(id=f"d{number}", endpoint_id="hook", next_try_at=due, **delivery))
+
+    found = read(world)
+
+    assert found.webhooks_pending == 2
+    assert found.webhooks_overdue_seconds == pytest.approx(30, abs=1)
+
+
+def test_what_was_not_committed_or_was_taken_back_is_not_kept(world: World) -> None:
+    with suppress(ValueError), world.db.write() as session:
+        counters.add(session, "claims")
+        raise ValueError
+
+    assert read(world).claims == 0
+
+
+def test_a_migration_counts_what_there_was_before_numbers_were_kept(empty_url: str) -> None:
+    database = Database(empty_url)
+    database.migrate()
+    world = World(database, Clock())
+    world.worker()
+    world.complete(world.running(priority="urgent").claim_id)
+    running, _ = world.running(), world.submit()
+    before = read(world)
+
+    command.downgrade(alembic_config(empty_url), "0032")
+    database.migrate()
+
+    found = read(world)
+    assert (found.claims, found.adapters, found.trained_tokens) == (2, 1, 5)
+    assert found.attempts_ended == before.attempts_ended
+    assert kept(world) == counted(world)
+    claims.end(database, running.claim_id, reason=EndReason.DRAINED, detail="left")
+    assert kept(world) == counted(world)
+    database.close()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_many_who_add_at_once_lose_nothing_and_wait_in_no_circle(db: Database, world: World) -> None:
+    def add(names: list[Any]) -> None:
+        for _ in range(40):
+            with db.write() as session:
+                for name in names:
+                    counters.add(session, name)
+
+    with ThreadPoolExecutor(4) as pool:
+        names = ["claims", "adapters"]
+        for done in [pool.submit(add, order) for order in (names, names[::-1]) * 2]:
+            done.result()
+
+    found = read(world)
+    assert (found.claims, found.adapters) == (160, 160)

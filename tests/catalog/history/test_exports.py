@@ -1,0 +1,210 @@
+"""What trackers are still to be told of a job: due while it trains and at its end, each point once, whoever writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from catalog.errors import InvalidRequest
+from catalog.history import tracker_exports
+from catalog.history.tracker_exports import Export, Follows
+from catalog.jobs import commands
+from catalog.queue import claims
+from catalog.states import EndReason
+from catalog.tables import Job
+from tests.catalog.world import World, request
+
+BOTH = [{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}, {"type": "tensorboard"}]
+ONE = [{"type": "tensorboard"}]
+TYPES = ("wandb", "tensorboard")
+
+
+def running(world: World, integrations: list[dict[str, Any]] | None = None) -> Job:
+    world.worker(integrations=TYPES)
+    return world.running(integrations=integrations or ONE).job
+
+
+def points(world: World, job: Job, *steps: int, kind: str = "train") -> None:
+    rows = [{"kind": kind, "step": step, "loss": 1.0 / (1 + step), "token_accuracy": 0.5} for step in steps]
+    claims.record_metrics(world.db, world.job(job.id).claim_id or "", rows)
+
+
+def claim(world: World, types: tuple[str, ...] = TYPES, limit: int = 9) -> list[Export]:
+    return tracker_exports.claim(world.db, types=types, limit=limit)
+
+
+def warnings(world: World, job: Job) -> list[str]:
+    found = commands.events_since(world.db, **world.of(job.id), seq=0)
+    return [event.message for event in found if event.level == "warn"]
+
+
+def test_an_export_is_due_from_the_time_that_its_job_trains(world: World) -> None:
+    world.worker(integrations=TYPES)
+    world.queued(integrations=BOTH)
+    before = claim(world)
+
+    world.claim()
+
+    assert before == []
+    assert claim(world, types=("mlflow",)) == []
+    assert [one.type for one in claim(world, types=("wandb",))] == ["wandb"]
+    assert [one.type for one in claim(world)] == ["tensorboard"]
+
+
+def test_each_point_is_handed_out_once_and_a_replayed_step_not_again(world: World) -> None:
+    job = running(world)
+    points(world, job, 1, 2)
+    points(world, job, 0, kind="valid")
+    (export,) = claim(world)
+
+    first = tracker_exports.look(world.db, export)
+    export, follows = tracker_exports.record(world.db, export, first, run_id="r")
+    points(world, job, 2, 3)
+    second = tracker_exports.look(world.db, export)
+
+    told = [(point["kind"], point["step"]) for point in first.points]
+    assert told == [("valid", 0), ("train", 1), ("train", 2)]
+    assert first.points[1]["values"] == {"train/loss": 0.5, "train/token_accuracy": 0.5}
+    assert (follows, export.run_id) == (Follows.GO_ON, "r")
+    assert [(point["kind"], point["step"]) for point in second.points] == [("train", 3)]
+    assert second.run["config"]["lora.rank"] == 16
+    assert second.run["options"] == {"name": None}
+
+
+def test_a_worker_that_dies_leaves_the_run_to_the_next_where_it_was(world: World) -> None:
+    job = running(world)
+    points(world, job, 1)
+    (first,) = claim(world)
+    tracker_exports.record(world.db, first, tracker_exports.look(world.db, first), run_id="r")
+
+    world.clock.turn(tracker_exports.CLAIM_SECONDS + 1)
+    (second,) = claim(world)
+    late = tracker_exports.record(world.db, first, tracker_exports.look(world.db, first), run_id="r")
+
+    assert (second.run_id, second.train_step) == ("r", 1)
+    assert late[1] is Follows.STALE
+
+
+def test_a_job_that_is_paused_lets_its_runs_sleep_until_it_trains_again(world: World) -> None:
+    job = running(world)
+    (export,) = claim(world)
+    commands.pause(world.db, **world.of(job.id))
+    claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.PAUSED_BY_USER, detail="")
+
+    _, follows = tracker_exports.record(world.db, export, tracker_exports.look(world.db, export), run_id="r")
+    world.clock.turn(10 * tracker_exports.CLAIM_SECONDS)
+    asleep = claim(world)
+    commands.resume(world.db, **world.of(job.id))
+    world.claim()
+
+    assert (follows, asleep) == (Follows.SLEEP, [])
+    assert [one.run_id for one in claim(world)] == ["r"]
+
+
+def test_the_end_is_told_after_the_last_point_with_the_adapters_figures(world: World) -> None:
+    job = running(world)
+    (export,) = claim(world)
+    points(world, job, *range(1, tracker_exports.MAX_POINTS + 11))
+    adapter = world.complete(world.job(job.id).claim_id or "")
+
+    first = tracker_exports.look(world.db, export)
+    export, follows = tracker_exports.record(world.db, export, first, run_id="r")
+    last = tracker_exports.look(world.db, export)
+    _, done = tracker_exports.record(world.db, export, last, run_id="r")
+
+    assert (len(first.points), first.end, follows) == (tracker_exports.MAX_POINTS, None, Follows.GO_ON)
+    assert len(last.points) == 10
+    assert last.end is not None
+    assert (last.end["status"], last.end["adapter"]) == ("succeeded", adapter.name)
+    assert last.end["numbers"] == {"final.trained_tokens": 5}
+    assert done is Follows.DONE
+    world.clock.turn(10 * tracker_exports.CLAIM_SECONDS)
+    assert claim(world) == []
+
+
+def test_an_end_that_comes_while_the_run_is_written_is_not_missed(world: World) -> None:
+    job = running(world)
+    (export,) = claim(world)
+    news = tracker_exports.look(world.db, export)
+
+    commands.cancel(world.db, **world.of(job.id))
+    claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.CANCELLED_BY_USER, detail="")
+    export, follows = tracker_exports.record(world.db, export, news, run_id="r")
+
+    assert follows is Follows.GO_ON
+    end = tracker_exports.look(world.db, export).end
+    assert end is not None
+    assert end["status"] == "cancelled"
+
+
+def test_a_failure_is_told_once_tried_again_later_and_given_up_in_the_end(world: World) -> None:
+    job = running(world)
+    waits: list[float] = []
+    for _ in range(tracker_exports.MAX_FAILURES):
+        (export,) = claim(world)
+        tracker_exports.fail(world.db, export, "No such host.")
+        failed_at = world.clock.now
+        while not (found := claim(world)) and world.clock.now < failed_at + 3 * 3600:
+            world.clock.turn(10)
+        waits.append(world.clock.now - failed_at)
+        for one in found:
+            tracker_exports.release(world.db, one)
+
+    first, last = warnings(world, job)
+    assert "tensorboard could not be written: No such host. Training goes on" in first
+    assert "given up" in last
+    assert waits == sorted(waits)
+    assert world.job(job.id).state == "running"
+
+
+def test_a_tracker_that_no_worker_has_is_refused_and_awaited_where_no_worker_lives(world: World) -> None:
+    awaited = world.submit(integrations=BOTH)
+    world.worker(integrations=("tensorboard",))
+
+    with pytest.raises(InvalidRequest, match="No worker can write to wandb") as refused:
+        world.submit(integrations=BOTH)
+
+    assert (refused.value.code, refused.value.param) == ("integration_unavailable", "integrations.0.type")
+    assert "lorry[integrations]" in refused.value.remedy
+    assert awaited.requested["integrations"] == BOTH
+    assert world.submit(integrations=ONE).id
+
+
+def test_a_job_can_not_choose_the_entity_that_the_service_writes_to(world: World) -> None:
+    world.worker(integrations=TYPES)
+
+    with pytest.raises(InvalidRequest, match="entity") as refused:
+        world.submit(integrations=[{"type": "wandb", "wandb": {"project": "p", "entity": "another-team"}}])
+
+    assert refused.value.code == "integration_entity_not_allowed"
+    assert refused.value.param == "integrations.0.wandb.entity"
+    assert "WANDB_ENTITY" in refused.value.remedy
+
+
+@pytest.mark.parametrize(
+    "integrations",
+    [
+        [{"type": "wandb"}],
+        [{"type": "wandb", "wandb": {"project": "a/b"}}],
+        [{"type": "wandb", "wandb": {"project": "p", "key": "secret"}}],
+        [{"type": "mlflow", "mlflow": {"tracking_uri": "http://10.0.0.1"}}],
+        [{"type": "tensorboard", "tensorboard": {"name": "../up"}}],
+        [{"type": "tensorboard", "wandb": {"project": "p"}}],
+        [{"type": "tensorboard"}, {"type": "tensorboard"}],
+        [{"type": "comet"}],
+    ],
+)
+def test_what_a_job_may_not_say_to_a_tracker_is_refused(integrations: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValidationError):
+        request(training_file="f", integrations=integrations)
+
+
+def test_a_job_without_integrations_costs_nothing(world: World) -> None:
+    running(world)
+    for one in claim(world):
+        tracker_exports.release(world.db, one)
+    plain = world.running()
+
+    assert {one.job_id for one in claim(world)} != {plain.job.id}

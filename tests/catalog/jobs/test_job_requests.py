@@ -1,0 +1,313 @@
+"""What may be asked of a job, what is refused and why, and what is warned of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from catalog.errors import InvalidRequest, LorryError, NotFound
+from catalog.jobs import commands
+from catalog.registry import base_models
+from tests.catalog.world import World, request
+
+
+def test_an_unknown_model_is_refused_with_the_names_there_are(world: World) -> None:
+    with pytest.raises(NotFound) as refusal:
+        world.submit(model="gpt-9")
+
+    assert refusal.value.code == "model_not_found"
+    assert refusal.value.param == "model"
+    assert "smol" in refusal.value.remedy
+
+
+def test_a_model_that_is_still_imported_or_failed_is_refused(world: World) -> None:
+    base_models.add(world.db, name="new", kind="hub", source="org/new", revision=None)
+    with pytest.raises(InvalidRequest, match="still being imported") as early:
+        world.submit(model="new")
+
+    world.fail_import("new", {"code": "unsupported_model", "message": "/srv/new is a picture."})
+    with pytest.raises(InvalidRequest, match=r"failed: unsupported_model\.$") as failed:
+        world.submit(model="new")
+
+    assert (early.value.code, failed.value.code) == ("model_not_ready", "model_import_failed")
+
+
+def test_an_operator_is_told_why_the_import_of_a_jobs_model_failed(world: World) -> None:
+    base_models.add(world.db, name="new", kind="hub", source="org/new", revision=None)
+    told = {"code": "unsupported_model", "message": "/srv/new is a picture.", "remedy": "Give a language model."}
+    world.fail_import("new", told)
+
+    with pytest.raises(InvalidRequest) as failed:
+        world.submit(model="new", caller=replace(world.caller, is_operator=True))
+
+    assert failed.value.message.endswith("failed: unsupported_model: /srv/new is a picture.")
+    assert failed.value.remedy == "Give a language model. Or choose another model."
+
+
+def test_advice_to_add_a_model_again_is_given_once(world: World) -> None:
+    base_models.add(world.db, name="new", kind="hub", source="org/new", revision=None)
+    remedy = "Look at the source; then add the same model again, which retries."
+    world.fail_import("new", {"code": "import_failed", "message": "It ended.", "remedy": remedy})
+
+    with pytest.raises(InvalidRequest) as failed:
+        world.submit(model="new", caller=replace(world.caller, is_operator=True))
+
+    assert failed.value.remedy == f"{remedy} Or choose another model."
+
+
+def test_a_failed_model_is_not_offered_and_one_that_comes_is_marked(world: World) -> None:
+    for name in ("broken", "coming"):
+        base_models.add(world.db, name=name, kind="hub", source=f"org/{name}", revision=None)
+    world.fail_import("broken", {"code": "unsupported_model", "message": "", "remedy": ""})
+
+    with pytest.raises(NotFound) as refusal:
+        world.submit(model="gpt-9")
+
+    assert refusal.value.remedy == "Base models here: coming (importing), smol."
+
+
+def with_rates(multiplier: float | str | None, rate: float | str | None) -> dict[str, Any]:
+    return {
+        **({"hyperparameters": {"learning_rate_multiplier": multiplier}} if multiplier is not None else {}),
+        **({"optimizer": {"learning_rate": rate}} if rate is not None else {}),
+    }
+
+
+@pytest.mark.parametrize("at_the_top", [True, False])
+def test_a_learning_rate_that_is_given_twice_must_be_the_same(world: World, at_the_top: bool) -> None:
+    fields = with_rates(2.0, 1e-3)
+    if not at_the_top:
+        fields["method"] = {"type": "supervised", "supervised": {"hyperparameters": fields.pop("hyperparameters")}}
+
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(**fields)
+
+    assert (refusal.value.code, refusal.value.param) == ("conflicting_learning_rates", "optimizer.learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "rate", "found"),
+    [
+        (None, None, (1.0, 2e-4)),
+        (2.0, "auto", (2.0, 4e-4)),
+        ("auto", 1e-3, (5.0, 1e-3)),
+        (None, 1e-3, (5.0, 1e-3)),
+        (5.0, 1e-3, (5.0, 1e-3)),
+    ],
+)
+def test_a_learning_rate_and_its_multiplier_say_the_same(
+    world: World, multiplier: Any, rate: Any, found: tuple[float, float]
+) -> None:
+    spec = world.submit(**with_rates(multiplier, rate)).spec
+
+    assert (spec["learning_rate_multiplier"], spec["optimizer"]["learning_rate"]) == pytest.approx(found)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+def test_sgd_and_adafactor_need_a_learning_rate_of_their_own(world: World, optimizer: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(optimizer={"type": optimizer})
+    assert (refusal.value.code, refusal.value.param) == ("learning_rate_required", "optimizer.learning_rate")
+    assert world.submit(optimizer={"type": optimizer, "learning_rate": 0.1}).id
+
+    spec = world.submit(optimizer={"type": "sgd", "momentum": 0.9}, hyperparameters={"learning_rate_multiplier": 500.0})
+    assert spec.spec["optimizer"]["learning_rate"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"early_stopping": {"patience": 2}}, "early_stopping"),
+        ({"evaluation": {"keep": "best"}}, "evaluation.keep"),
+        ({"evaluation": {"every_steps": 5, "keep": "best"}}, "evaluation.keep"),
+        ({"evaluation": {"every_steps": 5}}, "evaluation.every_steps"),
+    ],
+)
+def test_what_goes_by_the_held_out_loss_is_refused_without_a_validation_file(
+    world: World, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(**fields)
+    assert (refusal.value.code, refusal.value.param) == ("validation_file_required", param)
+
+    spec = world.submit(**fields, validation_file=world.file()).spec
+    assert spec["keep"] == ("last" if param == "evaluation.every_steps" else "best")
+
+
+def _warnings(world: World, **fields: Any) -> list[str]:
+    job = world.submit(**fields)
+    told = commands.events_since(world.db, **world.of(job.id), seq=0)
+    return [event.message for event in told if event.level == "warn"]
+
+
+def test_held_out_rows_that_are_those_of_the_training_are_warned_of(world: World) -> None:
+    (warning,) = _warnings(world, validation_file=world.file_id)
+
+    assert "the same rows" in warning
+    assert _warnings(world, validation_file=world.file()) == []
+
+
+def test_rows_longer_than_the_base_was_made_for_are_told_with_the_length_that_is_used(world: World) -> None:
+    longest = world.submit(max_length=100_000).spec["max_length"]
+
+    (warning,) = _warnings(world, max_length=longest + 1)
+
+    assert f"max_length is {longest} tokens" in warning
+    assert _warnings(world, max_length=longest) == []
+
+
+DECIDED: list[dict[str, Any]] = [{"early_stopping": {"patience": 2}}, {"evaluation": {"keep": "best"}}]
+
+
+def every(steps: int, fields: dict[str, Any]) -> dict[str, Any]:
+    return fields | {"evaluation": fields.get("evaluation", {}) | {"every_steps": steps}}
+
+
+@pytest.mark.parametrize("fields", DECIDED)
+def test_what_evaluations_decide_is_refused_where_none_comes_in_time(world: World, fields: dict[str, Any]) -> None:
+    """100 rows in batches of 4, once, are 25 steps."""
+    usual: dict[str, Any] = {
+        "validation_file": world.file(),
+        "hyperparameters": {"batch_size": 4, "n_epochs": 1},
+    }
+
+    ten: dict[str, Any] = {"max_steps": 10}
+    for asked in (every(26, fields), every(11, fields) | ten):
+        with pytest.raises(InvalidRequest, match="can't act") as refusal:
+            world.submit(**usual, **asked)
+        assert (refusal.value.code, refusal.value.param) == ("no_evaluation_in_time", "evaluation.every_steps")
+
+    for asked in (every(25, fields), every(10, fields) | ten, fields | ten):
+        assert world.submit(**usual, **asked).id
+
+
+@pytest.mark.parametrize("fields", DECIDED)
+def test_texts_that_are_split_may_give_more_steps_than_the_file_has_rows(world: World, fields: dict[str, Any]) -> None:
+    texts: dict[str, Any] = {"training_file": world.file(kind="text"), "validation_file": world.file(kind="text")}
+    split: dict[str, Any] = texts | {"data": {"overflow": "split"}} | every(100_000, fields)
+
+    assert world.submit(**split).id
+    with pytest.raises(InvalidRequest, match="can't act"):
+        world.submit(**split, max_steps=99_999)
+
+
+def test_evaluations_that_come_after_the_last_step_are_told_of_and_not_refused_where_they_decide_nothing(
+    world: World,
+) -> None:
+    held_out = world.file()
+
+    (warning,) = _warnings(world, validation_file=held_out, max_steps=10, evaluation={"every_steps": 11})
+
+    assert "every_steps is 11, and the job has 10 steps at most" in warning
+    assert "at the start and at the end alone" in warning
+    assert _warnings(world, validation_file=held_out, max_steps=10, evaluation={"every_steps": 10}) == []
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+def test_files_that_cannot_be_trained_on_are_refused_by_name(world: World, param: str) -> None:
+    foreign = world.file(caller=world.stranger)
+    results = world.file(purpose="fine-tune-results")
+    empty = world.file(num_rows=0)
+
+    codes: dict[str, str] = {}
+    for name, file_id in {"foreign": foreign, "none": "file-0", "purpose": results, "empty": empty}.items():
+        fields: dict[str, Any] = {param: file_id}
+        with pytest.raises(LorryError) as refusal:
+            world.submit(**fields)
+        assert refusal.value.param == param
+        codes[name] = refusal.value.code
+
+    assert codes == {
+        "foreign": "file_not_found",
+        "none": "file_not_found",
+        "purpose": "wrong_file_purpose",
+        "empty": "empty_file",
+    }
+
+
+def test_targets_that_match_nothing_are_refused_with_those_that_exist(world: World) -> None:
+    with pytest.raises(InvalidRequest, match="no linear layers named wq") as refusal:
+        world.submit(lora={"target_modules": ["q_proj", "wq"]})
+
+    assert refusal.value.code == "unknown_target_modules"
+    assert "q_proj, v_proj" in refusal.value.remedy
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora": {"rank": 0}},
+        {"optimizer": {"learning_rate": -1}},
+        {"optimizer": {"momentum": 0.9}},
+        {"optimizer": {"eps": 1e-46}},
+        {"optimizer": {"eps": 1e39}},
+        {"optimizer": {"type": "sgd", "beta1": 0.8}},
+        {"optimizer": {"type": "adafactor", "learning_rate": 0.1, "momentum": 0.9}},
+        {"optimizer": {"type": "sgd", "learning_rate": 0.1, "scale_floor": 0.1}},
+        {"optimizer": {"beta2_decay": -0.5}},
+        {"schedule": {"decay_ratio": 0.2}},
+        {"schedule": {"type": "wsd", "warmup_ratio": 0.3, "decay_ratio": 0.8}},
+        {"schedule": {"type": "wsd", "warmup_ratio": 0.9}},
+        {"early_stopping": {}},
+        {"early_stopping": {"patience": 0}},
+        {"hyperparameters": {"n_epochs": "many"}},
+        {"suffix": "a/b"},
+        {"suffix": "a\nb"},
+        {"suffix": "a\n"},
+        {"no_such_field": 1},
+    ],
+)
+def test_a_body_outside_the_limits_never_becomes_a_request(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        request(training_file="file-1", **fields)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "code"),
+    [
+        ({"loss": "last_turn"}, "text", "loss_needs_chat"),
+        ({"loss": "last_turn"}, "completion", "loss_needs_chat"),
+        ({"overflow": "split"}, "completion", "split_needs_text"),
+        ({"overflow": "split"}, None, "split_needs_text"),
+    ],
+)
+@pytest.mark.parametrize("field", ["training_file", "validation_file"])
+def test_what_does_not_suit_the_rows_of_a_file_is_refused(
+    world: World, data: dict[str, str], kind: str | None, code: str, field: str
+) -> None:
+    suits = world.file(kind="chat" if "loss" in data else "text")
+    unlike = world.file(kind=kind)
+
+    with pytest.raises(InvalidRequest) as refusal:
+        world.send(request(**{"training_file": suits, field: unlike}, data=data))
+
+    assert (refusal.value.code, refusal.value.param) == (code, f"data.{next(iter(data))}")
+    assert unlike in refusal.value.message
+    assert world.submit(training_file=suits, validation_file=suits, data=data).spec["data"].items() >= data.items()
+
+
+def test_prompts_need_held_out_data_and_are_bounded(world: World) -> None:
+    samples = {"prompts": ["a"], "max_tokens": 8}
+
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(evaluation={"samples": samples})
+
+    assert (refusal.value.code, refusal.value.param) == ("validation_file_required", "evaluation.samples")
+    job = world.submit(evaluation={"samples": samples}, validation_file=world.file())
+    assert job.spec["samples"] == samples
+    for wrong in ({"prompts": []}, {"prompts": ["a"] * 9}, {"prompts": [" "]}, {"prompts": ["a"], "max_tokens": 129}):
+        with pytest.raises(ValidationError):
+            request(evaluation={"samples": wrong})
+
+
+def test_a_whole_number_may_be_written_with_a_point_and_nothing_else_is_taken_for_one() -> None:
+    asked = request(training_file="f", lora={"rank": 8.0, "alpha": 4, "layers_to_transform": [1.0]}, max_length=64.0)
+
+    assert (asked.lora.rank, asked.lora.alpha, asked.lora.layers_to_transform, asked.max_length) == (8, 4.0, [1], 64)
+    assert isinstance(asked.lora.alpha, float)
+    for rank in (8.5, "8", True, 1e300):
+        with pytest.raises(ValidationError):
+            request(training_file="f", lora={"rank": rank})

@@ -1,0 +1,110 @@
+"""What cancelling, pausing and resuming do to a job in each of its states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from catalog.errors import Conflict
+from catalog.jobs import commands
+from catalog.queue import claims
+from catalog.states import EndReason, JobState
+from tests.catalog.world import World
+
+
+def test_a_waiting_job_is_cancelled_at_once(world: World) -> None:
+    validating = world.submit()
+    queued = world.queued()
+    paused = world.submit()
+    verbs: dict[str, Any] = {"project_id": world.caller.project_id}
+    commands.pause(world.db, job_id=paused.id, **verbs)
+
+    states = {commands.cancel(world.db, job_id=job.id, **verbs).state for job in (validating, queued, paused)}
+
+    assert states == {JobState.CANCELLED}
+    assert world.job(queued.id).finished_at is not None
+    assert world.job(queued.id).reason == EndReason.CANCELLED_BY_USER
+
+
+def test_a_running_job_is_cancelled_by_its_worker(world: World) -> None:
+    claim = world.running()
+
+    asked = commands.cancel(world.db, **world.of(claim.job.id))
+    orders = world.beat(claim.claim_id)
+    state = claims.end(world.db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="")
+
+    assert (asked.state, asked.cancel_requested) == (JobState.RUNNING, True)
+    assert orders[claim.claim_id].cancel
+    assert state == JobState.CANCELLED
+    assert not world.job(claim.job.id).cancel_requested
+
+
+def test_a_finished_job_takes_no_verb(world: World) -> None:
+    job = world.submit()
+    commands.cancel(world.db, **world.of(job.id))
+
+    for verb in (commands.cancel, commands.pause, commands.resume):
+        with pytest.raises(Conflict) as refusal:
+            verb(world.db, **world.of(job.id))
+        assert refusal.value.code == "job_already_final"
+        assert refusal.value.remedy
+
+
+def test_a_paused_job_whose_files_are_prepared_resumes_into_the_queue(world: World) -> None:
+    job = world.queued()
+    verb = world.of(job.id)
+
+    assert commands.pause(world.db, **verb).state == JobState.PAUSED
+    assert commands.pause(world.db, **verb).state == JobState.PAUSED
+    assert commands.resume(world.db, **verb).state == JobState.QUEUED
+
+    assert world.transitions(job.id)[-2:] == [("paused", "validating_files"), ("validating_files", "queued")]
+
+
+def test_a_job_paused_before_preparation_is_prepared_after_it_resumes(world: World) -> None:
+    job = world.submit()
+    verb = world.of(job.id)
+    commands.pause(world.db, **verb)
+
+    assert claims.next_unprepared(world.db, worker_id="w", lease_seconds=60) is None
+    assert commands.resume(world.db, **verb).state == JobState.VALIDATING_FILES
+    assert claims.next_unprepared(world.db, worker_id="w", lease_seconds=60) is not None
+
+
+def test_a_running_job_is_paused_by_its_worker_and_goes_on_from_there(world: World) -> None:
+    claim = world.running()
+    verb = world.of(claim.job.id)
+
+    commands.pause(world.db, **verb)
+    order = world.beat(claim.claim_id)[claim.claim_id]
+    state = claims.end(world.db, claim.claim_id, reason=EndReason.PAUSED_BY_USER, detail="")
+    commands.resume(world.db, **verb)
+
+    assert order.pause
+    assert state == JobState.PAUSED
+    assert world.claim()[0].attempt == 2
+    assert world.job(claim.job.id).counted_attempts == 0
+
+
+def test_a_pause_that_was_withdrawn_sends_the_job_back_to_the_queue(world: World) -> None:
+    claim = world.running()
+    verb = world.of(claim.job.id)
+    commands.pause(world.db, **verb)
+
+    commands.resume(world.db, **verb)
+    state = claims.end(world.db, claim.claim_id, reason=EndReason.PAUSED_BY_USER, detail="")
+
+    assert state == JobState.QUEUED
+
+
+def test_a_job_that_is_being_cancelled_is_neither_paused_nor_resumed(world: World) -> None:
+    claim = world.running()
+    verb = world.of(claim.job.id)
+    commands.cancel(world.db, **verb)
+    commands.cancel(world.db, **verb)
+
+    for ask, code in ((commands.pause, "job_cancelling"), (commands.resume, "job_not_paused")):
+        with pytest.raises(Conflict) as refusal:
+            ask(world.db, **verb)
+        assert refusal.value.code == code

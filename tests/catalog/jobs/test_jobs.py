@@ -1,0 +1,159 @@
+"""What a new job is, who sees it, that it is made once, and how lists and events are paged."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.jobs import commands
+from catalog.queue import claims
+from catalog.states import JobState
+from tests.catalog.world import World, request, sha
+
+
+def test_a_new_job_waits_for_its_files_to_be_validated(world: World) -> None:
+    job = world.submit(suffix="mine", metadata={"team": "a"}, priority="urgent", seed=7)
+
+    assert job.state == JobState.VALIDATING_FILES
+    assert job.spec["seed"] == 7
+    assert job.spec["lora"]["rank"] == 16
+    assert job.adapter_parameters == 16 * (128 + 80) * 2
+    assert job.pack_key == f"{sha('smol')}:bfloat16:causal-lm"
+    assert (job.labels, job.suffix, job.priority) == ({"team": "a"}, "mine", 0)
+    assert world.transitions(job.id) == [(None, "validating_files")]
+
+
+def test_a_job_without_a_seed_gets_one_by_chance(world: World) -> None:
+    seeds = {world.submit().spec["seed"] for _ in range(4)}
+
+    assert len(seeds) > 1
+
+
+def test_one_idempotency_key_makes_one_job(world: World) -> None:
+    body = request(training_file=world.file_id)
+
+    first = world.send(body, idempotency_key="k")
+    again = world.send(body, idempotency_key="k")
+    other_project = world.send(
+        request(training_file=world.file(caller=world.stranger)), caller=world.stranger, idempotency_key="k"
+    )
+
+    assert first.id == again.id != other_project.id
+    with pytest.raises(Conflict) as refusal:
+        world.send(request(training_file=world.file_id, seed=3), idempotency_key="k")
+    assert refusal.value.code == "idempotency_key_reused"
+
+
+@pytest.mark.parametrize("given", [{"idempotency_key": "k"}, {"is_client_retry": True}])
+def test_the_same_submission_many_times_at_once_is_one_job(world: World, given: dict[str, Any]) -> None:
+    body = request(training_file=world.file_id)
+
+    with ThreadPoolExecutor(8) as pool:
+        made = [future.result() for future in [pool.submit(world.send, body, **given) for _ in range(16)]]
+
+    assert len({job.id for job in made}) == 1
+    assert len(commands.list_page(world.db, project_id=world.caller.project_id).items) == 1
+
+
+def test_an_identical_body_is_the_same_job_only_as_a_retry_and_only_for_ten_minutes(world: World) -> None:
+    body = request(training_file=world.file_id)
+    first = world.send(body)
+
+    second = world.send(body)
+    retry = world.send(body, is_client_retry=True)
+    world.clock.turn(601)
+    late = world.send(body, is_client_retry=True)
+
+    assert len({first.id, second.id, late.id}) == 3
+    assert retry.id == second.id
+
+
+@pytest.mark.parametrize("key", ["", "k" * 256])
+def test_an_idempotency_key_has_a_length(world: World, key: str) -> None:
+    with pytest.raises(InvalidRequest, match="Idempotency-Key"):
+        world.send(request(training_file=world.file_id), idempotency_key=key)
+
+
+def test_what_is_anothers_does_not_exist(world: World) -> None:
+    job = world.submit()
+    theirs: dict[str, Any] = {"project_id": world.stranger.project_id, "job_id": job.id}
+
+    for ask in (
+        commands.get,
+        commands.cancel,
+        commands.pause,
+        commands.resume,
+        commands.explain,
+        commands.attempts,
+        commands.packmates,
+        commands.events_page,
+        commands.checkpoints_page,
+    ):
+        with pytest.raises(NotFound):
+            ask(world.db, **theirs)
+    with pytest.raises(NotFound):
+        commands.metrics(world.db, **theirs, kind="train")
+    with pytest.raises(NotFound):
+        commands.events_since(world.db, **theirs, seq=0)
+    assert commands.list_page(world.db, project_id=world.stranger.project_id).items == []
+
+
+def test_pages_follow_one_another_without_gap_or_repeat(world: World) -> None:
+    made = [world.submit().id for _ in range(5)]
+    seen: list[str] = []
+
+    after = None
+    while True:
+        page = commands.list_page(world.db, project_id=world.caller.project_id, after=after, limit=2)
+        seen += [job.id for job in page.items]
+        if not page.has_more:
+            break
+        after = seen[-1]
+
+    assert seen == made[::-1]
+    with pytest.raises(InvalidRequest) as refusal:
+        commands.list_page(world.db, project_id=world.caller.project_id, after="ftjob-0")
+    assert refusal.value.code == "unknown_cursor"
+
+
+def test_a_list_can_be_narrowed_by_labels(world: World) -> None:
+    labels = [{"a": "1"}, None, {"a": "1", 'odd"key': "x"}, {"a": "2"}, {"a": "1"}]
+    made = [world.submit(metadata=each).id for each in labels]
+
+    def listed(metadata: dict[str, str], limit: int = 20) -> list[str]:
+        page = commands.list_page(world.db, project_id=world.caller.project_id, metadata=metadata, limit=limit)
+        return [job.id for job in page.items]
+
+    assert listed({"a": "1"}) == [made[4], made[2], made[0]]
+    assert listed({"a": "1"}, limit=1) == [made[4]]
+    assert listed({'odd"key': "x"}) == [made[2]]
+    assert listed({}) == [made[1]]
+
+
+def test_events_are_read_backwards_in_pages_and_forwards_as_a_stream(world: World) -> None:
+    claim = world.running()
+    for i in range(3):
+        claims.record_event(world.db, claim.claim_id, "info", f"event {i}")
+    of_job = world.of(claim.job.id)
+
+    first = commands.events_page(world.db, **of_job, limit=2)
+    second = commands.events_page(world.db, **of_job, after=first.items[-1].seq, limit=100)
+    stream = commands.events_since(world.db, **of_job, seq=first.items[-1].seq)
+
+    assert [event.message for event in first.items] == ["event 2", "event 1"]
+    assert first.has_more
+    assert not second.has_more
+    assert second.items[0].message == "event 0"
+    assert [event.message for event in stream] == ["event 2"]
+    for unknown in (10**30, -1, 10**9):
+        with pytest.raises(InvalidRequest):
+            commands.events_page(world.db, **of_job, after=unknown)
+
+
+def test_an_id_that_no_database_can_hold_is_refused_or_not_found(world: World) -> None:
+    for job_id in ("ftjob-\0", "ftjob-\ud800"):
+        with pytest.raises((InvalidRequest, NotFound)):
+            commands.get(world.db, **world.of(job_id))

@@ -1,0 +1,209 @@
+"""Revoking a key: what is left of its work, cancelling it, and the keys that it created."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from catalog.audit import log
+from catalog.caller import Caller
+from catalog.errors import Conflict, Forbidden, Unauthorized
+from catalog.jobs import commands
+from catalog.states import JobState
+from catalog.sweeps import creation, revocation
+from catalog.sweeps.revocation import Revocation, Work
+from catalog.tables import AuditEvent, Sweep
+from catalog.tenancy import api_keys, authentication, projects
+from catalog.tenancy.api_keys import KeyRequest
+from tests.catalog.sweeping import add, advance, asked
+from tests.catalog.world import PEPPER, World, opens, sha
+
+HOUR = 3600.0
+NOTHING = Work(num_jobs=0, num_sweeps=0)
+
+
+def child_of(world: World, caller: Caller, **given: Any) -> tuple[Caller, str]:
+    """The holder of a key that this caller has created, and its secret."""
+    _, secret = api_keys.create(world.db, caller=caller, request=KeyRequest(name="child", **given), pepper=PEPPER)
+    return authentication.authenticate(world.db, secret=secret, pepper=PEPPER), secret
+
+
+def revoke(world: World, key: Caller, *, by: Caller | None = None, **given: Any) -> Revocation:
+    return revocation.revoke(world.db, caller=by or world.caller, api_key_id=key.api_key_id, **given)
+
+
+def sweep_of(world: World, caller: Caller, **fields: Any) -> str:
+    search = {"search": {"type": "random", "trials": 30, "seed": 0}, "parameters": {"lora.rank": {"min": 1, "max": 64}}}
+    request = asked(world, **{**search, **fields})
+    return creation.create(world.db, caller=caller, request=request, body_digest=sha(caller.api_key_id)).id
+
+
+def states(world: World, caller: Caller) -> set[tuple[str, bool]]:
+    """Of all jobs that the key created: state, and whether cancellation is requested."""
+    found = commands.list_page(world.db, project_id=caller.project_id, limit=100).items
+    return {(job.state, job.cancel_requested) for job in found if job.created_by == caller.api_key_id}
+
+
+def revocations(world: World) -> dict[str | None, dict[str, Any]]:
+    """The details of the audit events, by key."""
+    everybody = replace(world.caller, is_operator=True)
+    wanted = log.Filters(types=["api_key.revoked"])
+    found: list[AuditEvent] = log.list_page(world.db, caller=everybody, filters=wanted, limit=100).items
+    return {event.object_id: event.details for event in found}
+
+
+def test_a_revocation_reports_and_records_what_is_left(world: World) -> None:
+    key, _ = child_of(world, world.caller)
+    child_of(world, key)
+    world.submit(caller=key)
+    finished = world.submit(caller=key)
+    commands.cancel(world.db, project_id=key.project_id, job_id=finished.id)
+    sweep_of(world, key, max_concurrent=2)
+    world.submit()
+
+    found = revoke(world, key)
+
+    assert (found.left, found.num_valid_descendants) == (Work(num_jobs=3, num_sweeps=1), 1)
+    assert found.revoked == [key.api_key_id]
+    assert revocations(world) == {
+        key.api_key_id: {"unfinished_jobs": 3, "unfinished_sweeps": 1, "valid_descendants": 1, "cancel": False}
+    }
+    assert states(world, key) == {(JobState.VALIDATING_FILES, False), (JobState.CANCELLED, False)}
+
+
+def test_cancel_ends_the_jobs_and_sweeps_of_the_key_and_no_others(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revocation, "JOBS_AT_ONCE", 2)
+    key, _ = child_of(world, world.caller)
+    world.worker()
+    running, other = world.submit(caller=key), world.submit()
+    world.prepare_all()
+    world.claim()
+    sweep_id = sweep_of(world, key)
+    asked_for = sweep_of(world, world.caller, search={"type": "ask_tell", "trials": 2}, parameters={})
+    add(world, asked_for, 8)
+
+    found = revoke(world, key, cancel=True)
+    advance(world)
+
+    assert found.left == NOTHING
+    assert revocations(world)[key.api_key_id]["cancel"] is True
+    assert states(world, key) == {(JobState.CANCELLED, False), (JobState.RUNNING, True)}
+    assert world.job(running.id).cancel_requested
+    assert not world.job(other.id).cancel_requested
+    with world.db.read() as session:
+        assert session.get_one(Sweep, sweep_id).cancel_requested
+        assert session.get_one(Sweep, sweep_id).num_created == creation.AT_ONCE
+        assert not session.get_one(Sweep, asked_for).cancel_requested
+
+
+def test_a_revocation_that_was_interrupted_can_be_repeated(world: World) -> None:
+    key, _ = child_of(world, world.caller)
+    child, secret = child_of(world, key)
+    world.submit(caller=key)
+    world.submit(caller=child)
+    first = revoke(world, key)
+
+    again = revoke(world, key, cancel=True, with_descendants=True)
+
+    assert again.key.revoked_at == first.key.revoked_at
+    assert again.revoked == [key.api_key_id, child.api_key_id]
+    assert (again.left, again.num_valid_descendants) == (NOTHING, 0)
+    assert not opens(world, secret)
+
+
+def test_descendants_are_revoked_with_the_key_and_other_keys_are_not(world: World) -> None:
+    key, _ = child_of(world, world.caller)
+    child, _ = child_of(world, key)
+    grandchild, secret = child_of(world, child)
+    given: dict[str, Any] = {"overlap_seconds": HOUR, "pepper": PEPPER}
+    rotated, rotated_secret = api_keys.rotate(world.db, caller=grandchild, api_key_id=grandchild.api_key_id, **given)
+    sibling, sibling_secret = child_of(world, world.caller)
+    world.submit(caller=grandchild)
+
+    found = revoke(world, key, with_descendants=True)
+
+    expected = [key.api_key_id, child.api_key_id, grandchild.api_key_id, rotated.id]
+    assert list(found.revoked) == expected
+    assert found.left == Work(num_jobs=1, num_sweeps=0)
+    assert revocations(world).keys() == set(expected)
+    assert revocations(world)[key.api_key_id]["valid_descendants"] == 0
+    assert [opens(world, each) for each in (secret, rotated_secret, sibling_secret)] == [False, False, True]
+    assert sibling.api_key_id not in found.revoked
+
+
+def test_without_descendants_their_keys_stay_valid(world: World) -> None:
+    key, _ = child_of(world, world.caller)
+    _, secret = child_of(world, key)
+
+    assert revoke(world, key).num_valid_descendants == 1
+
+    assert opens(world, secret)
+
+
+def test_a_key_does_not_revoke_itself_as_a_descendant(world: World) -> None:
+    key, secret = child_of(world, world.caller)
+    child, _ = child_of(world, key)
+
+    with pytest.raises(Conflict) as refusal:
+        revoke(world, key, by=child, with_descendants=True)
+
+    assert refusal.value.code == "revokes_own_key"
+    assert opens(world, secret)
+    assert revoke(world, child, by=child, with_descendants=True).revoked == [child.api_key_id]
+
+
+def test_the_last_operators_key_is_not_revoked_as_a_descendant(world: World) -> None:
+    office = projects.ensure(world.db, "office")
+    _, secret = authentication.create(world.db, project_id=office.id, name="o", pepper=PEPPER, is_operator=True)
+    operator = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
+    given: dict[str, Any] = {"is_operator": True}
+    first, _ = child_of(world, operator, expires_at=world.clock.now + HOUR, **given)
+    revoke(world, first, by=operator)
+    second, _ = child_of(world, operator, **given)
+    third, _ = child_of(world, second, **given)
+    revoke(world, operator, by=third)
+
+    with pytest.raises(Conflict) as refusal:
+        revoke(world, second, by=second, with_descendants=True)
+
+    assert refusal.value.code == "last_operator_key"
+    assert revoke(world, second, by=third).key.revoked_at is not None
+
+
+def test_cancelling_needs_the_right_to_cancel_jobs(world: World) -> None:
+    key, secret = child_of(world, world.caller, scopes=["jobs:read"])
+    by, _ = child_of(world, world.caller, scopes=["keys:write", "jobs:read"])
+
+    with pytest.raises(Forbidden) as refusal:
+        revoke(world, key, by=by, cancel=True)
+
+    assert (refusal.value.code, refusal.value.param) == ("missing_scope", "cancel")
+    assert opens(world, secret)
+
+
+@pytest.mark.parametrize("what", ["a job", "a sweep", "a trial", "a key", "a rotation"])
+def test_a_key_that_is_revoked_during_a_request_creates_nothing(world: World, what: str) -> None:
+    key, _ = child_of(world, world.caller)
+    child, _ = child_of(world, key)
+    sweep_id = sweep_of(world, key, search={"type": "ask_tell", "trials": 2}, parameters={})
+    requests: dict[str, Callable[[], object]] = {
+        "a job": lambda: world.submit(caller=key),
+        "a sweep": lambda: sweep_of(world, key),
+        "a trial": lambda: creation.add_trial(world.db, caller=key, sweep_id=sweep_id, parameters={"lora.rank": 8}),
+        "a key": lambda: child_of(world, key),
+        "a rotation": lambda: api_keys.rotate(
+            world.db, caller=key, api_key_id=child.api_key_id, overlap_seconds=HOUR, pepper=PEPPER
+        ),
+    }
+    revoke(world, key)
+
+    with pytest.raises(Unauthorized) as refusal:
+        requests[what]()
+
+    assert refusal.value.code == "invalid_api_key"
+    assert commands.list_page(world.db, project_id=key.project_id).items == []

@@ -1,0 +1,291 @@
+"""A decision reads the first of each project and class, and finds what there is to find."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+from catalog.db.database import Database
+from catalog.jobs import commands
+from catalog.queue import claiming, claims, listing
+from catalog.resources import requirements
+from catalog.scheduling.snapshot import PATIENCE_SECONDS, PROMOTE_AFTER_SECONDS, Room
+from catalog.states import EndReason
+from catalog.tables import Job
+from tests.catalog.reading import rows_read, rows_scanned
+from tests.catalog.world import LEASE, Clock, World
+
+ONE = Room(max_jobs=1, memory_bytes_free=10**12)
+
+
+def theirs(world: World, **fields: Any) -> Job:
+    """A stranger's job, prepared and queued."""
+    job = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), **fields)
+    world.prepare_all()
+    return job
+
+
+def test_a_claim_reads_a_part_of_the_queue(world: World) -> None:
+    world.worker()
+    held, first, submitted = world.running().job, world.queued(), world.submit()
+    looks = {
+        "a new trainer": lambda: world.claim(room=ONE),
+        "a trainer that is loaded": lambda: world.claim(room=replace(ONE, resident_key=held.pack_key)),
+        "jobs that join": lambda: world.claim(pack_key=held.pack_key, room=ONE),
+        "files to prepare": lambda: claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE),
+    }
+
+    for job in (first, submitted):
+        world.flood(job, 4000)
+    found = {name: rows_read(world.db, look) for name, look in looks.items()}
+
+    assert {name: number for name, number in found.items() if not 0 < number < 2000} == {}
+
+
+@pytest.mark.parametrize("empty_url", ["postgresql"], indirect=True)
+def test_a_claim_reads_no_job_many_times_before_the_database_has_looked_at_its_tables(empty_url: str) -> None:
+    """Their rows are longer than a page by what it thinks of them then, so that it takes the table for empty."""
+    db = Database(empty_url, clock=(clock := Clock()))
+    db.migrate()
+    world = World(db, clock)
+    world.flood(world.queued(), 300)
+
+    number = rows_scanned(db, lambda: world.claim(room=ONE))
+    db.close()
+
+    assert 0 < number < 20 * 300
+
+
+def test_a_project_with_more_jobs_than_are_ever_looked_at_hides_nobody(world: World) -> None:
+    world.flood(world.queued(), listing.MAX_SHOWN + 10)
+    world.claim(room=ONE)
+    other = theirs(world)
+
+    shown = listing.snapshot(world.db, project_id=world.stranger.project_id)["jobs"]
+    (claim,) = world.claim("w2", room=ONE)
+
+    assert [(entry["job_id"], entry["position"]) for entry in shown] == [(other.id, 1)]
+    assert claim.job.id == other.id
+
+
+def test_jobs_that_are_too_large_do_not_hide_the_one_behind_them(world: World) -> None:
+    world.base("large", num_parameters=10**11)
+    world.flood(world.queued(model="large"), 40)
+    small = world.queued()
+
+    claimed = world.claim(room=Room(max_jobs=2, memory_bytes_free=10**10))
+
+    assert [claim.job.id for claim in claimed] == [small.id]
+
+
+def test_a_worker_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit(world: World) -> None:
+    world.worker()
+    held, first = world.running().job, world.queued()
+    world.flood(first, 2000)
+    full = Room(max_jobs=4, memory_bytes_free=1)
+    looks = {
+        "a new trainer": lambda: world.claim("w2", full),
+        "a trainer that is loaded": lambda: world.claim("w2", replace(full, resident_key=held.pack_key)),
+        "jobs that join": lambda: world.claim(pack_key=held.pack_key, room=replace(full, memory_bytes_when_empty=1)),
+    }
+
+    found = {name: rows_read(world.db, look) for name, look in looks.items()}
+
+    assert {name: number for name, number in found.items() if number >= 1000} == {}
+    assert world.job(first.id).state == "queued"
+
+
+def test_smaller_packmates_are_seen_behind_more_that_do_not_fit_than_there_are_places(world: World) -> None:
+    first = world.queued()
+    world.flood(world.queued(lora={"rank": 32}), 20)
+    small = world.queued()
+    room = Room(max_jobs=3, memory_bytes_free=alone(world, first) + alone(world, small) - (first.trainer_bytes or 0))
+
+    claimed = world.claim(room=room)
+    more = world.claim("w2", pack_key=first.pack_key, room=replace(room, memory_bytes_free=own(world, first)))
+
+    assert [claim.job.id for claim in claimed] == [first.id, small.id]
+    assert more == []
+
+
+def alone(world: World, job: Job) -> int:
+    return own(world, job) + (world.job(job.id).trainer_bytes or 0)
+
+
+def own(world: World, job: Job) -> int:
+    return world.job(job.id).own_bytes or 0
+
+
+def test_a_job_that_a_worker_of_an_older_version_left_in_the_queue_as_it_took_it_hides_nobody(world: World) -> None:
+    world.worker()
+    ghost = world.running()
+    with world.db.write() as session:
+        session.get_one(Job, ghost.job.id).queued_at = 1.0
+    job = world.queued()
+
+    claimed = world.claim(pack_key=ghost.job.pack_key, room=ONE)
+
+    assert [claim.job.id for claim in claimed] == [job.id]
+
+
+def test_a_trainer_is_not_let_run_empty_for_a_job_that_would_not_even_then_fit(world: World) -> None:
+    world.worker()
+    world.base("large", num_parameters=10**10)
+    live = world.running().job.pack_key
+    world.queued(model="large")
+    mate = world.queued()
+    world.clock.turn(2 * PATIENCE_SECONDS)
+
+    stopped = world.claim(pack_key=live, room=ONE)
+    joined = world.claim(pack_key=live, room=replace(ONE, memory_bytes_when_empty=10**9))
+
+    assert (stopped, [claim.job.id for claim in joined]) == ([], [mate.id])
+
+
+def test_what_a_job_of_long_ago_needs_is_reckoned_once_for_all(world: World) -> None:
+    jobs_of_before = [world.queued() for _ in range(3)]
+    large = world.queued(model=world.base("large", num_parameters=10**12))
+    with world.db.write() as session:
+        for job in session.query(Job):
+            job.own_bytes = job.saved_bytes = job.trainer_bytes = job.slice_bytes = None
+            job.least_bytes = 0
+
+    assert requirements.note_all(world.db, batch=2) == 4
+    assert requirements.note_all(world.db) == 0
+
+    again = world.job(jobs_of_before[0].id)
+    assert (again.own_bytes, again.least_bytes) == (jobs_of_before[0].own_bytes, jobs_of_before[0].least_bytes)
+    assert world.job(large.id).least_bytes > 10**12
+
+
+def test_packmates_are_found_however_deep_they_stand(world: World) -> None:
+    world.base("other")
+    first = world.queued()
+    world.flood(world.queued(model="other"), 60)
+    mate = world.queued()
+
+    claimed = world.claim(room=Room(max_jobs=4, memory_bytes_free=10**12))
+
+    assert [claim.job.id for claim in claimed] == [first.id, mate.id]
+
+
+def test_fifty_workers_at_once_each_get_a_job_of_their_own(world: World) -> None:
+    world.flood(world.queued(), 49)
+    start = Barrier(50)
+
+    def work(number: int) -> list[str]:
+        start.wait(60)
+        return [claim.job.id for claim in world.claim(f"w{number}", ONE)]
+
+    with ThreadPoolExecutor(50) as pool:
+        got = list(pool.map(work, range(50)))
+
+    assert [len(mine) for mine in got] == [1] * 50
+    assert len({job_id for mine in got for job_id in mine}) == 50
+
+
+def test_a_worker_whose_choice_others_took_gets_the_next_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.flood(world.queued(), 20)
+    decide: Any = claiming._choose
+    taken: list[str] = []
+
+    def decide_too_slowly(*given: Any) -> Any:
+        decision = decide(*given)
+        monkeypatch.setattr(claiming, "_choose", decide)
+        taken.extend(claim.job.id for _ in range(10) for claim in world.claim("quicker", ONE))
+        return decision
+
+    monkeypatch.setattr(claiming, "_choose", decide_too_slowly)
+
+    (claim,) = world.claim("slower", ONE)
+
+    assert len({*taken, claim.job.id}) == 11
+
+
+def test_a_job_that_was_prepared_before_its_needs_were_kept_is_claimed_by_what_it_needs(world: World) -> None:
+    job = world.queued()
+    needed = world.job(job.id)
+    with world.db.write() as session:
+        old = session.get_one(Job, job.id)
+        old.own_bytes = old.saved_bytes = old.trainer_bytes = old.slice_bytes = None
+    enough = (needed.own_bytes or 0) + (needed.trainer_bytes or 0)
+
+    assert world.claim(room=Room(max_jobs=1, memory_bytes_free=enough - 1)) == []
+    assert len(world.claim(room=Room(max_jobs=1, memory_bytes_free=enough))) == 1
+
+
+def test_waiting_is_reckoned_from_the_last_time_that_a_job_came_into_the_queue(world: World) -> None:
+    job = world.submit()
+    world.pass_time(100)
+    world.prepare_all()
+    world.pass_time(20)
+    assert round(commands.explain(world.db, **world.of(job.id))["waited_seconds"]) == 20
+
+    (claim,) = world.claim()
+    world.pass_time(100, claim.claim_id)
+    commands.pause(world.db, **world.of(job.id))
+    claims.end(world.db, claim.claim_id, reason=EndReason.PAUSED_BY_USER, detail="")
+    world.pass_time(100)
+    commands.resume(world.db, **world.of(job.id))
+    world.pass_time(30)
+
+    why = commands.explain(world.db, **world.of(job.id))
+    assert (round(why["waited_seconds"]), why["state"]) == (30, "queued")
+    (entry,) = listing.snapshot(world.db, project_id=None)["jobs"]
+    assert round(entry["waited_seconds"]) == 30
+
+
+def test_a_job_that_lost_its_worker_keeps_its_place_among_its_projects_jobs(world: World) -> None:
+    drained = world.running()
+    world.queued()
+    world.pass_time(30, drained.claim_id)
+
+    claims.end(world.db, drained.claim_id, reason=EndReason.DRAINED, detail="")
+
+    (again,) = world.claim(room=ONE)
+    assert again.job.id == drained.job.id
+
+
+def test_projects_take_turns_in_having_their_files_prepared(world: World) -> None:
+    ours = [world.submit() for _ in range(3)]
+    their_file = world.file(caller=world.stranger)
+    foreign = [world.submit(caller=world.stranger, training_file=their_file) for _ in range(2)]
+    pressing = world.submit(priority="urgent")
+
+    order = [claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) for _ in range(6)]
+
+    expected = [foreign[0], pressing, foreign[1], *ours]
+    assert [found.job.id for found in order if found] == [job.id for job in expected]
+
+
+def test_a_class_that_waits_to_be_prepared_rises(world: World) -> None:
+    world.worker()
+    patient, pressing = world.submit(priority="batch"), world.submit(priority="urgent")
+    world.flood(pressing, 5)
+
+    def next_one() -> str:
+        found = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+        assert found is not None
+        return found.job.id
+
+    first = next_one()
+    world.clock.turn(3 * PROMOTE_AFTER_SECONDS)
+    second, third = next_one(), next_one()
+
+    assert first == pressing.id
+    assert patient.id in (second, third)
+    assert next_one() not in (patient.id, pressing.id)
+
+
+def test_a_submission_says_that_projects_take_turns_where_others_have_files_to_prepare(world: World) -> None:
+    world.worker()
+    world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    job = world.submit()
+
+    assert commands.explain(world.db, **world.of(job.id))["explanation"] == (
+        "Its files wait to be prepared; no job is ahead of it in its project, which takes turns with others."
+    )

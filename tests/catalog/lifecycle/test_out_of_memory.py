@@ -1,0 +1,148 @@
+"""What follows where memory ran out for a job: smaller ticks, then alone and slice by slice, then what would fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog.jobs import commands
+from catalog.lifecycle import out_of_memory
+from catalog.lifecycle.outcomes import decide
+from catalog.queue import claims
+from catalog.queue.claims import Claim
+from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb
+from tests.catalog.lifecycle.test_load_failures import fail_to_load
+from tests.catalog.queue.test_sharded_claims import on, queued_large
+from tests.catalog.world import World, manifest
+
+OOM = sorted(out_of_memory.OF_MEMORY)
+
+
+def short(world: World, claim: Claim, reason: EndReason = EndReason.CUDA_OOM) -> JobState:
+    state = claims.end(world.db, claim.claim_id, reason=reason, detail="The GPU ran out of memory.")
+    world.clock.turn(31)
+    return state
+
+
+def told(world: World, job_id: str) -> str:
+    return commands.events_since(world.db, **world.of(job_id), seq=0)[-1].message
+
+
+def rung(world: World, job_id: str) -> int:
+    return out_of_memory.rung(world.db, world.job(job_id))
+
+
+@pytest.mark.parametrize("reason", OOM)
+def test_after_a_shortage_come_smaller_ticks_then_a_trainer_to_itself_then_the_end(
+    world: World, reason: EndReason
+) -> None:
+    job, mate = world.queued(), world.queued()
+    assert rung(world, job.id) == 0
+
+    seen: list[tuple[int, int, str]] = []
+    for _ in range(2):
+        claimed = {claim.job.id: claim for claim in world.claim()}
+        short(world, claimed[job.id], reason)
+        seen.append((len(claimed), rung(world, job.id), told(world, job.id)))
+        if mate.id in claimed:
+            claims.end(world.db, claimed[mate.id].claim_id, reason=EndReason.DRAINED, detail="")
+    claimed = world.claim()
+    while claimed[0].job.id != job.id:
+        world.complete(claimed[0].claim_id)
+        claimed = world.claim()
+
+    assert [number for number, _, _ in seen] == [2, 2]
+    assert [step for _, step, _ in seen] == [1, 2]
+    assert [out_of_memory.SMALLER in seen[0][2], out_of_memory.SMALLEST in seen[1][2]] == [True, True]
+    assert [claim.job.id for claim in claimed] == [job.id], "it is not alone"
+    assert short(world, claimed[0], reason) is JobState.FAILED
+    assert world.job(mate.id).state != JobState.FAILED
+
+
+def test_what_would_fit_is_told_of_a_job_that_is_given_up(world: World) -> None:
+    room = on(world, 2, 17)
+    job = queued_large(world)
+
+    for _ in range(MAX_COUNTED_ATTEMPTS):
+        (claim,) = world.claim(room=room)
+        short(world, claim)
+
+    assert world.job(job.id).state == JobState.FAILED
+    error = world.job(job.id).error or {}
+    assert error["code"] == "quarantined"
+    assert len(error["evidence"]) == MAX_COUNTED_ATTEMPTS
+    assert "alone in its trainer, and computed slice by slice" in error["message"]
+    assert "reckoned to need about 16.4 GB, and the smallest of 2 devices has 17.0 GB" in error["message"]
+    assert "It would fit one GPU of 24 GB, or a group of 2 of " not in error["message"], "no smaller card than failed"
+    assert "It would fit one GPU of " in error["message"]
+
+
+def test_what_a_node_with_more_memory_than_the_reckoning_lacked_is_not_said_to_fit(world: World) -> None:
+    """Its device has 50 GB where about 20 were reckoned: no card of 48 GB is told."""
+    room = on(world, 1, 50)
+    job = queued_large(world)
+
+    for _ in range(MAX_COUNTED_ATTEMPTS):
+        (claim,) = world.claim(room=room)
+        short(world, claim)
+
+    message = (world.job(job.id).error or {})["message"]
+    assert "It would fit one GPU of 80 GB" in message
+    assert "one GPU of 48 GB" not in message
+
+
+@pytest.mark.parametrize("reason", OOM)
+def test_a_job_that_others_took_down_twice_is_not_given_up_before_the_smallest_tick_was_tried(
+    world: World, reason: EndReason
+) -> None:
+    job = world.queued()
+    states: list[JobState] = []
+    for ended in (EndReason.TRAINER_CRASHED, EndReason.TRAINER_CRASHED, reason, reason, reason):
+        (claim,) = world.claim()
+        states.append(short(world, claim, ended))
+
+    assert states == [JobState.QUEUED] * 4 + [JobState.FAILED]
+    assert world.job(job.id).state == JobState.FAILED
+
+
+def test_smaller_ticks_stay_with_a_job_and_single_slices_go_with_a_new_checkpoint(world: World) -> None:
+    claim = world.running()
+    short(world, claim)
+    (claim,) = world.claim()
+    short(world, claim)
+    assert rung(world, claim.job.id) == 2
+
+    (claim,) = world.claim()
+    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c5", kind="checkpoint"))
+    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+
+    assert rung(world, claim.job.id) == 1
+
+
+def test_memory_that_ended_while_a_base_was_loaded_makes_no_ticks_smaller(world: World) -> None:
+    world.worker("w1")
+    world.worker("w2")
+    job = world.queued()
+
+    fail_to_load(world, "w1", "t1")
+    after_one = (rung(world, job.id), told(world, job.id))
+    for number in range(1, MAX_COUNTED_ATTEMPTS + 1):
+        fail_to_load(world, "w2", f"t{number + 1}")
+
+    assert after_one[0] == 0
+    assert out_of_memory.SMALLER not in after_one[1]
+    ended = world.job(job.id)
+    assert ended.state == JobState.FAILED, "a base that no worker can load is tried for ever"
+    assert "slice by slice" not in (ended.error or {})["message"]
+
+
+@pytest.mark.parametrize("counted", range(MAX_COUNTED_ATTEMPTS))
+def test_no_number_of_shortages_goes_on_for_ever(counted: int) -> None:
+    verdict = decide(
+        EndReason.CUDA_OOM,
+        cancel_requested=False,
+        pause_requested=False,
+        counted_attempts=counted,
+        num_shortages=out_of_memory.MAX_SHORTAGES + counted,
+    )
+
+    assert verdict.verb is (Verb.FAIL if counted == MAX_COUNTED_ATTEMPTS - 1 else Verb.REQUEUE)

@@ -1,0 +1,192 @@
+"""A project's own order: places, holds, deadlines. None of it changes another project's turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.jobs import commands
+from catalog.jobs.commands import Target
+from catalog.lifecycle import deadlines, position
+from catalog.queue import claims, listing
+from catalog.scheduling.snapshot import Room
+from catalog.states import EndReason
+from catalog.tables import Job
+from tests.catalog.world import World
+
+ONE = Room(max_jobs=1, memory_bytes_free=10**12)
+
+
+def order(world: World) -> list[str]:
+    with world.db.read() as session:
+        return [turn.candidate.job_id for turn in listing.turns(session, now=world.clock())]
+
+
+def move(world: World, job: Job, **target: Any) -> Job:
+    return commands.move_to(world.db, **world.of(job.id), target=Target(**target))
+
+
+def test_a_job_is_moved_before_and_behind_others_and_to_both_ends(world: World) -> None:
+    a, b, c, d = (world.queued() for _ in range(4))
+
+    for target, expected in (
+        ({"before": b.id}, [a, d, b, c]),
+        ({"after": b.id}, [a, b, d, c]),
+        ({"to": "first"}, [d, a, b, c]),
+        ({"to": "last"}, [a, b, c, d]),
+    ):
+        move(world, d, **target)
+        assert order(world) == [job.id for job in expected]
+    (claim,) = world.claim(room=ONE)
+    assert claim.job.id == a.id
+    assert "stand after" in str([event.message for event in commands.events_since(world.db, **world.of(d.id), seq=0)])
+
+
+def test_places_that_are_as_near_as_numbers_can_be_are_spread(world: World) -> None:
+    first = world.queued()
+    world.flood(first, 3)
+    with world.db.write() as session:
+        for job in session.query(Job):
+            job.place = first.place
+    ids = order(world)
+    last = world.queued()
+
+    for _ in range(60):
+        move(world, last, before=ids[1])
+        move(world, last, after=ids[0])
+
+    assert order(world) == [ids[0], last.id, *ids[1:]]
+
+
+def test_a_move_names_one_job_of_the_project_that_waits_in_the_same_class(world: World) -> None:
+    job, urgent = world.queued(), world.queued(priority="urgent")
+    foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    world.prepare_all()
+
+    for target in ({}, {"before": urgent.id, "to": "first"}, {"before": job.id}):
+        with pytest.raises(InvalidRequest):
+            move(world, job, **target)
+    with pytest.raises(Conflict) as refusal:
+        move(world, job, after=urgent.id)
+    assert refusal.value.code == "not_beside"
+    with pytest.raises(NotFound):
+        move(world, job, before=foreign.id)
+    with pytest.raises(NotFound):
+        commands.move_to(world.db, **world.of(foreign.id), target=Target(to="first"))
+    (claim,) = world.claim(room=ONE)
+    with pytest.raises(Conflict) as refusal:
+        move(world, claim.job, to="last")
+    assert (refusal.value.code, refusal.value.remedy) == ("job_not_waiting", "A running job can be paused.")
+
+
+def test_moving_jobs_gives_a_project_no_other_projects_turn(world: World) -> None:
+    mine = [world.queued() for _ in range(3)]
+    foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    world.prepare_all()
+    before = order(world).index(foreign.id)
+
+    for job in mine:
+        move(world, job, to="first")
+
+    assert order(world).index(foreign.id) == before == 1
+
+
+def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> None:
+    job = world.submit()
+    commands.hold(world.db, **world.of(job.id))
+    world.prepare_all()
+    behind = world.queued()
+
+    assert world.job(job.id).state == "queued"
+    assert order(world) == [behind.id]
+    assert [claim.job.id for claim in world.claim(room=Room(max_jobs=4, memory_bytes_free=10**12))] == [behind.id]
+    assert world.claim(pack_key=job.pack_key) == []
+    assert not listing.has_work(world.db)
+    why = commands.explain(world.db, **world.of(job.id))
+    assert (why["is_held"], why["explanation"]) == (
+        True,
+        "It is held, and isn't chosen before it is released: lorry jobs release.",
+    )
+    world.clock.turn(100)
+    for _ in range(2):
+        assert commands.release(world.db, **world.of(job.id)).queued_at == world.job(job.id).queued_at
+    assert commands.explain(world.db, **world.of(job.id))["waited_seconds"] < 1
+    (claim,) = world.claim(room=ONE)
+    assert claim.job.id == job.id
+
+
+def test_what_trains_or_has_ended_is_not_held_and_a_pause_ends_a_hold(world: World) -> None:
+    claim = world.running()
+    with pytest.raises(Conflict) as refusal:
+        commands.hold(world.db, **world.of(claim.job.id))
+    assert refusal.value.code == "job_not_waiting"
+    held = world.queued()
+    commands.hold(world.db, **world.of(held.id))
+    commands.pause(world.db, **world.of(held.id))
+    commands.resume(world.db, **world.of(held.id))
+
+    assert not world.job(held.id).is_held
+    assert order(world) == [held.id]
+
+
+def test_jobs_with_a_deadline_go_first_the_one_that_must_start_first(world: World) -> None:
+    now = int(world.clock.now)
+    plain, late, soon = world.queued(), world.queued(deadline=now + 7200), world.queued(deadline=now + 3600)
+    foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    world.prepare_all()
+
+    assert order(world) == [soon.id, foreign.id, late.id, plain.id]
+    move(world, plain, to="first")
+    assert order(world) == [plain.id, foreign.id, soon.id, late.id]
+
+
+def test_the_start_that_a_job_needs_is_reckoned_from_what_a_step_took_its_project(world: World) -> None:
+    claim = world.running()
+    claims.started(world.db, claim.claim_id, trainer_id="t", resumed_from_step=None)
+    world.pass_time(50, claim.claim_id)
+    world.complete(claim.claim_id)
+    deadline = int(world.clock.now) + 1000
+
+    job = world.queued(deadline=deadline)
+    world.worker()
+
+    assert job.needed_start == pytest.approx(deadline - 50, abs=1)
+    why = commands.explain(world.db, **world.of(job.id))
+    assert (why["deadline"], why["is_late"]) == (deadline, False)
+    assert "It has to start within 9" in why["explanation"]
+
+
+def test_a_job_that_cannot_meet_its_deadline_is_told_so_once_and_goes_on(world: World) -> None:
+    job, other = world.queued(deadline=int(world.clock.now) + 60), world.queued()
+    assert deadlines.tell_late(world.db) == 0
+
+    world.clock.turn(100)
+    told = [deadlines.tell_late(world.db) for _ in range(2)]
+
+    assert told == [1, 0]
+    warnings = [event for event in commands.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"]
+    assert [event.message[:52] for event in warnings] == ["The job can't meet its deadline any more. It had to "]
+    assert commands.explain(world.db, **world.of(job.id))["is_late"]
+    assert [claim.job.id for claim in world.claim()] == [job.id, other.id]
+
+
+def test_a_running_job_is_told_by_what_it_says_is_left(world: World) -> None:
+    claim = world.running(deadline=int(world.clock.now) + 600)
+    claims.record_progress(world.db, claim.claim_id, {"step": 1, "seconds_left": 900})
+
+    assert deadlines.tell_late(world.db) == 1
+    assert "after its deadline" in commands.explain(world.db, **world.of(claim.job.id))["explanation"]
+
+
+def test_a_job_that_comes_back_keeps_its_place(world: World) -> None:
+    first, second = world.queued(), world.queued()
+    move(world, second, to="first")
+    (claim,) = world.claim(room=ONE)
+
+    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+
+    assert claim.job.id == second.id
+    assert order(world) == [second.id, first.id]
+    assert position.of_new(5.0, None) == 5.0

@@ -1,0 +1,366 @@
+"""What becomes of jobs whose worker fell silent, and that an outage or a turned clock costs no job its attempt."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+from catalog.errors import StaleClaim
+from catalog.fleet import workers
+from catalog.jobs import commands
+from catalog.lifecycle import recovery
+from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS
+from catalog.queue import claims
+from catalog.queue.claims import Claim
+from catalog.search import trials as observing
+from catalog.states import MAX_LOSSES, EndReason, JobState
+from catalog.tables import Job, Pulse
+from tests.catalog.sweeping import make
+from tests.catalog.world import LEASE, World, manifest
+
+
+def test_a_job_whose_lease_has_run_out_goes_back_to_the_queue(world: World) -> None:
+    claim = world.running()
+    world.pass_time(LEASE + 1)
+
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+
+    job = world.job(claim.job.id)
+    assert (job.state, job.reason, job.counted_attempts) == (JobState.QUEUED, EndReason.INFRA_LOST, 0)
+    with pytest.raises(StaleClaim):
+        world.complete(claim.claim_id)
+
+
+def test_a_lease_that_is_renewed_does_not_run_out(world: World) -> None:
+    claim = world.running()
+
+    world.pass_time(10 * LEASE, claim.claim_id)
+
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+    world.complete(claim.claim_id)
+
+
+def test_a_late_heartbeat_before_recovery_saves_the_claim(world: World) -> None:
+    claim = world.running()
+    world.pass_time(LEASE + 1)
+
+    assert not world.beat(claim.claim_id)[claim.claim_id].stale
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+
+
+def test_after_an_outage_every_lease_gets_one_lease_of_grace(world: World) -> None:
+    alive, dead = world.queued(), world.queued()
+    by_job = {claim.job.id: claim.claim_id for claim in world.claim()}
+    world.clock.turn(600)  # nobody can look, nobody can beat
+
+    first_look = recovery.expire(world.db, grace_seconds=LEASE)
+    world.pass_time(LEASE - 1, by_job[alive.id])
+    within_grace = recovery.expire(world.db, grace_seconds=LEASE)
+    world.pass_time(2, by_job[alive.id])
+    after_grace = recovery.expire(world.db, grace_seconds=LEASE)
+
+    assert (first_look, within_grace, after_grace) == (0, 0, 1)
+    assert world.job(alive.id).state == JobState.RUNNING
+    assert world.job(dead.id).state == JobState.QUEUED
+
+
+def test_looks_that_are_far_apart_still_recover_a_job_by_the_second(world: World) -> None:
+    world.running()
+    found = 0
+
+    for _ in range(2):
+        world.clock.turn(5 * LEASE)
+        found += recovery.expire(world.db, grace_seconds=LEASE)
+
+    assert found == 1
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_clock_that_is_turned_by_an_hour_reaps_nothing_and_strands_nothing(world: World, hours: int) -> None:
+    claim = world.running()
+    world.clock.turn(hours * 3600)
+
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+    world.pass_time(LEASE / 2, claim.claim_id)
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+    world.pass_time(LEASE + 2)
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+
+
+def test_a_clock_that_was_set_back_does_not_strand_the_job_of_a_dead_worker(world: World) -> None:
+    world.running()
+    world.beat()
+    world.clock.turn(-3600)
+
+    world.pass_time(LEASE + 15)
+
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+
+
+def test_the_wish_to_cancel_or_pause_outlives_a_lost_worker(world: World) -> None:
+    cancelled, paused = world.queued(), world.queued()
+    world.claim()
+    commands.cancel(world.db, **world.of(cancelled.id))
+    commands.pause(world.db, **world.of(paused.id))
+    world.pass_time(LEASE + 1)
+
+    recovery.expire(world.db, grace_seconds=LEASE)
+
+    assert world.job(cancelled.id).state == JobState.CANCELLED
+    assert world.job(paused.id).state == JobState.PAUSED
+
+
+def _lose_workers(world: World, number: int) -> None:
+    """One after the other, each with the one job that there is."""
+    for _ in range(number):
+        assert len(world.claim()) == 1
+        world.pass_time(LEASE + 31)
+        recovery.expire(world.db, grace_seconds=LEASE)
+        world.pass_time(31)
+
+
+def test_a_job_that_loses_ten_workers_in_a_row_is_put_aside_with_the_evidence(world: World) -> None:
+    job = world.queued()
+
+    _lose_workers(world, MAX_LOSSES - 1)
+    before = world.job(job.id)
+    _lose_workers(world, 1)
+
+    assert (before.state, before.counted_attempts) == (JobState.QUEUED, 0)
+    ended = world.job(job.id)
+    assert ended.state == JobState.FAILED
+    assert ended.error is not None
+    assert ended.error["code"] == "quarantined"
+    assert len(ended.error["evidence"]) == MAX_LOSSES
+    assert world.claim() == []
+
+
+def test_lost_workers_are_counted_anew_after_a_checkpoint_and_after_any_other_end(world: World) -> None:
+    job = world.queued()
+    _lose_workers(world, MAX_LOSSES - 1)
+    (claim,) = world.claim()
+    saved = manifest("checkpoint", kind="checkpoint")
+    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=saved)
+    world.clock.turn(1)
+    claims.end(world.db, claim.claim_id, reason=EndReason.INFRA_LOST, detail="")
+    world.pass_time(31)
+    after_checkpoint = world.job(job.id).state
+    _lose_workers(world, MAX_LOSSES - 2)
+    (claim,) = world.claim()
+    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+
+    _lose_workers(world, MAX_LOSSES - 1)
+
+    assert after_checkpoint == world.job(job.id).state == JobState.QUEUED
+
+
+def test_whoever_resumes_a_job_begins_its_count_of_lost_workers_anew(world: World) -> None:
+    job = world.queued()
+    _lose_workers(world, MAX_LOSSES - 1)
+    commands.pause(world.db, **world.of(job.id))
+    commands.resume(world.db, **world.of(job.id))
+
+    _lose_workers(world, MAX_LOSSES - 1)
+    before = world.job(job.id).state
+    _lose_workers(world, 1)
+
+    assert [before, world.job(job.id).state] == [JobState.QUEUED, JobState.FAILED]
+
+
+def test_a_gang_that_was_not_there_lies_between_no_two_bad_ends(world: World) -> None:
+    job = world.queued()
+    _lose_workers(world, MAX_LOSSES - 1)
+    (claim,) = world.claim()
+    claims.end(world.db, claim.claim_id, reason=EndReason.GANG_INCOMPLETE, detail="")
+
+    _lose_workers(world, 1)
+
+    assert world.job(job.id).state == JobState.FAILED
+
+
+def _lose(world: World, claimed: list[Claim]) -> None:
+    """Their worker goes away."""
+    for claim in claimed:
+        claims.end(world.db, claim.claim_id, reason=EndReason.INFRA_LOST, detail="")
+    world.pass_time(31)
+
+
+def test_one_lost_worker_parts_nobody_and_a_second_has_each_job_train_alone_until_it_has_a_checkpoint(
+    world: World,
+) -> None:
+    first, second = world.queued(), world.queued()
+
+    _lose(world, world.claim())
+    together = world.claim()
+    _lose(world, together)
+    (alone,) = world.claim()
+
+    assert {claim.job.id for claim in together} == {first.id, second.id}
+    world.worker("w2")
+    assert [len(world.claim("w2")), world.claim(pack_key=alone.job.pack_key)] == [1, []]
+    claims.record_checkpoint(world.db, alone.claim_id, step=5, artifact=manifest("saved", kind="checkpoint"))
+    third = world.queued()
+    assert [claim.job.id for claim in world.claim(pack_key=alone.job.pack_key)] == [third.id]
+
+
+def test_a_job_that_kills_its_worker_each_time_is_put_aside_and_those_beside_it_succeed(world: World) -> None:
+    """As where a limit of memory is a container's, of worker and trainer together."""
+    poison, *mates = (world.queued() for _ in range(3))
+    company: list[int] = []
+    while claimed := world.claim():
+        if any(claim.job.id == poison.id for claim in claimed):
+            company.append(len(claimed))
+            _lose(world, claimed)
+        else:
+            for claim in claimed:
+                world.complete(claim.claim_id, claim.claim_id)
+        world.pass_time(31)
+
+    assert [world.job(job.id).state for job in (poison, *mates)] == ["failed", "succeeded", "succeeded"]
+    assert [world.job(job.id).attempt for job in mates] == [3, 3]
+    assert company == [3, 3] + [1] * (MAX_LOSSES - 2)
+
+
+def test_a_preparation_that_was_lost_is_free_again_and_no_attempt(world: World) -> None:
+    job = world.submit()
+    lost = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert lost is not None
+    world.pass_time(LEASE + 1)
+
+    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+
+    again = claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
+    assert again is not None
+    assert again.claim_id != lost.claim_id
+    assert (world.job(job.id).attempt, world.job(job.id).counted_attempts) == (0, 0)
+    with pytest.raises(StaleClaim):
+        claims.prepared(world.db, claim_id=lost.claim_id, train_key="t", valid_key=None, num_steps=1)
+
+
+def test_a_file_that_takes_every_worker_down_is_refused_in_the_end(world: World) -> None:
+    job = world.submit()
+
+    for _ in range(MAX_LOST_PREPARATIONS):
+        assert claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is not None
+        world.pass_time(LEASE + 1)
+        recovery.expire(world.db, grace_seconds=LEASE)
+
+    failed = world.job(job.id)
+    assert (failed.state, (failed.error or {})["code"]) == (JobState.FAILED, "preparation_lost")
+
+
+def test_a_worker_that_comes_back_under_its_name_frees_what_its_predecessor_held(world: World) -> None:
+    world.worker()
+    claim = world.running()
+
+    world.worker()
+
+    assert world.beat(claim.claim_id)[claim.claim_id].stale
+    assert world.job(claim.job.id).state == JobState.QUEUED
+
+
+def test_a_worker_known_to_be_dead_is_not_waited_for(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    world.submit()
+    claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+
+    assert workers.declare_lost(world.db, "w1") == 2
+    assert workers.declare_lost(world.db, "w1") == 0
+
+    assert world.job(claim.job.id).reason == EndReason.INFRA_LOST
+
+
+def test_claiming_recovers_first(world: World) -> None:
+    lost = world.running()
+    world.pass_time(LEASE + 1)
+
+    assert world.claim("w2") == []  # back-off
+    world.pass_time(3)
+    (again,) = world.claim("w2")
+
+    assert again.job.id == lost.job.id
+    assert again.attempt == 2
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("seconds", [0, LEASE / 4])
+def test_a_heartbeat_does_not_wait_for_another_that_notes_the_pulse(world: World, seconds: float) -> None:
+    claim = world.running()
+    world.beat()
+    world.clock.turn(seconds)
+
+    with ThreadPoolExecutor(1) as pool, world.db.write() as session:
+        session.get_one(Pulse, 1, with_for_update=True)
+        orders = pool.submit(world.beat, claim.claim_id).result(timeout=20)
+
+    assert not orders[claim.claim_id].stale
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_rows_are_locked_in_one_order_the_workers_then_its_jobs_by_id(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    world.queued()
+    world.claim()
+    world.clock.turn(600)  # after a gap a heartbeat extends every lease
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(" ".join(statement.split()))
+
+    event.listen(world.db.engine, "before_cursor_execute", note)
+    event.listen(world.db.engine, "commit", lambda _connection: statements.append("COMMIT"))
+    world.beat(claim.claim_id)
+    claims.end_worker(world.db, "w1")
+
+    of_jobs = [text for text in statements if " FROM jobs" in text and "FOR UPDATE" in text]
+    assert len(of_jobs) == 3
+    assert all("ORDER BY jobs.id FOR UPDATE" in text for text in of_jobs)
+    extending, beating, ending = (tables for tables in first_locks(statements) if "jobs" in tables)
+    assert extending[:2] == ["pulse", "jobs"]
+    assert beating[:2] == ending[:2] == ["workers", "jobs"]
+
+
+def first_locks(statements: list[str]) -> list[list[str]]:
+    """Tables of which rows were locked, by transaction, in the order of their first lock."""
+    found: list[list[str]] = [[]]
+    for text in statements:
+        if text == "COMMIT":
+            found.append([])
+        elif "FOR UPDATE" in text or text.startswith("UPDATE"):
+            table = text.split()[1] if text.startswith("UPDATE") else text.partition(" FROM ")[2].split()[0]
+            found[-1] += [table] if table not in found[-1] else []
+    return found
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["lost", "leaves"])
+def test_trials_that_end_with_their_worker_take_their_sweeps_in_one_order(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, leaves: bool
+) -> None:
+    sweeps = [make(world, parameters={"lora.rank": {"values": [4]}}) for _ in range(6)]
+    world.worker()
+    world.prepare_all()
+    trials = [claim.job for claim in world.claim()]
+    for job in trials:
+        commands.cancel(world.db, **world.of(job.id))
+    taken: list[str | None] = []
+    moved = observing.moved
+
+    def noted(session: Session, job: Job, *, now: float) -> None:
+        taken.append(job.sweep_id)
+        moved(session, job, now=now)
+
+    monkeypatch.setattr(observing, "moved", noted)
+    if leaves:
+        workers.end_worker(world.db, "w1")
+    else:
+        world.pass_time(LEASE + 1)
+        recovery.expire(world.db, grace_seconds=LEASE)
+
+    assert taken == sorted(sweeps)
+    assert {world.job(job.id).state for job in trials} == {JobState.CANCELLED}

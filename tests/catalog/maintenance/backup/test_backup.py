@@ -1,0 +1,385 @@
+"""A backup that is taken while the service works, and put back elsewhere, is one state of it with all its files."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+from sqlalchemy import URL, event, func, select
+
+from catalog.audit import chain
+from catalog.db.database import Database
+from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.fleet import workers
+from catalog.lifecycle import recovery
+from catalog.maintenance import garbage_collection
+from catalog.maintenance.backup import BackupPlace, check, database_dump, make, open_place, restore
+from catalog.maintenance.backup.lease import LEASE_SECONDS
+from catalog.maintenance.backup.location import Record
+from catalog.queue import claims
+from catalog.registry import adapters
+from catalog.settings import Settings
+from catalog.states import JobState
+from catalog.storage.object_storage import CHUNK_BYTES, Objects
+from catalog.storage.store import ArtifactStore, blob_key
+from catalog.tables import Adapter, Artifact, Attempt, AuditEvent, Job
+from tests.catalog.backup_service import Service, opened
+from tests.catalog.world import LEASE, PEPPER, manifest, sha
+
+
+class HookedObjects(Objects):
+    """Calls `before` once, when the key is about to be read."""
+
+    def __init__(self, objects: Objects, key: str, before: Callable[[], None]) -> None:
+        assert objects.folder is not None
+        super().__init__(objects.folder.as_uri())
+        self._key, self._before = key, before
+
+    def read(self, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        if key == self._key:
+            self._key = ""
+            self._before()
+        return super().read(key, chunk_bytes=chunk_bytes)
+
+
+def test_what_is_restored_is_all_there_was_and_verifies(service: Service, elsewhere: Settings) -> None:
+    name = service.finish(service.running(), "adapter one")
+    chain.seal(service.world.db, pepper=PEPPER.current)
+    record = service.backup()
+
+    restored = restore(elsewhere, service.place)
+
+    assert restored.checked.problems == record.problems == []
+    assert restored.checked.num_audit_events == record.audit_link > 0
+    assert (restored.checked.num_artifacts, restored.checked.num_objects) == (2, record.num_objects)
+    db = opened(elsewhere)
+    assert adapters.get(db, project_id=service.world.caller.project_id, name=name).adapter.name == name
+    with db.read() as session:
+        told = session.scalars(select(AuditEvent).order_by(AuditEvent.seq.desc()).limit(1)).one()
+    assert (told.type, told.object_id) == ("service.restored", record.name)
+    assert told.details == {"taken_at": record.taken_at}
+    db.close()
+
+
+def test_a_backup_amid_writes_deletions_and_cleanings_is_one_state_with_every_file(
+    service: Service, elsewhere: Settings
+) -> None:
+    records: list[Record] = []
+    for number in range(3):
+        service.finish(service.running(), f"before {number}")
+    stop = Event()
+
+    def work() -> int:
+        number = 0
+        while not stop.is_set() or number < 5:
+            name = service.finish(service.running(), f"meanwhile {number}")
+            if number % 2:
+                service.delete(name)
+            chain.seal(service.world.db, pepper=PEPPER.current)
+            garbage_collection.clean(service.world.db, service.store)
+            number += 1
+        return number
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            records += [service.backup() for _ in range(4)]
+        finally:
+            stop.set()
+        assert working.result() >= 5
+
+    assert [record.problems for record in records] == [[]] * 4
+    restored = restore(elsewhere, service.place, name=records[1].name)
+    assert restored.checked.problems == []
+    db = opened(elsewhere)
+    with db.read() as session:
+        ended = session.scalar(select(func.count()).where(Job.state == JobState.SUCCEEDED))
+        assert ended == session.scalar(select(func.count()).select_from(Adapter))
+        assert session.scalar(select(func.count()).where(Attempt.ended_at.is_(None))) in (0, 1)
+    db.close()
+
+
+def test_what_is_deleted_and_cleaned_away_while_files_are_copied_does_no_harm(
+    service: Service, elsewhere: Settings
+) -> None:
+    old = service.finish(service.running(), "old adapter")
+    service.finish(service.running(), "z adapter that stays")
+    service.age()
+
+    def let_go() -> None:
+        service.delete(old)
+        assert garbage_collection.clean(service.world.db, service.store) > 0
+        service.finish(service.running(), "new adapter")
+
+    stays = manifest("z adapter that stays").files[0].digest
+    hooked = ArtifactStore(HookedObjects(service.store.objects, blob_key(stays), let_go))
+    record = service.backup(hooked)
+
+    assert record.problems == []
+    assert restore(elsewhere, service.place).checked.problems == []
+    db = opened(elsewhere)
+    with db.read() as session:
+        visible = set(session.scalars(select(Artifact.digest).where(Artifact.kind == "adapter")))
+    db.close()
+    assert visible == {manifest("new adapter").digest, manifest("z adapter that stays").digest}
+
+
+def test_jobs_that_ran_at_the_backup_are_recovered_by_their_leases(service: Service, elsewhere: Settings) -> None:
+    claim = service.running()
+    claims.record_checkpoint(service.world.db, claim.claim_id, step=7, artifact=kept(service, "checkpoint"))
+    service.backup()
+    service.finish(claim, "ended after the backup")
+    restore(elsewhere, service.place)
+    world = service.world
+    world.clock.turn(10 * LEASE)
+    db = Database(elsewhere.resolved_database_url(), clock=world.clock)
+
+    assert recovery.expire(db, grace_seconds=LEASE) == 0, "nobody could have renewed: a lease of grace"
+    for _ in range(9):
+        world.clock.turn(LEASE / 4)
+        recovery.expire(db, grace_seconds=LEASE)
+
+    with db.read() as session:
+        job = session.get_one(Job, claim.job.id)
+        assert (job.state, job.claim_id) == (JobState.QUEUED, None)
+    workers.register_worker(db, worker_id="w2", host="there", pid=1, devices=[], version="1", memory_bytes=10**12)
+    room = {"room": world_room(), "lease_seconds": LEASE}
+    (again,) = claims.claim_pack(db, worker_id="w2", trainer_id="trainer-2", **room)
+    assert (again.job.id, again.attempt) == (claim.job.id, 2)
+    db.close()
+
+
+def kept(service: Service, text: str) -> Any:
+    service.put_artifact(text, kind="checkpoint")
+    return manifest(text, kind="checkpoint")
+
+
+def world_room() -> Any:
+    from tests.catalog.world import WIDE
+
+    return WIDE
+
+
+def test_a_file_that_is_damaged_is_told_by_the_backup_and_after_it_by_name(
+    service: Service, elsewhere: Settings
+) -> None:
+    name = service.finish(service.running(), "to be damaged")
+    blob = service.folder / "store" / blob_key(sha("to be damaged"))
+    blob.write_bytes(b"something else")
+
+    record = service.backup()
+    restored = restore(elsewhere, service.place)
+
+    assert record.problems == [f"The content of {blob_key(sha('to be damaged'))} has changed."]
+    assert restored.checked.problems == [f"{name}: {blob_key(sha('to be damaged'))} is missing."]
+    here = check(service.world.db, service.store, peppers=PEPPER.all()).problems
+    assert here == [f"{name}: {record.problems[0]}"]
+
+
+def test_an_audit_log_that_was_changed_is_told(service: Service, elsewhere: Settings) -> None:
+    chain.seal(service.world.db, pepper=PEPPER.current)
+    service.backup()
+    restore(elsewhere, service.place)
+    db = opened(elsewhere)
+    with db.write() as session:
+        first = session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one()
+        first.details = {"name": "somebody else"}
+        ident = first.id
+
+    problems = check(db, service.store, peppers=PEPPER.all()).problems
+    assert problems == [f"The audit chain does not fit at 1 ({ident}): changed."]
+    db.close()
+
+
+def test_further_backups_add_what_is_new_and_old_ones_go_with_what_only_they_name(service: Service) -> None:
+    first_name = service.finish(service.running(), "first adapter")
+    first = make(service.world.db, service.store, service.place, work_dir=service.folder / "work")
+    service.delete(first_name)
+    garbage_collection.let_go(service.world.db)
+    service.finish(service.running(), "second adapter")
+
+    second = make(service.world.db, service.store, service.place, work_dir=service.folder / "work", keep=1)
+
+    assert first.num_copied > second.num_copied == 3, "the adapter, its manifest and its curves"
+    assert second.forgotten == [first.record.name]
+    assert [record.name for record in service.place.records()] == [second.record.name]
+    stored = {entry.key for entry in service.place.store.list_all("blobs")}
+    assert blob_key(sha("second adapter")) in stored
+    assert blob_key(sha("first adapter")) not in stored
+
+
+def test_a_second_backup_to_the_same_location_is_refused_while_the_first_runs(service: Service) -> None:
+    service.finish(service.running(), "adapter")
+    refused: list[Conflict] = []
+
+    def begin_another() -> None:
+        with pytest.raises(Conflict) as caught:
+            service.backup(keep=1)
+        refused.append(caught.value)
+
+    blob = blob_key(manifest("adapter").files[0].digest)
+    record = service.backup(ArtifactStore(HookedObjects(service.store.objects, blob, begin_another)))
+
+    (error,) = refused
+    assert error.code == "backup_running"
+    assert str(os.getpid()) in error.message
+    assert [found.name for found in service.place.records()] == [record.name]
+    assert service.backup().problems == [], "the first has released the location"
+
+
+def test_the_lease_of_a_killed_backup_expires_by_the_locations_clock(service: Service) -> None:
+    service.place.lease(renew_seconds=1e6).__enter__()  # and it is never left
+    path = service.folder / "backups" / "lease.json"
+    with pytest.raises(Conflict):
+        service.backup()
+
+    expired_at = time.time() - LEASE_SECONDS - 1
+    os.utime(path, (expired_at, expired_at))
+
+    assert service.backup().problems == []
+    assert not path.exists()
+
+
+def test_a_backup_that_lost_its_lease_neither_finishes_nor_deletes(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = service.backup()
+    put = service.place.put
+
+    def put_after_another_took_over(*given: Any) -> Any:
+        (service.folder / "backups" / "lease.json").write_text('{"token": "of another", "host": "h", "pid": 1}')
+        return put(*given)
+
+    monkeypatch.setattr(service.place, "put", put_after_another_took_over)
+
+    with pytest.raises(Conflict) as refused:
+        service.backup(keep=1)
+
+    assert refused.value.code == "backup_lease_lost"
+    assert [record.name for record in service.place.records()] == [first.name]
+    assert (service.folder / "backups" / "lease.json").exists(), "the other's lease"
+
+
+def test_a_lease_is_renewed_while_it_is_held(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    renewed = Event()
+    lease = service.place.lease(renew_seconds=0.001)
+    path = service.folder / "backups" / "lease.json"
+    with lease:
+        os.utime(path, (1.0, 1.0))
+        put = lease.objects.put
+        monkeypatch.setattr(lease.objects, "put", lambda *given: (put(*given), renewed.set()))
+        assert renewed.wait(30)
+
+        assert path.stat().st_mtime > 1.0
+
+
+def test_a_backup_without_its_record_is_none(service: Service, elsewhere: Settings) -> None:
+    record = service.backup()
+    (service.folder / "backups" / "backups" / record.name / "backup.json").unlink()
+
+    with pytest.raises(NotFound) as refused:
+        restore(elsewhere, service.place)
+
+    assert refused.value.remedy == f"Backups at {service.place.url}: none."
+
+
+def test_a_backup_that_was_changed_is_refused_and_nothing_is_made(service: Service, elsewhere: Settings) -> None:
+    record = service.backup()
+    dumped = service.folder / "backups" / "backups" / record.name / "database"
+    dumped.write_bytes(dumped.read_bytes() + b"x")
+
+    with pytest.raises(Exception, match="has changed"):
+        restore(elsewhere, service.place)
+
+    database_dump.check_empty(elsewhere.resolved_database_url())
+
+
+def test_a_backup_is_never_put_over_what_is_there(service: Service, elsewhere: Settings) -> None:
+    service.backup()
+    restore(elsewhere, service.place)
+
+    with pytest.raises(Conflict, match="already"):
+        restore(elsewhere, service.place)
+
+
+def test_a_backup_of_newer_tables_or_of_another_database_is_refused(service: Service, elsewhere: Settings) -> None:
+    service.backup()
+    (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
+    text = path.read_text()
+
+    path.write_text(text.replace('"revision": "0', '"revision": "9'))
+    with pytest.raises(InvalidRequest, match="newer version"):
+        restore(elsewhere, service.place)
+    path.write_text(text.replace('"format": 2', '"format": 3'))
+    with pytest.raises(InvalidRequest, match="reads the formats 1 to 2"):
+        restore(elsewhere, service.place)
+    other = {"sqlite": "postgresql", "postgresql": "sqlite"}[database_dump.kind_of(service.world.db.url)]
+    path.write_text(
+        text.replace(f'"database": "{database_dump.kind_of(service.world.db.url)}"', f'"database": "{other}"')
+    )
+    with pytest.raises(Conflict, match="another kind"):
+        restore(elsewhere, service.place)
+
+
+def test_nobody_else_reads_a_backup_in_a_folder(service: Service) -> None:
+    service.backup()
+
+    assert stat.S_IMODE((service.folder / "backups").stat().st_mode) == 0o700
+
+
+def test_a_place_that_is_not_there_is_told_and_not_made(tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        open_place(str(tmp_path / "none"))
+
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_bucket_does_as_well_as_a_folder(
+    service: Service, elsewhere: Settings, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.services.s3 import new_bucket
+
+    bucket = new_bucket(s3_endpoint)
+    for name, value in bucket.environment().items():
+        monkeypatch.setenv(name, value)
+    service.finish(service.running(), "adapter")
+    place = BackupPlace(f"s3://{bucket.name}/lorry")
+
+    make(service.world.db, service.store, place, work_dir=service.folder / "work")
+
+    assert restore(elsewhere, open_place(f"s3://{bucket.name}/lorry/")).checked.problems == []
+
+
+def test_the_password_of_a_database_stands_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "told"
+    for name in ("pg_dump", "pg_restore"):
+        script = tmp_path / name
+        script.write_text(f'#!/bin/sh\necho "$@" >> {told}\necho "$PGPASSWORD" >> {told}.environment\n')
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    url = URL.create("postgresql", username="lorry", password="canary-7", host="127.0.0.1", port=1, database="lorry")
+
+    database_dump._run("pg_dump", url, ["--format=custom"])
+
+    assert "canary-7" not in told.read_text()
+    assert "postgresql://lorry@127.0.0.1:1/lorry" in told.read_text()
+    assert Path(f"{told}.environment").read_text() == "canary-7\n"
+
+
+def test_the_transaction_that_pg_dump_looks_through_may_be_silent_for_as_long_as_that_takes(service: Service) -> None:
+    if service.world.db.is_sqlite:
+        pytest.skip("of PostgreSQL")
+    told: list[str] = []
+    event.listen(service.world.db.engine, "before_cursor_execute", lambda *given: told.append(given[2]))
+
+    service.backup()
+
+    exported = next(place for place, text in enumerate(told) if "pg_export_snapshot" in text)
+    assert told[exported - 1] == "set local idle_in_transaction_session_timeout = 0"

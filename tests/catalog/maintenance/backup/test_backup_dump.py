@@ -1,0 +1,66 @@
+"""What is told where pg_dump can't do what a backup asks of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL, make_url
+
+from catalog.errors import InvalidRequest
+from catalog.maintenance.backup import database_dump
+
+
+def test_without_pg_dump_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(database_dump, "DEBIAN", tmp_path)
+
+    with pytest.raises(InvalidRequest) as refused:
+        database_dump._run("pg_dump", URL.create("postgresql", host="127.0.0.1"), [])
+
+    assert "postgresql-client" in refused.value.remedy
+
+
+def test_what_pg_dump_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "pg_dump"
+    script.write_text("#!/bin/sh\necho 'server version mismatch' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    with pytest.raises(InvalidRequest, match="server version mismatch"):
+        database_dump._run("pg_dump", URL.create("postgresql", host="127.0.0.1"), [])
+
+
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pg_dump that writes its command line to the returned file, and its PGPASSWORD next to it."""
+    seen = tmp_path / "seen"
+    script = tmp_path / "pg_dump"
+    script.write_text(f'#!/bin/sh\necho "$@" > {seen}\necho "$PGPASSWORD" > {seen}.password\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    return seen
+
+
+def test_a_password_in_the_query_of_a_url_is_not_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = stand_in(tmp_path, monkeypatch)
+
+    database_dump._run("pg_dump", make_url("postgresql://lorry@db/lorry?password=canary-8&sslmode=require"), [])
+
+    assert "canary-8" not in seen.read_text()
+    assert "postgresql://lorry@db/lorry?sslmode=require" in seen.read_text()
+    assert Path(f"{seen}.password").read_text() == "canary-8\n"
+
+
+def test_the_password_of_a_client_key_is_refused_since_it_can_not_be_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = stand_in(tmp_path, monkeypatch)
+
+    with pytest.raises(InvalidRequest) as refused:
+        database_dump._run("pg_dump", make_url("postgresql://lorry@db/lorry?sslkey=k&sslpassword=canary-9"), [])
+
+    assert refused.value.code == "secret_on_command_line"
+    assert "canary-9" not in refused.value.sentence()
+    assert not seen.exists()

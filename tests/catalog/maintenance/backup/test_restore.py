@@ -1,0 +1,348 @@
+"""What a restore refuses, and what is checked of a database after it and by `verify`."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from pydantic import SecretStr
+from sqlalchemy import delete, func, make_url, select, text, update
+from sqlalchemy.orm import Session
+
+from catalog.audit import chain
+from catalog.db.database import Database, alembic_config
+from catalog.errors import Conflict
+from catalog.maintenance import audit_anchors
+from catalog.maintenance.backup import check, database_dump, integrity, make, restore
+from catalog.maintenance.backup.location import Record
+from catalog.settings import Settings
+from catalog.storage.object_storage import Objects
+from catalog.tables import AuditEvent, AuditHead, JobEvent, Project, Table
+from catalog.tenancy import projects
+from tests.catalog.backup_service import Service, opened
+from tests.catalog.world import PEPPER, World
+from tests.services.postgres import as_role
+
+DAY = 24 * 3600.0
+
+
+def sqlite_path(settings: Settings) -> Path:
+    return Path(make_url(settings.resolved_database_url()).database or "")
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+def test_restore_refuses_next_to_a_leftover_sqlite_file_and_names_it(
+    service: Service, elsewhere: Settings, suffix: str
+) -> None:
+    if not service.world.db.is_sqlite:
+        pytest.skip("SQLite only")
+    service.backup()
+    leftover = Path(f"{sqlite_path(elsewhere)}{suffix}")
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"pages of an earlier database")
+
+    with pytest.raises(Conflict) as refused:
+        restore(elsewhere, service.place)
+
+    assert refused.value.code == "database_not_empty"
+    assert str(leftover) in refused.value.message
+    assert "Move" in refused.value.remedy
+    assert leftover.read_bytes() == b"pages of an earlier database"
+    assert not sqlite_path(elsewhere).exists()
+
+
+def test_a_crashed_services_log_does_not_reach_a_restored_database(
+    service: Service, elsewhere: Settings, tmp_path: Path
+) -> None:
+    """The scenario of an operator: crash, move the damaged database away, restore; the log stays behind."""
+    if not service.world.db.is_sqlite:
+        pytest.skip("SQLite only")
+    service.backup()
+    projects.ensure(service.world.db, "made-after-the-backup")
+    live = Path(str(service.world.db.engine.url.database))
+    path = sqlite_path(elsewhere)
+    path.parent.mkdir()
+    aside = tmp_path / "moved away"
+    aside.mkdir()
+    shutil.copy(f"{live}-wal", f"{path}-wal")
+    shutil.copy(f"{live}-shm", f"{path}-shm")
+
+    with pytest.raises(Conflict) as refused:
+        restore(elsewhere, service.place)
+    for suffix in ("-wal", "-shm"):
+        assert f"{path}{suffix}" in refused.value.message
+        shutil.move(f"{path}{suffix}", aside)
+    restored = restore(elsewhere, service.place)
+
+    assert restored.checked.problems == []
+    db = opened(elsewhere)
+    with db.read() as session:
+        assert "made-after-the-backup" not in set(session.scalars(select(Project.name)))
+    db.close()
+
+
+def test_a_database_that_appears_during_a_restore_is_not_replaced(
+    service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not service.world.db.is_sqlite:
+        pytest.skip("SQLite only: PostgreSQL restores in one transaction")
+    service.backup()
+    fetch = service.place.fetch_dump
+
+    def fetch_while_a_service_starts(record: Record, into: Path) -> None:
+        fetch(record, into)
+        sqlite_path(elsewhere).write_bytes(b"a new service's database")
+
+    monkeypatch.setattr(service.place, "fetch_dump", fetch_while_a_service_starts)
+
+    with pytest.raises(Conflict, match="already"):
+        restore(elsewhere, service.place)
+
+    assert sqlite_path(elsewhere).read_bytes() == b"a new service's database"
+
+
+def test_a_draft_that_a_killed_restore_left_is_not_written_through(service: Service, elsewhere: Settings) -> None:
+    """Killed between the link and the removal of the draft, a restore leaves two names of the live database."""
+    if not service.world.db.is_sqlite:
+        pytest.skip("SQLite only: PostgreSQL restores in one transaction")
+    service.backup()
+    path = sqlite_path(elsewhere)
+    path.parent.mkdir()
+    path.write_bytes(b"the live database")
+    os.link(path, path.with_name(f".{path.name}-restored"))
+    moved = path.rename(path.with_name("moved away"))
+
+    restore(elsewhere, service.place)
+
+    assert moved.read_bytes() == b"the live database"
+
+
+def test_a_backup_of_before_the_audit_seals_had_a_key_is_restored_without_a_problem(
+    service: Service, elsewhere: Settings
+) -> None:
+    """The migration clears such seals, so the end of the chain is compared before it."""
+    db = service.world.db
+    command.downgrade(alembic_config(db.url), "0052")
+    try:
+        with db.write() as session:
+            session.execute(update(AuditEvent).values(link=AuditEvent.seq, previous="0" * 64, digest=AuditEvent.id))
+            last = session.scalar(select(func.max(AuditEvent.seq))) or 0
+            ident = session.scalar(select(AuditEvent.id).where(AuditEvent.seq == last)) or ""
+            session.add(AuditHead(id=1, link=last, digest=ident))
+        record = service.backup()
+    finally:
+        db.migrate()
+
+    restored = restore(elsewhere, service.place)
+
+    assert (record.revision, record.audit_link) == ("0052", last)
+    assert restored.checked.problems == []
+
+
+def test_the_restored_chain_must_end_as_the_backup_recorded(service: Service, elsewhere: Settings) -> None:
+    chain.seal(service.world.db, pepper=PEPPER.current)
+    service.backup()
+    (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "audit_digest": "0" * 64}))
+
+    with pytest.raises(Conflict, match="audit chain has another event") as refused:
+        restore(elsewhere, service.place)
+
+    assert refused.value.code == "restored_database_differs"
+
+
+def with_the_old_store(service: Service, elsewhere: Settings) -> Settings:
+    """A new database next to the store and the pepper of the service."""
+    store_url = (service.folder / "store").as_uri()
+    return elsewhere.model_copy(update={"store_url": store_url, "pepper": SecretStr(PEPPER.current.decode())})
+
+
+def test_anchors_of_events_that_a_restore_lost_are_moved_away_and_named(
+    service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database was lost and the store was kept. Tampering that comes later must not hide behind old anchors."""
+    world, objects = service.world, service.store.objects
+    monkeypatch.setattr(database_dump, "read_clock", lambda _: world.clock())
+    keeps = with_the_old_store(service, elsewhere)
+    kept = anchored(world, objects, "before")
+    record = service.backup()
+    world.clock.turn(DAY)
+    lost = anchored(world, objects, "after")
+
+    restored = restore(keeps, service.place)
+
+    assert (restored.checked.problems, restored.superseded_anchors) == ([], [lost])
+    assert [entry.key for entry in objects.list_all(audit_anchors.PREFIX)] == [kept]
+    (moved,) = [entry.key for entry in objects.list_all(audit_anchors.SUPERSEDED_PREFIX)]
+    assert moved.endswith(lost.removeprefix(audit_anchors.PREFIX))
+    db = opened(keeps)
+    with db.write() as session:
+        told = session.scalars(select(AuditEvent).where(AuditEvent.type == "service.restored")).one()
+        assert told.details["superseded_anchors"] == [{"key": lost, "link": record.audit_link + 1}]
+        session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one().actor_name = "somebody else"
+    assert "does not fit at 1 " in str(check(db, service.store, peppers=PEPPER.all()).problems)
+    db.close()
+
+
+def test_an_anchor_of_before_the_backup_that_does_not_fit_is_still_reported(
+    service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log was cut off before the backup: a restore doesn't clear that up."""
+    world, objects = service.world, service.store.objects
+    monkeypatch.setattr(database_dump, "read_clock", lambda _: world.clock())
+    keeps = with_the_old_store(service, elsewhere)
+    name = anchored(world, objects, "cut-off")
+    with world.db.write() as session:
+        head = session.get_one(AuditHead, 1)
+        session.execute(delete(AuditEvent).where(AuditEvent.link == head.link))
+        cut, head.link = head.link, head.link - 1
+        head.digest = session.scalar(select(AuditEvent.digest).where(AuditEvent.link == head.link)) or ""
+    world.clock.turn(1.0)
+    service.backup()
+
+    restored = restore(keeps, service.place)
+
+    assert restored.checked.problems == [f"The audit chain does not fit at {cut}: missing."]
+    assert restored.superseded_anchors == []
+    assert [entry.key for entry in objects.list_all(audit_anchors.PREFIX)] == [name]
+
+
+def anchored(world: World, objects: Objects, project: str) -> str:
+    """The name of this day's anchor, whose event is that of a new project."""
+    projects.create(world.db, project)
+    chain.seal(world.db, pepper=PEPPER.current)
+    assert audit_anchors.anchor(world.db, objects, pepper=PEPPER.current)
+    return max(entry.key for entry in objects.list_all(audit_anchors.PREFIX))
+
+
+def test_a_backup_records_how_many_rows_each_table_has(service: Service) -> None:
+    record = service.backup()
+
+    counts = record.row_counts or {}
+    assert (counts["projects"], counts["alembic_version"]) == (2, 1)
+    assert set(counts) >= {table.name for table in Table.metadata.sorted_tables}
+    assert service.place.find(record.name) == record
+
+
+def test_restore_reports_a_database_that_differs_from_what_the_backup_recorded(
+    service: Service, elsewhere: Settings
+) -> None:
+    service.backup()
+    (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
+    changed = json.loads(path.read_text())
+    changed["row_counts"]["projects"] += 1
+    path.write_text(json.dumps(changed))
+
+    with pytest.raises(Conflict) as refused:
+        restore(elsewhere, service.place)
+
+    assert refused.value.code == "restored_database_differs"
+    assert "projects has 2 rows, and the backup recorded 3." in refused.value.message
+    assert "Do not start the service" in refused.value.remedy
+
+
+def test_a_backup_of_the_first_format_without_row_counts_is_restored(service: Service, elsewhere: Settings) -> None:
+    service.backup()
+    (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
+    older = json.loads(path.read_text())
+    del older["row_counts"]
+    path.write_text(json.dumps({**older, "format": 1}))
+
+    restored = restore(elsewhere, service.place)
+
+    assert restored.checked.problems == []
+    assert restored.record.row_counts is None
+
+
+def orphan(world: World) -> None:
+    """An event of a job that does not exist, inserted while foreign keys were not enforced."""
+    row = JobEvent(job_id="ftjob-none", level="info", type="message", message="orphan", created_at=1.0)
+    with world.db.engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.execute("PRAGMA foreign_keys=OFF" if world.db.is_sqlite else "set session_replication_role = replica")
+        with Session(connection) as session:
+            session.add(row)
+            session.flush()
+            connection.commit()
+        connection.invalidate()
+
+
+def test_check_reports_rows_that_refer_to_missing_rows(service: Service) -> None:
+    orphan(service.world)
+
+    (problem,) = check(service.world.db, service.store, peppers=PEPPER.all()).problems
+
+    assert "events" in problem
+    assert "jobs" in problem
+    assert "1 row" in problem
+
+
+def test_check_reports_damaged_pages(service: Service) -> None:
+    if not service.world.db.is_sqlite:
+        pytest.skip("SQLite only: PostgreSQL owns its files")
+    with service.world.db.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        root = connection.exec_driver_sql("select rootpage from sqlite_master where name = 'projects'").scalar_one()
+        size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+    service.world.db.close()
+    path = Path(str(service.world.db.engine.url.database))
+    with path.open("rb+") as file:
+        file.seek((root - 1) * size)
+        file.write(b"\xff" * size)
+
+    checked = check(service.world.db, service.store, peppers=PEPPER.all())
+
+    assert checked.problems
+    assert checked.problems[0].startswith("The database is damaged:")
+
+
+def test_check_reports_an_invalid_index(service: Service) -> None:
+    if service.world.db.is_sqlite:
+        pytest.skip("PostgreSQL only")
+    set_valid = "update pg_index set indisvalid = {} where indexrelid = 'pk_projects'::regclass"
+    with service.world.db.engine.begin() as connection:
+        connection.execute(text(set_valid.format("false")))
+    try:
+        problems = check(service.world.db, service.store, peppers=PEPPER.all()).problems
+    finally:
+        with service.world.db.engine.begin() as connection:
+            connection.execute(text(set_valid.format("true")))
+
+    assert problems == ["The database is damaged: the index pk_projects is not valid."]
+
+
+def test_a_table_of_another_owner_is_in_no_backup_and_no_obstacle_to_one(
+    service: Service, elsewhere: Settings, tmp_path: Path
+) -> None:
+    if service.world.db.is_sqlite:
+        pytest.skip("PostgreSQL only: SQLite has no owners")
+    db = service.world.db
+    owner, another = (f"{name}_{secrets.token_hex(4)}" for name in ("backup", "another"))
+    with db.engine.begin() as connection:
+        connection.execute(text("create table of_another (x int)"))
+        connection.execute(text(f"create role {owner} login"))
+        connection.execute(text(f"create role {another}"))
+        connection.execute(text(f"grant usage on schema public to {owner}"))
+        for name in [*Table.metadata.tables, "alembic_version"]:
+            connection.execute(text(f"grant select on {name} to {owner}"))
+        connection.execute(text(f"grant select on all sequences in schema public to {owner}"))
+        connection.execute(text('create table "Of ""another.*" (x int)'))
+        for name in ("of_another", '"Of ""another.*"'):
+            connection.execute(text(f"alter table {name} owner to {another}"))
+    reader = Database(as_role(db.url, owner))
+    try:
+        made = make(reader, service.store, service.place, work_dir=tmp_path / "work")
+        assert "of_another" not in (made.record.row_counts or {})
+        assert integrity.damage(reader) == integrity.orphans(reader) == []
+    finally:
+        reader.close()
+        with db.engine.begin() as connection:
+            connection.execute(text(f"drop owned by {owner}, {another}"))
+            connection.execute(text(f"drop role {owner}, {another}"))
+    assert restore(elsewhere, service.place).checked.problems == []

@@ -1,0 +1,233 @@
+"""What is said of a job before it trains: warnings, where its adapter can be used, devices, times. Pure rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from catalog.plans import duration, serving
+from catalog.plans.duration import Measured, Occupied, Place, Runner, Work
+from catalog.plans.serving import Made
+from catalog.resources import gpus
+from catalog.resources.gpus import CARDS, MIB
+from catalog.resources.throughput import Speeds
+from catalog.spec import job_warnings
+from catalog.spec.job import JobSpec, resolve
+from catalog.spec.job_warnings import Caution
+from catalog.spec.target_modules import Adapted, Linear
+from tests.catalog.plan_data import REPORT
+from tests.catalog.world import request
+
+
+def spec(**fields: Any) -> JobSpec:
+    return resolve(request(training_file="f", **fields), num_rows=100, max_positions=512, seed=1)
+
+
+def codes(found: Any) -> list[str]:
+    return [caution.code for caution in found]
+
+
+def test_few_steps_are_warned_of_with_what_would_make_more() -> None:
+    assert job_warnings.few_steps(spec(), 30) is None
+    few = job_warnings.few_steps(spec(), 8)
+    assert few is not None
+    assert "8 optimizer steps" in few.sentence()
+    assert "12 epochs" in few.remedy, "3 epochs made 8"
+    assert job_warnings.few_steps(spec(max_steps=8), 8) == Caution(
+        code="few_steps",
+        message="The job has 8 optimizer steps: fewer than 30 seldom change a model much.",
+        remedy="Raise max_steps, or leave it out.",
+    )
+    hopeless = job_warnings.few_steps(spec(), 1)
+    assert hopeless is not None
+    assert "90 epochs" in hopeless.remedy
+    assert "epochs" not in (job_warnings.few_steps(spec(hyperparameters={"n_epochs": 50}), 1) or few).remedy
+
+
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [
+        ({}, False),
+        ({"optimizer": {"learning_rate": 1.0}}, True),
+        ({"optimizer": {"learning_rate": 2e-3}}, False),
+        ({"optimizer": {"learning_rate": 1e-5}}, True),
+        ({"method": {"type": "dpo"}}, False),
+        ({"method": {"type": "dpo"}, "optimizer": {"learning_rate": 1e-3}}, True),
+        ({"optimizer": {"type": "sgd", "learning_rate": 1.0}}, False),
+        ({"optimizer": {"type": "adafactor", "learning_rate": 0.01}}, True),
+        ({"optimizer": {"type": "adafactor", "learning_rate": 0.5}}, False),
+    ],
+)
+def test_a_rate_far_from_what_is_usual_of_its_optimizer_and_method_is_warned_of(
+    fields: dict[str, Any], warned: bool
+) -> None:
+    found = codes(job_warnings.of_course(spec(**fields), num_steps=100, has_held_out=True))
+
+    assert found == (["unusual_learning_rate"] if warned else [])
+
+
+def test_without_held_out_data_a_person_is_told_what_he_will_not_know() -> None:
+    assert codes(job_warnings.of_course(spec(), num_steps=100, has_held_out=False)) == ["no_held_out"]
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        ({}, None),
+        ({"usable_rows": 3, "rows": 3}, "batch_exceeds_data"),
+        ({"supervised_tokens": 200}, "little_learnt"),
+        ({"truncated_rows": 5}, "truncated_rows"),
+        ({"truncated_rows": 4}, None),
+        ({"dropped_rows": 6}, "dropped_rows"),
+        ({"empty_rows": 1}, "empty_rows"),
+        ({"duplicate_rows": 1}, "duplicate_rows"),
+        ({"rows": 1000, "duplicate_rows": 9}, None),
+    ],
+)
+def test_what_is_odd_in_a_file_is_warned_of(found: dict[str, int], code: str | None) -> None:
+    assert codes(job_warnings.of_data(spec(), REPORT | found, role="training")) == ([code] if code else [])
+
+
+def test_rows_that_both_files_have_are_warned_of() -> None:
+    assert job_warnings.of_overlap(0, of_rows=10) is None
+    assert "1 row of 10" in (job_warnings.of_overlap(1, of_rows=10) or Caution(code="", message="")).message
+
+
+def test_a_rank_above_a_layer_or_beyond_its_data_is_warned_of() -> None:
+    narrow = [Adapted(linear=Linear(path="a.b", out_features=8, in_features=64), rank=16)]
+    counts = {"num_parameters": 10_000, "supervised_tokens": 100}
+
+    assert codes(job_warnings.of_rank(spec(), narrow, **counts)) == ["rank_above_layer"]
+    assert codes(job_warnings.of_rank(spec(lora={"rank": 64}), [], **counts)) == ["rank_beyond_need"]
+    assert codes(job_warnings.of_rank(spec(lora={"rank": 64}), [], num_parameters=10_000, supervised_tokens=1000)) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "ranks", "vllm", "merge"),
+    [
+        ({}, (16,), "yes", "yes"),
+        ({"lora": {"use_rslora": True}}, (16,), "yes", "yes"),
+        ({"lora": {"layers_to_transform": [0]}}, (16,), "yes", "yes"),
+        ({"lora": {"rank": 32}}, (32,), "with_settings", "yes"),
+        ({"lora": {"init_lora_weights": "pissa"}}, (16,), "with_settings", "yes"),
+        ({"lora": {"rank": 256, "init_lora_weights": "olora"}}, (256,), "with_settings", "yes"),
+        ({"lora": {"use_dora": True}}, (16,), "no", "yes"),
+        ({"lora": {"rank_pattern": {"q_proj": 8}}}, (8, 16), "no", "yes"),
+        ({"lora": {"alpha_pattern": {"q_proj": 8.0}}}, (16,), "no", "yes"),
+        ({"quantisation": "nf4"}, (16,), "with_settings", "with_settings"),
+        ({"quantisation": "int8"}, (16,), "with_settings", "with_settings"),
+        ({"precision": "float32"}, (16,), "yes", "yes"),
+    ],
+)
+def test_where_an_adapter_can_be_used_follows_from_its_shape_and_its_base(
+    fields: dict[str, Any], ranks: tuple[int, ...], vllm: str, merge: str
+) -> None:
+    found = serving.of_job(spec(**fields), ranks)
+
+    assert (found["vllm"].verdict, found["merge"].verdict) == (vllm, merge)
+    assert all(answer.reasons for answer in found.values())
+
+
+def test_vllm_is_told_the_rank_to_start_with() -> None:
+    assert "--max-lora-rank 128" in " ".join(serving.of_job(spec(lora={"rank": 100}), [100])["vllm"].reasons)
+    assert "--max-lora-rank 64" in " ".join(
+        serving.of_job(spec(lora={"rank": 32, "init_lora_weights": "pissa"}), [32])["vllm"].reasons
+    ), "an adapter that began with the base is exported with twice the rank"
+
+
+def test_an_adapter_with_a_head_of_its_own_is_not_for_vllm() -> None:
+    assert serving.judge(Made(spec=spec(), ranks=(16,), trains_head=True))["vllm"].verdict == "no"
+
+
+def test_the_smallest_card_is_the_first_that_holds_it() -> None:
+    sizes = [card.memory_bytes for card in CARDS]
+    assert sizes == sorted(sizes)
+    assert (gpus.smallest_card(15_000 * MIB) or CARDS[0]).gigabytes == 16
+    assert (gpus.smallest_card(16_000 * MIB) or CARDS[0]).gigabytes == 24
+    assert gpus.smallest_card(10**13) is None
+
+
+WORK = Work(num_steps=10, tokens_per_step=100.0, valid_tokens=0, num_evaluations=0, num_parameters=10**9)
+SPEEDS = Speeds(alone=((100.0, 50.0), (200.0, 80.0)))
+
+
+def runner(worker_id: str = "w", device: str = "CPU, 2 cores", **given: Any) -> Runner:
+    kind = "cpu" if device.startswith("CPU") else "cuda"
+    return Runner(worker_id=worker_id, device=device, kind=kind, num_cores=2 if kind == "cpu" else None, **given)
+
+
+def measured(num_parameters: int = 10**9) -> Measured:
+    return Measured(worker_id="w", base_name="other", num_parameters=num_parameters, speeds=SPEEDS)
+
+
+@pytest.mark.parametrize(
+    ("found", "kind", "seconds"),
+    [
+        (runner(same=measured()), "measured", 20.0),
+        (runner(other=measured(2 * 10**9)), "scaled", 10.0),
+        (runner(), "guess", 10.0),
+        (runner(device="NVIDIA H100 80GB HBM3"), "guess", 4e12 / (0.3 * 989e12)),
+        (runner(device="Some GPU"), "none", None),
+    ],
+)
+def test_a_time_comes_with_its_basis_or_not_at_all(found: Runner, kind: str, seconds: float | None) -> None:
+    told = duration.training_time(WORK, [found])
+
+    assert told.basis_kind == kind
+    assert told.seconds == (seconds and pytest.approx(seconds))
+    assert told.basis
+
+
+def test_a_guess_says_how_far_off_it_may_be() -> None:
+    assert (
+        "may take several times as long: nothing has trained on worker"
+        in duration.training_time(WORK, [runner()]).basis
+    )
+
+
+def test_what_was_measured_goes_before_a_faster_guess() -> None:
+    fast = runner("fast", device="NVIDIA H200")
+
+    assert duration.training_time(WORK, [fast, runner("slow", same=measured())]).worker_id == "slow"
+    assert duration.training_time(WORK, []).seconds is None
+
+
+def test_evaluations_and_the_reference_of_preferences_take_time_too() -> None:
+    given = {"num_steps": 100, "tokens": 5000, "usable_rows": 100, "num_parameters": 1}
+    plain = duration.work_of(spec(), valid_tokens=None, **given)
+    assert plain.tokens == 100 * 4 * 50
+    held_out = duration.work_of(spec(), valid_tokens=1000, **given)
+    assert held_out.tokens == plain.tokens + 11 * 1000 / 2
+    assert duration.work_of(spec(method={"type": "dpo"}), valid_tokens=None, **given).tokens == 1.5 * plain.tokens
+    every = duration.work_of(spec(validation_file="v", evaluation={"every_steps": 50}), valid_tokens=1000, **given)
+    assert every.num_evaluations == 3
+
+
+def occupied(*left: float | None, takes_it_now: bool = False) -> Occupied:
+    return Occupied(worker_id="w", seconds_left=left, takes_it_now=takes_it_now)
+
+
+@pytest.mark.parametrize(
+    ("fitting", "ahead", "typical", "seconds"),
+    [
+        ([], 0, 10.0, None),
+        ([occupied()], 0, None, 0.0),
+        ([occupied(50.0, takes_it_now=True)], 0, None, 0.0),
+        ([occupied(50.0, 20.0)], 0, 10.0, 50.0),
+        ([occupied(50.0)], 1, 10.0, 60.0),
+        ([occupied(50.0), occupied()], 1, 10.0, 10.0),
+        ([occupied(50.0), occupied()], 1, None, None),
+        ([occupied(None)], 0, None, None),
+        ([occupied(None)], 0, 10.0, 10.0),
+    ],
+)
+def test_a_start_is_reckoned_from_who_runs_and_who_is_ahead(
+    fitting: list[Occupied], ahead: int, typical: float | None, seconds: float | None
+) -> None:
+    place = Place(ahead=ahead, typical_seconds=typical, num_typical=3, fitting=tuple(fitting), num_live=1)
+
+    told = duration.expected_start(place)
+
+    assert told.seconds == seconds
+    assert told.basis

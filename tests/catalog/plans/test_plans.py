@@ -1,0 +1,317 @@
+"""Plans: accepted as a job is, computed once, and a job from one is just as planned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from sqlalchemy import func, select
+
+from catalog.errors import Conflict, InvalidRequest, NotFound, StaleClaim
+from catalog.fleet import workers
+from catalog.jobs import commands
+from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS
+from catalog.maintenance import garbage_collection
+from catalog.plans import claims as plan_claims
+from catalog.plans import plans
+from catalog.plans.plans import MAX_COMPUTING, PLAN_SECONDS
+from catalog.queue import claims as queue_claims
+from catalog.queue import listing
+from catalog.registry import base_models
+from catalog.spec.job import JobSpec, PlannedJob
+from catalog.storage import files
+from catalog.tables import FileOverlap, Job, Plan
+from tests.catalog.plan_data import REPORT, SETTINGS, know, plan, put, ready
+from tests.catalog.world import LEASE, World, request, sha
+
+
+def found(row: Plan) -> dict[str, Any]:
+    assert row.state == "ready", row.error
+    assert row.found is not None
+    return row.found
+
+
+def codes(row: Plan) -> set[str]:
+    return {warning["code"] for warning in found(row)["warnings"]}
+
+
+def look(world: World, row: Plan) -> Plan:
+    return plans.get(world.db, project_id=world.caller.project_id, plan_id=row.id)
+
+
+def num_jobs(world: World) -> int:
+    with world.db.read() as session:
+        return session.scalar(select(func.count()).select_from(Job)) or 0
+
+
+def submit(world: World, row: Plan, **fields: Any) -> Job:
+    body = PlannedJob.model_validate({"plan": row.id, **fields})
+    return commands.create(world.db, caller=world.caller, request=body, body_digest=sha(body.model_dump_json()))
+
+
+def test_a_plan_of_a_file_that_was_prepared_for_that_base_is_ready_at_once(world: World) -> None:
+    world.worker()
+    first = plan(world)
+    assert first.state == "computing"
+    know(world, first)
+
+    row = plan(world)
+
+    assert found(row)["num_steps"] == 75
+    assert found(row)["trainable_parameters"] == 2 * 16 * (64 + 64) + 2 * 16 * (16 + 64)
+    assert look(world, first).state == "computing", "it is a worker's to conclude"
+    assert num_jobs(world) == 0
+
+
+def test_what_a_job_would_be_refused_for_a_plan_is_refused_for(world: World) -> None:
+    bodies: list[tuple[dict[str, Any], type[Exception]]] = [
+        ({"training_file": "file-none"}, NotFound),
+        ({"model": "none"}, NotFound),
+        ({"optimizer": {"type": "sgd"}}, InvalidRequest),
+        ({"lora": {"target_modules": ["none"]}}, InvalidRequest),
+        ({"early_stopping": {"patience": 3}}, InvalidRequest),
+    ]
+    for body, kind in bodies:
+        with pytest.raises(kind) as of_plan:
+            plan(world, **body)
+        with pytest.raises(kind) as of_job:
+            world.submit(**body)
+        assert str(of_plan.value) == str(of_job.value)
+
+
+def test_a_file_that_cant_be_trained_on_fails_the_plan_with_the_jobs_error(world: World) -> None:
+    first = plan(world)
+    refusal = {"code": "nothing_to_learn", "message": "There is nothing.", "remedy": "Give more."}
+    put(world, first.train_prepared, REPORT | {"usable_rows": 0, "refusal": refusal})
+
+    row = plan(world)
+
+    assert row.state == "failed"
+    assert row.error == {
+        "code": "nothing_to_learn",
+        "message": "There is nothing. Give more.",
+        "param": "training_file",
+    }
+    with pytest.raises(Conflict, match="has failed"):
+        submit(world, row)
+
+
+def test_a_worker_computes_what_waits_and_nobody_else_meanwhile(world: World) -> None:
+    row = plan(world, validation_file=world.file())
+    assert listing.has_work(world.db)
+
+    claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert claim is not None
+    assert claim.plan_id == row.id
+    assert plan_claims.claim(world.db, worker_id="w2", lease_seconds=LEASE) is None
+    assert not listing.has_work(world.db)
+    know(world, row, overlap=(7, 100))
+    plan_claims.conclude(world.db, claim.claim_id, settings=SETTINGS)
+
+    assert found(look(world, row))["data"]["overlap"] == {"rows": 7, "of_rows": 100}
+    assert "overlap" in codes(look(world, row))
+    with pytest.raises(StaleClaim):
+        plan_claims.conclude(world.db, claim.claim_id, settings=SETTINGS)
+
+
+def test_a_plan_whose_worker_fell_silent_is_taken_by_another_and_after_some_it_fails(world: World) -> None:
+    row = plan(world)
+    for _ in range(MAX_LOST_PREPARATIONS):
+        claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
+        assert claim is not None
+        world.clock.turn(LEASE + 1)
+
+    assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
+    assert look(world, row).state == "failed"
+    assert (look(world, row).error or {})["code"] == "preparation_lost"
+
+
+def test_a_lease_that_is_renewed_is_kept_and_a_plan_that_is_deleted_is_wanted_no_more(world: World) -> None:
+    row = plan(world)
+    claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert claim is not None
+    world.clock.turn(LEASE - 1)
+    assert plan_claims.renew(world.db, claim.claim_id, lease_seconds=LEASE)
+    world.clock.turn(LEASE - 1)
+    assert plan_claims.claim(world.db, worker_id="w2", lease_seconds=LEASE) is None
+
+    plans.delete(world.db, project_id=world.caller.project_id, plan_id=row.id)
+
+    assert not plan_claims.renew(world.db, claim.claim_id, lease_seconds=LEASE)
+
+
+@pytest.mark.parametrize("gone", ["file", "base"])
+def test_a_plan_whose_file_or_base_has_gone_before_it_was_computed_fails(world: World, gone: str) -> None:
+    row = plan(world)
+    if gone == "file":
+        files.delete(world.db, project_id=world.caller.project_id, file_id=world.file_id)
+    else:
+        base_models.delete(world.db, "smol")
+
+    assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
+
+    assert (look(world, row).error or {})["code"] == {"file": "file_not_found", "base": "base_changed"}[gone]
+
+
+def test_a_caches_details_are_made_again_where_there_are_none(world: World) -> None:
+    first = plan(world)
+    put(world, first.train_prepared, REPORT, details=None)
+
+    assert plan(world).state == "computing"
+
+
+def test_only_so_many_plans_of_a_project_wait(world: World) -> None:
+    for number in range(MAX_COMPUTING):
+        plan(world, seed=number)
+
+    with pytest.raises(Conflict, match="being computed"):
+        plan(world)
+
+
+def test_a_job_from_a_plan_is_just_as_planned(world: World) -> None:
+    row = ready(world, lora={"rank": 4}, suffix="mine", metadata={"team": "a"})
+
+    job = submit(world, row)
+
+    assert JobSpec.model_validate(job.spec) == JobSpec.model_validate(row.spec)
+    assert (job.requested, job.suffix, job.labels) == (row.requested, "mine", {"team": "a"})
+    assert job.state == "validating_files"
+    said = [event.message for event in commands.events_since(world.db, **world.of(job.id), seq=0)]
+    assert f"It is just as {row.id} has planned it." in said
+
+
+def test_fields_beside_a_plan_must_say_what_it_says(world: World) -> None:
+    row = ready(world, lora={"rank": 4, "alpha": 9.0}, metadata={"team": "a"})
+    same = {"model": "smol", "training_file": world.file_id, "lora": {"rank": 4}, "seed": row.spec["seed"]}
+    assert submit(world, row, **same, metadata={"team": "a"}).spec == row.spec
+
+    for other in ({"lora": {"rank": 8}}, {"seed": row.spec["seed"] + 1}, {"suffix": "x"}, {"metadata": {}}):
+        with pytest.raises(Conflict) as refused:
+            submit(world, row, **other)
+        assert refused.value.code == "differs_from_plan"
+    with pytest.raises(ValidationError):
+        submit(world, row, unheard_of=1)
+
+
+def test_a_plan_holds_no_more_where_its_base_is_another_by_now(world: World) -> None:
+    row = ready(world)
+    base_models.delete(world.db, "smol")
+    base_models.add(world.db, name="smol", kind="folder", source="/models/smol", revision=None)
+    another = {"num_parameters": 1, "linear_shapes": {"q_proj": [[64, 64], 2]}}
+    world.finish_import("smol", digest=sha("another"), description=another)
+
+    with pytest.raises(Conflict) as refused:
+        submit(world, row)
+
+    assert refused.value.code == "plan_outdated"
+
+
+def test_a_plan_of_a_file_that_was_deleted_makes_no_job_and_shows_no_rows(world: World) -> None:
+    row = ready(world)
+    assert plans.details(world.db, row).training is not None
+    files.delete(world.db, project_id=world.caller.project_id, file_id=world.file_id)
+
+    assert plans.details(world.db, row).training is None
+    with pytest.raises(NotFound):
+        submit(world, row)
+
+
+def test_a_plan_expires_and_its_row_goes(world: World) -> None:
+    row = ready(world, validation_file=world.file())
+    world.clock.turn(PLAN_SECONDS + 1)
+
+    with pytest.raises(NotFound, match="No plan"):
+        look(world, row)
+    assert plans.list_page(world.db, project_id=world.caller.project_id).items == []
+    garbage_collection.let_go(world.db)
+
+    with world.db.read() as session:
+        assert session.scalar(select(func.count()).select_from(Plan)) == 0
+        assert session.scalar(select(func.count()).select_from(FileOverlap)) == 0, "its caches went: of no file here"
+
+
+def test_another_projects_plan_does_not_exist(world: World) -> None:
+    row = ready(world)
+
+    for act in (plans.get, plans.delete):
+        with pytest.raises(NotFound):
+            act(world.db, project_id=world.stranger.project_id, plan_id=row.id)
+    with pytest.raises(NotFound):
+        commands.create(world.db, caller=world.stranger, request=PlannedJob(plan=row.id), body_digest="d")
+
+
+def test_a_job_would_start_at_once_on_a_free_worker_and_after_those_ahead_else(world: World) -> None:
+    assert "no worker is running" in found(ready(world))["expected_start"]["basis"]
+    world.worker()
+    assert found(plan(world))["expected_start"]["seconds"] == 0
+
+    world.queued()
+    told = found(plan(world))["expected_start"]
+    assert told["seconds"] is None
+    assert "no job of the project has ended yet" in told["basis"]
+
+    (claim,) = world.claim()
+    queue_claims.started(world.db, claim.claim_id, trainer_id="trainer-w1", resumed_from_step=None)
+    world.clock.turn(30)
+    world.complete(claim.claim_id)
+    world.queued()
+    told = found(plan(world))["expected_start"]
+    assert "1 job is ahead" in told["basis"]
+    assert told["seconds"] == pytest.approx(30, abs=1)
+
+
+def test_a_job_that_fits_no_worker_is_warned_of(world: World) -> None:
+    world.worker(memory_bytes=1000)
+
+    row = ready(world)
+
+    assert "fits_no_worker" in codes(row)
+    assert found(row)["devices"]["smallest_gpu"]["gigabytes"] == 8
+    assert found(row)["training_time"]["seconds"] is None
+
+
+def test_the_memory_that_is_planned_is_what_choosing_will_ask_for(world: World) -> None:
+    row = ready(world)
+    job = submit(world, row)
+    world.prepare_all(longest_example=80)
+
+    with world.db.read() as session:
+        stored = session.get_one(Job, job.id)
+    (cpu,) = [memory for memory in found(row)["memory"] if memory["kind"] == "cpu"]
+    assert cpu["total_bytes"] == (stored.own_bytes or 0) + (stored.trainer_bytes or 0)
+    assert cpu["total_bytes"] == sum(part["bytes"] for part in cpu["parts"])
+
+
+def test_how_long_a_job_trains_is_told_with_what_was_measured_of_its_base(world: World) -> None:
+    world.worker()
+    assert found(ready(world))["training_time"]["basis_kind"] == "none", "this device tells no cores"
+    pack_key = submit(world, plan(world)).pack_key
+    workers.register_trainer(world.db, trainer_id="t1", worker_id="w1", base_digest=sha("smol"), pack_key=pack_key)
+    speeds = {"alone": [[100, 50.0], [200, 80.0]], "together": []}
+    workers.end_trainer(world.db, "t1", report={"tick_speeds": speeds})
+
+    told = found(plan(world))["training_time"]
+
+    assert told["basis_kind"] == "measured"
+    assert told["worker_id"] == "w1"
+    assert "with this base" in told["basis"]
+    assert told["seconds"] == pytest.approx(75 * 4 * 50 / told["tokens_per_second"])
+
+
+def test_the_few_steps_of_a_plan_are_an_event_of_its_job(world: World) -> None:
+    row = ready(world, max_steps=8)
+    assert "few_steps" in codes(row)
+    job = submit(world, row)
+    world.prepare_all(num_steps=8)
+
+    warned = [e.message for e in commands.events_since(world.db, **world.of(job.id), seq=0) if e.level == "warn"]
+
+    assert any("8 optimizer steps" in message and "Raise max_steps" in message for message in warned)
+
+
+def test_of_what_is_asked_for_a_plan_keeps_what_was_left_out_left_out(world: World) -> None:
+    row = ready(world)
+
+    assert row.requested == {"model": "smol", "training_file": world.file_id}
+    assert request(**row.requested).lora.rank == 16

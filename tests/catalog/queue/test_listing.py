@@ -1,0 +1,399 @@
+"""What people see of the queue, and the sentence that tells why a job is where it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from catalog.errors import InvalidRequest
+from catalog.jobs import commands
+from catalog.queue import claims, listing
+from catalog.registry import base_models
+from catalog.resources import throughput
+from catalog.resources.throughput import Speeds
+from catalog.scheduling.snapshot import Room
+from catalog.settings import Settings
+from catalog.states import EndReason
+from tests.catalog.world import LEASE, World, sha
+
+
+def explained(world: World, job_id: str) -> dict[str, Any]:
+    return commands.explain(world.db, **world.of(job_id))
+
+
+def test_the_queue_is_shown_in_the_order_in_which_it_is_claimed(world: World) -> None:
+    normal, batch, urgent = (world.queued(priority=name) for name in ("normal", "batch", "urgent"))
+    validating = world.submit()
+
+    seen = listing.snapshot(world.db, project_id=None)
+
+    assert [entry["job_id"] for entry in seen["jobs"]] == [urgent.id, normal.id, batch.id, validating.id]
+    assert [entry["position"] for entry in seen["jobs"]] == [1, 2, 3, None]
+    assert seen["counts"] == {"queued": 3, "validating_files": 1}
+    order = [world.claim(room=Room(max_jobs=1, memory_bytes_free=10**12))[0].job.id for _ in range(3)]
+    assert order == [urgent.id, normal.id, batch.id]
+
+
+def test_a_project_sees_how_many_stand_before_it_and_not_who(world: World) -> None:
+    theirs = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), priority="urgent")
+    mine = world.queued()
+
+    seen = listing.snapshot(world.db, project_id=world.caller.project_id)
+
+    assert [(entry["job_id"], entry["position"]) for entry in seen["jobs"]] == [(mine.id, 2)]
+    assert seen["waiting_in_all"] == 2
+    why = explained(world, mine.id)
+    assert (why["position"], why["ahead"], why["ahead_of_this_project"]) == (2, 1, [])
+    assert theirs.id not in str(why)
+
+
+def test_a_project_with_many_jobs_is_shown_what_others_leave_of_the_queue(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "MAX_SHOWN", 40)
+    last = world.queued()
+    world.flood(last, 29)
+    world.queued(priority="urgent")
+    world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    world.prepare_all()
+
+    shown = listing.snapshot(world.db, project_id=world.caller.project_id)
+
+    assert shown["waiting_in_all"] == 32
+    assert [entry["position"] for entry in shown["jobs"] if entry["position"] is None] == []
+
+
+def test_a_job_far_behind_is_told_how_many_of_its_own_stand_before_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.worker()
+    monkeypatch.setattr(listing, "MAX_SHOWN", 10)
+    world.flood(world.queued(), 30)
+    world.clock.turn(1)
+    last = world.queued()
+
+    why = commands.explain(world.db, **world.of(last.id))
+
+    assert (why["ahead_at_least"], why["ahead_of_this_project_in_all"]) == (10, 31)
+    assert why["explanation"] == (
+        "It stands far behind: more than 10 jobs are ahead of it. Of its own project and class 31 jobs are ahead of it."
+    )
+
+
+def test_whether_there_is_work_is_whether_anything_can_be_claimed_now(world: World) -> None:
+    assert not listing.has_work(world.db)
+    job = world.submit()
+    assert listing.has_work(world.db)
+    world.prepare_all()
+    assert listing.has_work(world.db)
+
+    (claim,) = world.claim()
+    assert not listing.has_work(world.db)
+    claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+    assert not listing.has_work(world.db)
+    world.clock.turn(3)
+    assert listing.has_work(world.db)
+
+    commands.cancel(world.db, **world.of(job.id))
+    assert not listing.has_work(world.db)
+    base_models.add(world.db, name="new", kind="hub", source="org/new", revision=None)
+    assert listing.has_work(world.db)
+
+
+def test_a_job_that_validates_tells_what_it_waits_for(world: World) -> None:
+    first, job = world.submit(), world.submit()
+    assert explained(world, job.id)["explanation"] == (
+        "Its files wait to be prepared, but no worker is running. Start one."
+    )
+
+    world.worker()
+    assert explained(world, job.id)["explanation"] == "Its files wait to be prepared; 1 job is ahead of it."
+
+    claimed = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert claimed is not None
+    assert explained(world, first.id)["explanation"] == "Worker w1 is preparing its files."
+    claims.release_preparation(world.db, claim_id=claimed.claim_id, detail="", wait_seconds=9)
+    assert explained(world, first.id)["explanation"] == "Its files are prepared again in 9 s."
+
+
+def test_a_queued_job_tells_what_stands_before_it(world: World) -> None:
+    world.base("other")
+    first, second = world.queued(), world.queued(model="other")
+    assert explained(world, first.id)["explanation"] == "No worker is running. Start one."
+
+    world.worker()
+    assert explained(world, first.id)["explanation"] == (
+        "It is first in the queue and waits for a worker to have room."
+    )
+    assert explained(world, second.id)["explanation"] == "1 job is ahead of it."
+
+    claims.worker_beat(world.db, "w1", resident_base=sha("smol"), trainer_id="t", report=None)
+    held = explained(world, second.id)
+    assert held["resident_bases"] == [sha("smol")]
+    assert "Workers hold another base now" in held["explanation"]
+    claims.worker_beat(world.db, "w1", resident_base=sha("other"), trainer_id="t", report=None)
+    assert "Its base is loaded: it joins as soon as there is room." in explained(world, second.id)["explanation"]
+
+
+def test_a_job_that_waits_for_others_to_keep_their_speed_says_so(world: World) -> None:
+    world.worker()
+    held = world.running()
+    claims.register_trainer(
+        world.db, trainer_id="t", worker_id="w1", base_digest=held.job.base_digest, pack_key=held.job.pack_key
+    )
+    waiting = world.queued()
+
+    def told(speeds: Speeds, *, num_jobs: int) -> str:
+        report = {"saturation": throughput.described(num_jobs, speeds, Settings(max_slowdown=4), 0)}
+        claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=report)
+        return explained(world, waiting.id)["explanation"]
+
+    assert told(Speeds(alone=((64, 900.0),), together=((256, 1000.0),)), num_jobs=4) == (
+        "It is first in the queue. Its base is loaded, and the trainer is near its plateau: with 4 jobs each is at "
+        "most 3.6 times as slow as alone, one more would make that 4.5, and LORRY_MAX_SLOWDOWN is 4. It joins when one "
+        "of them ends."
+    )
+    assert "it joins as soon as there is room" in told(Speeds(), num_jobs=16), "no speed keeps a seventeenth out"
+
+
+def test_a_job_of_another_precision_says_why_it_does_not_join_its_base(world: World) -> None:
+    world.worker()
+    held = world.running()
+    claims.register_trainer(
+        world.db, trainer_id="t", worker_id="w1", base_digest=held.job.base_digest, pack_key=held.job.pack_key
+    )
+    claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+    same, other = world.queued(), world.queued(precision="float32")
+
+    assert explained(world, same.id)["explanation"] == (
+        "It is first in the queue. Its base is loaded: it joins as soon as there is room."
+    )
+    why = explained(world, other.id)
+    assert (why["precision"], why["resident_precisions"]) == ("float32", ["bfloat16"])
+    assert why["explanation"] == (
+        "1 job is ahead of it. Its base is loaded in bfloat16; it asks for float32, so it can't join and waits for a "
+        "trainer of its own. Jobs that can join what is loaded may go first for 60 s at most."
+    )
+    world.pass_time(61)
+    claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+    assert explained(world, other.id)["explanation"].endswith(
+        "No job behind it joins what is loaded any more: its turn comes when the jobs in there have ended."
+    )
+
+
+def test_a_job_of_another_precision_does_not_go_first_for_the_sake_of_its_base(world: World) -> None:
+    """What the decision does is what `why` says."""
+    world.base("other")
+    world.worker()
+    held = world.running()
+    claims.register_trainer(
+        world.db, trainer_id="t", worker_id="w1", base_digest=held.job.base_digest, pack_key=held.job.pack_key
+    )
+    claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+    head, precise = world.queued(model="other"), world.queued(precision="float32")
+    why = explained(world, precise.id)["explanation"]
+    world.complete(held.claim_id)
+
+    room = Room(max_jobs=1, memory_bytes_free=10**12, resident_key=held.job.pack_key)
+    (first,) = world.claim(room=room)
+
+    assert first.job.id == head.id
+    assert "1 job is ahead of it. Its base is loaded in bfloat16; it asks for float32, so it can't join" in why
+
+
+def test_a_job_with_dropout_is_counted_with_its_mask(world: World) -> None:
+    plain, dropping = world.queued(), world.queued(lora={"dropout": 0.1})
+
+    with world.db.read() as session:
+        own = {turn.candidate.job_id: turn.candidate.own_bytes for turn in listing.turns(session, now=world.clock())}
+
+    assert own[plain.id] == (16 + 2 + 8) * plain.adapter_parameters  # with a copy in bf16, and two further slices
+    assert own[dropping.id] == own[plain.id] + 1024 * (2 * 64 + 2 * 64)
+
+
+def test_the_first_in_the_queue_is_told_of_none_before_it(world: World) -> None:
+    world.running()
+    first, second = world.queued(), world.queued()
+
+    turns = [explained(world, job.id) for job in (first, second)]
+
+    assert [why["position"] for why in turns] == [1, 2]
+    assert "1 of its project's jobs runs, none waits before it;" in turns[0]["turn"]
+    assert "1 of its project's jobs runs and 1 waits before it;" in turns[1]["turn"]
+
+
+def test_a_job_that_fits_no_worker_says_so(world: World) -> None:
+    world.base("huge", num_parameters=10**12)
+    world.worker(memory_bytes=10**9)
+
+    why = explained(world, world.queued(model="huge").id)
+
+    assert "the largest worker has 1.0 GB" in why["explanation"]
+
+
+def test_a_job_that_no_empty_worker_has_free_says_what_it_needs_and_what_there_is(world: World) -> None:
+    job, told = world.queued(), {"resident_base": None, "trainer_id": None}
+    world.worker("w1", memory_bytes=10**10)
+    world.worker("w2", memory_bytes=10**6)
+
+    def why(*free: int | None) -> str:
+        for worker_id, free_bytes in zip(("w1", "w2"), free, strict=True):
+            report = None if free_bytes is None else {"room": {"max_jobs": 4, "memory_bytes_free": free_bytes}}
+            claims.worker_beat(world.db, worker_id, **told, report=report)
+        return explained(world, job.id)["explanation"]
+
+    sentence = "Worker w1 holds nothing, and has 1.0 MB of its 10.0 GB free"
+    assert sentence in why(10**6, 10**6)
+    assert sentence not in why(10**10, 10**6)
+    assert sentence not in why(10**6, None), "w2 has not said yet"
+    assert claims.worker_beat(world.db, "w2", resident_base="other", trainer_id="t", report=None)
+    assert sentence in explained(world, job.id)["explanation"]
+
+
+def test_long_rows_that_only_a_gpu_has_room_for_are_too_large_for_a_cpu_alone(world: World) -> None:
+    world.base("deep", hidden_size=64, num_layers=100, linear_shapes={"q_proj": [[64, 64], 100]})
+    job = world.submit(model="deep", lora={"target_modules": ["q_proj"]})
+    world.prepare_all(longest_example=50_000)
+    world.worker("small", memory_bytes=10**9)
+
+    on_a_cpu = explained(world, job.id)["explanation"]
+    world.worker("small-gpu", memory_bytes=8 * 10**8, kind="cuda")
+
+    assert "It needs about 1.3 GB and the largest worker has 1.0 GB" in on_a_cpu
+    assert "the largest worker" not in explained(world, job.id)["explanation"]
+
+
+def test_a_job_that_waits_after_a_bad_end_says_how_long(world: World) -> None:
+    claim = world.running()
+    claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+
+    assert explained(world, claim.job.id)["explanation"] == (
+        "It waits 2 s after a bad end (trainer_crashed) before it is tried again."
+    )
+    world.clock.turn(3)
+    (claim,) = world.claim()
+    claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+    world.clock.turn(9)
+    world.worker()
+    assert "it waits for a worker to itself" in explained(world, claim.job.id)["explanation"]
+
+
+def test_every_other_state_has_its_sentence(world: World) -> None:
+    cancelled, paused = world.submit(), world.submit()
+    verb: dict[str, Any] = {"project_id": world.caller.project_id}
+    commands.cancel(world.db, job_id=cancelled.id, **verb)
+    commands.pause(world.db, job_id=paused.id, **verb)
+    failed, succeeded, running = (world.running() for _ in range(3))
+    claims.end(world.db, failed.claim_id, reason=EndReason.USER_ERROR, detail="Too long.")
+    world.complete(succeeded.claim_id)
+
+    sentences = {
+        name: explained(world, job_id)["explanation"]
+        for name, job_id in {
+            "cancelled": cancelled.id,
+            "paused": paused.id,
+            "failed": failed.job.id,
+            "succeeded": succeeded.job.id,
+            "running": running.job.id,
+        }.items()
+    }
+
+    assert sentences == {
+        "cancelled": "It was cancelled.",
+        "paused": "It is paused. Resume it to let it go on from its last checkpoint.",
+        "failed": "It failed. Too long.",
+        "succeeded": f"It has succeeded: its adapter is {world.job(succeeded.job.id).adapter_name}.",
+        "running": "Worker w1 has it, attempt 1, and its trainer loads the base model.",
+    }
+    claims.started(world.db, running.claim_id, trainer_id="trainer-w1", resumed_from_step=None)
+    assert explained(world, running.job.id)["explanation"] == "It trains on worker w1, attempt 1."
+    commands.pause(world.db, job_id=running.job.id, **verb)
+    assert "asked to store a checkpoint" in explained(world, running.job.id)["explanation"]
+    commands.cancel(world.db, job_id=running.job.id, **verb)
+    assert "asked to stop it" in explained(world, running.job.id)["explanation"]
+    assert explained(world, running.job.id)["why"]["role"] == "anchor"
+
+
+def test_a_job_on_a_quantised_base_waits_for_a_worker_that_can_hold_it_and_says_so(world: World) -> None:
+    job = world.queued(quantisation="nf4")
+    world.worker("plain")
+
+    assert world.claim("plain") == []
+    why = explained(world, job.id)
+    assert why["quantisation"] == "nf4"
+    assert why["explanation"] == (
+        "It asks for its base as nf4, and no worker that runs has bitsandbytes. Install it where a worker runs "
+        "(pip install 'lorry[quant]'), and start that worker again."
+    )
+
+    world.worker("able", quantisations=("nf4", "int8"))
+    assert explained(world, job.id)["explanation"] == "It is first in the queue and waits for a worker to have room."
+    assert [claim.job.id for claim in world.claim("able")] == [job.id]
+
+
+def test_a_job_that_no_worker_that_lives_can_hold_is_refused_with_the_remedy(world: World) -> None:
+    world.worker()
+
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(quantisation="int8")
+
+    assert (refusal.value.code, refusal.value.param) == ("quantisation_unavailable", "quantisation")
+    assert "pip install 'lorry[quant]'" in refusal.value.remedy
+    assert world.submit().spec["quantisation"] == "none"
+
+
+def test_dora_is_refused_on_a_quantised_base_before_it_waits(world: World) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(quantisation="nf4", lora={"use_dora": True})
+
+    assert (refusal.value.code, refusal.value.param) == ("dora_on_quantised_base", "lora.use_dora")
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_a_start_from_the_bases_weights_is_refused_where_those_are_quantised(world: World, init: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        world.submit(quantisation="nf4", lora={"init_lora_weights": init})
+
+    assert (refusal.value.code, refusal.value.param) == ("start_on_quantised_base", "lora.init_lora_weights")
+    assert world.submit(quantisation="nf4", lora={"init_lora_weights": "gaussian"}).state == "validating_files"
+
+
+def test_a_job_that_begins_with_the_base_is_counted_with_its_start(world: World) -> None:
+    plain = world.queued(precision="float32")
+    begun = world.queued(lora={"init_lora_weights": "pissa"}, precision="float32")
+
+    with world.db.read() as session:
+        own = {turn.candidate.job_id: turn.candidate.own_bytes for turn in listing.turns(session, now=world.clock())}
+
+    assert own[begun.id] == own[plain.id] + 2 * 4 * begun.adapter_parameters
+
+
+def test_jobs_on_one_base_that_is_held_differently_do_not_train_together(world: World) -> None:
+    world.worker(quantisations=("nf4", "int8"))
+    plain, nf4, int8 = world.queued(), world.queued(quantisation="nf4"), world.queued(quantisation="int8")
+    (claim,) = world.claim()
+    assert claim.job.id == plain.id
+    held = claim.job
+    claims.register_trainer(
+        world.db, trainer_id="t", worker_id="w1", base_digest=held.base_digest, pack_key=held.pack_key
+    )
+    claims.worker_beat(world.db, "w1", resident_base=held.base_digest, trainer_id="t", report=None)
+
+    assert "Its base is loaded in bfloat16; it asks for nf4 with bfloat16," in explained(world, nf4.id)["explanation"]
+    assert world.claim(pack_key=held.pack_key, trainer_id="t") == []
+    assert [[claim.job.id for claim in world.claim()] for _ in range(2)] == [[nf4.id], [int8.id]]
+
+
+def test_a_job_that_a_worker_cannot_hold_does_not_keep_others_out_of_its_trainer(world: World) -> None:
+    world.worker("plain")
+    world.worker("able", quantisations=("nf4",))
+    held = world.running().job
+    waiting = world.queued(quantisation="nf4")
+    world.pass_time(61)
+    joiner = world.queued()
+
+    joined = world.claim("plain", pack_key=held.pack_key, trainer_id="t")
+
+    assert [claim.job.id for claim in joined] == [joiner.id]
+    assert world.job(waiting.id).state == "queued"

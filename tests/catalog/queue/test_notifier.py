@@ -1,0 +1,197 @@
+"""The doorbell against a real Redis, against none, and against one that comes late."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from catalog.queue import notifier
+from catalog.queue.notifier import QUEUE, TASK, TRANSPORT_OPTIONS, FileDoorbell, RedisDoorbell, open_doorbell
+from catalog.settings import Settings
+from tests.services.redis import redis_server
+from tests.services.running import free_port
+
+KEY = f"{TRANSPORT_OPTIONS['global_keyprefix']}{QUEUE}"
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def broker(redis_url: str) -> Any:
+    client = redis.Redis.from_url(redis_url)
+    client.flushall()
+    yield client
+    client.close()
+
+
+def test_a_ring_is_one_message_without_content(redis_url: str, broker: Any) -> None:
+    bell = RedisDoorbell(redis_url)
+
+    bell.ring()
+
+    until(lambda: broker.llen(KEY) == 1)
+    message = json.loads(broker.lindex(KEY, 0))
+    assert message["headers"]["task"] == TASK
+    assert (message["headers"]["argsrepr"], message["headers"]["kwargsrepr"]) == ("()", "{}")
+    bell.close()
+
+
+def test_a_hundred_rings_at_once_are_few_messages_and_at_least_one(redis_url: str, broker: Any) -> None:
+    bell = RedisDoorbell(redis_url)
+
+    for _ in range(100):
+        bell.ring()
+    bell.close()
+
+    assert 1 <= broker.llen(KEY) < 100
+
+
+def test_rings_of_many_threads_start_one_relay(redis_url: str, broker: Any) -> None:
+    bell = RedisDoorbell(redis_url)
+    ringers = [threading.Thread(target=bell.ring) for _ in range(20)]
+
+    for ringer in ringers:
+        ringer.start()
+    for ringer in ringers:
+        ringer.join()
+
+    relays = [thread for thread in threading.enumerate() if thread.name == "lorry-doorbell" and thread.daemon]
+    bell.close()
+    assert len(relays) == 1
+    assert broker.llen(KEY) >= 1
+
+
+def test_a_last_ring_is_sent_before_the_process_ends(redis_url: str, broker: Any) -> None:
+    bell = RedisDoorbell(redis_url)
+
+    bell.ring()
+    bell.close()
+
+    assert broker.llen(KEY) == 1
+    bell.ring()
+    assert broker.llen(KEY) == 1
+
+
+class Silence:
+    """A port that accepts and never answers: the worst broker."""
+
+    def __init__(self) -> None:
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen()
+        self.url = f"redis://127.0.0.1:{self.listener.getsockname()[1]}/0"
+
+
+@pytest.mark.parametrize("kind", ["refused", "silent", "unknown host", "no address"])
+def test_a_broker_that_is_away_neither_blocks_nor_fails_a_ring(kind: str) -> None:
+    silence = Silence()
+    urls = {
+        "refused": f"redis://127.0.0.1:{free_port()}/0",
+        "silent": silence.url,
+        "unknown host": "redis://no.such.host.invalid:6379/0",
+        "no address": "not a url",
+    }
+    bell = RedisDoorbell(urls[kind], first_wait_seconds=0.05)
+    ringer = threading.Thread(target=lambda: [bell.ring() for _ in range(1_000)], daemon=True)
+
+    ringer.start()
+    ringer.join(10)
+
+    assert not ringer.is_alive()
+    bell.close()
+    silence.listener.close()
+
+
+def test_a_ring_is_delivered_once_the_broker_is_back() -> None:
+    port = free_port()
+    bell = RedisDoorbell(f"redis://127.0.0.1:{port}/0", first_wait_seconds=0.05)
+    bell.ring()
+
+    with redis_server(port) as url, redis.Redis.from_url(url) as broker:
+        until(lambda: broker.llen(KEY) == 1)
+        bell.close()
+
+
+def test_without_a_broker_a_file_tells_each_who_waits_once_that_it_was_rung(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"redis_url": None, "data_dir": tmp_path})
+    bell, waiting = open_doorbell(settings), FileDoorbell(settings.bell_path())
+
+    before = waiting.has_rung()
+    bell.ring()
+    came_later = FileDoorbell(settings.bell_path())
+
+    assert isinstance(bell, FileDoorbell)
+    assert (before, waiting.has_rung(), waiting.has_rung()) == (False, True, False)
+    assert not came_later.has_rung()
+    bell.close()
+    assert isinstance(open_doorbell(Settings.model_validate({"redis_url": "redis://localhost"})), RedisDoorbell)
+
+
+def test_a_bell_that_can_not_be_touched_stays_silent(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    bell = FileDoorbell(tmp_path / "file" / "bell")
+
+    bell.ring()
+
+    assert not bell.has_rung()
+
+
+def test_a_process_that_never_rings_never_loads_celery() -> None:
+    program = "import sys; from catalog.queue.notifier import RedisDoorbell; RedisDoorbell('redis://x').close(); "
+    program += "print('celery' in sys.modules)"
+
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+    assert ran.stdout == "False\n"
+
+
+def test_the_worker_listens_where_the_doorbell_rings() -> None:
+    program = (
+        "from worker.entrypoints.celery_app import app; import worker.entrypoints.celery_tasks, json; c = app.conf; "
+    )
+    program += "print(json.dumps([c.task_default_queue, c.broker_transport_options, sorted(app.tasks)]))"
+
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+    queue, options, tasks = json.loads(ran.stdout)
+    assert (queue, options["global_keyprefix"]) == (QUEUE, TRANSPORT_OPTIONS["global_keyprefix"])
+    assert TASK in tasks
+
+
+def test_rings_that_no_worker_reads_stay_bounded_in_number(redis_url: str, broker: Any) -> None:
+    """Every worker trains, and several API servers ring for days."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(notifier, "MAX_QUEUED", 3)
+        for _ in range(8):
+            bell = RedisDoorbell(redis_url)
+            bell.ring()
+            bell.close()
+
+    assert broker.llen(KEY) == 3
+
+
+def test_a_worker_is_rung_again_once_waiting_messages_were_read(redis_url: str, broker: Any) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(notifier, "MAX_QUEUED", 1)
+        bell = RedisDoorbell(redis_url)
+        bell.ring()
+        until(lambda: broker.llen(KEY) == 1)
+        broker.delete(KEY)
+
+        bell.ring()
+
+        until(lambda: broker.llen(KEY) == 1)
+        bell.close()

@@ -1,0 +1,359 @@
+"""An urgent job that waits has others leave for it: on the record, by heartbeats, within bounds, and told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from catalog.errors import Unavailable
+from catalog.jobs import commands
+from catalog.lifecycle import position
+from catalog.queue import claims, preemption
+from catalog.queue.claims import Claim
+from catalog.scheduling.snapshot import USUAL, Room
+from catalog.states import EndReason
+from catalog.tables import Job, ProjectUsage
+from catalog.usage import quotas
+from tests.catalog.world import World
+
+ONE = Room(max_jobs=1, memory_bytes_free=10**12)
+SPARED = USUAL.spared_seconds
+LATE = USUAL.preempt_after_seconds + 1
+
+
+@pytest.fixture
+def batch(world: World) -> Claim:
+    """A batch job that has trained for long enough to be asked, on the only worker, which is full."""
+    world.worker()
+    claim = world.running(priority="batch")
+    world.pass_time(SPARED, claim.claim_id)
+    world.beat(claim.claim_id)
+    return claim
+
+
+def test_an_urgent_job_that_waits_has_a_lower_one_leave_for_it(world: World, batch: Claim) -> None:
+    urgent = world.queued(priority="urgent")
+    assert not world.beat(batch.claim_id)[batch.claim_id].preempt, "it has not waited yet"
+
+    world.clock.turn(LATE)
+    orders = world.beat(batch.claim_id)
+    state = claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="Saved at step 5.")
+    (next_one,) = world.claim(room=ONE)
+
+    assert orders[batch.claim_id].preempt
+    assert (state, next_one.job.id) == ("queued", urgent.id)
+    left = world.job(batch.job.id)
+    assert (left.counted_attempts, left.num_preemptions, left.preempted_for) == (0, 1, None)
+    assert world.job(urgent.id).room_asked_at is None
+
+
+@pytest.mark.parametrize(("step_fraction", "is_asked"), [(0.9, True), (1.1, False)])
+def test_an_urgent_job_of_a_project_above_its_share_waits_for_its_turn(
+    world: World, step_fraction: float, is_asked: bool
+) -> None:
+    """As one among the jobs that wait, and against one that trains."""
+    world.worker()
+    mine = world.running()
+    world.pass_time(SPARED, mine.claim_id)
+    world.beat(mine.claim_id)
+    file_id = world.file(caller=world.stranger)
+    world.submit(caller=world.stranger, training_file=file_id, priority="urgent")
+    world.prepare_all()
+    with world.db.write() as session:
+        charged = SPARED + step_fraction * USUAL.class_step_seconds
+        had = {"device_seconds": charged, "as_of": world.clock.now}
+        session.add(ProjectUsage(project_id=world.stranger.project_id, slot=0, **had))
+    world.clock.turn(LATE)
+
+    assert world.beat(mine.claim_id)[mine.claim_id].preempt == is_asked
+
+
+def test_no_room_is_made_for_an_urgent_job_while_another_projects_job_is_ahead_of_it(
+    world: World, batch: Claim
+) -> None:
+    file_id = world.file(caller=world.stranger)
+    world.submit(caller=world.stranger, training_file=file_id)
+    world.prepare_all()
+    urgent = world.queued(priority="urgent")
+    with world.db.write() as session:
+        had = {"device_seconds": 2 * USUAL.class_step_seconds, "as_of": world.clock.now}
+        session.add(ProjectUsage(project_id=world.caller.project_id, slot=99, **had))
+    world.clock.turn(LATE)
+
+    assert not world.beat(batch.claim_id)[batch.claim_id].preempt
+    with world.db.write() as session:
+        session.delete(session.get_one(ProjectUsage, (world.caller.project_id, 99)))
+    assert world.beat(batch.claim_id)[batch.claim_id].preempt
+    assert world.job(urgent.id).room_asked_at is not None
+
+
+def test_what_was_made_free_for_one_is_not_given_to_a_later_one_whose_base_is_loaded(
+    world: World, batch: Claim
+) -> None:
+    urgent = world.queued(model=world.base("another"), priority="urgent")
+    world.clock.turn(LATE)
+    assert world.beat(batch.claim_id)[batch.claim_id].preempt
+    world.queued(priority="urgent")
+    claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="")
+
+    (claim,) = world.claim(room=replace(ONE, resident_key=batch.job.pack_key))
+
+    assert claim.job.id == urgent.id
+
+
+def test_it_goes_back_to_its_place_among_its_projects_jobs(world: World, batch: Claim) -> None:
+    world.queued(priority="batch")
+    urgent = world.queued(priority="urgent")
+    world.clock.turn(LATE)
+    world.beat(batch.claim_id)
+    claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="")
+
+    order = [claim.job.id for _ in range(2) for claim in world.claim(room=ONE)]
+
+    assert order == [urgent.id, batch.job.id]
+
+
+def test_why_and_events_tell_both_what_was_decided_and_name_no_other_project(world: World, batch: Claim) -> None:
+    foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), priority="urgent")
+    world.prepare_all()
+    world.clock.turn(LATE)
+    world.beat(batch.claim_id)
+
+    asked = commands.explain(world.db, **world.of(batch.job.id))
+    waiting = commands.explain(world.db, project_id=world.stranger.project_id, job_id=foreign.id)
+    claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="Saved at step 5.")
+    left = commands.explain(world.db, **world.of(batch.job.id))
+
+    assert asked["explanation"] == (
+        "Its worker w1 was asked to store a checkpoint and to make room for an urgent job; "
+        "it goes back to its place in the queue."
+    )
+    assert "Jobs of lower classes were asked to make room for it" in waiting["explanation"]
+    assert left["explanation"].startswith("It made room for a job of the class urgent that had waited for 31 s")
+    told = left["preemption"]
+    assert (told["for_class"], told["makes"], told["num_leaving"], told["counts_as"]) == (0, "a place", 1, 2)
+    assert (told["num_preemptions_before"], told["policy"]["max_preemptions"]) == (0, USUAL.max_preemptions)
+    assert told["trained_seconds"] > SPARED
+    events = commands.events_since(world.db, **world.of(batch.job.id), seq=0)
+    assert [event.message for event in events][-2:] == [
+        "An urgent job needs the room: this one saves a checkpoint and goes back to its place in the queue.",
+        "The job made room for an urgent one and goes back to its place in the queue. Saved at step 5.",
+    ]
+    for secret in (foreign.id, world.stranger.project_id, "theirs"):
+        assert secret not in str((asked, left, [(event.message, event.data) for event in events]))
+
+
+def test_those_behind_it_are_told_that_room_is_being_made(world: World, batch: Claim) -> None:
+    key, base = batch.job.pack_key, batch.job.base_digest
+    claims.register_trainer(world.db, trainer_id="t", worker_id="w1", base_digest=base, pack_key=key)
+    claims.worker_beat(world.db, "w1", resident_base=base, trainer_id="t", report=None)
+    urgent, behind = world.queued(model=world.base("another"), priority="urgent"), world.queued()
+
+    def told(job: Job) -> str:
+        return commands.explain(world.db, **world.of(job.id))["explanation"]
+
+    before = told(urgent), told(behind)
+    world.clock.turn(LATE)
+    world.beat(batch.claim_id)
+    meanwhile = told(urgent), told(behind)
+
+    assert "Jobs that can join what is loaded may go first for 60 s at most." in before[0]
+    assert "Its base is loaded: it joins as soon as there is room." in before[1]
+    assert "No job behind it joins what is loaded before it trains. Jobs of lower classes were asked" in meanwhile[0]
+    assert "room is being made for a job ahead of it, and nobody joins before that one." in meanwhile[1]
+
+
+def test_for_one_job_no_more_are_asked_while_the_first_leave(world: World, batch: Claim) -> None:
+    world.worker("w2")
+    world.queued(priority="batch")
+    (other,) = world.claim("w2", ONE)
+    both = (batch.claim_id, other.claim_id)
+    world.pass_time(SPARED, *both)
+    world.queued(priority="urgent")
+    world.clock.turn(LATE)
+    for worker_id in ("w1", "w2"):
+        world.beat(worker_id=worker_id)
+
+    for _ in range(3):
+        world.beat(*both)
+        world.clock.turn(1)
+
+    assert sum(order.preempt for order in world.beat(*both).values()) == 1
+
+
+def test_who_was_asked_may_stay_once_the_urgent_job_has_found_room_elsewhere(world: World, batch: Claim) -> None:
+    urgent = world.queued(priority="urgent")
+    world.clock.turn(LATE)
+    preemption.look(world.db, policy=USUAL)
+    world.worker("w2")
+    (claim,) = world.claim("w2", ONE)
+
+    orders = world.beat(batch.claim_id)
+
+    assert claim.job.id == urgent.id
+    assert orders[batch.claim_id] == claims.Orders()
+
+
+@pytest.mark.parametrize("kept_back", ["held", "limited"])
+def test_who_was_asked_may_stay_once_the_urgent_job_may_not_begin_and_then_no_room_is_being_made(
+    world: World, batch: Claim, kept_back: str
+) -> None:
+    urgent = world.queued(model=world.base("another"), priority="urgent")
+    world.clock.turn(LATE)
+    assert preemption.look(world.db, policy=USUAL) == 1
+
+    keep_back(world, urgent, kept_back)
+    assert world.beat(batch.claim_id)[batch.claim_id] == claims.Orders()
+    let_begin(world, urgent, kept_back)
+
+    joiner = world.queued()
+    joined = world.claim(room=replace(ONE, num_jobs=1), pack_key=batch.job.pack_key)
+    assert [claim.job.id for claim in joined] == [joiner.id]
+    world.complete(joined[0].claim_id)
+    world.clock.turn(LATE)
+    assert world.beat(batch.claim_id)[batch.claim_id].preempt, "it is asked for again before the two minutes are over"
+
+
+@pytest.mark.parametrize(("may_train", "before", "after"), [(2, 1, 0), (3, 2, 1)])
+def test_for_a_project_no_more_room_is_made_than_it_may_use(
+    world: World, batch: Claim, may_train: int, before: int, after: int
+) -> None:
+    limit(world, concurrent_jobs=may_train)
+    for _ in range(2):
+        world.queued(priority="urgent")
+    world.clock.turn(LATE)
+
+    found = [num_pressing(world)]
+    world.beat(batch.claim_id)
+    found.append(num_pressing(world))
+
+    assert found == [before, after]
+
+
+def test_what_one_of_several_leaves_is_not_taken_by_who_joins(world: World) -> None:
+    world.worker()
+    for _ in range(2):
+        world.queued(priority="batch")
+    held = world.claim()
+    key = held[0].job.pack_key
+    world.pass_time(SPARED, *(claim.claim_id for claim in held))
+    urgent = world.queued(priority="urgent")
+    world.queued()
+    world.clock.turn(LATE)
+    world.beat(*(claim.claim_id for claim in held))
+    free_so_far = Room(max_jobs=1, memory_bytes_free=urgent.own_bytes or 0, num_jobs=1)
+    with world.db.write() as session:
+        session.get_one(Job, urgent.id).own_bytes = free_so_far.memory_bytes_free + 1
+
+    assert world.claim(room=free_so_far, pack_key=key) == []
+    with world.db.write() as session:
+        session.get_one(Job, urgent.id).room_asked_at = None
+    assert len(world.claim(room=free_so_far, pack_key=key)) == 1
+
+
+@pytest.mark.parametrize("fault", [Unavailable("Away.", code="database_unavailable", remedy=""), RuntimeError("odd")])
+def test_a_fault_in_asking_costs_nobody_his_lease(
+    world: World,
+    batch: Claim,
+    fault: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object, **__: object) -> int:
+        raise fault
+
+    monkeypatch.setattr(preemption, "look", fail)
+    before = world.job(batch.job.id).lease_expires_at
+    world.clock.turn(10)
+
+    orders = world.beat(batch.claim_id)
+
+    assert orders == {batch.claim_id: claims.Orders()}
+    assert (world.job(batch.job.id).lease_expires_at or 0) >= (before or 0) + 10
+    assert "preemption" in caplog.text
+
+
+def test_a_job_is_asked_only_so_often_and_trains_on(world: World, batch: Claim) -> None:
+    held = batch
+    for _ in range(USUAL.max_preemptions):
+        assert leaves(world, held)
+        (held,) = world.claim(room=ONE)
+        assert held.job.id == batch.job.id
+        world.pass_time(SPARED, held.claim_id)
+
+    assert not leaves(world, held)
+
+
+def leaves(world: World, held: Claim) -> bool:
+    """Whether the job is asked to leave for an urgent one; if so, it does, and the urgent one trains and ends."""
+    urgent = world.queued(priority="urgent")
+    world.beat(held.claim_id)
+    world.clock.turn(LATE)
+    if not world.beat(held.claim_id)[held.claim_id].preempt:
+        return False
+    claims.end(world.db, held.claim_id, reason=EndReason.PREEMPTED, detail="")
+    (claim,) = world.claim(room=ONE)
+    assert claim.job.id == urgent.id
+    world.complete(claim.claim_id, claim.claim_id)
+    return True
+
+
+def test_what_has_risen_is_not_asked_by_the_class_above_which_it_rose(world: World) -> None:
+    world.worker()
+    world.queued(priority="batch")
+    world.clock.turn(3 * USUAL.promote_after_seconds)
+    (risen,) = world.claim(room=ONE)
+    world.pass_time(SPARED, risen.claim_id)
+    world.queued(priority="urgent")
+    world.clock.turn(LATE)
+
+    assert not world.beat(risen.claim_id)[risen.claim_id].preempt
+
+
+def test_an_operator_may_have_nobody_preempted(world: World, batch: Claim) -> None:
+    world.queued(priority="urgent")
+    world.clock.turn(LATE)
+
+    assert preemption.look(world.db, policy=replace(USUAL, max_preemptions=0)) == 0
+    assert preemption.look(world.db, policy=USUAL) == 1
+
+
+def test_what_a_person_asks_for_goes_before_a_preemption(world: World, batch: Claim) -> None:
+    world.queued(priority="urgent")
+    world.clock.turn(LATE)
+    world.beat(batch.claim_id)
+    commands.pause(world.db, **world.of(batch.job.id))
+
+    state = claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="")
+
+    assert state == "paused"
+    with world.db.read() as session:
+        job: Any = session.get_one(Job, batch.job.id)
+        assert job.preempted_for is None
+
+
+def keep_back(world: World, job: Job, how: str) -> None:
+    if how == "held":
+        position.hold(world.db, **world.of(job.id))
+    else:
+        limit(world, concurrent_jobs=1)
+
+
+def let_begin(world: World, job: Job, how: str) -> None:
+    if how == "held":
+        position.release(world.db, **world.of(job.id))
+    else:
+        limit(world, concurrent_jobs=9)
+
+
+def num_pressing(world: World) -> int:
+    with world.db.read() as session:
+        found = preemption._pressing(session, now=world.clock.now, policy=USUAL)  # pyright: ignore[reportPrivateUsage]
+    return len(found)
+
+
+def limit(world: World, *, concurrent_jobs: int) -> None:
+    operator = replace(world.caller, is_operator=True)
+    quotas.limit(world.db, caller=operator, project="ours", limits={"concurrent_jobs": concurrent_jobs})

@@ -1,0 +1,288 @@
+"""Base models: named once, imported by one worker at a time, fixed by the digest of their files."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import product
+
+import pytest
+
+from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.jobs import commands
+from catalog.registry import adapters, base_models
+from catalog.registry.base_models import SOURCE_PATTERN
+from catalog.spec.data import DataSpec
+from catalog.storage import token_cache
+from catalog.storage.manifest import files_digest
+from tests.catalog.world import DESCRIPTION, World, manifest, sha
+
+
+def test_adding_the_same_base_again_changes_nothing_and_another_is_refused(world: World) -> None:
+    first = base_models.add(world.db, name="b", kind="hub", source="org/b", revision="main")
+    again = base_models.add(world.db, name="b", kind="hub", source="org/b", revision="main")
+
+    assert (first.state, again.created_at) == ("importing", first.created_at)
+    with pytest.raises(Conflict) as refusal:
+        base_models.add(world.db, name="b", kind="hub", source="org/c", revision="main")
+    assert refusal.value.code == "model_exists"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "source", "code"),
+    [
+        ("a/b", "hub", "org/b", "invalid_name"),
+        ("b\n", "hub", "org/b", "invalid_name"),
+        ("b", "pickle", "org/b", "invalid_kind"),
+        ("b", "hub", " ", "invalid_source"),
+        ("b", "folder", "\x19", "invalid_source"),
+        ("b", "folder", "/models/a\n", "invalid_source"),
+    ],
+)
+def test_a_base_that_cannot_be_named_or_found_is_refused(
+    world: World, name: str, kind: str, source: str, code: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        base_models.add(world.db, name=name, kind=kind, source=source, revision=None)
+
+    assert refusal.value.code == code
+
+
+EDGES = [chr(code) for code in (*range(0x100), 0x1680, 0x2003, 0x2028, 0x2029, 0x202F, 0x3000, 0xFEFF, 0xD800, 0x1F600)]
+
+
+def test_a_source_is_a_text_without_control_characters_that_is_not_blank() -> None:
+    pairs = [one + other for one, other in product(EDGES, repeat=2)]
+    texts = ["", *EDGES, *pairs, *(f" {edge}a" for edge in EDGES), *(f"a{edge} " for edge in EDGES)]
+
+    def is_source(text: str) -> bool:
+        has_control = any(char < " " or char == "\x7f" for char in text)
+        return not has_control and not text.isspace() and text != ""
+
+    assert [text for text in texts if bool(re.fullmatch(SOURCE_PATTERN, text)) != is_source(text)] == []
+
+
+def test_a_source_is_looked_at_once() -> None:
+    """What may come before the first character that is no space can't be that one: the time is linear."""
+    before, first, _ = re.findall(r"\[[^]]+\]", SOURCE_PATTERN)
+
+    assert [char for char in EDGES if re.match(before, char) and re.match(first, char)] == []
+
+
+def test_one_worker_imports_a_base_and_another_takes_over_when_it_falls_silent(world: World) -> None:
+    base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None)
+    with ThreadPoolExecutor(4) as pool:
+        claimed = [
+            row for row in pool.map(lambda _: base_models.claim_import(world.db, lease_seconds=60), range(8)) if row
+        ]
+    assert [row.name for row in claimed] == ["b"]
+
+    world.clock.turn(50)
+    base_models.renew_import(world.db, "b", lease_seconds=60, added_at=world.added_at("b"))
+    world.clock.turn(50)
+    assert base_models.claim_import(world.db, lease_seconds=60) is None
+
+    world.clock.turn(20)
+    assert base_models.claim_import(world.db, lease_seconds=60) is not None
+
+
+def test_a_failed_import_tells_why_and_is_tried_again_when_added_again(world: World) -> None:
+    base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None)
+    base_models.claim_import(world.db, lease_seconds=60)
+    world.fail_import("b", {"code": "no_such_repo", "message": "It is gone."})
+
+    assert base_models.get(world.db, "b").error == {"code": "no_such_repo", "message": "It is gone."}
+    assert base_models.claim_import(world.db, lease_seconds=60) is None
+    assert base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None).state == "importing"
+    assert base_models.claim_import(world.db, lease_seconds=60) is not None
+
+
+def test_a_base_that_was_never_ready_gives_its_name_up_to_another_source(world: World) -> None:
+    base_models.add(world.db, name="b", kind="hub", source="org/mistyped", revision=None)
+    world.fail_import("b", {"code": "no_such_repo", "message": "It is gone."})
+
+    mended = base_models.add(world.db, name="b", kind="folder", source="/models/b", revision=None)
+
+    assert (mended.state, mended.source, mended.error) == ("importing", "/models/b", None)
+    world.finish_import("b", digest=sha("b"), description={})
+    with pytest.raises(Conflict):
+        base_models.add(world.db, name="b", kind="hub", source="org/mistyped", revision=None)
+
+
+def test_a_base_keeps_the_digest_that_it_had_first(world: World) -> None:
+    world.finish_import("smol", digest=sha("smol"), description={})
+    with pytest.raises(Conflict) as refusal:
+        world.finish_import("smol", digest=sha("changed"), description={})
+    world.fail_import("smol", {})
+
+    assert refusal.value.code == "base_changed"
+    assert base_models.get(world.db, "smol").state == "ready"
+
+
+def test_bases_are_listed_and_found_by_name(world: World) -> None:
+    world.base("another")
+
+    assert [row.name for row in base_models.list_all(world.db)] == ["another", "smol"]
+    with pytest.raises(NotFound, match="'none'") as refusal:
+        base_models.get(world.db, "none")
+    assert refusal.value.code == "model_not_found"
+    assert "another, smol" in refusal.value.remedy
+
+
+def test_a_bases_digest_is_that_of_its_files_alone() -> None:
+    files = [{"path": "a", "digest": "0", "num_bytes": 1}]
+
+    digests = {files_digest({"files": files, "source": source}) for source in ("x", "y")}
+
+    assert len(digests) == 1
+
+
+def test_a_token_cache_is_found_by_all_that_decides_its_tokens(world: World) -> None:
+    key = token_cache.key("ours", "file", "tokenizer", 512)
+    assert token_cache.get(world.db, key) is None
+
+    world.put_tokens(
+        key,
+        file_digest="file",
+        artifact=manifest("t", "tokens"),
+        report={"rows": 1},
+    )
+    again = world.put_tokens(
+        key,
+        file_digest="file",
+        artifact=manifest("t", "tokens"),
+        report={"rows": 2},
+    )
+
+    assert (
+        len({key, token_cache.key("ours", "file", "tokenizer", 513), token_cache.key("ours", "file", "other", 512)})
+        == 3
+    )
+    assert (again.report, again.artifact) == ({"rows": 2}, manifest("t", "tokens").digest)
+    refused = world.put_tokens(
+        "k",
+        file_digest="file",
+        artifact=None,
+        report={"refusal": {"code": "x"}},
+    )
+    assert refused.artifact is None
+
+
+def test_a_deleted_base_frees_its_name_and_leaves_what_was_trained_on_it(world: World) -> None:
+    adapter = world.complete(world.running().claim_id)
+
+    base_models.delete(world.db, "smol")
+
+    with pytest.raises(NotFound):
+        base_models.get(world.db, "smol")
+    with pytest.raises(NotFound):
+        base_models.delete(world.db, "smol")
+    with pytest.raises(NotFound):
+        world.submit()
+    assert base_models.list_all(world.db) == []
+    again = base_models.add(world.db, name="smol", kind="hub", source="org/other", revision="r")
+    assert (again.state, again.source, again.digest, again.manifest) == ("importing", "org/other", None, None)
+    told = {"manifest": {"files": []}, "description": DESCRIPTION}
+    base_models.finish_import(world.db, "smol", digest=sha("other"), added_at=again.created_at, **told)
+    assert world.submit().base_digest == sha("other")
+    kept = adapters.get(world.db, project_id=world.caller.project_id, name=adapter.name).adapter
+    assert (kept.base_model, kept.base_digest, kept.artifact) == ("smol", sha("smol"), adapter.artifact)
+    assert world.job(adapter.job_id).base_digest == sha("smol")
+
+
+@pytest.mark.parametrize("state", ["validating_files", "queued", "running", "paused"])
+def test_a_base_that_an_unfinished_job_names_is_kept(world: World, state: str) -> None:
+    job = world.submit()
+    if state in ("queued", "running"):
+        world.prepare_all()
+    if state == "running":
+        world.claim()
+    if state == "paused":
+        commands.pause(world.db, **world.of(job.id))
+    assert world.job(job.id).state == state
+
+    with pytest.raises(Conflict) as refusal:
+        base_models.delete(world.db, "smol")
+
+    assert refusal.value.code == "model_in_use"
+    assert job.id in refusal.value.message
+    assert base_models.get(world.db, "smol").state == "ready"
+
+
+def test_an_import_does_not_bring_back_a_base_that_was_deleted_meanwhile(world: World) -> None:
+    told = {"manifest": {"files": []}, "description": {}}
+    base_models.add(world.db, name="b", kind="hub", source="org/b")
+    old = base_models.claim_import(world.db, lease_seconds=60)
+    assert old is not None
+
+    base_models.delete(world.db, "b")
+    assert not base_models.renew_import(world.db, "b", lease_seconds=60, added_at=old.created_at)
+    assert base_models.finish_import(world.db, "b", digest=sha("b"), added_at=old.created_at, **told) is None
+    base_models.fail_import(world.db, "b", error={}, added_at=old.created_at)
+    with pytest.raises(NotFound):
+        base_models.get(world.db, "b")
+    assert base_models.claim_import(world.db, lease_seconds=60) is None
+
+    new = base_models.add(world.db, name="b", kind="folder", source="/models/b")
+    assert base_models.finish_import(world.db, "b", digest=sha("b"), added_at=old.created_at, **told) is None
+    base_models.fail_import(world.db, "b", error={}, added_at=old.created_at)
+    assert base_models.get(world.db, "b").state == "importing"
+    assert base_models.finish_import(world.db, "b", digest=sha("new"), added_at=new.created_at, **told) is not None
+    assert base_models.get(world.db, "b").digest == sha("new")
+
+
+def test_of_a_deletion_and_a_job_at_the_same_time_one_is_refused(world: World) -> None:
+    def submit(name: str) -> bool:
+        with suppress(NotFound):
+            world.submit(model=name)
+            return True
+        return False
+
+    def delete(name: str) -> bool:
+        with suppress(Conflict):
+            base_models.delete(world.db, name)
+            return True
+        return False
+
+    names = [world.base(f"b{number}") for number in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        both = [(pool.submit(submit, name), pool.submit(delete, name)) for name in names]
+
+    assert all(submitted.result() != deleted.result() for submitted, deleted in both)
+
+
+def test_what_is_learnt_and_what_becomes_of_long_rows_are_part_of_a_token_caches_key() -> None:
+    given = [None, DataSpec(loss="last_turn"), DataSpec(overflow="drop"), DataSpec(overflow="split")]
+
+    assert len({token_cache.key("ours", "file", "tokenizer", 512, data) for data in given}) == 4
+    assert token_cache.key("ours", "file", "tokenizer", 512, DataSpec()) == token_cache.key(
+        "ours", "file", "tokenizer", 512
+    )
+
+
+def test_only_what_was_a_base_here_and_is_none_any_more_counts_as_deleted(world: World) -> None:
+    world.base("kept")
+    world.base("twin")
+    job = world.queued(model="kept")
+    folders = [sha(name) for name in ("smol", "kept", "twin", "of another database")]
+    assert base_models.deleted(world.db, folders) == set()
+
+    base_models.delete(world.db, "smol")
+    commands.cancel(world.db, **world.of(job.id))
+    base_models.delete(world.db, "kept")
+
+    assert base_models.deleted(world.db, folders) == {sha("smol"), sha("kept")}
+    assert base_models.deleted(world.db, [sha("of another database")]) == set()
+
+
+def test_a_base_that_was_deleted_and_added_again_is_kept_and_one_of_old_jobs_is_not(world: World) -> None:
+    claim = world.running()
+    world.complete(claim.claim_id)
+    base_models.delete(world.db, "smol")
+    base_models.add(world.db, name="smol", kind="folder", source="/models/other")
+    assert base_models.deleted(world.db, [sha("smol")]) == {sha("smol")}
+
+    world.finish_import("smol", digest=sha("smol"), description={})
+
+    assert base_models.deleted(world.db, [sha("smol")]) == set()

@@ -1,0 +1,168 @@
+"""Checkpoints as models: named, kept, continued, deleted, and told to have expired once they are gone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from sqlalchemy import update
+
+from catalog.errors import Conflict, NoLongerKept, NotFound
+from catalog.jobs import commands
+from catalog.maintenance import garbage_collection
+from catalog.queue import claims
+from catalog.queue.claims import Claim
+from catalog.registry import adapters
+from catalog.tables import Checkpoint
+from catalog.tenancy import projects
+from tests.catalog.world import World, manifest, sha
+
+
+def exported(name: str) -> claims.Exported:
+    record = {"outputs": {"num_parameters": 7}, "config": {"resolved": {"precision": "bfloat16"}}}
+    return claims.Exported(artifact=manifest(f"weights {name}"), lineage=record, lineage_id=sha(name))
+
+
+def save(world: World, claim: Claim, *steps: int) -> list[str]:
+    """The names of new checkpoints of the job."""
+    for step in steps:
+        name = f"{claim.job.id} {step}"
+        files = manifest(name, kind="checkpoint")
+        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=files, exported=exported(name))
+    page = commands.checkpoints_page(world.db, **world.of(claim.job.id))
+    return [row.name or "" for row in reversed(page.items)]
+
+
+def get(world: World, name: str) -> adapters.AdapterView:
+    return adapters.get(world.db, project_id=world.caller.project_id, name=name)
+
+
+def test_a_checkpoint_is_read_like_an_adapter_by_its_name_and_by_its_id(world: World) -> None:
+    claim = world.running(suffix="docs")
+    (name,) = save(world, claim, 5)
+
+    view = get(world, name)
+
+    assert name == f"ft:smol:ours:docs:{claim.job.id[-8:]}:ckpt-step-5"
+    assert (view.adapter.num_parameters, view.adapter.job_id) == (7, claim.job.id)
+    assert view.artifact.digest == manifest(f"weights {claim.job.id} 5").digest
+    assert get(world, view.adapter.id).adapter.name == name
+    assert view.adapter.verification["passed"] is None
+    with pytest.raises(NotFound):
+        adapters.get(world.db, project_id=world.stranger.project_id, name=name)
+
+
+def test_a_checkpoint_is_a_model_from_when_its_weights_come_and_none_where_its_files_are_not_kept(
+    world: World,
+) -> None:
+    claim = world.running()
+    for step in (1, 2, 3):
+        files = manifest(f"c{step}", kind="checkpoint")
+        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=files)
+
+    for step in (1, 3, 4):
+        claims.record_checkpoint_model(world.db, claim.claim_id, step=step, exported=exported(f"{step}"))
+
+    page = commands.checkpoints_page(world.db, **world.of(claim.job.id))
+    usable = {row.step: row.adapter for row in page.items}
+    assert usable == {1: None, 2: None, 3: manifest("weights 3").digest}
+    assert get(world, page.items[0].name or "").adapter.num_parameters == 7
+
+
+def test_a_checkpoint_keeps_its_name_after_its_jobs_end_and_when_its_project_is_renamed(world: World) -> None:
+    claim = world.running()
+    (name,) = save(world, claim, 5)
+
+    world.complete(claim.claim_id)
+    operator = replace(world.caller, is_operator=True)
+    projects.rename(world.db, caller=operator, project="ours", name="renamed")
+
+    assert get(world, name).adapter.name == name
+    kept = adapters.list_checkpoint_models(world.db, project_id=world.caller.project_id)
+    assert [model.name for model in kept.items] == [name]
+
+
+def test_only_the_newest_two_can_be_used_and_the_others_are_told_to_have_expired(world: World) -> None:
+    claim = world.running()
+    first, *newest = save(world, claim, 1, 2, 3)
+
+    with pytest.raises(NoLongerKept, match="no longer kept") as gone:
+        get(world, first)
+
+    assert gone.value.code == "checkpoint_expired"
+    assert "seven days" in gone.value.remedy
+    assert [get(world, name).adapter.name for name in newest] == newest
+    garbage_collection.let_go(world.db)
+    live = garbage_collection.live_digests(world.db)
+    assert manifest(f"weights {claim.job.id} 1").digest not in live
+    assert manifest(f"weights {claim.job.id} 2").digest in live
+    with pytest.raises(NotFound):  # a stranger isn't told that it ever was
+        adapters.get(world.db, project_id=world.stranger.project_id, name=first)
+
+
+def test_checkpoints_expire_a_week_after_the_end_of_their_job(world: World) -> None:
+    claim = world.running()
+    (name,) = save(world, claim, 5)
+    world.complete(claim.claim_id)
+
+    world.clock.turn(garbage_collection.CHECKPOINT_SECONDS - 60)
+    garbage_collection.let_go(world.db)
+    assert get(world, name).adapter.name == name
+    world.clock.turn(120)
+    garbage_collection.let_go(world.db)
+
+    with pytest.raises(NoLongerKept):
+        get(world, name)
+    with pytest.raises(NoLongerKept):
+        world.submit(model=name)
+    assert adapters.list_checkpoint_models(world.db, project_id=world.caller.project_id).items == []
+
+
+def test_a_job_begins_with_a_checkpoint_and_keeps_it_until_it_has_ended(world: World) -> None:
+    claim = world.running()
+    first, _ = save(world, claim, 1, 2)
+    digest = manifest(f"weights {claim.job.id} 1").digest
+
+    child = world.submit(model=first)
+    save(world, claim, 3)
+    garbage_collection.let_go(world.db)
+
+    assert (child.base_model, child.spec["parent"]["name"], child.spec["parent"]["artifact"]) == ("smol", first, digest)
+    assert child.spec["parent"]["lineage"] == sha(f"{claim.job.id} 1")
+    assert digest in garbage_collection.live_digests(world.db)
+    with pytest.raises(Conflict, match="continued by a job"):
+        adapters.delete(world.db, project_id=world.caller.project_id, name=first)
+    commands.cancel(world.db, **world.of(child.id))
+    garbage_collection.let_go(world.db)
+    assert digest not in garbage_collection.live_digests(world.db)
+
+
+def test_a_deleted_checkpoint_is_no_model_any_more_and_its_job_still_resumes_from_it(world: World) -> None:
+    claim = world.running()
+    (name,) = save(world, claim, 5)
+    delete = partial(adapters.delete, world.db, project_id=world.caller.project_id, name=name)
+
+    delete()
+
+    with pytest.raises(NoLongerKept):
+        get(world, name)
+    with pytest.raises(NoLongerKept):
+        delete()
+    assert delete(is_client_retry=True).name == name
+    (row,) = commands.checkpoints_page(world.db, **world.of(claim.job.id)).items
+    assert row.artifact is not None
+
+
+def test_of_two_jobs_whose_ids_end_alike_each_checkpoint_has_its_own_name(world: World) -> None:
+    other, claim = world.running(), world.running()
+    save(world, other, 5)
+    taken = f"ft:smol:ours::{claim.job.id[-8:]}:ckpt-step-5"
+    with world.db.write() as session:
+        session.execute(update(Checkpoint).where(Checkpoint.job_id == other.job.id).values(name=taken))
+
+    (name,) = save(world, claim, 5)
+
+    assert name != taken
+    assert get(world, name).adapter.job_id == claim.job.id
+    assert get(world, taken).adapter.job_id == other.job.id

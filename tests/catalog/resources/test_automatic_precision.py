@@ -1,0 +1,45 @@
+"""Which precision a job has that asks for none: what suits the workers there are."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog.fleet import workers
+from catalog.resources import pack_key as packing
+from tests.catalog.world import World
+
+
+@pytest.mark.parametrize(
+    ("fleet", "expected"),
+    [
+        ([], "bfloat16"),
+        ([False], "float32"),
+        ([False, True], "bfloat16"),
+        ([None], "bfloat16"),  # a worker of an older version does not say
+    ],
+)
+def test_an_automatic_precision_suits_the_fleet_and_is_settled_with_the_job(
+    world: World, fleet: list[bool | None], expected: str
+) -> None:
+    for index, has in enumerate(fleet):
+        devices = [{"kind": "cpu", **({} if has is None else {"has_bfloat16": has})}]
+        given = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**12}
+        workers.register_worker(world.db, worker_id=f"w{index}", devices=devices, **given)
+
+    automatic, asked = world.submit(), world.submit(precision="float32")
+
+    assert automatic.spec["precision"] == packing.precision_of(automatic.pack_key) == expected
+    assert packing.precision_of(asked.pack_key) == "float32"
+
+
+@pytest.mark.parametrize(("seen", "expected"), [([True, False], "float32"), ([False, True], "bfloat16")])
+def test_while_no_worker_lives_the_one_that_was_seen_last_settles_an_automatic_precision(
+    world: World, seen: list[bool], expected: str
+) -> None:
+    for index, has in enumerate(seen):
+        given = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**12}
+        devices = [{"kind": "cpu", "has_bfloat16": has}]
+        workers.register_worker(world.db, worker_id=f"w{index}", devices=devices, **given)
+        world.clock.turn(3600)
+
+    assert world.submit().spec["precision"] == expected

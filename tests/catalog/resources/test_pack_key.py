@@ -1,0 +1,207 @@
+"""Which jobs train together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from catalog.resources.memory import JOB_TOKENS, TICK_TOKENS
+from catalog.resources.pack_key import pack_key, precision_of, quantisation_of, weights_of
+from catalog.scheduling.ordering import Turn, order
+from catalog.scheduling.packing import choose_anchor, choose_joiners, choose_pack
+from catalog.scheduling.snapshot import PATIENCE_SECONDS, Candidate, Room
+from tests.catalog.scheduling.test_fairness_over_days import candidate
+
+ROOM = Room(max_jobs=4, memory_bytes_free=100)
+
+
+def other(job_id: str, created_at: float = 0, priority: int = 1, trainer_bytes: int = 10) -> Candidate:
+    return candidate(
+        job_id,
+        created_at,
+        priority=priority,
+        base_digest="c",
+        pack_key="c:bfloat16:causal-lm",
+        trainer_bytes=trainer_bytes,
+    )
+
+
+def turns(*candidates: Candidate, now: float = 10) -> list[Turn]:
+    return order(candidates, now)
+
+
+def packed(*candidates: Candidate, room: Room = ROOM, now: float = 10) -> list[str]:
+    return [choice.turn.candidate.job_id for choice in choose_pack(turns(*candidates, now=now), room)]
+
+
+def test_a_device_that_computes_blocks_again_takes_what_it_does_without() -> None:
+    long, short = replace(candidate("long"), own_bytes=95, saved_bytes=60), candidate("short", 1)
+    roomy = replace(ROOM, recomputes=True)
+
+    assert packed(long, short) == ["short"]
+    assert packed(long, short, room=roomy) == ["long", "short"]
+    assert joined(long, room=replace(ROOM, memory_bytes_free=90)) == []
+    assert joined(long, room=replace(roomy, memory_bytes_free=35)) == ["long"]
+
+
+def joined(*candidates: Candidate, room: Room = ROOM, now: float = 10, worker_bytes: int = 100) -> list[str]:
+    chosen, _ = choose_joiners(turns(*candidates, now=now), room, "b:bfloat16:causal-lm", worker_bytes=worker_bytes)
+    return [choice.turn.candidate.job_id for choice in chosen]
+
+
+def test_the_first_in_the_queue_is_the_anchor_and_its_like_fill_the_rest() -> None:
+    assert packed(candidate("a"), other("x", 1), candidate("b", 2), candidate("c", 3)) == ["a", "b", "c"]
+
+
+def test_no_more_jobs_than_there_is_room_for() -> None:
+    waiting = [candidate(f"j{i}", i) for i in range(9)]
+
+    assert packed(*waiting) == ["j0", "j1", "j2", "j3"]
+    assert packed(*waiting, room=Room(max_jobs=0, memory_bytes_free=100)) == []
+    assert packed(*waiting, room=Room(max_jobs=4, memory_bytes_free=12)) == ["j0", "j1"]
+    assert packed(*waiting, room=Room(max_jobs=4, memory_bytes_free=10)) == []
+
+
+def test_a_packmate_that_does_not_fit_leaves_its_place_to_a_smaller_one() -> None:
+    large = candidate("large", 1, own_bytes=95)
+
+    assert packed(candidate("a"), large, candidate("b", 2)) == ["a", "b"]
+
+
+def test_a_resident_base_goes_first_only_within_its_class_and_only_for_so_long() -> None:
+    room = Room(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
+    resident = candidate("resident", 5)
+
+    assert packed(other("x"), resident, room=room, now=10) == ["resident"]
+    assert packed(other("x"), resident, room=room, now=PATIENCE_SECONDS) == ["x"]
+    assert packed(other("x", priority=0), resident, room=room, now=10) == ["x"]
+
+
+def test_a_job_for_the_resident_trainer_still_needs_its_tick() -> None:
+    """Its base is counted in what is free, as it is for those for whom it would be unloaded."""
+    needs_eleven = candidate("a", trainer_bytes=10, own_bytes=1)
+
+    def taken(memory_bytes_free: int) -> list[str]:
+        room = Room(max_jobs=1, memory_bytes_free=memory_bytes_free, resident_key=needs_eleven.pack_key)
+        return packed(needs_eleven, room=room)
+
+    assert taken(11) == ["a"]
+    assert taken(10) == []
+
+
+def test_a_trainer_of_the_same_base_in_another_dtype_is_not_resident() -> None:
+    """Five bytes are free and the bfloat16 base holds ten: that base in float32 with its tick needs 22."""
+    room = Room(max_jobs=1, memory_bytes_free=15, resident_key="b:bfloat16:causal-lm")
+    large = candidate("large", 5, pack_key="b:float32:causal-lm", trainer_bytes=22)
+    small = candidate("small", 5, pack_key="b:float32:causal-lm", trainer_bytes=10)
+
+    assert packed(large, room=room) == []
+    assert packed(small, room=room) == ["small"]
+    assert packed(other("x"), small, room=room, now=10) == ["x"]
+    assert packed(other("x"), candidate("same", 5), room=room, now=10) == ["same"]
+
+
+def test_a_suspect_neither_has_nor_becomes_a_packmate() -> None:
+    suspect = candidate("suspect", 0, is_suspect=True)
+
+    assert packed(suspect, candidate("a", 1)) == ["suspect"]
+    assert packed(candidate("a"), candidate("suspect", 1, is_suspect=True), candidate("b", 2)) == ["a", "b"]
+    assert joined(candidate("suspect", 0, is_suspect=True), candidate("a", 1)) == ["a"]
+
+
+def test_jobs_join_a_live_trainer_past_a_job_for_another_base_only_while_that_has_not_waited_long() -> None:
+    assert joined(other("x"), candidate("a", 1)) == ["a"]
+    assert joined(candidate("a"), other("x", 1), candidate("b", 2), now=PATIENCE_SECONDS + 1) == ["a"]
+
+
+def test_a_job_that_could_never_fit_this_worker_does_not_hold_its_trainer_up() -> None:
+    huge = other("huge", trainer_bytes=1000)
+
+    assert joined(huge, candidate("a", 1), now=PATIENCE_SECONDS + 1) == ["a"]
+
+
+def test_a_job_that_waits_too_long_for_room_in_a_live_trainer_is_not_passed_for_ever_by_smaller_ones() -> None:
+    large = candidate("large", own_bytes=80)
+    room = Room(max_jobs=4, memory_bytes_free=50)
+
+    assert joined(large, candidate("a", 1), room=room) == ["a"]
+    assert joined(large, candidate("a", 1), room=room, now=PATIENCE_SECONDS + 1) == []
+    assert joined(candidate("a"), large, room=room, now=PATIENCE_SECONDS + 1) == ["a"]
+    assert joined(large, candidate("a", 1), room=room, now=PATIENCE_SECONDS + 1, worker_bytes=60) == ["a"]
+
+
+def test_nobody_joins_into_the_room_that_is_being_made_for_another() -> None:
+    urgent = candidate("urgent", 5, priority=0, own_bytes=80)
+    asked = replace(urgent, room_asked_at=8)
+    room = Room(max_jobs=4, memory_bytes_free=50)
+
+    assert joined(urgent, candidate("a"), room=room) == ["a"]
+    assert joined(asked, candidate("a"), room=room) == []
+    assert joined(asked, candidate("a"), room=room, worker_bytes=60) == ["a"]
+    assert joined(asked, candidate("a"), room=replace(room, memory_bytes_free=90)) == ["urgent", "a"]
+
+
+def test_nobody_goes_before_one_for_which_room_is_being_made_because_his_base_is_loaded() -> None:
+    room = Room(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
+    urgent, resident = other("urgent", priority=0), candidate("resident", 5, priority=0)
+    asked = replace(urgent, room_asked_at=8)
+    third = replace(other("third", priority=0), place=-1, queued_at=-1, pack_key="d:bfloat16:causal-lm")
+
+    assert packed(urgent, resident, room=room) == ["resident"]
+    assert packed(asked, resident, room=room) == ["urgent"]
+    assert packed(third, asked, resident, room=room) == ["third"]
+    assert packed(third, candidate("first", -0.5, priority=0), asked, room=room) == ["first"]
+    assert packed(replace(asked, trainer_bytes=1000), resident, room=room) == ["resident"]
+
+
+def test_a_choice_says_why() -> None:
+    waiting = turns(candidate("a"), candidate("b", 1))
+
+    reasons = [(choice.role, choice.reason) for choice in choose_pack(waiting, ROOM)]
+
+    assert reasons[0] == ("anchor", "first in the queue of those that fit this worker")
+    assert reasons[1] == ("packmate", "same base and dtype as the anchor, and fits beside it")
+    assert choose_anchor([], ROOM) is None
+
+
+def test_a_pack_key_tells_its_precision() -> None:
+    assert precision_of(pack_key("d", "float32")) == "float32"
+    assert precision_of(pack_key("sha256:d", "bfloat16")) == "bfloat16"
+
+
+def test_a_pack_key_tells_how_the_base_is_held() -> None:
+    keys = [pack_key("d", "float32", quantisation) for quantisation in ("none", "nf4", "int8")]
+
+    assert len(set(keys)) == 3
+    assert [quantisation_of(key) for key in keys] == ["none", "nf4", "int8"]
+    assert [precision_of(key) for key in keys] == ["float32"] * 3
+    assert [weights_of(key) for key in keys] == ["float32", "nf4 with float32", "int8 with float32"]
+
+
+def test_jobs_that_were_queued_before_there_was_quantisation_still_share_a_trainer_with_new_ones() -> None:
+    assert pack_key("d", "float32", "none") == "d:float32:causal-lm"
+
+
+def test_a_wider_tick_of_a_gpu_is_counted_slice_by_slice_until_it_has_its_size() -> None:
+    waiting = [candidate(f"j{i:02}", i, own_bytes=1, slice_bytes=5, trainer_bytes=10) for i in range(12)]
+
+    def sizes(memory_bytes_free: int) -> tuple[int, int]:
+        cpu = Room(max_jobs=12, memory_bytes_free=memory_bytes_free)
+        gpu = Room(max_jobs=12, memory_bytes_free=memory_bytes_free, tick_tokens=TICK_TOKENS["cuda"])
+        return len(packed(*waiting, room=cpu)), len(packed(*waiting, room=gpu))
+
+    assert TICK_TOKENS == {"cpu": JOB_TOKENS, "cuda": 8 * JOB_TOKENS}
+    assert sizes(10) == (0, 0)
+    assert sizes(11) == (1, 1)
+    assert sizes(17) == (7, 2)
+    assert sizes(53) == (12, 8)
+    assert sizes(57) == (12, 12)
+
+
+def test_what_is_in_the_trainer_already_counts_for_the_size_of_its_tick() -> None:
+    waiting = [candidate(f"j{i}", i, own_bytes=1, slice_bytes=5) for i in range(4)]
+
+    def joiners(num_jobs: int) -> int:
+        room = Room(max_jobs=4, memory_bytes_free=8, num_jobs=num_jobs, tick_tokens=TICK_TOKENS["cuda"])
+        return len(joined(*waiting, room=room))
+
+    assert [joiners(num_jobs) for num_jobs in (0, 1, 7, 8)] == [2, 1, 3, 4]

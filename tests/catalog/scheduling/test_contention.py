@@ -1,0 +1,218 @@
+"""Workers that look at the queue at once take what one after the other would have taken."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Barrier
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catalog.jobs import commands
+from catalog.queue import claiming
+from catalog.scheduling.contention import MAX_TURNS, without
+from catalog.scheduling.scheduler import decide
+from catalog.scheduling.snapshot import USUAL, Candidate, Picture, Room, Share
+from catalog.tables import Job
+from catalog.tenancy import projects
+from catalog.usage import quotas
+from tests.catalog.scheduling.test_fairness_over_days import candidate
+from tests.catalog.scheduling.test_scheduler import LIVE, WAITING, picture
+from tests.catalog.world import WIDE, World
+
+ONE = replace(WIDE, max_jobs=1)
+QUEUE = st.lists(WAITING, max_size=20, unique_by=lambda job: job.job_id)
+OF_ONE_CLASS = QUEUE.map(lambda queue: [replace(job, priority=1) for job in queue])
+HAD = st.fixed_dictionaries(
+    {
+        name: st.builds(Share, weight=st.sampled_from([1.0, 2.0, 3.0]), device_seconds=st.floats(0, 1e5))
+        for name in "abc"
+    }
+)
+
+
+def one_after_the_other(whole: Picture) -> list[str]:
+    """Who is chosen first, each time without those before."""
+    found: list[str] = []
+    while in_turn := decide(without(whole, found), USUAL).in_turn:
+        found.append(in_turn[0])
+    return found
+
+
+@given(OF_ONE_CLASS, HAD, st.sampled_from([None, LIVE]), st.sampled_from([59, 200]))
+def test_who_would_be_next_is_known_ahead(
+    queue: list[Candidate], had: dict[str, Share], resident: str | None, now: int
+) -> None:
+    """Where none or all have waited too long for a base that is loaded to be preferred."""
+    room = Room(max_jobs=1, memory_bytes_free=100, resident_key=resident)
+    whole = picture(*queue, shares=had, now=now, room=room)
+
+    told = list(decide(whole, USUAL).in_turn)
+
+    assert told == one_after_the_other(whole)[: len(told)]
+    assert resident is not None or len(told) == sum(room.alone(job) <= 100 for job in queue)
+
+
+@given(QUEUE, HAD, st.integers(1, 4))
+def test_nothing_is_told_of_turns_between_which_an_unread_job_may_stand(
+    queue: list[Candidate], had: dict[str, Share], per_group: int
+) -> None:
+    room = Room(max_jobs=1, memory_bytes_free=100)
+    fitting = [job for job in queue if room.alone(job) <= 100]
+    read: Counter[tuple[str, int]] = Counter()
+    part: list[Candidate] = []
+    for job in sorted(fitting, key=lambda each: (each.place, each.job_id)):
+        read[job.project_id, job.priority] += 1
+        part += [job] if read[job.project_id, job.priority] <= per_group else []
+    whole = picture(*fitting, shares=had, now=100, room=room)
+
+    told = decide(replace(whole, candidates=tuple(part), per_group=per_group), USUAL).in_turn
+
+    assert told == decide(whole, USUAL).in_turn[: len(told)]
+    assert bool(told) == bool(fitting)
+
+
+def test_a_class_that_had_its_turn_from_another_does_not_rise_again() -> None:
+    now = 3 * USUAL.promote_after_seconds
+    old = [candidate(f"old{number}", number, priority=2) for number in range(2)]
+    whole = picture(*old, candidate("new0", now - 2), candidate("new1", now - 1), now=now)
+
+    assert one_after_the_other(whole)[:3] == ["old0", "new0", "new1"]
+
+
+def flooded(world: World, number: int) -> None:
+    """So many jobs of ours, and as many of a stranger's whose project has three times the weight."""
+    projects.weigh(world.db, caller=replace(world.caller, is_operator=True), project="theirs", weight=3)
+    world.flood(world.queued(), number - 1)
+    job = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
+    world.prepare_all()
+    world.flood(job, number - 1)
+
+
+@pytest.mark.parametrize("max_jobs", [1, 3])
+def test_of_workers_that_claim_at_once_projects_have_what_one_after_the_other_would_have_given_them(
+    world: World, max_jobs: int
+) -> None:
+    flooded(world, 40)
+    start, room = Barrier(8), replace(WIDE, max_jobs=max_jobs)
+
+    def work(number: int) -> list[list[Job]]:
+        world.worker(f"w{number}")
+        start.wait(60)
+        each = (world.claim(f"w{number}", room, trainer_id=f"t{number}-{turn}") for turn in range(3))
+        return [[claim.job for claim in some] for some in each]
+
+    with ThreadPoolExecutor(8) as pool:
+        packs = [pack for mine in pool.map(work, range(8)) for pack in mine]
+
+    got = [job for pack in packs for job in pack]
+    assert len({job.id for job in got}) == len(got)
+    assert min(map(len, packs)) > 0
+    if max_jobs == 1:
+        of_strangers = sum(job.project_id == world.stranger.project_id for job in got)
+        assert abs(of_strangers - 18) <= 1
+
+
+def racing(world: World, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Any]) -> list[int]:
+    """The next look at the queue is followed by this before anything is taken. Gives a list of looks."""
+    choose: Any = claiming._choose  # pyright: ignore[reportPrivateUsage]
+    looks: list[int] = []
+
+    def choose_slowly(*given: Any) -> Any:
+        found = choose(*given)
+        looks.append(len(looks))
+        if len(looks) == 1:
+            monkeypatch.setattr(claiming, "_choose", choose)
+            meanwhile()
+            monkeypatch.setattr(claiming, "_choose", choose_slowly)
+        return found
+
+    monkeypatch.setattr(claiming, "_choose", choose_slowly)
+    return looks
+
+
+@pytest.mark.parametrize("max_jobs", [1, 3])
+def test_who_lost_what_it_chose_takes_what_is_left_at_its_first_look_and_tells_why(
+    world: World, monkeypatch: pytest.MonkeyPatch, max_jobs: int
+) -> None:
+    flooded(world, 20)
+    world.worker()
+    room = replace(WIDE, max_jobs=max_jobs)
+    taken: list[str] = []
+    looks = racing(
+        world,
+        monkeypatch,
+        lambda: taken.extend(c.job.id for n in range(5) for c in world.claim("quicker", ONE, trainer_id=f"t{n}")),
+    )
+
+    mine = world.claim(room=room)
+
+    assert len(looks) == 1
+    assert len({*taken, *(claim.job.id for claim in mine)}) == 5 + max_jobs
+    (attempt,) = commands.attempts(world.db, project_id=mine[0].job.project_id, job_id=mine[0].job.id)
+    why = attempt.why or {}
+    own = sum(world_job.startswith(_stem(mine[0].job.id)) for world_job in taken)
+    assert (why["role"], why["position"], why["share"]["num_running"]) == ("anchor", 1, own)
+    assert why["level"] == why["share"]["level"]
+
+
+def _stem(job_id: str) -> str:
+    """Of a job and its copies."""
+    return "-".join(job_id.split("-")[:2])
+
+
+def test_who_joins_and_lost_what_it_chose_takes_what_is_left(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.worker()
+    held = world.running().job
+    world.flood(world.queued(), 9)
+    looks = racing(
+        world, monkeypatch, lambda: [world.claim("quicker", ONE, trainer_id=f"t{number}") for number in range(4)]
+    )
+
+    mine = world.claim(room=replace(WIDE, max_jobs=2), pack_key=held.pack_key)
+
+    assert (len(mine), len(looks)) == (2, 1)
+
+
+def test_where_more_were_taken_than_are_known_ahead_it_looks_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.flood(world.queued(), MAX_TURNS + 4)
+    looks = racing(
+        world,
+        monkeypatch,
+        lambda: [world.claim("quicker", ONE, trainer_id=f"t{number}") for number in range(MAX_TURNS + 1)],
+    )
+
+    assert len(world.claim(room=ONE)) == 1
+    assert len(looks) == 2
+
+
+def test_a_limit_that_others_reached_meanwhile_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    flooded(world, 4)
+    quotas.limit(
+        world.db, caller=replace(world.caller, is_operator=True), project="theirs", limits={"concurrent_jobs": 1}
+    )
+    looks = racing(world, monkeypatch, lambda: [world.claim("quicker", ONE, trainer_id=f"t{n}") for n in range(2)])
+
+    (claim,) = world.claim(room=ONE)
+
+    assert claim.job.project_id == world.caller.project_id
+    assert len(looks) == 2
+
+
+def test_people_are_told_whether_a_trainer_starts_or_has_the_base_already(world: World) -> None:
+    world.worker()
+    first, second = world.queued(), world.queued()
+
+    world.claim(room=ONE)
+    world.claim(room=replace(ONE, resident_key=second.pack_key))
+
+    for job, told in ((first, "in a trainer that starts for it"), (second, "in the trainer that has its base loaded")):
+        messages = [event.message for event in commands.events_since(world.db, **world.of(job.id), seq=0)]
+        assert messages[-1] == f"Attempt 1 begins on worker w1, {told}"

@@ -1,0 +1,279 @@
+"""What projects have had, against what they are due."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from catalog.scheduling import fair_share
+from catalog.scheduling.ordering import Turn, most_before, order
+from catalog.scheduling.simulation.queue import Arrival
+from catalog.scheduling.simulation.simulator import Cluster, Simulation
+from catalog.scheduling.snapshot import Policy, Service, Share
+from tests.catalog.scheduling.test_fairness_over_days import candidate
+
+POLICY = Policy()
+P = POLICY.promote_after_seconds
+DAY = 86_400.0
+
+
+def test_jobs_that_train_together_share_what_their_trainer_holds() -> None:
+    assert fair_share.charge(10, num_devices=2, num_jobs=4) == 5
+    assert fair_share.charge(10, num_devices=1, num_jobs=1) == 10
+    assert fair_share.charge(-3, num_devices=1, num_jobs=1) == 0, "a clock that was set back"
+
+
+@given(st.floats(0, 1e9), st.floats(0, 1e6), st.floats(0, 1e6))
+def test_what_was_used_counts_half_after_a_half_life_whenever_one_looks(
+    amount: float, first: float, then: float
+) -> None:
+    looked = fair_share.decay(fair_share.decay(amount, first, half_life_seconds=DAY), then, half_life_seconds=DAY)
+
+    assert looked == pytest.approx(fair_share.decay(amount, first + then, half_life_seconds=DAY))
+    assert fair_share.decay(amount, DAY, half_life_seconds=DAY) == amount / 2
+    assert fair_share.decay(amount, -5, half_life_seconds=DAY) == amount
+
+
+def firsts(turns: list[Turn]) -> list[str]:
+    return [turn.candidate.job_id for turn in turns]
+
+
+def test_who_has_had_less_for_its_weight_goes_first() -> None:
+    waiting = [candidate("a", 0, "a"), candidate("b", 1, "b")]
+    had = {"a": Share(device_seconds=1000), "b": Share(device_seconds=1500)}
+
+    assert firsts(order(waiting, 10, shares=had)) == ["a", "b"]
+    assert firsts(order(waiting, 10, shares={**had, "b": replace(had["b"], weight=2)})) == ["b", "a"]
+
+
+@pytest.mark.parametrize(("of_a", "of_b", "steps"), [(0, 1, 1), (1, 2, 1), (0, 2, 2)])
+def test_between_projects_a_class_goes_first_only_while_its_project_has_had_little_more(
+    of_a: int, of_b: int, steps: int
+) -> None:
+    waiting = [candidate("a", 0, "a", of_a), candidate("b", 0, "b", of_b)]
+    head_start = steps * POLICY.class_step_seconds
+
+    def first(device_seconds: float, weight: float = 1) -> str:
+        return firsts(order(waiting, 10, shares={"a": Share(device_seconds=device_seconds, weight=weight)}))[0]
+
+    assert [first(head_start - 1), first(head_start + 1)] == ["a", "b"]
+    assert [first(3 * head_start - 3, 3), first(3 * head_start + 3, 3)] == ["a", "b"]
+
+
+def test_within_a_project_a_class_goes_first_whatever_it_has_had() -> None:
+    waiting = [candidate("normal"), candidate("urgent", 5, priority=0), candidate("batch", -5, priority=2)]
+
+    assert firsts(order(waiting, 10, shares={"p": Share(device_seconds=1e9)})) == ["urgent", "normal", "batch"]
+
+
+def test_a_turn_tells_what_its_project_has_had_and_that_its_waiting_counts() -> None:
+    had = {"p": Share(device_seconds=1234, weight=2)}
+    (turn,) = order([candidate("old", priority=2)], 2 * P, shares=had)
+
+    assert turn.reason == (
+        "priority batch, as if urgent in its project because its class has waited; none of its project's jobs runs or "
+        "waits before it; its project was charged 1234 device-seconds recently, at weight 2; waited 7200 s"
+    )
+
+
+def test_batch_is_passed_by_what_is_urgent_in_its_project_only_for_so_long() -> None:
+    def first(now: float, **given: Any) -> str:
+        waiting = [candidate("old", 0, priority=2), candidate("new", now - 1, priority=0)]
+        return firsts(order(waiting, now, **given))[0]
+
+    assert [first(2 * P - 1), first(2 * P)] == ["new", "old"]
+    turn = Service(at={("p", 2): 1.0}, memory_bytes=11)
+    assert first(2 * P, served=[turn]) == "new", "its class had a turn since it came"
+    assert first(2 * P, served=[replace(turn, at={("other", 2): 1.0})]) == "old", "that was another project's turn"
+    assert first(2 * P, served=[replace(turn, memory_bytes=10)]) == "old", "on a worker that can't hold it"
+    ahead = Service(at={("p", 2): 2 * P + 9}, memory_bytes=11)
+    assert first(2 * P, served=[ahead]) == "old", "by a clock that was set back"
+
+
+def test_of_a_projects_class_that_has_waited_one_job_rises() -> None:
+    waiting = [candidate("b1", 0, priority=2), candidate("b2", 0, priority=2), candidate("new", 4 * P)]
+
+    assert firsts(order(waiting, 4 * P)) == ["b1", "new", "b2"]
+
+
+def test_that_a_class_has_risen_gains_its_project_nothing_over_others() -> None:
+    waiting = [candidate("risen", 0, "a", 2), candidate("normal", 99 * P, "b")]
+
+    assert firsts(order(waiting, 99 * P, shares={"a": Share(device_seconds=1)})) == ["normal", "risen"]
+    pressing = candidate("urgent", 98 * P, "a", 0)
+    assert firsts(order([*waiting, pressing], 99 * P)) == ["risen", "urgent", "normal"], "it takes that one's place"
+
+
+PAUSES = st.lists(st.floats(0, 2 * P), min_size=30, max_size=40)
+
+
+@given(PAUSES, st.lists(st.floats(0, DAY), min_size=40, max_size=40))
+def test_no_class_of_a_project_waits_longer_than_is_stated(pauses: list[float], charges: list[float]) -> None:
+    """Jobs of each class wait at every moment, of two projects; each time that a device is free, the first starts."""
+    groups = [(name, priority) for name in "ab" for priority in range(3)]
+    came, served, passed = dict.fromkeys(groups, 0.0), dict[tuple[str, int], float](), dict.fromkeys(groups, 0)
+    had, now = {"a": Share(), "b": Share(weight=3)}, 0.0
+    for pause, charged in zip(pauses, charges, strict=False):
+        now += pause
+        waiting = [candidate(f"{name}{c}", came[name, c], name, c) for name, c in groups]
+        chosen = order(waiting, now, shares=had, served=[Service(at=served, memory_bytes=11)])[0].candidate
+        group = (chosen.project_id, chosen.priority)
+        for other in [(name, c) for name, c in groups if name == chosen.project_id and c != chosen.priority]:
+            seconds, most = most_before(other[1])
+            passed[other] += now - max(came[other], served.get(other, 0.0)) >= seconds
+            assert passed[other] <= most
+        passed[group] = 0
+        served[group] = came[group] = now
+        share = had[chosen.project_id]
+        had[chosen.project_id] = replace(share, device_seconds=share.device_seconds + charged)
+
+
+def a_day(had: dict[str, Share], lengths: list[float]) -> Iterator[tuple[float, str, float]]:
+    """One device, more to do for every project than it can do: (time, whose job ended, its seconds). `had` is kept."""
+    now, ends = 0.0, cycle(lengths)
+    served: dict[tuple[str, int], float] = {}
+    while now < DAY:
+        waiting = [candidate(name, 0, name) for name in had]
+        chosen = order(waiting, now, shares=had, served=[Service(at=served, memory_bytes=11)])[0].candidate.project_id
+        served[chosen, 1] = now
+        seconds = next(ends)
+        now += seconds
+        for name, share in had.items():
+            left = fair_share.decay(share.device_seconds, seconds, half_life_seconds=DAY)
+            had[name] = replace(share, device_seconds=left + (seconds if name == chosen else 0))
+        yield now, chosen, seconds
+
+
+WEIGHTS = st.tuples(*[st.sampled_from([1.0, 2.0, 3.0])] * 3)
+LENGTHS = st.lists(st.floats(300, 3600), min_size=20, max_size=40)
+
+
+@given(LENGTHS, WEIGHTS)
+def test_over_a_day_each_project_has_what_its_weight_is_due(lengths: list[float], weights: tuple[float, ...]) -> None:
+    had = dict(zip("abc", (Share(weight=weight) for weight in weights), strict=True))
+    total, now = dict.fromkeys("abc", 0.0), 0.0
+
+    for now, name, seconds in a_day(had, lengths):  # noqa: B007
+        total[name] += seconds
+
+    due = {name: weight / sum(weights) for name, weight in zip("abc", weights, strict=True)}
+    assert {name: abs(total[name] / now - due[name]) < 0.05 for name in due} == dict.fromkeys("abc", True)
+
+
+@given(LENGTHS, WEIGHTS, st.floats(0, DAY))
+def test_a_project_that_has_had_too_much_waits_no_longer_than_is_stated(
+    lengths: list[float], weights: tuple[float, ...], excess: float
+) -> None:
+    had = dict(zip("abc", (Share(weight=weight) for weight in weights), strict=True))
+    had["a"] = replace(had["a"], device_seconds=excess)
+    bound = fair_share.longest_wait(
+        had["a"].level(POLICY), of_others=weights[1:], longest_job=max(lengths), num_devices=1, policy=POLICY
+    )
+
+    began = next((now - seconds for now, name, seconds in a_day(had, lengths) if name == "a"), DAY)
+
+    assert began <= bound
+
+
+def test_a_share_is_told_as_data_and_in_a_sentence_that_names_nobody() -> None:
+    had = {"mine": Share(device_seconds=300, weight=1), "other": Share(device_seconds=100, weight=3)}
+
+    told = fair_share.described(had, "mine", POLICY)
+
+    assert (told["weight"], told["num_projects"], told["projects_ahead"], told["level"]) == (1, 2, 1, 300)
+    assert fair_share.sentence(told) == (
+        "Of the 2 projects whose jobs wait, 1 was charged less for the weight recently."
+    )
+    assert fair_share.sentence(fair_share.described({"mine": had["mine"]}, "mine", POLICY)) is None
+    assert fair_share.sentence(fair_share.described(had, "other", POLICY)) == (
+        "Of the 2 projects whose jobs wait, none was charged less for its weight recently."
+    )
+
+
+def test_what_a_project_is_told_of_shares_does_not_depend_on_others_weights_or_use() -> None:
+    """Where one other waits, what is told of the whole would tell of that one."""
+    mine = Share(device_seconds=300)
+
+    told = [
+        fair_share.described({"mine": mine, "other": other}, "mine", POLICY) for other in (Share(), Share(weight=7))
+    ]
+
+    assert told[0] == told[1]
+    everybody = fair_share.of_everybody({"mine": mine, "other": Share(device_seconds=100, weight=3)}, POLICY)
+    assert [(row["project_id"], row["due"], row["part_of_use"]) for row in everybody] == [
+        ("other", 0.75, 0.25),
+        ("mine", 0.25, 0.75),
+    ]
+
+
+def test_jobs_that_share_a_device_count_in_advance_as_one_device() -> None:
+    packed = Share(num_running=16, devices_held=1)
+
+    assert packed.level(POLICY) == Share(num_running=1, devices_held=1).level(POLICY) == POLICY.advance_seconds
+
+
+BURSTS = st.lists(
+    st.tuples(
+        st.floats(0, DAY / 2),  # when
+        st.integers(0, 2),  # class
+        st.integers(1, 60),  # number of jobs
+        st.floats(1800, 5400),  # seconds of each
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=8)
+@given(
+    BURSTS,
+    st.lists(st.floats(1800, 5400), min_size=5, max_size=10),
+    st.integers(1, 2),
+    st.sampled_from([(1.0, 1.0), (1.0, 3.0), (2.0, 1.0)]),
+    st.integers(1, 3),
+)
+@example([(0.0, 0, 60, 3600.0)], [1800.0], 1, (1.0, 1.0), 2)
+@example([(0.0, 0, 60, 3600.0)], [1800.0], 2, (1.0, 1.0), 2)
+@example([(0.0, 1, 60, 3600.0)], [1800.0], 2, (1.0, 1.0), 2)
+def test_no_choice_of_classes_takes_more_than_the_stated_bound_from_another_projects_share(
+    bursts: list[tuple[float, int, int, float]],
+    lengths: list[float],
+    own_class: int,
+    weights: tuple[float, float],
+    num_workers: int,
+) -> None:
+    """The project `steady` has jobs waiting all day. The other chooses classes, times, numbers and lengths."""
+    due_by: dict[str, float] = dict(zip(("steady", "greedy"), weights, strict=True))
+    policy = replace(POLICY, ask_again_seconds=900)  # fewer looks for whom to preempt: the simulation takes less time
+    cluster = Cluster(num_workers=num_workers, max_jobs=1, weights=due_by, policy=policy)
+    num_needed = int(DAY * num_workers / min(lengths)) + len(lengths)
+    steady = [
+        Arrival(at=0, project="steady", priority=own_class, base="x", seconds=lengths[number % len(lengths)])
+        for number in range(num_needed)
+    ]
+    greedy = [
+        Arrival(at=at, project="greedy", priority=priority, base="x", seconds=seconds)
+        for at, priority, number, seconds in bursts
+        for _ in range(number)
+    ]
+    simulation = Simulation([*steady, *greedy], cluster)
+
+    records = simulation.run(until=DAY)
+
+    had = {name: sum(r.device_seconds for r in records if r.arrival.project == name) for name in cluster.weights}
+    due = sum(had.values()) * weights[0] / sum(weights)
+    bound = fair_share.largest_loss(
+        weights[0],
+        of_others=weights[1:],
+        longest_job=max(*lengths, *(seconds for _, _, _, seconds in bursts)),
+        num_devices=num_workers,
+        seconds=DAY,
+        policy=POLICY,
+    )
+    assert due - had["steady"] <= bound

@@ -1,0 +1,77 @@
+"""Whose turn it is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catalog.scheduling.ordering import order
+from catalog.scheduling.snapshot import Candidate, Share
+
+
+def candidate(job_id: str, created_at: float = 0, project_id: str = "p", priority: int = 1, **more: Any) -> Candidate:
+    told: dict[str, Any] = {"base_digest": "b", "pack_key": "b:bfloat16:causal-lm", "own_bytes": 1, "trainer_bytes": 10}
+    told["queued_at"] = created_at
+    return Candidate(job_id=job_id, place=created_at, project_id=project_id, priority=priority, **{**told, **more})
+
+
+def ids(candidates: list[Candidate], now: float = 100, **running: int) -> list[str]:
+    shares = {project_id: Share(num_running=number, devices_held=number) for project_id, number in running.items()}
+    return [turn.candidate.job_id for turn in order(candidates, now, shares=shares)]
+
+
+def test_priority_comes_before_age() -> None:
+    assert ids([candidate("old"), candidate("new", 5), candidate("urgent", 9, priority=0)]) == ["urgent", "old", "new"]
+
+
+def test_projects_take_turns_however_many_jobs_one_brings() -> None:
+    many = [candidate(f"a{i}", i, "a") for i in range(4)]
+    few = [candidate(f"b{i}", 10 + i, "b") for i in range(2)]
+
+    assert ids(many + few) == ["a0", "b0", "a1", "b1", "a2", "a3"]
+
+
+def test_what_a_project_has_running_counts() -> None:
+    assert ids([candidate("a", 0, "a"), candidate("b", 9, "b")], a=2) == ["b", "a"]
+
+
+def test_a_turn_explains_itself() -> None:
+    turn = order([candidate("a", 40)], 100)[0]
+
+    assert (turn.position, turn.waited_seconds) == (1, 60)
+    assert turn.reason == "priority normal; none of its project's jobs runs or waits before it; waited 60 s"
+
+
+WAITING = st.builds(
+    candidate,
+    job_id=st.uuids().map(str),
+    created_at=st.integers(0, 50),
+    project_id=st.sampled_from("abc"),
+    priority=st.integers(0, 2),
+)
+
+
+@given(st.lists(WAITING, max_size=20, unique_by=lambda c: c.job_id), st.randoms())
+def test_the_order_is_total_and_does_not_depend_on_how_the_jobs_were_listed(jobs: list[Candidate], random: Any) -> None:
+    shuffled = list(jobs)
+    random.shuffle(shuffled)
+
+    assert ids(jobs) == ids(shuffled)
+    turns = order(jobs, 100)
+    assert [turn.position for turn in turns] == list(range(1, len(jobs) + 1))
+    assert [turn.candidate.priority for turn in turns] == sorted(c.priority for c in jobs)
+
+
+@given(st.lists(WAITING, max_size=20, unique_by=lambda c: c.job_id))
+def test_within_a_project_and_class_age_decides(jobs: list[Candidate]) -> None:
+    turns = order(jobs, 100)
+
+    for turn, later in pairwise(turns):
+        same = (turn.candidate.project_id, turn.candidate.priority) == (
+            later.candidate.project_id,
+            later.candidate.priority,
+        )
+        assert not same or turn.candidate.place <= later.candidate.place

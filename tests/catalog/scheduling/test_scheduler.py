@@ -1,0 +1,178 @@
+"""What a worker does with the room that it has: one pure function, which keeps all that decided."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catalog.scheduling.scheduler import Decision, Join, Nothing, Start, decide, leading
+from catalog.scheduling.snapshot import PATIENCE_SECONDS, USUAL, Candidate, Picture, Policy, Room, Share
+from tests.catalog.resources.test_pack_key import other
+from tests.catalog.scheduling.test_fairness_over_days import candidate
+
+LIVE = "b:bfloat16:causal-lm"
+
+
+def picture(*candidates: Candidate, now: float = 10, max_jobs: int = 4, **given: Any) -> Picture:
+    room = Room(max_jobs=max_jobs, memory_bytes_free=100)
+    told: dict[str, Any] = {"shares": {}, "served": (), "room": room, "worker_bytes": 100, **given}
+    return Picture(now=now, candidates=candidates, **told)
+
+
+def chosen(decision: Decision) -> list[str]:
+    return [choice.turn.candidate.job_id for choice in decision.action.choices]
+
+
+def test_a_new_trainer_starts_with_the_first_and_its_like() -> None:
+    decision = decide(picture(other("x", 1), candidate("b", 2), candidate("a")), USUAL)
+
+    assert isinstance(decision.action, Start)
+    assert chosen(decision) == ["a", "b"]
+
+
+def test_jobs_join_a_live_trainer_until_one_that_can_not_has_waited_too_long() -> None:
+    waiting = (candidate("a"), other("x", 1), candidate("b", 2))
+
+    soon, late = (decide(picture(*waiting, live_key=LIVE, now=now), USUAL) for now in (10, PATIENCE_SECONDS + 1))
+
+    assert isinstance(soon.action, Join)
+    assert [chosen(decision) for decision in (soon, late)] == [["a", "b"], ["a"]]
+    assert [decision.trace["is_let_run_empty"] for decision in (soon, late)] == [False, True]
+    stopped = decide(picture(other("x"), candidate("a", 1), live_key=LIVE, now=PATIENCE_SECONDS), USUAL)
+    assert stopped.action == Nothing(reason="a job that can't join has waited too long: the trainer is let run empty")
+
+
+def test_what_was_made_free_for_a_job_starts_it_and_not_one_whose_base_is_loaded() -> None:
+    asked, resident = replace(other("asked", priority=0), room_asked_at=30.0), candidate("resident", 40, priority=0)
+    emptied = Room(max_jobs=4, memory_bytes_free=100, resident_key=LIVE)
+    patient = replace(USUAL, patience_seconds=1000)
+    over = 30 + USUAL.ask_again_seconds
+
+    def first(policy: Policy, now: float) -> list[str]:
+        return chosen(decide(picture(asked, resident, room=emptied, now=now), policy))
+
+    assert first(USUAL, 45) == ["asked"]
+    assert [first(patient, now) for now in (over - 1, over)] == [["asked"], ["resident"]]
+
+
+def test_that_room_is_being_made_is_told_apart_from_a_trainer_that_is_let_run_empty() -> None:
+    urgent, joins = other("urgent", 2, priority=0), candidate("joins", 1, priority=0)
+    asked = replace(urgent, room_asked_at=5.0)
+    late = PATIENCE_SECONDS + 2
+
+    def told(job: Candidate, now: float) -> tuple[bool, bool]:
+        decision = decide(picture(joins, job, live_key=LIVE, now=now), USUAL)
+        why = decision.why(decision.action.choices[0])
+        return why["is_room_being_made"], why["is_let_run_empty"]
+
+    assert [told(urgent, 10), told(asked, 10)] == [(False, False), (True, False)]
+    assert [told(urgent, late), told(asked, late)] == [(False, True), (True, True)]
+    stopped = decide(picture(asked, candidate("a", 3), live_key=LIVE), USUAL)
+    assert stopped.action == Nothing(reason="room is being made for a job, and nobody joins before it")
+
+
+def test_nothing_is_decided_with_a_reason() -> None:
+    reasons = [
+        decide(given, USUAL).action
+        for given in (
+            picture(),
+            picture(candidate("large", own_bytes=1000)),
+            picture(candidate("a"), live_key=LIVE, has_suspect=True),
+        )
+    ]
+
+    assert reasons == [
+        Nothing(reason="no job waits"),
+        Nothing(reason="none of the jobs that wait fits"),
+        Nothing(reason="a job in the trainer ended badly twice and trains alone"),
+    ]
+
+
+def test_why_has_every_input_of_the_decision_and_nothing_of_another_project() -> None:
+    shares = {"ours": Share(num_running=1), "theirs": Share()}
+    mine, foreign = candidate("mine", 0, "ours"), candidate("foreign", 0, "theirs")
+    decision = decide(picture(mine, foreign, shares=shares), USUAL)
+
+    why = decision.why(decision.action.choices[1])
+
+    assert (why["role"], why["position"], why["looked_at"]) == ("packmate", 2, 2)
+    assert why["turn"].startswith("priority normal; 1 of its project's jobs runs")
+    assert (why["share"]["num_projects"], why["share"]["projects_ahead"], why["share"]["num_running"]) == (2, 0, 1)
+    assert why["room"] == {"max_jobs": 4, "memory_bytes_free": 100, "num_jobs": 0}
+    assert why["policy"]["patience_seconds"] == PATIENCE_SECONDS
+    assert "theirs" not in str(why)
+    assert "foreign" not in str(why)
+
+
+WAITING = st.builds(
+    candidate,
+    job_id=st.uuids().map(str),
+    created_at=st.integers(0, 90),
+    project_id=st.sampled_from("abc"),
+    priority=st.integers(0, 2),
+    own_bytes=st.integers(1, 60),
+    pack_key=st.sampled_from([LIVE, "c:bfloat16:causal-lm"]),
+)
+QUEUE = st.lists(WAITING, max_size=12, unique_by=lambda c: c.job_id)
+
+
+@given(QUEUE, st.randoms(), st.sampled_from([None, LIVE]))
+def test_a_decision_does_not_depend_on_how_the_queue_was_listed(
+    jobs: list[Candidate], random: Any, live_key: str | None
+) -> None:
+    shuffled = [*jobs, *jobs]
+    random.shuffle(shuffled)
+
+    assert decide(picture(*jobs, now=100, live_key=live_key), USUAL) == decide(
+        picture(*shuffled, now=100, live_key=live_key), USUAL
+    )
+
+
+@given(QUEUE, QUEUE)
+def test_packmates_never_decide_whether_or_when_the_anchor_starts(jobs: list[Candidate], more: list[Candidate]) -> None:
+    """The anchor is the same whatever else of its kind waits behind it, and alone."""
+    whole = picture(*jobs, now=100)
+    lead = leading(whole, USUAL)
+    behind = [replace(job, place=200, queued_at=200.0, priority=2) for job in more]
+
+    decision = decide(whole, USUAL)
+
+    assert chosen(decision)[:1] == ([lead.candidate.job_id] if lead else [])
+    if lead is not None:
+        assert chosen(decide(replace(whole, candidates=(*jobs, *behind)), USUAL))[0] == lead.candidate.job_id
+        assert chosen(decide(picture(lead.candidate, now=100), USUAL)) == [lead.candidate.job_id]
+
+
+@given(QUEUE)
+def test_what_is_taken_fits(jobs: list[Candidate]) -> None:
+    room = Room(max_jobs=4, memory_bytes_free=100)
+
+    taken = [choice.turn.candidate for choice in decide(picture(*jobs, now=100), USUAL).action.choices]
+
+    assert len(taken) <= 4
+    assert sum(room.own(job) for job in taken) + (taken[0].trainer_bytes if taken else 0) <= 100
+
+
+@given(QUEUE, st.integers(1, 4))
+def test_the_first_of_each_project_and_class_decide_the_anchor_as_all_that_fit_do(
+    jobs: list[Candidate], max_jobs: int
+) -> None:
+    """What is read of the database is enough."""
+    fitting = [job for job in jobs if Room(max_jobs=1, memory_bytes_free=100).alone(job) <= 100]
+    whole = picture(*fitting, now=100, max_jobs=max_jobs)
+    part = replace(whole, candidates=tuple(_firsts(fitting, 1)))
+    lead = leading(part, USUAL)
+    alike = [job for job in fitting if lead and job.pack_key == lead.candidate.pack_key]
+    part = replace(part, candidates=(*part.candidates, *_firsts(alike, max_jobs)))
+
+    assert chosen(decide(part, USUAL))[:1] == chosen(decide(whole, USUAL))[:1]
+
+
+def _firsts(jobs: list[Candidate], per_group: int) -> list[Candidate]:
+    seen: dict[tuple[str, int], list[Candidate]] = {}
+    for job in sorted(jobs, key=lambda each: (each.place, each.job_id)):
+        seen.setdefault((job.project_id, job.priority), []).append(job)
+    return [job for group in seen.values() for job in group[:per_group]]

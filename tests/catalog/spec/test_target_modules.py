@@ -1,0 +1,128 @@
+"""Which layers an adapter is on: what matches nothing, or two things at once, is refused before the queue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from catalog.errors import InvalidRequest
+from catalog.resources import memory
+from catalog.spec import target_modules as linears
+from catalog.spec.lora import LoraRequest, LoraSpec, resolve_lora
+
+DESCRIPTION = {
+    "linear_paths": [
+        {"path": "model.layers.*.self_attn.q_proj", "shape": [64, 64], "layers": [0, 1]},
+        {"path": "model.layers.*.mlp.up_proj", "shape": [128, 64], "layers": [0, 1]},
+        {"path": "model.project_in", "shape": [64, 32], "layers": None},
+    ]
+}
+OLD = {"linear_shapes": {"q_proj": [[64, 64], 2], "v_proj": [[16, 64], 2]}}
+
+
+def spec(**fields: Any) -> LoraSpec:
+    return resolve_lora(LoraRequest.model_validate({"rank": 4, **fields}))
+
+
+def ranks(**fields: Any) -> dict[str, int]:
+    found = linears.adapted(DESCRIPTION, spec(**fields), base_name="smol", matcher=linears.Matcher())
+    return {each.linear.path.removeprefix("model."): each.rank for each in found}
+
+
+def test_names_numbers_and_patterns_choose_layers_as_in_peft() -> None:
+    assert ranks() == {
+        "layers.0.self_attn.q_proj": 4,
+        "layers.1.self_attn.q_proj": 4,
+        "layers.0.mlp.up_proj": 4,
+        "layers.1.mlp.up_proj": 4,
+        "project_in": 4,
+    }
+    assert ranks(target_modules=["1.mlp.up_proj", "project_in"]) == {"layers.1.mlp.up_proj": 4, "project_in": 4}
+    assert ranks(target_modules=r"re:.*\.0\..*proj") == {"layers.0.self_attn.q_proj": 4, "layers.0.mlp.up_proj": 4}
+    assert ranks(layers_to_transform=[1, 1], rank_pattern={"q_proj": 2, r"layers\.1\.mlp.*": 8}) == {
+        "layers.1.self_attn.q_proj": 2,
+        "layers.1.mlp.up_proj": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param", "remedy"),
+    [
+        ({"target_modules": ["up_prj"]}, "unknown_target_modules", "target_modules", "Did you mean up_proj?"),
+        ({"target_modules": "re:q_proj"}, "unknown_target_modules", "target_modules", "One is model.project_in"),
+        ({"layers_to_transform": [0, 2]}, "unknown_layers", "layers_to_transform", "from 0 to 1"),
+        (
+            {"layers_to_transform": [0], "target_modules": ["project_in"]},
+            "unknown_layers",
+            "layers_to_transform",
+            "Leave it out",
+        ),
+        ({"rank_pattern": {"q_prj": 8}}, "unknown_pattern_key", "rank_pattern", "Did you mean q_proj?"),
+        (
+            {"target_modules": ["q_proj"], "alpha_pattern": {"up_proj": 8}},
+            "unknown_pattern_key",
+            "alpha_pattern",
+            "named q_proj",
+        ),
+        ({"rank_pattern": {"q_proj": 8, "0.self_attn.q_proj": 2}}, "ambiguous_pattern", "rank_pattern", "no order"),
+        ({"alpha_pattern": {"q_proj": 8, ".*": 2.5}}, "ambiguous_pattern", "alpha_pattern", "no order"),
+        (
+            {"init_lora_weights": "pissa", "rank_pattern": {"project_in": 33}},
+            "rank_too_high",
+            "rank",
+            "smaller side",
+        ),
+        ({"rank_pattern": {r"((\w|\w\w|\.)+)+[XY]": 8}}, "pattern_too_slow", "rank_pattern", "nested"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_what_could_be(
+    fields: dict[str, Any], code: str, param: str, remedy: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        ranks(**fields)
+
+    assert (refusal.value.code, refusal.value.param) == (code, f"lora.{param}")
+    assert remedy in refusal.value.remedy
+
+
+def test_two_keys_that_agree_on_a_layer_are_taken() -> None:
+    assert ranks(target_modules=["q_proj"], rank_pattern={"q_proj": 8, "0.self_attn.q_proj": 8}) == {
+        "layers.0.self_attn.q_proj": 8,
+        "layers.1.self_attn.q_proj": 8,
+    }
+
+
+def test_a_base_described_without_paths_takes_names_alone() -> None:
+    named = linears.adapted(OLD, spec(target_modules=["v_proj"]), base_name="old", matcher=linears.Matcher())
+
+    assert memory.adapter_parameters(named, use_dora=False) == 4 * 80 * 2
+    with pytest.raises(InvalidRequest, match="imported before") as refusal:
+        linears.adapted(OLD, spec(rank_pattern={"v_proj": 8}), base_name="old", matcher=linears.Matcher())
+    assert refusal.value.code == "model_without_layer_paths"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "q_proj"},
+        {"target_modules": "re:"},
+        {"target_modules": "re:("},
+        {"target_modules": "re:(a{9000}){9000}"},
+        {"rank_pattern": {"(": 1}},
+        {"rank_pattern": {"(a{9000}){9000}": 1}},
+        {"rank_pattern": {"": 1}},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": {"q_proj": 257}},
+        {"rank_pattern": {"q_proj": 2.5}},
+        {"rank_pattern": {f"q{number}": 1 for number in range(33)}},
+        {"alpha_pattern": {"q_proj": 0}},
+        {"layers_to_transform": []},
+        {"init_lora_weights": "pissa_niter_0"},
+        {"layers_to_transform": [-1]},
+        {"layers_to_transform": [0], "target_modules": "re:.*q_proj"},
+    ],
+)
+def test_what_no_base_could_have_never_becomes_a_request(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        LoraRequest.model_validate(fields)

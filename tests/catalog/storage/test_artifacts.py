@@ -1,0 +1,553 @@
+"""One suite for every kind of store: a local folder, and a bucket behind an S3 server."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from catalog.errors import OutOfSpace, Unavailable
+from catalog.maintenance.backup import references
+from catalog.settings import Settings
+from catalog.storage import ArtifactStore, DamagedArtifact, Manifest, ManifestFile, open_store
+from catalog.storage.manifest import check_path
+from catalog.storage.object_storage import CHUNK_BYTES, Entry, Objects
+from catalog.storage.store import GRACE_SECONDS, blob_key, manifest_key
+from tests.services.running import free_port
+from tests.services.s3 import new_bucket
+from tests.services.small_disk import small_disk
+
+LARGE = os.urandom(1 << 20) * 17
+"""More than two parts of a multipart upload."""
+
+
+class Clock:
+    """Time that the test moves."""
+
+    def __init__(self) -> None:
+        self.ahead_seconds = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead_seconds
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def clock_and_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Clock, str]:
+    if request.param == "folder":
+        return Clock(), (tmp_path / "store room").as_uri()
+    bucket = new_bucket(request.getfixturevalue("s3_endpoint"))
+    for name, value in bucket.environment().items():
+        monkeypatch.setenv(name, value)
+    return Clock(), f"s3://{bucket.name}/a/prefix"
+
+
+@pytest.fixture
+def clock(clock_and_url: tuple[Clock, str]) -> Clock:
+    return clock_and_url[0]
+
+
+@pytest.fixture
+def store(clock_and_url: tuple[Clock, str]) -> ArtifactStore:
+    clock, url = clock_and_url
+    return ArtifactStore(Objects(url), clock=clock)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "empty").write_bytes(b"")
+    (folder / "deep" / "er" / "model.safetensors").write_bytes(LARGE)
+    return folder
+
+
+def keys(store: ArtifactStore) -> set[str]:
+    return {entry.key for prefix in ("blobs", "manifests") for entry in store.objects.list_all(prefix)}
+
+
+def live(manifest: Manifest) -> set[str]:
+    """What the database names of an artifact."""
+    return {manifest.digest, *(file.digest for file in manifest.files)}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_comes_back_as_it_was(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
+    manifest = store.put_folder(folder, kind="adapter")
+
+    store.fetch(store.get_manifest(manifest.digest), tmp_path / "a" / "copy")
+
+    assert tree(tmp_path / "a" / "copy") == tree(folder)
+    assert store.verify(manifest) == []
+    assert manifest.num_bytes == len(LARGE) + 2
+    assert [file.path for file in manifest.files] == sorted(tree(folder))
+
+
+def test_a_blob_is_named_by_its_content_and_streams_in_bounded_chunks(store: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(LARGE)
+
+    blob = store.put_file(tmp_path / "x")
+
+    chunks = list(store.open_blob(blob.digest))
+    assert blob.digest == sha256(LARGE).hexdigest()
+    assert b"".join(chunks) == LARGE
+    assert max(len(chunk) for chunk in chunks) <= CHUNK_BYTES
+
+
+def test_a_subfolder_that_can_not_be_opened_publishes_nothing(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, opened = tmp_path / "out", os.open
+    (root / "sub").mkdir(parents=True)
+    (root / "a").write_bytes(b"a")
+    (root / "sub" / "b").write_bytes(b"b")
+
+    def refuse(path: Any, *arguments: Any, **given: Any) -> int:
+        if path == "sub":
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, *arguments, **given)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+    with pytest.raises(PermissionError):
+        store.put_folder(root, kind="adapter")
+
+
+def test_putting_twice_is_putting_once(store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = store.put_folder(folder, kind="adapter")
+
+    def never(key: str, chunks: Any) -> None:
+        raise AssertionError(key)
+
+    monkeypatch.setattr(store.objects, "put", never)
+    assert store.put_folder(folder, kind="adapter") == first
+
+
+def test_the_manifest_is_written_after_every_blob(
+    store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    put = store.objects.put
+    monkeypatch.setattr(store.objects, "put", lambda key, chunks: (written.append(key), put(key, chunks)))
+
+    manifest = store.put_folder(folder, kind="adapter")
+
+    assert written[-1] == manifest_key(manifest.digest)
+    assert set(written[:-1]) == {blob_key(file.digest) for file in manifest.files}
+
+
+def test_a_file_that_changes_while_it_is_stored_is_not_stored(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "growing"
+    path.write_bytes(LARGE)
+    put = store.objects.put
+
+    def put_after_a_change(key: str, chunks: Any) -> None:
+        path.write_bytes(LARGE[:-1] + b"!")
+        put(key, chunks)
+
+    monkeypatch.setattr(store.objects, "put", put_after_a_change)
+    with pytest.raises(DamagedArtifact):
+        store.put_file(path)
+
+    assert keys(store) == set()
+
+
+def test_a_changed_blob_is_noticed_by_whoever_reads_it(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
+    manifest = store.put_folder(folder, kind="adapter")
+    digest = sha256(LARGE).hexdigest()
+    store.objects.put(blob_key(digest), b"?" + LARGE[1:])
+
+    with pytest.raises(DamagedArtifact):
+        list(store.open_blob(digest))
+    with pytest.raises(DamagedArtifact):
+        store.fetch(manifest, tmp_path / "copy")
+
+    assert [p.name for p in tmp_path.iterdir() if "copy" in p.name] == []
+    assert store.verify(manifest) == [f"deep/er/model.safetensors: The content of {digest} has changed."]
+
+
+def test_a_missing_blob_or_manifest_is_named_before_anything_is_read(store: ArtifactStore, folder: Path) -> None:
+    manifest = store.put_folder(folder, kind="adapter")
+    for key in keys(store):
+        store.objects.delete(key)
+
+    with pytest.raises(DamagedArtifact, match="missing"):
+        store.open_blob(manifest.files[0].digest)
+    with pytest.raises(DamagedArtifact, match="missing"):
+        store.get_manifest(manifest.digest)
+    assert len(store.verify(manifest)) == 3
+
+
+def test_a_changed_manifest_is_refused(store: ArtifactStore, folder: Path) -> None:
+    manifest = store.put_folder(folder, kind="adapter")
+    store.objects.put(manifest_key(manifest.digest), manifest.canonical().replace(b"adapter_config", b"adapter_CONFIG"))
+
+    with pytest.raises(DamagedArtifact, match="has changed"):
+        store.get_manifest(manifest.digest)
+
+
+def test_a_digest_that_is_a_path_reaches_no_store(store: ArtifactStore) -> None:
+    for digest in ("../../etc/passwd", "A" * 64, "", "a" * 63 + "\n"):
+        with pytest.raises(DamagedArtifact):
+            store.open_blob(digest)
+        with pytest.raises(DamagedArtifact):
+            store.get_manifest(digest)
+
+
+def test_a_fetch_does_not_touch_a_folder_that_holds_something(
+    store: ArtifactStore, folder: Path, tmp_path: Path
+) -> None:
+    manifest = store.put_folder(folder, kind="adapter")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "mine").write_text("kept")
+
+    with pytest.raises(OSError, match="not empty"):
+        store.fetch(manifest, tmp_path / "copy")
+
+    assert tree(tmp_path / "copy") == {"mine": b"kept"}
+
+
+def test_cleaning_keeps_what_is_named_and_what_is_young(
+    store: ArtifactStore, folder: Path, clock: Clock, tmp_path: Path
+) -> None:
+    kept = store.put_folder(folder, kind="adapter")
+    (folder / "adapter_config.json").write_text('{"r": 4}')
+    dropped = store.put_folder(folder, kind="adapter")
+    file = store.put_bytes(b"an uploaded file")
+    everything = keys(store)
+
+    assert store.delete_unreferenced({*live(kept), file.digest}) == 0
+    assert keys(store) == everything
+
+    clock.ahead_seconds = GRACE_SECONDS + 60
+    assert store.delete_unreferenced({*live(kept), file.digest}) == 2  # the other manifest, and its own blob
+    assert keys(store) == everything - {manifest_key(dropped.digest), blob_key(sha256(b'{"r": 4}').hexdigest())}
+    assert store.verify(kept) == []
+
+
+def test_damaged_files_come_again_without_a_permission_to_delete(
+    store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(_objects: Objects, key: str) -> None:
+        raise AssertionError(f"workers may not delete {key}")
+
+    monkeypatch.setattr(Objects, "delete", denied)
+    manifest = store.put_folder(folder, kind="checkpoint")
+    damaged = manifest.files[0]
+    store.objects.put(blob_key(damaged.digest), b"x" * damaged.num_bytes)
+
+    store.empty_damaged(manifest.digest)
+    assert len(store.verify(manifest)) == 1
+    store.put_folder(folder, kind="checkpoint")
+    assert store.verify(manifest) == []
+
+    store.objects.put(manifest_key(manifest.digest), b"{}")
+    store.empty_damaged(manifest.digest)
+    assert store.delete_unreferenced(set()) == 0, "an emptied manifest stops no cleaning"
+    store.put_folder(folder, kind="checkpoint")
+    assert store.get_manifest(manifest.digest) == manifest
+
+
+def test_no_worker_deletes_an_object() -> None:
+    """docs/OPERATIONS.md shows a policy for its credentials that does not let it."""
+    root = Path(__file__).parents[3] / "worker"
+    deleting = re.compile(r"store\.delete\w*\(|objects\.delete\w*\(")
+
+    assert [path.name for path in root.rglob("*.py") if deleting.search(path.read_text("utf-8"))] == []
+
+
+def test_a_blob_that_is_put_again_is_young_again(store: ArtifactStore, clock: Clock) -> None:
+    blob = store.put_bytes(b"old")
+    first = store.objects.head(blob_key(blob.digest)).written_at
+    clock.ahead_seconds = GRACE_SECONDS / 2
+
+    while store.objects.head(blob_key(blob.digest)).written_at == first:  # S3 counts in whole seconds
+        store.put_bytes(b"old")
+
+    assert store.objects.head(blob_key(blob.digest)).written_at > first
+
+
+def test_cleaning_looks_again_before_it_deletes(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = store.put_bytes(b"listed while old, then put again")
+    listed = store.objects.list_all
+
+    def list_as_it_was(prefix: str) -> Iterator[Any]:
+        for entry in listed(prefix):
+            yield type(entry)(key=entry.key, num_bytes=entry.num_bytes, written_at=0)
+
+    monkeypatch.setattr(store.objects, "list_all", list_as_it_was)
+    assert store.delete_unreferenced(set()) == 0
+    assert b"".join(store.open_blob(blob.digest)) == b"listed while old, then put again"
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_an_object_that_is_put_again_after_the_last_look_at_its_age_is_not_lost(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, is_committed: bool
+) -> None:
+    """Its row is committed after the cleaning, or never."""
+    blob = store.put_bytes(b"put again")
+    key = blob_key(blob.digest)
+    listed, head = store.objects.list_all, store.objects.head
+
+    def old(entry: Entry) -> Entry:
+        return replace(entry, written_at=0.0) if entry.key == key else entry
+
+    def head_before_another_put(wanted: str) -> Entry:
+        entry = old(head(wanted))
+        store.objects.put(key, b"put again")
+        return entry
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.objects, "list_all", lambda prefix: map(old, listed(prefix)))
+        patch.setattr(store.objects, "head", head_before_another_put)
+        assert store.delete_unreferenced(set()) == 1
+
+    assert b"".join(store.open_blob(blob.digest)) == b"put again"
+    assert references.damaged([key], store.objects) == {}
+    store.delete_unreferenced({blob.digest} if is_committed else set())
+    assert (key in keys(store)) == is_committed
+    assert b"".join(store.open_blob(blob.digest)) == b"put again", "of another upload, perhaps, whose row comes later"
+
+
+def test_an_unreferenced_object_leaves_the_store_for_good(store: ArtifactStore, clock: Clock) -> None:
+    blob = store.put_bytes(b"garbage")
+    clock.ahead_seconds = 2 * GRACE_SECONDS
+
+    store.delete_unreferenced(set())
+
+    assert list(store.objects.list_all("")) == []
+    with pytest.raises(DamagedArtifact, match="is missing"):
+        store.open_blob(blob.digest)
+
+
+def test_cleaning_goes_on_where_a_live_manifest_can_not_be_read_and_keeps_the_files_that_the_database_names(
+    store: ArtifactStore, folder: Path, clock: Clock
+) -> None:
+    manifest = store.put_folder(folder, kind="adapter")
+    garbage = store.put_bytes(b"garbage")
+    store.objects.put(manifest_key(manifest.digest), b"{}")
+    before = keys(store)
+    clock.ahead_seconds = 2 * GRACE_SECONDS
+
+    num_deleted = store.delete_unreferenced(live(manifest))
+
+    assert num_deleted == 1
+    assert keys(store) == before - {blob_key(garbage.digest)}
+
+
+def test_cleaning_keeps_the_old_files_of_a_young_manifest_and_goes_on_where_another_can_not_be_read(
+    store: ArtifactStore, folder: Path, clock: Clock
+) -> None:
+    """A worker has stored an artifact whose row is not committed yet."""
+    in_flight = store.put_folder(folder, kind="adapter")
+    store.objects.put(manifest_key("0" * 64), b"{}")
+    before = keys(store)
+    clock.ahead_seconds = 2 * GRACE_SECONDS
+    listed, head = store.objects.list_all, store.objects.head
+
+    def as_written_now(entry: Entry) -> Entry:
+        return replace(entry, written_at=clock()) if entry.key.startswith("manifests/") else entry
+
+    store.objects.list_all = lambda prefix: map(as_written_now, listed(prefix))
+    store.objects.head = lambda key: as_written_now(head(key))
+
+    assert store.delete_unreferenced(set()) == 0
+    assert keys(store) == before
+    assert store.verify(in_flight) == []
+
+
+@pytest.mark.parametrize("hours", [48, -48])
+def test_a_wrong_clock_of_this_machine_ages_no_object(
+    clock_and_url: tuple[Clock, str], monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """An upload is in flight: its blob is stored, and its row is not committed yet."""
+    store = ArtifactStore(Objects(clock_and_url[1]))
+    blob = store.put_bytes(b"in flight")
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + hours * 3600)
+
+    assert ArtifactStore(Objects(clock_and_url[1])).delete_unreferenced(set()) == 0
+    assert b"".join(store.open_blob(blob.digest)) == b"in flight"
+
+
+def test_the_time_of_a_full_bucket_is_read_from_the_last_probe(
+    clock_and_url: tuple[Clock, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = Objects(clock_and_url[1])
+    before = objects.now()
+
+    def full(*_: Any) -> None:
+        raise OutOfSpace("full", code="out_of_space", remedy="")
+
+    monkeypatch.setattr(objects, "put", full)
+
+    assert objects.now() >= before
+
+
+def test_an_object_is_created_once(store: ArtifactStore) -> None:
+    assert [store.objects.create("lease", content) for content in (b"first", b"second")] == [True, False]
+    assert b"".join(store.objects.read("lease")) == b"first"
+
+
+def test_a_stored_file_and_each_folder_above_it_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    root = tmp_path / "new" / "store"
+    store = ArtifactStore(Objects(root.as_uri()))
+
+    blob = store.put_bytes(b"x")
+
+    path = root / blob_key(blob.digest)
+    expected = {path, path.parent, root / "blobs", root, tmp_path / "new", tmp_path}
+    assert {str(folder) for folder in expected} <= set(synced)
+
+
+def test_a_store_that_answers_is_reachable(store: ArtifactStore) -> None:
+    store.check_reachable()
+
+
+def test_a_bucket_that_does_not_answer_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setattr("catalog.storage.object_storage.RETRY", {"max_retries": 0})
+
+    with pytest.raises(Unavailable) as caught:
+        ArtifactStore(Objects("s3://nowhere")).check_reachable()
+
+    assert caught.value.code == "store_unavailable"
+
+
+@pytest.mark.parametrize("num_bytes", [100_000, len(LARGE)])
+def test_a_full_disk_is_named_and_keeps_nothing(tmp_path: Path, num_bytes: int) -> None:
+    (tmp_path / "x").write_bytes(LARGE[:num_bytes])
+    with small_disk(tmp_path / "disk", 65_536) as disk:
+        store = open_store(Settings.model_validate({"data_dir": disk}))
+
+        with pytest.raises(OutOfSpace) as caught:
+            store.put_file(tmp_path / "x")
+
+        assert caught.value.code == "out_of_space"
+        assert [path for path in disk.rglob("*") if path.is_file()] == []
+
+
+def test_a_fetch_onto_a_full_disk_is_named_and_keeps_nothing(tmp_path: Path, folder: Path) -> None:
+    store = open_store(Settings.model_validate({"data_dir": tmp_path}))
+    manifest = store.put_folder(folder, kind="adapter")
+    with small_disk(tmp_path / "disk", 65_536) as disk:
+        with pytest.raises(OutOfSpace):
+            store.fetch(manifest, disk / "copy")
+
+        assert list(disk.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_cleaned_from_a_folder(tmp_path: Path) -> None:
+    clock = Clock()
+    store = ArtifactStore(Objects((tmp_path / "store").as_uri()), clock=clock)
+    blob = store.put_bytes(b"x")
+    left = tmp_path / "store" / (blob_key(blob.digest) + "#1")
+    left.write_bytes(b"half")
+
+    store.delete_unreferenced({blob.digest})
+    assert left.exists()
+    clock.ahead_seconds = 2 * GRACE_SECONDS
+    store.delete_unreferenced({blob.digest})
+    assert not left.exists()
+
+
+def test_links_are_not_followed_into_the_store(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "passwd").symlink_to("/etc/passwd")
+
+    with pytest.raises(DamagedArtifact, match="not a plain file"):
+        open_store(Settings.model_validate({"data_dir": tmp_path})).put_folder(tmp_path / "adapter", kind="adapter")
+
+
+BAD_PATHS = [
+    "",
+    "/etc/passwd",
+    "../x",
+    "a/../b",
+    "a//b",
+    "a/",
+    "./a",
+    "a\\b",
+    "C:x",
+    "a\0b",
+    "a\nb",
+    "\u202ea",
+    "x" * 257,
+]
+
+
+@pytest.mark.parametrize("path", BAD_PATHS)
+def test_a_path_that_could_leave_its_folder_is_refused(path: str) -> None:
+    with pytest.raises(DamagedArtifact):
+        ManifestFile(path=path, digest="0" * 64, num_bytes=1)
+
+
+@given(st.text(max_size=40))
+def test_every_path_that_passes_stays_inside(path: str) -> None:
+    try:
+        check_path(path)
+    except DamagedArtifact:
+        return
+    assert Path(os.path.normpath(Path("/root/of/it") / path)).is_relative_to("/root/of/it")
+
+
+def test_a_manifest_with_a_file_inside_a_file_or_a_path_twice_is_refused() -> None:
+    files = [ManifestFile(path=path, digest="0" * 64, num_bytes=1) for path in ("a", "a/b", "c")]
+    with pytest.raises(DamagedArtifact, match="inside another"):
+        Manifest.of("adapter", files)
+    with pytest.raises(DamagedArtifact, match="twice"):
+        Manifest.of("adapter", [files[0], files[0]])
+
+
+ENTRY = b'{"path": "a", "digest": "%s", "num_bytes": %s}'
+NO_MANIFESTS = [
+    b"",
+    b"[]",
+    b"{}",
+    b"\xff",
+    b"[" * 100_000,
+    b'{"kind": "adapter"}',
+    b'{"kind": "adapter", "files": 7}',
+    b'{"kind": "adapter", "files": [{}]}',
+    b'{"kind": "adapter", "files": [%s]}' % (ENTRY % (b"00", b"1")),
+    b'{"kind": "adapter", "files": [%s]}' % (ENTRY % (b"0" * 64, b"true")),
+    b'{"kind": 7, "files": []}',
+    b'{"kind": "Adapter!", "files": []}',
+]
+
+
+@pytest.mark.parametrize("content", NO_MANIFESTS)
+def test_bytes_that_are_no_manifest_are_refused(content: bytes) -> None:
+    with pytest.raises(DamagedArtifact):
+        Manifest.parse(content)
+
+
+def test_a_manifest_is_the_same_from_its_bytes_and_from_its_row() -> None:
+    manifest = Manifest.of("tokens", [ManifestFile(path="ü/b", digest="1" * 64, num_bytes=2)])
+
+    assert Manifest.parse(manifest.canonical()) == manifest
+    assert Manifest.from_rows("tokens", manifest.as_rows()) == manifest
+    assert manifest.digest == sha256(manifest.canonical()).hexdigest()

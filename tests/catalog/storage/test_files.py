@@ -1,0 +1,262 @@
+"""Uploaded files on both databases: what is kept, what is refused, and that a refusal keeps nothing."""
+
+import json
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from catalog.db.database import Database
+from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, TooLarge, Unavailable
+from catalog.maintenance import garbage_collection
+from catalog.settings import Settings
+from catalog.states import FINAL_STATES, JobState
+from catalog.storage import ArtifactStore, files, open_store
+from catalog.tables import Artifact, BaseModelRow, File, Job, Organization, Prepared, Project
+from tests.services.small_disk import small_disk
+
+ROW = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}).encode()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    is_sqlite = request.param == "sqlite"
+    url = f"sqlite:///{tmp_path / 'lorry.db'}" if is_sqlite else request.getfixturevalue("new_postgres_url")
+    database = Database(url)
+    database.migrate()
+    with database.write() as session:
+        session.add(Organization(id="org", name="org", created_at=0))
+        session.flush()
+        for name in ("ours", "theirs"):
+            session.add(Project(id=name, organization_id="org", name=name, created_at=0))
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings.model_validate({"data_dir": tmp_path / "data", "max_file_bytes": 10_000})
+
+
+@pytest.fixture
+def store(settings: Settings) -> ArtifactStore:
+    return open_store(settings)
+
+
+class Uploader:
+    """What the api does: spool the body, then hand it over."""
+
+    def __init__(self, db: Database, store: ArtifactStore, settings: Settings, spool: Path) -> None:
+        self.db, self.store, self.settings, self.spool = db, store, settings, spool
+
+    def __call__(self, content: bytes = ROW, **given: Any) -> File:
+        self.spool.write_bytes(content)
+        told: dict[str, Any] = {
+            "project_id": "ours",
+            "purpose": "fine-tune",
+            "filename": "train.jsonl",
+            "num_bytes": len(content),
+            "digest": sha256(content).hexdigest(),
+        }
+        return files.create(self.db, self.store, spooled=self.spool, settings=self.settings, **{**told, **given})
+
+    def nothing_was_kept(self) -> bool:
+        with self.db.read() as session:
+            return session.scalar(select(File)) is None and list(self.store.objects.list_all("")) == []
+
+
+@pytest.fixture
+def upload(db: Database, store: ArtifactStore, settings: Settings, tmp_path: Path) -> Uploader:
+    return Uploader(db, store, settings, tmp_path / "spool")
+
+
+def add_job(db: Database, *, training_file: str, validation_file: str | None, state: JobState) -> str:
+    base = BaseModelRow(name="base", kind="hub", source="a/b", state="ready", created_at=0)
+    required: dict[str, Any] = {
+        "project_id": "ours",
+        "created_at": 0,
+        "created_by": "key",
+        "base_model": "base",
+        "base_digest": "d",
+        "pack_key": "p",
+        "priority": 1,
+        "requested": {},
+        "spec": {},
+        "attempt": 0,
+        "counted_attempts": 0,
+        "cancel_requested": False,
+        "pause_requested": False,
+    }
+    columns = {column.name for column in Job.__table__.columns}
+    required |= {name: 0 for name in ("lost_preparations",) if name in columns}
+    required |= {name: False for name in ("lease_extended",) if name in columns}
+    with db.write() as session:
+        session.add(base)
+        session.flush()
+        files_used = {"training_file": training_file, "validation_file": validation_file}
+        session.add(Job(id="ftjob-1", state=state.value, **files_used, **required))
+    return "ftjob-1"
+
+
+def test_an_upload_can_be_found_and_read(upload: Uploader, db: Database, store: ArtifactStore) -> None:
+    file = upload(ROW + b"\n" + ROW)
+
+    assert file.id.startswith("file-")
+    assert (file.num_rows, file.num_bytes, file.filename) == (2, len(ROW) * 2 + 1, "train.jsonl")
+    assert files.get(db, project_id="ours", file_id=file.id).digest == file.digest
+    assert b"".join(store.open_blob(file.digest)) == ROW + b"\n" + ROW
+
+
+def test_files_of_other_purposes_are_kept_as_they_are(upload: Uploader) -> None:
+    assert upload(b"\xff\x00", purpose="user_data").num_rows is None
+
+
+def test_the_same_bytes_twice_are_two_files_and_one_blob(upload: Uploader, store: ArtifactStore) -> None:
+    assert upload().id != upload().id
+    assert len(list(store.objects.list_all("blobs"))) == 1
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a bad row": ({"content": ROW + b"\n{}"}, InvalidRequest, "messages_missing"),
+    "an empty file": ({"content": b""}, InvalidRequest, "file_empty"),
+    "an unknown purpose": ({"purpose": "vision\x1b"}, InvalidRequest, "invalid_purpose"),
+    "a result's purpose": ({"purpose": "fine-tune-results"}, InvalidRequest, "invalid_purpose"),
+    "too many bytes": ({"content": ROW + b" " * 10_000}, TooLarge, "file_too_large"),
+    "other bytes than were sent": ({"digest": "0" * 64}, Unavailable, "upload_damaged"),
+}
+
+
+@pytest.mark.parametrize(("given", "error", "code"), REFUSALS.values(), ids=REFUSALS)
+def test_a_refused_upload_leaves_no_file(
+    upload: Uploader, db: Database, given: dict[str, Any], error: type[Exception], code: str
+) -> None:
+    with pytest.raises(error) as caught:
+        upload(**given)
+
+    assert getattr(caught.value, "code", None) == code
+    assert files.list_page(db, project_id="ours").items == []
+    assert code == "upload_damaged" or upload.nothing_was_kept()
+
+
+def test_a_disk_that_fills_while_uploading_keeps_nothing(db: Database, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 32_768) as disk:
+        settings = Settings.model_validate({"data_dir": disk})
+        upload = Uploader(db, open_store(settings), settings, tmp_path / "spool")
+
+        with pytest.raises(OutOfSpace):
+            upload((ROW + b"\n") * 2_000)
+
+        assert upload.nothing_was_kept()
+
+
+def test_a_database_that_fails_shows_no_file(upload: Uploader, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(session: Any) -> float:
+        raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Try again.")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(files, "read_clock", fail)
+        with pytest.raises(Unavailable):
+            upload()
+
+    assert files.list_page(db, project_id="ours").items == []
+
+
+def test_another_projects_file_looks_like_no_file(upload: Uploader, db: Database) -> None:
+    file = upload()
+
+    for reach in (
+        lambda: files.get(db, project_id="theirs", file_id=file.id),
+        lambda: files.delete(db, project_id="theirs", file_id=file.id),
+    ):
+        with pytest.raises(NotFound):
+            reach()
+    assert files.list_page(db, project_id="theirs").items == []
+
+
+def test_pages_follow_one_another_in_both_orders(upload: Uploader, db: Database) -> None:
+    ids = [upload().id for _ in range(5)]
+    upload(purpose="user_data")
+
+    first = files.list_page(db, project_id="ours", limit=2, purpose="fine-tune")
+    second = files.list_page(db, project_id="ours", limit=2, purpose="fine-tune", after=first.items[-1].id)
+    last = files.list_page(db, project_id="ours", limit=2, purpose="fine-tune", after=second.items[-1].id)
+    forward = files.list_page(db, project_id="ours", limit=10, purpose="fine-tune", order="asc")
+
+    assert [file.id for page in (first, second, last) for file in page.items] == [file.id for file in ordered(forward)]
+    assert (first.has_more, second.has_more, last.has_more) == (True, True, False)
+    assert {file.id for file in forward.items} == set(ids)
+
+
+def ordered(page: Any) -> list[File]:
+    return sorted(page.items, key=lambda file: (file.created_at, file.id), reverse=True)
+
+
+def test_a_deleted_file_is_gone_but_its_row_stays(upload: Uploader, db: Database) -> None:
+    file = upload()
+
+    files.delete(db, project_id="ours", file_id=file.id)
+
+    with pytest.raises(NotFound):
+        files.get(db, project_id="ours", file_id=file.id)
+    assert files.list_page(db, project_id="ours").items == []
+    with db.read() as session:
+        assert session.get_one(File, file.id).deleted_at is not None
+
+
+@pytest.mark.parametrize("state", JobState)
+@pytest.mark.parametrize("role", ["training_file", "validation_file"])
+def test_a_file_is_kept_while_a_job_that_has_not_ended_reads_it(
+    upload: Uploader, db: Database, state: JobState, role: str
+) -> None:
+    file, other = upload(), upload()
+    used = {"training_file": other.id, "validation_file": other.id, role: file.id}
+    job = add_job(db, **used, state=state)
+
+    if state in FINAL_STATES:
+        assert files.delete(db, project_id="ours", file_id=file.id).deleted_at
+        return
+    with pytest.raises(Conflict, match=job) as caught:
+        files.delete(db, project_id="ours", file_id=file.id)
+    assert caught.value.code == "file_in_use"
+
+
+def test_cleaning_keeps_what_the_record_names(upload: Uploader, db: Database, store: ArtifactStore) -> None:
+    kept, deleted, needed = upload(), upload(ROW + b"\n"), upload(ROW + b"\n\n")
+    shown, hidden = (store.put_bytes(content) for content in (b"shown", b"hidden"))
+    add_job(db, training_file=needed.id, validation_file=None, state=JobState.PAUSED)
+    with db.write() as session:
+        session.add(Artifact(digest=shown.digest, kind="tokens", files=[], num_bytes=0, created_at=0))
+        session.flush()
+        of_kept = {"file_digest": kept.digest, "artifact": shown.digest, "report": {}, "created_at": 0}
+        session.add(Prepared(key="k", project_id="ours", **of_kept))
+        session.get_one(File, needed.id).deleted_at = 1.0
+    files.delete(db, project_id="ours", file_id=deleted.id)
+
+    assert garbage_collection.live_digests(db) == {kept.digest, needed.digest, shown.digest}
+    assert garbage_collection.clean(db, store) == 0
+    assert garbage_collection.clean(db, store, grace_seconds=-60) == 2
+    left = {entry.key.rsplit("/", 1)[-1] for entry in store.objects.list_all("blobs")}
+    assert left == {kept.digest, needed.digest, shown.digest}
+    assert hidden.digest not in left
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("train.jsonl", "train.jsonl"),
+        ("/home/anna/train.jsonl", "train.jsonl"),
+        ("C:\\data\\train.jsonl", "train.jsonl"),
+        ("../../etc/passwd", "passwd"),
+        ("a\r\nb\0\u202e.jsonl", "a__b__.jsonl"),
+        ("Grüße 世界.jsonl", "Grüße 世界.jsonl"),
+        ("x" * 500, "x" * 200),
+        ("", "file"),
+        ("..", "file"),
+        ("/", "file"),
+    ],
+)
+def test_a_name_is_a_label_and_no_path(given: str, kept: str) -> None:
+    assert files.label(given) == kept

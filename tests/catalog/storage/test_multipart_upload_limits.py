@@ -1,0 +1,172 @@
+"""What open uploads may hold, together and each, and what of them counts until it has left the disk."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from catalog.errors import (
+    InvalidRequest,
+    QuotaExceeded,
+    TooLarge,
+)
+from catalog.maintenance import garbage_collection
+from catalog.settings import Settings
+from catalog.storage import multipart_uploads
+from catalog.tables import Upload
+from catalog.usage import quotas
+from catalog.usage.ledger import DAY_SECONDS
+from tests.catalog.part_sender import ONE, THREE, TWO, Sender
+from tests.catalog.storage.test_multipart_uploads import blobs, sha
+
+
+def test_a_project_has_so_many_uploads_open_at_once_and_so_many_bytes(sender: Sender) -> None:
+    sender.settings = Settings(data_dir=sender.folder, max_open_uploads=2, max_open_upload_bytes=500)
+    first, _ = sender.begin(200), sender.begin(200)
+
+    refused: list[QuotaExceeded] = []
+    for num_bytes in (1, 101):
+        with pytest.raises(QuotaExceeded) as refusal:
+            sender.begin(num_bytes)
+        refused.append(refusal.value)
+        if num_bytes == 1:
+            sender.cancel(first)
+            sender.begin(200)
+            sender.settings = sender.settings.model_copy(update={"max_open_uploads": 9})
+
+    assert [error.quota["name"] for error in refused] == ["open_uploads", "open_upload_bytes"]
+    assert refused[0].retry_after_seconds == pytest.approx(3600, abs=1)
+    sender.project_id = sender.world.stranger.project_id
+    sender.begin(200)
+    sender.project_id = sender.world.caller.project_id
+    sender.world.clock.turn(3601)
+    sender.begin(500)
+
+
+def test_parts_count_until_they_are_cleaned_whatever_became_of_their_upload(sender: Sender) -> None:
+    sender.settings = Settings(data_dir=sender.folder, max_open_upload_bytes=1_000)
+    cancelled, done, expired = sender.begin(500), sender.begin(len(ONE)), sender.begin(100)
+    sender.part(cancelled, b"x" * 300)
+    named = sender.part(done, ONE)
+    sender.part(done, b"y" * 250)
+    sender.part(expired, b"z" * 150)
+    sender.cancel(cancelled)
+    sender.complete(done, named)
+    sender.world.clock.turn(multipart_uploads.OPEN_SECONDS)
+
+    with pytest.raises(QuotaExceeded) as refused:
+        sender.begin(301)
+    sender.cancel(sender.begin(300))
+
+    assert refused.value.quota["used"] == 300 + 250 + 150
+    garbage_collection.let_go(sender.world.db)
+    with pytest.raises(QuotaExceeded):
+        sender.begin(301)
+    sender.world.clock.turn(multipart_uploads.KEPT_SECONDS)
+    garbage_collection.let_go(sender.world.db)
+    sender.begin(1_000)
+
+
+def test_parts_that_were_joined_count_beside_their_file_and_the_one_that_is_the_file_does_not(sender: Sender) -> None:
+    joined_id, whole_id, repeated_id = (
+        sender.begin(len(ONE + TWO)),
+        sender.begin(len(THREE)),
+        sender.begin(3 * len(ONE)),
+    )
+    parts = [sender.part(joined_id, content) for content in (ONE, TWO)]
+    whole, repeated = sender.part(whole_id, THREE), sender.part(repeated_id, ONE)
+    sender.part(repeated_id, b"unnamed")
+
+    sender.complete(joined_id, *parts)
+    sender.complete(whole_id, whole)
+    sender.complete(repeated_id, repeated, repeated, repeated)
+
+    held = {upload_id: part_bytes(sender, upload_id) for upload_id in (joined_id, whole_id, repeated_id)}
+    assert held == {joined_id: len(ONE + TWO), whole_id: 0, repeated_id: len(ONE + b"unnamed")}
+
+
+def test_a_refusal_tells_when_enough_leaves_by_itself(sender: Sender) -> None:
+    """Not when the first upload ends, which may free nothing."""
+    start, hour = int(sender.world.clock.now), multipart_uploads.OPEN_SECONDS
+    cleaned = hour + multipart_uploads.KEPT_SECONDS + DAY_SECONDS
+    sender.settings = Settings(data_dir=sender.folder, max_open_uploads=4, max_open_upload_bytes=1_000)
+    over = sender.begin(400)
+    sender.part(over, b"x" * 400)
+    sender.cancel(over)
+    sender.world.clock.turn(60)
+    sender.part(sender.begin(300), b"y" * 100)
+    sender.world.clock.turn(60)
+    sender.begin(300)
+
+    assert [resets_at(sender, num_bytes) for num_bytes in (200, 201, 500, 501, 900, 901, 1_001)] == [
+        start + 60 + hour,
+        start + 120 + hour,
+        start + 120 + hour,
+        start + cleaned,
+        start + cleaned,
+        start + 60 + cleaned,
+        None,
+    ]
+    sender.settings = sender.settings.model_copy(update={"max_open_uploads": 1})
+    assert resets_at(sender, 1) == start + 120 + hour, "of two that are open both must end"
+    sender.settings = sender.settings.model_copy(update={"max_open_uploads": 9})
+    sender.world.clock.turn(cleaned)
+    assert resets_at(sender, 900) is None, "nothing was cleaned in its time"
+
+
+def test_a_completion_beyond_what_the_project_may_store_stores_nothing(sender: Sender) -> None:
+    upload_id = sender.begin(len(ONE + TWO))
+    parts = sender.part(upload_id, ONE), sender.part(upload_id, TWO)
+    operator = replace(sender.world.caller, is_operator=True)
+    quotas.limit(sender.world.db, caller=operator, project="ours", limits={"stored_bytes": 1})
+
+    with pytest.raises(QuotaExceeded):
+        sender.complete(upload_id, *parts)
+
+    assert blobs(sender) == {sha(ONE), sha(TWO)}
+
+
+def test_an_upload_holds_no_more_than_twice_what_was_announced(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multipart_uploads, "SPARE_BYTES", 0)
+    upload_id = sender.begin(10)
+    sender.part(upload_id, b"x" * 12)
+
+    with pytest.raises(TooLarge) as refused:
+        sender.part(upload_id, b"y" * 9)
+
+    assert "more than 20 bytes; 10 were announced" in refused.value.message
+    sender.part(upload_id, b"y" * 8)
+
+
+def test_parts_have_bounds_together(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multipart_uploads, "MAX_PARTS", 2)
+    large_id, many_id = sender.begin(), sender.begin()
+    sender.part(large_id, b"x" * 999)
+    for content in (b"a", b"b"):
+        sender.part(many_id, content)
+
+    for upload_id, content, code in (
+        (large_id, b"yy", "upload_too_large"),
+        (many_id, b"c", "too_many_parts"),
+    ):
+        with pytest.raises(TooLarge) as refused:
+            sender.part(upload_id, content)
+        assert refused.value.code == code
+    with pytest.raises(InvalidRequest, match="empty"):
+        sender.part(large_id, b"")
+    assert sender.part(many_id, b"a"), "what is there already takes no room"
+
+
+def resets_at(sender: Sender, num_bytes: int) -> float | None:
+    with pytest.raises(QuotaExceeded) as refused:
+        sender.begin(num_bytes)
+    told, waits = refused.value.quota["resets_at"], refused.value.retry_after_seconds
+    assert waits == math.inf if told is None else told == int(sender.world.clock.now + waits)
+    return told
+
+
+def part_bytes(sender: Sender, upload_id: str) -> int:
+    with sender.world.db.read() as session:
+        return session.get_one(Upload, upload_id).part_bytes

@@ -1,0 +1,325 @@
+"""Files that come in parts: one file of an upload at most, in the order that is named, and nothing of it left over."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from catalog.datasets.check_process import CheckCrashed
+from catalog.errors import (
+    Conflict,
+    InvalidRequest,
+    LorryError,
+    NotFound,
+    OutOfSpace,
+    Unavailable,
+)
+from catalog.maintenance import garbage_collection
+from catalog.settings import Settings
+from catalog.storage import files, multipart_uploads
+from catalog.tables import File, Upload, UploadPart
+from tests.catalog.part_sender import ONE, THREE, TWO, WHOLE, Sender
+from tests.services.small_disk import small_disk
+
+
+def test_parts_that_came_in_any_order_are_the_file_in_the_order_that_is_named(sender: Sender) -> None:
+    upload_id = sender.begin()
+    three, one, two = (sender.part(upload_id, content) for content in (THREE, ONE, TWO))
+
+    done = sender.complete(upload_id, one, two, three, md5=hashlib.md5(WHOLE).hexdigest().upper())
+
+    assert (done.status, done.upload.file_id) == ("completed", done.file and done.file.id)
+    assert sender.content(done.file) == WHOLE
+    assert [(file.filename, file.num_rows, file.num_bytes) for file in sender.made()] == [("a.jsonl", 3, len(WHOLE))]
+    assert list((sender.folder / "spool").iterdir()) == []
+
+
+def test_the_same_bytes_again_are_the_same_part_and_may_be_named_twice(sender: Sender) -> None:
+    upload_id = sender.begin(len(ONE + TWO + ONE))
+    one, two, again = (sender.part(upload_id, content) for content in (ONE, TWO, ONE))
+
+    done = sender.complete(upload_id, one, two, again)
+
+    assert one == again
+    assert sender.content(done.file) == ONE + TWO + ONE
+
+
+def test_a_part_that_no_file_needs_may_stay_unnamed(sender: Sender) -> None:
+    upload_id = sender.begin(len(ONE))
+    sender.part(upload_id, b"cut off on its w")
+
+    assert sender.content(sender.complete(upload_id, sender.part(upload_id, ONE)).file) == ONE
+
+
+def test_a_completion_that_is_refused_makes_no_file_and_leaves_the_upload_open(sender: Sender) -> None:
+    upload_id, other_id = sender.begin(), sender.begin(len(b"not JSON"))
+    one, two, three = (sender.part(upload_id, content) for content in (ONE, TWO, THREE))
+    bad = sender.part(other_id, b"not JSON")
+    refusals: list[tuple[str, str, tuple[str, ...], str | None]] = [
+        ("upload_incomplete", upload_id, (one, two), None),
+        ("upload_incomplete", upload_id, (one, two, three, three), None),
+        ("part_not_found", upload_id, (one, two, bad), None),
+        ("part_not_found", upload_id, (one, two, "part-x"), None),
+        ("md5_mismatch", upload_id, (one, three, two), hashlib.md5(WHOLE).hexdigest()),
+        ("not_jsonl", other_id, (bad,), None),
+    ]
+
+    for code, refused_id, part_ids, md5 in refusals:
+        with pytest.raises(InvalidRequest) as refused:
+            sender.complete(refused_id, *part_ids, md5=md5)
+        assert refused.value.code == code
+
+    assert sender.made() == []
+    assert list((sender.folder / "spool").iterdir()) == []
+    assert sender.complete(upload_id, one, two, three).status == "completed"
+
+
+@pytest.mark.parametrize("end", ["completed", "cancelled", "expired"])
+def test_an_upload_that_is_over_takes_nothing_more(sender: Sender, end: str) -> None:
+    upload_id = sender.begin()
+    parts = [sender.part(upload_id, content) for content in (ONE, TWO, THREE)]
+    if end == "completed":
+        sender.complete(upload_id, *parts)
+    elif end == "cancelled":
+        assert sender.cancel(upload_id).status == "cancelled"
+    else:
+        sender.world.clock.turn(multipart_uploads.OPEN_SECONDS)
+
+    verbs: list[Callable[[], object]] = [
+        lambda: sender.part(upload_id, b"more"),
+        lambda: sender.complete(upload_id, *parts),
+        lambda: multipart_uploads.check_open(sender.world.db, project_id=sender.project_id, upload_id=upload_id),
+    ]
+    for verb in verbs:
+        with pytest.raises(Conflict) as refused:
+            verb()
+        assert refused.value.code == f"upload_{end}"
+    if end == "expired":
+        assert sender.cancel(upload_id).status == "expired"
+    else:
+        with pytest.raises(Conflict):
+            sender.cancel(upload_id)
+    assert len(sender.made()) == (end == "completed")
+
+
+def test_what_is_sent_again_for_want_of_a_reply_is_answered_as_the_first_was(sender: Sender) -> None:
+    done_id, dropped_id = sender.begin(len(ONE)), sender.begin()
+    part = sender.part(done_id, ONE)
+    done = sender.complete(done_id, part, again=True)
+    sender.cancel(dropped_id)
+
+    again = sender.complete(done_id, part, again=True)
+
+    assert (again.status, again.file and again.file.id) == ("completed", done.file and done.file.id)
+    assert sender.cancel(dropped_id, again=True).status == "cancelled"
+    assert len(sender.made()) == 1
+
+
+@pytest.mark.parametrize("is_retry", [True, False])
+def test_a_completion_that_outlives_its_lease_makes_no_second_file(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch, is_retry: bool
+) -> None:
+    """As where the client gave up waiting for the first: it ends while the second joins the parts."""
+    monkeypatch.setattr(multipart_uploads, "JOIN_LEASE_SECONDS", 0.0)
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    as_it_was = files.stored
+
+    def interrupted(*arguments: Any, **given: Any) -> File:
+        monkeypatch.setattr(files, "stored", as_it_was)
+        sender.complete(upload_id, part)
+        return as_it_was(*arguments, **given)
+
+    monkeypatch.setattr(files, "stored", interrupted)
+    if is_retry:
+        assert sender.complete(upload_id, part, again=True).file is not None
+    else:
+        with pytest.raises(Conflict):
+            sender.complete(upload_id, part)
+
+    assert len(sender.made()) == 1
+
+
+def test_two_completions_at_once_join_the_parts_once(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    as_it_was, refused = files.stored, list[str]()
+
+    def meanwhile(*arguments: Any, **given: Any) -> File:
+        with pytest.raises(Unavailable) as refusal:
+            sender.complete(upload_id, part, again=True)
+        refused.append(refusal.value.code)
+        return as_it_was(*arguments, **given)
+
+    monkeypatch.setattr(files, "stored", meanwhile)
+    first = sender.complete(upload_id, part)
+
+    assert refused == ["upload_completing"]
+    assert first.file is not None
+    monkeypatch.setattr(files, "stored", as_it_was)
+    assert len(sender.made()) == 1
+    again = sender.complete(upload_id, part, again=True).file
+    assert again is not None
+    assert again.id == first.file.id
+
+
+def test_a_completion_that_was_refused_may_be_tried_again_at_once(sender: Sender) -> None:
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    with pytest.raises(InvalidRequest):
+        sender.complete(upload_id, part, md5="0" * 32)
+
+    assert sender.complete(upload_id, part).file is not None
+
+
+def test_a_completion_that_was_rejected_may_be_repeated_a_few_times_only(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multipart_uploads, "MAX_COMPLETIONS", 2)
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    for _ in range(2):
+        with pytest.raises(InvalidRequest):
+            sender.complete(upload_id, part, md5="0" * 32)
+
+    with pytest.raises(Conflict) as refused:
+        sender.complete(upload_id, part)
+
+    assert refused.value.code == "too_many_completions"
+    assert sender.made() == []
+
+
+def test_a_completion_whose_check_crashed_counts(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: Any, **__: Any) -> None:
+        raise CheckCrashed("The process ended.", code="dataset_check_failed", remedy="Try again.")
+
+    monkeypatch.setattr(multipart_uploads, "MAX_COMPLETIONS", 2)
+    monkeypatch.setattr(files, "stored", crash)
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    for _ in range(2):
+        with pytest.raises(CheckCrashed):
+            sender.complete(upload_id, part)
+
+    with pytest.raises(Conflict) as refused:
+        sender.complete(upload_id, part)
+
+    assert refused.value.code == "too_many_completions"
+
+
+def test_a_completion_that_the_service_could_not_finish_is_not_counted(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise Unavailable("The store does not answer.", code="store_unavailable", remedy="Try again.")
+
+    monkeypatch.setattr(multipart_uploads, "MAX_COMPLETIONS", 2)
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "put", away)
+        for _ in range(4):
+            with pytest.raises(Unavailable):
+                sender.complete(upload_id, part)
+
+    assert sender.complete(upload_id, part).file is not None
+
+
+def test_another_projects_upload_looks_like_none(sender: Sender) -> None:
+    upload_id = sender.begin(len(ONE))
+    part = sender.part(upload_id, ONE)
+    sender.project_id = sender.world.stranger.project_id
+    own_id = sender.begin(len(ONE))
+
+    for verb in (
+        lambda: sender.part(upload_id, ONE),
+        lambda: sender.complete(upload_id, part),
+        lambda: sender.cancel(upload_id),
+    ):
+        with pytest.raises(NotFound):
+            verb()
+    with pytest.raises(InvalidRequest, match="has no part"):
+        sender.complete(own_id, part)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "param"),
+    [
+        ({"num_bytes": 1_001}, "file_too_large", "bytes"),
+        ({"num_bytes": 0}, "file_empty", "bytes"),
+        ({"purpose": "fine-tune-results"}, "invalid_purpose", "purpose"),
+    ],
+)
+def test_an_upload_that_would_be_refused_at_its_end_is_refused_at_its_start(
+    sender: Sender, given: dict[str, Any], code: str, param: str
+) -> None:
+    with pytest.raises(LorryError) as refused:
+        sender.begin(**given)
+
+    assert (refused.value.code, refused.value.param) == (code, param)
+
+
+def test_a_disk_that_fills_up_while_the_parts_are_joined_keeps_nothing(sender: Sender, tmp_path: Path) -> None:
+    sender.settings = Settings(data_dir=tmp_path, max_file_bytes=10**6)
+    content = ONE * 1_000
+    upload_id = sender.begin(len(content))
+    part, sender.spool = sender.part(upload_id, content), tmp_path / "disk" / "spool"
+
+    with small_disk(tmp_path / "disk", 32_768):
+        with pytest.raises(OutOfSpace):
+            sender.complete(upload_id, part)
+        assert list(sender.spool.iterdir()) == []
+
+    assert sender.made() == []
+    assert sender.complete(upload_id, part).status == "completed"
+
+
+def test_a_file_of_parts_goes_by_itself_so_long_after_it_was_completed(sender: Sender) -> None:
+    upload_id = sender.begin(len(ONE), lifetime_seconds=7200)
+    part = sender.part(upload_id, ONE)
+    sender.world.clock.turn(3000)
+
+    file = sender.complete(upload_id, part).file
+
+    assert file is not None
+    assert file.expires_at == file.created_at + 7200 > sender.world.clock.now + 7100
+
+
+def test_cleaning_keeps_the_parts_of_open_uploads_and_drops_those_of_others(sender: Sender) -> None:
+    open_id, cancelled_id, done_id = (sender.begin(len(ONE)) for _ in range(3))
+    sender.part(open_id, b"open")
+    sender.part(cancelled_id, b"cancelled")
+    done = sender.part(done_id, ONE)
+    sender.part(done_id, b"unnamed")
+    sender.cancel(cancelled_id)
+    sender.complete(done_id, done)
+
+    garbage_collection.clean(sender.world.db, sender.store, grace_seconds=-60)
+
+    assert blobs(sender) == {sha(b"open"), sha(ONE)}
+    sender.world.clock.turn(multipart_uploads.OPEN_SECONDS)
+    garbage_collection.clean(sender.world.db, sender.store, grace_seconds=-60)
+    assert blobs(sender) == {sha(ONE)}
+    assert (rows(sender, UploadPart), rows(sender, Upload)) == (0, 3)
+    sender.world.clock.turn(multipart_uploads.KEPT_SECONDS)
+    garbage_collection.let_go(sender.world.db)
+    assert rows(sender, Upload) == 0
+    assert len(sender.made()) == 1
+
+
+def blobs(sender: Sender) -> set[str]:
+    return {entry.key.rsplit("/", 1)[-1] for entry in sender.store.objects.list_all("blobs")}
+
+
+def rows(sender: Sender, table: type[Upload | UploadPart]) -> int:
+    with sender.world.db.read() as session:
+        return len(list(session.scalars(select(table))))
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,236 @@
+"""Token caches belong to one project: they are charged to it, bounded, and reveal nothing to another."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import select
+
+from catalog.errors import QuotaExceeded
+from catalog.history import job_logs
+from catalog.jobs import commands
+from catalog.maintenance import garbage_collection
+from catalog.plans import claims as plan_claims
+from catalog.plans import plans
+from catalog.queue import claims as queue_claims
+from catalog.storage import artifact_index, files, token_cache
+from catalog.storage.store import Blob
+from catalog.tables import File, Job, Plan, Prepared, StoredBytes
+from catalog.tables.tenancy import PLANS_PER_DAY
+from catalog.tenancy import api_keys, authentication, projects
+from catalog.tenancy.api_keys import KeyRequest
+from catalog.usage import ledger, stored_bytes
+from tests.catalog.plan_data import DETAILS, REPORT, SETTINGS, plan, ready
+from tests.catalog.usage.test_quotas import limit, upload
+from tests.catalog.world import LEASE, PEPPER, World, manifest, request, sha
+
+
+def twin_of(world: World, file_id: str) -> str:
+    """Another project's upload of the same bytes."""
+    twin = world.file(caller=world.stranger)
+    with world.db.write() as session:
+        session.get_one(File, twin).digest = session.get_one(File, file_id).digest
+    return twin
+
+
+def stored(world: World) -> int:
+    with world.db.read() as session:
+        return ledger.stored_bytes(session, world.caller.project_id)
+
+
+def test_a_plan_does_not_reveal_that_another_project_prepared_the_same_file(world: World) -> None:
+    world.worker()
+    assert ready(world).state == "ready"
+    body = request(training_file=twin_of(world, world.file_id))
+
+    theirs = plans.create(world.db, caller=world.stranger, request=body, settings=SETTINGS)
+
+    assert theirs.state == "computing"
+
+
+def test_checkpoints_and_logs_count_as_stored_bytes_until_they_are_dropped(world: World) -> None:
+    claim = world.running()
+    before = stored(world)
+
+    queue_claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=manifest("a" * 100, "checkpoint"))
+    content = Blob(digest=sha("log"), num_bytes=50)
+    job_logs.record(world.db, claim.claim_id, worker_id="w1", rank=0, content=content)
+    both = stored(world)
+    for step in (2, 3):
+        queue_claims.record_checkpoint(
+            world.db, claim.claim_id, step=step, artifact=manifest(f"{step}" * 10, "checkpoint")
+        )
+
+    assert both - before == 150
+    assert stored(world) - before == 50 + 2 * 10, "the first checkpoint was dropped"
+
+
+def test_a_project_keeps_four_variants_of_a_file_and_evicts_the_oldest_that_nothing_needs(world: World) -> None:
+    held = world.submit(max_length=8)
+    world.prepare_all()
+    for max_length in range(9, 15):
+        _computed(world, max_length)
+
+    kept = _variants(world)
+
+    assert sorted(kept) == [8, 12, 13, 14], "a queued job needs the oldest"
+    assert stored(world) == sum(kept.values())
+    commands.cancel(world.db, **world.of(held.id))
+    _computed(world, 15)
+    assert sorted(_variants(world)) == [12, 13, 14, 15]
+    assert ready(world, max_length=9).state == "ready", "the result of an evicted cache is still known"
+
+
+def test_a_cache_that_a_running_plan_needs_is_not_evicted(world: World) -> None:
+    waiting = plan(world, max_length=8)
+    _put(world, waiting, num_bytes=7)
+    for max_length in range(9, 15):
+        _computed(world, max_length)
+
+    assert sorted(_variants(world)) == [8, 12, 13, 14]
+
+
+def test_a_plan_is_refused_where_its_tokens_would_pass_the_limit_of_stored_bytes(world: World) -> None:
+    limit(world, stored_bytes=25)  # the file has 10 bytes
+
+    first = plan(world, max_length=8)
+    plan(world, max_length=9)
+    with pytest.raises(QuotaExceeded) as of_plan:
+        plan(world, max_length=10)
+    with pytest.raises(QuotaExceeded) as of_job:
+        world.submit(max_length=10)
+
+    for refusal in (of_plan, of_job):
+        assert refusal.value.quota["name"] == "stored_bytes"
+    plans.delete(world.db, project_id=world.caller.project_id, plan_id=first.id)
+    world.submit(max_length=10)
+
+
+def test_what_is_known_may_be_planned_though_nothing_more_may_be_stored(world: World) -> None:
+    ready(world)
+    limit(world, stored_bytes=0)
+
+    assert plan(world).state == "ready"
+    with pytest.raises(QuotaExceeded):
+        plan(world, max_length=8)
+
+
+def test_an_upload_takes_the_room_of_unused_caches_and_what_is_evicted_leaves_like_deleted_files(world: World) -> None:
+    for max_length in (8, 9):
+        _computed(world, max_length, num_bytes=400)
+    limit(world, stored_bytes=1000)
+
+    upload(world, 300)
+    kept = _variants(world)
+    upload(world, 500)
+    with pytest.raises(QuotaExceeded) as refusal:
+        upload(world, 201)
+
+    assert sorted(kept) == [9], "the oldest went"
+    assert _variants(world) == {}
+    assert refusal.value.quota["used"] == 800
+    for content in ("a", "b"):
+        files.delete(world.db, project_id=world.caller.project_id, file_id=upload(world, 150, content=content))
+    with pytest.raises(QuotaExceeded, match="it has 800 and 1,100 of deleted files and evicted tokens"):
+        upload(world, 101)
+    upload(world, 100)
+
+
+def test_a_project_creates_so_many_plans_a_day(world: World) -> None:
+    limit(world, plans_per_day=2)
+    for length in (128, 256):
+        row = plan(world, max_length=length)
+        plans.delete(world.db, project_id=world.caller.project_id, plan_id=row.id)
+
+    with pytest.raises(QuotaExceeded) as refusal:
+        plan(world)
+    world.clock.turn(refusal.value.retry_after_seconds)
+
+    assert refusal.value.quota | {"resets_at": 0} == {"name": "plans_per_day", "limit": 2, "used": 2, "resets_at": 0}
+    assert plan(world).state == "computing"
+    assert projects.create(world.db, "fresh", organization="default").max_plans_per_day == PLANS_PER_DAY
+
+
+def test_a_key_that_only_reads_does_not_use_up_the_plans_of_the_others(world: World) -> None:
+    limit(world, plans_per_day=2)
+    ready(world, max_length=128)
+    reader = api_keys.create(
+        world.db, caller=world.caller, request=KeyRequest(name="reader", scopes=["jobs:read"]), pepper=PEPPER
+    )[1]
+    holder = authentication.authenticate(world.db, secret=reader, pepper=PEPPER)
+
+    def read() -> Plan:
+        body = request(training_file=world.file_id, max_length=128)
+        return plans.create(world.db, caller=holder, request=body, settings=SETTINGS)
+
+    assert [read().state, read().state] == ["ready", "ready"]
+    with pytest.raises(QuotaExceeded) as refusal:
+        read()
+
+    assert plan(world, max_length=256).state == "computing"
+    assert (refusal.value.quota["name"], refusal.value.quota["used"]) == ("plans_per_day", 2)
+
+
+def test_a_cache_of_a_worker_that_knows_no_project_stays_while_a_job_needs_it_and_is_never_charged(
+    world: World,
+) -> None:
+    job = world.queued()
+    stored_bytes.reconcile(world.db)  # counts the file, which the test's world has inserted by hand
+    with world.db.write() as session:
+        for name in ("of the job", "of none"):
+            artifact = artifact_index.show(session, manifest(name, "tokens"), now=1.0)
+            row = {"key": name, "file_digest": "d", "artifact": artifact, "num_bytes": 7, "report": {}}
+            session.add(Prepared(**row, created_at=1.0))
+        session.get_one(Job, job.id).train_prepared = "of the job"
+    before = stored(world)
+
+    garbage_collection.let_go(world.db)
+
+    assert token_cache.get(world.db, "of the job") is not None
+    assert token_cache.get(world.db, "of none") is None
+    token_cache.forget(world.db, "of the job")
+    assert stored_bytes.reconcile(world.db) == 0
+    assert stored(world) == before
+
+
+def test_counters_that_an_older_worker_left_behind_are_corrected(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.running()
+    stored_bytes.reconcile(world.db)
+    with world.db.write() as session:
+        right = ledger.stored_bytes(session, world.caller.project_id)
+        session.get_one(StoredBytes, world.caller.project_id).num_bytes = -5
+
+    assert stored_bytes.reconcile(world.db) == 1
+
+    assert stored(world) == right
+    assert f"project={world.caller.project_id} by={right + 5}" in caplog.text
+    assert stored_bytes.reconcile(world.db) == 0
+
+
+def _computed(world: World, max_length: int, *, num_bytes: int | None = None) -> None:
+    """A plan whose file a worker has prepared, and which is concluded."""
+    row = plan(world, max_length=max_length)
+    claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert claim is not None
+    while claim.plan_id != row.id:
+        claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
+        assert claim is not None
+    _put(world, row, num_bytes=num_bytes or max_length)
+    plan_claims.conclude(world.db, claim.claim_id, settings=SETTINGS)
+
+
+def _put(world: World, row: Plan, *, num_bytes: int) -> None:
+    with world.db.read() as session:
+        digest = session.get_one(File, world.file_id).digest
+    tokens = manifest("t" * num_bytes, "tokens")
+    world.put_tokens(row.train_prepared, file_digest=digest, artifact=tokens, report=REPORT, details=DETAILS)
+
+
+def _variants(world: World) -> dict[int, int]:
+    """Bytes of the file's caches that are kept, by max_length."""
+    with world.db.read() as session:
+        works = [*session.scalars(select(Plan)), *session.scalars(select(Job))]
+        named = {work.train_prepared: work.spec["max_length"] for work in works}
+        rows = session.scalars(select(Prepared).where(Prepared.artifact.is_not(None)))
+        return {named[row.key]: row.num_bytes for row in rows if row.key in named}

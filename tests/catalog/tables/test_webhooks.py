@@ -1,0 +1,403 @@
+"""The outbox and what becomes of it: written with what it tells of, sent at least once, and told as it was."""
+
+from __future__ import annotations
+
+import base64
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from standardwebhooks import Webhook
+
+from catalog.errors import Conflict, NotFound
+from catalog.history import events
+from catalog.jobs import commands
+from catalog.pepper import Pepper
+from catalog.queue import claims
+from catalog.states import EndReason
+from catalog.tables import AuditEvent, WebhookDelivery, WebhookEndpoint, WebhookTry
+from catalog.webhooks import delivery_log, delivery_queue, endpoints, retries, signing
+from catalog.webhooks.delivery_queue import Outcome
+from catalog.webhooks.endpoints import EndpointChange
+from catalog.webhooks.event_types import EVENT_TYPES
+from tests.catalog.hooks import BAD, OK, Hooks
+from tests.catalog.world import PEPPER, World
+
+DAY = 86_400.0
+
+
+@pytest.fixture
+def hooks(world: World) -> Hooks:
+    return Hooks(world)
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
+def test_a_jobs_end_is_written_for_who_asked_for_it_and_for_nobody_else(hooks: Hooks, world: World, end: str) -> None:
+    elsewhere, _ = hooks.more("webhook_endpoint.disabled")
+    theirs = endpoints.create(
+        world.db,
+        project_id=world.stranger.project_id,
+        name="x",
+        url="https://example.com/",
+        event_types=EVENT_TYPES,
+        pepper=PEPPER,
+    )[0]
+    world.worker()
+    claim = world.running()
+
+    if end == "succeeded":
+        world.complete(claim.claim_id)
+    elif end == "failed":
+        claims.end(world.db, claim.claim_id, reason=EndReason.USER_ERROR, detail="no good")
+    else:
+        commands.cancel(world.db, **world.of(claim.job.id))
+        claims.end(world.db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="asked for")
+
+    (claimed,) = hooks.claim()
+    body = json.loads(claimed.body)
+    assert body == {
+        "object": "event",
+        "id": claimed.message_id,
+        "type": f"fine_tuning.job.{end}",
+        "created_at": body["created_at"],
+        "data": {"id": claim.job.id},
+    }
+    with world.db.read() as session:
+        written = session.scalars(select(WebhookDelivery.endpoint_id)).all()
+    assert written == [hooks.row.id]
+    assert elsewhere.id != theirs.id
+
+
+def test_an_end_that_is_not_committed_tells_nobody(hooks: Hooks, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = world.submit()
+
+    def crash(*_: object, **__: object) -> None:
+        raise RuntimeError("before the commit")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(events, "add", crash)
+        with pytest.raises(RuntimeError):
+            commands.cancel(world.db, **world.of(job.id))
+
+    assert (world.job(job.id).state, hooks.all()) == ("validating_files", [])
+
+
+def test_a_message_is_signed_by_the_secret_that_its_owner_was_shown_once(hooks: Hooks) -> None:
+    hooks.end_job()
+    (claimed,) = hooks.claim()
+
+    now = datetime.now(UTC).timestamp()
+    headers = signing.headers(claimed.body, message_id=claimed.message_id, at=now, signed_with=claimed.signed_with)
+
+    assert Webhook(hooks.secret).verify(claimed.body, headers)["type"] == "fine_tuning.job.cancelled"
+    assert len(base64.b64decode(hooks.secret.removeprefix("whsec_"))) == 24
+    assert hooks.secret != hooks.more()[1]
+
+
+def test_no_secret_is_stored(hooks: Hooks, world: World) -> None:
+    _, rotated = endpoints.rotate(world.db, **hooks.ident, overlap_seconds=60, pepper=PEPPER)
+    hooks.end_job()
+
+    with world.db.read() as session:
+        tables = (WebhookEndpoint, WebhookDelivery, WebhookTry)
+        stored = [str(vars(row)) for table in tables for row in session.scalars(select(table))]
+
+    assert stored
+    for secret in (hooks.secret, rotated):
+        assert not [text for text in stored if secret[6:] in text]
+
+
+def test_with_another_pepper_nothing_is_signed_wrongly(hooks: Hooks, world: World) -> None:
+    hooks.end_job()
+
+    (claimed,) = delivery_queue.claim(world.db, pepper=Pepper(current=b"another" * 5), room=9, in_flight=[])
+
+    assert claimed.signed_with == []
+    with pytest.raises(Conflict, match="can't be made any more"):
+        signing.current(hooks.row, Pepper(current=b"another" * 5))
+
+
+def test_during_a_rotation_messages_are_signed_by_both_secrets_and_then_by_the_new_one(
+    hooks: Hooks, world: World
+) -> None:
+    _, new = endpoints.rotate(world.db, **hooks.ident, overlap_seconds=3600, pepper=PEPPER)
+    _, repeated = endpoints.rotate(world.db, **hooks.ident, overlap_seconds=3600, pepper=PEPPER, is_client_retry=True)
+    hooks.end_job()
+    (both,) = hooks.claim()
+    world.clock.turn(3600)
+    hooks.end_job()
+    after = [one for one in hooks.claim() if one.message_id != both.message_id]
+    endpoints.rotate(world.db, **hooks.ident, overlap_seconds=0, pepper=PEPPER)
+
+    assert repeated == new
+    assert both.signed_with == [new, hooks.secret]
+    assert [one.signed_with for one in after] == [[new]]
+    assert len(signing.good(hooks.endpoint(), PEPPER, now=world.clock.now)) == 1
+
+
+def test_who_dies_while_sending_leaves_the_message_to_the_next_with_the_same_id(hooks: Hooks, world: World) -> None:
+    hooks.end_job()
+    (first,) = hooks.claim()
+    meanwhile = hooks.claim()
+
+    world.clock.turn(delivery_queue.CLAIM_SECONDS)
+    (second,) = hooks.claim()
+    delivery_queue.record(world.db, first, BAD)  # not dead, but late
+    delivery_queue.record(world.db, second, OK)
+
+    assert meanwhile == []
+    assert (first.message_id, first.body) == (second.message_id, second.body)
+    (row,) = hooks.all()
+    assert (row.status, row.num_tries) == ("delivered", 1)
+    assert [one.status_code for one in delivery_log.tries(world.db, [row.id])[row.id]] == [503, 204]
+    assert hooks.endpoint().failing_since is None
+
+
+def test_processes_that_look_at_once_send_each_message_once(hooks: Hooks) -> None:
+    for _ in range(12):
+        hooks.end_job()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [one.delivery_id for batch in pool.map(lambda _: hooks.claim(), range(8)) for one in batch]
+
+    assert len(found) == len(set(found)) == 12
+
+
+def test_an_endpoint_that_is_slow_holds_up_itself_alone(hooks: Hooks, world: World) -> None:
+    other, _ = hooks.more()
+    for _ in range(20):
+        hooks.end_job()
+
+    claimed = hooks.claim()
+    taken, slow = [one.endpoint_id for one in claimed], [one for one in claimed if one.endpoint_id == hooks.row.id]
+    while hooks.row.id in taken and taken.count(hooks.row.id) < 20 and (more := hooks.claim(slow)):
+        taken += [one.endpoint_id for one in more]
+
+    assert taken.count(hooks.row.id) == delivery_queue.AT_ONCE
+    assert taken.count(other.id) == 20
+
+
+def test_a_failing_endpoint_is_tried_by_one_message_at_a_time(hooks: Hooks, world: World) -> None:
+    for _ in range(8):
+        hooks.end_job()
+    for claimed in hooks.claim():
+        delivery_queue.record(world.db, claimed, BAD)
+
+    assert len(hooks.claim()) == 1
+
+
+def test_a_failing_endpoint_that_is_being_sent_to_takes_no_others_turn(hooks: Hooks, world: World) -> None:
+    for _ in range(2):
+        hooks.end_job()
+    held = hooks.claim()
+    delivery_queue.record(world.db, held[0], BAD)
+    other, _ = hooks.more()
+    hooks.end_job()
+    world.clock.turn(delivery_queue.CLAIM_SECONDS)
+
+    (claimed,) = delivery_queue.claim(world.db, pepper=PEPPER, room=1, in_flight=held[1:])
+
+    assert claimed.endpoint_id == other.id
+
+
+def test_a_delivery_is_tried_for_a_day_with_one_id_and_then_given_up(hooks: Hooks, world: World) -> None:
+    hooks.end_job()
+    begun = world.clock.now
+
+    tried = hooks.fail_until_it_ends()
+
+    assert len(tried) == len(retries.WAITS_SECONDS) + 1
+    assert len(set(tried)) == 1
+    assert 0.8 * DAY < world.clock.now - begun < 1.4 * DAY
+    (row,) = hooks.all(status="failed")
+    told = delivery_log.tries(world.db, [row.id])[row.id]
+    assert {(one.status_code, one.reply) for one in told} == {(503, "busy")}
+
+
+def test_waits_are_spread_and_a_receiver_can_make_them_longer_within_bounds() -> None:
+    assert [retries.wait_seconds(1, chance=chance) for chance in (0.0, 0.5, 1.0)] == [4.0, 5.0, 6.0]
+    assert retries.wait_seconds(1, retry_after=90.0, chance=0.5) == 90.0
+    assert retries.wait_seconds(4, retry_after=1.0, chance=0.5) == 600.0
+    assert retries.wait_seconds(1, retry_after=1e9, chance=0.5) == retries.LONGEST_ASKED_SECONDS
+    assert retries.wait_seconds(len(retries.WAITS_SECONDS) + 1) is None
+
+
+def test_an_endpoint_that_is_gone_is_disabled_at_once_and_the_others_are_told(hooks: Hooks, world: World) -> None:
+    watcher, _ = hooks.more("webhook_endpoint.disabled")
+    hooks.end_job()
+    hooks.end_job()
+    claimed = hooks.claim()[0]
+
+    delivery_queue.record(world.db, claimed, Outcome(started_at=1.0, seconds=0.1, status_code=410))
+    kept = hooks.end_job()
+
+    assert (hooks.endpoint().disabled_reason, [row.status for row in hooks.all()]) == ("gone", ["failed"] * 3)
+    assert hooks.all()[0].data == {"id": kept}
+    (told,) = hooks.claim()
+    assert (told.endpoint_id, json.loads(told.body)["data"]) == (watcher.id, {"id": hooks.row.id})
+
+
+def test_an_endpoint_that_fails_for_days_is_disabled_and_one_that_recovers_is_not(hooks: Hooks, world: World) -> None:
+    for days in (0, 3, 3):
+        world.clock.turn(days * DAY)
+        hooks.end_job()
+        delivery_queue.record(world.db, hooks.claim()[0], BAD)
+        if days == 0:
+            world.clock.turn(6)
+            delivery_queue.record(world.db, hooks.claim()[0], OK)
+    assert hooks.endpoint().disabled_at is None
+
+    world.clock.turn(3 * DAY)
+    delivery_queue.record(world.db, hooks.claim()[0], BAD)
+
+    assert hooks.endpoint().disabled_reason == "failing"
+
+
+def test_one_failed_delivery_is_replayed_or_all_since_a_time_with_all_their_tries(hooks: Hooks, world: World) -> None:
+    hooks.end_job()
+    hooks.fail_until_it_ends()
+    since = world.clock.now
+    hooks.end_job()
+    hooks.end_job()
+    hooks.fail_until_it_ends()
+    newest, middle, oldest = hooks.all()
+
+    assert delivery_log.replay_failed(world.db, **hooks.ident, since=since) == 2
+    again = [hooks.claim()[0], *hooks.claim()]
+    for claimed in again:
+        delivery_queue.record(world.db, claimed, OK)
+    delivery_log.replay(world.db, **hooks.owner, delivery_id=oldest.id)
+    (last,) = hooks.claim()
+    delivery_queue.record(world.db, last, BAD)
+
+    ids = {row.event_id for row in (newest, middle)}
+    assert {claimed.message_id for claimed in again} == ids
+    assert last.message_id == oldest.event_id
+    row = delivery_log.get(world.db, **hooks.owner, delivery_id=oldest.id)
+    assert (row.status, row.num_tries) == ("pending", len(retries.WAITS_SECONDS) + 2)
+    assert delivery_log.replay_failed(world.db, **hooks.ident, since=0) == 0
+
+
+def test_a_delivery_that_is_being_sent_is_not_sent_twice_by_a_replay(hooks: Hooks, world: World) -> None:
+    hooks.end_job()
+    (claimed,) = hooks.claim()
+
+    delivery_log.replay(world.db, **hooks.owner, delivery_id=claimed.delivery_id)
+
+    assert hooks.claim() == []
+
+
+def test_what_happens_while_an_endpoint_is_disabled_is_kept_and_can_be_replayed(hooks: Hooks, world: World) -> None:
+    hooks.end_job()
+    endpoints.change(world.db, **hooks.ident, changes=EndpointChange(enabled=False), pepper=PEPPER)
+    hooks.end_job()
+    assert hooks.claim() == []
+    for refused in (
+        lambda: delivery_log.replay_failed(world.db, **hooks.ident, since=0),
+        lambda: delivery_log.replay(world.db, **hooks.owner, delivery_id=hooks.all()[0].id),
+    ):
+        with pytest.raises(Conflict, match="is disabled"):
+            refused()
+
+    endpoints.change(
+        world.db, **hooks.ident, changes=EndpointChange(enabled=True, url="https://new.example.com/"), pepper=PEPPER
+    )
+
+    assert delivery_log.replay_failed(world.db, **hooks.ident, since=0) == 2
+    assert {claimed.url for claimed in hooks.claim()} == {"https://new.example.com/"}
+
+
+def test_an_event_that_was_written_while_its_endpoint_was_shut_waits_for_no_one(hooks: Hooks, world: World) -> None:
+    hooks.end_job()
+    with world.db.write() as session:
+        session.get_one(WebhookEndpoint, hooks.row.id).disabled_at = 1.0
+
+    assert hooks.claim() == []
+    assert [row.status for row in hooks.all()] == ["failed"]
+
+
+def test_a_deleted_endpoint_is_gone_and_is_sent_nothing(hooks: Hooks, world: World) -> None:
+    hooks.end_job()
+    (delivery,) = hooks.all()
+
+    endpoints.delete(world.db, **hooks.ident)
+    endpoints.delete(world.db, **hooks.ident, is_client_retry=True)
+    hooks.end_job()
+
+    assert hooks.claim() == []
+    for gone in (
+        hooks.all,
+        lambda: endpoints.delete(world.db, **hooks.ident),
+        lambda: delivery_log.get(world.db, **hooks.owner, delivery_id=delivery.id),
+    ):
+        with pytest.raises(NotFound):
+            gone()
+
+
+def test_a_creation_that_a_client_repeats_makes_one_endpoint_and_a_project_has_a_bounded_number(
+    hooks: Hooks, world: World
+) -> None:
+    given: dict[str, Any] = {**hooks.owner, "name": "ops", "url": "https://example.com/", "pepper": PEPPER}
+
+    again = endpoints.create(world.db, **given, event_types=EVENT_TYPES, is_client_retry=True)
+    for _ in range(endpoints.MAX_ENDPOINTS - 1):
+        hooks.more()
+    with pytest.raises(Conflict, match="can have no more"):
+        hooks.more()
+
+    assert (again[0].id, again[1]) == (hooks.row.id, hooks.secret)
+    assert len(endpoints.list_page(world.db, **hooks.owner, limit=100).items) == endpoints.MAX_ENDPOINTS
+
+
+def test_the_log_is_kept_for_a_month_and_what_waits_for_longer(hooks: Hooks, world: World) -> None:
+    hooks.end_job()
+    delivery_queue.record(world.db, hooks.claim()[0], OK)
+    hooks.end_job()
+    gone, _ = hooks.more()
+    endpoints.delete(world.db, **hooks.owner, endpoint_id=gone.id)
+
+    world.clock.turn(31 * DAY)
+    delivery_log.forget(world.db)
+
+    assert [row.status for row in hooks.all()] == ["pending"]
+    with world.db.read() as session:
+        assert session.scalars(select(WebhookTry)).all() == []
+        assert session.get(WebhookEndpoint, gone.id) is None
+
+
+def test_each_change_of_an_endpoint_is_in_the_audit_log_without_its_secret_and_its_address(
+    hooks: Hooks, world: World
+) -> None:
+    hooks.end_job()
+    hooks.fail_until_it_ends()
+    (delivery,) = hooks.all()
+    row, secret = hooks.more(url="https://example.com/t0ken")
+    mine: dict[str, Any] = {**hooks.owner, "endpoint_id": row.id}
+
+    endpoints.change(world.db, **mine, changes=EndpointChange(name="new"), pepper=PEPPER)
+    endpoints.change(world.db, **mine, changes=EndpointChange(name="new"), pepper=PEPPER)
+    endpoints.rotate(world.db, **mine, overlap_seconds=5, pepper=PEPPER)
+    test = delivery_queue.new_test(row, "fine_tuning.job.failed", subject="ftjob-x", now=world.clock.now)
+    delivery_queue.record_test(world.db, row, test, OK)
+    delivery_log.replay_failed(world.db, **mine, since=0)
+    delivery_log.replay(world.db, **hooks.owner, delivery_id=delivery.id)
+    endpoints.delete(world.db, **mine)
+
+    with world.db.read() as session:
+        found = list(
+            session.scalars(select(AuditEvent).where(AuditEvent.type.like("webhook%")).order_by(AuditEvent.seq))
+        )
+    told = [(event.type.partition(".")[2], event.object_id) for event in found]
+    verbs = ("created", "updated", "secret_rotated", "tested", "replayed")
+    assert told == [
+        ("created", hooks.row.id),
+        *((verb, row.id) for verb in verbs),
+        ("replayed", delivery.id),
+        ("deleted", row.id),
+    ]
+    text = str([event.details for event in found])
+    assert "example.com" in text
+    assert not [part for part in ("t0ken", secret[6:], row.salt) if part in text]

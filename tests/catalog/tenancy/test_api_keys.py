@@ -1,0 +1,320 @@
+"""Keys as people make, rotate and revoke them, and the projects that they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+
+from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthorized
+from catalog.sweeps import revocation
+from catalog.tables import ApiKey
+from catalog.tenancy import api_keys, authentication, projects
+from catalog.tenancy.api_keys import KeyRequest
+from catalog.tenancy.authentication import Caller
+from catalog.tenancy.scopes import OPERATORS, SCOPES, held
+from tests.catalog.world import PEPPER, World, opens
+
+HOUR = 3600.0
+
+
+def caller(world: World, project: str = "ours", **given: Any) -> Caller:
+    """The holder of a new key."""
+    project_id = projects.ensure(world.db, project).id
+    _, secret = authentication.create(world.db, project_id=project_id, name=project, pepper=PEPPER, **given)
+    return authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
+
+
+def make(world: World, by: Caller, **asked: Any) -> tuple[ApiKey, str]:
+    return api_keys.create(world.db, caller=by, request=KeyRequest(**{"name": "new", **asked}), pepper=PEPPER)
+
+
+def rotate(world: World, by: Caller, key_id: str, overlap: float = HOUR, **asked: Any) -> tuple[ApiKey, str]:
+    return api_keys.rotate(world.db, caller=by, api_key_id=key_id, overlap_seconds=overlap, pepper=PEPPER, **asked)
+
+
+def test_a_new_key_can_do_what_was_asked_for_and_no_more(world: World) -> None:
+    wanted = ["jobs:write", "files:read"]
+
+    row, secret = make(world, world.caller, scopes=wanted, expires_at=world.clock.now + HOUR)
+
+    holder = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
+    assert holder.scopes == set(wanted)
+    assert secret.endswith(row.ending or "?")
+    assert not holder.is_operator
+    world.clock.turn(HOUR)
+    assert not opens(world, secret)
+
+
+def test_where_nothing_is_said_a_key_can_do_what_its_makers_can(world: World) -> None:
+    operator, limited = caller(world, is_operator=True), caller(world, scopes=["keys:write", "jobs:read"])
+
+    made = [make(world, by)[0] for by in (world.caller, operator, limited)]
+
+    assert [row.scopes for row in made] == [None, None, ["jobs:read", "keys:write"]]
+    assert held(None, is_operator=False) == frozenset(SCOPES) - OPERATORS
+
+
+@pytest.mark.parametrize(
+    ("has", "asks", "param"),
+    [
+        ({"scopes": ["keys:write", "jobs:read"]}, {"scopes": ["jobs:write"]}, "scopes"),
+        ({"scopes": ["keys:write"]}, {"scopes": ["keys:write", "files:read"]}, "scopes"),
+        ({}, {"is_operator": True}, "is_operator"),
+        ({"is_operator": True, "scopes": ["keys:write"]}, {"is_operator": True, "scopes": ["models:write"]}, "scopes"),
+        ({"expires_at": 1_800_000_900.0}, {"expires_at": 1_800_000_901}, "expires_at"),
+    ],
+)
+def test_a_key_gives_away_no_more_than_it_has(
+    world: World, has: dict[str, Any], asks: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(Forbidden) as refusal:
+        make(world, caller(world, **has), **asks)
+
+    assert (refusal.value.code, refusal.value.param) == ("exceeds_own_rights", param)
+
+
+def test_a_key_that_ends_makes_keys_that_end_with_it(world: World) -> None:
+    ending = caller(world, expires_at=world.clock.now + HOUR)
+
+    row, _ = make(world, ending)
+
+    assert row.expires_at == ending.expires_at
+    with pytest.raises(InvalidRequest, match="in the past"):
+        make(world, world.caller, expires_at=world.clock.now - 1)
+
+
+def test_what_reaches_beyond_a_project_is_for_operators_keys(world: World) -> None:
+    operator = caller(world, is_operator=True)
+
+    with pytest.raises(InvalidRequest) as refusal:
+        make(world, operator, scopes=["models:write"])
+    row, _ = make(world, operator, scopes=["models:write"], is_operator=True, project="theirs")
+
+    assert refusal.value.code == "operator_scope"
+    assert row.project_id == world.stranger.project_id
+
+
+def test_both_keys_are_good_while_a_rotation_overlaps(world: World) -> None:
+    old, secret = make(world, world.caller, scopes=["jobs:read", "keys:write"])
+    holder = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
+
+    new, new_secret = rotate(world, holder, old.id)
+
+    assert (new.name, new.scopes, new.expires_at) == (old.name, ["jobs:read", "keys:write"], None)
+    assert api_keys.get(world.db, caller=world.caller, api_key_id=old.id).replaced_by == new.id
+    world.clock.turn(HOUR - 1)
+    assert opens(world, secret)
+    assert opens(world, new_secret)
+    with pytest.raises(Conflict) as again:
+        rotate(world, world.caller, old.id)
+    world.clock.turn(1)
+    assert not opens(world, secret)
+    assert opens(world, new_secret)
+    with pytest.raises(Conflict) as late:
+        rotate(world, world.caller, old.id)
+    assert [again.value.code, late.value.code] == ["key_rotated_already", "key_not_live"]
+
+
+def test_a_rotation_prolongs_nothing(world: World) -> None:
+    end = world.clock.now + HOUR
+    old, secret = make(world, world.caller, expires_at=end)
+    holder = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
+
+    with pytest.raises(Forbidden):
+        rotate(world, holder, old.id, expires_at=end + HOUR)
+    new, _ = rotate(world, holder, old.id, overlap=10 * HOUR)
+
+    assert new.expires_at == end
+    assert api_keys.get(world.db, caller=world.caller, api_key_id=old.id).expires_at == end
+
+
+@pytest.mark.parametrize("holds", [{"is_operator": True}, {"scopes": ["files:write"]}, {}])
+def test_a_lesser_key_neither_rotates_nor_revokes_a_greater_one(world: World, holds: dict[str, Any]) -> None:
+    target = caller(world, **holds)
+    lesser = caller(world, scopes=["keys:write"])
+
+    for attempt in (
+        lambda: rotate(world, lesser, target.api_key_id),
+        lambda: revocation.revoke(world.db, caller=lesser, api_key_id=target.api_key_id),
+    ):
+        with pytest.raises(Forbidden) as refusal:
+            attempt()
+        assert refusal.value.code == "exceeds_own_rights"
+
+
+def test_a_key_whose_scopes_were_named_does_not_get_hold_of_one_whose_scopes_grow(world: World) -> None:
+    named = caller(world, scopes=sorted(held(None, is_operator=False)))
+
+    with pytest.raises(Forbidden, match="every scope"):
+        rotate(world, named, world.caller.api_key_id)
+    own, _ = rotate(world, named, named.api_key_id)
+
+    assert own.scopes is not None
+
+
+def test_another_projects_keys_are_an_operators_alone_to_see(world: World) -> None:
+    theirs, ours = world.stranger.api_key_id, world.caller
+
+    for attempt in (
+        lambda: api_keys.get(world.db, caller=ours, api_key_id=theirs),
+        lambda: revocation.revoke(world.db, caller=ours, api_key_id=theirs),
+        lambda: rotate(world, ours, theirs),
+        lambda: api_keys.list_page(world.db, caller=ours, project="theirs"),
+        lambda: make(world, ours, project="theirs"),
+        lambda: projects.get(world.db, caller=ours, project="theirs"),
+    ):
+        with pytest.raises(NotFound):
+            attempt()
+    operator = caller(world, is_operator=True)
+    listed = api_keys.list_page(world.db, caller=operator, project="theirs").items
+    assert [row.id for row in listed] == [theirs]
+    assert revocation.revoke(world.db, caller=operator, api_key_id=theirs).key.revoked_at is not None
+
+
+def test_the_last_operators_key_is_not_revoked(world: World) -> None:
+    operator = caller(world, is_operator=True)
+    caller(world, is_operator=True, scopes=["jobs:read"])
+    caller(world, is_operator=True, expires_at=world.clock.now + 1)
+    world.clock.turn(2)
+
+    def revoke(key_id: str) -> ApiKey:
+        return revocation.revoke(world.db, caller=operator, api_key_id=key_id).key
+
+    with pytest.raises(Conflict) as refusal:
+        revoke(operator.api_key_id)
+    assert refusal.value.code == "last_operator_key"
+    new, secret = rotate(world, operator, operator.api_key_id)
+    successor = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
+    with pytest.raises(Conflict):
+        revocation.revoke(world.db, caller=successor, api_key_id=new.id)
+    ended = revoke(operator.api_key_id)
+
+    assert ended.revoked_at is not None
+    assert revoke(operator.api_key_id).revoked_at == ended.revoked_at
+
+
+def test_a_sign_in_link_made_on_the_server_has_an_operators_whole_rights_where_it_can(world: World) -> None:
+    lesser = caller(world, is_operator=True, scopes=["jobs:read"])
+    first = authentication.an_operator(world.db)
+    whole = caller(world, is_operator=True)
+
+    then = authentication.an_operator(world.db)
+    new, _ = rotate(world, whole, whole.api_key_id)
+
+    assert [first, then, authentication.an_operator(world.db)] == [lesser.api_key_id, whole.api_key_id, new.id]
+
+
+def test_the_keys_of_an_archived_project_open_nothing_until_it_is_restored(world: World) -> None:
+    operator = caller(world, "offices", is_operator=True)
+    _, secret = make(world, world.caller)
+    link = authentication.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER)
+    browser = authentication.exchange_sign_in(world.db, token=link, pepper=PEPPER)
+
+    projects.archive(world.db, caller=operator, project="ours")
+
+    with pytest.raises(Unauthorized) as refusal:
+        authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
+    with pytest.raises(Unauthorized):
+        authentication.authenticate_browser(world.db, secret=browser, pepper=PEPPER)
+    assert (refusal.value.code, "lorry projects restore ours" in refusal.value.remedy) == ("project_archived", True)
+    shown = [projects.list_page(world.db, caller=operator, archived=archived).items for archived in (False, True)]
+    assert [[row.name for row in rows] for rows in shown] == [["offices", "theirs"], ["offices", "theirs", "ours"]]
+    projects.restore(world.db, caller=operator, project="ours")
+    assert opens(world, secret)
+
+
+def test_the_project_of_the_last_operators_key_is_not_archived(world: World) -> None:
+    operator = caller(world, is_operator=True)
+
+    with pytest.raises(Conflict) as refusal:
+        projects.archive(world.db, caller=operator, project="ours")
+    make(world, operator, is_operator=True, project="theirs")
+
+    assert refusal.value.code == "last_operator_key"
+    assert projects.archive(world.db, caller=operator, project="ours").archived_at is not None
+    assert authentication.an_operator(world.db) != operator.api_key_id
+
+
+def test_a_project_is_made_and_renamed_under_a_name_of_its_own(world: World) -> None:
+    operator = caller(world, is_operator=True)
+    made = projects.create(world.db, "search")
+
+    with pytest.raises(Conflict) as taken:
+        projects.create(world.db, "search")
+    with pytest.raises(Conflict):
+        projects.rename(world.db, caller=operator, project="search", name="ours")
+    renamed = projects.rename(world.db, caller=operator, project=made.id, name="find")
+
+    assert taken.value.code == "project_exists"
+    assert projects.create(world.db, "find", is_client_retry=True).id == renamed.id == made.id
+    assert projects.rename(world.db, caller=operator, project="find", name="find").name == "find"
+    for name in ("", "a/b", "x" * 65):
+        with pytest.raises(InvalidRequest):
+            projects.create(world.db, name)
+
+
+def test_a_service_whose_first_project_was_renamed_gets_no_second_one_at_its_next_start(world: World) -> None:
+    operator = caller(world, is_operator=True)
+    oldest = projects.first(world.db)
+
+    projects.rename(world.db, caller=operator, project=oldest.id, name="research")
+
+    assert projects.first(world.db).name == "research"
+    assert len(projects.list_page(world.db, caller=operator).items) == 2
+
+
+def test_others_see_their_own_project_alone(world: World) -> None:
+    mine = replace(world.caller, is_operator=False)
+
+    assert [row.name for row in projects.list_page(world.db, caller=mine).items] == ["ours"]
+    assert projects.get(world.db, caller=mine, project="ours").id == mine.project_id
+
+
+def test_limits_are_an_operators_to_give_and_go_on_to_what_a_key_makes(world: World) -> None:
+    operator = caller(world, is_operator=True)
+    limited, secret = make(world, operator, requests_per_minute=10, jobs_per_day=0)
+    holder = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
+
+    child, _ = make(world, holder)
+    heir, _ = rotate(world, holder, limited.id)
+    for attempt in (
+        lambda: make(world, holder, requests_per_minute=0),
+        lambda: api_keys.limit(world.db, caller=holder, api_key_id=child.id, limits={"jobs_per_day": None}),
+    ):
+        with pytest.raises(Forbidden):
+            attempt()
+    changed = api_keys.limit(world.db, caller=operator, api_key_id=child.id, limits={"jobs_per_day": None})
+
+    assert [(row.requests_per_minute, row.jobs_per_day) for row in (child, heir)] == [(10, 0)] * 2
+    assert (changed.requests_per_minute, changed.jobs_per_day) == (10, None)
+
+
+def test_a_project_has_so_many_valid_keys(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with world.db.read() as session:
+        valid = select(func.count()).where(ApiKey.project_id == world.caller.project_id)
+        monkeypatch.setattr(api_keys, "MAX_VALID_KEYS", (session.scalar(valid) or 0) + 2)
+
+    def create(**given: Any) -> ApiKey:
+        return api_keys.create(world.db, caller=world.caller, request=KeyRequest(name="n", **given), pepper=PEPPER)[0]
+
+    def rotate(key: ApiKey, seconds: float) -> ApiKey:
+        given: dict[str, Any] = {"overlap_seconds": seconds, "pepper": PEPPER}
+        return api_keys.rotate(world.db, caller=world.caller, api_key_id=key.id, **given)[0]
+
+    expiring, kept = create(expires_at=world.clock.now + 100), create()
+    for beyond in (create, lambda: rotate(kept, 10)):
+        with pytest.raises(Conflict) as refusal:
+            beyond()
+        assert refusal.value.code == "too_many_keys"
+    kept = rotate(kept, 0)
+    world.clock.turn(200)
+    create()
+    with pytest.raises(Conflict):
+        create()
+    revocation.revoke(world.db, caller=world.caller, api_key_id=kept.id)
+    create()
+
+    assert not authentication.is_live(expiring, world.clock.now)

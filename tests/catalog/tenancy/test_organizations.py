@@ -1,0 +1,142 @@
+"""Organizations as operators make and rename them, and the projects that are theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from catalog.db.database import Database
+from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.registry import permissions
+from catalog.tables import Organization, Project
+from catalog.tenancy import authentication, organizations, projects
+from catalog.tenancy.authentication import Caller
+from tests.catalog.reading import statements_of
+from tests.catalog.world import PEPPER, World
+
+
+@pytest.fixture
+def operator(world: World) -> Caller:
+    return replace(world.caller, is_operator=True)
+
+
+def names(db: Database, caller: Caller) -> list[str]:
+    return [row.name for row in organizations.list_page(db, caller=caller).items]
+
+
+def test_an_organization_is_made_and_renamed_under_a_name_of_its_own(world: World, operator: Caller) -> None:
+    made = organizations.create(world.db, "research")
+
+    with pytest.raises(Conflict) as taken:
+        organizations.create(world.db, "research")
+    with pytest.raises(Conflict):
+        organizations.rename(world.db, caller=operator, organization="research", name="default")
+    renamed = organizations.rename(world.db, caller=operator, organization=made.id, name="science")
+
+    assert taken.value.code == "organization_exists"
+    assert organizations.create(world.db, "science", is_client_retry=True).id == renamed.id == made.id
+    assert organizations.rename(world.db, caller=operator, organization="science", name="science").name == "science"
+    assert names(world.db, operator) == ["science", "default"]
+    for name in ("", "a/b", "x" * 65):
+        with pytest.raises(InvalidRequest, match="an organization's name"):
+            organizations.create(world.db, name)
+
+
+def test_others_see_their_own_organization_alone(world: World) -> None:
+    away = world.caller_of("elsewhere", "away")
+
+    assert (names(world.db, away), names(world.db, world.caller)) == (["elsewhere"], ["default"])
+    assert organizations.get(world.db, caller=away, organization="elsewhere").id == away.organization_id
+    for verb in (organizations.get, lambda db, **given: organizations.rename(db, name="x", **given)):
+        with pytest.raises(NotFound) as refusal:
+            verb(world.db, caller=away, organization="default")
+        assert refusal.value.code == "organization_not_found"
+
+
+def test_a_project_is_made_in_the_organization_that_is_named(world: World) -> None:
+    made = organizations.create(world.db, "research")
+
+    search = projects.create(world.db, "search", organization="research")
+    again = projects.create(world.db, "search", organization=made.id, is_client_retry=True)
+    usual = projects.create(world.db, "usual")
+
+    assert (search.organization_id, again.id) == (made.id, search.id)
+    assert usual.organization_id == world.caller.organization_id
+    with pytest.raises(NotFound) as refusal:
+        projects.create(world.db, "lost", organization="nowhere")
+    assert (refusal.value.code, refusal.value.param) == ("organization_not_found", "organization")
+    for organization in ("research", "default"):  # names are the whole service's; and that is no retry of the other
+        with pytest.raises(Conflict):
+            projects.create(world.db, "search", organization=organization, is_client_retry=organization == "default")
+
+
+def test_a_name_looks_like_no_id(world: World, operator: Caller) -> None:
+    verbs: list[tuple[str, Callable[[str], object]]] = [
+        ("org-", lambda name: organizations.create(world.db, name)),
+        ("org-", lambda name: organizations.rename(world.db, caller=operator, organization="default", name=name)),
+        ("proj-", lambda name: projects.create(world.db, name)),
+        ("proj-", lambda name: projects.rename(world.db, caller=operator, project="ours", name=name)),
+        ("proj-", lambda name: projects.ensure(world.db, name)),
+    ]
+
+    for prefix, verb in verbs:
+        with pytest.raises(InvalidRequest) as refusal:
+            verb(f"{prefix}2d4c")
+        assert f"not beginning with {prefix}, as ids do" in refusal.value.remedy
+    organizations.create(world.db, "proj-2d4c")
+    projects.create(world.db, "orgs")
+
+
+def test_what_is_named_as_another_is_identified_is_found_by_its_own_id_alone(world: World, operator: Caller) -> None:
+    """Such names could be given once."""
+    theirs, others = world.caller_of("elsewhere", "away"), world.caller_of("farther", "aside")
+    for one, other in ((others, world.caller), (world.caller, theirs)):  # PostgreSQL finds what was written last last
+        with world.db.write() as session:
+            session.get_one(Organization, one.organization_id).name = other.organization_id
+            session.get_one(Project, one.project_id).name = other.project_id
+
+    for caller in (world.caller, theirs, others):
+        found = organizations.get(world.db, caller=operator, organization=caller.organization_id)
+        assert found.id == caller.organization_id
+        assert projects.get(world.db, caller=operator, project=caller.project_id).id == caller.project_id
+    assert projects.ensure(world.db, theirs.project_id).id == world.caller.project_id, "which is by name"
+
+
+def test_a_key_and_a_browser_are_known_with_whose_they_are_by_one_statement(world: World) -> None:
+    key, secret = authentication.create(world.db, project_id=world.caller.project_id, name="key", pepper=PEPPER)
+    link = authentication.create_sign_in_link(world.db, api_key_id=key.id, pepper=PEPPER)
+    browser = authentication.exchange_sign_in(world.db, token=link, pepper=PEPPER)
+    authentication.authenticate(world.db, secret=secret, pepper=PEPPER)  # which notes its use
+    found: list[Caller] = []
+
+    def asked(authenticate: Callable[..., Caller], given: str) -> int:
+        statements = statements_of(world.db, lambda: found.append(authenticate(world.db, secret=given, pepper=PEPPER)))
+        return len([text for text, _ in statements if "FROM" in text])
+
+    assert (asked(authentication.authenticate, secret), asked(authentication.authenticate_browser, browser)) == (1, 1)
+    assert {(caller.project_name, caller.organization_name) for caller in found} == {("ours", "default")}
+
+
+def test_a_model_is_shared_within_its_organization_and_an_operator_can_not_share_it_beyond(
+    world: World, operator: Caller
+) -> None:
+    world.worker()
+    adapter = world.complete(world.running().claim_id)
+    away = world.caller_of("elsewhere", "away")
+
+    def refused(*named: str) -> NotFound:
+        with pytest.raises(NotFound) as refusal:
+            permissions.grant(world.db, caller=operator, model=adapter.name, projects_named=named)
+        return refusal.value
+
+    foreign, absent = refused("theirs", "away"), refused("theirs", "nobody")
+    by_id = refused(away.project_id)
+
+    assert (foreign.code, foreign.param, by_id.code) == ("project_not_found", "project_ids", "project_not_found")
+    assert foreign.sentence().replace("away", "NAME") == absent.sentence().replace("nobody", "NAME")
+    assert permissions.list_page(world.db, model=adapter.name).items == []
+    by_another = replace(away, is_operator=True)  # of what organization an operator is plays no part
+    (given,) = permissions.grant(world.db, caller=by_another, model=adapter.name, projects_named=["theirs"])
+    assert given.project_id == world.stranger.project_id

@@ -1,0 +1,175 @@
+"""The highest priority of a project and of a key: what is above it is refused, in whatever way it is submitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from catalog.audit import log
+from catalog.audit.log import Filters
+from catalog.errors import Forbidden
+from catalog.plans import plans
+from catalog.search.spec import SweepRequest
+from catalog.settings import Settings
+from catalog.spec.job import PlannedJob
+from catalog.states import Priority
+from catalog.sweeps import controller, creation, queries
+from catalog.tables import ApiKey, Project
+from catalog.tenancy import api_keys, authentication
+from catalog.tenancy.authentication import Caller
+from catalog.usage import quotas
+from tests.catalog.tenancy.test_api_keys import rotate
+from tests.catalog.usage.test_quotas import files_of
+from tests.catalog.world import PEPPER, World, request, sha
+
+
+def operator(world: World) -> Caller:
+    return replace(world.caller, is_operator=True)
+
+
+def limit_project(world: World, highest: Priority) -> None:
+    quotas.limit(world.db, caller=operator(world), project="ours", limits={}, highest_priority=highest)
+
+
+def limit_key(world: World, highest: Priority) -> None:
+    key_id = world.caller.api_key_id
+    api_keys.limit(world.db, caller=operator(world), api_key_id=key_id, limits={}, highest_priority=highest)
+
+
+def sweep(world: World, priority: Priority, **more: Any) -> SweepRequest:
+    parameters = {"lora.rank": {"values": [2, 4, 8]}}
+    body = {"model": "smol", **files_of(world), "search": {"type": "grid"}, "parameters": parameters}
+    return SweepRequest.model_validate({**body, "priority": priority, **more})
+
+
+def submitted(world: World, priority: Priority) -> None:
+    world.submit(priority=priority)
+
+
+def swept(world: World, priority: Priority) -> None:
+    creation.create(world.db, caller=world.caller, request=sweep(world, priority), body_digest=sha(priority))
+
+
+def planned(world: World, priority: Priority) -> None:
+    body = request(training_file=world.file_id, priority=priority)
+    plans.create(world.db, caller=world.caller, request=body, settings=Settings())
+
+
+WAYS = [submitted, swept, planned]
+LIMITS = [
+    (limit_project, "project 'ours'", "lorry projects limit ours"),
+    (limit_key, "API key 'key'", "lorry keys limit"),
+]
+
+
+@pytest.mark.parametrize("submit", WAYS)
+@pytest.mark.parametrize(("limit", "owner", "command"), LIMITS)
+def test_a_priority_above_the_limit_is_refused_and_one_up_to_it_is_not(
+    world: World,
+    submit: Callable[[World, Priority], None],
+    limit: Callable[[World, Priority], None],
+    owner: str,
+    command: str,
+) -> None:
+    limit(world, "normal")
+    submit(world, "normal")
+    submit(world, "batch")
+
+    with pytest.raises(Forbidden) as refusal:
+        submit(world, "urgent")
+
+    error = refusal.value
+    assert (error.status, error.code, error.param) == (403, "priority_too_high", "priority")
+    assert error.message == f"The priority 'urgent' is above 'normal', the highest priority of the {owner}."
+    assert error.remedy.startswith("Use 'normal' or a lower priority, or ask an operator to raise the maximum: ")
+    assert command in error.remedy
+    assert "--highest-priority urgent" in error.remedy
+    limit(world, "urgent")
+    submit(world, "urgent")
+
+
+def test_a_new_project_and_a_new_key_may_submit_what_is_normal_or_lower(world: World) -> None:
+    with world.db.write() as session:
+        project = Project(id="proj-new", organization_id=world.caller.organization_id, name="new", created_at=0.0)
+        session.add(project)
+    key, secret = api_keys.create(
+        world.db, caller=operator(world), request=api_keys.KeyRequest(name="k", project="new"), pepper=PEPPER
+    )
+
+    caller = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
+
+    assert (project.highest_priority, key.highest_priority, caller.highest_priority) == (1, 1, 1)
+
+
+def test_the_job_of_a_plan_is_held_to_the_limit_of_the_moment_of_its_submission(world: World) -> None:
+    world.queued()
+    body = request(training_file=world.file_id, priority="urgent")
+    plan = plans.create(world.db, caller=world.caller, request=body, settings=Settings())
+    limit_project(world, "normal")
+
+    with pytest.raises(Forbidden):
+        world.send(PlannedJob(plan=plan.id), body_digest="p")  # pyright: ignore[reportArgumentType]
+
+
+def test_trials_that_a_sweep_is_still_to_make_are_held_to_the_limit_as_well(world: World) -> None:
+    made = creation.create(
+        world.db, caller=world.caller, request=sweep(world, "urgent", max_concurrent=1), body_digest="d"
+    )
+    limit_key(world, "normal")
+    world.worker()
+
+    world.prepare_all()
+    for claim in world.claim():
+        world.complete(claim.claim_id)
+    while controller.advance(world.db):
+        pass
+
+    found = queries.get(world.db, project_id=world.caller.project_id, sweep_id=made.id).sweep
+    assert (found.num_created, found.is_closed) == (1, True)
+    assert (found.error or {})["code"] == "priority_too_high"
+
+
+def test_jobs_that_wait_keep_their_class_when_the_limit_is_lowered(world: World) -> None:
+    job = world.queued(priority="urgent")
+    limit_project(world, "batch")
+
+    assert world.job(job.id).priority == 0
+
+
+def test_only_operators_set_the_limit_of_a_key_and_a_rotation_keeps_it(world: World) -> None:
+    limit_key(world, "urgent")
+    for attempt in (
+        lambda: api_keys.limit(
+            world.db, caller=world.caller, api_key_id=world.caller.api_key_id, limits={}, highest_priority="urgent"
+        ),
+        lambda: api_keys.create(
+            world.db,
+            caller=world.caller,
+            request=api_keys.KeyRequest(name="k", highest_priority="urgent"),
+            pepper=PEPPER,
+        ),
+    ):
+        with pytest.raises(Forbidden) as refusal:
+            attempt()
+        assert (refusal.value.code, refusal.value.param) == ("operator_required", "highest_priority")
+
+    child, _ = api_keys.create(world.db, caller=world.caller, request=api_keys.KeyRequest(name="k"), pepper=PEPPER)
+    heir, _ = rotate(world, world.caller, world.caller.api_key_id)
+
+    assert (child.highest_priority, heir.highest_priority) == (1, 0)
+
+
+def test_the_audit_log_tells_which_priority_was_allowed(world: World) -> None:
+    limit_project(world, "urgent")
+    limit_key(world, "batch")
+
+    found = log.list_page(world.db, caller=operator(world), filters=Filters()).items
+    told = {event.type: event.details for event in found if event.type.endswith(".updated")}
+
+    assert told["project.updated"] == {"limits": {"highest_priority": "urgent"}}
+    assert told["api_key.updated"] == {"highest_priority": "batch"}
+    with world.db.read() as session:
+        assert session.get_one(ApiKey, world.caller.api_key_id).highest_priority == 2

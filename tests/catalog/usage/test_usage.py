@@ -1,0 +1,335 @@
+"""What projects use is charged while they train, and decides who trains next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from catalog.errors import InvalidRequest, NotFound
+from catalog.fleet import gangs
+from catalog.jobs import commands
+from catalog.lifecycle import recovery
+from catalog.queue import charging, claims, listing
+from catalog.scheduling.snapshot import HALF_LIFE_SECONDS, PROMOTE_AFTER_SECONDS, USUAL, Room
+from catalog.states import EndReason
+from catalog.tables import Job, Worker
+from catalog.tenancy import projects
+from catalog.tenancy.authentication import Caller
+from tests.catalog.world import LEASE, World
+
+ONE = Room(max_jobs=1, memory_bytes_free=10**12)
+
+
+def theirs(world: World, **fields: Any) -> Job:
+    job = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), **fields)
+    world.prepare_all()
+    return job
+
+
+def used(world: World) -> dict[str, float]:
+    """By project of this world, as it counts now."""
+    names = {world.caller.project_id: "ours", world.stranger.project_id: "theirs"}
+    with world.db.read() as session:
+        found = charging.used(session, names, now=world.clock.now, policy=USUAL)
+    return {name: round(found[project_id], 1) for project_id, name in names.items()}
+
+
+def operator(world: World) -> Caller:
+    return replace(world.caller, is_operator=True)
+
+
+def train(world: World, seconds: float, claim: claims.Claim) -> None:
+    while seconds > 0:
+        world.clock.turn(min(seconds, LEASE))
+        world.beat(claim.claim_id)
+        seconds -= LEASE
+
+
+def test_those_that_train_together_are_charged_their_parts_of_each_device(world: World) -> None:
+    world.worker()
+    world.queued()
+    theirs(world)
+    held = world.claim()
+
+    world.clock.turn(20)
+    world.beat(*(claim.claim_id for claim in held))
+    world.complete(held[0].claim_id)
+    world.clock.turn(20)
+    world.beat(held[1].claim_id)
+
+    assert used(world) == {"ours": 10, "theirs": 30}
+    assert round(world.job(held[0].job.id).device_seconds) == 10
+
+
+def test_a_device_second_of_an_urgent_job_is_charged_twice_to_its_project_and_once_to_the_job(world: World) -> None:
+    world.worker()
+    claim = world.running(priority="urgent")
+    train(world, 40, claim)
+    world.clock.turn(10)
+    world.complete(claim.claim_id)
+
+    assert used(world)["ours"] == USUAL.urgent_multiple * 50 == 100
+    assert round(world.job(claim.job.id).device_seconds) == 50
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ({"kind": "cuda", "indices": [2, 3], "num_processes": 2}, 2),
+        ({"kind": "cuda", "indices": [2]}, 1),
+        ({"kind": "cpu", "num_processes": 2}, 1),
+    ],
+)
+def test_a_group_of_gpus_is_charged_as_so_many_and_a_cpu_as_one(
+    world: World, device: dict[str, Any], expected: int
+) -> None:
+    world.worker()
+    with world.db.write() as session:
+        session.get_one(Worker, "w1").devices = [device]
+    world.queued()
+    [held] = world.claim()
+    with world.db.read() as session:
+        shares = charging.shares_of_waiting(session, now=world.clock.now, policy=USUAL)
+    assert shares == {}  # nothing waits: nobody's share is looked at
+
+    world.queued()
+    with world.db.read() as session:
+        shares = charging.shares_of_waiting(session, now=world.clock.now, policy=USUAL)
+    assert shares[world.caller.project_id].devices_held == expected
+
+    world.clock.turn(20)
+    world.beat(held.claim_id)
+
+    assert used(world)["ours"] == 20 * expected
+
+
+def test_who_trains_on_a_gang_is_charged_for_all_of_its_devices(world: World) -> None:
+    for worker_id in ("w1", "w2"):
+        world.worker(worker_id)
+        place = gangs.Place(db=world.db, worker_id=worker_id, gang="pair", silent_seconds=LEASE)
+        gangs.enter(place, size=2, min_size=2, kind="cuda", num_processes=4, free_bytes=10**9)
+    leader = gangs.Place(db=world.db, worker_id="w1", gang="pair", silent_seconds=LEASE)
+    assert gangs.lead(leader)
+    world.queued()
+    [held] = world.claim(room=ONE)
+    led = gangs.open_round(leader, members=["w1", "w2"], task={}, seconds=60)
+
+    world.queued()
+    with world.db.read() as session:
+        shares = charging.shares_of_waiting(session, now=world.clock.now, policy=USUAL)
+    assert shares[world.caller.project_id].devices_held == 8
+
+    world.clock.turn(20)
+    world.beat(held.claim_id)
+    assert used(world)["ours"] == pytest.approx(160, abs=1)
+
+    gangs.end_round(leader, led.round_id)
+    world.clock.turn(20)
+    world.beat(held.claim_id)
+    assert used(world)["ours"] == pytest.approx(180, abs=1)
+
+
+def test_the_last_seconds_are_charged_with_the_end(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    train(world, 20, claim)
+    world.clock.turn(5)
+
+    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+    world.clock.turn(50)
+    (again,) = world.claim()
+    train(world, 5, again)
+
+    assert used(world)["ours"] == 30
+
+
+def test_what_is_charged_with_the_end_is_as_of_the_end(world: World) -> None:
+    """Though the last charge on its worker was long ago."""
+    world.worker()
+    claim = world.running()
+    train(world, 40, claim)
+    world.complete(claim.claim_id)
+    world.clock.turn(HALF_LIFE_SECONDS)
+
+    again = world.running()
+    world.clock.turn(40)
+    claims.end(world.db, again.claim_id, reason=EndReason.DRAINED, detail="")
+
+    assert used(world)["ours"] == pytest.approx(40 / 2 + 40, abs=0.1)
+
+
+def test_each_second_is_divided_among_those_who_were_there(world: World) -> None:
+    """Though one joins and another leaves between two heartbeats."""
+    world.worker()
+    first = world.running()
+    world.clock.turn(20)
+    theirs(world)
+
+    (joined,) = world.claim(pack_key=first.job.pack_key, trainer_id="trainer-w1")
+    world.clock.turn(20)
+    claims.end(world.db, first.claim_id, reason=EndReason.DRAINED, detail="")
+    world.clock.turn(10)
+    world.beat(joined.claim_id)
+
+    assert used(world) == {"ours": 30, "theirs": 20}
+
+
+def test_a_clock_that_jumps_ahead_charges_no_more_than_a_lease(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    train(world, 10, claim)
+
+    world.clock.turn(10 * HALF_LIFE_SECONDS)
+    world.beat(claim.claim_id)
+
+    assert used(world)["ours"] == pytest.approx(LEASE, abs=0.1)
+
+
+def test_a_packmate_takes_no_turn_of_its_class(world: World) -> None:
+    """Batch jobs ride along with each trainer of a popular base, and one for a rare base waits: it still rises."""
+    world.base("rare")
+    world.worker()
+    patient = world.queued(model="rare", priority="batch")
+    world.flood(world.queued(), 10)
+    world.flood(world.queued(priority="batch"), 10)
+    live = world.claim(room=ONE)[0].job.pack_key
+
+    for _ in range(3):
+        world.clock.turn(PROMOTE_AFTER_SECONDS)
+        world.beat()
+        world.claim(room=Room(max_jobs=4, memory_bytes_free=10**12), pack_key=live)
+    (claim,) = world.claim("w2", room=ONE)
+
+    assert claim.job.id == patient.id
+
+
+def test_a_turn_on_a_worker_that_could_not_hold_a_job_was_none_of_that_job(world: World) -> None:
+    world.base("large", num_parameters=10**10)
+    world.worker("small", 10**9)
+    world.worker("wide", 10**12)
+    patient = world.queued(model="large", priority="batch")
+    pressing, rides = world.queued(priority="urgent"), world.queued(priority="batch")
+    world.flood(pressing, 10)
+    world.flood(rides, 10)
+    small = Room(max_jobs=1, memory_bytes_free=10**9)
+
+    world.clock.turn(3 * PROMOTE_AFTER_SECONDS - 60)
+    for worker_id in ("small", "wide"):
+        world.beat(worker_id=worker_id)
+    assert [claim.job.id for claim in world.claim("wide", room=ONE)] == [pressing.id]
+    (first,) = world.claim("small", room=small)
+    world.clock.turn(120)
+    for worker_id in ("small", "wide"):
+        world.beat(worker_id=worker_id)
+    assert world.claim("small", room=small)[0].job.priority == 2, "its class has risen there as well"
+    (claim,) = world.claim("wide", room=ONE)
+
+    assert (first.job.priority, claim.job.id) == (0, patient.id)
+
+
+def test_a_worker_that_is_lost_costs_nothing_after_its_last_heartbeat(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    train(world, 20, claim)
+
+    world.pass_time(2 * LEASE)
+    recovery.expire(world.db, grace_seconds=LEASE)
+
+    assert world.job(claim.job.id).state == "queued"
+    assert used(world)["ours"] == pytest.approx(20, abs=0.1)
+
+
+def test_what_was_used_long_ago_counts_less(world: World) -> None:
+    world.worker()
+    train(world, 50, world.running())
+
+    world.clock.turn(HALF_LIFE_SECONDS)
+
+    assert used(world)["ours"] == pytest.approx(25, abs=0.1)
+
+
+def test_the_project_that_has_had_less_for_its_weight_goes_first(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    train(world, 50, claim)
+    world.complete(claim.claim_id)
+    ours, foreign = world.queued(), theirs(world)
+
+    def first() -> str:
+        with world.db.read() as session:
+            return listing.turns(session, now=world.clock())[0].candidate.job_id
+
+    assert first() == foreign.id
+    (claim,) = world.claim(room=ONE)
+    assert claim.job.id == foreign.id
+    theirs(world)
+    assert first() == ours.id, "the one that runs counts for 300 device-seconds"
+    projects.weigh(world.db, caller=operator(world), project="theirs", weight=10)
+    assert first() != ours.id
+
+
+def test_a_weight_is_a_positive_number_of_a_project_that_exists(world: World) -> None:
+    asked: dict[str, Any] = {"caller": operator(world), "project": "ours"}
+    assert projects.weigh(world.db, **asked, weight=2.5).weight == 2.5
+    for weight in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(InvalidRequest) as refusal:
+            projects.weigh(world.db, **asked, weight=weight)
+        assert (refusal.value.code, refusal.value.param) == ("invalid_weight", "weight")
+    with pytest.raises(NotFound):
+        projects.weigh(world.db, caller=world.caller, project="theirs", weight=1)
+
+
+def test_batch_is_claimed_though_there_is_always_something_urgent(world: World) -> None:
+    world.worker()
+    patient = world.queued(priority="batch")
+    pressing = world.queued(priority="urgent")
+    world.flood(pressing, 20)
+
+    def claimed() -> str:
+        (claim,) = world.claim(room=ONE)
+        world.complete(claim.claim_id, claim.claim_id)
+        return claim.job.id
+
+    assert claimed() == pressing.id
+    world.clock.turn(3 * PROMOTE_AFTER_SECONDS)
+    world.beat()
+    first_two = [claimed(), claimed()]
+    world.flood(world.queued(priority="batch"), 1)
+
+    assert patient.id in first_two
+    assert "urgent" in str([world.job(claimed()).requested for _ in range(3)])
+
+
+def test_why_tells_the_shares_in_a_sentence_and_as_data_and_names_nobody(world: World) -> None:
+    world.worker()
+    claim = world.running()
+    train(world, 75, claim)
+    world.complete(claim.claim_id)
+    mine = world.queued()
+    foreign = theirs(world)
+
+    why = commands.explain(world.db, **world.of(mine.id))
+
+    share = why["share"]
+    assert (share["projects_ahead"], share["num_projects"], share["weight"]) == (1, 2, 1)
+    assert share["device_seconds"] == pytest.approx(75, abs=0.1)
+    assert why["explanation"] == (
+        "1 job is ahead of it. Of the 2 projects whose jobs wait, 1 was charged less for the weight recently."
+    )
+    assert "shares" not in why
+    seen = commands.explain(world.db, **world.of(mine.id), sees_all=True)["shares"]
+    assert [(row["project_id"], row["due"]) for row in seen] == [
+        (world.stranger.project_id, 0.5),
+        (world.caller.project_id, 0.5),
+    ]
+    assert why["policy"]["promote_after_seconds"] == PROMOTE_AFTER_SECONDS
+    for secret in (foreign.id, world.stranger.project_id, "theirs"):
+        assert secret not in str(why)
+    (claim,) = world.claim(room=ONE)
+    assert claim.job.id == foreign.id
+    (attempt,) = commands.attempts(world.db, project_id=world.stranger.project_id, job_id=foreign.id)
+    assert attempt.why is not None
+    assert attempt.why["share"]["num_projects"] == 2
+    assert world.caller.project_id not in str(attempt.why)

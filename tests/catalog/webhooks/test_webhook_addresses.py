@@ -1,0 +1,81 @@
+"""Where webhooks may go, and where they may not: whatever leads inside, in each of its forms."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+import pytest
+
+from catalog.errors import InvalidRequest
+from catalog.webhooks.url_policy import Rules, networks_of, target_of, why_shut
+
+INSIDE = """0.0.0.0 10.1.2.3 100.64.0.1 100.100.100.200 127.0.0.1 127.8.8.8 169.254.169.254 172.16.0.1 172.31.255.255
+192.0.0.192 192.0.2.1 192.168.1.1 198.18.0.1 198.51.100.1 203.0.113.9 224.0.0.1 239.255.255.250 240.0.0.1
+255.255.255.255 168.63.129.16 :: ::1 ::7f00:1 ::ffff:10.0.0.1 ::ffff:169.254.169.254 64:ff9b::a9fe:a9fe 64:ff9b::7f00:1
+64:ff9b:1::a00:1 100::1 2001::1 2001:0:4136:e378:8000:63bf:3fff:fdd2 2001:db8::1 2002:a9fe:a9fe:: 2002:7f00:1::
+2002:808:808:: 3fff::1 5f00::1 fc00::1 fd00:ec2::254 fe80::1 fe80::1%eth0 fec0::1 ff02::1"""
+OUTSIDE = "8.8.8.8 1.1.1.1 172.32.0.1 192.0.1.1 223.255.255.255 2606:4700::1111 64:ff9b::808:808 ::ffff:8.8.8.8"
+
+
+@pytest.mark.parametrize("address", INSIDE.split())
+def test_an_address_that_leads_inside_is_shut(address: str) -> None:
+    assert "is not public" in (why_shut(ip_address(address), Rules()) or "")
+
+
+@pytest.mark.parametrize("address", OUTSIDE.split())
+def test_a_public_address_is_open(address: str) -> None:
+    assert why_shut(ip_address(address), Rules()) is None
+
+
+def test_an_operator_can_open_a_network_and_it_is_open_in_each_of_its_forms() -> None:
+    rules = Rules(networks=networks_of("127.0.0.0/8, fd00::/8,10.2.0.0/16"))
+
+    opened = ["127.0.0.1", "::ffff:127.0.0.1", "64:ff9b::a02:1", "fd00::1", "10.2.3.4"]
+    assert [why_shut(ip_address(address), rules) for address in opened] == [None] * 5
+    assert why_shut(ip_address("10.3.0.1"), rules)
+    assert why_shut(ip_address("::1"), rules)
+    assert networks_of("") == ()
+
+
+@pytest.mark.parametrize(
+    ("url", "what"),
+    [
+        ("ftp://example.com/", "https://"),
+        ("http://example.com/", "https://"),
+        ("file:///etc/passwd", "https://"),
+        ("example.com/hooks", "https://"),
+        ("https://user:word@example.com/", "no password"),
+        ("https://example.com@10.0.0.1/", "no user"),
+        ("https://example.com/#part", "no fragment"),
+        ("https:///hooks", "name a host"),
+        ("https://exa mple.com/", "without spaces"),
+        ("https://example.com/\r\nHost: inside", "without spaces"),
+        ("https://ex\u00e4mple.com/", "ASCII"),
+        ("https://example.com\\@10.0.0.1/", "printable"),
+        ("https://example.com:22/", "port"),
+        ("https://example.com:0/", "port"),
+        ("https://example.com:99999/", "no address"),
+        ("https://[::1/", "no address"),
+        ("https://127.0.0.1/", "not public"),
+        ("https://[::ffff:127.0.0.1]/", "not public"),
+        ("https://" + "a" * 3000, "at most"),
+    ],
+)
+def test_what_is_no_address_for_a_webhook_is_refused_with_the_reason(url: str, what: str) -> None:
+    with pytest.raises(InvalidRequest, match=what) as refused:
+        target_of(url, Rules())
+
+    assert refused.value.remedy
+    assert refused.value.param == "url"
+    assert "word" not in refused.value.sentence().replace("password", "")
+
+
+def test_a_url_is_taken_apart_as_it_will_be_asked_for() -> None:
+    plain = target_of("https://hooks.example.com/a/b?c=d&e", Rules())
+    other = target_of("http://[2606:4700::1111]:8080", Rules(allow_http=True))
+
+    assert (plain.host, plain.port, plain.path, plain.authority) == (
+        *("hooks.example.com", 443, "/a/b?c=d&e"),
+        "hooks.example.com",
+    )
+    assert (other.host, other.path, other.authority) == ("2606:4700::1111", "/", "[2606:4700::1111]:8080")

@@ -1,0 +1,169 @@
+"""Adafactor over the flat row is torch's, matrix by matrix; what it remembers is small, and is resumed exactly."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_core.adapter.flat_adapter import AdapterRow, Target
+from lora_core.adapter.modules_to_save import TrainedTensor, TrainedTensors
+from lora_core.adapter.optimizer import gradient_norm, optimizer_step, stays_finite
+from lora_core.config import LoraConfig, OptimizerConfig
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.events import JobStepped
+from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, state_bytes
+
+TARGETS = (Target(name="a", in_features=12, out_features=8), Target(name="b", in_features=4, out_features=20))
+HEAD = TrainedTensors(
+    tensors=(
+        TrainedTensor(name="head.weight", shape=(5, 8), start=lambda _seed: torch.full((5, 8), 0.3)),
+        TrainedTensor(name="head.bias", shape=(5,), start=lambda _seed: torch.zeros(5)),
+    ),
+    modules=("head",),
+)
+USUAL = OptimizerConfig(kind="adafactor", learning_rate=0.05, max_grad_norm=None)
+
+
+def new_row(*, use_dora: bool = True, rank: int = 3) -> AdapterRow:
+    frozen = {target.name: torch.randn(target.out_features, target.in_features) for target in TARGETS}
+    lora = LoraConfig(rank=rank, alpha=6, use_dora=use_dora)
+    row = AdapterRow(
+        TARGETS, lora, dtype=torch.float32, device="cpu", frozen=frozen, trained=HEAD, optimizer="adafactor"
+    )
+    row.initialise(1)
+    return row
+
+
+def parameters(row: AdapterRow) -> list[torch.nn.Parameter]:
+    """Each tensor of the row by itself, as a person's own loop would hold them."""
+    return [torch.nn.Parameter(row.p[block.numbers].view(block.shape).clone()) for block in row.blocks]
+
+
+def flat(tensors: list[torch.nn.Parameter]) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+@pytest.mark.parametrize(
+    ("options", "gradient_size"),
+    [
+        ({}, 1.0),
+        ({"weight_decay": 0.1, "max_grad_norm": 0.5}, 1.0),
+        ({"learning_rate": 5.0, "beta2_decay": -0.5, "clip_threshold": 1.5, "scale_floor": 0.02}, 1.0),
+        ({}, 1e-6),
+        ({}, 1e-15),
+    ],
+    ids=["usual", "decay and clip", "its own numbers", "gradients near epsilon", "gradients far below it"],
+)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_steps_equal_torch_adafactor_with_a_rate_for_each_part(options, gradient_size, rank):
+    torch.manual_seed(0)
+    row = new_row(rank=rank)
+    numbers = replace(USUAL, lora_plus_ratio=4, **options)
+    tensors = parameters(row)
+    ratios = [1.0] * 2 + [4.0] * 4 + [1.0] * 2  # two A, two B, two magnitudes, head and bias
+    groups = [
+        {"params": [tensor], "lr": numbers.learning_rate * ratio} for tensor, ratio in zip(tensors, ratios, strict=True)
+    ]
+    reference = torch.optim.Adafactor(
+        groups,
+        beta2_decay=numbers.beta2_decay,
+        eps=(None, numbers.scale_floor),
+        d=numbers.clip_threshold,
+        weight_decay=numbers.weight_decay,
+    )
+    for step in range(1, 8):
+        row.g.copy_(torch.randn(row.num_parameters) * gradient_size * step)
+        for tensor, block in zip(tensors, row.blocks, strict=True):
+            tensor.grad = row.g[block.numbers].view(block.shape).clone()
+        norm = gradient_norm(row)
+        assert stays_finite(row, numbers, learning_rate=numbers.learning_rate, norm=norm)
+        optimizer_step(row, numbers, step=step, learning_rate=numbers.learning_rate, norm=norm)
+        if numbers.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(tensors, numbers.max_grad_norm)
+        reference.step()
+        torch.testing.assert_close(row.p, flat(tensors), rtol=2e-5, atol=1e-6)
+        assert not row.g.any()
+    assert not torch.equal(flat(parameters(new_row(rank=rank))), row.p)
+
+
+def test_a_matrix_remembers_its_rows_and_columns_a_vector_each_number_and_there_is_no_momentum():
+    row = new_row()
+
+    matrices = (3 + 12) + (3 + 4) + (8 + 3) + (20 + 3) + (5 + 8)
+    vectors = 8 + 20 + 5
+    assert row.v.numel() == matrices + vectors
+    assert row.m.numel() == 0
+    norms_and_factors = 2 * (8 + 20)
+    assert row.num_bytes == 4 * (2 * row.num_parameters + row.v.numel() + norms_and_factors)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": 1e30, "weight_decay": 0.1}, {"scale_floor": 1e38, "learning_rate": 1.0}],
+    ids=["a factor of decay", "a step of its whole size"],
+)
+def test_adafactor_that_would_overflow_is_seen_before_the_step(options):
+    row = new_row(use_dora=False)
+    row.p.fill_(1e36)
+    row.g[::7] = -1.0  # a part of each matrix, whose updates are above the mean
+    numbers = replace(USUAL, clip_threshold=20.0, **options)
+    norm = gradient_norm(row)
+
+    assert not stays_finite(row, numbers, learning_rate=numbers.learning_rate, norm=norm)
+    for _ in range(3):
+        row.g[::7] = -1.0
+        optimizer_step(row, numbers, step=1, learning_rate=numbers.learning_rate, norm=norm)
+    assert not torch.isfinite(row.p).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e9, 1e17])
+def test_no_gradient_that_has_a_norm_is_lost_to_overflow_on_the_way(size):
+    """The direction is kept: at 1e10 the product of rows and columns alone would be infinite, and the step none."""
+    row = new_row(use_dora=False)
+    before = row.p.clone()
+    row.g.copy_(torch.randn(row.num_parameters) * size)
+    signs = row.g.sign()
+    norm = gradient_norm(row)
+
+    assert stays_finite(row, USUAL, learning_rate=0.05, norm=norm)
+    optimizer_step(row, USUAL, step=1, learning_rate=0.05, norm=norm)
+
+    assert torch.isfinite(row.p).all()
+    assert torch.isfinite(row.v).all()
+    if size >= 1e-9:
+        assert torch.equal((before - row.p).sign()[row.num_ab :], signs[row.num_ab :])
+
+
+def job() -> Submission:
+    plain = config(rank=3, dropout=0.1, batch_size=2, num_steps=6, seed=3, slice_tokens=30)
+    numbers = OptimizerConfig(kind="adafactor", learning_rate=0.5, lora_plus_ratio=2.0, scale_floor=0.1)
+    return Submission(config=replace(plain, optimizer=numbers), train=dataset(3, [14, 9, 22, 31]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_job_that_is_resumed_at_any_step_ends_with_the_same_bytes(load, tmp_path, dtype):
+    base = load("llama", dtype)
+    uninterrupted = run_alone(base, job())
+
+    for stop in range(1, 6):
+        engine = Engine(base, EngineConfig())
+        admit(engine, "job", job())
+        while engine.progress("job")[0] < stop:
+            engine.tick()
+        engine.save_checkpoint("job", tmp_path / f"{stop}")
+        resumed = Engine(base, EngineConfig(token_budget=64))
+        admit(resumed, "job", job(), resume_from=tmp_path / f"{stop}")
+        while not resumed.idle:
+            resumed.tick()
+
+        assert state_bytes(resumed, "job") == uninterrupted.vectors
+
+
+def test_it_learns(load):
+    long = replace(config(rank=3, batch_size=2, num_steps=25), optimizer=job().config.optimizer)
+
+    events = run_alone(load("llama"), Submission(config=long, train=dataset(3, [14, 9]))).events
+
+    losses = [event.loss for event in events if isinstance(event, JobStepped)]
+    assert losses[-1] < 0.5 * losses[0]

@@ -1,0 +1,190 @@
+"""A checkpoint knows its base model: how it is held, what for, and which one of those that have its shape."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_core.base_model.model import BaseModel, load_base
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.errors import BadCheckpoint
+from tests.lora_core.scenarios import Submission, admit, config, dataset
+
+JOB = Submission(config=config(num_steps=2), train=dataset(1, [10, 12, 8]))
+
+
+def saved_on(base: BaseModel, folder: Path) -> Path:
+    engine = Engine(base, EngineConfig())
+    admit(engine, "job", JOB)
+    engine.tick()
+    engine.save_checkpoint("job", folder)
+    return folder
+
+
+def refusal_on(base: BaseModel, checkpoint: Path) -> BadCheckpoint:
+    """Why the job can't go on there; it is not admitted."""
+    engine = Engine(base, EngineConfig())
+    with pytest.raises(BadCheckpoint) as caught:
+        admit(engine, "job", JOB, resume_from=checkpoint)
+    assert engine.jobs() == ()
+    return caught.value
+
+
+def copied(base_dir: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(base_dir, folder))
+
+
+def changed(base_dir: Path, folder: Path, name: str, *, place: int) -> Path:
+    """A copy in which one number of one tensor is another."""
+    copied(base_dir, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[place] += 1e-3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def digest_of(folder: Path) -> str | None:
+    return load_base(folder, dtype="float32", device="cpu").digest
+
+
+def test_a_checkpoint_of_a_base_in_another_dtype_is_refused(load, tmp_path):
+    saved = saved_on(load("llama", "bfloat16"), tmp_path / "saved")
+
+    error = refusal_on(load("llama", "float32"), saved)
+
+    assert "a base with dtype 'bfloat16', and this one has 'float32'" in error.message
+    assert "Load the base with dtype='bfloat16'" in error.remedy
+
+
+@pytest.mark.parametrize(("before", "after"), [("none", "nf4"), ("int8", "nf4"), ("nf4", "none")])
+def test_a_checkpoint_of_a_base_that_is_held_otherwise_is_refused(
+    base_dirs, tmp_path, before: Literal["none", "int8", "nf4"], after: Literal["nf4", "none"]
+):
+    pytest.importorskip("bitsandbytes")
+    first, second = (
+        load_base(base_dirs["llama"], dtype="float32", device="cpu", quantisation=kind) for kind in (before, after)
+    )
+    assert first.digest == second.digest
+
+    error = refusal_on(second, saved_on(first, tmp_path / "saved"))
+
+    assert f"a base with quantisation '{before}', and this one has '{after}'" in error.message
+    assert f"quantisation='{before}'" in error.remedy
+
+
+def test_a_checkpoint_of_a_base_for_another_task_is_refused(load, tmp_path):
+    base = load("llama")
+    saved = saved_on(base, tmp_path / "saved")
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps(state | {"task": "sequence-classification"}))
+
+    error = refusal_on(base, saved)
+
+    assert "a base with task 'sequence-classification', and this one has 'causal-lm'" in error.message
+
+
+def test_a_checkpoint_of_another_model_of_the_same_shape_is_refused(base_dirs, load, tmp_path):
+    name = "model.layers.1.mlp.down_proj.weight"
+    other = changed(base_dirs["llama"], tmp_path / "tuned", name, place=0)
+    saved = saved_on(load("llama"), tmp_path / "saved")
+
+    error = refusal_on(load_base(other, dtype="float32", device="cpu"), saved)
+
+    assert "another base model" in error.message
+    assert "Load the base model that the job began on" in error.remedy
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_checkpoint_of_another_model_is_refused_on_a_quantised_base_too(base_dirs, tmp_path, kind):
+    pytest.importorskip("bitsandbytes")
+    other = changed(base_dirs["llama"], tmp_path / "tuned", "model.norm.weight", place=0)
+    first, second = (
+        load_base(folder, dtype="bfloat16", device="cpu", quantisation=kind) for folder in (base_dirs["llama"], other)
+    )
+
+    error = refusal_on(second, saved_on(first, tmp_path / "saved"))
+
+    assert "another base model" in error.message
+
+
+def test_a_checkpoint_goes_on_where_the_folder_has_another_place(base_dirs, load, tmp_path):
+    saved = saved_on(load("llama"), tmp_path / "saved")
+    moved = load_base(copied(base_dirs["llama"], tmp_path / "elsewhere"), dtype="float32", device="cpu")
+    engine = Engine(moved, EngineConfig())
+
+    admit(engine, "job", JOB, resume_from=saved)
+
+    assert engine.progress("job") == (1, 2)
+
+
+def test_the_digest_is_the_same_in_another_process_and_however_the_weights_are_cut_into_files(base_dirs, tmp_path):
+    folder = copied(base_dirs["llama"], tmp_path / "cut")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for number in (0, 1):
+        part = dict(list(tensors.items())[number::2])
+        save_file(part, folder / f"model-{number}.safetensors", metadata={"format": "pt"})
+    code = (
+        "import sys; from pathlib import Path; from lora_core.base_model.identity import base_digest; "
+        "folder = Path(sys.argv[1]); print(base_digest(folder, list(folder.glob('*.safetensors'))))"
+    )
+
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(base_dirs["llama"])], capture_output=True, text=True, check=True
+    )
+
+    assert told.stdout.strip() == digest_of(base_dirs["llama"]) == digest_of(folder)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_the_digest_changes_with_the_first_and_the_last_number_of_a_tensor(base_dirs, tmp_path, name, place):
+    other = changed(base_dirs["llama"], tmp_path / "tuned", name, place=place)
+
+    assert digest_of(other) != digest_of(base_dirs["llama"])
+
+
+def test_the_digest_changes_with_the_config_and_not_with_its_layout(base_dirs, tmp_path):
+    laid_out, rotated = copied(base_dirs["llama"], tmp_path / "a"), copied(base_dirs["llama"], tmp_path / "b")
+    written = json.loads((laid_out / "config.json").read_text())
+    (laid_out / "config.json").write_text(json.dumps(dict(reversed(written.items()))))
+    rotation = {"rope_type": "default", "rope_theta": 5e5}
+    (rotated / "config.json").write_text(json.dumps(written | {"rope_parameters": rotation}))
+
+    digests = [digest_of(folder) for folder in (base_dirs["llama"], laid_out, rotated)]
+
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_digest_does_not_tell_which_library_wrote_the_config(base_dirs, tmp_path):
+    folder = copied(base_dirs["llama"], tmp_path / "copy")
+    told = json.loads((folder / "config.json").read_text())
+
+    (folder / "config.json").write_text(json.dumps(told | {"transformers_version": "99.0", "_name_or_path": "there"}))
+
+    assert digest_of(folder) == digest_of(base_dirs["llama"])
+
+
+def test_of_a_large_tensor_a_bounded_part_is_read(tmp_path):
+    from lora_core.base_model.identity import RUN_BYTES, RUNS, base_digest
+
+    (tmp_path / "config.json").write_text("{}")
+    path = tmp_path / "model.safetensors"
+    large = torch.zeros(64 * RUNS * RUN_BYTES, dtype=torch.uint8)
+    digests = []
+    for place in (None, RUN_BYTES, len(large) // 3, len(large) - 1):
+        tensor = large.clone()
+        if place is not None:
+            tensor[place] = 1
+        save_file({"weight": tensor}, path)
+        digests.append(base_digest(tmp_path, [path]))
+
+    assert digests[0] == digests[1], "between the places that are read"
+    assert len(set(digests)) == 3

@@ -1,0 +1,196 @@
+"""Bases of 4 and 8 bits: the laws hold on them as on plain ones, and PEFT serves the adapter on the same base."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from catalog.resources import memory
+from lora_core.base_model.model import BaseModel, describe_base, load_base
+from lora_core.base_model.quantization import quantization_config
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.errors import UnsupportedModel
+from lora_core.forward.language_model import run_evaluation, run_training
+from lora_core.packing.packed_batch import SliceInput, build_pack
+from lora_core.peft_format.verify import verify_export
+from tests.lora_core.scenarios import (
+    Submission,
+    admit,
+    config,
+    dataset,
+    run_alone,
+    run_elastically,
+    state_bytes,
+    submissions,
+)
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+KINDS = ["nf4", "int8"]
+JOB = Submission(config=config(num_steps=6, learning_rate=2e-2), train=dataset(1, [20, 33, 15]))
+
+
+def load(
+    base_dirs: dict[str, Path],
+    family: str,
+    kind: Literal["nf4", "int8"],
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> BaseModel:
+    return load_base(base_dirs[family], dtype=dtype, device="cpu", quantisation=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_whose_weights_are_a_pickle_is_refused_unread(base_dirs, tmp_path, kind, monkeypatch):
+    folder = tmp_path / "pickled"
+    shutil.copytree(base_dirs["llama"], folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(load_file(base_dirs["llama"] / "model.safetensors"), folder / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle is read"))
+
+    with pytest.raises(UnsupportedModel, match="no weights as safetensors"):
+        load_base(folder, dtype="bfloat16", device="cpu", quantisation=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_on_a_quantised_base_writes_nothing_into_the_log_of_its_trainer(base_dirs, caplog, kind):
+    engine = Engine(load(base_dirs, "llama", kind), EngineConfig())
+    admit(engine, "job", JOB)
+    caplog.clear()
+
+    engine.tick()
+
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16")])
+def test_an_adapter_of_a_quantised_base_serves_as_trained_and_names_its_base(base_dirs, tmp_path, family, dtype, kind):
+    base = load(base_dirs, family, kind, dtype)
+    engine = Engine(base, EngineConfig())
+    admit(engine, "job", JOB)
+    while not engine.idle:
+        engine.tick()
+    report = engine.export("job", tmp_path / "adapter", base_name="tiny")
+
+    verdict = verify_export(base, tmp_path / "adapter")
+
+    assert verdict.passed, verdict
+    assert verdict.max_abs_effect > 3 * verdict.tolerance
+    assert report.quantisation == kind
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        how = json.loads(file.metadata()["base_quantization_config"])
+    assert (how["load_in_4bit"], how["load_in_8bit"]) == (kind == "nf4", kind == "int8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_equals_solo_on_a_quantised_base(base_dirs, family, kind):
+    base = load(base_dirs, family, kind)
+    # DoRA, PiSSA and OLoRA need the base's weights as plain numbers
+    jobs = {
+        name: job
+        for name, job in submissions(family).items()
+        if not (job.config.lora.use_dora or job.config.lora.subtracts_start)
+    }
+
+    packed = run_elastically(base, jobs, token_budget=4096, seed=1, victim="none", num_lanes=2)
+
+    assert Engine(base, EngineConfig()).invariance == "bitwise"
+    for name, job in jobs.items():
+        assert packed[name] == run_alone(base, job), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_equals_uninterrupted_on_a_quantised_base(base_dirs, tmp_path, kind):
+    engine = Engine(load(base_dirs, "llama", kind), EngineConfig())
+    admit(engine, "job", JOB)
+    while engine.progress("job")[0] < 3:
+        engine.tick()
+    engine.save_checkpoint("job", tmp_path / "checkpoint")
+
+    resumed = Engine(load(base_dirs, "llama", kind), EngineConfig())
+    admit(resumed, "job", JOB, resume_from=tmp_path / "checkpoint")
+    for each in (engine, resumed):
+        while not each.idle:
+            each.tick()
+
+    assert state_bytes(resumed, "job") == state_bytes(engine, "job")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_without_gradients_leaves_the_gradients_of_later_ones_as_they_were(base_dirs, kind):
+    base = load(base_dirs, "llama", kind)
+    engine = Engine(base, EngineConfig())
+    admit(engine, "job", JOB)
+    row = engine._jobs["job"].row
+    row.p.add_(0.01)
+    row.refresh_compute()
+    part = SliceInput(row=row, sequences=(JOB.train.row(1),), label_weight=1.0, dropout=None)
+    pack = build_pack([part], device="cpu")
+    run_training(base, pack)
+    before = row.g.clone()
+    row.g.zero_()
+
+    run_evaluation(base, pack)
+    run_training(base, pack)
+
+    assert all(views.grad_a_RD.any() for views in row.sites.values())
+    assert torch.equal(row.g, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_far_outlier_of_a_packmate_changes_nothing(base_dirs, kind):
+    base = load(base_dirs, "llama", kind)
+    linear = base.model.get_submodule("model.layers.0.mlp.up_proj")
+    torch.manual_seed(0)
+    x_TD = torch.randn(64, 64, dtype=torch.bfloat16)
+    loud_TD = x_TD.clone()
+    loud_TD[32:] *= 1000
+
+    quiet, beside = linear.forward(x_TD)[:32], linear.forward(loud_TD)[:32]
+
+    assert torch.equal(quiet, beside)
+
+
+def test_a_base_counts_its_weights_and_their_scales(base_dirs):
+    plain = load_base(base_dirs["llama"], dtype="bfloat16", device="cpu")
+    shapes = [plain.model.get_parameter(f"{name}.weight").shape for name in plain.linear_names()]
+    linears, rows, num_linears = sum(shape.numel() for shape in shapes), sum(shape[0] for shape in shapes), len(shapes)
+    others = plain.num_bytes - 2 * linears
+
+    nf4, int8 = load(base_dirs, "llama", "nf4"), load(base_dirs, "llama", "int8")
+    before = int8.num_bytes
+    Engine(int8, EngineConfig())
+
+    blocks, tables = linears // 64, num_linears * (4 * 16 + 4 * 256 + 4)  # the two code books, the offset
+    second = 4 * num_linears  # one block of 256 each, at this size
+    assert nf4.num_bytes == others + linears // 2 + blocks + second + tables
+    assert int8.num_bytes == before == others + linears + 4 * rows
+
+
+def test_without_bitsandbytes_a_quantised_base_is_refused_and_the_extra_named(base_dirs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UnsupportedModel) as caught:
+        load(base_dirs, "llama", "nf4")
+    assert "quant" in caught.value.remedy
+
+
+def test_nf4_is_that_of_qlora_and_int8_has_no_outlier_columns():
+    nf4 = quantization_config("nf4", torch.bfloat16)
+    assert (nf4.bnb_4bit_quant_type, nf4.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert quantization_config("int8", torch.bfloat16).llm_int8_threshold == 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16")])
+def test_a_job_is_placed_by_the_bytes_that_a_quantised_base_takes(base_dirs, family, dtype, kind):
+    """What the service reckons from the description alone, before anything is loaded."""
+    reckoned = memory.base_bytes(describe_base(base_dirs[family]), dtype, kind)
+
+    assert reckoned == pytest.approx(load(base_dirs, family, kind, dtype).num_bytes, rel=0.02)

@@ -1,0 +1,155 @@
+"""A checkpoint is whole, names what it belongs to, and is refused when it lies."""
+
+import errno
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.errors import BadCheckpoint
+from tests.lora_core.scenarios import Submission, admit, config, dataset, numbers
+from tests.services.small_disk import small_disk
+
+JOB = Submission(config=config(num_steps=2), train=dataset(1, [10, 12, 8]))
+
+
+@pytest.fixture
+def engine(load) -> Engine:
+    return Engine(load("llama"), EngineConfig())
+
+
+@pytest.fixture
+def saved(engine: Engine, tmp_path: Path) -> Path:
+    admit(engine, "job", JOB)
+    while not engine.idle:
+        engine.tick()
+    engine.save_checkpoint("job", tmp_path / "saved")
+    engine.evict("job")
+    return tmp_path / "saved"
+
+
+def test_a_checkpoint_is_two_files_and_no_pickle(saved):
+    assert sorted(path.name for path in saved.iterdir()) == ["row.safetensors", "state.json"]
+    assert load_file(saved / "row.safetensors").keys() == {"p", "m", "v"}
+    state = json.loads((saved / "state.json").read_text())
+    assert (state["progress"]["step"], state["epoch"], state["position_in_epoch"]) == (2, 1, 1)
+
+
+def test_a_checkpoint_never_replaces_a_directory(engine, saved):
+    admit(engine, "job", JOB)
+    with pytest.raises(FileExistsError):
+        engine.save_checkpoint("job", saved)
+
+
+def test_a_failed_write_leaves_nothing_behind(engine, tmp_path, monkeypatch):
+    admit(engine, "job", JOB)
+    monkeypatch.setattr(
+        "lora_core.engine.checkpoint.write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        engine.save_checkpoint("job", tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_os_error_leaves_nothing_behind_and_spares_the_job(engine, tmp_path):
+    admit(engine, "job", JOB)
+    with small_disk(tmp_path / "disk", 64 * 1024) as disk:
+        with pytest.raises(OSError, match="No space left") as caught:
+            engine.save_checkpoint("job", disk / "saved")
+        assert caught.value.errno == errno.ENOSPC
+        assert list(disk.iterdir()) == []
+    engine.tick()
+    engine.save_checkpoint("job", tmp_path / "saved")
+
+
+def test_a_file_too_large_for_the_system_is_an_os_error_that_leaves_nothing_behind(engine, tmp_path):
+    admit(engine, "job", JOB)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            engine.export("job", tmp_path / "adapter", base_name="tiny")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_configuration_is_refused_and_the_job_not_admitted(engine, saved):
+    other = replace(JOB, config=replace(JOB.config, seed=99))
+    with pytest.raises(BadCheckpoint, match="config_digest"):
+        admit(engine, "job", other, resume_from=saved)
+    assert engine.jobs() == ()
+
+
+def test_other_data_is_refused(engine, saved):
+    with pytest.raises(BadCheckpoint, match="data_digest"):
+        admit(engine, "job", replace(JOB, train=dataset(2, [10, 12, 8])), resume_from=saved)
+
+
+def test_a_changed_row_is_refused(engine, saved):
+    vectors = load_file(saved / "row.safetensors")
+    vectors["p"][5] += 1
+    save_file(vectors, saved / "row.safetensors")
+    with pytest.raises(BadCheckpoint, match="digest"):
+        admit(engine, "job", JOB, resume_from=saved)
+
+
+def test_a_row_of_another_size_is_refused(engine, saved):
+    save_file({name: torch.zeros(7) for name in ("p", "m", "v")}, saved / "row.safetensors")
+    with pytest.raises(BadCheckpoint, match="p, m, v of"):
+        admit(engine, "job", JOB, resume_from=saved)
+
+
+def test_best_weights_are_a_vector_of_the_checkpoint_and_their_lack_is_refused(engine, tmp_path):
+    job = numbers()["early_best"]
+    admit(engine, "job", job)
+    while engine.progress("job")[0] < 2:
+        engine.tick()
+    engine.save_checkpoint("job", tmp_path / "saved")
+    engine.evict("job")
+    vectors = load_file(tmp_path / "saved/row.safetensors")
+    assert vectors.keys() == {"p", "m", "v", "best"}
+    assert vectors["best"].any()
+
+    save_file({name: vectors[name] for name in ("p", "m", "v")}, tmp_path / "saved/row.safetensors")
+    with pytest.raises(BadCheckpoint, match="p, m, v, best"):
+        admit(engine, "job", job, resume_from=tmp_path / "saved")
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(engine, saved):
+    state = json.loads((saved / "state.json").read_text())
+    del state["progress"]["selection"]
+    (saved / "state.json").write_text(json.dumps(state | {"format": 2}))
+    with pytest.raises(BadCheckpoint, match="format 2, not 4") as caught:
+        admit(engine, "job", JOB, resume_from=saved)
+    assert "the version of lora_core that wrote it" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["parent_sha256", "base_digest"])
+def test_a_checkpoint_that_does_not_say_what_it_belongs_to_is_refused(engine, saved, name):
+    state = json.loads((saved / "state.json").read_text())
+    assert name in state
+    del state[name]
+    (saved / "state.json").write_text(json.dumps(state))
+
+    with pytest.raises(BadCheckpoint, match=name):
+        admit(engine, "job", JOB, resume_from=saved)
+
+
+@pytest.mark.parametrize("name", ["state.json", "row.safetensors"])
+def test_a_missing_or_cut_file_is_refused(engine, saved, name):
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadCheckpoint):
+        admit(engine, "job", JOB, resume_from=saved)
+
+    (saved / name).unlink()
+    with pytest.raises(BadCheckpoint):
+        admit(engine, "job", JOB, resume_from=saved)

@@ -1,0 +1,128 @@
+"""Parts of a tick on cores of their own: nobody can tell from a result."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_core.engine import cpu_lanes as lanes_module
+from lora_core.engine.cpu_lanes import MIN_LANE_TOKENS, Lanes, split
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from tests.lora_core.scenarios import (
+    DTYPES,
+    Submission,
+    admit,
+    config,
+    dataset,
+    run_alone,
+    run_elastically,
+    submissions,
+)
+
+
+@given(st.lists(st.integers(1, 2048), min_size=1, max_size=20), st.integers(1, 8), st.integers(1, 5))
+def test_every_slice_is_in_one_lane_and_no_lane_is_empty_or_too_full(
+    costs: list[int], num_lanes: int, tokens_per_cost: int
+) -> None:
+    num_tokens = tokens_per_cost * sum(costs)
+
+    lanes = split(costs, num_tokens=num_tokens, num_lanes=num_lanes)
+
+    assert sorted(index for lane in lanes for index in lane) == list(range(len(costs)))
+    assert all(lanes)
+    assert len(lanes) == max(1, min(num_lanes, len(costs), num_tokens // MIN_LANE_TOKENS))
+    fullest = max(sum(costs[index] for index in lane) for lane in lanes)
+    assert fullest <= sum(costs) / len(lanes) + max(costs)
+
+
+def test_few_tokens_stay_together() -> None:
+    assert split([MIN_LANE_TOKENS // 2] * 2, num_tokens=MIN_LANE_TOKENS, num_lanes=4) == [[0, 1]]
+
+
+def test_lanes_run_side_by_side() -> None:
+    meeting = threading.Barrier(3, timeout=30)
+
+    def meet(part: int) -> int:
+        meeting.wait()
+        return part
+
+    assert Lanes(3).run(meet, [0, 1, 2]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_lane_that_fails_is_told_when_all_have_ended(bad: int) -> None:
+    ended: list[int] = []
+    others_may_end = threading.Event()
+
+    def compute(part: int) -> None:
+        if part == bad:
+            others_may_end.set()
+            raise torch.OutOfMemoryError("simulated")
+        others_may_end.wait(30)
+        ended.append(part)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Lanes(3).run(compute, [0, 1, 2])
+    assert sorted(ended) == [part for part in (0, 1, 2) if part != bad]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_packed_equals_solo_with_three_lanes(load, monkeypatch, family, dtype):
+    monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 8)
+    used = spy_on_lanes(monkeypatch)
+    base = load(family, dtype)
+    jobs = submissions(family)
+    alone = {name: run_alone(base, job) for name, job in jobs.items()}
+
+    packed = run_elastically(base, jobs, token_budget=4096, seed=1, victim="none", num_lanes=3)
+
+    assert max(used) == 3
+    assert {name: packed[name] == alone[name] for name in jobs} == dict.fromkeys(jobs, True)
+
+
+def spy_on_lanes(monkeypatch) -> list[int]:
+    """How many parts each tick was cut into, collected as it happens."""
+    used: list[int] = []
+    run = Lanes.run
+
+    def noted(self, compute, parts):
+        used.append(len(parts))
+        return run(self, compute, parts)
+
+    monkeypatch.setattr(Lanes, "run", noted)
+    return used
+
+
+def test_a_slow_machine_still_fills_every_lane(load, monkeypatch):
+    """A slice that lasts longer than a tick should lasts as long alone: it keeps no other lane empty."""
+    monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 8)
+    used = spy_on_lanes(monkeypatch)
+    engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=1e-9, num_lanes=2))
+    for seed in (1, 2):
+        job = config(seed=seed, num_steps=3)
+        admit(engine, str(seed), Submission(config=job, train=dataset(1, [20, 20])))
+    while not engine.idle:
+        engine.tick()
+
+    assert used == [2] * (1 + 3), "the probe at start, then every tick"
+
+
+def test_slices_on_kept_rows_fill_as_many_lanes_as_when_their_rows_were_new(load, monkeypatch):
+    """Their tokens, not what is left of their work, say whether another pass over the base's weights is worth it."""
+    monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 20)
+    engine = Engine(load("llama"), EngineConfig(max_tick_seconds=3600, num_lanes=2, prefix_memory_bytes=1 << 24))
+    used = spy_on_lanes(monkeypatch)
+    for seed in (1, 2):
+        job = config(seed=seed, num_steps=3, batch_size=1)
+        upper = replace(job, lora=replace(job.lora, layers_to_transform=(1,)))
+        admit(engine, str(seed), Submission(config=upper, train=dataset(seed, [20])))
+    while not engine.idle:
+        engine.tick()
+
+    assert engine.prefixes.reused_tokens == 2 * 2 * 20
+    assert used == [2] * 3

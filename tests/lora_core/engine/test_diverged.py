@@ -1,0 +1,98 @@
+"""What a job that diverges leaves: the newest weights from which somebody can go on."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+
+import pytest
+
+from lora_core.engine import job as job_module
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.events import Event, JobDiverged, JobFinished, JobStepped
+from tests.lora_core.scenarios import Submission, admit, config, dataset
+
+JOB = Submission(config=config(num_steps=7, seed=2, slice_tokens=40), train=dataset(1, [20, 33, 15]))
+EVALUATED = replace(JOB, config=replace(JOB.config, evaluate_every_steps=4), valid=dataset(9, [12, 20]))
+UNCLIPPED = replace(JOB, config=replace(JOB.config, optimizer=replace(JOB.config.optimizer, max_grad_norm=None)))
+
+
+def a_rate_of(learning_rate: float) -> Callable[[Engine, pytest.MonkeyPatch], None]:
+    """In the fourth step alone."""
+
+    def damage(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+        usual = job_module.learning_rate_at
+        patch.setattr(
+            job_module,
+            "learning_rate_at",
+            lambda step, **schedule: learning_rate if step == 4 else usual(step, **schedule),
+        )
+
+    return damage
+
+
+def an_infinite_gradient(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    """In the fourth step alone."""
+    usual = job_module.gradient_norm
+    patch.setattr(
+        job_module, "gradient_norm", lambda row: float("inf") if engine.progress("bad")[0] == 3 else usual(row)
+    )
+
+
+RUINS = {
+    "the loss after a ruinous step": (JOB, a_rate_of(1e30), 4, 3),
+    "a gradient of zero after a ruinous step": (JOB, a_rate_of(1e9), 4, 3),
+    "a gradient of zero after an evaluation": (EVALUATED, a_rate_of(1e9), 4, 3),
+    "the evaluation after a ruinous step": (EVALUATED, a_rate_of(1e30), 4, 3),
+    "a gradient": (JOB, an_infinite_gradient, 3, 2),
+    "an update": (UNCLIPPED, a_rate_of(1e39), 3, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ruin", RUINS)
+def test_from_the_weights_that_are_called_good_a_job_goes_on_at_a_sane_rate(load, tmp_path, monkeypatch, dtype, ruin):
+    job, damage, last_step, good_step = RUINS[ruin]
+    engine = Engine(load("llama", dtype), EngineConfig())
+    admit(engine, "bad", job)
+    with monkeypatch.context() as patch:
+        damage(engine, patch)
+        events = with_a_checkpoint_of_each_step(engine, tmp_path)
+    diverged = events[-1]
+    assert isinstance(diverged, JobDiverged)
+    assert (diverged.step, diverged.good_step) == (last_step, good_step)
+
+    resumed = Engine(load("llama", dtype), EngineConfig())
+    admit(resumed, "bad", job, resume_from=tmp_path / f"step-{diverged.good_step}")
+    events = with_a_checkpoint_of_each_step(resumed, tmp_path / "sane")
+
+    steps = [event for event in events if isinstance(event, JobStepped)]
+    assert [event.step for event in steps] == list(range(good_step + 1, 8))
+    assert all(isfinite(event.loss) and isfinite(event.grad_norm) for event in steps)
+    assert isinstance(events[-1], JobFinished)
+
+
+def with_a_checkpoint_of_each_step(engine: Engine, folder: Path) -> list[Event]:
+    """All that is told of `bad`; a checkpoint is written right after each step, as one that is due then."""
+    events: list[Event] = []
+    while not engine.idle:
+        new = engine.tick()
+        for event in new:
+            if isinstance(event, JobStepped):
+                engine.save_checkpoint("bad", folder / f"step-{event.step}")
+        events += new
+    return events
+
+
+@pytest.mark.parametrize("is_evaluated", [False, True])
+def test_a_job_whose_first_loss_is_not_finite_has_no_good_weights(load, is_evaluated):
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "bad", EVALUATED if is_evaluated else JOB)
+    engine._jobs["bad"].row.p.fill_(float("nan"))
+
+    events = engine.tick()
+
+    what = "evaluate" if is_evaluated else "train"
+    message = f"The loss of {what} slice 1 is not finite."
+    assert events == [JobDiverged(job="bad", step=0, good_step=None, message=message)]

@@ -1,0 +1,143 @@
+"""What a job reports, and when: steps, evaluations, the end."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_core.adapter.optimizer import learning_rate_at
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.errors import ConfigError
+from lora_core.events import JobEvaluated, JobFinished, JobStepped
+from tests.lora_core.scenarios import Submission, admit, config, dataset, submissions
+
+VALID = dataset(2, [12, 25, 4])
+JOB = Submission(
+    config=config(num_steps=5, evaluate_every_steps=2, batch_size=3, slice_tokens=25),
+    train=dataset(1, [20, 33, 15, 7]),
+    valid=VALID,
+)
+
+
+def run(engine: Engine) -> list:
+    events = []
+    while not engine.idle:
+        events += engine.tick()
+    return events
+
+
+def test_a_name_is_taken_while_its_job_is_resident(load):
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "job", JOB)
+    with pytest.raises(ConfigError, match="'job' is resident already"):
+        admit(engine, "job", JOB)
+    engine.evict("job")
+    admit(engine, "job", JOB)
+
+
+def test_the_held_out_set_is_scored_at_the_start_every_so_many_steps_and_at_the_end(load):
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "job", JOB)
+
+    events = run(engine)
+
+    evaluated = [event.step for event in events if isinstance(event, JobEvaluated)]
+    assert evaluated == [0, 2, 4, 5]
+    assert [event.step for event in events if isinstance(event, JobStepped)] == [1, 2, 3, 4, 5]
+    assert isinstance(events[0], JobEvaluated)
+    assert events[-1] == JobFinished(job="job", step=5, kept_step=5)
+
+
+def test_the_first_evaluation_is_the_loss_of_the_base_itself(load):
+    losses, correct = [], 0
+    model = load("llama").model
+    for index in range(VALID.num_rows):
+        ids, mask = (torch.from_numpy(part.astype("int64")) for part in VALID.row(index))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1][mask[1:] == 1]
+        labels = ids[1:][mask[1:] == 1]
+        losses += F.cross_entropy(logits, labels, reduction="none").tolist()
+        correct += int((logits.argmax(-1) == labels).sum())
+
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "job", JOB)
+    first = run(engine)[0]
+
+    assert first.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert first.token_accuracy == correct / len(losses)
+    assert first.num_supervised_tokens == len(losses) == VALID.num_supervised_tokens
+
+
+def test_a_step_counts_its_tokens_and_names_its_learning_rate(load):
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "job", JOB)
+
+    steps = [event for event in run(engine) if isinstance(event, JobStepped)]
+
+    assert sum(step.num_tokens for step in steps[:4]) == 3 * JOB.train.num_tokens  # 4 steps of 3 rows of 4
+    assert sum(step.num_supervised_tokens for step in steps[:4]) == 3 * JOB.train.num_supervised_tokens
+    peak, schedule = JOB.config.optimizer.learning_rate, JOB.config.schedule
+    assert [step.learning_rate for step in steps] == [
+        learning_rate_at(step, peak=peak, schedule=schedule) for step in range(1, 6)
+    ]
+
+
+def test_trained_tokens_count_each_step_once_though_the_job_resumes(load, tmp_path):
+    job = Submission(config=config(num_steps=6, batch_size=3, slice_tokens=20), train=JOB.train, valid=JOB.train)
+    first, second = Engine(load("llama"), EngineConfig(job_tokens=1)), Engine(load("llama"), EngineConfig())
+    admit(first, "job", job)
+    while first.progress("job")[0] < 3:
+        first.tick()
+    first.tick()  # into the fourth step, which the checkpoint leaves out
+    first.save_checkpoint("job", tmp_path / "checkpoint")
+
+    admit(second, "job", job, resume_from=tmp_path / "checkpoint")
+    steps = [event for event in run(second) if isinstance(event, JobStepped)]
+
+    num_tokens = sum(step.num_tokens for step in steps)
+    assert [step.step for step in steps] == [4, 5, 6]
+    assert second.trained_tokens("job") == first.trained_tokens("job") + num_tokens > num_tokens
+
+
+def test_jobs_of_one_engine_share_ticks(load):
+    engine = Engine(load("llama"), EngineConfig(token_budget=4096))
+    job = Submission(config=config(num_steps=2), train=JOB.train)
+    for name in ("a", "b", "c"):
+        admit(engine, name, job)
+
+    assert {event.job for event in engine.tick()} == {"a", "b", "c"}
+
+
+def test_without_room_for_both_jobs_take_turns(load):
+    engine = Engine(load("llama"), EngineConfig(token_budget=1))
+    job = Submission(config=config(num_steps=2, batch_size=1), train=dataset(1, [20]))
+    for name in ("a", "b"):
+        admit(engine, name, job)
+
+    order = [event.job for event in run(engine) if isinstance(event, JobStepped)]
+
+    assert order == ["a", "b", "a", "b"]
+
+
+def test_after_the_last_job_a_gpus_kept_memory_is_given_back(load, monkeypatch):
+    given_back = []
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "first", JOB)
+    admit(engine, "last", JOB)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(engine.jobs()))
+    engine.base.device = "cuda:0"
+
+    engine.evict("first")
+    engine.evict("last")
+
+    assert given_back == [()]
+
+
+def test_a_job_that_is_not_resident_is_named_with_those_that_are(load, tmp_path):
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "here", submissions("llama")["tiny"])
+
+    with pytest.raises(ConfigError, match="No job 'there' is resident") as caught:
+        engine.export("there", tmp_path / "adapter", base_name="base")
+
+    assert "here" in caught.value.remedy

@@ -1,0 +1,129 @@
+"""One job's ruin stays its own, whatever the job trains: DoRA's lengths, a head or rows of its own, KTO, a classifier.
+
+Beside each is a sound job of the same method and a plain one, whose bytes are those of their solo runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.base_model.model import BaseModel
+from lora_core.config import OptimizerConfig
+from lora_core.engine import cpu_lanes
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.events import Event, JobDiverged
+from tests.lora_core.classifiers import classification_jobs, classifier
+from tests.lora_core.scenarios import (
+    Outcome,
+    Submission,
+    admit,
+    methods,
+    preferences,
+    rename,
+    run_alone,
+    state_bytes,
+    submissions,
+    trained_in_full,
+)
+
+NAN = float("nan")
+PLACES: dict[str, Callable[[AdapterRow], slice]] = {
+    "A": lambda row: slice(7, 8),
+    "magnitudes": lambda row: slice(row.num_ab, row.num_ab + 1),
+    "in full": lambda row: slice(row.num_lora, row.num_parameters),
+}
+WHERE = {"dora": "magnitudes", "head": "in full", "tokens": "in full", "kto": "A", "three": "in full", "reward": "A"}
+ABSURD = OptimizerConfig(learning_rate=1e30, weight_decay=0.1)
+
+
+def spoil(engine: Engine, place: str) -> None:
+    """One number, or all of a tensor, of a kind that the method has, where forward and backward read it."""
+    row = engine._jobs["bad"].row
+    row.p[PLACES[place](row)] = NAN
+    row.refresh_compute()
+
+
+def at_an_absurd_rate(job: Submission) -> Submission:
+    schedule = replace(job.config.schedule, kind="constant", warmup_steps=0, num_steps=9)
+    return replace(job, config=replace(job.config, optimizer=ABSURD, schedule=schedule, num_steps=9))
+
+
+@pytest.fixture(scope="module")
+def alone() -> Callable[[str, str, BaseModel, Submission], Outcome]:
+    known: dict[tuple[str, str], Outcome] = {}
+
+    def outcome(key: str, name: str, base: BaseModel, job: Submission) -> Outcome:
+        if (key, name) not in known:
+            known[key, name] = run_alone(base, job)
+        return known[key, name]
+
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory) -> Callable[[str], BaseModel]:
+    folder = tmp_path_factory.mktemp("classifiers")
+    return lambda dtype: classifier("bert", folder / "bert", dtype)
+
+
+@pytest.mark.parametrize("is_absurd", [False, True], ids=["nan", "absurd rate"])
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("gpt2", "bfloat16")])
+@pytest.mark.parametrize("method", ["dora", "head", "tokens", "kto"])
+def test_a_ruined_job_of_any_method_leaves_its_packmates_as_they_were(
+    load, alone, monkeypatch, method, family, dtype, is_absurd
+):
+    monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 8)
+    base = load(family, dtype)
+    job = {**methods(), **trained_in_full(family), **preferences()}[method]
+    mates = {"mate": job, "plain": submissions(family)["plain"]}
+
+    run = pack_with_a_ruin(base, job, mates, WHERE[method], is_absurd=is_absurd, num_lanes=2)
+
+    expected = {name: alone(f"{family} {method}", name, base, mate) for name, mate in mates.items()}
+    assert_only_the_ruin_has_ended(run, expected)
+
+
+@pytest.mark.parametrize("is_absurd", [False, True], ids=["nan", "absurd rate"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["three", "reward"])
+def test_a_ruined_classifier_leaves_its_packmates_as_they_were(
+    classifiers, alone, monkeypatch, method, dtype, is_absurd
+):
+    monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 8)
+    base = classifiers(dtype)
+    jobs = classification_jobs(with_types=True)
+    mates = {"mate": jobs[method], "plain": jobs["many"]}
+
+    run = pack_with_a_ruin(base, jobs[method], mates, WHERE[method], is_absurd=is_absurd, num_lanes=1)
+
+    expected = {name: alone(f"bert {dtype} {method}", name, base, mate) for name, mate in mates.items()}
+    assert_only_the_ruin_has_ended(run, expected)
+
+
+def pack_with_a_ruin(
+    base: BaseModel, job: Submission, mates: dict[str, Submission], place: str, *, is_absurd: bool, num_lanes: int
+) -> tuple[Engine, list[Event]]:
+    """The engine after all has ended, and its events. The ruined job is the middle one of the pack."""
+    engine = Engine(base, EngineConfig(num_lanes=num_lanes))
+    first, *others = mates
+    admit(engine, first, mates[first])
+    admit(engine, "bad", at_an_absurd_rate(job) if is_absurd else job)
+    for name in others:
+        admit(engine, name, mates[name])
+    if not is_absurd:
+        spoil(engine, place)
+    events: list[Event] = []
+    while not engine.idle:
+        events += engine.tick()
+    return engine, events
+
+
+def assert_only_the_ruin_has_ended(run: tuple[Engine, list[Event]], expected: dict[str, Outcome]) -> None:
+    engine, events = run
+    assert [event.job for event in events if isinstance(event, JobDiverged)] == ["bad"]
+    for name, outcome in expected.items():
+        assert rename(events, name) == outcome.events, name
+        assert state_bytes(engine, name) == outcome.vectors, name

@@ -1,0 +1,114 @@
+"""A start that takes long is computed between the ticks of others, and no bit tells it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_core.adapter import flat_adapter
+from lora_core.base_model.model import BaseModel
+from lora_core.engine import engine
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.errors import OutOfMemory
+from lora_core.events import Event, JobFinished, JobStepped
+from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, state_bytes
+
+SHORT = config(num_steps=3)
+LONG = config(num_steps=40, seed=1)
+PLAIN = Submission(config=LONG, train=dataset(2, [12, 7, 30]))
+
+
+def beginning(init: str) -> Submission:
+    return Submission(
+        config=replace(SHORT, lora=replace(SHORT.lora, init_lora_weights=init)), train=dataset(1, [20, 33, 15])
+    )
+
+
+@pytest.fixture
+def in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One weight a tick."""
+    monkeypatch.setattr(engine, "START_WORK", 1)
+
+
+def ticked(training: Engine, until: str) -> list[Event]:
+    """All events until that job has finished."""
+    events: list[Event] = []
+    while not any(isinstance(event, JobFinished) and event.job == until for event in events):
+        events += training.tick()
+    return events
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "gaussian"])
+def test_packmates_train_while_a_job_starts_and_all_end_with_their_bytes(load, monkeypatch, init, dtype) -> None:
+    base: BaseModel = load("llama", dtype)
+    expected = {"slow": run_alone(base, beginning(init)), "plain": run_alone(base, PLAIN)}
+    monkeypatch.setattr(engine, "START_WORK", 1)
+    training = Engine(base, EngineConfig())
+    admit(training, "plain", PLAIN)
+    admit(training, "slow", beginning(init))
+
+    events = ticked(training, "slow")
+    slow = state_bytes(training, "slow")
+    ticked(training, "plain")
+
+    steps = [event.job for event in events if isinstance(event, JobStepped)]
+    assert steps.index("slow") >= len(base.linear_names()) - 1  # one weight a tick, the first of which at admission
+    assert slow == expected["slow"].vectors
+    assert state_bytes(training, "plain") == expected["plain"].vectors
+
+
+def test_a_job_alone_is_not_idle_while_it_starts(load, in_small_pieces) -> None:
+    training = Engine(load("llama"), EngineConfig())
+
+    admit(training, "slow", beginning("pissa"))
+
+    assert not training.idle
+    assert training.tick() == []
+    assert training.progress("slow") == (0, 3)
+
+
+def test_one_that_is_saved_while_it_starts_goes_on_from_there(load, in_small_pieces, tmp_path: Path) -> None:
+    base: BaseModel = load("llama")
+    submission = beginning("pissa_niter_2")
+    training = Engine(base, EngineConfig())
+    admit(training, "slow", submission)
+    training.tick()
+
+    training.save_checkpoint("slow", tmp_path / "saved")
+    training.evict("slow")
+    admit(training, "slow", submission, resume_from=tmp_path / "saved")
+    ticked(training, "slow")
+
+    assert state_bytes(training, "slow") == run_alone(base, submission).vectors
+
+
+@pytest.mark.parametrize("fails_at", [1, 5])
+def test_a_start_that_does_not_fit_is_told_as_such_and_ends_that_job_alone(
+    load, in_small_pieces, monkeypatch, fails_at: int
+) -> None:
+    training = Engine(load("llama"), EngineConfig())
+    admit(training, "plain", PLAIN)
+    decomposed, calls = flat_adapter.decomposed, []
+
+    def run_out(*arguments, **options):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise torch.OutOfMemoryError("no room")
+        return decomposed(*arguments, **options)
+
+    monkeypatch.setattr(flat_adapter, "decomposed", run_out)
+
+    def join() -> None:
+        admit(training, "slow", beginning("pissa"))
+        ticked(training, "slow")
+
+    with pytest.raises(OutOfMemory, match="What the start of job 'slow' is computed with") as caught:
+        join()
+
+    assert caught.value.job == "slow"
+    assert "pissa_niter_4" in caught.value.remedy
+    assert training.jobs() == (("plain",) if fails_at == 1 else ("plain", "slow"))
+    ticked(training, "plain")

@@ -1,0 +1,97 @@
+"""What the engine learns of its own speed, and what it does to learn it."""
+
+from __future__ import annotations
+
+from lora_core.engine.engine import Engine
+from lora_core.engine.throughput import TickSpeeds
+from lora_core.engine_config import EngineConfig
+from tests.lora_core.engine.test_prefix_cache import AMPLE, top
+from tests.lora_core.scenarios import config, dataset
+
+
+def test_the_first_tick_of_a_size_is_forgotten_and_later_ones_are_averaged() -> None:
+    speeds = TickSpeeds()
+    for seconds in (10.0, 1.0, 2.0):
+        speeds.learn(num_tokens=100, cost=100, num_jobs=1, seconds=seconds)
+
+    assert speeds.table() == {"alone": [(100, 90.0)], "together": []}
+
+
+def test_a_size_of_which_only_the_first_tick_was_seen_is_not_told() -> None:
+    speeds = TickSpeeds()
+    speeds.learn(num_tokens=100, cost=100, num_jobs=2, seconds=1)
+    speeds.learn(num_tokens=300, cost=300, num_jobs=2, seconds=1)
+    speeds.learn(num_tokens=310, cost=310, num_jobs=2, seconds=1)
+
+    assert speeds.table()["together"] == [(310, 310.0)]
+
+
+def test_of_each_size_the_wanted_number_of_ticks_goes_to_one_job_alone(load) -> None:
+    engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=3600, ticks_alone=2))
+    for job in ("a", "b"):
+        engine.admit(job, config(num_steps=8, batch_size=1), dataset(seed=1, lengths=[20, 20]))
+
+    steps = []
+    for _ in range(4):
+        engine.tick()
+        steps.append(tuple(engine.progress(job)[0] for job in ("a", "b")))
+
+    assert steps == [(1, 0), (1, 1), (2, 2), (3, 3)]
+
+
+def test_slices_above_kept_prefixes_are_no_faster_for_there_is_less_of_them_to_compute() -> None:
+    speeds = TickSpeeds()
+    speeds.learn(num_tokens=100, cost=100, num_jobs=1, seconds=10)
+    for cost in (100, 50, 25):
+        speeds.learn(num_tokens=100, cost=cost, num_jobs=1, seconds=cost / 200)
+
+    assert speeds.table()["alone"] == [(100, 200.0)]
+
+
+ROWS = dataset(seed=1, lengths=[20, 20, 20, 20])
+
+
+def steps_of_ticks(engine: Engine, num_ticks: int) -> list[dict[str, int]]:
+    """Completed steps of each job after each tick."""
+    found = []
+    for _ in range(num_ticks):
+        engine.tick()
+        found.append({job: engine.progress(job)[0] for job in engine.jobs()})
+    return found
+
+
+def test_jobs_whose_rows_were_kept_before_they_came_share_ticks_after_those_alone(load) -> None:
+    engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=3600, ticks_alone=1, **AMPLE))
+    engine.admit("before", top(config(num_steps=2, batch_size=4)), ROWS)
+    engine.tick()
+    engine.evict("before")
+    for job in ("a", "b"):
+        engine.admit(job, top(config(num_steps=8, batch_size=2)), ROWS)
+
+    steps = steps_of_ticks(engine, 3)
+
+    assert steps == [{"a": 1, "b": 0}, {"a": 2, "b": 1}, {"a": 3, "b": 2}]
+    assert engine.prefixes.computed_tokens == 80, "none of it for these two"
+
+
+def test_a_job_whose_epoch_has_fewer_steps_than_ticks_alone_are_wanted_comes_to_share_them(load) -> None:
+    engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=3600, ticks_alone=3, **AMPLE))
+    engine.admit("a", top(config(num_steps=8, batch_size=2)), ROWS)
+    alone = steps_of_ticks(engine, 4)
+    engine.admit("b", top(config(num_steps=8, batch_size=2)), ROWS)
+
+    steps = steps_of_ticks(engine, 2)
+
+    assert alone[-1] == {"a": 4}
+    assert steps == [{"a": 5, "b": 1}, {"a": 6, "b": 2}]
+
+
+def test_of_a_tick_on_kept_rows_the_size_is_in_tokens_and_the_work_in_those_that_it_costs(load, monkeypatch) -> None:
+    engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=3600, **AMPLE))
+    engine.admit("a", top(config(num_steps=4, batch_size=2)), ROWS)
+    measured: list[tuple[int, int]] = []
+    monkeypatch.setattr(engine._speeds, "learn", lambda **tick: measured.append((tick["num_tokens"], tick["cost"])))
+
+    steps_of_ticks(engine, 4)
+
+    assert measured == [(40, 40), (40, 40), (40, 20), (40, 20)], "the upper of two blocks is half of the base"

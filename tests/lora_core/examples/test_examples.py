@@ -1,0 +1,126 @@
+"""The library's examples do what they say."""
+
+import inspect
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from lora_core.base_model.model import load_base
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.events import JobFinished
+from lora_core.examples import two_adapters
+from lora_core.examples.inputs import base_folder, text_rows
+from lora_core.examples.two_adapters import train_two
+from lora_core.peft_format.verify import verify_export
+from tests import tiny_base
+from tests.lora_core.scenarios import config
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_two_adapters_are_trained_on_a_base_of_its_own_and_loaded_by_peft(tmp_path, capsys):
+    torch.set_num_threads(1)
+
+    assert two_adapters.main(["--out", str(tmp_path / "out")]) == 0
+
+    assert_both_are_told_and_loaded(capsys.readouterr().out, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_two_adapters_are_trained_by_one_command_that_prints_no_warnings_of_libraries(tmp_path):
+    command = [sys.executable, "-m", "lora_core.examples.two_adapters", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    assert done.returncode == 0, done.stderr
+    assert "gemm_4bit_forward" not in done.stderr
+    assert_both_are_told_and_loaded(done.stdout, tmp_path / "out")
+
+
+def assert_both_are_told_and_loaded(printed: str, out: Path) -> None:
+    assert printed.count("JobFinished") == 2
+    for name, rank in (("narrow", 4), ("wide", 16)):
+        assert f"{name}: {out / name}" in printed
+        written = peft.LoraConfig.from_pretrained(str(out / name))
+        assert written.r == rank  # pyright: ignore
+        base_dir = written.base_model_name_or_path
+        assert base_dir == str(out / "base")
+        assert verify_export(load_base(str(base_dir), dtype="float32", device="cpu"), out / name).passed
+
+
+def test_two_adapters_take_a_folder_and_its_tokenizer(tmp_path):
+    tiny_base._build(tmp_path / "source")
+    torch.set_num_threads(1)
+    source, out = tmp_path / "source", tmp_path / "out"
+
+    assert two_adapters.main(["--base", str(source), "--out", str(out)]) == 0
+
+    assert json.loads((out / "wide" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(source)
+    base_dir = base_folder(source, tmp_path)
+    assert text_rows(base_dir).input_ids.max() < tiny_base.VOCABULARY
+    assert verify_export(load_base(base_dir, dtype="float32", device="cpu"), tmp_path / "out" / "wide").passed
+
+
+def test_a_folder_with_something_in_it_is_refused_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(two_adapters, "train_two", pytest.fail)
+    (tmp_path / "out" / "wide").mkdir(parents=True)
+
+    assert two_adapters.main(["--out", str(tmp_path / "out")]) == 1
+
+    said = capsys.readouterr().err
+    assert f"{str(tmp_path / 'out')!r} isn't empty" in said
+    assert "--out" in said
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["wide"]
+
+
+def test_a_base_that_is_missing_is_told_in_a_line(tmp_path, capsys):
+    assert two_adapters.main(["--base", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
+    assert "There is no folder" in capsys.readouterr().err
+
+
+def test_the_page_says_how_a_text_becomes_a_dataset(tmp_path, monkeypatch):
+    tiny_base._build(tmp_path / "BASE")
+    (tmp_path / "my_text.txt").write_text("The red lorry is at the harbour.\n\nThe bridge is green.\n")
+    code, continued = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ENGINE.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+
+    exec(code, names)
+
+    assert names["data"].num_rows == 2
+    assert "parent=" in continued
+    torch.set_num_threads(1)
+    engine = Engine(load_base("BASE", dtype="float32", device="cpu"), EngineConfig())
+    engine.admit("mine", config(num_steps=1), names["data"])
+    events = []
+    while not engine.idle:
+        events += engine.tick()
+    assert isinstance(events[-1], JobFinished)
+
+
+def test_of_bitsandbytes_one_line_is_left_out(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "none")
+    logger.warning("Something else.")
+
+    assert caplog.messages == ["Something else."]
+
+
+def test_the_example_is_short_enough_to_copy():
+    assert len(inspect.getsource(train_two).splitlines()) < 30
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_adapters_take_a_gguf_file(real_gguf, tmp_path):
+    train_two(base_folder(real_gguf, tmp_path), tmp_path / "out", base_name="", num_steps=1)
+
+    assert (tmp_path / "out" / "wide" / "adapter_model.safetensors").is_file()

@@ -1,0 +1,245 @@
+"""Answers: those of transformers and PEFT, the same in any company, and without a trace in training."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lora_core.base_model.model import load_base
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.errors import ConfigError, OutOfMemory
+from lora_core.events import JobEvaluated
+from lora_core.forward import generation as generate
+from lora_core.forward.generation import Prompts
+from lora_core.layers.attention.packed import attend
+from lora_core.packing.kv_cache import attend_last
+from tests.lora_core.scenarios import VOCAB, admit, rename, run_alone, state_bytes, submissions
+from tests.lora_core.test_families import FAMILIES, save
+
+ASKED = Prompts(prompts=((3, 14, 15, 92, 65), (7,), tuple(range(40, 75))), max_tokens=9)
+
+
+def answered(engine: Engine, asked: dict[str, Prompts]) -> dict[str, list[tuple[int, ...]]]:
+    generation = engine.generation(asked)
+    while not generation.is_complete:
+        generation.advance()
+    return generation.answers()
+
+
+def trained(base, names: list[str], *, token_budget: int = 4096) -> Engine:
+    engine = Engine(base, EngineConfig(token_budget=token_budget))
+    jobs = submissions("llama" if "Llama" in type(base.model).__name__ else "gpt2")
+    for name in names:
+        admit(engine, name, jobs[name])
+    while not engine.idle:
+        engine.tick()
+    return engine
+
+
+def greedy(model, asked: Prompts) -> list[tuple[int, ...]]:
+    answers = []
+    for prompt in asked.prompts:
+        ids = torch.tensor([prompt])
+        whole = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=asked.max_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        answers.append(tuple(whole[0, len(prompt) :].tolist()))
+    return answers
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_trained_adapter_answers_as_peft_and_transformers_do(load, base_dirs, tmp_path, family):
+    engine = trained(load(family), ["plain"])
+    engine.export("plain", tmp_path / "adapter", base_name="base")
+    reference = AutoModelForCausalLM.from_pretrained(base_dirs[family])
+    of_base = greedy(reference, ASKED)
+
+    of_adapter = greedy(PeftModel.from_pretrained(reference, tmp_path / "adapter"), ASKED)
+
+    assert answered(engine, {"plain": ASKED}) == {"plain": of_adapter}
+    assert of_adapter != of_base
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_of_any_family_answers_as_transformers_does(tmp_path, family):
+    folder = save(family, tmp_path / "base", **FAMILIES[family])
+    engine = Engine(load_base(folder, dtype="float32", device="cpu"), EngineConfig())
+    admit(engine, "fresh", submissions("llama")["wide"])
+
+    found = answered(engine, {"fresh": ASKED})
+
+    assert found == {"fresh": greedy(AutoModelForCausalLM.from_pretrained(folder), ASKED)}
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 99])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)])
+def test_the_last_token_sees_what_it_sees_in_a_whole_sequence(window, softcap, heads):
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (
+        torch.randn(count, 17, size, generator=generator)
+        for count, size in zip((*heads, heads[1]), (8, 8, 12), strict=True)
+    )
+    options = {"scale": 0.6, "window": window, "softcap": softcap}
+
+    whole = attend(query, key, value, causal=True, **options)
+
+    torch.testing.assert_close(attend_last(query[:, -1:], key, value, **options), whole[:, -1:])
+
+
+def test_each_token_but_the_first_is_a_pass_of_one_token_an_answer(load, monkeypatch):
+    engine = trained(load("llama"), ["plain"])
+    passes = spy_on_passes(monkeypatch)
+
+    answered(engine, {"plain": ASKED})
+
+    assert passes == [(5, 1, 35, 7), *[(1, 1, 1, 13)] * 8]
+
+
+def test_jobs_whose_answers_do_not_fit_together_are_answered_one_after_another(load, monkeypatch):
+    engine = trained(load("llama"), ["plain", "tiny"], token_budget=100)
+    passes = spy_on_passes(monkeypatch)
+
+    answered(engine, {"plain": ASKED, "tiny": ASKED})
+
+    assert [lengths[:-1] for lengths in passes] == [(5, 1, 35), *[(1, 1, 1)] * 8] * 2
+
+
+def spy_on_passes(monkeypatch) -> list[tuple[int, ...]]:
+    """The tokens of each sequence of each pass, the filler's last."""
+    passes: list[tuple[int, ...]] = []
+    original = generate.hidden_states
+
+    def spied(base, pack):
+        passes.append(pack.sequence_lengths)
+        return original(base, pack)
+
+    monkeypatch.setattr(generate, "hidden_states", spied)
+    return passes
+
+
+@pytest.mark.parametrize("failing", [1, 2, 5])
+def test_memory_that_runs_out_at_any_token_can_not_be_seen_in_an_answer(load, monkeypatch, failing):
+    engine = trained(load("llama", "bfloat16"), ["plain", "tiny", "dora"])
+    asked: dict[str, Prompts] = dict.fromkeys(["plain", "tiny", "dora"], ASKED)
+    expected, calls = answered(engine, asked), []
+    original = generate.hidden_states
+
+    def starved(base, pack):
+        h_TD = original(base, pack)  # keys are written, and the pass fails behind them
+        calls.append(pack.sequence_lengths)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("no memory")
+        return h_TD
+
+    monkeypatch.setattr(generate, "hidden_states", starved)
+
+    assert answered(engine, asked) == expected
+    assert calls[failing][:3] == (5, 1, 35), "the answers begin again"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("token_budget", [1, 4096])
+def test_who_else_is_answered_can_not_be_seen_in_an_answer(load, dtype, token_budget):
+    names = ["plain", "dropout", "dora", "head", "tokens"]
+    engine = trained(load("llama", dtype), names, token_budget=token_budget)
+    asked = {
+        name: Prompts(prompts=ASKED.prompts[index % 3 :], max_tokens=3 + index) for index, name in enumerate(names)
+    }
+
+    together = answered(engine, asked)
+
+    assert together == {name: answered(engine, {name: prompts})[name] for name, prompts in asked.items()}
+    assert len({tuple(answers[-1][:3]) for answers in together.values()}) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_answers_at_every_evaluation_change_no_bit_of_training(load, family):
+    base, job = load(family), submissions(family)["wide"]
+    alone = run_alone(base, job)
+    engine = Engine(base, EngineConfig(token_budget=4096))
+    admit(engine, "job", job)
+    events, samples = [], []
+
+    while not engine.idle:
+        new = engine.tick()
+        events += new
+        if any(isinstance(event, JobEvaluated) for event in new):
+            samples.append(answered(engine, {"job": ASKED}))
+
+    assert rename(events, "job") == alone.events
+    assert state_bytes(engine, "job") == alone.vectors
+    assert len(samples) > 1
+    assert samples[0] != samples[-1]
+
+
+def test_an_answer_ends_with_the_end_token_and_the_others_go_on(load):
+    engine = trained(load("llama"), ["plain"])
+    (whole, *others) = answered(engine, {"plain": ASKED})["plain"]
+    end = whole[4]
+
+    ended, *rest = answered(engine, {"plain": Prompts(prompts=ASKED.prompts, max_tokens=9, end_ids=frozenset({end}))})[
+        "plain"
+    ]
+
+    assert ended == whole[: whole.index(end) + 1]
+    assert [answer for answer in rest if end not in answer] == [answer for answer in others if end not in answer]
+
+
+def test_it_goes_token_by_token_and_a_job_may_leave_at_any(load):
+    engine = trained(load("llama"), ["plain", "tiny"])
+    generation = engine.generation({"plain": ASKED, "tiny": ASKED})
+    generation.advance()
+    assert {len(answer) for answers in generation.answers().values() for answer in answers} == {1}
+
+    generation.drop("tiny")
+    engine.evict("tiny")
+    while not generation.is_complete:
+        generation.advance()
+
+    assert generation.answers() == answered(engine, {"plain": ASKED})
+
+
+def test_where_memory_runs_out_fewer_jobs_are_answered_at_once(load, monkeypatch):
+    engine = trained(load("llama"), ["plain", "tiny"])
+    expected = answered(engine, {"plain": ASKED, "tiny": ASKED})
+
+    def starved(base, pack):
+        if pack.input_ids.numel() > limit:
+            raise torch.OutOfMemoryError("no memory")
+        return whole(base, pack)
+
+    whole, limit = generate.hidden_states, 64
+    monkeypatch.setattr(generate, "hidden_states", starved)
+
+    assert answered(engine, {"plain": ASKED, "tiny": ASKED}) == expected
+    limit = 16
+    with pytest.raises(OutOfMemory) as raised:
+        answered(engine, {"plain": ASKED, "tiny": ASKED})
+    assert raised.value.job == "plain"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_tokens", "said"),
+    [
+        ((), 1, "nothing to answer"),
+        (((1,),), 0, "nothing to answer"),
+        (((1,), ()), 1, "Prompt 2 has no token"),
+        (((VOCAB,),), 1, "does not know"),
+        (((-1,),), 1, "does not know"),
+        (((1,) * 200,), 57, "more than the base model takes, 256"),
+    ],
+)
+def test_what_can_not_be_answered_is_refused(load, prompts, max_tokens, said):
+    engine = trained(load("llama"), ["tiny"])
+
+    with pytest.raises(ConfigError, match=said):
+        engine.generation({"tiny": Prompts(prompts=prompts, max_tokens=max_tokens)})

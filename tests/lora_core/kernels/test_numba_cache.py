@@ -1,0 +1,68 @@
+"""Compiled kernels are kept between processes and made anew where their code has changed; a full disk loses none."""
+
+import errno
+from typing import Any
+
+import numpy as np
+import pytest
+from numba.core import caching, config
+
+from lora_core.kernels import numba_cache
+from lora_core.kernels.numba_jit import compiled
+
+
+@pytest.fixture
+def kept_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def doubled(numbers):
+    for index in range(numbers.size):
+        numbers[index] *= 2
+
+
+def cached() -> dict[str, int]:
+    """How often a process that starts now finds the kernel, and how often it compiles it."""
+    kernel: Any = compiled(doubled)
+    numbers = np.ones(3, np.float32)
+    kernel(numbers)
+    assert numbers.tolist() == [2, 2, 2]
+    return {"found": sum(kernel.stats.cache_hits.values()), "compiled": sum(kernel.stats.cache_misses.values())}
+
+
+def test_a_kernel_is_compiled_once_for_all_processes(kept_in):
+    assert [cached(), cached()] == [{"found": 0, "compiled": 1}, {"found": 1, "compiled": 0}]
+
+
+def test_a_kernel_is_made_anew_where_code_that_kernels_share_has_changed(kept_in, monkeypatch):
+    cached()
+
+    monkeypatch.setattr(numba_cache, "shared_digest", lambda: "of other sources")
+
+    assert cached() == {"found": 0, "compiled": 1}
+
+
+def test_every_file_of_kernels_is_in_the_digest_of_what_they_share(tmp_path, monkeypatch):
+    for name in ("lora_core/kernels/numba_jit.py", "one_kernels.py", "engine.py"):
+        (tmp_path / name).write_text("before")
+    monkeypatch.setattr(numba_cache, "__file__", str(tmp_path / "lora_core/kernels/numba_cache.py"))
+    digest_now = numba_cache.shared_digest.__wrapped__
+    before, changed = digest_now(), {}
+
+    for name in ("lora_core/kernels/numba_jit.py", "one_kernels.py", "engine.py"):
+        (tmp_path / name).write_text("after")
+        changed[name] = digest_now() != before
+        (tmp_path / name).write_text("before")
+
+    assert changed == {"lora_core/kernels/numba_jit.py": True, "one_kernels.py": True, "engine.py": False}
+
+
+@pytest.mark.parametrize("moment", ["load", "save"])
+def test_a_disk_that_fails_costs_a_compilation_and_nothing_else(kept_in, monkeypatch, moment):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, moment, fail)
+
+    assert [cached(), cached()] == [{"found": 0, "compiled": 1}] * 2

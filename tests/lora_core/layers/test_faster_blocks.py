@@ -1,0 +1,145 @@
+"""Gated MLPs and residual blocks by kernels: the library's numbers and gradients, and only where both agree."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma2Config, GraniteConfig, LlamaConfig, Olmo2Config
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
+
+from lora_core.layers import residual_block, swiglu
+from lora_core.layers.residual_block import faster_blocks
+from lora_core.layers.rms_norm import faster_norms, same_numbers
+from lora_core.layers.swiglu import faster_mlps
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 64,
+}
+WIDE: dict[str, Any] = SIZES | {"intermediate_size": 1536}
+DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+
+
+def drawn(seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(1, 48, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def mlp_of(dtype: torch.dtype, activation: str = "silu") -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaMLP(LlamaConfig(**SIZES, hidden_act=activation)).to(dtype).requires_grad_(False)
+
+
+def block_of(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    config._attn_implementation = "eager"
+    block = kind(config, layer_idx=0).to(dtype).requires_grad_(False)
+    for name, parameter in block.named_parameters():
+        if "norm" in name:
+            parameter.copy_(torch.linspace(-0.5, 2, parameter.numel()))
+    return block
+
+
+@DTYPES
+def test_a_gated_mlp_gives_the_librarys_numbers_and_gradients(dtype: torch.dtype, tolerance: float):
+    mlp, dy = mlp_of(dtype), drawn(2, dtype)
+    ours, theirs = (drawn(1, dtype).requires_grad_() for _ in range(2))
+
+    y, expected = swiglu._forward(mlp, ours), mlp(theirs)
+    y.backward(dy)
+    expected.backward(dy)
+
+    assert same_numbers(expected, y)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_only_gates_of_silu_are_replaced():
+    gated, other = mlp_of(torch.float32), mlp_of(torch.float32, "gelu")
+
+    assert [module for module, _ in faster_mlps(nn.ModuleList([gated, other]))] == [gated]
+    assert faster_mlps(other) == []
+
+
+class NearlyLlamaMLP(LlamaMLP):
+    """Off by a hundredth."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x) * 1.01) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-3, 1, 1e3])
+def test_an_mlp_is_replaced_whatever_the_size_of_its_numbers(dtype: torch.dtype, size: float):
+    torch.manual_seed(0)
+    config = LlamaConfig(**WIDE)
+    right, wrong = (kind(config).to(dtype).requires_grad_(False) for kind in (LlamaMLP, NearlyLlamaMLP))
+    for mlp in (right, wrong):
+        mlp.down_proj.weight.mul_(size / mlp(drawn(1, dtype)).abs().max())
+
+    assert [module for module, _ in faster_mlps(nn.ModuleList([right, wrong]))] == [right]
+
+
+def test_numbers_differ_where_a_small_row_stands_beside_a_large_one():
+    theirs = torch.tensor([[900.0, -700.0, 0.001], [0.5, 0.25, -0.001]])
+    rounded, wrong = theirs.clone(), theirs.clone()
+    rounded[0, 2] += 1e-4
+    wrong[1, 2] += 1e-4
+
+    assert same_numbers(theirs, rounded)
+    assert not same_numbers(theirs, wrong)
+
+
+def test_one_mlp_of_each_kind_is_asked(monkeypatch):
+    asked: list[nn.Module] = []
+    monkeypatch.setattr(swiglu, "_agrees", lambda module: asked.append(module) or module is not wide)
+    first, second, half = mlp_of(torch.float32), mlp_of(torch.float32), mlp_of(torch.bfloat16)
+    wide = LlamaMLP(LlamaConfig(**WIDE))
+
+    found = faster_mlps(nn.ModuleList([first, second, half, wide]))
+
+    assert asked == [first, half, wide]
+    assert [module for module, _ in found] == [first, second, half]
+
+
+@DTYPES
+def test_a_block_gives_the_librarys_numbers_and_gradients(dtype: torch.dtype, tolerance: float):
+    block, dy = block_of(LlamaDecoderLayer, LlamaConfig(**SIZES), dtype), drawn(2, dtype)
+    angles = torch.randn(1, 48, 32).to(dtype)
+    options: dict[str, Any] = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
+    ours, theirs = (drawn(1, dtype).requires_grad_() for _ in range(2))
+
+    y, expected = residual_block._forward(block, ours, **options), block(theirs, **options)
+    y.backward(dy)
+    expected.backward(dy)
+
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "config", "is_replaced"),
+    [
+        (LlamaDecoderLayer, LlamaConfig(**SIZES), True),
+        (GraniteDecoderLayer, GraniteConfig(**SIZES, residual_multiplier=0.5), False),
+        (Olmo2DecoderLayer, Olmo2Config(**SIZES), False),
+        (Gemma2DecoderLayer, Gemma2Config(**SIZES), False),
+    ],
+    ids=["llama", "scaled sums", "norms behind", "four norms"],
+)
+def test_only_blocks_that_add_as_ours_do_are_replaced(dtype: torch.dtype, kind, config, is_replaced: bool):
+    model = nn.ModuleList([block_of(kind, config, dtype)])
+
+    found = faster_blocks(model, [norm for norm, _ in faster_norms(model)])
+
+    assert [module for module, _ in found] == (list(model) if is_replaced else [])
+    assert "forward" not in vars(model[0].self_attn)
+    assert "forward" not in vars(model[0].mlp)

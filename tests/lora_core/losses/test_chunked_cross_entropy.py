@@ -1,0 +1,102 @@
+"""The chunked loss is cross-entropy, its gradient included, for every head that a family has."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_core.losses import chunked_cross_entropy
+from lora_core.losses import cross_entropy as label_scores
+from lora_core.losses.chunked_cross_entropy import Head, score_labels, weighted_loss
+
+L, D, V = 45, 8, 50
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"multiplier": 0.25}, {"multiplier": 2.0, "softcap": 5.0}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_loss_scores_and_gradient_equal_torch_cross_entropy(monkeypatch, options, bias):
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK_LABELS", 16)
+    torch.manual_seed(0)
+    head = Head(weight_VD=torch.randn(V, D), bias_V=torch.randn(V) if bias else None, **options)
+    labels, weights = torch.randint(V, (L,)), torch.rand(L)
+    h = torch.randn(L, D, requires_grad=True)
+
+    loss, scores = weighted_loss(h, head, labels, weights)
+    (3 * loss).backward()
+
+    reference = h.detach().clone().requires_grad_()
+    logits = head.logits(reference)
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    (3 * expected @ weights).backward()
+    torch.testing.assert_close(scores.losses_L, expected.detach())
+    torch.testing.assert_close(h.grad, reference.grad)
+    assert torch.equal(scores.correct_L, logits.argmax(-1) == labels)
+    assert torch.equal(score_labels(h, head, labels).losses_L, scores.losses_L)
+
+
+@pytest.mark.parametrize("options", [{}, {"multiplier": 2.0, "softcap": 5.0}])
+def test_smoothed_labels_equal_torch_and_leave_the_bits_of_others_alone(monkeypatch, options):
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK_LABELS", 16)
+    torch.manual_seed(0)
+    head = Head(weight_VD=torch.randn(V, D), bias_V=None, **options)
+    labels, weights = torch.randint(V, (L,)), torch.rand(L)
+    h = torch.randn(L, D, requires_grad=True)
+    plain = h.detach().clone().requires_grad_()
+    smoothing = torch.where(torch.arange(L) % 3 == 0, 0.2, 0.0)
+    is_smooth = smoothing > 0
+
+    loss, scores = weighted_loss(h, head, labels, weights, smoothing)
+    loss.backward()
+
+    reference = h.detach().clone().requires_grad_()
+    logits = head.logits(reference)
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    smoothed = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.2)
+    expected = torch.where(is_smooth, smoothed, expected)
+    (expected @ weights).backward()
+    torch.testing.assert_close(scores.losses_L, expected.detach())
+    torch.testing.assert_close(h.grad, reference.grad)
+    unsmoothed, plain_scores = weighted_loss(plain, head, labels, weights)
+    unsmoothed.backward()
+    assert torch.equal(scores.losses_L[~is_smooth], plain_scores.losses_L[~is_smooth])
+    assert h.grad is not None
+    assert plain.grad is not None
+    assert torch.equal(h.grad[~is_smooth], plain.grad[~is_smooth])
+
+
+def test_the_order_of_labels_and_their_neighbours_change_no_bit():
+    torch.manual_seed(0)
+    head = Head(weight_VD=torch.randn(V, 64), bias_V=None, softcap=3.0)
+    h, labels = torch.randn(300, 64), torch.randint(V, (300,))
+
+    whole = score_labels(h, head, labels).losses_L
+
+    for start, stop in [(0, 1), (7, 24), (255, 300)]:
+        assert torch.equal(score_labels(h[start:stop], head, labels[start:stop]).losses_L, whole[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_kernels_and_torch_give_the_same_scores_and_gradients(monkeypatch, dtype, smoothed):
+    torch.manual_seed(0)
+    logits, labels, weights = torch.randn(32, 700).mul_(4).to(dtype), torch.randint(700, (32,)), torch.rand(32)
+    smoothing = torch.linspace(0, 0.3, 32) if smoothed else None
+    by_kernels = label_scores.score_rows(logits.clone(), labels, smoothing)
+    gradient = by_kernels.gradient(weights)
+
+    monkeypatch.setattr(label_scores, "runs_on", lambda _: False)
+    by_torch = label_scores.score_rows(logits, labels, smoothing)
+
+    torch.testing.assert_close(by_kernels.losses_C, by_torch.losses_C, rtol=1e-6, atol=2e-6)
+    assert torch.equal(by_kernels.correct_C, by_torch.correct_C)
+    rtol, atol = (1e-5, 1e-7) if dtype == torch.float32 else (0.008, 1e-6)
+    torch.testing.assert_close(gradient, by_torch.gradient(weights), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_logit_that_is_no_number_is_seen_in_the_loss_of_its_label_alone(wrong):
+    logits, labels = torch.zeros(32, 40, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.int64)
+    logits[3, 7] = wrong
+
+    losses = label_scores.score_rows(logits, labels, None).losses_C
+
+    assert torch.isfinite(losses).tolist() == [row != 3 for row in range(32)]

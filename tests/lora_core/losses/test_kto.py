@@ -1,0 +1,352 @@
+"""KTO: the paper's formula and TRL's own code, and a reference point that is the whole step's however it is cut."""
+
+from collections import defaultdict
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lora_core.config import ObjectiveConfig
+from lora_core.data.batching import Unit
+from lora_core.data.kto_pairs import mismatched
+from lora_core.data.token_dataset import TokenDataset, rows_of_step
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.errors import BadDataset, ConfigError
+from lora_core.events import Event, JobEvaluated, JobStepped, Rewards
+from lora_core.losses.kto import SingleAnswers, score_single
+from tests.lora_core.losses.test_preference import logps_of
+from tests.lora_core.scenarios import (
+    Submission,
+    admit,
+    config,
+    dataset,
+    preferences,
+    rated,
+    run_alone,
+    run_elastically,
+    state_bytes,
+)
+
+KTO = ObjectiveConfig(kind="kto", beta=0.3, desirable_weight=1.2, undesirable_weight=0.7)
+TRAIN = rated(dataset(5, [9, 14, 23, 12]), "1001")
+
+
+def as_the_paper_has_it(ratios: Tensor, desirable: Tensor, z0: float) -> Tensor:
+    """2402.01306, equations 7 and 8, with nothing rearranged: λ_y - v(x, y)."""
+    good = KTO.desirable_weight / (1 + torch.exp(-KTO.beta * (ratios - z0)))
+    bad = KTO.undesirable_weight / (1 + torch.exp(-KTO.beta * (z0 - ratios)))
+    return torch.where(desirable, KTO.desirable_weight - good, KTO.undesirable_weight - bad)
+
+
+def as_trl_has_it(logps: Tensor, reference: Tensor, kl_logps: Tensor, kl_reference: Tensor, desirable: Tensor):
+    """(loss, kl) of TRL's trainer, whose model is one that gives these numbers."""
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    def model(input_ids: Tensor, **_: object) -> SimpleNamespace:
+        logps_N1 = (kl_logps if input_ids[0, 0] == 9 else logps)[:, None]
+        return SimpleNamespace(log_probs=logps_N1, entropy=logps_N1, mean_logits=logps_N1)
+
+    model.training = True  # pyright: ignore
+    ids, mask = torch.ones(len(logps), 2).long(), torch.tensor([[0, 1]]).repeat(len(logps), 1)
+    batch = {"label": desirable, "ref_logps": reference, "ref_KL_logps": kl_reference}
+    for prefix, number in (("", 1), ("KL_", 9)):
+        batch |= {f"{prefix}input_ids": number * ids, f"{prefix}attention_mask": ids, f"{prefix}completion_mask": mask}
+    trainer = SimpleNamespace(
+        model=model,
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda value: value),
+        calculate_KL=True,
+        precompute_ref_logps=True,
+        aux_loss_enabled=False,
+        loss_type="kto",
+        beta=KTO.beta,
+        desirable_weight=KTO.desirable_weight,
+        undesirable_weight=KTO.undesirable_weight,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    trainer._compute_kl_logps = lambda model, batch: KTOTrainer._compute_kl_logps(trainer, model, batch)  # pyright: ignore
+    loss = KTOTrainer._compute_loss(trainer, model, batch, False)  # pyright: ignore
+    return loss, trainer._metrics["train"]
+
+
+def test_each_loss_and_its_slope_are_those_of_the_papers_formula():
+    torch.manual_seed(3)
+    ratios = (3 * torch.randn(8, dtype=torch.float64)).requires_grad_()
+    desirable = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0]).bool()
+
+    expected = as_the_paper_has_it(ratios, desirable, 0.8)
+    expected.sum().backward()
+
+    answers = SingleAnswers(ratios_S=ratios.detach(), desirable_S=desirable, reference_point=0.8)
+    found = score_single(KTO, answers)
+    torch.testing.assert_close(found.loss_S, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.slopes_S, ratios.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("marks", ["101101", "111111", "000000"])
+@pytest.mark.parametrize("shift", [2.0, -2.0], ids=["far from the base", "nearer than chance: z0 is 0"])
+def test_loss_gradient_rewards_and_reference_point_are_those_of_trl(marks, shift):
+    torch.manual_seed(4)
+    reference, kl_reference = -10 * torch.rand(2, 6, dtype=torch.float64)
+    logps = (reference + torch.randn(6).double()).requires_grad_()
+    kl_logps = kl_reference + torch.randn(6).double() + shift
+    desirable = torch.tensor([mark == "1" for mark in marks])
+    z0 = max(0.0, float((kl_logps - kl_reference).mean()))
+
+    loss, metrics = as_trl_has_it(logps, reference, kl_logps, kl_reference, desirable)
+    loss.backward()
+
+    answers = SingleAnswers(ratios_S=logps.detach() - reference, desirable_S=desirable, reference_point=z0)
+    found = score_single(KTO, answers)
+    assert float(found.loss_S.mean()) == pytest.approx(float(loss.detach()), rel=1e-12)
+    torch.testing.assert_close(found.slopes_S / 6, logps.grad, rtol=1e-10, atol=1e-12)
+    assert metrics["kl"] == [pytest.approx(z0, rel=1e-12)]
+    for side, chosen in (("chosen", desirable), ("rejected", ~desirable)):
+        told = metrics.get(f"rewards/{side}")
+        assert told == ([pytest.approx(float(found.rewards_S[chosen].mean()))] if chosen.any() else None)
+
+
+def test_no_loss_is_lost_to_overflow_where_an_answer_is_certain():
+    ratios = torch.tensor([-5000.0, 5000.0, -5000.0, 5000.0], dtype=torch.float64)
+    answers = SingleAnswers(ratios_S=ratios, desirable_S=torch.tensor([True, True, False, False]), reference_point=0.0)
+
+    found = score_single(KTO, answers)
+
+    assert found.loss_S.tolist() == [1.2, 0.0, 0.0, 0.7]
+    assert torch.isfinite(found.slopes_S).all()
+
+
+def tokens_of(data: TokenDataset) -> list[tuple[list[int], list[int]]]:
+    return [(ids.tolist(), mask.tolist()) for ids, mask in map(data.row, range(data.num_rows))]
+
+
+def test_answers_go_round_by_one_and_keep_their_labels_however_the_rows_lie():
+    data = TokenDataset(
+        input_ids=np.array([1, 2, 31, 32, 4, 51, 6, 7, 8, 91, 92, 93], np.int32),
+        loss_mask=np.array([0, 0, 1, 1, 0, 1, 0, 0, 0, 1, 0, 1], np.uint8),
+        row_offsets=np.array([0, 4, 6, 12]),
+    )
+
+    others = mismatched(data, [2, 0, 1])
+
+    assert tokens_of(others) == [
+        ([6, 7, 8, 51], [0, 0, 0, 1]),
+        ([1, 2, 91, 92, 93], [0, 0, 1, 0, 1]),
+        ([4, 31, 32], [0, 1, 1]),
+    ]
+
+
+def test_an_answer_to_a_longer_prompt_is_cut_at_the_longest_row_of_the_data():
+    data = TokenDataset(
+        input_ids=np.arange(16, dtype=np.int32),
+        loss_mask=np.array([0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1], np.uint8),
+        row_offsets=np.array([0, 8, 16]),
+    )
+
+    others = mismatched(data, [0, 1])
+
+    assert others.row_lengths().tolist() == [8, 2]
+    assert tokens_of(others)[0] == ([0, 1, 2, 3, 4, 5, 6, 9], [0, 0, 0, 0, 0, 0, 0, 1])
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT calls what transformers deprecates
+@pytest.mark.parametrize("slice_tokens", [1, 1024])
+def test_a_step_moves_the_adapter_by_the_gradient_of_autograd_through_peft(load, tmp_path, slice_tokens):
+    """After some steps, when z0 is above 0: most answers are desirable, and all become likelier. It is that of the
+    whole batch."""
+    from peft import PeftModel
+
+    base = load("llama")
+    settings = config(num_steps=8, batch_size=4, seed=5, objective=KTO, slice_tokens=slice_tokens)
+    engine = Engine(base, EngineConfig())
+    train = rated(TRAIN, "1011")
+    admit(engine, "job", Submission(config=settings, train=train))
+    job = engine._jobs["job"]
+    while job.step < 5:
+        engine.tick()
+    engine.export("job", tmp_path / "adapter", base_name="tiny")
+    found: list[tuple[Tensor, Rewards | None, float]] = []
+
+    def note(unit: Unit) -> list[Event]:
+        found.append((job.row.g.clone(), job._rewards(unit), job.tally.loss_sum / unit.num_terms))
+        return []
+
+    job._finish_step = note
+    while not found:
+        engine.tick()
+    gradient, rewards, loss_found = found[0]
+
+    order = rows_of_step(num_rows=4, batch_size=4, seed=5, step=5)
+    pairs = mismatched(train, order)
+    with base.untouched() as model:
+        with torch.no_grad():
+            reference = torch.stack([logps_of(model, train, row) for row in order])
+            kl_reference = torch.stack([logps_of(model, pairs, row) for row in range(4)])
+        adapted = PeftModel.from_pretrained(model, str(tmp_path / "adapter"), is_trainable=True).eval()
+        with torch.no_grad():
+            kl = torch.stack([logps_of(adapted, pairs, row) for row in range(4)]) - kl_reference
+        z0 = max(0.0, float(kl.mean()))
+        logps = torch.stack([logps_of(adapted, train, row) for row in order])
+        desirable = torch.tensor([train.row_label(row) == 1 for row in order])
+        loss = as_the_paper_has_it(logps - reference, desirable, z0).mean()
+        loss.backward()
+        expected = {key: part.grad.clone() for key, part in adapted.named_parameters() if part.grad is not None}
+        adapted.unload()
+    assert rewards is not None
+    assert z0 > 0.01
+    assert rewards.kl == pytest.approx(z0, rel=1e-4)
+    assert loss_found == pytest.approx(float(loss.detach()), rel=1e-4)
+    for target in job.row.targets:
+        site = job.row.spans[target.name]
+        prefix = f"base_model.model.{target.name}.lora_"
+        for span, name in ((site.a, "A"), (site.b, "B")):
+            other = expected[f"{prefix}{name}.default.weight"].flatten()
+            torch.testing.assert_close(gradient[span], other, rtol=5e-3, atol=2e-6)
+
+
+def test_before_the_first_step_nothing_is_gained_and_the_reference_point_is_zero_to_the_bit(load):
+    first = run_alone(load("gpt2"), preferences()["kto"]).events[0]
+
+    assert isinstance(first, JobEvaluated)
+    assert first.rewards == Rewards(chosen=0.0, rejected=0.0, margin=0.0, accuracy=0.0, kl=0.0)
+    assert first.loss == pytest.approx((2 * 1.5 + 1.0) / 2 / 3, abs=1e-15)
+
+
+def test_training_raises_the_desirable_answers_over_the_others_and_says_so(load):
+    job = Submission(config=config(num_steps=15, batch_size=4, objective=ObjectiveConfig(kind="kto")), train=TRAIN)
+
+    stepped = [event for event in run_alone(load("llama"), job).events if isinstance(event, JobStepped)]
+
+    assert stepped[0].loss == pytest.approx(0.5, abs=1e-12)
+    assert all(event.rewards.kl >= 0 for event in stepped if event.rewards is not None and event.rewards.kl is not None)
+    last = stepped[-1].rewards
+    assert last is not None
+    assert last.chosen is not None
+    assert last.rejected is not None
+    assert last.chosen > 0 > last.rejected
+    assert last.margin == last.chosen - last.rejected
+    assert last.accuracy == 1.0
+    assert stepped[-1].loss < 0.35
+
+
+def test_where_a_batch_has_no_answer_of_a_kind_its_mean_is_not_told(load):
+    job = Submission(config=config(num_steps=2, objective=KTO), train=rated(dataset(2, [9, 14]), "11"))
+
+    last = run_alone(load("llama"), job).events[1]
+
+    assert isinstance(last, JobStepped)
+    assert last.rewards is not None
+    assert (last.rewards.rejected, last.rewards.margin) == (None, None)
+    assert last.rewards.chosen is not None
+
+
+def test_how_a_step_and_an_evaluation_are_cut_into_slices_changes_their_numbers_by_rounding_alone(load):
+    job = preferences()["kto"]
+    plain = replace(job.config, lora=replace(job.config.lora, dropout=0.0))  # masks follow the slices
+
+    told = [
+        [
+            (event.loss, event.rewards.kl)
+            for event in run_alone(load("llama"), replace(job, config=replace(plain, slice_tokens=tokens))).events
+            if isinstance(event, JobStepped | JobEvaluated) and event.rewards is not None
+        ]
+        for tokens in (1, 60, 1024)
+    ]
+
+    assert len(told[0]) == 6
+    assert max(kl for _, kl in told[0] if kl is not None) > 0.01
+    for other in told[1:]:
+        np.testing.assert_allclose(np.array(other, float), np.array(told[0], float), atol=2e-5)
+
+
+def test_every_pass_counts_for_turns_and_only_the_step_as_trained(load):
+    job = Submission(config=config(num_steps=1, batch_size=2, objective=KTO), train=rated(dataset(2, [12, 13]), "10"))
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "job", job)
+
+    (turn,) = engine._waiting()
+    while not engine.idle:
+        engine.tick()
+
+    assert (turn.kind, turn.num_tokens) == ("evaluate", 2 * 25)  # of adapter and base, nothing of it is differentiated
+    assert engine._jobs["job"].served == 2 * (25 + 25)
+    assert engine.trained_tokens("job") == 25
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packmates_joins_and_leaves_cannot_be_seen_in_a_kto_job(load, dtype):
+    base = load("llama", dtype)
+    other = replace(preferences()["kto"].config, seed=7, batch_size=4, slice_tokens=25)
+    jobs = {**preferences(), "more": replace(preferences()["kto"], config=other)}
+
+    outcomes = run_elastically(base, jobs, token_budget=90, seed=1, victim="dpo", num_lanes=2)
+
+    for name in ("kto", "more"):
+        assert outcomes[name] == run_alone(base, jobs[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_job_that_is_resumed_after_any_tick_ends_with_the_same_bytes(load, tmp_path, dtype):
+    """Between the pass that measures the reference point and the step it is for, too."""
+    base, job = load("llama", dtype), preferences()["kto"]
+    uninterrupted = run_alone(base, job)
+    interrupted = Engine(base, EngineConfig(token_budget=1))
+    admit(interrupted, "job", job)
+    points: set[bool] = set()
+    num_ticks = 0
+    while not interrupted.idle:
+        interrupted.tick()
+        num_ticks += 1
+        points.add(interrupted._jobs["job"].reference_point is not None)
+        if num_ticks % 3 == 0:
+            interrupted.save_checkpoint("job", tmp_path / f"{num_ticks}")
+
+            resumed = Engine(base, EngineConfig(token_budget=300))
+            admit(resumed, "job", job, resume_from=tmp_path / f"{num_ticks}")
+            while not resumed.idle:
+                resumed.tick()
+
+            assert state_bytes(resumed, "job") == uninterrupted.vectors
+    assert points == {True, False}
+    assert state_bytes(interrupted, "job") == uninterrupted.vectors
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dataset(1, [5, 6]), "must have labels"),
+        (rated(dataset(1, [5, 6, 7]), "102"), "must have labels"),
+        (rated(dataset(1, [5]), "1"), "one row"),
+        (
+            replace(rated(dataset(1, [5, 6]), "10"), loss_mask=np.array([0] * 5 + [0, 1, 1, 1, 1, 1], np.uint8)),
+            "no answer",
+        ),
+    ],
+)
+def test_rows_that_are_no_labelled_answers_are_refused(load, wrong, message):
+    engine = Engine(load("llama"), EngineConfig())
+
+    with pytest.raises(BadDataset, match=message):
+        engine.admit("job", config(objective=KTO), wrong)
+    with pytest.raises(BadDataset, match=message):
+        engine.admit("job", config(objective=KTO), TRAIN, wrong)
+
+    assert engine.jobs() == ()
+
+
+def test_a_batch_of_one_answer_is_refused_since_it_has_no_other_prompt():
+    with pytest.raises(ConfigError, match="batch_size is 1") as caught:
+        config(batch_size=1, objective=KTO)
+    assert "at least 2" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["desirable_weight", "undesirable_weight"])
+def test_a_weight_that_makes_no_sense_is_refused(name):
+    for wrong in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=f"objective.{name}"):
+            replace(KTO, **{name: wrong})

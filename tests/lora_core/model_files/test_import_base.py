@@ -1,0 +1,446 @@
+"""A base model comes from safetensors or GGUF alone, and what the engine can't train is refused by name."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, MiniCPM3Config, PreTrainedTokenizerFast
+
+from lora_core.base_model.loading import load_with_transformers, read_config, refuse_code
+from lora_core.base_model.model import describe_base, load_base
+from lora_core.errors import UnreachableSource, UnsafeFile, UnsupportedModel
+from lora_core.model_files import import_base as model_file_import_base
+from lora_core.model_files.import_base import import_base
+from lora_core.model_files.license import licence_of_folder
+from tests.lora_core.layers.test_longrope import longrope
+from tests.lora_core.loopback_hub import Importer, hub_that_refuses, hub_that_serves, importer
+
+ROOT = Path(__file__).parents[3]
+SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+
+
+def copy_source(base_dir: Path, folder: Path) -> Path:
+    """A folder as a user might give it: the tiny Llama with a tokenizer and a chat template."""
+    folder.mkdir()
+    for path in base_dir.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    give_tokenizer(folder)
+    return folder
+
+
+def give_tokenizer(folder: Path) -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "hello": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture
+def source(base_dirs, tmp_path) -> Path:
+    return copy_source(base_dirs["llama"], tmp_path / "source")
+
+
+def import_folder(source: Path, target: Path) -> Path:
+    import_base(source=str(source), kind="folder", revision=None, target_dir=target)
+    return target
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_a_folder_is_imported_with_the_same_bytes_each_time(source, tmp_path):
+    first, second = (import_folder(source, tmp_path / name) for name in ("first", "second"))
+    assert digests(first) == digests(second)
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= digests(first).keys()
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= digests(first).keys()
+
+
+@pytest.mark.parametrize(("given", "stored"), [("float32", "F32"), ("bfloat16", "BF16"), ("float16", "BF16")])
+def test_fp32_stays_fp32_and_all_else_becomes_bf16(source, tmp_path, given, stored):
+    weights = load_file(source / "model.safetensors")
+    weights = {name: weight.to(getattr(torch, given)) for name, weight in weights.items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+    base_dir = import_folder(source, tmp_path / "base")
+
+    imported = load_file(base_dir / "model.safetensors")
+    expected = torch.float32 if stored == "F32" else torch.bfloat16
+    assert {weight.dtype for weight in imported.values()} == {expected}
+    assert all(torch.equal(weight, weights[name].to(expected)) for name, weight in imported.items())
+    assert describe_base(base_dir)["dtype"] == str(expected).removeprefix("torch.")
+
+
+def test_pickles_are_refused(source, tmp_path):
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModel, match=r"pickles \(pytorch_model.bin\)"):
+        import_folder(source, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_label_that_looks_like_a_repository_is_no_reference(source):
+    edit_json(source / "config.json", id2label={"0": "N/A", "1": "yes/no"}, label2id={"N/A": 0, "yes/no": 1})
+
+    refuse_code(source)
+
+    edit_json(source / "config.json", id2label={"0": "N/A", "use_kernels": "yes"})
+    with pytest.raises(UnsupportedModel, match="use_kernels"):
+        refuse_code(source)
+    edit_json(source / "config.json", id2label={"0": {"weights": "owner/name"}})
+    with pytest.raises(UnsupportedModel, match="refers to a repository"):
+        refuse_code(source)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_code_in_the_repository_is_refused(source, tmp_path, name):
+    edit_json(source / name, auto_map={"AutoModelForCausalLM": "evil.Model"})
+    with pytest.raises(UnsupportedModel, match="auto_map"):
+        import_folder(source, tmp_path / "base")
+
+
+FAKE_KERNELS = """
+import sys
+def get_kernel(*names, **options):
+    sys.stdout.write(f"LOADED {names[0]}")
+    raise ImportError("no kernel")
+class Anything:
+    def __init__(self, *_, **__): pass
+    def __getattr__(self, name): return Anything()
+    def __call__(self, *_, **__): return Anything()
+def __getattr__(name): return Anything
+"""
+REFUSE_BY_CONFIG = """
+import sys
+from pathlib import Path
+from lora_core.model_files.import_base import _refuse_by_config
+from lora_core.errors import UnsupportedModel
+try:
+    _refuse_by_config(Path(sys.argv[1]))
+except UnsupportedModel as error:
+    sys.stdout.write(f"REFUSED {error}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("_attn_implementation", "kernels-community/flash-attn2", "top"),
+        ("attn_implementation", "someone/evil-kernel@main:attend", "top"),
+        ("attn_implementation", "flash_attention_2", "top"),
+        ("_attn_implementation", "someone/evil-kernel", "nested"),
+    ],
+)
+def test_no_kernel_is_loaded_by_a_config_that_names_one(source, tmp_path, key, value, place):
+    """Native code, which a package that is common on machines with GPUs fetches from the hub."""
+    package = tmp_path / "path" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_KERNELS)
+    metadata = package.with_name("kernels-0.18.2.dist-info")
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    entry = {key: value}
+    edit_json(source / "config.json", **(entry if place == "top" else {"text_config": entry}))
+
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), str(ROOT)])}
+    argv = [sys.executable, "-c", REFUSE_BY_CONFIG, str(source)]
+    ended = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert "LOADED" not in ended.stdout
+    assert ended.stdout.startswith("REFUSED"), ended.stderr
+    assert key in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("entry", "file"),
+    [
+        ({"experts_implementation": "someone/experts"}, "config.json"),
+        ({"layers": [{"_experts_implementation_internal": {"": "grouped"}}]}, "config.json"),
+        ({"use_kernels": True}, "config.json"),
+        ({"use_kernels": True}, "generation_config.json"),
+        ({"loads_from": "someone/weights"}, "config.json"),
+        ({"of": {"loads_from": "someone/weights@main:part"}}, "config.json"),
+        ({"of": [{"auto_map": {"AutoConfig": "evil.Config"}}]}, "tokenizer_config.json"),
+    ],
+)
+def test_what_may_have_code_loaded_is_refused_by_name_however_deep(source, tmp_path, entry, file):
+    edit_json(source / file, **entry)
+
+    with pytest.raises(UnsupportedModel, match=f"{file} has '(_?experts_|use_kernels|loads_from|auto_map)"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_entries_that_say_where_a_model_is_from_or_load_nothing_are_accepted(source, tmp_path):
+    origin = {"_name_or_path": "someone/model", "model_name": "someone/model", "base_model_name_or_path": "a/b"}
+    loads_nothing = {"_attn_implementation": "sdpa", "_attn_implementation_autoset": True, "use_kernels": False}
+    edit_json(source / "config.json", **origin, **loads_nothing)
+
+    import_folder(source, tmp_path / "base")
+
+    assert read_config(tmp_path / "base")._attn_implementation in (None, "sdpa", "eager")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised"),
+        ({"model_type": "never_heard_of"}, "can't be read"),
+        ({"model_type": "t5"}, "no causal language model"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"hidden_size": "wide"}, "can't be read.*'hidden_size'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "can't be read.*'long_factor'"),
+        ({"rope_parameters": longrope(7)}, "no model can be made.*RuntimeError"),
+        ({"rope_parameters": {"rope_type": "nonsense"}}, "no model can be made.*'nonsense'"),
+    ],
+)
+def test_models_that_cannot_be_trained_here_are_refused(source, tmp_path, changes, reason):
+    edit_json(source / "config.json", **changes)
+    with pytest.raises(UnsupportedModel, match=f"(?s){reason}"):
+        import_folder(source, tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("family", "num_layers", "name"),
+    [
+        ("bert", 2, "BertLMHeadModel"),  # reads both ways
+        ("electra", 2, "ElectraForCausalLM"),  # has layers between the last hidden states and the head
+        ("bloom", 2, "bloom"),  # has an attention of its own
+        ("llama", 0, "llama"),  # has nothing to adapt
+    ],
+)
+def test_an_architecture_that_cannot_be_trained_is_refused_by_name(tmp_path, family, num_layers, name):
+    config = AutoConfig.for_model(family, num_hidden_layers=num_layers, **SIZES)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    give_tokenizer(tmp_path / "source")
+
+    with pytest.raises(UnsupportedModel, match=name) as caught:
+        import_folder(tmp_path / "source", tmp_path / "base")
+
+    assert "Choose a d" in caught.value.remedy
+    assert not (tmp_path / "base").exists()
+
+
+def test_weights_that_give_no_finite_logits_are_refused(source, tmp_path):
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM can't be packed: its logits are not finite"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_a_folder_without_config_or_weights_is_refused(source, tmp_path):
+    (source / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModel, match="no safetensors"):
+        import_folder(source, tmp_path / "base")
+    (source / "config.json").unlink()
+    with pytest.raises(UnsupportedModel, match=r"no config\.json"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(source, tmp_path):
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UnsupportedModel, match="tokenizer"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_a_safetensors_bomb_is_refused_on_import_and_on_load(source, base_dirs, tmp_path):
+    (source / "model.safetensors").write_bytes((2**30).to_bytes(8, "little") + b"{")
+    with pytest.raises(UnsafeFile, match="header of 1073741824 bytes"):
+        import_folder(source, tmp_path / "base")
+    with pytest.raises(UnsafeFile):
+        load_base(source, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_weights_that_do_not_match_the_config_are_refused(source, tmp_path, change):
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if change == "missing":
+        del weights[name]
+    elif change == "unknown":
+        weights["model.layers.9.mlp.up_proj.weight"] = weights[name].clone()
+    else:
+        weights[name] = weights[name][:3].clone()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match="don't match"):
+        load_base(source, dtype="float32", device="cpu")
+    with pytest.raises(UnsupportedModel, match="don't match"):
+        import_folder(source, tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlanguage: en\nlicense: apache-2.0\ntags:\n- a\n---\nlicense: mit\n", "apache-2.0"),
+        ("---\nlicense: 'other'  # see below\nlicense_name: llama3.1\n---\n", "llama3.1"),
+        ('---\nlicense: "mit"\r\n---\n', "mit"),
+        ("---\nbase_model: a/b\n---\nlicense: mit\n", None),
+        ("license: mit\n", None),
+        ("---\nlicense:\n- mit\nlanguage: en\n---\n", "mit"),
+        ("---\nlicense:  # both\n  - mit\n  - 'apache-2.0'\ntags:\n- a\n---\n", "mit, apache-2.0"),
+        ('---\nlicense: [mit, "apache-2.0"]\n---\n', "mit, apache-2.0"),
+        ("---\nlicense:\n- other\nlicense_name: llama3.1\n---\n", "llama3.1"),
+        ("---\nlicense:\ntags:\n- mit\n---\n", None),
+        ("---\nlicense: []\n---\n", None),
+        ("---\nlicense: other\n---\n", "other"),
+        (None, None),
+    ],
+)
+def test_the_licence_is_the_one_that_the_model_card_names(tmp_path, card, licence):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert licence_of_folder(tmp_path) == licence
+
+
+def test_the_model_read_from_gguf_is_let_go_before_the_written_one_is_tried(source, tmp_path, monkeypatch):
+    held = []
+
+    def load(folder, *, dtype, gguf_file):
+        model = load_with_transformers(source, dtype=dtype)
+        held.append(weakref.ref(model))
+        return model
+
+    def try_out(directory, dtype):
+        held.append(held[0]())
+
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(model_file_import_base, "load_with_transformers", load)
+    monkeypatch.setattr(model_file_import_base, "_save_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr(model_file_import_base, "_refuse_untrainable", try_out)
+    monkeypatch.setattr(model_file_import_base, "licence_of_gguf", lambda _: None)
+    monkeypatch.setattr(model_file_import_base, "refuse_scaled_rotation", lambda _: None)
+
+    import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
+
+    assert held[1:] == [None]
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory) -> Iterator[Importer]:
+    with importer(tmp_path_factory.mktemp("importer")) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_only_the_weights_that_count_are_fetched_of_one_commit(source, tmp_path, child, num_shards):
+    commit, expected = f"{num_shards}" * 40, import_folder(source, tmp_path / "expected")
+    if num_shards > 1:
+        split_weights(source, num_shards)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    needed = {path.name for path in source.iterdir()}
+    (source / "original").mkdir()
+    others = (
+        "consolidated.safetensors",
+        "original/model.safetensors",
+        "pytorch_model.bin",
+        "modeling.py",
+        "other.json",
+    )
+    for name in others:
+        (source / name).write_bytes(b"not what it says")
+    asked: list[str] = []
+
+    told = child.import_from(hub_that_serves(source, commit, asked), tmp_path, "model")
+
+    assert told == [f"{commit} apache-2.0"], child.said()
+    assert {name for name in asked if name in {*needed, *others}} == needed
+    assert digests(tmp_path / "base") == digests(expected)
+
+
+def test_of_a_repository_whose_config_is_refused_no_weights_are_fetched(source, tmp_path, child):
+    edit_json(source / "config.json", vision_config={"hidden_size": 64})
+    asked: list[str] = []
+
+    (told,) = child.import_from(hub_that_serves(source, "a" * 40, asked), tmp_path, "model")
+
+    assert "reads images (vision_config) beside text" in told, child.said()
+    assert "config.json" in asked
+    assert not [name for name in asked if name.endswith(".safetensors")]
+
+
+def split_weights(folder: Path, num_shards: int) -> None:
+    """As a repository of a large model has them: shards, and an index that says which tensor is where."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for shard in range(num_shards):
+        file = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
+        part = dict(list(weights.items())[shard::num_shards])
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("named", ["../elsewhere.safetensors", "original/model.safetensors", "pytorch_model.bin"])
+def test_an_index_that_names_other_files_is_refused(source, tmp_path, named):
+    split_weights(source, 2)
+    edit_json(source / "model.safetensors.index.json", weight_map={"lm_head.weight": named})
+    with pytest.raises(UnsupportedModel, match="index"):
+        import_folder(source, tmp_path / "base")
+
+
+def test_what_lies_beside_the_weights_does_not_decide_their_dtype(source, tmp_path):
+    expected = import_folder(source, tmp_path / "expected")
+    weights = load_file(source / "model.safetensors")
+    save_file({name: weight.bfloat16() for name, weight in weights.items()}, source / "consolidated.safetensors")
+    assert digests(import_folder(source, tmp_path / "base")) == digests(expected)
+
+
+def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(source, tmp_path, monkeypatch):
+    asked = []
+    commit = SimpleNamespace(sha="b" * 40)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, revision: asked.append(revision) or commit)
+
+    def snapshot_download(_, *, revision, **__):
+        asked.append(revision)
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UnreachableSource, match="doesn't give 'org/model' at main: the hub can't be reached"):
+        import_base(source="org/model", kind="hub", revision="main", target_dir=tmp_path / "base")
+    assert asked == ["main", "b" * 40]
+
+
+def test_why_the_hub_gives_nothing_is_said(tmp_path, child):
+    cases = {
+        "closed": (403, "GatedRepo", "gated"),
+        "absent": (404, "RepoNotFound", "none, or it is private"),
+        "other": (404, "RevisionNotFound", "no such revision"),
+        "down": (503, None, "can't be reached"),
+    }
+
+    hub = hub_that_refuses({name: case[:2] for name, case in cases.items()})
+    told = child.import_from(hub, tmp_path, *cases)
+
+    found = [reason in line for (*_, reason), line in zip(cases.values(), told, strict=True)]
+    assert found == [True] * 4, (told, child.said())
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_model_whose_own_pass_fails_by_its_sizes_is_refused_by_name(tmp_path):
+    """MiniCPM3 expands its keys twice where heads share them."""
+    config = MiniCPM3Config.from_dict(
+        {**SIZES, "num_hidden_layers": 1, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    )
+    folder = tmp_path / "source"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    give_tokenizer(folder)
+
+    with pytest.raises(UnsupportedModel, match="MiniCPM3ForCausalLM can't be packed: transformers' own pass fails"):
+        import_base(source=str(folder), kind="folder", revision=None, target_dir=tmp_path / "base")

@@ -1,0 +1,126 @@
+"""A peft.LoraConfig is trained as it says, or refused by the name of the field that the engine doesn't support."""
+
+from dataclasses import fields
+
+import peft
+import pytest
+
+from lora_core.config import LoraConfig
+from lora_core.errors import ConfigError
+from lora_core.layers.task_heads import Task
+from lora_core.peft_format import config as from_peft
+from lora_core.peft_format.config import lora_config_from
+
+
+def test_what_both_know_is_taken_over():
+    config = peft.LoraConfig(
+        r=12,
+        lora_alpha=24,
+        lora_dropout=0.1,
+        target_modules=["v_proj", "q_proj"],
+        use_rslora=True,
+        use_dora=True,
+        rank_pattern={"q_proj": 4},
+        alpha_pattern={r"layers\.0\..*": 8},
+        layers_to_transform=[0, 1],
+        modules_to_save=["lm_head"],
+        trainable_token_indices=[7, 3],
+        task_type="CAUSAL_LM",
+    )
+
+    assert lora_config_from(config) == LoraConfig(
+        rank=12,
+        alpha=24,
+        dropout=0.1,
+        target_modules=("q_proj", "v_proj"),
+        use_rslora=True,
+        use_dora=True,
+        rank_pattern=(("q_proj", 4),),
+        alpha_pattern=((r"layers\.0\..*", 8),),
+        layers_to_transform=(0, 1),
+        modules_to_save=("lm_head",),
+        trainable_token_indices=(7, 3),
+    )
+    assert lora_config_from(peft.LoraConfig(target_modules="all-linear")).target_modules == "all-linear"
+
+
+def test_a_string_is_a_regular_expression_as_in_peft():
+    assert lora_config_from(peft.LoraConfig(target_modules=r".*\.q_proj")).target_modules == r"re:.*\.q_proj"
+    assert lora_config_from(peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=1)).layers_to_transform == (
+        1,
+    )
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "pissa_niter_16", "olora"])
+def test_where_an_adapter_begins_has_the_names_of_peft(init):
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=init)
+
+    assert lora_config_from(config).init_lora_weights == init
+    assert lora_config_from(peft.LoraConfig(target_modules="all-linear")).init_lora_weights == "default"
+
+
+def test_each_field_of_peft_is_taken_ignored_or_refused():
+    sets = (from_peft.TAKEN, from_peft.COMPARED, from_peft.WITHOUT_EFFECT, from_peft.REFUSED)
+
+    assert sum(map(len, sets)) == len(set().union(*sets)), "no field is in two sets"
+    unknown = {field.name for field in fields(peft.LoraConfig)} - set().union(*sets)
+    assert unknown == set()
+
+
+UNSUPPORTED = {
+    "init_lora_weights": "orthogonal",
+    "bias": "all",
+    "layers_pattern": "layers",
+    "exclude_modules": ["q_proj"],
+    "trainable_token_indices": {"lm_head": [1]},
+    "lora_bias": True,
+    "target_parameters": ["experts.weight"],
+    "layer_replication": [(0, 1)],
+    "alora_invocation_tokens": [1, 2],
+    "use_qalora": True,
+    "ensure_weight_tying": True,
+    "megatron_config": {"a": 1},
+    "auto_mapping": {"parent_library": "x"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_what_the_engine_does_not_do_is_refused_by_name(name):
+    config = peft.LoraConfig(target_modules="all-linear")
+    setattr(config, name, UNSUPPORTED[name])
+
+    with pytest.raises(ConfigError, match=name) as refusal:
+        lora_config_from(config)
+    assert refusal.value.remedy
+
+
+def test_targets_that_peft_would_look_up_are_refused():
+    with pytest.raises(ConfigError, match="target_modules"):
+        lora_config_from(peft.LoraConfig(target_modules=None))
+
+
+def test_another_task_is_refused():
+    with pytest.raises(ConfigError, match="task_type"):
+        lora_config_from(peft.LoraConfig(target_modules="all-linear", task_type="TOKEN_CLS"))
+
+
+@pytest.mark.parametrize(("task_type", "task"), [("SEQ_CLS", "causal-lm"), ("CAUSAL_LM", "sequence-classification")])
+def test_the_task_is_that_of_the_base_model(task_type: str, task: Task):
+    config = peft.LoraConfig(target_modules="all-linear", task_type=task_type)
+
+    with pytest.raises(ConfigError, match=f"task_type='{task_type}'") as refusal:
+        lora_config_from(config, task=task)
+    other: Task = "sequence-classification" if task == "causal-lm" else "causal-lm"
+    assert f"task={other!r}" in refusal.value.remedy
+    assert lora_config_from(config, task=other) == lora_config_from(peft.LoraConfig(target_modules="all-linear"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_start_is_blamed_and_not_what_peft_fills_in_for_it():
+    with pytest.raises(ConfigError, match="init_lora_weights='eva'"):
+        lora_config_from(peft.LoraConfig(target_modules="all-linear", init_lora_weights="eva"))
+
+
+def test_numbers_out_of_range_are_refused_as_anywhere():
+    with pytest.raises(ConfigError, match=r"lora\.rank"):
+        lora_config_from(peft.LoraConfig(r=2048, target_modules="all-linear"))

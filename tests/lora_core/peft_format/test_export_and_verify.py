@@ -1,0 +1,265 @@
+"""Law: served equals trained. What is exported gives, in PEFT on the base, the logits that training saw."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_core.peft_format.verify import verify_export
+from tests.lora_core.exports import JOB, snapshot, trained
+from tests.lora_core.scenarios import Submission, config, dataset, weights
+
+
+def targets_of(family: str) -> list:
+    partial = {"llama": ("q_proj", "layers.1.mlp.up_proj"), "gpt2": ("attn.c_proj", "c_fc")}[family]
+    return ["all-linear", partial]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_served_equals_trained_under_peft_on_the_resident_base(load, tmp_path, family, dtype, rslora):
+    base = load(family, dtype)
+    for index, targets in enumerate(targets_of(family)):
+        job = config(num_steps=6, learning_rate=2e-2, targets=targets)
+        job = replace(job, lora=replace(job.lora, use_rslora=rslora))
+        engine = trained(base, replace(JOB, config=job))
+        report = engine.export("job", tmp_path / f"{index}", base_name="tiny")
+
+        verdict = verify_export(base, tmp_path / f"{index}")
+
+        assert verdict.passed, verdict
+        assert verdict.num_positions == 4
+        assert verdict.max_abs_effect > 3 * verdict.tolerance
+        assert report.num_parameters == engine.num_parameters("job")
+        assert report.dtype == dtype
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_dora_is_served_by_peft_as_trained_and_its_magnitudes_count(load, tmp_path, family, dtype, dropout):
+    base = load(family, dtype)
+    job = config(num_steps=6, learning_rate=2e-2, dropout=dropout)
+    job = replace(job, lora=replace(job.lora, use_dora=True))
+    trained(base, replace(JOB, config=job)).export("job", tmp_path / "adapter", base_name="tiny")
+
+    assert verify_export(base, tmp_path / "adapter").passed
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    magnitudes = {name: tensor * 1.3 for name, tensor in tensors.items() if name.endswith("lora_magnitude_vector")}
+    assert len(magnitudes) * 3 == len(tensors)
+    save_file(tensors | magnitudes, path)
+    assert not verify_export(base, tmp_path / "adapter").passed
+
+
+SHAPES = {
+    "llama": {
+        "rank_pattern": (("mlp.up_proj", 2), (r".*\.1\.self_attn\.[qk]_proj", 7)),
+        "alpha_pattern": (("q_proj", 3.0), ("layers.0.mlp.down_proj", 20.0)),
+    },
+    "gpt2": {"rank_pattern": (("attn.c_proj", 2), ("h.1.mlp.c_fc", 6)), "alpha_pattern": (("c_fc", 5.0),)},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("more", [{}, {"layers_to_transform": (1,)}, {"use_rslora": True}])
+def test_patterns_of_rank_and_alpha_and_layers_are_loaded_by_peft_as_trained(load, tmp_path, family, more):
+    base = load(family)
+    shape = SHAPES[family] if "layers_to_transform" not in more else {"rank_pattern": (("c_fc|up_proj", 2),)}
+    job = replace(JOB.config, lora=replace(JOB.config.lora, **shape, **more))
+    trained(base, replace(JOB, config=job)).export("job", tmp_path / "adapter", base_name="tiny")
+
+    verdict = verify_export(base, tmp_path / "adapter")
+
+    content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert verdict.passed, verdict
+    assert verdict.max_abs_effect > 3 * verdict.tolerance
+    assert content["layers_to_transform"] == ([1] if "layers_to_transform" in more else None)
+    assert len(content["rank_pattern"]) == (1 if "layers_to_transform" in more else {"llama": 3, "gpt2": 3}[family])
+
+
+def high_rate(learning_rate: float, seed: int) -> Submission:
+    """A job that learns eight rows by heart at a rate far above the usual."""
+    job = config(rank=16, num_steps=100, batch_size=4, learning_rate=learning_rate, seed=seed)
+    return Submission(config=job, train=dataset(seed, [20, 33, 15, 40, 25, 31, 18, 22]))
+
+
+@pytest.mark.parametrize(
+    ("family", "learning_rate", "seed"), [("llama", 0.05, 5), ("llama", 0.05, 8), ("gpt2", 0.05, 2)]
+)
+def test_adapters_of_a_high_rate_in_bf16_pass_and_wrong_ones_of_theirs_do_not(
+    load, tmp_path, family, learning_rate, seed
+):
+    base = load(family, "bfloat16")
+    directory = tmp_path / "adapter"
+    trained(base, high_rate(learning_rate, seed)).export("job", directory, base_name="tiny")
+    tensors = load_file(directory / "adapter_model.safetensors")
+
+    verdict = verify_export(base, directory)
+
+    assert verdict.passed, verdict
+    assert (verdict.worst_linear_error or 0.0) < 0.5
+    for change in CHANGES:
+        save_file(damaged(tensors, change), directory / "adapter_model.safetensors")
+        assert not verify_export(base, directory).passed, change
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_each_matrix_that_is_wrong_by_a_tenth_is_noticed_and_named(load, tmp_path, dora):
+    base = load("llama", "bfloat16")
+    directory = tmp_path / "adapter"
+    job = JOB.config if not dora else replace(JOB.config, lora=replace(JOB.config.lora, use_dora=True))
+    trained(base, replace(JOB, config=job)).export("job", directory, base_name="tiny")
+    tensors = load_file(directory / "adapter_model.safetensors")
+    for name in list(tensors)[::3]:
+        save_file(tensors | {name: tensors[name] * 0.9}, directory / "adapter_model.safetensors")
+
+        verdict = verify_export(base, directory)
+
+        assert not verdict.passed
+        assert f".{verdict.worst_linear}.lora_" in name
+        assert str(verdict.worst_linear) in verdict.explanation
+
+
+def test_an_adapter_of_an_older_version_is_verified_by_its_logits_and_the_report_says_so(exported):
+    base, directory = exported
+    probe = load_file(directory / "probe.safetensors")
+    save_file({name: tensor for name, tensor in probe.items() if "." not in name}, directory / "probe.safetensors")
+
+    verdict = verify_export(base, directory)
+
+    assert verdict.passed
+    assert (verdict.num_linears, verdict.worst_linear, verdict.worst_linear_error) == (0, None, None)
+    assert "before linears were compared" in verdict.explanation
+
+
+CHANGES = {"scale": 0.5, "one matrix": -1, "zero": 0}
+NOT_FINITE = {"overflow": 1e38, "infinity": float("inf"), "no number": float("nan")}
+
+
+def damaged(tensors: dict[str, torch.Tensor], change: str) -> dict[str, torch.Tensor]:
+    """Every B, or one, times a number."""
+    wrong = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, tensor in wrong.items():
+        if "lora_B" in name and (change != "one matrix" or "layers.1.mlp.down" in name or "h.1.mlp.c_proj" in name):
+            tensor.mul_({**CHANGES, **NOT_FINITE}[change])
+    return wrong
+
+
+@pytest.mark.parametrize("change", ["scale", "one matrix", "zero"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_that_is_not_the_trained_one_fails_verification(load, tmp_path, dtype, change):
+    base = load("llama", dtype)
+    trained(base).export("job", tmp_path / "adapter", base_name="tiny")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file(damaged(tensors, change), tmp_path / "adapter" / "adapter_model.safetensors")
+
+    assert not verify_export(base, tmp_path / "adapter").passed
+
+
+@pytest.mark.parametrize("evidence", [True, False])
+@pytest.mark.parametrize("change", ["zero", *NOT_FINITE])
+def test_the_report_on_a_hopeless_adapter_is_json_without_infinity(exported, change, evidence):
+    base, directory = exported
+    tensors, probe = load_file(directory / "adapter_model.safetensors"), load_file(directory / "probe.safetensors")
+    save_file(damaged(tensors, change), directory / "adapter_model.safetensors")
+    save_file({name: probe[name] for name in probe if evidence or "." not in name}, directory / "probe.safetensors")
+
+    verdict = verify_export(base, directory)
+
+    assert not verdict.passed
+    assert json.loads(json.dumps(asdict(verdict), allow_nan=False)) == asdict(verdict)
+    assert not re.search(r"\b(inf|nan)\b", verdict.explanation)
+    assert (verdict.worst_linear_error or 0) > 1 if evidence else verdict.worst_linear_error is None
+
+
+def test_a_rounding_that_is_not_finite_allows_nothing(exported, monkeypatch):
+    base, directory = exported
+    shape = load_file(directory / "probe.safetensors")["logits"].shape
+    monkeypatch.setattr("lora_core.peft_format.verify._nudged_logits", lambda *_, **__: torch.full(shape, float("inf")))
+
+    verdict = verify_export(base, directory)
+
+    assert not verdict.passed
+    assert "not finite" in verdict.explanation
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_verification_leaves_the_resident_base_without_a_trace_and_in_service(load, tmp_path, family):
+    base = load(family)
+    engine = trained(base)
+    engine.export("job", tmp_path / "adapter", base_name="tiny")
+    before = snapshot(base)
+
+    verify_export(base, tmp_path / "adapter")
+
+    assert snapshot(base) == before
+    engine.export("job", tmp_path / "again", base_name="tiny")
+    for name in ("adapter_model.safetensors", "probe.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_export_and_verification_tell_at_each_linear_of_each_pass_that_they_go_on(load, tmp_path, family):
+    base = load(family)
+    engine = trained(base)
+    before = snapshot(base)
+    told: dict[str, int] = {"export": 0, "verification": 0}
+
+    def count(part: str) -> None:
+        told[part] += 1
+
+    engine.export("job", tmp_path / "adapter", base_name="tiny", between=lambda: count("export"))
+    verify_export(base, tmp_path / "adapter", between=lambda: count("verification"))
+
+    num_linears = len(base.linear_names())
+    assert told["export"] == 2 * num_linears  # with the adapter, and without
+    assert told["verification"] == 7 * num_linears  # six passes, and each linear by itself
+    assert snapshot(base) == before
+
+
+def test_a_process_without_an_engine_can_verify(exported, load):
+    assert verify_export(load("llama"), exported[1]).passed
+
+
+def test_the_exported_weights_are_those_that_training_computed_with(load, tmp_path):
+    base = load("llama", "bfloat16")
+    engine = trained(base)
+    engine.export("job", tmp_path / "adapter", base_name="tiny")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    flat = torch.cat([tensor.flatten() for tensor in ordered(tensors, engine)])
+    assert torch.equal(flat, weights(engine, "job").bfloat16())
+
+
+def ordered(tensors, engine):
+    names = [target.name for target in engine._jobs["job"].row.targets]
+    return [tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB" for name in names]
+
+
+def test_the_configuration_is_minimal_and_says_what_servers_expect(exported):
+    content = json.loads((exported[1] / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == "tiny/llama"
+    assert (content["r"], content["lora_alpha"], content["peft_type"]) == (4, 8, "LORA")
+    assert content["target_modules"] == sorted(content["target_modules"])
+    assert set(content["target_modules"]) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+
+
+def test_targets_that_no_short_name_describes_are_written_in_full(load, tmp_path):
+    job = replace(JOB, config=config(targets="layers.1.self_attn.q_proj"))
+    trained(load("llama"), job).export("job", tmp_path / "adapter", base_name="tiny")
+    content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert content["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_whoever_may_read_the_folder_may_read_its_files(exported):
+    _, folder = exported
+
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+
+    assert set(modes.values()) == {folder.stat().st_mode & 0o666}

@@ -1,0 +1,242 @@
+"""`lorry up` with the real api and the real worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from lorry import Lorry, connection
+from tests.lorry.local.test_local import is_alive, until
+from tests.services.running import free_port
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("module_database")]
+UP = [sys.executable, "-P", "-m", "lorry", "up", "--devices", "cpu", "--json"]
+
+
+@contextmanager
+def up(data_dir: Path, *arguments: str, **environ: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A running service and what it told; killed at the end if it still is there."""
+    argv = [*UP, "--data-dir", str(data_dir), *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
+    with (data_dir.parent / "stderr.txt").open("a") as errors:
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+    with process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, (data_dir.parent / "stderr.txt").read_text()
+            yield process, json.loads(line)
+        finally:
+            process.kill()
+
+
+def children_of(pid: int) -> dict[str, int]:
+    """The running children of a process, by the module that they run."""
+    found: dict[str, int] = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        if "-m" in command:
+            found[command[command.index("-m") + 1]] = int(child)
+    return found
+
+
+def both(pid: int) -> dict[str, int]:
+    until(lambda: children_of(pid).keys() == {"api", "worker.entrypoints.loop"})
+    return children_of(pid)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all, in the order in which a person would come by."""
+    return tmp_path_factory.mktemp("up") / "data"
+
+
+def test_a_first_start_makes_everything_and_a_client_finds_it(data_dir: Path) -> None:
+    with up(data_dir) as (process, told):
+        children = both(process.pid)
+        path = data_dir / connection.FILE_NAME
+
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
+        database = data_dir / "lorry.db"
+        assert not database.exists() or not stat.S_IMODE(database.stat().st_mode) & 0o077
+        assert told["url"] == json.loads(path.read_text())["url"]
+        with Lorry(data_dir=data_dir) as lorry:
+            until(lambda: list(lorry.workers.list()))
+            assert list(lorry.models.list()) == []
+        _check_sign_in(told["sign_in_url"])
+        _check_second_is_refused(data_dir, process.pid)
+
+        process.terminate()
+        assert process.wait(60) == 0
+        assert not any(is_alive(pid) for pid in children.values())
+
+
+def test_a_later_start_keeps_the_key_and_tells_the_new_address(data_dir: Path) -> None:
+    before = connection.read(data_dir)
+    assert before is not None
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    with up(data_dir, "--port", str(port)) as (process, told):
+        assert connection.read(data_dir) == replace(before, url=f"http://127.0.0.1:{port}")
+        assert told["url"] == f"http://127.0.0.1:{port}"
+
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+
+
+def test_a_worker_that_is_killed_comes_back_and_children_die_with_a_killed_parent(data_dir: Path) -> None:
+    with up(data_dir) as (process, _):
+        first = both(process.pid)
+        os.kill(first["worker.entrypoints.loop"], signal.SIGKILL)
+        until(
+            lambda: (
+                children_of(process.pid).get("worker.entrypoints.loop", first["worker.entrypoints.loop"])
+                != first["worker.entrypoints.loop"]
+            )
+        )
+        now = both(process.pid)
+        assert now["api"] == first["api"]
+
+        process.kill()
+        until(lambda: not any(is_alive(pid) for pid in now.values()))
+
+
+def test_an_api_that_is_killed_ends_all_with_its_log(data_dir: Path) -> None:
+    with up(data_dir) as (process, _):
+        children = both(process.pid)
+        os.kill(children["api"], signal.SIGKILL)
+
+        assert process.wait(60) == 1
+        assert not is_alive(children["worker.entrypoints.loop"])
+    assert "The api ended (status -9). Its last lines:" in (data_dir.parent / "stderr.txt").read_text()
+
+
+def test_after_a_lost_connection_file_a_new_key_is_made_and_works(data_dir: Path) -> None:
+    (data_dir / connection.FILE_NAME).unlink()
+
+    with up(data_dir) as (process, told):
+        _check_sign_in(told["sign_in_url"])
+        with Lorry(data_dir=data_dir) as lorry:
+            assert list(lorry.jobs.list()) == []
+        assert "held no API key: a new one was made" in (data_dir.parent / "stderr.txt").read_text()
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def test_a_first_start_that_was_cut_off_before_it_noted_its_key_is_made_good(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    env = {**os.environ, "LORRY_DATA_DIR": str(data_dir)}
+    subprocess.run([sys.executable, "-P", "-m", "api", "bootstrap"], env=env, check=True, capture_output=True)
+
+    with up(data_dir) as (process, _), Lorry(data_dir=data_dir) as lorry:
+        assert list(lorry.jobs.list()) == []
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        argv = [*UP, "--data-dir", str(tmp_path / "d"), "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+
+    assert done.returncode == 1
+    assert "is in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+WITH_A_THIEF = """
+import socket, sys, threading
+from lorry.cli.main import main
+from lorry.local import service
+
+heard_in, port = sys.argv.pop(1), int(sys.argv.pop(1))
+
+def steal():
+    listening = socket.create_server(("127.0.0.1", port))
+    def answer():
+        while True:
+            client, _ = listening.accept()
+            with client:
+                open(heard_in, "ab").write(client.recv(65536))
+                client.sendall(b"HTTP/1.1 200 OK\\r\\ncontent-length: 2\\r\\nconnection: close\\r\\n\\r\\n{}")
+    threading.Thread(target=answer, daemon=True).start()
+
+def bootstrap(self, real=service.Service.bootstrap):
+    try:
+        steal()
+    except OSError as error:
+        open(heard_in, "ab").write(f"not taken: {error.strerror}".encode())
+    return real(self)
+
+service.Service.bootstrap = bootstrap
+main()
+"""
+"""`lorry up`, with another process that listens at the port as soon as it is chosen, if it can."""
+
+
+def test_no_other_process_can_take_the_port_while_the_service_starts(tmp_path: Path) -> None:
+    port, heard, data_dir = free_port(), tmp_path / "heard", tmp_path / "data"
+    up_arguments = [*UP[4:], "--data-dir", str(data_dir), "--port", str(port)]
+    argv = [sys.executable, "-P", "-c", WITH_A_THIEF, str(heard), str(port), *up_arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+
+    assert "authorization" not in heard.read_text().lower()
+    assert heard.read_text().startswith("not taken: Address already in use")
+    assert json.loads(line)["url"] == f"http://127.0.0.1:{port}", errors
+
+
+def test_a_data_folder_that_can_not_be_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    done = subprocess.run(
+        [*UP, "--data-dir", str(tmp_path / "file" / "d")], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: Not a directory")
+
+
+def _check_sign_in(url: str) -> None:
+    """The link's page is there, and the link signs in once, and not twice."""
+    address, _, token = url.partition("/dashboard/#/sign-in/")
+    headers = {"x-lorry-csrf": "1", "origin": address}
+    assert httpx.get(url, trust_env=False).status_code == 200
+
+    first, second = (
+        httpx.post(f"{address}/v1/sign_in_links/open", json={"token": token}, headers=headers, trust_env=False)
+        for _ in range(2)
+    )
+
+    assert first.status_code == 200
+    assert "lorry_session" in first.headers["set-cookie"]
+    assert second.status_code == 401
+    assert "set-cookie" not in second.headers
+
+
+def _check_second_is_refused(data_dir: Path, holder: int) -> None:
+    done = subprocess.run([*UP, "--data-dir", str(data_dir)], capture_output=True, text=True, check=False, timeout=60)
+
+    assert done.returncode == 1
+    assert f"Lorry already runs on {data_dir} (process {holder})." in done.stderr

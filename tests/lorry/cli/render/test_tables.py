@@ -1,0 +1,136 @@
+"""Tables on a narrow terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lorry.cli.main import app
+from lorry.cli.render import output
+from tests.lorry.scripted_server import Script
+
+JOB = {
+    "id": "ftjob-1c0ffee0a1b2c3d4e5f60718",
+    "status": "validating_files",
+    "model": "smollm2-135m-instruct",
+    "progress": {"step": 1000, "num_steps": 1200, "loss": 1.5678, "valid_loss": 1.6789},
+    "seconds_running": 40000,
+    "created_at": 1790000000,
+}
+FILE = {
+    "id": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
+    "filename": "a name of a file that goes on\nand on.jsonl",
+    "bytes": 123456789,
+    "purpose": "fine-tune",
+    "created_at": 1790000000,
+}
+MODEL = {
+    "id": "ft:smollm2-135m-instruct:default:suffix:1c0ffee0",
+    "kind": "adapter",
+    "state": "ready",
+    "base": "smollm2-135m-instruct",
+    "digest": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "created": 1790000000,
+}
+ADAPTER = {
+    "name": MODEL["id"],
+    "base_model": "smollm2-135m-instruct",
+    "rank": 16,
+    "bytes": 123456789,
+    "evaluation": {"base_loss": 2.34567, "loss": 1.23456},
+    "verification": {"passed": True},
+}
+WORKER = {
+    "id": "a-rather-long-host-1c0ffee0a1b2",
+    "state": "idle",
+    "host": "a-rather-long-host.example.org",
+    "devices": [{"name": "NVIDIA H100 80GB HBM3"}, {"name": "NVIDIA H100 80GB HBM3"}],
+    "resident_base_names": ["smollm2-135m-instruct"],
+    "trainer_id": "trainer-1c0ffee0a1b2c3d4e5f60718",
+    "last_seen_at": 1790000000,
+}
+TURN = {
+    "job_id": JOB["id"],
+    "state": "queued",
+    "base_model": "smollm2-135m-instruct",
+    "priority": "normal",
+    "position": 1,
+    "reason": "It is the oldest of the project that has had the least of the last hour.",
+}
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(service: Script, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("LORRY_URL", service.url)
+    monkeypatch.setenv("LORRY_API_KEY", "k")
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("command", "path", "row", "whole"),
+    [
+        ("jobs list", "/v1/fine_tuning/jobs", JOB, "id"),
+        ("jobs list", "/v1/fine_tuning/jobs", {**JOB, "suffix": "a-suffix-that-is-rather-long"}, "id"),
+        ("files list", "/v1/files", FILE, "id"),
+        ("models list", "/v1/models", MODEL, "id"),
+        ("adapters list", "/v1/adapters", ADAPTER, "name"),
+        ("workers", "/v1/workers", WORKER, "id"),
+        ("queue", "/v1/queue", TURN, "job_id"),
+    ],
+)
+def test_at_80_columns_each_row_is_one_line_that_begins_with_its_whole_name(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch, command: str, path: str, row: dict[str, Any], whole: str
+) -> None:
+    service.on("GET", path, {"jobs" if command == "queue" else "data": [row, row], "has_more": False})
+    monkeypatch.setattr("lorry.cli.render.output._WIDTH_OF_A_PIPE", 80)
+
+    head, *lines = run(*command.split()).stdout.splitlines()
+
+    assert len(lines) == 2
+    assert all(line.startswith(f"{row[whole]}  ") for line in lines)
+    assert all(len(line) <= 80 for line in (head, *lines))
+
+
+def test_where_there_is_room_every_column_is_shown_uncut(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/workers", {"data": [WORKER], "has_more": False})
+
+    head, line = run("workers").stdout.splitlines()
+
+    assert head.split() == ["ID", "STATE", "HOST", "DEVICES", "HOLDS", "TRAINER", "SEEN"]
+    assert "NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3  smollm2-135m-instruct" in line
+    assert "…" not in line
+
+
+def test_a_time_in_a_table_is_short() -> None:
+    assert output.briefly(86400 * 200) == "1970-07-20"
+    assert output.briefly(None) is None
+
+
+def test_a_time_of_today_tells_seconds_where_they_matter() -> None:
+    now = datetime.now().astimezone().replace(hour=12, minute=5, second=9)
+
+    assert output.lately(int(now.timestamp())) == "12:05:09"
+    assert output.lately(86400 * 200) == "1970-07-20"
+    assert output.lately(None) is None
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "told"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (31_511, "31.5 kB"),
+        (999_949, "1.00 MB"),
+        (123_456_789, "123 MB"),
+        (9_996_000_000, "10.0 GB"),
+        (5_000_000_000_000_000, "5000 TB"),
+    ],
+)
+def test_a_size_is_in_decimal_units_like_the_dashboards(num_bytes: int, told: str) -> None:
+    assert output.size(num_bytes) == told

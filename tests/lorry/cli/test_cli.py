@@ -1,0 +1,400 @@
+"""The command line: what it prints where, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+import lorry as lorry_package
+from lorry import __version__, connection
+from tests.lorry.adapter_fixture import serve, tar
+from tests.lorry.scripted_server import Reply, Script
+
+JOBS = "/v1/fine_tuning/jobs"
+Run = Callable[..., Result]
+JOB = {
+    "id": "ftjob-1",
+    "status": "running",
+    "model": "m",
+    "progress": {"step": 3, "num_steps": 9, "loss": 1.5, "tokens_per_second": 480.2, "seconds_left": 61},
+    "created_at": 1790000000,
+    "lora": {"rank": 16},
+}
+
+
+def refusal(message: str, status: int = 400) -> Reply:
+    return Reply(status=status, body={"error": {"message": message, "type": "x", "param": "model", "code": "c"}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "reply"),
+    [
+        (("jobs", "list"), JOBS, {"data": [JOB], "has_more": False}),
+        (("files", "list"), "/v1/files", {"data": [{"id": "file-1", "bytes": 5}], "has_more": False}),
+        (("models", "list"), "/v1/models", {"data": [{"id": "m", "state": "ready"}], "has_more": False}),
+        (("adapters", "list"), "/v1/adapters", {"data": [{"id": "a", "name": "n", "bytes": 1}], "has_more": False}),
+        (("workers",), "/v1/workers", {"data": [{"id": "w", "devices": [{"name": "CPU"}]}], "has_more": False}),
+    ],
+)
+def test_a_list_is_a_table_for_people_and_the_wires_objects_as_json(
+    service: Script, run: Run, arguments: tuple[str, ...], path: str, reply: dict[str, Any]
+) -> None:
+    service.on("GET", path, reply)
+
+    people, machine = run(*arguments), run(*arguments, "--json")
+
+    assert people.exit_code == machine.exit_code == 0
+    assert reply["data"][0]["id" if "adapters" not in arguments else "name"] in people.stdout
+    assert json.loads(machine.stdout) == reply["data"]
+
+
+def test_an_empty_list_says_what_to_do_on_stderr(service: Script, run: Run) -> None:
+    service.on("GET", JOBS, {"data": [], "has_more": False})
+
+    result = run("jobs", "list")
+
+    assert result.stdout == ""
+    assert "lorry jobs submit" in result.stderr
+
+
+def test_a_refusal_is_its_sentence_on_stderr_and_exit_code_1(service: Script, run: Run) -> None:
+    service.on("GET", f"{JOBS}/x", refusal("No job with the id 'x'. Check the id.", 404))
+
+    result = run("jobs", "show", "x", "--json")
+
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == "Error: No job with the id 'x'. Check the id. (at model)\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "jobs",
+        "nonsense",
+        "jobs submit m",
+        "jobs submit m gone.jsonl",
+        "jobs submit m file-1 --rank many",
+        "jobs list -x",
+        "files upload gone.jsonl",
+        "up --port 0",
+    ],
+)
+def test_wrong_usage_exits_with_2_and_sends_nothing(service: Script, run: Run, arguments: str) -> None:
+    result = run(*arguments.split())
+
+    assert result.exit_code == 2
+    assert service.seen == []
+
+
+def test_without_a_service_the_remedy_is_told(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LORRY_URL")
+    monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
+
+    result = run("jobs", "list")
+
+    assert result.exit_code == 1
+    assert "`lorry up`" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_service_that_does_not_answer_is_told_with_the_variable_that_names_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lorry.transport.retries.RetryPolicy.delay", lambda *_: 0)
+    monkeypatch.setenv("LORRY_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
+    path = connection.write(tmp_path, connection.Connection(url="http://127.0.0.1:8472", api_key="k"))
+
+    message = run("jobs", "list").stderr
+
+    assert "The service at http://127.0.0.1:1 does not answer" in message
+    assert f"from the variable LORRY_URL; without it, it would be http://127.0.0.1:8472, from {path}" in message
+
+
+def test_submit_uploads_paths_takes_ids_and_sends_what_was_given(service: Script, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    service.on("GET", "/v1/models/m", {"id": "m"})
+    service.on("POST", "/v1/files", {"id": "file-new"})
+    service.on("POST", JOBS, JOB)
+    flags = "--rank 4 --learning-rate 0.001 --epochs 2 --batch-size 8 --seed 7 --suffix s --target q_proj --target v"
+
+    result = run("jobs", "submit", "m", "train.jsonl", "--valid", "file-old", *flags.split())
+
+    assert result.stdout == "ftjob-1\n"
+    assert json.loads(service.requests("POST", JOBS)[0].body) == {
+        "model": "m",
+        "training_file": "file-new",
+        "validation_file": "file-old",
+        "suffix": "s",
+        "seed": 7,
+        "lora": {"rank": 4, "target_modules": ["q_proj", "v"]},
+        "optimizer": {"learning_rate": 0.001},
+        "method": {"supervised": {"hyperparameters": {"batch_size": 8, "n_epochs": 2}}},
+    }
+
+
+def test_numbers_that_make_no_sense_are_the_services_to_refuse(service: Script, run: Run) -> None:
+    service.on("POST", JOBS, refusal("'lora.rank' must be at least 1; it was 0."))
+
+    result = run("jobs", "submit", "m", "file-1", "--rank", "0")
+
+    assert result.exit_code == 1
+    assert "at least 1" in result.stderr
+
+
+def stream_of(*statuses: str) -> Reply:
+    events = [f"event: job\nid: {i}\ndata: {json.dumps({**JOB, 'status': s})}\n\n" for i, s in enumerate(statuses)]
+    return Reply(body="".join(events).encode(), headers={"content-type": "text/event-stream"})
+
+
+def test_watching_tells_each_change_once_and_how_it_ended(service: Script, run: Run) -> None:
+    service.on("GET", f"{JOBS}/ftjob-1/stream", stream_of("queued", "running", "running", "succeeded"))
+
+    result = run("jobs", "watch", "ftjob-1")
+
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        "ftjob-1  queued  step 3/9  loss 1.500  480 tokens/s  1:01 left",
+        "ftjob-1  running  step 3/9  loss 1.500  480 tokens/s  1:01 left",
+        "ftjob-1 succeeded: None",
+    ]
+
+
+def test_watching_as_json_is_one_object_a_line_and_a_failed_job_exits_with_1(service: Script, run: Run) -> None:
+    service.on("GET", f"{JOBS}/ftjob-1/stream", stream_of("running", "failed"))
+
+    result = run("jobs", "watch", "ftjob-1", "--json")
+
+    assert result.exit_code == 1
+    assert [json.loads(line)["status"] for line in result.stdout.splitlines()] == ["running", "failed"]
+
+
+def test_several_jobs_are_watched_at_once(service: Script, run: Run) -> None:
+    for name in ("a", "b"):
+        body = stream_of("running", "succeeded").body.replace(b"ftjob-1", name.encode())
+        service.on("GET", f"{JOBS}/{name}/stream", Reply(body=body))
+
+    result = run("jobs", "watch", "a", "b", "a")
+
+    assert result.exit_code == 0
+    assert "a succeeded: None" in result.stderr
+    assert "b succeeded: None" in result.stderr
+
+
+def test_a_terminal_gets_bars(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorry import Lorry
+    from lorry.cli.render import progress_bars
+
+    service.on("GET", f"{JOBS}/ftjob-1/stream", stream_of("running", "succeeded"))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    drawn: list[str] = []
+    monkeypatch.setattr(progress_bars, "_draw", lambda _progress, _bar, job: drawn.append(progress_bars.facts(job)))
+
+    with Lorry(service.url, "k") as lorry:
+        jobs = progress_bars.watch(lorry, ["ftjob-1"], as_json=False)
+
+    assert [job.status for job in jobs] == ["succeeded"]
+    assert drawn == ["running  step 3/9  loss 1.500  480 tokens/s  1:01 left", "succeeded  step 3/9  loss 1.500"]
+
+
+def test_events_are_the_messages_oldest_first(service: Script, run: Run) -> None:
+    events = [{"id": str(i), "created_at": 1790000000 + i, "level": "info", "message": f"m{i}"} for i in (2, 1)]
+    service.on("GET", f"{JOBS}/j/events", {"data": events, "has_more": False})
+
+    assert [line.split()[-1] for line in run("jobs", "events", "j").stdout.splitlines()] == ["m1", "m2"]
+    assert [json.loads(line)["id"] for line in run("jobs", "events", "j", "--json").stdout.splitlines()] == ["1", "2"]
+    assert [line.split()[-1] for line in run("jobs", "events", "j", "--limit", "1").stdout.splitlines()] == ["m2"]
+    run("jobs", "events", "j", "--metrics", "-n", "500")
+    asked = [request.path.partition("?")[2] for request in service.seen]
+    assert asked == ["type=message&limit=100", "type=message&limit=100", "type=message&limit=1", "limit=100"]
+
+
+def test_following_the_events_goes_on_after_the_last_line_and_leaves_metrics_out(service: Script, run: Run) -> None:
+    events = [{"id": f"ftevent-{i}", "created_at": 1, "message": f"m{i}"} for i in (8, 7)]
+    service.on("GET", f"{JOBS}/ftjob-1/events", {"data": events, "has_more": False})
+    told = [{"id": "9", "message": "loss", "type": "metrics"}, {"id": "10", "message": "end", "type": "message"}]
+    body = "".join(f"event: event\nid: {event['id']}\ndata: {json.dumps(event)}\n\n" for event in told)
+    final = stream_of("succeeded").body
+    service.on("GET", f"{JOBS}/ftjob-1/stream", Reply(body=body.encode() + final))
+
+    lines = run("jobs", "events", "ftjob-1", "--follow").stdout.splitlines()
+    everything = run("jobs", "events", "ftjob-1", "-f", "--metrics").stdout.splitlines()
+
+    assert [line.split()[-1] for line in lines] == ["m7", "m8", "end"]
+    assert [line.split()[-1] for line in everything] == ["m7", "m8", "loss", "end"]
+    assert service.requests("GET", f"{JOBS}/ftjob-1/stream")[0].headers["last-event-id"] == "8"
+
+
+def test_text_of_the_service_can_not_steer_the_terminal_or_be_markup(service: Script, run: Run) -> None:
+    events = [{"id": "1", "created_at": 1, "level": "info", "message": "\x1b[31m[bold]red[/bold]\x07 \x9b \u202e é 好"}]
+    service.on("GET", f"{JOBS}/j/events", {"data": events, "has_more": False})
+
+    line = run("jobs", "events", "j").stdout
+
+    assert "\ufffd[31m[bold]red[/bold]\ufffd \ufffd \ufffd é 好" in line
+
+
+@pytest.mark.parametrize("verb", ["cancel", "pause", "resume"])
+def test_a_verb_says_what_came_of_it(service: Script, run: Run, verb: str) -> None:
+    service.on("POST", f"{JOBS}/j/{verb}", {**JOB, "id": "j", "cancel_requested": True})
+
+    assert "j is running, and will be cancelled within some seconds." in run("jobs", verb, "j").stderr
+    assert json.loads(run("jobs", verb, "j", "--json").stdout)["id"] == "j"
+
+
+@pytest.mark.parametrize("verb", ["hold", "release"])
+def test_a_hold_and_a_release_say_what_came_of_it(service: Script, run: Run, verb: str) -> None:
+    service.on("POST", f"{JOBS}/j/{verb}", {**JOB, "id": "j", "status": "queued", "is_held": verb == "hold"})
+
+    said = run("jobs", verb, "j").stderr
+
+    assert said == ("j is queued, held: lorry jobs release j\n" if verb == "hold" else "j is queued.\n")
+
+
+def test_a_job_is_moved_to_one_place(service: Script, run: Run) -> None:
+    service.on("POST", f"{JOBS}/j/move", {**JOB, "id": "j", "status": "queued"})
+
+    assert run("jobs", "move", "j", "--before", "k").stderr == "j is queued.\n"
+    assert run("jobs", "move", "j", "--last").stderr == "j is queued.\n"
+    refused = run("jobs", "move", "j", "--last", "--first")
+
+    assert [json.loads(seen.body) for seen in service.requests("POST", f"{JOBS}/j/move")] == [
+        {"before": "k"},
+        {"to": "last"},
+    ]
+    assert (refused.exit_code, "--before JOB" in refused.stderr) == (2, True)
+
+
+def test_a_cancel_takes_the_yes_of_a_script(service: Script, run: Run) -> None:
+    service.on("POST", f"{JOBS}/j/cancel", {**JOB, "id": "j", "status": "cancelled"})
+
+    assert run("jobs", "cancel", "j", "--yes").stderr == "j is cancelled.\n"
+    assert "--yes" not in run("jobs", "cancel", "--help").stdout
+
+
+def test_adding_a_model_waits_until_it_is_there(service: Script, run: Run) -> None:
+    service.on("POST", "/v1/models", {"id": "m", "state": "importing"})
+    service.on("GET", "/v1/models/m", {"id": "m", "state": "ready", "digest": "d1"})
+
+    assert "m is ready, digest d1." in run("models", "add", "m", "org/name").stderr
+    assert json.loads(run("models", "add", "m", "org/name", "--json").stdout)["digest"] == "d1"
+    assert "being imported" in run("models", "add", "m", "org/name", "--no-wait").stderr
+
+
+def test_queue_report_and_show_print_what_they_are_told(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/queue", {"jobs": [{"job_id": "ftjob-1", "state": "queued", "position": 1}], "workers": 0})
+    service.on("GET", "/v1/files/f/report", {"report": {"rows": 3000, "longest_row": 9}})
+    service.on("GET", f"{JOBS}/j", {**JOB, "status": "queued"})
+    service.on("GET", f"{JOBS}/j/why", {"explanation": "No worker.", "state": "queued"})
+
+    assert "ftjob-1" in run("queue").stdout
+    report = [" ".join(line.split()) for line in run("files", "report", "f", "--model", "m").stdout.splitlines()]
+    assert report == ["file f", "model m", "rows 3,000", "longest row 9 tokens"]
+    assert "No worker." in run("jobs", "show", "j").stdout
+
+
+def test_a_sign_in_link_is_printed_alone_and_opened_only_where_that_is_asked(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or False)  # pyright: ignore
+    link = {"url": "http://h/dashboard/#/sign-in/t", "expires_at": 1790000900}
+    service.on("POST", "/v1/sign_in_links", link, link, link)
+
+    told = run("sign-in-link")
+    assert told.stdout == "http://h/dashboard/#/sign-in/t\n"
+    assert "It works once, until" in told.stderr
+    assert json.loads(run("sign-in-link", "--json").stdout) == link
+    assert opened == []
+
+    assert "There is no browser here" in run("sign-in-link", "--open").stderr
+    assert opened == ["http://h/dashboard/#/sign-in/t"]
+
+
+def test_a_file_that_can_not_be_written_is_a_sentence(service: Script, run: Run, tmp_path: Path) -> None:
+    serve(service, tar())
+    (tmp_path / "file").write_text("")
+
+    result = run("adapters", "pull", "a", "file/below")
+
+    assert result.exit_code == 1
+    assert "Error: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def lorry(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "lorry", *arguments]
+    return subprocess.run(argv, env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_the_version_and_the_shells_completion_are_there() -> None:
+    assert lorry("--version").stdout.strip() == __version__
+    # Else typer asks which shell started us, and under `make` that is sh, which completes nothing.
+    named = lorry("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "_LORRY_COMPLETE" in named.stdout
+    completed = lorry(_LORRY_COMPLETE="complete_bash", COMP_WORDS="lorry jobs pa", COMP_CWORD="2").stdout
+    assert completed.split() == ["pause"]
+
+
+def test_ctrl_c_while_watching_exits_with_130_and_says_that_training_goes_on(service: Script) -> None:
+    service.on("GET", f"{JOBS}/ftjob-1", JOB)
+    argv = [sys.executable, "-m", "lorry", "jobs", "watch", "ftjob-1"]
+    env = {**os.environ, "LORRY_URL": service.url}
+
+    with subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+
+    assert "running" in first
+    assert process.returncode == 130
+    assert rest == "No longer watching; training goes on. Watch again: lorry jobs watch ftjob-1\n"
+
+
+@pytest.mark.parametrize("interrupted", ["typer", "httpx", "rich/console"])
+def test_ctrl_c_while_a_command_is_still_loading_exits_with_130_and_no_traceback(
+    service: Script, tmp_path: Path, interrupted: str
+) -> None:
+    service.on("GET", "/v1/queue", {"jobs": []})
+    package, _, module = interrupted.rpartition("/")
+    (tmp_path / package).mkdir(exist_ok=True)
+    (tmp_path / package / "__init__.py").touch()
+    (tmp_path / package / f"{module}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+
+    done = lorry("queue", LORRY_URL=service.url, PYTHONPATH=str(tmp_path))
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_package_itself_loads_nothing_until_a_name_of_it_is_used() -> None:
+    names = "[getattr(lorry, name).__name__ for name in lorry.__all__]"
+    code = f"import sys, lorry; assert 'httpx' not in sys.modules; print({names})"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == str(lorry_package.__all__)
+    with pytest.raises(AttributeError, match="Nonsense"):
+        _ = lorry_package.Nonsense
+
+
+def test_our_own_mistake_is_a_sentence_too(service: Script) -> None:
+    service.on("GET", "/v1/queue", {"jobs": 3})
+
+    done = lorry("queue", LORRY_URL=service.url)
+
+    assert done.returncode == 1
+    assert "lorry made a mistake" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in lorry("queue", LORRY_URL=service.url, LORRY_TRACEBACK="1").stderr

@@ -1,0 +1,208 @@
+"""Adapters by the command line: pulled, checked, and told how to use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from catalog.audit import lineage_signatures
+from lorry.cli.app import EXIT_NOT_CHECKED
+from lorry.cli.commands.adapters import folder_name
+from tests.lorry.adapter_fixture import lineage, manifest, serve, tar
+from tests.lorry.scripted_server import Reply, Script
+
+JOBS = "/v1/fine_tuning/jobs"
+Run = Callable[..., Result]
+
+
+def test_pulling_and_verifying_without_the_service(service: Script, run: Run, tmp_path: Path) -> None:
+    serve(service, tar())
+
+    pulled = run("adapters", "pull", "a")
+    folder = tmp_path / pulled.stdout.strip()
+    first = run("adapters", "verify", folder)
+    (folder / "adapter_config.json").write_text("x")
+    second = run("adapters", "verify", folder, "--json")
+
+    assert folder.name == "ft-m-p-s-..-x-1"
+    assert first.exit_code == EXIT_NOT_CHECKED
+    assert "the digests are right, but the signature was not checked" in first.stderr
+    assert "OK" not in first.stderr
+    assert second.exit_code == 1
+    assert json.loads(second.stdout)["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        (
+            {"source": "org/tiny", "revision": "abc", "local_path": "/nowhere/on/this/machine"},
+            'base is m: AutoModelForCausalLM.from_pretrained("org/tiny", revision="abc")',
+        ),
+        ({"source": "/made/elsewhere"}, "base is m, loaded by Transformers from its folder or its hub id."),
+        (Reply(status=404, body={}), "base is m, loaded by Transformers from its folder or its hub id."),
+    ],
+)
+def test_pulling_tells_how_peft_loads_the_folder(service: Script, run: Run, base: Any, told: str) -> None:
+    serve(service, tar())
+    service.on("GET", "/v1/models/m", base)
+
+    assert run("adapters", "pull", "a", "mine").stderr.splitlines() == [
+        'PEFT loads it: PeftModel.from_pretrained(base, "mine")',
+        told,
+    ]
+
+
+def test_pulling_tells_the_bases_folder_where_it_is_on_this_machine(service: Script, run: Run, tmp_path: Path) -> None:
+    serve(service, tar())
+    service.on("GET", "/v1/models/m", {"source": "org/tiny", "local_path": str(tmp_path)})
+
+    assert f'base is m: AutoModelForCausalLM.from_pretrained("{tmp_path}")\n' in run("adapters", "pull", "a").stderr
+    assert run("adapters", "pull", "a", "--json").stderr == ""
+
+
+@pytest.mark.parametrize("typed", ["best/", "./best", "~/best"])
+def test_a_folder_in_the_place_of_a_name_is_told_so(service: Script, run: Run, typed: str) -> None:
+    result = run("adapters", "pull", typed)
+
+    assert result.exit_code == 2
+    assert f"{typed!r} is no name of an adapter. Write: lorry adapters pull ADAPTER {typed}" in result.stderr
+    assert service.seen == []
+
+
+def test_of_a_jobs_id_its_adapter_is_pulled(service: Script, run: Run, tmp_path: Path) -> None:
+    serve(service, tar())
+    service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "succeeded", "fine_tuned_model": "a"})
+
+    assert run("adapters", "pull", "ftjob-1", "mine").stdout == "mine\n"
+    assert (tmp_path / "mine" / "adapter_config.json").is_file()
+
+
+def test_of_a_job_without_an_adapter_it_is_told_how_it_stands(service: Script, run: Run) -> None:
+    service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "running", "fine_tuned_model": None})
+
+    result = run("adapters", "pull", "ftjob-1")
+
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "Error: ftjob-1 has made no adapter: it is running.",
+        "A job that succeeds makes one. Checkpoints that can be pulled: lorry jobs checkpoints ftjob-1",
+    ]
+
+
+def test_a_sweep_that_has_no_best_yet_is_looked_at_by_a_command(service: Script, run: Run) -> None:
+    error = {
+        "message": "No adapter with the id 'sweep-1'. GET /v1/sweeps/{id} tells.",
+        "remedy": "GET /v1/sweeps/{id} tells.",
+        "code": "adapter_not_found",
+    }
+    service.on("GET", "/v1/adapters/sweep-1", Reply(status=404, body={"error": error}))
+
+    told = run("adapters", "pull", "sweep-1").stderr
+
+    assert "lorry sweep show sweep-1" in told
+    assert "/v1/" not in told
+
+
+def test_a_signature_of_another_service_is_of_an_unknown_key_and_the_adapter_is_not_called_forged(
+    service: Script, run: Run, tmp_path: Path
+) -> None:
+    artifact = manifest()["artifact"]
+    mine, other = b"m" * 32, b"o" * 32
+    told = lineage(artifact)
+    told["signature"] = lineage_signatures.sign_lineage(lineage_id=told["lineage_id"], artifact=artifact, pepper=other)
+    service.on("GET", "/v1/adapters/a/lineage", told)
+    serve(service, tar())
+    keys = [{"keys": [lineage_signatures.public_key(pepper)]} for pepper in (mine, other)]
+    service.on("GET", "/v1/keys.json", *keys)
+    folder = tmp_path / run("adapters", "pull", "a").stdout.strip()
+
+    unknown = run("adapters", "verify", folder)
+    valid = run("adapters", "verify", folder)
+
+    words = " ".join(unknown.stderr.split())
+    assert unknown.exit_code == 1
+    assert f"the signature is of a key that {service.url} does not have" in words
+    assert "NOT what its record says" not in words
+    assert valid.exit_code == 0
+    assert f"a key of {service.url}" in " ".join(valid.stderr.split())
+
+
+def test_verifying_at_the_service_tells_its_problems(service: Script, run: Run) -> None:
+    service.on("POST", "/v1/adapters/a/verify", {"passed": False, "problems": ["x is missing."]})
+
+    result = run("adapters", "verify", "a")
+
+    assert result.exit_code == 1
+    assert "x is missing." in result.stderr
+
+
+@pytest.mark.parametrize(("method", "command"), [("POST", "verify"), ("GET", "lineage")])
+def test_a_name_that_is_neither_an_adapter_nor_a_folder_is_told_so(
+    service: Script, run: Run, method: str, command: str
+) -> None:
+    error = {"message": "No adapter with the id 'gone'. Check it.", "remedy": "Check it.", "code": "adapter_not_found"}
+    service.on(method, f"/v1/adapters/gone/{command}", Reply(status=404, body={"error": error}))
+
+    assert run("adapters", command, "gone").stderr.splitlines() == [
+        "Error: No adapter with the id 'gone'.",
+        "Check it. Nor is there a folder 'gone' here.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("ft:m:p:s:1", "ft-m-p-s-1"), ("../../etc", "etc"), ("/", "adapter"), ("..", "adapter"), ("a b", "a-b")],
+)
+def test_a_name_of_the_service_becomes_one_harmless_folder(name: str, folder: str) -> None:
+    assert folder_name(name) == folder
+
+
+def test_pulling_an_adapter_of_a_quantised_base_tells_how_transformers_holds_it_alike(
+    service: Script, run: Run
+) -> None:
+    serve(service, tar(), quantisation="nf4", precision="float32")
+    service.on("GET", "/v1/models/m", {"source": "org/tiny"})
+
+    said = run("adapters", "pull", "a", "mine").stderr
+
+    (call,) = [line.removeprefix("base is m: ") for line in said.splitlines() if line.startswith("base is")]
+    assert call == (
+        'AutoModelForCausalLM.from_pretrained("org/tiny", dtype=torch.float32, quantization_config=BitsAndBytesConfig('
+        'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+        "bnb_4bit_compute_dtype=torch.float32))"
+    )
+
+
+def test_an_adapter_is_shared_and_the_permission_taken_back(service: Script, run: Run) -> None:
+    path = "/v1/fine_tuning/checkpoints/adapter-1/permissions"
+    given = {"id": "cp-1", "created_at": 1790000000, "project_id": "proj-2"}
+    service.on("POST", path, {"data": [given]})
+    service.on("GET", path, {"data": [given], "has_more": False})
+    service.on("DELETE", f"{path}/cp-1", {"deleted": True})
+
+    run("adapters", "share", "adapter-1", "search", "proj-3")
+    shown = run("adapters", "shares", "adapter-1").stdout
+    run("adapters", "unshare", "adapter-1", "cp-1")
+
+    (sent,) = service.requests("POST", path)
+    assert json.loads(sent.body) == {"project_ids": ["search", "proj-3"]}
+    assert "cp-1" in shown
+    assert len(service.requests("DELETE", f"{path}/cp-1")) == 1
+
+
+def test_a_part_of_a_name_tells_the_names_that_have_it(service: Script, run: Run) -> None:
+    error = {"message": "No adapter with the id 'docs'. Check it.", "remedy": "Check it.", "code": "adapter_not_found"}
+    service.on("GET", "/v1/adapters/docs", Reply(status=404, body={"error": error}))
+    found = [{"id": "a-1", "name": "ft:m:ours:docs:1"}, {"id": "a-2", "name": "ft:m:ours:other:2"}]
+    service.on("GET", "/v1/adapters", {"data": found, "has_more": False})
+
+    assert run("adapters", "pull", "docs").stderr.splitlines() == [
+        "Error: No adapter with the id 'docs'.",
+        "Did you mean ft:m:ours:docs:1?",
+    ]

@@ -1,0 +1,283 @@
+"""`lorry keys` and `lorry projects`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from catalog.tenancy.scopes import held
+from lorry import connection
+from lorry.cli.commands.keys import seconds
+from lorry.cli.commands.up import keep_key_good
+from lorry.connection import Connection
+from tests.lorry.scripted_server import Reply, Script
+
+Run = Callable[..., Result]
+KEY: dict[str, Any] = {
+    "id": "key-1",
+    "name": "ci",
+    "redacted_value": "lorry_key-1_…x9Qz",
+    "status": "active",
+    "scopes": ["jobs:read"],
+    "created_at": 1790000000,
+}
+PROJECT = {"id": "proj-1", "name": "search", "status": "active", "created_at": 1790000000}
+
+
+def test_a_new_key_stands_alone_on_stdout(service: Script, run: Run) -> None:
+    service.on("POST", "/v1/api_keys", {**KEY, "value": "lorry_key-1_secret"})
+
+    result = run("keys", "create", "ci", "--scope", "jobs:read", "--scope", "jobs:write", "--project", "search")
+
+    assert result.stdout == "lorry_key-1_secret\n"
+    assert "not shown again" in result.stderr
+    (sent,) = service.requests("POST", "/v1/api_keys")
+    assert json.loads(sent.body) == {
+        "name": "ci",
+        "is_operator": False,
+        "scopes": ["jobs:read", "jobs:write"],
+        "project": "search",
+    }
+
+
+def test_keys_are_listed_without_those_that_open_nothing(service: Script, run: Run) -> None:
+    gone = {**KEY, "id": "key-0", "status": "revoked"}
+    service.on("GET", "/v1/api_keys", {"data": [KEY, gone], "has_more": False})
+
+    some, every = run("keys", "list").stdout, run("keys", "list", "--all").stdout
+
+    assert "…x9Qz" in some
+    assert "key-0" not in some
+    assert "key-0" in every
+
+
+def test_a_rotation_tells_until_when_the_old_key_is_good(service: Script, run: Run) -> None:
+    service.on("POST", "/v1/api_keys/key-1/rotate", {**KEY, "id": "key-2", "value": "lorry_key-2_secret"})
+    service.on("GET", "/v1/api_keys/key-1", {**KEY, "expires_at": 1790043200})
+
+    result = run("keys", "rotate", "key-1", "--overlap", "12h")
+
+    assert json.loads(service.requests("POST", "/v1/api_keys/key-1/rotate")[0].body) == {"overlap_seconds": 43200}
+    assert result.stdout == "lorry_key-2_secret\n"
+    assert "The old key, key-1, is good for" in result.stderr
+
+
+def test_a_rotated_key_of_ones_own_goes_into_the_connection_file_or_is_told(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    service.on("POST", "/v1/api_keys/key-1/rotate", {**KEY, "id": "key-2", "value": "lorry_key-2_secret"})
+    service.on("GET", "/v1/api_keys/key-1", KEY)
+    known = Connection(url=service.url, api_key="lorry_key-1_old", identity_secret=service.identity_secret)
+    connection.write(tmp_path, known)
+    monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("LORRY_API_KEY", "lorry_key-1_other")
+    elsewhere = run("keys", "rotate", "key-1").stderr
+    for name in ("LORRY_URL", "LORRY_API_KEY"):
+        monkeypatch.delenv(name)
+
+    here = run("keys", "rotate", "key-1").stderr
+
+    assert "put the new one into LORRY_API_KEY" in elsewhere
+    assert f"The new key is in {tmp_path / 'connection.json'}." in here
+    assert connection.read(tmp_path) == replace(known, api_key="lorry_key-2_secret")
+
+
+@pytest.mark.parametrize(("status", "kept"), [(401, "new"), (200, "old")])
+def test_a_start_replaces_a_key_in_the_connection_file_that_opens_nothing(
+    service: Script, tmp_path: Path, status: int, kept: str
+) -> None:
+    service.on("GET", "/v1/browser_session", Reply(status=status, body={}))
+    known = Connection(url=service.url, api_key="old", identity_secret=service.identity_secret)
+    connection.write(tmp_path, known)
+    running: Any = SimpleNamespace(data_dir=tmp_path, new_key=lambda: "new")
+
+    keep_key_good(running, known)
+
+    assert connection.read(tmp_path) == replace(known, api_key=kept)
+
+
+def test_a_key_that_may_do_all_is_listed_as_such(service: Script, run: Run) -> None:
+    able = [sorted(held(None, is_operator=is_operator)) for is_operator in (True, False)]
+    operators = {**KEY, "name": "first", "is_operator": True, "scopes": able[0]}
+    less = {**KEY, "name": "less", "is_operator": True, "scopes": able[1]}
+    projects = {**KEY, "name": "second", "scopes": able[1]}
+    service.on("GET", "/v1/api_keys", {"data": [operators, less, projects, KEY], "has_more": False})
+
+    lines = run("keys", "list").stdout.splitlines()[1:]
+
+    assert " active  operator: all  " in lines[0]
+    assert " active  operator: adapters:read " in lines[1]
+    assert " active  all  " in lines[2]
+    assert " active  jobs:read  " in lines[3]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["keys create", "keys rotate", "usage", "audit list", "webhooks replay", "webhooks rotate", "files upload"],
+)
+def test_help_shows_a_length_of_time_as_such(run: Run, command: str) -> None:
+    assert "<duration>" in run(*command.split(), "--help").stdout
+
+
+def test_a_key_is_revoked(service: Script, run: Run) -> None:
+    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", "revoked_keys": ["key-1"]})
+
+    assert run("keys", "revoke", "key-1").stderr == "key-1 (ci) is not valid any more.\n"
+
+    (sent,) = service.requests("POST", "/v1/api_keys/key-1/revoke")
+    assert sent.body == b""
+
+
+def test_a_revocation_shows_what_is_left_and_how_to_end_it(service: Script, run: Run) -> None:
+    left = {"revoked_keys": ["key-1"], "valid_descendants": 2, "unfinished_jobs": 3, "unfinished_sweeps": 1}
+    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
+
+    shown = run("keys", "revoke", "key-1").stderr
+
+    assert "3 jobs and 1 sweeps. Cancel them: lorry keys revoke key-1 --cancel" in shown
+    assert "2. Revoke them: lorry keys revoke key-1 --with-descendants" in shown
+
+
+def test_one_descendant_is_named_in_the_singular(service: Script, run: Run) -> None:
+    left = {"revoked_keys": ["key-1", "key-2"]}
+    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
+
+    shown = run("keys", "revoke", "key-1", "--with-descendants").stderr
+
+    assert shown == "key-1 (ci), and 1 key that descends from it, are not valid any more.\n"
+
+
+def test_a_key_is_revoked_with_its_descendants_and_its_work(service: Script, run: Run) -> None:
+    left = {"revoked_keys": ["key-1", "key-2", "key-3"]}
+    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
+
+    shown = run("keys", "revoke", "key-1", "--cancel", "--with-descendants").stderr
+
+    assert shown.splitlines() == [
+        "key-1 (ci), and 2 keys that descend from it, are not valid any more.",
+        "Its unfinished jobs and sweeps are being cancelled.",
+    ]
+    (sent,) = service.requests("POST", "/v1/api_keys/key-1/revoke")
+    assert json.loads(sent.body) == {"cancel": True, "with_descendants": True}
+
+
+def test_projects_are_made_listed_renamed_archived_and_restored(service: Script, run: Run) -> None:
+    service.on("POST", "/v1/projects", PROJECT)
+    service.on("GET", "/v1/projects", {"data": [PROJECT], "has_more": False})
+    service.on("POST", "/v1/projects/search", {**PROJECT, "name": "find"})
+    service.on("POST", "/v1/projects/find/weight", {**PROJECT, "name": "find", "weight": 2.5})
+    for verb in ("archive", "restore"):
+        service.on("POST", f"/v1/projects/find/{verb}", {**PROJECT, "name": "find"})
+
+    told = [
+        run("projects", "create", "search").stderr,
+        run("projects", "list").stdout,
+        run("projects", "rename", "search", "find").stderr,
+        run("projects", "weigh", "find", "2.5").stderr,
+        run("projects", "archive", "find", "--yes").stderr,
+        run("projects", "restore", "find").stderr,
+    ]
+
+    words = (
+        "lorry keys create NAME --project search",
+        "proj-1",
+        "search is find now",
+        "weight 2.5 now",
+        "restore find",
+        "open again",
+    )
+    assert [word in text for word, text in zip(words, told, strict=True)] == [True] * 6
+    assert run("projects", "archive", "find").exit_code != 0  # nobody is there to be asked
+
+
+def test_organizations_are_made_listed_and_renamed_and_projects_say_whose_they_are(service: Script, run: Run) -> None:
+    organization = {"id": "org-1", "name": "research", "created_at": 1790000000}
+    service.on("POST", "/v1/organizations", organization)
+    service.on("GET", "/v1/organizations", {"data": [organization], "has_more": False})
+    service.on("POST", "/v1/organizations/research", {**organization, "name": "science"})
+    project = {**PROJECT, "organization_id": "org-1"}
+    service.on("POST", "/v1/projects", project)
+    service.on("GET", "/v1/projects", {"data": [project], "has_more": False})
+
+    made = run("organizations", "create", "research").stderr
+    _, line = run("organizations", "list").stdout.splitlines()
+    renamed = run("organizations", "rename", "research", "science").stderr
+    run("projects", "create", "search", "--organization", "research")
+    _, listed = run("projects", "list").stdout.splitlines()
+
+    assert "lorry projects create NAME --organization research" in made
+    assert line.split()[:2] == ["research", "org-1"]
+    assert "research is science now" in renamed
+    (sent,) = service.requests("POST", "/v1/projects")
+    assert json.loads(sent.body) == {"name": "search", "organization": "research"}
+    assert listed.split()[:3] == ["search", "proj-1", "research"]
+
+
+def test_a_length_of_time_has_a_unit(run: Run) -> None:
+    assert [seconds(text) for text in ("90s", "15m", "12h", "30d")] == [90, 900, 43_200, 2_592_000]
+    refused = run("keys", "create", "ci", "--expires-in", "soon")
+    assert refused.exit_code == 2
+    assert "write 90s, 15m, 12h or 30d" in refused.stderr
+
+
+def test_a_key_is_given_limits_and_those_of_the_service_back(service: Script, run: Run) -> None:
+    path = "/v1/api_keys/key-1/limits"
+    answers = ({**KEY, "requests_per_minute": 600}, {**KEY, "jobs_per_day": 0}, {**KEY, "highest_priority": "urgent"})
+    service.on("POST", path, *answers)
+
+    told = run("keys", "limit", "key-1", "--requests-per-minute", "600").stderr
+    run("keys", "limit", "key-1", "--requests-per-minute", "service", "--jobs-per-day", "0")
+    run("keys", "limit", "key-1", "--highest-priority", "urgent")
+    wrong = run("keys", "limit", "key-1", "--jobs-per-day", "many")
+
+    assert "600 requests a minute, jobs a day as the service says" in told
+    sent = [json.loads(request.body) for request in service.requests("POST", path)]
+    assert sent == [
+        {"requests_per_minute": 600},
+        {"requests_per_minute": None, "jobs_per_day": 0},
+        {"highest_priority": "urgent"},
+    ]
+    assert wrong.exit_code == 2
+
+
+def test_a_project_is_limited_and_its_limits_are_shown(service: Script, run: Run) -> None:
+    path = "/v1/projects/search/limits"
+    hours = {"name": "device_hours_per_month", "limit": 100, "used": 12.5, "resets_at": 1790812800}
+    found = {"limits": [hours, {"name": "stored_bytes", "limit": None, "used": 2_000_000}]}
+    service.on("POST", path, found)
+    service.on("GET", path, found)
+    service.on("GET", "/v1/projects/search", {"id": "proj-1", "name": "search", "highest_priority": "normal"})
+
+    given = (
+        "--device-hours",
+        "100",
+        "--stored-bytes",
+        "1.5GB",
+        "--queued-jobs",
+        "none",
+        "--highest-priority",
+        "normal",
+    )
+    set_, shown = run("projects", "limit", "search", *given), run("projects", "limit", "search")
+    wrong = [run("projects", "limit", "search", *one) for one in (("--stored-bytes", "much"), ("--queued-jobs", "-1"))]
+
+    (sent,) = service.requests("POST", path)
+    assert json.loads(sent.body) == {
+        "queued_jobs": None,
+        "device_hours_per_month": 100.0,
+        "stored_bytes": 1_500_000_000,
+        "highest_priority": "normal",
+    }
+    assert set_.stdout == shown.stdout
+    _, first, second, third = shown.stdout.splitlines()
+    assert first.split()[:5] == ["device-hours", "a", "month", "100", "12.5"]
+    assert second.split() == ["stored", "bytes", "any", "2.00", "MB", "-"]
+    assert third.split() == ["priority", "normal", "-", "-"]
+    assert [one.exit_code for one in wrong] == [2, 2]

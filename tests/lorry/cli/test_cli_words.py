@@ -1,0 +1,377 @@
+"""What commands tell of a state: of a pause, a worker, a failed import, a file nobody prepared."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from catalog.datasets.validator import inspect
+from catalog.errors import InvalidRequest
+from lorry import Job
+from lorry.cli.main import app
+from lorry.cli.render import output, progress_bars
+from tests.lorry.scripted_server import Reply, Script
+
+JOBS = "/v1/fine_tuning/jobs"
+JOB: dict[str, Any] = {
+    "id": "j",
+    "status": "running",
+    "model": "m",
+    "progress": {"step": 3, "num_steps": 9, "loss": 1.5, "tokens_per_second": 480.2, "seconds_left": 61},
+    "created_at": 1790000000,
+}
+PAUSED = {**JOB, "status": "paused"}
+Run = Callable[..., Result]
+
+
+def test_a_worker_is_what_the_service_says_and_nothing_else_is_asked(service: Script, run: Run) -> None:
+    rows = [{"id": "one", "state": "busy"}, {"id": "two", "state": "idle", "trainer_id": "t-two"}]
+    service.on("GET", "/v1/workers", {"data": rows, "has_more": False})
+
+    _, *lines = run("workers").stdout.splitlines()
+
+    assert [line.split()[:2] for line in lines] == [["one", "busy"], ["two", "idle"]]
+    assert len(service.seen) == 1
+
+
+def test_a_paused_job_shows_how_to_go_on_and_nothing_stale(service: Script, run: Run) -> None:
+    service.on("GET", f"{JOBS}/j", PAUSED)
+    service.on("GET", JOBS, {"data": [PAUSED], "has_more": False})
+
+    shown, listed = run("jobs", "show", "j").stdout, run("jobs", "list")
+
+    assert "paused; go on with: lorry jobs resume j\n" in shown
+    assert "time left" not in shown
+    assert listed.stderr == "A paused job goes on with: lorry jobs resume ID\n"
+
+
+def test_watching_a_paused_job_says_so_once(service: Script, run: Run) -> None:
+    jobs = (PAUSED, {**PAUSED, "progress": {**JOB["progress"], "step": 4}}, {**JOB, "status": "cancelled"})
+    events = [f"event: job\nid: {i}\ndata: {json.dumps(job)}\n\n" for i, job in enumerate(jobs)]
+    service.on("GET", f"{JOBS}/j/stream", Reply(body="".join(events).encode()))
+
+    assert run("jobs", "watch", "j").stderr.splitlines() == [
+        "j  paused  step 3/9  loss 1.500",
+        "j is paused; go on with: lorry jobs resume j",
+        "j  paused  step 4/9  loss 1.500",
+        "j cancelled.",
+    ]
+
+
+def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_waits(service: Script, run: Run) -> None:
+    configured = {
+        "suffix": "mine",
+        "schedule": {"type": "cosine", "warmup_steps": 5},
+        "precision": "bf16",
+        "max_length": 2048,
+        "max_steps": 40,
+        "validation_file": "file-v",
+        "evaluation": {"every_steps": None},
+        "checkpoint_every_steps": 50,
+        "attempt": 2,
+        "hyperparameters": {"n_epochs": 3},
+        "method": {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 3, "beta": 0.25, "label_smoothing": 0.5}}},
+    }
+    service.on("GET", f"{JOBS}/j", {**JOB, **configured, "status": "queued"})
+    service.on("GET", f"{JOBS}/j/why", {"explanation": "No worker lives.", "state": "queued", "live_workers": 0})
+
+    lines = [line.split(maxsplit=1) for line in run("jobs", "show", "j").stdout.splitlines()]
+
+    told = [" ".join(" ".join(line).split()) for line in lines]
+    assert {
+        "why No worker lives.",
+        "suffix mine",
+        "schedule.type cosine",
+        "schedule.warmup_steps 5",
+        "precision bf16",
+        "max length 2048 tokens",
+        "max steps 40",
+        "evaluation every tenth of the job",
+        "checkpoint every 50 steps",
+        "attempt 2",
+        "method dpo",
+        "beta 0.25",
+        "label smoothing 0.5",
+    } <= set(told)
+    assert [line for line in told if "epochs" in line] == ["epochs 3"]
+    assert not any("live_workers" in line for line in told)
+
+
+def test_why_a_job_waits_is_a_sentence_or_all_that_decided_it(service: Script, run: Run) -> None:
+    told = {"explanation": "No worker lives.", "state": "queued", "live_workers": 0}
+    service.on("GET", f"{JOBS}/j/why", told)
+
+    assert run("jobs", "why", "j").stdout == "No worker lives.\n"
+    assert json.loads(run("jobs", "why", "j", "--json").stdout) == told
+
+
+def test_a_list_and_a_job_tell_the_loss_on_held_out_data_and_the_time_that_workers_spent(
+    service: Script, run: Run
+) -> None:
+    progress = {**JOB["progress"], "valid_loss": 1.75, "best_valid_loss": 1.25}
+    job = {**JOB, "status": "succeeded", "finished_at": 1790009000, "seconds_running": 3723.4, "progress": progress}
+    service.on("GET", JOBS, {"data": [job, {**JOB, "seconds_running": 0.0}], "has_more": False})
+    service.on("GET", f"{JOBS}/j", job)
+
+    head, first, second = run("jobs", "list").stdout.splitlines()
+    shown = [" ".join(line.split()) for line in run("jobs", "show", "j").stdout.splitlines()]
+
+    assert head.split() == ["ID", "STATUS", "MODEL", "STEP", "LOSS", "HELD-OUT", "TOOK", "CREATED"]
+    assert first.split()[4:7] == ["1.5", "1.75", "1:02:03"]
+    assert second.split()[4:7] == ["1.5", "-", "-"]
+    assert {"held-out loss 1.75", "best held-out loss 1.25", "took 1:02:03"} <= set(shown)
+
+
+def test_the_result_of_a_job_is_the_loss_of_the_step_whose_weights_are_kept(service: Script, run: Run) -> None:
+    progress = {**JOB["progress"], "valid_loss": 2.5, "best_valid_loss": 1.25, "step": 9}
+    kept = {**progress, "kept_step": 6, "kept_valid_loss": 1.25}
+    service.on("GET", JOBS, {"data": [{**JOB, "status": "succeeded", "progress": kept}], "has_more": False})
+    service.on("GET", f"{JOBS}/j", {**JOB, "status": "succeeded", "progress": kept})
+
+    _, listed = run("jobs", "list").stdout.splitlines()
+    shown = [" ".join(line.split()) for line in run("jobs", "show", "j").stdout.splitlines()]
+
+    assert listed.split()[5] == "1.25"
+    assert "held-out loss 1.25 at step 6, whose weights the adapter has" in shown
+    assert "held-out loss of the last step 2.5" in shown
+    assert not any(line.startswith("best held-out loss") for line in shown)
+
+
+def test_a_job_is_shown_with_its_method_and_the_prompts_that_it_answers(service: Script, run: Run) -> None:
+    samples = {"prompts": ["How cold?", "How warm?"], "max_tokens": 32}
+    numbers = {"n_epochs": 3, "beta": 0.1}
+    configured = {
+        "validation_file": "file-v",
+        "evaluation": {"every_steps": 5, "keep": "best", "samples": samples},
+        "hyperparameters": {"n_epochs": 3},
+        "method": {"type": "dpo", "dpo": {"hyperparameters": numbers}},
+    }
+    service.on("GET", f"{JOBS}/j", {**JOB, **configured})
+
+    shown = [" ".join(line.split()) for line in run("jobs", "show", "j").stdout.splitlines()]
+
+    at = shown.index("sample prompts How cold?")
+    assert shown[at + 1 : at + 3] == ["How warm?", "sample max tokens 32"]
+    assert {"method dpo", "beta 0.1"} <= set(shown)
+
+
+def test_a_list_tells_suffixes_where_a_job_has_one(service: Script, run: Run) -> None:
+    service.on("GET", JOBS, {"data": [{**JOB, "suffix": "support"}, JOB], "has_more": False})
+
+    lines = [line.split()[:4] for line in run("jobs", "list").stdout.splitlines()]
+
+    assert lines == [["ID", "STATUS", "SUFFIX", "MODEL"], ["j", "running", "support", "m"], ["j", "running", "-", "m"]]
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "num_steps", "usable_rows", "told"),
+    [
+        (None, 300, None, "3"),
+        (40, 30, None, "3"),
+        (40, 40, 400, "0.8 of 3: max steps end it first"),
+        (150, 150, 400, "3"),
+        (40, 40, None, "3, or fewer: max steps end it"),
+        (40, 0, None, "3, or fewer: max steps end it"),
+    ],
+)
+def test_epochs_are_those_that_max_steps_leave(
+    service: Script, run: Run, max_steps: int | None, num_steps: int, usable_rows: int | None, told: str
+) -> None:
+    numbers = {"n_epochs": 3, "batch_size": 8}
+    progress = {"step": 0, "num_steps": num_steps}
+    service.on("GET", f"{JOBS}/j", {**JOB, "max_steps": max_steps, "hyperparameters": numbers, "progress": progress})
+    service.on("GET", f"{JOBS}/j/data_report", {"training": usable_rows and {"usable_rows": usable_rows}})
+
+    lines = run("jobs", "show", "j").stdout.splitlines()
+
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("epochs")] == [told]
+
+
+def test_watching_tells_the_loss_on_held_out_data() -> None:
+    job = {**JOB, "status": "succeeded", "progress": {**JOB["progress"], "valid_loss": 1.75}}
+
+    assert progress_bars.facts(Job.of(job)) == "succeeded  step 3/9  loss 1.500  held-out 1.750"
+
+
+@pytest.mark.parametrize(
+    ("room", "told"),
+    [
+        (70, "running  step 3/9  loss 1.500  held-out 1.750  480 tokens/s  1:01 left"),
+        (69, "running  step 3/9  loss 1.500  held-out 1.750  1:01 left"),
+        (50, "running  step 3/9  loss 1.500  held-out 1.750"),
+        (30, "running  step 3/9  loss 1.500"),
+        (5, "running  step 3/9"),
+    ],
+)
+def test_beside_a_bar_the_least_is_left_out_where_it_is_narrow(room: int, told: str) -> None:
+    job = Job.of({**JOB, "progress": {**JOB["progress"], "valid_loss": 1.75}})
+
+    assert progress_bars.facts(job, room=room) == told
+
+
+def test_the_list_of_models_says_briefly_why_one_failed_and_showing_it_says_all(service: Script, run: Run) -> None:
+    message = f"There is no {'such ' * 40}repository.\nTraceback"
+    model = {"id": "m", "state": "failed", "error": {"code": "c", "message": message, "remedy": "Check the name."}}
+    service.on("GET", "/v1/models", {"data": [model], "has_more": False})
+    service.on("GET", "/v1/models/m", model)
+
+    briefly, all_of_it = run("models", "list").stderr.splitlines(), run("models", "show", "m").stdout
+
+    assert briefly[0].startswith("m failed: There is no such such")
+    assert briefly[0].endswith("such …")
+    assert briefly[1:] == ["All of it, and what to do: lorry models show NAME"]
+    assert "repository.\n            Traceback\nwhat to do  Check the name.\n" in all_of_it
+    assert json.loads(run("models", "show", "m", "--json").stdout) == model
+
+
+def test_a_base_is_shown_with_its_licence(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/models/m", {"id": "m", "state": "ready", "description": {"license": "apache-2.0"}})
+
+    assert ["licence", "apache-2.0"] in [line.split() for line in run("models", "show", "m").stdout.splitlines()]
+
+
+def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/files/file-1/report", {"file": "file-1", "model": "m", "report": None})
+
+    people, machine = (run("files", "report", "file-1", "--model", "m", *more) for more in ((), ("--json",)))
+
+    assert people.stdout == ""
+    assert "lorry jobs submit m file-1" in people.stderr
+    assert json.loads(machine.stdout)["report"] is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (["{]"], ["Error: Line 1: "]),
+        (["{]", '{"messages": 3}'], ["Error (at file):", "  Line 1: ", "  Line 2: ", ""]),
+        (["{]"] * 9, ["Error (at file):", *(f"  Line {n}: " for n in range(1, 6)), "  Reading stopped at the 5th", ""]),
+    ],
+)
+def test_each_bad_line_of_an_upload_is_told_on_a_line(
+    service: Script, run: Run, tmp_path: Path, lines: list[str], told: list[str]
+) -> None:
+    content = "\n".join(lines).encode()
+    with pytest.raises(InvalidRequest) as refused:
+        inspect(io.BytesIO(content), max_line_bytes=100, max_rows=100)
+    error = {"message": refused.value.sentence(), "code": refused.value.code, "param": "file"}
+    service.on("POST", "/v1/files", Reply(status=400, body={"error": {**error, "remedy": refused.value.remedy}}))
+    (tmp_path / "chats.jsonl").write_bytes(content)
+
+    said = run("files", "upload", "chats.jsonl").stderr.splitlines()
+
+    assert len(said) == len(told)
+    assert len(said) == 1 or said[-1] == refused.value.remedy
+    assert all(line.startswith(start) for line, start in zip(said, told, strict=True))
+
+
+@pytest.mark.parametrize("command", ["files delete", "files delete --yes", "models delete --yes"])
+def test_deleting_says_so_and_a_refusal_is_the_services_sentence(service: Script, run: Run, command: str) -> None:
+    refused = {"error": {"message": "A job uses it.", "type": "x", "param": None, "code": "c"}}
+    group = command.split(maxsplit=1)[0]
+    service.on("DELETE", f"/v1/{group}/ft%3Ax", {"id": "ft:x", "deleted": True})
+    service.on("DELETE", f"/v1/{group}/used", Reply(status=409, body=refused))
+
+    done, machine, kept = (run(*command.split(), *more) for more in (("ft:x",), ("ft:x", "--json"), ("used",)))
+
+    assert (done.exit_code, done.stderr) == (0, "ft:x is deleted.\n")
+    assert json.loads(machine.stdout) == {"id": "ft:x", "deleted": True}
+    assert (kept.exit_code, kept.stderr) == (1, "Error: A job uses it.\n")
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("Yes\n", 0), ("\n", 1), ("no\n", 1), ("", 1)])
+def test_deleting_a_model_asks_first(service: Script, monkeypatch: pytest.MonkeyPatch, answer: str, code: int) -> None:
+    service.on("DELETE", "/v1/models/tiny", {})
+
+    monkeypatch.setattr(output, "is_attended", lambda: True)
+
+    result = CliRunner().invoke(app, ["models", "delete", "tiny"], input=answer)
+
+    assert result.exit_code == code
+    assert len(service.requests("DELETE", "/v1/models/tiny")) == (1 if code == 0 else 0)
+
+
+@pytest.mark.usefixtures("run")
+def test_ctrl_c_at_the_question_is_an_interruption(service: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def readline(self) -> str:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "sys", SimpleNamespace(stdin=Interrupted(), stderr=sys.stderr))
+
+    result = CliRunner().invoke(app, ["models", "delete", "tiny"])
+
+    assert result.exit_code == 130
+    assert service.seen == []
+
+
+def test_deleting_a_model_in_a_script_needs_the_option(service: Script, run: Run) -> None:
+    result = run("models", "delete", "tiny")
+
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "Error: Say --yes: nobody is there to be asked."
+    assert service.seen == []
+
+
+def test_deleting_a_base_says_that_its_adapters_stay(service: Script, run: Run) -> None:
+    service.on("DELETE", "/v1/models/tiny", {})
+
+    assert run("models", "delete", "tiny", "-y").stderr == "tiny is deleted. What was trained on it stays.\n"
+
+
+def test_pairs_in_a_pipe_end_where_their_text_ends(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/models/m", {"id": "m", "source": "s" * 300, "error": {"message": "a\nb"}})
+
+    assert run("models", "show", "m").stdout == f"name    m\nerror   a\n        b\nsource  {'s' * 300}\n"
+
+
+def test_an_adapter_is_shown_with_units_and_what_it_gained(service: Script, run: Run) -> None:
+    wire = {
+        "name": "ft:x",
+        "bytes": 9_776_128,
+        "num_parameters": 4_884_480,
+        "evaluation": {"base_loss": 2.91, "loss": 1.87},
+        "verification": {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01, "explanation": "Three roundings."},
+    }
+    service.on("GET", "/v1/adapters/ft%3Ax", wire)
+
+    lines = [" ".join(line.split()) for line in run("adapters", "show", "ft:x").stdout.splitlines()]
+
+    assert lines == [
+        "name ft:x",
+        "parameters 4,884,480",
+        "size 9.78 MB",
+        "held-out loss 2.91 for the base, 1.87 with the adapter",
+        "PEFT agrees yes",
+        "largest difference 0",
+        "allowed 0.01",
+        "why Three roundings.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "own"),
+    [
+        ("webhooks delete", "remove"),
+        ("webhooks create", "add"),
+        ("files remove", "delete"),
+        ("keys delete", "revoke"),
+        ("keys add", "create"),
+        ("jobs get", "show"),
+    ],
+)
+def test_a_command_of_another_group_is_answered_with_this_groups_own(run: Run, typed: str, own: str) -> None:
+    result = run(*typed.split(), "x")
+
+    assert result.exit_code == 2
+    assert f"No such command '{typed.split()[1]}'. Did you mean '{own}'?" in result.stderr

@@ -1,0 +1,218 @@
+"""`lorry plan`, the client's plans, and jobs that are created from one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from typer.testing import Result
+
+from lorry import Lorry
+from lorry.cli.commands.plan import plan as plan_command
+from lorry.cli.commands.submit import submit as submit_command
+from lorry.errors import WaitTimeout
+from lorry.requests import JobFields
+from tests.lorry.cli.commands.test_submit import EVERY_OPTION, WHAT_THEY_SAY
+from tests.lorry.scripted_server import Reply, Script
+
+PLANS, JOBS = "/v1/plans", "/v1/fine_tuning/jobs"
+Run = Callable[..., Result]
+
+
+def token(text: str, *, learnt: bool = False) -> dict[str, Any]:
+    return {"text": text, "id": 1, "learnt": learnt}
+
+
+TOKENS = [token("Q: 1+1? "), token("A: "), token("2", learnt=True), token("<end>", learnt=True)]
+TAIL = [token("tail", learnt=True)]
+SEGMENTS = [{"start": 0, "tokens": TOKENS}, {"start": 90, "tokens": TAIL}]
+ROW = {"part": None, "num_tokens": 91, "whole_tokens": 120, "learnt_tokens": 3, "segments": SEGMENTS}
+TRAINING = {
+    "rows": 12,
+    "usable_rows": 10,
+    "tokens": 1000,
+    "supervised_tokens": 250,
+    "longest_row": 120,
+    "truncated_rows": 2,
+    "empty_rows": 2,
+    "duplicate_rows": 0,
+    "lines": {"too_long": [3, 4], "empty": [7, 8], "duplicate": []},
+    "samples": [{"line": 3, "flaws": ["too_long"], "rows": [ROW]}],
+}
+ESTIMATE = {"seconds": 100.0, "basis_kind": "measured", "basis": "Measured on worker w1 with this base."}
+READY: dict[str, Any] = {
+    "id": "plan-1",
+    "status": "ready",
+    "expires_at": 1790604800,
+    "model": "m",
+    "training_file": "file-1",
+    "configuration": {
+        "hyperparameters": {"n_epochs": 3, "batch_size": 4},
+        "optimizer": {"learning_rate": 0.0002, "type": "adamw"},
+        "lora": {"rank": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear"},
+    },
+    "data": {"training": TRAINING, "validation": None, "overlap": None},
+    "num_steps": 8,
+    "trainable_parameters": 4_884_480,
+    "adapted_layers": 210,
+    "memory": [
+        {"kind": "cuda", "total_bytes": 900, "parts": [{"part": "base", "bytes": 900, "description": "the base"}]},
+        {"kind": "cpu", "total_bytes": 500, "parts": [{"part": "base", "bytes": 500, "description": "the base"}]},
+    ],
+    "devices": {
+        "smallest_gpu": {"gigabytes": 8, "memory_bytes": 1, "examples": "RTX 4060"},
+        "workers_that_fit": [{"worker_id": "w1", "name": "CPU, 2 cores", "kind": "cpu", "memory_bytes": 9}],
+        "live_workers": 1,
+    },
+    "training_time": ESTIMATE,
+    "expected_start": {"seconds": None, "basis_kind": "none", "basis": "3 jobs are ahead, and no job has ended yet."},
+    "servable": {"vllm": {"verdict": "no", "reasons": ["vLLM does not support DoRA."]}},
+    "warnings": [{"code": "few_steps", "message": "The job has 8 optimizer steps.", "remedy": "Use more epochs."}],
+}
+
+
+@pytest.fixture
+def plan(submit: Run, service: Script, run: Run) -> Run:
+    """plan("m", "train.jsonl", …), in the folder of `submit`."""
+    service.on("POST", PLANS, READY)
+    return lambda *arguments: run("plan", *arguments)
+
+
+def test_a_plan_takes_the_options_of_a_job(service: Script, plan: Run) -> None:
+    assert plan("m", "train.jsonl", *EVERY_OPTION.split()).exit_code == 0
+
+    sent = json.loads(service.requests("POST", PLANS)[-1].body)
+    assert sent == json.loads(json.dumps(WHAT_THEY_SAY))
+    mine, jobs = (inspect.signature(command).parameters for command in (plan_command, submit_command))
+    assert [name for name in jobs if name not in mine] == ["plan", "watch"]
+
+
+def test_a_guessed_time_is_told_as_a_rough_one(submit: Run, service: Script, run: Run) -> None:
+    service.on("POST", PLANS, {**READY, "training_time": {**ESTIMATE, "basis_kind": "guess", "basis": "A guess."}})
+
+    told = run("plan", "m", "file-9").stdout
+
+    assert "about 1:40, or several times more (a guess: nothing has trained on this device yet)" in told
+    assert "About 1:40. A guess." in told
+
+
+def test_a_plan_is_drawn_with_what_it_comes_to_and_how_to_go_on(plan: Run) -> None:
+    result = plan("m", "file-9")
+
+    assert result.exit_code == 0, result.stderr
+    for told in (
+        "4,884,480 in 210 layers",
+        "1,000, of which 250 have loss (25%)",
+        "2 rows, cut off (line 3, 4)",
+        "2 rows (line 7, 8)",
+        "500 B on a CPU",
+        "8 GB (RTX 4060)",
+        "1:40. Measured on worker w1 with this base.",
+        "3 jobs are ahead, and no job has ended yet.",
+        "vLLM does not support DoRA.",
+        "! The job has 8 optimizer steps. Use more epochs.",
+        "91 tokens, cut from 120, 3 with loss",
+        "Q: 1+1? A: >2<end>< [... 86 tokens ...] >tail<",
+    ):
+        assert told in result.stdout, told
+    assert "on a GPU" not in result.stdout, "no worker that fits has one"
+    assert "lorry jobs submit --plan plan-1" in result.stderr
+
+
+def test_a_plan_as_json_is_what_the_service_said(plan: Run) -> None:
+    assert json.loads(plan("m", "file-9", "--json").stdout) == READY
+
+
+def test_what_is_uploaded_for_a_plan_goes_with_it(service: Script, plan: Run) -> None:
+    plan("m", "train.jsonl")
+
+    assert b'name="expires_after[seconds]"\r\n\r\n604800' in service.requests("POST", "/v1/files")[0].body
+
+
+def test_a_plan_is_waited_for_and_one_that_fails_says_why(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    failed = {"id": "plan-2", "status": "failed", "error": {"code": "x", "message": "There is nothing to learn."}}
+    service.on("POST", PLANS, {"id": "plan-2", "status": "computing"})
+    service.on("GET", f"{PLANS}/plan-2", {"id": "plan-2", "status": "computing"}, failed)
+
+    result = run("plan", "m", "file-9")
+
+    assert result.exit_code == 1
+    assert "There is nothing to learn." in result.stdout
+
+
+def test_a_job_is_submitted_from_a_plan_and_then_nothing_else_is_said(service: Script, run: Run) -> None:
+    service.on("POST", JOBS, {"id": "ftjob-1", "status": "validating_files"})
+
+    assert run("jobs", "submit", "--plan", "plan-1").stdout == "ftjob-1\n"
+    assert json.loads(service.requests("POST", JOBS)[0].body) == {"plan": "plan-1"}
+    refused = run("jobs", "submit", "--plan", "plan-1", "--rank", "8")
+    assert refused.exit_code == 2
+    assert "leave out rank" in refused.stderr
+
+
+@pytest.mark.parametrize("command", [("jobs", "submit"), ("plan",)])
+def test_without_a_model_and_a_file_nothing_is_sent(service: Script, run: Run, command: tuple[str, ...]) -> None:
+    missing = run(*command), run(*command, "m")
+
+    assert [result.exit_code for result in missing] == [2, 2]
+    assert ["MODEL" in missing[0].stderr, "TRAIN" in missing[1].stderr] == [True, True]
+    assert service.seen == []
+
+
+def test_a_file_that_the_service_refuses_to_plan_with_is_deleted_again(service: Script, submit: Run, run: Run) -> None:
+    error = {"error": {"message": "No model.", "type": "x", "code": "model_not_found", "param": "model"}}
+    service.on("POST", PLANS, Reply(status=404, body=error))
+    service.on("DELETE", "/v1/files/file-1", {"id": "file-1", "deleted": True})
+
+    assert run("plan", "m", "train.jsonl").exit_code == 1
+    assert len(service.requests("DELETE", "/v1/files/file-1")) == 1
+
+
+def test_the_client_plans_waits_lists_and_deletes(service: Script, client: Lorry, slept: list[float]) -> None:
+    service.on("POST", PLANS, {"id": "plan-1", "status": "computing"})
+    service.on("GET", f"{PLANS}/plan-1", {"id": "plan-1", "status": "computing"}, READY)
+    service.on("GET", PLANS, {"data": [READY], "has_more": False})
+    service.on("DELETE", f"{PLANS}/plan-1", {"id": "plan-1", "deleted": True})
+
+    made = client.plans.create(model="m", training_file="file-1", lora={"rank": 4}, hyperparameters={"n_epochs": 2})
+    planned = client.plans.wait(made.id, poll_seconds=0.5)
+
+    sent = json.loads(service.requests("POST", PLANS)[0].body)
+    numbers = {"supervised": {"hyperparameters": {"n_epochs": 2}}}
+    assert sent == {
+        "model": "m",
+        "training_file": "file-1",
+        "lora": {"rank": 4},
+        "method": {"type": "supervised", **numbers},
+    }
+    assert (planned.num_steps, planned.training_time.seconds, planned.expected_start.seconds) == (8, 100.0, None)
+    assert slept == [0.5]
+    assert [one.id for one in client.plans.list()] == ["plan-1"]
+    client.plans.delete("plan-1")
+
+
+def test_waiting_for_a_plan_has_an_end(service: Script, client: Lorry) -> None:
+    service.on("GET", f"{PLANS}/plan-1", {"id": "plan-1", "status": "computing"})
+
+    with pytest.raises(WaitTimeout):
+        client.plans.wait("plan-1", timeout_seconds=0)
+
+
+def test_the_client_names_every_field_of_a_request() -> None:
+    from catalog.spec.job import JobRequest
+
+    fields = set(get_type_hints(JobFields))
+
+    assert fields - {"extra_body"} == set(JobRequest.model_fields) - {"model", "training_file"}
+
+
+def test_a_file_is_looked_for_before_anything_is_sent(service: Script, run: Run, tmp_path: Path) -> None:
+    assert run("plan", "m", tmp_path / "none.jsonl").exit_code == 2
+    assert service.seen == []

@@ -1,0 +1,53 @@
+"""Answers to a job's own prompts, as a person reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from typer.testing import Result
+
+from lorry.cli.render import output
+from tests.lorry.scripted_server import Script
+
+Run = Callable[..., Result]
+EVENTS = "/v1/fine_tuning/jobs/j/events"
+
+
+def event(step: int, *answers: tuple[str, bool]) -> dict[str, Any]:
+    samples = [
+        {"prompt": f"p{number}", "answer": text, "num_tokens": 3, "is_complete": is_complete}
+        for number, (text, is_complete) in enumerate(answers)
+    ]
+    return {"id": f"ftevent-{step}", "created_at": 1, "message": "answers", "data": {"step": step, "samples": samples}}
+
+
+def test_answers_are_told_by_step_the_latest_last(service: Script, run: Run) -> None:
+    others = {"id": "ftevent-9", "created_at": 1, "message": "m", "data": None}
+    events = [event(4, ("four", True), ("\x1b[31mred", False)), others, event(0, ("base", False))]
+    service.on("GET", EVENTS, {"data": events, "has_more": False})
+
+    lines = [line for line in run("jobs", "samples", "j").stdout.splitlines() if line]
+
+    assert lines == [
+        "STEP 0",
+        "> p0",
+        "base ...",
+        "STEP 4",
+        "> p0",
+        "four",
+        "> p1",
+        f"{output.clean(chr(27))}[31mred ...",
+    ]
+    told = json.loads(run("jobs", "samples", "j", "--json").stdout)
+    assert [each["step"] for each in told] == [4, 4, 0]
+
+
+def test_a_job_without_answers_is_told_how_to_ask(service: Script, run: Run) -> None:
+    service.on("GET", EVENTS, {"data": [], "has_more": False})
+
+    told = run("jobs", "samples", "j")
+
+    assert told.stdout == ""
+    assert "--set 'evaluation.samples.prompts=" in told.stderr

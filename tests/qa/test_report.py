@@ -1,0 +1,25 @@
+"""What a run of rows tells at its end: what was left out is not called tried, and what was found is called failed."""
+
+from __future__ import annotations
+
+from qa.chaos.audit.findings import Finding
+from qa.chaos.report import Outcome, table
+from qa.chaos.row import NotHere, Row
+
+ROW = Row(name="row", fault="a fault", also="all is well", act=lambda _: "")
+
+
+def test_rows_that_were_tried_left_out_and_failed_are_counted_apart() -> None:
+    finding = Finding(invariant="I1", subject="job", sentence="it never ended")
+    outcomes = [
+        Outcome(row=ROW, database="sqlite", seen="well", seconds=60.0),
+        Outcome(row=ROW, database="postgresql", left_out="no such program"),
+        Outcome(row=ROW, database="sqlite", failure="AssertionError: it took 99 s", seconds=60.0),
+        Outcome(row=ROW, database="sqlite", findings=[finding]),
+    ]
+
+    told = table(outcomes, [NotHere(name="cuda", fault="another", why="no GPU")])
+
+    assert told.splitlines()[-1] == "3 tried, 1 left out, 2 failed, 2 minutes."
+    assert "left out: no such program" in told
+    assert "not here: no GPU" in told

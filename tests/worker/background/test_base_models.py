@@ -1,0 +1,174 @@
+"""How a base model comes onto a node: by a child that is watched, and ended when nobody wants it any more."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from catalog.db.database import Database
+from catalog.errors import Unavailable
+from catalog.registry import base_models as record
+from catalog.settings import Settings
+from tests import tiny_base
+from worker.background import base_models
+
+SLEEPER = [sys.executable, "-c", "import threading; threading.Event().wait()"]
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Iterator[Any]:
+    """What worker/background/base_models.py uses of a worker's context."""
+    settings = Settings(data_dir=tmp_path, heartbeat_seconds=0.01)
+    settings.bases_dir().mkdir(parents=True)
+    db = Database(settings.resolved_database_url())
+    db.migrate()
+    yield SimpleNamespace(settings=settings, db=db, draining=False)
+    db.close()
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    child = subprocess.Popen(SLEEPER, start_new_session=True)
+    yield child
+    child.kill()
+    child.wait()
+
+
+def test_an_import_that_nobody_wants_any_more_is_abandoned(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
+    record.add(context.db, name="slow", kind="folder", source=str(tmp_path))
+    monkeypatch.setattr(base_models, "run_child", lambda *_arguments, **_options: sleeper)
+    answers = iter([False, True])
+
+    with pytest.raises(base_models.Abandoned):
+        base_models.ensure(context, "slow", "0" * 64, is_unwanted=lambda: next(answers))
+
+    assert sleeper.returncode is not None
+    assert list(context.settings.bases_dir().iterdir()) == []
+
+
+def test_the_import_of_a_base_that_was_deleted_is_abandoned(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
+    record.add(context.db, name="unwanted", kind="folder", source=str(tmp_path))
+
+    def run_child(*_arguments: Any, **_options: Any) -> subprocess.Popen[bytes]:
+        record.delete(context.db, "unwanted")
+        return sleeper
+
+    monkeypatch.setattr(base_models, "run_child", run_child)
+
+    assert base_models.import_next(context) is False
+
+    assert sleeper.returncode is not None
+    assert record.list_all(context.db) == []
+    assert list(context.settings.bases_dir().iterdir()) == []
+
+
+@pytest.mark.parametrize("problem", ["a loop of links", "no permission"])
+def test_a_source_that_the_worker_can_not_look_at_fails_the_import(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    if problem == "a loop of links":
+        (source / "config.json").symlink_to("config.json")
+    else:
+        listed = Path.iterdir
+
+        def iterdir(path: Path) -> Iterator[Path]:
+            if path == source:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return listed(path)
+
+        monkeypatch.setattr(Path, "iterdir", iterdir)
+    record.add(context.db, name="closed", kind="folder", source=str(source))
+
+    assert base_models.import_next(context) is True
+
+    row = record.get(context.db, "closed")
+    assert row.state == "failed"
+    assert row.error is not None
+    assert row.error["code"] == "source_unreachable"
+
+
+def test_a_child_that_gets_nowhere_is_ended(
+    context: Any, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
+    monkeypatch.setattr(base_models, "STALL_SECONDS", 0.0)
+    monkeypatch.setattr(base_models._Progress, "_seconds_used", lambda _self: 0.0)  # pyright: ignore[reportPrivateUsage]
+
+    with pytest.raises(base_models.ImportRefused) as caught:
+        base_models.wait_renewing(sleeper, context, lambda: None)
+
+    assert caught.value.code == "no_progress"
+    assert sleeper.returncode is not None
+
+
+def test_no_child_is_left_running_when_something_unforeseen_happens(
+    context: Any, sleeper: subprocess.Popen[bytes]
+) -> None:
+    def fail() -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        base_models.wait_renewing(sleeper, context, fail)
+
+    assert sleeper.returncode is not None
+
+
+def test_an_outage_of_the_database_does_not_end_an_import(context: Any, sleeper: subprocess.Popen[bytes]) -> None:
+    asked = threading.Event()
+
+    def renew() -> None:
+        if asked.is_set():
+            sleeper.kill()  # the second time: the work is done
+        asked.set()
+        raise Unavailable("It does not answer.", code="unavailable", remedy="Wait.")
+
+    base_models.wait_renewing(sleeper, context, renew)
+
+    assert asked.is_set()
+
+
+def test_cleaning_removes_the_files_of_a_deleted_base_and_nothing_else(context: Any) -> None:
+    record.add(context.db, name="old", kind="folder", source="/old")
+    added_at = record.get(context.db, "old").created_at
+    told: dict[str, Any] = {"manifest": {"files": []}, "description": {}, "added_at": added_at}
+    record.finish_import(context.db, "old", digest="a" * 64, **told)
+    names = ["a" * 64, "b" * 64, "tmp-1"]
+    for name in names:
+        (context.settings.bases_dir() / name).mkdir()
+    assert base_models.clean(context) == []
+
+    record.delete(context.db, "old")
+
+    assert base_models.clean(context) == ["a" * 64]
+    assert sorted(path.name for path in context.settings.bases_dir().iterdir()) == sorted(names[1:])
+
+
+def test_the_blocks_of_a_base_of_before_are_counted_where_its_files_are(context: Any) -> None:
+    for name, digest in (("here", "a" * 64), ("elsewhere", "b" * 64), ("broken", "c" * 64)):
+        record.add(context.db, name=name, kind="folder", source=f"/{name}")
+        told: dict[str, Any] = {"manifest": {"files": []}, "description": {"num_parameters": 1, "license": "mit"}}
+        record.finish_import(context.db, name, digest=digest, added_at=record.get(context.db, name).created_at, **told)
+    tiny_base.make(context.settings.bases_dir() / ("a" * 64))
+    (context.settings.bases_dir() / ("c" * 64)).mkdir()
+
+    assert base_models.count_blocks(context) == ["here"]
+
+    description = record.get(context.db, "here").description or {}
+    blocks = description.pop("blocks")
+    assert description == {"num_parameters": 1, "license": "mit"}
+    assert blocks["count"] == 2
+    assert blocks["num_parameters"] == 2 * blocks["largest_parameters"] > 0
+    assert [row.name for row in record.uncounted(context.db)] == ["broken", "elsewhere"]

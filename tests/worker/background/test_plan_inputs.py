@@ -1,0 +1,173 @@
+"""What a worker does for a plan: its files with details and their overlap on record, then the plan is ready."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from catalog.errors import Unavailable
+from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS, longer
+from catalog.plans import claims, plans
+from catalog.storage import token_cache
+from catalog.storage.manifest import DamagedArtifact
+from catalog.storage.store import ArtifactStore
+from catalog.tables import Plan
+from tests.catalog.plan_data import DETAILS, REPORT, plan, put
+from tests.worker.pack_site import PackSite
+from worker.background import base_models, chores, plan_inputs, tokenization
+from worker.background.chores import Chores
+from worker.children.tokenizer.token_file import TokenFile
+
+REFUSAL = {"code": "nothing_to_learn", "message": "There is nothing in it.", "remedy": "Give another."}
+
+
+@pytest.fixture
+def made(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files are prepared by the test, each as the same two rows; where, in order."""
+    folders: list[Path] = []
+
+    def run(_context: object, work: Path, *_: object, **__: object) -> dict[str, Any]:
+        folders.append(work)
+        (work / "details.json").write_text(json.dumps(DETAILS))
+        (work / "tokens").mkdir(exist_ok=True)
+        with TokenFile(work / "tokens" / "tokens.safetensors") as out:
+            for row in ([1, 2], [3]):
+                out.add_row(np.array(row, dtype=np.int32), np.ones(len(row), dtype=np.uint8))
+            out.finish()
+        return REPORT
+
+    monkeypatch.setattr(ArtifactStore, "open_blob", _open_blob_of_files(ArtifactStore.open_blob))
+    monkeypatch.setattr(base_models, "ensure", lambda *_, **__: Path("/nowhere"))
+    monkeypatch.setattr(tokenization, "_run", run)
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
+    return folders
+
+
+def _open_blob_of_files(original: Any) -> Any:
+    """Uploads are not in the test's store; what is prepared is."""
+
+    def open_blob(store: ArtifactStore, digest: str) -> Any:
+        try:
+            return iter(list(original(store, digest)))
+        except Exception:  # noqa: BLE001
+            return iter([b""])
+
+    return open_blob
+
+
+def look(site: PackSite, row: Plan) -> Plan:
+    return plans.get(site.db, project_id=site.world.caller.project_id, plan_id=row.id)
+
+
+def test_both_files_are_prepared_and_compared_and_the_plan_is_ready(site: PackSite, made: list[Path]) -> None:
+    row = plan(site.world, validation_file=site.world.file())
+
+    assert plan_inputs.compute_next(site.context)
+
+    told = look(site, row)
+    assert (told.state, len(made)) == ("ready", 2)
+    assert (told.found or {})["data"]["overlap"] == {"rows": 2, "of_rows": 2}
+    assert plans.details(site.db, told).training == DETAILS
+    assert not plan_inputs.compute_next(site.context)
+    assert list(site.context.scratch_dir().iterdir()) == []
+
+
+def test_tokens_that_have_no_details_are_made_again(site: PackSite, made: list[Path]) -> None:
+    row = plan(site.world)
+    put(site.world, row.train_prepared, REPORT, details=None)
+
+    assert plan_inputs.compute_next(site.context)
+
+    assert (look(site, row).state, len(made)) == ("ready", 1)
+
+
+def test_a_file_that_is_refused_fails_its_plan(
+    site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_context: object, work: Path, *_: object, **__: object) -> dict[str, Any]:
+        (work / "details.json").write_text(json.dumps(DETAILS))
+        return REPORT | {"usable_rows": 0, "refusal": REFUSAL}
+
+    monkeypatch.setattr(tokenization, "_run", refuse)
+    row = plan(site.world)
+
+    assert plan_inputs.compute_next(site.context)
+
+    assert (look(site, row).error or {})["code"] == "nothing_to_learn"
+
+
+def test_where_the_store_does_not_answer_the_plan_waits_and_is_tried_again(
+    site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise Unavailable("The store does not answer.", code="store_unavailable", remedy="Wait.")
+
+    monkeypatch.setattr(plan_inputs, "both_files", fail)
+    row = plan(site.world)
+
+    assert plan_inputs.compute_next(site.context)
+
+    assert look(site, row).state == "computing"
+    assert claims.claim(site.db, worker_id="w1", lease_seconds=60) is None, "not yet"
+    site.world.clock.turn(tokenization.RETRY_SECONDS + 1)
+    assert claims.claim(site.db, worker_id="w1", lease_seconds=60) is not None
+
+
+def test_a_plan_whose_files_crash_what_reads_them_is_tried_again_and_fails_in_the_end(
+    site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(_context: object, work: Path, *_: object, **__: object) -> None:
+        (work / "log.txt").touch()
+        raise tokenization.crashed(
+            "Tokenising the file", -9, work / "log.txt", code="preparation_failed", remedy="Look."
+        )
+
+    monkeypatch.setattr(tokenization, "_run", crash)
+    row = plan(site.world)
+
+    for number in range(1, MAX_LOST_PREPARATIONS + 1):
+        assert look(site, row).state == "computing"
+        with pytest.raises(tokenization.Hindered):
+            plan_inputs.compute_next(site.context)
+        site.world.clock.turn(longer(tokenization.RETRY_SECONDS, number) - 1)
+        assert not plan_inputs.compute_next(site.context), "not yet"
+        site.world.clock.turn(2)
+
+    assert look(site, row).state == "failed"
+    assert (look(site, row).error or {})["code"] == "preparation_failed"
+
+
+def test_tokens_that_are_damaged_when_a_plan_compares_them_are_made_again(
+    site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: object) -> None:
+        raise DamagedArtifact("The content has changed.")
+
+    row = plan(site.world, validation_file=site.world.file())
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactStore, "fetch", damaged)
+        with pytest.raises(tokenization.Hindered):
+            plan_inputs.compute_next(site.context)
+    assert token_cache.get(site.db, row.train_prepared) is None
+    site.world.clock.turn(tokenization.RETRY_SECONDS + 1)
+
+    assert plan_inputs.compute_next(site.context)
+
+    assert (look(site, row).state, len(made)) == ("ready", 3)
+
+
+def test_files_of_jobs_and_plans_take_turns(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    both = (chores.tokenization, "prepare_next", "job"), (chores.plan_inputs, "compute_next", "plan")
+    for module, name, what in both:
+        monkeypatch.setattr(module, name, lambda _, what=what: order.append(what) is None)
+
+    with Chores(site.context) as mine:
+        for _ in range(4):
+            mine._prepare_one()  # pyright: ignore[reportPrivateUsage]
+
+    assert order == ["job", "plan", "job", "plan"]

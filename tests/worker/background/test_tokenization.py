@@ -1,0 +1,191 @@
+"""What preparing a job's files leaves on its record; the child that makes tokens is the test."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS, longer
+from catalog.states import EndReason
+from catalog.storage import token_cache
+from catalog.storage.manifest import DamagedArtifact
+from catalog.storage.store import ArtifactStore
+from tests.catalog.world import sha
+from tests.worker.pack_site import PackSite
+from worker.background import base_models, tokenization
+from worker.background.tokenization import Hindered
+from worker.protocol.errors import disk_error
+
+REFUSAL = {"code": "nothing_to_learn", "message": "There is nothing in it.", "remedy": "Give another."}
+Child = Callable[..., dict[str, Any]]
+
+
+def child(*, refuses: str) -> Child:
+    """Refuses the file of this content; of any other it makes tokens."""
+
+    def run(_context: object, work: Path, source: Path, *_: object, **__: object) -> dict[str, Any]:
+        if source.read_text() == refuses:
+            return {"rows": 1, "usable_rows": 0, "refusal": REFUSAL}
+        (work / "tokens").mkdir(exist_ok=True)
+        (work / "tokens" / "tokens.safetensors").write_text("the tokens")
+        return {"rows": 8, "usable_rows": 8}
+
+    return run
+
+
+@pytest.mark.parametrize("refused", ["training_file", "validation_file"])
+def test_a_refused_file_leaves_the_keys_of_both_on_the_job(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    files = {"training_file": site.world.file(), "validation_file": site.world.file()}
+    content = {sha(file_id): name for name, file_id in files.items()}
+
+    def open_blob(_: ArtifactStore, digest: str) -> list[bytes]:
+        return [content[digest].encode()]
+
+    monkeypatch.setattr(ArtifactStore, "open_blob", open_blob)
+    monkeypatch.setattr(base_models, "ensure", lambda *_, **__: Path("/nowhere"))
+    monkeypatch.setattr(tokenization, "_run", child(refuses=refused))
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
+    job_id = site.world.submit(training_file=files["training_file"], validation_file=files["validation_file"]).id
+
+    assert tokenization.prepare_next(site.context)
+
+    job = site.world.job(job_id)
+    assert (job.state, job.error and job.error["code"]) == ("failed", "nothing_to_learn")
+    assert job.error is not None
+    assert job.error["param"] == refused
+    assert job.train_prepared is not None
+    assert job.valid_prepared is not None
+    keys = {"training_file": job.train_prepared, "validation_file": job.valid_prepared}
+    row = token_cache.get(site.db, keys[refused])
+    assert row is not None
+    assert row.report["refusal"] == REFUSAL
+    assert site.held() == set()
+
+
+def no_base(*_: object, **__: object) -> Path:
+    raise base_models.ImportRefused("This machine lacks it.", code="import_failed", remedy="Look at the source.")
+
+
+def no_tokens(_context: object, work: Path, *_: object, **__: object) -> dict[str, Any]:
+    (work / "log.txt").write_text("Killed\n")
+    raise tokenization.crashed("Tokenising the file", -9, work / "log.txt", code="preparation_failed", remedy="Look.")
+
+
+def no_disk(*_: object, **__: object) -> dict[str, Any]:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def no_bytes(*_: object) -> list[bytes]:
+    raise DamagedArtifact("The content has changed.")
+
+
+ENSURE = base_models.ensure
+HINDRANCES: dict[str, tuple[object, str, object]] = {
+    "import_failed": (base_models, "ensure", no_base),
+    "preparation_failed": (tokenization, "_run", no_tokens),
+    "node_failed": (tokenization, "_run", no_disk),
+    "artifact_damaged": (ArtifactStore, "open_blob", no_bytes),
+}
+
+
+@pytest.fixture
+def sound(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes it a machine on which all can be prepared."""
+
+    def mend() -> None:
+        monkeypatch.setattr(ArtifactStore, "open_blob", lambda *_: [b"a file"])
+        monkeypatch.setattr(base_models, "ensure", lambda *_, **__: Path("/nowhere"))
+        monkeypatch.setattr(tokenization, "_run", child(refuses="no file"))
+
+    mend()
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
+    return mend
+
+
+@pytest.fixture(params=HINDRANCES)
+def hindrance(request: pytest.FixtureRequest, sound: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Code of what may be one machine's doing."""
+    where, name, does = HINDRANCES[request.param]
+    monkeypatch.setattr(where, name, does)
+    return request.param
+
+
+def test_what_one_machine_can_not_prepare_waits_for_another(
+    site: PackSite, hindrance: str, sound: Callable[[], None]
+) -> None:
+    job_id = site.world.submit().id
+
+    with pytest.raises(Hindered):
+        tokenization.prepare_next(site.context)
+
+    assert site.world.job(job_id).state == "validating_files"
+    assert not tokenization.prepare_next(site.context), "not yet"
+    site.world.clock.turn(tokenization.RETRY_SECONDS + 1)
+    sound()
+    assert tokenization.prepare_next(site.context)
+    assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("queued", 0)
+
+
+def test_what_can_be_prepared_nowhere_fails_after_some_tries_each_of_which_waits_longer(
+    site: PackSite, hindrance: str
+) -> None:
+    job_id = site.world.submit().id
+
+    waits: list[float] = []
+    for _ in range(MAX_LOST_PREPARATIONS):
+        assert site.world.job(job_id).state == "validating_files"
+        with pytest.raises(Hindered):
+            tokenization.prepare_next(site.context)
+        waits.append((site.world.job(job_id).run_after or 0.0) - site.world.clock.now)
+        site.world.clock.turn(longer(tokenization.RETRY_SECONDS, MAX_LOST_PREPARATIONS))
+
+    job = site.world.job(job_id)
+    assert (job.state, job.reason, (job.error or {})["code"]) == ("failed", EndReason.INFRA_LOST, hindrance)
+    assert f"{MAX_LOST_PREPARATIONS} times" in (job.error or {})["message"]
+    assert job.train_prepared is not None, "what was found in a file is told"
+    assert [round(wait) for wait in waits[:-1]] == [10, 30, 90, 270]
+    assert site.held() == set()
+
+
+def full(*_: object, **__: object) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_for_a_base(*_: object, **__: object) -> Any:
+    told = disk_error(OSError(errno.ENOSPC, "No space left on device"))
+    raise base_models.ImportRefused(told["message"], code=told["code"], remedy=told["remedy"])
+
+
+def full_for_a_child(_context: object, work: Path, *_: object, **__: object) -> Any:
+    (work / "log.txt").write_text("Traceback\nOSError: [Errno 28] No space left on device\n")
+    raise tokenization.crashed("Tokenising the file", 1, work / "log.txt", code="preparation_failed", remedy="Look.")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "does"),
+    [
+        (base_models, "_import", full),
+        (base_models, "_import", full_for_a_base),
+        (tokenization, "_run", full),
+        (tokenization, "_run", full_for_a_child),
+    ],
+)
+def test_a_full_disk_counts_against_no_job(
+    site: PackSite, sound: Callable[[], None], monkeypatch: pytest.MonkeyPatch, where: Any, name: str, does: Any
+) -> None:
+    monkeypatch.setattr(base_models, "ensure", ENSURE if where is base_models else base_models.ensure)
+    monkeypatch.setattr(where, name, does)
+    job_id = site.world.submit().id
+
+    for _ in range(MAX_LOST_PREPARATIONS + 1):
+        with pytest.raises(Hindered):
+            tokenization.prepare_next(site.context)
+        site.world.clock.turn(tokenization.RETRY_SECONDS + 1)
+
+    assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("validating_files", 0)

@@ -1,0 +1,99 @@
+"""Answers with labels to tokens: each after its prompt, nothing but the answer learnt, and its label beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.spec.job import JobRequest, resolve
+from lora_core.config import ObjectiveConfig
+from lora_core.data.kto_pairs import check_unpaired
+from lora_core.data.token_dataset import TokenDataset
+from lora_core.events import JobStepped, Rewards
+from tests.worker.chat_bases import MARKED, SMOLLM2, Base, turns
+from worker.children.trainer.job_config import objective_config
+from worker.children.trainer.outputs import as_json
+
+
+@pytest.fixture(params=["by prefixes", "by marks"])
+def base(request: pytest.FixtureRequest, tmp_path: Path, tokenizer_json: str) -> Base:
+    return Base(tmp_path / "base", tokenizer_json, SMOLLM2 if request.param == "by prefixes" else MARKED)
+
+
+def said(prompt: list[Any] | str, answer: str, *, label: bool) -> dict[str, Any]:
+    completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+    return {"prompt": prompt, "completion": completion, "label": label}
+
+
+def learnt(base: Base, data: TokenDataset) -> list[str]:
+    rows = map(data.row, range(data.num_rows))
+    return [str(base.reference().decode(ids[mask.astype(bool)].tolist())) for ids, mask in rows]
+
+
+def test_the_last_answer_alone_is_learnt_and_its_label_is_kept(base: Base) -> None:
+    prompt = turns("Hi", "Hello", "What is 2 + 2?", system="Be brief.")
+
+    report, out = base.prepare(said(prompt, "4", label=True), said(prompt, "five", label=False))
+
+    data = TokenDataset.load(out)
+    conversation = [*prompt, {"role": "assistant", "content": "4"}]
+    assert data.row(0)[0].tolist() == base.reference().apply_chat_template(conversation, return_dict=False)
+    assert learnt(base, data) == ["4<|im_end|>", "five<|im_end|>"]
+    assert data.labels is not None
+    assert data.labels.tolist() == [1.0, 0.0]
+    check_unpaired(data)
+    assert (report.get("kind"), report["usable_rows"], report.get("desirable_rows")) == ("unpaired", 2, 1)
+
+
+def test_text_is_joined_as_it_stands_and_an_answer_that_is_cut_off_takes_its_label_along(base: Base) -> None:
+    rows = [said("a", " b", label=True), said("long " * 60, " c", label=True), said("a", " b", label=False)]
+
+    report, out = base.prepare(*rows, max_length=20)
+
+    data = TokenDataset.load(out)
+    assert data.labels is not None
+    assert data.labels.tolist() == [1.0, 0.0]
+    assert (report["empty_rows"], report["duplicate_rows"]) == (1, 0), "the same answer with another label is no copy"
+    assert all(text.startswith(" b") for text in learnt(base, data))
+
+
+@pytest.mark.parametrize(("label", "instead"), [(True, "supervised"), (False, "remove the file")])
+def test_a_file_whose_answers_all_have_one_label_is_refused_with_what_to_do(
+    base: Base, label: bool, instead: str
+) -> None:
+    cut_off = said("long " * 60, " c", label=not label)
+
+    report, out = base.prepare(said("a", " b", label=label), said("c", " d", label=label), cut_off, max_length=20)
+
+    found = report.get("refusal")
+    assert found is not None
+    assert (found["code"], out.exists()) == ("one_label", False)
+    assert f"All 2 answers that are trained on have the label {str(label).lower()}" in found["message"]
+    assert instead in found["remedy"]
+
+
+def test_kto_reaches_the_engine_with_its_numbers() -> None:
+    numbers = {"beta": 0.2, "desirable_weight": 1.3}
+    asked = {"type": "kto", "kto": {"hyperparameters": numbers}}
+    request = JobRequest.model_validate({"model": "m", "training_file": "f", "method": asked})
+
+    found = objective_config(resolve(request, num_rows=10, max_positions=None, seed=1))
+
+    assert found == ObjectiveConfig(kind="kto", beta=0.2, desirable_weight=1.3)
+
+
+def test_what_a_batch_has_no_answers_for_is_not_told() -> None:
+    rewards = Rewards(chosen=0.5, rejected=None, margin=None, accuracy=1.0, kl=0.25)
+    event = JobStepped(
+        job="j",
+        step=1,
+        loss=0.5,
+        learning_rate=0.1,
+        grad_norm=1.0,
+        num_tokens=9,
+        num_supervised_tokens=4,
+        token_accuracy=0.5,
+        rewards=rewards,
+    )
+
+    assert as_json(event)["rewards"] == {"chosen": 0.5, "accuracy": 1.0, "kl": 0.25}

@@ -1,0 +1,124 @@
+"""What a person is shown of a data file: rows token by token, the lines of odd ones, what two files share."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.worker.chat_bases import Base
+from worker.children import file_overlap
+from worker.children.tokenizer.main import prepare
+from worker.children.tokenizer.sample_rows import MAX_SHOWN, NUM_SAMPLES, ShownRows, ShownToken
+from worker.children.tokenizer.text_encoder import BaseText
+from worker.children.tokenizer.token_file import TokenFile
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]}
+
+
+def shown(base: Base, *rows: dict[str, Any], max_length: int = 512) -> tuple[dict[str, Any], Path]:
+    folder = base.folder.parent
+    (folder / "source.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, out = ShownRows(), folder / "tokens.safetensors"
+    prepare(source=folder / "source.jsonl", base_dir=base.folder, max_length=max_length, out=out, shown=found)
+    return json.loads(json.dumps(found.details())), out
+
+
+def tokens(sample: dict[str, Any], row: int = 0) -> list[ShownToken]:
+    return list(chain.from_iterable(segment["tokens"] for segment in sample["rows"][row]["segments"]))
+
+
+def text(found: list[ShownToken], *, learnt: bool | None = None) -> str:
+    return "".join(token["text"] for token in found if learnt is None or token["learnt"] is learnt)
+
+
+@pytest.mark.parametrize("words", ["Hi there", "naïve 東京 🎉🎉 x", "  two  spaces\n\n\ttab "])
+def test_the_pieces_of_a_row_are_its_text_and_those_with_loss_its_answer(make_base: Any, words: str) -> None:
+    details, _ = shown(make_base(TEMPLATE), chat("What?", words))
+
+    (sample,) = details["samples"]
+    assert text(tokens(sample)) == f"<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n{words}<|im_end|>\n"
+    assert text(tokens(sample), learnt=True) == f"{words}<|im_end|>"
+
+
+def test_of_a_plain_text_the_end_is_shown_too(make_base: Any) -> None:
+    base = make_base(None)
+    details, _ = shown(base, {"prompt": "A:", "completion": " b"})
+
+    eos = BaseText(base.folder).eos
+    assert eos is not None
+    assert text(tokens(details["samples"][0])).endswith(f"A: b{eos[1]}")
+    assert text(tokens(details["samples"][0]), learnt=True) == f" b{eos[1]}"
+
+
+def test_both_answers_of_a_pair_are_shown(make_base: Any) -> None:
+    answers = {"preferred_output": "good", "non_preferred_output": "bad"}
+    row: dict[str, Any] = {"input": {"messages": [{"role": "user", "content": "What?"}]}}
+    row |= {name: [{"role": "assistant", "content": word}] for name, word in answers.items()}
+
+    details, _ = shown(make_base(TEMPLATE), row)
+
+    (sample,) = details["samples"]
+    assert [found["part"] for found in sample["rows"]] == ["chosen", "rejected"]
+    assert [text(tokens(sample, place), learnt=True) for place in (0, 1)] == ["good<|im_end|>", "bad<|im_end|>"]
+
+
+def test_the_lines_of_odd_rows_are_named_and_the_first_of_each_kind_is_shown(make_base: Any) -> None:
+    plain = [chat(f"Question {number}?", "Yes") for number in range(NUM_SAMPLES + 1)]
+    rows = [*plain, plain[0], chat("Long?", "so " * 100), chat("Empty?", "No", weight=0), chat("x " * 90, "cut")]
+
+    details, _ = shown(make_base(TEMPLATE), *rows, max_length=60)
+
+    first = NUM_SAMPLES + 2
+    assert details["lines"] == {
+        "duplicate": [first],
+        "too_long": [first + 1, first + 3],
+        "empty": [first + 2, first + 3],
+    }
+    assert [sample["line"] for sample in details["samples"]] == [*range(1, NUM_SAMPLES + 1), first + 1, first + 2]
+    (long,) = details["samples"][-2]["rows"]
+    assert (long["num_tokens"], long["whole_tokens"] > 60) == (60, True)
+    assert long["learnt_tokens"] == sum(token["learnt"] for token in tokens(details["samples"][-2]))
+
+
+def test_a_long_row_is_shown_where_it_begins_and_where_loss_begins(make_base: Any) -> None:
+    details, _ = shown(make_base(TEMPLATE), chat("word " * 400, "The answer"), max_length=4096)
+
+    (row,) = details["samples"][0]["rows"]
+    assert row["whole_tokens"] > MAX_SHOWN
+    assert row["segments"][0]["start"] == 0
+    assert len(tokens(details["samples"][0])) == MAX_SHOWN
+    assert "The answer" in text(tokens(details["samples"][0]), learnt=True)
+
+
+def written(path: Path, *rows: list[int]) -> Path:
+    with TokenFile(path) as out:
+        for row in rows:
+            out.add_row(np.array(row, dtype=np.int32), np.ones(len(row), dtype=np.uint8))
+        out.finish()
+    return path
+
+
+def test_rows_of_a_held_out_file_that_training_has_are_counted_each_time(tmp_path: Path) -> None:
+    train = written(tmp_path / "train", [1, 2, 3], [4, 5], [6])
+    valid = written(tmp_path / "valid", [4, 5], [1, 2], [3], [6], [4, 5])
+
+    assert file_overlap.count(train, valid, in_pairs=False) == (3, 5)
+
+
+def test_pairs_are_the_same_where_both_answers_are(tmp_path: Path) -> None:
+    train = written(tmp_path / "train", [1, 2], [3], [4], [5])
+    valid = written(tmp_path / "valid", [1, 2], [3], [4], [6], [1], [2, 3])
+
+    assert file_overlap.count(train, valid, in_pairs=True) == (1, 3)

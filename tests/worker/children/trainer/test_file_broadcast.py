@@ -1,0 +1,111 @@
+"""Trainers on several machines, which are folders here: of the job's files the second has what the first hands on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny_base
+from tests.worker.test_several_processes import WAIT_SECONDS, Launched, digest, launched
+from worker.process.exit_status import heard
+from worker.protocol.rendezvous import meeting_settings, place_of, told_port
+
+pytestmark = pytest.mark.timeout(600)
+LOCAL = "127.0.0.1"
+JOB = {"max_steps": 6, "hyperparameters": {"batch_size": 16}}
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base.make(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@contextmanager
+def two_machines(folder: Path, base_dir: Path) -> Iterator[tuple[Launched, Launched]]:
+    """One process here, two there; nobody has joined them yet."""
+    _, interface = place_of(LOCAL)
+    where: dict[str, Any] = {"address": LOCAL, "interface": interface, "name": "round-1", "num_ranks": 3}
+    here = meeting_settings(**where, port=None, first_rank=0)
+    with launched(folder / "here", base_dir, num_processes=1, meeting=here) as leader:
+        port = wait_for_port(leader)
+        there = meeting_settings(**where, port=port, first_rank=1)
+        with launched(folder / "there", base_dir, num_processes=2, meeting=there) as member:
+            yield leader, member
+
+
+def wait_for_port(leader: Launched) -> int:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while (port := told_port(leader.directory)) is None:
+        assert time.monotonic() < deadline, leader.directory.log_tail()
+        leader.process.pulse()
+        time.sleep(0.02)
+    return port
+
+
+def wait_for_end(leader: Launched) -> None:
+    """That its worker lives it is told all along."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not leader.process.wait(0.1):
+        assert time.monotonic() < deadline, "it goes on without the other machine"
+        leader.process.pulse()
+
+
+def finish(leader: Launched) -> str:
+    """Digest of the job's adapter, once all have unloaded."""
+    exported = leader.hear("exported", "job")
+    assert exported["report"]["passed"]
+    leader.inbox.send("unload")
+    leader.hear("unloaded")
+    assert leader.process.wait(WAIT_SECONDS)
+    return digest(leader.directory.path / exported["folder"] / "adapter_model.safetensors")
+
+
+def test_two_machines_leave_the_bytes_of_one_process_whose_job_resumes_beside_one_that_cannot_be_handed_on(
+    tmp_path: Path, base_dir: Path
+) -> None:
+    with launched(tmp_path / "alone", base_dir, num_processes=1) as alone:
+        alone.admit("job", **JOB)
+        whole = finish(alone)
+        saved = alone.directory.checkpoint_path("job", 3)
+
+        with two_machines(tmp_path, base_dir) as (leader, member):
+            blocked = member.directory.job_path("blocked")
+            (blocked / "train" / "tokens.safetensors").mkdir(parents=True)
+            leader.admit("blocked", **JOB)
+            assert leader.hear("refused", "blocked")["error"]["code"] == "disk_error"
+            resume = leader.directory.job_path("job") / "resume" / "step-3"
+            shutil.copytree(saved, resume)
+            leader.admit("job", resume=resume, **JOB)
+            assert leader.hear("admitted", "job")["step"] == 3
+            assert leader.hear("ready")["num_processes"] == 3
+            together = finish(leader)
+
+            assert member.process.wait(WAIT_SECONDS)
+            assert member.process.returncode == 0, member.directory.log_tail()
+            assert member.reader.read() == []
+            assert not member.directory.job_path("job").exists()
+            assert not blocked.exists(), "what was handed on stays on a disk that may be full"
+    assert together == whole
+
+
+def test_nothing_listens_but_at_the_address_of_the_leader_and_a_killed_machine_ends_the_other(
+    tmp_path: Path, base_dir: Path
+) -> None:
+    with two_machines(tmp_path, base_dir) as (leader, member):
+        leader.hear("ready")
+        listening = {address for launched in (leader, member) for _, address in launched.listeners()}
+        leader.admit("job", max_steps=5000, hyperparameters={"batch_size": 8})
+        leader.hear("stepped", "job")
+
+        member.process.kill()
+
+        assert listening == {LOCAL}
+        wait_for_end(leader)
+        told = heard(leader.directory.log_tails(16_000), ranks=range(1), returncode=leader.process.returncode)
+        assert told.is_echo, leader.directory.log_tail()

@@ -1,0 +1,84 @@
+"""Lines of worker and trainer say which job, claim, trainer, worker and trace they are about."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from catalog import logs, tracing
+from tests.worker.pack_site import PackSite
+from worker.children.trainer.log import TrainerLog
+from worker.process.launcher import child_environment
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+ADMIT = {"claim_id": "claim-1", "job_id": "ftjob-1", "trace": PARENT}
+
+
+@pytest.fixture
+def out(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """What loggers of the worker say, an object a line."""
+    monkeypatch.setenv("LORRY_LOG_FORMAT", "json")
+    out, logger = io.StringIO(), logging.getLogger("worker")
+    handler, level = logging.StreamHandler(out), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logs.redact_handlers(logger)
+    yield out
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def lines(out: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_a_trainers_lines_name_job_claim_trainer_and_trace(out: io.StringIO) -> None:
+    log = TrainerLog({"trainer_id": "trainer-1"}, speaks=True)
+
+    assert log.knows(ADMIT) == "claim-1"
+    log.told("claim-1", "checkpointed", {"step": 5, "folder": "/a/path"})
+    log.told("claim-1", "refused", {"error": {"code": "out_of_memory", "message": "words"}})
+
+    about = {"job": "ftjob-1", "claim": "claim-1", "trainer": "trainer-1", "trace": PARENT[3:35]}
+    first, second = lines(out)
+    assert {name: first[name] for name in about} == {name: second[name] for name in about} == about
+    assert (first["message"], first["level"]) == ("checkpointed step=5", "info")
+    assert (second["message"], second["level"]) == ("refused code=out_of_memory", "warning")
+
+
+def test_of_several_ranks_the_leader_alone_speaks(out: io.StringIO) -> None:
+    log = TrainerLog({"trainer_id": "trainer-1"}, speaks=False)
+
+    log.told(log.knows(ADMIT), "admitted", {"step": 0})
+
+    assert lines(out) == []
+
+
+def test_a_workers_lines_name_what_it_does_something_for(site: PackSite, out: io.StringIO) -> None:
+    claim = site.claim()
+    site.context.spans.claimed(claim, worker_id="w1")
+    pack = site.pack(claim)
+
+    def fail(_held: Any) -> None:
+        raise OSError("The disk is away.")
+
+    (held,) = pack._held.values()  # pyright: ignore[reportPrivateUsage]
+    with logs.all_about({"worker": "w1"}):
+        pack._guarded(held, fail)  # pyright: ignore[reportPrivateUsage]
+
+    (line,) = [line for line in lines(out) if line["level"] == "error"]
+    about = {"job": claim.job.id, "claim": claim.claim_id, "trainer": "trainer-1", "worker": "w1"}
+    assert {name: line[name] for name in about} == about
+    assert line["trace"] == tracing.trace_id(tracing.of_job(claim.job.id, None))
+    assert "The disk is away." in line["exception"]
+
+
+def test_a_trainer_is_told_the_form_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_LOG_FORMAT", "json")
+
+    assert child_environment()["LORRY_LOG_FORMAT"] == "json"

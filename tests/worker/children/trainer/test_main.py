@@ -1,0 +1,402 @@
+"""What the trainer's end of the directory says when its base, its files or its memory fail it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from catalog.spec.job import JobRequest, resolve
+from lora_core.data.token_dataset import TokenDataset
+from lora_core.distributed.ranks import ALONE
+from lora_core.errors import BadAdapter, OutOfMemory
+from lora_core.events import JobDiverged, JobFinished
+from lora_core.model_files.import_base import Imported
+from tests.worker.pack_site import said
+from worker.children import base_importer
+from worker.children.trainer import main, outputs
+from worker.children.trainer.main import Trainer
+from worker.children.trainer.resident_job import Resident
+from worker.protocol.handled import without_handled
+from worker.protocol.mailbox import InboxWriter, TrainerDirectory, Verb, read_json, write_json
+
+
+class FullEngine:
+    """Stands where torch would be: nothing fits it."""
+
+    idle = False
+    ranks = ALONE
+    base = SimpleNamespace(is_divided=False)
+
+    def __init__(self) -> None:
+        self._compared: set[str] = set()
+
+    def compare_ranks(self, job: str) -> None:
+        self._compared.add(job)
+
+    def admit(self, job: str, *_: object, **__: object) -> None:
+        raise OutOfMemory(job, num_tokens=0)
+
+    def tick(self) -> list[Any]:
+        raise OutOfMemory("claim-1", num_tokens=1024)
+
+    def export(self, job: str, *_: object, **__: object) -> None:
+        assert job in self._compared, "nobody has looked whether all processes have these weights"
+        raise OutOfMemory(job, num_tokens=0)
+
+    def evict(self, job: str) -> None:
+        """Room for others."""
+
+
+def body() -> dict[str, Any]:
+    """Of an `admit` message whose files are not there."""
+    request = JobRequest(model="tiny", training_file="file-1")
+    spec = resolve(request, num_rows=10, max_positions=256, seed=1).model_dump(mode="json")
+    files = {"train": "jobs/claim-1/train/tokens.safetensors", "valid": None, "resume": None, "parent": None}
+    steps = {"num_steps": 1, "evaluate_every_steps": 1, "checkpoint_every_steps": 1}
+    return {"claim_id": "claim-1", "base_name": "tiny", "spec": spec, **files, **steps}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> TrainerDirectory:
+    settings = {"base_dir": str(tmp_path / "base"), "dtype": "float32", "quantisation": "none", "device": "cpu"}
+    return TrainerDirectory.create(tmp_path / "trainer", settings)
+
+
+@pytest.fixture
+def trainer(directory: TrainerDirectory) -> Iterator[Trainer]:
+    """With a full engine, and two jobs in it."""
+    trainer = Trainer(directory)
+    trainer._engine = FullEngine()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer._residents = {
+        name: Resident(checkpoint_every_steps=1, base_name="tiny", num_steps=1, saved_step=0)
+        for name in ("claim-0", "claim-1")
+    }
+    yield trainer
+    trainer._events.close()
+
+
+def test_a_base_that_cannot_be_loaded_is_refused_with_code_and_remedy(
+    directory: TrainerDirectory, tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+
+    Trainer(directory).run()
+
+    (refused,) = said(directory)
+    assert refused["type"] == "load_refused"
+    assert refused["error"]["code"]
+    assert refused["error"]["remedy"]
+
+
+def test_an_import_tells_the_commit_and_the_licence_of_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_importer, "import_base", lambda **_: Imported(commit="c0ffee", licence="apache-2.0"))
+    monkeypatch.setattr(base_importer, "describe_base", lambda _: {"dtype": "float32"})
+    given = {"source": "org/model", "kind": "hub", "revision": None, "target_dir": str(tmp_path / "base")}
+    write_json(tmp_path / "arguments.json", {**given, "result": str(tmp_path / "result.json")})
+
+    base_importer.import_base_model(tmp_path / "arguments.json")
+
+    description = {"dtype": "float32", "license": "apache-2.0"}
+    assert read_json(tmp_path / "result.json") == {"description": description, "commit": "c0ffee"}
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EFBIG, "import_limit"), (errno.ENOSPC, "out_of_space"), (errno.EIO, "disk_error")],
+)
+def test_an_import_that_writes_more_than_its_limit_is_no_failed_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: str
+) -> None:
+    def fail(**_: object) -> Imported:
+        raise OSError(number, "It failed")
+
+    monkeypatch.setattr(base_importer, "import_base", fail)
+    given = {"source": "org/model", "kind": "hub", "revision": None, "target_dir": str(tmp_path / "base")}
+    write_json(tmp_path / "arguments.json", {**given, "result": str(tmp_path / "result.json")})
+
+    base_importer.import_base_model(tmp_path / "arguments.json")
+
+    assert read_json(tmp_path / "result.json")["error"]["code"] == code
+
+
+def test_a_disk_that_fails_under_a_jobs_files_refuses_that_job_alone(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> TokenDataset:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(TokenDataset, "load", fail)
+
+    trainer._admit(body())
+
+    (refused,) = said(directory)
+    assert (refused["type"], refused["claim_id"]) == ("refused", "claim-1")
+    assert refused["error"]["code"] == "disk_error"
+
+
+def test_a_job_that_does_not_fit_beside_the_others_is_refused_on_its_way_in(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TokenDataset, "load", lambda _: None)
+
+    trainer._admit({**body(), "claim_id": "claim-2"})
+
+    (refused,) = said(directory)
+    assert (refused["claim_id"], refused["error"]["code"]) == ("claim-2", "out_of_memory")
+    assert set(trainer._residents) == {"claim-0", "claim-1"}
+
+
+def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go_on(*_: object, between: Callable[[], None], **__: object) -> None:
+        between()
+
+    def fail(*_: object, between: Callable[[], None], **__: object) -> None:
+        between()
+        raise OutOfMemory("claim-1", num_tokens=0)
+
+    monkeypatch.setattr(main, "REPORT_SECONDS", 0)
+    monkeypatch.setattr("lora_core.peft_format.verify.verify_export", fail)
+    monkeypatch.setattr(trainer, "_base", None, raising=False)
+    for name, found in {"export": go_on, "memory": dict, "tokens_per_second": lambda: 0.0, "tick_speeds": dict}.items():
+        monkeypatch.setattr(trainer._engine, name, found, raising=False)
+
+    trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
+
+    assert [event["type"] for event in said(directory)] == ["memory", "memory", "refused"]
+
+
+def test_prompts_are_checked_before_the_start_of_their_job_is_computed(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[object] = []
+    monkeypatch.setattr(main, "BaseText", lambda _: None)
+    monkeypatch.setattr(main, "ask", lambda *_, **__: "asked")
+    monkeypatch.setattr(main, "prompts_of", lambda asked: asked)
+    monkeypatch.setattr(main, "check_prompts", lambda prompts, base: checked.append((prompts, base)))
+    trainer._engine = SimpleNamespace(base="base")  # pyright: ignore[reportAttributeAccessIssue]
+    evaluation = {"samples": {"prompts": ["What?"]}}
+    request = JobRequest.model_validate(
+        {"model": "tiny", "training_file": "file-1", "validation_file": "file-2", "evaluation": evaluation}
+    )
+    spec = resolve(request, num_rows=10, max_positions=256, seed=1).model_dump(mode="json")
+
+    assert trainer._asks("claim-1", {**body(), "spec": spec, "asks_as_chat": True})
+
+    assert checked == [("asked", "base")]
+    assert trainer._residents["claim-1"].asked == "asked"
+
+
+def test_a_data_set_that_does_not_fit_is_told_as_such(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> TokenDataset:
+        raise MemoryError
+
+    monkeypatch.setattr(TokenDataset, "load", fail)
+
+    trainer._admit(body())
+
+    (refused,) = said(directory)
+    assert refused["error"]["code"] == "out_of_memory"
+    assert refused["error"]["message"].startswith("The data of job 'claim-1' doesn't fit")
+    assert "max_length" in refused["error"]["remedy"]
+    assert "rank" not in refused["error"]["remedy"]
+
+
+def test_want_of_memory_refuses_the_job_that_the_error_names(trainer: Trainer, directory: TrainerDirectory) -> None:
+    trainer._tick()
+
+    (refused,) = said(directory)
+    assert (refused["type"], refused["claim_id"]) == ("refused", "claim-1")
+    assert refused["error"]["code"] == "out_of_memory"
+    assert set(trainer._residents) == {"claim-0"}
+
+
+class DivergingEngine(FullEngine):
+    """Job claim-1 has come to step 7 and no further."""
+
+    def __init__(self, *, good_step: int) -> None:
+        super().__init__()
+        self._good_step = good_step
+
+    def progress(self, job: str) -> tuple[int, int]:
+        return 7, 10
+
+    def evaluated_step(self, job: str) -> int | None:
+        return None
+
+    def save_checkpoint(self, job: str, directory: Path) -> None:
+        assert job in self._compared, "nobody has looked whether all processes have these weights"
+        directory.mkdir(parents=True)
+
+    def export(self, job: str, *given: Any, **_: object) -> None:
+        given[0].mkdir()
+
+    def num_parameters(self, job: str) -> int:
+        return 24
+
+    def tick(self) -> list[Any]:
+        return [JobDiverged(job="claim-1", step=7, good_step=self._good_step, message="The update is not finite.")]
+
+
+def test_a_job_that_diverges_leaves_its_last_step_before_it_is_told_and_the_others_stay(
+    trainer: Trainer, directory: TrainerDirectory
+) -> None:
+    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
+
+    trainer._tick()
+
+    saved, diverged = said(directory)
+    assert (saved["type"], saved["claim_id"], saved["step"]) == ("checkpointed", "claim-1", 7)
+    assert (directory.path / saved["folder"]).is_dir()
+    assert (directory.path / saved["adapter"]).is_dir()
+    assert saved["num_parameters"] == 24
+    assert (diverged["type"], diverged["claim_id"], diverged["step"]) == ("diverged", "claim-1", 7)
+    assert set(trainer._residents) == {"claim-0"}
+
+
+def test_a_checkpoint_whose_weights_cannot_be_written_as_a_model_is_a_checkpoint_all_the_same(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(trainer._engine, "export", fail)
+
+    trainer._checkpoint("claim-1")
+
+    unexported, saved = said(directory)
+    assert (unexported["type"], unexported["error"]["code"]) == ("checkpoint_unexported", "out_of_space")
+    assert (saved["type"], saved["step"], saved["adapter"]) == ("checkpointed", 7, None)
+
+
+def leave(trainer: Trainer, directory: TrainerDirectory, *verbs: tuple[Verb, str | None]) -> list[dict[str, Any]]:
+    """What is said of messages that have come together: verb, and whom it is about."""
+    inbox = InboxWriter(directory)
+    for verb, claim_id in verbs:
+        inbox.send(verb, **({} if claim_id is None else {"claim_id": claim_id}))
+    trainer._listen()
+    return said(directory)
+
+
+@pytest.mark.parametrize("verbs", [[("drain", None)], [("preempt", "claim-0"), ("pause", "claim-1")]])
+def test_all_that_leave_are_saved_and_told_of_before_the_first_is_made_a_model(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch, verbs: list[tuple[Verb, str | None]]
+) -> None:
+    engine, told_before = DivergingEngine(good_step=7), []
+    trainer._engine = engine  # pyright: ignore[reportAttributeAccessIssue]
+    export = engine.export
+
+    def note(*given: Any, **named: Any) -> None:
+        told_before.append([event["type"] for event in said(directory)])
+        export(*given, **named)
+
+    monkeypatch.setattr(engine, "export", note)
+
+    events = leave(trainer, directory, *verbs)
+
+    assert told_before[0] == ["checkpointed"] * 2
+    kinds = [(event["type"], event["claim_id"], event["step"]) for event in events]
+    jobs = ("claim-0", "claim-1")
+    assert kinds == [(kind, job, 7) for kind in ("checkpointed", "paused") for job in jobs]
+    assert all((directory.path / event["folder"]).is_dir() and event["adapter"] is None for event in events[:2])
+    assert all((directory.path / event["adapter"]).is_dir() for event in events[2:])
+    assert not trainer._residents
+    assert trainer._leaving == (verbs == [("drain", None)])
+
+
+def test_one_that_leaves_takes_nobody_with_it_and_what_comes_after_is_obeyed_after_it(
+    trainer: Trainer, directory: TrainerDirectory
+) -> None:
+    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
+
+    events = leave(trainer, directory, ("pause", "claim-1"), ("cancel", "claim-0"), ("pause", "claim-9"))
+
+    told = [(event["type"], event["claim_id"]) for event in events]
+    assert told == [("checkpointed", "claim-1"), ("paused", "claim-1"), ("cancelled", "claim-0")]
+
+
+def test_weights_of_the_step_that_is_kept_are_never_named_by_the_last_step(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(trainer._engine, "evaluated_step", lambda _: 0)
+
+    saved, paused = leave(trainer, directory, ("pause", "claim-1"))
+
+    assert (saved["type"], saved["step"]) == ("checkpointed", 7)
+    assert (paused["type"], paused["adapter"]) == ("paused", None)
+    assert [path.name for path in (directory.path / saved["folder"]).parent.iterdir()] == ["step-7"]
+
+
+def test_weights_that_a_step_has_ruined_are_not_saved(trainer: Trainer, directory: TrainerDirectory) -> None:
+    trainer._engine = DivergingEngine(good_step=6)  # pyright: ignore[reportAttributeAccessIssue]
+
+    trainer._tick()
+
+    (diverged,) = said(directory)
+    assert (diverged["type"], diverged["step"], diverged["good_step"]) == ("diverged", 7, 6)
+    assert not (directory.job_path("claim-1") / "checkpoints").exists()
+    assert set(trainer._residents) == {"claim-0"}
+
+
+def test_want_of_memory_at_the_end_refuses_that_job_alone(trainer: Trainer, directory: TrainerDirectory) -> None:
+    trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
+
+    (refused,) = said(directory)
+    assert (refused["claim_id"], refused["error"]["code"]) == ("claim-1", "out_of_memory")
+    assert set(trainer._residents) == {"claim-0"}
+
+
+def test_whatever_is_wrong_with_one_adapter_ends_that_job_alone(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr(trainer._engine, "export", fail)
+
+    trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
+
+    (refused,) = said(directory)
+    assert (refused["claim_id"], refused["error"]["code"]) == ("claim-1", "bad_adapter")
+    assert "ZeroDivisionError: float division by zero" in refused["error"]["message"]
+    assert set(trainer._residents) == {"claim-0"}
+
+
+def test_a_device_that_fails_ends_the_trainer_and_no_job(
+    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(trainer._engine, "export", fail)
+
+    with pytest.raises(torch.AcceleratorError):
+        trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
+
+    assert said(directory) == []
+    assert set(trainer._residents) == {"claim-0", "claim-1"}
+
+
+def test_what_is_wrong_with_one_adapter_is_printed_as_something_with_which_the_trainer_went_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(BadAdapter), outputs._blamed_on_adapter():  # pyright: ignore[reportPrivateUsage]
+        raise KeyError("rank")
+
+    printed = capsys.readouterr().err
+    assert "KeyError: 'rank'" in printed
+    assert without_handled(printed) == ""

@@ -1,0 +1,68 @@
+"""Prompts to tokens and answers to text, by the base's own conventions."""
+
+import json
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, processors
+
+from catalog.spec.sample_spec import Samples
+from tests.worker.chat_bases import INSTRUCT, MARKED, SMOLLM2, Base, turns
+from worker.children.tokenizer.chat_template import Refused
+from worker.children.tokenizer.text_encoder import BaseText
+from worker.children.trainer.sampling import ask, told
+
+SAMPLES = Samples(prompts=["What is 2 + 2?", "b"], max_tokens=5)
+END = "<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, MARKED, INSTRUCT], ids=["smollm2", "marked", "instruct"])
+def test_a_prompt_of_chat_is_a_users_turn_and_its_answer_ends_with_the_turn(make_base: Any, template: str) -> None:
+    base: Base = make_base(template)
+    configured = json.loads((base.folder / "tokenizer_config.json").read_text())
+    (base.folder / "tokenizer_config.json").write_text(
+        json.dumps({**configured, "eos_token": END if template is INSTRUCT else "<|endoftext|>"})
+    )
+
+    asked = ask(BaseText(base.folder), SAMPLES, as_chat=True)
+
+    reference = base.reference()
+    rendered = reference.apply_chat_template(turns("What is 2 + 2?"), add_generation_prompt=True, return_dict=False)
+    assert list(asked.ids[0]) == rendered
+    assert reference.convert_tokens_to_ids(END) in asked.end_ids
+    assert reference.eos_token_id in asked.end_ids
+
+
+def test_a_prompt_of_plain_text_goes_on_where_it_stands(make_base: Any) -> None:
+    base: Base = make_base(None)
+    tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
+    ids = [(text, tokenizer.token_to_id(text)) for text in ("<|endoftext|>", END)]
+    around = processors.TemplateProcessing(single=f"<|endoftext|> $A {END}", special_tokens=ids)
+    tokenizer.post_processor = around
+    tokenizer.save(str(base.folder / "tokenizer.json"))
+
+    asked = ask(BaseText(base.folder), SAMPLES, as_chat=False)
+
+    assert list(asked.ids[1]) == base.reference()("b")["input_ids"][:-1]
+    assert list(asked.end_ids) == [base.reference().eos_token_id]
+
+
+def test_answers_are_told_without_special_tokens_and_whether_they_ended(make_base: Any) -> None:
+    base: Base = make_base(None)
+    text = BaseText(base.folder)
+    ids = tuple(base.reference()("Hello there!")["input_ids"])
+    end = base.reference().eos_token_id
+    assert isinstance(end, int)
+
+    found = told(text, ask(text, SAMPLES, as_chat=False), [(*ids, end), ids])
+
+    assert [(each["prompt"], each["answer"], each["is_complete"]) for each in found] == [
+        ("What is 2 + 2?", "Hello there!", True),
+        ("b", "Hello there!", False),
+    ]
+    assert found[0]["num_tokens"] == len(ids) + 1
+
+
+def test_a_template_that_takes_no_such_prompt_refuses_it(make_base: Any) -> None:
+    with pytest.raises(Refused):
+        ask(BaseText(make_base("{{ raise_exception('no') }}").folder), SAMPLES, as_chat=True)

@@ -1,0 +1,97 @@
+"""The layers that submission counts are those that the engine adapts, and the numbers are as many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from catalog.resources import memory
+from catalog.spec import target_modules
+from catalog.spec.job import JobRequest, resolve
+from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.base_model.model import describe_base
+from lora_core.base_model.patching import choose_targets, find_linears
+from worker.children.trainer.job_config import job_config
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SIZES | HEADS,
+    "gemma3_text": SIZES | HEADS | {"head_dim": 16},
+    "phi3": SIZES | HEADS | {"pad_token_id": 0},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 64},
+    "gpt_neox": SIZES | {"num_attention_heads": 4},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 32, "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 3}
+    | {"num_attention_heads": 4},
+}
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"use_dora": True, "layers_to_transform": [2, 0], "init_lora_weights": "olora"},
+    {"target_modules": r"re:.*\.[12]\..*", "rank_pattern": {r".*\.1\..*": 7, r"2\.[^.]*\.[^.]*": 3}, "use_dora": True},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_job_is_counted_with_the_layers_and_the_numbers_that_the_engine_gives_it(
+    family: str, shape: dict[str, Any], tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        modules = find_linears(AutoModelForCausalLM.from_config(config))
+    request = JobRequest.model_validate({"model": "m", "training_file": "f", "lora": {"rank": 5, **shape}})
+    spec = resolve(request, num_rows=100, max_positions=None, seed=1)
+
+    counted = target_modules.adapted(
+        describe_base(tmp_path), spec.lora, base_name=family, matcher=target_modules.Matcher()
+    )
+
+    lora = job_config(spec, num_steps=1, evaluate_every_steps=None).lora
+    targets = choose_targets(modules, lora)
+    assert {each.linear.path: each.rank for each in counted} == {each.name: lora.rank_of(each.name) for each in targets}
+    row = AdapterRow(targets, lora, dtype=torch.float32, device="meta")
+    assert spec.lora.begins_with_the_base == lora.subtracts_start
+    num_parameters = memory.adapter_parameters(counted, use_dora=spec.lora.use_dora)
+    assert num_parameters == row.num_parameters
+    parts = memory.own_parts(
+        describe_base(tmp_path),
+        "float32",
+        num_parameters=num_parameters,
+        dropout=0.0,
+        use_dora=spec.lora.use_dora,
+        init_lora_weights=spec.lora.init_lora_weights,
+        longest_example=1,
+    )
+    counted_bytes = sum(parts.values())
+    outputs = sum(
+        out_features * count for (out_features, _), count in describe_base(tmp_path)["linear_shapes"].values()
+    )
+    products = memory.JOB_TOKENS * outputs * 4 if spec.lora.use_dora else 0  # of its slice, not of its row
+    assert row.num_bytes <= counted_bytes - products <= 1.15 * row.num_bytes
+
+
+@pytest.mark.parametrize("shape", [{}, {"rank": 1}, {"rank": 32, "use_dora": True, "rank_pattern": {"q_proj": 9}}])
+def test_what_adafactor_saves_is_counted_and_never_more_than_it_does(shape: dict[str, Any], tmp_path: Path) -> None:
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"])
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        modules = find_linears(AutoModelForCausalLM.from_config(config))
+    request = JobRequest.model_validate({"model": "m", "training_file": "f", "lora": shape})
+    spec = resolve(request, num_rows=100, max_positions=None, seed=1)
+    lora = job_config(spec, num_steps=1, evaluate_every_steps=None).lora
+    targets = choose_targets(modules, lora)
+    row = AdapterRow(targets, lora, dtype=torch.float32, device="meta", optimizer="adafactor")
+
+    counted = memory.row_bytes(
+        row.num_parameters, "float32", optimizer="adafactor", lowest_rank=memory.lowest_rank(spec.lora.model_dump())
+    )
+
+    assert row.num_bytes <= counted <= memory.row_bytes(row.num_parameters, "float32")
+    assert counted <= 1.35 * row.num_bytes
+    if lora.rank > 1:
+        assert counted < 0.75 * memory.row_bytes(row.num_parameters, "float32")

@@ -1,0 +1,124 @@
+"""What depends on a lease counts the time in which the machine was suspended."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.worker.pack_site import PackSite
+from worker.process import parent_watch
+from worker.process.clock import boot_seconds
+from worker.process.parent_watch import LOST_PARENT, SIGN
+
+ROOT = Path(__file__).parents[3]
+NEEDS_BOOTTIME = pytest.mark.skipif(sys.platform != "linux", reason="Python reaches no such clock elsewhere")
+WAKES_UP = """
+import sys, threading, time
+from worker import tether
+clock, asleep = time.clock_gettime, 0.0
+time.clock_gettime = lambda number: clock(number) + (asleep if number == time.CLOCK_BOOTTIME else 0.0)
+tether.watch_pipe(sys.stdin.fileno(), silence_seconds=3600)
+asleep = 4000.0
+print("watching", flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.fixture
+def suspend(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Append seconds to have been suspended for so long: the clock that says so goes on, and no other."""
+    asleep, clock = list[float](), time.clock_gettime
+
+    def clock_gettime(number: int) -> float:
+        return clock(number) + (sum(asleep) if number == time.CLOCK_BOOTTIME else 0.0)
+
+    monkeypatch.setattr(time, "clock_gettime", clock_gettime)
+    return asleep
+
+
+@NEEDS_BOOTTIME
+def test_a_worker_that_wakes_up_gives_up_its_claims_before_any_heartbeat(site: PackSite, suspend: list[float]) -> None:
+    killed: list[bool] = []
+    claim = site.claim()
+    site.context.pulse.release(claim.claim_id)
+    site.context.pulse.guard(on_beat=None, on_lost=lambda: killed.append(True))
+    site.context.pulse.hold([claim.claim_id], since=boot_seconds())
+    site.context.pulse.give_up_overdue()
+    before = list(killed)
+
+    suspend.append(site.settings.lease_seconds)
+    site.context.pulse.give_up_overdue()
+
+    assert (before, killed) == ([], [True])
+    assert site.context.pulse.take_orders([claim.claim_id])[claim.claim_id].stale
+
+
+@NEEDS_BOOTTIME
+def test_a_trainer_that_wakes_up_after_its_lease_does_not_take_an_old_byte_for_a_sign_of_life() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", WAKES_UP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=os.environ
+    )
+    with child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"watching\n"
+        try:
+            child.stdin.write(SIGN.pack(boot_seconds()))
+            child.stdin.flush()
+
+            assert child.wait(30) == LOST_PARENT
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize(
+    ("signs", "is_ended"),
+    [
+        ([5.0, 12.0, 20.0], False),
+        ([5.0, 8.0], True),
+        ([5.0, 20.0], True),
+        ([], True),
+    ],
+    ids=["signs without a gap", "no recent sign", "a gap longer than the lease", "no sign"],
+)
+def test_a_trainer_that_was_starved_judges_its_worker_by_when_the_signs_of_life_were_sent(
+    monkeypatch: pytest.MonkeyPatch, signs: list[float], *, is_ended: bool
+) -> None:
+    """Its thread did not run from second 0 to 25, of a lease of 10, for instance because another held the GIL."""
+
+    class Survived(Exception):
+        pass
+
+    select_now, waits = select.select, list[float]()
+
+    def selected(read: list[int], *others: list[int], **_: float) -> object:
+        timeout = others[-1]
+        if timeout == 0:
+            return select_now(read, [], [], 0)
+        waits.append(1)
+        if len(waits) > 1:
+            raise Survived
+        return [], [], []
+
+    def ended(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(select, "select", selected)
+    monkeypatch.setattr(os, "_exit", ended)
+    monkeypatch.setattr(parent_watch, "boot_seconds", lambda: 25.0)
+    reader, writer = os.pipe()
+    for sent_at in signs:
+        os.write(writer, SIGN.pack(sent_at))
+
+    with pytest.raises((SystemExit, Survived)) as outcome:
+        parent_watch._watch(reader, 10.0, 0.0)
+
+    assert outcome.type is (SystemExit if is_ended else Survived)
+    os.close(reader)
+    os.close(writer)

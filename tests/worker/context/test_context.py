@@ -1,0 +1,103 @@
+"""What a worker does when it comes and goes, beside its work."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from sqlalchemy import update
+
+from catalog.db.database import Database
+from catalog.fleet import compatibility
+from catalog.settings import Settings
+from catalog.tables import Worker
+from tests.catalog.world import Clock, World
+from worker.context.context import UNFIT, open_worker
+from worker.entrypoints import loop
+from worker.node import devices, scratch_dirs
+
+
+def test_what_a_dead_worker_on_this_data_folder_held_is_free_at_once(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    world = a_world(settings)
+    world.worker("dead")
+    world.queued()
+    (claim,) = world.claim(worker_id="dead")
+    workers_dir = settings.work_dir() / "workers"
+    workers_dir.mkdir(parents=True)
+    (workers_dir / "dead.lock").touch()  # a killed process leaves its file, but no lock on it
+
+    with open_worker(settings, device=devices.choose_device("cpu")):
+        job = world.job(claim.job.id)
+
+    assert (job.state, job.claim_id, job.counted_attempts) == ("queued", None, 0)
+    assert not (workers_dir / "dead.lock").exists()
+
+
+def test_a_worker_that_lives_keeps_what_it_holds_when_another_comes(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    world = a_world(settings)
+    world.worker("alive.example")
+    world.queued()
+    (claim,) = world.claim(worker_id="alive.example")
+    workers_dir = settings.work_dir() / "workers"
+    workers_dir.mkdir(parents=True)
+
+    with (
+        scratch_dirs.owned(workers_dir / "alive.example"),
+        open_worker(settings, device=devices.choose_device("cpu")) as newcomer,
+    ):
+        job = world.job(claim.job.id)
+
+    assert (job.state, job.claim_id) == ("running", claim.claim_id)
+    with world.db.read() as session:
+        left = session.get_one(Worker, newcomer.worker_id)
+    assert left.ended_at is not None
+
+
+def test_a_worker_that_comes_up_before_its_database_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(data_dir=tmp_path)
+    waited: list[float] = []
+
+    def pass_time(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            a_world(settings)
+
+    monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(loop.time, "sleep", pass_time)
+
+    with ExitStack() as stack:
+        context = loop._opened(stack, devices.choose_device("cpu"))  # pyright: ignore[reportPrivateUsage]
+        with context.db.read() as session:
+            assert session.get_one(Worker, context.worker_id).ended_at is None
+
+    assert len(waited) == 3
+    assert [record.message for record in caplog.records if "waits" in record.message] == [
+        "The database has not been set up. The worker waits for it."
+    ]
+
+
+def test_a_worker_that_does_not_fit_ends_with_a_sentence_and_has_written_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = a_world(Settings(data_dir=tmp_path))
+    with world.db.write() as session:
+        session.execute(update(compatibility.REVISIONS).values(version_num="0001"))
+    monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(loop.logs, "configure", lambda _: None)
+
+    assert loop.main(["--device", "cpu"]) == UNFIT
+
+    assert "python -m api bootstrap" in caplog.text
+    with world.db.read() as session:
+        assert session.query(Worker).count() == 0
+
+
+def a_world(settings: Settings) -> World:
+    db = Database(settings.resolved_database_url())
+    db.migrate()
+    return World(db, Clock())

@@ -1,0 +1,84 @@
+"""The heartbeat goes on, whatever one beat met."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from catalog.db.database import Database
+from catalog.errors import Unavailable
+from catalog.fleet import workers
+from catalog.fleet.workers import WorkerOrders
+from catalog.queue.claims import Orders
+from worker.context.heartbeat import Pulse
+
+
+def test_whoever_holds_no_claim_hears_each_beat_also_where_the_database_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def beat(*_: Any, **__: Any) -> WorkerOrders:
+        raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
+
+    monkeypatch.setattr(workers, "worker_beat", beat)
+    pulse, heard, guarded = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), [], []
+    pulse.on_every_beat = lambda: heard.append(1)
+    pulse.guard(on_beat=lambda: guarded.append(1), on_lost=None)
+
+    with pytest.raises(Unavailable):
+        pulse.beat()
+
+    assert (heard, guarded) == ([1], [])
+
+
+def test_a_beat_that_fails_in_a_way_nobody_foresaw_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats, went_on = [], threading.Event()
+
+    def beat(*_: Any, **__: Any) -> WorkerOrders:
+        beats.append(1)
+        if len(beats) == 1:
+            raise RuntimeError("the driver said something new")
+        went_on.set()
+        return WorkerOrders(drain=False)
+
+    monkeypatch.setattr(workers, "worker_beat", beat)
+    pulse = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=0.01)
+
+    pulse.start()
+
+    assert went_on.wait(20)
+    pulse.close()
+
+
+def test_a_claim_that_was_given_up_is_stale_for_whoever_holds_it_and_for_nobody_else() -> None:
+    pulse, told = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), []
+    pulse.guard(on_beat=None, on_lost=lambda: told.append("lost"))
+    pulse.hold(["mine", "anothers"], since=-float("inf"))
+    pulse.hold(["renewed"], since=float("inf"))
+
+    pulse.give_up_overdue()
+    pulse.give_up_overdue()
+    pulse.guard(on_beat=None, on_lost=None)
+
+    assert told == ["lost"]
+    assert pulse.take_orders(["mine", "renewed"]) == {"mine": Orders(stale=True)}
+    assert pulse.take_orders(["mine", "renewed"]) == {}
+    assert pulse.take_orders(["anothers"]) == {"anothers": Orders(stale=True)}
+
+
+def test_a_trainer_that_could_not_be_ended_costs_no_look_at_the_claims_after_it() -> None:
+    pulse, went_on = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), threading.Event()
+
+    def fails() -> None:
+        pulse.guard(on_beat=None, on_lost=went_on.set)
+        pulse.hold(["second"], since=-float("inf"))
+        raise RuntimeError("the system said something new")
+
+    pulse.guard(on_beat=None, on_lost=fails)
+    pulse.hold(["first"], since=-float("inf"))
+
+    pulse.start()
+
+    assert went_on.wait(20)
+    pulse.close()

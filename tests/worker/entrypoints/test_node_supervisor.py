@@ -1,0 +1,199 @@
+"""A node's workers, one for each device group: which groups there can be, and how their processes are kept."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from catalog.settings import Settings
+from worker.entrypoints import node_supervisor
+from worker.entrypoints.node_supervisor import GroupWorker, Supervisor
+from worker.node import devices
+from worker.node.devices import Device
+
+
+class FakeProcess:
+    """Ends when its test says so, or by a signal where it obeys."""
+
+    def __init__(self, *, obeys: bool = True) -> None:
+        self.status: int | None = None
+        self.signals: list[int] = []
+        self.obeys = obeys
+
+    def poll(self) -> int | None:
+        return self.status
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+        if self.obeys and self.status is None:
+            self.status = 0
+
+    def kill(self) -> None:
+        self.status = -signal.SIGKILL
+
+
+class Node:
+    """Workers whose processes are ours, and a clock that each tick turns; `at` acts when its second has come."""
+
+    def __init__(self, *names: str, obeys: bool = True) -> None:
+        self.now = 0.0
+        self.started: list[tuple[str, float, FakeProcess]] = []
+        self._obeys = obeys
+        self._acts: list[tuple[float, Callable[[], None]]] = []
+        workers = [GroupWorker(group=name, start=lambda name=name: self._start(name)) for name in names]
+        self.supervisor = Supervisor(workers, clock=lambda: self.now, sleep=self._sleep)
+
+    def at(self, second: float, act: Callable[[], None]) -> None:
+        self._acts.append((second, act))
+
+    def latest(self, name: str) -> FakeProcess:
+        return next(process for group, _, process in reversed(self.started) if group == name)
+
+    def ends(self, name: str, status: int) -> Callable[[], None]:
+        def end() -> None:
+            self.latest(name).status = status
+
+        return end
+
+    def starts(self, name: str) -> list[float]:
+        return [round(at) for group, at, _ in self.started if group == name]
+
+    def _start(self, name: str) -> Any:
+        process = FakeProcess(obeys=self._obeys)
+        self.started.append((name, self.now, process))
+        return process
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
+        assert self.now < 1000, "it never ended"
+        for due in [act for act in self._acts if act[0] <= self.now]:
+            self._acts.remove(due)
+            due[1]()
+
+
+def test_each_group_has_one_worker_and_the_node_ends_when_all_have_ended() -> None:
+    on = Node("0", "1")
+    on.at(1, on.ends("0", 0))
+    on.at(2, on.ends("1", 0))
+
+    assert on.supervisor.run() == 0
+
+    assert (on.starts("0"), on.starts("1")) == ([0], [0])
+    assert on.now < 3
+
+
+def test_a_worker_that_died_is_started_again_after_longer_and_longer_waits_and_the_others_go_on() -> None:
+    on = Node("0", "1")
+    for second in (1, 3, 6):
+        on.at(second, on.ends("0", -9))
+    on.at(100, on.ends("0", 1))  # it had lived for long
+    on.at(103, on.ends("0", 0))
+    on.at(104, on.ends("1", 0))
+
+    assert on.supervisor.run() == 0
+
+    assert on.starts("0") == [0, 2, 5, 10, 101]
+    assert on.starts("1") == [0]
+
+
+def test_the_longest_wait_is_half_a_minute() -> None:
+    on = Node("0")
+    for second in range(1, 400):
+        on.at(second, on.ends("0", 1))
+    on.at(400, lambda: on.supervisor.hear(signal.SIGTERM))
+
+    on.supervisor.run()
+
+    waits = [later - earlier for earlier, later in zip(on.starts("0"), on.starts("0")[1:], strict=False)]
+    assert max(waits) <= node_supervisor.LONGEST_RESTART_SECONDS + 2
+
+
+def test_a_signal_is_passed_on_to_every_worker_and_none_is_started_again() -> None:
+    on = Node("0", "1")
+    on.at(1, on.ends("0", 1))
+    on.at(1.5, lambda: on.supervisor.hear(signal.SIGTERM))
+
+    assert on.supervisor.run() == 0
+
+    assert on.latest("1").signals == [signal.SIGTERM]
+    assert on.starts("0") == [0]
+
+
+def test_a_second_signal_is_passed_on_too_and_who_stays_is_killed() -> None:
+    on = Node("0", "1", obeys=False)
+    on.at(1, lambda: on.supervisor.hear(signal.SIGTERM))
+    on.at(20, lambda: on.supervisor.hear(signal.SIGTERM))
+    on.at(21, on.ends("1", 143))
+
+    assert on.supervisor.run() == 128 + signal.SIGTERM
+
+    assert on.latest("0").signals == on.latest("1").signals == [signal.SIGTERM] * 2
+    assert on.latest("0").status == -signal.SIGKILL
+    assert on.now == pytest.approx(20 + node_supervisor.AT_ONCE_SECONDS, abs=1)
+
+
+@pytest.fixture
+def four_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with four GPUs and four cores."""
+    gpus = [Device(kind="cuda", indices=(index,), name="GPU", memory_bytes=80) for index in range(4)]
+    monkeypatch.setattr(devices, "find_devices", lambda: gpus)
+    monkeypatch.setattr(devices, "_own_cores", lambda: {0, 1, 2, 3})
+
+
+@pytest.mark.usefixtures("four_of_each")
+def test_groups_are_named_in_one_line() -> None:
+    chosen = node_supervisor.choose(["0,1", "2", "3", "cpu:0-1", "cpu:2-3"])
+
+    assert {text: device.indices or device.cores for text, device in chosen.items()} == {
+        "0,1": (0, 1),
+        "2": (2,),
+        "3": (3,),
+        "cpu:0-1": (0, 1),
+        "cpu:2-3": (2, 3),
+    }
+    assert list(node_supervisor.choose([])) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.usefixtures("four_of_each")
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        (["0,1", "1,2"], "GPU 1 is in two groups, 0,1 and 1,2. Each belongs to one worker."),
+        (["cpu:0-2", "cpu:2-3"], "Core 2 is in two groups"),
+        (["cpu", "cpu:2-3"], "The CPU is in two groups"),
+        (["4"], "There is no GPU 4 here"),
+    ],
+)
+def test_two_groups_that_share_a_device_are_refused(named: list[str], told: str) -> None:
+    with pytest.raises(SystemExit, match=told):
+        node_supervisor.choose(named)
+
+
+def test_a_group_of_cores_has_a_thread_for_each_and_no_more() -> None:
+    half = Device(kind="cpu", cores=(0, 1), name="CPU", memory_bytes=1)
+    whole = Device(kind="cpu", name="CPU", memory_bytes=1)
+
+    def threads(device: Device, **given: str) -> str | None:
+        return node_supervisor.group_environment("g", device, given).get("OMP_NUM_THREADS")
+
+    assert [threads(half), threads(half, OMP_NUM_THREADS="16"), threads(half, OMP_NUM_THREADS="1")] == ["2", "2", "1"]
+    assert [threads(whole), threads(whole, OMP_NUM_THREADS="16")] == [None, "16"]
+
+
+def test_a_node_with_a_broker_runs_celery_and_one_without_the_loop() -> None:
+    alone, celery = (node_supervisor.group_argv("0,1", has_broker=has_broker) for has_broker in (False, True))
+
+    assert alone[-3:] == ["worker.entrypoints.loop", "--device", "0,1"]
+    assert celery[-2:] == ["-n", "group-0-1@%h"]
+    assert "worker.entrypoints.celery_app" in celery
+
+
+def test_workers_of_a_gang_look_by_themselves_with_a_broker_too() -> None:
+    by_itself, with_broker = Settings(redis_url=None), Settings(redis_url=SecretStr("redis://broker"))
+
+    assert [node_supervisor.is_rung_for(told) for told in (by_itself, with_broker)] == [False, True]
+    assert not node_supervisor.is_rung_for(with_broker.model_copy(update={"gang": "hall"}))

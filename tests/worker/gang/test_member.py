@@ -1,0 +1,128 @@
+"""What a member of a gang does on its own node: it brings the base, and keeps its trainer's files short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from catalog.db.database import Database
+from catalog.fleet import cordons, gangs
+from catalog.fleet.gangs import Round
+from catalog.tables import Worker
+from tests.worker.context.test_gang_membership import LOCAL, GangSite
+from tests.worker.pack_site import OUTAGE, PackSite
+from tests.worker.scripted_trainer import FakeTrainer
+from worker import supervisor
+from worker.background import base_models
+from worker.background.chores import Chores
+from worker.context.context import WorkerContext
+from worker.gang.member import lend
+from worker.session import job_logs
+
+
+@pytest.fixture
+def gang(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> GangSite:
+    return GangSite(site, monkeypatch)
+
+
+def called(gang: GangSite) -> tuple[WorkerContext, Round]:
+    """The member w2, in a round that w1 leads."""
+    member, leader = gang.seated("w2"), gang.place("w1")
+    gang.seated("w1")
+    member.settings.bases_dir().mkdir(parents=True, exist_ok=True)
+    gangs.lead(leader)
+    task = {"trainer_id": "trainer-1", "base_model": "smol", "base_digest": "1", "address": LOCAL, "num_ranks": 2}
+    return member, gangs.open_round(leader, members=["w1", "w2"], task={**task, "settings": {}}, seconds=60)
+
+
+def take_part(member: WorkerContext) -> bool:
+    with Chores(member) as chores:
+        return lend(member, chores, supervisor._trainer)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_an_import_that_outlasts_its_round_goes_on_for_the_next_one(
+    gang: GangSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member, led = called(gang)
+    imported: list[str] = []
+
+    def ensure(_: WorkerContext, name: str, _digest: str, is_unwanted: Callable[[], bool] = lambda: False) -> Path:
+        gangs.end_round(gang.place("w1"), led.round_id)
+        assert not is_unwanted()
+        imported.append(name)
+        return Path("/bases/here")
+
+    monkeypatch.setattr(base_models, "ensure", ensure)
+
+    assert take_part(member)
+    assert imported == ["smol"]
+    assert gang.trainers == [], "the round is over"
+
+
+def test_what_a_members_trainer_prints_is_cut_where_it_grows_long(
+    gang: GangSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_logs, "LONGEST_FILE_BYTES", 10)
+    monkeypatch.setattr(job_logs, "PUSH_SECONDS", 0.0)
+    member, led = called(gang)
+    look = gangs.standing
+    sizes: list[int] = []
+
+    def on_looking(place: gangs.Place) -> gangs.Standing:
+        found = look(place)
+        if found.call is not None and found.call.has_joined and found.call.port is None:
+            gangs.start(gang.place("w1"), led.round_id, port=4711)
+        return found
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        log = trainer.directory.log_path
+        log.write_text("a line and another one\n")
+        yield
+        yield
+        sizes.append(log.stat().st_size)
+        gangs.end_round(gang.place("w1"), led.round_id)
+        while True:
+            yield
+
+    monkeypatch.setattr(gangs, "standing", on_looking)
+    gang.script = script
+
+    assert take_part(member)
+    assert sizes == [0]
+
+
+def test_a_member_whose_trainer_no_signal_ends_says_until_it_is_heard_that_it_takes_nothing_new(
+    gang: GangSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member, led = called(gang)
+    look, cordon = gangs.standing, cordons.cordon_own
+    said: list[str] = []
+
+    def on_looking(place: gangs.Place) -> gangs.Standing:
+        found = look(place)
+        if found.call is not None and found.call.has_joined and found.call.port is None:
+            gangs.start(gang.place("w1"), led.round_id, port=4711)
+        return found
+
+    def cordon_own(db: Database, worker_id: str, *, reason: str) -> None:
+        said.append(reason)
+        if len(said) == 1:
+            raise OUTAGE
+        cordon(db, worker_id, reason=reason)
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        trainer.is_left_behind = True
+        gangs.end_round(gang.place("w1"), led.round_id)
+        while True:
+            yield
+
+    monkeypatch.setattr(gangs, "standing", on_looking)
+    monkeypatch.setattr(cordons, "cordon_own", cordon_own)
+    gang.script = script
+
+    assert take_part(member)
+
+    with gang.site.db.read() as session:
+        assert session.get_one(Worker, "w2").cordon is not None

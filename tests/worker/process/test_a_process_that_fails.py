@@ -1,0 +1,43 @@
+"""A trainer of two processes of which one fails: all end, soon, and the worker is told of that one's error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from catalog.states import EndReason
+from tests.worker.test_several_processes import base_dir, launched
+from worker.process.exits import classify_exit
+
+__all__ = ["base_dir"]
+pytestmark = pytest.mark.timeout(900)
+SOON_SECONDS = 120.0
+"""For processes to end on a machine with much else to do; the others would wait for an hour."""
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.worker.test_several_processes.WAIT_SECONDS", 400.0)
+
+
+@pytest.mark.parametrize("failpoint", ["step_2@1:raise", "in_checkpoint@0:raise"])
+def test_a_process_that_fails_ends_all_and_its_error_is_the_trainers(
+    tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, failpoint: str
+) -> None:
+    monkeypatch.setenv("FAILPOINT", failpoint)
+    with launched(tmp_path / "two", base_dir, num_processes=2) as trainer:
+        trainer.hear("ready")
+        ranks = trainer.ranks()
+        trainer.admit("job", max_steps=5000, hyperparameters={"batch_size": 8})
+
+        assert trainer.process.wait(SOON_SECONDS), "it waits for the one that failed"
+
+        assert psutil.wait_procs(ranks, timeout=SOON_SECONDS)[1] == []
+        log_tail = trainer.directory.log_tail(max_bytes=16_000)
+        reason, detail = classify_exit(
+            trainer.process.returncode or 0, log_tail, num_oom_kills=0, device_kind="cpu", is_disk_full=False
+        )
+    assert reason is EndReason.TRAINER_CRASHED
+    assert f"failpoint {failpoint.partition('@')[0]}" in detail, log_tail

@@ -1,0 +1,153 @@
+"""Which node's processes ended by themselves, and which for another's, by what they printed."""
+
+from __future__ import annotations
+
+from contextlib import redirect_stderr
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+
+from catalog.states import EndReason
+from tests.worker.pack_site import PackSite
+from tests.worker.scripted_trainer import FakeTrainer, loads_for_ever
+from worker.process.exit_status import heard
+from worker.protocol.handled import print_handled
+from worker.protocol.mailbox import TrainerDirectory
+from worker.protocol.rank_logs import log_of
+from worker.session.failures import OwnEnd, own_end
+
+GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]:4711"
+NCCL = (
+    "[rank1]: torch.distributed.DistBackendError: NCCL error in: ../ProcessGroupNCCL.cpp:3699, remote process exited\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
+)
+SICK_NCCL = (
+    "torch.distributed.DistBackendError: NCCL error in: ../ProcessGroupNCCL.cpp:3699, unhandled cuda error\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\n"
+)
+WATCHDOG = (
+    "terminate called after throwing an instance of 'c10::DistBackendError'\n"
+    "  what():  [PG ID 0 Rank 1] Process group watchdog thread terminated with exception: CUDA error: an illegal "
+    "memory access was encountered\nFatal Python error: Aborted\n"
+)
+WARNING = "[rank0]:[W1126 10:00:00 ProcessGroupNCCL.cpp:1538] Warning: destroy_process_group() was not called\n"
+REFUSED = "torch.distributed.DistNetworkError: The client socket has failed to connect to 10.0.0.2:4711"
+KEY = "Traceback (most recent call last):\nKeyError: 'step'\n"
+LAUNCHER = (
+    "Traceback (most recent call last):\n"
+    "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    "  exitcode  : {} (pid: 71)\n"
+)
+SEGFAULT = LAUNCHER.format(-11) + "  traceback : Signal 11 (SIGSEGV) received by PID 71\n"
+TERMINATED = LAUNCHER.format(-15) + "  traceback : Signal 15 (SIGTERM) received by PID 72\n"
+
+
+def fellow(rank: int, said: str) -> str:
+    return f"{GLOO}\n\nThe above exception […]:\n\nlora_core.first_failure.FellowFailure: Rank {rank} failed: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("logs", "is_echo"),
+    [
+        ([GLOO], True),
+        ([NCCL], True),
+        ([REFUSED], True),
+        ([KEY], False),
+        ([WARNING + KEY], False),
+        ([SICK_NCCL], False),
+        ([WATCHDOG], False),
+        # The processes of this node have the numbers 2 and 3.
+        ([LAUNCHER.format(1) + GLOO, KEY], False),
+        ([LAUNCHER.format(1) + GLOO, GLOO], True),
+        ([f"{GLOO}\n{TERMINATED}", ""], True),
+        ([GLOO + "\n" + SEGFAULT, ""], False),
+        ([GLOO + "\n" + LAUNCHER.format(7), ""], False),
+        ([GLOO, f"{GLOO}\nFatal Python error: Segmentation fault\n"], False),
+        ([fellow(3, "KeyError: 'step'"), KEY], False),
+        ([fellow(0, "KeyError: 'step'"), GLOO], True),
+        ([fellow(0, "OSError: [Errno 28] No space left on device"), ""], True),
+        ([fellow(0, "torch.OutOfMemoryError: CUDA out of memory."), KEY], True),
+        ([fellow(3, GLOO), GLOO], True),
+        ([fellow(0, GLOO) + SEGFAULT, ""], False),
+    ],
+)
+def test_a_node_is_no_cause_where_none_of_its_processes_ended_by_itself(logs: list[str], is_echo: bool) -> None:
+    told = heard(logs, ranks=range(2, 4), returncode=1)
+
+    assert (told.is_echo, told.is_own) == (is_echo, not is_echo)
+
+
+@pytest.mark.parametrize(("returncode", "is_own"), [(-9, True), (-11, True), (114, True), (1, False), (-6, False)])
+def test_a_node_whose_trainer_was_killed_is_its_own_cause(returncode: int, is_own: bool) -> None:
+    assert heard([GLOO], ranks=range(1), returncode=returncode).is_own == is_own
+
+
+def test_of_a_trainer_that_its_worker_has_killed_only_words_tell() -> None:
+    told = [heard([log], ranks=range(1), returncode=None) for log in ("", GLOO, KEY)]
+
+    assert [one.is_own for one in told] == [False, False, True]
+
+
+def ended(site: PackSite, *logs: str, is_alone: bool = False) -> OwnEnd:
+    directory = TrainerDirectory.create(site.context.trainers_dir() / "trainer-1", {})
+    for rank, log in enumerate(logs):
+        log_of(directory.path, rank).write_text(log)
+    trainer = FakeTrainer(directory, loads_for_ever)
+    trainer.returncode = 1
+    context = replace(site.context, device=replace(site.context.device, kind="cuda"))
+    try:
+        return own_end(context, trainer, ranks=None if is_alone else range(2))  # pyright: ignore[reportArgumentType]
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize("said", ["OSError: [Errno 28] No space left on device", "torch.OutOfMemoryError: CUDA […]"])
+def test_what_another_node_lacked_is_not_laid_to_this_one(site: PackSite, said: str) -> None:
+    end = ended(site, fellow(2, said), GLOO)
+
+    assert (end.is_echo, end.reason) == (True, EndReason.INFRA_LOST)
+    assert said in end.detail
+
+
+def test_what_a_process_of_this_node_lacked_is(site: PackSite) -> None:
+    end = ended(site, fellow(1, "torch.OutOfMemoryError: CUDA out of memory."), "torch.OutOfMemoryError: CUDA […]")
+
+    assert (end.is_echo, end.reason) == (False, EndReason.CUDA_OOM)
+
+
+def handled(error: Exception) -> str:
+    """What a trainer prints of it and goes on."""
+    with redirect_stderr(StringIO()) as printed:
+        print_handled(error)
+    return printed.getvalue()
+
+
+def test_an_error_with_which_a_trainer_went_on_is_not_why_it_ended_later(site: PackSite) -> None:
+    of_one_adapter = handled(ValueError("This adapter can't be verified.\nKeyError: 'rank'"))
+
+    of_gang = ended(site, of_one_adapter + GLOO, of_one_adapter + GLOO)
+
+    assert (of_gang.is_echo, of_gang.reason) == (True, EndReason.INFRA_LOST)
+    assert "adapter" not in of_gang.detail
+
+
+def test_memory_that_one_adapter_lacked_is_not_why_its_trainer_ended_later(site: PackSite) -> None:
+    short = handled(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB."))
+
+    alone = ended(site, short + "KeyError: 'step'\n", is_alone=True)
+
+    assert (alone.reason, alone.detail.endswith("KeyError: 'step'")) == (EndReason.TRAINER_CRASHED, True)
+
+
+def test_a_node_that_crashed_is_not_told_what_others_lacked(site: PackSite) -> None:
+    end = ended(site, fellow(2, "OSError: [Errno 28] No space left on device") + SEGFAULT, GLOO)
+
+    assert (end.is_echo, end.reason) == (False, EndReason.TRAINER_CRASHED)
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_the_error_that_is_told_is_that_of_the_process_that_failed(site: PackSite, is_alone: bool) -> None:
+    end = ended(site, GLOO + "\n" + LAUNCHER.format(1), KEY, is_alone=is_alone)
+
+    assert end.detail == "The trainer ended with exit status 1. KeyError: 'step'"

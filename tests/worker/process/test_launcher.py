@@ -1,0 +1,189 @@
+"""How a trainer is started: by flags alone, with no secret, and tied to its parent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from worker.node import devices
+from worker.process import launcher
+from worker.process.launcher import (
+    NICENESS,
+    TrainerProcess,
+    child_environment,
+    launch,
+    trainer_argv,
+    trainer_environment,
+)
+from worker.process.parent_watch import LOST_PARENT, OPTION, tethered
+from worker.protocol.mailbox import TrainerDirectory
+
+ROOT = Path(__file__).parents[3]
+GPU = devices.Device(kind="cuda", indices=(0,), name="GPU", memory_bytes=1)
+HOLDER = "import sys, threading; from worker import tether; tether.hold_on(sys.argv); threading.Event().wait()"
+
+
+def test_no_secret_of_the_worker_reaches_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = ("LORRY_PEPPER", "LORRY_DATABASE_URL", "LORRY_REDIS_URL", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN")
+    for name in secrets:
+        monkeypatch.setenv(name, "canary")
+
+    environment = trainer_environment(tmp_path, devices.cpu(), num_threads=2)
+
+    assert "canary" not in environment.values()
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert environment["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_a_variable_that_tunes_a_library_passes_and_one_that_may_hold_a_credential_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tuning = {"NVIDIA_VISIBLE_DEVICES", "NCCL_IB_PKEY", "CUDA_MODULE_LOADING", "TORCH_LOGS"}
+    credentials = {"NVIDIA_API_KEY", "TORCH_HUB_TOKEN", "CUDA_SECRET", "NCCL_password", "NVIDIA_CREDENTIALS"}
+    for name in tuning | credentials:
+        monkeypatch.setenv(name, "canary")
+
+    passed = {name for name, value in child_environment(with_hub=True).items() if value == "canary"}
+
+    assert passed & (tuning | credentials) == tuning
+
+
+def test_only_a_child_that_downloads_may_know_the_hubs_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary")
+
+    assert "HF_TOKEN" not in child_environment()
+    assert child_environment(with_hub=True)["HF_TOKEN"] == "canary"
+
+
+def test_a_trainer_sees_its_own_gpu_alone_and_one_on_the_cpu_sees_none(tmp_path: Path) -> None:
+    gpu = devices.Device(kind="cuda", indices=(3,), name="GPU", memory_bytes=1)
+    several = devices.Device(kind="cuda", indices=(2, 0), name="GPUs", memory_bytes=2)
+
+    on_gpu = trainer_environment(tmp_path, gpu, num_threads=1)
+    on_cpu = trainer_environment(tmp_path, devices.cpu(), num_threads=1)
+
+    assert (on_gpu["CUDA_VISIBLE_DEVICES"], on_gpu["CUDA_DEVICE_ORDER"]) == ("3", "PCI_BUS_ID")
+    assert on_cpu["CUDA_VISIBLE_DEVICES"] == ""
+    assert trainer_environment(tmp_path, several, num_threads=1)["CUDA_VISIBLE_DEVICES"] == "2,0"
+
+
+def test_who_survives_a_kill_is_waited_for_a_while_and_then_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No process here is beyond SIGKILL: it is taken from the worker."""
+    script = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process.stdout as said:
+        survivor = psutil.Process(int(said.readline()))
+    trainer = TrainerProcess(process, TrainerDirectory.create(tmp_path / "trainer"))
+    monkeypatch.setattr(launcher, "KILL_SECONDS", 0.01)
+    seen: list[tuple[bool, bool]] = []
+
+    def look() -> None:
+        seen.append((trainer.is_awaited, trainer.is_left_behind))
+
+    with monkeypatch.context() as powerless:
+        powerless.setattr(os, "killpg", lambda *_: None)
+        powerless.setattr(psutil.Process, "kill", lambda _: None)
+        look()
+        trainer.kill()
+        look()
+    process.kill()
+    process.wait()
+    look()
+    monkeypatch.setattr(launcher, "UNKILLABLE_SECONDS", -1)
+    look()
+    survivor.kill()
+    psutil.wait_procs([survivor], timeout=30)
+    look()
+    trainer.close()
+
+    assert seen == [(True, False), (True, False), (True, False), (False, True), (False, False)]
+
+
+def test_a_trainer_is_one_process_and_knows_how_long_its_worker_may_be_silent(tmp_path: Path) -> None:
+    argv = trainer_argv(tmp_path, silence_seconds=60)
+
+    assert argv == [sys.executable, "-m", "worker.children.trainer.main", str(tmp_path), f"{OPTION}60"]
+
+
+@pytest.mark.parametrize(("device", "niceness"), [(devices.cpu(), NICENESS), (GPU, 0)])
+def test_a_trainer_that_computes_on_the_cores_gives_way_to_all_else(
+    tmp_path: Path, device: devices.Device, niceness: int
+) -> None:
+    trainer = launch(TrainerDirectory(tmp_path), device, silence_seconds=60, bases_dir=tmp_path)
+
+    try:
+        assert psutil.Process(trainer.pid).nice() == min(19, psutil.Process().nice() + niceness)
+    finally:
+        trainer.close()
+
+
+def hold(silence_seconds: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER, f"{OPTION}{silence_seconds}"], stdin=subprocess.PIPE, cwd=ROOT
+    )
+
+
+def test_a_trainer_ends_when_the_pipe_of_its_parent_closes() -> None:
+    with hold(silence_seconds=60) as child:
+        assert child.stdin is not None
+        child.stdin.close()
+
+        assert child.wait(30) == LOST_PARENT
+
+
+def test_a_trainer_ends_when_its_parent_shows_no_sign_of_life() -> None:
+    with hold(silence_seconds=0.2) as child:
+        assert child.wait(30) == LOST_PARENT
+
+
+def test_a_child_whose_parent_has_gone_already_does_not_begin() -> None:
+    argv = tethered([sys.executable, "-c", "print('began')"])
+    argv[argv.index(str(os.getpid()))] = "1"
+
+    ended = subprocess.run(argv, capture_output=True, cwd=ROOT, check=False)
+
+    assert ended.returncode == LOST_PARENT
+    assert ended.stdout == b""
+
+
+MODPROBE = """#!/bin/sh
+echo "$@" >> {calls}
+touch {node}
+exit {status}
+"""
+
+
+@pytest.mark.parametrize("status", [0, 1])
+@pytest.mark.parametrize("device", [GPU, devices.cpu()], ids=["GPU", "CPU"])
+def test_the_worker_has_cudas_device_node_created_before_the_first_trainer_on_a_gpu(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: devices.Device,
+    status: int,
+) -> None:
+    """In its sandbox the trainer could not: no_new_privs takes the effect of the program's setuid bit away."""
+    calls, uvm, program = tmp_path / "calls", tmp_path / "nvidia-uvm", tmp_path / "nvidia-modprobe"
+    program.write_text(MODPROBE.format(calls=calls, node=uvm if status == 0 else "/dev/null", status=status))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(devices, "UVM_NODE", uvm)
+    devices.create_uvm_node.cache_clear()
+
+    for name in ("first", "second"):
+        directory = TrainerDirectory.create(tmp_path / name)
+        launch(directory, device, silence_seconds=60, bases_dir=tmp_path).close()
+
+    assert (calls.read_text() if calls.exists() else "") == ("-u -c 0\n" if device is GPU else "")
+    assert ("could not be created" in caplog.text) == (device is GPU and status != 0)
+    devices.create_uvm_node.cache_clear()

@@ -1,0 +1,184 @@
+"""Who is to blame for what ends before a trainer has begun a job: the node or the base, and never the job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+
+from catalog.errors import LorryError, OutOfSpace
+from catalog.fleet import cordons
+from catalog.states import EndReason
+from catalog.tables import Worker
+from tests.catalog.lifecycle.test_load_failures import load
+from tests.worker.pack_site import OUTAGE, PackSite, say
+from tests.worker.scripted_trainer import FakeTrainer, Script, loads_for_ever, raising, reasons
+from worker.background import base_models
+from worker.session import staging
+from worker.session.mishaps import mishap
+from worker.session.session_job import End
+
+REFUSAL = {"code": "invalid_config", "message": "CUDA is not available.", "remedy": "Choose another."}
+FULL = OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some space.")
+Run = Callable[[Script], None]
+
+
+@pytest.fixture
+def run(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> Run:
+    """Supervise until nothing is left that is due; then let the longest wait of a job that is tried again pass."""
+
+    def run_and_wait(script: Script) -> None:
+        run(script)
+        site.world.clock.turn(31)
+        site.world.beat(worker_id="w1")
+
+    return run_and_wait
+
+
+def cordon_of(site: PackSite, worker_id: str = "w1") -> dict[str, Any] | None:
+    with site.db.read() as session:
+        return session.get_one(Worker, worker_id).cordon
+
+
+def test_a_node_whose_disk_is_full_puts_no_job_aside_and_is_cordoned(
+    site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = site.queued()
+    monkeypatch.setattr(base_models, "ensure", raising(FULL))
+
+    for _ in range(4):
+        run(loads_for_ever)
+
+    now, cordon = site.world.job(job.id), cordon_of(site)
+    assert (now.state, now.counted_attempts) == ("queued", 0)
+    assert reasons(site, job.id) == [EndReason.NODE_FAILED] * 3
+    assert cordon is not None
+    assert (cordon["by"], cordon["reason"]) == ("service", cordons.BEFORE_ANY_JOB)
+
+
+def refuses(trainer: FakeTrainer) -> Generator[None]:
+    trainer.say("load_refused", error=REFUSAL, ranks=[])
+    yield
+
+
+def test_a_base_that_the_only_worker_can_not_load_fails_its_job_in_good_time_and_says_why(
+    site: PackSite, run: Run
+) -> None:
+    job = site.queued()
+
+    for _ in range(3):
+        run(refuses)
+
+    failed = site.world.job(job.id)
+    assert (failed.state, reasons(site, job.id)) == ("failed", [EndReason.TRAINER_CRASHED] * 3)
+    assert failed.error is not None
+    assert "CUDA is not available. Choose another." in failed.error["message"]
+
+
+def test_a_node_that_can_not_load_what_another_has_loaded_fails_no_job_and_is_cordoned(
+    site: PackSite, run: Run
+) -> None:
+    site.world.worker("w2")
+    site.queued()
+    site.world.complete(load(site.world, "w2", "good", is_ready=True).claim_id)
+    waiting = [site.queued() for _ in range(3)]
+
+    for _ in range(6):
+        site.world.beat(worker_id="w2")
+        run(refuses)
+
+    cordon, ended = cordon_of(site), [site.world.job(job.id) for job in waiting]
+    assert [(job.state, job.counted_attempts) for job in ended] == [("queued", 0)] * 3
+    assert cordon is not None
+    assert (cordon["by"], cordon["evidence"][0]["detail"]) == ("service", "CUDA is not available. Choose another.")
+
+
+def test_one_job_on_a_base_that_nobody_has_loaded_yet_closes_no_node(site: PackSite, run: Run) -> None:
+    """It may be the base: the other, which has much to do, has not tried it."""
+    site.world.worker("w2")
+    job = site.queued()
+
+    for _ in range(4):
+        site.world.beat(worker_id="w2")
+        run(refuses)
+
+    assert cordon_of(site) is None
+    assert (site.world.job(job.id).state, site.world.job(job.id).counted_attempts) == ("queued", 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("unsupported_model", EndReason.TRAINER_CRASHED),
+        ("out_of_memory", EndReason.HOST_OOM),
+        ("disk_error", EndReason.NODE_FAILED),
+    ],
+)
+def test_a_base_that_the_trainer_refuses_is_the_verdict_with_its_remedy(
+    site: PackSite, code: str, reason: EndReason
+) -> None:
+    pack = site.loading_pack(site.claim())
+    say(pack, {"type": "load_refused", "error": REFUSAL | {"code": code}, "ranks": []})
+
+    pack.hear()
+
+    assert pack.verdict == End(reason=reason, detail="CUDA is not available. Choose another.")
+
+
+def test_of_several_processes_it_is_told_which_refused(site: PackSite) -> None:
+    pack = site.loading_pack(site.claim())
+    say(pack, {"type": "load_refused", "error": REFUSAL, "ranks": [0, 2]})
+
+    pack.hear()
+
+    assert pack.verdict is not None
+    assert pack.verdict.detail == "Process 0 and 2: CUDA is not available. Choose another."
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_base_that_a_node_can_not_bring_is_as_one_that_it_can_not_load(
+    site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    waiting = [site.queued() for _ in range(num_workers)]
+    unreachable = base_models.ImportRefused("The hub is far.", code="source_unreachable", remedy="Look at the network.")
+    monkeypatch.setattr(base_models, "ensure", raising(unreachable))
+    for number in range(1, num_workers):
+        site.world.worker(f"w{number + 1}")
+
+    for _ in range(4):
+        site.world.beat(worker_id=f"w{num_workers}")
+        run(loads_for_ever)
+
+    ended = [site.world.job(job.id) for job in waiting]
+    assert {reason for job in waiting for reason in reasons(site, job.id)} == {EndReason.TRAINER_CRASHED}
+    assert [job.state for job in ended] == (["failed"] if num_workers == 1 else ["queued", "queued"])
+    assert cordon_of(site) is None, "it may be the base's source"
+    if num_workers == 1:
+        assert "The hub is far. Look at the network." in (ended[0].error or {})["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OUTAGE, EndReason.INFRA_LOST),
+        (FULL, EndReason.NODE_FAILED),
+        (OSError("No such disk"), EndReason.NODE_FAILED),
+        (base_models.ImportRefused("Other files.", code="base_changed", remedy="Restore."), EndReason.TRAINER_CRASHED),
+    ],
+)
+def test_whose_doing_it_is_that_there_is_no_trainer(error: LorryError | OSError, reason: EndReason) -> None:
+    assert mishap(error).reason is reason
+
+
+def test_a_disk_that_is_full_when_a_job_is_to_be_handed_over_costs_it_no_attempt(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, late = site.pack(), site.claim()
+    pack.admit(late)
+    monkeypatch.setattr(staging, "bring_files", raising(FULL))
+
+    pack.hand_over()
+
+    job = site.world.job(late.job.id)
+    assert (job.state, job.counted_attempts, site.reason(late)) == ("queued", 0, EndReason.NODE_FAILED)

@@ -1,0 +1,111 @@
+"""What stays of a job whose losses or weights are no numbers any more: a checkpoint that somebody can go on from."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog.jobs import commands
+from catalog.lifecycle import recording
+from catalog.registry.adapters import list_checkpoint_models
+from catalog.states import EndReason
+from tests.worker.pack_site import PackSite, say, step, tell
+from worker.session.event_handlers import NONE_IS_GOOD, RUINED
+
+
+@pytest.mark.parametrize(
+    ("steps_before", "steps_now", "good_step", "kept_steps", "left"),
+    [
+        ((), (), 5, (), NONE_IS_GOOD),
+        ((), (), None, (), NONE_IS_GOOD),
+        ((), (4, 6), 6, (4, 6), "The checkpoint of step 6 is kept."),
+        ((), (4, 6), 5, (4,), "The checkpoint of step 4 is kept."),
+        ((), (6,), 5, (), NONE_IS_GOOD),
+        ((5,), (), 5, (5,), "The checkpoint of step 5 is kept."),
+        ((3, 6), (), 5, (3,), "The checkpoint of step 3 is kept."),
+    ],
+)
+def test_a_job_that_diverges_fails_with_a_remedy_and_the_name_of_the_good_checkpoint_and_its_packmate_goes_on(
+    site: PackSite,
+    steps_before: tuple[int, ...],
+    steps_now: tuple[int, ...],
+    good_step: int | None,
+    kept_steps: tuple[int, ...],
+    left: str,
+) -> None:
+    bad = site.claim_with_checkpoints(*steps_before)
+    good = site.claim()
+    pack = site.pack(bad, good)
+    for number in steps_now:
+        tell(pack, bad, "checkpointed", step=number, folder=site.checkpoint(pack, bad, number))
+    tell(pack, bad, "diverged", step=6, good_step=good_step, message="The loss of train slice 1 is not finite.")
+    say(pack, {"type": "stepped", "claim_id": good.claim_id, "seconds": 0.0, **step(7)})
+
+    pack.hear()
+
+    job = site.world.job(bad.job.id)
+    assert (job.state, site.reason(bad)) == ("failed", EndReason.DIVERGED)
+    assert job.error == {
+        "code": "diverged",
+        "message": "The loss of train slice 1 is not finite. "
+        f"Lower the learning rate, or look at the data around that step. {left}",
+        "param": "optimizer.learning_rate",
+    }
+    kept = {row.step: row.artifact for row in site.checkpoints(bad) if row.artifact is not None}
+    assert tuple(kept) == kept_steps
+    for number, digest in kept.items():
+        assert site.store.get_manifest(digest).files, number
+    assert site.world.job(good.job.id).state == "running"
+    assert {bad.claim_id, good.claim_id} & site.held() == {good.claim_id}
+
+
+def test_of_a_checkpoint_that_is_taken_back_its_job_says_why(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    tell(pack, claim, "checkpointed", step=6, folder=site.checkpoint(pack, claim, 6))
+    tell(pack, claim, "diverged", step=6, good_step=5, message="The loss of train slice 1 is not finite.")
+
+    pack.hear()
+
+    events = commands.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    (warning,) = [event.message for event in events if event.level == "warn"]
+    assert warning == f"The checkpoint of step 6 can't be used: {RUINED} The loss of train slice 1 is not finite."
+    assert list_checkpoint_models(site.db, project_id=claim.job.project_id).items == []
+
+
+@pytest.mark.parametrize(
+    ("last_loss", "kept_step", "warned"),
+    [(17.0, 11, True), (0.5, 11, False), (17.0, 6, False)],
+    ids=["risen", "fallen", "the weights kept are of before"],
+)
+def test_a_job_whose_loss_has_risen_is_told_so_before_its_adapter_is_used(
+    site: PackSite, last_loss: float, kept_step: int, warned: bool
+) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    for number in range(1, 12):
+        event = {**step(number), "loss": 4.0 if number <= 6 else last_loss}
+        say(pack, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
+    tell(pack, claim, "finished", step=11, kept_step=kept_step, stopped_early=None)
+
+    pack.hear()
+
+    events = commands.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    warnings = [event.message for event in events if event.level == "warn"]
+    said = "Training ended at a loss of 17, above 4 where it began. Try the adapter before you use it, and a lower "
+    assert warnings == ([said + "learning rate."] if warned else [])
+
+
+def test_where_a_loss_began_is_told_of_the_job_not_of_its_attempt(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    recording.record_metrics(site.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
+    for number in range(30, 36):
+        event = {**step(number), "loss": 3.0}
+        say(pack, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
+    tell(pack, claim, "finished", step=35, kept_step=35, stopped_early=None)
+
+    pack.hear()
+
+    events = commands.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    (warning,) = [event.message for event in events if event.level == "warn"]
+    assert warning.startswith("Training ended at a loss of 3, above 2 where it began.")

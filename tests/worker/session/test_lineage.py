@@ -1,0 +1,170 @@
+"""What a published record says of how exact the arithmetic was: the weakest word of all whose steps are in it."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog.fleet import workers
+from catalog.jobs import commands
+from catalog.queue import claims
+from catalog.queue.claims import Claim
+from catalog.registry import adapters
+from catalog.registry.lineage import AttemptRecord, lineage_id
+from catalog.scheduling.snapshot import Room
+from catalog.states import EndReason
+from catalog.tables import Attempt
+from tests.worker.pack_site import PASSED, PackSite, tell
+from worker.session.lineage import words_of_earlier_steps
+
+
+def attempt(site: PackSite, number: int, word: str, *, from_step: int = 0, saves: int | None = None) -> Claim:
+    """One more attempt, on a trainer of its own: it resumes from a step, and stores a checkpoint or the adapter."""
+    trainer_id = f"trainer-{number}"
+    workers.register_trainer(site.db, trainer_id=trainer_id, worker_id="w1", base_digest="d", pack_key="k")
+    (claim,) = site.claim_all(trainer_id, room=Room(max_jobs=1, memory_bytes_free=10**12))
+    pack = site.pack(claim, trainer_id=trainer_id, invariance=word, from_step=from_step)
+    if saves is not None:
+        tell(pack, claim, "checkpointed", step=saves, folder=site.checkpoint(pack, claim, saves))
+        pack.hear()
+        claims.end(site.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+        return claim
+    tell(
+        pack,
+        claim,
+        "exported",
+        step=10,
+        kept_step=10,
+        stopped_early=None,
+        folder=site.checkpoint(pack, claim, 10),
+        num_parameters=1,
+        trained_tokens=1,
+        report=PASSED,
+    )
+    pack.hear()
+    return claim
+
+
+def word_on_record(site: PackSite, claim: Claim) -> str:
+    name = site.world.job(claim.job.id).adapter_name
+    assert name is not None
+    view = adapters.get(site.db, project_id=claim.job.project_id, name=name)
+    return view.adapter.lineage["results"]["determinism"]
+
+
+@pytest.mark.parametrize("word", ["bitwise", "allclose"])
+def test_a_trainers_word_is_on_the_record_of_what_it_made(site: PackSite, word: str) -> None:
+    site.queued()
+
+    claim = attempt(site, 1, word)
+
+    assert word_on_record(site, claim) == word
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "recorded"),
+    [
+        ("bitwise", "bitwise", "bitwise"),
+        ("allclose", "bitwise", "allclose"),
+        ("bitwise", "allclose", "allclose"),
+    ],
+)
+def test_steps_of_an_earlier_trainer_count_with_its_word(
+    site: PackSite, first: str, second: str, recorded: str
+) -> None:
+    site.queued()
+    attempt(site, 1, first, saves=5)
+
+    claim = attempt(site, 2, second, from_step=5)
+
+    assert word_on_record(site, claim) == recorded
+
+
+def test_steps_that_were_thrown_away_count_for_nothing(site: PackSite) -> None:
+    site.queued()
+    attempt(site, 1, "allclose", saves=5)
+
+    claim = attempt(site, 2, "bitwise", from_step=0)
+
+    assert word_on_record(site, claim) == "bitwise"
+
+
+@pytest.mark.parametrize(
+    ("attempts", "counted"),
+    [
+        ([(None, "a"), (50, "b"), (100, "c")], ["b", "a"]),
+        ([(None, "a"), (50, "b"), (50, "c")], ["a"]),  # the second stored nothing
+        ([(None, "a"), (None, "b"), (50, "c")], ["b", "a"]),  # which of them came to 50 is not known
+        ([(None, "a"), (None, None), (50, "c")], ["a"]),  # its trainer was never ready
+        ([(None, "a"), (50, None), (100, "c")], ["allclose", "a"]),  # it trained, and nobody knows on what
+        ([(None, "a"), (50, "b"), (None, "c")], []),
+        ([(None, "a"), (100, "b"), (50, "c"), (70, "d")], ["c", "a"]),  # a checkpoint was damaged
+    ],
+)
+def test_those_count_from_whose_steps_the_last_attempt_went_on(
+    attempts: list[tuple[int | None, str | None]], counted: list[str]
+) -> None:
+    records = [
+        AttemptRecord(attempt=Attempt(resumed_from_step=step), trainer={} if word is None else {"invariance": word})
+        for step, word in attempts
+    ]
+
+    assert words_of_earlier_steps(records) == counted
+
+
+def test_a_checkpoint_is_a_model_with_a_record_of_its_own(site: PackSite) -> None:
+    claim = site.claim()
+    workers.register_trainer(site.db, trainer_id="trainer-1", worker_id="w1", base_digest="d", pack_key="k")
+    pack = site.pack(claim)
+    saved = site.exported(pack, claim, 5)
+
+    tell(pack, claim, "checkpointed", **saved)
+    pack.hear()
+
+    (row,) = site.checkpoints(claim)
+    view = adapters.get(site.db, project_id=claim.job.project_id, name=row.name or "")
+    manifest = site.store.get_manifest(view.adapter.artifact)
+    record = view.adapter.lineage
+    assert [file.path for file in manifest.files] == ["adapter_model.safetensors"]
+    assert (view.adapter.num_parameters, record["results"]["is_checkpoint"], record["results"]["steps"]) == (
+        24,
+        True,
+        5,
+    )
+    assert record["people"]["finished_at"] is None
+    assert [(one["end"], one["ended_at"]) for one in record["attempts"]] == [(None, None)]
+    assert record["outputs"]["artifact"] == manifest.digest
+    assert lineage_id(record) == view.adapter.lineage_id
+    assert not (pack.directory.path / saved["folder"]).exists()
+    assert not (pack.directory.path / saved["adapter"]).exists()
+
+
+def test_a_job_that_leaves_has_its_checkpoint_on_record_first_and_then_as_a_model(site: PackSite) -> None:
+    claim = site.claim()
+    workers.register_trainer(site.db, trainer_id="trainer-1", worker_id="w1", base_digest="d", pack_key="k")
+    pack = site.pack(claim)
+    saved = site.exported(pack, claim, 5)
+    tell(pack, claim, "checkpointed", **saved | {"adapter": None})
+    pack.hear()
+    (on_record,) = site.checkpoints(claim)
+
+    tell(pack, claim, "paused", **{name: saved[name] for name in ("step", "adapter", "num_parameters")})
+    pack.hear()
+
+    (row,) = site.checkpoints(claim)
+    assert (on_record.artifact, on_record.adapter) == (row.artifact, None)
+    view = adapters.get(site.db, project_id=claim.job.project_id, name=row.name or "")
+    assert (view.adapter.num_parameters, view.adapter.lineage["results"]["steps"]) == (24, 5)
+    assert site.reason(claim) == "drained"
+    events = commands.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    assert [event.message for event in events].count("Checkpoint created at step 5") == 1
+
+
+def test_a_checkpoint_that_is_no_model_is_told_in_the_jobs_events(site: PackSite) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+
+    tell(pack, claim, "checkpoint_unexported", step=5, error={"code": "disk_error", "message": "The disk failed."})
+    pack.hear()
+
+    events = commands.events_page(site.db, **site.world.of(claim.job.id)).items
+    assert events[0].message == "The checkpoint of step 5 can't be used as a model. The disk failed."

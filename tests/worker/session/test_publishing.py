@@ -1,0 +1,135 @@
+"""What is published of what a trainer wrote, and what is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from catalog.errors import OutOfSpace, StaleClaim
+from catalog.jobs import commands
+from catalog.queue import claims
+from catalog.registry import adapters
+from catalog.storage import files
+from catalog.storage.manifest import DamagedArtifact
+from tests.worker.pack_site import OUTAGE, PackSite, tell
+from worker.session import lineage, publishing
+
+
+def test_a_folder_that_is_missing_is_never_stored_as_an_empty_artifact(site: PackSite) -> None:
+    with pytest.raises(DamagedArtifact, match="missing"):
+        site.store.put_folder(site.folder / "none", kind="checkpoint")
+
+
+def test_a_loss_beyond_all_measure_still_has_a_perplexity(site: PackSite) -> None:
+    claim = site.claim()
+    claims.record_metrics(site.db, claim.claim_id, [{"kind": "valid", "step": 0, "loss": 1000.0}])
+
+    evaluation = publishing.evaluate(site.context, claim, kept_step=5)
+
+    assert evaluation is not None
+    assert evaluation["base_loss"] == 1000.0
+    assert math.isfinite(evaluation["perplexity"])
+
+
+def test_the_loss_on_record_is_that_of_the_weights_that_were_kept(site: PackSite) -> None:
+    claim = site.claim()
+    curve = [(0, 3.0), (5, 2.0), (10, 2.5)]
+    points = [{"kind": "valid", "step": step, "loss": loss} for step, loss in curve]
+    claims.record_metrics(site.db, claim.claim_id, points)
+
+    for kept_step, loss in ((5, 2.0), (10, 2.5)):
+        evaluation = publishing.evaluate(site.context, claim, kept_step=kept_step)
+
+        assert evaluation is not None
+        assert (evaluation["base_loss"], evaluation["loss"], evaluation["step"]) == (3.0, loss, kept_step)
+
+
+def test_a_child_is_measured_against_its_parent_whose_loss_is_that_of_step_0(site: PackSite) -> None:
+    parent = site.world.complete(site.claim().claim_id)
+    claim = site.claim(parent_adapter=parent.id, seed=2)
+    points = [
+        {"kind": "valid", "step": step, "loss": loss, "token_accuracy": 0.5} for step, loss in ((0, 2.0), (9, 1.0))
+    ]
+    claims.record_metrics(site.db, claim.claim_id, points)
+
+    evaluation = publishing.evaluate(site.context, claim, kept_step=9)
+
+    assert evaluation is not None
+    assert (evaluation["parent_loss"], evaluation["loss"], evaluation["parent_token_accuracy"]) == (2.0, 1.0, 0.5)
+    assert evaluation["parent_perplexity"] == math.exp(2.0)
+    assert not [name for name in evaluation if name.startswith("base_")]
+
+
+def test_a_jobs_curves_are_stored_beside_its_adapter(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lineage, "record", lambda *_, **__: ({}, "0" * 64))
+    claim = site.claim()
+    claims.record_metrics(site.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.5, "token_accuracy": 0.5}])
+    course = {"step": 1, "kept_step": 1, "stopped_early": None}
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
+    pack = site.pack(claim)
+    folder = pack.directory.job_path(claim.claim_id) / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_text("the numbers")
+    exported = {**course, "num_parameters": 1, "report": {"passed": True}, "trained_tokens": 9}
+    exported["folder"] = pack.directory.named(folder)
+
+    publishing.adapter(site.context, claim, pack.directory, exported, trainer={})
+
+    job = site.world.job(claim.job.id)
+    assert job.result_file is not None
+    result = files.get(site.db, project_id=job.project_id, file_id=job.result_file)
+    assert b"".join(site.store.open_blob(result.digest)).splitlines()[1:] == [b"1,2.5,0.5,,"]
+    adapter = adapters.get(site.db, project_id=job.project_id, name=job.adapter_name or "")
+    assert [file["path"] for file in adapter.artifact.files] == ["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            OutOfSpace("The disk is full.", code="disk_full", remedy="Free some space."),
+            "The disk is full. Free some space.",
+        ),
+        (FileNotFoundError("/srv/lorry/store"), "FileNotFoundError; the worker's log says more."),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_made_a_model_is_kept_and_costs_the_job_nothing(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    monkeypatch.setattr(lineage, "record", raises(error))
+
+    tell(pack, claim, "checkpointed", **site.exported(pack, claim, 5))
+    pack.hear()
+
+    (kept,) = site.checkpoints(claim)
+    assert (kept.step, kept.adapter) == (5, None)
+    assert kept.artifact is not None
+    assert site.world.job(claim.job.id).state == "running"
+    events = commands.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    (warning,) = [event.message for event in events if event.level == "warn"]
+    assert warning == f"The checkpoint of step 5 can't be used as a model. {reason}"
+
+
+@pytest.mark.parametrize("error", [StaleClaim(), OUTAGE])
+def test_a_stale_claim_and_an_outage_are_no_fault_of_the_model_and_go_up(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    claim = site.claim()
+    pack = site.pack(claim)
+    monkeypatch.setattr(lineage, "record", raises(error))
+
+    with pytest.raises(type(error)):
+        publishing.checkpoint(site.context, claim, pack.directory, site.exported(pack, claim, 5), trainer={})
+
+    assert site.checkpoints(claim) == []
+
+
+def raises(error: Exception) -> Callable[..., object]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail

@@ -1,0 +1,186 @@
+"""What is brought to a trainer for a job: of one that continues an adapter, and when it is evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from catalog.jobs import commands
+from catalog.lifecycle.outcomes import BACK_OFF_SECONDS
+from catalog.queue import claims
+from catalog.queue.claims import Claim
+from catalog.scheduling.snapshot import Room
+from catalog.spec.job import JobSpec
+from catalog.states import MAX_LOSSES, EndReason, JobState
+from catalog.storage import token_cache
+from catalog.storage.store import blob_key
+from catalog.tables import Adapter, File, Job
+from tests.worker.pack_site import PackSite
+from worker.background import base_models, tokenization
+from worker.children.trainer.job_config import job_config
+from worker.protocol.mailbox import InboxReader
+from worker.session import lineage as provenance
+from worker.session.trainer_session import Pack
+
+
+@pytest.fixture
+def parent(site: PackSite) -> Adapter:
+    """With its files in the store."""
+    manifest = site.store.put_folder(site.files("made", "adapter_model.safetensors", "the numbers"), kind="adapter")
+    claim = site.claim()
+    return claims.complete(
+        site.db,
+        claim.claim_id,
+        artifact=manifest,
+        num_parameters=1,
+        verification={"passed": True},
+        evaluation=None,
+        trained_tokens=1,
+        course=claims.Course(steps=1, kept_step=1, stopped_early=None),
+        curves=site.store.put_bytes(b""),
+        lineage={},
+        lineage_id="the parent's record",
+    )
+
+
+def brought(pack: Pack) -> str:
+    (message,) = InboxReader(pack.directory).take()
+    return message.body["parent"]
+
+
+def test_the_parents_files_are_brought_at_each_attempt(site: PackSite, parent: Adapter) -> None:
+    first = site.claim(parent_adapter=parent.id, seed=2)
+    for attempt, claim in ((1, first), (2, None)):
+        held = claim or _again(site, first)
+        pack = site.loading_pack(held, trainer_id=f"trainer-{attempt}")
+
+        folder = pack.directory.path / brought(pack)
+
+        assert (folder / "adapter_model.safetensors").read_text() == "the numbers"
+
+
+def _again(site: PackSite, claim: Claim) -> Claim:
+    claims.end(site.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+    (again,) = site.claim_all(room=Room(max_jobs=1, memory_bytes_free=10**12))
+    return again
+
+
+def test_a_checkpoint_whose_bytes_have_changed_gives_way_to_the_one_before_and_is_whole_when_it_comes_again(
+    site: PackSite,
+) -> None:
+    claim = site.claim_with_checkpoints(10, 20)
+    newest, older = claim.resume_candidates
+    assert newest.artifact is not None
+    (file, *_) = site.store.get_manifest(newest.artifact).files
+    site.store.objects.put(blob_key(file.digest), b"Step 20")
+
+    pack = site.loading_pack(claim)
+
+    (message,) = InboxReader(pack.directory).take()
+    assert message.body["resume"].endswith(f"step-{older.step}")
+    assert site.store.put_bytes(b"step 20").digest == file.digest
+    assert site.store.verify(site.store.get_manifest(newest.artifact)) == []
+
+
+def test_a_job_without_a_parent_is_brought_none(site: PackSite) -> None:
+    assert brought(site.loading_pack(site.claim())) is None
+
+
+def test_a_parent_whose_bytes_have_changed_is_not_begun_with(site: PackSite, parent: Adapter) -> None:
+    (file,) = site.store.get_manifest(parent.artifact).files
+    site.store.objects.put(blob_key(file.digest), b"other bytes")
+    claim = site.claim(parent_adapter=parent.id, seed=2)
+
+    pack = site.loading_pack(claim)
+
+    assert InboxReader(pack.directory).take() == []
+    assert site.reason(claim) == EndReason.INFRA_LOST
+    (attempt,) = commands.attempts(site.db, **site.world.of(claim.job.id))
+    assert parent.name in (attempt.detail or "")
+
+
+def test_a_job_that_is_put_aside_for_its_damaged_parent_is_told_what_to_do_about_that(
+    site: PackSite, parent: Adapter
+) -> None:
+    (file,) = site.store.get_manifest(parent.artifact).files
+    site.store.objects.put(blob_key(file.digest), b"other bytes")
+    job = site.queued(parent_adapter=parent.id, seed=2)
+
+    for number in range(MAX_LOSSES):
+        (claim,) = site.claim_all(f"trainer-{number}")
+        site.loading_pack(claim, trainer_id=f"trainer-{number}")
+        site.world.clock.turn(BACK_OFF_SECONDS[-1] + 1)
+
+    error = site.world.job(job.id).error or {}
+    assert (error["code"], site.world.job(job.id).state) == ("quarantined", JobState.FAILED)
+    assert "Restore the store from a copy" in error["message"]
+    assert "why workers go away" not in error["message"]
+
+
+def test_a_file_that_is_refused_when_its_tokens_are_made_again_fails_its_job_as_it_would_have_before(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = {"code": "nothing_to_learn", "message": "All masked.", "remedy": "Give another."}
+    claim = site.claim()
+    row = token_cache.get(site.db, claim.job.train_prepared or "")
+    assert row is not None
+    (tokens,) = site.store.get_manifest(row.artifact or "").files
+    site.store.objects.put(blob_key(tokens.digest), b"other bytes")
+    source = site.store.put_bytes(b"the data file")
+    with site.db.write() as session:
+        session.get_one(File, claim.job.training_file).digest = source.digest
+    monkeypatch.setattr(base_models, "ensure", lambda *_, **__: Path("/nowhere"))
+    monkeypatch.setattr(tokenization, "_run", lambda *_, **__: {"usable_rows": 0, "refusal": refusal})
+    site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
+
+    site.loading_pack(claim)
+
+    job = site.world.job(claim.job.id)
+    assert (job.state, job.reason) == (JobState.FAILED, EndReason.USER_ERROR)
+    assert ((job.error or {})["code"], (job.error or {})["param"]) == ("nothing_to_learn", "training_file")
+
+
+@pytest.mark.parametrize(("asked", "told"), [("auto", 6), (2, 2), (60, 60), (61, 60)])
+def test_a_trainer_evaluates_within_the_sixty_steps_of_the_job(site: PackSite, asked: int | str, told: int) -> None:
+    claim = site.claim(validation_file=site.world.file(), evaluation={"every_steps": asked, "keep": "best"})
+
+    (message,) = InboxReader(site.loading_pack(claim).directory).take()
+    config = job_config(
+        JobSpec.model_validate(message.body["spec"]),
+        num_steps=message.body["num_steps"],
+        evaluate_every_steps=message.body["evaluate_every_steps"],
+    )
+
+    assert (config.num_steps, config.evaluate_every_steps, config.keep) == (60, told, "best")
+
+
+def test_the_record_of_a_child_names_that_of_its_parent(
+    site: PackSite, parent: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = site.claim(parent_adapter=parent.id, seed=2)
+    monkeypatch.setattr(provenance, "_data", lambda *_: [])
+    manifest = site.store.get_manifest(parent.artifact)
+
+    built, _ = provenance.record(
+        site.context, claim, manifest, num_parameters=1, trainer={"invariance": "bitwise", "versions": {}}, results={}
+    )
+
+    assert built["graph"] == {"parents": ["the parent's record"]}
+    assert built["config"]["resolved"]["parent"]["artifact"] == parent.artifact
+
+
+def test_a_trainer_is_told_how_often_memory_ran_out_for_a_job(site: PackSite) -> None:
+    claim, told = site.claim(), list[int]()
+    for attempt in range(3):
+        pack = site.loading_pack(claim, trainer_id=f"trainer-{attempt}")
+        (message,) = InboxReader(pack.directory).take()
+        told.append(message.body["shortages"])
+        claims.end(site.db, claim.claim_id, reason=EndReason.HOST_OOM, detail="")
+        with site.db.write() as session:
+            session.get_one(Job, claim.job.id).run_after = None
+        if attempt < 2:
+            (claim,) = site.claim_all(room=Room(max_jobs=1, memory_bytes_free=10**12))
+
+    assert told == [0, 1, 2]
+    assert commands.get(site.db, project_id=claim.job.project_id, job_id=claim.job.id).state == JobState.FAILED

@@ -1,0 +1,340 @@
+"""What the supervisor does around a trainer, which is a script here: a step of it for each look."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.db.database import Database
+from catalog.errors import OutOfSpace
+from catalog.jobs import commands
+from catalog.queue import claims
+from catalog.queue.claims import Claim, Orders
+from catalog.queue.notifier import FileDoorbell
+from catalog.resources import memory
+from catalog.scheduling.snapshot import Room
+from catalog.states import EndReason
+from catalog.storage.store import ArtifactStore
+from catalog.tables import Job, Worker
+from tests.catalog.world import DESCRIPTION
+from tests.worker.pack_site import OUTAGE, READY, PackSite, say
+from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, raising, reasons
+from worker import supervisor
+from worker.background import base_models
+from worker.context.context import WorkerContext
+from worker.entrypoints import loop
+from worker.node import devices
+from worker.session.capacity import room_of
+from worker.session.watchdog import LEFT_BEHIND
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(OUTAGE, EndReason.INFRA_LOST), (OSError("No such disk"), EndReason.NODE_FAILED)]
+)
+def test_a_base_that_cannot_be_brought_gives_the_claims_back(
+    site: PackSite,
+    run: Callable[[Script], list[FakeTrainer]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    reason: EndReason,
+) -> None:
+    job = site.queued()
+    monkeypatch.setattr(base_models, "ensure", raising(error))
+
+    assert run(loads_for_ever) == []
+
+    assert site.world.job(job.id).state == "queued"
+    assert reasons(site, job.id) == [reason]
+    assert site.held() == set()
+
+
+def test_a_mistake_of_ours_leaves_no_lease_that_is_renewed(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.queued()
+    monkeypatch.setattr(base_models, "ensure", raising(RuntimeError("ours")))
+
+    with pytest.raises(RuntimeError, match="ours"):
+        run(loads_for_ever)
+
+    assert site.held() == set()
+
+
+def test_a_cancel_is_heard_while_the_base_is_imported_again(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = site.queued()
+
+    def ensure(*_: object, is_unwanted: Callable[[], bool]) -> Path:
+        assert not is_unwanted()
+        (claim_id,) = site.held()
+        commands.cancel(site.db, **site.world.of(job.id))
+        site.context.pulse._note({claim_id: Orders(cancel=True)}, float("inf"))
+        assert is_unwanted()
+        raise base_models.Abandoned
+
+    monkeypatch.setattr(base_models, "ensure", ensure)
+
+    assert run(loads_for_ever) == []
+
+    assert site.world.job(job.id).state == "cancelled"
+    assert site.held() == set()
+
+
+def test_a_trainer_that_loads_for_nobody_is_killed(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> None:
+    job = site.queued()
+
+    def is_cancelled_meanwhile(_trainer: FakeTrainer) -> Generator[None]:
+        (claim_id,) = site.held()
+        commands.cancel(site.db, **site.world.of(job.id))
+        site.context.pulse._note({claim_id: Orders(cancel=True)}, float("inf"))
+        while True:
+            yield
+
+    (trainer,) = run(is_cancelled_meanwhile)
+
+    assert trainer.is_killed
+    assert site.world.job(job.id).state == "cancelled"
+
+
+def test_a_trainer_that_no_signal_ends_is_left_behind_and_its_worker_takes_nothing_new(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]]
+) -> None:
+    job = site.queued()
+    with site.db.write() as session:
+        session.get_one(Job, job.id).counted_attempts = 1
+
+    def hangs(trainer: FakeTrainer) -> Generator[None]:
+        trainer.is_left_behind, trainer.started_at = True, -float("inf")
+        while True:
+            yield
+
+    (trainer,) = run(hangs)
+
+    with site.db.read() as session:
+        cordon = session.get_one(Worker, "w1").cordon
+    assert trainer.returncode is None
+    assert (site.world.job(job.id).state, reasons(site, job.id)) == ("queued", [EndReason.NODE_FAILED])
+    assert site.held() == set()
+    assert cordon is not None
+    assert (cordon["by"], cordon["reason"]) == ("service", LEFT_BEHIND.detail)
+    site.world.clock.turn(3600)
+    assert site.world.claim("w1") == []
+
+
+@pytest.mark.parametrize("error", [OUTAGE, RuntimeError("ours"), OSError("No such disk")])
+def test_a_chore_that_goes_wrong_ends_nobodys_training(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    job = site.queued()
+    monkeypatch.setattr(base_models, "import_next", raising(error))
+
+    run(cancels_what_it_gets)
+
+    assert reasons(site, job.id) == [EndReason.CANCELLED_BY_USER]
+
+
+def test_a_cancel_and_a_drain_are_said_while_nothing_can_be_recorded(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = site.queued()
+    put_folder = site.store.put_folder
+
+    def outage(trainer: FakeTrainer) -> Generator[None]:
+        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        admit = yield from trainer.listen("admit")
+        claim_id = admit.body["claim_id"]
+        monkeypatch.setattr(ArtifactStore, "put_folder", raising(OUTAGE))
+        folder = trainer.directory.checkpoint_path(claim_id, 5)
+        folder.mkdir(parents=True)
+        trainer.say("checkpointed", claim_id=claim_id, step=5, folder=trainer.directory.named(folder))
+        site.context.leave.set()
+        yield from trainer.listen("drain")
+        monkeypatch.setattr(ArtifactStore, "put_folder", lambda _, *given, **named: put_folder(*given, **named))
+        trainer.say("paused", claim_id=claim_id, step=5, adapter=None)
+        yield
+
+    run(outage)
+
+    assert reasons(site, job.id) == [EndReason.DRAINED]
+    assert site.world.job(job.id).state == "queued"
+
+
+def test_a_worker_that_waits_tells_what_it_has_free(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> None:
+    assert run(loads_for_ever) == []
+
+    assert site.context.pulse.status["report"]["room"]["memory_bytes_free"] == 10**12
+
+
+def test_nobody_joins_a_suspect_that_an_empty_trainer_took_in(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]]
+) -> None:
+    """Its claim names another trainer until it is admitted, so that the record alone does not tell."""
+    site.queued()
+    others_attempts: list[list[str | None]] = []
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        yield from cancels_what_it_gets(trainer)
+        suspect = site.queued(suffix="suspect")
+        with site.db.write() as session:
+            session.get_one(Job, suspect.id).counted_attempts = 2
+        yield from trainer.listen("admit")
+        other = site.queued(suffix="beside")
+        for _ in range(3):
+            yield
+        others_attempts.append(reasons(site, other.id))
+        site.context.leave.set()
+        yield
+
+    run(script)
+
+    assert others_attempts == [[]]
+
+
+def test_what_an_empty_trainer_claims_is_given_to_it_though_the_database_goes_away_in_that_moment(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would run in no pack, on a lease that is renewed, where nobody could stop it."""
+    site.queued()
+    ids: list[str] = []
+    claim_pack, read = claims.claim_pack, Database.read
+
+    def fails_once(db: Database) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return read(db)
+        monkeypatch.setattr(Database, "read", read)
+        raise OUTAGE
+
+    def claim_then_fail(*given: Any, **named: Any) -> list[Claim]:
+        claimed = claim_pack(*given, **named)
+        if claimed:
+            monkeypatch.setattr(Database, "read", fails_once)
+        return claimed
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        yield from cancels_what_it_gets(trainer)
+        monkeypatch.setattr(claims, "claim_pack", claim_then_fail)
+        ids.append(site.queued(suffix="second").id)
+        admission = trainer.listen("admit")
+        for _ in range(100):
+            try:
+                next(admission)
+            except StopIteration as told:
+                trainer.say("cancelled", claim_id=told.value.body["claim_id"])
+                break
+            yield
+        yield
+        site.context.leave.set()
+        yield
+
+    run(script)
+
+    assert reasons(site, ids[0]) == [EndReason.CANCELLED_BY_USER]
+
+
+def test_a_base_that_still_loads_is_not_free_for_those_who_join(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = site.claim()
+    pack = site.loading_pack(claim)
+    monkeypatch.setattr(devices, "free_bytes", lambda _: 10**9)
+
+    room: Room = room_of(site.context, pack)
+
+    assert room.memory_bytes_free == 10**9 - pack.bytes_to_come() < 10**9 - 1000
+
+
+def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU with room for a trainer, three rows and two more slices of its tick."""
+    site.context.device = replace(site.context.device, kind="cuda")
+    pack = site.loading_pack(site.claim())
+    row_bytes = 26 * site.world.queued(suffix="next").adapter_parameters
+    slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
+    free = memory.trainer_bytes(DESCRIPTION, "bfloat16") + 3 * row_bytes + 2 * slice_bytes
+    monkeypatch.setattr(devices, "free_bytes", lambda _: free)
+
+    held: list[int] = []
+    for _ in range(2):
+        for _ in range(2):
+            site.queued()
+        supervisor._look_for_more(site.context, pack)
+        held.append(len(pack))
+
+    assert held == [3, 3]
+
+
+def test_the_base_of_an_empty_trainer_is_free_for_what_comes_next(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = site.pack()
+    assert pack.ready is not None
+    pack.ready = {**pack.ready, "memory": {"base_bytes": 500}}
+    monkeypatch.setattr(devices, "free_bytes", lambda _: 1000)
+
+    room: Room = room_of(site.context, pack)
+
+    assert (room.memory_bytes_free, room.resident_key) == (1500, pack.pack_key)
+
+
+def test_a_worker_outlives_a_full_disk(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def supervised(_: object) -> int:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some space.")
+        return 0
+
+    monkeypatch.setattr(loop, "supervise", supervised)
+
+    loop.run(site.context, once=True)
+
+    assert len(calls) == 2
+
+
+def test_a_worker_that_waits_looks_again_when_the_bell_rings(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+
+    def wait(_seconds: float) -> bool:
+        looks.append("wait")
+        return site.context.leave.is_set()
+
+    def supervised(context: WorkerContext) -> int:
+        looks.append("look")
+        if len(looks) == 1:
+            FileDoorbell(site.settings.bell_path()).ring()
+        else:
+            context.leave.set()
+        return 0
+
+    monkeypatch.setattr(loop, "supervise", supervised)
+    monkeypatch.setattr(site.context.leave, "wait", wait)
+
+    loop.run(site.context)
+
+    assert looks == ["look", "look", "wait"]
+
+
+def test_jobs_join_while_none_is_slowed_down_by_more_than_was_promised(site: PackSite) -> None:
+    for _ in range(4):
+        site.queued()
+    pack = site.pack(*site.claim_all())
+    for _ in range(8):
+        site.queued()
+
+    supervisor._look_for_more(site.context, pack)
+    before, was_told = len(pack), site.context.pulse.status["report"]["saturation"]
+    speeds = {"alone": [[64, 500.0]], "together": [[256, 1000.0], [384, 1000.0]]}
+    say(pack, {"type": "memory", "base_bytes": 1, "tick_speeds": speeds})
+    pack.hear()
+    supervisor._look_for_more(site.context, pack)
+
+    assert (before, was_told["is_full"]) == (4, True), "nothing is known yet: each is taken to slow down the others"
+    assert len(pack) == 8, "8 of 500 tokens/s alone, at 1,000 together, are four times as slow"

@@ -1,0 +1,349 @@
+"""Exports to the real libraries, each writing on this machine: every point once, whatever is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from catalog.db.database import Database
+from catalog.jobs import commands
+from catalog.queue import claims
+from catalog.settings import Settings
+from catalog.tables import JobExport
+from tests.catalog.world import World
+from tests.worker_site import wait_until
+from worker.children.tracker.wandb import WandbRun
+from worker.process.launcher import child_environment
+from worker.trackers import exporter
+from worker.trackers import session as export_session
+from worker.trackers.exporter import exporting
+from worker.trackers.session import ExportFailed, ExportSession, available, places
+
+WAIT_SECONDS = 240.0
+"""However loaded the machine is."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "wandb": {"project": "p", "name": "mine", "tags": ["a", "b"]},
+    "mlflow": {"experiment": "e", "tags": {"team": "search"}},
+    "tensorboard": {"name": "mine"},
+}
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(exporter, "LOOK_SECONDS", 0.2)
+    return Settings(data_dir=tmp_path)
+
+
+@pytest.fixture
+def world(db: Database) -> World:
+    from tests.catalog.world import Clock
+
+    return World(db, Clock())
+
+
+@pytest.fixture
+def db(tmp_path: Path, migrated_database: Path) -> Iterator[Database]:
+    path = tmp_path / "lorry.db"
+    path.write_bytes(migrated_database.read_bytes())
+    database = Database(f"sqlite:///{path}")
+    yield database
+    database.close()
+
+
+def training(world: World, *types: str) -> str:
+    """A job that trains and is to be written to these."""
+    world.worker(integrations=tuple(OPTIONS))
+    wanted = [{"type": name, name: OPTIONS[name]} for name in types]
+    return world.running(integrations=wanted).job.id
+
+
+def steps(world: World, job_id: str, *numbers: int) -> None:
+    rows = [{"kind": "train", "step": step, "loss": 1.0 / step} for step in numbers]
+    rows += [{"kind": "valid", "step": step, "loss": 2.0 / step} for step in numbers if step % 2 == 0]
+    claims.record_metrics(world.db, world.job(job_id).claim_id or "", rows)
+
+
+def row(world: World, job_id: str, name: str) -> JobExport:
+    with world.db.read() as session:
+        return session.get_one(JobExport, (job_id, name))
+
+
+def written(world: World, job_id: str, step: int) -> Callable[[], bool]:
+    return lambda: all(
+        found.train_step >= step for name in OPTIONS if (found := _maybe(world, job_id, name)) is not None
+    )
+
+
+def _maybe(world: World, job_id: str, name: str) -> JobExport | None:
+    with world.db.read() as session:
+        return session.get(JobExport, (job_id, name))
+
+
+def test_a_job_is_written_to_every_tracker_across_a_restart_each_point_once(
+    world: World, settings: Settings, tmp_path: Path
+) -> None:
+    job_id = training(world, *OPTIONS)
+    steps(world, job_id, 1, 2)
+    with exporting(world.db, settings):
+        wait_until(written(world, job_id, 2), seconds=WAIT_SECONDS)
+    steps(world, job_id, 2, 3, 4)
+
+    with exporting(world.db, settings):
+        wait_until(written(world, job_id, 4), seconds=WAIT_SECONDS)
+        adapter = world.complete(world.job(job_id).claim_id or "").name
+        wait_until(lambda: all(row(world, job_id, name).finished_at for name in OPTIONS), seconds=WAIT_SECONDS)
+
+    train = {1: 1.0, 2: 0.5, 3: 1 / 3, 4: 0.25}
+    valid = {2: 1.0, 4: 0.5}
+    for read in (in_tensorboard, in_mlflow, in_wandb):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the libraries' own
+            curves, texts = read(tmp_path, job_id)
+        assert curves["train/loss"] == pytest.approx(train), read
+        assert curves["valid/loss"] == pytest.approx(valid), read
+        assert {"succeeded", adapter} <= set(texts.values()), read
+    assert [
+        event.level for event in commands.events_since(world.db, **world.of(job_id), seq=0) if event.level != "info"
+    ] == []
+
+
+Read = tuple[dict[str, dict[int, float]], dict[str, str]]
+
+
+def in_tensorboard(data_dir: Path, job_id: str) -> Read:
+    """By the format's own records: a length, its check, an event, its check."""
+    events = import_module("tensorboardX.proto.event_pb2")
+    curves: dict[str, dict[int, float]] = {}
+    texts: dict[str, str] = {}
+    files = sorted((data_dir / "tensorboard" / "ours" / f"mine-{job_id}").iterdir())
+    for content in (path.read_bytes() for path in files):
+        at = 0
+        while at < len(content):
+            length = int.from_bytes(content[at : at + 8], "little")
+            event = events.Event.FromString(content[at + 12 : at + 12 + length])
+            at += 12 + length + 4
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    _put(curves, value.tag, event.step, value.simple_value)
+                else:
+                    table = value.tensor.string_val[0].decode()
+                    texts |= {cells[1]: json.loads(cells[2]) for line in table.splitlines() if (cells := _cells(line))}
+    assert len(files) == 2
+    return curves, texts
+
+
+def _cells(line: str) -> list[str]:
+    cells = [cell.strip() for cell in line.split("|")]
+    return cells if len(cells) == 4 and cells[2].startswith('"') else []
+
+
+def in_mlflow(data_dir: Path, job_id: str) -> Read:
+    client = import_module("mlflow").MlflowClient(tracking_uri=f"sqlite:///{data_dir / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("ours/e").experiment_id])
+    curves: dict[str, dict[int, float]] = {}
+    for name in ("train/loss", "valid/loss"):
+        for metric in client.get_metric_history(run.info.run_id, name):
+            _put(curves, name, metric.step, metric.value)
+    assert (run.info.status, run.data.params["lora.rank"], run.data.tags["team"]) == ("FINISHED", "16", "search")
+    assert run.data.metrics["final.trained_tokens"] == 5
+    return curves, run.data.tags
+
+
+def in_wandb(data_dir: Path, job_id: str) -> Read:
+    protocol = import_module("wandb.proto.wandb_internal_pb2")
+    curves: dict[str, dict[int, float]] = {}
+    texts: dict[str, str] = {}
+    found = sorted((data_dir / "wandb").rglob("*.wandb"))
+    for path in found:
+        for data in _wandb_records(path.read_bytes()):
+            record = protocol.Record.FromString(data)
+            if record.HasField("run"):
+                assert (record.run.run_id, record.run.project, list(record.run.tags)) == (
+                    job_id,
+                    "ours - p",
+                    ["a", "b"],
+                )
+            told = {_key(item): json.loads(item.value_json) for item in record.history.item}
+            for kind in ("train", "valid"):
+                if f"{kind}/step" in told:
+                    _put(curves, f"{kind}/loss", told[f"{kind}/step"], told[f"{kind}/loss"])
+            texts |= {_key(item): json.loads(item.value_json) for item in record.summary.update}
+    assert len(found) == 2
+    return curves, {name: value for name, value in texts.items() if isinstance(value, str)}
+
+
+def _wandb_records(content: bytes) -> Iterator[bytes]:
+    """LevelDB's log format: blocks of 32 KiB, of pieces with a check, a length and a kind before each."""
+    block, header = 1 << 15, 7
+    at, record = header, b""
+    assert content.startswith(b":W&B")
+    while at + header <= len(content):
+        left = block - at % block
+        if left < header:
+            at += left
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        record += content[at + header : at + header + length]
+        at += header + length
+        if kind in (1, 4):  # the whole of a record, or its last piece
+            yield record
+            record = b""
+
+
+def _key(item: Any) -> str:
+    return item.key or "/".join(item.nested_key)
+
+
+def _put(curves: dict[str, dict[int, float]], name: str, step: int, value: float) -> None:
+    curve = curves.setdefault(name, {})
+    assert step not in curve, f"{name} has step {step} twice"
+    curve[step] = value
+
+
+def test_a_tracker_that_is_away_costs_a_line_in_the_jobs_log_and_the_other_goes_on(
+    world: World, settings: Settings
+) -> None:
+    away = settings.model_copy(update={"tensorboard_dir": Path(os.devnull) / "no folder"})
+    job_id = training(world, "tensorboard", "wandb")
+    steps(world, job_id, 1)
+
+    with exporting(world.db, away):
+        wait_until(
+            lambda: row(world, job_id, "tensorboard").error and row(world, job_id, "wandb").train_step == 1,
+            seconds=WAIT_SECONDS,
+        )
+
+    told = [one.message for one in commands.events_since(world.db, **world.of(job_id), seq=0) if one.level == "warn"]
+    assert len(told) == 1
+    assert "tensorboard could not be written" in told[0]
+    assert world.job(job_id).state == "running"
+
+
+def test_an_export_whose_process_is_killed_or_hangs_fails_and_leaves_nothing_behind(settings: Settings) -> None:
+    begun = {"type": "tensorboard", "run": _RUN, "run_id": None, "next_step": 0, "places": places(settings)}
+    session = ExportSession(begun)
+    (child,) = [one for one in psutil.Process().children() if "worker.children.tracker.main" in one.cmdline()]
+
+    child.suspend()
+    hasty: Any = session
+    hasty._answer_seconds = 0.2
+    with pytest.raises(ExportFailed, match="did not answer"):
+        session.write([], None)
+    session.kill()
+
+    assert not child.is_running()
+
+
+_RUN: dict[str, Any] = {"job_id": "j", "project": "ours", "options": {"name": None}, "config": {}}
+
+
+def test_what_a_library_says_is_told_without_secrets(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "canary")
+    run = {**_RUN, "options": {"experiment": "e"}}
+    wrong = {**places(settings), "mlflow": "canary://me:canary-too@nowhere"}
+
+    with pytest.raises(ExportFailed) as failed:
+        ExportSession({"type": "mlflow", "run": run, "run_id": None, "next_step": 0, "places": wrong})
+
+    assert "…://…@nowhere" in str(failed.value)
+    assert "canary" not in str(failed.value)
+
+
+def test_credentials_reach_their_own_trackers_process_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "LORRY_PEPPER", "LORRY_DATABASE_URL", "HF_TOKEN"):
+        monkeypatch.setenv(name, f"canary of {name}")
+
+    def seen(environment: dict[str, str]) -> set[str]:
+        return {name for name, value in environment.items() if value.startswith("canary")}
+
+    environment = export_session._environment  # pyright: ignore[reportPrivateUsage]
+    assert {name: seen(environment(name)) for name in export_session.LIBRARIES} == {
+        "wandb": {"WANDB_API_KEY"},
+        "mlflow": {"MLFLOW_TRACKING_TOKEN"},
+        "tensorboard": set(),
+        "trackio": set(),
+    }
+    assert seen(child_environment()) == set()
+
+
+def test_a_worker_offers_what_is_installed_allowed_and_has_an_account(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(export_session, "find_spec", lambda name: None if name == "trackio" else object())
+
+    def offered(**given: Any) -> tuple[str, ...]:
+        return available(Settings(data_dir=tmp_path, **given))
+
+    assert offered() == ("mlflow", "tensorboard")
+    assert offered(integrations="tensorboard, trackio") == ("tensorboard",)
+    assert offered(integrations="") == ()
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert offered() == ("wandb", "mlflow", "tensorboard")
+
+
+def test_a_run_of_weights_and_biases_is_in_its_projects_name_and_in_no_entity_of_the_jobs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened: list[dict[str, Any]] = []
+
+    def init(**given: Any) -> SimpleNamespace:
+        opened.append(given)
+        return SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=init))
+    options = {"project": "p" * 128, "entity": "another-team", "name": None, "tags": None}
+
+    WandbRun({"run": {**_RUN, "options": options}, "run_id": None, "places": {"wandb": str(tmp_path / "wandb")}})
+
+    (given,) = opened
+    assert given["project"] == f"ours - {'p' * 121}"
+    assert given.get("entity") is None
+
+
+def test_a_worker_imports_no_trackers_library() -> None:
+    code = "import sys, worker.context.context, worker.children.tracker.main; print(*sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert not {*export_session.LIBRARIES.values(), "torch"} & set(told.stdout.split())
+
+
+@pytest.mark.slow
+def test_trackio_is_written_to_where_it_is_installed(world: World, settings: Settings, tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    world.worker(integrations=("trackio",))
+    job_id = world.running(integrations=[{"type": "trackio", "trackio": {"project": "p"}}]).job.id
+    steps(world, job_id, 1, 2)
+    with exporting(world.db, settings):
+        wait_until(lambda: row(world, job_id, "trackio").train_step == 2, seconds=WAIT_SECONDS)
+    steps(world, job_id, 3)
+    with exporting(world.db, settings):
+        wait_until(lambda: row(world, job_id, "trackio").train_step == 3, seconds=WAIT_SECONDS)
+        world.complete(world.job(job_id).claim_id or "")
+        wait_until(lambda: row(world, job_id, "trackio").finished_at, seconds=WAIT_SECONDS)
+
+    logged = _trackio_rows(tmp_path / "trackio" / "ours-p.db")
+    assert [one["step"] for one in logged if "train/loss" in one["metrics"]] == [1, 2, 3]
+    assert any("succeeded" in str(one["metrics"]) for one in logged)
+
+
+def _trackio_rows(path: Path) -> list[dict[str, Any]]:
+    import sqlite3
+
+    with sqlite3.connect(path) as connection:
+        found = connection.execute("select step, metrics from metrics order by id").fetchall()
+    connection.close()
+    return [{"step": step, "metrics": json.loads(metrics)} for step, metrics in found]

@@ -1,0 +1,1 @@
+"""Work between two jobs: import base models, tokenize, compute plans."""

@@ -1,0 +1,322 @@
+"""Brings base models onto this node: imported by a child process, named by the digest of their files.
+
+A folder `bases_dir/DIGEST` is complete and never changes: it appears by one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from secrets import token_hex
+
+import psutil
+
+from catalog.disk import tells_of_full
+from catalog.errors import Conflict, LorryError, OutOfSpace, Unavailable
+from catalog.registry import base_models
+from catalog.storage.manifest import ManifestFile, files_digest
+from catalog.tables import BaseModelRow, Json
+from worker.context.context import WorkerContext
+from worker.node import scratch_dirs
+from worker.process import sandbox
+from worker.process.launcher import run_child
+from worker.protocol.errors import FULL_DISK, OUT_OF_SPACE
+from worker.protocol.mailbox import read_json, write_json
+
+log = logging.getLogger(__name__)
+CHUNK_BYTES = 2**20
+DIGEST = re.compile(r"[0-9a-f]{64}")
+LOOK_SECONDS = 0.2
+STALL_SECONDS = 900.0
+"""A child that has used no processor time for so long waits for something that does not come."""
+LIMIT_SECONDS = 12 * 3600.0
+"""The longest that a child may take."""
+
+
+class ImportRefused(LorryError):
+    """A base model's source can't be made into a base model here."""
+
+
+class Abandoned(Exception):
+    """The worker is leaving, or nobody wants the result any more: the work is left for another."""
+
+
+def import_next(context: WorkerContext) -> bool:
+    """Import one base model that waits for it; False where none does."""
+    row = base_models.claim_import(context.db, lease_seconds=context.settings.lease_seconds)
+    if row is None:
+        return False
+    try:
+        manifest, description = _import(context, row)
+        base_models.finish_import(
+            context.db,
+            row.name,
+            digest=files_digest(manifest),
+            manifest=manifest,
+            description=description,
+            added_at=row.created_at,
+        )
+    except (ImportRefused, Conflict) as error:
+        refusal = {"code": error.code, "message": error.message, "remedy": error.remedy}
+        base_models.fail_import(context.db, row.name, error=refusal, added_at=row.created_at)
+    except Abandoned:
+        return False
+    return True
+
+
+def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Callable[[], bool] = lambda: False) -> Path:
+    """The folder of a base model, imported again where this node lacks it.
+
+    `is_unwanted` is asked several times a second while it is imported. Raises ImportRefused, NotFound,
+    Unavailable, OutOfSpace; Abandoned once it is unwanted or the worker is leaving.
+    """
+    folder = context.settings.bases_dir() / digest
+    if folder.is_dir():
+        return folder
+    try:
+        manifest, _ = _import(context, base_models.get(context.db, name), is_unwanted)
+    except ImportRefused as error:
+        if error.code == OUT_OF_SPACE:  # no base's doing
+            raise OutOfSpace(error.message, code=error.code, remedy=error.remedy) from error
+        raise
+    found = files_digest(manifest)
+    if found != digest:
+        raise ImportRefused(
+            f"The source of the base model {name!r} gives other files than it did at first.",
+            code="base_changed",
+            remedy=f"Restore the source. Expected digest {digest}, found {found}.",
+        )
+    return folder
+
+
+def count_blocks(context: WorkerContext) -> list[str]:
+    """Of bases that were imported before blocks were counted, count them where the files are here, so that groups can
+    divide them. Returns the names of those that were done."""
+    done: list[str] = []
+    for row in base_models.uncounted(context.db):
+        folder = context.settings.bases_dir() / str(row.digest)
+        if context.draining or not folder.is_dir():
+            continue
+        try:
+            with scratch_dirs.owned(context.settings.bases_dir() / f"tmp-{token_hex(8)}") as work:
+                work.mkdir()
+                description, _ = _run_child(context, row, work, {"kind": "here", "target_dir": str(folder)})
+        except (ImportRefused, Abandoned) as error:  # another worker, or the next hour, may do better
+            log.warning("The blocks of the base model %s were not counted: %s", row.name, error)
+            continue
+        if base_models.note_blocks(context.db, row.name, digest=str(row.digest), blocks=description["blocks"]):
+            log.info("The blocks of the base model %s were counted.", row.name)
+            done.append(row.name)
+    return done
+
+
+def clean(context: WorkerContext) -> list[str]:
+    """Remove the folders of bases that were deleted; returns their digests. What is needed later is imported again."""
+    folders = {path.name: path for path in context.settings.bases_dir().iterdir() if DIGEST.fullmatch(path.name)}
+    gone = sorted(base_models.deleted(context.db, folders.keys()))
+    for digest in gone:
+        shutil.rmtree(folders[digest], ignore_errors=True)
+        log.info("The files of a deleted base model were removed: %s.", digest)
+    return gone
+
+
+def _import(
+    context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[], bool] = lambda: False
+) -> tuple[Json, Json]:
+    """(manifest, description); the files are in place under their digest afterwards."""
+    with scratch_dirs.owned(context.settings.bases_dir() / f"tmp-{token_hex(8)}") as work:
+        work.mkdir()
+        target = work / "base"
+        description, commit = _run_import(context, row, work, target, is_unwanted)
+        links = [path.name for path in target.rglob("*") if path.is_symlink()]
+        if links:
+            raise ImportRefused(
+                f"The import of {row.name!r} made a link, {links[0]!r}, where only files may be.",
+                code="import_failed",
+                remedy="Look at the source, and at the versions of the worker's libraries.",
+            )
+        files = [_digest_file(target, path) for path in sorted(target.rglob("*")) if path.is_file()]
+        manifest: Json = {
+            "files": [file.as_row() for file in files],
+            "source": row.source,
+            "revision": commit or row.revision,
+        }
+        final = context.settings.bases_dir() / files_digest(manifest)
+        if not final.is_dir():
+            _rename(target, final)
+    return manifest, description
+
+
+def _run_import(
+    context: WorkerContext, row: BaseModelRow, work: Path, target: Path, is_unwanted: Callable[[], bool]
+) -> tuple[Json, str | None]:
+    """(description, commit of a hub)."""
+    asked: Json = {
+        "source": row.source,
+        "kind": row.kind,
+        "revision": (row.manifest or {}).get("revision") or row.revision,  # the commit that was read at first
+        "target_dir": str(target),
+    }
+    return _run_child(context, row, work, asked, renew=lambda: _renew_import(context, row), is_unwanted=is_unwanted)
+
+
+def _run_child(
+    context: WorkerContext,
+    row: BaseModelRow,
+    work: Path,
+    asked: Json,
+    *,
+    renew: Callable[[], None] = lambda: None,
+    is_unwanted: Callable[[], bool] = lambda: False,
+) -> tuple[Json, str | None]:
+    """What the child that knows models says: (description, commit of a hub)."""
+    arguments, result = work / "arguments.json", work / "result.json"
+    write_json(arguments, {**asked, "result": str(result)})
+    sources = {"hub": None, "here": Path(asked["target_dir"])}
+    source = sources[asked["kind"]] if asked["kind"] in sources else Path(asked["source"])
+    try:
+        box = sandbox.base_import(work, source=source)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise ImportRefused(
+            f"The worker can't read the source of {row.name!r}: {error}",
+            code="source_unreachable",
+            remedy="Check that the source exists on the worker's machine, that the worker's user may read it, and that "
+            "its links lead to files; from the hub, that the worker may write to the hub's cache. Then add the same "
+            "model again, which retries.",
+        ) from error
+    child = run_child("worker.children.base_importer", str(arguments), log_path=work / "log.txt", box=box)
+    wait_renewing(child, context, renew, is_unwanted)
+    if child.returncode == -signal.SIGXCPU:
+        raise ImportRefused(
+            f"The import of {row.name!r} took more than {box.limits['cpu']} s of processor time, its size's limit.",
+            code="import_limit",
+            remedy="Look at the source; then add the same model again, which retries.",
+        )
+    if not result.exists():
+        raise _crashed(row, child.returncode, work / "log.txt")
+    answer = read_json(result)
+    if "error" in answer:
+        error = answer["error"]
+        raise ImportRefused(error["message"], code=error["code"], remedy=error["remedy"])
+    return answer["description"], answer["commit"]
+
+
+def _renew_import(context: WorkerContext, row: BaseModelRow) -> None:
+    """Raises Abandoned once the base was deleted."""
+    lease_seconds = context.settings.lease_seconds
+    if not base_models.renew_import(context.db, row.name, lease_seconds=lease_seconds, added_at=row.created_at):
+        raise Abandoned
+
+
+def _stuck(message: str) -> LorryError:
+    remedy = "Look whether the worker reaches the source, and try again."
+    return ImportRefused(message, code="no_progress", remedy=remedy)
+
+
+def wait_renewing(
+    child: subprocess.Popen[bytes],
+    context: WorkerContext,
+    renew: Callable[[], None],
+    is_unwanted: Callable[[], bool] = lambda: False,
+    *,
+    stuck: Callable[[str], LorryError] = _stuck,
+) -> None:
+    """Wait for a child, renewing a lease at every heartbeat; however this ends, the child has ended too.
+
+    Raises Abandoned on leaving or once it is unwanted, and what `stuck` makes where the child gets nowhere.
+    """
+    progress = _Progress(child.pid, stuck)
+    renewed_at = time.monotonic()
+    try:
+        while True:
+            try:
+                child.wait(LOOK_SECONDS)
+                return
+            except subprocess.TimeoutExpired:
+                pass
+            if context.draining or is_unwanted():
+                raise Abandoned
+            progress.check()
+            if time.monotonic() - renewed_at >= context.settings.heartbeat_seconds:
+                renewed_at = time.monotonic()
+                _renew(renew)
+    finally:
+        if child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _renew(renew: Callable[[], None]) -> None:
+    """A short outage of the database does not throw the work away: it is as good whoever did it."""
+    try:
+        renew()
+    except Unavailable as error:
+        log.warning("%s The work in the background goes on.", error)
+
+
+class _Progress:
+    """Whether a child gets anywhere: one that loads, converts or downloads uses its processor."""
+
+    def __init__(self, pid: int, stuck: Callable[[str], LorryError]) -> None:
+        self._pid = pid
+        self._stuck = stuck
+        self._started_at = self._moved_at = time.monotonic()
+        self._seconds = 0.0
+
+    def check(self) -> None:
+        """Raises what `stuck` makes once it has stood still for too long, or gone on for too long."""
+        now, seconds = time.monotonic(), self._seconds_used()
+        if seconds > self._seconds:
+            self._seconds, self._moved_at = seconds, now
+        if now - self._moved_at > STALL_SECONDS or now - self._started_at > LIMIT_SECONDS:
+            raise self._stuck(
+                f"It was ended after {now - self._started_at:.0f} s, of which it did nothing for the last "
+                f"{now - self._moved_at:.0f} s."
+            )
+
+    def _seconds_used(self) -> float:
+        try:
+            times = psutil.Process(self._pid).cpu_times()
+        except psutil.Error:
+            return self._seconds
+        return times.user + times.system
+
+
+def _crashed(row: BaseModelRow, returncode: int, log_path: Path) -> ImportRefused:
+    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    if lines and tells_of_full(lines[-1]):
+        return ImportRefused(**FULL_DISK)
+    return ImportRefused(
+        f"The import of {row.name!r} ended with exit status {returncode}: {lines[-1][:500] if lines else 'no output'}",
+        code="import_failed",
+        remedy="Look at the source; then add the same model again, which retries.",
+    )
+
+
+def _digest_file(root: Path, path: Path) -> ManifestFile:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    name = path.relative_to(root).as_posix()
+    return ManifestFile(path=name, digest=digest.hexdigest(), num_bytes=path.stat().st_size)
+
+
+def _rename(target: Path, final: Path) -> None:
+    """Another worker on this node may have been quicker: then its folder, with the same bytes, stays."""
+    try:
+        target.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        shutil.rmtree(target, ignore_errors=True)

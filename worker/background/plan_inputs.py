@@ -1,0 +1,125 @@
+"""Computes what plans wait for: their files as tokens, with details, and how many rows both files share."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from secrets import token_hex
+
+from catalog.disk import full_disk_named
+from catalog.errors import OutOfSpace, Unavailable
+from catalog.plans import claims
+from catalog.plans.claims import PlanClaim
+from catalog.storage import token_cache
+from catalog.storage.manifest import DamagedArtifact
+from catalog.tables import Json, Prepared
+from worker.background import base_models
+from worker.background.tokenization import (
+    MAY_BE_THE_NODES,
+    RETRY_SECONDS,
+    FileRefused,
+    Hindered,
+    both_files,
+    crashed,
+    hindrance,
+    stuck,
+)
+from worker.context.context import WorkerContext
+from worker.node import scratch_dirs
+from worker.process import sandbox
+from worker.process.launcher import run_child
+from worker.protocol.mailbox import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+
+def compute_next(context: WorkerContext) -> bool:
+    """Compute one plan that waits; False where none does. Raises StaleClaim, Hindered."""
+    claim = claims.claim(context.db, worker_id=context.worker_id, lease_seconds=context.settings.lease_seconds)
+    if claim is None:
+        return False
+    try:
+        with full_disk_named():
+            _bring(context, claim, _unwanted(context, claim.claim_id))
+        claims.conclude(context.db, claim.claim_id, settings=context.settings)
+    except FileRefused:  # which its report tells
+        claims.conclude(context.db, claim.claim_id, settings=context.settings)
+    except MAY_BE_THE_NODES as error:
+        log.warning("%s", error)
+        claims.fail(context.db, claim.claim_id, error=hindrance(error), wait_seconds=RETRY_SECONDS)
+        raise Hindered from error
+    except base_models.Abandoned:
+        claims.release(context.db, claim.claim_id)
+    except (OutOfSpace, Unavailable) as error:
+        log.warning("%s", error)
+        claims.release(context.db, claim.claim_id, wait_seconds=RETRY_SECONDS)
+        if isinstance(error, OutOfSpace):
+            raise Hindered from error
+    return True
+
+
+def _unwanted(context: WorkerContext, claim_id: str) -> Callable[[], bool]:
+    """Whether nobody wants the plan any more: asked several times a second, it renews the lease at every heartbeat."""
+    renewed_at = time.monotonic()
+
+    def is_unwanted() -> bool:
+        nonlocal renewed_at
+        if time.monotonic() - renewed_at < context.settings.heartbeat_seconds:
+            return False
+        renewed_at = time.monotonic()
+        try:
+            return not claims.renew(context.db, claim_id, lease_seconds=context.settings.lease_seconds)
+        except Unavailable as error:
+            log.warning("%s The plan goes on.", error)
+            return False
+
+    return is_unwanted
+
+
+def _bring(context: WorkerContext, claim: PlanClaim, is_unwanted: Callable[[], bool]) -> None:
+    """Both files, and their overlap, on record. Raises what `both_files` does."""
+    train, valid = both_files(context, claim.files, with_details=True, is_unwanted=is_unwanted)
+    if valid is None:
+        return
+    keys = {"train_key": train.key, "valid_key": valid.key}
+    if claims.find_overlap(context.db, **keys) is None:
+        found = _compare(context, train, valid, is_unwanted)
+        claims.record_overlap(context.db, **keys, num_rows=int(found["rows"]), of_rows=int(found["of_rows"]))
+
+
+def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwanted: Callable[[], bool]) -> Json:
+    """The child's answer."""
+    with scratch_dirs.owned(context.scratch_dir() / f"overlap-{token_hex(8)}") as work:
+        work.mkdir()
+        paths = {"train": _fetched(context, train, work / "train"), "valid": _fetched(context, valid, work / "valid")}
+        arguments, result = work / "arguments.json", work / "result.json"
+        in_pairs = train.report.get("kind") == "preference"
+        told = {name: str(path) for name, path in (*paths.items(), ("result", result))}
+        write_json(arguments, {**told, "in_pairs": in_pairs})
+        num_bytes = sum(path.stat().st_size for path in paths.values())
+        box = sandbox.tokenization(work, base_dir=None, num_bytes=num_bytes)
+        child = run_child("worker.children.file_overlap", str(arguments), log_path=work / "log.txt", box=box)
+        base_models.wait_renewing(
+            child, context, lambda: None, is_unwanted, stuck=partial(stuck, "Comparing the files")
+        )
+        if not result.exists():
+            remedy = "Plan again without the validation file, and report this."
+            raise crashed(
+                "Comparing the files", child.returncode, work / "log.txt", code="comparison_failed", remedy=remedy
+            )
+        return read_json(result)
+
+
+def _fetched(context: WorkerContext, row: Prepared, into: Path) -> Path:
+    """Raises DamagedArtifact: the next try makes them again."""
+    assert row.artifact is not None
+    try:
+        context.store.fetch(context.store.get_manifest(row.artifact), into)
+    except DamagedArtifact:
+        token_cache.forget(context.db, row.key)
+        context.store.empty_damaged(row.artifact)
+        raise
+    return next(into.glob("*.safetensors"))

@@ -1,0 +1,276 @@
+"""Gets files tokenised in a child process, and the token caches into the store and the record: a job's, or a plan's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from secrets import token_hex
+
+from catalog import logs, tracing
+from catalog.disk import full_disk_named, out_of_space, tells_of_full
+from catalog.errors import LorryError, OutOfSpace, Unavailable
+from catalog.lifecycle import preparation as record
+from catalog.lifecycle.preparation import FilesToPrepare, Unprepared
+from catalog.logs import Subjects
+from catalog.spec.job import JobSpec
+from catalog.storage import files, token_cache
+from catalog.storage.manifest import DamagedArtifact
+from catalog.tables import File, Job, Json, Prepared
+from worker.background import base_models
+from worker.context.context import WorkerContext
+from worker.node import scratch_dirs
+from worker.process import sandbox
+from worker.process.clock import boot_seconds
+from worker.process.launcher import run_child
+from worker.protocol.mailbox import read_json, write_json
+
+log = logging.getLogger(__name__)
+RETRY_SECONDS = 10.0
+EXIT_DISK_FULL = 75
+"""What worker.children.tokenizer.main ends with when the file is not to blame."""
+
+
+class PreparationCrashed(LorryError):
+    """A child that works on files ended before it had a result: by their doing, or the node's."""
+
+
+class Hindered(Exception):
+    """It came to nothing, which is on record. It may be this node's doing, so the node is to wait before it tries the
+    next: else it would take one after the other from those on which they can be prepared."""
+
+
+class FileRefused(LorryError):
+    """A file that can't be trained on: the report says why."""
+
+
+MAY_BE_THE_NODES = (PreparationCrashed, base_models.ImportRefused, DamagedArtifact, OSError)
+"""For these another worker may do better, and nothing says that any will: tried so often and no more."""
+
+
+def hindrance(error: LorryError | OSError) -> Json:
+    """One of these, for the record of the job or plan that it may end."""
+    if isinstance(error, LorryError):
+        return error.as_job_error()
+    message = f"The worker's machine failed: {error.strerror or error}. Look at its disk, memory and processes."
+    return {"code": "node_failed", "message": message, "param": None}
+
+
+def prepare_next(context: WorkerContext) -> bool:
+    """Prepare the files of one job that waits for it; False where none does. Raises StaleClaim, Hindered."""
+    since = boot_seconds()
+    lease_seconds = context.settings.lease_seconds
+    unprepared = record.next_unprepared(
+        context.db, worker_id=context.worker_id, lease_seconds=lease_seconds, policy=context.policy
+    )
+    if unprepared is None:
+        return False
+    context.pulse.hold([unprepared.claim_id], since=since)
+    job = unprepared.job
+    about = {"job": job.id, "claim": unprepared.claim_id, "worker": context.worker_id}
+    try:
+        told: Subjects = {"job": job.id, "claim": unprepared.claim_id}
+        with (
+            logs.about(told),
+            tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about) as span,
+        ):
+            if not _prepare(context, unprepared):
+                span.fail("not prepared")
+    finally:
+        context.pulse.release(unprepared.claim_id)
+    return True
+
+
+def _prepare(context: WorkerContext, unprepared: Unprepared) -> bool:
+    """False where the files can't be trained on, or the job waits for somebody else. Raises Hindered."""
+    claim_id, wanted = unprepared.claim_id, unprepared.files
+    train_key, valid_key = wanted.train_key, wanted.valid_key
+    try:
+        with full_disk_named():
+            train, valid = both_files(context, wanted)
+    except FileRefused as error:
+        record.refused(
+            context.db, claim_id=claim_id, error=error.as_job_error(), train_key=train_key, valid_key=valid_key
+        )
+    except MAY_BE_THE_NODES as error:
+        log.warning("%s", error)
+        record.fail_preparation(
+            context.db,
+            claim_id=claim_id,
+            error=hindrance(error),
+            wait_seconds=RETRY_SECONDS,
+            train_key=train_key,
+            valid_key=valid_key,
+        )
+        raise Hindered from error
+    except base_models.Abandoned:
+        record.release_preparation(context.db, claim_id=claim_id, detail="The worker is leaving.")
+    except (OutOfSpace, Unavailable) as error:
+        log.warning("%s", error)
+        record.release_preparation(context.db, claim_id=claim_id, detail=error.sentence(), wait_seconds=RETRY_SECONDS)
+        if isinstance(error, OutOfSpace):
+            raise Hindered from error
+    else:
+        num_steps = JobSpec.model_validate(unprepared.job.spec).num_steps(num_rows(train.report))
+        record.prepared(
+            context.db,
+            claim_id=claim_id,
+            train_key=train.key,
+            valid_key=valid.key if valid else None,
+            num_steps=num_steps,
+            longest_example=_longest_example(train, valid),
+        )
+        return True
+    return False
+
+
+def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prepared:
+    """A token cache of a job in training whose files are damaged: the same tokens under the same key.
+
+    Raises FileRefused, PreparationCrashed, ImportRefused, Abandoned, DamagedArtifact where the data file itself is
+    damaged, OutOfSpace, Unavailable.
+    """
+    damaged = token_cache.get(context.db, key)
+    token_cache.forget(context.db, key)
+    if damaged is not None and damaged.artifact is not None:
+        context.store.empty_damaged(damaged.artifact)
+    file = files.get(context.db, project_id=job.project_id, file_id=file_id)
+    base_dir = base_models.ensure(context, job.base_model, job.base_digest)
+    row = _make(context, base_dir, file, key, JobSpec.model_validate(job.spec), is_unwanted=lambda: False)
+    return _not_refused(row, "training_file" if file_id == job.training_file else "validation_file")
+
+
+def num_rows(report: Json) -> int:
+    """Rows that are trained on, or pairs of answers."""
+    return int(report["usable_rows"])
+
+
+def _longest_example(*files: Prepared | None) -> int | None:
+    """Tokens; None where a report of before it was counted doesn't tell."""
+    found = [file.report.get("longest_example") for file in files if file is not None]
+    return max((int(tokens) for tokens in found if tokens is not None), default=None)
+
+
+def both_files(
+    context: WorkerContext,
+    wanted: FilesToPrepare,
+    *,
+    with_details: bool = False,
+    is_unwanted: Callable[[], bool] = lambda: False,
+) -> tuple[Prepared, Prepared | None]:
+    """The token caches of both, made before or made now. with_details: those of before there were any
+    are made again. is_unwanted: asked several times a second.
+
+    Raises FileRefused, PreparationCrashed, bases.ImportRefused, bases.Abandoned, DamagedArtifact, OutOfSpace,
+    Unavailable.
+    """
+    made = _Making(context=context, wanted=wanted, with_details=with_details, is_unwanted=is_unwanted)
+    train = _tokens(made, wanted.training, wanted.train_key, "training_file")
+    if wanted.validation is None or wanted.valid_key is None:
+        return train, None
+    return train, _tokens(made, wanted.validation, wanted.valid_key, "validation_file")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Making:
+    context: WorkerContext
+    wanted: FilesToPrepare
+    with_details: bool
+    is_unwanted: Callable[[], bool]
+
+
+def _tokens(made: _Making, file: File, key: str, param: str) -> Prepared:
+    """The token cache of one file. Raises FileRefused."""
+    wanted = made.wanted
+    row = token_cache.get(made.context.db, key)
+    if row is None or (row.artifact is None and "refusal" not in row.report) or _lacks_details(made, row):
+        base_dir = base_models.ensure(made.context, wanted.base.name, wanted.base_digest, is_unwanted=made.is_unwanted)
+        row = _make(made.context, base_dir, file, key, wanted.spec, is_unwanted=made.is_unwanted)
+    return _not_refused(row, param)
+
+
+def _not_refused(row: Prepared, param: str) -> Prepared:
+    """Raises FileRefused."""
+    if "refusal" in row.report:
+        refusal = row.report["refusal"]
+        raise FileRefused(refusal["message"], code=refusal["code"], remedy=refusal["remedy"], param=param)
+    return row
+
+
+def _lacks_details(made: _Making, row: Prepared) -> bool:
+    return made.with_details and row.details is None
+
+
+def _make(
+    context: WorkerContext, base_dir: Path, file: File, key: str, spec: JobSpec, *, is_unwanted: Callable[[], bool]
+) -> Prepared:
+    with scratch_dirs.owned(context.scratch_dir() / f"prepare-{token_hex(8)}") as work:
+        work.mkdir()
+        source = work / "source.jsonl"
+        with source.open("wb") as target:
+            for chunk in context.store.open_blob(file.digest):
+                target.write(chunk)
+        report = _run(context, work, source, base_dir, spec, is_unwanted=is_unwanted)
+        artifact = None
+        if "refusal" not in report:
+            artifact = context.store.put_folder(work / "tokens", kind="tokens")
+        details = read_json(path) if (path := work / "details.json").exists() else None
+        return token_cache.put(
+            context.db,
+            key,
+            project_id=file.project_id,
+            file_digest=file.digest,
+            artifact=artifact,
+            report=report,
+            details=details,
+        )
+
+
+def _run(
+    context: WorkerContext, work: Path, source: Path, base_dir: Path, spec: JobSpec, *, is_unwanted: Callable[[], bool]
+) -> Json:
+    """The child's report."""
+    arguments, tokens, report = work / "arguments.json", work / "tokens", work / "report.json"
+    tokens.mkdir()
+    write_json(
+        arguments,
+        {
+            "source": str(source),
+            "base_dir": str(base_dir),
+            "max_length": spec.max_length,
+            "data": spec.data.model_dump(),
+            "out": str(tokens / "tokens.safetensors"),
+            "report": str(report),
+            "details": str(work / "details.json"),
+        },
+    )
+    box = sandbox.tokenization(work, base_dir=base_dir, num_bytes=source.stat().st_size)
+    child = run_child("worker.children.tokenizer.main", str(arguments), log_path=work / "log.txt", box=box)
+    # the heartbeat renews a job's claim
+    base_models.wait_renewing(child, context, lambda: None, is_unwanted, stuck=partial(stuck, "Tokenising the file"))
+    if child.returncode == EXIT_DISK_FULL:
+        remedy = "Free space under the worker's data folder; the files are prepared again by themselves."
+        raise OutOfSpace("The worker's disk is full.", code="out_of_space", remedy=remedy)
+    if child.returncode != 0 or not report.exists():
+        remedy = "Look at the file and at the base model's chat template, and whether the worker has memory to spare."
+        raise crashed(
+            "Tokenising the file", child.returncode, work / "log.txt", code="preparation_failed", remedy=remedy
+        )
+    return read_json(report)
+
+
+def stuck(what: str, message: str) -> PreparationCrashed:
+    """What to say of one that gets nowhere."""
+    remedy = "Look at the file, and whether the worker has processor time and memory to spare."
+    return PreparationCrashed(f"{what}: {message}", code="no_progress", remedy=remedy)
+
+
+def crashed(what: str, returncode: int, log_path: Path, *, code: str, remedy: str) -> PreparationCrashed | OutOfSpace:
+    """What to say of a child that has left no result."""
+    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    if lines and tells_of_full(lines[-1]):
+        return out_of_space()
+    last = lines[-1][:300] if lines else "no output"
+    return PreparationCrashed(f"{what} ended with exit status {returncode}: {last}", code=code, remedy=remedy)

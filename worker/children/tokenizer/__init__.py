@@ -1,0 +1,1 @@
+"""The child process that turns a data file into tokens."""

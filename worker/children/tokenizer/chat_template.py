@@ -1,0 +1,320 @@
+"""A base model's chat template: turns to text, and which characters of the text are learnt.
+
+The environment is the one that transformers renders in, so the text is the same, with one difference: the
+clock. A template that asks for the date always gets TEMPLATE_DATE, or the same file would give other tokens
+tomorrow.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, cast
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.utils
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from catalog.datasets.chat import Message, only_last_learnt
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""The date that widespread templates name where there is no clock."""
+NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PRIVATE_USE = range(0xF0002, 0xF0100)
+MAX_MESSAGE_CHARS = 200
+
+
+class Refused(Exception):
+    """The file can't be prepared for this base: the template, the tokenizer or a row stands in the way."""
+
+    def __init__(self, code: str, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rendered:
+    """A row as text, and the half-open ranges of its characters that are learnt."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    is_plain: bool = False
+    """No chat template wrote it, so it lacks the tokens that begin and end a text."""
+    is_desirable: bool | None = None
+    """Of a single answer with a label."""
+    line: int = 0
+    """Of the file, from 1; 0 where it came from none."""
+
+
+class ChatTemplate:
+    """One template with the special tokens that it may name."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
+        self.digest = sha256(source.encode()).hexdigest()
+        self.marks_spans = GENERATION.search(source) is not None
+        """The template itself says what the model generates, by {% generation %} blocks."""
+        self.asks_for_date = "strftime_now" in source
+        self._special_tokens = dict(special_tokens)
+        self._marks: tuple[str, str] = ("", "")
+        try:
+            self._compiled = _environment(lambda: self._marks).from_string(source)
+        except jinja2.TemplateError as error:
+            raise _unusable(f"can't be read: {_short(error)}") from error
+
+    @classmethod
+    def load(cls, base_dir: Path) -> ChatTemplate:
+        """From chat_template.jinja, or else tokenizer_config.json. Raises Refused."""
+        config = _read_json(base_dir / "tokenizer_config.json")
+        separate = base_dir / "chat_template.jinja"
+        source = separate.read_text("utf-8") if separate.is_file() else _default(config.get("chat_template"))
+        if not source:
+            raise Refused(
+                "base_has_no_chat_template",
+                "The base model has no chat template, so there is no telling how its turns are written.",
+                "Train on the base's instruction-tuned sibling, add the base again with a chat_template.jinja, or give "
+                'rows without turns: {"prompt": "...", "completion": "..."} or {"text": "..."}.',
+            )
+        return cls(source, special_tokens(base_dir))
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation. Raises Refused where the template refuses it."""
+        turns = [_turn(message) for message in messages]
+        try:
+            return self._compiled.render(
+                messages=turns,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            raise Refused(
+                "template_refused_row",
+                f"The base's chat template does not take this conversation: {_short(error)}",
+                "Write the turns as the base expects them, or train another base.",
+            ) from error
+
+    def render_supervised(self, messages: Sequence[Message]) -> Rendered:
+        """The text, and the assistant turns in it, without those of weight 0."""
+        return self._by_marks(messages) if self.marks_spans else self._by_prefixes(messages)
+
+    def render_last(self, messages: Sequence[Message]) -> Rendered:
+        """The text, and in it the last turn alone, which is an assistant's."""
+        if self.marks_spans:
+            rendered = self._by_marks(messages)
+            return Rendered(text=rendered.text, spans=rendered.spans[-1:])
+        return self._by_prefixes(only_last_learnt(list(messages)))
+
+    def _by_marks(self, messages: Sequence[Message]) -> Rendered:
+        """Render with two characters that occur nowhere else around each {% generation %} block."""
+        plain = self.render(messages)
+        self._marks = _unused_characters(plain)
+        try:
+            marked = self.render(messages)
+        finally:
+            start, stop = self._marks
+            self._marks = ("", "")
+        spans, text = _take_marks(marked, start, stop)
+        if text != plain:
+            raise _unusable("treats the text of its generation blocks in a way that hides where they are")
+        return Rendered(text=plain, spans=_weighted(spans, messages))
+
+    def _by_prefixes(self, messages: Sequence[Message]) -> Rendered:
+        """A turn is what its prompt lacks: render up to before it, with the prompt, and up to its end."""
+        text = self.render(messages)
+        spans: list[tuple[int, int]] = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or message.get("weight") == 0:
+                continue
+            before = self._prompt(messages, index)
+            upto = text if index == len(messages) - 1 else self.render(messages[: index + 1])
+            if not (upto.startswith(before) and text.startswith(upto)):
+                raise _not_prefix_stable(index, is_last=index == len(messages) - 1)
+            spans.append((len(before), len(upto)))
+        return Rendered(text=text, spans=tuple(spans))
+
+    def _prompt(self, messages: Sequence[Message], index: int) -> str:
+        """What stands before the answer. A conversation that opens with it has no prompt to render."""
+        if index > 0:
+            return self.render(messages[:index], add_generation_prompt=True)
+        mark, _ = _unused_characters(messages[0]["content"])
+        text = self.render([Message(role="assistant", content=mark)])
+        return text[: text.find(mark)] if mark in text else text
+
+
+def _not_prefix_stable(index: int, *, is_last: bool) -> Refused:
+    """index: of the answer whose place in the text can't be told."""
+    with_marks = "dd the base again with a template that marks its answers with {% generation %}."
+    if is_last:
+        sentence = "writes what stands before an answer differently once the answer follows it"
+        remedy = f"A{with_marks}"
+    else:
+        sentence = f"writes message {index + 1} differently once others follow it"
+        remedy = f"Say data.loss 'last_turn', use one assistant turn for each row, or a{with_marks}"
+    return Refused(
+        "template_not_prefix_stable",
+        f"The base's chat template {sentence}, so there is no telling which tokens are the answer.",
+        remedy,
+    )
+
+
+def _turn(message: Message) -> dict[str, str]:
+    """As a template sees it: no weight, and `developer` under its older name, which templates know."""
+    turn = {key: value for key, value in message.items() if isinstance(value, str)}
+    return {**turn, "role": "system"} if message["role"] == "developer" else turn
+
+
+def _weighted(spans: list[tuple[int, int]], messages: Sequence[Message]) -> tuple[tuple[int, int], ...]:
+    weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+    if all(weights):
+        return tuple(spans)
+    if len(spans) != len(weights):
+        raise Refused(
+            "template_hides_turns",
+            f"The base's chat template marks {len(spans)} answers in a conversation of {len(weights)}, so there is "
+            "no telling which has weight 0.",
+            "Leave out weights, or split the conversation into several rows.",
+        )
+    return tuple(span for span, weight in zip(spans, weights, strict=True) if weight)
+
+
+def _take_marks(marked: str, start: str, stop: str) -> tuple[list[tuple[int, int]], str]:
+    """The ranges between marks, and the text without them; ranges count in the text without them."""
+    spans: list[tuple[int, int]] = []
+    parts: list[str] = []
+    length = 0
+    begun: int | None = None
+    for piece in re.split(f"([{start}{stop}])", marked):
+        if piece == start:
+            begun = length
+        elif piece == stop:
+            if begun is not None and begun < length:
+                spans.append((begun, length))
+            begun = None
+        else:
+            parts.append(piece)
+            length += len(piece)
+    return spans, "".join(parts)
+
+
+def _unused_characters(text: str) -> tuple[str, str]:
+    used = set(text)
+    free = [chr(code) for code in PRIVATE_USE if chr(code) not in used]
+    if len(free) < 2:
+        raise _unusable("can't be followed through a text that uses every private character")
+    return free[0], free[1]
+
+
+def _default(template: Any) -> str | None:
+    """tokenizer_config.json holds one template, or a list of named ones."""
+    if isinstance(template, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in cast(list[dict[str, Any]], template)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def special_tokens(base_dir: Path) -> dict[str, str]:
+    """bos_token and so on, as a base's folder names them."""
+    maps = (_read_json(base_dir / name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
+    return {name: text for found in maps for name, text in _special_tokens(found).items()}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token and so on, each as a text or as an object with `content`."""
+    found: dict[str, str] = {}
+    for name in (f"{short}_token" for short in NAMED_TOKENS):
+        value = config.get(name)
+        value = cast(dict[str, Any], value).get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+
+
+def _unusable(reason: str) -> Refused:
+    remedy = "Add the base again with a corrected chat_template.jinja."
+    return Refused("unusable_chat_template", f"The base's chat template {reason}.", remedy)
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text[:MAX_MESSAGE_CHARS] or type(error).__name__
+
+
+def _environment(marks: Callable[[], tuple[str, str]]) -> jinja2.Environment:
+    """Everything a template of the hub may rely on, and nothing by which it could reach out."""
+    environment: Any = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=_raise_exception,
+        strftime_now=TEMPLATE_DATE.strftime,
+        dict=_Dict(),
+        namespace=_Namespace,
+    )
+    environment.generation_marks = marks
+    return environment
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}: its text, between the current marks."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+
+    def mark(self, caller: Callable[[], str]) -> str:
+        start, stop = cast(Any, self.environment).generation_marks()
+        return f"{start}{caller()}{stop}"
+
+
+class _Dict:
+    """`dict` without its attributes."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace` whose names don't begin with an underscore."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace can't hold {name!r}")
+        super().__setitem__(name, value)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

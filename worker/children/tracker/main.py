@@ -1,0 +1,61 @@
+"""A process that writes one run to a tracker: told what by lines of JSON, each of which it answers with one.
+
+It has the tracker's library, and no database and nothing of the trainer. It ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any, TextIO
+
+from catalog.process_inspection import deny_inspection
+from worker.children.tracker.mlflow import MlflowRun
+from worker.children.tracker.run import Json, Run
+from worker.children.tracker.tensorboard import TensorBoardRun
+from worker.children.tracker.trackio import TrackioRun
+from worker.children.tracker.wandb import WandbRun
+
+OPENERS: dict[str, Any] = {
+    "mlflow": MlflowRun,
+    "tensorboard": TensorBoardRun,
+    "trackio": TrackioRun,
+    "wandb": WandbRun,
+}
+
+
+def main() -> int:
+    deny_inspection()  # its environment holds the tracker's credentials
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries print to the standard output, which is ours
+    try:
+        _serve(sys.stdin, answers)
+    except Exception as error:  # noqa: BLE001  (whatever a library raises is told, and ends the run's process)
+        _say(answers, {"error": f"{type(error).__name__}: {error}"})
+        return 1
+    return 0
+
+
+def _serve(lines: TextIO, answers: TextIO) -> None:
+    begun: Json = json.loads(next(lines))
+    run: Run = OPENERS[begun["type"]](begun)
+    _say(answers, {"run_id": run.run_id})
+    for line in lines:
+        told: Json = json.loads(line)
+        run.write(told["points"])
+        if told["end"] is not None:
+            run.end(told["end"])
+            _say(answers, {"written": len(told["points"])})
+            return
+        _say(answers, {"written": len(told["points"])})
+    run.close()
+
+
+def _say(answers: TextIO, answer: Json) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""A folder of TensorBoard's event files, by tensorboardX, which needs neither TensorFlow nor torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from worker.children.tracker.run import Json, said
+
+
+class TensorBoardRun:
+    def __init__(self, begun: Json) -> None:
+        """Raises ImportError, OSError."""
+        absent: dict[str, Any] = {"torch": None}  # which it would import where it finds it: seconds, and half a GB
+        sys.modules.update(absent)
+        library: Any = import_module("tensorboardX")
+        run = begun["run"]
+        name = "-".join(part for part in (run["options"].get("name"), run["job_id"]) if part)
+        folder = Path(begun["places"]["tensorboard"]) / run["project"] / name
+        is_new = begun["run_id"] is None
+        # What a process wrote and could not note before it died is written again: the newer file hides it.
+        purge_step = None if is_new else begun["next_step"]
+        self.run_id = f"{run['project']}/{name}"
+        self._writer = library.SummaryWriter(str(folder), purge_step=purge_step)
+        if is_new:
+            self._writer.add_text("config", _table(run["config"]), 0)
+
+    def write(self, points: Sequence[Json]) -> None:
+        for point in points:
+            for name, value in point["values"].items():
+                self._writer.add_scalar(name, value, point["step"], walltime=point["at"])
+        self._writer.flush()
+
+    def end(self, ending: Json) -> None:
+        self._writer.add_text("end", _table(said(ending)), 0)
+        for name, value in ending["numbers"].items():
+            self._writer.add_scalar(name.replace(".", "/"), value, 0)
+        self.close()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _table(values: Json) -> str:
+    """Markdown, which TensorBoard shows."""
+    lines = [f"| {name} | {json.dumps(value).replace('|', '&#124;')} |" for name, value in values.items()]
+    return "\n".join(("| | |", "|---|---|", *lines))

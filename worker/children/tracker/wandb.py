@@ -1,0 +1,53 @@
+"""A run of Weights & Biases. The run's id is made of the job's, so every attempt goes on in the same one.
+
+Its entity is the operator's to say (WANDB_ENTITY, which wandb reads itself), and never a job's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from worker.children.tracker.run import Json, said
+
+MAX_PROJECT_CHARS = 128
+"""Of W&B. No name of a project of ours has a space, so that none is the beginning of another's."""
+
+
+class WandbRun:
+    def __init__(self, begun: Json) -> None:
+        """Raises ImportError, and whatever wandb does."""
+        library: Any = import_module("wandb")
+        run, options = begun["run"], begun["run"]["options"]
+        self.run_id: str = begun["run_id"] or run["job_id"]
+        Path(begun["places"]["wandb"]).mkdir(parents=True, exist_ok=True)
+        quiet = library.Settings(
+            silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True, x_disable_meta=True
+        )
+        self._run = library.init(
+            project=f"{run['project']} - {options['project']}"[:MAX_PROJECT_CHARS],
+            name=options.get("name") or run["job_id"],
+            tags=options.get("tags"),
+            id=self.run_id,
+            resume="allow",
+            dir=begun["places"]["wandb"],
+            config={**run["config"], "lorry": {"job_id": run["job_id"], "project": run["project"]}},
+            settings=quiet,
+        )
+        for kind in ("train", "valid"):  # an evaluation may come after later steps: each curve has steps of its own
+            self._run.define_metric(f"{kind}/step", hidden=True)
+            self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
+
+    def write(self, points: Sequence[Json]) -> None:
+        for point in points:
+            self._run.log({f"{point['kind']}/step": point["step"], **point["values"]})
+
+    def end(self, ending: Json) -> None:
+        self._run.summary.update({f"lorry.{name}": value for name, value in said(ending).items()})
+        self._run.summary.update(ending["numbers"])
+        self._run.finish(exit_code=0 if ending["status"] == "succeeded" else 1)
+
+    def close(self) -> None:
+        self._run.finish(exit_code=0)

@@ -1,0 +1,1 @@
+"""The child process that trains. Imports lora_core."""

@@ -1,0 +1,125 @@
+"""What a trainer does whose processes are on several machines: they meet, and hand files on. In the trainer alone.
+
+The leader's worker brings the files of a job, and its trainer hands them on: so all nodes have the same bytes, and
+no job is admitted before every one has them. On one machine nothing is to be done.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from io import BufferedIOBase
+from pathlib import Path
+from typing import TypeVar
+
+from lora_core.distributed.ranks import Meeting, Ranks
+from worker.protocol.mailbox import Json, TrainerDirectory
+from worker.protocol.rendezvous import tell_port, told_port
+from worker.protocol.trainer_paths import UnsafePath, confined
+
+NAMES = ("train", "valid", "resume", "parent")
+"""What of an admit message's body is a file or a folder."""
+CHUNK_BYTES = 16 * 2**20
+RENDEZVOUS_SECONDS = 300.0
+"""For which the trainers wait for each other, once the first listens."""
+LOOK_SECONDS = 0.05
+T = TypeVar("T")
+
+
+def meeting_of(directory: TrainerDirectory) -> Meeting | None:
+    """Where it meets those of other machines; None where there are none."""
+    told = directory.settings().get("meeting")
+    if told is None:
+        return None
+
+    def port() -> int:
+        deadline = time.monotonic() + RENDEZVOUS_SECONDS
+        while (found := told["port"] or told_port(directory)) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError("The first process of this trainer does not listen.")
+            time.sleep(LOOK_SECONDS)
+        return int(found)
+
+    return Meeting(
+        address=told["address"],
+        interface=told["interface"],
+        port=port,
+        tell_port=lambda port: tell_port(directory, port),
+        name=told["name"],
+        first_rank=told["first_rank"],
+        num_ranks=told["num_ranks"],
+        seconds=RENDEZVOUS_SECONDS,
+    )
+
+
+class _End:
+    """A machine's end of a file. Once it has failed it does nothing more: the others must not be left waiting."""
+
+    def __init__(self) -> None:
+        self.problem: OSError | None = None
+
+    def does(self, act: Callable[[], T]) -> T | None:
+        if self.problem is None:
+            try:
+                return act()
+            except OSError as error:
+                self.problem = error
+        return None
+
+
+def brought(directory: TrainerDirectory, body: Json, ranks: Ranks) -> list[Path | None]:
+    """Of every rank: the paths of NAMES in a job's admission, where each is by then. Raises OSError and LoraCoreError,
+    on all of them."""
+    if ranks.is_apart:
+        _bring(directory, body, ranks)
+    return [directory.inside(body[name]) for name in NAMES]
+
+
+def forget(directory: TrainerDirectory, claim_id: str, ranks: Ranks) -> None:
+    """A job has gone: so do the copies of its files. The leader's own are its worker's business."""
+    if ranks.is_first_elsewhere:
+        shutil.rmtree(directory.job_path(claim_id), ignore_errors=True)
+
+
+def _bring(directory: TrainerDirectory, body: Json, ranks: Ranks) -> None:
+    found = ranks.told(ranks.by_leader(lambda: _files(directory, body)))
+    end = _End()
+    for name, num_bytes in found:
+        _hand_on(directory.path, name, num_bytes, ranks, end)
+    with ranks.together():
+        if end.problem is not None:
+            raise end.problem
+
+
+def _files(directory: TrainerDirectory, body: Json) -> list[tuple[str, int]]:
+    """Relative names, and bytes of each."""
+    named = [path for name in NAMES if (path := directory.inside(body[name])) is not None]
+    paths = [file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return [(directory.named(path), path.stat().st_size) for path in paths if path.is_file()]
+
+
+def _hand_on(folder: Path, name: str, num_bytes: int, ranks: Ranks, end: _End) -> None:
+    is_end = ranks.leads or ranks.is_first_elsewhere
+    file = end.does(lambda: _opened(folder, name, is_source=ranks.leads)) if is_end else None
+    for start in range(0, num_bytes, CHUNK_BYTES):
+        content = bytearray(min(CHUNK_BYTES, num_bytes - start))
+        if file is not None and ranks.leads:
+            end.does(partial(file.readinto, content))
+        ranks.told_bytes(content)
+        if file is not None and not ranks.leads:
+            end.does(partial(file.write, content))
+    if file is not None:
+        end.does(file.close)
+
+
+def _opened(folder: Path, name: str, *, is_source: bool) -> BufferedIOBase:
+    try:
+        path = confined(folder, name)
+    except UnsafePath as error:
+        raise OSError(error.message) from error
+    if is_source:
+        return path.open("rb")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("wb")

@@ -1,0 +1,100 @@
+"""The only bridge from what a person asked for (catalog.spec.job.JobSpec) to what the engine is told.
+
+Imported by train_entry alone: beside it only import_entry knows lora_core.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from catalog.resources.memory import SLICE_TOKENS, tick_tokens
+from catalog.spec.job import JobSpec
+from catalog.spec.lora import LoraSpec
+from catalog.spec.training import ScheduleSpec
+from lora_core.config import (
+    EarlyStoppingConfig,
+    JobConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+from lora_core.engine_config import EngineConfig
+from worker.protocol.mailbox import Json
+
+TICKS_ALONE = 3
+"""Of each size, so that the trainer knows what jobs cost each other; see catalog/resources/throughput.py."""
+
+
+def engine_config(settings: Json, *, num_threads: int, folder: Path) -> EngineConfig:
+    """settings: the trainer's. num_threads: cores that it may use. On a CPU each is a lane of its own.
+
+    Frozen prefixes are kept in files of `folder`: the kernel's cache holds those that are read, so no memory is taken
+    that placement doesn't know. Processes of one machine share the budget.
+    """
+    is_cpu = settings["device"] == "cpu"
+    num_lanes = num_threads if is_cpu else 1
+    num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return EngineConfig(
+        token_budget=tick_tokens("cpu" if is_cpu else "cuda", num_lanes=num_threads),
+        max_tick_seconds=1.0 if is_cpu else 0.3,
+        num_lanes=num_lanes,
+        ticks_alone=TICKS_ALONE,
+        prefix_disk_bytes=int(settings.get("prefix_disk_bytes", 0)) // num_sharing,
+        prefix_folder=folder,
+        exact_products=bool(settings.get("exact_products", True)),
+    )
+
+
+def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | None) -> JobConfig:
+    """Everything that decides the job's result. Raises lora_core's ConfigError."""
+    return JobConfig(
+        lora=_lora_config(spec.lora),
+        optimizer=OptimizerConfig(kind=spec.optimizer.type, **spec.optimizer.model_dump(exclude={"type"})),
+        schedule=_schedule_config(spec.schedule, num_steps),
+        batch_size=spec.batch_size,
+        num_steps=num_steps,
+        seed=spec.seed,
+        evaluate_every_steps=evaluate_every_steps,
+        slice_tokens=SLICE_TOKENS,
+        early_stopping=EarlyStoppingConfig(**spec.early_stopping.model_dump()) if spec.early_stopping else None,
+        keep=spec.keep,
+        objective=objective_config(spec),
+        neftune_alpha=spec.supervised.neftune_alpha if spec.supervised else 0.0,
+    )
+
+
+def _schedule_config(schedule: ScheduleSpec, num_steps: int) -> ScheduleConfig:
+    """A decay takes ⌈ratio · num_steps⌉ steps, and no more than the warm-up leaves."""
+    num_warmup = warmup_steps(schedule.warmup_ratio, num_steps)
+    num_decay = min(num_steps - num_warmup, math.ceil((schedule.decay_ratio or 0) * num_steps))
+    return ScheduleConfig(kind=schedule.type, warmup_steps=num_warmup, decay_steps=num_decay, num_steps=num_steps)
+
+
+def _lora_config(lora: LoraSpec) -> LoraConfig:
+    """Patterns go by their keys: JSON keeps no order of its own, and no two keys disagree on a layer."""
+    targets, layers = lora.target_modules, lora.layers_to_transform
+    return LoraConfig(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        layers_to_transform=None if layers is None else tuple(layers),
+        rank_pattern=tuple(sorted(lora.rank_pattern.items())),
+        alpha_pattern=tuple(sorted(lora.alpha_pattern.items())),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,
+    )
+
+
+def objective_config(spec: JobSpec) -> ObjectiveConfig:
+    """What the job minimises."""
+    return ObjectiveConfig(kind=spec.method, **spec.method_numbers.model_dump(exclude={"neftune_alpha"}))
+
+
+def warmup_steps(ratio: float, num_steps: int) -> int:
+    """⌈ratio · num_steps⌉, but never all: the last step of a warm-up is followed by one at the peak rate."""
+    return min(num_steps - 1, math.ceil(ratio * num_steps))

@@ -1,0 +1,1 @@
+"""What a worker has: settings, database, device, heartbeat, spans."""

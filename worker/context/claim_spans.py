@@ -1,0 +1,96 @@
+"""The spans of the claims that this worker holds, by what it does with them and what their trainer tells of itself.
+
+A trainer speaks to nobody but its worker: it tells what it did and when, and the worker makes spans of that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from catalog import tracing
+from catalog.queue.claims import Claim
+from catalog.states import EndReason
+from catalog.tables import Json
+from catalog.tracing import Span
+
+WELL = frozenset({
+    EndReason.COMPLETED,
+    EndReason.CANCELLED_BY_USER,
+    EndReason.PRUNED,
+    EndReason.PAUSED_BY_USER,
+    EndReason.DRAINED,
+    EndReason.PREEMPTED,
+})  # fmt: skip
+"""Ends that are nobody's failure."""
+WHILE_TRAINING = ("checkpoint",)
+"""What a trainer tells of while a job trains; the rest stands beside that."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Held:
+    claim: Span
+    training: Span | None = None
+    """Open from the admission to the last step."""
+
+
+class ClaimSpans:
+    """By claim; whoever has none is passed over, so that it can be ended twice."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, _Held] = {}
+
+    def claimed(self, claim: Claim, *, worker_id: str) -> None:
+        """It was taken off the queue: how long it waited, and the claim that begins."""
+        job = claim.job
+        parent = tracing.of_job(job.id, job.trace)
+        about = {"job": job.id, "attempt": claim.attempt}
+        ended_at = job.claimed_at or claim.waited_since
+        tracing.record("queue", parent=parent, began_at=claim.waited_since, ended_at=ended_at, about=about)
+        held_by = {"claim": claim.claim_id, "worker": worker_id, "trainer": job.trainer_id}
+        begun = tracing.begin("claim", parent=parent, about={**about, **held_by})
+        self._held[claim.claim_id] = _Held(claim=begun)
+
+    def of(self, claim_id: str) -> str | None:
+        """The traceparent of the claim, or of its training while that goes on."""
+        held = self._held.get(claim_id)
+        if held is None:
+            return None
+        return (held.training or held.claim).traceparent
+
+    def admitted(self, claim_id: str, *, step: int) -> None:
+        """It trains from here on."""
+        held = self._held.get(claim_id)
+        if held is not None and held.training is None:
+            held.training = tracing.begin(
+                "train", parent=held.claim.traceparent, service="trainer", about={"step": step}
+            )
+
+    def finished(self, claim_id: str) -> None:
+        """Its last step is done."""
+        held = self._held.get(claim_id)
+        if held is not None and held.training is not None:
+            held.training.end()
+            held.training = None
+
+    def told(self, claim_id: str, event: Json) -> None:
+        """event: of the trainer, with the spans that ended in it, if any did."""
+        held = self._held.get(claim_id)
+        if held is None:
+            return
+        for told in event.get("spans", ()):
+            within = held.training if told["name"] in WHILE_TRAINING and held.training is not None else held.claim
+            times = {"began_at": float(told["began_at"]), "ended_at": float(told["ended_at"])}
+            about = {"step": event.get("step")}
+            tracing.record(told["name"], parent=within.traceparent, service="trainer", about=about, **times)
+
+    def ended(self, claim_id: str, reason: EndReason | None) -> None:
+        """reason None: another worker has the job."""
+        self.finished(claim_id)
+        held = self._held.pop(claim_id, None)
+        if held is None:
+            return
+        why = reason.value if reason is not None else "stale"
+        held.claim.note({"reason": why})
+        if reason not in WELL:
+            held.claim.fail(why)
+        held.claim.end()

@@ -1,0 +1,170 @@
+"""The worker's heartbeat, on threads of its own: slow work elsewhere never costs a lease.
+
+A claim that was not renewed for two thirds of its lease is given up: its trainer is killed before the lease ends, and
+who holds the claim is told that it is stale, so that no two workers train one job.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from catalog.db.database import Database
+from catalog.errors import LorryError
+from catalog.fleet import workers
+from catalog.queue import claims
+from catalog.queue.claims import Orders
+from catalog.scheduling.snapshot import USUAL, Policy
+from worker.process.clock import boot_seconds
+
+log = logging.getLogger(__name__)
+WATCH_SECONDS = 0.1
+
+
+class Pulse:
+    """Beats for one worker and for the claims that it holds."""
+
+    def __init__(
+        self,
+        db: Database,
+        worker_id: str,
+        *,
+        lease_seconds: float,
+        heartbeat_seconds: float,
+        policy: Policy = USUAL,
+    ) -> None:
+        self._db = db
+        self._worker_id = worker_id
+        self._lease_seconds = lease_seconds
+        self._heartbeat_seconds = heartbeat_seconds
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._renewed_at: dict[str, float] = {}
+        self._orders: dict[str, Orders] = {}
+        self._closed = threading.Event()
+        self._beat_now = threading.Event()
+        self.drain = False
+        """An operator, or an upgraded service, has asked for it."""
+        self.on_drain: Callable[[], None] = lambda: None
+        """Called once, when it is."""
+        self.lost = threading.Event()
+        """Set when claims were given up, until `guard` is called again."""
+        self.status: dict[str, Any] = {"resident_base": None, "trainer_id": None, "report": {}}
+        self.on_every_beat: Callable[[], None] = lambda: None
+        """Called at each beat, be there an answer or not: for who holds no claim."""
+        self.device_use: Callable[[], dict[str, float] | None] = lambda: None
+        """How busy the device is, told with each beat; it must not wait."""
+        self._on_beat: Callable[[], None] | None = None
+        self._on_lost: Callable[[], None] | None = None
+        self._threads = [
+            threading.Thread(target=self._beat_for_ever, name="pulse", daemon=True),
+            threading.Thread(target=self._watch_for_ever, name="pulse-watch", daemon=True),
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._beat_now.set()
+        for thread in self._threads:
+            thread.join(5)
+
+    def guard(self, *, on_beat: Callable[[], None] | None, on_lost: Callable[[], None] | None) -> None:
+        """Call `on_beat` after each beat that the database answered, `on_lost` when claims are given up."""
+        self._on_beat, self._on_lost = on_beat, on_lost
+        self.lost.clear()
+
+    def hold(self, claim_ids: Iterable[str], *, since: float) -> None:
+        """Renew these from now on. since: `boot_seconds` from before the claim was made."""
+        with self._lock:
+            self._renewed_at |= dict.fromkeys(claim_ids, since)
+
+    def release(self, claim_id: str) -> None:
+        with self._lock:
+            self._renewed_at.pop(claim_id, None)
+            self._orders.pop(claim_id, None)
+
+    def release_all(self) -> None:
+        """Renew nothing any more: what is still held ends with its lease."""
+        with self._lock:
+            self._renewed_at.clear()
+            self._orders.clear()
+
+    def take_orders(self, claim_ids: Collection[str]) -> dict[str, Orders]:
+        """What the last heartbeats said of these claims, and that those are stale which were given up; each once."""
+        with self._lock:
+            return {claim_id: self._orders.pop(claim_id) for claim_id in claim_ids if claim_id in self._orders}
+
+    def beat(self) -> None:
+        """One heartbeat. Raises Unavailable where the database does not answer."""
+        began = boot_seconds()
+        self.on_every_beat()
+        with self._lock:
+            held = list(self._renewed_at)
+        orders = workers.worker_beat(self._db, self._worker_id, **self._told())
+        if orders.drain and not self.drain:
+            self.drain = True
+            self.on_drain()
+        if held:
+            self._note(claims.heartbeat(self._db, **self._renewal(held)), began)
+        if self._on_beat is not None:
+            self._on_beat()
+
+    def _told(self) -> dict[str, Any]:
+        use = self.device_use()
+        return self.status if use is None else {**self.status, "report": {**self.status["report"], "device": use}}
+
+    def _renewal(self, held: list[str]) -> dict[str, Any]:
+        told = {"lease_seconds": self._lease_seconds, "policy": self._policy}
+        return {"worker_id": self._worker_id, "claim_ids": held, **told}
+
+    def _note(self, answers: dict[str, Orders], began: float) -> None:
+        with self._lock:
+            for claim_id, orders in answers.items():
+                if claim_id not in self._renewed_at:
+                    continue
+                if orders.stale:
+                    del self._renewed_at[claim_id]
+                else:
+                    self._renewed_at[claim_id] = began
+                self._orders[claim_id] = orders
+
+    def _beat_for_ever(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self.beat()
+                pause = self._heartbeat_seconds
+            except LorryError as error:
+                log.warning("No heartbeat: %s", error)
+                pause = min(1.0, self._heartbeat_seconds)
+            except Exception:  # whatever it is, the next beat may succeed, and without beats every claim is lost
+                log.exception("No heartbeat")
+                pause = min(1.0, self._heartbeat_seconds)
+            self._beat_now.wait(pause)
+            self._beat_now.clear()
+
+    def _watch_for_ever(self) -> None:
+        while not self._closed.wait(min(WATCH_SECONDS, self._lease_seconds / 20)):
+            try:
+                self.give_up_overdue()
+            except Exception:  # whatever it is, without the next look two workers may train one job
+                log.exception("A trainer was not ended")
+
+    def give_up_overdue(self) -> None:
+        """One look at what was not renewed for too long. No heartbeat asks about it any more."""
+        limit = boot_seconds() - self._lease_seconds * 2 / 3
+        with self._lock:
+            overdue = [claim_id for claim_id, renewed_at in self._renewed_at.items() if renewed_at < limit]
+            for claim_id in overdue:
+                del self._renewed_at[claim_id]
+                self._orders[claim_id] = Orders(stale=True)
+        if not overdue:
+            return
+        log.error("No heartbeat for two thirds of a lease: %d claims are given up.", len(overdue))
+        self.lost.set()
+        if self._on_lost is not None:
+            self._on_lost()

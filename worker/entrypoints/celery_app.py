@@ -1,0 +1,177 @@
+"""Celery wakes workers: a message means "poll the queue" and nothing else.
+
+A lost message costs seconds, a duplicate nothing: claims in the database decide what trains. API servers send messages
+after submissions, and periodically while work waits. An idle worker also polls the database. Run it with
+`celery -A worker.entrypoints.celery_app worker -c 1 -Q lorry --without-gossip --without-mingle`.
+"""
+
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from contextlib import ExitStack, closing, suppress
+from types import FrameType
+from typing import Any
+
+from celery import Celery
+from celery.signals import (
+    after_setup_logger,
+    after_setup_task_logger,
+    worker_init,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_shutting_down,
+)
+
+from catalog import logs, tracing
+from catalog.db.database import Database
+from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
+from catalog.fleet import compatibility
+from catalog.process_inspection import deny_inspection
+from catalog.queue.notifier import QUEUE, TRANSPORT_OPTIONS
+from catalog.settings import Settings
+from worker.context.context import UNFIT, WorkerContext, open_worker
+from worker.entrypoints.celery_polling import Turns
+from worker.node import devices
+from worker.process.parent_watch import die_with_parent
+from worker.supervisor import supervise
+
+log = logging.getLogger("worker")
+LOOK_SECONDS = 15.0
+"""Between two polls of the database by an idle worker."""
+BROKER_OF_NOBODY = "memory://"
+"""Where no broker is set: the module can be imported, and a worker has no looks but its own."""
+
+app = Celery(
+    "lorry", broker=Settings().resolved_redis_url() or BROKER_OF_NOBODY, include=["worker.entrypoints.celery_tasks"]
+)
+app.conf.update(
+    # Acknowledged on receipt: with late acknowledgement, a Redis restart ended the worker, and a task longer
+    # than the visibility timeout ran again. What a lost message costs, the next look repays.
+    task_acks_late=False,
+    task_reject_on_worker_lost=False,  # else a poison job is a loop without end
+    worker_disable_prefetch=True,  # a busy worker must not sit on a ring that an idle one could answer
+    worker_prefetch_multiplier=1,
+    worker_concurrency=1,  # one device, one trainer
+    task_ignore_result=True,
+    result_backend=None,  # results are in the database
+    accept_content=["json"],  # never pickle: a client of Redis could run code here
+    task_serializer="json",  # what is accepted
+    task_default_queue=QUEUE,
+    broker_connection_max_retries=None,  # wait for Redis for as long as it takes
+    broker_connection_retry_on_startup=True,  # the two may come up in any order
+    broker_transport_options=dict(TRANSPORT_OPTIONS),
+    worker_enable_remote_control=False,  # else any client of Redis could shut workers down; nothing here uses it
+    worker_hijack_root_logger=False,
+)
+
+_leave = multiprocessing.get_context("fork").Event()
+"""Set in the main process, seen in the one that trains: it is forked from it."""
+_open = ExitStack()
+_opening = threading.Lock()
+_ending = threading.Lock()
+"""Taken for good by the first who ends the main process."""
+_context: WorkerContext | None = None
+
+
+def context() -> WorkerContext:
+    """The worker of this pool process."""
+    global _context  # noqa: PLW0603  (one per process, opened by the first who needs it)
+    with _opening:
+        if _context is None:
+            with ExitStack() as opening:  # what was begun is ended where it fails: it is tried again
+                tracing.start("worker")
+                opening.callback(tracing.stop)
+                device = devices.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
+                devices.settle_on(device)
+                opened = opening.enter_context(open_worker(Settings(), device=device))
+                opened.has_asked_to_leave = _leave.is_set
+                opened.pulse.on_drain = _end_main
+                _open.enter_context(opening.pop_all())
+            _context = opened
+        return _context
+
+
+def _work() -> None:
+    """Until nothing is left to do."""
+    try:
+        supervise(context())
+    except UnfitWorker as error:
+        log.error("%s", error.sentence())
+        _end_main()
+    else:
+        context().stand_by()
+
+
+turns = Turns(_work, seconds=LOOK_SECONDS)
+"""Of this pool process."""
+
+
+@after_setup_logger.connect
+@after_setup_task_logger.connect
+def _redact(*, logger: logging.Logger, **_: Any) -> None:
+    logs.redact_handlers(logger)
+
+
+@worker_init.connect
+def _refuse_unfit(**_: Any) -> None:
+    """Before any message is taken. Where the database does not answer yet, the process that works looks again.
+
+    Processes of the pool are forked later, and closed to inspection like this one.
+    """
+    deny_inspection()
+    if Settings().gang is not None:
+        log.error("A worker of a gang looks by itself, for nobody rings when it is called: start it by `lorry worker`.")
+        sys.exit(UNFIT)
+    with closing(Database(Settings().resolved_database_url())) as db, suppress(Unavailable):
+        try:
+            compatibility.check(db)
+        except UnfitWorker as error:
+            log.error("%s", error.sentence())
+            sys.exit(UNFIT)
+
+
+@worker_process_init.connect
+def _begin(**_: Any) -> None:
+    die_with_parent()
+    try:
+        context().stand_by()
+    except UnfitWorker as error:
+        log.error("%s", error.sentence())
+        _end_main()
+    except (Unavailable, OutOfSpace) as error:
+        log.warning("%s The worker waits for it.", error)
+    turns.begin()
+
+
+def _end_main() -> None:
+    """As a signal does: it waits until this process has saved its jobs, and ends. Once, for at a second signal it does
+    not wait."""
+    if _ending.acquire(blocking=False):
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+@worker_shutting_down.connect
+def _ask_to_leave(**_: Any) -> None:
+    """In the main process, at the first signal. Celery would wait on at a second one: ours ends it at once, and the
+    kernel its pool and the trainer, which the catalog survives as it survives a power cut."""
+    _leave.set()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave_at_once)
+
+
+def _leave_at_once(number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+@worker_process_shutdown.connect
+def _end(**_: Any) -> None:
+    if _context is not None:
+        _context.leave.set()
+    turns.end()
+    _open.close()

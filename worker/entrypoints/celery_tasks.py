@@ -1,0 +1,14 @@
+"""The one message. Whatever content it carries is ignored: it only says that there may be work."""
+
+# pyright: reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
+from __future__ import annotations
+
+from typing import Any
+
+from worker.entrypoints.celery_app import app, turns
+
+
+@app.task(name="lorry.work")
+def work(*_ignored: Any, **_also_ignored: Any) -> None:
+    """Work until nothing is left to do."""
+    turns.take()

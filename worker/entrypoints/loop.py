@@ -1,0 +1,112 @@
+"""The embedded worker: `python -m worker.entrypoints.loop`. Looks at the queue, works while there is work, looks again
+when the bell rings, or a second later.
+
+SIGTERM or SIGINT: save every job, release it, leave. A second one: leave at once, which the catalog
+survives as it survives a power cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import FrameType
+
+from catalog import logs, tracing
+from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
+from catalog.process_inspection import deny_inspection
+from catalog.settings import Settings
+from worker.context.context import UNFIT, WorkerContext, open_worker
+from worker.node import devices
+from worker.supervisor import supervise
+
+log = logging.getLogger("worker")
+DEVICE_HELP = "cpu, cores as in cpu:0-3, GPUs by number as in 2 or 0,1, or auto: the first GPU, else the CPU"
+RETRY_SECONDS = 1.0
+BELL_SECONDS = 0.05
+"""Between two looks at the bell of a worker that waits."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    logs.configure("info")
+    deny_inspection()
+    device = devices.choose_device(options.device)
+    devices.settle_on(device)
+    tracing.start("worker")
+    with ExitStack() as stack:
+        stack.callback(tracing.stop)
+        try:
+            context = _opened(stack, device)
+        except UnfitWorker as error:
+            log.error("%s", error.sentence())
+            return UNFIT
+        leave_on_signal(context.leave)
+        log.info("Worker %s on %s.", context.worker_id, device.name)
+        run(context, once=options.once)
+    return 0
+
+
+def _opened(stack: ExitStack, device: devices.Device) -> WorkerContext:
+    """Waits for a database that does not answer yet, for the two may come up in any order. It says so once."""
+    told = ""
+    while True:
+        try:
+            return stack.enter_context(open_worker(Settings(), device=device))
+        except Unavailable as error:
+            if error.message != told:
+                told = error.message
+                log.warning("%s The worker waits for it.", told)
+            time.sleep(RETRY_SECONDS)
+
+
+def run(context: WorkerContext, *, once: bool = False) -> None:
+    """Supervise and poll until asked to leave; `once`: until there is nothing to do."""
+    while not context.draining:
+        try:
+            supervise(context)
+        except (Unavailable, OutOfSpace) as error:
+            log.warning("%s", error)
+        else:
+            if once:
+                return
+            context.stand_by()
+        _wait(context)
+
+
+def _wait(context: WorkerContext) -> None:
+    """Until the bell rings, the next look at the queue is due, or the worker is asked to leave."""
+    due_at = time.monotonic() + context.settings.poll_seconds
+    while not context.bell.has_rung() and (left := due_at - time.monotonic()) > 0:
+        if context.leave.wait(min(BELL_SECONDS, left)):
+            return
+
+
+def leave_on_signal(leave: threading.Event) -> None:
+    """The first signal asks to leave; the second one ends the process, and the kernel its trainer."""
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        if leave.is_set():
+            os._exit(128 + number)
+        leave.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m worker.entrypoints.loop", description=__doc__)
+    wanted = os.environ.get("LORRY_DEVICE", "auto")
+    parser.add_argument("--device", default=wanted, help=DEVICE_HELP)
+    parser.add_argument("--once", action="store_true", help="end when there is nothing left to do")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

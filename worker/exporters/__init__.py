@@ -1,2 +1,0 @@
-"""What writes a run to a tracker: one file for each, imported by the child of export_entry.py alone, which imports the
-tracker's library when it opens a run."""

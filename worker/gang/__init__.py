@@ -1,0 +1,1 @@
+"""Several nodes that train one job: leading, and lending devices to a leader."""

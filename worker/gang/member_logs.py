@@ -1,0 +1,95 @@
+"""What a trainer that is lent prints, kept for each job that it trains: as `output` does on the leader's node.
+
+A member of a gang holds no claim, so the record tells it which jobs those are. It looks now and then: what it keeps of
+a job may begin a look before the job came, and end one after it left.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+from catalog.history import job_logs
+from catalog.queue.claiming import Claim
+from catalog.states import EndReason
+from catalog.tables import Attempt, Job
+from worker.context.context import WorkerContext
+from worker.process import stack_dump
+from worker.process.launcher import TrainerProcess
+from worker.session.job_logs import Output
+from worker.session.trainer_session import OUTAGES
+
+log = logging.getLogger(__name__)
+LOOK_SECONDS = 10.0
+
+
+class LentOutput:
+    """Of one member's part in one round."""
+
+    def __init__(self, context: WorkerContext, trainer: TrainerProcess, *, trainer_id: str, first_rank: int) -> None:
+        """trainer_id: of the leader's, by which its attempts are known."""
+        self._context = context
+        self._trainer = trainer
+        self._trainer_id = trainer_id
+        self._output = Output(context, trainer.directory, first_rank=first_rank)
+        self._seen: Mapping[int, int] = trainer.directory.log_starts
+        """Where each file ended at the last look."""
+        self._begun: set[str] = set()
+        """Claims whose last words are to come."""
+        self._over: set[str] = set()
+        """Those whose last words are kept, and which the record tells still."""
+        self._ended_after = 0.0
+        """What ended before it was seen to have ended; by the record's clock."""
+        self._look_at = 0.0
+
+    def push_due(self) -> None:
+        """Now and then: see which jobs have come and gone, cut what is long, and store what is new of each job."""
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + LOOK_SECONDS
+            self._look()
+        self._output.push_due()
+
+    def end(self) -> None:
+        """The part is over: store the last words."""
+        self._look()
+        for claim_id in self._begun:
+            self._output.end(claim_id)
+
+    def ask_stacks(self) -> None:
+        """The leader ended its trainer. Where that hung, and this one is still there, it tells where it stands."""
+        hung = [attempt for attempt, _ in self._attempts() or () if attempt.reason == EndReason.TIMEOUT]
+        if hung:
+            stack_dump.ask(self._trainer, f"On the leader's node: {hung[0].detail}")
+
+    def _look(self) -> None:
+        now, found = self._output.ends(), self._attempts()
+        if found is None:
+            return
+        for attempt, job in found:
+            if attempt.claim_id not in self._begun | self._over:
+                self._begun.add(attempt.claim_id)
+                self._output.begin_at(_claim(attempt, job), self._seen, worker_id=attempt.worker_id)
+            is_over = attempt.ended_at is not None and attempt.reason != EndReason.TIMEOUT  # else stacks are to come
+            if is_over:
+                self._output.end(attempt.claim_id)
+                self._begun.discard(attempt.claim_id)
+                self._over.add(attempt.claim_id)
+        self._over &= {attempt.claim_id for attempt, _ in found}
+        self._seen = now
+
+    def _attempts(self) -> list[tuple[Attempt, Job]] | None:
+        """None in an outage: nobody's training waits for what is printed."""
+        try:
+            found, now = job_logs.attempts_of(self._context.db, self._trainer_id, ended_after=self._ended_after)
+        except OUTAGES as error:
+            log.warning("%s What the trainer prints is kept a little later.", error)
+            return None
+        self._ended_after = max(self._ended_after, now - job_logs.LATE_SECONDS)
+        return found
+
+
+def _claim(attempt: Attempt, job: Job) -> Claim:
+    """The leader's."""
+    claim_id, began = attempt.claim_id, attempt.started_at
+    return Claim(job=job, claim_id=claim_id, attempt=attempt.number, waited_since=began, resume_candidates=())

@@ -1,0 +1,1 @@
+"""Start, confine, watch and end child processes."""

@@ -1,0 +1,307 @@
+"""Starts a trainer: its argv, its environment, its process group, its tether.
+
+Nothing is read from a configuration file. No secret of the worker reaches the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from catalog import failpoints, logs
+from worker.node import cgroup, devices
+from worker.process import sandbox
+from worker.process.clock import boot_seconds
+from worker.process.parent_watch import OPTION, SIGN, tethered
+from worker.process.sandbox import Sandbox
+from worker.protocol.mailbox import Json, TrainerDirectory
+from worker.protocol.rendezvous import RANKS_FILE
+
+SYSTEM = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
+ALLOWED = frozenset({*SYSTEM, "SSL_CERT_FILE", "SSL_CERT_DIR", "NCCL_IB_PKEY", failpoints.VARIABLE, logs.FORMAT})
+ALLOWED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "MKL_", "OMP_", "GOMP_", "KMP_", "ATEN_", "TORCH_", "PYTORCH_")
+CREDENTIAL_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PEPPER|CREDENTIAL", re.IGNORECASE)
+"""Variables with such a name may hold a credential: NVIDIA_API_KEY. They pass only where ALLOWED or HUB names them;
+NCCL_IB_PKEY is the index of a partition of InfiniBand."""
+HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "REQUESTS_CA_BUNDLE")
+CUDA = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""GPUs are numbered as NVML numbers them. A fixed workspace makes cuBLAS repeat its sums; that is all we ask of
+determinism by setting: torch's own switch refuses or slows operations that no result of a job depends on, and
+the engine's probe at start-up measures what holds on this machine."""
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+LAUNCHED = (
+    "--multi_gpu",  # several processes: also of a CPU, where its own switch would start one alone
+    "--num_machines=1",
+    "--machine_rank=0",
+    "--rdzv_backend=c10d",
+    "--rdzv_conf=store_type=file,keep_alive_interval=86400",  # each sign of life is written to the file's end
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+    "--max_restarts=0",
+)
+"""Said in full, so that nothing is looked for in a configuration file or asked of the GPUs."""
+ROOT = Path(__file__).resolve().parents[2]
+KILL_SECONDS = 10.0
+"""In which processes that were killed usually are gone."""
+UNKILLABLE_SECONDS = 60.0
+"""After which one that still is there is left behind. A driver may take long to free what it held."""
+TEMPORARY = "tmp"
+"""Of a child's own folder: where it has its temporary files."""
+NICENESS = 10
+"""Of what computes on the cores, above its worker's."""
+
+
+class TrainerProcess:
+    """A running trainer: our child, in a process group of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes], directory: TrainerDirectory) -> None:
+        self.directory = directory
+        self.started_at = time.monotonic()
+        self.oom_kills_before = cgroup.oom_kills()
+        self._process = process
+        self._killed_at: float | None = None
+        self._killed: set[psutil.Process] = set()
+        """Of what it has started."""
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    @property
+    def is_killed(self) -> bool:
+        """By its worker."""
+        return self._killed_at is not None
+
+    @property
+    def is_awaited(self) -> bool:
+        """It runs, or was killed and may still end."""
+        return self._is_there() and not self.is_left_behind
+
+    @property
+    def is_left_behind(self) -> bool:
+        """It was killed long ago and is still there: it waits in the kernel, for a driver or a disk, where no signal
+        reaches it."""
+        killed_at = self._killed_at
+        return killed_at is not None and time.monotonic() - killed_at > UNKILLABLE_SECONDS and self._is_there()
+
+    def _is_there(self) -> bool:
+        return self.returncode is None or any(map(_lives, self._killed))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def pids(self) -> list[int]:
+        """Of all its processes, the launcher's too."""
+        return [self._process.pid, *(process.pid for process in self._started())]
+
+    def memory_bytes(self) -> int:
+        """Of its own, without the pages of files that it has mapped; 0 once it has ended. Costs microseconds."""
+        try:
+            held = psutil.Process(self._process.pid).memory_info()
+        except psutil.Error:
+            return 0
+        return int(held.rss - getattr(held, "shared", 0))
+
+    def begin(self, settings: Json) -> None:
+        """Have it load its base model; the time it may take counts from here. Raises OutOfSpace."""
+        self.directory.begin(settings)
+        self.started_at = time.monotonic()
+        self.oom_kills_before = cgroup.oom_kills()
+
+    def pulse(self) -> None:
+        """Tell the trainer that its worker lives. Never blocks."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            os.write(self._process.stdin.fileno(), SIGN.pack(boot_seconds()))
+
+    def wait(self, seconds: float) -> bool:
+        """True once it has ended."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """Kill the process group with all that it has started, which have groups of their own, and wait for them a
+        while: see `is_left_behind`."""
+        started = self._started()
+        self._killed |= set(started)
+        self._killed_at = self._killed_at or time.monotonic()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for process in started:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        seconds = 0 if self.is_left_behind else KILL_SECONDS
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        psutil.wait_procs(started, timeout=seconds)
+
+    def _started(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self._process.pid).children(recursive=True)
+        except psutil.Error:
+            return []
+
+    def close(self) -> None:
+        """End what may be left of it."""
+        self.kill()
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Not one that has ended, be it that nobody has asked how."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def launch(
+    directory: TrainerDirectory,
+    device: devices.Device,
+    *,
+    silence_seconds: float,
+    bases_dir: Path,
+    num_processes: int = 1,
+    in_gang: bool = False,
+) -> TrainerProcess:
+    """Start the trainer of `directory` on `device`. Call it from a thread that outlives the trainer.
+
+    It imports, and waits for its settings where the directory has none yet.
+    The trainer ends itself when it got no `pulse` for `silence_seconds`. Of `num_processes` each has a GPU of its own,
+    or its share of the cores; when one ends badly, so do all. It is confined by a sandbox, in which it reads no base
+    model but those of `bases_dir`; it has TCP only where it talks to processes here or, `in_gang`, on other machines.
+    """
+    if device.kind == "cuda":
+        devices.create_uvm_node()
+    tcp, gpu = num_processes > 1 or in_gang, device.kind != "cpu"
+    box = sandbox.trainer(directory.path, bases_dir=bases_dir, tcp=tcp, gpu=gpu)
+    sandbox.announce(box)
+    (directory.path / TEMPORARY).mkdir(exist_ok=True)
+    threads = max(1, devices.num_threads() // num_processes)
+    environment = trainer_environment(directory.path, device, num_threads=threads)
+    argv = trainer_argv(directory.path, silence_seconds=silence_seconds, num_processes=num_processes)
+    with directory.log_path.open("ab") as log:
+        process = subprocess.Popen(
+            tethered(argv, box),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment | rendezvous(directory.path, num_processes),
+            cwd=directory.path,
+            start_new_session=True,
+        )
+    if device.kind == "cpu":
+        give_way(process.pid)
+    assert process.stdin is not None
+    os.set_blocking(process.stdin.fileno(), False)
+    return TrainerProcess(process, directory)
+
+
+def give_way(pid: int) -> None:
+    """A process that has just started, with all that it starts, computes in the time that others leave: so the api, the
+    database and the worker's own heartbeats on this machine answer as quickly as they do when nothing trains."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+
+
+def rendezvous(path: Path, num_processes: int) -> dict[str, str]:
+    """Launcher and processes of one machine meet by files of the trainer's folder, whose names no other launch has:
+    torch would have stores that listen at every address, and its launcher unpickles what one of them says. What the
+    processes say to each other goes by the loopback, by whatever name the machine may call itself."""
+    if num_processes == 1:
+        return {}
+    name = secrets.token_hex(8)
+    return {
+        "PET_RDZV_ENDPOINT": str(
+            path / f"launch-{name}"
+        ),  # what torchrun reads where accelerate has no argument for it
+        "PET_RDZV_ID": name,
+        "PET_LOCAL_ADDR": "127.0.0.1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        RANKS_FILE: str(path / f"ranks-{name}"),
+        "GLOO_SOCKET_IFNAME": LOOPBACK,
+        "NCCL_SOCKET_IFNAME": f"={LOOPBACK}",
+    }
+
+
+def trainer_argv(path: Path, *, silence_seconds: float, num_processes: int = 1) -> list[str]:
+    """One process is started as itself: accelerate's launcher would import torch, which takes seconds and memory,
+    to set variables that say no more than ours."""
+    entry = ["-m", "worker.children.trainer.main", str(path), f"{OPTION}{silence_seconds}"]
+    if num_processes == 1:
+        return [sys.executable, *entry]
+    return [sys.executable, "-m", "accelerate.commands.launch", *LAUNCHED, f"--num_processes={num_processes}", *entry]
+
+
+def trainer_environment(path: Path, device: devices.Device, *, num_threads: int) -> dict[str, str]:
+    """What a trainer may know. The hub is closed to it, and its cache folder is its own."""
+    return child_environment() | {
+        "OMP_NUM_THREADS": str(num_threads),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(path / "hub"),  # also where accelerate would look for a configuration file
+        "TMPDIR": str(path / TEMPORARY),
+        **sandbox.environment(),
+        **({"CUDA_VISIBLE_DEVICES": ""} if device.kind == "cpu" else CUDA | {"CUDA_VISIBLE_DEVICES": _visible(device)}),
+    }
+
+
+def _visible(device: devices.Device) -> str:
+    """All GPUs of its group, in its order: the first of them is cuda:0."""
+    return ",".join(map(str, device.indices))
+
+
+def child_environment(*, with_hub: bool = False) -> dict[str, str]:
+    """The allow-listed part of our environment; with the hub's own variables only where a child downloads."""
+    wanted = {*ALLOWED, *HUB, *PROXIES} if with_hub else ALLOWED
+    kept = {name: value for name, value in os.environ.items() if name in wanted or _is_tuning(name)}
+    path = os.pathsep.join(part for part in (str(ROOT), kept.get("PYTHONPATH", "")) if part)
+    return kept | {
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _is_tuning(name: str) -> bool:
+    """Whether a variable tunes a library, by its prefix, and holds no credential."""
+    return name.startswith(ALLOWED_PREFIXES) and not CREDENTIAL_NAMES.search(name)
+
+
+def run_child(module: str, *arguments: str, log_path: Path, box: Sandbox) -> subprocess.Popen[bytes]:
+    """Start `python -m module arguments…`, killed by the kernel when this thread ends, and confined by its sandbox.
+
+    Its temporary files are in the folder of `log_path`. One without TCP knows no hub: neither its token nor its cache.
+    """
+    sandbox.announce(box)
+    temporary = log_path.parent.absolute() / TEMPORARY
+    temporary.mkdir(exist_ok=True)
+    offline = {} if box.tcp else {"HF_HUB_OFFLINE": "1", "HF_HOME": str(temporary / "hub")}
+    with log_path.open("ab") as log:
+        child = subprocess.Popen(
+            tethered([sys.executable, "-m", module, *arguments], box),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=child_environment(with_hub=box.tcp) | {"TMPDIR": str(temporary)} | offline,
+            start_new_session=True,
+        )
+    give_way(child.pid)
+    return child

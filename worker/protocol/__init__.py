@@ -1,0 +1,1 @@
+"""The contract between a worker and its child processes: mailbox, errors, rank logs, rendezvous."""

@@ -1,0 +1,279 @@
+"""The process edge of a trainer: a directory of files. Both ends are here, so that they agree.
+
+trainer.json and inbox/NNNN-verb.json go in; events.jsonl and safetensors come out; logs are for people: see output.
+A message exists whole or not at all (temporary file, then rename); an event is one flushed line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from catalog.disk import full_disk_named
+from catalog.errors import LorryError
+from worker.protocol.rank_logs import log_of
+from worker.protocol.trainer_paths import Entry, UnsafePath, confined, delete, open_file, opened
+
+Json = dict[str, Any]
+LONGEST_LINE_BYTES = 2**22
+"""Of an event. As much at once is read of a trainer's events."""
+LATEST_SECONDS = 1e12
+Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload"]
+"""admit: train a job. cancel: forget it. pause, preempt: save its checkpoint, then forget it. drain:
+pause all, then exit. unload: exit if no job is held."""
+
+
+class MalformedEvent(LorryError):
+    """A trainer wrote a line that is no event."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"The trainer's events can't be read: a line {reason}.",
+            code="malformed_event",
+            remedy="Check the worker's machine and the versions of its libraries; the job starts again in a new "
+            "trainer.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    verb: str
+    body: Json
+
+
+class TrainerDirectory:
+    """Paths of one trainer's directory, and the two queues in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings_path = path / "trainer.json"
+        self.inbox = path / "inbox"
+        self.events_path = path / "events.jsonl"
+        self.log_path = log_of(path, 0)
+        self.log_starts: dict[int, int] = {}
+        """In bytes, where the log of each process of the trainer of this base begins; of others at the first byte."""
+
+    @classmethod
+    def create(cls, path: Path, settings: Json | None = None) -> TrainerDirectory:
+        """Without settings its trainer stands by until it is told them."""
+        directory = cls(path)
+        directory.inbox.mkdir(parents=True)
+        if settings is not None:
+            directory.begin(settings)
+        return directory
+
+    def begin(self, settings: Json) -> None:
+        """Tell its trainer which base model to load, and how; its logs count from here. Raises OutOfSpace."""
+        self.log_starts = {rank: _size(log) for rank, log in self.logs().items()}
+        with full_disk_named():
+            write_json(self.settings_path, settings)
+
+    def has_begun(self) -> bool:
+        return self.settings_path.exists()
+
+    def settings(self) -> Json:
+        return read_json(self.settings_path)
+
+    def device(self) -> str:
+        """That of this process: of several GPUs, the one of its number among the processes on this machine."""
+        named = str(self.settings()["device"])
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if named.startswith("cuda") else named
+
+    def job_path(self, claim_id: str) -> Path:
+        return self.path / "jobs" / claim_id
+
+    def checkpoint_path(self, claim_id: str, step: int) -> Path:
+        return self.job_path(claim_id) / "checkpoints" / f"step-{step}"
+
+    def inside(self, relative: str | None) -> Path | None:
+        """A path that a message names. Raises UnsafePath."""
+        return None if relative is None else confined(self.path, relative)
+
+    def opened(self, claim_id: str, name: object) -> AbstractContextManager[Entry]:
+        """A path that the trainer reported of a job, in its open parent folder. Raises UnsafePath if it is none of that
+        job's, FileNotFoundError."""
+        return opened(self.path, self._of_job(claim_id, name))
+
+    def delete(self, claim_id: str, name: object) -> None:
+        """Delete a folder that the trainer reported of a job. Raises UnsafePath if it is none of that job's."""
+        delete(self.path, self._of_job(claim_id, name))
+
+    def delete_job(self, claim_id: str) -> None:
+        """Delete all files of a job, as far as that is possible."""
+        with suppress(UnsafePath, OSError):
+            delete(self.path, self.named(self.job_path(claim_id)))
+
+    def _of_job(self, claim_id: str, name: object) -> str:
+        if not str(name).startswith(f"{self.named(self.job_path(claim_id))}/"):
+            raise UnsafePath(name, "is not in the folder of its job")
+        return str(name)
+
+    def named(self, path: Path) -> str:
+        """As messages name a path in it."""
+        return str(path.relative_to(self.path))
+
+    def logs(self) -> dict[int, Path]:
+        """What each process prints, by its rank."""
+        others = {int(path.stem.partition("-")[2]): path for path in self.path.glob("log-[0-9]*.txt")}
+        return {0: self.log_path, **dict(sorted(others.items()))}
+
+    def log_tail(self, max_bytes: int = 4000) -> str:
+        """The last that each process printed since it was told its base model; what launched them speaks last."""
+        first, *others = self.log_tails(max_bytes)
+        return "".join((*others, first))
+
+    def log_tails(self, max_bytes: int) -> list[str]:
+        """The same of each process, by its rank; the first is of what launched them too."""
+        return [self._tail(rank, log, max_bytes) for rank, log in self.logs().items()]
+
+    def _tail(self, rank: int, log: Path, max_bytes: int) -> str:
+        """It may have been cut since it was told, be it right after its last words."""
+        before = cut_from(log)
+        is_cut = before.exists()
+        last = _end_of(log, max_bytes, begin=0 if is_cut else self.log_starts.get(rank, 0))
+        if is_cut and len(last) < max_bytes:
+            last = _end_of(before, max_bytes - len(last)) + last
+        return last.decode(errors="replace")
+
+
+def cut_from(log: Path) -> Path:
+    """Where what was cut away from a process's log is kept, the newest part of it."""
+    return log.with_name(f"{log.name}.1")
+
+
+def _end_of(path: Path, max_bytes: int, *, begin: int = 0) -> bytes:
+    try:
+        with os.fdopen(open_file(path), "rb") as file:
+            file.seek(max(begin, os.fstat(file.fileno()).st_size - max_bytes))
+            return file.read(max_bytes)
+    except OSError:
+        return b""
+
+
+class InboxWriter:
+    """The worker's end of the inbox."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._directory = directory
+        self._number = 0
+
+    def send(self, verb: Verb, **body: Any) -> None:
+        """Raises OutOfSpace."""
+        self._number += 1
+        with full_disk_named():
+            write_json(self._directory.inbox / f"{self._number:04d}-{verb}.json", body)
+
+
+class InboxReader:
+    """The trainer's end: each message is taken once, in the order of its number."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._inbox = directory.inbox
+
+    def take(self) -> list[Message]:
+        """What has come. A message's file is removed as it is taken."""
+        paths = sorted(self._inbox.glob("[0-9]*-*.json"), key=lambda path: int(path.name.partition("-")[0]))
+        return [_take(path) for path in paths]
+
+
+class EventWriter:
+    """The trainer's end of events.jsonl. `seconds` is the trainer's monotonic clock."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._file = directory.events_path.open("a", encoding="utf-8")
+
+    def write(self, *events: Json) -> None:
+        """Append events and flush once."""
+        stamp = {"seconds": round(time.monotonic(), 4)}
+        self._file.write("".join(json.dumps(event | stamp) + "\n" for event in events))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class SilentWriter(EventWriter):
+    """Of a rank whose leader says all there is to say."""
+
+    def __init__(self) -> None:
+        """There is no file."""
+
+    def write(self, *events: Json) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class EventReader:
+    """The worker's end: whole lines only, each once."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._path = directory.events_path
+        self._offset = 0
+        self.has_more = False
+        """Whether the last `read` left whole lines unread."""
+
+    def read(self) -> list[Json]:
+        """The next events, at most LONGEST_LINE_BYTES of them. Raises MalformedEvent.
+
+        Nothing where the file can't be read now: a trainer that can't be heard is silent.
+        """
+        self.has_more = False
+        try:
+            with os.fdopen(open_file(self._path), "rb") as file:
+                file.seek(self._offset)
+                content = file.read(LONGEST_LINE_BYTES)
+        except OSError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self.has_more = bool(whole) and len(content) == LONGEST_LINE_BYTES
+        if not whole and len(content) == LONGEST_LINE_BYTES:
+            raise MalformedEvent(f"is longer than {LONGEST_LINE_BYTES:,} bytes")
+        self._offset += len(whole)
+        return [_event(line) for line in whole.removesuffix(b"\n").split(b"\n")] if whole else []
+
+
+def write_json(path: Path, content: Json) -> None:
+    """Write by a temporary file and a rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Json:
+    return cast(Json, json.loads(path.read_text(encoding="utf-8")))
+
+
+def timed(name: str, began_at: float) -> Json:
+    """A span that ends now, as a trainer tells of it in the `spans` of an event; times in seconds since 1970."""
+    return {"name": name, "began_at": began_at, "ended_at": time.time()}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _take(path: Path) -> Message:
+    body = read_json(path)
+    path.unlink()
+    return Message(verb=path.stem.partition("-")[2], body=body)
+
+
+def _event(line: bytes) -> Json:
+    """Raises MalformedEvent unless it is an object with a type and a time, which all events have."""
+    try:
+        parsed: object = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MalformedEvent("is not JSON") from error
+    event = cast(Json, parsed) if isinstance(parsed, dict) else {}
+    kind, seconds = event.get("type"), event.get("seconds")
+    is_moment = isinstance(seconds, int | float) and abs(seconds) < LATEST_SECONDS  # not NaN either
+    if not isinstance(kind, str) or not is_moment:
+        raise MalformedEvent("is not an object with a type and a time")
+    return event

@@ -1,0 +1,220 @@
+"""What a trainer says about one job, put on record, and what follows from it for the job.
+
+Each event may be followed twice: where the database goes away half way, the same event comes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+from catalog import tracing
+from catalog.jobs import commands
+from catalog.queue import claims
+from catalog.states import EndReason
+from catalog.tables import Json
+from worker.context.context import WorkerContext
+from worker.protocol.mailbox import TrainerDirectory
+from worker.session import publishing, staging
+from worker.session.session_job import End, Held, folders_of
+from worker.session.sharding import reason_for, strategy_for
+
+RETRYABLE_CODES = {
+    "out_of_memory": EndReason.CUDA_OOM,
+    "out_of_space": EndReason.NODE_FAILED,
+    "disk_error": EndReason.NODE_FAILED,
+}
+
+RUINED = "training ended on its weights."
+NONE_IS_GOOD = "It has no checkpoint of weights that are known to be good."
+
+
+class Next(Enum):
+    """What follows where the attempt does not end badly."""
+
+    GO_ON = "go on"
+    HAND_OVER = "hand over again"
+    COMPLETED = "completed"
+
+
+class Listener:
+    """Follows the events of one trainer's jobs, the curve's points excepted: see trainer_session.py."""
+
+    def __init__(self, context: WorkerContext, directory: TrainerDirectory, trainer_id: str) -> None:
+        self._context = context
+        self._directory = directory
+        self._trainer_id = trainer_id
+        self._publishers: dict[str, Callable[[Held, Json, Json], End | Next]] = {
+            "checkpointed": self._checkpointed,
+            "paused": self._paused,
+            "exported": self._exported,
+        }
+        self._followers: dict[str, Callable[[Held, Json], End | Next]] = {
+            "admitted": self._admitted,
+            "checkpoint_failed": self._checkpoint_failed,
+            "checkpoint_unexported": self._checkpoint_unexported,
+            "finished": self._finished,
+            "sampled": self._sampled,
+            "unsampled": self._unsampled,
+            "cancelled": self._cancelled,
+            "diverged": self._diverged,
+            "refused": self._refused,
+        }
+
+    def follow(self, held: Held, event: Json, *, ready: Json | None) -> End | Next:
+        """Raises StaleClaim, OutOfSpace, Unavailable. ready: what the trainer said when it was."""
+        if "spans" in event:  # taken off: what follows may come again after an outage
+            self._context.spans.told(held.claim.claim_id, event)
+            del event["spans"]
+        publisher = self._publishers.get(event["type"])
+        if publisher is not None:
+            assert ready is not None, "a trainer is ready before it trains"
+            return publisher(held, event, ready)
+        follower = self._followers.get(event["type"])
+        return follower(held, event) if follower else Next.GO_ON
+
+    def refusal(self, error: Json) -> End:
+        """What a refusal of the trainer means for the job that it refused. error: code, message, remedy."""
+        reason = RETRYABLE_CODES.get(error["code"], EndReason.USER_ERROR)
+        if reason is EndReason.CUDA_OOM and self._context.device.kind == "cpu":
+            reason = EndReason.HOST_OOM
+        wire = {"code": error["code"], "message": f"{error['message']} {error['remedy']}", "param": None}
+        return End(reason=reason, detail=error["message"], error=wire)
+
+    def load_refusal(self, error: Json, ranks: Sequence[int]) -> End:
+        """How the attempts end when the trainer can't load its base.
+
+        The base or the node may be at fault: its device or its copy of the files may differ from others'. So the jobs
+        are tried again, until catalog.lifecycle.load_failures knows. ranks: the processes that failed.
+        """
+        reason = self.refusal(error).reason
+        gang = self._context.gang
+        led = gang.round if gang is not None else None
+        workers = [] if led is None else sorted({led.worker_of(rank) for rank in ranks})
+        where = f", on {' and '.join(workers)} of the gang" if workers else ""
+        said = f"Process {' and '.join(map(str, ranks))}{where}: " if ranks else ""
+        return End(
+            reason=EndReason.TRAINER_CRASHED if reason is EndReason.USER_ERROR else reason,
+            detail=f"{said}{error['message']} {error['remedy']}",
+            blamed_worker_id=workers[0] if len(workers) == 1 else None,
+        )
+
+    def _admitted(self, held: Held, event: Json) -> Next:
+        step = event["step"]
+        held.curve.step, held.curve.steps_per_epoch = step, event["steps_per_epoch"]
+        claims.started(
+            self._context.db,
+            held.claim.claim_id,
+            trainer_id=self._trainer_id,
+            resumed_from_step=step or None,
+            strategy=self._strategy(held) if self._context.num_processes > 1 else None,
+        )
+        held.is_admitted = True
+        self._context.spans.admitted(held.claim.claim_id, step=step)
+        return Next.GO_ON
+
+    def _strategy(self, held: Held) -> tuple[str, Json]:
+        """How its base is held among the devices, and why."""
+        told, job = reason_for(self._context, held.claim.job), held.claim.job
+        strategy = strategy_for(self._context, job)
+        data = {"strategy": strategy, "num_devices": self._context.num_processes}
+        return f"Strategy {strategy}. {told}", data
+
+    def _checkpointed(self, held: Held, event: Json, ready: Json) -> Next:
+        """The trainer's copies go once the checkpoint is on record, never before."""
+        if held.recorded_step < event["step"]:
+            publishing.checkpoint(self._context, held.claim, self._directory, event, trainer=ready)
+            held.recorded_step = event["step"]
+        for folder in folders_of(event):
+            self._directory.delete(held.claim.claim_id, folder)
+        return Next.GO_ON
+
+    def _checkpoint_failed(self, held: Held, event: Json) -> Next:
+        message = f"{event['error']['message']} No checkpoint was written."
+        claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
+        return Next.GO_ON
+
+    def _checkpoint_unexported(self, held: Held, event: Json) -> Next:
+        publishing.no_model(self._context, held.claim, step=event["step"], reason=event["error"]["message"])
+        return Next.GO_ON
+
+    def _finished(self, held: Held, event: Json) -> Next:
+        """That it ended early is on its progress while the adapter is verified."""
+        self._context.spans.finished(held.claim.claim_id)
+        progress = held.curve.progress() | {"stopped_early": event["stopped_early"]}
+        claims.record_progress(self._context.db, held.claim.claim_id, progress)
+        if event["kept_step"] == event["step"]:  # else the weights are of before, chosen because they are better
+            self._warn_of_a_loss_that_rose(held)
+        return Next.GO_ON
+
+    def _warn_of_a_loss_that_rose(self, held: Held) -> None:
+        job = held.claim.job
+        risen = held.curve.risen(commands.first_step(self._context.db, project_id=job.project_id, job_id=job.id))
+        if risen is not None:
+            message = "Training ended at a loss of {1:.3g}, above {0:.3g} where it began.".format(*risen)
+            remedy = "Try the adapter before you use it, and a lower learning rate."
+            claims.record_event(self._context.db, held.claim.claim_id, "warn", f"{message} {remedy}")
+
+    def _sampled(self, held: Held, event: Json) -> Next:
+        samples = event["samples"]
+        number = "1 answer" if len(samples) == 1 else f"{len(samples)} answers"
+        data = {"step": event["step"], "samples": samples}
+        message = f"Step {event['step']}: {number} to the job's prompts"
+        claims.record_event(self._context.db, held.claim.claim_id, "info", message, data)
+        return Next.GO_ON
+
+    def _unsampled(self, held: Held, event: Json) -> Next:
+        message = f"Step {event['step']}: the job's prompts were not answered. {event['error']['message']}"
+        claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
+        return Next.GO_ON
+
+    def _paused(self, held: Held, event: Json, ready: Json) -> End:
+        publishing.model_of_checkpoint(self._context, held.claim, self._directory, event, trainer=ready)
+        if "pause" in held.told:
+            return End(reason=EndReason.PAUSED_BY_USER, detail=f"Paused at step {event['step']}.")
+        if "preempt" in held.told:
+            return End(reason=EndReason.PREEMPTED, detail=f"Saved at step {event['step']}.")
+        return End(reason=EndReason.DRAINED, detail=f"The worker left; saved at step {event['step']}.")
+
+    def _cancelled(self, held: Held, event: Json) -> End:
+        return End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
+
+    def _diverged(self, held: Held, event: Json) -> End:
+        remedy = f"Lower the learning rate, or look at the data around that step. {self._left_of(held, event)}"
+        error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "optimizer.learning_rate"}
+        return End(reason=EndReason.DIVERGED, detail=event["message"], error=error)
+
+    def _left_of(self, held: Held, event: Json) -> str:
+        """The newest checkpoint of good weights; one that a step had ruined before it was written is taken back."""
+        job = held.claim.job
+        rows = commands.checkpoints_page(self._context.db, project_id=job.project_id, job_id=job.id, limit=100).items
+        kept = [row for row in rows if row.artifact is not None]
+        good_step = -1 if event["good_step"] is None else event["good_step"]
+        for row in kept:
+            if row.step > good_step:
+                claims.distrust_checkpoint(
+                    self._context.db, held.claim.claim_id, checkpoint_id=row.id, problem=f"{RUINED} {event['message']}"
+                )
+        steps = [row.step for row in kept if row.step <= good_step]
+        return f"The checkpoint of step {max(steps)} is kept." if steps else NONE_IS_GOOD
+
+    def _refused(self, held: Held, event: Json) -> End | Next:
+        if event["is_checkpoint"] and held.checkpoints:
+            staging.fall_back(self._context, held.claim, held.checkpoints, event["error"]["message"])
+            return Next.HAND_OVER
+        return self.refusal(event["error"])
+
+    def _exported(self, held: Held, event: Json, ready: Json) -> End | Next:
+        report = event["report"]
+        if not report["passed"]:
+            message = (
+                f"PEFT's logits differ from training's by {report['max_abs_diff']:.3g}; {report['tolerance']:.3g} "
+                f"is allowed. {report.get('explanation', '')}"
+            ).rstrip()
+            error = {"code": "verification_failed", "message": message, "param": None}
+            return End(reason=EndReason.VERIFICATION_FAILED, detail=message, error=error)
+        claim_id = held.claim.claim_id
+        about = {"job": held.claim.job.id, "claim": claim_id}
+        with tracing.span("publish", parent=self._context.spans.of(claim_id), about=about):
+            publishing.adapter(self._context, held.claim, self._directory, event, trainer=ready)
+        return Next.COMPLETED

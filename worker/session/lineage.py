@@ -1,0 +1,122 @@
+"""Gathers what a finished job's lineage record holds; its form and its id are catalog.registry.lineage's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Literal
+
+import rfc8785
+
+from catalog.db.database import read_clock
+from catalog.jobs import commands
+from catalog.queue.claims import Claim
+from catalog.registry import base_models, lineage
+from catalog.registry.lineage import AttemptRecord, DataSource
+from catalog.storage import files, token_cache
+from catalog.storage.manifest import Manifest
+from catalog.tables import Job, Json, Trainer
+from worker.context.context import WorkerContext
+
+
+def record(
+    context: WorkerContext,
+    claim: Claim,
+    adapter: Manifest,
+    *,
+    num_parameters: int,
+    trainer: Json,
+    results: Json,
+    is_final: bool = True,
+) -> tuple[Json, str]:
+    """(record, its id). trainer: what the one that made the adapter said when it was ready. is_final: false of a
+    checkpoint, whose job goes on: then nothing has finished, and the curves are not digested.
+
+    How exact the arithmetic was is said of all steps: the weakest word of the trainers that computed some.
+    """
+    job = commands.get(context.db, project_id=claim.job.project_id, job_id=claim.job.id)
+    with context.db.read() as session:
+        finished_at = read_clock(session) if is_final else None
+    attempts = _attempts(context, job)
+    built = lineage.build(
+        job=job,
+        base=base_models.get(context.db, job.base_model),
+        adapter=adapter,
+        num_parameters=num_parameters,
+        data=_data(context, job),
+        attempts=attempts,
+        results={
+            **results,
+            **({"loss_log": _loss_log_digest(context, job)} if is_final else {}),
+            "determinism": weakest([trainer["invariance"], *words_of_earlier_steps(attempts)]),
+        },
+        code=trainer["versions"],
+        parents=[parent["lineage"]] if (parent := job.spec.get("parent")) else [],
+        finished_at=finished_at,
+    )
+    return built, lineage.lineage_id(built)
+
+
+def weakest(words: Sequence[str]) -> str:
+    return "bitwise" if set(words) == {"bitwise"} else "allclose"
+
+
+def words_of_earlier_steps(attempts: Sequence[AttemptRecord]) -> list[str]:
+    """How exact those trainers were that computed steps from which the last attempt went on: backwards from it, each
+    attempt that began below the step from which the next of them resumed.
+
+    One that resumed from no step began at 0, or ended before it was admitted, which its row does not tell: where its
+    trainer has said a word, that counts.
+    """
+    *earlier, last = attempts
+    words: list[str] = []
+    needed = last.attempt.resumed_from_step or 0
+    for entry in reversed(earlier):
+        began = entry.attempt.resumed_from_step
+        word = entry.trainer.get("invariance")
+        if (began or 0) < needed and (word is not None or began is not None):
+            words.append(word or "allclose")
+        needed = needed if began is None else min(needed, began)
+    return words
+
+
+def _data(context: WorkerContext, job: Job) -> list[DataSource]:
+    sources = [_source(context, job.project_id, "training", job.training_file, job.train_prepared)]
+    if job.validation_file is not None:
+        sources.append(_source(context, job.project_id, "validation", job.validation_file, job.valid_prepared))
+    return sources
+
+
+def _source(
+    context: WorkerContext, project_id: str, role: Literal["training", "validation"], file_id: str, key: str | None
+) -> DataSource:
+    tokens = token_cache.get(context.db, key) if key else None
+    assert tokens is not None, "the job was trained on it"
+    assert tokens.artifact is not None, "a refused file is not trained on"
+    file = files.get(context.db, project_id=project_id, file_id=file_id)
+    return DataSource(role=role, file=file, tokens=tokens.artifact, report=tokens.report)
+
+
+def _attempts(context: WorkerContext, job: Job) -> list[AttemptRecord]:
+    packmates = commands.packmates(context.db, project_id=job.project_id, job_id=job.id)
+    attempts = commands.attempts(context.db, project_id=job.project_id, job_id=job.id)
+    with context.db.read() as session:
+        trainers = [session.get(Trainer, attempt.trainer_id) for attempt in attempts]
+    return [
+        AttemptRecord(
+            attempt=attempt,
+            trainer=(trainer.report if trainer else None) or {},
+            packmates=packmates.get(attempt.claim_id, []),
+        )
+        for attempt, trainer in zip(attempts, trainers, strict=True)
+    ]
+
+
+def _loss_log_digest(context: WorkerContext, job: Job) -> str:
+    """sha256 over every point of both curves, in RFC 8785 JSON: [kind, step, loss]."""
+    points = [
+        [kind, point.step, point.loss]
+        for kind in ("train", "valid")
+        for point in commands.metrics(context.db, project_id=job.project_id, job_id=job.id, kind=kind)
+    ]
+    return sha256(rfc8785.dumps(points)).hexdigest()

@@ -1,0 +1,188 @@
+"""Makes what a trainer has written part of the record: checkpoints, and adapters that PEFT has verified."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict
+from pathlib import Path
+from secrets import token_hex
+
+from catalog import failpoints
+from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
+from catalog.history import result_files
+from catalog.history.metric_points import Point
+from catalog.jobs import commands
+from catalog.lifecycle.recording import Course
+from catalog.queue import claims
+from catalog.queue.claims import Claim
+from catalog.storage.manifest import DamagedArtifact, Manifest
+from catalog.tables import Json
+from worker.context.context import WorkerContext
+from worker.node import scratch_dirs
+from worker.protocol.mailbox import TrainerDirectory
+from worker.protocol.trainer_paths import UnsafePath
+from worker.session import lineage as provenance
+
+log = logging.getLogger(__name__)
+MAX_EXPONENT = 700.0
+"""exp of more is no float."""
+
+
+def checkpoint(
+    context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, *, trainer: Json
+) -> None:
+    """Store a checkpoint's files, then its row. A full store costs the checkpoint, not the job.
+
+    saved: the trainer's event. trainer: what it said when it was ready.
+    """
+    failpoints.pass_by("uploading")
+    step = saved["step"]
+    try:
+        manifest = _stored(context, claim, directory, saved["folder"], kind="checkpoint")
+        exported = _exported_if_it_can_be(context, claim, directory, saved, trainer)
+        claims.record_checkpoint(context.db, claim.claim_id, step=step, artifact=manifest, exported=exported)
+    except OutOfSpace as error:
+        message = f"The checkpoint of step {step} was not stored. {error.sentence()}"
+        claims.record_event(context.db, claim.claim_id, "warn", message)
+
+
+def model_of_checkpoint(
+    context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, *, trainer: Json
+) -> None:
+    """Store the weights of a checkpoint that is on record already, where the trainer wrote them.
+
+    saved: the trainer's event. trainer: what it said when it was ready.
+    """
+    exported = _exported_if_it_can_be(context, claim, directory, saved, trainer)
+    if exported is not None:
+        claims.record_checkpoint_model(context.db, claim.claim_id, step=saved["step"], exported=exported)
+
+
+def no_model(context: WorkerContext, claim: Claim, *, step: int, reason: str) -> None:
+    """Tell why a checkpoint that stands has no weights to be used as a model."""
+    message = f"The checkpoint of step {step} can't be used as a model. {reason}"
+    claims.record_event(context.db, claim.claim_id, "warn", message)
+
+
+def _exported_if_it_can_be(
+    context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, trainer: Json
+) -> claims.Exported | None:
+    """None where the trainer wrote no adapter, or it can't be published, which costs the checkpoint's model alone."""
+    if saved.get("adapter") is None:
+        return None
+    try:
+        return _exported(context, claim, directory, saved, trainer)
+    except (StaleClaim, Unavailable, UnsafePath):
+        raise
+    except Exception as error:  # whatever is wrong with a model on the way, the job needs none to go on
+        log.exception("%s", claim.job.id)
+        unforeseen = f"{type(error).__name__}; the worker's log says more."  # its text may hold paths of the server
+        reason = error.sentence() if isinstance(error, LorryError) else unforeseen
+        no_model(context, claim, step=saved["step"], reason=reason)
+        return None
+
+
+def _exported(
+    context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, trainer: Json
+) -> claims.Exported:
+    """The checkpoint's weights as an adapter's files, with their record: of the job as far as it has come."""
+    manifest = _stored(context, claim, directory, saved["adapter"], kind="adapter")
+    lineage, lineage_id = provenance.record(
+        context,
+        claim,
+        manifest,
+        num_parameters=saved["num_parameters"],
+        trainer=trainer,
+        results={"steps": saved["step"], "kept_step": saved["step"], "stopped_early": None, "is_checkpoint": True},
+        is_final=False,
+    )
+    return claims.Exported(artifact=manifest, lineage=lineage, lineage_id=lineage_id)
+
+
+def _stored(context: WorkerContext, claim: Claim, directory: TrainerDirectory, name: object, *, kind: str) -> Manifest:
+    """Store a folder that the trainer reported of this job. Raises UnsafePath, DamagedArtifact."""
+    try:
+        with directory.opened(claim.claim_id, name) as entry:
+            return context.store.put_folder(Path(entry.name), dir_fd=entry.dir_fd, kind=kind)
+    except FileNotFoundError as error:
+        raise DamagedArtifact(f"The trainer reported the folder {name!r}, which is missing.") from error
+
+
+def adapter(
+    context: WorkerContext, claim: Claim, directory: TrainerDirectory, exported: Json, *, trainer: Json
+) -> None:
+    """Store an adapter's files and the job's curves, then complete the job with them in one transaction.
+
+    exported: the trainer's event, whose report has passed. trainer: what it said when it was ready. Raises UnsafePath.
+    """
+    failpoints.pass_by("uploading")
+    manifest = _stored(context, claim, directory, exported["folder"], kind="adapter")
+    course = Course(steps=exported["step"], kept_step=exported["kept_step"], stopped_early=exported["stopped_early"])
+    evaluation = evaluate(context, claim, kept_step=course.kept_step)
+    with scratch_dirs.owned(context.scratch_dir() / f"curves-{token_hex(8)}") as folder:
+        folder.mkdir()
+        path = folder / result_files.NAME
+        curves = result_files.store_curves(context.db, context.store, job_id=claim.job.id, path=path)
+    lineage, lineage_id = provenance.record(
+        context,
+        claim,
+        manifest,
+        num_parameters=exported["num_parameters"],
+        trainer=trainer,
+        results={
+            **asdict(course),
+            "trained_tokens": exported["trained_tokens"],
+            "evaluation": evaluation,
+            "verification": exported["report"],
+        },
+    )
+    failpoints.pass_by("before_complete")
+    claims.complete(
+        context.db,
+        claim.claim_id,
+        artifact=manifest,
+        num_parameters=exported["num_parameters"],
+        verification=exported["report"],
+        evaluation=evaluation,
+        trained_tokens=exported["trained_tokens"],
+        course=course,
+        curves=curves,
+        lineage=lineage,
+        lineage_id=lineage_id,
+        policy=context.policy,
+    )
+    failpoints.pass_by("after_complete")
+
+
+def evaluate(context: WorkerContext, claim: Claim, *, kept_step: int) -> Json | None:
+    """The loss on the validation file of the adapter, and of what the job began with (the base, or its parent
+    adapter), from the recorded curve; None without one.
+
+    kept_step: whose weights the adapter has.
+    """
+    points = commands.metrics(context.db, project_id=claim.job.project_id, job_id=claim.job.id, kind="valid")
+    if not points:
+        return None
+    first, last = points[0], [point for point in points if point.step <= kept_step][-1]
+    began = "base" if claim.job.parent_adapter is None else "parent"
+    return {
+        f"{began}_loss": first.loss,
+        "loss": last.loss,
+        **_of_the_method(first, last, began),
+        f"{began}_token_accuracy": first.token_accuracy,
+        "token_accuracy": last.token_accuracy,
+        "step": last.step,
+    }
+
+
+def _of_the_method(first: Point, last: Point, began: str) -> Json:
+    """A loss that compares answers has no perplexity, but rewards."""
+    if last.rewards is not None:
+        return {"rewards": last.rewards}
+    return {f"{began}_perplexity": perplexity(first.loss), "perplexity": perplexity(last.loss)}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); where that is beyond a float, the largest that is not."""
+    return math.exp(min(loss, MAX_EXPONENT))

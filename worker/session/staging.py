@@ -1,0 +1,129 @@
+"""Brings what a claimed job needs into the trainer's directory: its tokens, and the state to resume from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from catalog.history import events
+from catalog.lifecycle import out_of_memory
+from catalog.queue import claims
+from catalog.queue.claims import Claim
+from catalog.spec.job import JobSpec
+from catalog.storage import token_cache
+from catalog.storage.manifest import DamagedArtifact
+from catalog.tables import Checkpoint, Json
+from worker.background import tokenization
+from worker.context.context import WorkerContext
+from worker.protocol.mailbox import TrainerDirectory
+
+
+def bring_files(
+    context: WorkerContext, directory: TrainerDirectory, claim: Claim, checkpoints: list[Checkpoint]
+) -> Json:
+    """The body of an `admit` message, its files in place. Damaged checkpoints are taken off the list, damaged
+    tokens are made again.
+
+    Raises DamagedArtifact where the data file itself or the parent adapter is damaged, FileRefused, Abandoned,
+    OutOfSpace, Unavailable.
+    """
+    job, spec = claim.job, JobSpec.model_validate(claim.job.spec)
+    assert job.num_steps is not None
+    assert job.train_prepared is not None
+    folder = directory.job_path(claim.claim_id)
+    paths = {
+        "train": _bring_tokens(context, claim, job.training_file, job.train_prepared, folder / "train"),
+        "valid": _bring_tokens(context, claim, job.validation_file, job.valid_prepared, folder / "valid"),
+        "resume": _fetch_newest(context, claim, checkpoints, folder / "resume"),
+        "parent": _bring_parent(context, spec, folder / "parent"),
+    }
+    return {
+        "claim_id": claim.claim_id,
+        "job_id": job.id,
+        "base_name": job.base_model,
+        "spec": job.spec,
+        "answered_steps": events.answered_steps(context.db, job.id) if spec.samples else [],
+        "asks_as_chat": _went_through_template(context, job.train_prepared),
+        "shortages": out_of_memory.rung(context.db, job),
+        "num_steps": job.num_steps,
+        "evaluate_every_steps": _evaluate_every(spec, job.num_steps),
+        "checkpoint_every_steps": spec.checkpoint_every_steps,
+        **{name: str(path.relative_to(directory.path)) if path else None for name, path in paths.items()},
+    }
+
+
+def _evaluate_every(spec: JobSpec, num_steps: int) -> int:
+    """No more than all steps: the engine refuses what could decide nothing, and the job's events tell of it."""
+    return min(spec.evaluate_every_steps or math.ceil(num_steps / 10), num_steps)
+
+
+def fall_back(context: WorkerContext, claim: Claim, checkpoints: list[Checkpoint], why: str) -> None:
+    """Take the newest off the list: it is never tried again. Events, so that nobody wonders where the steps went.
+
+    The list changes last, so that a repetition after an outage takes off no second one.
+    """
+    bad, *left = checkpoints
+    claims.distrust_checkpoint(context.db, claim.claim_id, checkpoint_id=bad.id, problem=why)
+    onwards = f"continues from the checkpoint of step {left[0].step}" if left else "starts again from step 0"
+    data = {"step": bad.step, "resumes_from": left[0].step if left else 0}
+    claims.record_event(context.db, claim.claim_id, "warn", f"The job {onwards}.", data)
+    del checkpoints[0]
+
+
+def _bring_tokens(
+    context: WorkerContext, claim: Claim, file_id: str | None, key: str | None, into: Path
+) -> Path | None:
+    if file_id is None or key is None:
+        return None
+    try:
+        return _fetch_tokens(context, key, into)
+    except DamagedArtifact as error:
+        message = f"The tokens of {file_id} can't be used, and are made again: {error.message}"
+        claims.record_event(context.db, claim.claim_id, "warn", message)
+    tokenization.make_again(context, claim.job, file_id, key)
+    return _fetch_tokens(context, key, into)
+
+
+def _fetch_tokens(context: WorkerContext, key: str, into: Path) -> Path:
+    row = token_cache.get(context.db, key)
+    if row is None or row.artifact is None:
+        raise DamagedArtifact(f"The token cache {key} is missing.")
+    if not into.is_dir():
+        context.store.fetch(context.store.get_manifest(row.artifact), into)
+    return next(into.glob("*.safetensors"))
+
+
+def _bring_parent(context: WorkerContext, spec: JobSpec, into: Path) -> Path | None:
+    """The adapter that the job continues, each file as its digest says; also where it resumes, for pairs of answers
+    are compared with it, and its checkpoint names it."""
+    if spec.parent is None:
+        return None
+    try:
+        if not into.is_dir():
+            context.store.fetch(context.store.get_manifest(spec.parent.artifact), into)
+    except DamagedArtifact as error:
+        raise DamagedArtifact(f"The parent adapter {spec.parent.name} can't be used. {error.message}") from error
+    return into
+
+
+def _went_through_template(context: WorkerContext, key: str) -> bool:
+    """Of the training rows: prompts are then asked in the same way."""
+    row = token_cache.get(context.db, key)
+    return row is not None and "chat_template" in row.report
+
+
+def _fetch_newest(context: WorkerContext, claim: Claim, checkpoints: list[Checkpoint], into: Path) -> Path | None:
+    """The newest checkpoint whose every file has the digest that was recorded; None where there is none."""
+    while checkpoints:
+        newest = checkpoints[0]
+        assert newest.artifact is not None
+        folder = into / f"step-{newest.step}"
+        try:
+            if not folder.is_dir():
+                context.store.fetch(context.store.get_manifest(newest.artifact), folder)
+        except DamagedArtifact as error:
+            context.store.empty_damaged(newest.artifact)  # the same bytes come again with the same step
+            fall_back(context, claim, checkpoints, error.message)
+        else:
+            return folder
+    return None

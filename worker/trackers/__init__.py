@@ -1,0 +1,1 @@
+"""Curves to W&B, MLflow and others: the worker's side."""

@@ -1,0 +1,149 @@
+"""Writes jobs' curves to their trackers, from the record, beside all that a worker does: on a thread of its own, with a
+child process for each open run. A tracker that is slow or away holds up nobody, and costs a job a line in its log.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from catalog.db.database import Database
+from catalog.errors import LorryError
+from catalog.history import tracker_exports
+from catalog.history.tracker_exports import Export, Follows
+from catalog.settings import Settings
+from worker.trackers.session import ExportFailed, ExportSession, available, places
+
+log = logging.getLogger(__name__)
+TURN_SECONDS = 0.25
+LOOK_SECONDS = 2.0
+"""Between two looks for exports that are due, and between two readings of one."""
+MAX_OPEN = 8
+LAST_SECONDS = 10.0
+"""What open runs have at the end of a worker, for what is still to be written."""
+
+
+@contextmanager
+def exporting(db: Database, settings: Settings) -> Generator[None]:
+    """For as long as the block lasts; nothing at all where there is no tracker to write to."""
+    types = available(settings)
+    if not types:
+        yield
+        return
+    writer = Exports(db, settings, types)
+    writer.start()
+    try:
+        yield
+    finally:
+        writer.close()
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Open:
+    """A claimed export, and its run once that is open."""
+
+    export: Export
+    session: ExportSession | None = None
+    due_at: float = 0.0
+    round: Future[Follows] | None = None
+
+
+class Exports:
+    def __init__(self, db: Database, settings: Settings, types: tuple[str, ...]) -> None:
+        self._db, self._settings, self._types = db, settings, types
+        self._open: list[_Open] = []
+        self._looked_at = 0.0
+        self._leaving = threading.Event()
+        self._pool = ThreadPoolExecutor(max_workers=MAX_OPEN, thread_name_prefix="exports")
+        self._thread = threading.Thread(target=self._run, name="exports", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._leaving.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._leaving.wait(TURN_SECONDS):
+            try:
+                self._turn()
+            except LorryError as error:
+                log.warning("exports code=%s", error.code)
+                self._leaving.wait(LOOK_SECONDS)
+            except Exception:
+                log.exception("crash in the exports")
+                self._leaving.wait(LOOK_SECONDS)
+        self._end()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        for one in list(self._open):
+            if one.round is not None and one.round.done():
+                self._go_on(one)
+        if now - self._looked_at >= LOOK_SECONDS:
+            self._looked_at = now
+            found = tracker_exports.claim(self._db, types=self._types, limit=MAX_OPEN - len(self._open))
+            self._open += [_Open(export=export) for export in found]
+        for one in self._open:
+            if one.round is None and one.due_at <= now:
+                one.round = self._pool.submit(self._round, one)
+
+    def _go_on(self, one: _Open) -> None:
+        assert one.round is not None
+        finished, one.round = one.round, None
+        error = finished.exception()
+        if error is None and finished.result() is Follows.GO_ON:
+            return
+        self._open.remove(one)
+        if isinstance(error, LorryError):
+            log.warning("exports code=%s", error.code)  # the claim runs out, and it is begun again
+        elif error is not None:
+            log.error("crash in an export", exc_info=error)
+
+    def _round(self, one: _Open) -> Follows:
+        """Write what is new of one job. Its run is closed where it is not to go on."""
+        follows = Follows.DONE
+        try:
+            news = tracker_exports.look(self._db, one.export)
+            if one.session is None:
+                one.session = self._begin(one.export, news.run)
+            one.session.write(news.points, news.end)
+            one.export, follows = tracker_exports.record(self._db, one.export, news, run_id=one.session.run_id)
+            one.due_at = 0.0 if news.has_more else time.monotonic() + LOOK_SECONDS
+        except ExportFailed as failure:
+            tracker_exports.fail(self._db, one.export, str(failure))
+        finally:
+            if follows is not Follows.GO_ON and one.session is not None:
+                one.session.close()
+        return follows
+
+    def _begin(self, export: Export, run: dict[str, object]) -> ExportSession:
+        begun = {
+            "type": export.type,
+            "run": run,
+            "run_id": export.run_id,
+            "next_step": max(export.train_step, export.valid_step) + 1,
+            "places": {export.type: places(self._settings)[export.type]},
+        }
+        return ExportSession(begun)
+
+    def _end(self) -> None:
+        """What is new is written once more where that takes no time; the rest is for the next worker."""
+        wait([one.round for one in self._open if one.round is not None], timeout=LAST_SECONDS)
+        for one in self._open:
+            if one.round is None:
+                one.round = self._pool.submit(self._round, one)
+        wait([one.round for one in self._open if one.round is not None], timeout=LAST_SECONDS)
+        for one in self._open:
+            is_over = one.round is not None and one.round.done()
+            if one.session is not None:
+                one.session.close() if is_over else one.session.kill()
+            with suppress(LorryError):
+                tracker_exports.release(self._db, one.export)
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,138 @@
+"""An open run of a tracker, from the worker's side: a child process that is asked, and killed where it does not answer.
+
+Credentials come from the worker's environment by an allow-list, and reach this child alone, never a trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import Any
+
+from catalog.settings import Settings
+from catalog.spec.integrations import INTEGRATION_TYPES
+from worker.process.launcher import CREDENTIAL_NAMES, PROXIES, ROOT, SYSTEM
+
+Json = dict[str, Any]
+LIBRARIES = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboardX", "trackio": "trackio"}
+PASSED_ON = {"wandb": ("WANDB_",), "mlflow": ("MLFLOW_",), "tensorboard": (), "trackio": ()}
+"""Beginnings of the variables that a tracker's child is given beside the system's."""
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "DO_NOT_TRACK": "true"}
+"""Libraries tell nobody of their use, unless the operator says so."""
+PASSWORD_IN_ADDRESS = re.compile(r"(://)[^\s/@]+(?=@)")
+ANSWER_SECONDS = 90.0
+CLOSE_SECONDS = 10.0
+MAX_PROBLEM = 300
+
+
+class ExportFailed(Exception):
+    """What the tracker, or its library, has said."""
+
+
+def available(settings: Settings) -> tuple[str, ...]:
+    """Types that this worker can write: their libraries are there and none is imported. W&B needs a key too, or to be
+    told to stay offline."""
+    wanted = settings.named_integrations()
+    found = [name for name in INTEGRATION_TYPES if name in wanted and find_spec(LIBRARIES[name]) is not None]
+    has_account = "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") == "offline"
+    return tuple(name for name in found if name != "wandb" or has_account)
+
+
+def places(settings: Settings) -> dict[str, str]:
+    """Where each tracker writes to: the operator's to say."""
+    return {
+        "mlflow": settings.resolved_mlflow_tracking_uri(),
+        "tensorboard": str(settings.tensorboard_dir or settings.data_dir / "tensorboard"),
+        "trackio": str(settings.trackio_dir or settings.data_dir / "trackio"),
+        "wandb": str(settings.data_dir / "wandb"),
+    }
+
+
+class ExportSession:
+    """Not for two threads at once."""
+
+    def __init__(self, begun: Json, *, answer_seconds: float = ANSWER_SECONDS) -> None:
+        """Open the run. Raises ExportFailed."""
+        self._answer_seconds = answer_seconds
+        self._environment = _environment(begun["type"])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "worker.children.tracker.main"],
+            cwd=ROOT,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        try:
+            self.run_id = str(self._ask(begun)["run_id"])
+        except ExportFailed:
+            self.kill()
+            raise
+
+    def write(self, points: list[Json], end: Json | None) -> None:
+        """Raises ExportFailed."""
+        self._ask({"points": points, "end": end})
+
+    def close(self) -> None:
+        """Let it keep what it has, in bounded time."""
+        assert self._process.stdin is not None
+        with suppress(OSError, subprocess.TimeoutExpired):
+            self._process.stdin.close()
+            self._process.wait(CLOSE_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """It, and whatever processes its library has started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+
+    def _ask(self, message: Json) -> Json:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        watch = threading.Timer(self._answer_seconds, self._process.kill)
+        watch.start()
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except OSError:
+            line = self._process.stdout.readline()
+        finally:
+            watch.cancel()
+        if not line:
+            raise ExportFailed("its process ended, or did not answer in time.")
+        answer: Json = json.loads(line)
+        if "error" in answer:
+            raise ExportFailed(self._without_secrets(str(answer["error"])))
+        return answer
+
+    def _without_secrets(self, text: str) -> str:
+        for name, value in self._environment.items():
+            if CREDENTIAL_NAMES.search(name) and value:
+                text = text.replace(value, "…")
+        return " ".join(PASSWORD_IN_ADDRESS.sub(r"\1…", text).split())[:MAX_PROBLEM]
+
+
+def _environment(type_: str) -> dict[str, str]:
+    names = {*SYSTEM, *PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR"}
+    passed_on = {
+        name: value
+        for name, value in os.environ.items()
+        if name in names or name.startswith(("LC_", *PASSED_ON[type_]))
+    }
+    return QUIET | passed_on
