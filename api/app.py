@@ -13,7 +13,7 @@ from api.dashboard import Dashboard
 from api.deps import Services
 from api.errors import handlers
 from api.maintenance_loop import DUTIES, TASKS, keep_anchored, keep_clean, keep_order, keep_running, keep_sweeps
-from api.middleware.allowed_hosts import HostPolicy, host_policy
+from api.middleware.http import HostPolicy, host_policy
 from api.middleware.request_gate import Gate
 from api.openapi import Api
 from api.rate_limits.limits import Limits

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from api.schemas.jobs import FineTuningJob, job_object
 from catalog.caller import Caller
 from catalog.db.database import Database
-from catalog.jobs import commands
+from catalog.history import queries
 from catalog.registry import adapters
-from catalog.sweeps import queries
-from catalog.tables import Job
+from catalog.sweeps import queries as sweep_queries
+from catalog.tables.jobs import Job
 from catalog.tenancy import organizations
 
 
 def job_objects(db: Database, rows: Sequence[Job], *, caller: Caller | None = None) -> list[FineTuningJob]:
     """In the order of `rows`. caller: who asks; whose its own project is need not be read."""
     adapter_ids = adapters.ids_by_job(db, [row.id for row in rows if row.adapter_name])
-    seconds = commands.seconds_running(db, [row.id for row in rows if row.attempt])
+    seconds = queries.seconds_running(db, [row.id for row in rows if row.attempt])
     owners = {caller.project_id: caller.organization_id} if caller else {}
     if others := {row.project_id for row in rows} - owners.keys():
         owners |= organizations.ids_by_project(db, others)
-    trials = queries.trials_by_job(db, [row.id for row in rows if row.sweep_id])
+    trials = sweep_queries.trials_by_job(db, [row.id for row in rows if row.sweep_id])
     return [
         job_object(
             row,

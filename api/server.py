@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.deps import Services
-from api.middleware.connections import Connection
+from api.middleware.connections import HttpConnection
 from api.settings import ApiSettings
 from catalog import tracing
 from catalog.errors import InvalidRequest
@@ -80,7 +80,7 @@ def serve(settings: Settings, *, host: str, port: int, listen_fd: int | None = N
 
 
 def server_config(
-    app: FastAPI, *, host: str, port: int, shutdown_seconds: int, connection: type[Connection] = Connection
+    app: FastAPI, *, host: str, port: int, shutdown_seconds: int, connection: type[HttpConnection] = HttpConnection
 ) -> uvicorn.Config:
     """`connection`: what has the limits in time of one connection."""
     return uvicorn.Config(

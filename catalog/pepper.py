@@ -21,7 +21,7 @@ from catalog.db.database import Database
 from catalog.disk import full_disk_named
 from catalog.errors import Conflict, InvalidRequest
 from catalog.settings import Settings
-from catalog.tables import ApiKey
+from catalog.tables.tenancy import ApiKey
 
 MIN_BYTES = 32
 FILE_NAME = "pepper"

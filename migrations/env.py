@@ -9,7 +9,8 @@ from sqlalchemy import Connection
 
 from catalog.db.database import Database
 from catalog.settings import Settings
-from catalog.tables import Table, privileges
+from catalog.tables import privileges
+from catalog.tables.table import Table
 
 
 def _configured_url() -> str:

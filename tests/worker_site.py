@@ -21,7 +21,8 @@ import psutil
 
 from catalog.db.database import Database
 from catalog.errors import Unavailable
-from catalog.jobs import commands
+from catalog.history import queries
+from catalog.jobs import commands, submission
 from catalog.pepper import Pepper
 from catalog.registry import base_models
 from catalog.settings import Settings
@@ -29,7 +30,10 @@ from catalog.spec.job import JobRequest
 from catalog.states import FINAL_STATES
 from catalog.storage import files
 from catalog.storage.store import open_store
-from catalog.tables import Adapter, Artifact, Checkpoint, Job, JobEvent, Trainer
+from catalog.tables.fleet import Trainer
+from catalog.tables.history import Checkpoint, JobEvent
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, Artifact
 from catalog.tenancy import authentication, projects
 from catalog.tenancy.authentication import Caller
 from tests import tiny_base
@@ -107,16 +111,16 @@ class WorkerSite:
         body = {"model": BASE, "training_file": training_file, "validation_file": validation_file}
         body |= {"seed": 1, "precision": "float32", **fields}
         request = JobRequest.model_validate(body)
-        return commands.create(self.db, caller=self.caller, request=request, body_digest=os.urandom(8).hex()).id
+        return submission.create(self.db, caller=self.caller, request=request, body_digest=os.urandom(8).hex()).id
 
     def job(self, job_id: str) -> Job:
         return commands.get(self.db, project_id=self.caller.project_id, job_id=job_id)
 
     def events(self, job_id: str) -> list[JobEvent]:
-        return commands.events_since(self.db, project_id=self.caller.project_id, job_id=job_id, seq=0)
+        return queries.events_since(self.db, project_id=self.caller.project_id, job_id=job_id, seq=0)
 
     def attempts(self, job_id: str) -> list[Any]:
-        return commands.attempts(self.db, project_id=self.caller.project_id, job_id=job_id)
+        return queries.attempts(self.db, project_id=self.caller.project_id, job_id=job_id)
 
     def reasons(self, job_id: str) -> list[str]:
         """How each attempt ended."""

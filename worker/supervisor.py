@@ -18,13 +18,14 @@ from catalog import logs
 from catalog.errors import LorryError, StaleClaim
 from catalog.fleet import workers
 from catalog.fleet.gangs import NotGathered
-from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue import claiming, claims
+from catalog.queue.claiming import Claim
 from catalog.registry import base_models as catalog_bases
 from catalog.resources import pack_key as packing
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
-from catalog.tables import Job, new_id
+from catalog.tables.jobs import Job
+from catalog.tables.table import new_id
 from worker.background import base_models
 from worker.background.chores import Chores
 from worker.context.context import WorkerContext
@@ -33,13 +34,12 @@ from worker.node import scratch_dirs
 from worker.process.clock import boot_seconds
 from worker.process.launcher import TrainerProcess, launch
 from worker.protocol.mailbox import Json, TrainerDirectory, Verb
-from worker.session.capacity import room_of, told_room
+from worker.session.capacity import announced, room_of, told_room
+from worker.session.failures import mishap, mishap_of_job
 from worker.session.job_logs import cleaned
-from worker.session.mishaps import mishap, mishap_of_job
-from worker.session.registration import announced
 from worker.session.session_job import STOPPED, End
 from worker.session.sharding import strategy_for
-from worker.session.trainer_session import OUTAGES, Pack
+from worker.session.trainer_session import OUTAGES, TrainerSession
 from worker.session.watchdog import LEFT_BEHIND, cordon_silent, set_aside, watch_clock
 
 log = logging.getLogger(__name__)
@@ -185,17 +185,19 @@ def _trainer_settings(context: WorkerContext, first: Job) -> Json:
     }
 
 
-def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, directory: TrainerDirectory) -> Pack:
+def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, directory: TrainerDirectory) -> TrainerSession:
     """An empty pack for jobs like `first`; forgotten with the stack."""
     assert first.trainer_id is not None, "the claim names the trainer that it is for"
     description = catalog_bases.get(context.db, first.base_model).description or {}
     strategy = strategy_for(context, first)
-    pack = Pack(context, first.trainer_id, directory, first.pack_key, description=description, strategy=strategy)
+    pack = TrainerSession(
+        context, first.trainer_id, directory, first.pack_key, description=description, strategy=strategy
+    )
     stack.callback(pack.forget_all)
     return pack
 
 
-def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pack: Pack) -> list[Claim]:
+def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pack: TrainerSession) -> list[Claim]:
     """Until the trainer has ended, or can't be ended. Returns claims of another pack, for which this one was unloaded.
 
     Each part goes on by itself in an outage: what people ask for is obeyed though nothing can be recorded.
@@ -248,7 +250,7 @@ def _patiently(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
         return None
 
 
-def _tell_to_leave(trainer: TrainerProcess, pack: Pack, left: End) -> bool:
+def _tell_to_leave(trainer: TrainerProcess, pack: TrainerSession, left: End) -> bool:
     """True once it is told. A trainer that is still loading has nothing to save."""
     if pack.ready is not None:
         pack.is_leaving = True
@@ -258,7 +260,7 @@ def _tell_to_leave(trainer: TrainerProcess, pack: Pack, left: End) -> bool:
     return True
 
 
-def _look_for_more(context: WorkerContext, pack: Pack) -> list[Claim]:
+def _look_for_more(context: WorkerContext, pack: TrainerSession) -> list[Claim]:
     """Admit jobs that may join. An empty trainer also lets go of its base for others, whom this returns."""
     if pack.has_suspect:
         return []
@@ -276,12 +278,12 @@ def _look_for_more(context: WorkerContext, pack: Pack) -> list[Claim]:
     return []
 
 
-def _is_spent(context: WorkerContext, pack: Pack) -> bool:
+def _is_spent(context: WorkerContext, pack: TrainerSession) -> bool:
     is_old = time.monotonic() - pack.idle_since >= context.settings.idle_seconds
     return not len(pack) and (is_old or leader.is_spent(context))
 
 
-def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> None:
+def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: TrainerSession) -> None:
     """The trainer has ended, or is left behind: hear its last words, and end what it leaves unfinished by the way it
     ended."""
     deadline = boot_seconds() + context.settings.lease_seconds
@@ -307,7 +309,7 @@ def _left(context: WorkerContext) -> End:
     return LEFT if context.gang is None else GANG_LEFT
 
 
-def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> End:
+def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: TrainerSession) -> End:
     if trainer.is_left_behind:
         return replace(LEFT_BEHIND, blamed_worker_id=context.worker_id)
     if pack.verdict is not None:
@@ -319,13 +321,13 @@ def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack) -> End
     return leader.cause(context, trainer, is_ready=pack.ready is not None)
 
 
-def _claim(context: WorkerContext, trainer_id: str, *, room: Room, pack_key: str | None = None) -> list[Claim]:
+def _claim(context: WorkerContext, trainer_id: str, *, room: Capacity, pack_key: str | None = None) -> list[Claim]:
     """Claimed jobs, whose leases the heartbeat renews from here on."""
     cordon_silent(context)
     if room.max_jobs <= 0 or (context.gang is not None and not context.gang.may_claim()):
         return []
     since = boot_seconds()
-    claimed = claims.claim_pack(
+    claimed = claiming.claim_pack(
         context.db,
         worker_id=context.worker_id,
         trainer_id=trainer_id,

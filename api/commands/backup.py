@@ -14,10 +14,12 @@ from catalog import pepper
 from catalog.audit import chain
 from catalog.errors import InvalidRequest
 from catalog.maintenance.audit_anchors import SUPERSEDED_PREFIX
-from catalog.maintenance.backup import Checked, check, make, open_place, restore
+from catalog.maintenance.backup.commands import BackupCheck, create, restore
+from catalog.maintenance.backup.commands import verify as check
+from catalog.maintenance.backup.location import open_place
 from catalog.settings import Settings
 from catalog.storage.store import open_store
-from catalog.tables import Json
+from catalog.tables.table import Json
 
 WHERE = "A folder, or a URL such as s3://bucket/prefix."
 BY_ITS_OWN = "Run this command of the version that the service runs; migrate after the backup: python -m api bootstrap."
@@ -49,7 +51,7 @@ def _backup(arguments: argparse.Namespace, settings: Settings) -> int:
     db = open_existing(settings, if_older=BY_ITS_OWN)
     try:
         place = open_place(arguments.place, is_new=True)
-        made = make(db, open_store(settings), place, work_dir=settings.work_dir(), keep=arguments.keep)
+        made = create(db, open_store(settings), place, work_dir=settings.work_dir(), keep=arguments.keep)
     finally:
         db.close()
     record = made.record
@@ -147,12 +149,12 @@ def _no_export(sentence: str) -> InvalidRequest:
     )
 
 
-def _found(checked: Checked) -> str:
+def _found(checked: BackupCheck) -> str:
     parts = f"{checked.num_artifacts} artifacts, {checked.num_objects} objects, {checked.num_audit_events} audit events"
     return f"{parts}, {len(checked.problems) or 'no'} problems."
 
 
-def _counts(checked: Checked) -> dict[str, Any]:
+def _counts(checked: BackupCheck) -> dict[str, Any]:
     return {name: value for name, value in asdict(checked).items() if name != "problems"}
 
 

@@ -19,7 +19,7 @@ from catalog.maintenance.backup import integrity
 from catalog.pepper import Pepper
 from catalog.resources import requirements
 from catalog.settings import Settings
-from catalog.tables import ApiKey
+from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import authentication, projects
 
 log = logging.getLogger(__name__)

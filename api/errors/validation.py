@@ -14,8 +14,7 @@ from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 
-from api.errors.field_aliases import known_elsewhere
-from api.errors.unsupported import INSTEAD_OF_REINFORCEMENT
+from api.errors.unsupported import INSTEAD_OF_REINFORCEMENT, known_elsewhere
 from catalog.errors import InvalidRequest
 from catalog.spec.validation_messages import Location, Problem, by_field, expectation, field_path
 

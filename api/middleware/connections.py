@@ -35,7 +35,7 @@ class Timeouts:
     """For each MIN_RESPONSE_BYTES of a response, while bytes wait to be sent."""
 
 
-class Connection(H11Protocol):
+class HttpConnection(H11Protocol):
     """uvicorn's, with `Timeouts`."""
 
     timeouts = Timeouts()

@@ -20,9 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.deps import Services
 from api.errors.handlers import error_response, internal_error, refusal
 from api.middleware import client_address
-from api.middleware.allowed_hosts import HostPolicy
-from api.middleware.body_limit import RequestBody
-from api.middleware.security_headers import security_headers
+from api.middleware.http import HostPolicy, RequestBody, security_headers
 from api.telemetry import Telemetry, route_template
 from catalog import logs, tracing
 from catalog.audit import log as audit

@@ -14,7 +14,7 @@ from ipaddress import IPv6Address, ip_address, ip_network
 
 import anyio
 
-from api.rate_limits.token_bucket import Bucket, Rate, Standing, charge, take
+from api.rate_limits.token_bucket import Bucket, BucketState, Rate, charge, take
 from api.settings import ApiSettings
 from catalog.errors import RateLimited, Unauthorized
 from catalog.tenancy import authentication
@@ -142,15 +142,15 @@ class Buckets:
     def num_buckets(self) -> int:
         return len(self._buckets)
 
-    def take(self, name: str, rate: Rate, *, cost: int = 1) -> Standing:
+    def take(self, name: str, rate: Rate, *, cost: int = 1) -> BucketState:
         """Ask the bucket of that name for `cost` tokens; a negative cost gives back."""
         return self._change(name, rate, partial(take, cost=cost))
 
-    def charge(self, name: str, rate: Rate, *, cost: int) -> Standing:
+    def charge(self, name: str, rate: Rate, *, cost: int) -> BucketState:
         """Take `cost` tokens from the bucket of that name, whether or not it has them."""
         return self._change(name, rate, partial(charge, cost=cost))
 
-    def _change(self, name: str, rate: Rate, change: Callable[..., tuple[Bucket, Standing]]) -> Standing:
+    def _change(self, name: str, rate: Rate, change: Callable[..., tuple[Bucket, BucketState]]) -> BucketState:
         with self._lock:
             now = self._clock()
             kept = self._buckets.pop(name, None)
@@ -166,7 +166,7 @@ class Buckets:
             del self._buckets[name]
 
 
-def headers(standing: Standing) -> dict[str, str]:
+def headers(standing: BucketState) -> dict[str, str]:
     """As the OpenAI API tells them."""
     return {
         "x-ratelimit-limit-requests": str(standing.rate.limit),
@@ -197,7 +197,7 @@ def retry_headers(error: RateLimited) -> Mapping[str, str]:
     return told
 
 
-def _refused(standing: Standing) -> RateLimited:
+def _refused(standing: BucketState) -> RateLimited:
     after = standing.retry_after_seconds
     remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Ask for fewer at once."
     return RateLimited(
@@ -220,7 +220,7 @@ def _network(address: str | None) -> str:
     return str(parsed)
 
 
-def _too_many_failures(standing: Standing) -> RateLimited:
+def _too_many_failures(standing: BucketState) -> RateLimited:
     after = standing.retry_after_seconds
     return RateLimited(
         f"Your address has sent {FAILURES.limit} requests without a valid API key within a minute.",

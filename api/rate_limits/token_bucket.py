@@ -43,7 +43,7 @@ class Bucket:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Standing:
+class BucketState:
     """How a client stands with a rate after it has asked."""
 
     rate: Rate
@@ -51,7 +51,7 @@ class Standing:
     is_allowed: bool
     cost: int = 1
 
-    def of_one(self) -> Standing:
+    def of_one(self) -> BucketState:
         """As if one token had been asked for."""
         return replace(self, cost=1, is_allowed=self.tokens >= 1)
 
@@ -72,7 +72,7 @@ class Standing:
         return max(0.0, self.cost - self.tokens) / self.rate.per_second
 
 
-def take(bucket: Bucket | None, rate: Rate, *, now: float, cost: int = 1) -> tuple[Bucket, Standing]:
+def take(bucket: Bucket | None, rate: Rate, *, now: float, cost: int = 1) -> tuple[Bucket, BucketState]:
     """The bucket after `cost` tokens were asked for; where there are fewer, none is taken. None: a full one.
 
     A negative cost gives back. A clock that went backwards fills nothing.
@@ -81,14 +81,14 @@ def take(bucket: Bucket | None, rate: Rate, *, now: float, cost: int = 1) -> tup
     is_allowed = filled.tokens >= cost
     if is_allowed:
         filled = replace(filled, tokens=min(float(rate.burst), filled.tokens - cost))
-    return filled, Standing(rate=rate, tokens=filled.tokens, is_allowed=is_allowed, cost=cost)
+    return filled, BucketState(rate=rate, tokens=filled.tokens, is_allowed=is_allowed, cost=cost)
 
 
-def charge(bucket: Bucket | None, rate: Rate, *, now: float, cost: int) -> tuple[Bucket, Standing]:
+def charge(bucket: Bucket | None, rate: Rate, *, now: float, cost: int) -> tuple[Bucket, BucketState]:
     """The bucket after work that has been done: never refused, it may owe tokens of MAX_DEBT_SECONDS at most."""
     filled = _filled(bucket, rate, now)
     charged = replace(filled, tokens=max(filled.tokens - cost, -rate.per_second * MAX_DEBT_SECONDS))
-    return charged, Standing(rate=rate, tokens=charged.tokens, is_allowed=True)
+    return charged, BucketState(rate=rate, tokens=charged.tokens, is_allowed=True)
 
 
 def _filled(bucket: Bucket | None, rate: Rate, now: float) -> Bucket:

@@ -25,7 +25,7 @@ from api.schemas.adapters import (
     files_object,
 )
 from api.schemas.pagination import ListPage, page_of
-from api.transfers.adapter_archive import Member, inline, tar_chunks, tar_size
+from api.transfers.adapter_archive import ArchiveMember, inline, tar_chunks, tar_size
 from api.transfers.attachment import READ_BYTES, Download
 from catalog.audit import lineage_signatures
 from catalog.caller import Caller
@@ -170,11 +170,11 @@ def _lineage(view: AdapterView, use: Services) -> LineageObject:
     return LineageObject(adapter_id=row.id, lineage_id=row.lineage_id, lineage=row.lineage, signature=signature)
 
 
-def _members(view: AdapterView, use: Services) -> list[Member]:
+def _members(view: AdapterView, use: Services) -> list[ArchiveMember]:
     """The two records are not of the manifest, so a file of the same name goes before them."""
     manifest = _manifest(view)
     members = [
-        Member(
+        ArchiveMember(
             path=file.path,
             num_bytes=file.num_bytes,
             read=partial(use.store.open_blob, file.digest, chunk_bytes=READ_BYTES),

@@ -15,7 +15,7 @@ from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.fleet import CordonRequest, QueueObject, WorkerObject, worker_object
 from api.schemas.pagination import ListPage, page_of
-from api.streaming.hub import Listener
+from api.streaming.hub import Subscription
 from api.streaming.response import LiveStream
 from catalog.fleet import cordons, views
 from catalog.queue import listing
@@ -45,7 +45,7 @@ async def stream_queue(use: Use, caller: Signed, recheck: Recheck, everything: A
     project_id = _scope(caller, everything)
     first = await run_route(caller.project_id, partial(use.queue_source.begin, project_id))
     look = partial(use.queue_source.begin, project_id)
-    listener = Listener(source=use.queue_source, key=project_id, look=look, signed=recheck.who)
+    listener = Subscription(source=use.queue_source, key=project_id, look=look, signed=recheck.who)
     return LiveStream(use.feed, listener, first, recheck.identify)
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.auth.authentication import bearer, require_operator
 from api.auth.service_identity import NONCE_PATTERN, proof
 from api.deps import Services, Use
-from api.middleware.allowed_hosts import host_name, is_loopback
+from api.middleware.http import host_name, is_loopback
 from api.routes import errors
 from api.routing import Router
 from catalog.db.database import read_clock

@@ -29,14 +29,14 @@ from api.schemas.job_history import (
     metric_point,
 )
 from api.schemas.pagination import ListPage, page_of
-from api.streaming.hub import Listener
+from api.streaming.hub import Subscription
 from api.streaming.job_stream import JobWatch
 from api.streaming.response import LiveStream
 from api.streaming.sse import last_event_id
 from catalog.errors import InvalidRequest
-from catalog.history import job_logs
+from catalog.history import job_logs, queries
 from catalog.history.events import ShownType
-from catalog.jobs import commands, data_reports
+from catalog.jobs import commands, data_reports, explanation
 from catalog.registry import checkpoints
 from catalog.scheduling.snapshot import Policy
 
@@ -55,7 +55,7 @@ def list_job_events(
     type: Annotated[ShownType | None, Query(description="Only these.")] = None,  # noqa: A002  (the wire's word)
 ) -> ListPage[FineTuningJobEvent]:
     """Newest first."""
-    page = commands.events_page(
+    page = queries.events_page(
         use.db, project_id=caller.project_id, job_id=job_id, after=event_seq(after), limit=limit, type=type
     )
     return page_of([event_object(row) for row in page.items], has_more=page.has_more)
@@ -96,9 +96,9 @@ def list_job_checkpoints(
 ) -> ListPage[FineTuningJobCheckpoint]:
     """Newest first, those whose files are no longer kept too."""
     job = commands.get(use.db, project_id=caller.project_id, job_id=job_id)
-    page = commands.checkpoints_page(use.db, project_id=caller.project_id, job_id=job_id, after=after, limit=limit)
+    page = queries.checkpoints_page(use.db, project_id=caller.project_id, job_id=job_id, after=after, limit=limit)
     steps = [row.step for row in page.items]
-    points = commands.points_at(use.db, project_id=caller.project_id, job_id=job_id, steps=steps)
+    points = queries.points_at(use.db, project_id=caller.project_id, job_id=job_id, steps=steps)
     names = [checkpoints.shown_name(job, row, project_name=caller.project_name) for row in page.items]
     shown = [
         checkpoint_object(row, name=name, train=points.get(("train", row.step)), valid=points.get(("valid", row.step)))
@@ -116,7 +116,7 @@ def get_job_metrics(
     max_points: Annotated[int, Query(ge=4, le=10_000, description="Thinned to so many, peaks kept.")] = 2000,
 ) -> ListPage[MetricPoint]:
     """One curve, by step."""
-    rows = commands.metrics(use.db, project_id=caller.project_id, job_id=job_id, kind=kind, max_points=max_points)
+    rows = queries.metrics(use.db, project_id=caller.project_id, job_id=job_id, kind=kind, max_points=max_points)
     return ListPage[MetricPoint](data=[metric_point(row) for row in rows])
 
 
@@ -124,7 +124,7 @@ def get_job_metrics(
 def explain_job(job_id: str, use: Use, caller: Signed) -> WhyObject:
     """Why the job is where it is, and what it waits for."""
     return WhyObject.model_validate(
-        commands.explain(
+        explanation.explain(
             use.db,
             project_id=caller.project_id,
             job_id=job_id,
@@ -144,8 +144,8 @@ def get_job_data_report(job_id: str, use: Use, caller: Signed) -> JobDataReport:
 @router.get("/attempts", operation_id="list_job_attempts")
 def list_job_attempts(job_id: str, use: Use, caller: Signed) -> ListPage[AttemptObject]:
     """Every claim of the job by a worker, the first first."""
-    rows = commands.attempts(use.db, project_id=caller.project_id, job_id=job_id)
-    beside = commands.packmates(use.db, project_id=caller.project_id, job_id=job_id)
+    rows = queries.attempts(use.db, project_id=caller.project_id, job_id=job_id)
+    beside = queries.packmates(use.db, project_id=caller.project_id, job_id=job_id)
     shown = [attempt_object(row, packmates=beside.get(row.claim_id, [])) for row in rows]
     return ListPage[AttemptObject](data=shown)
 
@@ -175,7 +175,7 @@ async def stream_job(
     if seen is not None and first.is_last and not watch.told_events:
         return Response(status_code=204)
     key = (caller.project_id, job_id)
-    listener = Listener(source=use.job_source, key=key, look=watch.look, signed=recheck.who)
+    listener = Subscription(source=use.job_source, key=key, look=watch.look, signed=recheck.who)
     return LiveStream(use.feed, listener, first, recheck.identify)
 
 

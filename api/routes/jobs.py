@@ -23,9 +23,10 @@ from api.schemas.jobs import FineTuningJob, JobMove
 from api.schemas.pagination import ListPage, page_of
 from catalog.caller import Caller
 from catalog.errors import InvalidRequest
-from catalog.jobs import commands
+from catalog.jobs import commands, submission
+from catalog.lifecycle import position
 from catalog.spec.job import JobRequest, PlannedJob
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 
 router = Router(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
 
@@ -80,10 +81,10 @@ def create_job(
     events, or its stream."""
     sent: Sent = {"idempotency_key": idempotency_key, "body_digest": body_digest(body), "is_client_retry": is_retry}
     may_repeat = is_retry or idempotency_key is not None
-    job = commands.made_before(use.db, caller=caller, **sent) if may_repeat else None
+    job = submission.made_before(use.db, caller=caller, **sent) if may_repeat else None
     if job is None:
         with _fields_named(body):
-            job = commands.create(use.db, caller=caller, request=body, **sent)
+            job = submission.create(use.db, caller=caller, request=body, **sent)
     use.doorbell.ring()
     return _shown(use, caller, job)
 
@@ -140,13 +141,13 @@ def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
 @router.post("/{job_id}/hold", operation_id="hold_job", responses=errors(404, 409))
 def hold_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
     """Keep it in the queue and out of every trainer, until it is released. Its files are prepared meanwhile."""
-    return _shown(use, caller, commands.hold(use.db, project_id=caller.project_id, job_id=job_id))
+    return _shown(use, caller, position.hold(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/release", operation_id="release_job", responses=errors(404, 409))
 def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
     """Let a held job be chosen again, in its old place."""
-    job = commands.release(use.db, project_id=caller.project_id, job_id=job_id)
+    job = position.release(use.db, project_id=caller.project_id, job_id=job_id)
     use.doorbell.ring()
     return _shown(use, caller, job)
 
@@ -154,8 +155,8 @@ def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
 @router.post("/{job_id}/move", operation_id="move_job", responses=errors(404, 409))
 def move_job(job_id: str, body: JobMove, use: Use, caller: Signed) -> FineTuningJob:
     """Give it another place among the project's jobs of its class that wait. Other projects' turns stay as they are."""
-    target = commands.Target(before=body.before, after=body.after, to=body.to)
-    return _shown(use, caller, commands.move_to(use.db, project_id=caller.project_id, job_id=job_id, target=target))
+    target = position.MoveTarget(before=body.before, after=body.after, to=body.to)
+    return _shown(use, caller, position.move_to(use.db, project_id=caller.project_id, job_id=job_id, target=target))
 
 
 @contextmanager

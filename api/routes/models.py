@@ -11,7 +11,7 @@ from api.schemas.models import AddModelRequest, ModelDeleted, ModelObject, adapt
 from api.schemas.pagination import ListPage, page_of
 from catalog.registry import adapters, base_models
 from catalog.registry.adapters import CheckpointModel
-from catalog.tables import BaseModelRow
+from catalog.tables.storage import BaseModelRow
 from catalog.tenancy.authentication import Caller
 
 router = Router(prefix="/v1/models", tags=["models"], responses=SIGNED)

@@ -15,7 +15,7 @@ from api.schemas.pagination import ListPage, page_of
 from api.schemas.plans import PlanDeleted, PlanObject, plan_object
 from catalog.plans import plans
 from catalog.spec.job import JobRequest
-from catalog.tables import Plan
+from catalog.tables.plans import Plan
 from catalog.tenancy.authentication import Caller
 
 router = Router(prefix="/v1/plans", tags=["plans"], responses=SIGNED)

@@ -14,7 +14,7 @@ from api.schemas.usage import UsagePage, usage_page
 from catalog.db.database import read_clock
 from catalog.usage import report as usage_report
 from catalog.usage.ledger import DAY_SECONDS
-from catalog.usage.report import MOST_DAYS, Asked, GroupBy
+from catalog.usage.report import MOST_DAYS, GroupBy, UsageQuery
 
 router = Router(prefix="/v1/usage", tags=["usage"], responses=SIGNED)
 LAST_SECOND = 253402300799
@@ -43,7 +43,7 @@ def get_usage(
     if start_time is None:
         with use.db.read() as session:
             start_time = max(0, int(end_time or read_clock(session)) - (USUAL_DAYS - 1) * DAY_SECONDS)
-    asked = Asked(
+    asked = UsageQuery(
         start_time=start_time if page is None else max(start_time, int(page) * DAY_SECONDS),
         end_time=end_time,
         group_by=group_by or ("project_id",),

@@ -33,11 +33,11 @@ from api.schemas.webhooks import (
 )
 from catalog.db.database import read_clock
 from catalog.errors import Conflict
-from catalog.tables import WebhookDelivery
+from catalog.tables.webhooks import WebhookDelivery
 from catalog.webhooks import delivery_log, delivery_queue, endpoints, sealed_urls, signing
 from catalog.webhooks.delivery_log import Status
-from catalog.webhooks.delivery_queue import Outcome
-from catalog.webhooks.event_types import EVENT_TYPES, SAMPLE_IDS
+from catalog.webhooks.delivery_queue import DeliveryResult
+from catalog.webhooks.outbox import EVENT_TYPES, SAMPLE_IDS
 from catalog.webhooks.url_policy import target_of
 
 router = Router(prefix="/v1", tags=["webhooks"], responses=SIGNED)
@@ -200,7 +200,9 @@ def replay_webhook_delivery(webhook_delivery_id: str, use: Use, caller: Signed) 
     return _delivery_objects(use, [row])[0]
 
 
-async def _sent(use: Services, project_id: str, url: str, delivery: WebhookDelivery, secrets: list[str]) -> Outcome:
+async def _sent(
+    use: Services, project_id: str, url: str, delivery: WebhookDelivery, secrets: list[str]
+) -> DeliveryResult:
     body = signing.body_of(delivery)
     headers = signing.headers(body, message_id=delivery.event_id, at=time.time(), signed_with=secrets)
     async with use.webhooks.tests.slot(project_id):

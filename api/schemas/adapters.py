@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.job_history import Rewards
 from catalog.registry import checkpoints
-from catalog.tables import Adapter, Artifact
+from catalog.tables.storage import Adapter, Artifact
 
 
 class VerificationObject(BaseModel):
@@ -26,7 +26,7 @@ class VerificationObject(BaseModel):
     explanation: str | None = Field(default=None, description="What was compared, and why so much is allowed.")
 
 
-class EvaluationObject(BaseModel):
+class AdapterEvaluation(BaseModel):
     """Mean loss on the validation file, per supervised token or per pair of answers; pairs have no perplexity.
 
     Beside the adapter's stands what its job began with: the base, or the parent adapter.
@@ -86,7 +86,7 @@ class AdapterObject(BaseModel):
     )
     lineage_id: str
     verification: VerificationObject
-    evaluation: EvaluationObject | None
+    evaluation: AdapterEvaluation | None
 
 
 class ArtifactFile(BaseModel):

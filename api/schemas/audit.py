@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog.audit.chain import Checked, Fault, content
+from catalog.audit.chain import ChainCheck, Fault, content
 from catalog.audit.log import ActorType
-from catalog.tables import AuditEvent
+from catalog.tables.audit import AuditEvent
 
 _EXAMPLE: dict[str, Any] = {
     "object": "audit_event",
@@ -97,7 +97,7 @@ def audit_event_object(event: AuditEvent) -> AuditEventObject:
     return AuditEventObject.model_validate({**content(event), "digest": event.digest})
 
 
-def verification(found: Checked) -> AuditVerification:
+def verification(found: ChainCheck) -> AuditVerification:
     misfit = found.misfit
     return AuditVerification(
         is_sound=misfit is None,

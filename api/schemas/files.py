@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from catalog.datasets.formats import KIND_NAMES
 from catalog.spec.strict import Strict
 from catalog.storage.files import LIFETIME_SECONDS
-from catalog.tables import File
+from catalog.tables.storage import File
 
 
 class FileObject(BaseModel):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.fleet.views import WorkerView
 from catalog.spec.strict import Strict
-from catalog.tables import Json
+from catalog.tables.table import Json
 
 
 class QueueEntry(BaseModel):

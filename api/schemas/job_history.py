@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from catalog.history.job_logs import Line
 from catalog.history.metric_points import Point
 from catalog.resources.sharding import Strategy
-from catalog.tables import Attempt, Checkpoint, JobEvent
+from catalog.tables.history import Attempt, Checkpoint, JobEvent
 
 EVENT_PREFIX = "ftevent-"
 

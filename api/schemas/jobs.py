@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.spec.job import JobSpec
 from catalog.spec.methods import MethodType, method_object
-from catalog.spec.sample_spec import Samples
 from catalog.spec.strict import Strict
-from catalog.spec.training import EarlyStopping
+from catalog.spec.training import EarlyStopping, Samples
 from catalog.states import JobState, PriorityClass
-from catalog.tables import Job, Trial
+from catalog.tables.jobs import Job
+from catalog.tables.sweeps import Trial
 
 JOB_EXAMPLE: dict[str, Any] = {
     "id": "ftjob-1c0ffee0a1b2c3d4e5f60718",

@@ -10,7 +10,7 @@ from api.schemas import changes_schema
 from catalog.spec.strict import WITHOUT_NUL, Strict
 from catalog.states import Priority, PriorityClass
 from catalog.sweeps.revocation import Revocation
-from catalog.tables import ApiKey
+from catalog.tables.tenancy import ApiKey
 from catalog.tenancy.authentication import is_live
 from catalog.tenancy.scopes import SCOPES, Scope, held
 

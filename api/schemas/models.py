@@ -10,7 +10,7 @@ from catalog.registry import checkpoints
 from catalog.registry.base_models import SOURCE_PATTERN
 from catalog.spec.job import LABEL_PATTERN
 from catalog.spec.strict import Strict
-from catalog.tables import Adapter, BaseModelRow
+from catalog.tables.storage import Adapter, BaseModelRow
 
 
 class AddModelRequest(Strict):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.projects import OwnerName
 from catalog.spec.strict import Strict
-from catalog.tables import Organization
+from catalog.tables.tenancy import Organization
 
 _EXAMPLE: dict[str, Any] = {
     "object": "organization",

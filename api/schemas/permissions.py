@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.spec.strict import WITHOUT_NUL, Strict
-from catalog.tables import ModelPermission
+from catalog.tables.tenancy import ModelPermission
 
 ProjectName = Annotated[str, Field(min_length=1, max_length=128, json_schema_extra=WITHOUT_NUL)]
 

@@ -17,11 +17,11 @@ from api.schemas.jobs import (
     ScheduleObject,
     configuration,
 )
-from catalog.plans.plans import Details
+from catalog.plans.plans import FileDetails
 from catalog.resources.sharding import Strategy
 from catalog.spec.job import JobSpec
 from catalog.spec.training import EarlyStopping
-from catalog.tables import Plan
+from catalog.tables.plans import Plan
 
 EXAMPLE: dict[str, Any] = {
     "id": "plan-5e1f0a9b8c7d6e5f4a3b2c1d",
@@ -237,7 +237,7 @@ class PlanDeleted(BaseModel):
     deleted: bool = True
 
 
-def plan_object(row: Plan, details: Details | None = None) -> PlanObject:
+def plan_object(row: Plan, details: FileDetails | None = None) -> PlanObject:
     """details: where they may be shown."""
     found = dict(row.found or {})
     if found:

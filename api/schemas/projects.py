@@ -10,8 +10,8 @@ from api.schemas import changes_schema
 from catalog.spec.job import LABEL_PATTERN
 from catalog.spec.strict import WITHOUT_NUL, Strict
 from catalog.states import Priority, PriorityClass
-from catalog.tables import Project
-from catalog.usage.quotas import Limit, Standing
+from catalog.tables.tenancy import Project
+from catalog.usage.quotas import Limit, QuotaStatus
 
 _EXAMPLE: dict[str, Any] = {
     "object": "project",
@@ -148,7 +148,7 @@ class ProjectLimitsObject(BaseModel):
     highest_priority: Priority = Field(description="The highest priority that its jobs may have.")
 
 
-def limits_object(row: Project, standings: list[Standing]) -> ProjectLimitsObject:
+def limits_object(row: Project, standings: list[QuotaStatus]) -> ProjectLimitsObject:
     told = [
         ProjectLimit(
             name=one.name,

@@ -10,7 +10,7 @@ from api.schemas.files import ExpiresAfter, FileObject, file_object
 from catalog.spec.strict import WITHOUT_NUL, Strict
 from catalog.storage.files import PURPOSES
 from catalog.storage.multipart_uploads import MAX_PARTS, Status, UploadView
-from catalog.tables import UploadPart
+from catalog.tables.storage import UploadPart
 
 EXAMPLE: dict[str, Any] = {
     "id": "upload-7d0c2f51a9b84e63c1d2e3f4",

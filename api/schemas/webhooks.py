@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from api.schemas.keys import LAST_SECOND, NAME
 from catalog.spec.strict import Strict
-from catalog.tables import WebhookDelivery, WebhookEndpoint, WebhookTry
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.webhooks.delivery_log import Status
-from catalog.webhooks.event_types import EVENT_TYPES, EventType
+from catalog.webhooks.outbox import EVENT_TYPES, EventType
 from catalog.webhooks.url_policy import MAX_URL
 
 DAY = 86_400

@@ -77,7 +77,7 @@ class Topic:
     """Its source's own, to know by whether anything is new. None: it is to read and tell how the thing looks."""
     is_doubted: bool = False
     """A listener joined who was told something else than the topic: the next look tells it again."""
-    listeners: set[Listener] = field(default_factory=set["Listener"])
+    listeners: set[Subscription] = field(default_factory=set["Subscription"])
 
 
 class Source(Protocol):
@@ -89,7 +89,7 @@ class Source(Protocol):
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
-class Listener:
+class Subscription:
     source: Source
     key: Hashable
     look: Look
@@ -145,7 +145,7 @@ class _Signed:
 
     identify: Callable[[], object]
     checked_at: float
-    listeners: set[Listener] = field(default_factory=set[Listener])
+    listeners: set[Subscription] = field(default_factory=set[Subscription])
 
 
 class Feed:
@@ -154,7 +154,7 @@ class Feed:
         self._heartbeat_seconds = heartbeat_seconds
         self._topics: dict[Source, dict[Hashable, Topic]] = {}
         self._signed: dict[Hashable, _Signed] = {}
-        self._listeners: set[Listener] = set()
+        self._listeners: set[Subscription] = set()
         self._somebody = asyncio.Event()
         self._catching_up = anyio.CapacityLimiter(CATCHING_UP)
         self._closed = False
@@ -162,7 +162,7 @@ class Feed:
     def num_listeners(self) -> int:
         return len(self._listeners)
 
-    def enter(self, listener: Listener, first: Found, identify: Callable[[], object]) -> None:
+    def enter(self, listener: Subscription, first: Found, identify: Callable[[], object]) -> None:
         """It is counted, and has what its first look brought. `identify` raises Unauthorized once it may not listen."""
         now = time.monotonic()
         listener.told_at, listener.ends_at = now, now + MAX_STREAM_SECONDS
@@ -174,7 +174,7 @@ class Feed:
             listener.end()
         self._somebody.set()
 
-    def leave(self, listener: Listener) -> None:
+    def leave(self, listener: Subscription) -> None:
         self._listeners.discard(listener)
         signed = self._signed.get(listener.signed)
         if signed is not None:
@@ -190,7 +190,7 @@ class Feed:
         if not self._listeners:
             self._somebody.clear()
 
-    async def catch_up(self, listener: Listener) -> bool:
+    async def catch_up(self, listener: Subscription) -> bool:
         """One look of its own, unless it goes with its topic now, or has ended: then True."""
         if listener.ended or self._join(listener):
             return True
@@ -221,7 +221,7 @@ class Feed:
         for listener in self._listeners:
             listener.end()
 
-    def _note(self, listener: Listener, found: Found) -> None:
+    def _note(self, listener: Subscription, found: Found) -> None:
         """What its own look brought."""
         listener.seq, listener.is_behind = found.seq, found.has_more
         if found.view is not None:
@@ -230,7 +230,7 @@ class Feed:
         if found.is_last:
             listener.end()
 
-    def _join(self, listener: Listener) -> bool:
+    def _join(self, listener: Subscription) -> bool:
         """Go with the topic, where the listener has seen all that the topic has told."""
         if listener.is_behind:
             return False

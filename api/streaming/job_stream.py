@@ -13,10 +13,11 @@ from api.streaming.sse import message
 from catalog.caller import Caller
 from catalog.db.database import Database
 from catalog.history import changes as watching
-from catalog.history.changes import Seen
+from catalog.history.changes import WatchedJob
 from catalog.history.metric_points import Point
 from catalog.states import FINAL_STATES
-from catalog.tables import Job, JobEvent
+from catalog.tables.history import JobEvent
+from catalog.tables.jobs import Job
 
 
 class JobWatch:
@@ -86,8 +87,8 @@ class JobSource:
         return found
 
 
-def _seen(topic: Topic) -> Seen:
-    return topic.mark if isinstance(topic.mark, Seen) else Seen(seq=topic.seq)
+def _seen(topic: Topic) -> WatchedJob:
+    return topic.mark if isinstance(topic.mark, WatchedJob) else WatchedJob(seq=topic.seq)
 
 
 def _messages(items: Sequence[JobEvent | Point]) -> list[tuple[int, bytes]]:

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.streaming.hub import Feed, Found, Listener
+from api.streaming.hub import Feed, Found, Subscription
 from api.streaming.sse import HEADERS
 
 
 class LiveStream(Response):
     """`first` is what the listener's first look brought; `identify` raises Unauthorized once it may not listen."""
 
-    def __init__(self, feed: Feed, listener: Listener, first: Found, identify: Callable[[], object]) -> None:
+    def __init__(self, feed: Feed, listener: Subscription, first: Found, identify: Callable[[], object]) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._feed = feed
@@ -41,7 +41,7 @@ class LiveStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _end_with_the_client(receive: Receive, listener: Listener) -> None:
+async def _end_with_the_client(receive: Receive, listener: Subscription) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     listener.held.clear()

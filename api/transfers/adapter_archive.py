@@ -15,7 +15,7 @@ END_BYTES = 2 * BLOCK_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
+class ArchiveMember:
     """A file of the tar; `read` is called when its turn comes."""
 
     path: str
@@ -23,11 +23,11 @@ class Member:
     read: Callable[[], Iterator[bytes]]
 
 
-def inline(path: str, content: bytes) -> Member:
-    return Member(path=path, num_bytes=len(content), read=lambda: iter((content,)))
+def inline(path: str, content: bytes) -> ArchiveMember:
+    return ArchiveMember(path=path, num_bytes=len(content), read=lambda: iter((content,)))
 
 
-def tar_chunks(members: list[Member], *, modified_at: int) -> Iterator[bytes]:
+def tar_chunks(members: list[ArchiveMember], *, modified_at: int) -> Iterator[bytes]:
     """Header, content and padding of each file, then the end marker."""
     for member in members:
         yield _header(member, modified_at)
@@ -36,17 +36,17 @@ def tar_chunks(members: list[Member], *, modified_at: int) -> Iterator[bytes]:
     yield b"\0" * END_BYTES
 
 
-def tar_size(members: list[Member], *, modified_at: int) -> int:
+def tar_size(members: list[ArchiveMember], *, modified_at: int) -> int:
     """Bytes of the whole tar."""
     sizes = [len(_header(member, modified_at)) + member.num_bytes + _padding(member) for member in members]
     return sum(sizes) + END_BYTES
 
 
-def _padding(member: Member) -> int:
+def _padding(member: ArchiveMember) -> int:
     return -member.num_bytes % BLOCK_BYTES
 
 
-def _header(member: Member, modified_at: int) -> bytes:
+def _header(member: ArchiveMember, modified_at: int) -> bytes:
     info = tarfile.TarInfo(member.path)
     info.size = member.num_bytes
     info.mtime = modified_at

@@ -32,7 +32,7 @@ STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Upload:
+class ReceivedUpload:
     """A whole file in the spool folder, and what the form said about it."""
 
     fields: dict[str, str]
@@ -87,7 +87,7 @@ def open_new(path: Path) -> BinaryIO:
 @asynccontextmanager
 async def receive_upload(
     request: Request, *, folder: Path, max_bytes: int, shape: FormShape = FILE
-) -> AsyncGenerator[Upload]:
+) -> AsyncGenerator[ReceivedUpload]:
     """The upload in `request`, a form of that shape; its spool file lives as long as the block.
 
     Raises InvalidRequest, TooLarge or OutOfSpace; the rest of the body is then unread.
@@ -97,7 +97,7 @@ async def receive_upload(
     _check_declared_size(request, max_bytes, shape)
     with Spool(folder, max_bytes=max_bytes, shape=shape) as spool:
         await _parse(request.stream(), boundary, form, spool, max_body_bytes=max_bytes + FORM_OVERHEAD_BYTES)
-        yield Upload(
+        yield ReceivedUpload(
             fields=form.fields(),
             filename=form.filename(),
             path=spool.path,

@@ -19,7 +19,7 @@ from catalog.db.database import Database
 from catalog.errors import LorryError
 from catalog.pepper import Pepper
 from catalog.webhooks import delivery_queue, sealed_urls, signing
-from catalog.webhooks.delivery_queue import Outcome, Outgoing
+from catalog.webhooks.delivery_queue import DeliveryResult, Outgoing
 
 LOOK_SECONDS = 1.0
 CLOSE_SECONDS = 5.0
@@ -85,11 +85,11 @@ class WebhookDeliverer:
             del self._in_flight[outgoing.delivery_id]
             self._wakened.set()
 
-    async def _try(self, outgoing: Outgoing) -> Outcome:
+    async def _try(self, outgoing: Outgoing) -> DeliveryResult:
         if not outgoing.signed_with:
-            return Outcome(started_at=time.time(), seconds=0.0, error=signing.SecretLost().sentence())
+            return DeliveryResult(started_at=time.time(), seconds=0.0, error=signing.SecretLost().sentence())
         if outgoing.url is None:
-            return Outcome(started_at=time.time(), seconds=0.0, error=sealed_urls.UrlLost().sentence())
+            return DeliveryResult(started_at=time.time(), seconds=0.0, error=sealed_urls.UrlLost().sentence())
         headers = signing.headers(
             outgoing.body, message_id=outgoing.message_id, at=time.time(), signed_with=outgoing.signed_with
         )

@@ -20,8 +20,8 @@ import httpx
 from api.rate_limits.project_slots import ProjectSlots
 from api.webhooks.name_resolver import Lookup, NameResolver, NoAddress, system_lookup
 from catalog.errors import InvalidRequest
-from catalog.webhooks.delivery_queue import Outcome
-from catalog.webhooks.url_policy import OPENED, Rules, Target, target_of, why_shut
+from catalog.webhooks.delivery_queue import DeliveryResult
+from catalog.webhooks.url_policy import OPENED, Rules, WebhookTarget, target_of, why_shut
 
 TRY_SECONDS = 15.0
 """For all of a try: name, connection, request and reply."""
@@ -68,7 +68,7 @@ class WebhookSender:
         self._try_seconds = try_seconds
         self.tests = ProjectSlots(MAX_TESTS, per_project=TESTS_OF_PROJECT)
 
-    async def send(self, url: str, *, project_id: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
+    async def send(self, url: str, *, project_id: str, body: bytes, headers: Mapping[str, str]) -> DeliveryResult:
         """Never raises for what the other side, or the network, does."""
         started_at, begun, progress = time.time(), time.monotonic(), _Progress()
         was_saturated = self.resolver.is_saturated(project_id)
@@ -76,7 +76,7 @@ class WebhookSender:
             async with asyncio.timeout(self._try_seconds):
                 addresses = await self._checked_addresses(target := target_of(url, self.rules), project_id)
                 status_code, reply, retry_after = await self._request(target, addresses, body, headers, progress)
-            return Outcome(
+            return DeliveryResult(
                 started_at=started_at,
                 seconds=time.monotonic() - begun,
                 status_code=status_code,
@@ -92,7 +92,7 @@ class WebhookSender:
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as failure:
             error = f"The request failed: {str(failure) or type(failure).__name__}."
         is_saturated = was_saturated or self.resolver.is_saturated(project_id)
-        return Outcome(
+        return DeliveryResult(
             started_at=started_at,
             seconds=time.monotonic() - begun,
             error=escaped(error.encode()),
@@ -100,7 +100,12 @@ class WebhookSender:
         )
 
     async def _request(
-        self, target: Target, addresses: Sequence[str], body: bytes, headers: Mapping[str, str], progress: _Progress
+        self,
+        target: WebhookTarget,
+        addresses: Sequence[str],
+        body: bytes,
+        headers: Mapping[str, str],
+        progress: _Progress,
     ) -> tuple[int, bytes, float | None]:
         last = len(addresses) - 1
         for number, address in enumerate(addresses):
@@ -111,7 +116,7 @@ class WebhookSender:
                     raise
         raise AssertionError("there is an address")
 
-    async def _checked_addresses(self, target: Target, project_id: str) -> list[str]:
+    async def _checked_addresses(self, target: WebhookTarget, project_id: str) -> list[str]:
         """Raises NotSent where one of them is shut: who has such a one among others is trying something."""
         try:
             texts = await self.resolver.resolve(target.host, target.port, project_id=project_id)
@@ -124,7 +129,7 @@ class WebhookSender:
         return [str(address) for address in found[:MAX_ADDRESSES]]
 
     async def _ask(
-        self, target: Target, address: str, body: bytes, headers: Mapping[str, str], progress: _Progress
+        self, target: WebhookTarget, address: str, body: bytes, headers: Mapping[str, str], progress: _Progress
     ) -> tuple[int, bytes, float | None]:
         """A connection of its own: a shared one would be known by its address alone, whatever its certificate says."""
         shown = f"[{address}]" if ":" in address else address

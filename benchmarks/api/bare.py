@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from sqlalchemy import create_engine, make_url, select
 from sqlalchemy.orm import Session, sessionmaker
 
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 
 CONSTANT, IN_A_THREAD, A_ROW = "/constant", "/in-a-thread", "/row/{job_id}"
 

@@ -12,7 +12,7 @@ from benchmarks.api.plan import ApiPlan
 from benchmarks.api.service import place, servers
 from benchmarks.results import Result, rates
 from catalog.db.database import Database
-from catalog.queue import claims
+from catalog.queue import claiming
 from tests.catalog.world import LEASE, WIDE
 
 GOAL_CLAIMS = 500.0
@@ -65,7 +65,7 @@ def _claim(url: str, worker_id: str, go: Any, claimed: Any) -> None:
     go.wait()
     got: list[str] = []
     given = {"room": ONE, "lease_seconds": LEASE * 10, "trainer_id": f"trainer-{worker_id}"}
-    while some := claims.claim_pack(db, worker_id=worker_id, **given):
+    while some := claiming.claim_pack(db, worker_id=worker_id, **given):
         got += [claim.job.id for claim in some]
     db.close()
     claimed.put(got)

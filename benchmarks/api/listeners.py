@@ -19,7 +19,7 @@ from benchmarks.api.plan import ApiPlan
 from benchmarks.api.service import Served, api, place, servers
 from benchmarks.results import Result, median_of
 from benchmarks.workload import ROOT
-from catalog.queue import claims
+from catalog.lifecycle import recording
 from tests.catalog.world import World
 
 GOAL_SECONDS = 1.0
@@ -74,7 +74,7 @@ def _listen(plan: ApiPlan, served: Served, world: World, claim_id: str, jobs: li
         for number in range(plan.marks):
             mark = f"mark {number} of {os.getpid()} {len(jobs)}"
             began = time.time()
-            claims.record_event(world.db, claim_id, "info", mark)
+            recording.record_event(world.db, claim_id, "info", mark)
             committed = time.time()
             marks.append(say({"mark": mark, "committed": committed}) | {"write_seconds": committed - began})
         return {"opening": opening, "marks": marks}

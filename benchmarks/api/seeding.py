@@ -7,8 +7,10 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, String, Table, insert, literal, select, true, update
 from sqlalchemy import cast as sql_cast
 
-from catalog.queue import claims
-from catalog.tables import Adapter, Attempt, File, Job, JobEvent, MetricBlock
+from catalog.lifecycle import recording
+from catalog.tables.history import Attempt, JobEvent, MetricBlock
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, File
 from tests.catalog.world import World
 
 CHUNK = 50_000
@@ -26,7 +28,7 @@ def fill(world: World, *, num_jobs: int, num_points: int) -> dict[str, str]:
         {"kind": "train", "step": step, "loss": 2 / step, "token_accuracy": 0.5, "learning_rate": 1e-4, "num_tokens": 9}
         for step in range(1, num_points // num_jobs + 1)
     ]
-    claims.record_metrics(world.db, claim.claim_id, points)
+    recording.record_metrics(world.db, claim.claim_id, points)
     world.complete(claim.claim_id)
     ended = claim.job.id
     with world.db.write() as session:  # they are of the past

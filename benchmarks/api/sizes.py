@@ -16,7 +16,7 @@ from benchmarks.api.seeding import fill
 from benchmarks.api.service import Served, api, place, servers
 from benchmarks.results import Result
 from catalog.fleet import metrics
-from catalog.queue import claims
+from catalog.lifecycle import recording
 from tests.catalog.world import WIDE, World
 
 GOAL_RATIO = 2.0
@@ -74,7 +74,7 @@ def _long(world: World, num_steps: int) -> str:
     for first in range(1, num_steps + 1, 5000):
         steps = range(first, min(first + 5000, num_steps + 1))
         points = [{"kind": "train", "step": step, "loss": 1 + 1 / step, "learning_rate": 1e-4} for step in steps]
-        claims.record_metrics(world.db, claim.claim_id, points)
+        recording.record_metrics(world.db, claim.claim_id, points)
     return claim.job.id
 
 

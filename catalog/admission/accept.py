@@ -6,31 +6,32 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, cast, get_args
 
 from sqlalchemy.orm import Session
 
-from catalog.admission import parent as continuing
 from catalog.admission.target_layers import Targets
 from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, RowKind, known_kind, row_kind
 from catalog.db.database import Database, get_locked
 from catalog.errors import InvalidRequest, LorryError, NotFound
 from catalog.fleet import views
 from catalog.lifecycle import position
-from catalog.registry import base_models
+from catalog.registry import adapters, base_models
 from catalog.resources import memory
 from catalog.resources.pack_key import pack_key
 from catalog.spec import evaluation_schedule
 from catalog.spec.data import check_data
 from catalog.spec.integrations import INSTALL
-from catalog.spec.job import JobRequest, JobSpec, Precision, resolve
+from catalog.spec.job import JobRequest, JobSpec, ParentSpec, Precision, resolve
 from catalog.spec.job_warnings import Caution
 from catalog.spec.lora import LoraSpec, begins_with_the_base, resolve_lora
 from catalog.spec.methods import MethodType, compared_kind
 from catalog.spec.training import BASE_LEARNING_RATE
 from catalog.states import PriorityClass
 from catalog.storage import files, token_cache
-from catalog.tables import Adapter, BaseModelRow, File, Job, new_id
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, BaseModelRow, File
+from catalog.tables.table import new_id
 from catalog.tenancy.authentication import Caller
 
 PURPOSE = "fine-tune"
@@ -80,11 +81,11 @@ def accept(
 
     Raises InvalidRequest, NotFound.
     """
-    asked, parent = request, continuing.parent_of(session, request, project_id=caller.project_id)
+    asked, parent = request, parent_of(session, request, project_id=caller.project_id)
     base = _usable_base(session, caller, _base_name(request, parent))
     if parent is not None:
-        continuing.check_base(parent, base)
-        request = continuing.completed(session, request, parent)
+        check_parent_base(parent, base)
+        request = complete_from_parent(session, request, parent)
     training = _usable_file(session, caller, request.training_file, "training_file", now=now)
     validation = None
     if request.validation_file is not None:
@@ -105,7 +106,7 @@ def accept(
         max_positions=(base.description or {}).get("max_positions"),
         seed=seed,
         auto_precision=auto_precision or views.auto_precision(session, now=now),
-        parent=parent and continuing.parent_spec(parent),
+        parent=parent and parent_spec(parent),
     )
     evaluation_schedule.check_in_time(spec, evaluation_schedule.most_steps(spec, training.num_rows or 0))
     surprised = tuple(surprises(request, spec, training, validation))
@@ -130,10 +131,10 @@ def resolve_targets(db: Database, caller: Caller, requests: Iterable[JobRequest]
 
 def _shape(session: Session, caller: Caller, request: JobRequest) -> tuple[BaseModelRow, LoraSpec]:
     """As `accept` will find it."""
-    parent = continuing.parent_of(session, request, project_id=caller.project_id)
+    parent = parent_of(session, request, project_id=caller.project_id)
     base = _usable_base(session, caller, _base_name(request, parent))
     if parent is not None:
-        request = continuing.completed(session, request, parent)
+        request = complete_from_parent(session, request, parent)
     return base, resolve_lora(request.lora)
 
 
@@ -198,7 +199,7 @@ def surprises(request: JobRequest, spec: JobSpec, training: File, validation: Fi
 
 
 def _base_name(request: JobRequest, parent: Adapter | None) -> str:
-    is_base_named = not request.model.startswith(continuing.NAME_PREFIX)
+    is_base_named = not request.model.startswith(NAME_PREFIX)
     return request.model if is_base_named or parent is None else parent.base_model
 
 
@@ -369,3 +370,99 @@ def _check_held_out(request: JobRequest) -> None:
                 remedy=f"Give a validation_file, or leave {field} out.",
                 param=field,
             )
+
+
+NAME_PREFIX = "ft:"
+"""Of an adapter's name; a base model's holds no colon."""
+OF_TRAINING = frozenset({"dropout"})
+"""Fields of `lora` that say nothing about an adapter's numbers."""
+
+
+def parent_of(session: Session, request: JobRequest, *, project_id: str) -> Adapter | None:
+    """The adapter that the request continues, by `parent_adapter` or as its `model`, locked against deletion until
+    the job that names it exists. It may be a checkpoint, or shared by another project. Raises NotFound, also for what
+    the project may not read; NoLongerKept for a checkpoint; InvalidRequest where the two differ."""
+    named = None
+    if request.model.startswith(NAME_PREFIX):
+        named = adapters.find(session, project_id, request.model, locked=True, param="model")
+    if request.parent_adapter is None:
+        return named
+    parent = adapters.find(session, project_id, request.parent_adapter, locked=True, param="parent_adapter")
+    if named is not None and named.id != parent.id:
+        raise InvalidRequest(
+            f"The model is the adapter {named.name!r}, and parent_adapter is {parent.name!r}: a job continues one.",
+            code="two_parents",
+            remedy="Give one of the two; the model may then be the base model's name.",
+            param="parent_adapter",
+        )
+    return parent
+
+
+def check_parent_base(parent: Adapter, base: BaseModelRow) -> None:
+    """Two names of one digest are one base."""
+    if parent.base_digest == base.digest:
+        return
+    raise InvalidRequest(
+        f"The adapter {parent.name!r} was trained on another base model than {base.name!r} is now.",
+        code="parent_of_another_base",
+        remedy=f"Its base model was {parent.base_model!r}, with the digest {parent.base_digest}.",
+        param="parent_adapter",
+    )
+
+
+def parent_spec(parent: Adapter) -> ParentSpec:
+    return ParentSpec(adapter=parent.id, name=parent.name, artifact=parent.artifact, lineage=parent.lineage_id)
+
+
+def complete_from_parent(session: Session, request: JobRequest, parent: Adapter) -> JobRequest:
+    """The request with what is the parent's filled in. Raises InvalidRequest for what it says otherwise."""
+    trained = JobSpec.model_validate(session.get_one(Job, parent.job_id).spec)
+    lora = exported_shape(trained.lora)
+    _check_lora(request, lora)
+    if "quantisation" in request.model_fields_set and request.quantisation != trained.quantisation:
+        raise _differs("quantisation", request.quantisation, trained.quantisation)
+    theirs = lora.model_dump(exclude=set(OF_TRAINING & request.lora.model_fields_set))
+    return request.model_copy(
+        update={"lora": request.lora.model_copy(update=theirs), "quantisation": trained.quantisation}
+    )
+
+
+def exported_shape(lora: LoraSpec) -> LoraSpec:
+    """The shape of the adapter's files: one that began with a part of the base is a plain one of twice the rank."""
+    if not lora.begins_with_the_base:
+        return lora.model_copy(update={"init_lora_weights": "default"})
+    times = math.sqrt(2) if lora.use_rslora else 2
+    return lora.model_copy(
+        update={
+            "rank": 2 * lora.rank,
+            "alpha": times * lora.alpha,
+            "rank_pattern": {key: 2 * rank for key, rank in lora.rank_pattern.items()},
+            "alpha_pattern": {key: times * alpha for key, alpha in lora.alpha_pattern.items()},
+            "init_lora_weights": "default",
+        }
+    )
+
+
+def _check_lora(request: JobRequest, theirs: LoraSpec) -> None:
+    asked = request.lora
+    for name in sorted(asked.model_fields_set - OF_TRAINING):
+        given = getattr(asked, name)
+        if given != "auto" and _plain(given) != _plain(getattr(theirs, name)):
+            raise _differs(f"lora.{name}", given, getattr(theirs, name))
+
+
+def _differs(field: str, given: object, theirs: object) -> InvalidRequest:
+    reason = f"{field} is {given!r}, and the parent adapter has {theirs!r}."
+    if field == "lora.init_lora_weights":
+        reason = f"{field} is {given!r}, and a job that continues an adapter begins with its weights."
+    return InvalidRequest(
+        reason,
+        code="differs_from_parent",
+        remedy=f"Leave {field} out, and it is the parent's; or train without a parent.",
+        param=field,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """The order of names and of numbers of blocks says nothing."""
+    return sorted(set(cast("list[Any]", value))) if isinstance(value, list) else value

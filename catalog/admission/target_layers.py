@@ -14,7 +14,7 @@ from typing import TypeVar
 from catalog.errors import Conflict, InvalidRequest
 from catalog.spec.lora import LoraSpec
 from catalog.spec.target_modules import Adapted, Matcher, adapted
-from catalog.tables import BaseModelRow
+from catalog.tables.storage import BaseModelRow
 
 MAX_ATTEMPTS = 3
 """To resolve the layers and use them before the base model changes."""

@@ -21,7 +21,8 @@ from sqlalchemy.orm import Session
 from catalog.audit import derived_keys
 from catalog.audit.derived_keys import ChainKey
 from catalog.db.database import Database, serialise
-from catalog.tables import AuditEvent, AuditHead, Json, RetiredKey
+from catalog.tables.audit import AuditEvent, AuditHead, RetiredKey
+from catalog.tables.table import Json
 
 GENESIS = "0" * 64
 """What the first event has for the digest of the one before."""
@@ -44,7 +45,7 @@ class Misfit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Checked:
+class ChainCheck:
     """What the verification of a part of the chain found."""
 
     num_events: int
@@ -100,7 +101,7 @@ def seal(db: Database, *, pepper: bytes, at_most: int | None = None) -> int:
     return num_sealed
 
 
-def check(db: Database, *, peppers: Sequence[bytes], after: int = 0, limit: int = CHECKED_AT_ONCE) -> Checked:
+def check(db: Database, *, peppers: Sequence[bytes], after: int = 0, limit: int = CHECKED_AT_ONCE) -> ChainCheck:
     """Verify at most `limit` digests of the chain behind the place `after`.
 
     peppers: the current one first. With it, events that were sealed under replaced peppers are verified too
@@ -112,7 +113,7 @@ def check(db: Database, *, peppers: Sequence[bytes], after: int = 0, limit: int 
         walk = _walk(session, keys, after=after, limit=limit)
         if walk.link > end:  # sealed meanwhile, or the head was set back
             end, noted = head(session)
-        return Checked(
+        return ChainCheck(
             num_events=walk.link - after,
             last_link=walk.link,
             last_digest=walk.digest,
@@ -122,7 +123,7 @@ def check(db: Database, *, peppers: Sequence[bytes], after: int = 0, limit: int 
         )
 
 
-def check_export(events: Iterable[Json], *, peppers: Sequence[bytes]) -> Checked:
+def check_export(events: Iterable[Json], *, peppers: Sequence[bytes]) -> ChainCheck:
     """Verify exported events in their order. An export that begins in the middle is taken at its word there.
 
     The rows of retired keys precede the events, if there are any.
@@ -145,7 +146,7 @@ def check_export(events: Iterable[Json], *, peppers: Sequence[bytes]) -> Checked
             walk = replace(walk, misfit=Misfit(link=walk.link + 1, id=ident, fault=fault))
             break
         walk, number = _Walk(link=walk.link + 1, digest=str(event["digest"])), number + 1
-    return Checked(
+    return ChainCheck(
         num_events=number,
         last_link=walk.link,
         last_digest=walk.digest,

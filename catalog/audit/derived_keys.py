@@ -28,7 +28,8 @@ from catalog.audit import lineage_signatures
 from catalog.db.database import Database, read_clock, serialise
 from catalog.errors import Conflict
 from catalog.pepper import Pepper
-from catalog.tables import AuditHead, Json, RetiredKey
+from catalog.tables.audit import AuditHead, RetiredKey
+from catalog.tables.table import Json
 
 CHAIN = "audit chain"
 """Names the lock of everything that appends to the chain."""

@@ -17,7 +17,7 @@ from catalog.audit import log as audit
 from catalog.caller import Caller
 from catalog.db.database import Database, read_clock
 from catalog.errors import OutOfSpace, Unavailable
-from catalog.tables import Json
+from catalog.tables.table import Json
 
 REPEAT_SECONDS = 600.0
 MAX_REMEMBERED = 10_000

@@ -19,7 +19,7 @@ MAX_DIGITS = 19
 MAX_NAMED_CHARS = 40
 
 
-class Message(TypedDict):
+class ChatMessage(TypedDict):
     """One turn of a conversation."""
 
     role: str
@@ -49,16 +49,16 @@ def parse_object(line: bytes) -> dict[str, Any]:
     return cast(dict[str, Any], row)
 
 
-def is_supervised(messages: list[Message]) -> bool:
+def is_supervised(messages: list[ChatMessage]) -> bool:
     """Something in the row is learnt."""
     return any(m["role"] == "assistant" and m["content"].strip() and m.get("weight", 1) for m in messages)
 
 
-def only_last_learnt(messages: list[Message]) -> list[Message]:
+def only_last_learnt(messages: list[ChatMessage]) -> list[ChatMessage]:
     """The same, with weight 0 on every answer but the last one."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     earlier = set(answers[:-1])
-    return [Message({**turn, "weight": 0}) if index in earlier else turn for index, turn in enumerate(messages)]
+    return [ChatMessage({**turn, "weight": 0}) if index in earlier else turn for index, turn in enumerate(messages)]
 
 
 def _parse_json(line: bytes) -> Any:
@@ -111,7 +111,7 @@ def _int(text: str) -> int:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int)
 
 
-def check_chat(row: dict[str, Any]) -> list[Message]:
+def check_chat(row: dict[str, Any]) -> list[ChatMessage]:
     """The messages of one row. Raises BadRow."""
     if row.keys() != {"messages"}:
         _check_row_keys(row)
@@ -121,7 +121,7 @@ def check_chat(row: dict[str, Any]) -> list[Message]:
         raise BadRow("messages_not_list", reason, "Write a list of {role, content} objects.")
     for index, message in enumerate(cast(list[Any], messages)):
         check_message(f"messages[{index}]", message)
-    checked = cast(list[Message], messages)
+    checked = cast(list[ChatMessage], messages)
     if not any(m["role"] == "assistant" and m["content"].strip() for m in checked):
         reason = "the chat has no assistant message with text"
         raise BadRow("no_assistant_turn", reason, "Add the answer that the model is to learn, or remove the row.")

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from catalog.datasets.chat import BadRow, check_chat, is_supervised, quoted
-from catalog.datasets.completion import (
+from catalog.datasets.rows import (
     COMPLETION_FORM,
+    LABEL,
+    PAIR_FORM,
     TEXT_FORM,
+    UNPAIRED_FORM,
     check_completion,
+    check_pair,
     check_text,
+    check_unpaired,
     is_completion_supervised,
 )
-from catalog.datasets.foreign_rows import refuse_foreign
-from catalog.datasets.preference import PAIR_FORM, check_pair
-from catalog.datasets.unpaired_preference import LABEL, UNPAIRED_FORM, check_unpaired
 
 DataKind = Literal["chat", "completion", "text", "preference", "unpaired"]
 
@@ -122,3 +124,30 @@ def _unknown(row: dict[str, Any]) -> BadRow:
         reason = f"the key {quoted(next(iter(row)))} is of no kind of row"
         return BadRow("unknown_key", reason, f"Write {FORMS}, or correct the key's spelling.")
     return BadRow("row_empty", "the object is empty", f"Write {FORMS}.")
+
+
+PAIR = (
+    '{"input": {"messages": [{"role": "user", "content": PROMPT}]}, '
+    '"preferred_output": [{"role": "assistant", "content": CHOSEN}], '
+    '"non_preferred_output": [{"role": "assistant", "content": REJECTED}]}'
+)
+PAIR_REMEDY = f"Write each pair in OpenAI's form: {PAIR}."
+SHARED_PROMPT_REMEDY = (
+    f"{PAIR_REMEDY} Without a key of its own, the prompt is what chosen and rejected begin with alike."
+)
+ALPACA_REMEDY = (
+    'Write {"prompt": INSTRUCTION, "completion": OUTPUT}, with the text of input, where there is any, '
+    "after the instruction in the prompt."
+)
+SHAREGPT_REMEDY = 'Write {"messages": [...]}: from becomes role (human: user, gpt: assistant), and value content.'
+
+
+def refuse_foreign(row: dict[str, Any]) -> None:
+    """Raises BadRow for a row of pairs in TRL's form, of instructions in Alpaca's, and of turns in ShareGPT's."""
+    if "chosen" in row or "rejected" in row:
+        remedy = PAIR_REMEDY if "prompt" in row else SHARED_PROMPT_REMEDY
+        raise BadRow("trl_pair", "the row is a pair of answers in TRL's form, chosen and rejected", remedy)
+    if "instruction" in row and "output" in row:
+        raise BadRow("alpaca_row", "the row is in Alpaca's form, instruction, input and output", ALPACA_REMEDY)
+    if "conversations" in row and "messages" not in row:
+        raise BadRow("sharegpt_row", "the row is in ShareGPT's form, conversations", SHAREGPT_REMEDY)

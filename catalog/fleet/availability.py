@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from catalog.fleet.views import Resident
-from catalog.tables import Json, Worker
+from catalog.fleet.views import LoadedTrainer
+from catalog.tables.fleet import Worker
+from catalog.tables.table import Json
 
 REMEDY = "An operator lets one take jobs again: lorry workers uncordon ID."
 
 
-def open_ones(residents: Sequence[Resident]) -> list[Resident]:
+def open_ones(residents: Sequence[LoadedTrainer]) -> list[LoadedTrainer]:
     return [resident for resident in residents if not resident.takes_nothing_new]
 
 
-def facts(residents: Sequence[Resident]) -> list[Json]:
+def facts(residents: Sequence[LoadedTrainer]) -> list[Json]:
     """Of each that takes nothing new: worker_id, and by and reason of its cordon, where it has one."""
     closed = (resident for resident in residents if resident.takes_nothing_new)
     return [{"worker_id": one.worker_id, **_told(one.cordon)} for one in closed]
 
 
-def where_all_are(residents: Sequence[Resident]) -> str | None:
+def where_all_are(residents: Sequence[LoadedTrainer]) -> str | None:
     """Why nothing is taken, where workers live and none takes anything new."""
     if not residents or open_ones(residents):
         return None
@@ -31,7 +32,7 @@ def where_all_are(residents: Sequence[Resident]) -> str | None:
     return f"{none} {_sentence(told)} {REMEDY}"
 
 
-def where_its_base_is(residents: Sequence[Resident], base_digest: str) -> str | None:
+def where_its_base_is(residents: Sequence[LoadedTrainer], base_digest: str) -> str | None:
     """Why it can't join where its base is loaded."""
     held = [one for one in residents if one.takes_nothing_new and one.base_digest == base_digest]
     return f"Its base is loaded elsewhere too, but: {_sentence(held[0])}" if held else None
@@ -46,7 +47,7 @@ def around(worker: Worker | None) -> str | None:
     return "That worker is cordoned: it finishes this job and takes no new one." if worker.cordon else None
 
 
-def _sentence(resident: Resident) -> str:
+def _sentence(resident: LoadedTrainer) -> str:
     if resident.cordon is None:
         return f"Worker {resident.worker_id} was asked to leave."
     reason = resident.cordon.get("reason")

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, alembic_config, read_clock
 from catalog.errors import Conflict, UnfitWorker
-from catalog.tables import Service
+from catalog.tables.fleet import Service
 
 PROTOCOL = 1
 """Of this code's workers. One more where the record or the files that workers read and write change their meaning."""

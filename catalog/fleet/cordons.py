@@ -20,10 +20,13 @@ from catalog.audit.log import SERVER, Actor, AuditType
 from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict, LorryError, NotFound
 from catalog.history import events
-from catalog.lifecycle import candidates, load_failures
+from catalog.lifecycle import candidates, failures
 from catalog.states import CLAIMED_STATES, EndReason, JobState, reasons
-from catalog.tables import Attempt, Checkpoint, Job, Json, ProjectUsage, Trainer, Worker
-from catalog.tables.living import is_live
+from catalog.tables.fleet import Trainer, Worker, is_live
+from catalog.tables.history import Attempt, Checkpoint
+from catalog.tables.jobs import Job
+from catalog.tables.table import Json
+from catalog.tables.tenancy import ProjectUsage
 
 log = logging.getLogger("lorry.catalog")
 MAX_FAILED_RUNNING = 3
@@ -48,7 +51,7 @@ class Ended:
     reason: str
     culprit: str | None = None
     """What may be to blame if not the node. None: the job. Else, where the trainer never got ready, its base, by pack
-    key, if that is known to fail (catalog/lifecycle/load_failures.py); or neither: the trainer's id, which no other
+    key, if that is known to fail (catalog/lifecycle/failures.py); or neither: the trainer's id, which no other
     trainer shares."""
 
 
@@ -349,14 +352,14 @@ def _culprits(session: Session, attempts: Sequence[Attempt], worker_id: str, *, 
 
     def got_ready(attempt: Attempt) -> bool:
         trainer = trainers.get(attempt.trainer_id or "")
-        return trainer is not None and load_failures.was_ready(trainer.report)
+        return trainer is not None and failures.was_ready(trainer.report)
 
     unready = list(takewhile(lambda attempt: not got_ready(attempt), attempts))
-    of_load = [one for one in unready if one.reason in load_failures.OF_A_LOAD and one.trainer_id in trainers]
+    of_load = [one for one in unready if one.reason in failures.OF_A_LOAD and one.trainer_id in trainers]
     keys = {one.claim_id: trainers[str(one.trainer_id)].pack_key for one in of_load}
-    suspect = {key for key in set(keys.values()) if load_failures.is_suspect(session, key, worker_id, now=now)}
+    suspect = {key for key in set(keys.values()) if failures.is_suspect(session, key, worker_id, now=now)}
     others = set(keys.values()) - suspect
-    loadable = others if len(others) > 1 else {key for key in others if load_failures.has_been_loaded(session, key)}
+    loadable = others if len(others) > 1 else {key for key in others if failures.has_been_loaded(session, key)}
     found = {claim_id: key for claim_id, key in keys.items() if key in suspect}
     for one in unready:
         if one.trainer_id and (one.reason == EndReason.NODE_FAILED or keys.get(one.claim_id) in loadable):

@@ -6,9 +6,10 @@ all at once. Every verb locks the gang's row first and names its round: who name
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
@@ -16,9 +17,9 @@ from sqlalchemy.orm import Session
 from catalog.db.database import Database, add_if_missing, read_clock
 from catalog.errors import Conflict
 from catalog.fleet import cordons
-from catalog.fleet.heard import Heard
 from catalog.states import EndReason
-from catalog.tables import Gang, GangSeat, Json, Worker, new_id
+from catalog.tables.fleet import SILENT_SECONDS, Gang, GangSeat, Worker
+from catalog.tables.table import Json, new_id
 
 MAX_FAILED = 3
 """Rounds in which a member may have no part for a reason of its own, with none in between that began."""
@@ -34,7 +35,7 @@ class NotGathered(Conflict):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class GangMember:
     """Who asks: a worker, as a member of its gang."""
 
     db: Database
@@ -42,12 +43,12 @@ class Place:
     gang: str
     silent_seconds: float
     """Who was not heard from for so long lives no more."""
-    heard: Heard | None = None
+    heard: LivenessTracker | None = None
     """By one that looks again and again: where the database's clock is set, who lives is not taken for dead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
+class LiveMember:
     """A worker of the gang that lives."""
 
     worker_id: str
@@ -75,12 +76,12 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Standing:
+class GangState:
     """A gang as one of its members sees it."""
 
     leader_id: str | None
     """None where nobody leads who lives."""
-    members: tuple[Member, ...]
+    members: tuple[LiveMember, ...]
     """Those that live, the eldest first."""
     call: Call | None
 
@@ -101,7 +102,7 @@ class Round:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
+class RoundState:
     """Of a round, for its leader."""
 
     num_others: int
@@ -117,7 +118,7 @@ class Progress:
 
 
 def enter(
-    place: Place, *, size: int, min_size: int, kind: str, num_processes: int, free_bytes: int, versions: str = ""
+    place: GangMember, *, size: int, min_size: int, kind: str, num_processes: int, free_bytes: int, versions: str = ""
 ) -> None:
     """A worker that has registered takes its seat. Seats of workers that have ended go."""
     with place.db.write() as session:
@@ -133,7 +134,7 @@ def enter(
         session.add(seat)
 
 
-def tell(place: Place, *, free_bytes: int) -> None:
+def tell(place: GangMember, *, free_bytes: int) -> None:
     """How much memory each process of a trainer could take on this member now."""
     with place.db.write() as session:
         seat = session.get(GangSeat, place.worker_id, with_for_update=True)
@@ -141,15 +142,15 @@ def tell(place: Place, *, free_bytes: int) -> None:
             seat.free_bytes = free_bytes
 
 
-def standing(place: Place) -> Standing:
+def standing(place: GangMember) -> GangState:
     with place.db.read() as session:
         row = session.get_one(Gang, place.gang)
         members = tuple(_member(seat, worker) for seat, worker in _live(session, place))
         call = _call(row, session.get(GangSeat, place.worker_id))
-        return Standing(leader_id=row.leader_id if _is_led(row, members) else None, members=members, call=call)
+        return GangState(leader_id=row.leader_id if _is_led(row, members) else None, members=members, call=call)
 
 
-def lead(place: Place) -> bool:
+def lead(place: GangMember) -> bool:
     """Take the lead where nobody has it who lives, and may begin something or has; what its last leader had begun is
     over. True for who has it."""
     with place.db.write() as session:
@@ -162,7 +163,7 @@ def lead(place: Place) -> bool:
         return row.leader_id == place.worker_id
 
 
-def open_round(place: Place, *, members: Sequence[str], task: Json, seconds: float) -> Round:
+def open_round(place: GangMember, *, members: Sequence[str], task: Json, seconds: float) -> Round:
     """Call these members, of whom the leader is one. Another round of the leader's is over by that. seconds: within
     which all have to join. Raises NotGathered where one can't be called; then none is."""
     with place.db.write() as session:
@@ -184,7 +185,7 @@ def open_round(place: Place, *, members: Sequence[str], task: Json, seconds: flo
         return Round(round_id=round_id, num_ranks=first_rank, workers=in_order, first_ranks=first_ranks)
 
 
-def join(place: Place, round_id: str) -> None:
+def join(place: GangMember, round_id: str) -> None:
     """The member has all that it needs. Raises NotGathered."""
     with place.db.write() as session:
         row, seat = _of_round(session, place, round_id)
@@ -194,7 +195,7 @@ def join(place: Place, round_id: str) -> None:
         seat.joined_at = now
 
 
-def start(place: Place, round_id: str, *, port: int) -> None:
+def start(place: GangMember, round_id: str, *, port: int) -> None:
     """All have joined, and meet at this port of the leader's address. Raises NotGathered where one has not, is lost or
     has ended, or the time is over: then none starts."""
     with place.db.write() as session:
@@ -207,7 +208,7 @@ def start(place: Place, round_id: str, *, port: int) -> None:
         session.execute(update(GangSeat).where(GangSeat.round_id == round_id).values(num_missed=0, num_failed=0))
 
 
-def progress(place: Place, round_id: str) -> Progress:
+def progress(place: GangMember, round_id: str) -> RoundState:
     """For the leader. Raises NotGathered where the round is over, or another leads."""
     with place.db.read() as session:
         row = session.get_one(Gang, place.gang)
@@ -216,7 +217,7 @@ def progress(place: Place, round_id: str) -> Progress:
         return _progress(session, place, row)
 
 
-def hindrance_of(found: Progress) -> str | None:
+def hindrance_of(found: RoundState) -> str | None:
     """Why the round can't start now; None where it can. Pure."""
     if found.ended:
         worker_id, end = min(found.ended.items())
@@ -230,7 +231,7 @@ def hindrance_of(found: Progress) -> str | None:
     return "A worker of the gang is to leave." if found.is_anyone_leaving else None
 
 
-def leave(place: Place, round_id: str, *, end: Json) -> bool:
+def leave(place: GangMember, round_id: str, *, end: Json) -> bool:
     """The member's part of the round has ended: reason, detail, is_echo. False where the round is over anyway.
 
     One that could not take part for a reason of its own is cordoned at the third time since a round of it began.
@@ -250,7 +251,7 @@ def leave(place: Place, round_id: str, *, end: Json) -> bool:
         return True
 
 
-def missed(place: Place, round_id: str, worker_ids: Collection[str]) -> None:
+def missed(place: GangMember, round_id: str, worker_ids: Collection[str]) -> None:
     """By the leader: the round came to nothing for the sake of these members. Others are called first next time."""
     with place.db.write() as session:
         if _led(session, place).round_id == round_id:
@@ -258,7 +259,7 @@ def missed(place: Place, round_id: str, worker_ids: Collection[str]) -> None:
             session.execute(update(GangSeat).where(*theirs).values(num_missed=GangSeat.num_missed + 1))
 
 
-def ask_to_leave(place: Place) -> None:
+def ask_to_leave(place: GangMember) -> None:
     """The member is to leave: its leader saves the jobs first."""
     with place.db.write() as session:
         seat = session.get(GangSeat, place.worker_id, with_for_update=True)
@@ -266,7 +267,7 @@ def ask_to_leave(place: Place) -> None:
             seat.is_leaving = True
 
 
-def end_round(place: Place, round_id: str) -> None:
+def end_round(place: GangMember, round_id: str) -> None:
     """Everybody is free. Nothing happens where the round is over already, or another leads."""
     with place.db.write() as session:
         row = _locked(session, place.gang)
@@ -274,11 +275,11 @@ def end_round(place: Place, round_id: str) -> None:
             _clear(row)
 
 
-def _progress(session: Session, place: Place, row: Gang) -> Progress:
+def _progress(session: Session, place: GangMember, row: Gang) -> RoundState:
     called = select(GangSeat).where(GangSeat.gang == row.name, GangSeat.round_id == row.round_id)
     live = {seat.worker_id for seat, _ in _live(session, place)}
     others = [seat for seat in session.scalars(called) if seat.worker_id != row.leader_id]
-    return Progress(
+    return RoundState(
         num_others=len(others),
         not_joined=tuple(sorted(seat.worker_id for seat in others if seat.joined_at is None)),
         lost=tuple(sorted(seat.worker_id for seat in others if seat.worker_id not in live)),
@@ -292,14 +293,14 @@ def _locked(session: Session, gang: str) -> Gang:
     return session.get_one(Gang, gang, with_for_update=True, populate_existing=True)
 
 
-def _led(session: Session, place: Place) -> Gang:
+def _led(session: Session, place: GangMember) -> Gang:
     row = _locked(session, place.gang)
     if row.leader_id != place.worker_id:
         raise NotGathered(f"The gang {row.name} is led by {row.leader_id} now.")
     return row
 
 
-def _of_round(session: Session, place: Place, round_id: str) -> tuple[Gang, GangSeat]:
+def _of_round(session: Session, place: GangMember, round_id: str) -> tuple[Gang, GangSeat]:
     row = _locked(session, place.gang)
     seat = session.get(GangSeat, place.worker_id, with_for_update=True, populate_existing=True)
     if seat is None or row.round_id != round_id or seat.round_id != round_id:
@@ -307,7 +308,7 @@ def _of_round(session: Session, place: Place, round_id: str) -> tuple[Gang, Gang
     return row, seat
 
 
-def _is_led(row: Gang, members: Sequence[Member]) -> bool:
+def _is_led(row: Gang, members: Sequence[LiveMember]) -> bool:
     leader = next((member for member in members if member.worker_id == row.leader_id), None)
     return leader is not None and (leader.is_open or row.round_id is not None)
 
@@ -317,10 +318,10 @@ def _clear(row: Gang) -> None:
     row.round_id = row.task = row.expires_at = row.port = None
 
 
-def _live(session: Session, place: Place) -> Sequence[tuple[GangSeat, Worker]]:
+def _live(session: Session, place: GangMember) -> Sequence[tuple[GangSeat, Worker]]:
     """The eldest first."""
     now = read_clock(session)
-    heard = place.heard or Heard(silent_seconds=place.silent_seconds)
+    heard = place.heard or LivenessTracker(silent_seconds=place.silent_seconds)
     of_gang = (GangSeat.gang == place.gang, Worker.ended_at.is_(None))
     found = select(GangSeat, Worker).join(Worker, Worker.id == GangSeat.worker_id).where(*of_gang)
     rows = session.execute(found.order_by(Worker.started_at, Worker.id))
@@ -331,8 +332,8 @@ def _is_closed(seat: GangSeat, worker: Worker) -> bool:
     return worker.takes_nothing_new or seat.is_leaving
 
 
-def _member(seat: GangSeat, worker: Worker) -> Member:
-    return Member(
+def _member(seat: GangSeat, worker: Worker) -> LiveMember:
+    return LiveMember(
         worker_id=seat.worker_id,
         host=worker.host,
         kind=seat.kind,
@@ -367,3 +368,103 @@ def _named(worker_ids: Sequence[str]) -> str:
 
 def _is_over() -> NotGathered:
     return NotGathered("That round of the gang is over.")
+
+
+class LivenessTracker:
+    """By one worker, of others. A heartbeat that is another one than before has just come, whatever time it bears."""
+
+    def __init__(self, *, silent_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._silent_seconds = silent_seconds
+        self._clock = clock
+        self._latest: dict[str, float] = {}
+        self._moved_at: dict[str, float] = {}
+
+    def is_live(self, worker_id: str, heartbeat_at: float, *, now: float) -> bool:
+        """now: by the clock that the heartbeat bears. Where that was set, what was seen to beat still counts; of one
+        that was not seen to beat yet, the time of its heartbeat."""
+        before = self._latest.get(worker_id)
+        self._latest[worker_id] = heartbeat_at
+        if before is not None and before != heartbeat_at:
+            self._moved_at[worker_id] = self._clock()
+        moved_at = self._moved_at.get(worker_id)
+        if moved_at is not None and self._clock() - moved_at < self._silent_seconds:
+            return True
+        return abs(now - heartbeat_at) < self._silent_seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GangView:
+    name: str
+    leader_id: str | None
+    size: int
+    min_size: int
+    workers: tuple[str, ...]
+    """Those that live and take something new, or train."""
+    has_trainer: bool
+    """Those that are there have begun."""
+
+    @property
+    def is_short(self) -> bool:
+        return len(self.workers) < self.size
+
+
+def gang_views(session: Session, *, now: float, silent_seconds: float = SILENT_SECONDS) -> list[GangView]:
+    """Those of which anybody lives, by name."""
+    live = (Worker.ended_at.is_(None), Worker.heartbeat_at > now - silent_seconds)
+    found = select(Gang, GangSeat, Worker).join(GangSeat, GangSeat.gang == Gang.name)
+    rows = session.execute(found.join(Worker, Worker.id == GangSeat.worker_id).where(*live).order_by(Worker.id)).all()
+    there: dict[str, list[str]] = {row.Gang.name: [] for row in rows}
+    for _, seat, worker in rows:
+        if not (worker.takes_nothing_new or seat.is_leaving):
+            there[seat.gang].append(worker.id)
+    gangs = {row.Gang.name: row.Gang for row in rows}
+    return [
+        GangView(
+            name=name,
+            leader_id=gangs[name].leader_id,
+            size=gangs[name].size,
+            min_size=gangs[name].min_size,
+            workers=tuple(there[name]),
+            has_trainer=any(worker.trainer_id and worker.id == gangs[name].leader_id for _, _, worker in rows),
+        )
+        for name in sorted(gangs)
+    ]
+
+
+def lending_workers(found: Iterable[GangView]) -> set[str]:
+    """Workers that claim nothing themselves: they lend their devices to another that lives."""
+    return {worker for gang in found if gang.leader_id in gang.workers for worker in gang.workers} - {
+        gang.leader_id for gang in found if gang.leader_id is not None
+    }
+
+
+def smallest_members(session: Session, *, now: float) -> dict[str, Worker]:
+    """Of each worker of a gang that lives: whose memory decides what fits the gang. Of more than train together the
+    smaller ones stand by, as far as may be known."""
+    limits: dict[str, Worker] = {}
+    for gang in gang_views(session, now=now):
+        rows = session.scalars(select(Worker).where(Worker.id.in_(gang.workers))).all()
+        largest_first = sorted(rows, key=lambda row: (row.memory_bytes, row.id), reverse=True)[: gang.size]
+        limits |= {row.id: largest_first[-1] for row in rows}
+    return limits
+
+
+def gang_view_facts(found: Iterable[GangView]) -> list[Json]:
+    return [asdict(gang) | {"workers": list(gang.workers)} for gang in found]
+
+
+def why_all_wait(found: Sequence[GangView], open_ids: Collection[str]) -> str | None:
+    """Why nothing begins, where every worker that takes jobs is of a gang that is not complete."""
+    short = [gang for gang in found if gang.is_short and not gang.has_trainer]
+    if not open_ids or not set(open_ids) <= {worker for gang in short for worker in gang.workers}:
+        return None
+    told = [_wait_sentence(gang) for gang in short]
+    return f"It waits for others of a gang of workers. {' '.join(told)}"
+
+
+def _wait_sentence(gang: GangView) -> str:
+    num_there = len(gang.workers)
+    told = f"Of {gang.name} {num_there} of the {gang.size} workers {'is' if num_there == 1 else 'are'} there"
+    if num_there >= gang.min_size:
+        return f"{told}; they begin without the others when these have been away for a while."
+    return f"{told}."

@@ -17,8 +17,10 @@ from catalog.fleet import views as fleet
 from catalog.fleet.views import WorkerState, WorkerView
 from catalog.lifecycle.recovery import Work
 from catalog.states import EndReason, JobState, PriorityClass
-from catalog.tables import Job, JobEvent, WebhookDelivery
-from catalog.usage import counters
+from catalog.tables.history import JobEvent
+from catalog.tables.jobs import Job
+from catalog.tables.webhooks import WebhookDelivery
+from catalog.usage import ledger
 
 MAX_COUNTED = 10_000
 """Of deliveries that wait: more are told as so many."""
@@ -72,10 +74,10 @@ def read(db: Database) -> Numbers:
     views = fleet.workers(db)
     live = [view for view in views if view.state not in ("lost", "ended")]
     with db.read() as session:
-        now, kept = read_clock(session), counters.read(session)
+        now, kept = read_clock(session), ledger.read_counters(session)
         pending, due_at = _webhooks(session)
         return Numbers(
-            jobs=counters.jobs(kept),
+            jobs=ledger.jobs_by_state(kept),
             oldest_wait_seconds=_oldest_waits(session, now=now),
             claims=kept.get(("claims", ""), 0),
             attempts_ended={reason: kept.get(("attempts_ended", reason.value), 0) for reason in EndReason},

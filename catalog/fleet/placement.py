@@ -13,8 +13,11 @@ from sqlalchemy.orm import Session
 from catalog.fleet import views
 from catalog.resources import pack_key as packing
 from catalog.resources import requirements
-from catalog.resources.sharding import NEVER, Demand, Group, reason
-from catalog.tables import BaseModelRow, Job, Json, Worker
+from catalog.resources.sharding import NEVER, Demand, DeviceGroup, reason
+from catalog.tables.fleet import Worker
+from catalog.tables.jobs import Job
+from catalog.tables.storage import BaseModelRow
+from catalog.tables.table import Json
 
 
 def of_running(session: Session, job: Job) -> list[Json]:
@@ -33,7 +36,7 @@ def of_waiting(session: Session, job: Job, *, now: float, lenders: Collection[st
     return [one for one in told if one["needed_bytes"] <= one["memory_bytes"]]
 
 
-def _told(session: Session, job: Job, group: Group, *, num_workers: int = 1) -> Json:
+def _told(session: Session, job: Job, group: DeviceGroup, *, num_workers: int = 1) -> Json:
     description = session.get_one(BaseModelRow, job.base_model).description or {}
     demand = requirements.demand(job, description, recomputes=group.kind == "cuda")
     needed_bytes = group.needed_bytes(demand)
@@ -50,7 +53,7 @@ def _told(session: Session, job: Job, group: Group, *, num_workers: int = 1) -> 
     }
 
 
-def _blocks(group: Group, demand: Demand, description: Json) -> Json:
+def _blocks(group: DeviceGroup, demand: Demand, description: Json) -> Json:
     parts = group.block_parts(demand, group.holding(demand))
     return {
         "count": description.get("blocks", {}).get("count"),

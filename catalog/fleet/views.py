@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock
-from catalog.fleet import gang_views
+from catalog.fleet import gangs
 from catalog.fleet.workers import list_workers
 from catalog.registry import base_models
 from catalog.resources.sharding import group_told
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.spec.job import Precision
-from catalog.tables import Attempt, BaseModelRow, Json, Trainer, Worker
-from catalog.tables.living import SILENT_SECONDS, has_gpu, is_live, quantisations_on
+from catalog.tables.fleet import SILENT_SECONDS, Gang, GangSeat, Trainer, Worker, has_gpu, is_live, quantisations_on
+from catalog.tables.history import Attempt
+from catalog.tables.storage import BaseModelRow
+from catalog.tables.table import Json
 
 WorkerState = Literal["idle", "busy", "draining", "lost", "ended"]
 
@@ -31,7 +33,7 @@ class WorkerView:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Resident:
+class LoadedTrainer:
     """What one live worker holds."""
 
     base_digest: str | None
@@ -81,11 +83,11 @@ def state_of(worker: Worker, *, is_training: bool, now: float) -> WorkerState:
     return "busy" if is_training else "idle"
 
 
-def residents(session: Session, *, now: float) -> list[Resident]:
+def residents(session: Session, *, now: float) -> list[LoadedTrainer]:
     """Of every live worker, by its id."""
     held = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
     return [
-        Resident(
+        LoadedTrainer(
             base_digest=worker.resident_base,
             pack_key=pack_key,
             saturation=(worker.report or {}).get("saturation"),
@@ -132,22 +134,22 @@ def count_live(session: Session, *, now: float) -> int:
 
 def empty_rooms(
     session: Session, *, now: float, quantisation: str = "none", without: Collection[str] = ()
-) -> list[Room]:
+) -> list[Capacity]:
     """Of each live worker that takes new jobs and can load a base so, with nothing in it: in a gang as much as its
     smallest worker has. without: ids of others."""
-    smallest = gang_views.smallest(session, now=now)
+    smallest = gangs.smallest_members(session, now=now)
     live = [worker for worker in _live(session, now=now, only_open=True) if worker.id not in without]
     able = [worker for worker in live if quantisation in quantisations_of(worker)]
     return [room_of(worker, smallest.get(worker.id)) for worker in able]
 
 
-def room_of(worker: Worker, smallest: Worker | None = None) -> Room:
+def room_of(worker: Worker, smallest: Worker | None = None) -> Capacity:
     """With nothing in it. smallest: of its gang, if what the others have is to count."""
     held = worker.memory_bytes if smallest is None else smallest.memory_bytes
     group = group_told(worker.devices, held)
     if smallest is not None:
         group = replace(group, smallest=smallest.id)
-    return Room(max_jobs=1, memory_bytes_free=held, recomputes=is_gpu(worker), group=group)
+    return Capacity(max_jobs=1, memory_bytes_free=held, recomputes=is_gpu(worker), group=group)
 
 
 def _live(session: Session, *, now: float, only_open: bool) -> list[Worker]:
@@ -155,17 +157,17 @@ def _live(session: Session, *, now: float, only_open: bool) -> list[Worker]:
     return [worker for worker in live if not (only_open and worker.takes_nothing_new)]
 
 
-def room_told(worker: Worker) -> Room:
+def room_told(worker: Worker) -> Capacity:
     """What it had free beside its jobs when it last looked; none where it did not say."""
     told: Json = (worker.report or {}).get("room") or {}
-    return Room(
+    return Capacity(
         max_jobs=int(told.get("max_jobs", 0)),
         memory_bytes_free=int(told.get("memory_bytes_free", 0)),
         holding=told.get("holding", "whole"),
     )
 
 
-def told_when_empty(session: Session, worker_ids: Collection[str]) -> list[tuple[str, Room]]:
+def told_when_empty(session: Session, worker_ids: Collection[str]) -> list[tuple[str, Capacity]]:
     """Of those of these workers that said what they have free: by their ids, and what that is."""
     found = session.scalars(select(Worker).where(Worker.id.in_(worker_ids)).order_by(Worker.id))
     return [
@@ -192,3 +194,23 @@ def _names(session: Session, digests: set[str]) -> dict[str, list[str]]:
     for digest, name in rows:
         found.setdefault(digest or "", []).append(name)
     return found
+
+
+LentDevices = Mapping[str, int]
+"""By worker: devices of all members of the round that it leads, its own among them."""
+
+
+def lent_devices(session: Session) -> LentDevices:
+    """Processes on a CPU share it: it is one device. Of workers that lead no round nothing is told."""
+    number = func.sum(case((GangSeat.kind == "cuda", GangSeat.num_processes), else_=1))
+    called = select(Gang.leader_id, number).join(GangSeat, GangSeat.round_id == Gang.round_id)
+    rows = session.execute(called.where(Gang.leader_id.is_not(None)).group_by(Gang.leader_id))
+    return {leader_id: int(total) for leader_id, total in rows if leader_id is not None}
+
+
+def count_devices(worker_id: str | None, devices: Sequence[Mapping[str, Any]] | None, lent_to: LentDevices) -> int:
+    """devices: as on the worker's record; None where there is none any more. At least one. Pure."""
+    if worker_id is not None and worker_id in lent_to:
+        return lent_to[worker_id]
+    group = group_told(devices or (), 0)
+    return group.num_devices if group.kind == "cuda" else 1

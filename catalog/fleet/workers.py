@@ -15,8 +15,9 @@ from catalog.lifecycle import recovery
 from catalog.lifecycle.outcomes import end_attempt
 from catalog.lifecycle.preparation import free
 from catalog.states import CLAIMED_STATES, EndReason, JobState
-from catalog.tables import Job, Json, Trainer, Worker
-from catalog.tables.living import SILENT_SECONDS
+from catalog.tables.fleet import SILENT_SECONDS, Trainer, Worker
+from catalog.tables.jobs import Job
+from catalog.tables.table import Json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,8 @@ from catalog.history import metric_store
 from catalog.history.metric_points import Point
 from catalog.history.queries import find
 from catalog.states import FINAL_STATES
-from catalog.tables import Job, JobEvent
+from catalog.tables.history import JobEvent
+from catalog.tables.jobs import Job
 
 RECENT_SECONDS = 10.0
 """Metrics from so long ago are told to a watcher that is new."""
@@ -43,7 +44,7 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class News:
+class JobChanges:
     job: Job
     items: list[JobEvent | Point]
     """In the order in which they were written: the points of a write, then its events."""
@@ -60,7 +61,7 @@ class News:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
+class WatchedJob:
     """What is known of a job that several watch: how far its events were told, and how its row looked."""
 
     seq: int
@@ -71,7 +72,7 @@ class Seen:
 class Change:
     """What is new about one of many jobs."""
 
-    seen: Seen
+    seen: WatchedJob
     job: Job
     items: list[JobEvent | Point]
     has_more: bool
@@ -94,7 +95,7 @@ def start(db: Database, *, project_id: str, job_id: str, last_seen: int | None) 
         return mark
 
 
-def look(db: Database, mark: Mark) -> News:
+def look(db: Database, mark: Mark) -> JobChanges:
     """What is new, and `mark` moved on past it."""
     with db.read() as session:
         job = find(session, mark.project_id, mark.job_id)  # before the events: a final job comes after all of its
@@ -108,10 +109,10 @@ def look(db: Database, mark: Mark) -> News:
             found = metric_store.written(session, {mark.job_id: told})
             points = [point for _, point in found if point.seq <= known]
         mark.seq = known if has_more else max(known, mark.quiet_until)
-        return News(job=job, items=_in_order(events, points), has_more=has_more)
+        return JobChanges(job=job, items=_in_order(events, points), has_more=has_more)
 
 
-def look_at_many(db: Database, seen: Mapping[tuple[str, str], Seen]) -> dict[tuple[str, str], Change | None]:
+def look_at_many(db: Database, seen: Mapping[tuple[str, str], WatchedJob]) -> dict[tuple[str, str], Change | None]:
     """By (project, job), of those about which anything is new. None: there is no such job.
 
     What it asks for doesn't grow with how many watch; a job about which nothing is new costs no question of its own.
@@ -131,7 +132,7 @@ def newest_event(db: Database) -> int:
         return session.scalar(select(func.max(JobEvent.seq))) or 0
 
 
-def _changes(session: Session, seen: Mapping[tuple[str, str], Seen]) -> dict[tuple[str, str], Change | None]:
+def _changes(session: Session, seen: Mapping[tuple[str, str], WatchedJob]) -> dict[tuple[str, str], Change | None]:
     rows = _rows(session, [job_id for _, job_id in seen])
     found = {key: row if (row := rows.get(key[1])) is not None and row[0] == key[0] else None for key in seen}
     moved = {key: row for key, row in found.items() if row is not None and row != seen[key].row}
@@ -150,7 +151,7 @@ def _changes(session: Session, seen: Mapping[tuple[str, str], Seen]) -> dict[tup
         job_id = key[1]
         changes[key] = Change(
             # What was left over is looked for again: the row will look new.
-            seen=Seen(seq=known[job_id], row=None if job_id in cut else row),
+            seen=WatchedJob(seq=known[job_id], row=None if job_id in cut else row),
             job=jobs[job_id],
             items=_in_order(events.get(job_id, []), points.get(job_id, [])),
             has_more=job_id in cut,

@@ -8,7 +8,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database
-from catalog.tables import JobEvent, Json
+from catalog.tables.history import JobEvent
+from catalog.tables.table import Json
 
 Level = Literal["info", "warn", "error"]
 EventType = Literal["message", "metrics", "transition"]

@@ -18,7 +18,8 @@ from catalog.db.pagination import Page, unknown_cursor
 from catalog.errors import StaleClaim
 from catalog.history.queries import find
 from catalog.storage.store import ArtifactStore, Blob
-from catalog.tables import Attempt, Job, JobOutput
+from catalog.tables.history import Attempt, JobOutput
+from catalog.tables.jobs import Job
 from catalog.usage import ledger
 
 MAX_BYTES = 512 * 2**10

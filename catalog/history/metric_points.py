@@ -10,9 +10,9 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise, repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 Json = dict[str, Any]
 VERSION = 1
@@ -98,3 +98,24 @@ def _whole(values: Sequence[int]) -> bytes:
 
 def _real(values: Sequence[float]) -> bytes:
     return struct.pack(f"<{len(values)}d", *values)
+
+
+T = TypeVar("T")
+
+
+def thin(points: Sequence[T], max_points: int, *, value: Callable[[T], float]) -> list[T]:
+    """At most `max_points` (4 at least) of the points, in their order.
+
+    The first and the last are kept; the rest are cut into equal buckets, of each the lowest and the highest.
+    """
+    max_points = max(4, max_points)
+    if len(points) <= max_points:
+        return list(points)
+    inner = range(1, len(points) - 1)
+    num_buckets = (max_points - 2) // 2
+    kept = {0, len(points) - 1}
+    for i in range(num_buckets):
+        bucket = inner[i * len(inner) // num_buckets : (i + 1) * len(inner) // num_buckets]
+        kept.add(min(bucket, key=lambda j: value(points[j])))
+        kept.add(max(bucket, key=lambda j: value(points[j])))
+    return [points[i] for i in sorted(kept)]

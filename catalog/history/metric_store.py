@@ -14,9 +14,8 @@ from sqlalchemy import ColumnElement, LargeBinary, Select, delete, func, or_, se
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from catalog.db.database import upsert
-from catalog.history.curves import thin
-from catalog.history.metric_points import Point, pack, unpack
-from catalog.tables import MetricBlock
+from catalog.history.metric_points import Point, pack, thin, unpack
+from catalog.tables.history import MetricBlock
 
 BLOCK_POINTS = 256
 OUTLINE_POINTS, SKETCH_POINTS = 32, 8

@@ -13,7 +13,8 @@ from catalog.errors import NotFound
 from catalog.history import metric_store
 from catalog.history.events import ShownType
 from catalog.history.metric_points import Point
-from catalog.tables import NOT_METRICS, Attempt, Checkpoint, Job, JobEvent
+from catalog.tables.history import NOT_METRICS, Attempt, Checkpoint, JobEvent
+from catalog.tables.jobs import Job
 
 
 def find(session: Session, project_id: str, job_id: str, *, locked: bool = False) -> Job:

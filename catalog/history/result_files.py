@@ -18,7 +18,9 @@ from catalog.db.database import Database
 from catalog.disk import full_disk_named
 from catalog.history import metric_store
 from catalog.storage.store import ArtifactStore, Blob
-from catalog.tables import File, Job, new_id
+from catalog.tables.jobs import Job
+from catalog.tables.storage import File
+from catalog.tables.table import new_id
 
 PURPOSE = "fine-tune-results"
 """OpenAI's, of files that nobody uploads."""

@@ -19,7 +19,11 @@ from catalog.history import events, metric_store
 from catalog.history.metric_points import Point
 from catalog.spec.integrations import Integration
 from catalog.states import FINAL_STATES, JobState
-from catalog.tables import Adapter, Job, JobExport, Json, Project, new_id
+from catalog.tables.history import JobExport
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter
+from catalog.tables.table import Json, new_id
+from catalog.tables.tenancy import Project
 
 CLAIM_SECONDS = 120.0
 MAX_POINTS = 500
@@ -53,7 +57,7 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class News:
+class RunUpdate:
     """What is to be written of a job now."""
 
     run: Json
@@ -92,7 +96,7 @@ def claim(db: Database, *, types: Collection[str], limit: int) -> list[Export]:
         return [_export(row) for row in found]
 
 
-def look(db: Database, export: Export) -> News:
+def look(db: Database, export: Export) -> RunUpdate:
     """What the record has beyond what was written."""
     with db.read() as session:
         job = session.get_one(Job, export.job_id)
@@ -105,10 +109,10 @@ def look(db: Database, export: Export) -> News:
         has_more = len(points) > MAX_POINTS
         points = points[:MAX_POINTS]
         end = _end(session, job) if is_final and not has_more else None
-        return News(run=_run(session, job, export.type), points=points, end=end, has_more=has_more)
+        return RunUpdate(run=_run(session, job, export.type), points=points, end=end, has_more=has_more)
 
 
-def record(db: Database, export: Export, news: News, *, run_id: str) -> tuple[Export, Follows]:
+def record(db: Database, export: Export, news: RunUpdate, *, run_id: str) -> tuple[Export, Follows]:
     """Note what was written; the claim is renewed while the job trains."""
     with db.write() as session:
         now = read_clock(session)
@@ -188,7 +192,7 @@ def _point(row: Point) -> Json:
     return {"kind": row.kind, "step": row.step, "at": row.created_at, "values": known}
 
 
-def _steps(news: News, kind: str) -> list[int]:
+def _steps(news: RunUpdate, kind: str) -> list[int]:
     return [point["step"] for point in news.points if point["kind"] == kind]
 
 

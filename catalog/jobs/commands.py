@@ -5,12 +5,14 @@ Accepting is in submission, reading in job_records, "why does it wait" in explan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, select
+from sqlalchemy.orm import Session, aliased
 
 from catalog.audit import log
 from catalog.audit.log import AuditType
@@ -19,51 +21,14 @@ from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict
 from catalog.history import events
 from catalog.history.queries import (
-    attempts,
-    checkpoints_page,
-    events_page,
-    events_since,
     find,
-    first_step,
-    metrics,
-    packmates,
-    points_at,
-    seconds_running,
 )
-from catalog.jobs import labels
-from catalog.jobs.explanation import explain
-from catalog.jobs.submission import create, made_before
-from catalog.lifecycle.position import Target, hold, move_to, release
 from catalog.lifecycle.transitions import move
 from catalog.resources import requirements
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb
-from catalog.tables import WITHOUT_METADATA, Job, JobLabel, Prepared
+from catalog.tables.jobs import WITHOUT_METADATA, Job, JobLabel
+from catalog.tables.storage import Prepared
 from catalog.usage import quotas
-
-__all__ = [
-    "Target",
-    "attempts",
-    "cancel",
-    "checkpoints_page",
-    "create",
-    "events_page",
-    "events_since",
-    "explain",
-    "first_step",
-    "get",
-    "hold",
-    "list_page",
-    "made_before",
-    "metrics",
-    "move_to",
-    "packmates",
-    "pause",
-    "points_at",
-    "release",
-    "resume",
-    "seconds_running",
-    "stop",
-]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,10 +86,10 @@ def list_page(
 ) -> Page[Job]:
     """Newest first. `metadata`: only jobs whose metadata hold all these pairs; {} means those without any. `tags`: only
     jobs with all of these. `after` is then one of the chosen jobs."""
-    wanted = labels.digests(metadata or {}, tags)
+    wanted = label_digests(metadata or {}, tags)
     scope, created, ident = select(Job).where(Job.project_id == project_id), Job.created_at, Job.id
     if wanted:
-        scope, created, ident = labels.jobs_with(project_id, wanted), JobLabel.created_at, JobLabel.job_id
+        scope, created, ident = jobs_with_labels(project_id, wanted), JobLabel.created_at, JobLabel.job_id
     scope = scope.where(WITHOUT_METADATA) if metadata == {} else scope
     with db.read() as session:
         return paginate(session, scope, created=created, ident=ident, after=after, limit=limit)
@@ -222,3 +187,30 @@ def _already_final(job: Job) -> Conflict:
         code="job_already_final",
         remedy="A finished job does not change any more. Create a new one to train again.",
     )
+
+
+MAX_TAGS = 16
+
+
+def label_digests(metadata: Mapping[str, str], tags: Sequence[str]) -> list[str]:
+    """One for each label: equal for equal ones, whichever job has them."""
+    labels = [["metadata", key, value] for key, value in metadata.items()]
+    labels += [["tag", tag] for tag in tags]
+    return list(dict.fromkeys(hashlib.sha256(json.dumps(label).encode()).hexdigest() for label in labels))
+
+
+def index_labels(session: Session, job: Job) -> None:
+    """Put the labels of a new job, whose row is stored, into the index."""
+    for label in label_digests(job.labels or {}, job.tags or []):
+        session.add(JobLabel(job_id=job.id, label=label, project_id=job.project_id, created_at=job.created_at))
+
+
+def jobs_with_labels(project_id: str, wanted: Sequence[str]) -> Select[Job]:
+    """The project's jobs that have all these labels, found by the first."""
+    first, *others = wanted
+    found = select(Job).join(JobLabel, JobLabel.job_id == Job.id)
+    found = found.where(JobLabel.project_id == project_id, JobLabel.label == first)
+    for label in others:
+        other = aliased(JobLabel)
+        found = found.where(select(other.job_id).where(other.job_id == Job.id, other.label == label).exists())
+    return found

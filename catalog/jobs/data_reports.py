@@ -11,7 +11,9 @@ from catalog.db.database import Database
 from catalog.history import queries
 from catalog.registry import base_models
 from catalog.storage import files
-from catalog.tables import Job, Json, Prepared
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Prepared
+from catalog.tables.table import Json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,28 +9,33 @@ from sqlalchemy.orm import Session
 
 from catalog.admission.accept import INSTALL_QUANT
 from catalog.db.database import Database, read_clock
-from catalog.fleet import availability, gang_views, placement, views
-from catalog.fleet.views import Resident
+from catalog.fleet import availability, placement, views
+from catalog.fleet import gangs as gang_views
+from catalog.fleet.views import LoadedTrainer
 from catalog.history.queries import find
 from catalog.lifecycle import deadlines
 from catalog.queue import charging, listing
 from catalog.resources import pack_key as packing
 from catalog.resources import sharding, throughput
 from catalog.resources.memory import readable
-from catalog.resources.sharding import ONE
-from catalog.scheduling import fair_share
-from catalog.scheduling.ordering import Turn
-from catalog.scheduling.snapshot import PATIENCE_SECONDS, USUAL, Policy, Room
+from catalog.resources.sharding import SINGLE
+from catalog.scheduling import ordering
+from catalog.scheduling.ordering import QueueEntry
+from catalog.scheduling.snapshot import PATIENCE_SECONDS, USUAL, Capacity, Policy
 from catalog.search.trials import trial_of
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState, PriorityClass
-from catalog.tables import Attempt, BaseModelRow, Job, Json, Worker
+from catalog.tables.fleet import Worker
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
+from catalog.tables.storage import BaseModelRow
+from catalog.tables.table import Json
 from catalog.usage import quotas
-from catalog.usage.quotas import Standing
+from catalog.usage.quotas import QuotaStatus
 
 MAX_NAMED = 20
 """Jobs that are named of those ahead."""
-NOTHING = Room(max_jobs=1, memory_bytes_free=0)
-ON_A_GPU = Room(max_jobs=1, memory_bytes_free=0, recomputes=True)
+NOTHING = Capacity(max_jobs=1, memory_bytes_free=0)
+ON_A_GPU = Capacity(max_jobs=1, memory_bytes_free=0, recomputes=True)
 
 
 def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUAL, sees_all: bool = False) -> Json:
@@ -98,15 +103,15 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
 
 def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all: bool) -> tuple[str, Json]:
     live = views.residents(session, now=now)
-    open_ones, gangs = availability.open_ones(live), gang_views.all_of(session, now=now)
-    lenders = gang_views.lenders(gangs)
+    open_ones, gangs = availability.open_ones(live), gang_views.gang_views(session, now=now)
+    lenders = gang_views.lending_workers(gangs)
     residents = [resident for resident in open_ones if resident.worker_id not in lenders]
     facts: Json = {
         "run_after": job.run_after,
         "counted_attempts": job.counted_attempts,
         "live_workers": len(live),
         "closed_workers": availability.facts(live),
-        "gangs": gang_views.facts(gangs),
+        "gangs": gang_views.gang_view_facts(gangs),
         "resident_bases": sorted({resident.base_digest for resident in residents if resident.base_digest}),
         "resident_precisions": _precisions(residents, job.base_digest),
         "base_digest": job.base_digest,
@@ -122,9 +127,9 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
     turns = listing.turns(session, now=now, policy=policy)
     mine = next((turn for turn in turns if turn.candidate.job_id == job.id), None)
     had = charging.shares_of_waiting(session, now=now, policy=policy)
-    share = fair_share.described(had, job.project_id, policy)
+    share = ordering.describe_share(had, job.project_id, policy)
     facts |= {"share": share, "policy": asdict(policy)}
-    facts |= {"shares": fair_share.of_everybody(had, policy)} if sees_all else {}
+    facts |= {"shares": ordering.all_shares(had, policy)} if sees_all else {}
     if mine is None:
         facts |= {"ahead_at_least": len(turns), "ahead_of_this_project_in_all": _own_ahead(session, job)}
         return _far_behind(facts), facts
@@ -137,7 +142,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         availability.where_all_are(live)
         or _unquantised(session, job, now=now)
         or _too_large(session, job, mine, now=now)
-        or gang_views.where_all_wait(gangs, [one.worker_id for one in open_ones])
+        or gang_views.why_all_wait(gangs, [one.worker_id for one in open_ones])
     )
     if hindrance:
         return hindrance, facts
@@ -148,7 +153,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         availability.where_its_base_is(live, job.base_digest),
         _room_is_made(mine),
         deadlines.sentence(job, now),
-        fair_share.sentence(share),
+        ordering.share_sentence(share),
     )
     return " ".join(part for part in parts if part), facts
 
@@ -188,7 +193,7 @@ def _class_name(counts_as: int) -> str:
     return PriorityClass(counts_as).name if counts_as >= 0 else "above urgent"
 
 
-def _room_is_made(mine: Turn) -> str | None:
+def _room_is_made(mine: QueueEntry) -> str | None:
     if not mine.is_made_room_for:
         return None
     return "Jobs of lower classes were asked to make room for it: they save a checkpoint first."
@@ -210,13 +215,13 @@ def _far_behind(facts: Json) -> str:
     )
 
 
-def _limited(quota: Standing) -> str:
+def _limited(quota: QuotaStatus) -> str:
     ends = {"concurrent_jobs": "It waits until one of them has ended"}
     until = ends.get(quota.name, "It waits until the month is over")
     return f"Its project may have {quota.said()}, and has them. {until}, or an operator raises the limit."
 
 
-def _place(mine: Turn, ahead: list[Turn], job: Job) -> Json:
+def _place(mine: QueueEntry, ahead: list[QueueEntry], job: Job) -> Json:
     """Jobs of other projects are counted, not named."""
     own = [turn.candidate.job_id for turn in ahead if turn.candidate.project_id == job.project_id]
     return {
@@ -231,13 +236,13 @@ def _place(mine: Turn, ahead: list[Turn], job: Job) -> Json:
     }
 
 
-def _precisions(residents: list[Resident], base_digest: str) -> list[str]:
+def _precisions(residents: list[LoadedTrainer], base_digest: str) -> list[str]:
     """In which the job's own base is loaded."""
     keys = {resident.pack_key for resident in residents if resident.base_digest == base_digest}
     return sorted(packing.precision_of(key) for key in keys if key)
 
 
-def _queue_sentence(job: Job, mine: Turn, ahead: list[Turn], residents: list[Resident]) -> str:
+def _queue_sentence(job: Job, mine: QueueEntry, ahead: list[QueueEntry], residents: list[LoadedTrainer]) -> str:
     if mine.candidate.is_suspect:
         return f"{_ends_told(job)}: it waits for a worker to itself, so that no other job is hurt."
     place = f"{_jobs(len(ahead))} ahead of it." if ahead else "It is first in the queue."
@@ -259,13 +264,13 @@ def _ends_told(job: Job) -> str:
     return f"It has ended badly {job.counted_attempts} times of {MAX_COUNTED_ATTEMPTS}"
 
 
-def _joins(ahead: list[Turn]) -> str:
+def _joins(ahead: list[QueueEntry]) -> str:
     if any(turn.is_made_room_for for turn in ahead):
         return "Its base is loaded, but room is being made for a job ahead of it, and nobody joins before that one."
     return "Its base is loaded: it joins as soon as there is room."
 
 
-def _other_trainer(job: Job, of_its_base: list[Resident]) -> str:
+def _other_trainer(job: Job, of_its_base: list[LoadedTrainer]) -> str:
     """Why no trainer that is loaded takes the job."""
     if not of_its_base:
         return "Workers hold another base now."
@@ -274,7 +279,7 @@ def _other_trainer(job: Job, of_its_base: list[Resident]) -> str:
     return f"Its base is loaded in {loaded}; it asks for {wanted}, so it can't join and waits for a trainer of its own."
 
 
-def _patience(mine: Turn) -> str:
+def _patience(mine: QueueEntry) -> str:
     if mine.is_made_room_for:
         return "No job behind it joins what is loaded before it trains."
     if mine.waited_seconds < PATIENCE_SECONDS:
@@ -289,9 +294,9 @@ def _unquantised(session: Session, job: Job, *, now: float) -> str | None:
     return f"It asks for its base as {wanted}, and no worker that runs has bitsandbytes. {INSTALL_QUANT}"
 
 
-def _too_large(session: Session, job: Job, mine: Turn, *, now: float) -> str | None:
+def _too_large(session: Session, job: Job, mine: QueueEntry, *, now: float) -> str | None:
     rooms = views.empty_rooms(session, now=now)
-    found = [(room.group, room.demand(mine.candidate)) for room in rooms] or [(ONE, NOTHING.demand(mine.candidate))]
+    found = [(room.group, room.demand(mine.candidate)) for room in rooms] or [(SINGLE, NOTHING.demand(mine.candidate))]
     description = session.get_one(BaseModelRow, job.base_model).description or {}
     hindrance = sharding.hindrance(job.spec["lora"], packing.quantisation_of(job.pack_key), description)
     nowhere = sharding.nowhere(found, hindrance)
@@ -301,7 +306,7 @@ def _too_large(session: Session, job: Job, mine: Turn, *, now: float) -> str | N
     return f"{nowhere} {fits} Add such a worker, or cancel it and use a lower rank or a smaller base."
 
 
-def _none_free(session: Session, mine: Turn, residents: list[Resident]) -> str | None:
+def _none_free(session: Session, mine: QueueEntry, residents: list[LoadedTrainer]) -> str | None:
     """Where workers wait for a job, and none of them has free what this one needs, though one has it in all."""
     empty = [resident.worker_id for resident in residents if resident.base_digest is None]
     told = views.told_when_empty(session, empty)

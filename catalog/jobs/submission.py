@@ -15,12 +15,12 @@ from catalog.audit import log
 from catalog.db.database import Database, read_clock, serialised_at
 from catalog.errors import Conflict, InvalidRequest
 from catalog.history import events, tracker_exports
-from catalog.jobs import labels
+from catalog.jobs import commands
 from catalog.lifecycle.transitions import begin
 from catalog.plans.jobs_from_plans import AgreedPlan, accept_planned, agree
 from catalog.spec.job import JobRequest, PlannedJob, Precision
 from catalog.storage import quota
-from catalog.tables import IdempotencyKey, Job
+from catalog.tables.jobs import IdempotencyKey, Job
 from catalog.tenancy.authentication import Caller, check_valid
 from catalog.usage import ledger, quotas
 
@@ -163,7 +163,7 @@ def submit(
     job.body_digest, job.sweep_id, job.trace = body_digest, sweep_id, tracing.current()
     begin(session, job, now=now, message=f"Created fine-tuning job: {job.id}")
     quota.check_preparation(session, job, now=now)
-    labels.note(session, job)
+    commands.index_labels(session, job)
     ledger.add(session, job, "num_created", 1, now=now)
     told = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}
     told |= {"plan": request.plan} if isinstance(request, AgreedPlan) else {}

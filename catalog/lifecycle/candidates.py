@@ -31,17 +31,18 @@ from sqlalchemy.orm import Session, aliased
 
 from catalog.db.database import each_of, is_sqlite
 from catalog.resources import requirements
-from catalog.resources.sharding import GATHERED_BLOCKS, ONE, DividesWhen, Group, Holding
+from catalog.resources.sharding import GATHERED_BLOCKS, SINGLE, DeviceGroup, DividesWhen, ShardingStrategy
 from catalog.scheduling.snapshot import Candidate, Unprepared
 from catalog.states import MAX_ENDS_IN_COMPANY, JobState, PriorityClass, is_suspect
-from catalog.tables import Job, Project
+from catalog.tables.jobs import Job
+from catalog.tables.tenancy import Project
 from catalog.usage import quotas
 
 NEEDS = ("own_bytes", "saved_bytes", "trainer_bytes", "slice_bytes", "divisible_bytes", "gathered_bytes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Such:
+class CandidateFilter:
     """Which jobs of the queue are looked for. With neither `alone` nor `alike`: any that may be claimed now."""
 
     alone: bool = False
@@ -58,19 +59,19 @@ class Such:
     """Of the group that they are looked for."""
     tried_less: bool = False
     """That have ended badly no oftener than so many times."""
-    holding: Holding = "whole"
+    holding: ShardingStrategy = "whole"
     """Alike ones: for a trainer that holds the base so."""
 
 
 def waiting(
     session: Session,
-    such: Such,
+    such: CandidateFilter,
     *,
     now: float,
     per_group: int,
     num_bytes: int = 0,
     key: str | None = None,
-    group: Group = ONE,
+    group: DeviceGroup = SINGLE,
     num_ends: int = 0,
 ) -> list[Candidate]:
     """Of each project and class the first `per_group` jobs that may be claimed now and are such, in no order; none of a
@@ -125,7 +126,7 @@ def projects(state: JobState) -> CTE:
 
 
 @cache
-def _waiting(such: Such, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
+def _waiting(such: CandidateFilter, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
     groups, job = _groups(JobState.QUEUED, such.priority), aliased(Job)
     conditions = [is_due(job, bindparam("now"))]
     if such.alike:
@@ -173,7 +174,7 @@ def _in_queue(job: type[Job]) -> tuple[ColumnElement[bool], ...]:
     return job.queued_at.is_not(None), job.state.not_in(others)
 
 
-def _where_some_fit(groups: CTE, such: Such) -> CTE:
+def _where_some_fit(groups: CTE, such: CandidateFilter) -> CTE:
     """Those of the groups whose smallest job fits: of the others, however many wait, one is read."""
     job = aliased(Job)
     mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority, job.queued_at.is_not(None))
@@ -196,7 +197,7 @@ def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) 
     return firsts.limit(bindparam("per_group")).correlate(groups)
 
 
-def _fits(job: type[Job], such: Such) -> ColumnElement[bool]:
+def _fits(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
     """What it needs may be not on its row yet: it is reckoned with the answer."""
     own = job.own_bytes - job.saved_bytes if such.recomputes else job.own_bytes
     whole = own + job.trainer_bytes
@@ -207,12 +208,14 @@ def _fits(job: type[Job], such: Such) -> ColumnElement[bool]:
     return or_(_is_unknown(job, such), and_(is_trained, need <= bindparam("num_bytes")))
 
 
-def _is_unknown(job: type[Job], such: Such) -> ColumnElement[bool]:
+def _is_unknown(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
     is_unprepared = job.own_bytes.is_(None)
     return is_unprepared if such.divides_when == "never" else or_(is_unprepared, job.least_divided_bytes == 0)
 
 
-def _held(job: type[Job], such: Such, whole: ColumnElement[int]) -> tuple[ColumnElement[int], ColumnElement[bool]]:
+def _held(
+    job: type[Job], such: CandidateFilter, whole: ColumnElement[int]
+) -> tuple[ColumnElement[int], ColumnElement[bool]]:
     """(What it needs alone where the group holds its base as `Group.holding` has it, whether it is trained so.)"""
     number, usable = bindparam("num_devices", type_=BigInteger), bindparam("usable_bytes", type_=BigInteger)
     share = (job.divisible_bytes + number - 1) // number

@@ -9,7 +9,7 @@ from sqlalchemy import Select, select
 from catalog.db.database import Database, read_clock
 from catalog.history import events
 from catalog.states import JobState
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 
 Json = dict[str, Any]
 UNFINISHED = (JobState.VALIDATING_FILES, JobState.QUEUED, JobState.RUNNING)

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from catalog.errors import StaleClaim
 from catalog.states import JobState
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 
 
 def hold(session: Session, claim_id: str, *, state: JobState = JobState.RUNNING) -> Job:

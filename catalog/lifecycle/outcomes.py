@@ -8,13 +8,15 @@ from itertools import takewhile
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog.lifecycle import backoff, load_failures, out_of_memory
+from catalog.lifecycle import failures
 from catalog.lifecycle.transitions import move
 from catalog.search.trials import ended_for
 from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, MAX_LOSSES, EndReason, JobState, Verb, reasons
 from catalog.storage.manifest import DAMAGED
-from catalog.tables import Attempt, Checkpoint, Job, Json
-from catalog.usage import counters
+from catalog.tables.history import Attempt, Checkpoint
+from catalog.tables.jobs import Job
+from catalog.tables.table import Json
+from catalog.usage import ledger
 
 BACK_OFF_SECONDS = (2.0, 8.0, 30.0)
 """Before the next attempt, by the number of bad ends so far; the last also for every further one."""
@@ -33,7 +35,7 @@ REMEDIES: dict[EndReason, str] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class AttemptOutcome:
     """What follows for the job."""
 
     verb: Verb
@@ -52,7 +54,7 @@ def decide(
     losses: int = 1,
     num_shortages: int = 0,
     yields_seconds: float = 0.0,
-) -> Verdict:
+) -> AttemptOutcome:
     """The verb that the person's wishes, then ENDINGS give. A wish outlives a crash; only completing outruns it.
 
     is_bystander: its trainer ended before it had begun the job, whose base is not to blame. losses: bad ends in a row,
@@ -62,20 +64,20 @@ def decide(
     ending = ENDINGS[reason]
     is_loss = _is_loss(reason, is_bystander=is_bystander)
     counted = counted_attempts + int(ending.is_counted and not is_loss)
-    if 0 < num_shortages < out_of_memory.MAX_SHORTAGES:
-        counted = min(counted, out_of_memory.ALONE)  # it was not tried in the smallest way yet
+    if 0 < num_shortages < failures.MAX_OUT_OF_MEMORY:
+        counted = min(counted, failures.ALONE)  # it was not tried in the smallest way yet
     wished = _wished(reason, cancel_requested=cancel_requested, pause_requested=pause_requested)
     if wished is not None:
-        return Verdict(verb=wished, counted_attempts=counted)
+        return AttemptOutcome(verb=wished, counted_attempts=counted)
     if not ending.retryable:
-        return Verdict(verb=Verb.FAIL, counted_attempts=counted)
+        return AttemptOutcome(verb=Verb.FAIL, counted_attempts=counted)
     if not ending.counts and not is_loss:
-        return Verdict(verb=Verb.RELEASE, counted_attempts=counted)
+        return AttemptOutcome(verb=Verb.RELEASE, counted_attempts=counted)
     number, most = (losses, MAX_LOSSES) if is_loss else (counted, MAX_COUNTED_ATTEMPTS)
     if number >= most:
-        return Verdict(verb=Verb.FAIL, counted_attempts=counted, is_quarantine=True)
+        return AttemptOutcome(verb=Verb.FAIL, counted_attempts=counted, is_quarantine=True)
     wait = max(yields_seconds, BACK_OFF_SECONDS[min(number, len(BACK_OFF_SECONDS)) - 1])
-    return Verdict(verb=Verb.REQUEUE, counted_attempts=counted, wait_seconds=wait)
+    return AttemptOutcome(verb=Verb.REQUEUE, counted_attempts=counted, wait_seconds=wait)
 
 
 def _is_loss(reason: EndReason, *, is_bystander: bool) -> bool:
@@ -116,10 +118,10 @@ def end_attempt(
     if reason is EndReason.CANCELLED_BY_USER:
         reason = ended_for(session, job, reason)
     close_attempt(session, job, reason=reason, detail=detail, now=now)
-    is_bystander = is_bystander and not load_failures.is_to_blame(session, job, reason, now=now)
-    yields_seconds = backoff.seconds(session, job, now=now) if ENDINGS[reason].may_be_nodes else 0.0
+    is_bystander = is_bystander and not failures.is_to_blame(session, job, reason, now=now)
+    yields_seconds = failures.backoff_seconds(session, job, now=now) if ENDINGS[reason].may_be_nodes else 0.0
     losses = _losses(session, job) if _is_loss(reason, is_bystander=is_bystander) else 0
-    num_shortages = out_of_memory.of_this(session, job, reason)
+    num_shortages = failures.num_out_of_memory_at_end(session, job, reason)
     verdict = decide(
         reason,
         cancel_requested=job.cancel_requested,
@@ -145,7 +147,7 @@ def end_attempt(
         reason = ended_for(session, job, reason)
     message = _message(job, verdict, reason, detail, is_loss=losses > 0)
     if num_shortages and verdict.verb is Verb.REQUEUE:
-        message += f" {out_of_memory.what_next(num_shortages, counted_attempts=verdict.counted_attempts)}"
+        message += f" {failures.next_attempt_text(num_shortages, counted_attempts=verdict.counted_attempts)}"
     state = move(session, job, verdict.verb, now=now, message=message, reason=reason, level=level)
     if verdict.wait_seconds:
         job.run_after = now + verdict.wait_seconds
@@ -168,7 +170,7 @@ def close_attempt(session: Session, job: Job, *, reason: EndReason, detail: str 
     attempt = session.get(Attempt, job.claim_id)
     assert attempt is not None, f"job {job.id} runs without an attempt"
     attempt.ended_at, attempt.reason, attempt.detail = now, reason, detail
-    counters.add(session, "attempts_ended", reason)
+    ledger.count(session, "attempts_ended", reason)
 
 
 def _failed(reason: EndReason, detail: str, error: Json | None) -> Json:
@@ -197,8 +199,10 @@ def _quarantined(
         f"The job was put aside: {number} attempts ended badly with no new checkpoint in between. "
         f"The last one: {reason.value.replace('_', ' ')}."
     )
-    is_smallest = job.counted_attempts >= MAX_COUNTED_ATTEMPTS and out_of_memory.of_this(session, job, reason)
-    tried = out_of_memory.given_up(session, job) if is_smallest else ""
+    is_smallest = job.counted_attempts >= MAX_COUNTED_ATTEMPTS and failures.num_out_of_memory_at_end(
+        session, job, reason
+    )
+    tried = failures.out_of_memory_text(session, job) if is_smallest else ""
     remedy = REMEDIES[reason]
     if error is not None and reason is EndReason.INFRA_LOST:
         remedy = "" if error.get("code") == DAMAGED else f"Then {AGAIN}."
@@ -206,7 +210,7 @@ def _quarantined(
     return {"code": "quarantined", "message": told, "param": None, "evidence": evidence}
 
 
-def _message(job: Job, verdict: Verdict, reason: EndReason, detail: str, *, is_loss: bool) -> str:
+def _message(job: Job, verdict: AttemptOutcome, reason: EndReason, detail: str, *, is_loss: bool) -> str:
     why = f"{reason.value.replace('_', ' ')}: {detail}" if detail else reason.value.replace("_", " ")
     match verdict.verb:
         case Verb.FAIL:

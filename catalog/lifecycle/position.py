@@ -19,7 +19,7 @@ from catalog.errors import Conflict, InvalidRequest
 from catalog.history import events
 from catalog.history.queries import find
 from catalog.states import FINAL_STATES, JobState
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 
 BEFORE_ALL = 1e10
 """Taken from a time it gives a place before those of all jobs without a deadline."""
@@ -29,7 +29,7 @@ LATEST_JOBS = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class MoveTarget:
     """Where a job is to stand: exactly one of these."""
 
     before: str | None = None
@@ -77,7 +77,7 @@ def release(db: Database, *, project_id: str, job_id: str) -> Job:
         return job
 
 
-def move_to(db: Database, *, project_id: str, job_id: str, target: Target) -> Job:
+def move_to(db: Database, *, project_id: str, job_id: str, target: MoveTarget) -> Job:
     """Give the job another place among its project's jobs of its class that wait. Others' turns stay what they are."""
     beside = target.before or target.after
     if sum(value is not None for value in (target.before, target.after, target.to)) != 1 or beside == job_id:
@@ -102,7 +102,7 @@ def _note(session: Session, type: AuditType, job: Job, *, now: float, message: s
     events.add(session, job.id, now=now, message=message)
 
 
-def _place(session: Session, job: Job, target: Target) -> float:
+def _place(session: Session, job: Job, target: MoveTarget) -> float:
     found = _between(session, job, target)
     if found is None:  # neighbours whose places are as near as numbers can be
         _spread(session, job)
@@ -111,7 +111,7 @@ def _place(session: Session, job: Job, target: Target) -> float:
     return found
 
 
-def _between(session: Session, job: Job, target: Target) -> float | None:
+def _between(session: Session, job: Job, target: MoveTarget) -> float | None:
     others = (*_others(job), Job.id != job.id)
     if target.to is not None or (beside := target.before or target.after) is None:
         furthest = func.min(Job.place) if target.to == "first" else func.max(Job.place)
@@ -164,7 +164,7 @@ def _check_alike(job: Job, other: Job) -> None:
     )
 
 
-def _told(target: Target) -> str:
+def _told(target: MoveTarget) -> str:
     if target.to is not None:
         return f"The job was moved to the {target.to} place of its project's jobs of its class."
     return f"The job was moved to stand {'before' if target.before else 'after'} {target.before or target.after}."

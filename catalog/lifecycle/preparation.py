@@ -19,7 +19,11 @@ from catalog.spec import evaluation_schedule, job_warnings
 from catalog.spec.job import JobSpec
 from catalog.states import EndReason, JobState, Verb
 from catalog.storage import token_cache as caches
-from catalog.tables import BaseModelRow, File, Job, Json, Project, Worker, new_id
+from catalog.tables.fleet import Worker
+from catalog.tables.jobs import Job
+from catalog.tables.storage import BaseModelRow, File
+from catalog.tables.table import Json, new_id
+from catalog.tables.tenancy import Project
 
 VALIDATING = JobState.VALIDATING_FILES
 MAX_LOST_PREPARATIONS = 5
@@ -43,7 +47,7 @@ class FilesToPrepare:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unprepared:
+class TokenizationClaim:
     """A job to prepare, and what that takes."""
 
     claim_id: str
@@ -67,7 +71,9 @@ class Unprepared:
         )
 
 
-def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float, policy: Policy = USUAL) -> Unprepared | None:
+def next_unprepared(
+    db: Database, *, worker_id: str, lease_seconds: float, policy: Policy = USUAL
+) -> TokenizationClaim | None:
     """The first job whose files wait to be prepared, leased to this worker; None where there is none.
 
     Renew the lease with `claims.heartbeat`, as any other.
@@ -97,7 +103,9 @@ def next_unprepared(db: Database, *, worker_id: str, lease_seconds: float, polic
         if job.train_prepared is None:  # an earlier version accepted the job
             job.train_prepared = caches.key_of(job.project_id, base, training, spec)
             job.valid_prepared = validation and caches.key_of(job.project_id, base, validation, spec)
-        return Unprepared(claim_id=claim_id, job=job, training_file=training, validation_file=validation, base=base)
+        return TokenizationClaim(
+            claim_id=claim_id, job=job, training_file=training, validation_file=validation, base=base
+        )
 
 
 def _take_first(session: Session, *, now: float, policy: Policy) -> Job | None:

@@ -17,7 +17,9 @@ from catalog.registry import checkpoints
 from catalog.search import trials
 from catalog.storage import artifact_index
 from catalog.storage.manifest import Manifest
-from catalog.tables import Checkpoint, Job, JobEvent, Json, new_id
+from catalog.tables.history import Checkpoint, JobEvent
+from catalog.tables.jobs import Job
+from catalog.tables.table import Json, new_id
 
 KEPT_CHECKPOINTS = 2
 """Those whose files are kept: the newest, and one to fall back on."""

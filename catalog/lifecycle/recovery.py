@@ -19,8 +19,9 @@ from catalog.db.database import Database, clock_column, clock_given, read_clock,
 from catalog.lifecycle.outcomes import end_attempt
 from catalog.lifecycle.preparation import lose_preparation
 from catalog.states import CLAIMED_STATES, EndReason, JobState
-from catalog.tables import Job, Pulse, Worker
-from catalog.usage import counters
+from catalog.tables.fleet import DatabaseHeartbeat, Worker
+from catalog.tables.jobs import Job
+from catalog.usage import ledger
 
 GRACE_SECONDS = 60.0
 Work = Literal["training", "preparing"]
@@ -44,7 +45,7 @@ def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
         locked = skip_locked(select(Job).where(Job.id.in_(past), *is_past).order_by(Job.id))
         expired = list(session.scalars(locked))
         for job in expired:
-            counters.add(session, "leases_expired", work_of(job))
+            ledger.count(session, "leases_expired", work_of(job))
         return _lose(session, expired, now=now)
 
 
@@ -59,7 +60,7 @@ def observe(db: Database, *, grace_seconds: float) -> None:
     In a transaction of its own: it may wait for the rows of any job, and holds nothing that those wait for.
     """
     with db.read() as session:
-        pulse, now = session.get(Pulse, 1), read_clock(session)
+        pulse, now = session.get(DatabaseHeartbeat, 1), read_clock(session)
         if pulse is not None and not _is_old(pulse.seen_at, now=now, grace_seconds=grace_seconds):
             return
     with db.write() as session:
@@ -67,15 +68,15 @@ def observe(db: Database, *, grace_seconds: float) -> None:
 
 
 def _observe(session: Session, *, now: float, grace_seconds: float) -> None:
-    pulse = session.get(Pulse, 1)
+    pulse = session.get(DatabaseHeartbeat, 1)
     if pulse is None:
-        upsert(session, Pulse, [{"id": 1, "seen_at": now}])
+        upsert(session, DatabaseHeartbeat, [{"id": 1, "seen_at": now}])
         return
     if not _is_old(pulse.seen_at, now=now, grace_seconds=grace_seconds):
         return
     # Whoever holds the row notes the same. He is waited for only after a gap, since no lease may be missed then.
     may_skip = not _is_gap(pulse, now=now, grace_seconds=grace_seconds)
-    pulse = session.get(Pulse, 1, with_for_update={"skip_locked": may_skip}, populate_existing=True)
+    pulse = session.get(DatabaseHeartbeat, 1, with_for_update={"skip_locked": may_skip}, populate_existing=True)
     if pulse is None:
         return
     if _is_gap(pulse, now=now, grace_seconds=grace_seconds):
@@ -99,7 +100,7 @@ def _is_needed(session: Session, *, grace_seconds: float) -> bool:
 def _leases(*, is_clock_given: bool) -> Select[float, float, bool]:
     """The time, when the database was last seen to answer, and whether a lease is past."""
     moment = select(clock_column(is_given=is_clock_given).label("now")).cte("moment")
-    seen_at = select(Pulse.seen_at).where(Pulse.id == 1).scalar_subquery()
+    seen_at = select(DatabaseHeartbeat.seen_at).where(DatabaseHeartbeat.id == 1).scalar_subquery()
     past = exists().where(*HELD, Job.lease_expires_at <= select(moment.c.now).scalar_subquery())
     return select(moment.c.now, seen_at, past)
 
@@ -109,7 +110,7 @@ def _is_old(seen_at: float | None, *, now: float, grace_seconds: float) -> bool:
     return seen_at is None or abs(now - seen_at) > min(5.0, grace_seconds / 20)
 
 
-def _is_gap(pulse: Pulse, *, now: float, grace_seconds: float) -> bool:
+def _is_gap(pulse: DatabaseHeartbeat, *, now: float, grace_seconds: float) -> bool:
     return now - pulse.seen_at > grace_seconds / 2 or pulse.seen_at - now > grace_seconds / 10
 
 

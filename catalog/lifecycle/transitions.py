@@ -12,8 +12,8 @@ from catalog.errors import Conflict
 from catalog.history import events, tracker_exports
 from catalog.search import trials
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb, next_state
-from catalog.tables import Job
-from catalog.usage import counters, ledger
+from catalog.tables.jobs import Job
+from catalog.usage import ledger
 from catalog.webhooks import outbox
 
 ENDED: dict[JobState, ledger.Amount] = {
@@ -30,7 +30,7 @@ def begin(session: Session, job: Job, *, now: float, message: str) -> None:
     job.state = after
     session.add(job)
     session.flush()  # what is told of it names it
-    counters.moved(session, job.priority, before=None, after=after)
+    ledger.count_transition(session, job.priority, before=None, after=after)
     _tell(session, job, Verb.CREATE, before=None, after=after, now=now, message=message)
 
 
@@ -54,7 +54,7 @@ def move(
             remedy="Look at its state and at its events.",
         )
     job.state = after
-    counters.moved(session, job.priority, before=before, after=after)
+    ledger.count_transition(session, job.priority, before=before, after=after)
     job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)
     job.queued_at = now if after is JobState.QUEUED and not job.is_held else None
     job.room_asked_at = None

@@ -17,11 +17,12 @@ from typing import Any
 from sqlalchemy import select
 
 from catalog.audit import chain, derived_keys
-from catalog.audit.chain import Checked, Misfit
+from catalog.audit.chain import ChainCheck, Misfit
 from catalog.audit.derived_keys import ChainKey
 from catalog.db.database import Database, read_clock
 from catalog.storage.object_storage import NoSuchObject, Objects
-from catalog.tables import AuditEvent, Json
+from catalog.tables.audit import AuditEvent
+from catalog.tables.table import Json
 
 PREFIX = "audit/anchors"
 SUPERSEDED_PREFIX = "audit/superseded"
@@ -74,7 +75,7 @@ def verify(
     peppers: Sequence[bytes],
     after: int = 0,
     limit: int = chain.CHECKED_AT_ONCE,
-) -> Checked:
+) -> ChainCheck:
     """As audit_chain.check, and the anchors of this part of the chain. At the end of the chain, these are all anchors
     behind `after`. Raises Unavailable."""
     found = chain.check(db, peppers=peppers, after=after, limit=limit)

@@ -13,7 +13,10 @@ from catalog.history import job_logs
 from catalog.registry import checkpoints
 from catalog.storage import artifact_index, files, multipart_uploads, token_cache
 from catalog.storage.store import GRACE_SECONDS, ArtifactStore
-from catalog.tables import Artifact, Checkpoint, File, FileOverlap, Job, JobOutput, Plan, Prepared, UploadPart
+from catalog.tables.history import Checkpoint, JobOutput
+from catalog.tables.jobs import Job
+from catalog.tables.plans import FileOverlap, Plan
+from catalog.tables.storage import Artifact, File, Prepared, UploadPart
 from catalog.usage import ledger, stored_bytes
 
 EXPIRED_AT_ONCE = 10_000

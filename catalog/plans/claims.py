@@ -16,7 +16,10 @@ from catalog.plans import plans
 from catalog.queue import pending
 from catalog.settings import Settings
 from catalog.spec.job import JobSpec
-from catalog.tables import BaseModelRow, File, FileOverlap, Json, Plan, Worker, new_id
+from catalog.tables.fleet import Worker
+from catalog.tables.plans import FileOverlap, Plan
+from catalog.tables.storage import BaseModelRow, File
+from catalog.tables.table import Json, new_id
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ EVALUATIONS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class TrainingWork:
     """What there is to compute."""
 
     num_steps: int
@@ -87,12 +87,12 @@ class Estimate:
 
 def work_of(
     spec: JobSpec, *, num_steps: int, tokens: int, usable_rows: int, valid_tokens: int | None, num_parameters: int
-) -> Work:
+) -> TrainingWork:
     """tokens, usable_rows: of the training file. valid_tokens: of the held-out file; None without one."""
     between = EVALUATIONS
     if spec.evaluate_every_steps is not None:
         between = num_steps // spec.evaluate_every_steps
-    return Work(
+    return TrainingWork(
         num_steps=num_steps,
         tokens_per_step=spec.batch_size * tokens / max(1, usable_rows),
         valid_tokens=valid_tokens or 0,
@@ -102,7 +102,7 @@ def work_of(
     )
 
 
-def training_time(work: Work, runners: Sequence[Runner]) -> Estimate:
+def training_time(work: TrainingWork, runners: Sequence[Runner]) -> Estimate:
     """Alone, without waiting, loading the base and verifying. The best basis there is decides; of equal ones the
     fastest worker."""
     found = [estimate for runner in runners if (estimate := _on(work, runner)).seconds is not None]
@@ -112,7 +112,7 @@ def training_time(work: Work, runners: Sequence[Runner]) -> Estimate:
     return min(found, key=lambda one: (BEST_FIRST.index(one.basis_kind), one.seconds or 0.0))
 
 
-def _on(work: Work, runner: Runner) -> Estimate:
+def _on(work: TrainingWork, runner: Runner) -> Estimate:
     slice_tokens = max(1.0, work.tokens_per_step)
     if runner.same is not None and (rate := rate_alone(runner.same.speeds, slice_tokens)):
         basis = f"Measured on worker {runner.worker_id} ({runner.device}) with this base"
@@ -136,7 +136,7 @@ def _on(work: Work, runner: Runner) -> Estimate:
     return _estimate(work, runner, rate, "guess", basis)
 
 
-def _estimate(work: Work, runner: Runner, rate: float, kind: BasisKind, basis: str) -> Estimate:
+def _estimate(work: TrainingWork, runner: Runner, rate: float, kind: BasisKind, basis: str) -> Estimate:
     return Estimate(
         seconds=work.tokens / rate,
         basis_kind=kind,
@@ -154,7 +154,7 @@ def _reached_tflops(runner: Runner) -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class ExpectedStart:
     """Where the job would stand, and who is before it."""
 
     ahead: int
@@ -178,7 +178,7 @@ class Occupied:
     """It has this base loaded, in this form, and room."""
 
 
-def expected_start(place: Place) -> Estimate:
+def expected_start(place: ExpectedStart) -> Estimate:
     """Seconds from now until a worker would take it, once its files are prepared."""
     if not place.fitting:
         why = "no worker is running" if not place.num_live else "no worker that runs has the memory for it"
@@ -192,7 +192,7 @@ def expected_start(place: Place) -> Estimate:
     return _after_others(place)
 
 
-def _after_others(place: Place) -> Estimate:
+def _after_others(place: ExpectedStart) -> Estimate:
     """As if each of the jobs ahead took a worker for itself, for as long as jobs lately did."""
     ahead = "No job is" if not place.ahead else "1 job is" if place.ahead == 1 else f"{place.ahead} jobs are"
     unknown = place.typical_seconds is None and (place.ahead or _has_unknown(place.fitting))

@@ -14,14 +14,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog.admission.accept import Accepted
-from catalog.fleet import gang_views, views
+from catalog.fleet import gangs, views
 from catalog.plans import duration, serving
-from catalog.plans.duration import Measured, Occupied, Place, Runner
+from catalog.plans.duration import ExpectedStart, Measured, Occupied, Runner
 from catalog.queue import charging, listing
 from catalog.resources import gpus, memory, requirements, sharding
 from catalog.resources import pack_key as packing
-from catalog.resources.gpus import Held
-from catalog.resources.sharding import NEVER, Demand, Group
+from catalog.resources.gpus import MemoryBreakdown
+from catalog.resources.sharding import NEVER, Demand, DeviceGroup
 from catalog.resources.throughput import Speeds
 from catalog.scheduling.ordering import order
 from catalog.scheduling.snapshot import Candidate, Policy, Share
@@ -30,8 +30,11 @@ from catalog.spec import job_warnings
 from catalog.spec.job_warnings import Caution
 from catalog.spec.target_modules import Adapted
 from catalog.states import JobState, PriorityClass
-from catalog.tables import BaseModelRow, Job, Json, Project, Trainer, Worker
-from catalog.tables.living import is_live
+from catalog.tables.fleet import Trainer, Worker, is_live
+from catalog.tables.jobs import Job
+from catalog.tables.storage import BaseModelRow
+from catalog.tables.table import Json
+from catalog.tables.tenancy import Project
 
 NUM_RECENT = 20
 """Jobs of each class, the project's last that succeeded, that tell how long jobs take."""
@@ -41,7 +44,7 @@ CORES = re.compile(r"CPU, (\d+) cores")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Data:
+class TokenizedData:
     """What preparation found in the files."""
 
     training: Json
@@ -70,7 +73,7 @@ class _Sizes:
             gathered_bytes=self.gathered_bytes,
         )
 
-    def on(self, group: Group) -> dict[str, int]:
+    def on(self, group: DeviceGroup) -> dict[str, int]:
         """The parts on each device of a group that divides the base."""
         whole, demand = self.parts[group.kind], self.demand(group.kind)
         held = {"undivided": whole["base"] - self.divisible_bytes}
@@ -82,7 +85,7 @@ def foretell(
     session: Session,
     job: Job,
     accepted: Accepted,
-    data: Data,
+    data: TokenizedData,
     *,
     targets: list[Adapted],
     now: float,
@@ -119,7 +122,9 @@ def foretell(
     }
 
 
-def _cautions(accepted: Accepted, data: Data, targets: list[Adapted], *, job: Job, num_steps: int) -> Iterator[Caution]:
+def _cautions(
+    accepted: Accepted, data: TokenizedData, targets: list[Adapted], *, job: Job, num_steps: int
+) -> Iterator[Caution]:
     spec = accepted.spec
     yield from job_warnings.of_course(spec, num_steps=num_steps, has_held_out=data.validation is not None)
     yield from job_warnings.of_data(spec, data.training, role="training")
@@ -162,7 +167,7 @@ def _memory(sizes: _Sizes, kind: str) -> Json:
     return {"kind": kind, **one, "total_bytes": sizes.total(kind), "parts": parts}
 
 
-def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, Group]) -> list[Json]:
+def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, DeviceGroup]) -> list[Json]:
     """Of each device of the groups that would divide the base, each kind of group once."""
     found: dict[tuple[str, int, str], Json] = {}
     for group in dict.fromkeys(groups.values()):
@@ -188,28 +193,28 @@ def _listed(parts: dict[str, int]) -> list[Json]:
 def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
     """Workers that take jobs, and can hold the base as it is to be. Those that lend their devices take none."""
     quantisation = packing.quantisation_of(job.pack_key)
-    lenders = gang_views.lenders(gang_views.all_of(session, now=now))
+    lenders = gangs.lending_workers(gangs.gang_views(session, now=now))
     live = session.scalars(select(Worker).where(is_live(now=now)).order_by(Worker.id))
     able = [row for row in live if not row.takes_nothing_new and quantisation in views.quantisations_of(row)]
     return [row for row in able if row.id not in lenders]
 
 
-def _groups(session: Session, live: Sequence[Worker], *, now: float) -> dict[str, Group]:
+def _groups(session: Session, live: Sequence[Worker], *, now: float) -> dict[str, DeviceGroup]:
     """By worker: what its trainers run on, with no more memory than the smallest worker of its gang has."""
-    smallest = gang_views.smallest(session, now=now)
+    smallest = gangs.smallest_members(session, now=now)
     return {row.id: views.room_of(row, smallest.get(row.id)).group for row in live}
 
 
-def _fitting(live: Sequence[Worker], groups: Mapping[str, Group], sizes: _Sizes) -> list[Worker]:
+def _fitting(live: Sequence[Worker], groups: Mapping[str, DeviceGroup], sizes: _Sizes) -> list[Worker]:
     """Smallest first."""
     held = {row.id: row for row in live}
     fit = gpus.that_fit([_held(row, groups[row.id], sizes) for row in live])
     return [held[device.worker_id] for device in fit]
 
 
-def _held(row: Worker, group: Group, sizes: _Sizes) -> Held:
+def _held(row: Worker, group: DeviceGroup, sizes: _Sizes) -> MemoryBreakdown:
     demand = sizes.demand(group.kind)
-    return Held(
+    return MemoryBreakdown(
         worker_id=row.id,
         name=_device(row),
         kind=group.kind,
@@ -224,7 +229,7 @@ def _device(row: Worker) -> str:
     return str(next((device.get("name") for device in row.devices if device.get("name")), "a device"))
 
 
-def _fits_nowhere(groups: Mapping[str, Group], sizes: _Sizes) -> Caution:
+def _fits_nowhere(groups: Mapping[str, DeviceGroup], sizes: _Sizes) -> Caution:
     found = [(group, sizes.demand(group.kind)) for group in groups.values()]
     message = sharding.nowhere(found, sizes.hindrance)
     assert message is not None, "it fits none"
@@ -236,7 +241,7 @@ def _fits_nowhere(groups: Mapping[str, Group], sizes: _Sizes) -> Caution:
     )
 
 
-def _devices(sizes: _Sizes, groups: Mapping[str, Group], fitting: Sequence[Worker]) -> Json:
+def _devices(sizes: _Sizes, groups: Mapping[str, DeviceGroup], fitting: Sequence[Worker]) -> Json:
     card = gpus.smallest_card(sizes.total("cuda"))
     of_several = [fit for fit in sharding.would_fit(sizes.demand("cuda")) if fit.num_devices > 1]
     return {
@@ -253,7 +258,7 @@ def _training_time(
     session: Session,
     job: Job,
     accepted: Accepted,
-    data: Data,
+    data: TokenizedData,
     fitting: Sequence[Worker],
     *,
     num_steps: int,
@@ -330,7 +335,7 @@ def _expected_start(
     settings: Settings,
 ) -> duration.Estimate:
     took = _recent_seconds(session, job.project_id)
-    place = Place(
+    place = ExpectedStart(
         ahead=_num_ahead(session, job, now=now, policy=Policy.of(settings)),
         typical_seconds=duration.median(took),
         num_typical=len(took),

@@ -13,7 +13,7 @@ from catalog.db.database import Database
 from catalog.errors import Conflict
 from catalog.plans import plans
 from catalog.spec.job import JobRequest, JobSpec, PlannedJob
-from catalog.tables import Plan
+from catalog.tables.plans import Plan
 from catalog.tenancy.authentication import Caller
 
 WHOLE = frozenset({"metadata", "lora.rank_pattern", "lora.alpha_pattern", "evaluation.samples"})

@@ -17,11 +17,13 @@ from catalog.admission.target_layers import Targets, retried
 from catalog.db.database import Database, read_clock, serialise
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, Forbidden, NotFound
-from catalog.plans.estimator import Data, foretell
+from catalog.plans.estimator import TokenizedData, foretell
 from catalog.settings import Settings
 from catalog.spec.job import JobRequest, JobSpec
 from catalog.storage import quota, token_cache
-from catalog.tables import BaseModelRow, File, FileOverlap, Json, Plan, Prepared, new_id
+from catalog.tables.plans import FileOverlap, Plan
+from catalog.tables.storage import BaseModelRow, File, Prepared
+from catalog.tables.table import Json, new_id
 from catalog.tenancy.authentication import Caller
 from catalog.usage import ledger, quotas
 
@@ -32,7 +34,7 @@ MAX_COMPUTING = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Details:
+class FileDetails:
     """What a file's rows are like. None where it isn't prepared, or the file is gone: its rows go with it."""
 
     training: Json | None
@@ -93,10 +95,10 @@ def delete(db: Database, *, project_id: str, plan_id: str) -> None:
         session.delete(find(session, project_id=project_id, plan_id=plan_id, lock=True))
 
 
-def details(db: Database, plan: Plan) -> Details:
+def details(db: Database, plan: Plan) -> FileDetails:
     """Sample rows, and the lines of odd ones."""
     with db.read() as session:
-        return Details(
+        return FileDetails(
             training=_details(session, plan.training_file, plan.train_prepared),
             validation=_details(session, plan.validation_file, plan.valid_prepared),
         )
@@ -214,18 +216,18 @@ def _refusal(session: Session, key: str | None, param: str) -> Json | None:
     return {"code": refusal["code"], "message": f"{refusal['message']} {refusal['remedy']}", "param": param}
 
 
-def _data(session: Session, plan: Plan) -> Data | None:
+def _data(session: Session, plan: Plan) -> TokenizedData | None:
     """None where something isn't known yet."""
     train = session.get(Prepared, plan.train_prepared)
     if train is None or not is_known(train):
         return None
     if plan.valid_prepared is None:
-        return Data(training=train.report, validation=None, overlap=None)
+        return TokenizedData(training=train.report, validation=None, overlap=None)
     valid = session.get(Prepared, plan.valid_prepared)
     overlap = session.get(FileOverlap, (plan.train_prepared, plan.valid_prepared))
     if valid is None or not is_known(valid) or overlap is None:
         return None
-    return Data(training=train.report, validation=valid.report, overlap=(overlap.num_rows, overlap.of_rows))
+    return TokenizedData(training=train.report, validation=valid.report, overlap=(overlap.num_rows, overlap.of_rows))
 
 
 def _details(session: Session, file_id: str | None, key: str | None) -> Json | None:

@@ -11,9 +11,9 @@ from typing import Literal
 
 from catalog.spec.job import JobSpec
 
-Verdict = Literal["yes", "with_settings", "no"]
+Servability = Literal["yes", "with_settings", "no"]
 Server = Literal["peft", "vllm", "merge"]
-WORST: tuple[Verdict, ...] = ("no", "with_settings", "yes")
+WORST: tuple[Servability, ...] = ("no", "with_settings", "yes")
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank may be: MaxLoRARanks of vllm/config/lora.py (v0.10 to v0.27)."""
@@ -22,7 +22,7 @@ VLLM_USUAL_RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
+class ServingTarget:
     """What there will be to serve."""
 
     spec: JobSpec
@@ -39,44 +39,44 @@ class Made:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
     server: Server
-    verdict: Verdict
-    applies: Callable[[Made], bool]
-    reason: Callable[[Made], str]
+    verdict: Servability
+    applies: Callable[[ServingTarget], bool]
+    reason: Callable[[ServingTarget], str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """Of one server: the worst verdict of those rules that apply, and what they all say."""
 
-    verdict: Verdict
+    verdict: Servability
     reasons: tuple[str, ...]
 
 
 def of_job(spec: JobSpec, ranks: Collection[int]) -> dict[Server, Answer]:
     """ranks: of each adapted layer, as it is trained."""
     times = 2 if spec.lora.begins_with_the_base else 1
-    return judge(Made(spec=spec, ranks=tuple(times * rank for rank in ranks)))
+    return judge(ServingTarget(spec=spec, ranks=tuple(times * rank for rank in ranks)))
 
 
-def judge(made: Made) -> dict[Server, Answer]:
+def judge(made: ServingTarget) -> dict[Server, Answer]:
     return {server: _answer(server, made) for server in ("peft", "vllm", "merge")}
 
 
-def _answer(server: Server, made: Made) -> Answer:
+def _answer(server: Server, made: ServingTarget) -> Answer:
     found = [rule for rule in RULES if rule.server == server and rule.applies(made)]
-    verdict: Verdict = "yes"
+    verdict: Servability = "yes"
     for rule in found:
         if WORST.index(rule.verdict) < WORST.index(verdict):
             verdict = rule.verdict
     return Answer(verdict=verdict, reasons=tuple(rule.reason(made) for rule in found))
 
 
-def _vllm_rank(made: Made) -> str:
+def _vllm_rank(made: ServingTarget) -> str:
     wanted = next((rank for rank in VLLM_RANKS if rank >= made.highest_rank), VLLM_RANKS[-1])
     return f"Its rank is {made.highest_rank}: start vLLM with --max-lora-rank {wanted} (its default is 16)."
 
 
-def _ranks_differ(made: Made) -> bool:
+def _ranks_differ(made: ServingTarget) -> bool:
     """One scale for all layers is then not what was trained, whichever number differs."""
     return len(set(made.ranks)) > 1 or bool(made.spec.lora.alpha_pattern) or bool(made.spec.lora.rank_pattern)
 

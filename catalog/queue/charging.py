@@ -1,6 +1,6 @@
 """What projects have used of devices, and what each is due: charged while jobs train, read to decide who trains next.
 
-What was used long ago counts less: see catalog/scheduling/fair_share.py. Of a project there are SLOTS rows, so that
+What was used long ago counts less: see catalog/scheduling/ordering.py. Of a project there are SLOTS rows, so that
 workers who charge it at one time don't wait for each other; a row a worker would do as well, but each start of one has
 a new id.
 """
@@ -20,15 +20,18 @@ from sqlalchemy import Select, Text, bindparam, cast, func, select
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, add_if_missing, read_clock
-from catalog.fleet import device_counts
+from catalog.fleet import views
 from catalog.fleet.workers import SILENT_SECONDS
 from catalog.lifecycle import candidates
 from catalog.resources.sharding import group_told
-from catalog.scheduling import fair_share
-from catalog.scheduling.snapshot import Policy, Service, Share
+from catalog.scheduling import ordering
+from catalog.scheduling.snapshot import Policy, Share, WorkerService
 from catalog.states import JobState, PriorityClass
-from catalog.tables import Attempt, Job, Json, Project, ProjectUsage, Worker
-from catalog.tables.living import has_gpu, quantisations_on
+from catalog.tables.fleet import Worker, has_gpu, quantisations_on
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
+from catalog.tables.table import Json
+from catalog.tables.tenancy import Project, ProjectUsage
 from catalog.usage import ledger
 
 SLOTS = 16
@@ -106,7 +109,7 @@ def _shares(session: Session, state: JobState, *, now: float, policy: Policy) ->
     }
 
 
-def served(session: Session, *, now: float) -> list[Service]:
+def served(session: Session, *, now: float) -> list[WorkerService]:
     """What workers that live have served: of those alike as one, and of those that have served nothing none."""
     latest: defaultdict[tuple[int, str], dict[tuple[str, int], float]] = defaultdict(dict)
     for memory_bytes, told, served_at in session.execute(_turns(), {"since": now - SILENT_SECONDS}):
@@ -114,11 +117,11 @@ def served(session: Session, *, now: float) -> list[Service]:
         for group, at in _by_project_and_class(served_at):
             if at <= now:  # later ones are of a clock that was set back
                 turns[group] = max(at, turns.get(group, at))
-    found: list[Service] = []
+    found: list[WorkerService] = []
     for (memory_bytes, told), turns in latest.items():
         devices = json.loads(told)
         can_load, recomputes = quantisations_on(devices), has_gpu(devices)
-        service = Service(at=turns, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load)
+        service = WorkerService(at=turns, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load)
         found.append(replace(service, group=group_told(devices, memory_bytes)))
     return found
 
@@ -152,7 +155,7 @@ def _held_by(trainer_id: str | None) -> Select[str]:
 
 def _running(session: Session, waiting: Collection[str]) -> tuple[Counter[str], defaultdict[str, float]]:
     """Of those projects: how many jobs run, and of how many devices they have their part."""
-    rows, lent = session.execute(_packs()).all(), device_counts.lent(session)
+    rows, lent = session.execute(_packs()).all(), views.lent_devices(session)
     beside: Counter[str | None] = Counter()
     for row in rows:
         beside[row.trainer_id] += row.number
@@ -161,20 +164,20 @@ def _running(session: Session, waiting: Collection[str]) -> tuple[Counter[str], 
     for row in rows:
         if row.project_id in waiting:
             running[row.project_id] += row.number
-            num_devices = device_counts.count(row.worker_id, row.devices, lent)
+            num_devices = views.count_devices(row.worker_id, row.devices, lent)
             held[row.project_id] += num_devices * row.number / beside[row.trainer_id]
     return running, held
 
 
 def _num_devices(session: Session, worker: Worker | None) -> int:
-    return 1 if worker is None else device_counts.count(worker.id, worker.devices, device_counts.lent(session))
+    return 1 if worker is None else views.count_devices(worker.id, worker.devices, views.lent_devices(session))
 
 
 def _take_stock(session: Session, job: Job, *, num_devices: int, num_jobs: int, now: float, policy: Policy) -> float:
     """The device-seconds that the job has had since it was charged last; noted on its row."""
     since = now if job.charged_at is None else job.charged_at
     elapsed = min(now - since, policy.lease_seconds)
-    owed = fair_share.charge(elapsed, num_devices=num_devices, num_jobs=num_jobs)
+    owed = ordering.charge(elapsed, num_devices=num_devices, num_jobs=num_jobs)
     job.charged_at, job.device_seconds = now, job.device_seconds + owed
     ledger.add(session, job, "device_seconds", owed, now=now)
     return owed
@@ -191,7 +194,7 @@ def _locked(session: Session, project_id: str, worker: Worker | None, *, now: fl
 
 
 def _left(row: Any, *, now: float, policy: Policy) -> float:
-    return fair_share.decay(row.device_seconds, now - row.as_of, half_life_seconds=policy.half_life_seconds)
+    return ordering.decay(row.device_seconds, now - row.as_of, half_life_seconds=policy.half_life_seconds)
 
 
 def used(session: Session, project_ids: Collection[str], *, now: float, policy: Policy) -> defaultdict[str, float]:

@@ -6,27 +6,36 @@ Many workers look at once and come to one order of turns; each takes the first t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import get_args
 
 from sqlalchemy import Row, Select, bindparam, literal, select
 from sqlalchemy.orm import Session
 
 from catalog import failpoints
 from catalog.db.database import Database, clock_column, clock_given, find_in, read_clock, serialise, skip_locked
+from catalog.fleet import views
 from catalog.lifecycle import candidates as heads
 from catalog.lifecycle import recovery
+from catalog.lifecycle.candidates import CandidateFilter
 from catalog.lifecycle.recording import resumable
 from catalog.lifecycle.transitions import move
-from catalog.queue import charging, snapshots
-from catalog.scheduling.contention import MAX_TURNS, without
-from catalog.scheduling.packing import Choice
-from catalog.scheduling.scheduler import Decision, Nothing, decide
-from catalog.scheduling.snapshot import USUAL, Picture, Policy, Room
-from catalog.states import JobState, Verb
-from catalog.tables import Attempt, Checkpoint, Job, Project, Worker, new_id
-from catalog.usage import counters, quotas
+from catalog.queue import charging
+from catalog.resources.sharding import ShardingStrategy
+from catalog.scheduling.packing import Choice, spare_bytes
+from catalog.scheduling.scheduler import MAX_FALLBACKS, Decision, Wait, decide, snapshot_without
+from catalog.scheduling.snapshot import USUAL, Candidate, Capacity, Policy, QueueSnapshot
+from catalog.spec.job import Quantisation
+from catalog.states import JobState, Verb, is_suspect
+from catalog.tables.fleet import Worker
+from catalog.tables.history import Attempt, Checkpoint
+from catalog.tables.jobs import Job
+from catalog.tables.table import new_id
+from catalog.tables.tenancy import Project
+from catalog.usage import ledger, quotas
 
 MAX_RACES = 3
 """Looks at the queue in one call while others take what was chosen."""
@@ -63,23 +72,23 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Ask:
+class _ClaimRequest:
     """What a worker asks for."""
 
     worker_id: str
     trainer_id: str
-    room: Room
+    room: Capacity
     live_key: str | None
     lease_seconds: float
     policy: Policy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Chosen:
+class _Selection:
     """What was decided, and from what."""
 
     decision: Decision
-    picture: Picture | None = None
+    picture: QueueSnapshot | None = None
     """None: nothing was looked at."""
 
     @property
@@ -87,9 +96,9 @@ class _Chosen:
         return self.decision.action.choices
 
 
-_Found = dict[str, tuple[Job, bool]]
+_Rows = dict[str, tuple[Job, bool]]
 """Jobs that are locked, by id, and whether their projects may train only so many."""
-CLOSED = _Chosen(decision=Decision(action=Nothing(reason="the worker is cordoned or to leave"), trace={}))
+CLOSED = _Selection(decision=Decision(action=Wait(reason="the worker is cordoned or to leave"), trace={}))
 
 
 def claim_pack(
@@ -97,7 +106,7 @@ def claim_pack(
     *,
     worker_id: str,
     trainer_id: str,
-    room: Room,
+    room: Capacity,
     lease_seconds: float,
     pack_key: str | None = None,
     policy: Policy = USUAL,
@@ -108,7 +117,7 @@ def claim_pack(
     `trainer_id` of that key.
     """
     recovery.expire(db, grace_seconds=lease_seconds)
-    ask = _Ask(
+    ask = _ClaimRequest(
         worker_id=worker_id,
         trainer_id=trainer_id,
         room=room,
@@ -138,17 +147,17 @@ def claim_pack(
     return []
 
 
-def _choose(session: Session, ask: _Ask) -> _Chosen:
+def _choose(session: Session, ask: _ClaimRequest) -> _Selection:
     now, worker = _worker(session, ask.worker_id)
     if worker is not None and worker.takes_nothing_new:
         return CLOSED
-    picture = snapshots.of_worker(
+    picture = snapshot_of_worker(
         session, worker, trainer_id=ask.trainer_id, room=ask.room, live_key=ask.live_key, now=now, policy=ask.policy
     )
-    return _Chosen(decision=decide(picture, ask.policy), picture=picture)
+    return _Selection(decision=decide(picture, ask.policy), picture=picture)
 
 
-def _take(session: Session, chosen: _Chosen, ask: _Ask, *, is_alone: bool = False) -> list[Claim]:
+def _take(session: Session, chosen: _Selection, ask: _ClaimRequest, *, is_alone: bool = False) -> list[Claim]:
     """Lock what was chosen, pass over what is taken or stopped since, and claim the rest.
 
     Without its anchor a pack is not taken: the choice is made anew. Nor by a worker that was cordoned or asked to
@@ -176,25 +185,25 @@ def _take(session: Session, chosen: _Chosen, ask: _Ask, *, is_alone: bool = Fals
 
 
 def _first_left(
-    session: Session, decision: Decision, picture: Picture, policy: Policy, now: float
-) -> tuple[Decision, _Found]:
+    session: Session, decision: Decision, picture: QueueSnapshot, policy: Policy, now: float
+) -> tuple[Decision, _Rows]:
     """What is decided without those that others have taken, and its jobs, locked; none where that is another's turn.
 
     The first that nobody holds is locked, in the order in which they would be chosen one after the other. So of many
     workers that look at once each has another, and nobody waits. For who was to train beside it others are found.
     """
     ids = decision.in_turn
-    padded = [*ids, *ids[-1:] * (MAX_TURNS - len(ids))]  # so that the statement is always the same
+    padded = [*ids, *ids[-1:] * (MAX_FALLBACKS - len(ids))]  # so that the statement is always the same
     given = {"ids": padded, "in_turn": f",{','.join(ids)},", "now": now}
     first = session.execute(_first_of(), given).first()
     if first is None:
         return decision, {}
     passed = ids[: ids.index(first.Job.id)]
-    picture = without(picture, passed) if passed else picture
+    picture = snapshot_without(picture, passed) if passed else picture
     found = {first.Job.id: _row(first)}
     for _ in range(MAX_RACES):
         if picture.taken:
-            decision = decide(snapshots.with_mates(session, picture, policy), policy)
+            decision = decide(snapshot_with_mates(session, picture, policy), policy)
             if decision.in_turn[:1] != (first.Job.id,):
                 return decision, {}
         beside = [job_id for job_id in _ids(decision.action.choices) if job_id not in found]
@@ -208,7 +217,7 @@ def _first_left(
     return decision, found
 
 
-def _all_chosen(session: Session, chosen: _Chosen, now: float) -> _Found:
+def _all_chosen(session: Session, chosen: _Selection, now: float) -> _Rows:
     given = {"ids": _ids(chosen.choices), "now": now}
     rows = session.execute(_waiting().order_by(Job.id).with_for_update(of=Job), given)
     return {row.Job.id: _row(row) for row in rows}
@@ -222,7 +231,7 @@ def _row(row: Row[Job, int | None]) -> tuple[Job, bool]:
     return row[0], row[1] is not None
 
 
-def _beginnable(session: Session, found: _Found) -> dict[str, Job]:
+def _beginnable(session: Session, found: _Rows) -> dict[str, Job]:
     jobs = {job_id: job for job_id, (job, _) in found.items()}
     if not any(is_limited for _, is_limited in found.values()):
         return jobs
@@ -230,7 +239,7 @@ def _beginnable(session: Session, found: _Found) -> dict[str, Job]:
     return {job_id: job for job_id, job in jobs.items() if job_id in may_begin}
 
 
-def _begin(session: Session, job: Job, decision: Decision, choice: Choice, ask: _Ask, *, now: float) -> None:
+def _begin(session: Session, job: Job, decision: Decision, choice: Choice, ask: _ClaimRequest, *, now: float) -> None:
     job.claim_id = new_id("claim")
     job.attempt += 1
     job.claimed_at = job.charged_at = now
@@ -239,7 +248,7 @@ def _begin(session: Session, job: Job, decision: Decision, choice: Choice, ask: 
     attempt = Attempt(claim_id=job.claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
     attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, decision.why(choice)
     session.add(attempt)
-    counters.add(session, "claims")
+    ledger.count(session, "claims")
     is_loaded = choice.role == "anchor" and ask.room.resident_key == choice.turn.candidate.pack_key
     message = f"Attempt {job.attempt} begins on worker {job.worker_id}, {IS_LOADED if is_loaded else AS[choice.role]}"
     move(session, job, Verb.CLAIM, now=now, message=message)
@@ -286,3 +295,112 @@ def _first_of() -> Select[Job, int | None]:
     """The first of them that is not locked, which then is."""
     place = find_in(bindparam("in_turn"), literal(",") + Job.id + literal(","))
     return skip_locked(_waiting().order_by(place).limit(1), of=Job)
+
+
+def snapshot_of_worker(
+    session: Session,
+    worker: Worker | None,
+    *,
+    trainer_id: str,
+    room: Capacity,
+    live_key: str | None,
+    now: float,
+    policy: Policy,
+) -> QueueSnapshot:
+    """For a worker that has this room: beside the jobs of its trainer `trainer_id`, whose pack key is `live_key`, or
+    (None) for a trainer's first jobs."""
+    whole = worker.memory_bytes if worker else room.memory_bytes_free
+    waiting = charging.shares_of_waiting(session, now=now, policy=policy)
+    picture = QueueSnapshot(
+        now=now,
+        candidates=(),
+        shares=waiting,
+        served=charging.served(session, now=now),
+        room=room,
+        live_key=live_key,
+        worker_bytes=whole if room.memory_bytes_when_empty is None else min(whole, room.memory_bytes_when_empty),
+        has_suspect=live_key is not None and _holds_suspect(session, trainer_id),
+        per_group=math.ceil(MAX_FALLBACKS / max(1, len(waiting))),
+    )
+    if picture.has_suspect:
+        return picture
+    can_load = views.quantisations_of(worker) if worker is not None else frozenset({"none"})
+    picture = _with_candidates(picture, _firsts(session, picture, can_load))
+    for_whom = live_key or room.resident_key
+    if for_whom is not None:
+        found = _alike(session, picture, for_whom, room.memory_bytes_free, holding=room.holding)
+        picture = _with_candidates(picture, found)
+    return snapshot_with_mates(session, picture, policy)
+
+
+def _with_candidates(picture: QueueSnapshot, found: list[Candidate]) -> QueueSnapshot:
+    return replace(picture, candidates=(*picture.candidates, *found))
+
+
+def snapshot_with_mates(session: Session, picture: QueueSnapshot, policy: Policy) -> QueueSnapshot:
+    """And those of the anchor's kind that may be let in beside what is chosen already: the first of those that fit into
+    what is left, again and again until there is none. So larger ones that wait before them hide nobody."""
+    for _ in range(picture.room.max_jobs if picture.room.max_jobs > 1 else 0):
+        choices = decide(picture, policy).action.choices
+        if not choices or len(choices) >= picture.room.max_jobs or choices[0].turn.candidate.is_suspect:
+            break
+        key = choices[0].turn.candidate.pack_key
+        holding = picture.room.holding
+        if picture.live_key is None:
+            holding = picture.room.holding_for(choices[0].turn.candidate)
+        spare = spare_bytes(choices, picture.room)
+        found = _alike(session, picture, key, spare, is_beside=True, holding=holding)
+        seen = {candidate.job_id for candidate in picture.candidates}
+        if all(candidate.job_id in seen for candidate in found):
+            break
+        picture = _with_candidates(picture, found)
+    return picture
+
+
+def _firsts(session: Session, picture: QueueSnapshot, can_load: Collection[str]) -> list[Candidate]:
+    """Of each project and class those that stand first of what the worker holds, each with a trainer to itself.
+
+    Of those that may come before one that joins, as many as can. For a new trainer also the first that fit into what is
+    free: the others are there because the worker holds them, so that who goes before them takes no turn of theirs. And
+    more than one decision needs, for those of which other workers take some meanwhile.
+    """
+    room, is_live = picture.room, picture.live_key is not None
+    missing = tuple(name for name in get_args(Quantisation) if name not in can_load)
+    such = CandidateFilter(alone=True, recomputes=room.recomputes, not_held_as=missing)
+
+    def look(per_group: int, num_bytes: int) -> list[Candidate]:
+        return heads.waiting(session, such, now=picture.now, per_group=per_group, num_bytes=num_bytes, group=room.group)
+
+    per_group = picture.per_group or 1
+    if is_live:
+        return look(max(room.max_jobs + 1, per_group), picture.worker_bytes)
+    found = look(per_group, max(picture.worker_bytes, room.memory_bytes_free))
+    if all(room.alone(candidate) <= room.memory_bytes_free for candidate in found):
+        return found
+    return [*found, *look(per_group, room.memory_bytes_free)]
+
+
+def _alike(
+    session: Session,
+    picture: QueueSnapshot,
+    key: str,
+    num_bytes: int,
+    *,
+    holding: ShardingStrategy,
+    is_beside: bool = False,
+) -> list[Candidate]:
+    """Of each project and class as many of that pack key as there is room for, the first of those that fit: beside
+    others, or by themselves. holding: how the trainer holds the base."""
+    room = picture.room
+    is_alone = picture.live_key is None and not is_beside
+    such = CandidateFilter(alike=True, alone=is_alone, recomputes=room.recomputes, holding=holding)
+    per_group = room.max_jobs + len(picture.taken) if is_beside else max(room.max_jobs, picture.per_group or 1)
+    return heads.waiting(
+        session, such, now=picture.now, key=key, per_group=per_group, num_bytes=num_bytes, group=room.group
+    )
+
+
+def _holds_suspect(session: Session, trainer_id: str) -> bool:
+    live = select(Attempt.job_id).where(Attempt.trainer_id == trainer_id, Attempt.ended_at.is_(None))
+    held = select(Job.counted_attempts, Job.lost_attempts).where(Job.id.in_(session.scalars(live).all()))
+    return any(is_suspect(counted, lost) for counted, lost in session.execute(held))

@@ -16,73 +16,38 @@ from sqlalchemy.orm import Session
 
 from catalog import failpoints
 from catalog.db.database import Database, read_clock
-from catalog.errors import LorryError, StaleClaim
+from catalog.errors import LorryError
 from catalog.fleet import cordons
-from catalog.fleet.workers import WorkerOrders, end_trainer, end_worker, register_trainer, register_worker, worker_beat
 from catalog.history import events, result_files
 from catalog.lifecycle import recovery
 from catalog.lifecycle.fencing import hold
 from catalog.lifecycle.outcomes import close_attempt, end_attempt
-from catalog.lifecycle.preparation import Unprepared, next_unprepared, prepared, refused, release_preparation
 from catalog.lifecycle.recording import (
     Course,
-    Exported,
-    distrust_checkpoint,
     held_out_point,
-    record_checkpoint,
-    record_checkpoint_model,
     record_course,
-    record_event,
-    record_metrics,
-    record_progress,
 )
 from catalog.lifecycle.transitions import move
 from catalog.queue import charging, preemption
-from catalog.queue.claiming import Claim, claim_pack
-from catalog.scheduling.snapshot import USUAL, Policy, Room
+from catalog.scheduling.snapshot import USUAL, Policy
 from catalog.search import trials
 from catalog.states import ENDINGS, EndReason, JobState, Verb
 from catalog.storage import artifact_index
 from catalog.storage.manifest import Manifest
 from catalog.storage.store import Blob
-from catalog.tables import Adapter, Attempt, Job, Json, Project, Worker, new_id
-from catalog.usage import counters, ledger
-
-__all__ = [
-    "Claim",
-    "Exported",
-    "Orders",
-    "Room",
-    "StaleClaim",
-    "Unprepared",
-    "WorkerOrders",
-    "claim_pack",
-    "complete",
-    "distrust_checkpoint",
-    "end",
-    "end_trainer",
-    "end_worker",
-    "heartbeat",
-    "next_unprepared",
-    "prepared",
-    "record_checkpoint",
-    "record_checkpoint_model",
-    "record_event",
-    "record_metrics",
-    "record_progress",
-    "refused",
-    "register_trainer",
-    "register_worker",
-    "release_preparation",
-    "started",
-    "worker_beat",
-]
+from catalog.tables.fleet import Worker
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter
+from catalog.tables.table import Json, new_id
+from catalog.tables.tenancy import Project
+from catalog.usage import ledger
 
 log = logging.getLogger("lorry.catalog")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Orders:
+class ClaimDirectives:
     """What to do about one claim."""
 
     cancel: bool = False
@@ -95,7 +60,7 @@ class Orders:
 
 def heartbeat(
     db: Database, *, worker_id: str, claim_ids: Collection[str], lease_seconds: float, policy: Policy = USUAL
-) -> dict[str, Orders]:
+) -> dict[str, ClaimDirectives]:
     """Renew the leases of those claims that are still held, of training or preparing, charge what has trained, and tell
     what is asked; then see whether anybody is to make room."""
     recovery.observe(db, grace_seconds=lease_seconds)
@@ -103,7 +68,7 @@ def heartbeat(
         now = read_clock(session)
         session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now))
         mine = select(Job).where(Job.claim_id.in_(claim_ids)).order_by(Job.id).with_for_update()
-        orders = dict.fromkeys(claim_ids, Orders(stale=True))
+        orders = dict.fromkeys(claim_ids, ClaimDirectives(stale=True))
         held = list(session.scalars(mine))
         charging.charge_beat(session, held, session.get(Worker, worker_id), now=now, policy=policy)
         for job in held:
@@ -125,15 +90,17 @@ def _make_room(db: Database, policy: Policy) -> int:
     return 0
 
 
-def _orders_now(db: Database, claim_ids: Collection[str]) -> dict[str, Orders]:
+def _orders_now(db: Database, claim_ids: Collection[str]) -> dict[str, ClaimDirectives]:
     with db.read() as session:
         held = session.scalars(select(Job).where(Job.claim_id.in_(claim_ids)))
-        return dict.fromkeys(claim_ids, Orders(stale=True)) | {job.claim_id or "": _orders(job) for job in held}
+        return dict.fromkeys(claim_ids, ClaimDirectives(stale=True)) | {
+            job.claim_id or "": _orders(job) for job in held
+        }
 
 
-def _orders(job: Job) -> Orders:
+def _orders(job: Job) -> ClaimDirectives:
     is_preempted = job.preempted_for is not None
-    return Orders(cancel=job.cancel_requested, pause=job.pause_requested, preempt=is_preempted)
+    return ClaimDirectives(cancel=job.cancel_requested, pause=job.pause_requested, preempt=is_preempted)
 
 
 def started(
@@ -209,8 +176,8 @@ def complete(
         message = f"New fine-tuned model created: {adapter.name}"
         events.add(session, job.id, now=now, message=message, data={"adapter_id": adapter.id})
         ledger.add(session, job, "trained_tokens", trained_tokens, now=now)
-        counters.add(session, "trained_tokens", number=trained_tokens)
-        counters.add(session, "adapters")
+        ledger.count(session, "trained_tokens", number=trained_tokens)
+        ledger.count(session, "adapters")
         ledger.store(session, job.project_id, artifact.num_bytes + curves.num_bytes, now=now)
         done = "The job has successfully completed"
         move(session, job, Verb.COMPLETE, now=now, message=done, reason=EndReason.COMPLETED)

@@ -14,10 +14,14 @@ from catalog.db.database import Database, read_clock
 from catalog.fleet import views
 from catalog.lifecycle import candidates as heads
 from catalog.queue import charging, pending
-from catalog.scheduling.ordering import Turn, order
+from catalog.scheduling.ordering import QueueEntry, order
 from catalog.scheduling.snapshot import USUAL, Candidate, Policy
 from catalog.states import UNFINISHED_STATES, JobState, PriorityClass
-from catalog.tables import BaseModelRow, Job, Json, Plan, Project
+from catalog.tables.jobs import Job
+from catalog.tables.plans import Plan
+from catalog.tables.storage import BaseModelRow
+from catalog.tables.table import Json
+from catalog.tables.tenancy import Project
 
 MAX_SHOWN = 5000
 """Jobs that people are shown, and that the place of one of them is reckoned from."""
@@ -36,7 +40,7 @@ SHOWN = (
 """Columns of a job that an entry of the queue shows as they are."""
 
 
-def turns(session: Session, *, now: float, policy: Policy = USUAL) -> list[Turn]:
+def turns(session: Session, *, now: float, policy: Policy = USUAL) -> list[QueueEntry]:
     """The jobs that may be claimed now, first turn first: MAX_SHOWN or a little more where there are so many. Projects
     and classes that have less than their part of these leave it to the others."""
     shares = charging.shares_of_waiting(session, now=now, policy=policy)
@@ -49,7 +53,7 @@ def candidates(session: Session, *, now: float) -> list[Candidate]:
     """Those that `turns` orders, in no order."""
     per_group = math.ceil(MAX_SHOWN / max(1, heads.num_groups(session)))
     while True:
-        found = heads.waiting(session, heads.Such(), now=now, per_group=per_group)
+        found = heads.waiting(session, heads.CandidateFilter(), now=now, per_group=per_group)
         sizes = Counter((candidate.project_id, candidate.priority) for candidate in found)
         full = [size for size in sizes.values() if size == per_group]
         left = MAX_SHOWN - len(found)
@@ -99,7 +103,7 @@ def _unfinished(session: Session, project_id: str | None) -> Sequence[Row[*tuple
     return session.execute(rows.order_by(Job.created_at, Job.id).limit(MAX_SHOWN)).all()
 
 
-def _entry(row: Row[*tuple[Any, ...]], turn: Turn | None, *, now: float) -> Json:
+def _entry(row: Row[*tuple[Any, ...]], turn: QueueEntry | None, *, now: float) -> Json:
     shown = {name: getattr(row, name) for name in SHOWN}
     return {
         **shown,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import ColumnElement, Select, and_, or_, select
 
-from catalog.tables import Plan
+from catalog.tables.plans import Plan
 
 
 def first(*, now: float) -> Select[Plan]:

@@ -15,18 +15,19 @@ from sqlalchemy import and_, select, union
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock, serialise
-from catalog.fleet import device_counts, views
+from catalog.fleet import views
 from catalog.fleet.views import is_gpu, quantisations_of
 from catalog.history import events
 from catalog.lifecycle import candidates
 from catalog.queue import charging
 from catalog.scheduling import preemption as preempt
-from catalog.scheduling.ordering import Turn, order
+from catalog.scheduling.ordering import QueueEntry, order
 from catalog.scheduling.preemption import AT_ONCE, Holder, Preemption, Training
-from catalog.scheduling.snapshot import Candidate, Policy, Service, Share
+from catalog.scheduling.snapshot import Candidate, Policy, Share, WorkerService
 from catalog.states import JobState, PriorityClass, is_suspect
-from catalog.tables import Attempt, Job, Trainer, Worker
-from catalog.tables.living import is_live
+from catalog.tables.fleet import Trainer, Worker, is_live
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
 from catalog.usage import quotas
 
 PRESSING = PriorityClass.urgent
@@ -36,7 +37,7 @@ IS_ASKED = and_(Job.state == JobState.RUNNING, Job.preempted_for.is_not(None))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class PreemptionRequest:
     """For whom somebody is asked to leave."""
 
     job: Candidate
@@ -61,28 +62,28 @@ def look(db: Database, *, policy: Policy) -> int:
         return _ask(session, decided, now=now, policy=policy)
 
 
-def _pressing(session: Session, *, now: float, policy: Policy) -> list[tuple[Turn, list[Candidate]]]:
+def _pressing(session: Session, *, now: float, policy: Policy) -> list[tuple[QueueEntry, list[Candidate]]]:
     """What `preempt.pressing` finds in the queue; of a project no more than it may begin."""
-    urgent = candidates.waiting(session, candidates.Such(priority=PRESSING), now=now, per_group=AT_ONCE)
+    urgent = candidates.waiting(session, candidates.CandidateFilter(priority=PRESSING), now=now, per_group=AT_ONCE)
     late = [job for job in urgent if now - job.queued_at >= policy.preempt_after_seconds]
     if all(policy.is_making_room(job.room_asked_at, now) for job in late):
         return []
-    waiting = candidates.waiting(session, candidates.Such(), now=now, per_group=AT_ONCE)
+    waiting = candidates.waiting(session, candidates.CandidateFilter(), now=now, per_group=AT_ONCE)
     shares, served = charging.shares_of_waiting(session, now=now, policy=policy), charging.served(session, now=now)
     turns = order(waiting, now, shares=shares, served=served, policy=policy)
     return _beginnable(session, preempt.pressing(turns, now=now, policy=policy), late)[:AT_ONCE]
 
 
 def _beginnable(
-    session: Session, found: Sequence[tuple[Turn, list[Candidate]]], late: Collection[Candidate]
-) -> list[tuple[Turn, list[Candidate]]]:
+    session: Session, found: Sequence[tuple[QueueEntry, list[Candidate]]], late: Collection[Candidate]
+) -> list[tuple[QueueEntry, list[Candidate]]]:
     """Those that their projects' limits let begin beside the late ones for which room is being made already."""
     again = {turn.candidate.job_id for turn, _ in found}
     free = quotas.free_places(session, {turn.candidate.project_id for turn, _ in found}) if found else {}
     for job in late:
         if job.job_id not in again:
             free[job.project_id] = free.get(job.project_id, math.inf) - 1
-    begun: list[tuple[Turn, list[Candidate]]] = []
+    begun: list[tuple[QueueEntry, list[Candidate]]] = []
     for turn, ahead in found:
         project_id = turn.candidate.project_id
         free[project_id] = free.get(project_id, math.inf) - 1
@@ -110,15 +111,15 @@ def _may_begin(session: Session, job_id: str | None, *, now: float) -> bool:
     return project_id is not None and not quotas.holds(session, now=now, project_ids=[project_id])
 
 
-def _decide(session: Session, *, now: float, policy: Policy) -> list[Asked]:
+def _decide(session: Session, *, now: float, policy: Policy) -> list[PreemptionRequest]:
     pressing = _pressing(session, now=now, policy=policy)
     holders = _holders(session, now=now, policy=policy) if pressing else []
-    decided: list[Asked] = []
+    decided: list[PreemptionRequest] = []
     for turn, ahead in pressing:
         chosen = preempt.choose(turn, holders, ahead=ahead, now=now, policy=policy)
         if chosen is None:
             continue
-        decided.append(Asked(job=turn.candidate, preemption=chosen))
+        decided.append(PreemptionRequest(job=turn.candidate, preemption=chosen))
         holders = [_without(holder, chosen) for holder in holders]
     return [one for one in decided if one.preemption.victims]
 
@@ -132,7 +133,7 @@ def _without(holder: Holder, chosen: Preemption) -> Holder:
     return replace(holder, jobs=left, memory_bytes_free=0, places=0)
 
 
-def _ask(session: Session, decided: Sequence[Asked], *, now: float, policy: Policy) -> int:
+def _ask(session: Session, decided: Sequence[PreemptionRequest], *, now: float, policy: Policy) -> int:
     named = {one.job.job_id for one in decided} | {v.job_id for one in decided for v in one.preemption.victims}
     locked = select(Job).where(Job.id.in_(named)).order_by(Job.id).with_for_update()
     jobs = {job.id: job for job in session.scalars(locked.execution_options(populate_existing=True))} if named else {}
@@ -150,7 +151,9 @@ def _ask(session: Session, decided: Sequence[Asked], *, now: float, policy: Poli
     return number
 
 
-def _ask_one(session: Session, job: Job, one: Asked, victim: Training, *, now: float, policy: Policy) -> None:
+def _ask_one(
+    session: Session, job: Job, one: PreemptionRequest, victim: Training, *, now: float, policy: Policy
+) -> None:
     job.preempted_for = one.job.job_id
     data = preempt.told(one.job, one.preemption, victim, now=now, policy=policy)
     attempt = session.get(Attempt, job.claim_id)
@@ -160,7 +163,7 @@ def _ask_one(session: Session, job: Job, one: Asked, victim: Training, *, now: f
     events.add(session, job.id, now=now, message=message, data=data)
 
 
-def _tell_who_waits(session: Session, one: Asked, *, now: float) -> None:
+def _tell_who_waits(session: Session, one: PreemptionRequest, *, now: float) -> None:
     number = len(one.preemption.victims)
     jobs = "1 job of a lower class is" if number == 1 else f"{number} jobs of lower classes are"
     data = {"worker_id": one.preemption.worker_id, "num_leaving": number, "makes": one.preemption.makes}
@@ -176,10 +179,10 @@ def _holders(session: Session, *, now: float, policy: Policy) -> list[Holder]:
     live = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
     rows = session.execute(live.where(is_live(now=now))).all()
     open_ones = [(worker, key) for worker, key in rows if held[worker.id] and not worker.takes_nothing_new]
-    shares, lent = charging.shares_of_training(session, now=now, policy=policy), device_counts.lent(session)
+    shares, lent = charging.shares_of_training(session, now=now, policy=policy), views.lent_devices(session)
     found: list[Holder] = []
     for worker, key in open_ones:
-        num_devices = device_counts.count(worker.id, worker.devices, lent)
+        num_devices = views.count_devices(worker.id, worker.devices, lent)
         found.append(_holder(worker, key, held[worker.id], shares=shares, num_devices=num_devices, policy=policy))
     return found
 
@@ -194,7 +197,7 @@ def _holder(
     policy: Policy,
 ) -> Holder:
     room, recomputes, can_load = views.room_told(worker), is_gpu(worker), quantisations_of(worker)
-    service = Service(
+    service = WorkerService(
         at={},
         memory_bytes=worker.memory_bytes,
         recomputes=recomputes,

@@ -18,8 +18,12 @@ from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, NoLongerKept, NotFound
 from catalog.registry import checkpoints, permissions
 from catalog.states import UNFINISHED_STATES
-from catalog.tables import Adapter, Artifact, Checkpoint, Job, ModelPermission, Sweep
-from catalog.usage import counters, ledger
+from catalog.tables.history import Checkpoint
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, Artifact
+from catalog.tables.sweeps import Sweep
+from catalog.tables.tenancy import ModelPermission
+from catalog.usage import ledger
 
 MAX_MODELS = 1000
 """Adapters, and checkpoints, in the list of all models, which has no pages."""
@@ -120,7 +124,7 @@ def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = 
                 param="adapter",
             )
         adapter.deleted_at = now = read_clock(session)
-        counters.add(session, "adapters", number=-1)
+        ledger.count(session, "adapters", number=-1)
         ledger.store(session, adapter.project_id, -session.get_one(Artifact, adapter.artifact).num_bytes, now=now)
         return _note_deleted(session, adapter)
 

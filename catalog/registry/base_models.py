@@ -16,7 +16,9 @@ from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.resources import requirements
 from catalog.spec.job import LABEL
 from catalog.states import UNFINISHED_STATES
-from catalog.tables import BaseModelRow, Job, Json
+from catalog.tables.jobs import Job
+from catalog.tables.storage import BaseModelRow
+from catalog.tables.table import Json
 
 KINDS = ("hub", "folder", "gguf")
 SOURCE_PATTERN = r"^[^\x00-\x1f\x7f\S]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$"

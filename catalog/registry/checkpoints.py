@@ -13,7 +13,11 @@ from sqlalchemy.orm import Session
 from catalog.db.database import read_clock
 from catalog.errors import Conflict, NoLongerKept
 from catalog.states import UNFINISHED_STATES
-from catalog.tables import Adapter, Artifact, Checkpoint, Job, Project, new_id
+from catalog.tables.history import Checkpoint
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, Artifact
+from catalog.tables.table import new_id
+from catalog.tables.tenancy import Project
 from catalog.usage import ledger
 
 MARK = ":ckpt-step-"

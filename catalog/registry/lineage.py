@@ -18,7 +18,10 @@ from typing import Any, Literal, cast
 import rfc8785
 
 from catalog.storage.manifest import Manifest
-from catalog.tables import Attempt, BaseModelRow, File, Job, Json
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
+from catalog.tables.storage import BaseModelRow, File
+from catalog.tables.table import Json
 
 FORMAT = "lorry.lineage/1"
 MAX_SAFE_INTEGER = 2**53 - 1

@@ -17,7 +17,11 @@ from catalog.db.database import Database, read_clock
 from catalog.db.pagination import Order, Page, paginate
 from catalog.errors import InvalidRequest, NotFound
 from catalog.registry import checkpoints
-from catalog.tables import Adapter, Checkpoint, Job, ModelPermission, Project, new_id
+from catalog.tables.history import Checkpoint
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter
+from catalog.tables.table import new_id
+from catalog.tables.tenancy import ModelPermission, Project
 from catalog.tenancy import projects
 from catalog.tenancy.authentication import Caller
 

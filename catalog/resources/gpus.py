@@ -55,7 +55,7 @@ CARDS: tuple[Card, ...] = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Held:
+class MemoryBreakdown:
     """A worker's device."""
 
     worker_id: str
@@ -85,7 +85,7 @@ def smallest_card(num_bytes: int) -> Card | None:
     return next((card for card in CARDS if card.memory_bytes >= num_bytes), None)
 
 
-def that_fit(held: Sequence[Held]) -> list[Held]:
+def that_fit(held: Sequence[MemoryBreakdown]) -> list[MemoryBreakdown]:
     """Smallest first. What a worker of one GPU is asked for when it claims leaves CUDA out, and looks at what is
     free."""
     fitting = [device for device in held if device.needed_bytes <= device.memory_bytes]

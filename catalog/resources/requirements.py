@@ -16,11 +16,13 @@ from catalog.resources import pack_key as packing
 from catalog.resources.sharding import Demand
 from catalog.spec.methods import compares_with_start
 from catalog.states import UNFINISHED_STATES, JobState
-from catalog.tables import BaseModelRow, Job, Json
+from catalog.tables.jobs import Job
+from catalog.tables.storage import BaseModelRow
+from catalog.tables.table import Json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Needs:
+class MemoryRequirements:
     """In bytes."""
 
     own_bytes: int
@@ -71,13 +73,13 @@ def _note_each(db: Database, wanted: tuple[ColumnElement[bool], ...], *, batch: 
     return len(ids)
 
 
-def of(session: Session, job: Job) -> Needs:
+def of(session: Session, job: Job) -> MemoryRequirements:
     """As reckoned now."""
     description = session.get_one(BaseModelRow, job.base_model).description or {}
     precision, quantisation = packing.precision_of(job.pack_key), packing.quantisation_of(job.pack_key)
     own = own_bytes(job, description)
     divisible, gathered = divisible_bytes(job, description)
-    return Needs(
+    return MemoryRequirements(
         own_bytes=own,
         saved_bytes=own - own_bytes(job, description, recomputes=True),
         trainer_bytes=memory.trainer_bytes(description, precision, quantisation),

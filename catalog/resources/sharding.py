@@ -19,7 +19,7 @@ from catalog.spec.lora import begins_with_the_base
 Strategy = Literal["replicated", "fsdp2", "zero3", "fsdp2_offload", "zero3_offload"]
 Wanted = Literal["auto", "replicated", "fsdp2", "zero3", "fsdp2_offload", "zero3_offload"]
 """What an operator has set for a worker."""
-Holding = Literal["whole", "divided", "offloaded"]
+ShardingStrategy = Literal["whole", "divided", "offloaded"]
 """On each device all of the base; or of each block a share, there or in the memory of its host."""
 DividesWhen = Literal["never", "needed", "always", "offloaded"]
 """The last: always, with the shares in the host's memory."""
@@ -51,7 +51,7 @@ class Demand:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class DeviceGroup:
     """The devices that the trainers of one worker run on, with a process on each."""
 
     kind: str = "cpu"
@@ -91,7 +91,7 @@ class Group:
         """Of a CPU none where an operator has it offload: the shares stay in the memory that they were in."""
         return NEVER if self.kind == "cpu" and self.divides_when == "offloaded" else self.host_bytes
 
-    def holding(self, demand: Demand) -> Holding:
+    def holding(self, demand: Demand) -> ShardingStrategy:
         """How the base is held for such a job: in the first of the three ways in which it fits."""
         when = self.divides_when
         if when != "needed":
@@ -115,13 +115,13 @@ class Group:
             return NEVER
         return self.held_bytes(demand, holding) + self.reserve_bytes
 
-    def held_bytes(self, demand: Demand, holding: Holding) -> int:
+    def held_bytes(self, demand: Demand, holding: ShardingStrategy) -> int:
         """Of that what the trainer's own is, where the base is held so."""
         if holding == "whole":
             return demand.whole_bytes
         return demand.whole_bytes - demand.divisible_bytes + sum(self.block_parts(demand, holding).values())
 
-    def block_parts(self, demand: Demand, holding: Holding) -> dict[str, int]:
+    def block_parts(self, demand: Demand, holding: ShardingStrategy) -> dict[str, int]:
         """What a device holds of the blocks of a base that is not whole. From the host a block's share comes to the
         device before all gather it."""
         share, gathered = self.share_bytes(demand), demand.gathered_bytes
@@ -140,13 +140,13 @@ class Group:
         return self.kind == "cpu"
 
 
-ONE = Group()
+SINGLE = DeviceGroup()
 
 
-def group_told(devices: Sequence[Mapping[str, Any]], memory_bytes: int) -> Group:
+def group_told(devices: Sequence[Mapping[str, Any]], memory_bytes: int) -> DeviceGroup:
     """Of a worker's record; those of older workers say nothing of it, and hold whole bases."""
     first: Mapping[str, Any] = devices[0] if devices else {}
-    return Group(
+    return DeviceGroup(
         kind=first.get("kind", "cpu"),
         num_devices=int(first.get("num_processes") or len(first.get("indices") or ()) or 1),
         bytes_of_each=memory_bytes,
@@ -185,7 +185,7 @@ def hindrance(lora: Mapping[str, Any], quantisation: str, description: Mapping[s
     return None
 
 
-def reason(group: Group, demand: Demand) -> str:
+def reason(group: DeviceGroup, demand: Demand) -> str:
     """Why a group holds the base of such a job as it does."""
     if group.gang is not None:
         return f"Each device of the gang {group.gang} holds the whole base: over nodes it is not divided."
@@ -213,11 +213,11 @@ def _size(num_bytes: int) -> str:
     return f"about {readable(num_bytes)}"
 
 
-def _about(group: Group, demand: Demand, holding: Holding) -> str:
+def _about(group: DeviceGroup, demand: Demand, holding: ShardingStrategy) -> str:
     return _size(group.held_bytes(demand, holding) + group.reserve_bytes)
 
 
-def nowhere(found: Sequence[tuple[Group, Demand]], hindrance: str | None) -> str | None:
+def nowhere(found: Sequence[tuple[DeviceGroup, Demand]], hindrance: str | None) -> str | None:
     """Why such a job fits none of these groups; None where it fits one. hindrance: what bars it from a divided base."""
     if any(group.needed_bytes(demand) <= group.bytes_of_each for group, demand in found):
         return None
@@ -228,7 +228,7 @@ def nowhere(found: Sequence[tuple[Group, Demand]], hindrance: str | None) -> str
     return " ".join(parts)
 
 
-def _why_not(group: Group, demand: Demand) -> str:
+def _why_not(group: DeviceGroup, demand: Demand) -> str:
     """Why it doesn't fit the largest worker."""
     holding, held = group.holding(demand), readable(group.bytes_of_each)
     if holding == "whole":
@@ -252,7 +252,7 @@ def _why_not(group: Group, demand: Demand) -> str:
     return told
 
 
-def _too_much_for_host(group: Group, demand: Demand) -> str:
+def _too_much_for_host(group: DeviceGroup, demand: Demand) -> str:
     of_host = readable(group.host_limit_bytes)
     return f"{_size(demand.divisible_bytes)} of the host's memory, where a base may take {of_host}."
 
@@ -281,7 +281,7 @@ def would_fit(demand: Demand) -> list[Fit]:
 
 
 def _fits(demand: Demand, count: int, card: Card, host_bytes: int) -> bool:
-    group = Group(kind="cuda", num_devices=count, bytes_of_each=card.memory_bytes, host_bytes=host_bytes)
+    group = DeviceGroup(kind="cuda", num_devices=count, bytes_of_each=card.memory_bytes, host_bytes=host_bytes)
     return group.needed_bytes(demand) + (CUDA_BYTES if count == 1 else 0) <= card.memory_bytes
 
 

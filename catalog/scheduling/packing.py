@@ -5,27 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from catalog.scheduling.ordering import Turn
-from catalog.scheduling.snapshot import PATIENCE_SECONDS, Room
+from catalog.scheduling.ordering import QueueEntry
+from catalog.scheduling.snapshot import PATIENCE_SECONDS, Capacity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
     """A job that is let in, and why."""
 
-    turn: Turn
+    turn: QueueEntry
     role: str
     """anchor, packmate or joiner."""
     reason: str
 
 
-def choose_pack(turns: Sequence[Turn], room: Room, *, patience_seconds: float = PATIENCE_SECONDS) -> list[Choice]:
+def choose_pack(
+    turns: Sequence[QueueEntry], room: Capacity, *, patience_seconds: float = PATIENCE_SECONDS
+) -> list[Choice]:
     """A new trainer's first jobs: an anchor and its packmates; [] where nothing fits."""
     anchor = choose_anchor(turns, room, patience_seconds=patience_seconds)
     return [] if anchor is None else [anchor, *choose(anchor, turns, room)]
 
 
-def choose_anchor(turns: Sequence[Turn], room: Room, *, patience_seconds: float = PATIENCE_SECONDS) -> Choice | None:
+def choose_anchor(
+    turns: Sequence[QueueEntry], room: Capacity, *, patience_seconds: float = PATIENCE_SECONDS
+) -> Choice | None:
     """Whose turn it is, or the first that goes before for the sake of what is loaded."""
     if room.max_jobs < 1:
         return None
@@ -40,7 +44,7 @@ def choose_anchor(turns: Sequence[Turn], room: Room, *, patience_seconds: float 
     return Choice(turn=loaded[0], role="anchor", reason=why)
 
 
-def for_what_is_loaded(fitting: Sequence[Turn], room: Room, *, patience_seconds: float) -> list[Turn]:
+def for_what_is_loaded(fitting: Sequence[QueueEntry], room: Capacity, *, patience_seconds: float) -> list[QueueEntry]:
     """Jobs for the resident trainer, of the class of the head of the queue, which go before it while it has not waited
     long. None goes before a job for which room is being made: who began would take it."""
     head = fitting[0]
@@ -53,7 +57,7 @@ def for_what_is_loaded(fitting: Sequence[Turn], room: Room, *, patience_seconds:
     return [turn for turn in of_it if room.may_join(turn.candidate)]
 
 
-def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choice]:
+def choose(anchor: Choice, candidates: Sequence[QueueEntry], room: Capacity) -> list[Choice]:
     """Packmates for the anchor, in their own order. A suspect neither has nor becomes one."""
     if anchor.turn.candidate.is_suspect:
         return []
@@ -74,7 +78,7 @@ def choose(anchor: Choice, candidates: Sequence[Turn], room: Room) -> list[Choic
     return chosen
 
 
-def spare_bytes(choices: Sequence[Choice], room: Room) -> int:
+def spare_bytes(choices: Sequence[Choice], room: Capacity) -> int:
     """Of its own that one more job of their kind may have beside all these; below 0: none fits, however small."""
     jobs = [choice.turn.candidate for choice in choices]
     num_before = room.num_jobs if choices[0].role == "joiner" else 0
@@ -86,8 +90,13 @@ def spare_bytes(choices: Sequence[Choice], room: Room) -> int:
 
 
 def choose_joiners(
-    turns: Sequence[Turn], room: Room, key: str, *, worker_bytes: int, patience_seconds: float = PATIENCE_SECONDS
-) -> tuple[list[Choice], Turn | None]:
+    turns: Sequence[QueueEntry],
+    room: Capacity,
+    key: str,
+    *,
+    worker_bytes: int,
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> tuple[list[Choice], QueueEntry | None]:
     """Jobs that may join a live trainer of pack key `key`, and the one for whose sake no further ones do.
 
     None joins that stands behind a job which can't, would fit the worker (`worker_bytes` in all) and has waited past

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from catalog.resources.sharding import Holding
-from catalog.scheduling.ordering import Turn
-from catalog.scheduling.snapshot import Candidate, Policy, Service, Share
+from catalog.resources.sharding import ShardingStrategy
+from catalog.scheduling.ordering import QueueEntry
+from catalog.scheduling.snapshot import Candidate, Policy, Share, WorkerService
 from catalog.states import PriorityClass
 
 Json = dict[str, Any]
@@ -54,7 +54,7 @@ class Holder:
 
     worker_id: str
     pack_key: str
-    service: Service
+    service: WorkerService
     """What it could hold."""
     jobs: tuple[Training, ...]
     memory_bytes_free: int = 0
@@ -63,7 +63,7 @@ class Holder:
     """Jobs that it would let join now, as it last said."""
     has_suspect: bool = False
     """Nobody may join it."""
-    holding: Holding = "whole"
+    holding: ShardingStrategy = "whole"
     """Its trainer holds a share of the base on each device."""
 
 
@@ -79,10 +79,10 @@ class Preemption:
     """At stake, of all of them."""
 
 
-def pressing(turns: Iterable[Turn], *, now: float, policy: Policy) -> list[tuple[Turn, list[Candidate]]]:
+def pressing(turns: Iterable[QueueEntry], *, now: float, policy: Policy) -> list[tuple[QueueEntry, list[Candidate]]]:
     """Urgent jobs that have waited for long enough and for which no room is being made, first turn first; and the jobs
     of other projects ahead of each that can't have room made for them, since they are not urgent."""
-    found: list[tuple[Turn, list[Candidate]]] = []
+    found: list[tuple[QueueEntry, list[Candidate]]] = []
     before: list[Candidate] = []
     for turn in turns:
         job = turn.candidate
@@ -99,7 +99,7 @@ def level_if_it_left(share: Share, *, priority: int, devices_left: float, policy
 
 
 def choose(
-    turn: Turn, holders: Iterable[Holder], *, ahead: Collection[Candidate] = (), now: float, policy: Policy
+    turn: QueueEntry, holders: Iterable[Holder], *, ahead: Collection[Candidate] = (), now: float, policy: Policy
 ) -> Preemption | None:
     """Which jobs leave for the urgent job of `turn`; None where that would not help.
 
@@ -131,7 +131,7 @@ def told(job: Candidate, preemption: Preemption, victim: Training, *, now: float
     }
 
 
-def _at(holder: Holder, turn: Turn, *, now: float, policy: Policy) -> Preemption | None:
+def _at(holder: Holder, turn: QueueEntry, *, now: float, policy: Policy) -> Preemption | None:
     job = turn.candidate
     if not holder.service.holds(job):
         return None
@@ -145,7 +145,9 @@ def _at(holder: Holder, turn: Turn, *, now: float, policy: Policy) -> Preemption
     return _of(holder, victims, "a trainer", now=now) if len(victims) == len(staying) else None
 
 
-def _beside(holder: Holder, turn: Turn, staying: list[Training], *, now: float, policy: Policy) -> Preemption | None:
+def _beside(
+    holder: Holder, turn: QueueEntry, staying: list[Training], *, now: float, policy: Policy
+) -> Preemption | None:
     """The cheapest first, until there is room; then without those that turned out to be needless."""
     job, gone = turn.candidate, [each for each in holder.jobs if each not in staying]
     missing = (
@@ -189,7 +191,7 @@ def _leaves_by_itself(job: Training, policy: Policy) -> bool:
     return job.is_leaving or (job.seconds_left is not None and job.seconds_left <= policy.preempt_after_seconds)
 
 
-def _may_go(victim: Training, turn: Turn, *, now: float, policy: Policy) -> bool:
+def _may_go(victim: Training, turn: QueueEntry, *, now: float, policy: Policy) -> bool:
     job = turn.candidate
     is_own = victim.project_id == job.project_id
     is_lower = victim.counts_as > job.priority and (is_own or victim.effective_level > turn.effective_level)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from catalog.resources import pack_key as packing
 from catalog.resources.memory import TICK_TOKENS, widens_tick
-from catalog.resources.sharding import ONE, Demand, Group, Holding
+from catalog.resources.sharding import SINGLE, Demand, DeviceGroup, ShardingStrategy
 from catalog.settings import (
     HALF_LIFE_SECONDS,
     LEASE_SECONDS,
@@ -146,7 +146,7 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
+class Capacity:
     """What a worker has free."""
 
     max_jobs: int
@@ -163,8 +163,8 @@ class Room:
     """What a tick grows to on its device."""
     recomputes: bool = False
     """Whether its device computes blocks again where memory is short."""
-    group: Group = ONE
-    holding: Holding = "whole"
+    group: DeviceGroup = SINGLE
+    holding: ShardingStrategy = "whole"
     """How its trainer holds the base."""
 
     def own(self, job: Candidate) -> int:
@@ -182,11 +182,11 @@ class Room:
             gathered_bytes=job.gathered_bytes,
         )
 
-    def holding_for(self, job: Candidate) -> Holding:
+    def holding_for(self, job: Candidate) -> ShardingStrategy:
         """How the base is held for it alone."""
         return self.group.holding(self.demand(job))
 
-    def trains(self, job: Candidate, *, holding: Holding) -> bool:
+    def trains(self, job: Candidate, *, holding: ShardingStrategy) -> bool:
         """Whether a trainer that holds the base so trains the job as one for it alone would."""
         return self.holding_for(job) == holding and (job.divisible_bytes > 0 or holding == "whole")
 
@@ -203,14 +203,14 @@ class Room:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Service:
+class WorkerService:
     """When a worker last gave each class of each project its turn."""
 
     at: Mapping[tuple[str, int], float]
     """By project and class: when the first of these jobs was claimed, of those that the worker holds."""
     memory_bytes: int
     recomputes: bool = False
-    group: Group = ONE
+    group: DeviceGroup = SINGLE
     can_load: Collection[str] | None = None
     """How it can hold a base; None: in every way."""
 
@@ -220,22 +220,22 @@ class Service:
         return is_loadable and self.room.alone(job) <= self.memory_bytes
 
     @property
-    def room(self) -> Room:
+    def room(self) -> Capacity:
         """Of it, with nothing in it."""
-        return Room(max_jobs=1, memory_bytes_free=self.memory_bytes, recomputes=self.recomputes, group=self.group)
+        return Capacity(max_jobs=1, memory_bytes_free=self.memory_bytes, recomputes=self.recomputes, group=self.group)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
+class QueueSnapshot:
     """All that one decision looks at. Candidates stand in no order, and may stand there twice."""
 
     now: float
     candidates: tuple[Candidate, ...]
     shares: Mapping[str, Share]
     """By project, of all that wait; one that is not there has weight 1 and has had nothing."""
-    served: Collection[Service]
+    served: Collection[WorkerService]
     """What each worker that lives has served."""
-    room: Room
+    room: Capacity
     live_key: str | None = None
     """Pack key of a trainer that has jobs and may take more; None: the decision is about a trainer's first jobs."""
     worker_bytes: int = 0

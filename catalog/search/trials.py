@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from catalog.db.database import get_locked
+from catalog.errors import Conflict, NotFound
 from catalog.history import events
 from catalog.search.asha import Rungs
-from catalog.search.designs import rungs_of
-from catalog.search.spec import Objective
+from catalog.search.design import Design, designed
+from catalog.search.spec import Objective, SweepRequest
 from catalog.states import FINAL_STATES, EndReason
-from catalog.tables import Job, RungValue, Sweep, Trial
+from catalog.tables.jobs import Job
+from catalog.tables.sweeps import RungValue, Sweep, Trial
 
 RECENT_STEPS = 10
 """Whose mean a metric of training is: one batch by itself may be a hard one."""
@@ -135,3 +138,43 @@ def _goes_on(session: Session, trial: Trial, rung: int, rungs: Rungs) -> bool:
 def _at_a_rung(sweep: Sweep, rung: int, step: int) -> str:
     factor = (sweep.rungs or {})["reduction_factor"]
     return f"At rung {rung}, step {step}, it was not among the best 1 of {factor} that have come so far"
+
+
+def design_of(sweep: Sweep) -> Design:
+    """Raises Conflict for one that an older version took and this one doesn't understand."""
+    try:
+        request = SweepRequest.model_validate(sweep.requested)
+    except ValidationError as error:
+        raise Conflict(
+            f"The sweep {sweep.id} was made by an older version, and makes no further trials: {_first(error)}.",
+            code="sweep_outdated",
+            remedy="Make a new sweep for the trials that are missing.",
+        ) from error
+    return replace(designed(request, seed=sweep.seed), rungs=rungs_of(sweep))
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+
+
+def rungs_of(sweep: Sweep) -> Rungs | None:
+    return None if sweep.rungs is None else Rungs(**sweep.rungs)
+
+
+def find_sweep(session: Session, project_id: str, sweep_id: str, *, locked: bool = False) -> Sweep:
+    """Raises NotFound. locked: no trial is made or added meanwhile; jobs are locked before it, never after."""
+    mine = select(Sweep).where(Sweep.id == sweep_id, Sweep.project_id == project_id)
+    sweep = session.scalar(mine.with_for_update(of=Sweep) if locked else mine)
+    if sweep is None:
+        raise NotFound("sweep", sweep_id)
+    return sweep
+
+
+def find_trial(session: Session, sweep: Sweep, number: int) -> Trial:
+    """Raises NotFound."""
+    mine = select(Trial).where(Trial.sweep_id == sweep.id, Trial.number == number)
+    trial = session.scalar(mine) if 0 <= number < sweep.num_created else None
+    if trial is None:
+        raise NotFound("trial", str(number), remedy=f"The sweep has {sweep.num_created} trials, numbered from 0.")
+    return trial

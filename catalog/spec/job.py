@@ -25,7 +25,6 @@ from catalog.spec.methods import (
     resolve_preference,
     resolve_supervised,
 )
-from catalog.spec.sample_spec import Samples
 from catalog.spec.strict import WITHOUT_NUL, Auto, Strict
 from catalog.spec.training import (
     BASE_LEARNING_RATE,
@@ -33,6 +32,7 @@ from catalog.spec.training import (
     EvaluationRequest,
     OptimizerRequest,
     OptimizerSpec,
+    Samples,
     ScheduleRequest,
     ScheduleSpec,
     resolve_keep,

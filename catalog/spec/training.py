@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from catalog.spec.sample_spec import Samples
 from catalog.spec.strict import Auto, PositiveFloat, Strict
 
 BASE_LEARNING_RATE = 2e-4
@@ -172,3 +171,19 @@ def resolve_keep(evaluation: EvaluationRequest, early_stopping: EarlyStopping | 
     if evaluation.keep != "auto":
         return evaluation.keep
     return "last" if early_stopping is None else "best"
+
+
+MAX_PROMPTS = 8
+MAX_PROMPT_CHARS = 2000
+MAX_ANSWER_TOKENS = 128
+
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS, pattern=r"\S")]
+
+
+class Samples(Strict):
+    """Greedy answers: the likeliest token, time and again. Training is not changed by them."""
+
+    prompts: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] = Field(
+        description="As a user's turn where the training rows are chats, else as text that goes on."
+    )
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)] = Field(default=64, description="Of one answer.")

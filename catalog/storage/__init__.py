@@ -1,6 +1,1 @@
-"""Files that outlive a process: content-addressed blobs, and manifests that name them. Knows no tables."""
-
-from catalog.storage.manifest import DamagedArtifact, Manifest, ManifestFile
-from catalog.storage.store import ArtifactStore, Blob, open_store
-
-__all__ = ["ArtifactStore", "Blob", "DamagedArtifact", "Manifest", "ManifestFile", "open_store"]
+"""Stored content: content-addressed blobs, manifests that name them, users' files and uploads, and the token cache."""

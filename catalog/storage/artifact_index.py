@@ -7,7 +7,8 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import get_locked, upsert
 from catalog.storage.manifest import Manifest
-from catalog.tables import Adapter, Artifact, Checkpoint, Prepared
+from catalog.tables.history import Checkpoint
+from catalog.tables.storage import Adapter, Artifact, Prepared
 
 
 def show(session: Session, manifest: Manifest, *, now: float) -> str:

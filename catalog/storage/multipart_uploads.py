@@ -6,10 +6,14 @@ announced twice is two, of which the one without parts goes after its hour.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import os
+import secrets
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +23,7 @@ from sqlalchemy.orm import Session
 from catalog.audit import log
 from catalog.datasets.check_process import CheckCrashed, CheckStopped
 from catalog.db.database import Database, read_clock, serialise
+from catalog.disk import full_disk_named
 from catalog.errors import (
     Conflict,
     InvalidRequest,
@@ -33,9 +38,8 @@ from catalog.settings import Settings
 from catalog.storage import files
 from catalog.storage import quota as stored_quota
 from catalog.storage.store import ArtifactStore, Blob
-from catalog.storage.upload_assembly import joined
-from catalog.tables import File, Upload, UploadPart, new_id
-from catalog.tables.uploads import COUNTED
+from catalog.tables.storage import COUNTED, File, Upload, UploadPart
+from catalog.tables.table import new_id
 from catalog.usage import quotas
 from catalog.usage.ledger import DAY_SECONDS
 
@@ -208,7 +212,7 @@ def _whole_file(
     is_abandoned: Callable[[], bool],
 ) -> File:
     """The parts joined, checked and stored; its row is not visible yet."""
-    with joined(store, parts, folder) as whole:
+    with assembled(store, parts, folder) as whole:
         _check_md5(whole.md5, md5)
         return files.stored(
             store,
@@ -424,3 +428,31 @@ def _check_md5(joined: str, sent: str | None) -> None:
             remedy="Name the parts in the order of the file; if they are, begin a new upload and send them again.",
             param="md5",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssembledUpload:
+    """The parts of an upload, joined."""
+
+    path: Path
+    content: Blob
+    md5: str
+
+
+@contextmanager
+def assembled(store: ArtifactStore, parts: Sequence[UploadPart], folder: Path) -> Generator[AssembledUpload]:
+    """One file of all; gone after the block. Its name is that of any spooled upload, which a later start removes."""
+    path = folder / f"upload-{secrets.token_hex(12)}"
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    try:
+        with full_disk_named():
+            folder.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                for chunk in chain.from_iterable(store.open_blob(part.digest) for part in parts):
+                    out.write(chunk)
+                    sha256.update(chunk)
+                    md5.update(chunk)
+        content = Blob(digest=sha256.hexdigest(), num_bytes=path.stat().st_size)
+        yield AssembledUpload(path=path, content=content, md5=md5.hexdigest())
+    finally:
+        path.unlink(missing_ok=True)

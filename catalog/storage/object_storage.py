@@ -40,7 +40,7 @@ class NoSuchObject(Exception):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class StoredObject:
     """One stored object; `written_at` is seconds since 1970 by the store's clock."""
 
     key: str
@@ -95,7 +95,7 @@ class Objects:
                 raise error from None
         return self.head(PROBE).written_at
 
-    def head(self, key: str) -> Entry:
+    def head(self, key: str) -> StoredObject:
         """Raises NoSuchObject."""
         with translated(key):
             return _entry(obstore.head(self._store, key))
@@ -110,7 +110,7 @@ class Objects:
                 chunk = obstore.get_range(self._store, key, start=start, end=min(start + chunk_bytes, num_bytes))
             yield bytes(chunk)
 
-    def list_all(self, prefix: str) -> Iterator[Entry]:
+    def list_all(self, prefix: str) -> Iterator[StoredObject]:
         with translated():
             for batch in cast(Any, obstore).list(self._store, prefix):
                 yield from map(_entry, batch)
@@ -179,5 +179,5 @@ def _open(url: str, folder: Path | None) -> ObjectStore:
     return from_url(url, client_options={**options, "allow_http": plain}, retry_config=RETRY)
 
 
-def _entry(meta: Any) -> Entry:
-    return Entry(key=meta["path"], num_bytes=meta["size"], written_at=meta["last_modified"].timestamp())
+def _entry(meta: Any) -> StoredObject:
+    return StoredObject(key=meta["path"], num_bytes=meta["size"], written_at=meta["last_modified"].timestamp())

@@ -10,9 +10,12 @@ from sqlalchemy.orm import Session
 from catalog.db.database import serialise
 from catalog.errors import QuotaExceeded
 from catalog.storage import token_cache
-from catalog.tables import File, Job, Plan, Prepared, Project
+from catalog.tables.jobs import Job
+from catalog.tables.plans import Plan
+from catalog.tables.storage import File, Prepared
+from catalog.tables.tenancy import Project
 from catalog.usage.ledger import DAY_SECONDS
-from catalog.usage.quotas import Standing, enough_at, exceeded, project_of, refusal, standing_of, told_moment
+from catalog.usage.quotas import QuotaStatus, enough_at, exceeded, project_of, refusal, standing_of, told_moment
 
 LEAVING_SECONDS = 2 * DAY_SECONDS
 """So long after a deletion bytes may lie in the store: cleanings are a day apart, and spare what is younger."""
@@ -76,7 +79,7 @@ def _leaving(project_id: str, *, now: float) -> Select[int, float]:
 
 
 def _too_many_leaving(
-    project: Project, standing: Standing, *, now: float, num_more: int, num_leaving: int
+    project: Project, standing: QuotaStatus, *, now: float, num_more: int, num_leaving: int
 ) -> QuotaExceeded:
     """Bytes that were deleted stand in the way: deleting more would not help."""
     message = (

@@ -21,7 +21,10 @@ from catalog.spec.job import JobSpec
 from catalog.states import UNFINISHED_STATES, JobState
 from catalog.storage import artifact_index
 from catalog.storage.manifest import Manifest, files_digest
-from catalog.tables import BaseModelRow, File, Job, Json, Plan, Prepared
+from catalog.tables.jobs import Job
+from catalog.tables.plans import Plan
+from catalog.tables.storage import BaseModelRow, File, Prepared
+from catalog.tables.table import Json
 from catalog.usage import ledger
 
 FORMAT = 1

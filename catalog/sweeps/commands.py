@@ -10,8 +10,9 @@ from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict
 from catalog.history import queries
 from catalog.jobs import commands
-from catalog.search.finding import find_sweep, find_trial
-from catalog.tables import Job, Sweep, Trial
+from catalog.search.trials import find_sweep, find_trial
+from catalog.tables.jobs import Job
+from catalog.tables.sweeps import Sweep, Trial
 
 BY_CLIENT = "Its client has stopped it"
 

@@ -21,12 +21,13 @@ from catalog.db.database import Database, read_clock, serialise
 from catalog.errors import LorryError, QuotaExceeded
 from catalog.fleet import views
 from catalog.jobs import commands
-from catalog.search.designs import design_of
-from catalog.search.finding import find_sweep
+from catalog.search.trials import design_of, find_sweep
 from catalog.states import UNFINISHED_STATES, JobState
 from catalog.sweeps import validity
 from catalog.sweeps.creation import AT_ONCE, Draft, Drafts, draft_of, make_trial
-from catalog.tables import Adapter, Artifact, Job, Sweep, Trial
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, Artifact
+from catalog.tables.sweeps import Sweep, Trial
 from catalog.usage import ledger
 
 CANCELLED_AT_ONCE = 100

@@ -24,11 +24,13 @@ from catalog.fleet import views
 from catalog.jobs import submission
 from catalog.jobs.submission import CLIENT_RETRY_SECONDS, check_idempotency_key, key_reused
 from catalog.search.design import Design, check_given, checked, designed, fewest_steps, rungs
-from catalog.search.designs import design_of
-from catalog.search.finding import find_sweep
 from catalog.search.spec import SweepRequest
+from catalog.search.trials import design_of, find_sweep
 from catalog.spec.job import JobRequest, Precision
-from catalog.tables import File, Job, Sweep, Trial, new_id
+from catalog.tables.jobs import Job
+from catalog.tables.storage import File
+from catalog.tables.sweeps import Sweep, Trial
+from catalog.tables.table import new_id
 from catalog.tenancy.authentication import check_valid
 from catalog.usage import ledger, quotas
 

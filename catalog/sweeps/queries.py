@@ -10,10 +10,11 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database
 from catalog.db.pagination import Page, paginate, unknown_cursor
-from catalog.search.finding import find_sweep, find_trial
-from catalog.search.trials import measure_of
+from catalog.search.trials import find_sweep, find_trial, measure_of
 from catalog.sweeps.controller import best_trial
-from catalog.tables import Adapter, Job, Sweep, Trial
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter
+from catalog.tables.sweeps import Sweep, Trial
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

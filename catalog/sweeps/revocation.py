@@ -18,7 +18,10 @@ from catalog.errors import Conflict, Forbidden
 from catalog.jobs import commands as job_commands
 from catalog.states import UNFINISHED_STATES
 from catalog.sweeps import commands as sweep_commands
-from catalog.tables import ApiKey, Job, Json, Sweep
+from catalog.tables.jobs import Job
+from catalog.tables.sweeps import Sweep
+from catalog.tables.table import Json
+from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import authentication
 from catalog.tenancy.api_keys import check_may_change, find, last_operator
 from catalog.tenancy.authentication import is_live, lasting_operators
@@ -29,7 +32,7 @@ SWEEPS_AT_ONCE = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class UnfinishedWork:
     """What keys have created and what has not finished. Work whose cancellation is requested is not counted."""
 
     num_jobs: int
@@ -45,7 +48,7 @@ class Revocation:
     """Ids of the keys that are revoked: the key, and its descendants where they were to be revoked too."""
     num_valid_descendants: int
     """Keys that the key created, or that such keys created, and that are valid."""
-    left: Work
+    left: UnfinishedWork
     """Of all keys that are revoked."""
 
 
@@ -123,13 +126,13 @@ def _count_valid(found: Sequence[ApiKey], *, now: float) -> int:
     return sum(is_live(key, now) for key in found)
 
 
-def _unfinished(session: Session, key_ids: Collection[str], project_ids: Collection[str]) -> Work:
+def _unfinished(session: Session, key_ids: Collection[str], project_ids: Collection[str]) -> UnfinishedWork:
     """A key creates jobs in its own project only, so the index of unfinished jobs by project finds them."""
     of_jobs = select(func.count()).select_from(Job).where(Job.project_id.in_(project_ids))
     of_jobs = of_jobs.where(Job.state.in_(UNFINISHED_STATES), Job.created_by.in_(key_ids))
     of_sweeps = select(func.count()).select_from(Sweep).where(Sweep.created_by.in_(key_ids))
     of_sweeps = of_sweeps.where(Sweep.finished_at.is_(None), Sweep.cancel_requested.is_(False))
-    return Work(
+    return UnfinishedWork(
         num_jobs=session.scalar(of_jobs.where(Job.cancel_requested.is_(False))) or 0,
         num_sweeps=session.scalar(of_sweeps) or 0,
     )

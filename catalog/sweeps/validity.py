@@ -10,7 +10,9 @@ from sqlalchemy.orm import Session
 
 from catalog.audit import log
 from catalog.db.database import get_locked
-from catalog.tables import ApiKey, Json, Project, Sweep
+from catalog.tables.sweeps import Sweep
+from catalog.tables.table import Json
+from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy.authentication import is_live
 
 REMEDY = "The sweep creates no more trials, and those that exist continue. Create a new sweep for the rest."

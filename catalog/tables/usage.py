@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ForeignKey, Index, Integer
+from sqlalchemy import ForeignKey, Index, Integer, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Table
@@ -55,3 +55,15 @@ class StoredBytes(Table):
     __tablename__ = "stored_bytes"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
     num_bytes: Mapped[int]
+
+
+class ServiceCounter(Table):
+    """One number; its rows together. See catalog/usage/ledger.py."""
+
+    __tablename__ = "tallies"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    label: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """What is counted of that name, such as an `EndReason`; empty where there is one number only."""
+    slot: Mapped[int] = mapped_column(Integer, primary_key=True)
+    """Of those who add to it: so that they don't wait for each other."""
+    number: Mapped[int]

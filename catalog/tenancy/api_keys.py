@@ -16,7 +16,8 @@ from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from catalog.pepper import Pepper
 from catalog.states import Priority, PriorityClass
-from catalog.tables import ApiKey, Json
+from catalog.tables.table import Json
+from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import authentication, projects
 from catalog.tenancy.authentication import Caller, is_live, lasting_operators, new_key
 from catalog.tenancy.scopes import OPERATORS, held

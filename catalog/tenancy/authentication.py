@@ -21,7 +21,8 @@ from catalog.db.database import Database, clock_of, get_locked, read_clock, seri
 from catalog.errors import NotFound, OutOfSpace, RejectionReason, Unauthorized, Unavailable
 from catalog.pepper import Pepper
 from catalog.states import PriorityClass
-from catalog.tables import ApiKey, Json, Organization, Project, SignIn, new_id
+from catalog.tables.table import Json, new_id
+from catalog.tables.tenancy import ApiKey, Organization, Project, SignIn
 from catalog.tenancy.scopes import held
 
 ENDING_CHARACTERS = 4

@@ -17,7 +17,8 @@ from catalog.db.database import Database, read_clock, serialise
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.spec.job import LABEL
-from catalog.tables import Json, Organization, Project, new_id
+from catalog.tables.table import Json, new_id
+from catalog.tables.tenancy import Organization, Project
 
 FIRST = "default"
 ID_PREFIX = "org"

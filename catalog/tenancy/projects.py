@@ -15,7 +15,8 @@ from catalog.audit.log import AuditType
 from catalog.db.database import Database, read_clock, serialise
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, InvalidRequest, NotFound
-from catalog.tables import Json, Organization, Project, new_id
+from catalog.tables.table import Json, new_id
+from catalog.tables.tenancy import Organization, Project
 from catalog.tenancy import organizations
 from catalog.tenancy.authentication import Caller, lasting_operators
 from catalog.tenancy.organizations import check_name

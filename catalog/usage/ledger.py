@@ -6,8 +6,9 @@ moment only, and nobody waits in a circle for them.
 
 from __future__ import annotations
 
+import secrets
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -17,8 +18,11 @@ from typing import Literal
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, SessionTransaction
 
-from catalog.db.database import add_to, at_the_end, upsert
-from catalog.tables import Job, Plan, StoredBytes, StoredDay, UsageDay, UsageMonth
+from catalog.db.database import add_all_to, add_to, at_the_end, upsert
+from catalog.states import JobState, PriorityClass
+from catalog.tables.jobs import Job
+from catalog.tables.plans import Plan
+from catalog.tables.usage import ServiceCounter, StoredBytes, StoredDay, UsageDay, UsageMonth
 
 DAY_SECONDS = 86_400
 SLOTS = 16
@@ -150,3 +154,57 @@ def _by_month(pending: _Pending) -> dict[tuple[str, int, int], float]:
         if amounts["device_seconds"]:
             found[project_id, month_of(day * DAY_SECONDS), slot] += amounts["device_seconds"]
     return found
+
+
+COUNTER_SLOTS = 16
+CounterName = Literal["jobs", "claims", "attempts_ended", "leases_expired", "trained_tokens", "adapters"]
+Counters = dict[tuple[str, str], int]
+"""Numbers by name and label."""
+
+
+def count(session: Session, name: CounterName, label: str = "", number: int = 1) -> None:
+    """So many more, or fewer where it is below 0."""
+    pending: Counter[tuple[str, str]] | None = session.info.get("tallies")
+    if pending is None:
+        pending = session.info["tallies"] = Counter[tuple[str, str]]()
+        at_the_end(session, "tallies", _write_counters)
+    pending[name, label] += number
+
+
+def count_transition(session: Session, priority: int, *, before: JobState | None, after: JobState) -> None:
+    """A job of this class is in another state."""
+    if before is not None:
+        count(session, "jobs", state_label(before, priority), -1)
+    count(session, "jobs", state_label(after, priority))
+
+
+def state_label(state: str, priority: int) -> str:
+    return f"{state} {priority}"
+
+
+def jobs_by_state(tallies: Counters) -> dict[tuple[JobState, PriorityClass], int]:
+    """How many there are in each state and class; every pair is there."""
+    return {
+        (state, priority): tallies.get(("jobs", state_label(state, priority)), 0)
+        for state in JobState
+        for priority in PriorityClass
+    }
+
+
+def read_counters(session: Session) -> Counters:
+    """Without what this transaction adds."""
+    summed = select(ServiceCounter.name, ServiceCounter.label, func.sum(ServiceCounter.number)).group_by(
+        ServiceCounter.name, ServiceCounter.label
+    )
+    return {(name, label): int(number) for name, label, number in session.execute(summed)}
+
+
+def _write_counters(session: Session) -> None:
+    pending: Counter[tuple[str, str]] = session.info.pop("tallies", None) or Counter()
+    changed = sorted((name, label, number) for (name, label), number in pending.items() if number)
+    if not changed:
+        return
+    session.flush()  # all else is written before: a row of these is held for a moment only
+    slot = secrets.randbelow(COUNTER_SLOTS)
+    rows = [{"name": name, "label": label, "slot": slot, "number": number} for name, label, number in changed]
+    add_all_to(session, ServiceCounter, ("name", "label", "slot"), ("number",), rows)

@@ -22,7 +22,11 @@ from catalog.caller import Caller
 from catalog.db.database import Database, get_locked, read_clock, serialise
 from catalog.errors import Forbidden, QuotaExceeded, RateLimited
 from catalog.states import JobState, Priority, PriorityClass
-from catalog.tables import ApiKey, Job, Json, Plan, Project, Sweep
+from catalog.tables.jobs import Job
+from catalog.tables.plans import Plan
+from catalog.tables.sweeps import Sweep
+from catalog.tables.table import Json
+from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy import projects
 from catalog.usage import ledger
 from catalog.usage.ledger import DAY_SECONDS
@@ -60,7 +64,7 @@ CAN_HOLD = or_(Project.max_concurrent_jobs.is_not(None), Project.max_device_hour
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Standing:
+class QuotaStatus:
     """A limit of a project, and how much of it is used."""
 
     name: Limit
@@ -77,7 +81,7 @@ class Standing:
         return SAID[self.name].format(limit=self.limit or 0)
 
 
-def standings(db: Database, *, caller: Caller, project: str) -> tuple[Project, list[Standing]]:
+def standings(db: Database, *, caller: Caller, project: str) -> tuple[Project, list[QuotaStatus]]:
     """All that can be limited of a project, by id or name. Raises NotFound."""
     with db.read() as session:
         row = projects.find(session, caller=caller, project=project)
@@ -198,12 +202,12 @@ def enough_at(leaving: Iterable[tuple[int, float]], num_needed: int, *, now: flo
     return None
 
 
-def holds(session: Session, *, now: float, project_ids: Collection[str] | None = None) -> dict[str, Standing]:
+def holds(session: Session, *, now: float, project_ids: Collection[str] | None = None) -> dict[str, QuotaStatus]:
     """By project the limit for which none of its jobs is begun now. None: of all projects."""
     limited = select(Project).where(CAN_HOLD)
     if project_ids is not None:
         limited = limited.where(Project.id.in_(project_ids))
-    found: dict[str, Standing] = {}
+    found: dict[str, QuotaStatus] = {}
     for project in session.scalars(limited):
         names: tuple[Limit, ...] = ("concurrent_jobs", "device_hours_per_month")
         reached = (standing_of(session, project, name, now=now) for name in names)
@@ -276,7 +280,7 @@ def _promised(session: Session, api_key_id: str) -> int:
     return int(session.scalar(left) or 0)
 
 
-def standing_of(session: Session, project: Project, name: Limit, *, now: float) -> Standing:
+def standing_of(session: Session, project: Project, name: Limit, *, now: float) -> QuotaStatus:
     most: float | None = getattr(project, COLUMNS[name])
     used, resets_at = 0.0, None
     match name:
@@ -300,7 +304,7 @@ def standing_of(session: Session, project: Project, name: Limit, *, now: float) 
             used, resets_at = ledger.month_seconds(session, project.id, now=now) / 3600, ledger.next_month(now)
         case "stored_bytes":
             used = ledger.stored_bytes(session, project.id)
-    return Standing(name=name, limit=most, used=used, resets_at=resets_at)
+    return QuotaStatus(name=name, limit=most, used=used, resets_at=resets_at)
 
 
 def _count(session: Session, project_id: str, *states: JobState, most: float | None = None) -> int:
@@ -314,7 +318,7 @@ def _count(session: Session, project_id: str, *states: JobState, most: float | N
     return found
 
 
-def exceeded(project: Project, standing: Standing, *, now: float, num_more: int = 0) -> QuotaExceeded:
+def exceeded(project: Project, standing: QuotaStatus, *, now: float, num_more: int = 0) -> QuotaExceeded:
     used = f"{standing.used:,.4g}" if standing.name == "device_hours_per_month" else f"{standing.used:,.0f}"
     more = f", and this would be {num_more:,} more" if num_more else ""
     resets = f" It begins anew at {told_moment(standing.resets_at)}." if standing.resets_at is not None else ""
@@ -322,7 +326,7 @@ def exceeded(project: Project, standing: Standing, *, now: float, num_more: int 
     return refusal(project, standing, message, REMEDIES[standing.name], now=now)
 
 
-def refusal(project: Project, standing: Standing, message: str, remedy: str, *, now: float) -> QuotaExceeded:
+def refusal(project: Project, standing: QuotaStatus, message: str, remedy: str, *, now: float) -> QuotaExceeded:
     return QuotaExceeded(
         message,
         code="quota_exceeded",

@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 from catalog.caller import Caller
 from catalog.db.database import Database, read_clock
 from catalog.errors import InvalidRequest
-from catalog.tables import Organization, Project, StoredDay, UsageDay
+from catalog.tables.tenancy import Organization, Project
+from catalog.tables.usage import StoredDay, UsageDay
 from catalog.usage import ledger
 from catalog.usage.ledger import AMOUNTS
 
@@ -29,7 +30,7 @@ MOST_DAYS = 31
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class UsageQuery:
     """Times in seconds since 1970; days are UTC's, and one is told whole where any of it is asked for."""
 
     start_time: float
@@ -68,7 +69,7 @@ class Report:
     """Where the next page begins."""
 
 
-def report(db: Database, *, caller: Caller, asked: Asked) -> Report:
+def report(db: Database, *, caller: Caller, asked: UsageQuery) -> Report:
     """A page of days, the earliest first. Raises InvalidRequest for a time that ends before it begins."""
     with db.read() as session:
         end_time = read_clock(session) if asked.end_time is None else asked.end_time
@@ -86,7 +87,7 @@ def report(db: Database, *, caller: Caller, asked: Asked) -> Report:
         return Report(days=days, next_day=past if past <= last else None)
 
 
-def _seen(session: Session, caller: Caller, asked: Asked) -> dict[str, str]:
+def _seen(session: Session, caller: Caller, asked: UsageQuery) -> dict[str, str]:
     """Ids of the projects that are asked for and that the caller may see, and of their organizations. Those that he
     may not are as none."""
     mine = select(Project.id, Project.organization_id)
@@ -100,7 +101,7 @@ def _seen(session: Session, caller: Caller, asked: Asked) -> dict[str, str]:
     return {row[0]: row[1] for row in session.execute(mine.order_by(Project.id))}
 
 
-def _days(session: Session, asked: Asked, seen: dict[str, str], first: int, past: int) -> list[Day]:
+def _days(session: Session, asked: UsageQuery, seen: dict[str, str], first: int, past: int) -> list[Day]:
     sums = _sums(session, asked, seen, first, past)
     if "model" not in asked.group_by and not asked.models:
         for (day, project_id), num_bytes in _stored(session, seen, first, past).items():
@@ -115,7 +116,7 @@ def _days(session: Session, asked: Asked, seen: dict[str, str], first: int, past
     return [Day(day=day, used=found[day]) for day in range(first, past)]
 
 
-def _sums(session: Session, asked: Asked, seen: Collection[str], first: int, past: int) -> dict[_Key, Used]:
+def _sums(session: Session, asked: UsageQuery, seen: Collection[str], first: int, past: int) -> dict[_Key, Used]:
     columns = [column for name, column in _COLUMNS.items() if name in asked.group_by]
     amounts = [func.sum(getattr(UsageDay, name)).label(name) for name in AMOUNTS]
     wanted = select(UsageDay.day, *columns, *amounts).join(Project, Project.id == UsageDay.project_id)

@@ -12,7 +12,10 @@ from sqlalchemy import Select, func, select, union_all
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, add_if_missing, read_clock
-from catalog.tables import Adapter, Artifact, Checkpoint, File, Job, JobOutput, Prepared, StoredBytes
+from catalog.tables.history import Checkpoint, JobOutput
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, Artifact, File, Prepared
+from catalog.tables.usage import StoredBytes
 from catalog.usage import ledger
 
 log = logging.getLogger("lorry.catalog")

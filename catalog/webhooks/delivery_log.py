@@ -12,7 +12,7 @@ from catalog.audit import log
 from catalog.db.database import Database, read_clock
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, NotFound
-from catalog.tables import WebhookDelivery, WebhookEndpoint, WebhookTry
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.webhooks import endpoints
 
 KEPT_SECONDS = 30 * 86_400.0

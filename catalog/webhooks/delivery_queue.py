@@ -5,6 +5,7 @@ Who sends holds no transaction meanwhile. Several processes at once send differe
 
 from __future__ import annotations
 
+import random
 from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock, skip_locked
 from catalog.pepper import Pepper
-from catalog.tables import WebhookDelivery, WebhookEndpoint, WebhookTry, new_id
+from catalog.tables.table import new_id
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.webhooks import endpoints, outbox, sealed_urls, signing
-from catalog.webhooks.event_types import EventType
-from catalog.webhooks.retries import wait_seconds
+from catalog.webhooks.outbox import EventType
 
 CLAIM_SECONDS = 60.0
 """A try ends long before."""
@@ -49,7 +50,7 @@ class Outgoing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class DeliveryResult:
     """What one try came to."""
 
     started_at: float
@@ -99,7 +100,7 @@ def claim(db: Database, *, pepper: Pepper, room: int, in_flight: Collection[Outg
     return found
 
 
-def record(db: Database, claimed: Outgoing, outcome: Outcome) -> None:
+def record(db: Database, claimed: Outgoing, outcome: DeliveryResult) -> None:
     """Note the try; then the delivery has ended or waits for its next. A claim that ran out changes nothing else."""
     with db.write() as session:
         endpoint = _lock(session, claimed.endpoint_id)
@@ -120,7 +121,7 @@ def record(db: Database, claimed: Outgoing, outcome: Outcome) -> None:
             _judge(session, endpoint, outcome, now=now)
 
 
-def add_try(session: Session, delivery_id: str, outcome: Outcome) -> None:
+def add_try(session: Session, delivery_id: str, outcome: DeliveryResult) -> None:
     session.add(
         WebhookTry(
             delivery_id=delivery_id,
@@ -133,7 +134,7 @@ def add_try(session: Session, delivery_id: str, outcome: Outcome) -> None:
     )
 
 
-def record_test(db: Database, endpoint: WebhookEndpoint, delivery: WebhookDelivery, outcome: Outcome) -> None:
+def record_test(db: Database, endpoint: WebhookEndpoint, delivery: WebhookDelivery, outcome: DeliveryResult) -> None:
     """A test is sent once, by who asks for it, and then kept with its one try."""
     with db.write() as session:
         now = read_clock(session)
@@ -236,7 +237,7 @@ def _lock(session: Session, endpoint_id: str) -> WebhookEndpoint:
     return session.scalars(wanted.with_for_update(key_share=True)).one()
 
 
-def _go_on(delivery: WebhookDelivery, outcome: Outcome, *, now: float) -> None:
+def _go_on(delivery: WebhookDelivery, outcome: DeliveryResult, *, now: float) -> None:
     """It waits for its next try, or has had them all."""
     wait = wait_seconds(delivery.num_tries - delivery.num_tries_before, retry_after=outcome.retry_after)
     delivery.next_try_at = None if wait is None else now + wait
@@ -244,7 +245,7 @@ def _go_on(delivery: WebhookDelivery, outcome: Outcome, *, now: float) -> None:
         delivery.status, delivery.ended_at = "failed", now
 
 
-def _judge(session: Session, endpoint: WebhookEndpoint, outcome: Outcome, *, now: float) -> None:
+def _judge(session: Session, endpoint: WebhookEndpoint, outcome: DeliveryResult, *, now: float) -> None:
     """Disable an endpoint that says that it is gone, or that has failed for days; its project's others are told."""
     endpoint.failing_since = since = now if endpoint.failing_since is None else endpoint.failing_since
     is_gone = outcome.status_code == GONE
@@ -254,3 +255,22 @@ def _judge(session: Session, endpoint: WebhookEndpoint, outcome: Outcome, *, now
         endpoints.shut(session, endpoint, reason="gone" if is_gone else "failing", now=now)
         outbox.endpoint_disabled(session, endpoint, now=now)
         endpoints.note(session, endpoint, "webhook_endpoint.disabled", now=now, reason=endpoint.disabled_reason)
+
+
+WAITS_SECONDS = (5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0, 7200.0, 14_400.0, 25_200.0, 36_000.0)
+"""After the first try, the second, …: a day and an hour together."""
+JITTER = 0.2
+LONGEST_ASKED_SECONDS = 12 * 3600.0
+"""What a Retry-After can put a try off to."""
+
+
+def wait_seconds(num_tries: int, *, retry_after: float | None = None, chance: float | None = None) -> float | None:
+    """Until the next try after `num_tries` that failed; None: there is none. `chance` is from 0 to 1.
+
+    A Retry-After only makes it longer: it would else be the receiver's way to have many requests sent.
+    """
+    if not 0 < num_tries <= len(WAITS_SECONDS):
+        return None
+    spread = 1 + JITTER * (2 * (random.random() if chance is None else chance) - 1)  # noqa: S311  (no secret)
+    own = WAITS_SECONDS[num_tries - 1] * spread
+    return max(own, min(retry_after or 0.0, LONGEST_ASKED_SECONDS))

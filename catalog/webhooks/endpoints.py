@@ -16,9 +16,10 @@ from catalog.db.database import Database, read_clock, serialise
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, NotFound
 from catalog.pepper import Pepper
-from catalog.tables import WebhookDelivery, WebhookEndpoint, new_id
+from catalog.tables.table import new_id
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 from catalog.webhooks import sealed_urls, signing
-from catalog.webhooks.event_types import EventType
+from catalog.webhooks.outbox import EventType
 
 MAX_ENDPOINTS = 20
 """Of a project: each event is written once for each of them."""

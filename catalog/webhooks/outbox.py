@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from catalog.states import JobState
-from catalog.tables import Job, Json, WebhookDelivery, WebhookEndpoint, new_id
-from catalog.webhooks.event_types import OF_JOBS, EventType
+from catalog.tables.jobs import Job
+from catalog.tables.table import Json, new_id
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 
 
 def job_ended(session: Session, job: Job, state: JobState, *, now: float) -> None:
-    add(session, project_id=job.project_id, event_type=OF_JOBS[state], data={"id": job.id}, now=now)
+    add(session, project_id=job.project_id, event_type=JOB_EVENT_TYPES[state], data={"id": job.id}, now=now)
 
 
 def endpoint_disabled(session: Session, endpoint: WebhookEndpoint, *, now: float) -> None:
@@ -55,3 +56,23 @@ def add(session: Session, *, project_id: str, event_type: EventType, data: Json,
 def _asks(endpoint: Row[str, list[Any], float | None], event_type: EventType, data: Json) -> bool:
     """It wants such events, and this one isn't about itself."""
     return event_type in endpoint.event_types and data.get("id") != endpoint.id
+
+
+EventType = Literal[
+    "fine_tuning.job.succeeded",
+    "fine_tuning.job.failed",
+    "fine_tuning.job.cancelled",
+    "webhook_endpoint.disabled",
+]
+EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
+JOB_EVENT_TYPES: dict[JobState, EventType] = {
+    JobState.SUCCEEDED: "fine_tuning.job.succeeded",
+    JobState.FAILED: "fine_tuning.job.failed",
+    JobState.CANCELLED: "fine_tuning.job.cancelled",
+}
+"""What is told once a job is there."""
+SAMPLE_IDS: dict[EventType, str] = {
+    **dict.fromkeys(JOB_EVENT_TYPES.values(), "ftjob-of-a-test"),
+    "webhook_endpoint.disabled": "webhook-of-a-test",
+}
+"""What a test says that its event is about: something that nobody has."""

@@ -20,7 +20,7 @@ from sqlalchemy import select
 
 from catalog.db.database import Database
 from catalog.errors import Conflict
-from catalog.tables import WebhookEndpoint
+from catalog.tables.webhooks import WebhookEndpoint
 
 PURPOSE = b"lorry: urls of webhooks"
 NONCE_BYTES = 12

@@ -18,7 +18,7 @@ from standardwebhooks import Webhook
 
 from catalog.errors import Conflict
 from catalog.pepper import Pepper
-from catalog.tables import WebhookDelivery, WebhookEndpoint
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 
 PURPOSE = b"lorry: secrets of webhooks"
 SECRET_BYTES = 24

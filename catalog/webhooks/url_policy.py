@@ -50,7 +50,7 @@ class Rules:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class WebhookTarget:
     """A URL, taken apart as it will be asked for."""
 
     scheme: str
@@ -67,7 +67,7 @@ class Target:
         return shown if self.port == PORTS[self.scheme] else f"{shown}:{self.port}"
 
 
-def target_of(url: str, rules: Rules) -> Target:
+def target_of(url: str, rules: Rules) -> WebhookTarget:
     """Raises InvalidRequest for what is no URL for a webhook, and for an address in it that is shut."""
     if len(url) > MAX_URL or not PRINTABLE.fullmatch(url) or "\\" in url:
         raise _bad(f"must be an address of at most {MAX_URL} printable ASCII characters without spaces")
@@ -89,7 +89,7 @@ def target_of(url: str, rules: Rules) -> Target:
     if spelled is not None and (why := why_shut(spelled, rules)):
         raise _bad(why, code="webhook_address_not_allowed", remedy=OPENED)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Target(scheme=parts.scheme, host=host, port=port, path=path)
+    return WebhookTarget(scheme=parts.scheme, host=host, port=port, path=path)
 
 
 OPENED = "An operator can allow a network of yours: LORRY_WEBHOOK_ALLOWED_NETWORKS."

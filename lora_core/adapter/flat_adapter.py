@@ -21,7 +21,7 @@ from lora_core.config import LoraConfig, OptimizerKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class AdaptedModule:
     """A linear layer that an adapter changes; `name` is its module path in the base model."""
 
     name: str
@@ -77,7 +77,7 @@ class JointViews:
     parts: tuple[tuple[int, slice, SiteViews], ...]
 
 
-class AdapterRow:
+class FlatAdapter:
     """The flat vectors of one job: p weights, g gradient, m and v the moments of its optimizer (fp32 [N] each; of
     Adafactor m is empty, and v holds what `blocks` say).
 
@@ -88,7 +88,7 @@ class AdapterRow:
 
     def __init__(
         self,
-        targets: tuple[Target, ...],
+        targets: tuple[AdaptedModule, ...],
         lora: LoraConfig,
         *,
         dtype: torch.dtype,
@@ -325,7 +325,7 @@ def weight_norms(weight_OD: Tensor, views: SiteViews) -> Tensor:
     return torch.linalg.vector_norm(torch.addmm(weight_OD.float(), b_OR, a_RD, alpha=scale), dim=1)
 
 
-def lay_out(targets: Sequence[Target], lora: LoraConfig) -> dict[str, SiteSpans]:
+def lay_out(targets: Sequence[AdaptedModule], lora: LoraConfig) -> dict[str, SiteSpans]:
     """The spans of each target by name: all A in the order of targets, then all B, then all magnitudes."""
     ranks = [lora.rank_of(target.name) for target in targets]
     sizes = [rank * target.in_features for rank, target in zip(ranks, targets, strict=True)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.distributed.ranks import ALONE, Ranks
 
 
@@ -22,14 +22,14 @@ class SliceGradients:
     """Lends a twin of `row` to each slice but the first. An idle one keeps its views and none of its memory: there
     are as many as slices in the widest tick so far, and a resident job that is not in the tick pays for none."""
 
-    row: AdapterRow
+    row: FlatAdapter
     ranks: Ranks = ALONE
     holder: int | None = None
     """The rank that has the sum so far; None before the first slice of a step, and once everybody has it."""
-    lent: dict[int, AdapterRow] = field(default_factory=dict)
-    idle: list[AdapterRow] = field(default_factory=list)
+    lent: dict[int, FlatAdapter] = field(default_factory=dict)
+    idle: list[FlatAdapter] = field(default_factory=list)
 
-    def row_of(self, slice_index: int) -> AdapterRow:
+    def row_of(self, slice_index: int) -> FlatAdapter:
         """Where the gradient of this slice goes; asking twice gives the same one."""
         if slice_index == 0:
             return self.row
@@ -66,13 +66,13 @@ class SliceGradients:
         return sum(twin.g.untyped_storage().nbytes() for twin in (*self.lent.values(), *self.idle))
 
 
-def _filled(twin: AdapterRow) -> AdapterRow:
+def _filled(twin: FlatAdapter) -> FlatAdapter:
     twin.g.untyped_storage().resize_(twin.g.nbytes)
     twin.g.zero_()
     return twin
 
 
-def with_own_gradient(row: AdapterRow) -> AdapterRow:
+def with_own_gradient(row: FlatAdapter) -> FlatAdapter:
     """A row with the same weights in the same memory, and a gradient apart, which is zero."""
     twin = copy(row)
     twin.g = torch.zeros_like(row.g)

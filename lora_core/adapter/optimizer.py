@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from lora_core.adapter.adafactor import Block, adafactor_bounds, adafactor_step
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import OptimizerConfig, ScheduleConfig
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -37,12 +37,12 @@ def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> flo
     return peak * (1 - progress)
 
 
-def gradient_norm(row: AdapterRow) -> float:
+def gradient_norm(row: FlatAdapter) -> float:
     """Euclidean norm of the whole gradient; not finite if any element isn't."""
     return float(torch.linalg.vector_norm(row.g))
 
 
-def stays_finite(row: AdapterRow, config: OptimizerConfig, *, learning_rate: float, norm: float) -> bool:
+def stays_finite(row: FlatAdapter, config: OptimizerConfig, *, learning_rate: float, norm: float) -> bool:
     """Whether the next step can overflow no number of the row, nor one on the way there, nor a factor in fp32."""
     highest = learning_rate * max(1.0, config.lora_plus_ratio)
     largest = float(row.p.abs().max())
@@ -52,7 +52,7 @@ def stays_finite(row: AdapterRow, config: OptimizerConfig, *, learning_rate: flo
 
 
 def _adamw_bounds(
-    row: AdapterRow, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+    row: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
 ) -> tuple[float, ...]:
     """Of a weight after the step, of what decay leaves of it, and of rate · m̂, which is multiplied out before √v̂
     divides it.
@@ -69,7 +69,7 @@ def _adamw_bounds(
 
 
 def _sgd_bounds(
-    row: AdapterRow, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+    row: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
 ) -> tuple[float, ...]:
     """Of a momentum and of a weight after the step, no element exceeding the norm of its vector; and the factors."""
     velocity = config.momentum * float(row.m.abs().max()) + norm + config.weight_decay * largest
@@ -77,13 +77,13 @@ def _sgd_bounds(
 
 
 def _adafactor_bounds(
-    row: AdapterRow, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+    row: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
 ) -> tuple[float, ...]:
     largest_block = max(math.prod(block.shape) for block in row.blocks)
     return adafactor_bounds(config, largest_block=largest_block, largest=largest, highest=highest, norm=norm)
 
 
-def optimizer_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float) -> None:
+def optimizer_step(row: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float) -> None:
     """Clip, apply one step, clear the gradient. `step` counts from 1; `norm` is that of the gradient."""
     if config.max_grad_norm is not None:
         row.g.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))
@@ -98,7 +98,7 @@ def optimizer_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learn
     row.refresh_compute()
 
 
-def _adamw_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning_rate: float) -> None:
+def _adamw_step(row: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float) -> None:
     """arXiv 1711.05101, algorithm 2."""
     p, g, m, v = row.p, row.g, row.m, row.v
     m.lerp_(g, 1 - config.beta1)
@@ -110,14 +110,14 @@ def _adamw_step(row: AdapterRow, config: OptimizerConfig, *, step: int, learning
         p[part].addcdiv_(m[part], denominator[part], value=-rate / (1 - config.beta1**step))
 
 
-def _sgd_step(row: AdapterRow, config: OptimizerConfig, *, learning_rate: float) -> None:
+def _sgd_step(row: FlatAdapter, config: OptimizerConfig, *, learning_rate: float) -> None:
     """As torch.optim.SGD: decay joins the gradient, m ← momentum · m + gradient is the update; v stays zero."""
     row.m.mul_(config.momentum).add_(row.g).add_(row.p, alpha=config.weight_decay)
     for part, factor in row.parts(config.lora_plus_ratio):
         row.p[part].add_(row.m[part], alpha=-learning_rate * factor)
 
 
-def _rated_blocks(row: AdapterRow, config: OptimizerConfig, *, learning_rate: float) -> Iterator[tuple[Block, float]]:
+def _rated_blocks(row: FlatAdapter, config: OptimizerConfig, *, learning_rate: float) -> Iterator[tuple[Block, float]]:
     """No block lies in two parts."""
     for part, factor in row.parts(config.lora_plus_ratio):
         for block in row.blocks:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_core.runtime.safetensors_io import Span, tensor_spans
+from lora_core.runtime.safetensors_io import TensorSpan, tensor_spans
 
 RUNS, RUN_BYTES = 4, 1024
 """Of each tensor so many runs of bytes are read: the first, the last, and others evenly between them."""
@@ -42,7 +42,7 @@ def _told(path: Path) -> Iterator[tuple[str, bytes]]:
             yield name, digest.digest()
 
 
-def _runs(span: Span) -> Iterator[tuple[int, int]]:
+def _runs(span: TensorSpan) -> Iterator[tuple[int, int]]:
     """(where it starts, how many bytes)."""
     num_bytes = span.stop - span.start
     if num_bytes <= RUNS * RUN_BYTES:

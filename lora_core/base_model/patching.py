@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_core.adapter.flat_adapter import Target
+from lora_core.adapter.flat_adapter import AdaptedModule
 from lora_core.adapter.modules_to_save import path_of
 from lora_core.base_model.blocks import find_blocks, pass_block
 from lora_core.base_model.sharding import is_whole
@@ -31,7 +31,7 @@ from lora_core.layers.attention import packed
 from lora_core.layers.compiled_elementwise import fused_parts
 from lora_core.layers.embeddings import forward_embedding, forward_embedding_watched
 from lora_core.layers.fused_projections import Siblings, find_siblings, forward_siblings, taken_from_ahead
-from lora_core.layers.grouped_lora import SegmentOp
+from lora_core.layers.grouped_lora import GroupedLora
 from lora_core.layers.longrope import rotations_by_length
 from lora_core.layers.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
 from lora_core.layers.residual_block import faster_blocks
@@ -58,14 +58,14 @@ def find_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def target_of(name: str, linear: nn.Module) -> Target:
+def target_of(name: str, linear: nn.Module) -> AdaptedModule:
     if isinstance(linear, Conv1D):
-        return Target(name=name, in_features=linear.nx, out_features=linear.nf)
+        return AdaptedModule(name=name, in_features=linear.nx, out_features=linear.nf)
     assert isinstance(linear, nn.Linear)
-    return Target(name=name, in_features=linear.in_features, out_features=linear.out_features)
+    return AdaptedModule(name=name, in_features=linear.in_features, out_features=linear.out_features)
 
 
-def choose_targets(linears: dict[str, nn.Module], lora: LoraConfig) -> tuple[Target, ...]:
+def choose_targets(linears: dict[str, nn.Module], lora: LoraConfig) -> tuple[AdaptedModule, ...]:
     """Linears that `lora` names, in the model's order. Raises NoTargets for a name that matches nothing."""
     try:
         wanted = _in_layers(_wanted(linears, lora), lora.layers_to_transform)
@@ -143,7 +143,7 @@ class Attachment:
         )
         for reason in self.kernels.reasons:
             LOGGER.warning("%s", reason)
-        self.segment_op = SegmentOp(self.kernels.lora)
+        self.segment_op = GroupedLora(self.kernels.lora)
         self.blocks = find_blocks(model)
         self._siblings = {} if is_divided else find_siblings(self.linears)
         self.leaf = torch.zeros((), device=model.device, requires_grad=True)
@@ -201,7 +201,7 @@ def _faster_parts(model: PreTrainedModel, kernels: Kernels) -> list[tuple[nn.Mod
     return [*norms, *faster_mlps(model), *faster_blocks(model, [norm for norm, _ in norms])]
 
 
-def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: SegmentOp, x: Tensor) -> Tensor:
+def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: GroupedLora, x: Tensor) -> Tensor:
     """x [..., D] to [..., O]: the plain linear outside a pack, the packed one inside."""
     pack = current_pack()
     if pack is None:
@@ -235,7 +235,7 @@ def forward_pooler(pooler: nn.Module, hidden: Tensor) -> Tensor | None:
 
 
 def frozen_weights(
-    linears: dict[str, nn.Module], targets: tuple[Target, ...], lora: LoraConfig
+    linears: dict[str, nn.Module], targets: tuple[AdaptedModule, ...], lora: LoraConfig
 ) -> dict[str, Tensor] | None:
     """The weight [O, D] of each target, by name; none is copied, and there are none where `lora` needs none.
 

@@ -4,7 +4,7 @@
 
 Embeddings, final norm and head stay whole: the loss reads the head outside any module. Rows are no part of the model.
 A block is put together by collectives, so every rank passes through all blocks as often as the others
-(lora_core/engine/tick.py).
+(lora_core/engine/step.py).
 """
 
 import os

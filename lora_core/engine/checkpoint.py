@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.config import JobConfig
 from lora_core.engine.early_stopping import Selection
-from lora_core.engine.job import Job, Progress
+from lora_core.engine.job import TrainingJob, TrainingProgress
 from lora_core.errors import BadCheckpoint, UnsafeFile
 from lora_core.runtime.safetensors_io import read_header, write_directory, write_json
 
@@ -48,12 +48,12 @@ def belonging(base: BaseModel, config: JobConfig, *, data_digest: str, parent_sh
     }
 
 
-def save_checkpoint(job: Job, base: BaseModel, directory: Path) -> None:
+def save_checkpoint(job: TrainingJob, base: BaseModel, directory: Path) -> None:
     """Write state.json and row.safetensors; `directory` must not exist and appears whole or not at all."""
     write_directory(directory, lambda temporary: _write(job, base, temporary))
 
 
-def _write(job: Job, base: BaseModel, directory: Path) -> None:
+def _write(job: TrainingJob, base: BaseModel, directory: Path) -> None:
     row_file = directory / "row.safetensors"
     vectors = {name: getattr(job.row, name).cpu() for name in VECTORS}
     if job.best is not None:
@@ -74,7 +74,7 @@ def _write(job: Job, base: BaseModel, directory: Path) -> None:
     write_json(directory / "state.json", state)
 
 
-def load_checkpoint(directory: Path, *, row: AdapterRow, best: Tensor | None, expected: Belonging) -> Progress:
+def load_checkpoint(directory: Path, *, row: FlatAdapter, best: Tensor | None, expected: Belonging) -> TrainingProgress:
     """Fill `row`, and `best` where the job keeps its best weights, and return the progress. `expected`: what it must
     belong to.
 
@@ -84,7 +84,7 @@ def load_checkpoint(directory: Path, *, row: AdapterRow, best: Tensor | None, ex
     try:
         state = json.loads((directory / "state.json").read_text())
         _check_state(state, expected, [target.name for target in row.targets])
-        progress = Progress(**state["progress"] | {"selection": Selection(**state["progress"]["selection"])})
+        progress = TrainingProgress(**state["progress"] | {"selection": Selection(**state["progress"]["selection"])})
         _load_row(directory / "row.safetensors", row, best, state["row_sha256"])
     except (OSError, ValueError, TypeError, KeyError, UnsafeFile) as error:
         if isinstance(error, BadCheckpoint):
@@ -114,7 +114,7 @@ def _foreign(name: str, *, was: object, value: str | None) -> BadCheckpoint:
     return _bad(f"belongs to another job: its {name} differs")
 
 
-def _load_row(path: Path, row: AdapterRow, best: Tensor | None, sha256: str) -> None:
+def _load_row(path: Path, row: FlatAdapter, best: Tensor | None, sha256: str) -> None:
     vectors = {name: getattr(row, name) for name in VECTORS} | ({} if best is None else {BEST: best})
     if row.lora.subtracts_start:
         vectors[START] = row.start()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lora_core.runtime.interrupts import interrupts_wait
+from lora_core.runtime.device_errors import interrupts_wait
 
 MIN_LANE_TOKENS = 96
 """Tokens below which a further lane isn't worth another pass over the base's weights."""

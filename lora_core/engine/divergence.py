@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import ObjectiveConfig
 from lora_core.data.token_dataset import TokenDataset
 
@@ -18,7 +18,7 @@ LEAST_LOSS = 1e-3
 
 
 def is_dead(
-    row: AdapterRow,
+    row: FlatAdapter,
     objective: ObjectiveConfig,
     dataset: TokenDataset,
     slices: Iterable[tuple[int, ...]],

@@ -19,24 +19,21 @@ from lora_core.data.token_dataset import TokenDataset
 from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine import checkpoint
 from lora_core.engine.cpu_lanes import Lanes
-from lora_core.engine.fair_queue import Turn, budget_after, choose, widen
+from lora_core.engine.fair_queue import ReadySlice, budget_after, select_slices, widen
 from lora_core.engine.invariance_probe import Invariance, measure_invariance
-from lora_core.engine.job import Job
+from lora_core.engine.job import TrainingJob
 from lora_core.engine.job_start import job_on
 from lora_core.engine.prefix_cache import PrefixCounts, Prefixes
-from lora_core.engine.throughput import Company, TickSpeeds
-from lora_core.engine.tick import Passes, TickPlan
-from lora_core.engine.tick_outcome import Booked, Outcome
+from lora_core.engine.step import PackSize, Passes, StepOutcome, StepStatus, TickPlan, TickSpeeds
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint, ConfigError, LoraCoreError, OutOfMemory, RanksDiffer
 from lora_core.events import Event
 from lora_core.forward.generation import Generation, Prompts
 from lora_core.forward.progress_hooks import Between, silent, told_at_linears
 from lora_core.layers.activation_checkpointing import ActivationMemory
-from lora_core.losses.scoring import SliceScores
+from lora_core.losses.preference import SliceScores
 from lora_core.peft_format.export import ExportReport, export_adapter
-from lora_core.runtime.device_errors import shortage_in_pass, shortage_of
-from lora_core.runtime.interrupts import interrupts_wait
+from lora_core.runtime.device_errors import interrupts_wait, shortage_in_pass, shortage_of
 
 TICKS_TO_RECOVER = 1024
 """Ticks that fit in a row until the largest one has grown by the whole budget again."""
@@ -54,14 +51,14 @@ class Engine:
         self.base = base
         self.config = config
         self.ranks = ranks
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, TrainingJob] = {}
         self._rate = self._lane_rate = 0.0
         self._speeds = TickSpeeds()
         self._token_budget = self._largest_tick = ranks.size * config.token_budget
         self._short_ranks: set[int] = set()  # on which a slice alone didn't fit
         self._too_large: list[OutOfMemory] = []
         self._lanes = Lanes(config.num_lanes)
-        self._begun: list[Job] = []
+        self._begun: list[TrainingJob] = []
         attachment = base.attach(exact_products=config.exact_products)
         with ranks.together(), shortage_in_pass(is_divided=base.is_divided):
             verdict = measure_invariance(base, self._lanes)
@@ -133,13 +130,13 @@ class Engine:
             raise self._too_large.pop(0)
         return self._take_pending()
 
-    def _plan(self, waiting: list[Turn]) -> TickPlan:
+    def _plan(self, waiting: list[ReadySlice]) -> TickPlan:
         """The leader's, for it follows from times and memory, which no two ranks have alike."""
         return TickPlan.of_json(self.ranks.told(self._own_plan(waiting).as_json() if self.ranks.leads else None))
 
-    def _own_plan(self, waiting: list[Turn]) -> TickPlan:
+    def _own_plan(self, waiting: list[ReadySlice]) -> TickPlan:
         budget = self._tick_tokens(waiting)
-        turns, tokens = self._widened(choose(waiting, token_budget=budget), budget)
+        turns, tokens = self._widened(select_slices(waiting, token_budget=budget), budget)
         plan = TickPlan(
             kind=turns[0].kind,
             tokens={turn.job: own for turn, own in zip(turns, tokens, strict=True)},
@@ -178,7 +175,7 @@ class Engine:
         """Tokens of the one who had the fewest: where a newcomer begins."""
         return min((job.served for job in self._jobs.values() if job.starting is None), default=0)
 
-    def _widened(self, turns: list[Turn], budget: int) -> tuple[list[Turn], list[tuple[int, ...]]]:
+    def _widened(self, turns: list[ReadySlice], budget: int) -> tuple[list[ReadySlice], list[tuple[int, ...]]]:
         """The turns, and the tokens of each one's slices; of the first alone while ticks of it alone are wanted."""
         job_tokens = self.ranks.size * self.config.job_tokens
         first = widen(turns[:1], token_budget=budget, job_tokens=job_tokens)
@@ -218,7 +215,7 @@ class Engine:
         rows = {job: (self._started(job).row, prompts) for job, prompts in asked.items()}
         return Generation(self.base, rows, token_budget=self.config.token_budget)
 
-    def _started(self, name: str) -> Job:
+    def _started(self, name: str) -> TrainingJob:
         """Raises ConfigError where there is none, and BadCheckpoint where an update of it broke off half way."""
         if name not in self._jobs:
             raise ConfigError(
@@ -267,7 +264,7 @@ class Engine:
         """Tokens put through the base a second of tick time, averaged over recent ticks; 0 before the first."""
         return self._rate
 
-    def tick_speeds(self) -> dict[Company, list[tuple[int, float]]]:
+    def tick_speeds(self) -> dict[PackSize, list[tuple[int, float]]]:
         """(tokens, tokens a second) of the sizes of ticks that were seen, of one job and of several; throughput.py."""
         return self._speeds.table()
 
@@ -302,7 +299,7 @@ class Engine:
             seconds = time.perf_counter() - started
             self._learn_rates(plan.num_tokens, computed.fullest_lane, seconds)
             self._speeds.learn(num_tokens=plan.num_tokens, cost=computed.cost, num_jobs=len(jobs), seconds=seconds)
-        booked: list[Booked] = []
+        booked: list[StepOutcome] = []
         for job, numbers in zip(jobs, plan.by_job().values(), strict=True):
             job.served += sum(plan.sizes[number] for number in numbers)
             with interrupts_wait():
@@ -312,9 +309,9 @@ class Engine:
             self._agree(booked)
         self._begun = []
 
-    def _book(self, job: Job, scores: list[SliceScores]) -> Booked:
+    def _book(self, job: TrainingJob, scores: list[SliceScores]) -> StepOutcome:
         """In the order of slices; what follows one that diverged is left out."""
-        booked = Booked(job=job, step=job.step, num_pending=len(job.pending))
+        booked = StepOutcome(job=job, step=job.step, num_pending=len(job.pending))
         try:
             with shortage_of(job.name):
                 for score in scores:
@@ -323,7 +320,7 @@ class Engine:
             booked.shortage = error
         return booked
 
-    def _agree(self, booked: list[Booked]) -> None:
+    def _agree(self, booked: list[StepOutcome]) -> None:
         """A job for which memory ran out on one rank, while a step of it was booked, is given up by all. And ticks are
         planned for the rank that has the least memory. Raises RanksDiffer, on all, where a job has not diverged on all
         of them in the same way and from the same weights: then no job is to blame."""
@@ -332,7 +329,7 @@ class Engine:
         self.activations.heed(own, [(free_bytes, per_token) for free_bytes, per_token, *_ in told])
         for number, each in enumerate(booked, start=len(own)):
             outcomes = [of_rank[number] for of_rank in told]
-            if Outcome.SHORT in outcomes:
+            if StepStatus.SHORT in outcomes:
                 self._too_large.append(each.given_up(is_shared=self.ranks.size > 1))
             elif any(outcomes):
                 _require_equal(outcomes)
@@ -352,14 +349,14 @@ class Engine:
             job.pending = []
         return events
 
-    def _waiting(self) -> list[Turn]:
+    def _waiting(self) -> list[ReadySlice]:
         return [
-            Turn(job=name, kind=job.unit.kind, num_tokens=tokens[0], served=job.served, further=tokens[1:])
+            ReadySlice(job=name, kind=job.unit.kind, num_tokens=tokens[0], served=job.served, further=tokens[1:])
             for name, job in self._jobs.items()
             if job.starting is None and job.unit is not None and (tokens := job.waiting_tokens())
         ]
 
-    def _tick_tokens(self, waiting: list[Turn]) -> int:
+    def _tick_tokens(self, waiting: list[ReadySlice]) -> int:
         """The budget, less what memory, here or in jobs' attempts before, or the wished length of a tick forbids.
 
         A tick lasts as long as its fullest lane, and no shorter than one slice: a lane may hold the largest
@@ -376,7 +373,7 @@ class Engine:
         self._rate = _averaged(self._rate, num_tokens / seconds)
         self._lane_rate = _averaged(self._lane_rate, fullest_lane / seconds)
 
-    def _split_after_out_of_memory(self, jobs: list[Job], plan: TickPlan, error: Exception) -> None:
+    def _split_after_out_of_memory(self, jobs: list[TrainingJob], plan: TickPlan, error: Exception) -> None:
         """Half of a tick that didn't fit is tried next, and a slice alone by each rank; gradients are partial."""
         if len(plan.sizes) == 1:
             self._short_ranks.update(plan.ranks)

@@ -11,7 +11,7 @@ SMALLER = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Turn:
+class ReadySlice:
     """A job with a slice ready: its size in tokens, and the tokens that the job was served so far.
 
     `further`: tokens of the slices that follow it in the same step or evaluation.
@@ -24,14 +24,14 @@ class Turn:
     further: tuple[int, ...] = ()
 
 
-def choose(waiting: Sequence[Turn], *, token_budget: int) -> list[Turn]:
+def select_slices(waiting: Sequence[ReadySlice], *, token_budget: int) -> list[ReadySlice]:
     """At most one slice a job, of one kind, within the budget; the first goes alone if it exceeds it.
 
     Deficit round-robin in tokens (Shreedhar and Varghese 1996), with the debt kept as tokens served: a large
     job waits while small ones catch up, and whatever fits beside the first is taken.
     """
     order = sorted(waiting, key=lambda turn: turn.served)
-    chosen: list[Turn] = []
+    chosen: list[ReadySlice] = []
     left = token_budget
     for turn in order:
         if not chosen or (turn.kind == chosen[0].kind and turn.num_tokens <= left):
@@ -40,7 +40,7 @@ def choose(waiting: Sequence[Turn], *, token_budget: int) -> list[Turn]:
     return chosen
 
 
-def widen(chosen: Sequence[Turn], *, token_budget: int, job_tokens: int) -> list[tuple[int, ...]]:
+def widen(chosen: Sequence[ReadySlice], *, token_budget: int, job_tokens: int) -> list[tuple[int, ...]]:
     """Tokens of the slices that each chosen job puts into the tick: its first, and further ones while there is room.
 
     They are dealt out one by one in the order of turns. A job with more than one has at most `job_tokens` in all.

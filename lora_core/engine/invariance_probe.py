@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment, choose_targets
 from lora_core.config import LoraConfig, ObjectiveConfig
@@ -25,12 +25,11 @@ from lora_core.forward.classification import placeholder_head
 from lora_core.forward.language_model import run_training
 from lora_core.layers.module_matching import kind_of
 from lora_core.layers.task_heads import NUM_PLACEHOLDER_CLASSES
-from lora_core.losses.scoring import SliceScores
+from lora_core.losses.preference import SliceScores
 from lora_core.packing.packed_batch import SliceInput, build_pack
 from lora_core.peft_format.export import PROBE_POSITIONS, packed_logits
 from lora_core.runtime.counter_rng import random_words, uniform
-from lora_core.runtime.device_errors import shortage_named
-from lora_core.runtime.device_faults import is_device_fault
+from lora_core.runtime.device_errors import is_device_fault, shortage_named
 
 Invariance = Literal["bitwise", "allclose"]
 LENGTHS = ((19, 30), (9,), (41, 5, 7))  # sequences of three synthetic jobs, of odd sizes on purpose
@@ -135,7 +134,7 @@ def _reference_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
 
 def _packed_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
     """Without an adapter."""
-    bare = AdapterRow(
+    bare = FlatAdapter(
         (), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device, trained=placeholder_head(base)
     )
     bare.initialise(0)
@@ -167,7 +166,7 @@ def _synthetic_slice(base: BaseModel, index: int) -> SliceInput:
     assert base.attachment is not None
     lora = LoraConfig(rank=RANKS[index], alpha=8)
     targets = choose_targets(representative_linears(base.attachment), lora)
-    row = AdapterRow(targets, lora, dtype=base.dtype, device=base.device, trained=placeholder_head(base))
+    row = FlatAdapter(targets, lora, dtype=base.dtype, device=base.device, trained=placeholder_head(base))
     numbers = uniform("invariance", index, count=row.num_parameters) - 0.5
     row.p.copy_(torch.from_numpy(numbers.astype(np.float32) * 0.05))
     row.refresh_compute()

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.gradients import SliceGradients
 from lora_core.adapter.optimizer import gradient_norm, learning_rate_at, optimizer_step, stays_finite
 from lora_core.config import JobConfig, Kind
@@ -23,13 +23,12 @@ from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine.divergence import is_dead
 from lora_core.engine.early_stopping import Selection
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
-from lora_core.losses.scoring import SliceScores
-from lora_core.packing.neftune import NoiseKey
-from lora_core.packing.packed_batch import DropoutKey, SliceInput
+from lora_core.losses.preference import SliceScores
+from lora_core.packing.packed_batch import DropoutKey, NoiseKey, SliceInput
 
 
 @dataclass(kw_only=True, slots=True)
-class Tally:
+class RunningMean:
     """What the slices of the current unit have given so far; loss in nats, summed over labels or pairs."""
 
     next_slice: int = 0
@@ -41,7 +40,7 @@ class Tally:
 
 
 @dataclass(kw_only=True, slots=True)
-class Progress:
+class TrainingProgress:
     """What a checkpoint keeps beside the vectors: completed steps, the last evaluated one (-1: none), tokens, and
     what the evaluations have decided."""
 
@@ -52,7 +51,7 @@ class Progress:
     selection: Selection = field(default_factory=Selection)
 
 
-class Job:
+class TrainingJob:
     """`served` is the engine's account of tokens, for turns; `pending` events are due at the next tick.
 
     `best`: the weights of the best evaluation so far, fp32 like the row's p; None where the last ones are kept.
@@ -68,13 +67,13 @@ class Job:
         name: str,
         config: JobConfig,
         *,
-        row: AdapterRow,
+        row: FlatAdapter,
         train: TokenDataset,
         valid: TokenDataset | None,
-        progress: Progress,
+        progress: TrainingProgress,
         best: Tensor | None = None,
         is_started: bool = True,
-        reference: AdapterRow | None = None,
+        reference: FlatAdapter | None = None,
         parent_sha256: str | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -94,7 +93,7 @@ class Job:
         self.is_torn = False
         self._gradients = SliceGradients(row=row, ranks=ranks)
         self.unit: Unit | None = None
-        self.tally = Tally()
+        self.tally = RunningMean()
         self.reference_point: float | None = None
         self.pending: list[Event] = self._begin_unit()
 
@@ -214,7 +213,7 @@ class Job:
     def replay_unit(self) -> None:
         """Forget the slices computed since the last completed step or evaluation."""
         self._gradients.drop()
-        self.tally = Tally()
+        self.tally = RunningMean()
 
     def _finish_step(self, unit: Unit) -> list[Event]:
         config, step = self.config.optimizer, self.step + 1
@@ -304,7 +303,7 @@ class Job:
 
     def _begin_unit(self, *, reference_point: float | None = None) -> list[Event]:
         """What is due at this step; of KTO first the pass that measures the reference point of it."""
-        self.tally, self.reference_point = Tally(), reference_point
+        self.tally, self.reference_point = RunningMean(), reference_point
         if self._evaluation_is_due():
             assert self.valid is not None
             num_examples = self.valid.num_rows // self.config.objective.rows_per_example

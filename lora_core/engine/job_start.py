@@ -5,16 +5,17 @@ from pathlib import Path
 
 import torch
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import choose_targets, frozen_weights
 from lora_core.config import JobConfig
-from lora_core.data.token_dataset import TokenDataset, data_digest
+from lora_core.data.kto_pairs import check_unpaired
+from lora_core.data.token_dataset import TokenDataset, check_examples, check_labels, data_digest
 from lora_core.distributed.ranks import Ranks
 from lora_core.engine import checkpoint
-from lora_core.engine.acceptance import check_job
-from lora_core.engine.job import Job, Progress
-from lora_core.forward.classification import trained_tensors
+from lora_core.engine.job import TrainingJob, TrainingProgress
+from lora_core.errors import BadDataset, ConfigError
+from lora_core.forward.classification import refuse_other_task, trained_tensors
 from lora_core.peft_format.load_parent import begin_from, refuse_other_start
 from lora_core.runtime.device_errors import shortage_of
 
@@ -29,13 +30,13 @@ def job_on(
     resume_from: Path | str | None,
     parent: Path | str | None,
     ranks: Ranks,
-) -> Job:
+) -> TrainingJob:
     """It may still have to start. Raises as Engine.admit does."""
     check_job(base, config, train, valid)
     if parent is not None:
         refuse_other_start(config.lora)
     with shortage_of(name):
-        row, parent_sha256, progress = _new_row(base, config), None, Progress()
+        row, parent_sha256, progress = _new_row(base, config), None, TrainingProgress()
         if parent is not None:
             row.begin_in_full(config.seed)
             parent_sha256 = begin_from(row, Path(parent), base)
@@ -45,7 +46,7 @@ def job_on(
             data = data_digest(train, valid)
             expected = checkpoint.belonging(base, config, data_digest=data, parent_sha256=parent_sha256)
             progress = checkpoint.load_checkpoint(Path(resume_from), row=row, best=best, expected=expected)
-        return Job(
+        return TrainingJob(
             name,
             config,
             row=row,
@@ -60,11 +61,11 @@ def job_on(
         )
 
 
-def _new_row(base: BaseModel, config: JobConfig, *, is_trained: bool = True) -> AdapterRow:
+def _new_row(base: BaseModel, config: JobConfig, *, is_trained: bool = True) -> FlatAdapter:
     assert base.attachment is not None
     linears = base.attachment.linears
     targets = choose_targets(linears, config.lora)
-    return AdapterRow(
+    return FlatAdapter(
         targets,
         config.lora,
         dtype=base.dtype,
@@ -76,13 +77,58 @@ def _new_row(base: BaseModel, config: JobConfig, *, is_trained: bool = True) -> 
     )
 
 
-def _reference(base: BaseModel, row: AdapterRow, config: JobConfig, *, has_parent: bool) -> AdapterRow | None:
+def _reference(base: BaseModel, row: FlatAdapter, config: JobConfig, *, has_parent: bool) -> FlatAdapter | None:
     """What the objective compares with: the adapter that `row` begins with, or none on the base model."""
     if not config.objective.needs_reference:
         return None
     if not has_parent:
-        return AdapterRow((), config.lora, dtype=base.dtype, device=base.device, is_trained=False)
+        return FlatAdapter((), config.lora, dtype=base.dtype, device=base.device, is_trained=False)
     reference = _new_row(base, config, is_trained=False)
     reference.p.copy_(row.p)
     reference.refresh_compute()
     return reference
+
+
+def check_job(base: BaseModel, config: JobConfig, train: TokenDataset, valid: TokenDataset | None) -> None:
+    """Raises ConfigError where the base can't train what the job does, or the job needs a held-out set and has none;
+    BadDataset."""
+    refuse_other_task(base, config.objective)
+    if valid is None and config.needs_evaluation:
+        raise ConfigError(
+            "Early stopping and keeping the best weights need a held-out set, and the job has none.",
+            remedy="Give one, or leave early_stopping out and keep the last weights.",
+        )
+    for dataset in filter(None, (train, valid)):
+        _check_fits(dataset, base)
+        check_examples(dataset, config.objective.rows_per_example)
+        if config.objective.kind == "classification":
+            check_labels(dataset, config.objective.num_labels)
+        if config.objective.kind == "kto":
+            check_unpaired(dataset)
+
+
+def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:
+    largest, longest = int(dataset.input_ids.max()), int(dataset.row_lengths().max())
+    if largest >= base.vocab_size:
+        raise BadDataset(
+            f"The data holds token {largest}, but the base model has {base.vocab_size} tokens.",
+            remedy="Tokenise the data with this base model's tokenizer.",
+        )
+    _check_types(dataset, base)
+    if base.max_positions is not None and longest > base.max_positions:
+        raise BadDataset(
+            f"A row has {longest} tokens, but the base model takes {base.max_positions}.",
+            remedy="Shorten or split the long rows.",
+        )
+
+
+def _check_types(dataset: TokenDataset, base: BaseModel) -> None:
+    """Of tokens, as encoders tell the two sentences of a pair apart."""
+    if dataset.token_types is None:
+        return
+    largest, num_types = int(dataset.token_types.max()), getattr(base.model.config, "type_vocab_size", None) or 0
+    if num_types and largest >= num_types:
+        raise BadDataset(
+            f"The data holds token type {largest}, but the base model has {num_types}.",
+            remedy="Tokenise the data with this base model's tokenizer, or leave the token types out.",
+        )

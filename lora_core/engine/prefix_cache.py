@@ -5,36 +5,42 @@ It is a function of the frozen base and the sequence alone, so whoever reads the
 there. Nobody can tell from a result (docs/ENGINE.md). Letters: T tokens of the pack, S of a sequence, D features.
 """
 
+import contextlib
 import hashlib
 import math
+import shutil
+import tempfile
 import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.config import LoraConfig
-from lora_core.engine.job import Job
-from lora_core.engine.prefix_store import PrefixStore
-from lora_core.engine.shelf import Key
+from lora_core.engine.job import TrainingJob
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import ANY_FAILURE
 from lora_core.forward.language_model import hidden_states
-from lora_core.packing.block_range import Entry, Passage
-from lora_core.packing.packed_batch import Pack, SliceInput, bare_pack
+from lora_core.packing.packed_batch import BlockRange, EntryBlock, PackedBatch, SliceInput, bare_pack
 from lora_core.runtime.counter_rng import random_words
-from lora_core.runtime.device_errors import shortage_named
-from lora_core.runtime.device_faults import is_device_fault
+from lora_core.runtime.device_errors import interrupts_wait, is_device_fault, shortage_named
 
 LEAST_SHARE = 0.25
 """Of the blocks, below which a prefix isn't worth a pass apart from jobs that adapt all."""
 PROBE_LENGTHS = (19, 9, 5)
+
+
+Key = bytes
+NOBODY = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +73,7 @@ class Prefixes:
         self._lock = threading.Lock()
         self._computed_tokens = self._reused_tokens = 0
 
-    def entry_block(self, row: AdapterRow) -> int:
+    def entry_block(self, row: FlatAdapter) -> int:
         """The lowest block that the job adapts; 0 where the base can't be entered there, or it isn't worth it."""
         if not self._is_on or row.trained.token_ids:
             return 0
@@ -85,7 +91,7 @@ class Prefixes:
         depth = len(self._blocks.modules)
         return math.ceil(num_tokens * (depth - part.entry.block) / depth)
 
-    def entered(self, pack: Pack, parts: Sequence[SliceInput]) -> Pack:
+    def entered(self, pack: PackedBatch, parts: Sequence[SliceInput]) -> PackedBatch:
         """`pack`, built of these parts, which all enter at one block: there, with what enters it."""
         entry = parts[0].entry
         if entry is None:
@@ -141,7 +147,7 @@ class Prefixes:
 
     @torch.no_grad()
     def _computed(self, block: int, sequences: Sequence[SliceInput]) -> Sequence[Tensor]:
-        passage = Passage(last=block)
+        passage = BlockRange(last=block)
         pack = replace(bare_pack(sequences, device=self._base.device), passage=passage)
         hidden_states(self._base, pack)
         assert passage.left_TD is not None
@@ -172,12 +178,12 @@ class Prefixes:
         return float((got_TD[:count] - expected_TD[:count]).abs().max()) <= 0.05 * largest
 
 
-def slices_of(job: Job, offsets: Iterable[int]) -> list[SliceInput]:
+def slices_of(job: TrainingJob, offsets: Iterable[int]) -> list[SliceInput]:
     """Of a job, counted from the one that comes next, and where they enter."""
     return [replace(part, entry=entry_of(job)) for part in job.next_slices(offsets)]
 
 
-def entry_of(job: Job) -> Entry | None:
+def entry_of(job: TrainingJob) -> EntryBlock | None:
     """Of the slices of its unit. None where training adds noise below any block, or nothing would be passed twice.
 
     The last epoch keeps nothing, nor does a pass that puts answers to others' prompts.
@@ -191,7 +197,7 @@ def entry_of(job: Job) -> Entry | None:
         keeps = job.step < config.num_steps and not unit.measures_point
     elif not last_epoch and not config.objective.needs_reference:
         return None
-    return Entry(block=job.entry_block, job=job.name, keeps=keeps)
+    return EntryBlock(block=job.entry_block, job=job.name, keeps=keeps)
 
 
 def by_entry(lane: Sequence[int], slices: Sequence[SliceInput]) -> list[tuple[list[int], list[SliceInput]]]:
@@ -223,11 +229,11 @@ def _alone(part: SliceInput, index: int) -> SliceInput:
     return replace(part, sequences=part.sequences[index : index + 1], token_types=types, labels=())
 
 
-def _entering(block: int, states: Sequence[Sequence[Tensor]], pack: Pack) -> Passage:
+def _entering(block: int, states: Sequence[Sequence[Tensor]], pack: PackedBatch) -> BlockRange:
     """Behind the sequences comes the filler, which is nobody's: zeros."""
     found = [state_SD for part in states for state_SD in part]
     num_filler = pack.input_ids.shape[1] - sum(map(len, found))
-    return Passage(first=block, entering_TD=torch.cat([*found, found[0].new_zeros(num_filler, found[0].shape[1])]))
+    return BlockRange(first=block, entering_TD=torch.cat([*found, found[0].new_zeros(num_filler, found[0].shape[1])]))
 
 
 def _probe_slice(base: BaseModel) -> SliceInput:
@@ -236,5 +242,208 @@ def _probe_slice(base: BaseModel) -> SliceInput:
         words = random_words("entrance", length, count=length)
         mask = np.zeros(length, np.uint8)
         sequences.append(((words % np.uint64(base.vocab_size)).astype(np.int32), mask))
-    row = AdapterRow((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device)
+    row = FlatAdapter((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device)
     return SliceInput(row=row, sequences=tuple(sequences), label_weight=0.0, dropout=None)
+
+
+class CacheBudget:
+    """Entries by the job that used each last; of each job, the one used longest ago comes first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._owner_of: dict[Key, str] = {}
+        self._entries: dict[str, OrderedDict[Key, int]] = {}
+        self._bytes: dict[str, int] = {}
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._owner_of
+
+    def __len__(self) -> int:
+        return len(self._owner_of)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._bytes.values())
+
+    def use(self, key: Key, job: str) -> None:
+        """It is the job's from now on, and its newest."""
+        self._insert(key, self.remove(key), job)
+
+    def place(self, key: Key, num_bytes: int, job: str) -> dict[Key, str] | None:
+        """Take a new entry in. What had to go for it, with whose it was; None where it isn't taken: then nothing
+        goes."""
+        victims = self._victims(num_bytes, job)
+        if victims is None:
+            return None
+        owners = {victim: self._owner_of[victim] for victim in victims}
+        for victim in victims:
+            self.remove(victim)
+        self._insert(key, num_bytes, job)
+        return owners
+
+    def remove(self, key: Key) -> int:
+        """Its bytes."""
+        owner = self._owner_of.pop(key)
+        num_bytes = self._entries[owner].pop(key)
+        self._bytes[owner] -= num_bytes
+        return num_bytes
+
+    def leave(self, job: str) -> None:
+        """Its entries stay, for whoever has the same sequences, until room is wanted."""
+        for key, _ in list(self._of(job)):
+            self.use(key, NOBODY)
+        self._entries.pop(job, None)
+        self._bytes.pop(job, None)
+
+    def _insert(self, key: Key, num_bytes: int, job: str) -> None:
+        self._owner_of[key] = job
+        self._entries.setdefault(job, OrderedDict())[key] = num_bytes
+        self._bytes[job] = self._bytes.get(job, 0) + num_bytes
+
+    def _victims(self, num_bytes: int, job: str) -> list[Key] | None:
+        wanted = self.num_bytes + num_bytes - self.max_bytes
+        victims: list[Key] = []
+        for key, size in self._of(NOBODY):
+            if wanted <= 0:
+                break
+            victims.append(key)
+            wanted -= size
+        others = [owner for owner in self._bytes if owner not in (job, NOBODY)]
+        richest = max(others, key=lambda owner: self._bytes[owner], default=NOBODY)
+        surplus = self._bytes.get(richest, 0) - self._bytes.get(job, 0) - num_bytes
+        for key, size in self._of(richest):
+            if wanted <= 0 or richest == NOBODY or size > surplus:
+                break
+            victims.append(key)
+            wanted -= size
+            surplus -= size
+        return victims if wanted <= 0 else None
+
+    def _of(self, job: str) -> Iterable[tuple[Key, int]]:
+        return self._entries[job].items() if job in self._entries else ()
+
+
+LEAST_FREE_BYTES = 2**30
+"""What is left free on the disk: checkpoints need it more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spilled:
+    """One file, which holds the numbers and nothing else."""
+
+    path: Path
+    digest: bytes
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class PrefixStore:
+    """States [S, D] by key, on the host. `num_damaged` counts files that weren't what had been written."""
+
+    def __init__(self, *, memory_bytes: int, disk_bytes: int, folder: Path | None) -> None:
+        """`folder`: where a folder of this store's own is made, which goes with the store."""
+        self.num_damaged = 0
+        self._lock = threading.Lock()
+        self._memory, self._disk = CacheBudget(memory_bytes), CacheBudget(disk_bytes if folder else 0)
+        self._tensors: dict[Key, Tensor] = {}
+        self._files: dict[Key, Spilled] = {}
+        self._folder: Path | None = None
+        if folder is not None and disk_bytes:
+            self._folder = Path(tempfile.mkdtemp(prefix="prefix-", dir=folder))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def __contains__(self, key: Key) -> bool:
+        with self._lock:
+            return key in self._memory or key in self._disk
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._memory.num_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        return self._disk.num_bytes
+
+    def take(self, key: Key, job: str) -> Tensor | None:
+        """What was kept, not to be written to; None where nothing is, or no longer."""
+        with interrupts_wait(), self._lock:
+            if key in self._memory:
+                self._memory.use(key, job)
+                return self._tensors[key]
+            if key not in self._disk:
+                return None
+            states_SD = _read(self._files[key])
+            if states_SD is None:
+                self.num_damaged += 1
+                self._forget_file(key)
+            else:
+                self._disk.use(key, job)
+            return states_SD
+
+    def keep(self, key: Key, states_SD: Tensor, job: str) -> None:
+        """A copy of the states, in memory where there is room or some is made, else on disk, else nowhere. What is
+        raised on the way (memory is short) costs entries, and leaves none without its states."""
+        with interrupts_wait(), self._lock:
+            if key in self._memory or key in self._disk:
+                return
+            owners = self._memory.place(key, states_SD.nbytes, job)
+            if owners is None:
+                self._spill(key, states_SD, job)
+                return
+            victims = [(victim, self._tensors.pop(victim), owner) for victim, owner in owners.items()]
+            try:
+                self._tensors[key] = states_SD.detach().to("cpu", copy=True)
+            except BaseException:
+                self._memory.remove(key)
+                raise
+            for victim, victim_SD, owner in victims:
+                self._spill(victim, victim_SD, owner)
+
+    def leave(self, job: str) -> None:
+        with interrupts_wait(), self._lock:
+            self._memory.leave(job)
+            self._disk.leave(job)
+
+    def _spill(self, key: Key, states_SD: Tensor, job: str) -> None:
+        """The entry is known once the file is whole; a disk that is full or fails keeps nothing."""
+        if self._folder is None or (victims := self._disk.place(key, states_SD.nbytes, job)) is None:
+            return
+        for victim in victims:
+            self._unlink(victim)
+        try:
+            if shutil.disk_usage(self._folder).free < LEAST_FREE_BYTES:
+                raise OSError("The disk is nearly full.")
+            self._files[key] = _written(self._folder / key.hex(), states_SD)
+        except OSError:
+            self._forget_file(key)
+        except BaseException:
+            self._forget_file(key)
+            raise
+
+    def _forget_file(self, key: Key) -> None:
+        self._disk.remove(key)
+        self._unlink(key)
+
+    def _unlink(self, key: Key) -> None:
+        self._files.pop(key, None)
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                (self._folder / key.hex()).unlink()
+
+
+def _written(path: Path, states_SD: Tensor) -> Spilled:
+    content = states_SD.detach().cpu().contiguous().view(torch.uint8).numpy()
+    digest = hashlib.sha256(content.data).digest()
+    content.tofile(path)
+    return Spilled(path=path, digest=digest, dtype=states_SD.dtype, shape=tuple(states_SD.shape))
+
+
+def _read(spilled: Spilled) -> Tensor | None:
+    """None where the file isn't what was written."""
+    try:
+        content = np.fromfile(spilled.path, np.uint8)
+    except OSError:
+        return None
+    if hashlib.sha256(content.data).digest() != spilled.digest:
+        return None
+    return torch.from_numpy(content).view(spilled.dtype).view(spilled.shape)

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.modules_to_save import TrainedTensors, choose_trained, module_tensors
 from lora_core.base_model.model import BaseModel
 from lora_core.config import JobConfig, ObjectiveConfig
 from lora_core.errors import ConfigError
 from lora_core.layers.task_heads import between, class_logits, head_tensors, own_head, pooled_hidden, task_head_of
-from lora_core.losses.scoring import RewardSums, SliceScores
-from lora_core.packing.packed_batch import ROW_MULTIPLE, Graded, Pack, Segment, running
+from lora_core.losses.preference import RewardSums, SliceScores
+from lora_core.packing.packed_batch import ROW_MULTIPLE, BatchSegment, Graded, PackedBatch, running
 
 
 def refuse_other_task(base: BaseModel, objective: ObjectiveConfig) -> None:
@@ -40,7 +40,7 @@ def trained_tensors(base: BaseModel, config: JobConfig) -> TrainedTensors:
     return choose_trained(base.model, config.lora, head_path=head.path, head=tensors)
 
 
-def head_alone(base: BaseModel, row: AdapterRow) -> TrainedTensors:
+def head_alone(base: BaseModel, row: FlatAdapter) -> TrainedTensors:
     """The head of a row as it is now, for a row that has nothing else; nothing on a base without one."""
     head = task_head_of(base.model)
     if head is None:
@@ -62,12 +62,12 @@ def placeholder_head(base: BaseModel) -> TrainedTensors:
     return TrainedTensors(tensors=tuple(tensors), modules=(head.path,))
 
 
-def run_task_training(base: BaseModel, pack: Pack, h_TD: Tensor) -> list[SliceScores]:
+def run_task_training(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> list[SliceScores]:
     """Backward of what `h_TD` was computed for; called with gradients enabled. Gradients are added to the rows."""
     h_PD = head_inputs(base, pack, h_TD)
     losses: list[Tensor] = []
     scores: list[SliceScores] = []
-    heads: list[tuple[AdapterRow, torch.nn.Module]] = []
+    heads: list[tuple[FlatAdapter, torch.nn.Module]] = []
     for segment in pack.segments:
         head = head_module(base, segment.row)
         logits_nC = class_logits(base.model, head, h_PD[segment.graded.first : segment.graded.last])
@@ -81,17 +81,17 @@ def run_task_training(base: BaseModel, pack: Pack, h_TD: Tensor) -> list[SliceSc
     return scores
 
 
-def run_task_evaluation(base: BaseModel, pack: Pack, h_TD: Tensor) -> list[SliceScores]:
+def run_task_evaluation(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> list[SliceScores]:
     h_PD = head_inputs(base, pack, h_TD)
     return [score_segment(_logits(base, segment, h_PD), segment.graded)[1] for segment in pack.segments]
 
 
-def _logits(base: BaseModel, segment: Segment, h_PD: Tensor) -> Tensor:
+def _logits(base: BaseModel, segment: BatchSegment, h_PD: Tensor) -> Tensor:
     part_nD = h_PD[segment.graded.first : segment.graded.last]
     return class_logits(base.model, head_module(base, segment.row), part_nD)
 
 
-def head_inputs(base: BaseModel, pack: Pack, h_TD: Tensor) -> Tensor:
+def head_inputs(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> Tensor:
     """[P, D]: what the heads read of each sequence."""
     h_PD = pooled_hidden(base.model, h_TD, pack.input_ids[0], pack.sequence_lengths)
     h_PD = F.pad(h_PD, (0, 0, 0, -len(h_PD) % ROW_MULTIPLE))
@@ -102,13 +102,13 @@ def head_inputs(base: BaseModel, pack: Pack, h_TD: Tensor) -> Tensor:
         return between(base.model, h_PD)
 
 
-def head_module(base: BaseModel, row: AdapterRow) -> torch.nn.Module:
+def head_module(base: BaseModel, row: FlatAdapter) -> torch.nn.Module:
     head = task_head_of(base.model)
     assert head is not None
     return own_head(base.model, row.tensors, path=head.path)
 
 
-def _accumulate(base: BaseModel, row: AdapterRow, head: torch.nn.Module) -> None:
+def _accumulate(base: BaseModel, row: FlatAdapter, head: torch.nn.Module) -> None:
     found = task_head_of(base.model)
     assert found is not None
     for name, parameter in head.named_parameters():

@@ -1,9 +1,9 @@
 # pyright: basic
 """Greedy answers of adapters to given prompts, by the pass that evaluates: what a person reads beside a loss.
 
-Keys and values are kept while an answer grows (lora_core/packing/kv_cache.py), so that one of n tokens to a prompt of m
-takes m + n tokens of forward passes. An answer depends on its job alone, as training does: whatever else is answered in
-the same pass, its bits, and so its likeliest tokens, are the same.
+Keys and values are kept while an answer grows (lora_core/packing/packed_batch.py), so that one of n tokens to a prompt
+of m takes m + n tokens of forward passes. An answer depends on its job alone, as training does: whatever else is
+answered in the same pass, its bits, and so its likeliest tokens, are the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,15 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.forward.language_model import hidden_states
 from lora_core.layers.lm_heads import head_of
 from lora_core.layers.longrope import bounds_in
 from lora_core.losses.chunked_cross_entropy import LABEL_MULTIPLE
-from lora_core.packing.kv_cache import KeptKeys
-from lora_core.packing.packed_batch import Pack, SliceInput, build_pack
+from lora_core.packing.packed_batch import KeptKeys, PackedBatch, SliceInput, build_pack
 from lora_core.runtime.device_errors import shortage_in_pass
 
 
@@ -56,7 +55,7 @@ class Generation:
     is what their keys and values need memory for.
     """
 
-    def __init__(self, base: BaseModel, asked: Mapping[str, tuple[AdapterRow, Prompts]], *, token_budget: int) -> None:
+    def __init__(self, base: BaseModel, asked: Mapping[str, tuple[FlatAdapter, Prompts]], *, token_budget: int) -> None:
         """asked: by job. Raises ConfigError."""
         for _, prompts in asked.values():
             check_prompts(prompts, base)
@@ -159,7 +158,7 @@ class Generation:
             answer.kept = KeptKeys(capacity=capacity)
         answer.kept.begin_pass()
 
-    def _pack(self, jobs: Sequence[str]) -> Pack:
+    def _pack(self, jobs: Sequence[str]) -> PackedBatch:
         """Of each answer what its keys are not kept of, at its place in the answer."""
         slices = [
             SliceInput(

@@ -15,11 +15,11 @@ from lora_core.forward.classification import run_task_evaluation, run_task_train
 from lora_core.layers.lm_heads import head_of, labels_of, loss_by_head, score_by_head
 from lora_core.layers.task_heads import ENCODERS, positions_of
 from lora_core.losses.chunked_cross_entropy import TokenScores, score_labels
-from lora_core.losses.scoring import AnswerScores, SliceScores, score_answers
-from lora_core.packing.packed_batch import Pack, Segment, running
+from lora_core.losses.preference import AnswerScores, SliceScores, score_answers
+from lora_core.packing.packed_batch import BatchSegment, PackedBatch, running
 
 
-def hidden_states(base: BaseModel, pack: Pack) -> Tensor:
+def hidden_states(base: BaseModel, pack: PackedBatch) -> Tensor:
     """The last hidden states [T, D], with each segment's adapter at work."""
     options: dict[str, Any] = {} if pack.token_types is None else {"token_type_ids": pack.token_types}
     positions = positions_of(base.model, pack.position_ids, pack.input_ids, pack.sequence_lengths)
@@ -30,7 +30,7 @@ def hidden_states(base: BaseModel, pack: Pack) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def run_training(base: BaseModel, pack: Pack) -> list[SliceScores]:
+def run_training(base: BaseModel, pack: PackedBatch) -> list[SliceScores]:
     """Forward and backward: gradients are added to the rows, the scores of each segment returned.
 
     The loss is a sum over disjoint adapters on a frozen base, so each row receives its own gradient exactly.
@@ -49,7 +49,7 @@ def run_training(base: BaseModel, pack: Pack) -> list[SliceScores]:
 
 
 @torch.no_grad()
-def run_evaluation(base: BaseModel, pack: Pack) -> list[SliceScores]:
+def run_evaluation(base: BaseModel, pack: PackedBatch) -> list[SliceScores]:
     """Forward only."""
     if base.task != "causal-lm":
         return run_task_evaluation(base, pack, hidden_states(base, pack))
@@ -61,7 +61,7 @@ def run_evaluation(base: BaseModel, pack: Pack) -> list[SliceScores]:
 
 
 @torch.no_grad()
-def _reference_losses(base: BaseModel, pack: Pack) -> Tensor | None:
+def _reference_losses(base: BaseModel, pack: PackedBatch) -> Tensor | None:
     """Cross-entropy of the reference's labels; None where nothing is compared with one."""
     if pack.reference is None:
         return None
@@ -71,7 +71,7 @@ def _reference_losses(base: BaseModel, pack: Pack) -> Tensor | None:
 
 @torch.no_grad()
 def _answers_of_segments(
-    base: BaseModel, pack: Pack, h_LD: Tensor, reference_L: Tensor | None
+    base: BaseModel, pack: PackedBatch, h_LD: Tensor, reference_L: Tensor | None
 ) -> list[AnswerScores | None]:
     """The first pass of the head: only over segments whose answers are compared."""
     found: list[AnswerScores | None] = []
@@ -84,7 +84,7 @@ def _answers_of_segments(
     return found
 
 
-def _score_segment(segment: Segment, losses_l: Tensor, reference_L: Tensor | None) -> AnswerScores | None:
+def _score_segment(segment: BatchSegment, losses_l: Tensor, reference_L: Tensor | None) -> AnswerScores | None:
     compared = segment.compared
     if compared is None:
         return None
@@ -95,7 +95,7 @@ def _score_segment(segment: Segment, losses_l: Tensor, reference_L: Tensor | Non
     return score_answers(compared, losses_l, reference_l)
 
 
-def _label_weights(pack: Pack, answers: list[AnswerScores | None]) -> Tensor:
+def _label_weights(pack: PackedBatch, answers: list[AnswerScores | None]) -> Tensor:
     """fp32 [L]: as the pack has them; of an answer's labels, minus its slope, for cross-entropy is minus the log
     probability."""
     if not any(answers):
@@ -109,7 +109,7 @@ def _label_weights(pack: Pack, answers: list[AnswerScores | None]) -> Tensor:
     return weights_L
 
 
-def _by_segment(pack: Pack, scores: TokenScores, answers: list[AnswerScores | None]) -> list[SliceScores]:
+def _by_segment(pack: PackedBatch, scores: TokenScores, answers: list[AnswerScores | None]) -> list[SliceScores]:
     losses_L, correct_L = scores.losses_L.double().cpu(), scores.correct_L.cpu()
     return [
         _slice_scores(segment, losses_L, correct_L, of_answers)
@@ -118,7 +118,7 @@ def _by_segment(pack: Pack, scores: TokenScores, answers: list[AnswerScores | No
 
 
 def _slice_scores(
-    segment: Segment, losses_L: Tensor, correct_L: Tensor, of_answers: AnswerScores | None
+    segment: BatchSegment, losses_L: Tensor, correct_L: Tensor, of_answers: AnswerScores | None
 ) -> SliceScores:
     correct_l = correct_L[segment.label_start : segment.label_stop]
     if segment.compared is None or of_answers is None:

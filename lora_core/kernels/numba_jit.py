@@ -6,18 +6,20 @@ itself from start to end, so neither the number of rows nor the lane can be seen
 between processes, beside the source or in the user's cache.
 """
 
+import hashlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
-
-from lora_core.kernels.numba_cache import KernelCache
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -173,3 +175,25 @@ def hyperbolic_tangent(x: Any) -> Any:
     q = q * square + np.float32(2.26843463243900e-03)
     q = q * square + np.float32(4.89352518554385e-03)
     return x if np.isnan(x) else bounded * p / q
+
+
+@cache
+def shared_digest() -> str:
+    """Of all sources that kernels are made of."""
+    folder = Path(__file__).parent
+    sources = sorted(folder.glob("*.py"))
+    return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+class KernelCache(FunctionCache):
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return *super()._index_key(sig, codegen), shared_digest()
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        with suppress(OSError):
+            return super().load_overload(sig, target_context)
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):
+            super().save_overload(sig, data)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapter.modules_to_save import TensorViews
-from lora_core.packing.neftune import with_noise
-from lora_core.packing.packed_batch import Pack, current_pack
+from lora_core.packing.packed_batch import PackedBatch, current_pack, with_noise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +50,7 @@ def forward_embedding_watched(
     return y_1TD.requires_grad_() if is_watched else y_1TD
 
 
-def token_pieces(pack: Pack, name: str, *, padding: int | None) -> tuple[TokenPiece, ...]:
+def token_pieces(pack: PackedBatch, name: str, *, padding: int | None) -> tuple[TokenPiece, ...]:
     pieces: list[TokenPiece] = []
     for segment in pack.segments:
         trained = segment.row.trained

@@ -26,7 +26,7 @@ from lora_core.layers.lora_linear import (
     received_by_lora,
     through_weight,
 )
-from lora_core.packing.packed_batch import Pack, Segment, computed_ahead, current_kernels
+from lora_core.packing.packed_batch import BatchSegment, PackedBatch, computed_ahead, current_kernels
 
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """As Llama calls them and whoever followed it; a family with other names has its linears one by one."""
@@ -83,7 +83,7 @@ def _plain(linear: nn.Module | None) -> PlainWeight:
     return PlainWeight(weight_OD=linear.weight, bias_O=linear.bias)
 
 
-def forward_siblings(siblings: Siblings, pack: Pack, leaf: Tensor, x: Tensor) -> Tensor:
+def forward_siblings(siblings: Siblings, pack: PackedBatch, leaf: Tensor, x: Tensor) -> Tensor:
     """The output of the first; those of the others are left for them."""
     shares = shares_of(pack, siblings.modules)
     outputs = PackedSiblings.apply(
@@ -101,9 +101,9 @@ def taken_from_ahead(module: str, x: Tensor) -> Tensor | None:
     return found[1] if found is not None and found[0] is x else None
 
 
-def shares_of(pack: Pack, modules: tuple[str, ...]) -> Shares:
+def shares_of(pack: PackedBatch, modules: tuple[str, ...]) -> Shares:
     joint: list[JointPiece] = []
-    alone: list[Segment] = []
+    alone: list[BatchSegment] = []
     for segment in pack.segments:
         views = segment.row.joint(modules) if segment.dropout is None else None
         if views is None:

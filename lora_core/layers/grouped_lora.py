@@ -26,7 +26,7 @@ ALIGNMENT_BYTES = 16  # what a grouped product asks of every stride
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class RankBucket:
     """Rows [start, stop) of the tick; `views` is None between pieces, where the padded weights are zero."""
 
     start: int
@@ -56,10 +56,10 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class BucketRun:
     """Groups that follow each other without a gap, of adapters that are padded to one width."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[RankBucket, ...]
     stacks: Stacks
     layout: Layout
 
@@ -107,7 +107,7 @@ def _accumulate(gradients: list[Tensor | None], products_GRN: Tensor) -> None:
     torch._foreach_add_(*map(list, zip(*pairs, strict=True)))  # pyright: ignore[reportPrivateImportUsage]
 
 
-class SegmentOp:
+class GroupedLora:
     """Divides the pieces of a linear between the loop and runs. One belongs to each attached model.
 
     Padded weights are kept from tick to tick until the row's weights change or other jobs are in the pack.
@@ -119,13 +119,13 @@ class SegmentOp:
 
     def divide(
         self, module: str, pieces: tuple["Piece", ...], x_TD: Tensor
-    ) -> tuple[tuple["Piece", ...], tuple[Run, ...]]:
+    ) -> tuple[tuple["Piece", ...], tuple[BucketRun, ...]]:
         """What the loop computes, and what is grouped; together all `pieces` of `module`."""
         if self.kernel == "loop" or not pieces or not _is_aligned(pieces[0].views):
             return pieces, ()
         alone = [piece for piece in pieces if piece.dropout is not None or piece.views.magnitude is not None]
         plain = [piece for piece in pieces if piece.dropout is None and piece.views.magnitude is None]
-        runs: list[Run] = []
+        runs: list[BucketRun] = []
         for width, members in groupby(plain, key=lambda piece: width_of(len(piece.views.a_RD))):
             together = list(members)
             if len(together) == 1:  # nothing to save, and the loop adds to y without another pass over it
@@ -138,20 +138,20 @@ class SegmentOp:
         """Give back the memory of padded weights."""
         self._stacks.clear()
 
-    def _run(self, module: str, index: int, pieces: Sequence["Piece"], width: int, like: Tensor) -> Run:
-        groups: list[Group] = []
+    def _run(self, module: str, index: int, pieces: Sequence["Piece"], width: int, like: Tensor) -> BucketRun:
+        groups: list[RankBucket] = []
         for piece in pieces:
             if groups and groups[-1].stop < piece.start:
-                groups.append(Group(start=groups[-1].stop, stop=piece.start, views=None))
-            groups.append(Group(start=piece.start, stop=piece.stop, views=piece.views))
+                groups.append(RankBucket(start=groups[-1].stop, stop=piece.start, views=None))
+            groups.append(RankBucket(start=piece.start, stop=piece.stop, views=piece.views))
         spans = tuple((group.stop - group.start, group.views.scale if group.views else 0.0) for group in groups)
-        return Run(
+        return BucketRun(
             groups=tuple(groups),
             stacks=self._stacked(module, index, groups, width),
             layout=layout_of(spans, str(like.device)),
         )
 
-    def _stacked(self, module: str, index: int, groups: list[Group], width: int) -> Stacks:
+    def _stacked(self, module: str, index: int, groups: list[RankBucket], width: int) -> Stacks:
         sources = [_Source(group.views) for group in groups]
         kept = self._stacks.get((module, index))
         if kept is None or kept[0] != sources:
@@ -180,7 +180,7 @@ def width_of(rank: int) -> int:
     return max(MIN_WIDTH, 1 << (rank - 1).bit_length())
 
 
-def stack(groups: Sequence[Group], width: int) -> Stacks:
+def stack(groups: Sequence[RankBucket], width: int) -> Stacks:
     """Two launches, whatever the number of groups."""
     like = next(group.views for group in groups if group.views is not None)
     zeros_WD, zeros_OW = like.a_RD.new_zeros(width, like.a_RD.shape[1]), like.b_OR.new_zeros(len(like.b_OR), width)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.modules_to_save import TensorViews
 from lora_core.losses.chunked_cross_entropy import Head, TokenScores, score_labels, weighted_loss
-from lora_core.packing.packed_batch import Pack, Segment
+from lora_core.packing.packed_batch import BatchSegment, PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class TokenRowsHead(Head):
         return through_table_CV @ self.weight_VD + dz_CK @ self.rows.value
 
 
-def head_of(head: Head, row: AdapterRow) -> Head:
+def head_of(head: Head, row: FlatAdapter) -> Head:
     """The output head of a job: `head`, which is the base's, unless the job trains one, or its rows."""
     trained = row.trained
     options = {field.name: getattr(head, field.name) for field in fields(Head)}
@@ -66,7 +66,7 @@ def head_of(head: Head, row: AdapterRow) -> Head:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class HeadGroup:
     """Segments that go through one head, and where their labels are."""
 
     head: Head
@@ -74,14 +74,14 @@ class Group:
     segments: tuple[int, ...]
 
 
-def score_by_head(h_LD: Tensor, head: Head, pack: Pack) -> TokenScores:
+def score_by_head(h_LD: Tensor, head: Head, pack: PackedBatch) -> TokenScores:
     """The scores of all labels of the pack, without a gradient; `head` is the base's."""
     groups = _groups(head, pack)
     parts = [score_labels(h_LD[group.places], group.head, pack.labels_L[group.places]) for group in groups]
     return _in_order(parts, groups, pack)
 
 
-def loss_by_head(h_LD: Tensor, head: Head, pack: Pack, weights_L: Tensor) -> tuple[Tensor, TokenScores]:
+def loss_by_head(h_LD: Tensor, head: Head, pack: PackedBatch, weights_L: Tensor) -> tuple[Tensor, TokenScores]:
     """Σ weight · cross-entropy of all labels, whose backward reaches h, and their scores.
 
     The gradients of trained heads are in their rows already.
@@ -101,28 +101,28 @@ def loss_by_head(h_LD: Tensor, head: Head, pack: Pack, weights_L: Tensor) -> tup
     return losses.sum(), _in_order([scores for _, scores in results], groups, pack)
 
 
-def _groups(head: Head, pack: Pack) -> list[Group]:
+def _groups(head: Head, pack: PackedBatch) -> list[HeadGroup]:
     """Jobs with the base's head in one group, then each other one with its own."""
     heads = [head_of(head, segment.row) for segment in pack.segments]
     shared = tuple(index for index, own in enumerate(heads) if own is head)
     if len(shared) == len(heads):
-        return [Group(head=head, places=slice(None), segments=shared)]
+        return [HeadGroup(head=head, places=slice(None), segments=shared)]
     others = [
-        Group(head=own, places=labels_of(pack.segments[index]), segments=(index,))
+        HeadGroup(head=own, places=labels_of(pack.segments[index]), segments=(index,))
         for index, own in enumerate(heads)
         if own is not head
     ]
     if not shared:
         return others
     ranges = [torch.arange(pack.segments[index].label_start, pack.segments[index].label_stop) for index in shared]
-    return [Group(head=head, places=torch.cat(ranges).to(pack.labels_L.device), segments=shared), *others]
+    return [HeadGroup(head=head, places=torch.cat(ranges).to(pack.labels_L.device), segments=shared), *others]
 
 
-def labels_of(segment: Segment) -> slice:
+def labels_of(segment: BatchSegment) -> slice:
     return slice(segment.label_start, segment.label_stop)
 
 
-def _in_order(parts: list[TokenScores], groups: list[Group], pack: Pack) -> TokenScores:
+def _in_order(parts: list[TokenScores], groups: list[HeadGroup], pack: PackedBatch) -> TokenScores:
     """The scores of groups, as the labels of the pack lie."""
     if len(groups) == 1:
         return parts[0]

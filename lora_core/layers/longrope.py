@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.packing.packed_batch import Pack, current_pack
+from lora_core.packing.packed_batch import PackedBatch, current_pack
 
 NAME, BOUND = "longrope", "original_max_position_embeddings"
 
@@ -93,7 +93,7 @@ def forward_rotary(
     return tuple(_chosen(is_long_T, *pair) for pair in zip(long, short, strict=True))
 
 
-def _by_token(pack: Pack, is_long_S: list[bool], device: torch.device) -> Tensor:
+def _by_token(pack: PackedBatch, is_long_S: list[bool], device: torch.device) -> Tensor:
     lengths_S = torch.tensor(pack.sequence_lengths)
     return torch.tensor(is_long_S).repeat_interleave(lengths_S).to(device)
 

@@ -15,8 +15,8 @@ from lora_core.adapter.dora import MagnitudeBranch, add_magnitude, add_magnitude
 from lora_core.adapter.flat_adapter import SiteViews
 from lora_core.kernels import batch_invariant
 from lora_core.kernels.batch_invariant import ExactProducts
-from lora_core.layers.grouped_lora import Run
-from lora_core.packing.packed_batch import DropoutKey, Segment, current_kernels
+from lora_core.layers.grouped_lora import BucketRun
+from lora_core.packing.packed_batch import BatchSegment, DropoutKey, current_kernels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,7 @@ class Branch:
     magnitude: MagnitudeBranch | None = None
 
 
-def pieces_of(segments: Sequence[Segment], module: str) -> tuple[Piece, ...]:
+def pieces_of(segments: Sequence[BatchSegment], module: str) -> tuple[Piece, ...]:
     """Those whose adapters change `module`."""
     return tuple(
         Piece(
@@ -196,7 +196,7 @@ class PackedLinear(torch.autograd.Function):
         leaf: Tensor | None,
         linear: PlainWeight,
         pieces: tuple[Piece, ...],
-        runs: tuple[Run, ...] = (),
+        runs: tuple[BucketRun, ...] = (),
     ):
         ctx.exact = current_kernels().exact_products
         y_TO = batch_invariant.linear(x_TD, linear.weight_OD, linear.bias_O, ctx.exact)
@@ -227,7 +227,7 @@ class PackedDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917  (autograd passes by position)
-        ctx, y_TO: Tensor, x_TD: Tensor, leaf: Tensor, pieces: tuple[Piece, ...], runs: tuple[Run, ...] = ()
+        ctx, y_TO: Tensor, x_TD: Tensor, leaf: Tensor, pieces: tuple[Piece, ...], runs: tuple[BucketRun, ...] = ()
     ):
         out_TO = y_TO.clone()
         ctx.pieces, ctx.runs = pieces, runs

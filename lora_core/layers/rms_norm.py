@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lora_core.kernels.elementwise import add_rms_norm, rms_norm, rms_norm_backward
 from lora_core.kernels.numba_jit import array_of, runs_on
-from lora_core.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from lora_core.layers.module_matching import eps_of
 from lora_core.packing.packed_batch import current_pack
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.errors import ANY_FAILURE
+from lora_core.kernels.elementwise import rotate
 from lora_core.kernels.numba_jit import array_of, flat_memory, runs_on
-from lora_core.kernels.rotary import rotate
 from lora_core.packing.packed_batch import current_pack
 
 NAME = "apply_rotary_pos_emb"
@@ -29,7 +29,7 @@ Rotation = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class RotaryCall:
     """A family's function, and whether it gives the numbers of ours: for heads that are rotated whole, and in part."""
 
     original: Rotation
@@ -40,7 +40,7 @@ class Asked:
 def faster_rotations(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The attention modules of `model` whose rotation can be replaced, and the forward of each."""
     found = [(module, own) for module in model.modules() if (own := _own_forward(module)) is not None]
-    asked: dict[tuple[Rotation, torch.dtype], Asked] = {}
+    asked: dict[tuple[Rotation, torch.dtype], RotaryCall] = {}
     forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
     for module, own in found:
         original, like = own.__globals__[NAME], next(module.parameters())
@@ -60,7 +60,7 @@ def _own_forward(module: nn.Module) -> FunctionType | None:
     return own if callable(own.__globals__.get(NAME)) and any(True for _ in module.parameters()) else None
 
 
-def _over_ours(own: FunctionType, asked: Asked) -> FunctionType:
+def _over_ours(own: FunctionType, asked: RotaryCall) -> FunctionType:
     names = own.__globals__ | {NAME: partial(_rotated, asked)}
     copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     copy.__kwdefaults__ = own.__kwdefaults__
@@ -73,9 +73,9 @@ def _forward(module: nn.Module, own: FunctionType, *args: Any, **kwargs: Any) ->
     return own(module, *args, **kwargs)
 
 
-def _ask(original: Rotation, like: Tensor) -> Asked:
+def _ask(original: Rotation, like: Tensor) -> RotaryCall:
     whole, part = (runs_on(like) and _agrees(original, like, size) for size in (CHECKED_FEATURES, CHECKED_PART))
-    return Asked(original=original, whole=whole, part=part)
+    return RotaryCall(original=original, whole=whole, part=part)
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def _agrees(original: Rotation, like: Tensor, num_rotated: int) -> bool:
 
 
 def _rotated(
-    asked: Asked, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+    asked: RotaryCall, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     agrees = asked.whole if cos.shape[-1] == query.shape[-1] else asked.part
     if not agrees or args or kwargs.get("unsqueeze_dim", 1) != 1 or not _fits(query, key, cos, sin):

@@ -12,8 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lora_core.kernels.elementwise import swiglu, swiglu_backward
 from lora_core.kernels.numba_jit import array_of, runs_on
-from lora_core.kernels.swiglu import swiglu, swiglu_backward
 from lora_core.layers.module_matching import is_gated_mlp, kind_of
 from lora_core.layers.rms_norm import CHECKED_TOKENS, same_numbers
 from lora_core.packing.packed_batch import current_pack

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_core.kernels.cross_entropy import logit_gradient, score_logits
+from lora_core.kernels.elementwise import logit_gradient, score_logits
 from lora_core.kernels.numba_jit import array_of, runs_on
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.config import ObjectiveConfig
+from lora_core.packing.packed_batch import Compared
 
 LEAST_DOUBT = 1e-12
 """1 - e^m is held above it: an answer that fp32 calls certain has no finite odds."""
@@ -107,3 +108,117 @@ def _log_loss(z_P: Tensor, *, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
 def _opposed(slope_P: Tensor) -> Tensor:
     """What raises the one answer lowers the other."""
     return torch.stack([slope_P, -slope_P], dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SingleAnswers:
+    """`ratios_S` fp64 [S]: log(π / π_ref) of each answer, summed over its labels; `desirable_S` bool [S];
+    `reference_point`: z0 in nats, not below 0."""
+
+    ratios_S: Tensor
+    desirable_S: Tensor
+    reference_point: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SingleScores:
+    """Of each answer: its loss, its reward β · log(π / π_ref), d loss / d log π, and whether it lies on the side of
+    the reference point on which it was called to be."""
+
+    loss_S: Tensor
+    rewards_S: Tensor
+    slopes_S: Tensor
+    is_gain_S: Tensor
+
+
+def score_single(objective: ObjectiveConfig, answers: SingleAnswers) -> SingleScores:
+    """λ - λ · sigmoid(β · (r - z0)), r the log ratio; of undesirable answers sigmoid(β · (z0 - r)) (equation 8).
+
+    λ is `desirable_weight` or `undesirable_weight`.
+    """
+    is_good_S = answers.desirable_S.double()
+    sign_S = 2 * is_good_S - 1
+    weight_S = objective.desirable_weight * is_good_S + objective.undesirable_weight * (1 - is_good_S)
+    gain_S = sign_S * objective.beta * (answers.ratios_S - answers.reference_point)
+    loss_S = weight_S * torch.sigmoid(-gain_S)
+    return SingleScores(
+        loss_S=loss_S,
+        rewards_S=objective.beta * answers.ratios_S,
+        slopes_S=-objective.beta * sign_S * torch.sigmoid(gain_S) * loss_S,
+        is_gain_S=gain_S > 0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardSums:
+    """Over the pairs of a slice; `num_ordered` of them give the chosen answer the greater reward.
+
+    Of single answers the sums are over the desirable ones and over the others.
+    """
+
+    chosen: float
+    rejected: float
+    num_ordered: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SliceScores:
+    loss_sum: float
+    num_correct: int
+    rewards: RewardSums | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerScores:
+    """`slopes_S` fp64 [S] on the host: d loss / d log probability. Where KTO measures its reference point, the sum is
+    that of log ratios, there are no rewards, and nothing is differentiated."""
+
+    loss_sum: float
+    slopes_S: Tensor
+    rewards: RewardSums | None
+
+
+def score_answers(compared: Compared, losses_l: Tensor, reference_l: Tensor | None) -> AnswerScores:
+    """`losses_l`: cross-entropy of each label, and under the base alone where the objective compares with it."""
+    logps_S = _logps(losses_l, compared)
+    reference_S = None if reference_l is None else _logps(reference_l, compared)
+    if compared.objective.kind == "kto":
+        assert reference_S is not None
+        return _single(compared, logps_S, reference_S)
+    return _pairs(compared, logps_S, reference_S)
+
+
+def _single(compared: Compared, logps_S: Tensor, reference_S: Tensor) -> AnswerScores:
+    ratios_S = logps_S - reference_S
+    if compared.reference_point is None:
+        return AnswerScores(loss_sum=float(ratios_S.sum()), slopes_S=torch.zeros_like(ratios_S), rewards=None)
+    desirable_S = torch.tensor(compared.labels) == 1
+    answers = SingleAnswers(ratios_S=ratios_S, desirable_S=desirable_S, reference_point=compared.reference_point)
+    scores = score_single(compared.objective, answers)
+    rewards = RewardSums(
+        chosen=float(scores.rewards_S[desirable_S].sum()),
+        rejected=float(scores.rewards_S[~desirable_S].sum()),
+        num_ordered=int(scores.is_gain_S.sum()),
+    )
+    return AnswerScores(loss_sum=float(scores.loss_S.sum()), slopes_S=scores.slopes_S, rewards=rewards)
+
+
+def _pairs(compared: Compared, logps_S: Tensor, reference_S: Tensor | None) -> AnswerScores:
+    answers = Answers(
+        logps_P2=logps_S.view(-1, 2),
+        reference_P2=None if reference_S is None else reference_S.view(-1, 2),
+        num_labels_P2=torch.tensor(compared.num_labels, dtype=torch.float64).view(-1, 2),
+    )
+    scores = score_pairs(compared.objective, answers)
+    chosen_P, rejected_P = scores.rewards_P2.unbind(1)
+    rewards = RewardSums(
+        chosen=float(chosen_P.sum()),
+        rejected=float(rejected_P.sum()),
+        num_ordered=int((chosen_P > rejected_P).sum()),
+    )
+    return AnswerScores(loss_sum=float(scores.loss_P.sum()), slopes_S=scores.slopes_P2.flatten(), rewards=rewards)
+
+
+def _logps(losses_l: Tensor, compared: Compared) -> Tensor:
+    """Log probability of each answer, fp64 [S] on the host."""
+    return -torch.stack([answer.sum() for answer in losses_l.double().cpu().split(compared.num_labels)])

@@ -15,15 +15,104 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import ObjectiveConfig
 from lora_core.kernels.selection import Kernels
-from lora_core.packing.block_range import Entry, Passage
-from lora_core.packing.kv_cache import KeptKeys
-from lora_core.packing.neftune import NoiseKey
-from lora_core.runtime.counter_rng import coin_flips
+from lora_core.runtime.counter_rng import coin_flips, uniform
 
 ROW_MULTIPLE = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntryBlock:
+    """The block at which the sequences of a slice may enter the base; all below it is frozen for `job`.
+
+    `keeps`: the job will see these sequences again, so what enters the block is worth keeping.
+    """
+
+    block: int
+    job: str
+    keeps: bool
+
+
+@dataclass(kw_only=True, slots=True)
+class BlockRange:
+    """Blocks [first, last) are run. `entering_TD` goes into the first; `left_TD` becomes what would enter `last`."""
+
+    first: int = 0
+    entering_TD: Tensor | None = None
+    last: int | None = None
+    left_TD: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseKey:
+    """Names the noise of one slice, whose sequences have these lengths."""
+
+    alpha: float
+    seed: int
+    step: int
+    slice_index: int
+    lengths: tuple[int, ...]
+
+    def noise_tD(self, num_features: int) -> Tensor:
+        """fp32, on the host."""
+        count = sum(self.lengths) * num_features
+        numbers = 2 * uniform("neftune", self.seed, self.step, self.slice_index, count=count) - 1
+        bounds_t = np.repeat(self.alpha / np.sqrt(np.array(self.lengths) * num_features), self.lengths)
+        return torch.from_numpy((numbers.reshape(-1, num_features) * bounds_t[:, None]).astype(np.float32))
+
+
+def with_noise(y_1TD: Tensor, places: list[tuple[slice, NoiseKey]]) -> Tensor:
+    """The embeddings with the noise of each slice at its place; others keep their bits."""
+    if not places:
+        return y_1TD
+    noisy_1TD = y_1TD.clone()
+    for place, key in places:
+        noisy_1TD[0, place] += key.noise_tD(y_1TD.shape[-1]).to(y_1TD.device)
+    return noisy_1TD
+
+
+@dataclass(kw_only=True, slots=True)
+class KeptKeys:
+    """Of one sequence, for each call of attention in a pass, in their order: [K, capacity, E] each.
+
+    A pass writes behind `num_tokens`, which is raised when it has succeeded: one that failed can be made again.
+    """
+
+    capacity: int
+    num_tokens: int = 0
+    _of_calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _next_call: int = 0
+
+    def begin_pass(self) -> None:
+        self._next_call = 0
+
+    def extended(self, k_KnE: Tensor, v_KnE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens, the new ones among them."""
+        if self._next_call == len(self._of_calls):
+            rooms = (part.new_empty(len(part), self.capacity, part.shape[2]) for part in (k_KnE, v_KnE))
+            self._of_calls.append((next(rooms), next(rooms)))
+        kept = self._of_calls[self._next_call]
+        self._next_call += 1
+        stop = self.num_tokens + k_KnE.shape[1]
+        for room, new in zip(kept, (k_KnE, v_KnE), strict=True):
+            room[:, self.num_tokens : stop] = new
+        return kept[0][:, :stop], kept[1][:, :stop]
+
+
+def attend_last(
+    q_H1E: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """[H, 1, E]: what the last token sees of itself and those before it, of `window` at most."""
+    if window is not None:
+        k_KSE, v_KSE = k_KSE[:, -window:], v_KSE[:, -window:]
+    q_KGE = q_H1E.reshape(len(k_KSE), -1, q_H1E.shape[2])
+    scores_KGS = torch.bmm(q_KGE, k_KSE.transpose(1, 2)).float() * scale
+    if softcap is not None:
+        scores_KGS = torch.tanh(scores_KGS / softcap) * softcap
+    weights_KGS = torch.softmax(scores_KGS, dim=-1).to(v_KSE.dtype)
+    return torch.bmm(weights_KGS, v_KSE).reshape(len(q_H1E), 1, -1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +148,7 @@ class SliceInput:
     without a `reference_point` (nats) the slice is one of those that measure it.
     """
 
-    row: AdapterRow
+    row: FlatAdapter
     sequences: tuple[tuple[np.ndarray, np.ndarray], ...]  # (input_ids, loss_mask) each
     label_weight: float
     dropout: DropoutKey | None
@@ -68,8 +157,8 @@ class SliceInput:
     reference_point: float | None = None
     token_types: tuple[np.ndarray | None, ...] = ()
     noise: NoiseKey | None = None
-    entry: Entry | None = None
-    reference: AdapterRow | None = None
+    entry: EntryBlock | None = None
+    reference: FlatAdapter | None = None
     """What an objective compares with: no adapter on the base model, or the one that the job began with."""
 
 
@@ -99,12 +188,12 @@ class Graded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
+class BatchSegment:
     """Rows [start, stop) of the tick belong to one slice; labels [first_label, last_label) as well."""
 
     start: int
     stop: int
-    row: AdapterRow
+    row: FlatAdapter
     dropout: DropoutKey | None
     label_start: int
     label_stop: int
@@ -114,7 +203,7 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pack:
+class PackedBatch:
     """input_ids and position_ids int64 [1, T]; label_positions int64 [L]: the rows before labels; sequence_bounds
     int32 [S + 1]: where each sequence begins, and where the last ends.
 
@@ -129,18 +218,18 @@ class Pack:
     position_ids: Tensor
     sequence_lengths: tuple[int, ...]
     sequence_bounds_S: Tensor
-    segments: tuple[Segment, ...]
+    segments: tuple[BatchSegment, ...]
     label_positions_L: Tensor
     labels_L: Tensor
     label_weights_L: Tensor
     label_smoothing_L: Tensor | None = None
-    reference: "Pack | None" = None
+    reference: "PackedBatch | None" = None
     token_types: Tensor | None = None
     is_pooled: bool = False  # segments count sequences, not tokens
     is_checkpointed: bool = (
         False  # the backward computes each block's forward again (layers/activation_checkpointing.py)
     )
-    passage: Passage | None = None
+    passage: BlockRange | None = None
     kept: tuple[KeptKeys, ...] = ()  # of each sequence that grows (forward/generation.py); the tokens are then new
 
     @property
@@ -151,7 +240,7 @@ class Pack:
         return tuple(old + new for old, new in zip(before, self.sequence_lengths, strict=True))
 
 
-def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
+def build_pack(slices: Sequence[SliceInput], *, device: str) -> PackedBatch:
     """Concatenate slices in the order given, and fill up to a multiple of 16 tokens."""
     compared = [
         replace(part, row=part.reference, dropout=None, noise=None) for part in slices if part.reference is not None
@@ -160,12 +249,12 @@ def build_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
     return replace(_concatenated(slices, _segments(slices), device=device), reference=reference)
 
 
-def bare_pack(slices: Sequence[SliceInput], *, device: str) -> Pack:
+def bare_pack(slices: Sequence[SliceInput], *, device: str) -> PackedBatch:
     """The sequences alone, without the adapters of their jobs."""
     return _concatenated(slices, (), device=device)
 
 
-def _concatenated(slices: Sequence[SliceInput], segments: tuple[Segment, ...], *, device: str) -> Pack:
+def _concatenated(slices: Sequence[SliceInput], segments: tuple[BatchSegment, ...], *, device: str) -> PackedBatch:
     sequences = [sequence for part in slices for sequence in part.sequences]
     lengths = [len(ids) for ids, _ in sequences]
     filler = -sum(lengths) % ROW_MULTIPLE
@@ -174,7 +263,7 @@ def _concatenated(slices: Sequence[SliceInput], segments: tuple[Segment, ...], *
     mask = np.concatenate([*(mask for _, mask in sequences), np.zeros(filler, np.uint8)])
     label_rows = np.flatnonzero(mask)
     weights = [np.full(sum(_num_labels(part)), part.label_weight, np.float32) for part in slices]
-    return Pack(
+    return PackedBatch(
         input_ids=torch.from_numpy(ids.astype(np.int64)).to(device)[None],
         position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
         sequence_lengths=tuple(lengths),
@@ -209,15 +298,15 @@ def _label_smoothing(slices: Sequence[SliceInput], *, device: str) -> Tensor | N
     return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
-def _segments(slices: Sequence[SliceInput]) -> tuple[Segment, ...]:
-    segments: list[Segment] = []
+def _segments(slices: Sequence[SliceInput]) -> tuple[BatchSegment, ...]:
+    segments: list[BatchSegment] = []
     start = label_start = reference_start = first = 0
     for part in slices:
         num_labels = _num_labels(part)
         stop = start + sum(len(ids) for ids, _ in part.sequences)
         label_stop = label_start + sum(num_labels)
         segments.append(
-            Segment(
+            BatchSegment(
                 start=start,
                 stop=stop,
                 row=part.row,
@@ -259,11 +348,11 @@ def _num_labels(part: SliceInput) -> tuple[int, ...]:
     return tuple(int(mask.sum()) for _, mask in part.sequences)
 
 
-_current: ContextVar[tuple[Pack, Kernels] | None] = ContextVar("lora_core_pack", default=None)
+_current: ContextVar[tuple[PackedBatch, Kernels] | None] = ContextVar("lora_core_pack", default=None)
 _ahead: ContextVar[dict[str, tuple[Tensor, Tensor]]] = ContextVar("lora_core_ahead")
 
 
-def current_pack() -> Pack | None:
+def current_pack() -> PackedBatch | None:
     """The pack that the running forward pass computes, for the attached linears and the attention."""
     current = _current.get()
     return None if current is None else current[0]
@@ -281,7 +370,7 @@ def computed_ahead() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def running(pack: Pack, kernels: Kernels) -> Iterator[None]:
+def running(pack: PackedBatch, kernels: Kernels) -> Iterator[None]:
     token, ahead = _current.set((pack, kernels)), _ahead.set({})
     try:
         yield

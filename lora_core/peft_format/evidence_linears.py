@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import plain_weight
 from lora_core.layers.lora_linear import Piece, add_lora
@@ -36,7 +36,7 @@ class LinearsReport:
     worst_error: float
 
 
-def evidence(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
+def evidence(base: BaseModel, row: FlatAdapter) -> dict[str, Tensor]:
     """scale·B A x of each adapted linear as the engine computes it, [N, O] in the base's dtype.
 
     With DoRA [2 N, O]: that, and as many with the magnitude at work, for in a large B A it hides the scale of B A.
@@ -45,7 +45,7 @@ def evidence(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _added_by_engine(base: BaseModel, row: AdapterRow, name: str) -> Tensor:
+def _added_by_engine(base: BaseModel, row: FlatAdapter, name: str) -> Tensor:
     assert base.attachment is not None
     views, plain = row.sites[name], plain_weight(base.attachment.linears[name])
     x_ND = inputs(name, views.a_RD.shape[1]).to(base.device, base.dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.layers.lm_heads import head_of
 from lora_core.peft_format.evidence_linears import ROUNDING_FACTOR, inputs
@@ -24,7 +24,7 @@ HEAD, TIED_ROWS, EMBEDDINGS, TOKENS = "head", "tied_rows", "embeddings", "token_
 
 
 @torch.no_grad()
-def evidence(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
+def evidence(base: BaseModel, row: FlatAdapter) -> dict[str, Tensor]:
     """Of a base of causal language: z = W x of the inputs for each token [N, V], if the job trains the head; if it
     trains embeddings, e·x of each [K, N], and z [N, K] where they are rows of the head as well.
 

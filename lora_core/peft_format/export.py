@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.quantization import Quantisation
 from lora_core.forward.classification import head_alone, head_inputs, head_module
@@ -49,7 +49,7 @@ class ExportReport:
 
 
 def export_adapter(
-    base: BaseModel, row: AdapterRow, directory: Path, *, base_name: str, has_evidence: bool = True
+    base: BaseModel, row: FlatAdapter, directory: Path, *, base_name: str, has_evidence: bool = True
 ) -> ExportReport:
     """Write adapter_config.json, adapter_model and probe.safetensors; `directory` must not exist.
 
@@ -67,7 +67,7 @@ def export_adapter(
     )
 
 
-def _write(base: BaseModel, row: AdapterRow, directory: Path, base_name: str, probe: dict[str, Tensor] | None) -> None:
+def _write(base: BaseModel, row: FlatAdapter, directory: Path, base_name: str, probe: dict[str, Tensor] | None) -> None:
     save_file(adapter_tensors(row), directory / "adapter_model.safetensors", metadata=_metadata(base))
     write_json(directory / "adapter_config.json", peft_config(base, row, base_name))
     if probe is not None:
@@ -82,7 +82,7 @@ def _metadata(base: BaseModel) -> dict[str, str]:
     return {"format": "pt", "base_quantization_config": json.dumps(how, sort_keys=True)}
 
 
-def adapter_tensors(row: AdapterRow) -> dict[str, Tensor]:
+def adapter_tensors(row: FlatAdapter) -> dict[str, Tensor]:
     """PEFT's names: lora_A.weight [R, D] and lora_B.weight [O, R] under each module's path; DoRA's magnitude [O];
     what is trained in full as the module itself names it.
 
@@ -99,7 +99,7 @@ def adapter_tensors(row: AdapterRow) -> dict[str, Tensor]:
     return tensors
 
 
-def peft_config(base: BaseModel, row: AdapterRow, base_name: str) -> dict[str, object]:
+def peft_config(base: BaseModel, row: FlatAdapter, base_name: str) -> dict[str, object]:
     conv1d = any(type(module).__name__ == "Conv1D" for module in base.model.modules())
     names, layers = target_names(base, row)
     lora = row.lora
@@ -144,7 +144,7 @@ def exceptions(values: dict[str, float], usual: float) -> dict[str, float]:
     }
 
 
-def target_names(base: BaseModel, row: AdapterRow) -> tuple[list[str], list[int] | None]:
+def target_names(base: BaseModel, row: FlatAdapter) -> tuple[list[str], list[int] | None]:
     """(names, layers) for PEFT: short names if they match exactly the adapted modules, as servers expect.
 
     Short names in the job's layers_to_transform, if those do, are next; full paths otherwise.
@@ -163,11 +163,11 @@ def _short(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
+def _probe(base: BaseModel, row: FlatAdapter) -> dict[str, Tensor]:
     """Pseudo-random ids, the engine's logits with and without the adapter, what each linear adds, and what is trained
     in full gives."""
     ids = with_tokens(pseudo_random_ids(base, "probe", PROBE_SEED), _trained_tokens(base, row))
-    bare = AdapterRow((), row.lora, dtype=base.dtype, device=base.device, trained=head_alone(base, row))
+    bare = FlatAdapter((), row.lora, dtype=base.dtype, device=base.device, trained=head_alone(base, row))
     bare.initialise(0)
     return {
         "input_ids": torch.from_numpy(ids),
@@ -178,7 +178,7 @@ def _probe(base: BaseModel, row: AdapterRow) -> dict[str, Tensor]:
     }
 
 
-def _trained_tokens(base: BaseModel, row: AdapterRow) -> list[int]:
+def _trained_tokens(base: BaseModel, row: FlatAdapter) -> list[int]:
     """Those whose embeddings the job trains; the padding token has no gradient, and may end a sequence."""
     padding = getattr(base.model.get_input_embeddings(), "padding_idx", None)
     return [token for token in row.trained.token_ids if token != padding]
@@ -203,7 +203,7 @@ def pseudo_random_ids(base: BaseModel, purpose: str, seed: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def packed_logits(base: BaseModel, row: AdapterRow, ids: np.ndarray) -> Tensor:
+def packed_logits(base: BaseModel, row: FlatAdapter, ids: np.ndarray) -> Tensor:
     """fp32 [rows, 2, V]: what the engine's own path gives at the last two positions of each row.
 
     Of a base that classifies: [rows, 1, C], once for each row, from the job's own head.

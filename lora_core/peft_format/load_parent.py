@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.modules_to_save import TOKENS_SUFFIX
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.quantization import Quantisation, quantisation_in_training
@@ -67,7 +67,7 @@ def refuse_other_start(lora: LoraConfig) -> None:
         )
 
 
-def begin_from(row: AdapterRow, directory: Path, base: BaseModel) -> str:
+def begin_from(row: FlatAdapter, directory: Path, base: BaseModel) -> str:
     """Fill a new row with the weights of the adapter in `directory`; returns the sha256 of its weights' file.
 
     What the job trains in full and the parent didn't stays as it is. Raises BadParent for a folder that can't be
@@ -234,7 +234,7 @@ def _require_same_base(parent: Parent, base: BaseModel) -> None:
         )
 
 
-def _require_same_function(row: AdapterRow, parent: Parent) -> None:
+def _require_same_function(row: FlatAdapter, parent: Parent) -> None:
     """Raises ConfigError, which names the field."""
     lora, theirs = row.lora, parent.lora
     if lora.use_dora != theirs.use_dora:
@@ -253,7 +253,7 @@ def _require_same_function(row: AdapterRow, parent: Parent) -> None:
         raise _other("trainable_token_indices", f"the parent trained {list(tokens)!r:.80}, in this order")
 
 
-def _require_shapes(parent: Parent, wanted: dict[str, tuple[int, ...]], row: AdapterRow) -> None:
+def _require_shapes(parent: Parent, wanted: dict[str, tuple[int, ...]], row: FlatAdapter) -> None:
     """Every tensor of the folder has a place in the job, and every adapted layer of the job a tensor in the folder."""
     for name, shape in parent.shapes.items():
         if name not in wanted:

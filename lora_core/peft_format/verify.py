@@ -28,8 +28,7 @@ from lora_core.layers.task_heads import own_head, task_head_of
 from lora_core.peft_format import evidence_linears, evidence_modules
 from lora_core.peft_format.evidence_linears import ROUNDING_FACTOR, LinearsReport
 from lora_core.peft_format.export import PREFIX, PROBE_POSITIONS
-from lora_core.runtime.device_errors import is_shortage, shortage_in_pass
-from lora_core.runtime.device_faults import is_device_fault
+from lora_core.runtime.device_errors import is_device_fault, is_shortage, shortage_in_pass
 from lora_core.runtime.safetensors_io import read_header
 
 LOGITS_FACTOR = 6

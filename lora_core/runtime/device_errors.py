@@ -1,8 +1,11 @@
 # pyright: basic
 """One exception for memory that ran out, in whichever way the allocator that wanted it says so."""
 
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 
@@ -53,3 +56,36 @@ def shortage_in_pass(*, is_divided: bool) -> Iterator[None]:
         if is_divided:
             raise BrokenPass from error
         raise
+
+
+FAULT_SIGNS = ("CUDA error", "CUDA driver error", "Triton Error", "_STATUS_", "device-side assert", "HIP error")
+"""In messages of torch, of Triton, and of cuBLAS, cuDNN, cuSOLVER and cuSPARSE, which raise a plain RuntimeError."""
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether the device itself failed: most often this process can compute nothing on it from then on. Memory that
+    ran out is none: device_errors.py knows that."""
+    if is_shortage(error):
+        return False
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in FAULT_SIGNS)
+    return told or isinstance(error, torch.AcceleratorError)
+
+
+@contextmanager
+def interrupts_wait() -> Generator[None]:
+    """What Ctrl-C does is done at the end of the block, for what is half written in it can't be taken back.
+
+    Signals come to the main thread alone, so in any other nothing is to be done.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if came:
+            usual(*came[0])

@@ -25,7 +25,7 @@ MAX_TENSORS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
+class TensorSpan:
     """A tensor of a safetensors file: its bytes are those from `start` to before `stop` of the file."""
 
     dtype: str
@@ -39,7 +39,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (span.dtype, span.shape) for name, span in tensor_spans(path).items()}
 
 
-def tensor_spans(path: Path) -> dict[str, Span]:
+def tensor_spans(path: Path) -> dict[str, TensorSpan]:
     """Where each tensor lies in a safetensors file. Raises UnsafeFile."""
     try:
         header, header_bytes = _parse_header(path)
@@ -50,9 +50,9 @@ def tensor_spans(path: Path) -> dict[str, Span]:
         raise _unsafe(path, f"can't be read as safetensors ({type(error).__name__})") from error
 
 
-def _span(entry: dict[str, Any], header_bytes: int) -> Span:
+def _span(entry: dict[str, Any], header_bytes: int) -> TensorSpan:
     start, stop = (8 + header_bytes + int(offset) for offset in entry["data_offsets"])
-    return Span(dtype=str(entry["dtype"]), shape=tuple(entry["shape"]), start=start, stop=stop)
+    return TensorSpan(dtype=str(entry["dtype"]), shape=tuple(entry["shape"]), start=start, stop=stop)
 
 
 def _parse_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:

@@ -31,7 +31,7 @@ ALIKE = (
 _closed_at_the_end: ContextVar[ExitStack] = ContextVar("closed_at_the_end")
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """Runs a command and says what went wrong on stderr. For a command that another group has, it names its own."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -99,7 +99,7 @@ def _in_plain_words(message: str) -> str:
 def group(help_text: str) -> typer.Typer:
     """A Typer app in the house's way."""
     return typer.Typer(
-        cls=Group, help=help_text, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+        cls=CommandGroup, help=help_text, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
     )
 
 

@@ -44,7 +44,7 @@ class Bootstrapped:
     """By which clients verify the listener: see lorry.transport.service_identity."""
 
 
-class Service:
+class LocalService:
     """The service on one data folder. Its API server accepts on `listening`, which was opened at `host`."""
 
     def __init__(

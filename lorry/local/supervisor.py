@@ -54,7 +54,7 @@ class _Kept:
     restart_at: float | None = None
 
 
-class Supervisor:
+class ProcessSupervisor:
     """`run` returns how many signals ended it: 1 is a drain, more a kill. Raises LorryError if the api ends."""
 
     def __init__(

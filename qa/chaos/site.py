@@ -21,7 +21,7 @@ from catalog.audit import chain
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.jobs import commands
 from catalog.states import JobState
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from qa.chaos.audit.auditor import audit
 from qa.chaos.audit.findings import Finding, Hook, Seen
 from qa.chaos.audit.leftovers import processes

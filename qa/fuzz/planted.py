@@ -14,8 +14,9 @@ from sqlalchemy import Column, ColumnElement, select
 from api.deps import Services
 from catalog.db.database import Database
 from catalog.jobs import commands
+from catalog.lifecycle import recording
 from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.registry import permissions
 from catalog.search.spec import SweepRequest
 from catalog.spec.integrations import INTEGRATION_TYPES
@@ -23,26 +24,19 @@ from catalog.states import EndReason
 from catalog.storage import files, multipart_uploads
 from catalog.storage.store import Blob
 from catalog.sweeps import creation
-from catalog.tables import (
-    Adapter,
-    ApiKey,
-    Checkpoint,
-    File,
-    Job,
-    ModelPermission,
-    Plan,
-    Sweep,
-    Table,
-    Upload,
-    UploadPart,
-    WebhookDelivery,
-    WebhookEndpoint,
-)
+from catalog.tables.history import Checkpoint
+from catalog.tables.jobs import Job
+from catalog.tables.plans import Plan
+from catalog.tables.storage import Adapter, File, Upload, UploadPart
+from catalog.tables.sweeps import Sweep
+from catalog.tables.table import Table
+from catalog.tables.tenancy import ApiKey, ModelPermission
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 from catalog.tenancy import authentication, projects
 from catalog.tenancy.authentication import Caller
 from catalog.webhooks import delivery_queue, endpoints
-from catalog.webhooks.delivery_queue import Outcome
-from catalog.webhooks.event_types import EVENT_TYPES
+from catalog.webhooks.delivery_queue import DeliveryResult
+from catalog.webhooks.outbox import EVENT_TYPES
 from tests.api.trained import BASE, stored_weights, trained
 from tests.catalog import plan_data
 from tests.catalog.world import PEPPER, Clock, World, manifest
@@ -176,9 +170,9 @@ def _fill(world: MarkedWorld, folder: Path) -> None:
     running = world.running(suffix=f"{mark}-running", integrations=[{"type": "mlflow"}], **named)
     exported = stored_weights(world.services, folder / "exported")
     files = manifest(mark, kind="checkpoint")
-    claims.record_checkpoint(db, running.claim_id, step=5, artifact=files, exported=exported)
-    claims.record_metrics(db, running.claim_id, [{"kind": "train", "step": 5, "loss": 1.0}])
-    claims.record_event(db, running.claim_id, level="info", message=f"{mark} goes on")
+    recording.record_checkpoint(db, running.claim_id, step=5, artifact=files, exported=exported)
+    recording.record_metrics(db, running.claim_id, [{"kind": "train", "step": 5, "loss": 1.0}])
+    recording.record_event(db, running.claim_id, level="info", message=f"{mark} goes on")
     paused = world.queued(suffix=f"{mark}-paused", **named)
     commands.pause(db, **world.of(paused.id))
     for number in range(3):
@@ -193,7 +187,9 @@ def _fill(world: MarkedWorld, folder: Path) -> None:
     plan_data.plan(world, suffix=mark, training_file=world.file(num_rows=9), **named)
     _share(world, adapters[0])
     for claimed in delivery_queue.claim(db, pepper=PEPPER, room=100, in_flight=[]):
-        delivery_queue.record(db, claimed, Outcome(started_at=1.0, seconds=0.1, status_code=503, reply=claimed.url))
+        delivery_queue.record(
+            db, claimed, DeliveryResult(started_at=1.0, seconds=0.1, status_code=503, reply=claimed.url)
+        )
 
 
 def _webhooks(world: MarkedWorld) -> None:

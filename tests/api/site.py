@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from api.middleware.connections import Connection
+from api.middleware.connections import HttpConnection
 from api.server import Server, server_config
 
 PEPPER = b"p" * 32
@@ -50,7 +50,7 @@ class QuietServer(Server):
 
 @contextmanager
 def running(
-    app: FastAPI, key: str, *, connection: type[Connection] = Connection, shutdown_seconds: int = 5
+    app: FastAPI, key: str, *, connection: type[HttpConnection] = HttpConnection, shutdown_seconds: int = 5
 ) -> Iterator[Site]:
     config = server_config(app, host="127.0.0.1", port=0, shutdown_seconds=shutdown_seconds, connection=connection)
     server = QuietServer(config, app)

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from api.deps import Services
 from catalog.audit import derived_keys, lineage_signatures
 from catalog.pepper import Pepper
-from catalog.tables import Adapter
+from catalog.tables.storage import Adapter
 from lorry import LorryError
 from lorry.verification.adapter_folder import verify_folder
 from lorry.verification.signatures import read_keys

@@ -21,7 +21,9 @@ from catalog.errors import InvalidRequest, Unavailable
 from catalog.lifecycle import deadlines, recovery
 from catalog.storage.manifest import DamagedArtifact
 from catalog.sweeps import controller
-from catalog.tables import File, Job, Pulse
+from catalog.tables.fleet import DatabaseHeartbeat
+from catalog.tables.jobs import Job
+from catalog.tables.storage import File
 from tests.api.site import running, until
 from tests.catalog.world import World
 
@@ -58,7 +60,7 @@ def test_a_job_whose_worker_was_lost_goes_back_to_the_queue_and_the_bell_rings(
     with world.db.write() as session:
         job = session.get_one(Job, claim.job.id)
         job.lease_expires_at, job.lease_extended = 1.0, True
-        session.get_one(Pulse, 1)
+        session.get_one(DatabaseHeartbeat, 1)
 
     look_once(belled)
 

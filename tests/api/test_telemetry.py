@@ -16,9 +16,8 @@ from api.deps import Services
 from api.maintenance_loop import DUTIES, clean_once, look_once
 from api.telemetry import Telemetry
 from catalog.errors import Unavailable
-from catalog.fleet import metrics
+from catalog.fleet import metrics, workers
 from catalog.lifecycle import recovery
-from catalog.queue import claims
 from tests.catalog.world import World
 
 PAGE = (Path(__file__).parents[2] / "docs/OBSERVABILITY.md").read_text("utf-8")
@@ -40,14 +39,14 @@ def exposed(telemetry: Telemetry, world: World) -> dict[str, Metric]:
 def families(services: Services, world: World, client: TestClient) -> dict[str, Metric]:
     """Of a service that has a bit of everything."""
     about = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
-    claims.register_worker(world.db, worker_id="w1", devices=[{"kind": "cuda", "indices": [0]}], **about)  # pyright: ignore
+    workers.register_worker(world.db, worker_id="w1", devices=[{"kind": "cuda", "indices": [0]}], **about)  # pyright: ignore
     claim = world.running()
     device = {
         "utilization_ratio": 0.5, "memory_used_bytes": 5, "temperature_celsius": 60, "power_watts": 300,
     }  # fmt: skip
     report = {"tokens_per_second": 9.0, "predicted_bytes": 7, "peak_bytes": 6, "device": device}
     base = claim.job.base_digest
-    claims.worker_beat(world.db, "w1", resident_base=base, trainer_id="t1", report=report)
+    workers.worker_beat(world.db, "w1", resident_base=base, trainer_id="t1", report=report)
     client.get("/v1/files")
     services.telemetry.count_try(is_delivered=True)
     return exposed(services.telemetry, world)

@@ -24,11 +24,11 @@ from openai._resource import AsyncAPIResource, SyncAPIResource
 from api.app import create_app
 from api.deps import Services
 from api.settings import ApiSettings
-from catalog.queue import claims
+from catalog.lifecycle import recording
 from catalog.settings import Settings
 from catalog.storage import multipart_uploads
 from catalog.webhooks import signing
-from catalog.webhooks.event_types import EVENT_TYPES
+from catalog.webhooks.outbox import EVENT_TYPES
 from tests.api.hook_receiver import Receiver, receiving
 from tests.api.site import Site, chat_lines
 from tests.api.trained import stored_weights
@@ -309,9 +309,9 @@ def have(world: World, services: Services, receiver: Receiver, tmp_path: Path) -
     world.worker()
     claim = world.running()
     point = {"kind": "train", "step": 1, "loss": 2.0, "token_accuracy": 0.5}
-    claims.record_metrics(world.db, claim.claim_id, [point])
+    recording.record_metrics(world.db, claim.claim_id, [point])
     files, exported = manifest("c", kind="checkpoint"), stored_weights(services, tmp_path / "weights")
-    claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=files, exported=exported)
+    recording.record_checkpoint(world.db, claim.claim_id, step=1, artifact=files, exported=exported)
     model = world.complete(claim.claim_id).name
     upload = multipart_uploads.create(
         world.db,

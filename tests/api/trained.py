@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 from api.deps import Services
-from catalog.jobs import commands
+from catalog.history import queries
+from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.registry import base_models, lineage
 from catalog.storage.manifest import files_digest
-from catalog.tables import Adapter
+from catalog.tables.storage import Adapter
 from tests.catalog.world import DESCRIPTION, World, sha
 
 BASE = "solid"
@@ -27,14 +28,14 @@ def solid_base(world: World) -> None:
     base_models.finish_import(world.db, BASE, digest=digest, manifest=files, description=DESCRIPTION, added_at=added_at)
 
 
-def stored_weights(services: Services, folder: Path) -> claims.Exported:
+def stored_weights(services: Services, folder: Path) -> recording.Exported:
     """A checkpoint's weights as an adapter, with the files in the store."""
     folder.mkdir()
     for name, content in CONTENT.items():
         (folder / name).write_bytes(content)
     files = services.store.put_folder(folder, kind="adapter")
     record = {"outputs": {"num_parameters": 10, "artifact": files.digest}}
-    return claims.Exported(artifact=files, lineage=record, lineage_id="1" * 64)
+    return recording.Exported(artifact=files, lineage=record, lineage_id="1" * 64)
 
 
 def trained(services: Services, world: World, folder: Path, *, suffix: str = "docs") -> Adapter:
@@ -45,7 +46,7 @@ def trained(services: Services, world: World, folder: Path, *, suffix: str = "do
     for name, content in CONTENT.items():
         (folder / name).write_bytes(content)
     manifest = services.store.put_folder(folder, kind="adapter")
-    (attempt,) = commands.attempts(world.db, project_id=claim.job.project_id, job_id=claim.job.id)
+    (attempt,) = queries.attempts(world.db, project_id=claim.job.project_id, job_id=claim.job.id)
     record = lineage.build(
         job=claim.job,
         base=base_models.get(world.db, BASE),

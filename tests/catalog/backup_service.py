@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from catalog.db.database import Database
-from catalog.maintenance.backup import make, open_place
-from catalog.maintenance.backup.location import Record
-from catalog.queue import claims
+from catalog.maintenance.backup.commands import create
+from catalog.maintenance.backup.location import BackupRecord, open_place
+from catalog.queue import claiming
 from catalog.registry import adapters
 from catalog.settings import Settings
 from catalog.storage.object_storage import Objects
@@ -35,11 +35,11 @@ class Service:
         self.put(text)
         self.store.put_manifest(manifest(text, kind=kind))
 
-    def running(self) -> claims.Claim:
+    def running(self) -> claiming.Claim:
         self.put_artifact(f"tokens {sha(self.world.file_id)}", kind="tokens")
         return self.world.running()
 
-    def finish(self, claim: claims.Claim, content: str) -> str:
+    def finish(self, claim: claiming.Claim, content: str) -> str:
         """The adapter's name."""
         self.put(f"curves of {claim.claim_id}")
         self.put_artifact(content)
@@ -55,9 +55,9 @@ class Service:
             if path.is_file():
                 os.utime(path, (later, later))
 
-    def backup(self, store: ArtifactStore | None = None, **given: Any) -> Record:
+    def backup(self, store: ArtifactStore | None = None, **given: Any) -> BackupRecord:
         work_dir = self.folder / "work"
-        return make(self.world.db, store or self.store, self.place, work_dir=work_dir, **given).record
+        return create(self.world.db, store or self.store, self.place, work_dir=work_dir, **given).record
 
 
 def opened(settings: Settings) -> Database:

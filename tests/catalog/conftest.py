@@ -15,7 +15,7 @@ from sqlalchemy import text
 from catalog.db.database import Database
 from catalog.maintenance.backup import database_dump
 from catalog.settings import Settings
-from catalog.tables import Table
+from catalog.tables.table import Table
 from tests.catalog.backup_service import Service
 from tests.catalog.part_sender import Sender
 from tests.catalog.world import Clock, World

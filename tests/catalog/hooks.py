@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from catalog.jobs import commands
-from catalog.tables import WebhookDelivery, WebhookEndpoint
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 from catalog.webhooks import delivery_log, delivery_queue, endpoints
-from catalog.webhooks.delivery_queue import Outcome, Outgoing
-from catalog.webhooks.event_types import EVENT_TYPES, EventType
+from catalog.webhooks.delivery_queue import DeliveryResult, Outgoing
+from catalog.webhooks.outbox import EVENT_TYPES, EventType
 from tests.catalog.world import PEPPER, World
 
-OK = Outcome(started_at=1.0, seconds=0.1, status_code=204, reply="")
-BAD = Outcome(started_at=1.0, seconds=0.1, status_code=503, reply="busy")
+OK = DeliveryResult(started_at=1.0, seconds=0.1, status_code=204, reply="")
+BAD = DeliveryResult(started_at=1.0, seconds=0.1, status_code=503, reply="busy")
 
 
 class Hooks:
@@ -46,7 +46,7 @@ class Hooks:
     def endpoint(self) -> WebhookEndpoint:
         return endpoints.get(self.db, **self.ident)
 
-    def fail_until_it_ends(self, outcome: Outcome = BAD) -> list[str]:
+    def fail_until_it_ends(self, outcome: DeliveryResult = BAD) -> list[str]:
         """The message's id at each try, with the clock turned on to the next one each time."""
         tried: list[str] = []
         while any(row.next_try_at for row in self.all()):

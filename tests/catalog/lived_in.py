@@ -10,48 +10,31 @@ from sqlalchemy import insert, select
 
 from catalog.db.database import Database
 from catalog.fleet import workers
-from catalog.history import tracker_exports
-from catalog.jobs import commands
+from catalog.history import queries, tracker_exports
+from catalog.lifecycle import recording
 from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.registry import permissions
 from catalog.search.spec import SweepRequest
 from catalog.settings import Settings
 from catalog.states import EndReason
 from catalog.storage import multipart_uploads
 from catalog.storage.store import Blob
-from catalog.sweeps import controller, creation, queries
-from catalog.tables import (
-    Adapter,
-    ApiKey,
-    Artifact,
-    Attempt,
-    AuditEvent,
-    Checkpoint,
-    File,
-    FileOverlap,
-    Job,
-    JobEvent,
-    JobExport,
-    JobLabel,
-    MetricBlock,
-    ModelPermission,
-    Plan,
-    Prepared,
-    RungValue,
-    StoredDay,
-    Sweep,
-    Table,
-    Trainer,
-    Trial,
-    Upload,
-    UploadPart,
-    UsageDay,
-    WebhookDelivery,
-    WebhookTry,
-)
+from catalog.sweeps import controller, creation
+from catalog.sweeps import queries as sweep_queries
+from catalog.tables.audit import AuditEvent
+from catalog.tables.fleet import Trainer
+from catalog.tables.history import Attempt, Checkpoint, JobEvent, JobExport, MetricBlock
+from catalog.tables.jobs import Job, JobLabel
+from catalog.tables.plans import FileOverlap, Plan
+from catalog.tables.storage import Adapter, Artifact, File, Prepared, Upload, UploadPart
+from catalog.tables.sweeps import RungValue, Sweep, Trial
+from catalog.tables.table import Table
+from catalog.tables.tenancy import ApiKey, ModelPermission
+from catalog.tables.usage import StoredDay, UsageDay
+from catalog.tables.webhooks import WebhookDelivery, WebhookTry
 from catalog.webhooks import delivery_log, delivery_queue, endpoints
-from catalog.webhooks.event_types import EVENT_TYPES
+from catalog.webhooks.outbox import EVENT_TYPES
 from tests.catalog.plan_data import ready as ready_plan
 from tests.catalog.world import PEPPER, World, manifest, sha
 
@@ -104,13 +87,13 @@ def lived_in(world: World) -> dict[str, str]:
     world.worker("w2")
     _search(world)
     claim = world.running(metadata={"team": "search"}, tags=["nightly"], integrations=[{"type": "tensorboard"}])
-    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
-    exported = claims.Exported(
+    recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
+    exported = recording.Exported(
         artifact=manifest("weights"), lineage={"outputs": {"num_parameters": 1}}, lineage_id="1" * 64
     )
     files = manifest("checkpoint", kind="checkpoint")
-    claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=files, exported=exported)
-    (checkpoint,) = commands.checkpoints_page(world.db, **world.of(claim.job.id)).items
+    recording.record_checkpoint(world.db, claim.claim_id, step=1, artifact=files, exported=exported)
+    (checkpoint,) = queries.checkpoints_page(world.db, **world.of(claim.job.id)).items
     hook = endpoints.create(
         world.db, **owner(world), name="a", url="https://a/", event_types=EVENT_TYPES, pepper=PEPPER
     )[0]
@@ -155,7 +138,9 @@ def _search(world: World) -> None:
         claims.end(world.db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
     while controller.advance(world.db):
         pass
-    assert queries.get(world.db, project_id=world.caller.project_id, sweep_id=sweep_id).sweep.finished_at is not None
+    assert (
+        sweep_queries.get(world.db, project_id=world.caller.project_id, sweep_id=sweep_id).sweep.finished_at is not None
+    )
 
 
 def _sweep(world: World) -> tuple[str, list[Claim]]:
@@ -166,10 +151,10 @@ def _sweep(world: World) -> tuple[str, list[Claim]]:
     made = creation.create(world.db, caller=world.caller, request=request, body_digest="a sweep")
     world.prepare_all(num_steps=100)
     trials = [claim for claim in world.claim() if claim.job.sweep_id == made.id]
-    numbers = queries.trials_by_job(world.db, [claim.job.id for claim in trials])
+    numbers = sweep_queries.trials_by_job(world.db, [claim.job.id for claim in trials])
     trials.sort(key=lambda claim: numbers[claim.job.id].number)
     for claim in trials:
-        claims.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": 1, "loss": 1.0}])
+        recording.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": 1, "loss": 1.0}])
     return made.id, trials
 
 
@@ -184,7 +169,7 @@ def owner(world: World) -> dict[str, Any]:
 def send(world: World, *, status_code: int) -> None:
     for claimed in delivery_queue.claim(world.db, pepper=PEPPER, room=9, in_flight=[]):
         delivery_queue.record(
-            world.db, claimed, delivery_queue.Outcome(started_at=1.0, seconds=0.1, status_code=status_code)
+            world.db, claimed, delivery_queue.DeliveryResult(started_at=1.0, seconds=0.1, status_code=status_code)
         )
 
 

@@ -11,7 +11,7 @@ from catalog.settings import Settings
 from catalog.storage import files, multipart_uploads
 from catalog.storage.multipart_uploads import UploadView
 from catalog.storage.store import ArtifactStore, Blob, open_store
-from catalog.tables import File
+from catalog.tables.storage import File
 from tests.catalog.world import World
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from catalog.plans import claims, plans
 from catalog.settings import Settings
-from catalog.tables import Plan
+from catalog.tables.plans import Plan
 from tests.catalog.world import World, manifest, request
 
 SETTINGS = Settings()

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from catalog.lifecycle import recording
 from catalog.lifecycle.recording import Course
-from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.search.spec import SweepRequest
 from catalog.sweeps import controller, creation, queries
-from catalog.tables import Sweep
+from catalog.tables.sweeps import Sweep
 from tests.catalog.world import World, sha
 
 ON_ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -74,7 +74,7 @@ def train(world: World, num_steps: int = 10) -> dict[int, Claim]:
 
 def measure(world: World, claim: Claim, step: int, loss: float) -> bool:
     point = {"kind": "valid", "step": step, "loss": loss}
-    return claims.record_metrics(world.db, claim.claim_id, [point])
+    return recording.record_metrics(world.db, claim.claim_id, [point])
 
 
 def finish(world: World, claim: Claim, loss: float, *, steps: int = 10) -> None:

@@ -15,7 +15,7 @@ from catalog import pepper
 from catalog.errors import Conflict, InvalidRequest, Unauthorized
 from catalog.pepper import Pepper
 from catalog.settings import Settings
-from catalog.tables import ApiKey
+from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import authentication
 from catalog.webhooks import endpoints, signing
 from tests.catalog.hooks import Hooks

@@ -10,18 +10,24 @@ from sqlalchemy import String, Table, cast, insert, literal, select, true
 
 from catalog.db.database import Database, read_clock
 from catalog.errors import Unauthorized
-from catalog.jobs import commands
+from catalog.fleet import workers
+from catalog.history import queries
+from catalog.jobs import commands, submission
+from catalog.lifecycle import preparation
 from catalog.pepper import Pepper
-from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue import claiming, claims
+from catalog.queue.claiming import Claim
 from catalog.registry import base_models
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.spec.job import JobRequest
 from catalog.states import PriorityClass
 from catalog.storage import token_cache
 from catalog.storage.manifest import Manifest, ManifestFile
 from catalog.storage.store import Blob
-from catalog.tables import ApiKey, File, Job, Prepared, Project, new_id
+from catalog.tables.jobs import Job
+from catalog.tables.storage import File, Prepared
+from catalog.tables.table import new_id
+from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy import authentication, organizations, projects
 from catalog.tenancy.authentication import Caller
 
@@ -29,7 +35,7 @@ PEPPER = Pepper(current=b"p" * 32)
 LEASE = 60.0
 SHAPES = {"q_proj": [[64, 64], 2], "v_proj": [[16, 64], 2]}
 DESCRIPTION = {"num_parameters": 10_000, "linear_shapes": SHAPES, "vocab_size": 100, "max_positions": 512}
-WIDE = Room(max_jobs=16, memory_bytes_free=10**12)
+WIDE = Capacity(max_jobs=16, memory_bytes_free=10**12)
 
 
 def end_key(db: Database, api_key_id: str) -> None:
@@ -117,7 +123,7 @@ class World:
 
     def send(self, body: JobRequest, *, caller: Caller | None = None, **given: Any) -> Job:
         given = {"body_digest": sha(body.model_dump_json()), **given}
-        return commands.create(self.db, caller=caller or self.caller, request=body, **given)
+        return submission.create(self.db, caller=caller or self.caller, request=body, **given)
 
     def worker(
         self,
@@ -131,11 +137,11 @@ class World:
     ) -> str:
         devices = [{"kind": kind, "quantisations": list(quantisations)}]
         about = {"host": host, "pid": 1, "devices": devices, "version": "1", "integrations": integrations}
-        claims.register_worker(self.db, worker_id=worker_id, memory_bytes=memory_bytes, **about)  # pyright: ignore
+        workers.register_worker(self.db, worker_id=worker_id, memory_bytes=memory_bytes, **about)  # pyright: ignore
         return worker_id
 
     def prepare_all(self, num_steps: int = 60, longest_example: int | None = None) -> None:
-        while unprepared := claims.next_unprepared(self.db, worker_id="preparer", lease_seconds=LEASE):
+        while unprepared := preparation.next_unprepared(self.db, worker_id="preparer", lease_seconds=LEASE):
             tokens = manifest(f"tokens {unprepared.training_file.digest}", kind="tokens")
             key, digest, project_id = (
                 unprepared.files.train_key,
@@ -145,7 +151,7 @@ class World:
             if token_cache.get(self.db, key) is None:
                 self.put_tokens(key, file_digest=digest, artifact=tokens, report={"rows": 1}, project_id=project_id)
             found = {"num_steps": num_steps, "longest_example": longest_example}
-            claims.prepared(self.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, **found)
+            preparation.prepared(self.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, **found)
 
     def put_tokens(self, key: str, *, project_id: str | None = None, **given: Any) -> Prepared:
         """A token cache of our project, or of the one that is given."""
@@ -169,9 +175,9 @@ class World:
         with self.db.write() as session:
             session.execute(insert(table).from_select(list(copied), copies))
 
-    def claim(self, worker_id: str = "w1", room: Room = WIDE, *, lease: float = LEASE, **given: Any) -> list[Claim]:
+    def claim(self, worker_id: str = "w1", room: Capacity = WIDE, *, lease: float = LEASE, **given: Any) -> list[Claim]:
         given = {"trainer_id": f"trainer-{worker_id}", **given}
-        return claims.claim_pack(self.db, worker_id=worker_id, room=room, lease_seconds=lease, **given)
+        return claiming.claim_pack(self.db, worker_id=worker_id, room=room, lease_seconds=lease, **given)
 
     def running(self, **fields: Any) -> Claim:
         self.queued(**fields)
@@ -193,7 +199,7 @@ class World:
             lineage_id=sha(content),
         )
 
-    def beat(self, *claim_ids: str, worker_id: str = "w1") -> dict[str, claims.Orders]:
+    def beat(self, *claim_ids: str, worker_id: str = "w1") -> dict[str, claims.ClaimDirectives]:
         return claims.heartbeat(self.db, worker_id=worker_id, claim_ids=claim_ids, lease_seconds=LEASE)
 
     def pass_time(self, seconds: float, *beating: str) -> None:
@@ -217,7 +223,7 @@ class World:
         return authentication.authenticate(self.db, secret=secret, pepper=PEPPER)
 
     def transitions(self, job_id: str) -> list[tuple[str | None, str]]:
-        events = commands.events_since(self.db, **self.of(job_id), seq=0)
+        events = queries.events_since(self.db, **self.of(job_id), seq=0)
         return [(event.data["from"], event.data["to"]) for event in events if event.type == "transition" and event.data]
 
 

@@ -12,22 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from catalog.db.database import Database
-from catalog.history import result_files
-from catalog.jobs import commands
+from catalog.fleet import workers
+from catalog.history import queries, result_files
+from catalog.jobs import commands, submission
+from catalog.lifecycle import preparation, recording
 from catalog.pepper import Pepper
 from catalog.pepper import load as load_pepper
-from catalog.queue import claims
+from catalog.queue import claiming, claims
 from catalog.registry import base_models, lineage
 from catalog.registry.lineage import AttemptRecord, DataSource
 from catalog.resources.pack_key import pack_key
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.spec.job import JobRequest
 from catalog.states import EndReason
 from catalog.storage import files, token_cache
 from catalog.storage.manifest import Manifest, files_digest
 from catalog.storage.store import ArtifactStore, Blob, open_store
-from catalog.tables import Attempt, File, Job, Project
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
+from catalog.tables.storage import File
+from catalog.tables.tenancy import Project
 from catalog.tenancy import authentication, projects
 from tests.catalog.world import allow_urgent
 
@@ -94,7 +99,7 @@ def register(db: Database, device: dict[str, Any], *, bytes_of_each: int, worker
     """A worker on the host that is called as it is; again, if it is there."""
     host = worker_id.removeprefix("worker-")
     told = {"host": host, "pid": 4711, "devices": [device], "version": "0.1.0", "memory_bytes": bytes_of_each}
-    claims.register_worker(db, worker_id=worker_id, **told)
+    workers.register_worker(db, worker_id=worker_id, **told)
 
 
 def gpus(number: int, *, bytes_of_each: int, strategy: str = "auto") -> dict[str, Any]:
@@ -133,24 +138,26 @@ def submit(seeded: Seeded, suffix: str | None, **fields: Any) -> Job:
     }
     request = JobRequest.model_validate({**given, **fields})
     digest = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
-    return commands.create(seeded.db, caller=seeded.caller, request=request, body_digest=digest)
+    return submission.create(seeded.db, caller=seeded.caller, request=request, body_digest=digest)
 
 
 def prepare(seeded: Seeded, *, num_steps: int = NUM_STEPS) -> None:
     """Tokenise, as far as the pages can tell, the files of every job that waits for it."""
-    while (work := claims.next_unprepared(seeded.db, worker_id=WORKER, lease_seconds=LEASE_SECONDS)) is not None:
+    while (work := preparation.next_unprepared(seeded.db, worker_id=WORKER, lease_seconds=LEASE_SECONDS)) is not None:
         found = [
             _put_report(seeded.db, file) for file in (work.training_file, work.validation_file) if file is not None
         ]
         valid_key = found[1] if len(found) > 1 else None
-        claims.prepared(seeded.db, claim_id=work.claim_id, train_key=found[0], valid_key=valid_key, num_steps=num_steps)
+        preparation.prepared(
+            seeded.db, claim_id=work.claim_id, train_key=found[0], valid_key=valid_key, num_steps=num_steps
+        )
 
 
 def beat(seeded: Seeded, *, trainer_id: str = TRAINER) -> None:
     """The worker lives, and holds the base."""
     base = base_models.get(seeded.db, BASE)
     report = {"tokens_per_second": 487.0}
-    claims.worker_beat(seeded.db, WORKER, resident_base=base.digest, trainer_id=trainer_id, report=report)
+    workers.worker_beat(seeded.db, WORKER, resident_base=base.digest, trainer_id=trainer_id, report=report)
 
 
 def claim(seeded: Seeded, *, trainer_id: str = TRAINER, max_jobs: int = 16) -> dict[str, str]:
@@ -159,8 +166,8 @@ def claim(seeded: Seeded, *, trainer_id: str = TRAINER, max_jobs: int = 16) -> d
     base = base_models.get(seeded.db, BASE)
     assert base.digest is not None
     key = pack_key(base.digest, "bfloat16")
-    room = Room(max_jobs=max_jobs, memory_bytes_free=12 * 2**30, resident_key=key)
-    taken = claims.claim_pack(
+    room = Capacity(max_jobs=max_jobs, memory_bytes_free=12 * 2**30, resident_key=key)
+    taken = claiming.claim_pack(
         seeded.db, worker_id=WORKER, trainer_id=trainer_id, room=room, lease_seconds=LEASE_SECONDS
     )
     for one in taken:
@@ -174,7 +181,7 @@ def train(
     """Record the curves of steps since+1 … until, and how far the job is."""
     for start_step in range(since, until, 20):
         points = list(_points(range(start_step + 1, min(start_step + 20, until) + 1), seed))
-        claims.record_metrics(seeded.db, claim_id, points)
+        recording.record_metrics(seeded.db, claim_id, points)
     last = _loss(until, seed)
     progress = {
         "step": until,
@@ -184,7 +191,7 @@ def train(
         "tokens_per_second": 150.0 + 7 * seed,
         "seconds_left": (num_steps - until) * 1.4,
     }
-    claims.record_progress(seeded.db, claim_id, progress)
+    recording.record_progress(seeded.db, claim_id, progress)
 
 
 def succeed(seeded: Seeded, claim_id: str, *, seed: int = 1, kept_step: int = NUM_STEPS, **machine: Any) -> str:
@@ -349,8 +356,8 @@ def _record(
     job = next(
         job for job in commands.list_page(seeded.db, project_id=project_id, limit=50).items if job.claim_id == claim_id
     )
-    attempts = commands.attempts(seeded.db, project_id=project_id, job_id=job.id)
-    beside = commands.packmates(seeded.db, project_id=project_id, job_id=job.id)
+    attempts = queries.attempts(seeded.db, project_id=project_id, job_id=job.id)
+    beside = queries.packmates(seeded.db, project_id=project_id, job_id=job.id)
     return lineage.build(
         job=job,
         base=base_models.get(seeded.db, BASE),

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 from catalog.jobs import commands
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from catalog.tenancy import authentication, projects
 from tests.dashboard.seed import Seeded
 

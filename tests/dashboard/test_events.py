@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from playwright.sync_api import JSHandle, Page, Route, expect
 
-from catalog.queue import claims
+from catalog.lifecycle import recording
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -107,7 +107,7 @@ def _running(service: Service) -> tuple[str, str]:
 
 def _say(service: Service, claim_id: str, numbers: range) -> None:
     for number in numbers:
-        claims.record_event(service.seeded.db, claim_id, "info", f"word {number}")
+        recording.record_event(service.seeded.db, claim_id, "info", f"word {number}")
 
 
 def _log(service: Service, visit: Visit, job_id: str) -> tuple[Page, JSHandle]:
@@ -130,9 +130,9 @@ def _trained(service: Service, *, messages: list[str], points: int) -> str:
     seed.prepare(service.seeded)
     claim_id = seed.claim(service.seeded)[job.id]
     for word in messages:
-        claims.record_event(service.seeded.db, claim_id, "info", word)
+        recording.record_event(service.seeded.db, claim_id, "info", word)
     for number in range(points):
-        claims.record_event(service.seeded.db, claim_id, "info", f"point {number}", type="metrics")
+        recording.record_event(service.seeded.db, claim_id, "info", f"point {number}", type="metrics")
     seed.succeed(service.seeded, claim_id)
     return job.id
 

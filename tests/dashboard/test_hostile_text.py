@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from catalog.queue import claims
+from catalog.lifecycle import recording
 from catalog.tenancy import projects
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
@@ -18,7 +18,7 @@ def test_markup_in_file_names_labels_events_and_errors_stays_text(fresh: Service
     job = seed.submit(seeded, "hostile", training_file=file.id, metadata={MARKUP: MARKUP})
     seed.prepare(seeded)
     claim_id = seed.claim(seeded)[job.id]
-    claims.record_event(seeded.db, claim_id, "error", f"broken by {MARKUP}")
+    recording.record_event(seeded.db, claim_id, "error", f"broken by {MARKUP}")
     visitor = visit(fresh)
 
     visitor.open(f"#/jobs/{job.id}")

@@ -7,8 +7,9 @@ import re
 from playwright.sync_api import expect
 from sqlalchemy import select
 
-from catalog.queue import claims
-from catalog.tables import Attempt, Job
+from catalog.lifecycle import recording
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -19,7 +20,7 @@ def test_the_result_of_a_job_is_the_held_out_loss_of_the_step_that_is_kept(fresh
     seed.prepare(fresh.seeded)
     claim_id = seed.claim(fresh.seeded)[job.id]
     curve = [{"kind": "valid", "step": step, "loss": loss} for step, loss in ((0, 3.0), (120, 1.5), (240, 2.5))]
-    claims.record_metrics(fresh.seeded.db, claim_id, curve)
+    recording.record_metrics(fresh.seeded.db, claim_id, curve)
     seed.succeed(fresh.seeded, claim_id, kept_step=120)
     visitor = visit(fresh)
 
@@ -90,13 +91,13 @@ def test_the_epoch_is_that_which_the_worker_counts_and_never_beyond_the_last(fre
     seed.prepare(fresh.seeded)
     claim_id = seed.claim(fresh.seeded)[job.id]
     told = {"step": 120, "num_steps": seed.NUM_STEPS, "epoch": 1.234}  # by its steps it would be 1.5
-    claims.record_progress(fresh.seeded.db, claim_id, told)
+    recording.record_progress(fresh.seeded.db, claim_id, told)
     visitor = visit(fresh)
     visitor.open("#/jobs")
     row = visitor.page.get_by_role("row").filter(has_text="odd-batches")
     row.get_by_text("epoch 1.23", exact=True).wait_for()
 
-    claims.record_progress(fresh.seeded.db, claim_id, {**told, "step": seed.NUM_STEPS, "epoch": 3.2})
+    recording.record_progress(fresh.seeded.db, claim_id, {**told, "step": seed.NUM_STEPS, "epoch": 3.2})
 
     row.get_by_text("epoch 3.00", exact=True).wait_for()
     visitor.open(f"#/jobs/{job.id}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from playwright.sync_api import APIResponse, Route, expect
 
-from catalog.queue import claims
+from catalog.lifecycle import recording
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -47,7 +47,7 @@ def test_curves_events_and_state_of_a_job_move_on_its_page(fresh: Service, visit
     visitor.page.get_by_role("img", name="at step 40.").first.wait_for()
 
     seed.train(fresh.seeded, claim_id, since=40, until=120)
-    claims.record_event(fresh.seeded.db, claim_id, "warn", "The learning rate is high for this data.")
+    recording.record_event(fresh.seeded.db, claim_id, "warn", "The learning rate is high for this data.")
 
     visitor.page.get_by_role("img", name="at step 120.").first.wait_for()
     visitor.page.get_by_text("step 120 of 240").wait_for()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from playwright.sync_api import Locator, expect
 
-from catalog.queue import claims
+from catalog.fleet import workers
 from catalog.registry import base_models
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -94,7 +94,7 @@ def test_a_worker_of_several_devices_tells_how_it_holds_bases(fresh: Service, vi
     seed.register(fresh.seeded.db, seed.gpus(4, bytes_of_each=EACH), bytes_of_each=EACH)
     report = {"room": {"max_jobs": 3, "memory_bytes_free": 10**8, "holding": "offloaded"}}
     digest = base_models.get(fresh.seeded.db, seed.BASE).digest
-    claims.worker_beat(fresh.seeded.db, seed.WORKER, resident_base=digest, trainer_id=seed.TRAINER, report=report)
+    workers.worker_beat(fresh.seeded.db, seed.WORKER, resident_base=digest, trainer_id=seed.TRAINER, report=report)
     visitor = visit(fresh)
 
     visitor.open("#/workers")

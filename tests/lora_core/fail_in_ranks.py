@@ -24,9 +24,9 @@ from lora_core.distributed import ranks as distributed
 from lora_core.distributed.failure_broadcast import told_to_all
 from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine import job as job_module
-from lora_core.engine import tick as passes
+from lora_core.engine import step as passes
 from lora_core.engine.engine import Engine
-from lora_core.engine.tick import TickPlan
+from lora_core.engine.step import TickPlan
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import OutOfMemory, RanksDiffer
 from lora_core.events import JobDiverged
@@ -34,7 +34,7 @@ from lora_core.forward import generation as generate
 from lora_core.forward import language_model
 from lora_core.forward.generation import Prompts
 from lora_core.forward.progress_hooks import silent
-from lora_core.packing.packed_batch import Pack
+from lora_core.packing.packed_batch import PackedBatch
 from lora_core.peft_format import verify
 from tests.lora_core.scenarios import Submission, admit, config, dataset, state_bytes
 from worker.children.trainer.outputs import exported
@@ -81,7 +81,7 @@ def starved(ranks: Ranks, most_tokens: dict[int, int]) -> Iterator[None]:
     """Passes of more tokens than that run out of memory, by rank, each time."""
     usual = passes.run_training
 
-    def starving(base: BaseModel, pack: Pack) -> Any:
+    def starving(base: BaseModel, pack: PackedBatch) -> Any:
         if sum(pack.sequence_lengths) > most_tokens.get(ranks.rank, 10**9):
             raise torch.OutOfMemoryError("simulated")
         return usual(base, pack)

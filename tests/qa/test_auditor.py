@@ -17,11 +17,12 @@ from sqlalchemy import create_engine, text
 from catalog.audit import chain
 from catalog.db.database import Database
 from catalog.jobs import commands
+from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.states import EndReason
 from catalog.storage.object_storage import Objects
 from catalog.storage.store import ArtifactStore
-from catalog.tables import Artifact, File
+from catalog.tables.storage import Artifact, File
 from catalog.webhooks import delivery_queue, endpoints
 from qa.chaos.audit.auditor import audit
 from qa.chaos.audit.findings import Finding, Hook, Invariant, Seen, Sighting
@@ -82,13 +83,15 @@ def kept(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> S
     clock.turn(60)
     (claim,) = world.claim()
     saved = manifest("checkpoint", kind="checkpoint")
-    claims.record_checkpoint(db, claim.claim_id, step=5, artifact=saved)
+    recording.record_checkpoint(db, claim.claim_id, step=5, artifact=saved)
     world.complete(claim.claim_id)
     other = world.queued()
     commands.cancel(db, **world.of(other.id))
     sent = delivery_queue.claim(db, pepper=PEPPER, room=10, in_flight=[])
     for outgoing in sent:
-        delivery_queue.record(db, outgoing, delivery_queue.Outcome(started_at=clock.now, seconds=0.1, status_code=204))
+        delivery_queue.record(
+            db, outgoing, delivery_queue.DeliveryResult(started_at=clock.now, seconds=0.1, status_code=204)
+        )
     chain.seal(db, pepper=PEPPER.current)
     _store(db, ArtifactStore(Objects((folder / "store").as_uri())), f"curves of {claim.claim_id}")
     db.close()

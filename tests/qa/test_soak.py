@@ -22,7 +22,7 @@ from qa.chaos.soak.isolation import Isolated, Stretch
 from qa.chaos.soak.kept import Window
 from qa.chaos.soak.kinds import Files
 from qa.chaos.soak.verdict import MIN_SAMPLES, Compared, Ended, compare, ended, problems, refusals, slow
-from worker.process.exits import WAS_KILLED
+from worker.process.exit_status import WAS_KILLED
 
 SUBMITTED = {"key-1": "sft-1", "key-2": "dpo-1"}
 DIGESTS = {"sft-1": "a" * 64, "dpo-1": "b" * 64}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from catalog.history import queries
 from catalog.jobs import commands
 from catalog.registry.lineage import verify as verify_record
 from catalog.states import JobState
@@ -43,11 +44,11 @@ def test_a_child_begins_where_its_parent_ended_and_a_pause_changes_no_byte(tmp_p
         assert adapter.evaluation["loss"] < adapter.evaluation["parent_loss"]
         assert adapter.lineage["graph"] == {"parents": [parent.lineage_id]}
         assert adapter.lineage["config"]["resolved"]["lora"]["rank"] == 8
-        (paused_at,) = commands.checkpoints_page(site.db, project_id=site.caller.project_id, job_id=twin).items
+        (paused_at,) = queries.checkpoints_page(site.db, project_id=site.caller.project_id, job_id=twin).items
         third = site.submit(rows, **{**fields, "max_steps": 1}, model=paused_at.name)
         site.wait_for_end(third)
         assert site.job(third).state == JobState.SUCCEEDED, site.log()
-        points = commands.metrics(site.db, project_id=site.caller.project_id, job_id=twin, kind="valid")
+        points = queries.metrics(site.db, project_id=site.caller.project_id, job_id=twin, kind="valid")
         (loss_then,) = [point.loss for point in points if point.step == paused_at.step]
         evaluation = site.adapter(third).evaluation
         assert evaluation is not None

@@ -16,10 +16,10 @@ import pytest
 from sqlalchemy import make_url
 
 from catalog.db.database import read_clock
-from catalog.fleet import gang_views
+from catalog.fleet import gangs
 from catalog.jobs.explanation import explain
 from catalog.states import EndReason, JobState
-from catalog.tables import Trainer
+from catalog.tables.fleet import Trainer
 from tests import tiny_base
 from tests.services import namespaces
 from tests.services.fault_proxy import fault_proxy
@@ -84,7 +84,7 @@ def make_nodes(tmp_path: Path, net: Network, new_postgres_url: str) -> Iterator[
 def live_seats(site: WorkerSite) -> list[str]:
     """Workers of the gang that live."""
     with site.db.read() as session:
-        found = gang_views.all_of(session, now=read_clock(session), silent_seconds=LEASE_SECONDS)
+        found = gangs.gang_views(session, now=read_clock(session), silent_seconds=LEASE_SECONDS)
         return [worker for gang in found for worker in gang.workers]
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from catalog.fleet import cordons, workers
-from catalog.tables import Worker
+from catalog.tables.fleet import Worker
 from tests.worker_site import WAIT_SECONDS, WorkerSite, bare_site
 
 pytestmark = [

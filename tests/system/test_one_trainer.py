@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from catalog.db.database import Database
+from catalog.history import queries
 from catalog.jobs import commands
 from catalog.lifecycle import recording
 from catalog.states import JobState
-from catalog.tables import Artifact, Json
+from catalog.tables.storage import Artifact
+from catalog.tables.table import Json
 from tests.worker_site import worker_site
 
 pytestmark = pytest.mark.timeout(600)
@@ -36,7 +38,7 @@ def test_jobs_that_come_together_and_one_that_comes_later_train_in_one_trainer_a
         assert len({site.job(job_id).trainer_id for job_id in packed}) == 1
         for job_id in packed:
             project_id = site.caller.project_id
-            (mates,) = commands.packmates(site.db, project_id=project_id, job_id=job_id).values()
+            (mates,) = queries.packmates(site.db, project_id=project_id, job_id=job_id).values()
             assert set(mates) == {other for other in packed if other != job_id}
             evaluation = site.adapter(job_id).evaluation
             assert evaluation is not None
@@ -87,7 +89,7 @@ def test_a_paused_job_leaves_the_trainer_and_resumes_from_where_it_was(tmp_path:
         site.wait_for_end(job_id)
         assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
         assert site.attempts(job_id)[1].resumed_from_step == 10
-        assert len(commands.metrics(site.db, project_id=project_id, job_id=job_id, kind="train")) == 20
+        assert len(queries.metrics(site.db, project_id=project_id, job_id=job_id, kind="train")) == 20
 
 
 def test_a_preempted_job_makes_room_at_a_tick_and_ends_with_the_bytes_of_one_that_was_left_alone(

@@ -15,10 +15,12 @@ import openai
 import pytest
 
 from catalog.db.database import Database
+from catalog.fleet import workers
 from catalog.history import result_files
-from catalog.queue import claims
+from catalog.lifecycle import preparation, recording
+from catalog.queue import claiming, claims
 from catalog.registry import base_models
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.storage import token_cache
 from catalog.storage.store import ArtifactStore, open_store
@@ -65,28 +67,28 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
 
 
 def prepare(db: Database) -> None:
-    while unprepared := claims.next_unprepared(db, worker_id="w", lease_seconds=60):
+    while unprepared := preparation.next_unprepared(db, worker_id="w", lease_seconds=60):
         file_digest = unprepared.training_file.digest
         key, project_id = unprepared.files.train_key, unprepared.job.project_id
         tokens = manifest("tokens", kind="tokens")
         token_cache.put(db, key, project_id=project_id, file_digest=file_digest, artifact=tokens, report={"rows": 20})
-        claims.prepared(db, claim_id=unprepared.claim_id, train_key=key, valid_key=key, num_steps=2)
+        preparation.prepared(db, claim_id=unprepared.claim_id, train_key=key, valid_key=key, num_steps=2)
 
 
 def train(db: Database, store: ArtifactStore, folder: Path) -> None:
     """Every queued job, to its end. `folder`: for what is stored."""
     prepare(db)
-    claims.register_worker(
+    workers.register_worker(
         db, worker_id="w", host="h", pid=1, devices=[{"kind": "cpu"}], version="1", memory_bytes=10**12
     )
-    room = Room(max_jobs=8, memory_bytes_free=10**12)
-    for claim in claims.claim_pack(db, worker_id="w", trainer_id="t", room=room, lease_seconds=60):
+    room = Capacity(max_jobs=8, memory_bytes_free=10**12)
+    for claim in claiming.claim_pack(db, worker_id="w", trainer_id="t", room=room, lease_seconds=60):
         claims.started(db, claim.claim_id, trainer_id="t", resumed_from_step=0)
         points = [{"kind": "train", "step": step, "loss": 2.0 / step, "token_accuracy": 0.5} for step in (1, 2)]
-        claims.record_metrics(db, claim.claim_id, points)
-        claims.record_progress(db, claim.claim_id, {"step": 2, "num_steps": 2, "loss": 1.0, "seconds_left": 1.0})
+        recording.record_metrics(db, claim.claim_id, points)
+        recording.record_progress(db, claim.claim_id, {"step": 2, "num_steps": 2, "loss": 1.0, "seconds_left": 1.0})
         checkpoint = manifest(claim.job.id, kind="checkpoint")
-        claims.record_checkpoint(db, claim.claim_id, step=1, artifact=checkpoint)
+        recording.record_checkpoint(db, claim.claim_id, step=1, artifact=checkpoint)
         claims.complete(
             db,
             claim.claim_id,

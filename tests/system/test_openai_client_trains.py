@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from catalog.tables import Artifact
+from catalog.tables.storage import Artifact
 from tests import tiny_base
 from tests.system.api_process import Service, api_process
 from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site

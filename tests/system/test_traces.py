@@ -19,9 +19,9 @@ from api.app import create_app
 from api.settings import ApiSettings
 from catalog import tracing
 from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.states import EndReason
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from catalog.tenancy import authentication
 from tests.api.site import PEPPER
 from tests.worker.pack_site import PASSED, PackSite, say, step, tell

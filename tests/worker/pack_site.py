@@ -7,22 +7,25 @@ from typing import Any
 
 from catalog.db.database import Database
 from catalog.errors import Unavailable
-from catalog.jobs.commands import attempts
+from catalog.history.queries import attempts
+from catalog.lifecycle import recording
 from catalog.queue import claims
-from catalog.queue.claims import Claim, Orders
+from catalog.queue.claiming import Claim
+from catalog.queue.claims import ClaimDirectives
 from catalog.queue.notifier import FileDoorbell
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.states import EndReason
 from catalog.storage import token_cache
 from catalog.storage.store import open_store
-from catalog.tables import Checkpoint, Job
+from catalog.tables.history import Checkpoint
+from catalog.tables.jobs import Job
 from tests.catalog.world import DESCRIPTION, WIDE, Clock, World
 from worker.context.context import WorkerContext
-from worker.context.heartbeat import Pulse
+from worker.context.heartbeat import Heartbeat
 from worker.node import devices
 from worker.protocol.mailbox import EventReader, EventWriter, InboxReader, TrainerDirectory
-from worker.session.trainer_session import Pack
+from worker.session.trainer_session import TrainerSession
 
 READY = {
     "type": "ready",
@@ -45,7 +48,7 @@ class PackSite:
         self.world = World(self.db, clock)
         self.world.worker("w1")
         self.store = open_store(self.settings)
-        pulse = Pulse(self.db, "w1", lease_seconds=60, heartbeat_seconds=60)
+        pulse = Heartbeat(self.db, "w1", lease_seconds=60, heartbeat_seconds=60)
         self.context = WorkerContext(
             settings=self.settings,
             db=self.db,
@@ -75,7 +78,7 @@ class PackSite:
         token_cache.put(self.db, job.train_prepared, **of_project, artifact=manifest, report={"usable_rows": 1})
         return job
 
-    def claim_all(self, trainer_id: str = "trainer-1", room: Room = WIDE) -> list[Claim]:
+    def claim_all(self, trainer_id: str = "trainer-1", room: Capacity = WIDE) -> list[Claim]:
         found = self.world.claim("w1", room, trainer_id=trainer_id)
         self.context.pulse.hold((claim.claim_id for claim in found), since=float("inf"))
         return found
@@ -90,14 +93,14 @@ class PackSite:
         first = self.claim()
         for step in steps:
             manifest = self.store.put_folder(self.files(f"saved-{step}", "row", f"step {step}"), kind="checkpoint")
-            claims.record_checkpoint(self.db, first.claim_id, step=step, artifact=manifest)
+            recording.record_checkpoint(self.db, first.claim_id, step=step, artifact=manifest)
         claims.end(self.db, first.claim_id, reason=EndReason.DRAINED, detail="")
         (second,) = self.claim_all()
         return second
 
     def pack(
         self, *claimed: Claim, trainer_id: str = "trainer-1", invariance: str = "bitwise", from_step: int = 0
-    ) -> Pack:
+    ) -> TrainerSession:
         """A pack whose trainer is ready and has admitted these."""
         pack = self.loading_pack(*claimed, trainer_id=trainer_id)
         say(pack, READY | {"invariance": invariance})
@@ -107,23 +110,23 @@ class PackSite:
         told(pack)
         return pack
 
-    def loading_pack(self, *claimed: Claim, trainer_id: str = "trainer-1") -> Pack:
+    def loading_pack(self, *claimed: Claim, trainer_id: str = "trainer-1") -> TrainerSession:
         directory = TrainerDirectory.create(self.context.trainers_dir() / trainer_id, {})
         pack_key = claimed[0].job.pack_key if claimed else "base:float32:causal-lm"
-        pack = Pack(self.context, trainer_id, directory, pack_key, description=DESCRIPTION)
+        pack = TrainerSession(self.context, trainer_id, directory, pack_key, description=DESCRIPTION)
         for claim in claimed:
             pack.admit(claim)
         pack.hand_over()
         return pack
 
-    def checkpoint(self, pack: Pack, claim: Claim, step: int) -> str:
+    def checkpoint(self, pack: TrainerSession, claim: Claim, step: int) -> str:
         """A checkpoint as the trainer leaves it; its folder relative to the trainer's directory."""
         folder = pack.directory.checkpoint_path(claim.claim_id, step)
         folder.mkdir(parents=True)
         (folder / "row").write_text(f"{claim.claim_id} at step {step}")
         return pack.directory.named(folder)
 
-    def exported(self, pack: Pack, claim: Claim, step: int) -> dict[str, Any]:
+    def exported(self, pack: TrainerSession, claim: Claim, step: int) -> dict[str, Any]:
         """What the trainer says of a checkpoint that can be a model, its files in place."""
         folder = pack.directory.path / self.checkpoint(pack, claim, step)
         adapter = folder.with_name(f"step-{step}-adapter")
@@ -154,23 +157,23 @@ def step(number: int) -> dict[str, Any]:
     return {"step": number, "num_tokens": 10, **numbers}
 
 
-def say(pack: Pack, *events: dict[str, Any]) -> None:
+def say(pack: TrainerSession, *events: dict[str, Any]) -> None:
     writer = EventWriter(pack.directory)
     writer.write(*events)
     writer.close()
 
 
-def tell(pack: Pack, claim: Claim, kind: str, **body: Any) -> None:
+def tell(pack: TrainerSession, claim: Claim, kind: str, **body: Any) -> None:
     say(pack, {"type": kind, "claim_id": claim.claim_id, **body})
 
 
-def told(pack: Pack) -> list[str]:
+def told(pack: TrainerSession) -> list[str]:
     """The verbs that the trainer was sent since it last looked."""
     return [message.verb for message in InboxReader(pack.directory).take()]
 
 
-def asked(claim: Claim, **orders: bool) -> dict[str, Orders]:
-    return {claim.claim_id: Orders(**orders)}
+def asked(claim: Claim, **orders: bool) -> dict[str, ClaimDirectives]:
+    return {claim.claim_id: ClaimDirectives(**orders)}
 
 
 def said(directory: TrainerDirectory) -> list[dict[str, Any]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
-from catalog.jobs import commands
+from catalog.history import queries
 from tests.worker.pack_site import READY, PackSite
-from worker.protocol.mailbox import EventWriter, InboxReader, Message, TrainerDirectory
+from worker.protocol.mailbox import EventWriter, InboxReader, TrainerDirectory, TrainerMessage
 
 Script = Callable[["FakeTrainer"], Generator[None]]
 
@@ -23,7 +23,7 @@ class FakeTrainer:
         self.is_killed = False
         self.is_left_behind = False
         """Where its script says so, no signal ends it."""
-        self.heard: list[Message] = []
+        self.heard: list[TrainerMessage] = []
         self.directory = directory
         self._events = EventWriter(directory)
         self._inbox = InboxReader(directory)
@@ -32,7 +32,7 @@ class FakeTrainer:
     def say(self, kind: str, **body: Any) -> None:
         self._events.write({"type": kind, **body})
 
-    def listen(self, verb: str) -> Generator[None, None, Message]:
+    def listen(self, verb: str) -> Generator[None, None, TrainerMessage]:
         """Wait until the worker has said it."""
         while True:
             self.heard += self._inbox.take()
@@ -85,7 +85,7 @@ def loads_for_ever(trainer: FakeTrainer) -> Generator[None]:
 
 
 def reasons(site: PackSite, job_id: str) -> list[str | None]:
-    return [attempt.reason for attempt in commands.attempts(site.db, **site.world.of(job_id))]
+    return [attempt.reason for attempt in queries.attempts(site.db, **site.world.of(job_id))]
 
 
 def raising(error: Exception) -> Callable[..., Any]:

@@ -11,15 +11,16 @@ import pytest
 from catalog.errors import OutOfSpace
 from catalog.fleet import workers
 from catalog.queue import claims
-from catalog.queue.claims import Orders
+from catalog.queue.claims import ClaimDirectives
 from catalog.states import EndReason
 from catalog.storage.store import ArtifactStore
-from catalog.tables import Attempt, Job
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
 from tests.worker.pack_site import OUTAGE, READY, PackSite, asked
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, raising, reasons
 from worker import supervisor
 from worker.background import base_models
-from worker.protocol.mailbox import InboxWriter, Message, TrainerDirectory
+from worker.protocol.mailbox import InboxWriter, TrainerDirectory, TrainerMessage
 
 Run = Callable[[Script], list[FakeTrainer]]
 READ_ONLY = OSError(errno.EROFS, "Read-only file system")
@@ -121,7 +122,7 @@ def test_a_disk_that_is_read_only_now_ends_no_worker(site: PackSite, run: Run, m
     assert site.held() == set()
 
 
-def own_folder(trainer: FakeTrainer, admit: Message) -> str:
+def own_folder(trainer: FakeTrainer, admit: TrainerMessage) -> str:
     """A folder that the trainer has written for the job."""
     folder = trainer.directory.checkpoint_path(admit.body["claim_id"], 5)
     folder.mkdir(parents=True)
@@ -189,7 +190,7 @@ def test_a_trainer_that_can_not_be_told_to_let_a_job_go_is_killed_and_its_node_i
         claim_id = (yield from trainer.listen("admit")).body["claim_id"]
         yield from trainer.listen("admit")
         monkeypatch.setattr(InboxWriter, "send", raising(READ_ONLY))
-        site.context.pulse._note({claim_id: Orders(stale=True)}, float("inf"))
+        site.context.pulse._note({claim_id: ClaimDirectives(stale=True)}, float("inf"))
         for _ in range(3):
             yield
         site.context.leave.set()

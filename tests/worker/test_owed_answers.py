@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from catalog.queue import claims
+from catalog.lifecycle import recording
 from catalog.spec.job import JobRequest, resolve
 from tests import tiny_base
 from tests.worker.pack_site import PackSite, said, tell
@@ -94,7 +94,7 @@ def test_a_trainer_is_told_which_answers_are_on_record(site: PackSite) -> None:
     claim = site.claim(validation_file=site.world.file(), evaluation={"samples": PROMPTS})
     pack = site.pack(claim)
     tell(pack, claim, "sampled", step=2, samples=[{"prompt": "a", "answer": "b", "num_tokens": 1, "is_complete": True}])
-    claims.record_event(site.db, claim.claim_id, "info", "Of something else.", {"step": 1})
+    recording.record_event(site.db, claim.claim_id, "info", "Of something else.", {"step": 1})
     pack.hear()
 
     pack._held[claim.claim_id].is_handed_over = False

@@ -19,7 +19,7 @@ from tests import tiny_base
 from tests.worker_site import WAIT_SECONDS
 from worker.children.tokenizer.token_file import TokenFile
 from worker.node import devices
-from worker.process.exits import classify_exit
+from worker.process.exit_status import classify_exit
 from worker.process.launcher import TrainerProcess, launch
 from worker.protocol.mailbox import EventReader, InboxWriter, Json, TrainerDirectory
 

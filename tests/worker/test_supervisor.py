@@ -13,14 +13,16 @@ import pytest
 from catalog.db.database import Database
 from catalog.errors import OutOfSpace
 from catalog.jobs import commands
-from catalog.queue import claims
-from catalog.queue.claims import Claim, Orders
+from catalog.queue import claiming, claims
+from catalog.queue.claiming import Claim
+from catalog.queue.claims import ClaimDirectives
 from catalog.queue.notifier import FileDoorbell
 from catalog.resources import memory
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
 from catalog.storage.store import ArtifactStore
-from catalog.tables import Job, Worker
+from catalog.tables.fleet import Worker
+from catalog.tables.jobs import Job
 from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, READY, PackSite, say
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, raising, reasons
@@ -74,7 +76,7 @@ def test_a_cancel_is_heard_while_the_base_is_imported_again(
         assert not is_unwanted()
         (claim_id,) = site.held()
         commands.cancel(site.db, **site.world.of(job.id))
-        site.context.pulse._note({claim_id: Orders(cancel=True)}, float("inf"))
+        site.context.pulse._note({claim_id: ClaimDirectives(cancel=True)}, float("inf"))
         assert is_unwanted()
         raise base_models.Abandoned
 
@@ -92,7 +94,7 @@ def test_a_trainer_that_loads_for_nobody_is_killed(site: PackSite, run: Callable
     def is_cancelled_meanwhile(_trainer: FakeTrainer) -> Generator[None]:
         (claim_id,) = site.held()
         commands.cancel(site.db, **site.world.of(job.id))
-        site.context.pulse._note({claim_id: Orders(cancel=True)}, float("inf"))
+        site.context.pulse._note({claim_id: ClaimDirectives(cancel=True)}, float("inf"))
         while True:
             yield
 
@@ -202,7 +204,7 @@ def test_what_an_empty_trainer_claims_is_given_to_it_though_the_database_goes_aw
     """Else it would run in no pack, on a lease that is renewed, where nobody could stop it."""
     site.queued()
     ids: list[str] = []
-    claim_pack, read = claims.claim_pack, Database.read
+    claim_pack, read = claiming.claim_pack, Database.read
 
     def fails_once(db: Database) -> Any:
         if threading.current_thread() is not threading.main_thread():
@@ -244,7 +246,7 @@ def test_a_base_that_still_loads_is_not_free_for_those_who_join(
     pack = site.loading_pack(claim)
     monkeypatch.setattr(devices, "free_bytes", lambda _: 10**9)
 
-    room: Room = room_of(site.context, pack)
+    room: Capacity = room_of(site.context, pack)
 
     assert room.memory_bytes_free == 10**9 - pack.bytes_to_come() < 10**9 - 1000
 
@@ -278,7 +280,7 @@ def test_the_base_of_an_empty_trainer_is_free_for_what_comes_next(
     pack.ready = {**pack.ready, "memory": {"base_bytes": 500}}
     monkeypatch.setattr(devices, "free_bytes", lambda _: 1000)
 
-    room: Room = room_of(site.context, pack)
+    room: Capacity = room_of(site.context, pack)
 
     assert (room.memory_bytes_free, room.resident_key) == (1500, pack.pack_key)
 

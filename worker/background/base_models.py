@@ -24,7 +24,8 @@ from catalog.disk import tells_of_full
 from catalog.errors import Conflict, LorryError, OutOfSpace, Unavailable
 from catalog.registry import base_models
 from catalog.storage.manifest import ManifestFile, files_digest
-from catalog.tables import BaseModelRow, Json
+from catalog.tables.storage import BaseModelRow
+from catalog.tables.table import Json
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.process import sandbox

@@ -15,7 +15,8 @@ from catalog.plans import claims
 from catalog.plans.claims import PlanClaim
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
-from catalog.tables import Json, Prepared
+from catalog.tables.storage import Prepared
+from catalog.tables.table import Json
 from worker.background import base_models
 from worker.background.tokenization import (
     MAY_BE_THE_NODES,

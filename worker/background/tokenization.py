@@ -13,12 +13,14 @@ from catalog import logs, tracing
 from catalog.disk import full_disk_named, out_of_space, tells_of_full
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.lifecycle import preparation as record
-from catalog.lifecycle.preparation import FilesToPrepare, Unprepared
+from catalog.lifecycle.preparation import FilesToPrepare, TokenizationClaim
 from catalog.logs import Subjects
 from catalog.spec.job import JobSpec
 from catalog.storage import files, token_cache
 from catalog.storage.manifest import DamagedArtifact
-from catalog.tables import File, Job, Json, Prepared
+from catalog.tables.jobs import Job
+from catalog.tables.storage import File, Prepared
+from catalog.tables.table import Json
 from worker.background import base_models
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
@@ -83,7 +85,7 @@ def prepare_next(context: WorkerContext) -> bool:
     return True
 
 
-def _prepare(context: WorkerContext, unprepared: Unprepared) -> bool:
+def _prepare(context: WorkerContext, unprepared: TokenizationClaim) -> bool:
     """False where the files can't be trained on, or the job waits for somebody else. Raises Hindered."""
     claim_id, wanted = unprepared.claim_id, unprepared.files
     train_key, valid_key = wanted.train_key, wanted.valid_key

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from catalog import tracing
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.states import EndReason
-from catalog.tables import Json
+from catalog.tables.table import Json
 from catalog.tracing import Span
 
 WELL = frozenset({

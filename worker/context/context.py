@@ -19,14 +19,14 @@ from catalog.errors import LorryError
 from catalog.fleet import compatibility, workers
 from catalog.queue.notifier import FileDoorbell
 from catalog.resources import sharding
-from catalog.resources.sharding import Group, Wanted
+from catalog.resources.sharding import DeviceGroup, Wanted
 from catalog.scheduling.snapshot import Policy
 from catalog.settings import Settings
 from catalog.storage.store import ArtifactStore, open_store
-from catalog.tables import Json
+from catalog.tables.table import Json
 from worker.context.claim_spans import ClaimSpans
 from worker.context.gang_membership import Seat
-from worker.context.heartbeat import Pulse
+from worker.context.heartbeat import Heartbeat
 from worker.node import devices as node
 from worker.node import scratch_dirs
 from worker.node.utilization import DeviceWatch, measure
@@ -47,7 +47,7 @@ class WorkerContext:
     store: ArtifactStore
     worker_id: str
     device: node.Device
-    pulse: Pulse
+    pulse: Heartbeat
     bell: FileDoorbell
     """Rung by an api on this data folder, and by the worker's own chores."""
     gang: Seat | None = None
@@ -83,9 +83,9 @@ class WorkerContext:
         return self.settings.cpu_processes if self.device.kind == "cpu" else self.device.num_processes
 
     @property
-    def group(self) -> Group:
+    def group(self) -> DeviceGroup:
         """What its trainers run on, for reckoning."""
-        return Group(
+        return DeviceGroup(
             kind=self.device.kind,
             num_devices=self.num_processes,
             bytes_of_each=self.device.memory_bytes // self.num_processes,
@@ -142,7 +142,7 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     store = open_store(settings)
     worker_id = f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
     beats = {"lease_seconds": settings.lease_seconds, "heartbeat_seconds": settings.heartbeat_seconds}
-    pulse = Pulse(db, worker_id, policy=Policy.of(settings), **beats)
+    pulse = Heartbeat(db, worker_id, policy=Policy.of(settings), **beats)
     bell = FileDoorbell(settings.bell_path())
     context = WorkerContext(
         settings=settings, db=db, store=store, worker_id=worker_id, device=device, pulse=pulse, bell=bell

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from catalog.db.database import Database
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.fleet import gangs
-from catalog.fleet.gangs import Call, Member, Place, Round, Standing
-from catalog.fleet.heard import Heard
+from catalog.fleet.gangs import Call, GangMember, GangState, LiveMember, LivenessTracker, Round
 from catalog.settings import Settings
 from worker.node.devices import versions
 from worker.protocol.mailbox import Json
@@ -34,8 +33,8 @@ class Seat:
         """Ends the program where the settings can't be followed."""
         assert settings.gang is not None
         silent = settings.lease_seconds
-        heard = Heard(silent_seconds=silent)
-        self.place = Place(db=db, worker_id=worker_id, gang=settings.gang, silent_seconds=silent, heard=heard)
+        heard = LivenessTracker(silent_seconds=silent)
+        self.place = GangMember(db=db, worker_id=worker_id, gang=settings.gang, silent_seconds=silent, heard=heard)
         self.address, self.interface = place_of(settings.advertise_address)
         self.round: Round | None = None
         """That it leads."""
@@ -54,7 +53,7 @@ class Seat:
         self._versions = _told(versions())
         self._warned_of: set[str] = set()
         self._own_free_bytes = own_free_bytes
-        self._standing: Standing | None = None
+        self._standing: GangState | None = None
         self._looked_at = self._told_at = self._attended_at = -math.inf
         self._short_since: float | None = None
         self._not_before = -math.inf
@@ -71,7 +70,7 @@ class Seat:
             versions=self._versions,
         )
 
-    def look(self) -> Standing:
+    def look(self) -> GangState:
         """How the gang stands, a poll ago at most. Takes the lead where nobody has it. Raises Unavailable."""
         began = time.monotonic()
         if self._standing is not None and began - self._looked_at < self._settings.poll_seconds:
@@ -109,7 +108,7 @@ class Seat:
         short_for = time.monotonic() - self._short_since
         return num_there >= self.fewest and short_for >= self._settings.gang_patience_seconds
 
-    def _warn_of_others(self, found: Standing) -> None:
+    def _warn_of_others(self, found: GangState) -> None:
         """Once of each that is there and can't be called."""
         for member in found.members:
             if member.versions != self._versions and member.worker_id not in self._warned_of:
@@ -129,7 +128,7 @@ class Seat:
         """With fewer workers nothing begins."""
         return self._settings.gang_min_size or self._settings.gang_size
 
-    def to_call(self) -> list[Member]:
+    def to_call(self) -> list[LiveMember]:
         """Those of a round that begins now, itself first: as many as the gang has, with devices like its own."""
         members = self._standing.members if self._standing is not None else ()
         return alike(members, self.place.worker_id, size=self._settings.gang_size)
@@ -171,7 +170,7 @@ class Seat:
         return time.monotonic() - self._looked_at < LOST_AFTER * self._settings.lease_seconds
 
 
-def alike(members: Sequence[Member], leader_id: str, *, size: int) -> list[Member]:
+def alike(members: Sequence[LiveMember], leader_id: str, *, size: int) -> list[LiveMember]:
     """The leader, and of those that may begin, have devices of its kind and the same versions, those that the fewest
     rounds before did not begin for, the eldest first. Pure."""
     leader = next((member for member in members if member.worker_id == leader_id), None)

@@ -15,7 +15,7 @@ from catalog.db.database import Database
 from catalog.errors import LorryError
 from catalog.fleet import workers
 from catalog.queue import claims
-from catalog.queue.claims import Orders
+from catalog.queue.claims import ClaimDirectives
 from catalog.scheduling.snapshot import USUAL, Policy
 from worker.process.clock import boot_seconds
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 WATCH_SECONDS = 0.1
 
 
-class Pulse:
+class Heartbeat:
     """Beats for one worker and for the claims that it holds."""
 
     def __init__(
@@ -42,7 +42,7 @@ class Pulse:
         self._policy = policy
         self._lock = threading.Lock()
         self._renewed_at: dict[str, float] = {}
-        self._orders: dict[str, Orders] = {}
+        self._orders: dict[str, ClaimDirectives] = {}
         self._closed = threading.Event()
         self._beat_now = threading.Event()
         self.drain = False
@@ -94,7 +94,7 @@ class Pulse:
             self._renewed_at.clear()
             self._orders.clear()
 
-    def take_orders(self, claim_ids: Collection[str]) -> dict[str, Orders]:
+    def take_orders(self, claim_ids: Collection[str]) -> dict[str, ClaimDirectives]:
         """What the last heartbeats said of these claims, and that those are stale which were given up; each once."""
         with self._lock:
             return {claim_id: self._orders.pop(claim_id) for claim_id in claim_ids if claim_id in self._orders}
@@ -122,7 +122,7 @@ class Pulse:
         told = {"lease_seconds": self._lease_seconds, "policy": self._policy}
         return {"worker_id": self._worker_id, "claim_ids": held, **told}
 
-    def _note(self, answers: dict[str, Orders], began: float) -> None:
+    def _note(self, answers: dict[str, ClaimDirectives], began: float) -> None:
         with self._lock:
             for claim_id, orders in answers.items():
                 if claim_id not in self._renewed_at:
@@ -161,7 +161,7 @@ class Pulse:
             overdue = [claim_id for claim_id, renewed_at in self._renewed_at.items() if renewed_at < limit]
             for claim_id in overdue:
                 del self._renewed_at[claim_id]
-                self._orders[claim_id] = Orders(stale=True)
+                self._orders[claim_id] = ClaimDirectives(stale=True)
         if not overdue:
             return
         log.error("No heartbeat for two thirds of a lease: %d claims are given up.", len(overdue))

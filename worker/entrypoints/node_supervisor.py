@@ -55,7 +55,7 @@ class GroupWorker:
     """None: it runs, or has ended for good."""
 
 
-class Supervisor:
+class NodeSupervisor:
     """`run` returns the exit status: 0 where all ended in good order, else 128 and the second signal's number."""
 
     def __init__(
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings()
     groups = choose(_parse(arguments).groups)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    supervisor = Supervisor([_worker(group, device, settings) for group, device in groups.items()])
+    supervisor = NodeSupervisor([_worker(group, device, settings) for group, device in groups.items()])
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         supervisor.hear(number)

@@ -14,7 +14,7 @@ from catalog.errors import LorryError, Unavailable
 from catalog.fleet import gangs
 from catalog.fleet.gangs import NotGathered, Round
 from catalog.states import EndReason
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from worker.background.base_models import Abandoned
 from worker.context.context import WorkerContext
 from worker.context.gang_membership import Seat
@@ -135,7 +135,7 @@ def attend(context: WorkerContext, trainer: TrainerProcess) -> bool:
     return found.is_anyone_leaving
 
 
-def _is_left(seat: Seat, found: gangs.Progress) -> bool:
+def _is_left(seat: Seat, found: gangs.RoundState) -> bool:
     """Whether others ended for another's sake some time ago. It may be the leader's own trainer, which is about to end
     as well, and tells more if it does so by itself."""
     if not found.ended:
@@ -166,7 +166,7 @@ def cause(context: WorkerContext, trainer: TrainerProcess, *, is_ready: bool) ->
     if seat is None or led is None or not own.is_echo:
         blamed = context.worker_id if led is not None and not own.is_of_any else None
         return End(reason=own.reason, detail=own.detail, blamed_worker_id=blamed)
-    found: gangs.Progress | None = None
+    found: gangs.RoundState | None = None
     deadline = boot_seconds() + context.settings.lease_seconds + context.settings.heartbeat_seconds
     while boot_seconds() < deadline and not context.draining:
         try:
@@ -195,7 +195,7 @@ def _unreachable(seat: Seat, trainer: TrainerProcess) -> str:
     )
 
 
-def _known(found: gangs.Progress) -> End | None:
+def _known(found: gangs.RoundState) -> End | None:
     """Who ended by himself comes first, then who has fallen silent; all may have lost each other."""
     for worker_id, told in sorted(found.ended.items()):
         if not told["is_echo"]:

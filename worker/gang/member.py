@@ -26,8 +26,7 @@ from worker.process.clock import boot_seconds
 from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
 from worker.protocol.rendezvous import meeting_settings
-from worker.session.failures import own_end
-from worker.session.mishaps import mishap
+from worker.session.failures import mishap, own_end
 from worker.session.trainer_session import OUTAGES
 from worker.session.watchdog import LEFT_BEHIND, set_aside
 

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from catalog.history import job_logs
 from catalog.queue.claiming import Claim
 from catalog.states import EndReason
-from catalog.tables import Attempt, Job
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
 from worker.context.context import WorkerContext
-from worker.process import stack_dump
+from worker.process import exit_status
 from worker.process.launcher import TrainerProcess
 from worker.session.job_logs import Output
 from worker.session.trainer_session import OUTAGES
@@ -60,7 +61,7 @@ class LentOutput:
         """The leader ended its trainer. Where that hung, and this one is still there, it tells where it stands."""
         hung = [attempt for attempt, _ in self._attempts() or () if attempt.reason == EndReason.TIMEOUT]
         if hung:
-            stack_dump.ask(self._trainer, f"On the leader's node: {hung[0].detail}")
+            exit_status.dump_stacks(self._trainer, f"On the leader's node: {hung[0].detail}")
 
     def _look(self) -> None:
         now, found = self._output.ends(), self._attempts()

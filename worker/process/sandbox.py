@@ -87,7 +87,7 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108  (where torch's processes share tensors
 REFUSED = 115
 """Exit status of a child to which its sandbox could not be applied.
 
-worker.process.exits and worker.process.parent_watch define others.
+worker.process.exit_status and worker.process.parent_watch define others.
 """
 REFUSAL = "The sandbox of this process could not be applied: "
 """What it prints, before the kernel's error."""

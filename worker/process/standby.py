@@ -20,7 +20,7 @@ from worker.node import devices, scratch_dirs
 from worker.process import parent_watch
 from worker.process.launcher import TrainerProcess, launch
 from worker.process.parent_watch import LOST_PARENT
-from worker.protocol.handled import print_handled
+from worker.protocol.errors import print_handled
 from worker.protocol.mailbox import EventWriter, TrainerDirectory
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Waiting:
+class StandbyTrainer:
     process: TrainerProcess
     folder: ExitStack
     """Owns the process's directory."""
@@ -53,7 +53,7 @@ class Standby:
         self._bases_dir = bases_dir
         self._num_processes = num_processes
         self._in_gang = in_gang
-        self._waiting: Waiting | None = None
+        self._waiting: StandbyTrainer | None = None
         self._is_given_up = False
 
     def prepare(self) -> None:
@@ -82,7 +82,7 @@ class Standby:
                 log.warning("No trainer stands by: %s", error)
                 self._is_given_up = True
             else:
-                self._waiting = Waiting(process=process, folder=folder.pop_all())
+                self._waiting = StandbyTrainer(process=process, folder=folder.pop_all())
 
     def pulse(self) -> None:
         """Tell it that its worker lives. Never blocks."""

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
+import os
+import re
+import signal
+import sys
+import traceback
+from pathlib import Path
 from typing import Protocol
 
 OUT_OF_SPACE = "out_of_space"
@@ -35,3 +42,46 @@ def disk_error(error: OSError) -> dict[str, str]:
 def told(error: OSError | ToldError) -> dict[str, str]:
     """Of either kind."""
     return disk_error(error) if isinstance(error, OSError) else described(error)
+
+
+MARK = "handled| "
+MARKED = re.compile(rf"^(?:\[rank\d+\]: )?{re.escape(MARK)}.*\n?", re.MULTILINE)
+
+
+def print_handled(error: BaseException) -> None:
+    """Its traceback, to the process's log."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    sys.stderr.write("".join(f"{MARK}{line}\n" for line in lines))
+    sys.stderr.flush()
+
+
+def without_handled(log: str) -> str:
+    return MARKED.sub("", log)
+
+
+ASKED_BY = signal.SIGUSR1
+"""All that a process's threads are doing is printed, and it goes on."""
+
+
+def rank_log(directory: Path, rank: int) -> Path:
+    """log.txt is that of the first process and of what has launched them, log-1.txt that of the next."""
+    return directory / ("log.txt" if rank == 0 else f"log-{rank}.txt")
+
+
+def begin_rank_log(directory: str) -> None:
+    """The first process goes on with what its launcher prints to. A crash by a signal tells its stacks as well."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        _print_to(rank_log(Path(directory), rank))
+    faulthandler.enable(all_threads=True)
+    faulthandler.register(ASKED_BY, all_threads=True, chain=False)
+
+
+def _print_to(path: Path) -> None:
+    """It is appended to, for its worker cuts it where it grows long."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for standard in (sys.stdout.fileno(), sys.stderr.fileno()):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)

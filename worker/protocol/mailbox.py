@@ -16,8 +16,8 @@ from typing import Any, Literal, cast
 
 from catalog.disk import full_disk_named
 from catalog.errors import LorryError
-from worker.protocol.rank_logs import log_of
-from worker.protocol.trainer_paths import Entry, UnsafePath, confined, delete, open_file, opened
+from worker.protocol.errors import rank_log
+from worker.protocol.trainer_paths import FolderEntry, UnsafePath, confined, delete, open_file, opened
 
 Json = dict[str, Any]
 LONGEST_LINE_BYTES = 2**22
@@ -41,7 +41,7 @@ class MalformedEvent(LorryError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
+class TrainerMessage:
     verb: str
     body: Json
 
@@ -54,7 +54,7 @@ class TrainerDirectory:
         self.settings_path = path / "trainer.json"
         self.inbox = path / "inbox"
         self.events_path = path / "events.jsonl"
-        self.log_path = log_of(path, 0)
+        self.log_path = rank_log(path, 0)
         self.log_starts: dict[int, int] = {}
         """In bytes, where the log of each process of the trainer of this base begins; of others at the first byte."""
 
@@ -94,7 +94,7 @@ class TrainerDirectory:
         """A path that a message names. Raises UnsafePath."""
         return None if relative is None else confined(self.path, relative)
 
-    def opened(self, claim_id: str, name: object) -> AbstractContextManager[Entry]:
+    def opened(self, claim_id: str, name: object) -> AbstractContextManager[FolderEntry]:
         """A path that the trainer reported of a job, in its open parent folder. Raises UnsafePath if it is none of that
         job's, FileNotFoundError."""
         return opened(self.path, self._of_job(claim_id, name))
@@ -175,7 +175,7 @@ class InboxReader:
     def __init__(self, directory: TrainerDirectory) -> None:
         self._inbox = directory.inbox
 
-    def take(self) -> list[Message]:
+    def take(self) -> list[TrainerMessage]:
         """What has come. A message's file is removed as it is taken."""
         paths = sorted(self._inbox.glob("[0-9]*-*.json"), key=lambda path: int(path.name.partition("-")[0]))
         return [_take(path) for path in paths]
@@ -259,10 +259,10 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _take(path: Path) -> Message:
+def _take(path: Path) -> TrainerMessage:
     body = read_json(path)
     path.unlink()
-    return Message(verb=path.stem.partition("-")[2], body=body)
+    return TrainerMessage(verb=path.stem.partition("-")[2], body=body)
 
 
 def _event(line: bytes) -> Json:

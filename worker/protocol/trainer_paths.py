@@ -41,7 +41,7 @@ class UnsafePath(LorryError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class FolderEntry:
     """A name in an open folder: what `open`, `rmtree` and `fwalk` take as a name and `dir_fd`."""
 
     name: str
@@ -57,7 +57,7 @@ def confined(root: Path, name: object) -> Path:
 
 
 @contextmanager
-def opened(root: Path, name: object) -> Generator[Entry]:
+def opened(root: Path, name: object) -> Generator[FolderEntry]:
     """The last component of `name` in its parent folder, which stays open for the length of the block. The component
     may become a link meanwhile: the caller opens it without following links.
 
@@ -77,7 +77,7 @@ def opened(root: Path, name: object) -> Generator[Entry]:
             descriptor = inner
         if stat.S_ISLNK(os.stat(last, dir_fd=descriptor, follow_symlinks=False).st_mode):
             raise UnsafePath(name, "is a link")
-        yield Entry(name=last, dir_fd=descriptor)
+        yield FolderEntry(name=last, dir_fd=descriptor)
     finally:
         os.close(descriptor)
 

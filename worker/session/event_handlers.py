@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 
 from catalog import tracing
-from catalog.jobs import commands
+from catalog.history import queries
+from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.states import EndReason
-from catalog.tables import Json
+from catalog.tables.table import Json
 from worker.context.context import WorkerContext
 from worker.protocol.mailbox import TrainerDirectory
 from worker.session import publishing, staging
-from worker.session.session_job import End, Held, folders_of
+from worker.session.session_job import End, SessionJob, folders_of
 from worker.session.sharding import reason_for, strategy_for
 
 RETRYABLE_CODES = {
@@ -37,19 +38,19 @@ class Next(Enum):
     COMPLETED = "completed"
 
 
-class Listener:
+class EventHandlers:
     """Follows the events of one trainer's jobs, the curve's points excepted: see trainer_session.py."""
 
     def __init__(self, context: WorkerContext, directory: TrainerDirectory, trainer_id: str) -> None:
         self._context = context
         self._directory = directory
         self._trainer_id = trainer_id
-        self._publishers: dict[str, Callable[[Held, Json, Json], End | Next]] = {
+        self._publishers: dict[str, Callable[[SessionJob, Json, Json], End | Next]] = {
             "checkpointed": self._checkpointed,
             "paused": self._paused,
             "exported": self._exported,
         }
-        self._followers: dict[str, Callable[[Held, Json], End | Next]] = {
+        self._followers: dict[str, Callable[[SessionJob, Json], End | Next]] = {
             "admitted": self._admitted,
             "checkpoint_failed": self._checkpoint_failed,
             "checkpoint_unexported": self._checkpoint_unexported,
@@ -61,7 +62,7 @@ class Listener:
             "refused": self._refused,
         }
 
-    def follow(self, held: Held, event: Json, *, ready: Json | None) -> End | Next:
+    def follow(self, held: SessionJob, event: Json, *, ready: Json | None) -> End | Next:
         """Raises StaleClaim, OutOfSpace, Unavailable. ready: what the trainer said when it was."""
         if "spans" in event:  # taken off: what follows may come again after an outage
             self._context.spans.told(held.claim.claim_id, event)
@@ -85,7 +86,7 @@ class Listener:
         """How the attempts end when the trainer can't load its base.
 
         The base or the node may be at fault: its device or its copy of the files may differ from others'. So the jobs
-        are tried again, until catalog.lifecycle.load_failures knows. ranks: the processes that failed.
+        are tried again, until catalog.lifecycle.failures knows. ranks: the processes that failed.
         """
         reason = self.refusal(error).reason
         gang = self._context.gang
@@ -99,7 +100,7 @@ class Listener:
             blamed_worker_id=workers[0] if len(workers) == 1 else None,
         )
 
-    def _admitted(self, held: Held, event: Json) -> Next:
+    def _admitted(self, held: SessionJob, event: Json) -> Next:
         step = event["step"]
         held.curve.step, held.curve.steps_per_epoch = step, event["steps_per_epoch"]
         claims.started(
@@ -113,14 +114,14 @@ class Listener:
         self._context.spans.admitted(held.claim.claim_id, step=step)
         return Next.GO_ON
 
-    def _strategy(self, held: Held) -> tuple[str, Json]:
+    def _strategy(self, held: SessionJob) -> tuple[str, Json]:
         """How its base is held among the devices, and why."""
         told, job = reason_for(self._context, held.claim.job), held.claim.job
         strategy = strategy_for(self._context, job)
         data = {"strategy": strategy, "num_devices": self._context.num_processes}
         return f"Strategy {strategy}. {told}", data
 
-    def _checkpointed(self, held: Held, event: Json, ready: Json) -> Next:
+    def _checkpointed(self, held: SessionJob, event: Json, ready: Json) -> Next:
         """The trainer's copies go once the checkpoint is on record, never before."""
         if held.recorded_step < event["step"]:
             publishing.checkpoint(self._context, held.claim, self._directory, event, trainer=ready)
@@ -129,46 +130,46 @@ class Listener:
             self._directory.delete(held.claim.claim_id, folder)
         return Next.GO_ON
 
-    def _checkpoint_failed(self, held: Held, event: Json) -> Next:
+    def _checkpoint_failed(self, held: SessionJob, event: Json) -> Next:
         message = f"{event['error']['message']} No checkpoint was written."
-        claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
+        recording.record_event(self._context.db, held.claim.claim_id, "warn", message)
         return Next.GO_ON
 
-    def _checkpoint_unexported(self, held: Held, event: Json) -> Next:
+    def _checkpoint_unexported(self, held: SessionJob, event: Json) -> Next:
         publishing.no_model(self._context, held.claim, step=event["step"], reason=event["error"]["message"])
         return Next.GO_ON
 
-    def _finished(self, held: Held, event: Json) -> Next:
+    def _finished(self, held: SessionJob, event: Json) -> Next:
         """That it ended early is on its progress while the adapter is verified."""
         self._context.spans.finished(held.claim.claim_id)
         progress = held.curve.progress() | {"stopped_early": event["stopped_early"]}
-        claims.record_progress(self._context.db, held.claim.claim_id, progress)
+        recording.record_progress(self._context.db, held.claim.claim_id, progress)
         if event["kept_step"] == event["step"]:  # else the weights are of before, chosen because they are better
             self._warn_of_a_loss_that_rose(held)
         return Next.GO_ON
 
-    def _warn_of_a_loss_that_rose(self, held: Held) -> None:
+    def _warn_of_a_loss_that_rose(self, held: SessionJob) -> None:
         job = held.claim.job
-        risen = held.curve.risen(commands.first_step(self._context.db, project_id=job.project_id, job_id=job.id))
+        risen = held.curve.risen(queries.first_step(self._context.db, project_id=job.project_id, job_id=job.id))
         if risen is not None:
             message = "Training ended at a loss of {1:.3g}, above {0:.3g} where it began.".format(*risen)
             remedy = "Try the adapter before you use it, and a lower learning rate."
-            claims.record_event(self._context.db, held.claim.claim_id, "warn", f"{message} {remedy}")
+            recording.record_event(self._context.db, held.claim.claim_id, "warn", f"{message} {remedy}")
 
-    def _sampled(self, held: Held, event: Json) -> Next:
+    def _sampled(self, held: SessionJob, event: Json) -> Next:
         samples = event["samples"]
         number = "1 answer" if len(samples) == 1 else f"{len(samples)} answers"
         data = {"step": event["step"], "samples": samples}
         message = f"Step {event['step']}: {number} to the job's prompts"
-        claims.record_event(self._context.db, held.claim.claim_id, "info", message, data)
+        recording.record_event(self._context.db, held.claim.claim_id, "info", message, data)
         return Next.GO_ON
 
-    def _unsampled(self, held: Held, event: Json) -> Next:
+    def _unsampled(self, held: SessionJob, event: Json) -> Next:
         message = f"Step {event['step']}: the job's prompts were not answered. {event['error']['message']}"
-        claims.record_event(self._context.db, held.claim.claim_id, "warn", message)
+        recording.record_event(self._context.db, held.claim.claim_id, "warn", message)
         return Next.GO_ON
 
-    def _paused(self, held: Held, event: Json, ready: Json) -> End:
+    def _paused(self, held: SessionJob, event: Json, ready: Json) -> End:
         publishing.model_of_checkpoint(self._context, held.claim, self._directory, event, trainer=ready)
         if "pause" in held.told:
             return End(reason=EndReason.PAUSED_BY_USER, detail=f"Paused at step {event['step']}.")
@@ -176,35 +177,35 @@ class Listener:
             return End(reason=EndReason.PREEMPTED, detail=f"Saved at step {event['step']}.")
         return End(reason=EndReason.DRAINED, detail=f"The worker left; saved at step {event['step']}.")
 
-    def _cancelled(self, held: Held, event: Json) -> End:
+    def _cancelled(self, held: SessionJob, event: Json) -> End:
         return End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
 
-    def _diverged(self, held: Held, event: Json) -> End:
+    def _diverged(self, held: SessionJob, event: Json) -> End:
         remedy = f"Lower the learning rate, or look at the data around that step. {self._left_of(held, event)}"
         error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "optimizer.learning_rate"}
         return End(reason=EndReason.DIVERGED, detail=event["message"], error=error)
 
-    def _left_of(self, held: Held, event: Json) -> str:
+    def _left_of(self, held: SessionJob, event: Json) -> str:
         """The newest checkpoint of good weights; one that a step had ruined before it was written is taken back."""
         job = held.claim.job
-        rows = commands.checkpoints_page(self._context.db, project_id=job.project_id, job_id=job.id, limit=100).items
+        rows = queries.checkpoints_page(self._context.db, project_id=job.project_id, job_id=job.id, limit=100).items
         kept = [row for row in rows if row.artifact is not None]
         good_step = -1 if event["good_step"] is None else event["good_step"]
         for row in kept:
             if row.step > good_step:
-                claims.distrust_checkpoint(
+                recording.distrust_checkpoint(
                     self._context.db, held.claim.claim_id, checkpoint_id=row.id, problem=f"{RUINED} {event['message']}"
                 )
         steps = [row.step for row in kept if row.step <= good_step]
         return f"The checkpoint of step {max(steps)} is kept." if steps else NONE_IS_GOOD
 
-    def _refused(self, held: Held, event: Json) -> End | Next:
+    def _refused(self, held: SessionJob, event: Json) -> End | Next:
         if event["is_checkpoint"] and held.checkpoints:
             staging.fall_back(self._context, held.claim, held.checkpoints, event["error"]["message"])
             return Next.HAND_OVER
         return self.refusal(event["error"])
 
-    def _exported(self, held: Held, event: Json, ready: Json) -> End | Next:
+    def _exported(self, held: SessionJob, event: Json, ready: Json) -> End | Next:
         report = event["report"]
         if not report["passed"]:
             message = (

@@ -20,7 +20,7 @@ from pathlib import Path
 from catalog import logs
 from catalog.errors import LorryError, StaleClaim
 from catalog.history import job_logs
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.spec.job import JobSpec
 from catalog.storage.store import Blob
 from catalog.tables.table import ANY_ID

@@ -9,13 +9,16 @@ from typing import Literal
 import rfc8785
 
 from catalog.db.database import read_clock
+from catalog.history import queries
 from catalog.jobs import commands
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.registry import base_models, lineage
 from catalog.registry.lineage import AttemptRecord, DataSource
 from catalog.storage import files, token_cache
 from catalog.storage.manifest import Manifest
-from catalog.tables import Job, Json, Trainer
+from catalog.tables.fleet import Trainer
+from catalog.tables.jobs import Job
+from catalog.tables.table import Json
 from worker.context.context import WorkerContext
 
 
@@ -98,8 +101,8 @@ def _source(
 
 
 def _attempts(context: WorkerContext, job: Job) -> list[AttemptRecord]:
-    packmates = commands.packmates(context.db, project_id=job.project_id, job_id=job.id)
-    attempts = commands.attempts(context.db, project_id=job.project_id, job_id=job.id)
+    packmates = queries.packmates(context.db, project_id=job.project_id, job_id=job.id)
+    attempts = queries.attempts(context.db, project_id=job.project_id, job_id=job.id)
     with context.db.read() as session:
         trainers = [session.get(Trainer, attempt.trainer_id) for attempt in attempts]
     return [
@@ -117,6 +120,6 @@ def _loss_log_digest(context: WorkerContext, job: Job) -> str:
     points = [
         [kind, point.step, point.loss]
         for kind in ("train", "valid")
-        for point in commands.metrics(context.db, project_id=job.project_id, job_id=job.id, kind=kind)
+        for point in queries.metrics(context.db, project_id=job.project_id, job_id=job.id, kind=kind)
     ]
     return sha256(rfc8785.dumps(points)).hexdigest()

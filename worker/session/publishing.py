@@ -10,14 +10,14 @@ from secrets import token_hex
 
 from catalog import failpoints
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
-from catalog.history import result_files
+from catalog.history import queries, result_files
 from catalog.history.metric_points import Point
-from catalog.jobs import commands
+from catalog.lifecycle import recording
 from catalog.lifecycle.recording import Course
 from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.storage.manifest import DamagedArtifact, Manifest
-from catalog.tables import Json
+from catalog.tables.table import Json
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.protocol.mailbox import TrainerDirectory
@@ -41,10 +41,10 @@ def checkpoint(
     try:
         manifest = _stored(context, claim, directory, saved["folder"], kind="checkpoint")
         exported = _exported_if_it_can_be(context, claim, directory, saved, trainer)
-        claims.record_checkpoint(context.db, claim.claim_id, step=step, artifact=manifest, exported=exported)
+        recording.record_checkpoint(context.db, claim.claim_id, step=step, artifact=manifest, exported=exported)
     except OutOfSpace as error:
         message = f"The checkpoint of step {step} was not stored. {error.sentence()}"
-        claims.record_event(context.db, claim.claim_id, "warn", message)
+        recording.record_event(context.db, claim.claim_id, "warn", message)
 
 
 def model_of_checkpoint(
@@ -56,18 +56,18 @@ def model_of_checkpoint(
     """
     exported = _exported_if_it_can_be(context, claim, directory, saved, trainer)
     if exported is not None:
-        claims.record_checkpoint_model(context.db, claim.claim_id, step=saved["step"], exported=exported)
+        recording.record_checkpoint_model(context.db, claim.claim_id, step=saved["step"], exported=exported)
 
 
 def no_model(context: WorkerContext, claim: Claim, *, step: int, reason: str) -> None:
     """Tell why a checkpoint that stands has no weights to be used as a model."""
     message = f"The checkpoint of step {step} can't be used as a model. {reason}"
-    claims.record_event(context.db, claim.claim_id, "warn", message)
+    recording.record_event(context.db, claim.claim_id, "warn", message)
 
 
 def _exported_if_it_can_be(
     context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, trainer: Json
-) -> claims.Exported | None:
+) -> recording.Exported | None:
     """None where the trainer wrote no adapter, or it can't be published, which costs the checkpoint's model alone."""
     if saved.get("adapter") is None:
         return None
@@ -85,7 +85,7 @@ def _exported_if_it_can_be(
 
 def _exported(
     context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, trainer: Json
-) -> claims.Exported:
+) -> recording.Exported:
     """The checkpoint's weights as an adapter's files, with their record: of the job as far as it has come."""
     manifest = _stored(context, claim, directory, saved["adapter"], kind="adapter")
     lineage, lineage_id = provenance.record(
@@ -97,7 +97,7 @@ def _exported(
         results={"steps": saved["step"], "kept_step": saved["step"], "stopped_early": None, "is_checkpoint": True},
         is_final=False,
     )
-    return claims.Exported(artifact=manifest, lineage=lineage, lineage_id=lineage_id)
+    return recording.Exported(artifact=manifest, lineage=lineage, lineage_id=lineage_id)
 
 
 def _stored(context: WorkerContext, claim: Claim, directory: TrainerDirectory, name: object, *, kind: str) -> Manifest:
@@ -161,7 +161,7 @@ def evaluate(context: WorkerContext, claim: Claim, *, kept_step: int) -> Json | 
 
     kept_step: whose weights the adapter has.
     """
-    points = commands.metrics(context.db, project_id=claim.job.project_id, job_id=claim.job.id, kind="valid")
+    points = queries.metrics(context.db, project_id=claim.job.project_id, job_id=claim.job.id, kind="valid")
     if not points:
         return None
     first, last = points[0], [point for point in points if point.step <= kept_step][-1]

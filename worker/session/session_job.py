@@ -6,10 +6,11 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from catalog.lifecycle.recording import KEPT_CHECKPOINTS
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.resources import requirements
 from catalog.states import EndReason, is_suspect
-from catalog.tables import Checkpoint, Json
+from catalog.tables.history import Checkpoint
+from catalog.tables.table import Json
 from worker.protocol.mailbox import Verb
 from worker.session.metrics_buffer import Curve
 
@@ -35,7 +36,7 @@ STOPPED: dict[Verb, End] = {
 
 
 @dataclass(kw_only=True, slots=True)
-class Held:
+class SessionJob:
     """One claim that the trainer works on."""
 
     claim: Claim

@@ -5,7 +5,8 @@ from __future__ import annotations
 from catalog.registry import base_models
 from catalog.resources import requirements
 from catalog.resources.sharding import Demand, Strategy, reason
-from catalog.tables import Job, Json
+from catalog.tables.jobs import Job
+from catalog.tables.table import Json
 from worker.context.context import WorkerContext
 
 

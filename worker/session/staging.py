@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 
 from catalog.history import events
-from catalog.lifecycle import out_of_memory
-from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.lifecycle import failures, recording
+from catalog.queue.claiming import Claim
 from catalog.spec.job import JobSpec
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
-from catalog.tables import Checkpoint, Json
+from catalog.tables.history import Checkpoint
+from catalog.tables.table import Json
 from worker.background import tokenization
 from worker.context.context import WorkerContext
 from worker.protocol.mailbox import TrainerDirectory
@@ -44,7 +44,7 @@ def bring_files(
         "spec": job.spec,
         "answered_steps": events.answered_steps(context.db, job.id) if spec.samples else [],
         "asks_as_chat": _went_through_template(context, job.train_prepared),
-        "shortages": out_of_memory.rung(context.db, job),
+        "shortages": failures.memory_rung(context.db, job),
         "num_steps": job.num_steps,
         "evaluate_every_steps": _evaluate_every(spec, job.num_steps),
         "checkpoint_every_steps": spec.checkpoint_every_steps,
@@ -63,10 +63,10 @@ def fall_back(context: WorkerContext, claim: Claim, checkpoints: list[Checkpoint
     The list changes last, so that a repetition after an outage takes off no second one.
     """
     bad, *left = checkpoints
-    claims.distrust_checkpoint(context.db, claim.claim_id, checkpoint_id=bad.id, problem=why)
+    recording.distrust_checkpoint(context.db, claim.claim_id, checkpoint_id=bad.id, problem=why)
     onwards = f"continues from the checkpoint of step {left[0].step}" if left else "starts again from step 0"
     data = {"step": bad.step, "resumes_from": left[0].step if left else 0}
-    claims.record_event(context.db, claim.claim_id, "warn", f"The job {onwards}.", data)
+    recording.record_event(context.db, claim.claim_id, "warn", f"The job {onwards}.", data)
     del checkpoints[0]
 
 
@@ -79,7 +79,7 @@ def _bring_tokens(
         return _fetch_tokens(context, key, into)
     except DamagedArtifact as error:
         message = f"The tokens of {file_id} can't be used, and are made again: {error.message}"
-        claims.record_event(context.db, claim.claim_id, "warn", message)
+        recording.record_event(context.db, claim.claim_id, "warn", message)
     tokenization.make_again(context, claim.job, file_id, key)
     return _fetch_tokens(context, key, into)
 

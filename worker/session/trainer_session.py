@@ -14,16 +14,19 @@ from functools import partial
 from catalog import failpoints, logs, tracing
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
 from catalog.fleet import workers
+from catalog.lifecycle import recording
 from catalog.logs import Subjects
 from catalog.queue import claims
-from catalog.queue.claims import Claim, Orders
+from catalog.queue.claiming import Claim
+from catalog.queue.claims import ClaimDirectives
 from catalog.resources import memory, throughput
 from catalog.resources import pack_key as packing
-from catalog.resources.sharding import Demand, Holding, Strategy, block_bytes
+from catalog.resources.sharding import Demand, ShardingStrategy, Strategy, block_bytes
 from catalog.resources.throughput import Speeds
 from catalog.states import EndReason
 from catalog.storage.manifest import DamagedArtifact
-from catalog.tables import Job, Json
+from catalog.tables.jobs import Job
+from catalog.tables.table import Json
 from worker.background.base_models import Abandoned
 from worker.background.tokenization import FileRefused
 from worker.context.context import WorkerContext
@@ -31,11 +34,11 @@ from worker.node import devices
 from worker.protocol.mailbox import EventReader, InboxWriter, MalformedEvent, TrainerDirectory, Verb
 from worker.protocol.trainer_paths import UnsafePath
 from worker.session import staging
-from worker.session.event_handlers import Listener, Next
+from worker.session.event_handlers import EventHandlers, Next
+from worker.session.failures import mishap_of_job, untold
 from worker.session.job_logs import Output, cleaned
 from worker.session.metrics_buffer import Curve
-from worker.session.mishaps import mishap_of_job, untold
-from worker.session.session_job import STOPPED, End, Held
+from worker.session.session_job import STOPPED, End, SessionJob
 from worker.session.sharding import strategy_for
 
 log = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ NOBODY = ""
 """Is blamed; see Attempt."""
 
 
-class Pack:
+class TrainerSession:
     """All that a trainer holds, from the first admission to the last ending."""
 
     def __init__(
@@ -86,9 +89,9 @@ class Pack:
         self._description = description
         self._inbox = InboxWriter(directory)
         self._reader = EventReader(directory)
-        self._listener = Listener(context, directory, trainer_id)
+        self._listener = EventHandlers(context, directory, trainer_id)
         self._output = Output(context, directory)
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, SessionJob] = {}
         self._is_ready_recorded = False
         self._memory: Json = {}
 
@@ -100,7 +103,7 @@ class Pack:
         return list(self._held)
 
     @property
-    def holding(self) -> Holding:
+    def holding(self) -> ShardingStrategy:
         """Of the base, on the devices."""
         if self.strategy == "replicated":
             return "whole"
@@ -131,7 +134,7 @@ class Pack:
         """What the trainer takes with all that it holds, by the reckoning that let them in."""
         return self._bytes_of(list(self._held.values()), beside=0) + self._whole_trainer_bytes()
 
-    def _bytes_of(self, jobs: list[Held], *, beside: int) -> int:
+    def _bytes_of(self, jobs: list[SessionJob], *, beside: int) -> int:
         """Of these, and of the slices by which they widen the tick. beside: so many more."""
         slice_bytes = memory.slice_bytes(self._description, packing.precision_of(self.pack_key))
         tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
@@ -173,7 +176,7 @@ class Pack:
             self.heard_at = time.monotonic()  # while it had nothing to do it had nothing to say
             self._said_at = None
         curve = Curve(num_steps=claim.job.num_steps or 0)
-        self._held[claim.claim_id] = Held(claim=claim, curve=curve, checkpoints=list(claim.resume_candidates))
+        self._held[claim.claim_id] = SessionJob(claim=claim, curve=curve, checkpoints=list(claim.resume_candidates))
         self._output.begin(claim, is_loading=self.ready is None)
         self.idle_since = time.monotonic()
 
@@ -183,7 +186,7 @@ class Pack:
             if not held.is_handed_over:
                 self._guarded(held, self._hand_over)
 
-    def _hand_over(self, held: Held) -> None:
+    def _hand_over(self, held: SessionJob) -> None:
         try:
             body = staging.bring_files(self._context, self.directory, held.claim, held.checkpoints)
             body["trace"] = self._context.spans.of(held.claim.claim_id)
@@ -202,7 +205,7 @@ class Pack:
             held.told.clear()
             held.is_handed_over = True
 
-    def obey(self, orders: dict[str, Orders]) -> None:
+    def obey(self, orders: dict[str, ClaimDirectives]) -> None:
         """Pass on what people have asked for since the last heartbeat. Raises OutOfSpace, Unavailable, OSError; not
         before what is stale is dropped: no heartbeat says that again, as it does what people ask for."""
         for claim_id, order in sorted(orders.items(), key=lambda order: not order[1].stale):
@@ -218,7 +221,7 @@ class Pack:
             elif order.preempt:
                 self._guarded(held, partial(self._stop, verb="preempt"))
 
-    def _stop(self, held: Held, verb: Verb) -> None:
+    def _stop(self, held: SessionJob, verb: Verb) -> None:
         """By the trainer, unless it has nothing of the job, or what it says can't be put on record now."""
         is_stuck = verb == "cancel" and bool(held.news)
         if self.ready is None or not held.is_handed_over or is_stuck:
@@ -289,7 +292,7 @@ class Pack:
             self._reader.has_more = False
             return []
 
-    def _catch_up(self, held: Held) -> None:
+    def _catch_up(self, held: SessionJob) -> None:
         while held.superseded:
             self.directory.delete(held.claim.claim_id, held.superseded[0])
             del held.superseded[0]
@@ -302,7 +305,7 @@ class Pack:
         if self._holds(held) and held.is_to_stop:
             self._stop(held, "cancel")
 
-    def _hear_of(self, held: Held, event: Json) -> None:
+    def _hear_of(self, held: SessionJob, event: Json) -> None:
         if event["type"] == "stepped":
             held.curve.stepped(event)
         elif event["type"] == "evaluated":
@@ -318,26 +321,26 @@ class Pack:
                 self._context.spans.ended(held.claim.claim_id, EndReason.COMPLETED)
                 self._forget(held)
 
-    def _flush(self, held: Held) -> None:
+    def _flush(self, held: SessionJob) -> None:
         points = held.curve.points()
         if not points:
             return
         claim_id = held.claim.claim_id
-        held.is_to_stop = claims.record_metrics(self._context.db, claim_id, points) or held.is_to_stop
-        claims.record_progress(self._context.db, claim_id, held.curve.progress())
+        held.is_to_stop = recording.record_metrics(self._context.db, claim_id, points) or held.is_to_stop
+        recording.record_progress(self._context.db, claim_id, held.curve.progress())
         held.curve.written(len(points), time.monotonic())
 
-    def _guarded(self, held: Held, action: Callable[[Held], None]) -> None:
+    def _guarded(self, held: SessionJob, action: Callable[[SessionJob], None]) -> None:
         """Whatever goes wrong with one job stays with that job; an outage goes up, the others' turn being next."""
         with logs.about(self._subjects(held)):
             self._act(held, action)
 
-    def _subjects(self, held: Held) -> Subjects:
+    def _subjects(self, held: SessionJob) -> Subjects:
         """What lines of the log are about while something is done for this job."""
         claim, trace = held.claim, tracing.trace_id(self._context.spans.of(held.claim.claim_id))
         return {"job": claim.job.id, "claim": claim.claim_id, "trainer": self.trainer_id, "trace": trace}
 
-    def _act(self, held: Held, action: Callable[[Held], None]) -> None:
+    def _act(self, held: SessionJob, action: Callable[[SessionJob], None]) -> None:
         try:
             action(held)
         except StaleClaim:
@@ -369,7 +372,7 @@ class Pack:
         for held in list(self._held.values()):
             self._forget(held)
 
-    def _end(self, held: Held, end: End) -> None:
+    def _end(self, held: SessionJob, end: End) -> None:
         end = cleaned(end, held.claim, self._context.settings.data_dir)
         try:
             claims.end(
@@ -393,13 +396,13 @@ class Pack:
         is_of_gang = self._context.gang is not None and self._context.gang.round is not None
         return NOBODY if end.blamed_worker_id is None and is_of_gang else end.blamed_worker_id
 
-    def _drop(self, held: Held) -> None:
+    def _drop(self, held: SessionJob) -> None:
         """Another worker has the job, or recovery has taken it: stop, and write nothing."""
         self._output.drop(held.claim.claim_id)
         self._forget(held)
         self._take_away(held)
 
-    def _take_away(self, held: Held) -> None:
+    def _take_away(self, held: SessionJob) -> None:
         """From the trainer."""
         try:
             self._inbox.send("cancel", claim_id=held.claim.claim_id)
@@ -407,10 +410,10 @@ class Pack:
             if held.is_handed_over:
                 self.fault = untold(error, worker_id=self._context.worker_id)
 
-    def _holds(self, held: Held) -> bool:
+    def _holds(self, held: SessionJob) -> bool:
         return self._held.get(held.claim.claim_id) is held
 
-    def _forget(self, held: Held) -> None:
+    def _forget(self, held: SessionJob) -> None:
         claim_id = held.claim.claim_id
         if self._held.pop(claim_id, None) is None:
             return

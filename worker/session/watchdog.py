@@ -1,7 +1,7 @@
-"""When a worker gives its trainer up: for loading, for saying nothing while it is busy, for leaving too slowly, or for
-not ending when it is killed. And when it gives its GPU up, of which the driver tells nothing.
+"""When a worker gives up its trainer or its GPU.
 
-What hangs is asked where it stands before it is ended, so that its jobs' logs tell.
+A trainer is killed that loads too long, is silent while it is busy, or shuts down too slowly. Its stacks go into the
+logs of its jobs first. A GPU is given up when its driver has reported nothing for SILENT_GPU_SECONDS.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from catalog.fleet import cordons
 from catalog.states import EndReason
 from worker.context.context import WorkerContext
 from worker.node import devices
-from worker.process import stack_dump
+from worker.process import exit_status
 from worker.process.launcher import TrainerProcess
 from worker.session.session_job import End
-from worker.session.trainer_session import Pack
+from worker.session.trainer_session import TrainerSession
 
 log = logging.getLogger(__name__)
 TIMES_ITS_PACE = 4
@@ -32,7 +32,9 @@ LEFT_BEHIND = End(
 """It writes nothing that counts, should it ever wake: its claims are others'."""
 
 
-def watch_clock(context: WorkerContext, trainer: TrainerProcess, pack: Pack, leaving_at: float | None) -> None:
+def watch_clock(
+    context: WorkerContext, trainer: TrainerProcess, pack: TrainerSession, leaving_at: float | None
+) -> None:
     """End a trainer that takes too long, with its stacks in its logs. leaving_at: when it was told to leave."""
     verdict = _verdict(context, trainer, pack, leaving_at)
     if verdict is None:
@@ -40,7 +42,7 @@ def watch_clock(context: WorkerContext, trainer: TrainerProcess, pack: Pack, lea
     log.error("%s Trainer %s is ended.", verdict.detail, pack.trainer_id)
     pack.verdict = verdict
     with suppress(OSError):  # they are for people; it is ended all the same
-        stack_dump.ask(trainer, verdict.detail)
+        exit_status.dump_stacks(trainer, verdict.detail)
     trainer.kill()
 
 
@@ -71,7 +73,9 @@ def cordon_silent(context: WorkerContext) -> None:
     context.silent_since = now
 
 
-def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack, leaving_at: float | None) -> End | None:
+def _verdict(
+    context: WorkerContext, trainer: TrainerProcess, pack: TrainerSession, leaving_at: float | None
+) -> End | None:
     now = time.monotonic()
     if leaving_at is not None and now - leaving_at > context.drain_seconds:
         detail = "The trainer did not save its jobs in time; the last checkpoints stand."
@@ -88,7 +92,7 @@ def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: Pack, leavin
     return End(reason=EndReason.TIMEOUT, detail=f"The trainer said nothing for {allowed:.0f} s {what}".strip() + ".")
 
 
-def _allowed_seconds(context: WorkerContext, pack: Pack) -> float:
+def _allowed_seconds(context: WorkerContext, pack: TrainerSession) -> float:
     """Of silence, by the trainer's own pace. Amid a verification it has no file to write and no kernel to compile."""
     least = min(context.verifying_seconds, context.progress_seconds) if pack.is_verifying else context.progress_seconds
     return max(least, TIMES_ITS_PACE * pack.longest_silence)

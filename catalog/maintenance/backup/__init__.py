@@ -1,11 +1,4 @@
-"""A copy of the record and of the files that it names, and the way back.
+"""Backups of a service's database and store, and restoring one.
 
-Files, then the database, then the files that came meanwhile: docs/OPERATIONS.md says why that is consistent.
+docs/OPERATIONS.md says why a backup is consistent although it is made while the service writes.
 """
-
-from catalog.maintenance.backup.create import Made, make
-from catalog.maintenance.backup.location import BackupPlace, open_place
-from catalog.maintenance.backup.restore import Restored, restore
-from catalog.maintenance.backup.verify import Checked, check
-
-__all__ = ["BackupPlace", "Checked", "Made", "Restored", "check", "make", "open_place", "restore"]

@@ -24,7 +24,7 @@ from catalog.db.errors import translated
 from catalog.errors import Conflict, InvalidRequest
 from catalog.maintenance.backup import integrity, references
 from catalog.maintenance.backup.references import Keys
-from catalog.tables import AuditHead
+from catalog.tables.audit import AuditHead
 
 DEBIAN = Path("/usr/lib/postgresql")
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")

@@ -28,7 +28,7 @@ RECORD, DUMP, OBJECTS = "backup.json", "database", "objects.txt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Record:
+class BackupRecord:
     """What is known of one backup."""
 
     name: str
@@ -63,12 +63,12 @@ class BackupPlace:
         """A context in which no other backup to this location runs."""
         return Lease(self._root, self.url, renew_seconds=renew_seconds)
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[BackupRecord]:
         """Of whole backups, oldest first. Raises InvalidRequest where a newer version has written one."""
         keys = [entry.key for entry in self._backups.list_all("") if entry.key.endswith(f"/{RECORD}")]
         return sorted((_record(b"".join(self._backups.read(key))) for key in keys), key=lambda record: record.taken_at)
 
-    def find(self, name: str | None) -> Record:
+    def find(self, name: str | None) -> BackupRecord:
         """The newest where no name is said. Raises NotFound."""
         records = self.records()
         for record in reversed(records):
@@ -91,15 +91,15 @@ class BackupPlace:
             **{"objects_digest": sha256(listed).hexdigest(), "num_objects": len(keys)},
         }
 
-    def finish(self, record: Record) -> None:
+    def finish(self, record: BackupRecord) -> None:
         """From now on it is a backup."""
         self._backups.put(f"{record.name}/{RECORD}", json.dumps(asdict(record), indent=1).encode())
 
-    def keys(self, record: Record) -> Keys:
+    def keys(self, record: BackupRecord) -> Keys:
         """Raises DamagedArtifact."""
         return b"".join(self._read(record, OBJECTS, record.objects_digest)).decode().splitlines()
 
-    def fetch_dump(self, record: Record, into: Path) -> None:
+    def fetch_dump(self, record: BackupRecord, into: Path) -> None:
         """Raises DamagedArtifact."""
         with into.open("xb") as out:
             for chunk in self._read(record, DUMP, record.dump_digest):
@@ -120,7 +120,7 @@ class BackupPlace:
             self.store.delete_staged(older_than=self.store.now())
         return [record.name for record in old]
 
-    def _read(self, record: Record, part: str, digest: str) -> Iterator[bytes]:
+    def _read(self, record: BackupRecord, part: str, digest: str) -> Iterator[bytes]:
         try:
             return verified(self._backups.read(f"{record.name}/{part}"), digest)
         except NoSuchObject as error:
@@ -139,7 +139,7 @@ def open_place(where: str, *, is_new: bool = False) -> BackupPlace:
     return BackupPlace(folder.as_uri())
 
 
-def _record(content: bytes) -> Record:
+def _record(content: bytes) -> BackupRecord:
     fields = cast("dict[str, Any]", json.loads(content))
     if fields.get("format") not in READABLE:
         raise InvalidRequest(
@@ -149,7 +149,7 @@ def _record(content: bytes) -> Record:
             remedy="Restore it with the version that made it, and then migrate.",
         )
     fields.setdefault("row_counts", None)
-    return Record(**fields)
+    return BackupRecord(**fields)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from catalog.maintenance import garbage_collection
 from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.object_storage import CHUNK_BYTES, NoSuchObject, Objects
 from catalog.storage.store import blob_key, manifest_key, read_stored, verified
-from catalog.tables import Artifact
+from catalog.tables.storage import Artifact
 
 AT_ONCE = 8
 """Objects that are read or copied at once: what a bucket takes to answer is waited for side by side."""

@@ -24,7 +24,7 @@ class Arrival:
 
 
 @dataclass(kw_only=True, slots=True)
-class Record:
+class SimulatedRun:
     """How it went for one job."""
 
     arrival: Arrival
@@ -51,19 +51,19 @@ class Record:
         return (self.started_at or 0.0) - self.arrival.at
 
 
-class Waiting:
+class SimulatedQueue:
     """The first of each project and class, and of each kind, as the database gives them."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, Record] = {}
-        self._groups: defaultdict[tuple[str, int], deque[Record]] = defaultdict(deque)
-        self._alike: defaultdict[tuple[str, str, int], deque[Record]] = defaultdict(deque)
+        self._waiting: dict[str, SimulatedRun] = {}
+        self._groups: defaultdict[tuple[str, int], deque[SimulatedRun]] = defaultdict(deque)
+        self._alike: defaultdict[tuple[str, str, int], deque[SimulatedRun]] = defaultdict(deque)
         self._keys: defaultdict[str, set[tuple[str, str, int]]] = defaultdict(set)
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: SimulatedRun) -> None:
         arrival = record.arrival
         self._waiting[record.job_id] = record
         alike = (arrival.base, arrival.project, arrival.priority)
@@ -74,10 +74,10 @@ class Waiting:
                 insort(group, record, key=lambda each: (each.arrival.at, each.job_id))
         self._keys[arrival.base].add(alike)
 
-    def take(self, job_id: str) -> Record:
+    def take(self, job_id: str) -> SimulatedRun:
         return self._waiting.pop(job_id)
 
-    def __contains__(self, record: Record) -> bool:
+    def __contains__(self, record: SimulatedRun) -> bool:
         return record.job_id in self._waiting
 
     def projects(self) -> set[str]:
@@ -89,13 +89,13 @@ class Waiting:
         found += [self._first(self._alike[alike], per_key) for alike in self._keys.get(key or "", ())]
         return (as_candidate(record) for records in found for record in records)
 
-    def _first(self, group: deque[Record], number: int) -> list[Record]:
+    def _first(self, group: deque[SimulatedRun], number: int) -> list[SimulatedRun]:
         while group and group[0].job_id not in self._waiting:
             group.popleft()
         return list(islice((record for record in group if record.job_id in self._waiting), number))
 
 
-def as_candidate(record: Record) -> Candidate:
+def as_candidate(record: SimulatedRun) -> Candidate:
     arrival = record.arrival
     return Candidate(
         job_id=record.job_id,

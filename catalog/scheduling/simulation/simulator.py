@@ -23,13 +23,13 @@ from typing import Any
 
 from catalog.resources import throughput
 from catalog.resources.throughput import Speeds
-from catalog.scheduling import fair_share, preemption
+from catalog.scheduling import ordering, preemption
 from catalog.scheduling.ordering import order
 from catalog.scheduling.packing import Choice
 from catalog.scheduling.preemption import Holder, Preemption, Training
 from catalog.scheduling.scheduler import Join, Start, decide, leading
-from catalog.scheduling.simulation.queue import Arrival, Record, Waiting
-from catalog.scheduling.snapshot import USUAL, Picture, Policy, Room, Service, Share
+from catalog.scheduling.simulation.queue import Arrival, SimulatedQueue, SimulatedRun
+from catalog.scheduling.snapshot import USUAL, Capacity, Policy, QueueSnapshot, Share, WorkerService
 from catalog.states import PriorityClass
 
 PLENTY = 10**12
@@ -53,7 +53,7 @@ class Cluster:
 @dataclass(kw_only=True, slots=True)
 class _Worker:
     key: str | None = None
-    jobs: dict[str, Record] = field(default_factory=dict[str, Record])
+    jobs: dict[str, SimulatedRun] = field(default_factory=dict[str, SimulatedRun])
     as_of: float = 0.0
     """Until when the progress of its jobs is reckoned; in the future while it loads."""
     version: int = 0
@@ -67,27 +67,27 @@ class Simulation:
     def __init__(self, arrivals: Iterable[Arrival], cluster: Cluster) -> None:
         self.cluster = cluster
         self.now = 0.0
-        self.records: list[Record] = []
+        self.records: list[SimulatedRun] = []
         self._numbers = count()
         self._events: list[tuple[float, int, Any, int]] = []
         for number, arrival in enumerate(sorted(arrivals, key=lambda each: each.at)):
-            record = Record(arrival=arrival, job_id=f"job-{number:07}", left=arrival.seconds)
+            record = SimulatedRun(arrival=arrival, job_id=f"job-{number:07}", left=arrival.seconds)
             self.records.append(record)
             self._push(arrival.at, record)
-        self._queue = Waiting()
+        self._queue = SimulatedQueue()
         self._workers = [_Worker() for _ in range(cluster.num_workers)]
         self._used: dict[str, tuple[float, float]] = {}
         self._running: defaultdict[str, int] = defaultdict(int)
-        self._served = Service(at=(served_at := dict[tuple[str, int], float]()), memory_bytes=PLENTY)
+        self._served = WorkerService(at=(served_at := dict[tuple[str, int], float]()), memory_bytes=PLENTY)
         self._served_at = served_at
 
-    def run(self, *, until: float = float("inf")) -> list[Record]:
+    def run(self, *, until: float = float("inf")) -> list[SimulatedRun]:
         """Until every job has ended, or until that moment."""
         while self._events and self._events[0][0] <= until:
             self.now, _, what, version = heapq.heappop(self._events)
-            if isinstance(what, Record) and version:
+            if isinstance(what, SimulatedRun) and version:
                 self._press(what)
-            elif isinstance(what, Record):
+            elif isinstance(what, SimulatedRun):
                 what.waits_since = self.now
                 self._queue.add(what)
                 if what.arrival.priority == PriorityClass.urgent and self.cluster.policy.max_preemptions:
@@ -106,7 +106,7 @@ class Simulation:
     def num_loads(self) -> int:
         return sum(worker.num_loads for worker in self._workers)
 
-    def _push(self, at: float, what: Record | _Worker, version: int = 0) -> None:
+    def _push(self, at: float, what: SimulatedRun | _Worker, version: int = 0) -> None:
         heapq.heappush(self._events, (at, next(self._numbers), what, version))
 
     def _end(self, worker: _Worker) -> None:
@@ -118,7 +118,7 @@ class Simulation:
         self._look(worker)
         self._foresee(worker)
 
-    def _press(self, record: Record) -> None:
+    def _press(self, record: SimulatedRun) -> None:
         """It has waited: others leave for it, if it waits still; and others later, if it waits on."""
         if record not in self._queue:
             return
@@ -134,7 +134,7 @@ class Simulation:
             self._foresee(worker)
         self._push(self.now + policy.ask_again_seconds, record, 1)
 
-    def _preemption(self, record: Record) -> Preemption | None:
+    def _preemption(self, record: SimulatedRun) -> Preemption | None:
         policy = self.cluster.policy
         firsts = list(self._queue.firsts(preemption.AT_ONCE, None, 0))
         if all(job.job_id != record.job_id for job in firsts):
@@ -146,7 +146,7 @@ class Simulation:
                 return preemption.choose(turn, holders, ahead=ahead, now=self.now, policy=policy)
         return None
 
-    def _send_back(self, worker: _Worker, record: Record) -> None:
+    def _send_back(self, worker: _Worker, record: SimulatedRun) -> None:
         del worker.jobs[record.job_id]
         self._running[record.arrival.project] -= 1
         record.num_preemptions += 1
@@ -202,14 +202,14 @@ class Simulation:
         for record in worker.jobs.values():
             record.left -= elapsed / slower
             record.trained += elapsed / slower
-            owed = fair_share.charge(elapsed, num_devices=1, num_jobs=len(worker.jobs))
+            owed = ordering.charge(elapsed, num_devices=1, num_jobs=len(worker.jobs))
             record.device_seconds += owed
             owed *= self.cluster.policy.multiple(record.arrival.priority)
             self._used[record.arrival.project] = (self._left_of(record.arrival.project) + owed, self.now)
 
     def _left_of(self, project: str) -> float:
         amount, as_of = self._used.get(project, (0.0, self.now))
-        return fair_share.decay(amount, self.now - as_of, half_life_seconds=self.cluster.policy.half_life_seconds)
+        return ordering.decay(amount, self.now - as_of, half_life_seconds=self.cluster.policy.half_life_seconds)
 
     def _foresee(self, worker: _Worker) -> None:
         """When the next of its jobs ends, if nothing changes."""
@@ -228,10 +228,10 @@ class Simulation:
         if isinstance(action, Start | Join):
             self._take(worker, action.choices)
 
-    def _picture(self, worker: _Worker, places: int) -> Picture:
-        room = Room(max_jobs=places, memory_bytes_free=PLENTY, resident_key=worker.key, num_jobs=len(worker.jobs))
+    def _picture(self, worker: _Worker, places: int) -> QueueSnapshot:
+        room = Capacity(max_jobs=places, memory_bytes_free=PLENTY, resident_key=worker.key, num_jobs=len(worker.jobs))
         live = worker.key if worker.jobs else None
-        picture = Picture(
+        picture = QueueSnapshot(
             now=self.now,
             candidates=tuple(self._queue.firsts(places + 1 if live else 1, worker.key, places)),
             shares=self._shares(),
@@ -336,22 +336,24 @@ def summary(simulation: Simulation) -> dict[str, Any]:
     }
 
 
-def _project(record: Record) -> str:
+def _project(record: SimulatedRun) -> str:
     return record.arrival.project
 
 
-def _class(record: Record) -> str:
+def _class(record: SimulatedRun) -> str:
     return PriorityClass(record.arrival.priority).name
 
 
-def _by(records: Iterable[Record], name_of: Callable[[Record], str]) -> list[tuple[str, list[Record]]]:
-    groups: defaultdict[str, list[Record]] = defaultdict(list)
+def _by(
+    records: Iterable[SimulatedRun], name_of: Callable[[SimulatedRun], str]
+) -> list[tuple[str, list[SimulatedRun]]]:
+    groups: defaultdict[str, list[SimulatedRun]] = defaultdict(list)
     for record in records:
         groups[name_of(record)].append(record)
     return sorted(groups.items())
 
 
-def _of(records: list[Record], total: float) -> dict[str, Any]:
+def _of(records: list[SimulatedRun], total: float) -> dict[str, Any]:
     waits = sorted(record.waited for record in records if record.started_at is not None)
     used = sum(record.device_seconds for record in records)
     return {

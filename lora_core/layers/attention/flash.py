@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_core.kernels.selection import VARLEN_DTYPES
-from lora_core.packing.packed_batch import Pack
+from lora_core.packing.packed_batch import PackedBatch
 
 WIDEST_HEAD, HEAD_MULTIPLE = 256, 8
 
@@ -23,7 +23,7 @@ def fits(query: Tensor, value: Tensor, softcap: float | None) -> bool:
 
 
 def attend_together(
-    query: Tensor, key: Tensor, value: Tensor, pack: Pack, *, scale: float, causal: bool, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, pack: PackedBatch, *, scale: float, causal: bool, window: int | None
 ) -> Tensor:
     """query [1, H, T, E], key and value [1, K, T, E] to [1, T, H, E]."""
     q_THE, k_TKE, v_TKE = (part[0].transpose(0, 1) for part in (query, key, value))

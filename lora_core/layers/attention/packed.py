@@ -17,8 +17,7 @@ from lora_core.errors import UnsupportedModel
 from lora_core.layers.attention.dense_cpu import UNLIMITED, Sight, attend_by_matrices, serves
 from lora_core.layers.attention.flash import attend_together, fits
 from lora_core.layers.attention.tiled_cpu import Scoring, attend_in_strips
-from lora_core.packing.kv_cache import attend_last
-from lora_core.packing.packed_batch import Pack, current_kernels, current_pack
+from lora_core.packing.packed_batch import PackedBatch, attend_last, current_kernels, current_pack
 
 NAME = "lora_core_packed"
 LONGEST_MATRIX = 1024  # above, scores [H, S, S] cost more memory than they save time
@@ -77,7 +76,9 @@ def packed_attention(
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
 
 
-def _attend_growing(query: Tensor, key: Tensor, value: Tensor, pack: Pack, *, causal: bool, **options: Any) -> Tensor:
+def _attend_growing(
+    query: Tensor, key: Tensor, value: Tensor, pack: PackedBatch, *, causal: bool, **options: Any
+) -> Tensor:
     """[1, T, H, E]: whole sequences as ever, and of those that are kept the last token alone."""
     lengths = list(pack.sequence_lengths)
     parts = zip(query.split(lengths, 1), key.split(lengths, 1), value.split(lengths, 1), strict=True)

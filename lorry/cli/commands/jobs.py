@@ -9,7 +9,7 @@ import typer
 
 from lorry.cli.app import Sectioned, client, group
 from lorry.cli.commands.submit import submit
-from lorry.cli.parsing.key_value import pair
+from lorry.cli.parsing.option_values import pair
 from lorry.cli.render import job_view, output, progress_bars
 from lorry.cli.render.output import AsJson, YesTaken
 from lorry.cli.render.tables import Column, table

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lorry.cli.app import client, group
-from lorry.cli.parsing.choices import Priority
+from lorry.cli.parsing.option_values import Priority
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, YesTaken
 from lorry.cli.render.tables import Column, table

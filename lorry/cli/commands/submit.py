@@ -16,7 +16,6 @@ import typer
 from lorry.cli.app import client
 from lorry.cli.commands.keys import UNITS
 from lorry.cli.commands.with_files import send_with_files
-from lorry.cli.parsing.choices import Method, Optimizer, Precision, Priority, Schedule
 from lorry.cli.parsing.job_options import (
     ADAPTER,
     RUN,
@@ -46,8 +45,8 @@ from lorry.cli.parsing.job_options import (
     Warmup,
     option,
 )
-from lorry.cli.parsing.key_value import json_or_text, nested, pair
 from lorry.cli.parsing.option_names import FIELDS, NAMES, in_typed_words
+from lorry.cli.parsing.option_values import Method, Optimizer, Precision, Priority, Schedule, json_or_text, nested, pair
 from lorry.cli.render import output, progress_bars
 from lorry.cli.render.output import AsJson
 from lorry.errors import APIError
@@ -127,7 +126,7 @@ def submit(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class SubmitOptions:
     """What a person has asked for, on the command line of a job or of a plan."""
 
     model: str
@@ -143,7 +142,7 @@ class Asked:
             return _create(create, self.model, ids, self.body, typed=self.typed)
 
 
-def read(ctx: typer.Context) -> Asked:
+def read(ctx: typer.Context) -> SubmitOptions:
     """Of what was typed, by the parameters of `submit`. Exits where something is missing, or said twice."""
     params = ctx.params
     for name, metavar in (("model", "MODEL"), ("training", "TRAIN")):
@@ -155,7 +154,7 @@ def read(ctx: typer.Context) -> Asked:
     others = [pair(given, "--set", "PATH=VALUE") for given in said]
     named = {"training_file"} if valid is None else {"training_file", "validation_file"}
     _check_said_once({"model", *named, *fields}, [path for path, _ in others])
-    return Asked(
+    return SubmitOptions(
         model=params["model"],
         files={"TRAIN": params["training"]} | ({} if valid is None else {"--valid": valid}),
         body=nested([*fields.items(), *((path, json_or_text(text)) for path, text in others)]),

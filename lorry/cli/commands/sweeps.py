@@ -8,9 +8,8 @@ import typer
 
 from lorry.cli.app import Sectioned, client, group
 from lorry.cli.commands.with_files import send_with_files
-from lorry.cli.parsing.choices import Method, Priority
-from lorry.cli.parsing.key_value import json_or_text, nested, pair
 from lorry.cli.parsing.option_names import in_typed_words
+from lorry.cli.parsing.option_values import Method, Priority, json_or_text, nested, pair
 from lorry.cli.parsing.sweep_syntax import Metric, check_space, parameter, search_of
 from lorry.cli.render import output, sweep_leaderboard
 from lorry.cli.render.output import AsJson, YesTaken

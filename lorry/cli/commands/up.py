@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import httpx
 
     from lorry.connection import Connection
-    from lorry.local.service import Service
+    from lorry.local.service import LocalService
 
 
 def up(
@@ -49,7 +49,7 @@ def up(
     with DataLock(folder), ports.listen(host, port) as listening:
         if (told := ports.moved(listening, port)) is not None:
             output.say(told)
-        running = service.Service(folder, host=host, listening=listening)
+        running = service.LocalService(folder, host=host, listening=listening)
         running.logs.mkdir(mode=0o700, exist_ok=True)
         known = _bootstrap(running, ports.url(host, listening))
         num_signals = _supervise(running, known, chosen, as_json=as_json)
@@ -57,7 +57,7 @@ def up(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def _bootstrap(running: Service, url: str) -> Connection:
+def _bootstrap(running: LocalService, url: str) -> Connection:
     """The connection file keeps the key of the first start; a later start renews the address and the identity secret.
 
     A key is shown only once. Where the file was lost, or the first start was cut off before it wrote it, another
@@ -81,8 +81,8 @@ def _bootstrap(running: Service, url: str) -> Connection:
     return known
 
 
-def _supervise(running: Service, known: Connection, devices: list[str], *, as_json: bool) -> int:
-    from lorry.local.supervisor import Supervisor
+def _supervise(running: LocalService, known: Connection, devices: list[str], *, as_json: bool) -> int:
+    from lorry.local.supervisor import ProcessSupervisor
 
     def announce() -> None:
         keep_key_good(running, known)
@@ -92,7 +92,7 @@ def _supervise(running: Service, known: Connection, devices: list[str], *, as_js
         else:
             _announce(running, known.url, link, devices)
 
-    return Supervisor(
+    return ProcessSupervisor(
         running.api(),
         running.workers(devices),
         is_ready=lambda: is_ready(known),
@@ -101,7 +101,7 @@ def _supervise(running: Service, known: Connection, devices: list[str], *, as_js
     ).run()
 
 
-def keep_key_good(running: Service, known: Connection) -> None:
+def keep_key_good(running: LocalService, known: Connection) -> None:
     """Replaces a key in the connection file that is no longer valid: it was revoked, or rotated elsewhere.
 
     Raises ServiceNotVerified, and then the key was not sent.
@@ -121,7 +121,7 @@ def keep_key_good(running: Service, known: Connection) -> None:
         output.say(f"The API key in {path} is no longer valid. A new one was made and is in there.")
 
 
-def _announce(running: Service, url: str, link: str, devices: list[str]) -> None:
+def _announce(running: LocalService, url: str, link: str, devices: list[str]) -> None:
     lines = (
         f"Lorry runs at {url}",
         f"  dashboard   {link}",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorry.cli.app import Group, client
+from lorry.cli.app import CommandGroup, client
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson
 from lorry.cli.render.tables import Column, table
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lorry.models.jobs import Worker
 
 app = typer.Typer(
-    cls=Group,
+    cls=CommandGroup,
     help="Who trains, and what each holds resident; cordon, uncordon and drain one.",
     invoke_without_command=True,
     pretty_exceptions_enable=False,

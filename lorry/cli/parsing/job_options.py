@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorry.cli.parsing.choices import Keep, Loss, Method, Overflow, Quantisation
+from lorry.cli.parsing.option_values import Keep, Loss, Method, Overflow, Quantisation
 
 ADAPTER, TRAINING, WATCHING, RUN = "Adapter", "Training", "Evaluation and checkpoints", "The job"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lorry.cli.parsing.choices import Method
+from lorry.cli.parsing.option_values import Method
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lorry.cli.parsing.key_value import json_or_text, pair
 from lorry.cli.parsing.option_names import FIELDS
+from lorry.cli.parsing.option_values import json_or_text, pair
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from lorry.cli.parsing.choices import Method
+    from lorry.cli.parsing.option_values import Method
 
 OTHER_NAMES = {"lr": "learning_rate"}
 """Of options."""

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, create_engine, select
 from sqlalchemy.pool import NullPool
 
-from catalog.tables import Table as Tables
+from catalog.tables.table import Table as Tables
 
 Row = Mapping[str, Any]
 

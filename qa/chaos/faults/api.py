@@ -14,7 +14,8 @@ from sqlalchemy import select
 
 from api.settings import ApiSettings
 from catalog.pepper import Pepper
-from catalog.tables import Job, WebhookDelivery, WebhookEndpoint
+from catalog.tables.jobs import Job
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 from catalog.webhooks import endpoints
 from qa.chaos.row import Row
 from qa.chaos.site import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite

@@ -12,7 +12,8 @@ from sqlalchemy import Select, select
 
 from catalog.states import EndReason
 from catalog.storage.object_storage import CHUNK_BYTES
-from catalog.tables import Artifact, Checkpoint
+from catalog.tables.history import Checkpoint
+from catalog.tables.storage import Artifact
 from qa.chaos.row import Row
 from qa.chaos.site import PATIENCE_SECONDS, FaultSite
 from tests.services.fault_proxy import Asked, FaultProxy, Verdict, http_answer

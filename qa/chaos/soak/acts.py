@@ -22,7 +22,10 @@ from sqlalchemy import func, select
 
 from catalog.errors import LorryError
 from catalog.states import JobState
-from catalog.tables import Adapter, Artifact, Checkpoint, Job, Trainer
+from catalog.tables.fleet import Trainer
+from catalog.tables.history import Checkpoint
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, Artifact
 from qa.chaos.faults.store import BROKEN
 from qa.chaos.site import FaultSite
 from qa.chaos.soak.asking import Sample

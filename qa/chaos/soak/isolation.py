@@ -28,7 +28,9 @@ from catalog.errors import LorryError
 from catalog.jobs import commands
 from catalog.pepper import Pepper
 from catalog.states import FINAL_STATES, JobState
-from catalog.tables import Job, Trainer, UsageDay, Worker
+from catalog.tables.fleet import Trainer, Worker
+from catalog.tables.jobs import Job
+from catalog.tables.usage import UsageDay
 from catalog.webhooks import endpoints
 from qa.chaos.site import FaultSite
 from qa.chaos.soak.neighbor import CRASH_SUFFIX

@@ -17,7 +17,7 @@ import psutil
 from sqlalchemy import select
 
 from catalog.errors import LorryError
-from catalog.tables import Worker
+from catalog.tables.fleet import Worker
 from qa.chaos.faults.redis import CELERY
 from qa.chaos.site import FaultSite
 from qa.chaos.soak.asking import Sample

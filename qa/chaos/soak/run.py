@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 
 from catalog.errors import LorryError
 from catalog.states import FINAL_STATES
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from qa.chaos.audit import tables
 from qa.chaos.audit.findings import Finding
 from qa.chaos.faults.api import add_endpoint, all_delivered

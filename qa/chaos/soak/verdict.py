@@ -11,7 +11,7 @@ from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason
 from qa.chaos.audit.tables import Record
 from qa.chaos.soak.asking import Sample
 from qa.chaos.soak.kept import Away, Window
-from worker.process.exits import WAS_KILLED
+from worker.process.exit_status import WAS_KILLED
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 UNAVAILABLE = 503

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from api.middleware.allowed_hosts import host_policy, is_loopback
+from api.middleware.http import host_policy, is_loopback
 from api.settings import ApiSettings
 
 

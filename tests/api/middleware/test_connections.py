@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.server import ServerState
 
-from api.middleware.connections import MIN_BODY_BYTES, MIN_RESPONSE_BYTES, Connection, Timeouts
+from api.middleware.connections import MIN_BODY_BYTES, MIN_RESPONSE_BYTES, HttpConnection, Timeouts
 from api.server import server_config
 from tests.api.site import connect, read_to_end, running
 
@@ -108,7 +108,7 @@ class Wire:
         self.loop, self.transport = ManualLoop(), FakeTransport()
         config = uvicorn.Config(app, log_config=None, ws="none")
         loop = cast(asyncio.AbstractEventLoop, self.loop)
-        self.connection = Connection(config=config, server_state=ServerState(), app_state={}, _loop=loop)
+        self.connection = HttpConnection(config=config, server_state=ServerState(), app_state={}, _loop=loop)
         self.connection.connection_made(cast(asyncio.Transport, self.transport))
         self.receive, self.turn = self.connection.data_received, self.loop.turn
 
@@ -311,7 +311,7 @@ def test_a_live_stream_whose_client_waits_for_news_goes_on(wire: Wire) -> None:
     assert wire.end is None
 
 
-class Impatient(Connection):
+class Impatient(HttpConnection):
     timeouts = Timeouts(header_seconds=0.1, body_seconds=0.1, send_seconds=0.1)
 
 

@@ -23,7 +23,7 @@ from catalog.datasets import check_process, validator
 from catalog.db.database import POOL
 from catalog.storage import files
 from catalog.storage.store import ArtifactStore
-from catalog.tables import Adapter
+from catalog.tables.storage import Adapter
 from tests.api.site import Site, chat_lines, connect, error_of, read_to_end, running, until
 from tests.api.trained import trained
 from tests.catalog.world import World

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from api.deps import Services
 from catalog.registry import adapters
 from catalog.storage.store import blob_key
-from catalog.tables import Adapter
+from catalog.tables.storage import Adapter
 from lorry.verification.adapter_folder import verify_folder
 from tests.api.site import error_of
 from tests.api.trained import BASE, CONTENT, trained

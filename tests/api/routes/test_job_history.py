@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from starlette.testclient import TestClient
 
+from catalog.lifecycle import preparation, recording
 from catalog.queue import claims
 from tests.api.site import error_of
 from tests.catalog.world import World, manifest, sha
@@ -39,8 +40,8 @@ def test_events_are_read_by_type_and_by_pages(client: TestClient, world: World) 
     world.worker()
     claim = world.running()
     for step in range(1, 4):
-        claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0 / step}])
-        claims.record_event(world.db, claim.claim_id, "info", f"word {step}")
+        recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0 / step}])
+        recording.record_event(world.db, claim.claim_id, "info", f"word {step}")
     path = f"{JOBS}/{claim.job.id}/events"
 
     def pages(**query: str) -> list[str]:
@@ -74,10 +75,10 @@ def test_curves_checkpoints_and_attempts_are_shown(client: TestClient, world: Wo
     claim = taken[first.id]
     claims.started(world.db, claim.claim_id, trainer_id="trainer-w1", resumed_from_step=0)
     points = [{"kind": "train", "step": step, "loss": 3.0 / step, "num_tokens": 10} for step in range(1, 6)]
-    claims.record_metrics(world.db, claim.claim_id, [*points, {"kind": "valid", "step": 5, "loss": 0.5}])
-    exported = claims.Exported(artifact=manifest("weights"), lineage={}, lineage_id="1" * 64)
+    recording.record_metrics(world.db, claim.claim_id, [*points, {"kind": "valid", "step": 5, "loss": 0.5}])
+    exported = recording.Exported(artifact=manifest("weights"), lineage={}, lineage_id="1" * 64)
     files = manifest("c", kind="checkpoint")
-    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=files, exported=exported)
+    recording.record_checkpoint(world.db, claim.claim_id, step=5, artifact=files, exported=exported)
 
     train = client.get(f"{JOBS}/{first.id}/metrics").json()["data"]
     valid = client.get(f"{JOBS}/{first.id}/metrics", params={"kind": "valid"}).json()["data"]
@@ -98,9 +99,11 @@ def test_a_checkpoint_has_the_numbers_of_its_own_step_and_no_older_ones(client: 
     world.worker()
     claim = world.running()
     points = [{"kind": "train", "step": step, "loss": 3.0 / step, "token_accuracy": 0.5} for step in (2, 3)]
-    claims.record_metrics(world.db, claim.claim_id, [*points, {"kind": "valid", "step": 2, "loss": 0.7}])
+    recording.record_metrics(world.db, claim.claim_id, [*points, {"kind": "valid", "step": 2, "loss": 0.7}])
     for step in (2, 3, 4):
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}", kind="checkpoint"))
+        recording.record_checkpoint(
+            world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}", kind="checkpoint")
+        )
 
     listed = client.get(f"{JOBS}/{claim.job.id}/checkpoints").json()["data"]
 
@@ -129,7 +132,7 @@ def test_the_data_report_is_shown_once_it_is_there(client: TestClient, world: Wo
 
 def test_a_refused_file_shows_the_report_of_its_refusal(client: TestClient, world: World) -> None:
     job = world.submit()
-    unprepared = claims.next_unprepared(world.db, worker_id="w", lease_seconds=60)
+    unprepared = preparation.next_unprepared(world.db, worker_id="w", lease_seconds=60)
     assert unprepared is not None
     digest = unprepared.training_file.digest
     world.put_tokens(
@@ -139,7 +142,7 @@ def test_a_refused_file_shows_the_report_of_its_refusal(client: TestClient, worl
         report={"refusal": {"code": "masked"}},
     )
     error = {"code": "masked", "message": "Only masked rows."}
-    claims.refused(world.db, claim_id=unprepared.claim_id, error=error, train_key=sha("k"))
+    preparation.refused(world.db, claim_id=unprepared.claim_id, error=error, train_key=sha("k"))
 
     shown = client.get(f"{JOBS}/{job.id}").json()
     report = client.get(f"{JOBS}/{job.id}/data_report").json()

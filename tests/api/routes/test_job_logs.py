@@ -11,9 +11,9 @@ from catalog.errors import StaleClaim
 from catalog.history import job_logs
 from catalog.maintenance import garbage_collection
 from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.states import EndReason
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from tests.api.site import error_of
 from tests.catalog.world import World
 

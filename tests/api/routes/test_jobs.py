@@ -9,7 +9,8 @@ from sqlalchemy import event
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog.jobs import commands
+from catalog.history import queries
+from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.registry import adapters
 from catalog.states import EndReason
@@ -61,11 +62,11 @@ def test_a_running_job_tells_whether_it_loads_trains_or_verifies(client: TestCli
     (claim,) = world.claim()
     assert phase() == "loading"
     claims.started(world.db, claim.claim_id, trainer_id="t", resumed_from_step=None)
-    claims.record_progress(world.db, claim.claim_id, {"step": 59, "num_steps": 60})
+    recording.record_progress(world.db, claim.claim_id, {"step": 59, "num_steps": 60})
     assert phase() == "training"
-    claims.record_progress(world.db, claim.claim_id, {"step": 60, "num_steps": 60})
+    recording.record_progress(world.db, claim.claim_id, {"step": 60, "num_steps": 60})
     assert phase() == "verifying"
-    claims.record_progress(world.db, claim.claim_id, {"step": 6, "num_steps": 10, "stopped_early": "No progress."})
+    recording.record_progress(world.db, claim.claim_id, {"step": 6, "num_steps": 10, "stopped_early": "No progress."})
     assert phase() == "verifying"
     world.complete(claim.claim_id)
     assert phase() is None
@@ -300,10 +301,10 @@ def test_a_succeeded_job_names_the_file_of_its_curves_which_can_not_be_trained_o
 def test_a_job_tells_what_was_evaluated_and_how_long_it_was_trained(client: TestClient, world: World) -> None:
     world.worker()
     claim = world.running()
-    claims.record_progress(world.db, claim.claim_id, {"step": 2, "num_steps": 10, "loss": 1.0})
+    recording.record_progress(world.db, claim.claim_id, {"step": 2, "num_steps": 10, "loss": 1.0})
     before = client.get(f"{JOBS}/{claim.job.id}").json()
     for step, loss in ((3, 0.5), (6, 0.75)):
-        claims.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": step, "loss": loss}])
+        recording.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": step, "loss": loss}])
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
 
     shown = client.get(f"{JOBS}/{claim.job.id}").json()
@@ -311,7 +312,7 @@ def test_a_job_tells_what_was_evaluated_and_how_long_it_was_trained(client: Test
     assert (before["progress"]["valid_loss"], before["progress"]["best_valid_loss"]) == (None, None)
     assert (shown["progress"]["valid_loss"], shown["progress"]["best_valid_loss"]) == (0.75, 0.5)
     assert shown["progress"]["step"] == 2
-    assert shown["seconds_running"] == commands.seconds_running(world.db, [claim.job.id])[claim.job.id] > 0
+    assert shown["seconds_running"] == queries.seconds_running(world.db, [claim.job.id])[claim.job.id] > 0
     assert client.get(JOBS).json()["data"] == [shown]
 
 
@@ -374,7 +375,7 @@ def test_what_cannot_be_honoured_of_tags_and_resources_is_refused(
 def test_the_estimated_finish_stands_still_between_two_reports_of_progress(client: TestClient, world: World) -> None:
     world.worker()
     claim = world.running()
-    claims.record_progress(world.db, claim.claim_id, {"step": 2, "seconds_left": 100.0})
+    recording.record_progress(world.db, claim.claim_id, {"step": 2, "seconds_left": 100.0})
     path = f"{JOBS}/{claim.job.id}"
 
     first = client.get(path).json()

@@ -12,9 +12,9 @@ from starlette.testclient import TestClient
 
 from api.deps import Services
 from catalog.errors import Unavailable
-from catalog.queue import claims
-from catalog.tables import Worker
-from catalog.tables.living import SILENT_SECONDS
+from catalog.fleet import workers
+from catalog.lifecycle import recording
+from catalog.tables.fleet import SILENT_SECONDS, Worker
 from tests.api.site import error_of
 from tests.api.trained import CONTENT, stored_weights
 from tests.catalog.world import World, manifest
@@ -96,7 +96,7 @@ def test_a_kept_checkpoint_is_a_model_with_files_until_it_is_deleted(
     world.worker()
     claim = world.running(suffix="docs")
     files, exported = manifest("c", kind="checkpoint"), stored_weights(services, tmp_path / "weights")
-    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=files, exported=exported)
+    recording.record_checkpoint(world.db, claim.claim_id, step=5, artifact=files, exported=exported)
     name = f"ft:smol:ours:docs:{claim.job.id[-8:]}:ckpt-step-5"
 
     model, adapter = (client.get(f"/v1/{kind}/{name}").json() for kind in ("models", "adapters"))
@@ -121,7 +121,7 @@ def test_the_queue_shows_places_and_a_worker_what_it_holds(
     world.worker()
     running = world.running()
     first, second = world.queued(priority="urgent"), world.queued()
-    claims.worker_beat(
+    workers.worker_beat(
         world.db, "w1", resident_base=running.job.base_digest, trainer_id="trainer-w1", report={"tokens_per_second": 9}
     )
 
@@ -149,7 +149,7 @@ def test_a_worker_whose_trainer_holds_no_job_is_idle_for_everybody(
     world.worker("w2")
     claim = world.running()
     for worker_id in ("w1", "w2"):
-        claims.worker_beat(
+        workers.worker_beat(
             world.db, worker_id, resident_base=claim.job.base_digest, trainer_id=f"t-{worker_id}", report=None
         )
 
@@ -187,7 +187,7 @@ def test_an_operator_cordons_and_drains_a_worker_and_everybody_sees_why(
 
 def test_cordons_are_refused_in_plain_words(client: TestClient, operator: TestClient, world: World) -> None:
     world.worker("gone")
-    claims.end_worker(world.db, "gone")
+    workers.end_worker(world.db, "gone")
 
     for verb in ("cordon", "uncordon", "drain"):
         assert error_of(client.post(f"/v1/workers/gone/{verb}"))["code"] == "operator_required"

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog.queue import claims
+from catalog.lifecycle import recording
 from catalog.registry import adapters
 from tests.api.conftest import new_key, with_key
 from tests.api.site import error_of
@@ -27,7 +27,7 @@ def model(request: pytest.FixtureRequest, services: Services, world: World, tmp_
     solid_base(world)
     claim = world.running(suffix="two", model=BASE)
     exported = stored_weights(services, tmp_path / "exported")
-    claims.record_checkpoint(
+    recording.record_checkpoint(
         world.db, claim.claim_id, step=5, artifact=manifest("c", kind="checkpoint"), exported=exported
     )
     return f"ft:{BASE}:ours:two:{claim.job.id[-8:]}:ckpt-step-5"

@@ -9,8 +9,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from api.deps import Services
+from catalog.lifecycle import recording
 from catalog.lifecycle.recording import Course
-from catalog.queue import claims
+from catalog.queue import claiming, claims
 from catalog.states import EndReason
 from catalog.sweeps import controller, queries
 from catalog.tenancy import authentication
@@ -92,7 +93,7 @@ class Fleet:
     def __init__(self, world: World, num_steps: int) -> None:
         self._world = world
         self._num_steps = num_steps
-        self._running: dict[str, tuple[claims.Claim, int]] = {}
+        self._running: dict[str, tuple[claiming.Claim, int]] = {}
         world.worker()
 
     def work(self, _seconds: float) -> None:
@@ -105,14 +106,14 @@ class Fleet:
         while controller.advance(self._world.db):
             pass
 
-    def _step(self, claim: claims.Claim, step: int) -> bool:
+    def _step(self, claim: claiming.Claim, step: int) -> bool:
         """Whether it has ended."""
         db, rank = self._world.db, claim.job.spec["lora"]["rank"]
         if self._world.job(claim.job.id).cancel_requested:
             claims.end(db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
             return True
         point = {"kind": "valid", "step": step, "loss": abs(rank - 20) + 10.0 / step}
-        claims.record_metrics(db, claim.claim_id, [point])
+        recording.record_metrics(db, claim.claim_id, [point])
         if step < self._num_steps:
             return False
         course = Course(steps=step, kept_step=step, stopped_early=None)

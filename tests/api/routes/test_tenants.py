@@ -20,11 +20,13 @@ from api.deps import Services
 from catalog.audit import chain
 from catalog.db.database import Database
 from catalog.jobs import commands
-from catalog.queue import claims
+from catalog.lifecycle import recording
 from catalog.registry import permissions
-from catalog.tables import ModelPermission, Table, UploadPart
+from catalog.tables.storage import UploadPart
+from catalog.tables.table import Table
+from catalog.tables.tenancy import ModelPermission
 from catalog.tenancy import organizations
-from catalog.webhooks.event_types import EVENT_TYPES
+from catalog.webhooks.outbox import EVENT_TYPES
 from tests.api.site import chat_lines
 from tests.api.test_openapi import operations
 from tests.api.trained import BASE, stored_weights, trained
@@ -124,7 +126,7 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     claim = world.running(suffix="two", model=BASE)
     exported = stored_weights(services, tmp_path / "exported")
     files = manifest("c", kind="checkpoint")
-    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=files, exported=exported)
+    recording.record_checkpoint(world.db, claim.claim_id, step=5, artifact=files, exported=exported)
     waiting = world.submit(metadata={"team": "secret-label"})
     planned = ready_plan(world, model=BASE, metadata={"team": "secret-label"})
     file_id = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", chat_lines(2))}).json()["id"]

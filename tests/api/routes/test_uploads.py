@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from api.middleware import body_limit as bodies
+from api.middleware import http as bodies
 from api.transfers import file_upload
 from catalog.settings import Settings
 from tests.api.site import CHAT, Site, chat_lines, error_of

@@ -20,7 +20,7 @@ from api.settings import ApiSettings
 from catalog.jobs import commands
 from catalog.settings import Settings
 from catalog.webhooks import delivery_queue
-from catalog.webhooks.event_types import EVENT_TYPES
+from catalog.webhooks.outbox import EVENT_TYPES
 from tests.api.hook_receiver import WAIT_SECONDS, Answer, Received, Receiver, receiving
 from tests.api.site import error_of
 from tests.catalog.world import World

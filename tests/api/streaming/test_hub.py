@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from api.streaming import hub as feeds
-from api.streaming.hub import Feed, Found, Listener, Topic
+from api.streaming.hub import Feed, Found, Subscription, Topic
 from catalog.errors import Unauthorized, Unavailable
 
 
@@ -35,11 +35,11 @@ class Log:
         has_more = seq + len(new) < len(self.written[key])
         return Found(seq=seq + len(new), parts=parts, has_more=has_more, view=None if has_more else "same")
 
-    def listener(self, key: Hashable, seq: int = 0, *, page: int = 3, who: Hashable = "me") -> Listener:
+    def listener(self, key: Hashable, seq: int = 0, *, page: int = 3, who: Hashable = "me") -> Subscription:
         def look() -> Found:
             return self.found(key, listener.seq, page)
 
-        listener = Listener(source=self, key=key, look=look, signed=who)
+        listener = Subscription(source=self, key=key, look=look, signed=who)
         listener.seq = seq
         return listener
 
@@ -48,7 +48,7 @@ def welcome() -> None:
     return None
 
 
-async def caught_up(feed: Feed, listener: Listener, identify: Callable[[], object] = welcome) -> None:
+async def caught_up(feed: Feed, listener: Subscription, identify: Callable[[], object] = welcome) -> None:
     feed.enter(listener, listener.look(), identify)
     while not await feed.catch_up(listener):
         pass
@@ -64,7 +64,7 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def held(listener: Listener) -> list[int]:
+def held(listener: Subscription) -> list[int]:
     return [int(number) for number in b"".join(listener.held).split()]
 
 
@@ -72,7 +72,7 @@ def test_listeners_that_join_at_any_time_are_told_all_once_and_a_topic_is_read_o
     async def scenario() -> None:
         feed, log = a_feed(), Log()
         log.write("job", 10)
-        listeners: list[Listener] = []
+        listeners: list[Subscription] = []
         running = asyncio.create_task(feed.run())
         for seq in (0, 4, 10, 2):
             listener = log.listener("job", seq)

@@ -16,11 +16,12 @@ from api.streaming import hub as feeds
 from api.streaming import job_stream
 from catalog.caller import Caller
 from catalog.db.database import Database
-from catalog.history import changes
+from catalog.history import changes, queries
 from catalog.jobs import commands
+from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.states import EndReason
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from catalog.tenancy import authentication
 from tests.api.site import Message, Site, messages
 from tests.catalog.world import World, end_key
@@ -41,12 +42,12 @@ def stream_path(job_id: str) -> str:
 def test_a_stream_tells_what_was_then_what_happens_and_ends_with_the_final_job(site: Site, world: World) -> None:
     world.worker()
     claim = world.running()
-    history = commands.events_since(world.db, project_id=world.caller.project_id, job_id=claim.job.id, seq=0)
+    history = queries.events_since(world.db, project_id=world.caller.project_id, job_id=claim.job.id, seq=0)
 
     with opened(site, stream_path(claim.job.id)) as stream:
         told = list(islice(stream, len(history) + 1))
-        claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.5}])
-        claims.record_progress(world.db, claim.claim_id, {"step": 1, "num_steps": 10, "loss": 2.5})
+        recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.5}])
+        recording.record_progress(world.db, claim.claim_id, {"step": 1, "num_steps": 10, "loss": 2.5})
         while (update := next(stream)).event != "metric":
             pass
         world.complete(claim.claim_id)
@@ -64,7 +65,7 @@ def test_a_stream_tells_what_was_then_what_happens_and_ends_with_the_final_job(s
 
 def test_a_stream_goes_on_after_the_last_event_that_was_seen(site: Site, world: World) -> None:
     job = world.queued()
-    seen = commands.events_since(world.db, project_id=world.caller.project_id, job_id=job.id, seq=0)
+    seen = queries.events_since(world.db, project_id=world.caller.project_id, job_id=job.id, seq=0)
 
     with opened(site, stream_path(job.id), **{"last-event-id": str(seen[0].seq)}) as stream:
         told = list(islice(stream, len(seen)))
@@ -193,13 +194,17 @@ def test_a_replayed_step_is_told_again_and_nothing_twice(world: World) -> None:
     world.worker()
     claim = world.running()
     mark = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
-    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": s, "loss": 1.0} for s in range(1, 301)])
+    recording.record_metrics(
+        world.db, claim.claim_id, [{"kind": "train", "step": s, "loss": 1.0} for s in range(1, 301)]
+    )
 
     first = changes.look(world.db, mark)
     nothing = changes.look(world.db, mark)
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
     (again,) = world.claim()
-    claims.record_metrics(world.db, again.claim_id, [{"kind": "train", "step": s, "loss": 2.0} for s in range(50, 53)])
+    recording.record_metrics(
+        world.db, again.claim_id, [{"kind": "train", "step": s, "loss": 2.0} for s in range(50, 53)]
+    )
     replayed = changes.look(world.db, mark)
 
     assert [point.step for point in first.points] == list(range(1, 301))
@@ -213,12 +218,12 @@ def test_a_new_watcher_is_told_the_messages_of_old_and_no_old_metrics(
     monkeypatch.setattr(changes, "RECENT_SECONDS", 0.0)
     world.worker()
     claim = world.running()
-    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 3.0}])
-    claims.record_event(world.db, claim.claim_id, "info", "half way")
+    recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 3.0}])
+    recording.record_event(world.db, claim.claim_id, "info", "half way")
 
     mark = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
     first = changes.look(world.db, mark)
-    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 2, "loss": 2.0}])
+    recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 2, "loss": 2.0}])
     second = changes.look(world.db, mark)
 
     assert "half way" in [event.message for event in first.events]
@@ -232,10 +237,10 @@ def test_a_watcher_that_comes_back_is_told_no_point_again_and_misses_none(world:
     world.worker()
     claim = world.running()
     mark = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
-    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": s, "loss": 3.0} for s in (1, 2)])
+    recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": s, "loss": 3.0} for s in (1, 2)])
     seen = changes.look(world.db, mark).events[-1]
     assert seen.type == "metrics"
-    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 3, "loss": 2.0}])
+    recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 3, "loss": 2.0}])
 
     again = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=seen.seq)
     news = changes.look(world.db, again)
@@ -251,7 +256,7 @@ def test_an_event_is_told_right_after_the_points_that_came_with_it(world: World)
     changes.look(world.db, mark)
     for first in (1, 3):
         points = [{"kind": "train", "step": step, "loss": 1.0} for step in (first, first + 1)]
-        claims.record_metrics(world.db, claim.claim_id, points)
+        recording.record_metrics(world.db, claim.claim_id, points)
 
     news = changes.look(world.db, mark)
 
@@ -264,7 +269,7 @@ def test_more_than_one_look_can_hold_is_told_in_several(world: World, monkeypatc
     claim = world.running()
     mark = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
     for step in range(1, 31):
-        claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
+        recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
 
     looks = [changes.look(world.db, mark)]
     while looks[-1].has_more:
@@ -290,10 +295,10 @@ def test_a_look_that_brings_nothing_asks_for_nothing_beside_the_jobs_row(
 
     world.pass_time(5, claim.claim_id)
     quiet = watch.look()
-    claims.record_progress(world.db, claim.claim_id, {"step": 1, "num_steps": 10, "loss": 2.5})
+    recording.record_progress(world.db, claim.claim_id, {"step": 1, "num_steps": 10, "loss": 2.5})
     news = watch.look()
 
     assert (quiet.parts, quiet.told_view, news.parts) == ([], b"", [])
     assert asked == [1, 1]
-    shown = commands.seconds_running(world.db, [claim.job.id])[claim.job.id]
+    shown = queries.seconds_running(world.db, [claim.job.id])[claim.job.id]
     assert 0 < json.loads(news.told_view.decode().partition("data: ")[2])["seconds_running"] <= shown

@@ -23,7 +23,7 @@ import pytest
 from fastapi import FastAPI
 
 from api.deps import Services
-from api.middleware.connections import Connection, Timeouts
+from api.middleware.connections import HttpConnection, Timeouts
 from api.transfers.attachment import PIECE_BYTES, READ_BYTES, Downloads
 from catalog.errors import RateLimited
 from catalog.settings import Settings
@@ -138,11 +138,11 @@ def get(site: Site, path: str) -> socket.socket:
     return client
 
 
-def paused(site: Site, number: int) -> list[Connection]:
+def paused(site: Site, number: int) -> list[HttpConnection]:
     """The server's connections that wait for their clients to read, when there are so many."""
 
-    def waiting() -> list[Connection]:
-        connections = [cast(Connection, each) for each in list(site.server.server_state.connections)]
+    def waiting() -> list[HttpConnection]:
+        connections = [cast(HttpConnection, each) for each in list(site.server.server_state.connections)]
         return [each for each in connections if each.flow.write_paused]
 
     until(lambda: len(waiting()) >= number)
@@ -218,7 +218,7 @@ def test_a_project_has_a_limited_number_of_downloads_at_once_however_many_keys_i
     assert refusal.value.code == "too_many_downloads"
 
 
-class Unread(Connection):
+class Unread(HttpConnection):
     timeouts = Timeouts(send_seconds=0.1)
 
 

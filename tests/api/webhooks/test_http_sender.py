@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from api.webhooks.http_sender import REPLY_BYTES, WebhookSender
-from catalog.webhooks.delivery_queue import Outcome
+from catalog.webhooks.delivery_queue import DeliveryResult
 from catalog.webhooks.url_policy import Rules, networks_of
 from tests.api.hook_receiver import Answer, Received, Receiver, receiving
 
@@ -42,7 +42,7 @@ class Names:
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
-def send(url: str, rules: Rules = LOOPBACK, **given: Any) -> Outcome:
+def send(url: str, rules: Rules = LOOPBACK, **given: Any) -> DeliveryResult:
     sender = WebhookSender(rules, **given)
     return asyncio.run(sender.send(url, project_id="ours", body=b"{}", headers={"webhook-id": "evt-1"}))
 

@@ -12,7 +12,7 @@ import pytest
 
 from api.webhooks.http_sender import TESTS_OF_PROJECT, WebhookSender
 from api.webhooks.name_resolver import ABSENT_SECONDS, LOOKUPS_OF_PROJECT, MAX_LOOKUPS, NameResolver, NoAddress
-from catalog.webhooks.delivery_queue import Outcome
+from catalog.webhooks.delivery_queue import DeliveryResult
 from catalog.webhooks.url_policy import Rules, networks_of
 from tests.api.hook_receiver import receiving
 
@@ -117,11 +117,11 @@ def test_a_name_without_an_address_is_asked_for_again_after_a_minute_and_by_anot
 
 
 def test_an_endpoint_is_reached_while_another_projects_names_hang_and_only_their_failures_say_nothing() -> None:
-    async def main(port: str) -> tuple[Outcome, list[Outcome], Outcome]:
+    async def main(port: str) -> tuple[DeliveryResult, list[DeliveryResult], DeliveryResult]:
         names = Names()
         sender = WebhookSender(LOOPBACK, lookup=names)
 
-        def sent(host: str, project_id: str) -> Coroutine[Any, Any, Outcome]:
+        def sent(host: str, project_id: str) -> Coroutine[Any, Any, DeliveryResult]:
             return sender.send(f"http://{host}:{port}/", project_id=project_id, body=b"{}", headers={})
 
         hanging = [asyncio.create_task(sent(f"hang-{n}", "noisy")) for n in range(10)]
@@ -144,7 +144,7 @@ def test_an_endpoint_is_reached_while_another_projects_names_hang_and_only_their
 
 
 def test_what_fails_after_the_connection_says_something_though_the_resolver_is_saturated() -> None:
-    async def main(port: str) -> Outcome:
+    async def main(port: str) -> DeliveryResult:
         names = Names()
         sender = WebhookSender(LOOPBACK, lookup=names)
         found = asyncio.create_task(

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from catalog.admission.parent import as_exported
+from catalog.admission.accept import exported_shape
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.jobs import commands
 from catalog.registry import adapters
 from catalog.resources import memory
 from catalog.spec.job import JobSpec
 from catalog.spec.lora import LoraRequest, resolve_lora
-from catalog.tables import Adapter, Job
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter
 from tests.catalog.world import DESCRIPTION, World
 
 SHAPE = {"rank": 4, "alpha": 12, "dropout": 0.1, "target_modules": ["v_proj", "q_proj"], "rank_pattern": {"v_proj": 2}}
@@ -104,7 +105,7 @@ def test_an_adapter_that_began_with_the_base_is_continued_as_a_plain_one_of_twic
     asked = LoraRequest(rank=4, alpha=8, rank_pattern={"q": 2}, alpha_pattern={"q": 3}, use_rslora=use_rslora)
     pissa = resolve_lora(asked.model_copy(update={"init_lora_weights": "pissa"}))
 
-    plain, times = as_exported(pissa), math.sqrt(2) if use_rslora else 2
+    plain, times = exported_shape(pissa), math.sqrt(2) if use_rslora else 2
 
     assert (plain.rank, plain.rank_pattern, plain.init_lora_weights) == (8, {"q": 4}, "default")
     assert (plain.alpha, plain.alpha_pattern) == (times * 8, {"q": times * 3})

@@ -8,7 +8,7 @@ import pytest
 
 from catalog.admission.target_layers import MAX_ATTEMPTS
 from catalog.errors import Conflict, InvalidRequest
-from catalog.jobs import commands, submission
+from catalog.jobs import submission
 from catalog.plans import claims
 from catalog.registry import base_models
 from catalog.spec import target_modules
@@ -41,7 +41,9 @@ def test_a_job_a_plan_and_a_job_from_a_plan_match_patterns_outside_of_write_tran
     assert claim is not None
     know(wide, row)
     claims.conclude(wide.db, claim.claim_id, settings=SETTINGS)
-    planned = commands.create(wide.db, caller=wide.caller, request=PlannedJob(plan=row.id), body_digest=sha("planned"))
+    planned = submission.create(
+        wide.db, caller=wide.caller, request=PlannedJob(plan=row.id), body_digest=sha("planned")
+    )
 
     assert num_parameters(wide, job.id) == num_parameters(wide, planned.id) == (4 + 2) * 128
 

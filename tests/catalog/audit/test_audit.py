@@ -18,7 +18,7 @@ from catalog.jobs import commands
 from catalog.registry import adapters, base_models, permissions
 from catalog.storage import files
 from catalog.sweeps import revocation
-from catalog.tables import AuditEvent, AuditHead
+from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tenancy import api_keys, authentication, organizations, projects
 from tests.catalog.world import PEPPER, World
 
@@ -376,7 +376,7 @@ def test_an_export_that_was_edited_is_seen(world: World) -> None:
     ]
 
 
-def check(world: World, **part: int) -> chain.Checked:
+def check(world: World, **part: int) -> chain.ChainCheck:
     return chain.check(world.db, peppers=PEPPER.all(), **part)
 
 

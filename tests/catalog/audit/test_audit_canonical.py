@@ -9,7 +9,7 @@ import math
 import pytest
 
 from catalog.audit import chain, log
-from catalog.tables import Json
+from catalog.tables.table import Json
 from catalog.tenancy import projects
 from catalog.usage import quotas
 from tests.catalog.audit.test_audit import an_operator, events, sealed

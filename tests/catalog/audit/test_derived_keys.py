@@ -14,7 +14,8 @@ from catalog.db.database import Database
 from catalog.maintenance import audit_anchors
 from catalog.pepper import Pepper
 from catalog.storage.object_storage import Objects
-from catalog.tables import AuditEvent, AuditHead, Json, RetiredKey
+from catalog.tables.audit import AuditEvent, AuditHead, RetiredKey
+from catalog.tables.table import Json
 from catalog.tenancy import projects
 from tests.catalog.world import PEPPER, World
 

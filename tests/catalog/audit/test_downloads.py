@@ -14,7 +14,7 @@ from catalog.audit.downloads import REPEAT_SECONDS, ReadAudit
 from catalog.audit.log import Actor, Origin
 from catalog.db.database import Database
 from catalog.errors import Unavailable
-from catalog.tables import AuditEvent
+from catalog.tables.audit import AuditEvent
 from tests.catalog.world import World
 
 MINE = Actor(type="api_key", id="key-me", name="mine")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from catalog.datasets.completion import as_chat, check_completion
 from catalog.datasets.formats import KINDS
+from catalog.datasets.rows import as_chat, check_completion
 from catalog.datasets.validator import DatasetCheck, inspect
 from catalog.errors import InvalidRequest
 

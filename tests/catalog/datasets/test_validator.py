@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from catalog.datasets.chat import BadRow, check_chat, parse_object
 from catalog.datasets.formats import kind_of_row
-from catalog.datasets.preference import check_pair
+from catalog.datasets.rows import check_pair
 from catalog.datasets.validator import DatasetCheck, inspect, read_rows
 from catalog.errors import InvalidRequest
 

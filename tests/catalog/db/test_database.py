@@ -13,7 +13,10 @@ from sqlalchemy import Connection, QueuePool, event, select, text
 
 from catalog.db.database import STUCK_SECONDS, Database, get_locked, read_clock, serialise, serialised_at, upsert
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
-from catalog.tables import File, MetricBlock, Organization, Pulse
+from catalog.tables.fleet import DatabaseHeartbeat
+from catalog.tables.history import MetricBlock
+from catalog.tables.storage import File
+from catalog.tables.tenancy import Organization
 from catalog.tenancy import projects
 from tests.catalog.reading import statements_of
 from tests.catalog.world import World, request
@@ -45,18 +48,18 @@ def test_a_transaction_that_fails_leaves_nothing(db: Database) -> None:
 
 def test_many_writers_at_once_lose_no_write(db: Database) -> None:
     with db.write() as session:
-        session.add(Pulse(id=2, seen_at=0))
+        session.add(DatabaseHeartbeat(id=2, seen_at=0))
 
     def add_one(_: int) -> None:
         with db.write() as session:
-            row = session.get_one(Pulse, 2, with_for_update=True)
+            row = session.get_one(DatabaseHeartbeat, 2, with_for_update=True)
             row.seen_at += 1
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(add_one, range(80)))
 
     with db.read() as session:
-        assert session.get_one(Pulse, 2).seen_at == 80
+        assert session.get_one(DatabaseHeartbeat, 2).seen_at == 80
 
 
 def test_what_is_serialised_by_name_runs_one_after_another(db: Database) -> None:

@@ -22,7 +22,9 @@ from catalog.queue import claims
 from catalog.storage import artifact_index, token_cache
 from catalog.storage.manifest import Manifest
 from catalog.sweeps import revocation
-from catalog.tables import Artifact, Job, Prepared, Worker
+from catalog.tables.fleet import Worker
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Artifact, Prepared
 from catalog.tenancy import api_keys, authentication
 from catalog.tenancy.api_keys import KeyRequest
 from tests.catalog.world import LEASE, PEPPER, World, manifest, sha
@@ -130,7 +132,7 @@ def test_leases_are_extended_after_an_outage_without_holding_the_workers_row(wor
             session.scalar(select(Worker).where(Worker.id == "w1").with_for_update())
         orders = beat.result()
 
-    assert orders == {mine.claim_id: claims.Orders()}
+    assert orders == {mine.claim_id: claims.ClaimDirectives()}
     assert world.job(other.job.id).lease_extended
 
 

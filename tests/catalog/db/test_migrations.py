@@ -14,9 +14,11 @@ from alembic import command
 from sqlalchemy import inspect, select
 
 from catalog.db.database import Database, alembic_config
-from catalog.jobs import commands
-from catalog.queue import claims
-from catalog.tables import Checkpoint, Job, Table
+from catalog.history import queries
+from catalog.lifecycle import recording
+from catalog.tables.history import Checkpoint
+from catalog.tables.jobs import Job
+from catalog.tables.table import Table
 from tests.catalog.world import Clock, World, manifest
 
 ROOT = Path(__file__).parents[3]
@@ -118,7 +120,7 @@ def test_checkpoints_stay_where_their_copies_of_the_curves_come_and_go(empty_url
     world = World(database, Clock())
     world.worker()
     claim = world.running()
-    claims.record_checkpoint(database, claim.claim_id, step=3, artifact=manifest("c", kind="checkpoint"))
+    recording.record_checkpoint(database, claim.claim_id, step=3, artifact=manifest("c", kind="checkpoint"))
 
     command.downgrade(alembic_config(empty_url), "0005")
     with database.schema_connection() as connection:
@@ -167,13 +169,13 @@ def test_points_of_curves_are_packed_on_the_way_up_and_are_rows_again_on_the_way
     database.migrate()
 
     of_job = world.of(job.id)
-    train = commands.metrics(database, **of_job, kind="train")
+    train = queries.metrics(database, **of_job, kind="train")
     assert [(p.step, p.loss, p.learning_rate, p.grad_norm, p.created_at) for p in train] == [
         (step, 1 / step, 1e-4, None, 1.5) for step in range(1, 601)
     ]
-    (valid,) = commands.metrics(database, **of_job, kind="valid")
+    (valid,) = queries.metrics(database, **of_job, kind="valid")
     assert (valid.loss, valid.num_tokens, valid.rewards) == (0.1 + 0.2, 9, {"margin": 1})
-    assert {point.step for point in commands.metrics(database, **of_job, kind="train", max_points=20)} >= {1, 600}
+    assert {point.step for point in queries.metrics(database, **of_job, kind="train", max_points=20)} >= {1, 600}
     command.downgrade(alembic_config(empty_url), BEFORE_BLOCKS)
     with database.schema_connection() as connection:
         rows = connection.execute(select(OLD_METRICS)).mappings().all()

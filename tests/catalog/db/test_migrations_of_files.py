@@ -11,7 +11,7 @@ from catalog.db.database import Database, alembic_config
 from catalog.settings import Settings
 from catalog.storage import files, multipart_uploads
 from catalog.storage.store import Blob
-from catalog.tables import File, Upload
+from catalog.tables.storage import File, Upload
 from tests.catalog.world import Clock, World
 
 BEFORE = "0009"

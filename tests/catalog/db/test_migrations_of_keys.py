@@ -8,7 +8,7 @@ from alembic.util import CommandError
 from sqlalchemy import select
 
 from catalog.db.database import Database, alembic_config
-from catalog.tables import ApiKey, Organization, Project
+from catalog.tables.tenancy import ApiKey, Organization, Project
 from catalog.tenancy import authentication, projects
 from catalog.tenancy.scopes import OPERATORS, SCOPES
 from tests.catalog.world import PEPPER, Clock, World

@@ -9,7 +9,9 @@ from sqlalchemy import select
 from catalog.db.database import Database, alembic_config
 from catalog.maintenance import garbage_collection
 from catalog.storage import token_cache
-from catalog.tables import Artifact, Job, Prepared, StoredBytes
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Artifact, Prepared
+from catalog.tables.usage import StoredBytes
 from catalog.usage import stored_bytes
 from tests.catalog.world import Clock, World, manifest, sha
 

@@ -20,7 +20,8 @@ from catalog.fleet import metrics as numbers
 from catalog.history import changes, job_logs, result_files, tracker_exports
 from catalog.history import queries as history_queries
 from catalog.jobs import commands as job_commands
-from catalog.lifecycle import deadlines, recovery
+from catalog.jobs import explanation, submission
+from catalog.lifecycle import deadlines, position, recording, recovery
 from catalog.maintenance import garbage_collection
 from catalog.plans import claims as plan_claims
 from catalog.plans import plans
@@ -34,7 +35,8 @@ from catalog.storage import files as catalog_files
 from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import controller, creation, revocation
 from catalog.sweeps import queries as sweep_queries
-from catalog.tables import ApiKey, Table
+from catalog.tables.table import Table
+from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import api_keys, authentication
 from catalog.usage import quotas
 from catalog.usage import report as usage_report
@@ -108,8 +110,7 @@ ACTS: dict[str, Act] = {
     ),
     "who may read a model": lambda w, ids: permissions.list_page(w.db, model=ids["checkpoint"]),
     "checkpoints that are stored": lambda w, ids: [
-        queue_claims.record_checkpoint(w.db, ids["claim"], step=step, artifact=manifest(f"c{step}"))
-        for step in (1, 2, 3)
+        recording.record_checkpoint(w.db, ids["claim"], step=step, artifact=manifest(f"c{step}")) for step in (1, 2, 3)
     ],
     "a page of keys": lambda w, _: api_keys.list_page(w.db, caller=w.caller, after=w.caller.api_key_id),
     "who asks": lambda w, _: authentication.authenticate(w.db, secret=_new_secret(w), pepper=PEPPER),
@@ -122,7 +123,7 @@ ACTS: dict[str, Act] = {
         w.db, **w.of(ids["ended"]), kind="train", max_points=100
     ),
     "how its curve begins": lambda w, ids: history_queries.first_step(w.db, **w.of(ids["ended"])),
-    "points of its curve": lambda w, ids: queue_claims.record_metrics(
+    "points of its curve": lambda w, ids: recording.record_metrics(
         w.db, ids["claim"], [{"kind": kind, "step": 3, "loss": 1.0} for kind in ("train", "valid")]
     ),
     "its curves as a file": lambda w, ids: list(result_files.lines(w.db, ids["ended"])),
@@ -135,12 +136,12 @@ ACTS: dict[str, Act] = {
     "its seconds": lambda w, ids: history_queries.seconds_running(w.db, [ids["ended"], ids["running"]]),
     "what is new of it": lambda w, ids: changes.look(w.db, changes.start(w.db, **w.of(ids["running"]), last_seen=None)),
     "what is new of many": lambda w, ids: changes.look_at_many(
-        w.db, {(w.caller.project_id, ids[name]): changes.Seen(seq=0) for name in ("ended", "running", "first")}
+        w.db, {(w.caller.project_id, ids[name]): changes.WatchedJob(seq=0) for name in ("ended", "running", "first")}
     ),
     "whether anything is new": lambda w, _: changes.newest_event(w.db),
-    "why it waits": lambda w, ids: job_commands.explain(w.db, **w.of(ids["first"])),
-    "why it runs": lambda w, ids: job_commands.explain(w.db, **w.of(ids["running"])),
-    "why its files wait": lambda w, _: job_commands.explain(w.db, **w.of(w.submit().id)),
+    "why it waits": lambda w, ids: explanation.explain(w.db, **w.of(ids["first"])),
+    "why it runs": lambda w, ids: explanation.explain(w.db, **w.of(ids["running"])),
+    "why its files wait": lambda w, _: explanation.explain(w.db, **w.of(w.submit().id)),
     "the queue": lambda w, _: listing.snapshot(w.db, project_id=w.caller.project_id),
     "the queue of all": lambda w, _: listing.snapshot(w.db, project_id=None),
     "whether there is work": lambda w, _: listing.has_work(w.db),
@@ -164,7 +165,7 @@ ACTS: dict[str, Act] = {
     "a sweep": lambda w, ids: sweep_queries.get(w.db, **of_sweep(w, ids)),
     "its leaderboard": lambda w, ids: sweep_queries.leaderboard(w.db, **of_sweep(w, ids)),
     "a trial": lambda w, ids: sweep_queries.trial(w.db, **of_sweep(w, ids), number=0),
-    "what a trial has at a rung": lambda w, ids: queue_claims.record_metrics(
+    "what a trial has at a rung": lambda w, ids: recording.record_metrics(
         w.db, ids["trial"], [{"kind": "valid", "step": 3, "loss": 1.0}]
     ),
     "the end of a trial": lambda w, ids: w.complete(ids["trial"], "of a trial"),
@@ -186,9 +187,9 @@ ACTS: dict[str, Act] = {
     "a cancel at once": lambda w, ids: job_commands.cancel(w.db, **w.of(ids["first"])),
     "a pause": lambda w, ids: job_commands.pause(w.db, **w.of(ids["second"])),
     "a resume": lambda w, ids: job_commands.resume(w.db, **w.of(ids["second"])),
-    "a hold": lambda w, ids: job_commands.hold(w.db, **w.of(ids["second"])),
-    "a release": lambda w, ids: job_commands.release(w.db, **w.of(ids["second"])),
-    "a move": lambda w, ids: job_commands.move_to(w.db, **w.of(ids["second"]), target=job_commands.Target(to="last")),
+    "a hold": lambda w, ids: position.hold(w.db, **w.of(ids["second"])),
+    "a release": lambda w, ids: position.release(w.db, **w.of(ids["second"])),
+    "a move": lambda w, ids: position.move_to(w.db, **w.of(ids["second"]), target=position.MoveTarget(to="last")),
     "deadlines that can't be met": lambda w, _: deadlines.tell_late(w.db),
     "a look for whom to preempt": lambda w, _: (
         w.queued(priority="urgent"),
@@ -214,10 +215,10 @@ ACTS: dict[str, Act] = {
     "sealing": lambda w, _: chain.seal(w.db, pepper=PEPPER.current),
     "a second sealing": lambda w, _: chain.seal(w.db, pepper=PEPPER.current),
     "what was used": lambda w, _: usage_report.report(
-        w.db, caller=w.caller, asked=usage_report.Asked(start_time=w.clock.now - 9)
+        w.db, caller=w.caller, asked=usage_report.UsageQuery(start_time=w.clock.now - 9)
     ),
     "what all used": lambda w, _: usage_report.report(
-        w.db, caller=_operator(w), asked=usage_report.Asked(start_time=w.clock.now - 9, group_by=("model",))
+        w.db, caller=_operator(w), asked=usage_report.UsageQuery(start_time=w.clock.now - 9, group_by=("model",))
     ),
     "a new upload": lambda w, _: add_parts(w),
     "files past their time": lambda w, _: _let_expire(w),
@@ -242,7 +243,7 @@ ACTS: dict[str, Act] = {
     "a look for exports": lambda w, _: tracker_exports.claim(w.db, types=["tensorboard"], limit=9),
     "a repeated submission": lambda w, _: (
         w.clock.turn(3600),
-        job_commands.made_before(w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True),
+        submission.made_before(w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True),
     ),
     "a repeated sweep": lambda w, _: creation.made_before(
         w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True

@@ -18,7 +18,7 @@ from sqlalchemy import text
 from catalog.db.database import Database
 from catalog.db.write_queue import SUFFIX, FairLock
 from catalog.errors import Unavailable
-from catalog.tables import Pulse
+from catalog.tables.fleet import DatabaseHeartbeat
 from tests.catalog.flooding import ADD, COUNTER
 
 ROOT = Path(__file__).parents[3]
@@ -33,7 +33,7 @@ def shared_db(tmp_path: Path, migrated_database: Path) -> Iterator[Database]:
     (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
     database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
     with database.write() as session:
-        session.add(Pulse(id=COUNTER, seen_at=0))
+        session.add(DatabaseHeartbeat(id=COUNTER, seen_at=0))
     yield database
     database.close()
 

@@ -11,10 +11,10 @@ from sqlalchemy import update
 from catalog.db.database import Database, alembic_config
 from catalog.errors import Conflict, Unavailable, UnfitWorker
 from catalog.fleet import compatibility, cordons, workers
-from catalog.jobs import commands
+from catalog.history import queries
 from catalog.queue import claims
 from catalog.states import EndReason, JobState
-from catalog.tables import Worker
+from catalog.tables.fleet import Worker
 from tests.catalog.world import World
 
 
@@ -47,7 +47,7 @@ def register(world: World, worker_id: str, protocol: int | None = None) -> None:
 
 def beat(world: World, worker_id: str) -> bool:
     """Whether it is told to drain."""
-    return claims.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None).drain
+    return workers.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None).drain
 
 
 @pytest.mark.parametrize(
@@ -152,13 +152,13 @@ def test_workers_are_upgraded_one_by_one_while_jobs_go_on(world: World, monkeypa
     assert not beat(world, "new")
     assert world.claim("old") == []
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="The worker left.")
-    claims.end_worker(world.db, "old")
+    workers.end_worker(world.db, "old")
     (again,) = [one for one in world.claim("new", trainer_id="t") if one.job.id == claim.job.id]
     world.complete(again.claim_id)
 
     job = world.job(claim.job.id)
     assert (job.state, job.counted_attempts) == (JobState.SUCCEEDED, 0)
-    messages = [event.message for event in commands.events_since(world.db, **world.of(job.id), seq=0)]
+    messages = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]
     assert any("Worker old is too old for Lorry 9.9.9" in message for message in messages)
     with pytest.raises(UnfitWorker):
         register(world, "old again", 1)

@@ -14,17 +14,21 @@ from catalog.caller import Caller
 from catalog.errors import Conflict, NotFound
 from catalog.fleet import cordons, metrics, workers
 from catalog.fleet.cordons import Ended, failed_running, place
-from catalog.jobs import commands, explanation
+from catalog.history import queries
+from catalog.jobs import explanation
+from catalog.lifecycle import preparation
 from catalog.plans import claims as plan_claims
 from catalog.queue import claims as queue_claims
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason, JobState
-from catalog.tables import AuditEvent, Job, Worker
+from catalog.tables.audit import AuditEvent
+from catalog.tables.fleet import Worker
+from catalog.tables.jobs import Job
 from tests.catalog import plan_data
 from tests.catalog.world import LEASE, World
 from worker.node.devices import Device, cpu
 
-ALONE = Room(max_jobs=1, memory_bytes_free=10**12)
+ALONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
 
 
 def row(world: World, worker_id: str = "w1") -> Worker:
@@ -54,7 +58,7 @@ def why(world: World, job_id: str) -> dict[str, Any]:
 
 
 def messages(world: World, job_id: str) -> list[str]:
-    return [event.message for event in commands.events_since(world.db, **world.of(job_id), seq=0)]
+    return [event.message for event in queries.events_since(world.db, **world.of(job_id), seq=0)]
 
 
 def test_a_cordoned_worker_finishes_what_it_holds_and_takes_nothing_new(world: World) -> None:
@@ -67,9 +71,9 @@ def test_a_cordoned_worker_finishes_what_it_holds_and_takes_nothing_new(world: W
     plan_data.ready(world)
     assert world.claim() == []
     assert world.claim(pack_key=held.job.pack_key, trainer_id="trainer-w1") == []
-    assert queue_claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is None
+    assert preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is None
     assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
-    assert not queue_claims.worker_beat(world.db, "w1", resident_base=None, trainer_id=None, report=None).drain
+    assert not workers.worker_beat(world.db, "w1", resident_base=None, trainer_id=None, report=None).drain
     assert not world.beat(held.claim_id)[held.claim_id].stale
     world.complete(held.claim_id)
     assert world.job(held.job.id).state == JobState.SUCCEEDED
@@ -77,7 +81,7 @@ def test_a_cordoned_worker_finishes_what_it_holds_and_takes_nothing_new(world: W
     cordons.uncordon(world.db, "w1")
 
     assert [claim.job.id for claim in world.claim()] == [waiting.id]
-    prepared = queue_claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    prepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert prepared is not None
     assert prepared.job.id == unprepared.id
 
@@ -100,7 +104,7 @@ def test_who_asks_why_a_job_waits_is_told_of_the_cordon(world: World) -> None:
     world.worker()
     held = world.running()
     waiting, unprepared = world.queued(), world.submit()
-    queue_claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+    workers.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
 
     cordons.cordon(world.db, "w1", reason="Its fan is loud.")
 
@@ -133,13 +137,13 @@ def test_who_registers_at_the_place_of_a_cordoned_worker_that_has_gone_is_cordon
 
     world.worker("comes while the first is there")
     world.worker("gpu", kind="cuda")
-    queue_claims.end_worker(world.db, "first")
+    workers.end_worker(world.db, "first")
     world.worker("second")
 
     cordoned = {worker.id for worker in workers.list_workers(world.db) if worker.cordon is not None}
     assert cordoned == {"second"}
     cordons.uncordon(world.db, "second")
-    queue_claims.end_worker(world.db, "second")
+    workers.end_worker(world.db, "second")
     world.worker("third")
     assert row(world, "third").cordon is None
 
@@ -160,7 +164,7 @@ def test_the_cordon_of_a_worker_of_this_code_s_own_devices_is_its_successor_s(wo
     devices = [cpu().as_json()]
     workers.register_worker(world.db, worker_id="old", devices=devices, **about)
     cordons.drain(world.db, "old")
-    queue_claims.end_worker(world.db, "old")
+    workers.end_worker(world.db, "old")
 
     workers.register_worker(world.db, worker_id="new", devices=devices, **about)
 
@@ -173,7 +177,7 @@ def test_of_several_workers_at_one_place_as_many_stay_cordoned_as_were(world: Wo
     cordons.cordon(world.db, "w2", reason="Its fan is loud.")
     for worker_id in ("w2", "w1", "w3"):
         world.clock.turn(1)
-        queue_claims.end_worker(world.db, worker_id)
+        workers.end_worker(world.db, worker_id)
 
     for worker_id in ("w4", "w5", "w6"):
         world.worker(worker_id)
@@ -181,7 +185,7 @@ def test_of_several_workers_at_one_place_as_many_stay_cordoned_as_were(world: Wo
     cordoned = [one.id for one in workers.list_workers(world.db) if one.cordon is not None]
     assert cordoned == ["w4"]
     cordons.uncordon(world.db, "w4")
-    queue_claims.end_worker(world.db, "w4")
+    workers.end_worker(world.db, "w4")
     world.worker("w7")
     assert row(world, "w7").cordon is None
 
@@ -209,7 +213,7 @@ def test_who_follows_a_killed_worker_at_once_is_cordoned_as_soon_as_that_one_cou
 def test_what_follows_a_drained_worker_takes_nothing_before_it_is_uncordoned(world: World) -> None:
     world.worker("old")
     cordons.drain(world.db, "old")
-    queue_claims.end_worker(world.db, "old")
+    workers.end_worker(world.db, "old")
 
     world.worker("new")
 
@@ -222,7 +226,7 @@ def test_what_follows_a_drained_worker_takes_nothing_before_it_is_uncordoned(wor
 
 def test_a_worker_that_is_not_there_is_refused_by_name(world: World) -> None:
     world.worker("gone")
-    queue_claims.end_worker(world.db, "gone")
+    workers.end_worker(world.db, "gone")
 
     for act in (cordons.cordon, cordons.drain):
         with pytest.raises(Conflict, match="Worker gone has ended"):

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from catalog.fleet import gangs, workers
-from catalog.fleet.gangs import Place
+from catalog.fleet.gangs import GangMember
 from catalog.jobs import explanation
-from catalog.queue import claims
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from tests.catalog.plan_data import ready
 from tests.catalog.plans.test_plans import found
 from tests.catalog.queue.test_sharded_claims import GB, queued_large
@@ -19,12 +18,12 @@ from tests.catalog.world import Clock, World
 SILENT = 60.0
 
 
-def enter(world: World, worker_id: str, *, gigabytes: float = 1000, size: int = 2, min_size: int = 2) -> Place:
+def enter(world: World, worker_id: str, *, gigabytes: float = 1000, size: int = 2, min_size: int = 2) -> GangMember:
     """A worker of the gang `pair`; its devices would divide bases if it were by itself."""
     devices = [{"kind": "cpu", "num_processes": 2, "strategy": "auto", "gang": "pair"}]
     about: dict[str, Any] = {"host": "here", "pid": 1, "devices": devices, "version": "1"}
-    claims.register_worker(world.db, worker_id=worker_id, memory_bytes=int(gigabytes * GB), **about)
-    place = Place(db=world.db, worker_id=worker_id, gang="pair", silent_seconds=SILENT)
+    workers.register_worker(world.db, worker_id=worker_id, memory_bytes=int(gigabytes * GB), **about)
+    place = GangMember(db=world.db, worker_id=worker_id, gang="pair", silent_seconds=SILENT)
     gangs.enter(place, size=size, min_size=min_size, kind="cpu", num_processes=2, free_bytes=GB)
     return place
 

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from catalog.fleet import cordons, gangs, workers
-from catalog.fleet.gangs import NotGathered, Place, Round
-from catalog.fleet.heard import Heard
+from catalog.fleet.gangs import GangMember, LivenessTracker, NotGathered, Round
 from catalog.jobs.explanation import explain
 from tests.catalog.world import Clock, World
 
@@ -31,8 +30,8 @@ class Gang:
     def __init__(self, world: World) -> None:
         self.world = world
 
-    def place(self, worker_id: str) -> Place:
-        return Place(db=self.world.db, worker_id=worker_id, gang="pair", silent_seconds=SILENT)
+    def place(self, worker_id: str) -> GangMember:
+        return GangMember(db=self.world.db, worker_id=worker_id, gang="pair", silent_seconds=SILENT)
 
     def enter(self, *worker_ids: str, size: int = 2, min_size: int = 2, num_processes: int = 1) -> None:
         about: dict[str, Any] = {"kind": "cpu", "num_processes": num_processes, "free_bytes": 10**9}
@@ -54,7 +53,7 @@ class Gang:
     def called(self, worker_id: str) -> gangs.Call | None:
         return gangs.standing(self.place(worker_id)).call
 
-    def member(self, worker_id: str) -> gangs.Member:
+    def member(self, worker_id: str) -> gangs.LiveMember:
         return next(one for one in gangs.standing(self.place(worker_id)).members if one.worker_id == worker_id)
 
     def start(self, leader_id: str, led: Round) -> None:
@@ -269,7 +268,7 @@ def test_a_database_whose_clock_is_set_loses_no_member_and_keeps_none_that_died(
     gang: Gang, clock: Clock, hours: int
 ) -> None:
     own = [0.0]
-    heard = Heard(silent_seconds=SILENT, clock=lambda: own[0])
+    heard = LivenessTracker(silent_seconds=SILENT, clock=lambda: own[0])
     gang.lead("w1")
     led = gang.open("w1", "w2")
     place = replace(gang.place("w1"), heard=heard)

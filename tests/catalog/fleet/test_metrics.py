@@ -12,15 +12,16 @@ from alembic import command
 from sqlalchemy import select
 
 from catalog.db.database import Database, alembic_config
-from catalog.fleet import metrics
+from catalog.fleet import metrics, workers
 from catalog.fleet.metrics import Numbers
 from catalog.jobs import commands
-from catalog.lifecycle import recovery
+from catalog.lifecycle import position, preparation, recovery
 from catalog.queue import claims
 from catalog.registry import adapters
 from catalog.states import EndReason, JobState, PriorityClass
-from catalog.tables import Job, WebhookDelivery, WebhookEndpoint
-from catalog.usage import counters
+from catalog.tables.jobs import Job
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
+from catalog.usage import ledger
 from tests.catalog.world import LEASE, Clock, World
 
 
@@ -79,7 +80,7 @@ def test_the_oldest_wait_is_of_its_class_and_ends_when_it_is_claimed(world: Worl
     world.clock.turn(50)
     world.queued(priority="normal")
     held = world.submit(priority="batch")
-    commands.hold(world.db, **world.of(held.id))
+    position.hold(world.db, **world.of(held.id))
     world.prepare_all()
     world.clock.turn(100)
 
@@ -96,7 +97,7 @@ def test_leases_are_told_while_they_are_held_when_they_are_past_and_once_they_ar
     world.worker()
     world.running()
     world.submit()
-    claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert read(world).leases == {"training": 1, "preparing": 1}
     assert read(world).leases_overdue == 0
 
@@ -114,14 +115,14 @@ def test_trainers_and_their_devices_are_told_as_their_workers_say(world: World) 
     for number, worker_id in enumerate(("w1", "w2", "silent")):
         about: dict[str, Any] = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
         devices = [{"kind": "cuda", "indices": [number % 2]}]
-        claims.register_worker(world.db, worker_id=worker_id, devices=devices, **about)
+        workers.register_worker(world.db, worker_id=worker_id, devices=devices, **about)
     report = {"tokens_per_second": 10.0, "predicted_bytes": 70, "peak_bytes": 60}
     report["device"] = {"power_watts": 300.0, "utilization_ratio": 0.9}
     claim = world.running()
     world.pass_time(70)
     for worker_id, trainer_id in (("w1", "t1"), ("w2", None)):
         base = claim.job.base_digest if trainer_id else None
-        claims.worker_beat(world.db, worker_id, resident_base=base, trainer_id=trainer_id, report=report)
+        workers.worker_beat(world.db, worker_id, resident_base=base, trainer_id=trainer_id, report=report)
 
     found = read(world)
 
@@ -147,7 +148,7 @@ def test_two_workers_of_one_host_are_told_apart_by_their_devices(
     world: World, device: dict[str, Any], name: str
 ) -> None:
     about: dict[str, Any] = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
-    claims.register_worker(world.db, worker_id="w1", devices=[device], **about)
+    workers.register_worker(world.db, worker_id="w1", devices=[device], **about)
 
     assert set(read(world).devices) == {("node-1", name)}
 
@@ -174,7 +175,7 @@ def test_webhooks_that_wait_and_how_long_the_first_was_due(world: World) -> None
 
 def test_what_was_not_committed_or_was_taken_back_is_not_kept(world: World) -> None:
     with suppress(ValueError), world.db.write() as session:
-        counters.add(session, "claims")
+        ledger.count(session, "claims")
         raise ValueError
 
     assert read(world).claims == 0
@@ -207,7 +208,7 @@ def test_many_who_add_at_once_lose_nothing_and_wait_in_no_circle(db: Database, w
         for _ in range(40):
             with db.write() as session:
                 for name in names:
-                    counters.add(session, name)
+                    ledger.count(session, name)
 
     with ThreadPoolExecutor(4) as pool:
         names = ["claims", "adapters"]

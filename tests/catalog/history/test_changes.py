@@ -11,16 +11,18 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database
 from catalog.history import changes as watching
-from catalog.history import events
-from catalog.history.changes import Seen
+from catalog.history import events, queries
+from catalog.history.changes import WatchedJob
 from catalog.history.metric_points import Point
 from catalog.jobs import commands
-from catalog.queue import claims
-from catalog.tables import Job, JobEvent
+from catalog.lifecycle import recording
+from catalog.queue import claiming
+from catalog.tables.history import JobEvent
+from catalog.tables.jobs import Job
 from tests.catalog.db.test_query_plans import listening
 from tests.catalog.world import World
 
-Keys = dict[tuple[str, str], Seen]
+Keys = dict[tuple[str, str], WatchedJob]
 
 
 class Watcher:
@@ -28,7 +30,7 @@ class Watcher:
 
     def __init__(self, world: World, jobs_watched: list[Job]) -> None:
         self.world = world
-        self.seen: Keys = {(job.project_id, job.id): Seen(seq=0) for job in jobs_watched}
+        self.seen: Keys = {(job.project_id, job.id): WatchedJob(seq=0) for job in jobs_watched}
         self.jobs = {job.id: job for job in jobs_watched}
         self.told: dict[str, list[JobEvent | Point]] = {job.id: [] for job in jobs_watched}
 
@@ -50,7 +52,7 @@ class Watcher:
 
 
 def all_numbers(world: World, job_id: str) -> list[int]:
-    return [event.seq for event in commands.events_since(world.db, **world.of(job_id), seq=0, limit=10_000)]
+    return [event.seq for event in queries.events_since(world.db, **world.of(job_id), seq=0, limit=10_000)]
 
 
 def test_nothing_is_lost_or_told_twice_while_several_write(world: World) -> None:
@@ -60,10 +62,10 @@ def test_nothing_is_lost_or_told_twice_while_several_write(world: World) -> None
     held = world.claim()
     watcher = Watcher(world, [claim.job for claim in held])
 
-    def write(claim: claims.Claim) -> None:
+    def write(claim: claiming.Claim) -> None:
         for step in range(1, 11):
-            claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
-            claims.record_progress(world.db, claim.claim_id, {"step": step})
+            recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
+            recording.record_progress(world.db, claim.claim_id, {"step": step})
 
     with ThreadPoolExecutor(3) as pool:
         writing = [pool.submit(write, claim) for claim in held]
@@ -105,7 +107,7 @@ def test_more_than_one_question_holds_is_told_in_several_looks(world: World, mon
     claim = world.running()
     other = world.submit()
     for step in range(1, 20):
-        claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
+        recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
     watcher = Watcher(world, [claim.job, other])
 
     while watcher.look():
@@ -161,7 +163,10 @@ def test_the_events_of_an_end_that_comes_in_the_middle_of_a_look_are_told_with_i
 
 def test_what_is_told_of_a_job_is_its_projects(world: World) -> None:
     job = world.submit()
-    asked = {(world.stranger.project_id, job.id): Seen(seq=0), (world.caller.project_id, "ftjob-none"): Seen(seq=0)}
+    asked = {
+        (world.stranger.project_id, job.id): WatchedJob(seq=0),
+        (world.caller.project_id, "ftjob-none"): WatchedJob(seq=0),
+    }
 
     assert watching.look_at_many(world.db, asked) == dict.fromkeys(asked)
 
@@ -170,7 +175,7 @@ def test_a_watcher_goes_on_after_any_event_with_what_came_after_it(world: World)
     world.worker()
     claim = world.running()
     for step in range(1, 6):
-        claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
+        recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
     numbers = all_numbers(world, claim.job.id)
     whole = _after(world.db, world, claim.job.id, numbers[0])
 

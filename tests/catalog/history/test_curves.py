@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.history.curves import thin
+from catalog.history.metric_points import thin
 
 
 @given(st.lists(st.floats(-10, 10), max_size=300), st.integers(1, 60))

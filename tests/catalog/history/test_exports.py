@@ -8,12 +8,13 @@ import pytest
 from pydantic import ValidationError
 
 from catalog.errors import InvalidRequest
-from catalog.history import tracker_exports
+from catalog.history import queries, tracker_exports
 from catalog.history.tracker_exports import Export, Follows
 from catalog.jobs import commands
+from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.states import EndReason
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from tests.catalog.world import World, request
 
 BOTH = [{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}, {"type": "tensorboard"}]
@@ -28,7 +29,7 @@ def running(world: World, integrations: list[dict[str, Any]] | None = None) -> J
 
 def points(world: World, job: Job, *steps: int, kind: str = "train") -> None:
     rows = [{"kind": kind, "step": step, "loss": 1.0 / (1 + step), "token_accuracy": 0.5} for step in steps]
-    claims.record_metrics(world.db, world.job(job.id).claim_id or "", rows)
+    recording.record_metrics(world.db, world.job(job.id).claim_id or "", rows)
 
 
 def claim(world: World, types: tuple[str, ...] = TYPES, limit: int = 9) -> list[Export]:
@@ -36,7 +37,7 @@ def claim(world: World, types: tuple[str, ...] = TYPES, limit: int = 9) -> list[
 
 
 def warnings(world: World, job: Job) -> list[str]:
-    found = commands.events_since(world.db, **world.of(job.id), seq=0)
+    found = queries.events_since(world.db, **world.of(job.id), seq=0)
     return [event.message for event in found if event.level == "warn"]
 
 

@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.history import metric_store
+from catalog.history import metric_store, queries
 from catalog.history.metric_points import Point, pack, unpack
-from catalog.jobs import commands
+from catalog.lifecycle.recording import record_metrics
 from catalog.queue import claims
-from catalog.queue.claims import record_metrics
 from catalog.states import EndReason
-from catalog.tables import MetricBlock
+from catalog.tables.history import MetricBlock
 from tests.catalog.db.test_query_plans import listening
 from tests.catalog.world import World
 
@@ -49,7 +48,7 @@ def of_steps(*steps: int, loss: float = 1.0, kind: str = "train") -> list[dict[s
 
 
 def curve(world: World, job_id: str, max_points: int | None = None) -> list[tuple[int, float]]:
-    points = commands.metrics(world.db, **world.of(job_id), kind="train", max_points=max_points)
+    points = queries.metrics(world.db, **world.of(job_id), kind="train", max_points=max_points)
     return [(point.step, point.loss) for point in points]
 
 
@@ -71,9 +70,9 @@ def test_a_curve_is_whole_however_it_was_written_and_trained_again(
 
     assert curve(world, claim.job.id) == sorted(told.items())
     some = [1, 2, step, step + 5]
-    found = commands.points_at(world.db, **world.of(claim.job.id), steps=some)
+    found = queries.points_at(world.db, **world.of(claim.job.id), steps=some)
     assert {point.step: point.loss for point in found.values()} == {at: told[at] for at in some if at in told}
-    assert commands.first_step(world.db, **world.of(claim.job.id)) == (1, told[1])
+    assert queries.first_step(world.db, **world.of(claim.job.id)) == (1, told[1])
     with world.db.read() as session:
         rows = session.query(MetricBlock).order_by(MetricBlock.first_step).all()
         assert metric_store.least_loss(session, claim.job.id, "train") == min(told.values())
@@ -116,4 +115,4 @@ def test_a_curve_that_is_not_there_has_no_points(world: World) -> None:
     job = world.submit()
 
     assert curve(world, job.id) == curve(world, job.id, max_points=10) == []
-    assert commands.first_step(world.db, **world.of(job.id)) is None
+    assert queries.first_step(world.db, **world.of(job.id)) is None

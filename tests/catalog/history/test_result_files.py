@@ -9,10 +9,10 @@ from sqlalchemy import select
 
 from catalog.errors import NotFound, StaleClaim
 from catalog.history import metric_store, result_files
+from catalog.lifecycle import recording
 from catalog.maintenance import garbage_collection
-from catalog.queue import claims
 from catalog.storage import files
-from catalog.tables import File
+from catalog.tables.storage import File
 from tests.catalog.world import World, curves
 
 HEAD = "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
@@ -37,8 +37,8 @@ def test_both_curves_are_one_line_a_step_however_many_points_are_read_at_once(
     monkeypatch.setattr(metric_store, "BLOCKS_A_LOOK", blocks_a_look)
     valid = [{"kind": "valid", "step": step, "loss": 4.0 - step, "token_accuracy": 0.25} for step in (0, 3)]
     train = [{"kind": "train", "step": step, "loss": 3.0 / step, "token_accuracy": None} for step in (3, 1, 2)]
-    claims.record_metrics(world.db, claim.claim_id, [*valid, *train])
-    claims.record_metrics(world.db, other.claim_id, [{"kind": "train", "step": 7, "loss": 9.0}])
+    recording.record_metrics(world.db, claim.claim_id, [*valid, *train])
+    recording.record_metrics(world.db, other.claim_id, [{"kind": "train", "step": 7, "loss": 9.0}])
 
     assert written(world, claim.job.id) == ["0,,,4.0,0.25", "1,3.0,,,", "2,1.5,,,", "3,1.0,,1.0,0.25"]
 
@@ -75,7 +75,7 @@ def test_a_worker_that_lost_its_claim_leaves_no_result_file(world: World) -> Non
 
 def test_the_stored_content_begins_with_openais_columns(world: World, tmp_path: Path) -> None:
     claim = world.running()
-    claims.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 0.1 + 0.2}])
+    recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 0.1 + 0.2}])
     path = tmp_path / result_files.NAME
 
     result_files.write(world.db, claim.job.id, path)

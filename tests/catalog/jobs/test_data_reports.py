@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from catalog.jobs import data_reports
-from catalog.queue import claims
+from catalog.lifecycle import preparation
 from tests.catalog.world import LEASE, World, sha
 
 REFUSAL = {"refusal": {"code": "nothing_to_learn"}}
@@ -12,11 +12,11 @@ REFUSAL = {"refusal": {"code": "nothing_to_learn"}}
 def test_a_refusal_is_told_for_its_model_and_not_for_another(world: World) -> None:
     world.base("other")
     refused = world.submit()
-    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
     digest = unprepared.training_file.digest
     world.put_tokens(sha("k"), file_digest=digest, artifact=None, report=REFUSAL)
-    claims.refused(world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn"}, train_key=sha("k"))
+    preparation.refused(world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn"}, train_key=sha("k"))
     waiting = world.submit(model="other")
 
     of_file = {"project_id": world.caller.project_id, "file_id": world.file_id}
@@ -28,13 +28,13 @@ def test_a_refusal_is_told_for_its_model_and_not_for_another(world: World) -> No
 
 def test_each_file_of_a_refused_job_keeps_what_was_found_in_it(world: World) -> None:
     job = world.submit(validation_file=world.file())
-    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
     world.put_tokens(sha("t"), file_digest=sha("x"), artifact=None, report={"rows": 1})
     world.put_tokens(sha("v"), file_digest=sha("y"), artifact=None, report=REFUSAL)
 
     keys = {"train_key": sha("t"), "valid_key": sha("v")}
-    claims.refused(world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn"}, **keys)
+    preparation.refused(world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn"}, **keys)
 
     reports = data_reports.of_job(world.db, **world.of(job.id))
     assert (reports.training, reports.validation) == ({"rows": 1}, REFUSAL)

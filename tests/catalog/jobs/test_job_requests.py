@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from catalog.errors import InvalidRequest, LorryError, NotFound
-from catalog.jobs import commands
+from catalog.history import queries
 from catalog.registry import base_models
 from tests.catalog.world import World, request
 
@@ -139,7 +139,7 @@ def test_what_goes_by_the_held_out_loss_is_refused_without_a_validation_file(
 
 def _warnings(world: World, **fields: Any) -> list[str]:
     job = world.submit(**fields)
-    told = commands.events_since(world.db, **world.of(job.id), seq=0)
+    told = queries.events_since(world.db, **world.of(job.id), seq=0)
     return [event.message for event in told if event.level == "warn"]
 
 

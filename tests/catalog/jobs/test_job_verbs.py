@@ -8,6 +8,7 @@ import pytest
 
 from catalog.errors import Conflict
 from catalog.jobs import commands
+from catalog.lifecycle import preparation
 from catalog.queue import claims
 from catalog.states import EndReason, JobState
 from tests.catalog.world import World
@@ -67,9 +68,9 @@ def test_a_job_paused_before_preparation_is_prepared_after_it_resumes(world: Wor
     verb = world.of(job.id)
     commands.pause(world.db, **verb)
 
-    assert claims.next_unprepared(world.db, worker_id="w", lease_seconds=60) is None
+    assert preparation.next_unprepared(world.db, worker_id="w", lease_seconds=60) is None
     assert commands.resume(world.db, **verb).state == JobState.VALIDATING_FILES
-    assert claims.next_unprepared(world.db, worker_id="w", lease_seconds=60) is not None
+    assert preparation.next_unprepared(world.db, worker_id="w", lease_seconds=60) is not None
 
 
 def test_a_running_job_is_paused_by_its_worker_and_goes_on_from_there(world: World) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from catalog.errors import Conflict, InvalidRequest, NotFound
-from catalog.jobs import commands
-from catalog.queue import claims
+from catalog.history import queries
+from catalog.jobs import commands, explanation
+from catalog.lifecycle import recording
 from catalog.states import JobState
 from tests.catalog.world import World, request, sha
 
@@ -86,18 +87,18 @@ def test_what_is_anothers_does_not_exist(world: World) -> None:
         commands.cancel,
         commands.pause,
         commands.resume,
-        commands.explain,
-        commands.attempts,
-        commands.packmates,
-        commands.events_page,
-        commands.checkpoints_page,
+        explanation.explain,
+        queries.attempts,
+        queries.packmates,
+        queries.events_page,
+        queries.checkpoints_page,
     ):
         with pytest.raises(NotFound):
             ask(world.db, **theirs)
     with pytest.raises(NotFound):
-        commands.metrics(world.db, **theirs, kind="train")
+        queries.metrics(world.db, **theirs, kind="train")
     with pytest.raises(NotFound):
-        commands.events_since(world.db, **theirs, seq=0)
+        queries.events_since(world.db, **theirs, seq=0)
     assert commands.list_page(world.db, project_id=world.stranger.project_id).items == []
 
 
@@ -136,12 +137,12 @@ def test_a_list_can_be_narrowed_by_labels(world: World) -> None:
 def test_events_are_read_backwards_in_pages_and_forwards_as_a_stream(world: World) -> None:
     claim = world.running()
     for i in range(3):
-        claims.record_event(world.db, claim.claim_id, "info", f"event {i}")
+        recording.record_event(world.db, claim.claim_id, "info", f"event {i}")
     of_job = world.of(claim.job.id)
 
-    first = commands.events_page(world.db, **of_job, limit=2)
-    second = commands.events_page(world.db, **of_job, after=first.items[-1].seq, limit=100)
-    stream = commands.events_since(world.db, **of_job, seq=first.items[-1].seq)
+    first = queries.events_page(world.db, **of_job, limit=2)
+    second = queries.events_page(world.db, **of_job, after=first.items[-1].seq, limit=100)
+    stream = queries.events_since(world.db, **of_job, seq=first.items[-1].seq)
 
     assert [event.message for event in first.items] == ["event 2", "event 1"]
     assert first.has_more
@@ -150,7 +151,7 @@ def test_events_are_read_backwards_in_pages_and_forwards_as_a_stream(world: Worl
     assert [event.message for event in stream] == ["event 2"]
     for unknown in (10**30, -1, 10**9):
         with pytest.raises(InvalidRequest):
-            commands.events_page(world.db, **of_job, after=unknown)
+            queries.events_page(world.db, **of_job, after=unknown)
 
 
 def test_an_id_that_no_database_can_hold_is_refused_or_not_found(world: World) -> None:

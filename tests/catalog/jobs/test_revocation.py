@@ -14,15 +14,16 @@ from catalog.errors import Conflict, Forbidden, Unauthorized
 from catalog.jobs import commands
 from catalog.states import JobState
 from catalog.sweeps import creation, revocation
-from catalog.sweeps.revocation import Revocation, Work
-from catalog.tables import AuditEvent, Sweep
+from catalog.sweeps.revocation import Revocation, UnfinishedWork
+from catalog.tables.audit import AuditEvent
+from catalog.tables.sweeps import Sweep
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
 from tests.catalog.sweeping import add, advance, asked
 from tests.catalog.world import PEPPER, World, opens, sha
 
 HOUR = 3600.0
-NOTHING = Work(num_jobs=0, num_sweeps=0)
+NOTHING = UnfinishedWork(num_jobs=0, num_sweeps=0)
 
 
 def child_of(world: World, caller: Caller, **given: Any) -> tuple[Caller, str]:
@@ -66,7 +67,7 @@ def test_a_revocation_reports_and_records_what_is_left(world: World) -> None:
 
     found = revoke(world, key)
 
-    assert (found.left, found.num_valid_descendants) == (Work(num_jobs=3, num_sweeps=1), 1)
+    assert (found.left, found.num_valid_descendants) == (UnfinishedWork(num_jobs=3, num_sweeps=1), 1)
     assert found.revoked == [key.api_key_id]
     assert revocations(world) == {
         key.api_key_id: {"unfinished_jobs": 3, "unfinished_sweeps": 1, "valid_descendants": 1, "cancel": False}
@@ -129,7 +130,7 @@ def test_descendants_are_revoked_with_the_key_and_other_keys_are_not(world: Worl
 
     expected = [key.api_key_id, child.api_key_id, grandchild.api_key_id, rotated.id]
     assert list(found.revoked) == expected
-    assert found.left == Work(num_jobs=1, num_sweeps=0)
+    assert found.left == UnfinishedWork(num_jobs=1, num_sweeps=0)
     assert revocations(world).keys() == set(expected)
     assert revocations(world)[key.api_key_id]["valid_descendants"] == 0
     assert [opens(world, each) for each in (secret, rotated_secret, sibling_secret)] == [False, False, True]

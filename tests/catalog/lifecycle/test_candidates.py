@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 
 from catalog.db.database import Database
-from catalog.jobs import commands
+from catalog.jobs import commands, explanation
+from catalog.lifecycle import preparation
 from catalog.queue import claiming, claims, listing
 from catalog.resources import requirements
-from catalog.scheduling.snapshot import PATIENCE_SECONDS, PROMOTE_AFTER_SECONDS, Room
+from catalog.scheduling.snapshot import PATIENCE_SECONDS, PROMOTE_AFTER_SECONDS, Capacity
 from catalog.states import EndReason
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from tests.catalog.reading import rows_read, rows_scanned
 from tests.catalog.world import LEASE, Clock, World
 
-ONE = Room(max_jobs=1, memory_bytes_free=10**12)
+ONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
 
 
 def theirs(world: World, **fields: Any) -> Job:
@@ -36,7 +37,7 @@ def test_a_claim_reads_a_part_of_the_queue(world: World) -> None:
         "a new trainer": lambda: world.claim(room=ONE),
         "a trainer that is loaded": lambda: world.claim(room=replace(ONE, resident_key=held.pack_key)),
         "jobs that join": lambda: world.claim(pack_key=held.pack_key, room=ONE),
-        "files to prepare": lambda: claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE),
+        "files to prepare": lambda: preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE),
     }
 
     for job in (first, submitted):
@@ -77,7 +78,7 @@ def test_jobs_that_are_too_large_do_not_hide_the_one_behind_them(world: World) -
     world.flood(world.queued(model="large"), 40)
     small = world.queued()
 
-    claimed = world.claim(room=Room(max_jobs=2, memory_bytes_free=10**10))
+    claimed = world.claim(room=Capacity(max_jobs=2, memory_bytes_free=10**10))
 
     assert [claim.job.id for claim in claimed] == [small.id]
 
@@ -86,7 +87,7 @@ def test_a_worker_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit
     world.worker()
     held, first = world.running().job, world.queued()
     world.flood(first, 2000)
-    full = Room(max_jobs=4, memory_bytes_free=1)
+    full = Capacity(max_jobs=4, memory_bytes_free=1)
     looks = {
         "a new trainer": lambda: world.claim("w2", full),
         "a trainer that is loaded": lambda: world.claim("w2", replace(full, resident_key=held.pack_key)),
@@ -103,7 +104,9 @@ def test_smaller_packmates_are_seen_behind_more_that_do_not_fit_than_there_are_p
     first = world.queued()
     world.flood(world.queued(lora={"rank": 32}), 20)
     small = world.queued()
-    room = Room(max_jobs=3, memory_bytes_free=alone(world, first) + alone(world, small) - (first.trainer_bytes or 0))
+    room = Capacity(
+        max_jobs=3, memory_bytes_free=alone(world, first) + alone(world, small) - (first.trainer_bytes or 0)
+    )
 
     claimed = world.claim(room=room)
     more = world.claim("w2", pack_key=first.pack_key, room=replace(room, memory_bytes_free=own(world, first)))
@@ -168,7 +171,7 @@ def test_packmates_are_found_however_deep_they_stand(world: World) -> None:
     world.flood(world.queued(model="other"), 60)
     mate = world.queued()
 
-    claimed = world.claim(room=Room(max_jobs=4, memory_bytes_free=10**12))
+    claimed = world.claim(room=Capacity(max_jobs=4, memory_bytes_free=10**12))
 
     assert [claim.job.id for claim in claimed] == [first.id, mate.id]
 
@@ -214,8 +217,8 @@ def test_a_job_that_was_prepared_before_its_needs_were_kept_is_claimed_by_what_i
         old.own_bytes = old.saved_bytes = old.trainer_bytes = old.slice_bytes = None
     enough = (needed.own_bytes or 0) + (needed.trainer_bytes or 0)
 
-    assert world.claim(room=Room(max_jobs=1, memory_bytes_free=enough - 1)) == []
-    assert len(world.claim(room=Room(max_jobs=1, memory_bytes_free=enough))) == 1
+    assert world.claim(room=Capacity(max_jobs=1, memory_bytes_free=enough - 1)) == []
+    assert len(world.claim(room=Capacity(max_jobs=1, memory_bytes_free=enough))) == 1
 
 
 def test_waiting_is_reckoned_from_the_last_time_that_a_job_came_into_the_queue(world: World) -> None:
@@ -223,7 +226,7 @@ def test_waiting_is_reckoned_from_the_last_time_that_a_job_came_into_the_queue(w
     world.pass_time(100)
     world.prepare_all()
     world.pass_time(20)
-    assert round(commands.explain(world.db, **world.of(job.id))["waited_seconds"]) == 20
+    assert round(explanation.explain(world.db, **world.of(job.id))["waited_seconds"]) == 20
 
     (claim,) = world.claim()
     world.pass_time(100, claim.claim_id)
@@ -233,7 +236,7 @@ def test_waiting_is_reckoned_from_the_last_time_that_a_job_came_into_the_queue(w
     commands.resume(world.db, **world.of(job.id))
     world.pass_time(30)
 
-    why = commands.explain(world.db, **world.of(job.id))
+    why = explanation.explain(world.db, **world.of(job.id))
     assert (round(why["waited_seconds"]), why["state"]) == (30, "queued")
     (entry,) = listing.snapshot(world.db, project_id=None)["jobs"]
     assert round(entry["waited_seconds"]) == 30
@@ -256,7 +259,7 @@ def test_projects_take_turns_in_having_their_files_prepared(world: World) -> Non
     foreign = [world.submit(caller=world.stranger, training_file=their_file) for _ in range(2)]
     pressing = world.submit(priority="urgent")
 
-    order = [claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) for _ in range(6)]
+    order = [preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) for _ in range(6)]
 
     expected = [foreign[0], pressing, foreign[1], *ours]
     assert [found.job.id for found in order if found] == [job.id for job in expected]
@@ -268,7 +271,7 @@ def test_a_class_that_waits_to_be_prepared_rises(world: World) -> None:
     world.flood(pressing, 5)
 
     def next_one() -> str:
-        found = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+        found = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
         assert found is not None
         return found.job.id
 
@@ -286,6 +289,6 @@ def test_a_submission_says_that_projects_take_turns_where_others_have_files_to_p
     world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     job = world.submit()
 
-    assert commands.explain(world.db, **world.of(job.id))["explanation"] == (
+    assert explanation.explain(world.db, **world.of(job.id))["explanation"] == (
         "Its files wait to be prepared; no job is ahead of it in its project, which takes turns with others."
     )

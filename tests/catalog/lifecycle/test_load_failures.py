@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 
 from catalog.fleet import workers
-from catalog.queue import claims
-from catalog.scheduling.snapshot import Room
+from catalog.queue import claiming, claims
+from catalog.scheduling.snapshot import Capacity
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState
-from catalog.tables import Job, Worker
+from catalog.tables.fleet import Worker
+from catalog.tables.jobs import Job
 from tests.catalog.world import World
 
-ALONE = Room(max_jobs=1, memory_bytes_free=10**12)
+ALONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
 
 
-def load(world: World, worker_id: str, name: str, *, is_ready: bool = False, room: Room = ALONE) -> claims.Claim:
+def load(world: World, worker_id: str, name: str, *, is_ready: bool = False, room: Capacity = ALONE) -> claiming.Claim:
     """Claim the next job for a trainer of that name, which gets ready or not."""
     (claim,) = world.claim(worker_id, room, trainer_id=name)
     key, digest = claim.job.pack_key, claim.job.base_digest

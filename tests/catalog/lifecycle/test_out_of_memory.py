@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from catalog.jobs import commands
-from catalog.lifecycle import out_of_memory
+from catalog.history import queries
+from catalog.lifecycle import failures, recording
 from catalog.lifecycle.outcomes import decide
 from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb
 from tests.catalog.lifecycle.test_load_failures import fail_to_load
 from tests.catalog.queue.test_sharded_claims import on, queued_large
 from tests.catalog.world import World, manifest
 
-OOM = sorted(out_of_memory.OF_MEMORY)
+OOM = sorted(failures.OF_MEMORY)
 
 
 def short(world: World, claim: Claim, reason: EndReason = EndReason.CUDA_OOM) -> JobState:
@@ -24,11 +24,11 @@ def short(world: World, claim: Claim, reason: EndReason = EndReason.CUDA_OOM) ->
 
 
 def told(world: World, job_id: str) -> str:
-    return commands.events_since(world.db, **world.of(job_id), seq=0)[-1].message
+    return queries.events_since(world.db, **world.of(job_id), seq=0)[-1].message
 
 
 def rung(world: World, job_id: str) -> int:
-    return out_of_memory.rung(world.db, world.job(job_id))
+    return failures.memory_rung(world.db, world.job(job_id))
 
 
 @pytest.mark.parametrize("reason", OOM)
@@ -52,7 +52,7 @@ def test_after_a_shortage_come_smaller_ticks_then_a_trainer_to_itself_then_the_e
 
     assert [number for number, _, _ in seen] == [2, 2]
     assert [step for _, step, _ in seen] == [1, 2]
-    assert [out_of_memory.SMALLER in seen[0][2], out_of_memory.SMALLEST in seen[1][2]] == [True, True]
+    assert [failures.SMALLER in seen[0][2], failures.SMALLEST in seen[1][2]] == [True, True]
     assert [claim.job.id for claim in claimed] == [job.id], "it is not alone"
     assert short(world, claimed[0], reason) is JobState.FAILED
     assert world.job(mate.id).state != JobState.FAILED
@@ -112,7 +112,7 @@ def test_smaller_ticks_stay_with_a_job_and_single_slices_go_with_a_new_checkpoin
     assert rung(world, claim.job.id) == 2
 
     (claim,) = world.claim()
-    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c5", kind="checkpoint"))
+    recording.record_checkpoint(world.db, claim.claim_id, step=5, artifact=manifest("c5", kind="checkpoint"))
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
 
     assert rung(world, claim.job.id) == 1
@@ -129,7 +129,7 @@ def test_memory_that_ended_while_a_base_was_loaded_makes_no_ticks_smaller(world:
         fail_to_load(world, "w2", f"t{number + 1}")
 
     assert after_one[0] == 0
-    assert out_of_memory.SMALLER not in after_one[1]
+    assert failures.SMALLER not in after_one[1]
     ended = world.job(job.id)
     assert ended.state == JobState.FAILED, "a base that no worker can load is tried for ever"
     assert "slice by slice" not in (ended.error or {})["message"]
@@ -142,7 +142,7 @@ def test_no_number_of_shortages_goes_on_for_ever(counted: int) -> None:
         cancel_requested=False,
         pause_requested=False,
         counted_attempts=counted,
-        num_shortages=out_of_memory.MAX_SHORTAGES + counted,
+        num_shortages=failures.MAX_OUT_OF_MEMORY + counted,
     )
 
     assert verdict.verb is (Verb.FAIL if counted == MAX_COUNTED_ATTEMPTS - 1 else Verb.REQUEUE)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from catalog.lifecycle.out_of_memory import MAX_SHORTAGES
+from catalog.lifecycle.failures import MAX_OUT_OF_MEMORY
 from catalog.lifecycle.outcomes import BACK_OFF_SECONDS, REMEDIES, decide
 from catalog.states import (
     ENDINGS,
@@ -60,7 +60,7 @@ def test_of_every_ending_that_may_put_a_job_aside_somebody_can_do_something() ->
             pause_requested=False,
             counted_attempts=counted,
             losses=MAX_LOSSES,
-            num_shortages=MAX_SHORTAGES,
+            num_shortages=MAX_OUT_OF_MEMORY,
         ).is_quarantine
     }
 

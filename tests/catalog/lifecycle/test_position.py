@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 
 from catalog.errors import Conflict, InvalidRequest, NotFound
-from catalog.jobs import commands
-from catalog.jobs.commands import Target
-from catalog.lifecycle import deadlines, position
+from catalog.history import queries
+from catalog.jobs import commands, explanation
+from catalog.lifecycle import deadlines, position, recording
+from catalog.lifecycle.position import MoveTarget
 from catalog.queue import claims, listing
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from tests.catalog.world import World
 
-ONE = Room(max_jobs=1, memory_bytes_free=10**12)
+ONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
 
 
 def order(world: World) -> list[str]:
@@ -25,7 +26,7 @@ def order(world: World) -> list[str]:
 
 
 def move(world: World, job: Job, **target: Any) -> Job:
-    return commands.move_to(world.db, **world.of(job.id), target=Target(**target))
+    return position.move_to(world.db, **world.of(job.id), target=MoveTarget(**target))
 
 
 def test_a_job_is_moved_before_and_behind_others_and_to_both_ends(world: World) -> None:
@@ -41,7 +42,7 @@ def test_a_job_is_moved_before_and_behind_others_and_to_both_ends(world: World) 
         assert order(world) == [job.id for job in expected]
     (claim,) = world.claim(room=ONE)
     assert claim.job.id == a.id
-    assert "stand after" in str([event.message for event in commands.events_since(world.db, **world.of(d.id), seq=0)])
+    assert "stand after" in str([event.message for event in queries.events_since(world.db, **world.of(d.id), seq=0)])
 
 
 def test_places_that_are_as_near_as_numbers_can_be_are_spread(world: World) -> None:
@@ -74,7 +75,7 @@ def test_a_move_names_one_job_of_the_project_that_waits_in_the_same_class(world:
     with pytest.raises(NotFound):
         move(world, job, before=foreign.id)
     with pytest.raises(NotFound):
-        commands.move_to(world.db, **world.of(foreign.id), target=Target(to="first"))
+        position.move_to(world.db, **world.of(foreign.id), target=MoveTarget(to="first"))
     (claim,) = world.claim(room=ONE)
     with pytest.raises(Conflict) as refusal:
         move(world, claim.job, to="last")
@@ -95,24 +96,24 @@ def test_moving_jobs_gives_a_project_no_other_projects_turn(world: World) -> Non
 
 def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> None:
     job = world.submit()
-    commands.hold(world.db, **world.of(job.id))
+    position.hold(world.db, **world.of(job.id))
     world.prepare_all()
     behind = world.queued()
 
     assert world.job(job.id).state == "queued"
     assert order(world) == [behind.id]
-    assert [claim.job.id for claim in world.claim(room=Room(max_jobs=4, memory_bytes_free=10**12))] == [behind.id]
+    assert [claim.job.id for claim in world.claim(room=Capacity(max_jobs=4, memory_bytes_free=10**12))] == [behind.id]
     assert world.claim(pack_key=job.pack_key) == []
     assert not listing.has_work(world.db)
-    why = commands.explain(world.db, **world.of(job.id))
+    why = explanation.explain(world.db, **world.of(job.id))
     assert (why["is_held"], why["explanation"]) == (
         True,
         "It is held, and isn't chosen before it is released: lorry jobs release.",
     )
     world.clock.turn(100)
     for _ in range(2):
-        assert commands.release(world.db, **world.of(job.id)).queued_at == world.job(job.id).queued_at
-    assert commands.explain(world.db, **world.of(job.id))["waited_seconds"] < 1
+        assert position.release(world.db, **world.of(job.id)).queued_at == world.job(job.id).queued_at
+    assert explanation.explain(world.db, **world.of(job.id))["waited_seconds"] < 1
     (claim,) = world.claim(room=ONE)
     assert claim.job.id == job.id
 
@@ -120,10 +121,10 @@ def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> 
 def test_what_trains_or_has_ended_is_not_held_and_a_pause_ends_a_hold(world: World) -> None:
     claim = world.running()
     with pytest.raises(Conflict) as refusal:
-        commands.hold(world.db, **world.of(claim.job.id))
+        position.hold(world.db, **world.of(claim.job.id))
     assert refusal.value.code == "job_not_waiting"
     held = world.queued()
-    commands.hold(world.db, **world.of(held.id))
+    position.hold(world.db, **world.of(held.id))
     commands.pause(world.db, **world.of(held.id))
     commands.resume(world.db, **world.of(held.id))
 
@@ -153,7 +154,7 @@ def test_the_start_that_a_job_needs_is_reckoned_from_what_a_step_took_its_projec
     world.worker()
 
     assert job.needed_start == pytest.approx(deadline - 50, abs=1)
-    why = commands.explain(world.db, **world.of(job.id))
+    why = explanation.explain(world.db, **world.of(job.id))
     assert (why["deadline"], why["is_late"]) == (deadline, False)
     assert "It has to start within 9" in why["explanation"]
 
@@ -166,18 +167,18 @@ def test_a_job_that_cannot_meet_its_deadline_is_told_so_once_and_goes_on(world: 
     told = [deadlines.tell_late(world.db) for _ in range(2)]
 
     assert told == [1, 0]
-    warnings = [event for event in commands.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"]
+    warnings = [event for event in queries.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"]
     assert [event.message[:52] for event in warnings] == ["The job can't meet its deadline any more. It had to "]
-    assert commands.explain(world.db, **world.of(job.id))["is_late"]
+    assert explanation.explain(world.db, **world.of(job.id))["is_late"]
     assert [claim.job.id for claim in world.claim()] == [job.id, other.id]
 
 
 def test_a_running_job_is_told_by_what_it_says_is_left(world: World) -> None:
     claim = world.running(deadline=int(world.clock.now) + 600)
-    claims.record_progress(world.db, claim.claim_id, {"step": 1, "seconds_left": 900})
+    recording.record_progress(world.db, claim.claim_id, {"step": 1, "seconds_left": 900})
 
     assert deadlines.tell_late(world.db) == 1
-    assert "after its deadline" in commands.explain(world.db, **world.of(claim.job.id))["explanation"]
+    assert "after its deadline" in explanation.explain(world.db, **world.of(claim.job.id))["explanation"]
 
 
 def test_a_job_that_comes_back_keeps_its_place(world: World) -> None:

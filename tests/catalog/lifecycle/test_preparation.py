@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from catalog.errors import StaleClaim
+from catalog.history import queries
 from catalog.jobs import commands
+from catalog.lifecycle import preparation, recording
 from catalog.queue import claims
 from catalog.registry import base_models
 from catalog.states import EndReason, JobState
@@ -14,10 +16,12 @@ from tests.catalog.world import LEASE, World
 
 def test_files_that_cannot_be_trained_on_fail_the_job_with_the_workers_words(world: World) -> None:
     job = world.submit()
-    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
 
-    claims.refused(world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn", "message": "All masked."})
+    preparation.refused(
+        world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn", "message": "All masked."}
+    )
 
     refused = world.job(job.id)
     assert (refused.state, refused.reason) == (JobState.FAILED, EndReason.USER_ERROR)
@@ -26,15 +30,17 @@ def test_files_that_cannot_be_trained_on_fail_the_job_with_the_workers_words(wor
 
 def test_preparation_goes_to_one_worker_and_can_be_given_back(world: World) -> None:
     job = world.submit()
-    first = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    first = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert first is not None
-    assert claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE) is None
+    assert preparation.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE) is None
 
-    claims.release_preparation(world.db, claim_id=first.claim_id, detail="the store does not answer", wait_seconds=5)
+    preparation.release_preparation(
+        world.db, claim_id=first.claim_id, detail="the store does not answer", wait_seconds=5
+    )
 
-    assert claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE) is None
+    assert preparation.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE) is None
     world.clock.turn(6)
-    second = claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
+    second = preparation.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
     assert second is not None
     assert second.job.id == job.id
 
@@ -44,13 +50,13 @@ def test_a_job_whose_usable_rows_leave_no_evaluation_in_time_trains_and_its_even
     world: World, num_steps: int, num_warnings: int
 ) -> None:
     job = world.submit(validation_file=world.file(), evaluation={"every_steps": 40, "keep": "best"})
-    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
 
-    claims.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key="v", num_steps=num_steps)
+    preparation.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key="v", num_steps=num_steps)
 
     told = [
-        event.message for event in commands.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"
+        event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"
     ]
     assert [f"the job has {num_steps} steps" in message for message in told] == [True] * num_warnings
     assert all("it keeps its last weights" in message for message in told)
@@ -59,28 +65,28 @@ def test_a_job_whose_usable_rows_leave_no_evaluation_in_time_trains_and_its_even
 
 def test_cancelling_takes_a_job_from_the_worker_that_prepares_it(world: World) -> None:
     job = world.submit()
-    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
 
     commands.cancel(world.db, **world.of(job.id))
 
     assert world.beat(unprepared.claim_id)[unprepared.claim_id].stale
     with pytest.raises(StaleClaim):
-        claims.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key=None, num_steps=1)
+        preparation.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key=None, num_steps=1)
 
 
 def test_a_lease_for_preparing_is_no_claim_to_train_and_the_other_way_round(world: World) -> None:
     running = world.running()
     world.submit()
-    preparing = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    preparing = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert preparing is not None
 
     for write in (
         lambda: world.complete(preparing.claim_id),
         lambda: claims.end(world.db, preparing.claim_id, reason=EndReason.DRAINED, detail=""),
-        lambda: claims.record_progress(world.db, preparing.claim_id, {}),
-        lambda: claims.prepared(world.db, claim_id=running.claim_id, train_key="t", valid_key=None, num_steps=1),
-        lambda: claims.release_preparation(world.db, claim_id=running.claim_id, detail=""),
+        lambda: recording.record_progress(world.db, preparing.claim_id, {}),
+        lambda: preparation.prepared(world.db, claim_id=running.claim_id, train_key="t", valid_key=None, num_steps=1),
+        lambda: preparation.release_preparation(world.db, claim_id=running.claim_id, detail=""),
     ):
         with pytest.raises(StaleClaim):
             write()
@@ -93,5 +99,5 @@ def test_a_look_that_finds_nothing_to_prepare_or_import_does_not_wait_for_a_writ
     world.worker()
 
     with world.db.write():
-        assert claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is None
+        assert preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is None
         assert base_models.claim_import(world.db, lease_seconds=LEASE) is None

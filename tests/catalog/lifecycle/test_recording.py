@@ -6,10 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy import select
 
+from catalog.history import queries
 from catalog.jobs import commands
-from catalog.queue import claims
+from catalog.lifecycle import recording
+from catalog.queue import claiming, claims
 from catalog.states import EndReason, JobState
-from catalog.tables import Artifact
+from catalog.tables.storage import Artifact
 from tests.catalog.world import World, manifest
 
 
@@ -18,7 +20,7 @@ def test_a_new_checkpoint_forgives_bad_ends_and_a_replayed_one_does_not(world: W
 
     def crash_after_checkpoint(step: int) -> JobState:
         nonlocal claim
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"))
+        recording.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"))
         state = claims.end(world.db, claim.claim_id, reason=EndReason.HOST_OOM, detail="")
         world.clock.turn(31)
         claim = next(iter(world.claim()), claim)
@@ -31,7 +33,7 @@ def test_a_new_checkpoint_forgives_bad_ends_and_a_replayed_one_does_not(world: W
 def test_a_job_resumes_from_its_newest_checkpoint_and_can_fall_back_by_one(world: World) -> None:
     claim = world.running()
     dropped = [
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"))
+        recording.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"))
         for step in (1, 2, 3)
     ]
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
@@ -42,7 +44,7 @@ def test_a_job_resumes_from_its_newest_checkpoint_and_can_fall_back_by_one(world
     assert dropped == [[], [], [manifest("c1").digest]]
 
     bad = again.resume_from
-    claims.distrust_checkpoint(world.db, again.claim_id, checkpoint_id=bad.id, problem="a bit was flipped")
+    recording.distrust_checkpoint(world.db, again.claim_id, checkpoint_id=bad.id, problem="a bit was flipped")
     claims.end(world.db, again.claim_id, reason=EndReason.DRAINED, detail="")
     assert [checkpoint.step for checkpoint in world.claim()[0].resume_candidates] == [2]
 
@@ -51,12 +53,12 @@ def test_files_that_two_checkpoints_share_outlive_the_first(world: World) -> Non
     claim = world.running()
 
     dropped = [
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(name))
+        recording.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(name))
         for step, name in ((1, "a"), (2, "b"), (3, "a"))
     ]
 
     assert dropped == [[], [], []]
-    page = commands.checkpoints_page(world.db, **world.of(claim.job.id))
+    page = queries.checkpoints_page(world.db, **world.of(claim.job.id))
     assert [(row.step, row.artifact is not None) for row in page.items] == [(3, True), (2, True), (1, False)]
 
 
@@ -64,10 +66,10 @@ def test_jobs_that_store_the_same_bytes_at_once_do_not_take_them_from_each_other
     world.queued()
     world.queued()
 
-    def train(claim: claims.Claim) -> None:
+    def train(claim: claiming.Claim) -> None:
         for step in range(1, 16):
             same = manifest(f"c{step}", "checkpoint")
-            claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=same)
+            recording.record_checkpoint(world.db, claim.claim_id, step=step, artifact=same)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(train, world.claim()))
@@ -82,15 +84,15 @@ def test_points_of_a_curve_are_kept_once_and_told_as_the_openai_api_does(world: 
     of_job = world.of(claim.job.id)
     point = {"kind": "train", "token_accuracy": 0.5, "learning_rate": 1e-4, "grad_norm": float("inf")}
 
-    claims.record_metrics(
+    recording.record_metrics(
         world.db, claim.claim_id, [{**point, "step": 1, "loss": 3.0}, {**point, "step": 2, "loss": 2}]
     )
-    claims.record_metrics(world.db, claim.claim_id, [{**point, "step": 2, "loss": 1.5}])
-    claims.record_metrics(world.db, claim.claim_id, [{**point, "step": 3, "loss": float("nan")}])
+    recording.record_metrics(world.db, claim.claim_id, [{**point, "step": 2, "loss": 1.5}])
+    recording.record_metrics(world.db, claim.claim_id, [{**point, "step": 3, "loss": float("nan")}])
 
-    curve = commands.metrics(world.db, **of_job, kind="train")
+    curve = queries.metrics(world.db, **of_job, kind="train")
     assert [(p.step, p.loss, p.grad_norm) for p in curve] == [(1, 3.0, None), (2, 1.5, None)]
-    told = commands.events_page(world.db, **of_job).items[0]
+    told = queries.events_page(world.db, **of_job).items[0]
     assert (told.type, told.message) == ("metrics", "Step 2/60: training loss=1.5000")
     assert told.data is not None
     assert told.data["train_loss"] == 1.5
@@ -99,11 +101,11 @@ def test_points_of_a_curve_are_kept_once_and_told_as_the_openai_api_does(world: 
 
 def test_progress_keeps_what_was_evaluated_and_a_replayed_evaluation_counts_as_it_is_now(world: World) -> None:
     claim = world.running()
-    claims.record_progress(world.db, claim.claim_id, {"step": 1, "loss": 3.0})
+    recording.record_progress(world.db, claim.claim_id, {"step": 1, "loss": 3.0})
 
     def evaluated(step: int, loss: float) -> tuple[float, float]:
-        claims.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": step, "loss": loss}])
-        claims.record_progress(world.db, claim.claim_id, {"step": step, "loss": 2.0})
+        recording.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": step, "loss": loss}])
+        recording.record_progress(world.db, claim.claim_id, {"step": step, "loss": 2.0})
         progress = world.job(claim.job.id).progress or {}
         assert (progress["step"], progress["loss"]) == (step, 2.0)
         return progress["valid_loss"], progress["best_valid_loss"]
@@ -117,7 +119,7 @@ def test_progress_keeps_what_was_evaluated_and_a_replayed_evaluation_counts_as_i
 
 def test_the_seconds_of_a_job_are_those_under_a_claim(world: World) -> None:
     def seconds(job_id: str) -> float:
-        return round(commands.seconds_running(world.db, [job_id]).get(job_id, 0.0))
+        return round(queries.seconds_running(world.db, [job_id]).get(job_id, 0.0))
 
     claim = world.running()
     world.clock.turn(10)
@@ -137,4 +139,4 @@ def test_the_seconds_of_a_job_are_those_under_a_claim(world: World) -> None:
     world.complete(again.claim_id)
     world.clock.turn(100)
     assert seconds(claim.job.id) == 15
-    assert commands.seconds_running(world.db, []) == {}
+    assert queries.seconds_running(world.db, []) == {}

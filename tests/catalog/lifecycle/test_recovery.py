@@ -12,13 +12,14 @@ from sqlalchemy.orm import Session
 from catalog.errors import StaleClaim
 from catalog.fleet import workers
 from catalog.jobs import commands
-from catalog.lifecycle import recovery
+from catalog.lifecycle import preparation, recording, recovery
 from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS
 from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.search import trials as observing
 from catalog.states import MAX_LOSSES, EndReason, JobState
-from catalog.tables import Job, Pulse
+from catalog.tables.fleet import DatabaseHeartbeat
+from catalog.tables.jobs import Job
 from tests.catalog.sweeping import make
 from tests.catalog.world import LEASE, World, manifest
 
@@ -144,7 +145,7 @@ def test_lost_workers_are_counted_anew_after_a_checkpoint_and_after_any_other_en
     _lose_workers(world, MAX_LOSSES - 1)
     (claim,) = world.claim()
     saved = manifest("checkpoint", kind="checkpoint")
-    claims.record_checkpoint(world.db, claim.claim_id, step=5, artifact=saved)
+    recording.record_checkpoint(world.db, claim.claim_id, step=5, artifact=saved)
     world.clock.turn(1)
     claims.end(world.db, claim.claim_id, reason=EndReason.INFRA_LOST, detail="")
     world.pass_time(31)
@@ -202,7 +203,7 @@ def test_one_lost_worker_parts_nobody_and_a_second_has_each_job_train_alone_unti
     assert {claim.job.id for claim in together} == {first.id, second.id}
     world.worker("w2")
     assert [len(world.claim("w2")), world.claim(pack_key=alone.job.pack_key)] == [1, []]
-    claims.record_checkpoint(world.db, alone.claim_id, step=5, artifact=manifest("saved", kind="checkpoint"))
+    recording.record_checkpoint(world.db, alone.claim_id, step=5, artifact=manifest("saved", kind="checkpoint"))
     third = world.queued()
     assert [claim.job.id for claim in world.claim(pack_key=alone.job.pack_key)] == [third.id]
 
@@ -227,25 +228,25 @@ def test_a_job_that_kills_its_worker_each_time_is_put_aside_and_those_beside_it_
 
 def test_a_preparation_that_was_lost_is_free_again_and_no_attempt(world: World) -> None:
     job = world.submit()
-    lost = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    lost = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert lost is not None
     world.pass_time(LEASE + 1)
 
     assert recovery.expire(world.db, grace_seconds=LEASE) == 1
 
-    again = claims.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
+    again = preparation.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
     assert again is not None
     assert again.claim_id != lost.claim_id
     assert (world.job(job.id).attempt, world.job(job.id).counted_attempts) == (0, 0)
     with pytest.raises(StaleClaim):
-        claims.prepared(world.db, claim_id=lost.claim_id, train_key="t", valid_key=None, num_steps=1)
+        preparation.prepared(world.db, claim_id=lost.claim_id, train_key="t", valid_key=None, num_steps=1)
 
 
 def test_a_file_that_takes_every_worker_down_is_refused_in_the_end(world: World) -> None:
     job = world.submit()
 
     for _ in range(MAX_LOST_PREPARATIONS):
-        assert claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is not None
+        assert preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is not None
         world.pass_time(LEASE + 1)
         recovery.expire(world.db, grace_seconds=LEASE)
 
@@ -267,7 +268,7 @@ def test_a_worker_known_to_be_dead_is_not_waited_for(world: World) -> None:
     world.worker()
     claim = world.running()
     world.submit()
-    claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
 
     assert workers.declare_lost(world.db, "w1") == 2
     assert workers.declare_lost(world.db, "w1") == 0
@@ -295,7 +296,7 @@ def test_a_heartbeat_does_not_wait_for_another_that_notes_the_pulse(world: World
     world.clock.turn(seconds)
 
     with ThreadPoolExecutor(1) as pool, world.db.write() as session:
-        session.get_one(Pulse, 1, with_for_update=True)
+        session.get_one(DatabaseHeartbeat, 1, with_for_update=True)
         orders = pool.submit(world.beat, claim.claim_id).result(timeout=20)
 
     assert not orders[claim.claim_id].stale
@@ -316,7 +317,7 @@ def test_rows_are_locked_in_one_order_the_workers_then_its_jobs_by_id(world: Wor
     event.listen(world.db.engine, "before_cursor_execute", note)
     event.listen(world.db.engine, "commit", lambda _connection: statements.append("COMMIT"))
     world.beat(claim.claim_id)
-    claims.end_worker(world.db, "w1")
+    workers.end_worker(world.db, "w1")
 
     of_jobs = [text for text in statements if " FROM jobs" in text and "FOR UPDATE" in text]
     assert len(of_jobs) == 3

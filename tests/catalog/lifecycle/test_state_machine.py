@@ -16,11 +16,13 @@ from catalog.db.database import Database
 from catalog.errors import LorryError, StaleClaim
 from catalog.fleet import workers
 from catalog.jobs import commands
-from catalog.lifecycle import recovery
+from catalog.lifecycle import preparation, recording, recovery
 from catalog.queue import claims
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.states import FINAL_STATES, MAX_COUNTED_ATTEMPTS, EndReason, JobState, Verb, next_state
-from catalog.tables import Adapter, Attempt, Job, JobEvent
+from catalog.tables.history import Attempt, JobEvent
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter
 from tests.catalog.world import LEASE, Clock, World, manifest
 
 _template: list[Path] = []
@@ -78,20 +80,20 @@ class Service(RuleBasedStateMachine):
 
     @rule(target=held, worker_id=WORKERS)
     def begin_to_prepare(self, worker_id: str) -> Any:
-        found = claims.next_unprepared(self.db, worker_id=worker_id, lease_seconds=LEASE)
+        found = preparation.next_unprepared(self.db, worker_id=worker_id, lease_seconds=LEASE)
         return found.claim_id if found else multiple()
 
     @rule(claim_id=held)
     def prepared(self, claim_id: str) -> None:
-        self.attempted(claims.prepared, claim_id=claim_id, train_key="t", valid_key=None, num_steps=9)
+        self.attempted(preparation.prepared, claim_id=claim_id, train_key="t", valid_key=None, num_steps=9)
 
     @rule(claim_id=held)
     def refused(self, claim_id: str) -> None:
-        self.attempted(claims.refused, claim_id=claim_id, error={"message": "bad"})
+        self.attempted(preparation.refused, claim_id=claim_id, error={"message": "bad"})
 
     @rule(target=held, worker_id=WORKERS, max_jobs=st.integers(1, 3))
     def claim(self, worker_id: str, max_jobs: int) -> Any:
-        room = Room(max_jobs=max_jobs, memory_bytes_free=10**12)
+        room = Capacity(max_jobs=max_jobs, memory_bytes_free=10**12)
         return multiple(*(claim.claim_id for claim in self.world.claim(worker_id, room)))
 
     @rule(claim_id=held, worker_id=WORKERS)
@@ -102,7 +104,7 @@ class Service(RuleBasedStateMachine):
     def checkpoint(self, claim_id: str) -> None:
         self.steps += 1
         content = manifest(f"c{self.steps}", "checkpoint")
-        self.attempted(claims.record_checkpoint, claim_id, step=self.steps, artifact=content)
+        self.attempted(recording.record_checkpoint, claim_id, step=self.steps, artifact=content)
 
     @rule(claim_id=held, reason=REASONS)
     def end(self, claim_id: str, reason: EndReason) -> None:

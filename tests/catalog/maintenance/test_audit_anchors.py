@@ -14,7 +14,7 @@ from catalog.audit.chain import Misfit
 from catalog.db.database import Database, alembic_config
 from catalog.maintenance import audit_anchors
 from catalog.storage.object_storage import Objects
-from catalog.tables import AuditEvent, AuditHead
+from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tenancy import projects
 from tests.catalog.world import PEPPER, World
 

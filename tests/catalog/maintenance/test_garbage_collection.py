@@ -5,20 +5,21 @@ from __future__ import annotations
 import pytest
 
 from catalog.errors import NotFound
-from catalog.jobs import commands
+from catalog.history import queries
+from catalog.lifecycle import recording
 from catalog.maintenance import garbage_collection
-from catalog.queue import claims
+from catalog.queue import claiming
 from catalog.registry import adapters
 from catalog.storage import files
-from catalog.tables import File
+from catalog.tables.storage import File
 from tests.catalog.world import World, manifest, sha
 
 
-def checkpointed(world: World) -> claims.Claim:
+def checkpointed(world: World) -> claiming.Claim:
     claim = world.running()
     for step in (1, 2):
         name = f"{claim.job.id} {step}"
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(name))
+        recording.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(name))
     return claim
 
 
@@ -56,7 +57,7 @@ def test_the_last_checkpoints_of_a_job_go_a_week_after_its_end(world: World) -> 
     assert of_ended | of_running <= before
     assert of_running <= after
     assert not of_ended & after
-    page = commands.checkpoints_page(world.db, **world.of(ended.job.id))
+    page = queries.checkpoints_page(world.db, **world.of(ended.job.id))
     assert [(row.step, row.artifact) for row in page.items] == [(2, None), (1, None)]
 
 

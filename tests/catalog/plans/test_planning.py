@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from catalog.plans import duration, serving
-from catalog.plans.duration import Measured, Occupied, Place, Runner, Work
-from catalog.plans.serving import Made
+from catalog.plans.duration import ExpectedStart, Measured, Occupied, Runner, TrainingWork
+from catalog.plans.serving import ServingTarget
 from catalog.resources import gpus
 from catalog.resources.gpus import CARDS, MIB
 from catalog.resources.throughput import Speeds
@@ -137,7 +137,7 @@ def test_vllm_is_told_the_rank_to_start_with() -> None:
 
 
 def test_an_adapter_with_a_head_of_its_own_is_not_for_vllm() -> None:
-    assert serving.judge(Made(spec=spec(), ranks=(16,), trains_head=True))["vllm"].verdict == "no"
+    assert serving.judge(ServingTarget(spec=spec(), ranks=(16,), trains_head=True))["vllm"].verdict == "no"
 
 
 def test_the_smallest_card_is_the_first_that_holds_it() -> None:
@@ -148,7 +148,7 @@ def test_the_smallest_card_is_the_first_that_holds_it() -> None:
     assert gpus.smallest_card(10**13) is None
 
 
-WORK = Work(num_steps=10, tokens_per_step=100.0, valid_tokens=0, num_evaluations=0, num_parameters=10**9)
+WORK = TrainingWork(num_steps=10, tokens_per_step=100.0, valid_tokens=0, num_evaluations=0, num_parameters=10**9)
 SPEEDS = Speeds(alone=((100.0, 50.0), (200.0, 80.0)))
 
 
@@ -225,7 +225,7 @@ def occupied(*left: float | None, takes_it_now: bool = False) -> Occupied:
 def test_a_start_is_reckoned_from_who_runs_and_who_is_ahead(
     fitting: list[Occupied], ahead: int, typical: float | None, seconds: float | None
 ) -> None:
-    place = Place(ahead=ahead, typical_seconds=typical, num_typical=3, fitting=tuple(fitting), num_live=1)
+    place = ExpectedStart(ahead=ahead, typical_seconds=typical, num_typical=3, fitting=tuple(fitting), num_live=1)
 
     told = duration.expected_start(place)
 

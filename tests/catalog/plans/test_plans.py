@@ -10,7 +10,8 @@ from sqlalchemy import func, select
 
 from catalog.errors import Conflict, InvalidRequest, NotFound, StaleClaim
 from catalog.fleet import workers
-from catalog.jobs import commands
+from catalog.history import queries
+from catalog.jobs import submission
 from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS
 from catalog.maintenance import garbage_collection
 from catalog.plans import claims as plan_claims
@@ -21,7 +22,8 @@ from catalog.queue import listing
 from catalog.registry import base_models
 from catalog.spec.job import JobSpec, PlannedJob
 from catalog.storage import files
-from catalog.tables import FileOverlap, Job, Plan
+from catalog.tables.jobs import Job
+from catalog.tables.plans import FileOverlap, Plan
 from tests.catalog.plan_data import REPORT, SETTINGS, know, plan, put, ready
 from tests.catalog.world import LEASE, World, request, sha
 
@@ -47,7 +49,7 @@ def num_jobs(world: World) -> int:
 
 def submit(world: World, row: Plan, **fields: Any) -> Job:
     body = PlannedJob.model_validate({"plan": row.id, **fields})
-    return commands.create(world.db, caller=world.caller, request=body, body_digest=sha(body.model_dump_json()))
+    return submission.create(world.db, caller=world.caller, request=body, body_digest=sha(body.model_dump_json()))
 
 
 def test_a_plan_of_a_file_that_was_prepared_for_that_base_is_ready_at_once(world: World) -> None:
@@ -177,7 +179,7 @@ def test_a_job_from_a_plan_is_just_as_planned(world: World) -> None:
     assert JobSpec.model_validate(job.spec) == JobSpec.model_validate(row.spec)
     assert (job.requested, job.suffix, job.labels) == (row.requested, "mine", {"team": "a"})
     assert job.state == "validating_files"
-    said = [event.message for event in commands.events_since(world.db, **world.of(job.id), seq=0)]
+    said = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]
     assert f"It is just as {row.id} has planned it." in said
 
 
@@ -238,7 +240,7 @@ def test_another_projects_plan_does_not_exist(world: World) -> None:
         with pytest.raises(NotFound):
             act(world.db, project_id=world.stranger.project_id, plan_id=row.id)
     with pytest.raises(NotFound):
-        commands.create(world.db, caller=world.stranger, request=PlannedJob(plan=row.id), body_digest="d")
+        submission.create(world.db, caller=world.stranger, request=PlannedJob(plan=row.id), body_digest="d")
 
 
 def test_a_job_would_start_at_once_on_a_free_worker_and_after_those_ahead_else(world: World) -> None:
@@ -305,7 +307,7 @@ def test_the_few_steps_of_a_plan_are_an_event_of_its_job(world: World) -> None:
     job = submit(world, row)
     world.prepare_all(num_steps=8)
 
-    warned = [e.message for e in commands.events_since(world.db, **world.of(job.id), seq=0) if e.level == "warn"]
+    warned = [e.message for e in queries.events_since(world.db, **world.of(job.id), seq=0) if e.level == "warn"]
 
     assert any("8 optimizer steps" in message and "Raise max_steps" in message for message in warned)
 

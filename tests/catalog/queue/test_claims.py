@@ -10,15 +10,18 @@ import pytest
 from sqlalchemy import select
 
 from catalog.errors import StaleClaim
-from catalog.fleet import cordons
-from catalog.jobs import commands
-from catalog.lifecycle import recovery
+from catalog.fleet import cordons, workers
+from catalog.history import queries
+from catalog.jobs import commands, explanation
+from catalog.lifecycle import preparation, recording, recovery
 from catalog.queue import claiming, claims
-from catalog.queue.claims import Orders
+from catalog.queue.claims import ClaimDirectives
 from catalog.scheduling.scheduler import Decision, decide
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.states import MAX_LOSSES, EndReason, JobState
-from catalog.tables import Adapter, Artifact, Attempt, Job
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, Artifact
 from tests.catalog.world import LEASE, WIDE, World, manifest, sha
 
 
@@ -26,9 +29,9 @@ def test_a_job_goes_from_submission_to_its_adapter(world: World) -> None:
     job = world.submit(suffix="mine")
     world.worker()
 
-    unprepared = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
-    claims.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key=None, num_steps=10)
+    preparation.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key=None, num_steps=10)
     (claim,) = world.claim()
     claims.started(world.db, claim.claim_id, trainer_id="t1", resumed_from_step=None)
     adapter = world.complete(claim.claim_id)
@@ -52,7 +55,7 @@ def test_eight_workers_at_once_never_get_the_same_job(world: World) -> None:
 
     def work(worker_id: str) -> list[str]:
         mine: list[str] = []
-        while claimed := world.claim(worker_id, Room(max_jobs=2, memory_bytes_free=10**12)):
+        while claimed := world.claim(worker_id, Capacity(max_jobs=2, memory_bytes_free=10**12)):
             mine += [claim.job.id for claim in claimed]
             for claim in claimed:
                 claims.started(world.db, claim.claim_id, trainer_id=worker_id, resumed_from_step=None)
@@ -76,20 +79,20 @@ def test_every_write_of_a_stale_claim_is_refused(world: World) -> None:
     world.clock.turn(3)
     (fresh,) = world.claim("w2")
     before = world.job(stale.job.id)
-    exported = claims.Exported(artifact=manifest("m"), lineage={}, lineage_id="l")
+    exported = recording.Exported(artifact=manifest("m"), lineage={}, lineage_id="l")
 
     writes: list[Callable[[], Any]] = [
         lambda: claims.started(world.db, stale.claim_id, trainer_id="t", resumed_from_step=None),
-        lambda: claims.record_event(world.db, stale.claim_id, "info", "x"),
-        lambda: claims.record_progress(world.db, stale.claim_id, {"step": 9}),
-        lambda: claims.record_metrics(world.db, stale.claim_id, [{"kind": "train", "step": 1, "loss": 1.0}]),
-        lambda: claims.record_checkpoint(world.db, stale.claim_id, step=1, artifact=manifest("c")),
-        lambda: claims.record_checkpoint_model(world.db, stale.claim_id, step=1, exported=exported),
-        lambda: claims.distrust_checkpoint(world.db, stale.claim_id, checkpoint_id="c", problem="x"),
+        lambda: recording.record_event(world.db, stale.claim_id, "info", "x"),
+        lambda: recording.record_progress(world.db, stale.claim_id, {"step": 9}),
+        lambda: recording.record_metrics(world.db, stale.claim_id, [{"kind": "train", "step": 1, "loss": 1.0}]),
+        lambda: recording.record_checkpoint(world.db, stale.claim_id, step=1, artifact=manifest("c")),
+        lambda: recording.record_checkpoint_model(world.db, stale.claim_id, step=1, exported=exported),
+        lambda: recording.distrust_checkpoint(world.db, stale.claim_id, checkpoint_id="c", problem="x"),
         lambda: claims.end(world.db, stale.claim_id, reason=EndReason.USER_ERROR, detail=""),
-        lambda: claims.prepared(world.db, claim_id=stale.claim_id, train_key="", valid_key=None, num_steps=1),
-        lambda: claims.refused(world.db, claim_id=stale.claim_id, error={}),
-        lambda: claims.release_preparation(world.db, claim_id=stale.claim_id, detail=""),
+        lambda: preparation.prepared(world.db, claim_id=stale.claim_id, train_key="", valid_key=None, num_steps=1),
+        lambda: preparation.refused(world.db, claim_id=stale.claim_id, error={}),
+        lambda: preparation.release_preparation(world.db, claim_id=stale.claim_id, detail=""),
         lambda: world.complete(stale.claim_id),
     ]
     for write in writes:
@@ -99,7 +102,7 @@ def test_every_write_of_a_stale_claim_is_refused(world: World) -> None:
     after = world.job(stale.job.id)
     assert fresh.job.id == stale.job.id
     assert (after.state, after.claim_id, after.progress) == (before.state, fresh.claim_id, None)
-    assert world.beat(stale.claim_id)[stale.claim_id] == Orders(stale=True)
+    assert world.beat(stale.claim_id)[stale.claim_id] == ClaimDirectives(stale=True)
     with world.db.read() as session:
         assert session.scalars(select(Artifact).where(Artifact.kind == "adapter")).all() == []
 
@@ -224,11 +227,11 @@ def test_the_reason_of_a_claim_is_kept_on_its_attempt(world: World) -> None:
     first, second = world.queued(), world.queued()
     anchor, mate = world.claim()
 
-    why = [commands.attempts(world.db, **world.of(job.id))[0].why for job in (first, second)]
+    why = [queries.attempts(world.db, **world.of(job.id))[0].why for job in (first, second)]
     assert [each["role"] for each in why if each] == ["anchor", "packmate"]
     assert why[0] is not None
     assert why[0]["room"]["max_jobs"] == 16
-    assert commands.packmates(world.db, **world.of(first.id)) == {anchor.claim_id: [mate.job.id]}
+    assert queries.packmates(world.db, **world.of(first.id)) == {anchor.claim_id: [mate.job.id]}
 
 
 def test_projects_that_train_together_do_not_learn_of_each_other(world: World) -> None:
@@ -239,13 +242,13 @@ def test_projects_that_train_together_do_not_learn_of_each_other(world: World) -
     together = world.claim()
 
     assert len(together) == 2
-    (names,) = commands.packmates(world.db, **world.of(mine.id)).values()
+    (names,) = queries.packmates(world.db, **world.of(mine.id)).values()
     assert names == []
     for claim in together:
         (other,) = (each.job.id for each in together if each is not claim)
         told_of: dict[str, Any] = {"project_id": claim.job.project_id, "job_id": claim.job.id}
-        told = [attempt.why for attempt in commands.attempts(world.db, **told_of)]
-        assert other not in str([told, commands.explain(world.db, **told_of)])
+        told = [attempt.why for attempt in queries.attempts(world.db, **told_of)]
+        assert other not in str([told, explanation.explain(world.db, **told_of)])
 
 
 def test_a_project_that_trains_already_lets_another_go_first(world: World) -> None:
@@ -254,7 +257,7 @@ def test_a_project_that_trains_already_lets_another_go_first(world: World) -> No
     theirs = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     world.prepare_all()
 
-    (next_one,) = world.claim(room=Room(max_jobs=1, memory_bytes_free=10**12))
+    (next_one,) = world.claim(room=Capacity(max_jobs=1, memory_bytes_free=10**12))
 
     assert next_one.job.id == theirs.id
 
@@ -269,7 +272,7 @@ def test_only_jobs_of_its_pack_key_join_a_live_trainer(world: World) -> None:
     joined = world.claim(trainer_id="trainer-w1", pack_key=claim.job.pack_key)
 
     assert [each.job.id for each in joined] == [mate.id]
-    assert commands.attempts(world.db, **world.of(mate.id))[0].trainer_id == "trainer-w1"
+    assert queries.attempts(world.db, **world.of(mate.id))[0].trainer_id == "trainer-w1"
 
 
 def test_a_suspect_trains_alone(world: World) -> None:
@@ -286,7 +289,7 @@ def test_a_suspect_trains_alone(world: World) -> None:
 
     assert alone.job.id == suspect.job.id
     assert joiners == []
-    claims.record_checkpoint(world.db, alone.claim_id, step=1, artifact=manifest("c"))
+    recording.record_checkpoint(world.db, alone.claim_id, step=1, artifact=manifest("c"))
     assert len(world.claim(trainer_id="trainer-w1", pack_key=alone.job.pack_key)) == 1
 
 
@@ -296,12 +299,12 @@ def test_a_worker_that_drains_or_has_ended_gets_nothing_new(world: World) -> Non
     world.worker("draining")
     world.worker("ended")
     cordons.drain(world.db, "draining")
-    claims.end_worker(world.db, "ended")
+    workers.end_worker(world.db, "ended")
 
     for worker_id in ("draining", "ended"):
         assert world.claim(worker_id) == []
-        assert claims.next_unprepared(world.db, worker_id=worker_id, lease_seconds=LEASE) is None
-        orders = claims.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None)
+        assert preparation.next_unprepared(world.db, worker_id=worker_id, lease_seconds=LEASE) is None
+        orders = workers.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None)
         assert orders.drain
 
 
@@ -325,16 +328,16 @@ def test_a_worker_that_leaves_gives_back_what_it_holds_for_free(world: World) ->
     world.worker()
     running = world.running()
     world.submit()
-    preparing = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    preparing = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert preparing is not None
 
-    claims.end_worker(world.db, "w1")
+    workers.end_worker(world.db, "w1")
 
     assert world.job(running.job.id).state == JobState.QUEUED
     assert world.job(running.job.id).counted_attempts == 0
     assert world.job(preparing.job.id).claim_id is None
     with pytest.raises(StaleClaim):
-        claims.prepared(world.db, claim_id=preparing.claim_id, train_key="t", valid_key=None, num_steps=1)
+        preparation.prepared(world.db, claim_id=preparing.claim_id, train_key="t", valid_key=None, num_steps=1)
 
 
 def test_two_jobs_may_give_adapters_of_the_same_bytes_but_not_of_the_same_name(world: World) -> None:
@@ -357,7 +360,7 @@ def test_attempts_are_numbered_and_kept(world: World) -> None:
     (claim,) = world.claim("w2")
     claims.started(world.db, claim.claim_id, trainer_id="t10", resumed_from_step=4)
 
-    attempts = commands.attempts(world.db, **world.of(claim.job.id))
+    attempts = queries.attempts(world.db, **world.of(claim.job.id))
 
     assert [(a.number, a.worker_id, a.trainer_id, a.reason, a.detail, a.resumed_from_step) for a in attempts] == [
         (1, "w1", "t9", "drained", "asked to", None),
@@ -372,7 +375,7 @@ def test_a_job_that_is_too_large_for_the_room_is_passed_over(world: World) -> No
     world.queued(model="large")
     small = world.queued()
 
-    claimed = world.claim(room=Room(max_jobs=WIDE.max_jobs, memory_bytes_free=10**10))
+    claimed = world.claim(room=Capacity(max_jobs=WIDE.max_jobs, memory_bytes_free=10**10))
 
     assert [claim.job.id for claim in claimed] == [small.id]
     assert claimed[0].job.base_digest == sha("smol")
@@ -387,7 +390,7 @@ def test_a_job_that_ended_early_has_succeeded_and_tells_why_and_whose_weights_it
     claim = world.running()
     course = claims.Course(steps=40, kept_step=20, stopped_early="The held-out loss has not fallen.")
     curve = [{"kind": "valid", "step": step, "loss": loss} for step, loss in ((0, 1.0), (20, 1.5), (40, 2.5))]
-    claims.record_metrics(world.db, claim.claim_id, curve)
+    recording.record_metrics(world.db, claim.claim_id, curve)
 
     world.complete(claim.claim_id, course=course)
 
@@ -396,8 +399,8 @@ def test_a_job_that_ended_early_has_succeeded_and_tells_why_and_whose_weights_it
     told = {"step": 40, "kept_step": 20, "stopped_early": "The held-out loss has not fallen."}
     assert told.items() <= (job.progress or {}).items()
     assert (job.progress or {})["kept_valid_loss"] == 1.5
-    messages = "\n".join(event.message for event in commands.events_since(world.db, **world.of(claim.job.id), seq=0))
+    messages = "\n".join(event.message for event in queries.events_since(world.db, **world.of(claim.job.id), seq=0))
     assert "Training ended early, at step 40" in messages
     assert "The weights of step 20 are kept" in messages
-    (attempt,) = commands.attempts(world.db, **world.of(claim.job.id))
+    (attempt,) = queries.attempts(world.db, **world.of(claim.job.id))
     assert attempt.detail == course.stopped_early

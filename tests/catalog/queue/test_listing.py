@@ -7,19 +7,21 @@ from typing import Any
 import pytest
 
 from catalog.errors import InvalidRequest
-from catalog.jobs import commands
+from catalog.fleet import workers
+from catalog.jobs import commands, explanation
+from catalog.lifecycle import preparation
 from catalog.queue import claims, listing
 from catalog.registry import base_models
 from catalog.resources import throughput
 from catalog.resources.throughput import Speeds
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.states import EndReason
 from tests.catalog.world import LEASE, World, sha
 
 
 def explained(world: World, job_id: str) -> dict[str, Any]:
-    return commands.explain(world.db, **world.of(job_id))
+    return explanation.explain(world.db, **world.of(job_id))
 
 
 def test_the_queue_is_shown_in_the_order_in_which_it_is_claimed(world: World) -> None:
@@ -31,7 +33,7 @@ def test_the_queue_is_shown_in_the_order_in_which_it_is_claimed(world: World) ->
     assert [entry["job_id"] for entry in seen["jobs"]] == [urgent.id, normal.id, batch.id, validating.id]
     assert [entry["position"] for entry in seen["jobs"]] == [1, 2, 3, None]
     assert seen["counts"] == {"queued": 3, "validating_files": 1}
-    order = [world.claim(room=Room(max_jobs=1, memory_bytes_free=10**12))[0].job.id for _ in range(3)]
+    order = [world.claim(room=Capacity(max_jobs=1, memory_bytes_free=10**12))[0].job.id for _ in range(3)]
     assert order == [urgent.id, normal.id, batch.id]
 
 
@@ -73,7 +75,7 @@ def test_a_job_far_behind_is_told_how_many_of_its_own_stand_before_it(
     world.clock.turn(1)
     last = world.queued()
 
-    why = commands.explain(world.db, **world.of(last.id))
+    why = explanation.explain(world.db, **world.of(last.id))
 
     assert (why["ahead_at_least"], why["ahead_of_this_project_in_all"]) == (10, 31)
     assert why["explanation"] == (
@@ -110,10 +112,10 @@ def test_a_job_that_validates_tells_what_it_waits_for(world: World) -> None:
     world.worker()
     assert explained(world, job.id)["explanation"] == "Its files wait to be prepared; 1 job is ahead of it."
 
-    claimed = claims.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    claimed = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert claimed is not None
     assert explained(world, first.id)["explanation"] == "Worker w1 is preparing its files."
-    claims.release_preparation(world.db, claim_id=claimed.claim_id, detail="", wait_seconds=9)
+    preparation.release_preparation(world.db, claim_id=claimed.claim_id, detail="", wait_seconds=9)
     assert explained(world, first.id)["explanation"] == "Its files are prepared again in 9 s."
 
 
@@ -128,25 +130,25 @@ def test_a_queued_job_tells_what_stands_before_it(world: World) -> None:
     )
     assert explained(world, second.id)["explanation"] == "1 job is ahead of it."
 
-    claims.worker_beat(world.db, "w1", resident_base=sha("smol"), trainer_id="t", report=None)
+    workers.worker_beat(world.db, "w1", resident_base=sha("smol"), trainer_id="t", report=None)
     held = explained(world, second.id)
     assert held["resident_bases"] == [sha("smol")]
     assert "Workers hold another base now" in held["explanation"]
-    claims.worker_beat(world.db, "w1", resident_base=sha("other"), trainer_id="t", report=None)
+    workers.worker_beat(world.db, "w1", resident_base=sha("other"), trainer_id="t", report=None)
     assert "Its base is loaded: it joins as soon as there is room." in explained(world, second.id)["explanation"]
 
 
 def test_a_job_that_waits_for_others_to_keep_their_speed_says_so(world: World) -> None:
     world.worker()
     held = world.running()
-    claims.register_trainer(
+    workers.register_trainer(
         world.db, trainer_id="t", worker_id="w1", base_digest=held.job.base_digest, pack_key=held.job.pack_key
     )
     waiting = world.queued()
 
     def told(speeds: Speeds, *, num_jobs: int) -> str:
         report = {"saturation": throughput.described(num_jobs, speeds, Settings(max_slowdown=4), 0)}
-        claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=report)
+        workers.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=report)
         return explained(world, waiting.id)["explanation"]
 
     assert told(Speeds(alone=((64, 900.0),), together=((256, 1000.0),)), num_jobs=4) == (
@@ -160,10 +162,10 @@ def test_a_job_that_waits_for_others_to_keep_their_speed_says_so(world: World) -
 def test_a_job_of_another_precision_says_why_it_does_not_join_its_base(world: World) -> None:
     world.worker()
     held = world.running()
-    claims.register_trainer(
+    workers.register_trainer(
         world.db, trainer_id="t", worker_id="w1", base_digest=held.job.base_digest, pack_key=held.job.pack_key
     )
-    claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+    workers.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
     same, other = world.queued(), world.queued(precision="float32")
 
     assert explained(world, same.id)["explanation"] == (
@@ -176,7 +178,7 @@ def test_a_job_of_another_precision_says_why_it_does_not_join_its_base(world: Wo
         "trainer of its own. Jobs that can join what is loaded may go first for 60 s at most."
     )
     world.pass_time(61)
-    claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+    workers.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
     assert explained(world, other.id)["explanation"].endswith(
         "No job behind it joins what is loaded any more: its turn comes when the jobs in there have ended."
     )
@@ -187,15 +189,15 @@ def test_a_job_of_another_precision_does_not_go_first_for_the_sake_of_its_base(w
     world.base("other")
     world.worker()
     held = world.running()
-    claims.register_trainer(
+    workers.register_trainer(
         world.db, trainer_id="t", worker_id="w1", base_digest=held.job.base_digest, pack_key=held.job.pack_key
     )
-    claims.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
+    workers.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
     head, precise = world.queued(model="other"), world.queued(precision="float32")
     why = explained(world, precise.id)["explanation"]
     world.complete(held.claim_id)
 
-    room = Room(max_jobs=1, memory_bytes_free=10**12, resident_key=held.job.pack_key)
+    room = Capacity(max_jobs=1, memory_bytes_free=10**12, resident_key=held.job.pack_key)
     (first,) = world.claim(room=room)
 
     assert first.job.id == head.id
@@ -240,14 +242,14 @@ def test_a_job_that_no_empty_worker_has_free_says_what_it_needs_and_what_there_i
     def why(*free: int | None) -> str:
         for worker_id, free_bytes in zip(("w1", "w2"), free, strict=True):
             report = None if free_bytes is None else {"room": {"max_jobs": 4, "memory_bytes_free": free_bytes}}
-            claims.worker_beat(world.db, worker_id, **told, report=report)
+            workers.worker_beat(world.db, worker_id, **told, report=report)
         return explained(world, job.id)["explanation"]
 
     sentence = "Worker w1 holds nothing, and has 1.0 MB of its 10.0 GB free"
     assert sentence in why(10**6, 10**6)
     assert sentence not in why(10**10, 10**6)
     assert sentence not in why(10**6, None), "w2 has not said yet"
-    assert claims.worker_beat(world.db, "w2", resident_base="other", trainer_id="t", report=None)
+    assert workers.worker_beat(world.db, "w2", resident_base="other", trainer_id="t", report=None)
     assert sentence in explained(world, job.id)["explanation"]
 
 
@@ -375,10 +377,10 @@ def test_jobs_on_one_base_that_is_held_differently_do_not_train_together(world: 
     (claim,) = world.claim()
     assert claim.job.id == plain.id
     held = claim.job
-    claims.register_trainer(
+    workers.register_trainer(
         world.db, trainer_id="t", worker_id="w1", base_digest=held.base_digest, pack_key=held.pack_key
     )
-    claims.worker_beat(world.db, "w1", resident_base=held.base_digest, trainer_id="t", report=None)
+    workers.worker_beat(world.db, "w1", resident_base=held.base_digest, trainer_id="t", report=None)
 
     assert "Its base is loaded in bfloat16; it asks for nf4 with bfloat16," in explained(world, nf4.id)["explanation"]
     assert world.claim(pack_key=held.pack_key, trainer_id="t") == []

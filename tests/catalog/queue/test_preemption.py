@@ -8,17 +8,20 @@ from typing import Any
 import pytest
 
 from catalog.errors import Unavailable
-from catalog.jobs import commands
+from catalog.fleet import workers
+from catalog.history import queries
+from catalog.jobs import commands, explanation
 from catalog.lifecycle import position
 from catalog.queue import claims, preemption
-from catalog.queue.claims import Claim
-from catalog.scheduling.snapshot import USUAL, Room
+from catalog.queue.claiming import Claim
+from catalog.scheduling.snapshot import USUAL, Capacity
 from catalog.states import EndReason
-from catalog.tables import Job, ProjectUsage
+from catalog.tables.jobs import Job
+from catalog.tables.tenancy import ProjectUsage
 from catalog.usage import quotas
 from tests.catalog.world import World
 
-ONE = Room(max_jobs=1, memory_bytes_free=10**12)
+ONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
 SPARED = USUAL.spared_seconds
 LATE = USUAL.preempt_after_seconds + 1
 
@@ -121,10 +124,10 @@ def test_why_and_events_tell_both_what_was_decided_and_name_no_other_project(wor
     world.clock.turn(LATE)
     world.beat(batch.claim_id)
 
-    asked = commands.explain(world.db, **world.of(batch.job.id))
-    waiting = commands.explain(world.db, project_id=world.stranger.project_id, job_id=foreign.id)
+    asked = explanation.explain(world.db, **world.of(batch.job.id))
+    waiting = explanation.explain(world.db, project_id=world.stranger.project_id, job_id=foreign.id)
     claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="Saved at step 5.")
-    left = commands.explain(world.db, **world.of(batch.job.id))
+    left = explanation.explain(world.db, **world.of(batch.job.id))
 
     assert asked["explanation"] == (
         "Its worker w1 was asked to store a checkpoint and to make room for an urgent job; "
@@ -136,7 +139,7 @@ def test_why_and_events_tell_both_what_was_decided_and_name_no_other_project(wor
     assert (told["for_class"], told["makes"], told["num_leaving"], told["counts_as"]) == (0, "a place", 1, 2)
     assert (told["num_preemptions_before"], told["policy"]["max_preemptions"]) == (0, USUAL.max_preemptions)
     assert told["trained_seconds"] > SPARED
-    events = commands.events_since(world.db, **world.of(batch.job.id), seq=0)
+    events = queries.events_since(world.db, **world.of(batch.job.id), seq=0)
     assert [event.message for event in events][-2:] == [
         "An urgent job needs the room: this one saves a checkpoint and goes back to its place in the queue.",
         "The job made room for an urgent one and goes back to its place in the queue. Saved at step 5.",
@@ -147,12 +150,12 @@ def test_why_and_events_tell_both_what_was_decided_and_name_no_other_project(wor
 
 def test_those_behind_it_are_told_that_room_is_being_made(world: World, batch: Claim) -> None:
     key, base = batch.job.pack_key, batch.job.base_digest
-    claims.register_trainer(world.db, trainer_id="t", worker_id="w1", base_digest=base, pack_key=key)
-    claims.worker_beat(world.db, "w1", resident_base=base, trainer_id="t", report=None)
+    workers.register_trainer(world.db, trainer_id="t", worker_id="w1", base_digest=base, pack_key=key)
+    workers.worker_beat(world.db, "w1", resident_base=base, trainer_id="t", report=None)
     urgent, behind = world.queued(model=world.base("another"), priority="urgent"), world.queued()
 
     def told(job: Job) -> str:
-        return commands.explain(world.db, **world.of(job.id))["explanation"]
+        return explanation.explain(world.db, **world.of(job.id))["explanation"]
 
     before = told(urgent), told(behind)
     world.clock.turn(LATE)
@@ -193,7 +196,7 @@ def test_who_was_asked_may_stay_once_the_urgent_job_has_found_room_elsewhere(wor
     orders = world.beat(batch.claim_id)
 
     assert claim.job.id == urgent.id
-    assert orders[batch.claim_id] == claims.Orders()
+    assert orders[batch.claim_id] == claims.ClaimDirectives()
 
 
 @pytest.mark.parametrize("kept_back", ["held", "limited"])
@@ -205,7 +208,7 @@ def test_who_was_asked_may_stay_once_the_urgent_job_may_not_begin_and_then_no_ro
     assert preemption.look(world.db, policy=USUAL) == 1
 
     keep_back(world, urgent, kept_back)
-    assert world.beat(batch.claim_id)[batch.claim_id] == claims.Orders()
+    assert world.beat(batch.claim_id)[batch.claim_id] == claims.ClaimDirectives()
     let_begin(world, urgent, kept_back)
 
     joiner = world.queued()
@@ -243,7 +246,7 @@ def test_what_one_of_several_leaves_is_not_taken_by_who_joins(world: World) -> N
     world.queued()
     world.clock.turn(LATE)
     world.beat(*(claim.claim_id for claim in held))
-    free_so_far = Room(max_jobs=1, memory_bytes_free=urgent.own_bytes or 0, num_jobs=1)
+    free_so_far = Capacity(max_jobs=1, memory_bytes_free=urgent.own_bytes or 0, num_jobs=1)
     with world.db.write() as session:
         session.get_one(Job, urgent.id).own_bytes = free_so_far.memory_bytes_free + 1
 
@@ -270,7 +273,7 @@ def test_a_fault_in_asking_costs_nobody_his_lease(
 
     orders = world.beat(batch.claim_id)
 
-    assert orders == {batch.claim_id: claims.Orders()}
+    assert orders == {batch.claim_id: claims.ClaimDirectives()}
     assert (world.job(batch.job.id).lease_expires_at or 0) >= (before or 0) + 10
     assert "preemption" in caplog.text
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
+from catalog.fleet import workers
 from catalog.jobs import commands, explanation
 from catalog.queue import claims
 from catalog.registry import base_models
 from catalog.resources import requirements
-from catalog.resources.sharding import Group, Holding, Wanted
-from catalog.scheduling.snapshot import Room
+from catalog.resources.sharding import DeviceGroup, ShardingStrategy, Wanted
+from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
-from catalog.tables import Job
+from catalog.tables.jobs import Job
 from tests.catalog.plan_data import ready
 from tests.catalog.plans.test_plans import codes, found
 from tests.catalog.reading import rows_read
@@ -27,33 +28,35 @@ eight 9.65."""
 GB = 10**9
 
 
-def group(number: int, gigabytes: float, wanted: Wanted = "auto") -> Room:
+def group(number: int, gigabytes: float, wanted: Wanted = "auto") -> Capacity:
     held = int(gigabytes * GB)
-    return Room(max_jobs=4, memory_bytes_free=held, group=Group(num_devices=number, bytes_of_each=held, wanted=wanted))
+    return Capacity(
+        max_jobs=4, memory_bytes_free=held, group=DeviceGroup(num_devices=number, bytes_of_each=held, wanted=wanted)
+    )
 
 
-def on(world: World, number: int, gigabytes: float, wanted: Wanted = "auto") -> Room:
+def on(world: World, number: int, gigabytes: float, wanted: Wanted = "auto") -> Capacity:
     """The room of a worker that has registered so."""
     room = group(number, gigabytes, wanted)
     register(world, room)
     return room
 
 
-def on_gpus(world: World, gigabytes: float, wanted: Wanted = "auto", *, host: float = 18) -> Room:
+def on_gpus(world: World, gigabytes: float, wanted: Wanted = "auto", *, host: float = 18) -> Capacity:
     """Of a worker with two, beside what CUDA and NCCL take of each. host: gigabytes of its memory for a base."""
-    pair = Group(kind="cuda", num_devices=2, bytes_of_each=0, wanted=wanted, host_bytes=int(host * GB))
+    pair = DeviceGroup(kind="cuda", num_devices=2, bytes_of_each=0, wanted=wanted, host_bytes=int(host * GB))
     pair = replace(pair, bytes_of_each=int(gigabytes * GB) + pair.reserve_bytes)
-    room = Room(max_jobs=4, memory_bytes_free=pair.bytes_of_each, recomputes=True, group=pair)
+    room = Capacity(max_jobs=4, memory_bytes_free=pair.bytes_of_each, recomputes=True, group=pair)
     register(world, room)
     return room
 
 
-def register(world: World, room: Room, *, worker_id: str = "w1") -> None:
+def register(world: World, room: Capacity, *, worker_id: str = "w1") -> None:
     group = room.group
     said = {"num_processes": group.num_devices, "strategy": group.wanted, "host_bytes": group.host_bytes}
     devices = [{"kind": group.kind, **said}]
     about: dict[str, Any] = {"host": "here", "pid": 1, "devices": devices, "version": "1"}
-    claims.register_worker(world.db, worker_id=worker_id, memory_bytes=room.memory_bytes_free, **about)
+    workers.register_worker(world.db, worker_id=worker_id, memory_bytes=room.memory_bytes_free, **about)
 
 
 def queued_large(world: World, **fields: Any) -> Job:
@@ -123,7 +126,7 @@ def test_who_joins_an_offloaded_base_would_have_it_so_alone(world: World) -> Non
     ways = [room.group.strategy(requirements.demand(job, {}, recomputes=True)) for job in (small, large)]
     assert ways == ["fsdp2", "fsdp2_offload"]
 
-    def joined(holding: Holding) -> list[str]:
+    def joined(holding: ShardingStrategy) -> list[str]:
         beside = replace(room, holding=holding, num_jobs=1, memory_bytes_free=GB)
         found = world.claim(room=beside, pack_key=large.pack_key)
         for claim in found:
@@ -136,7 +139,7 @@ def test_who_joins_an_offloaded_base_would_have_it_so_alone(world: World) -> Non
 
 
 def divided_bytes(job: Job) -> int:
-    pair = Group(kind="cuda", num_devices=2)
+    pair = DeviceGroup(kind="cuda", num_devices=2)
     return pair.held_bytes(requirements.demand(job, {}, recomputes=True), "divided")
 
 

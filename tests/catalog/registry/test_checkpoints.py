@@ -9,19 +9,20 @@ import pytest
 from sqlalchemy import update
 
 from catalog.errors import Conflict, NoLongerKept, NotFound
+from catalog.history import queries
 from catalog.jobs import commands
+from catalog.lifecycle import recording
 from catalog.maintenance import garbage_collection
-from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.registry import adapters
-from catalog.tables import Checkpoint
+from catalog.tables.history import Checkpoint
 from catalog.tenancy import projects
 from tests.catalog.world import World, manifest, sha
 
 
-def exported(name: str) -> claims.Exported:
+def exported(name: str) -> recording.Exported:
     record = {"outputs": {"num_parameters": 7}, "config": {"resolved": {"precision": "bfloat16"}}}
-    return claims.Exported(artifact=manifest(f"weights {name}"), lineage=record, lineage_id=sha(name))
+    return recording.Exported(artifact=manifest(f"weights {name}"), lineage=record, lineage_id=sha(name))
 
 
 def save(world: World, claim: Claim, *steps: int) -> list[str]:
@@ -29,8 +30,8 @@ def save(world: World, claim: Claim, *steps: int) -> list[str]:
     for step in steps:
         name = f"{claim.job.id} {step}"
         files = manifest(name, kind="checkpoint")
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=files, exported=exported(name))
-    page = commands.checkpoints_page(world.db, **world.of(claim.job.id))
+        recording.record_checkpoint(world.db, claim.claim_id, step=step, artifact=files, exported=exported(name))
+    page = queries.checkpoints_page(world.db, **world.of(claim.job.id))
     return [row.name or "" for row in reversed(page.items)]
 
 
@@ -59,12 +60,12 @@ def test_a_checkpoint_is_a_model_from_when_its_weights_come_and_none_where_its_f
     claim = world.running()
     for step in (1, 2, 3):
         files = manifest(f"c{step}", kind="checkpoint")
-        claims.record_checkpoint(world.db, claim.claim_id, step=step, artifact=files)
+        recording.record_checkpoint(world.db, claim.claim_id, step=step, artifact=files)
 
     for step in (1, 3, 4):
-        claims.record_checkpoint_model(world.db, claim.claim_id, step=step, exported=exported(f"{step}"))
+        recording.record_checkpoint_model(world.db, claim.claim_id, step=step, exported=exported(f"{step}"))
 
-    page = commands.checkpoints_page(world.db, **world.of(claim.job.id))
+    page = queries.checkpoints_page(world.db, **world.of(claim.job.id))
     usable = {row.step: row.adapter for row in page.items}
     assert usable == {1: None, 2: None, 3: manifest("weights 3").digest}
     assert get(world, page.items[0].name or "").adapter.num_parameters == 7
@@ -150,7 +151,7 @@ def test_a_deleted_checkpoint_is_no_model_any_more_and_its_job_still_resumes_fro
     with pytest.raises(NoLongerKept):
         delete()
     assert delete(is_client_retry=True).name == name
-    (row,) = commands.checkpoints_page(world.db, **world.of(claim.job.id)).items
+    (row,) = queries.checkpoints_page(world.db, **world.of(claim.job.id)).items
     assert row.artifact is not None
 
 

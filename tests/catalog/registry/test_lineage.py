@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from catalog.registry import lineage
 from catalog.registry.lineage import AttemptRecord, DataSource
-from catalog.storage import Manifest, ManifestFile
-from catalog.tables import Attempt, BaseModelRow, File, Job
+from catalog.storage.manifest import Manifest, ManifestFile
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
+from catalog.tables.storage import BaseModelRow, File
 
 CANARY = "canary-7c1f"
 """Planted wherever a secret, a row of data or a host's path could come in."""

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from catalog.resources.memory import JOB_TOKENS, TICK_TOKENS
 from catalog.resources.pack_key import pack_key, precision_of, quantisation_of, weights_of
-from catalog.scheduling.ordering import Turn, order
+from catalog.scheduling.ordering import QueueEntry, order
 from catalog.scheduling.packing import choose_anchor, choose_joiners, choose_pack
-from catalog.scheduling.snapshot import PATIENCE_SECONDS, Candidate, Room
+from catalog.scheduling.snapshot import PATIENCE_SECONDS, Candidate, Capacity
 from tests.catalog.scheduling.test_fairness_over_days import candidate
 
-ROOM = Room(max_jobs=4, memory_bytes_free=100)
+ROOM = Capacity(max_jobs=4, memory_bytes_free=100)
 
 
 def other(job_id: str, created_at: float = 0, priority: int = 1, trainer_bytes: int = 10) -> Candidate:
@@ -25,11 +25,11 @@ def other(job_id: str, created_at: float = 0, priority: int = 1, trainer_bytes: 
     )
 
 
-def turns(*candidates: Candidate, now: float = 10) -> list[Turn]:
+def turns(*candidates: Candidate, now: float = 10) -> list[QueueEntry]:
     return order(candidates, now)
 
 
-def packed(*candidates: Candidate, room: Room = ROOM, now: float = 10) -> list[str]:
+def packed(*candidates: Candidate, room: Capacity = ROOM, now: float = 10) -> list[str]:
     return [choice.turn.candidate.job_id for choice in choose_pack(turns(*candidates, now=now), room)]
 
 
@@ -43,7 +43,7 @@ def test_a_device_that_computes_blocks_again_takes_what_it_does_without() -> Non
     assert joined(long, room=replace(roomy, memory_bytes_free=35)) == ["long"]
 
 
-def joined(*candidates: Candidate, room: Room = ROOM, now: float = 10, worker_bytes: int = 100) -> list[str]:
+def joined(*candidates: Candidate, room: Capacity = ROOM, now: float = 10, worker_bytes: int = 100) -> list[str]:
     chosen, _ = choose_joiners(turns(*candidates, now=now), room, "b:bfloat16:causal-lm", worker_bytes=worker_bytes)
     return [choice.turn.candidate.job_id for choice in chosen]
 
@@ -56,9 +56,9 @@ def test_no_more_jobs_than_there_is_room_for() -> None:
     waiting = [candidate(f"j{i}", i) for i in range(9)]
 
     assert packed(*waiting) == ["j0", "j1", "j2", "j3"]
-    assert packed(*waiting, room=Room(max_jobs=0, memory_bytes_free=100)) == []
-    assert packed(*waiting, room=Room(max_jobs=4, memory_bytes_free=12)) == ["j0", "j1"]
-    assert packed(*waiting, room=Room(max_jobs=4, memory_bytes_free=10)) == []
+    assert packed(*waiting, room=Capacity(max_jobs=0, memory_bytes_free=100)) == []
+    assert packed(*waiting, room=Capacity(max_jobs=4, memory_bytes_free=12)) == ["j0", "j1"]
+    assert packed(*waiting, room=Capacity(max_jobs=4, memory_bytes_free=10)) == []
 
 
 def test_a_packmate_that_does_not_fit_leaves_its_place_to_a_smaller_one() -> None:
@@ -68,7 +68,7 @@ def test_a_packmate_that_does_not_fit_leaves_its_place_to_a_smaller_one() -> Non
 
 
 def test_a_resident_base_goes_first_only_within_its_class_and_only_for_so_long() -> None:
-    room = Room(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
+    room = Capacity(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
     resident = candidate("resident", 5)
 
     assert packed(other("x"), resident, room=room, now=10) == ["resident"]
@@ -81,7 +81,7 @@ def test_a_job_for_the_resident_trainer_still_needs_its_tick() -> None:
     needs_eleven = candidate("a", trainer_bytes=10, own_bytes=1)
 
     def taken(memory_bytes_free: int) -> list[str]:
-        room = Room(max_jobs=1, memory_bytes_free=memory_bytes_free, resident_key=needs_eleven.pack_key)
+        room = Capacity(max_jobs=1, memory_bytes_free=memory_bytes_free, resident_key=needs_eleven.pack_key)
         return packed(needs_eleven, room=room)
 
     assert taken(11) == ["a"]
@@ -90,7 +90,7 @@ def test_a_job_for_the_resident_trainer_still_needs_its_tick() -> None:
 
 def test_a_trainer_of_the_same_base_in_another_dtype_is_not_resident() -> None:
     """Five bytes are free and the bfloat16 base holds ten: that base in float32 with its tick needs 22."""
-    room = Room(max_jobs=1, memory_bytes_free=15, resident_key="b:bfloat16:causal-lm")
+    room = Capacity(max_jobs=1, memory_bytes_free=15, resident_key="b:bfloat16:causal-lm")
     large = candidate("large", 5, pack_key="b:float32:causal-lm", trainer_bytes=22)
     small = candidate("small", 5, pack_key="b:float32:causal-lm", trainer_bytes=10)
 
@@ -121,7 +121,7 @@ def test_a_job_that_could_never_fit_this_worker_does_not_hold_its_trainer_up() -
 
 def test_a_job_that_waits_too_long_for_room_in_a_live_trainer_is_not_passed_for_ever_by_smaller_ones() -> None:
     large = candidate("large", own_bytes=80)
-    room = Room(max_jobs=4, memory_bytes_free=50)
+    room = Capacity(max_jobs=4, memory_bytes_free=50)
 
     assert joined(large, candidate("a", 1), room=room) == ["a"]
     assert joined(large, candidate("a", 1), room=room, now=PATIENCE_SECONDS + 1) == []
@@ -132,7 +132,7 @@ def test_a_job_that_waits_too_long_for_room_in_a_live_trainer_is_not_passed_for_
 def test_nobody_joins_into_the_room_that_is_being_made_for_another() -> None:
     urgent = candidate("urgent", 5, priority=0, own_bytes=80)
     asked = replace(urgent, room_asked_at=8)
-    room = Room(max_jobs=4, memory_bytes_free=50)
+    room = Capacity(max_jobs=4, memory_bytes_free=50)
 
     assert joined(urgent, candidate("a"), room=room) == ["a"]
     assert joined(asked, candidate("a"), room=room) == []
@@ -141,7 +141,7 @@ def test_nobody_joins_into_the_room_that_is_being_made_for_another() -> None:
 
 
 def test_nobody_goes_before_one_for_which_room_is_being_made_because_his_base_is_loaded() -> None:
-    room = Room(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
+    room = Capacity(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
     urgent, resident = other("urgent", priority=0), candidate("resident", 5, priority=0)
     asked = replace(urgent, room_asked_at=8)
     third = replace(other("third", priority=0), place=-1, queued_at=-1, pack_key="d:bfloat16:causal-lm")
@@ -185,8 +185,8 @@ def test_a_wider_tick_of_a_gpu_is_counted_slice_by_slice_until_it_has_its_size()
     waiting = [candidate(f"j{i:02}", i, own_bytes=1, slice_bytes=5, trainer_bytes=10) for i in range(12)]
 
     def sizes(memory_bytes_free: int) -> tuple[int, int]:
-        cpu = Room(max_jobs=12, memory_bytes_free=memory_bytes_free)
-        gpu = Room(max_jobs=12, memory_bytes_free=memory_bytes_free, tick_tokens=TICK_TOKENS["cuda"])
+        cpu = Capacity(max_jobs=12, memory_bytes_free=memory_bytes_free)
+        gpu = Capacity(max_jobs=12, memory_bytes_free=memory_bytes_free, tick_tokens=TICK_TOKENS["cuda"])
         return len(packed(*waiting, room=cpu)), len(packed(*waiting, room=gpu))
 
     assert TICK_TOKENS == {"cpu": JOB_TOKENS, "cuda": 8 * JOB_TOKENS}
@@ -201,7 +201,7 @@ def test_what_is_in_the_trainer_already_counts_for_the_size_of_its_tick() -> Non
     waiting = [candidate(f"j{i}", i, own_bytes=1, slice_bytes=5) for i in range(4)]
 
     def joiners(num_jobs: int) -> int:
-        room = Room(max_jobs=4, memory_bytes_free=8, num_jobs=num_jobs, tick_tokens=TICK_TOKENS["cuda"])
+        room = Capacity(max_jobs=4, memory_bytes_free=8, num_jobs=num_jobs, tick_tokens=TICK_TOKENS["cuda"])
         return len(joined(*waiting, room=room))
 
     assert [joiners(num_jobs) for num_jobs in (0, 1, 7, 8)] == [2, 1, 3, 4]

@@ -9,12 +9,12 @@ import pytest
 
 from catalog.resources import memory, sharding
 from catalog.resources.gpus import CARDS, MIB
-from catalog.resources.sharding import NEVER, Demand, Group, Holding, Wanted
+from catalog.resources.sharding import NEVER, Demand, DeviceGroup, ShardingStrategy, Wanted
 from catalog.scheduling.ordering import order
 from catalog.scheduling.packing import choose_joiners, choose_pack
 from catalog.scheduling.preemption import Holder, Training
 from catalog.scheduling.preemption import choose as choose_who_leaves
-from catalog.scheduling.snapshot import Candidate, Policy, Room, Service
+from catalog.scheduling.snapshot import Candidate, Capacity, Policy, WorkerService
 from tests.catalog.scheduling.test_fairness_over_days import candidate
 
 GB = 10**9
@@ -58,10 +58,10 @@ def demand(description: dict[str, Any], precision: str = "bfloat16", *, own: int
     return Demand(whole_bytes=whole, divisible_bytes=divisible, gathered_bytes=gathered)
 
 
-def gpus(number: int, gigabytes: int, wanted: Wanted = "auto", *, host: int = 0) -> Group:
+def gpus(number: int, gigabytes: int, wanted: Wanted = "auto", *, host: int = 0) -> DeviceGroup:
     """host: bytes of its memory that a base may take."""
     card = next(card for card in CARDS if card.gigabytes == gigabytes)
-    return Group(kind="cuda", num_devices=number, bytes_of_each=card.memory_bytes, wanted=wanted, host_bytes=host)
+    return DeviceGroup(kind="cuda", num_devices=number, bytes_of_each=card.memory_bytes, wanted=wanted, host_bytes=host)
 
 
 def test_the_numbers_that_the_cases_stand_on() -> None:
@@ -125,11 +125,11 @@ SEVEN_IN_FP32_ON_FOUR = 36_347_330_560 + GB - 25_905_070_080 + 6_476_267_520 + 2
         ),
         (gpus(2, 24, "fsdp2_offload", host=12 * GB), demand(SEVEN), "fsdp2_offload", NEVER, False),
         # On a CPU processes share the memory, and nothing is set aside.
-        (Group(num_devices=2, bytes_of_each=20 * GB), demand(SEVEN), "replicated", 19_206_433_280, True),
+        (DeviceGroup(num_devices=2, bytes_of_each=20 * GB), demand(SEVEN), "replicated", 19_206_433_280, True),
         # The host's memory is the same there: nothing moves by itself, and where it is told to, nothing is saved.
-        (Group(num_devices=2, bytes_of_each=12 * GB), demand(SEVEN), "fsdp2", 13_944_465_920, False),
+        (DeviceGroup(num_devices=2, bytes_of_each=12 * GB), demand(SEVEN), "fsdp2", 13_944_465_920, False),
         (
-            Group(num_devices=2, bytes_of_each=15 * GB, wanted="fsdp2_offload"),
+            DeviceGroup(num_devices=2, bytes_of_each=15 * GB, wanted="fsdp2_offload"),
             demand(SEVEN),
             "fsdp2_offload",
             13_944_465_920 + 202_383_360,
@@ -138,7 +138,7 @@ SEVEN_IN_FP32_ON_FOUR = 36_347_330_560 + GB - 25_905_070_080 + 6_476_267_520 + 2
     ],
 )
 def test_how_a_group_holds_a_base_and_what_each_device_needs(
-    group: Group, needs: Demand, strategy: str, needed: int, fits: bool
+    group: DeviceGroup, needs: Demand, strategy: str, needed: int, fits: bool
 ) -> None:
     assert (group.strategy(needs), group.needed_bytes(needs)) == (strategy, needed)
     assert (group.needed_bytes(needs) <= group.bytes_of_each) == fits
@@ -146,7 +146,7 @@ def test_how_a_group_holds_a_base_and_what_each_device_needs(
 
 def test_a_base_is_divided_from_the_first_byte_on_that_does_not_fit() -> None:
     fits = demand(SEVEN)
-    just = Group(num_devices=2, bytes_of_each=fits.whole_bytes)
+    just = DeviceGroup(num_devices=2, bytes_of_each=fits.whole_bytes)
 
     assert just.strategy(fits) == "replicated"
     assert replace(just, bytes_of_each=fits.whole_bytes - 1).strategy(fits) == "fsdp2"
@@ -173,7 +173,7 @@ def test_a_base_may_take_of_its_host_what_is_left_beside_the_trainers() -> None:
 
 def test_a_base_is_moved_to_the_host_from_the_first_byte_on_that_does_not_fit_divided() -> None:
     needs = demand(SEVEN)
-    just = Group(num_devices=2, bytes_of_each=13_944_465_920, host_bytes=10**12)
+    just = DeviceGroup(num_devices=2, bytes_of_each=13_944_465_920, host_bytes=10**12)
     assert just.strategy(needs) == "fsdp2"
     assert replace(just, bytes_of_each=13_944_465_919).strategy(needs) == "fsdp2_offload"
 
@@ -285,15 +285,15 @@ def test_no_base_is_divided_over_nodes_whatever_the_leaders_own_group_is(wanted:
 
 def test_a_worker_is_known_by_what_it_said_and_an_older_one_holds_whole_bases() -> None:
     said = {"kind": "cuda", "indices": [0, 1], "num_processes": 2, "strategy": "auto", "host_bytes": 7}
-    assert sharding.group_told([said], 5) == Group(kind="cuda", num_devices=2, bytes_of_each=5, host_bytes=7)
+    assert sharding.group_told([said], 5) == DeviceGroup(kind="cuda", num_devices=2, bytes_of_each=5, host_bytes=7)
     old = {"kind": "cuda", "indices": [0, 1]}
     assert sharding.group_told([old], 5).divides_when == "never"
-    assert sharding.group_told([], 5) == Group(bytes_of_each=5, wanted="replicated")
+    assert sharding.group_told([], 5) == DeviceGroup(bytes_of_each=5, wanted="replicated")
 
 
 # Two devices of 100 bytes. A base of 60, of which 40 are blocks, and 5 gathered: divided it takes 20 + 20 + 5.
-PAIR = Group(num_devices=2, bytes_of_each=100)
-ROOM = Room(max_jobs=4, memory_bytes_free=100, group=PAIR)
+PAIR = DeviceGroup(num_devices=2, bytes_of_each=100)
+ROOM = Capacity(max_jobs=4, memory_bytes_free=100, group=PAIR)
 
 
 def sized(job_id: str, created_at: float = 0, *, own: int, divisible: int = 40) -> Candidate:
@@ -301,7 +301,7 @@ def sized(job_id: str, created_at: float = 0, *, own: int, divisible: int = 40) 
     return candidate(job_id, created_at, **sizes)
 
 
-def packed(*jobs: Candidate, room: Room = ROOM) -> list[str]:
+def packed(*jobs: Candidate, room: Capacity = ROOM) -> list[str]:
     return [choice.turn.candidate.job_id for choice in choose_pack(order(jobs, 10), room)]
 
 
@@ -331,7 +331,7 @@ def test_a_live_trainer_takes_only_jobs_that_would_have_its_base_so() -> None:
     turns = order([sized("wide", own=50), sized("narrow", 1, own=5), wider], 10)
     group = replace(PAIR, host_bytes=40)
 
-    def joined(holding: Holding) -> list[str]:
+    def joined(holding: ShardingStrategy) -> list[str]:
         room = replace(ROOM, memory_bytes_free=60, num_jobs=1, holding=holding, group=group)
         chosen, _ = choose_joiners(turns, room, "b:bfloat16:causal-lm", worker_bytes=100)
         return [choice.turn.candidate.job_id for choice in chosen]
@@ -346,7 +346,7 @@ def test_for_an_urgent_job_room_is_made_beside_others_only_where_the_base_is_hel
     held = {"project_id": urgent.project_id, "counts_as": 1, "effective_level": 0.0, "began_at": 0.0, "num_beside": 2}
     training = Training(job_id="victim", own_bytes=60, **held)
     beside = replace(training, job_id="other", own_bytes=10)
-    service = Service(at={}, memory_bytes=100, group=PAIR)
+    service = WorkerService(at={}, memory_bytes=100, group=PAIR)
     divided = Holder(
         worker_id="w", pack_key=urgent.pack_key, service=service, jobs=(training, beside), holding="divided"
     )

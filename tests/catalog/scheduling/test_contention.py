@@ -13,12 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.jobs import commands
+from catalog.history import queries
 from catalog.queue import claiming
-from catalog.scheduling.contention import MAX_TURNS, without
-from catalog.scheduling.scheduler import decide
-from catalog.scheduling.snapshot import USUAL, Candidate, Picture, Room, Share
-from catalog.tables import Job
+from catalog.scheduling.scheduler import MAX_FALLBACKS, decide, snapshot_without
+from catalog.scheduling.snapshot import USUAL, Candidate, Capacity, QueueSnapshot, Share
+from catalog.tables.jobs import Job
 from catalog.tenancy import projects
 from catalog.usage import quotas
 from tests.catalog.scheduling.test_fairness_over_days import candidate
@@ -36,10 +35,10 @@ HAD = st.fixed_dictionaries(
 )
 
 
-def one_after_the_other(whole: Picture) -> list[str]:
+def one_after_the_other(whole: QueueSnapshot) -> list[str]:
     """Who is chosen first, each time without those before."""
     found: list[str] = []
-    while in_turn := decide(without(whole, found), USUAL).in_turn:
+    while in_turn := decide(snapshot_without(whole, found), USUAL).in_turn:
         found.append(in_turn[0])
     return found
 
@@ -49,7 +48,7 @@ def test_who_would_be_next_is_known_ahead(
     queue: list[Candidate], had: dict[str, Share], resident: str | None, now: int
 ) -> None:
     """Where none or all have waited too long for a base that is loaded to be preferred."""
-    room = Room(max_jobs=1, memory_bytes_free=100, resident_key=resident)
+    room = Capacity(max_jobs=1, memory_bytes_free=100, resident_key=resident)
     whole = picture(*queue, shares=had, now=now, room=room)
 
     told = list(decide(whole, USUAL).in_turn)
@@ -62,7 +61,7 @@ def test_who_would_be_next_is_known_ahead(
 def test_nothing_is_told_of_turns_between_which_an_unread_job_may_stand(
     queue: list[Candidate], had: dict[str, Share], per_group: int
 ) -> None:
-    room = Room(max_jobs=1, memory_bytes_free=100)
+    room = Capacity(max_jobs=1, memory_bytes_free=100)
     fitting = [job for job in queue if room.alone(job) <= 100]
     read: Counter[tuple[str, int]] = Counter()
     part: list[Candidate] = []
@@ -154,7 +153,7 @@ def test_who_lost_what_it_chose_takes_what_is_left_at_its_first_look_and_tells_w
 
     assert len(looks) == 1
     assert len({*taken, *(claim.job.id for claim in mine)}) == 5 + max_jobs
-    (attempt,) = commands.attempts(world.db, project_id=mine[0].job.project_id, job_id=mine[0].job.id)
+    (attempt,) = queries.attempts(world.db, project_id=mine[0].job.project_id, job_id=mine[0].job.id)
     why = attempt.why or {}
     own = sum(world_job.startswith(_stem(mine[0].job.id)) for world_job in taken)
     assert (why["role"], why["position"], why["share"]["num_running"]) == ("anchor", 1, own)
@@ -182,11 +181,11 @@ def test_who_joins_and_lost_what_it_chose_takes_what_is_left(world: World, monke
 def test_where_more_were_taken_than_are_known_ahead_it_looks_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world.flood(world.queued(), MAX_TURNS + 4)
+    world.flood(world.queued(), MAX_FALLBACKS + 4)
     looks = racing(
         world,
         monkeypatch,
-        lambda: [world.claim("quicker", ONE, trainer_id=f"t{number}") for number in range(MAX_TURNS + 1)],
+        lambda: [world.claim("quicker", ONE, trainer_id=f"t{number}") for number in range(MAX_FALLBACKS + 1)],
     )
 
     assert len(world.claim(room=ONE)) == 1
@@ -214,5 +213,5 @@ def test_people_are_told_whether_a_trainer_starts_or_has_the_base_already(world:
     world.claim(room=replace(ONE, resident_key=second.pack_key))
 
     for job, told in ((first, "in a trainer that starts for it"), (second, "in the trainer that has its base loaded")):
-        messages = [event.message for event in commands.events_since(world.db, **world.of(job.id), seq=0)]
+        messages = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]
         assert messages[-1] == f"Attempt 1 begins on worker w1, {told}"

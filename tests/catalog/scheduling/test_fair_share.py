@@ -11,11 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from catalog.scheduling import fair_share
-from catalog.scheduling.ordering import Turn, most_before, order
+from catalog.scheduling import ordering
+from catalog.scheduling.ordering import QueueEntry, most_before, order
 from catalog.scheduling.simulation.queue import Arrival
 from catalog.scheduling.simulation.simulator import Cluster, Simulation
-from catalog.scheduling.snapshot import Policy, Service, Share
+from catalog.scheduling.snapshot import Policy, Share, WorkerService
 from tests.catalog.scheduling.test_fairness_over_days import candidate
 
 POLICY = Policy()
@@ -24,23 +24,23 @@ DAY = 86_400.0
 
 
 def test_jobs_that_train_together_share_what_their_trainer_holds() -> None:
-    assert fair_share.charge(10, num_devices=2, num_jobs=4) == 5
-    assert fair_share.charge(10, num_devices=1, num_jobs=1) == 10
-    assert fair_share.charge(-3, num_devices=1, num_jobs=1) == 0, "a clock that was set back"
+    assert ordering.charge(10, num_devices=2, num_jobs=4) == 5
+    assert ordering.charge(10, num_devices=1, num_jobs=1) == 10
+    assert ordering.charge(-3, num_devices=1, num_jobs=1) == 0, "a clock that was set back"
 
 
 @given(st.floats(0, 1e9), st.floats(0, 1e6), st.floats(0, 1e6))
 def test_what_was_used_counts_half_after_a_half_life_whenever_one_looks(
     amount: float, first: float, then: float
 ) -> None:
-    looked = fair_share.decay(fair_share.decay(amount, first, half_life_seconds=DAY), then, half_life_seconds=DAY)
+    looked = ordering.decay(ordering.decay(amount, first, half_life_seconds=DAY), then, half_life_seconds=DAY)
 
-    assert looked == pytest.approx(fair_share.decay(amount, first + then, half_life_seconds=DAY))
-    assert fair_share.decay(amount, DAY, half_life_seconds=DAY) == amount / 2
-    assert fair_share.decay(amount, -5, half_life_seconds=DAY) == amount
+    assert looked == pytest.approx(ordering.decay(amount, first + then, half_life_seconds=DAY))
+    assert ordering.decay(amount, DAY, half_life_seconds=DAY) == amount / 2
+    assert ordering.decay(amount, -5, half_life_seconds=DAY) == amount
 
 
-def firsts(turns: list[Turn]) -> list[str]:
+def firsts(turns: list[QueueEntry]) -> list[str]:
     return [turn.candidate.job_id for turn in turns]
 
 
@@ -88,11 +88,11 @@ def test_batch_is_passed_by_what_is_urgent_in_its_project_only_for_so_long() -> 
         return firsts(order(waiting, now, **given))[0]
 
     assert [first(2 * P - 1), first(2 * P)] == ["new", "old"]
-    turn = Service(at={("p", 2): 1.0}, memory_bytes=11)
+    turn = WorkerService(at={("p", 2): 1.0}, memory_bytes=11)
     assert first(2 * P, served=[turn]) == "new", "its class had a turn since it came"
     assert first(2 * P, served=[replace(turn, at={("other", 2): 1.0})]) == "old", "that was another project's turn"
     assert first(2 * P, served=[replace(turn, memory_bytes=10)]) == "old", "on a worker that can't hold it"
-    ahead = Service(at={("p", 2): 2 * P + 9}, memory_bytes=11)
+    ahead = WorkerService(at={("p", 2): 2 * P + 9}, memory_bytes=11)
     assert first(2 * P, served=[ahead]) == "old", "by a clock that was set back"
 
 
@@ -122,7 +122,7 @@ def test_no_class_of_a_project_waits_longer_than_is_stated(pauses: list[float], 
     for pause, charged in zip(pauses, charges, strict=False):
         now += pause
         waiting = [candidate(f"{name}{c}", came[name, c], name, c) for name, c in groups]
-        chosen = order(waiting, now, shares=had, served=[Service(at=served, memory_bytes=11)])[0].candidate
+        chosen = order(waiting, now, shares=had, served=[WorkerService(at=served, memory_bytes=11)])[0].candidate
         group = (chosen.project_id, chosen.priority)
         for other in [(name, c) for name, c in groups if name == chosen.project_id and c != chosen.priority]:
             seconds, most = most_before(other[1])
@@ -140,12 +140,14 @@ def a_day(had: dict[str, Share], lengths: list[float]) -> Iterator[tuple[float, 
     served: dict[tuple[str, int], float] = {}
     while now < DAY:
         waiting = [candidate(name, 0, name) for name in had]
-        chosen = order(waiting, now, shares=had, served=[Service(at=served, memory_bytes=11)])[0].candidate.project_id
+        chosen = order(waiting, now, shares=had, served=[WorkerService(at=served, memory_bytes=11)])[
+            0
+        ].candidate.project_id
         served[chosen, 1] = now
         seconds = next(ends)
         now += seconds
         for name, share in had.items():
-            left = fair_share.decay(share.device_seconds, seconds, half_life_seconds=DAY)
+            left = ordering.decay(share.device_seconds, seconds, half_life_seconds=DAY)
             had[name] = replace(share, device_seconds=left + (seconds if name == chosen else 0))
         yield now, chosen, seconds
 
@@ -172,7 +174,7 @@ def test_a_project_that_has_had_too_much_waits_no_longer_than_is_stated(
 ) -> None:
     had = dict(zip("abc", (Share(weight=weight) for weight in weights), strict=True))
     had["a"] = replace(had["a"], device_seconds=excess)
-    bound = fair_share.longest_wait(
+    bound = ordering.longest_wait(
         had["a"].level(POLICY), of_others=weights[1:], longest_job=max(lengths), num_devices=1, policy=POLICY
     )
 
@@ -184,14 +186,14 @@ def test_a_project_that_has_had_too_much_waits_no_longer_than_is_stated(
 def test_a_share_is_told_as_data_and_in_a_sentence_that_names_nobody() -> None:
     had = {"mine": Share(device_seconds=300, weight=1), "other": Share(device_seconds=100, weight=3)}
 
-    told = fair_share.described(had, "mine", POLICY)
+    told = ordering.describe_share(had, "mine", POLICY)
 
     assert (told["weight"], told["num_projects"], told["projects_ahead"], told["level"]) == (1, 2, 1, 300)
-    assert fair_share.sentence(told) == (
+    assert ordering.share_sentence(told) == (
         "Of the 2 projects whose jobs wait, 1 was charged less for the weight recently."
     )
-    assert fair_share.sentence(fair_share.described({"mine": had["mine"]}, "mine", POLICY)) is None
-    assert fair_share.sentence(fair_share.described(had, "other", POLICY)) == (
+    assert ordering.share_sentence(ordering.describe_share({"mine": had["mine"]}, "mine", POLICY)) is None
+    assert ordering.share_sentence(ordering.describe_share(had, "other", POLICY)) == (
         "Of the 2 projects whose jobs wait, none was charged less for its weight recently."
     )
 
@@ -201,11 +203,11 @@ def test_what_a_project_is_told_of_shares_does_not_depend_on_others_weights_or_u
     mine = Share(device_seconds=300)
 
     told = [
-        fair_share.described({"mine": mine, "other": other}, "mine", POLICY) for other in (Share(), Share(weight=7))
+        ordering.describe_share({"mine": mine, "other": other}, "mine", POLICY) for other in (Share(), Share(weight=7))
     ]
 
     assert told[0] == told[1]
-    everybody = fair_share.of_everybody({"mine": mine, "other": Share(device_seconds=100, weight=3)}, POLICY)
+    everybody = ordering.all_shares({"mine": mine, "other": Share(device_seconds=100, weight=3)}, POLICY)
     assert [(row["project_id"], row["due"], row["part_of_use"]) for row in everybody] == [
         ("other", 0.75, 0.25),
         ("mine", 0.25, 0.75),
@@ -268,7 +270,7 @@ def test_no_choice_of_classes_takes_more_than_the_stated_bound_from_another_proj
 
     had = {name: sum(r.device_seconds for r in records if r.arrival.project == name) for name in cluster.weights}
     due = sum(had.values()) * weights[0] / sum(weights)
-    bound = fair_share.largest_loss(
+    bound = ordering.largest_loss(
         weights[0],
         of_others=weights[1:],
         longest_job=max(*lengths, *(seconds for _, _, _, seconds in bursts)),

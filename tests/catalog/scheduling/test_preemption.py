@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.scheduling.ordering import Turn, order
+from catalog.scheduling.ordering import QueueEntry, order
 from catalog.scheduling.preemption import Holder, Preemption, Training, choose, level_if_it_left, pressing
-from catalog.scheduling.snapshot import Candidate, Policy, Service, Share
+from catalog.scheduling.snapshot import Candidate, Policy, Share, WorkerService
 from tests.catalog.scheduling.test_fairness_over_days import candidate
 
 POLICY = Policy()
@@ -25,11 +25,11 @@ def training(job_id: str, *, counts_as: int = 1, trained: float = 1000, **more: 
 
 
 def holder(*jobs: Training, worker_id: str = "w1", key: str = KEY, memory_bytes: int = 100, **more: Any) -> Holder:
-    service = Service(at={}, memory_bytes=memory_bytes)
+    service = WorkerService(at={}, memory_bytes=memory_bytes)
     return Holder(worker_id=worker_id, pack_key=key, service=service, jobs=jobs, **more)
 
 
-def turn_of(job: Candidate, shares: dict[str, Share] | None = None) -> Turn:
+def turn_of(job: Candidate, shares: dict[str, Share] | None = None) -> QueueEntry:
     (turn,) = order([job], NOW, shares=shares)
     return turn
 

@@ -8,18 +8,18 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.scheduling.scheduler import Decision, Join, Nothing, Start, decide, leading
-from catalog.scheduling.snapshot import PATIENCE_SECONDS, USUAL, Candidate, Picture, Policy, Room, Share
+from catalog.scheduling.scheduler import Decision, Join, Start, Wait, decide, leading
+from catalog.scheduling.snapshot import PATIENCE_SECONDS, USUAL, Candidate, Capacity, Policy, QueueSnapshot, Share
 from tests.catalog.resources.test_pack_key import other
 from tests.catalog.scheduling.test_fairness_over_days import candidate
 
 LIVE = "b:bfloat16:causal-lm"
 
 
-def picture(*candidates: Candidate, now: float = 10, max_jobs: int = 4, **given: Any) -> Picture:
-    room = Room(max_jobs=max_jobs, memory_bytes_free=100)
+def picture(*candidates: Candidate, now: float = 10, max_jobs: int = 4, **given: Any) -> QueueSnapshot:
+    room = Capacity(max_jobs=max_jobs, memory_bytes_free=100)
     told: dict[str, Any] = {"shares": {}, "served": (), "room": room, "worker_bytes": 100, **given}
-    return Picture(now=now, candidates=candidates, **told)
+    return QueueSnapshot(now=now, candidates=candidates, **told)
 
 
 def chosen(decision: Decision) -> list[str]:
@@ -42,12 +42,12 @@ def test_jobs_join_a_live_trainer_until_one_that_can_not_has_waited_too_long() -
     assert [chosen(decision) for decision in (soon, late)] == [["a", "b"], ["a"]]
     assert [decision.trace["is_let_run_empty"] for decision in (soon, late)] == [False, True]
     stopped = decide(picture(other("x"), candidate("a", 1), live_key=LIVE, now=PATIENCE_SECONDS), USUAL)
-    assert stopped.action == Nothing(reason="a job that can't join has waited too long: the trainer is let run empty")
+    assert stopped.action == Wait(reason="a job that can't join has waited too long: the trainer is let run empty")
 
 
 def test_what_was_made_free_for_a_job_starts_it_and_not_one_whose_base_is_loaded() -> None:
     asked, resident = replace(other("asked", priority=0), room_asked_at=30.0), candidate("resident", 40, priority=0)
-    emptied = Room(max_jobs=4, memory_bytes_free=100, resident_key=LIVE)
+    emptied = Capacity(max_jobs=4, memory_bytes_free=100, resident_key=LIVE)
     patient = replace(USUAL, patience_seconds=1000)
     over = 30 + USUAL.ask_again_seconds
 
@@ -71,7 +71,7 @@ def test_that_room_is_being_made_is_told_apart_from_a_trainer_that_is_let_run_em
     assert [told(urgent, 10), told(asked, 10)] == [(False, False), (True, False)]
     assert [told(urgent, late), told(asked, late)] == [(False, True), (True, True)]
     stopped = decide(picture(asked, candidate("a", 3), live_key=LIVE), USUAL)
-    assert stopped.action == Nothing(reason="room is being made for a job, and nobody joins before it")
+    assert stopped.action == Wait(reason="room is being made for a job, and nobody joins before it")
 
 
 def test_nothing_is_decided_with_a_reason() -> None:
@@ -85,9 +85,9 @@ def test_nothing_is_decided_with_a_reason() -> None:
     ]
 
     assert reasons == [
-        Nothing(reason="no job waits"),
-        Nothing(reason="none of the jobs that wait fits"),
-        Nothing(reason="a job in the trainer ended badly twice and trains alone"),
+        Wait(reason="no job waits"),
+        Wait(reason="none of the jobs that wait fits"),
+        Wait(reason="a job in the trainer ended badly twice and trains alone"),
     ]
 
 
@@ -148,7 +148,7 @@ def test_packmates_never_decide_whether_or_when_the_anchor_starts(jobs: list[Can
 
 @given(QUEUE)
 def test_what_is_taken_fits(jobs: list[Candidate]) -> None:
-    room = Room(max_jobs=4, memory_bytes_free=100)
+    room = Capacity(max_jobs=4, memory_bytes_free=100)
 
     taken = [choice.turn.candidate for choice in decide(picture(*jobs, now=100), USUAL).action.choices]
 
@@ -161,7 +161,7 @@ def test_the_first_of_each_project_and_class_decide_the_anchor_as_all_that_fit_d
     jobs: list[Candidate], max_jobs: int
 ) -> None:
     """What is read of the database is enough."""
-    fitting = [job for job in jobs if Room(max_jobs=1, memory_bytes_free=100).alone(job) <= 100]
+    fitting = [job for job in jobs if Capacity(max_jobs=1, memory_bytes_free=100).alone(job) <= 100]
     whole = picture(*fitting, now=100, max_jobs=max_jobs)
     part = replace(whole, candidates=tuple(_firsts(fitting, 1)))
     lead = leading(part, USUAL)

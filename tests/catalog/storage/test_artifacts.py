@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.maintenance.backup import references
 from catalog.settings import Settings
-from catalog.storage import ArtifactStore, DamagedArtifact, Manifest, ManifestFile, open_store
-from catalog.storage.manifest import check_path
-from catalog.storage.object_storage import CHUNK_BYTES, Entry, Objects
-from catalog.storage.store import GRACE_SECONDS, blob_key, manifest_key
+from catalog.storage.manifest import DamagedArtifact, Manifest, ManifestFile, check_path
+from catalog.storage.object_storage import CHUNK_BYTES, Objects, StoredObject
+from catalog.storage.store import GRACE_SECONDS, ArtifactStore, blob_key, manifest_key, open_store
 from tests.services.running import free_port
 from tests.services.s3 import new_bucket
 from tests.services.small_disk import small_disk
@@ -301,10 +300,10 @@ def test_an_object_that_is_put_again_after_the_last_look_at_its_age_is_not_lost(
     key = blob_key(blob.digest)
     listed, head = store.objects.list_all, store.objects.head
 
-    def old(entry: Entry) -> Entry:
+    def old(entry: StoredObject) -> StoredObject:
         return replace(entry, written_at=0.0) if entry.key == key else entry
 
-    def head_before_another_put(wanted: str) -> Entry:
+    def head_before_another_put(wanted: str) -> StoredObject:
         entry = old(head(wanted))
         store.objects.put(key, b"put again")
         return entry
@@ -357,7 +356,7 @@ def test_cleaning_keeps_the_old_files_of_a_young_manifest_and_goes_on_where_anot
     clock.ahead_seconds = 2 * GRACE_SECONDS
     listed, head = store.objects.list_all, store.objects.head
 
-    def as_written_now(entry: Entry) -> Entry:
+    def as_written_now(entry: StoredObject) -> StoredObject:
         return replace(entry, written_at=clock()) if entry.key.startswith("manifests/") else entry
 
     store.objects.list_all = lambda prefix: map(as_written_now, listed(prefix))

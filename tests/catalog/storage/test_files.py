@@ -14,8 +14,11 @@ from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, TooLa
 from catalog.maintenance import garbage_collection
 from catalog.settings import Settings
 from catalog.states import FINAL_STATES, JobState
-from catalog.storage import ArtifactStore, files, open_store
-from catalog.tables import Artifact, BaseModelRow, File, Job, Organization, Prepared, Project
+from catalog.storage import files
+from catalog.storage.store import ArtifactStore, open_store
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Artifact, BaseModelRow, File, Prepared
+from catalog.tables.tenancy import Organization, Project
 from tests.services.small_disk import small_disk
 
 ROW = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}).encode()

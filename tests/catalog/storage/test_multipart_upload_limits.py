@@ -15,7 +15,7 @@ from catalog.errors import (
 from catalog.maintenance import garbage_collection
 from catalog.settings import Settings
 from catalog.storage import multipart_uploads
-from catalog.tables import Upload
+from catalog.tables.storage import Upload
 from catalog.usage import quotas
 from catalog.usage.ledger import DAY_SECONDS
 from tests.catalog.part_sender import ONE, THREE, TWO, Sender

@@ -22,7 +22,7 @@ from catalog.errors import (
 from catalog.maintenance import garbage_collection
 from catalog.settings import Settings
 from catalog.storage import files, multipart_uploads
-from catalog.tables import File, Upload, UploadPart
+from catalog.tables.storage import File, Upload, UploadPart
 from tests.catalog.part_sender import ONE, THREE, TWO, WHOLE, Sender
 from tests.services.small_disk import small_disk
 

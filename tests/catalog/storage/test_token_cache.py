@@ -8,14 +8,17 @@ from sqlalchemy import select
 from catalog.errors import QuotaExceeded
 from catalog.history import job_logs
 from catalog.jobs import commands
+from catalog.lifecycle import recording
 from catalog.maintenance import garbage_collection
 from catalog.plans import claims as plan_claims
 from catalog.plans import plans
-from catalog.queue import claims as queue_claims
 from catalog.storage import artifact_index, files, token_cache
 from catalog.storage.store import Blob
-from catalog.tables import File, Job, Plan, Prepared, StoredBytes
+from catalog.tables.jobs import Job
+from catalog.tables.plans import Plan
+from catalog.tables.storage import File, Prepared
 from catalog.tables.tenancy import PLANS_PER_DAY
+from catalog.tables.usage import StoredBytes
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
 from catalog.usage import ledger, stored_bytes
@@ -51,12 +54,12 @@ def test_checkpoints_and_logs_count_as_stored_bytes_until_they_are_dropped(world
     claim = world.running()
     before = stored(world)
 
-    queue_claims.record_checkpoint(world.db, claim.claim_id, step=1, artifact=manifest("a" * 100, "checkpoint"))
+    recording.record_checkpoint(world.db, claim.claim_id, step=1, artifact=manifest("a" * 100, "checkpoint"))
     content = Blob(digest=sha("log"), num_bytes=50)
     job_logs.record(world.db, claim.claim_id, worker_id="w1", rank=0, content=content)
     both = stored(world)
     for step in (2, 3):
-        queue_claims.record_checkpoint(
+        recording.record_checkpoint(
             world.db, claim.claim_id, step=step, artifact=manifest(f"{step}" * 10, "checkpoint")
         )
 

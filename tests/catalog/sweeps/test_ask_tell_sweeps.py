@@ -11,7 +11,7 @@ from catalog.errors import Conflict, LorryError
 from catalog.queue import claims
 from catalog.states import EndReason, JobState
 from catalog.sweeps import commands, creation
-from catalog.tables import AuditEvent
+from catalog.tables.audit import AuditEvent
 from tests.catalog.sweeping import ON_ONE_DATABASE, add, advance, finish, make, of, train, view
 from tests.catalog.world import World
 

@@ -11,7 +11,7 @@ import pytest
 from catalog.errors import RateLimited
 from catalog.search.spec import SweepRequest
 from catalog.sweeps import commands, controller, creation, queries
-from catalog.tables import Sweep
+from catalog.tables.sweeps import Sweep
 from catalog.tenancy.authentication import Caller
 from catalog.usage.ledger import DAY_SECONDS
 from tests.catalog.usage.test_quotas import MIDNIGHT, files_of, limit

@@ -10,7 +10,7 @@ import pytest
 from catalog.audit import log
 from catalog.caller import Caller
 from catalog.sweeps import creation, revocation
-from catalog.tables import Sweep
+from catalog.tables.sweeps import Sweep
 from catalog.tenancy import api_keys, authentication, projects
 from tests.catalog.sweeping import advance, asked, finish, train
 from tests.catalog.world import PEPPER, World, sha

@@ -11,8 +11,9 @@ from sqlalchemy import make_url, text
 from catalog.audit import chain
 from catalog.db.database import Database
 from catalog.errors import Unavailable
-from catalog.tables import Table, privileges
+from catalog.tables import privileges
 from catalog.tables.privileges import API_ROLE, WORKER_ROLE
+from catalog.tables.table import Table
 from catalog.tenancy import authentication, projects
 from tests.catalog.world import PEPPER, World
 from tests.services.postgres import as_role

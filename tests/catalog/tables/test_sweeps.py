@@ -7,14 +7,18 @@ from typing import Any
 import pytest
 
 from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.history import queries
 from catalog.jobs import commands as job_commands
+from catalog.jobs import explanation
+from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.registry import adapters, base_models
 from catalog.states import EndReason, JobState
 from catalog.storage import files
 from catalog.sweeps import commands as sweep_commands
-from catalog.sweeps import creation, queries
-from catalog.tables import Sweep
+from catalog.sweeps import creation
+from catalog.sweeps import queries as sweep_queries
+from catalog.tables.sweeps import Sweep
 from tests.catalog.reading import statements_of
 from tests.catalog.sweeping import (
     ON_ONE_DATABASE,
@@ -98,10 +102,10 @@ def test_a_trial_that_is_worse_than_the_best_third_at_a_rung_is_stopped_and_ends
     claims.end(world.db, claimed[1].claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
     pruned = world.job(claimed[1].job.id)
     assert (pruned.state, pruned.reason) == (JobState.CANCELLED, EndReason.PRUNED)
-    trial = queries.trial(world.db, **of(world, sweep_id), number=1)
+    trial = sweep_queries.trial(world.db, **of(world, sweep_id), number=1)
     assert (trial.trial.rung, trial.value) == (0, 2.0)
     assert "rung 0" in str(trial.trial.stopped)
-    assert f"trial 1 of the sweep {sweep_id}" in job_commands.explain(world.db, **world.of(pruned.id))["explanation"]
+    assert f"trial 1 of the sweep {sweep_id}" in explanation.explain(world.db, **world.of(pruned.id))["explanation"]
     assert measure(world, claimed[2], 4, 1.5) is False  # the only one so far at rung 1
 
 
@@ -117,7 +121,7 @@ def test_a_trial_that_is_stopped_while_its_worker_is_lost_was_pruned_all_the_sam
 
     job = world.job(claimed[1].job.id)
     assert (job.state, job.reason) == (JobState.CANCELLED, EndReason.PRUNED)
-    (attempt,) = job_commands.attempts(world.db, **world.of(job.id))
+    (attempt,) = queries.attempts(world.db, **world.of(job.id))
     assert attempt.reason == EndReason.TRAINER_CRASHED
 
 
@@ -131,7 +135,7 @@ def test_a_stopped_trial_competes_at_no_later_rung(world: World) -> None:
     measure(world, claimed[1], 4, 0.1)  # before its worker heard that it is to stop
 
     assert told == [False, True, False]
-    assert queries.trial(world.db, **of(world, sweep_id), number=1).trial.rung == 0
+    assert sweep_queries.trial(world.db, **of(world, sweep_id), number=1).trial.rung == 0
     assert measure(world, claimed[2], 4, 0.8) is False
 
 
@@ -151,7 +155,7 @@ def test_a_trial_whose_job_is_being_cancelled_ends_as_cancelled(world: World, st
     claims.end(world.db, claimed[1].claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
 
     assert world.job(claimed[1].job.id).reason == EndReason.CANCELLED_BY_USER
-    assert queries.trial(world.db, **of(world, sweep_id), number=1).trial.stopped is None
+    assert sweep_queries.trial(world.db, **of(world, sweep_id), number=1).trial.stopped is None
 
 
 @ON_ONE_DATABASE
@@ -189,7 +193,7 @@ def test_trials_are_compared_by_a_mean_of_training_steps_where_that_is_the_objec
     for number, accuracies in ((0, (0.2, 0.4)), (1, (0.9, 0.1))):
         for step, accuracy in enumerate(accuracies, start=1):
             point = {"kind": "train", "step": step, "loss": 1.0, "token_accuracy": accuracy}
-            claims.record_metrics(world.db, claimed[number].claim_id, [point])
+            recording.record_metrics(world.db, claimed[number].claim_id, [point])
 
     assert [(each.trial.number, each.value) for each in board(world, sweep_id)] == [(1, 0.5), (0, pytest.approx(0.3))]
 
@@ -200,7 +204,7 @@ def test_a_refused_trial_leaves_nothing_of_the_sweep(world: World) -> None:
         make(world, parameters={"lora.target_modules": {"values": [["q_proj"], ["no_such_layer"]]}})
 
     assert job_commands.list_page(world.db, project_id=world.caller.project_id).items == []
-    assert queries.list_page(world.db, project_id=world.caller.project_id).items == []
+    assert sweep_queries.list_page(world.db, project_id=world.caller.project_id).items == []
 
 
 def test_what_does_not_fit_into_one_transaction_is_made_by_whoever_looks_next(world: World) -> None:
@@ -366,10 +370,10 @@ def test_anothers_sweep_does_not_exist(world: World) -> None:
     sweep_id = make(world)
     theirs: dict[str, Any] = {"project_id": world.stranger.project_id, "sweep_id": sweep_id}
 
-    for look in (queries.get, queries.leaderboard, sweep_commands.cancel, sweep_commands.close):
+    for look in (sweep_queries.get, sweep_queries.leaderboard, sweep_commands.cancel, sweep_commands.close):
         with pytest.raises(NotFound):
             look(world.db, **theirs)
     with pytest.raises(NotFound):
         sweep_commands.stop_trial(world.db, **theirs, number=0)
     with pytest.raises(NotFound):
-        queries.trial(world.db, **of(world, sweep_id), number=4)
+        sweep_queries.trial(world.db, **of(world, sweep_id), number=4)

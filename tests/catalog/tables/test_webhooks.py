@@ -18,11 +18,12 @@ from catalog.jobs import commands
 from catalog.pepper import Pepper
 from catalog.queue import claims
 from catalog.states import EndReason
-from catalog.tables import AuditEvent, WebhookDelivery, WebhookEndpoint, WebhookTry
-from catalog.webhooks import delivery_log, delivery_queue, endpoints, retries, signing
-from catalog.webhooks.delivery_queue import Outcome
+from catalog.tables.audit import AuditEvent
+from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
+from catalog.webhooks import delivery_log, delivery_queue, endpoints, signing
+from catalog.webhooks.delivery_queue import DeliveryResult
 from catalog.webhooks.endpoints import EndpointChange
-from catalog.webhooks.event_types import EVENT_TYPES
+from catalog.webhooks.outbox import EVENT_TYPES
 from tests.catalog.hooks import BAD, OK, Hooks
 from tests.catalog.world import PEPPER, World
 
@@ -209,7 +210,7 @@ def test_a_delivery_is_tried_for_a_day_with_one_id_and_then_given_up(hooks: Hook
 
     tried = hooks.fail_until_it_ends()
 
-    assert len(tried) == len(retries.WAITS_SECONDS) + 1
+    assert len(tried) == len(delivery_queue.WAITS_SECONDS) + 1
     assert len(set(tried)) == 1
     assert 0.8 * DAY < world.clock.now - begun < 1.4 * DAY
     (row,) = hooks.all(status="failed")
@@ -218,11 +219,11 @@ def test_a_delivery_is_tried_for_a_day_with_one_id_and_then_given_up(hooks: Hook
 
 
 def test_waits_are_spread_and_a_receiver_can_make_them_longer_within_bounds() -> None:
-    assert [retries.wait_seconds(1, chance=chance) for chance in (0.0, 0.5, 1.0)] == [4.0, 5.0, 6.0]
-    assert retries.wait_seconds(1, retry_after=90.0, chance=0.5) == 90.0
-    assert retries.wait_seconds(4, retry_after=1.0, chance=0.5) == 600.0
-    assert retries.wait_seconds(1, retry_after=1e9, chance=0.5) == retries.LONGEST_ASKED_SECONDS
-    assert retries.wait_seconds(len(retries.WAITS_SECONDS) + 1) is None
+    assert [delivery_queue.wait_seconds(1, chance=chance) for chance in (0.0, 0.5, 1.0)] == [4.0, 5.0, 6.0]
+    assert delivery_queue.wait_seconds(1, retry_after=90.0, chance=0.5) == 90.0
+    assert delivery_queue.wait_seconds(4, retry_after=1.0, chance=0.5) == 600.0
+    assert delivery_queue.wait_seconds(1, retry_after=1e9, chance=0.5) == delivery_queue.LONGEST_ASKED_SECONDS
+    assert delivery_queue.wait_seconds(len(delivery_queue.WAITS_SECONDS) + 1) is None
 
 
 def test_an_endpoint_that_is_gone_is_disabled_at_once_and_the_others_are_told(hooks: Hooks, world: World) -> None:
@@ -231,7 +232,7 @@ def test_an_endpoint_that_is_gone_is_disabled_at_once_and_the_others_are_told(ho
     hooks.end_job()
     claimed = hooks.claim()[0]
 
-    delivery_queue.record(world.db, claimed, Outcome(started_at=1.0, seconds=0.1, status_code=410))
+    delivery_queue.record(world.db, claimed, DeliveryResult(started_at=1.0, seconds=0.1, status_code=410))
     kept = hooks.end_job()
 
     assert (hooks.endpoint().disabled_reason, [row.status for row in hooks.all()]) == ("gone", ["failed"] * 3)
@@ -277,7 +278,7 @@ def test_one_failed_delivery_is_replayed_or_all_since_a_time_with_all_their_trie
     assert {claimed.message_id for claimed in again} == ids
     assert last.message_id == oldest.event_id
     row = delivery_log.get(world.db, **hooks.owner, delivery_id=oldest.id)
-    assert (row.status, row.num_tries) == ("pending", len(retries.WAITS_SECONDS) + 2)
+    assert (row.status, row.num_tries) == ("pending", len(delivery_queue.WAITS_SECONDS) + 2)
     assert delivery_log.replay_failed(world.db, **hooks.ident, since=0) == 0
 
 

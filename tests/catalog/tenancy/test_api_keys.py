@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 
 from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthorized
 from catalog.sweeps import revocation
-from catalog.tables import ApiKey
+from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
 from catalog.tenancy.authentication import Caller

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from catalog.db.database import Database
 from catalog.errors import InvalidRequest, LorryError, OutOfSpace, Unauthorized, Unavailable
 from catalog.pepper import Pepper
-from catalog.tables import ApiKey
+from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import authentication, projects
 from tests.catalog.world import PEPPER, World, end_key
 

@@ -10,7 +10,7 @@ import pytest
 from catalog.db.database import Database
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.registry import permissions
-from catalog.tables import Organization, Project
+from catalog.tables.tenancy import Organization, Project
 from catalog.tenancy import authentication, organizations, projects
 from catalog.tenancy.authentication import Caller
 from tests.catalog.reading import statements_of

@@ -17,7 +17,7 @@ from catalog.settings import Settings
 from catalog.spec.job import PlannedJob
 from catalog.states import Priority
 from catalog.sweeps import controller, creation, queries
-from catalog.tables import ApiKey, Project
+from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy import api_keys, authentication
 from catalog.tenancy.authentication import Caller
 from catalog.usage import quotas

@@ -18,12 +18,14 @@ from catalog.queue import claims
 from catalog.registry import adapters
 from catalog.states import EndReason
 from catalog.storage import files
-from catalog.tables import File, Job, Prepared, StoredBytes
+from catalog.tables.jobs import Job
+from catalog.tables.storage import File, Prepared
+from catalog.tables.usage import StoredBytes
 from catalog.tenancy import projects
 from catalog.usage import ledger
 from catalog.usage import report as usage_report
 from catalog.usage.ledger import DAY_SECONDS
-from catalog.usage.report import Asked, Day, Used
+from catalog.usage.report import Day, UsageQuery, Used
 from tests.catalog.world import World
 
 MIDNIGHT = 1_800_057_600.0
@@ -32,7 +34,7 @@ MIDNIGHT = 1_800_057_600.0
 
 def told(world: World, **asked: Any) -> list[Day]:
     return usage_report.report(
-        world.db, caller=replace(world.caller, is_operator=True), asked=Asked(**{"start_time": MIDNIGHT, **asked})
+        world.db, caller=replace(world.caller, is_operator=True), asked=UsageQuery(**{"start_time": MIDNIGHT, **asked})
     ).days
 
 
@@ -171,7 +173,7 @@ def test_a_project_sees_its_own_use_and_another_is_as_none(world: World) -> None
 
     def seen(**asked: Any) -> list[Day]:
         asked = {"start_time": MIDNIGHT, **asked}
-        return usage_report.report(world.db, caller=world.stranger, asked=Asked(**asked)).days
+        return usage_report.report(world.db, caller=world.stranger, asked=UsageQuery(**asked)).days
 
     assert [day.used for day in seen()] == [[]]
     assert seen(project_ids=["ours"]) == seen(project_ids=["none"]) == seen()
@@ -179,7 +181,7 @@ def test_a_project_sees_its_own_use_and_another_is_as_none(world: World) -> None
 
 def test_days_come_in_pages(world: World) -> None:
     world.clock.turn(9 * DAY_SECONDS)
-    asked = Asked(start_time=MIDNIGHT + 5, num_days=4)
+    asked = UsageQuery(start_time=MIDNIGHT + 5, num_days=4)
 
     page = usage_report.report(world.db, caller=world.caller, asked=asked)
     last = usage_report.report(world.db, caller=world.caller, asked=replace(asked, num_days=31))
@@ -189,7 +191,7 @@ def test_days_come_in_pages(world: World) -> None:
     assert page.next_day == first + 4
     assert (last.days[-1].day, last.next_day) == (first + 9, None)
     with pytest.raises(InvalidRequest):
-        usage_report.report(world.db, caller=world.caller, asked=Asked(start_time=5, end_time=5))
+        usage_report.report(world.db, caller=world.caller, asked=UsageQuery(start_time=5, end_time=5))
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

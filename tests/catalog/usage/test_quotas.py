@@ -15,18 +15,18 @@ from catalog.audit import log
 from catalog.audit.log import Filters
 from catalog.db.database import Database
 from catalog.errors import QuotaExceeded, RateLimited
-from catalog.jobs import commands
+from catalog.jobs import commands, explanation
 from catalog.queue import listing
 from catalog.registry import adapters
 from catalog.settings import Settings
 from catalog.storage import files
 from catalog.storage import quota as stored_quota
 from catalog.storage.store import open_store
-from catalog.tables import File
+from catalog.tables.storage import File
 from catalog.tenancy.authentication import Caller
 from catalog.usage import quotas
 from catalog.usage.ledger import DAY_SECONDS
-from catalog.usage.quotas import Standing
+from catalog.usage.quotas import QuotaStatus
 from tests.catalog.world import World, sha
 
 MIDNIGHT = 1_800_057_600.0
@@ -45,7 +45,7 @@ def limit(world: World, **limits: Any) -> None:
     quotas.limit(world.db, caller=_operator(world), project="ours", limits=limits)  # pyright: ignore[reportArgumentType]
 
 
-def standing(world: World, name: str) -> Standing:
+def standing(world: World, name: str) -> QuotaStatus:
     _, found = quotas.standings(world.db, caller=world.caller, project="ours")
     return next(one for one in found if one.name == name)
 
@@ -140,7 +140,7 @@ def test_a_month_that_is_used_up_refuses_new_jobs_and_holds_those_that_wait(worl
     world.complete(claim.claim_id)
 
     error = refused(world)
-    why = commands.explain(world.db, **world.of(waiting.id))
+    why = explanation.explain(world.db, **world.of(waiting.id))
 
     assert error.quota["resets_at"] == NEXT_MONTH
     assert error.quota["used"] == pytest.approx(world.job(claim.job.id).device_seconds / 3600)
@@ -163,7 +163,7 @@ def test_a_project_that_trains_as_many_as_it_may_is_passed_over_and_others_are_n
 
     claimed = world.claim("w2", trainer_id="t2")
 
-    why = commands.explain(world.db, **world.of(waiting.id))
+    why = explanation.explain(world.db, **world.of(waiting.id))
     place = {entry["job_id"]: entry["position"] for entry in listing.snapshot(world.db, project_id=None)["jobs"]}
     assert [claim.job.id for claim in claimed] == [theirs]
     assert "1 jobs that train at once" in why["explanation"]

@@ -10,15 +10,18 @@ from hypothesis.stateful import invariant, multiple, rule, run_state_machine_as_
 from sqlalchemy import select
 
 from catalog.history import job_logs
+from catalog.lifecycle import recording
+from catalog.lifecycle.recording import Exported
 from catalog.maintenance import garbage_collection
 from catalog.plans import claims as plan_claims
 from catalog.plans import plans
-from catalog.queue import claims as queue_claims
-from catalog.queue.claims import Exported
 from catalog.registry import adapters
 from catalog.storage import files, token_cache
 from catalog.storage.store import Blob
-from catalog.tables import Adapter, Attempt, Checkpoint, File, Plan, Prepared, StoredBytes
+from catalog.tables.history import Attempt, Checkpoint
+from catalog.tables.plans import Plan
+from catalog.tables.storage import Adapter, File, Prepared
+from catalog.tables.usage import StoredBytes
 from catalog.usage import quotas, stored_bytes
 from tests.catalog.lifecycle.test_state_machine import Service
 from tests.catalog.plan_data import DETAILS, REPORT, SETTINGS
@@ -111,7 +114,7 @@ class StoredService(Service):
         step = max(1, self.steps - number % 3)
         exported = Exported(artifact=manifest("m" * size), lineage={"outputs": {"num_parameters": 1}}, lineage_id="l")
         content = manifest("c" * size, "checkpoint")
-        self.attempted(queue_claims.record_checkpoint, claim_id, step=step, artifact=content, exported=exported)
+        self.attempted(recording.record_checkpoint, claim_id, step=step, artifact=content, exported=exported)
 
     @rule(number=PICK)
     def distrust(self, number: int) -> None:
@@ -119,7 +122,7 @@ class StoredService(Service):
         checkpoint_id = self.pick(Checkpoint.id, number)
         if claim_id is not None and checkpoint_id is not None:
             told = {"checkpoint_id": checkpoint_id, "problem": "It is damaged."}
-            self.attempted(queue_claims.distrust_checkpoint, claim_id, **told)
+            self.attempted(recording.distrust_checkpoint, claim_id, **told)
 
     @rule(stored=st.sampled_from([None, 50, 500]))
     def limit(self, stored: int | None) -> None:

@@ -9,17 +9,19 @@ import pytest
 
 from catalog.errors import InvalidRequest, NotFound
 from catalog.fleet import gangs
-from catalog.jobs import commands
+from catalog.history import queries
+from catalog.jobs import explanation
 from catalog.lifecycle import recovery
-from catalog.queue import charging, claims, listing
-from catalog.scheduling.snapshot import HALF_LIFE_SECONDS, PROMOTE_AFTER_SECONDS, USUAL, Room
+from catalog.queue import charging, claiming, claims, listing
+from catalog.scheduling.snapshot import HALF_LIFE_SECONDS, PROMOTE_AFTER_SECONDS, USUAL, Capacity
 from catalog.states import EndReason
-from catalog.tables import Job, Worker
+from catalog.tables.fleet import Worker
+from catalog.tables.jobs import Job
 from catalog.tenancy import projects
 from catalog.tenancy.authentication import Caller
 from tests.catalog.world import LEASE, World
 
-ONE = Room(max_jobs=1, memory_bytes_free=10**12)
+ONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
 
 
 def theirs(world: World, **fields: Any) -> Job:
@@ -40,7 +42,7 @@ def operator(world: World) -> Caller:
     return replace(world.caller, is_operator=True)
 
 
-def train(world: World, seconds: float, claim: claims.Claim) -> None:
+def train(world: World, seconds: float, claim: claiming.Claim) -> None:
     while seconds > 0:
         world.clock.turn(min(seconds, LEASE))
         world.beat(claim.claim_id)
@@ -108,9 +110,9 @@ def test_a_group_of_gpus_is_charged_as_so_many_and_a_cpu_as_one(
 def test_who_trains_on_a_gang_is_charged_for_all_of_its_devices(world: World) -> None:
     for worker_id in ("w1", "w2"):
         world.worker(worker_id)
-        place = gangs.Place(db=world.db, worker_id=worker_id, gang="pair", silent_seconds=LEASE)
+        place = gangs.GangMember(db=world.db, worker_id=worker_id, gang="pair", silent_seconds=LEASE)
         gangs.enter(place, size=2, min_size=2, kind="cuda", num_processes=4, free_bytes=10**9)
-    leader = gangs.Place(db=world.db, worker_id="w1", gang="pair", silent_seconds=LEASE)
+    leader = gangs.GangMember(db=world.db, worker_id="w1", gang="pair", silent_seconds=LEASE)
     assert gangs.lead(leader)
     world.queued()
     [held] = world.claim(room=ONE)
@@ -199,7 +201,7 @@ def test_a_packmate_takes_no_turn_of_its_class(world: World) -> None:
     for _ in range(3):
         world.clock.turn(PROMOTE_AFTER_SECONDS)
         world.beat()
-        world.claim(room=Room(max_jobs=4, memory_bytes_free=10**12), pack_key=live)
+        world.claim(room=Capacity(max_jobs=4, memory_bytes_free=10**12), pack_key=live)
     (claim,) = world.claim("w2", room=ONE)
 
     assert claim.job.id == patient.id
@@ -213,7 +215,7 @@ def test_a_turn_on_a_worker_that_could_not_hold_a_job_was_none_of_that_job(world
     pressing, rides = world.queued(priority="urgent"), world.queued(priority="batch")
     world.flood(pressing, 10)
     world.flood(rides, 10)
-    small = Room(max_jobs=1, memory_bytes_free=10**9)
+    small = Capacity(max_jobs=1, memory_bytes_free=10**9)
 
     world.clock.turn(3 * PROMOTE_AFTER_SECONDS - 60)
     for worker_id in ("small", "wide"):
@@ -310,7 +312,7 @@ def test_why_tells_the_shares_in_a_sentence_and_as_data_and_names_nobody(world: 
     mine = world.queued()
     foreign = theirs(world)
 
-    why = commands.explain(world.db, **world.of(mine.id))
+    why = explanation.explain(world.db, **world.of(mine.id))
 
     share = why["share"]
     assert (share["projects_ahead"], share["num_projects"], share["weight"]) == (1, 2, 1)
@@ -319,7 +321,7 @@ def test_why_tells_the_shares_in_a_sentence_and_as_data_and_names_nobody(world: 
         "1 job is ahead of it. Of the 2 projects whose jobs wait, 1 was charged less for the weight recently."
     )
     assert "shares" not in why
-    seen = commands.explain(world.db, **world.of(mine.id), sees_all=True)["shares"]
+    seen = explanation.explain(world.db, **world.of(mine.id), sees_all=True)["shares"]
     assert [(row["project_id"], row["due"]) for row in seen] == [
         (world.stranger.project_id, 0.5),
         (world.caller.project_id, 0.5),
@@ -329,7 +331,7 @@ def test_why_tells_the_shares_in_a_sentence_and_as_data_and_names_nobody(world: 
         assert secret not in str(why)
     (claim,) = world.claim(room=ONE)
     assert claim.job.id == foreign.id
-    (attempt,) = commands.attempts(world.db, project_id=world.stranger.project_id, job_id=foreign.id)
+    (attempt,) = queries.attempts(world.db, project_id=world.stranger.project_id, job_id=foreign.id)
     assert attempt.why is not None
     assert attempt.why["share"]["num_projects"] == 2
     assert world.caller.project_id not in str(attempt.why)

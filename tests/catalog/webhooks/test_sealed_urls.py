@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catalog.tables import WebhookEndpoint
+from catalog.tables.webhooks import WebhookEndpoint
 from catalog.webhooks import endpoints, sealed_urls
 from catalog.webhooks.endpoints import EndpointChange
 from catalog.webhooks.sealed_urls import UrlLost

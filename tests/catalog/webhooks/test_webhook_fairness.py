@@ -7,10 +7,10 @@ from typing import Any
 
 from sqlalchemy import select
 
-from catalog.tables import WebhookEndpoint
+from catalog.tables.webhooks import WebhookEndpoint
 from catalog.webhooks import delivery_queue, endpoints, outbox
-from catalog.webhooks.delivery_queue import FAILING_SECONDS, Outcome
-from catalog.webhooks.event_types import EVENT_TYPES
+from catalog.webhooks.delivery_queue import FAILING_SECONDS, DeliveryResult
+from catalog.webhooks.outbox import EVENT_TYPES
 from tests.catalog.hooks import Hooks
 from tests.catalog.world import PEPPER, World
 
@@ -63,7 +63,7 @@ def test_the_last_free_slot_goes_to_the_project_with_the_fewest_deliveries(world
 
 def test_a_failure_for_which_the_resolver_is_to_blame_disables_no_endpoint(world: World) -> None:
     hooks = Hooks(world)
-    blameless = Outcome(started_at=1.0, seconds=15.0, error="There was no whole answer.", says_of_endpoint=False)
+    blameless = DeliveryResult(started_at=1.0, seconds=15.0, error="There was no whole answer.", says_of_endpoint=False)
     for _ in range(2):
         hooks.end_job()
         hooks.fail_until_it_ends(blameless)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_core.adapter.flat_adapter import AdapterRow, Target
+from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
 from lora_core.adapter.modules_to_save import TrainedTensor, TrainedTensors
 from lora_core.adapter.optimizer import gradient_norm, optimizer_step, stays_finite
 from lora_core.config import LoraConfig, OptimizerConfig
@@ -14,7 +14,10 @@ from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
 from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, state_bytes
 
-TARGETS = (Target(name="a", in_features=12, out_features=8), Target(name="b", in_features=4, out_features=20))
+TARGETS = (
+    AdaptedModule(name="a", in_features=12, out_features=8),
+    AdaptedModule(name="b", in_features=4, out_features=20),
+)
 HEAD = TrainedTensors(
     tensors=(
         TrainedTensor(name="head.weight", shape=(5, 8), start=lambda _seed: torch.full((5, 8), 0.3)),
@@ -25,17 +28,17 @@ HEAD = TrainedTensors(
 USUAL = OptimizerConfig(kind="adafactor", learning_rate=0.05, max_grad_norm=None)
 
 
-def new_row(*, use_dora: bool = True, rank: int = 3) -> AdapterRow:
+def new_row(*, use_dora: bool = True, rank: int = 3) -> FlatAdapter:
     frozen = {target.name: torch.randn(target.out_features, target.in_features) for target in TARGETS}
     lora = LoraConfig(rank=rank, alpha=6, use_dora=use_dora)
-    row = AdapterRow(
+    row = FlatAdapter(
         TARGETS, lora, dtype=torch.float32, device="cpu", frozen=frozen, trained=HEAD, optimizer="adafactor"
     )
     row.initialise(1)
     return row
 
 
-def parameters(row: AdapterRow) -> list[torch.nn.Parameter]:
+def parameters(row: FlatAdapter) -> list[torch.nn.Parameter]:
     """Each tensor of the row by itself, as a person's own loop would hold them."""
     return [torch.nn.Parameter(row.p[block.numbers].view(block.shape).clone()) for block in row.blocks]
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_core.adapter.flat_adapter import AdapterRow, Target
+from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
 from lora_core.adapter.gradients import SliceGradients
 from lora_core.config import LoraConfig
 from lora_core.engine import cpu_lanes as lanes_module
 from lora_core.engine.engine import Engine
-from lora_core.engine.fair_queue import Turn, widen
+from lora_core.engine.fair_queue import ReadySlice, widen
 from lora_core.engine_config import EngineConfig
 from tests.lora_core.engine.test_cpu_lanes import spy_on_lanes
 from tests.lora_core.scenarios import Submission, admit, config, dataset
@@ -51,7 +51,9 @@ def test_lanes_and_ticks_of_one_job_cannot_be_seen_in_its_row(load, monkeypatch,
 
 def test_gradients_of_slices_add_up_in_their_order_and_leave_their_vectors_empty():
     lora = LoraConfig(rank=2, alpha=2)
-    row = AdapterRow((Target(name="a", in_features=3, out_features=4),), lora, dtype=torch.float32, device="cpu")
+    row = FlatAdapter(
+        (AdaptedModule(name="a", in_features=3, out_features=4),), lora, dtype=torch.float32, device="cpu"
+    )
     gradients = SliceGradients(row=row)
     parts = [1e8, 1.0, -1e8, 1.0]
 
@@ -77,8 +79,8 @@ def test_gradients_of_slices_add_up_in_their_order_and_leave_their_vectors_empty
 
 
 def test_further_slices_are_dealt_out_in_turn_while_there_is_room():
-    one = Turn(job="one", kind="train", num_tokens=10, served=0, further=(10, 10, 10))
-    two = Turn(job="two", kind="train", num_tokens=20, served=5, further=(20, 5))
+    one = ReadySlice(job="one", kind="train", num_tokens=10, served=0, further=(10, 10, 10))
+    two = ReadySlice(job="two", kind="train", num_tokens=20, served=5, further=(20, 5))
 
     assert widen([one, two], token_budget=30, job_tokens=100) == [(10,), (20,)]
     assert widen([one, two], token_budget=60, job_tokens=100) == [(10, 10), (20, 20)]

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from lora_core.adapter.flat_adapter import AdapterRow, Target
+from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
 from lora_core.adapter.initialization import decomposed
 from lora_core.config import LoraConfig, ScheduleConfig
 from lora_core.engine.engine import Engine
@@ -27,18 +27,18 @@ CALM = replace(
     schedule=ScheduleConfig(kind="cosine", warmup_steps=2, num_steps=STEPS),
     optimizer=replace(JOB.config.optimizer, learning_rate=1e-3),
 )
-TARGET = Target(name="w", in_features=40, out_features=48)
+TARGET = AdaptedModule(name="w", in_features=40, out_features=48)
 
 
-def started(init: str, weight_OD: torch.Tensor | None = None, **options) -> AdapterRow:
+def started(init: str, weight_OD: torch.Tensor | None = None, **options) -> FlatAdapter:
     lora = LoraConfig(rank=8, alpha=12, init_lora_weights=init, **options)
     frozen = None if weight_OD is None else {"w": weight_OD}
-    row = AdapterRow((TARGET,), lora, dtype=torch.float32, device="cpu", frozen=frozen)
+    row = FlatAdapter((TARGET,), lora, dtype=torch.float32, device="cpu", frozen=frozen)
     row.initialise(1)
     return row
 
 
-def product(row: AdapterRow) -> torch.Tensor:
+def product(row: FlatAdapter) -> torch.Tensor:
     """scale·B A of the row itself, without what is subtracted."""
     a_RD, b_OR = (row.p[span].view(shape) for span, shape in ((row.spans["w"].a, (8, 40)), (row.spans["w"].b, (48, 8))))
     return row.sites["w"].scale * b_OR @ a_RD

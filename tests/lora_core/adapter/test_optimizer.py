@@ -11,16 +11,19 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from lora_core.adapter.flat_adapter import AdapterRow, Target
+from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
 from lora_core.adapter.modules_to_save import TrainedTensor, TrainedTensors
 from lora_core.adapter.optimizer import gradient_norm, learning_rate_at, optimizer_step, stays_finite
 from lora_core.config import LoraConfig, OptimizerConfig, ScheduleConfig
 
-TARGETS = (Target(name="a", in_features=12, out_features=8), Target(name="b", in_features=4, out_features=20))
+TARGETS = (
+    AdaptedModule(name="a", in_features=12, out_features=8),
+    AdaptedModule(name="b", in_features=4, out_features=20),
+)
 
 
-def new_row(dtype: torch.dtype = torch.float32) -> AdapterRow:
-    row = AdapterRow(TARGETS, LoraConfig(rank=3, alpha=6), dtype=dtype, device="cpu")
+def new_row(dtype: torch.dtype = torch.float32) -> FlatAdapter:
+    row = FlatAdapter(TARGETS, LoraConfig(rank=3, alpha=6), dtype=dtype, device="cpu")
     row.initialise(1)
     return row
 
@@ -71,7 +74,7 @@ def test_with_lora_plus_magnitudes_have_the_rate_of_b_and_what_is_trained_in_ful
         ),
         modules=("head",),
     )
-    row = AdapterRow(
+    row = FlatAdapter(
         TARGETS,
         LoraConfig(rank=3, alpha=6, use_dora=True),
         dtype=torch.float32,
@@ -258,7 +261,7 @@ def test_a_row_is_one_vector_of_exact_size_and_starts_as_peft_starts():
 
 
 def test_initial_weights_depend_on_seed_and_module_name_alone():
-    alone = AdapterRow(TARGETS[1:], LoraConfig(rank=3, alpha=6), dtype=torch.float32, device="cpu")
+    alone = FlatAdapter(TARGETS[1:], LoraConfig(rank=3, alpha=6), dtype=torch.float32, device="cpu")
     alone.initialise(1)
     assert torch.equal(alone.sites["b"].a_RD, new_row().sites["b"].a_RD)
     alone.initialise(2)

@@ -17,7 +17,7 @@ from lora_core.base_model.patching import Attachment
 from lora_core.base_model.sharding import Strategy, offloads
 from lora_core.distributed import ranks as distributed
 from lora_core.distributed.ranks import ALONE, Ranks
-from lora_core.engine.tick import TickPlan
+from lora_core.engine.step import TickPlan
 from lora_core.errors import LoraCoreError, UnsupportedModel
 from lora_core.events import JobEvaluated, JobStepped
 from tests.lora_core.scenarios import Submission, run_alone, submissions

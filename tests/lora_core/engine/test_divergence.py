@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.config import LoraConfig, ObjectiveConfig, OptimizerConfig
 from lora_core.data.token_dataset import TokenDataset
@@ -130,7 +130,7 @@ def test_a_gradient_of_zero_is_a_ruin_only_where_attention_could_choose(before, 
     row = SimpleNamespace(g=torch.zeros(3))
     step: dict[str, Any] = {"dataset": following(*before), "slices": [(0,), (1,)], "norm": 0.0, "loss": 2.0}
 
-    assert is_dead(cast(AdapterRow, row), ObjectiveConfig(), **step) is expected
+    assert is_dead(cast(FlatAdapter, row), ObjectiveConfig(), **step) is expected
 
 
 def test_a_step_in_which_attention_can_choose_nothing_is_no_ruin_of_queries_and_keys(load):

@@ -3,27 +3,27 @@
 from collections import Counter
 
 from lora_core.config import Kind
-from lora_core.engine.fair_queue import Turn, choose
+from lora_core.engine.fair_queue import ReadySlice, select_slices
 
 
-def turn(job: str, num_tokens: int, served: int = 0, kind: Kind = "train") -> Turn:
-    return Turn(job=job, kind=kind, num_tokens=num_tokens, served=served)
+def turn(job: str, num_tokens: int, served: int = 0, kind: Kind = "train") -> ReadySlice:
+    return ReadySlice(job=job, kind=kind, num_tokens=num_tokens, served=served)
 
 
-def names(turns: list[Turn]) -> list[str]:
+def names(turns: list[ReadySlice]) -> list[str]:
     return [turn.job for turn in turns]
 
 
 def test_all_go_when_all_fit():
-    assert names(choose([turn("a", 10), turn("b", 20)], token_budget=30)) == ["a", "b"]
+    assert names(select_slices([turn("a", 10), turn("b", 20)], token_budget=30)) == ["a", "b"]
 
 
 def test_nothing_waits_nothing_goes():
-    assert choose([], token_budget=10) == []
+    assert select_slices([], token_budget=10) == []
 
 
 def test_a_slice_above_the_budget_goes_alone():
-    assert names(choose([turn("big", 99), turn("small", 1, served=5)], token_budget=10)) == ["big"]
+    assert names(select_slices([turn("big", 99), turn("small", 1, served=5)], token_budget=10)) == ["big"]
 
 
 def test_the_least_served_is_first_and_smaller_ones_fill_the_rest():
@@ -33,7 +33,7 @@ def test_the_least_served_is_first_and_smaller_ones_fill_the_rest():
         turn("c", 60, served=10),
         turn("d", 25, served=80),
     ]
-    assert names(choose(waiting, token_budget=100)) == ["b", "d"]
+    assert names(select_slices(waiting, token_budget=100)) == ["b", "d"]
 
 
 def test_an_evaluation_is_never_mixed_with_training():
@@ -42,7 +42,7 @@ def test_an_evaluation_is_never_mixed_with_training():
         turn("b", 10, served=0, kind="evaluate"),
         turn("c", 10, 2, "evaluate"),
     ]
-    assert names(choose(waiting, token_budget=100)) == ["b", "c"]
+    assert names(select_slices(waiting, token_budget=100)) == ["b", "c"]
 
 
 def test_over_time_a_large_job_and_small_ones_get_the_same_tokens():
@@ -50,7 +50,7 @@ def test_over_time_a_large_job_and_small_ones_get_the_same_tokens():
     sizes = {"large": 900, "small": 200, "tiny": 30}
     for _ in range(3000):
         waiting = [turn(job, sizes[job], served[job]) for job in served]
-        for chosen in choose(waiting, token_budget=1000):
+        for chosen in select_slices(waiting, token_budget=1000):
             served[chosen.job] += chosen.num_tokens
     # tiny goes in every tick that it fits beside others, so it is bounded by one slice a tick
     assert min(served["large"], served["small"]) > 0.5 * max(served["large"], served["small"])

@@ -220,7 +220,7 @@ def test_a_slice_that_does_not_fit_alone_fails_its_job_and_no_other(load, monkey
 
 def limit_token_memory(monkeypatch, *, num_tokens: int) -> None:
     """A device that fails in the backward, when gradients are partial already, above so many tokens."""
-    from lora_core.engine import tick as passes
+    from lora_core.engine import step as passes
 
     def limited(run):
         def wrapper(base, pack):

@@ -65,7 +65,7 @@ def test_packed_equals_solo_bit_for_bit_under_joins_leaves_and_evictions(load, a
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("gpt2", "float32")])
 def test_each_of_these_jobs_has_a_gradient_at_every_step_and_ends_by_itself(alone, family, dtype):
-    """At usual rates nothing looks like a ruin (lora_core/engine/divergence.py), whatever a job trains."""
+    """At usual rates nothing looks like a ruin (lora_core/engine/early_stopping.py), whatever a job trains."""
     for name, outcome in alone(family, dtype).items():
         *others, last = outcome.events
         assert isinstance(last, JobFinished), name

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_core.engine import prefix_store
-from lora_core.engine.prefix_store import PrefixStore
+from lora_core.engine import prefix_cache
+from lora_core.engine.prefix_cache import PrefixStore
 
 KEYS = [bytes([number]) * 32 for number in range(4)]
 
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_noticed_and_forgotten(tmp_path, states, damage) -> No
 def test_a_nearly_full_disk_and_one_that_fails_keep_nothing(tmp_path, states, monkeypatch) -> None:
     usage = namedtuple("usage", "free")
     store = on_disk(tmp_path)
-    monkeypatch.setattr(prefix_store.shutil, "disk_usage", lambda _: usage(prefix_store.LEAST_FREE_BYTES - 1))
+    monkeypatch.setattr(prefix_cache.shutil, "disk_usage", lambda _: usage(prefix_cache.LEAST_FREE_BYTES - 1))
     store.keep(KEYS[0], states[0], "job")
     monkeypatch.undo()
     shutil.rmtree(next(tmp_path.iterdir()))
@@ -148,7 +148,7 @@ def test_a_file_that_memory_is_too_short_to_write_is_forgotten(
 
     wide = torch.cat([states[2], states[2]])
     with monkeypatch.context() as patch:
-        patch.setattr(prefix_store, "_written", fail)
+        patch.setattr(prefix_cache, "_written", fail)
         with pytest.raises(raised):
             store.keep(KEYS[2], wide, "job")
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.config import OptimizerConfig
 from lora_core.engine import cpu_lanes
@@ -30,7 +30,7 @@ from tests.lora_core.scenarios import (
 )
 
 NAN = float("nan")
-PLACES: dict[str, Callable[[AdapterRow], slice]] = {
+PLACES: dict[str, Callable[[FlatAdapter], slice]] = {
     "A": lambda row: slice(7, 8),
     "magnitudes": lambda row: slice(row.num_ab, row.num_ab + 1),
     "in full": lambda row: slice(row.num_lora, row.num_parameters),

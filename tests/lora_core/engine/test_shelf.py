@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_core.engine.shelf import Shelf
+from lora_core.engine.prefix_cache import CacheBudget
 
 KEYS = [bytes([number]) for number in range(12)]
 JOBS = ("a", "b", "c")
@@ -15,7 +15,7 @@ JOBS = ("a", "b", "c")
 def test_a_shelf_never_holds_more_than_its_budget_and_says_what_went(
     asked: list[tuple[bytes, int, str, bool]],
 ) -> None:
-    shelf, held = Shelf(100), dict[bytes, int]()
+    shelf, held = CacheBudget(100), dict[bytes, int]()
 
     for key, size, job, leaves in asked:
         if key in shelf:
@@ -32,7 +32,7 @@ def test_a_shelf_never_holds_more_than_its_budget_and_says_what_went(
 
 
 def test_half_a_budget_keeps_half_of_what_is_read_once_an_epoch_in_any_order() -> None:
-    shelf, choose, rows = Shelf(50), random.Random(0), [bytes([row]) for row in range(100)]
+    shelf, choose, rows = CacheBudget(50), random.Random(0), [bytes([row]) for row in range(100)]
 
     hits = 0
     for _ in range(5):
@@ -49,7 +49,7 @@ def test_half_a_budget_keeps_half_of_what_is_read_once_an_epoch_in_any_order() -
 
 
 def test_a_job_that_comes_later_gets_as_much_and_no_more() -> None:
-    shelf = Shelf(10)
+    shelf = CacheBudget(10)
     for key in KEYS[:10]:
         shelf.place(key, 1, "first")
 
@@ -59,7 +59,7 @@ def test_a_job_that_comes_later_gets_as_much_and_no_more() -> None:
 
 
 def test_what_a_job_leaves_goes_first_unless_somebody_uses_it() -> None:
-    shelf = Shelf(3)
+    shelf = CacheBudget(3)
     for key in KEYS[:3]:
         shelf.place(key, 1, "gone")
     shelf.leave("gone")

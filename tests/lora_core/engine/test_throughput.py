@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_core.engine.engine import Engine
-from lora_core.engine.throughput import TickSpeeds
+from lora_core.engine.step import TickSpeeds
 from lora_core.engine_config import EngineConfig
 from tests.lora_core.engine.test_prefix_cache import AMPLE, top
 from tests.lora_core.scenarios import config, dataset

@@ -13,7 +13,7 @@ from lora_core.events import JobEvaluated
 from lora_core.forward import generation as generate
 from lora_core.forward.generation import Prompts
 from lora_core.layers.attention.packed import attend
-from lora_core.packing.kv_cache import attend_last
+from lora_core.packing.packed_batch import attend_last
 from tests.lora_core.scenarios import VOCAB, admit, rename, run_alone, state_bytes, submissions
 from tests.lora_core.test_families import FAMILIES, save
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numba.core import caching, config
 
-from lora_core.kernels import numba_cache
+from lora_core.kernels import numba_jit
 from lora_core.kernels.numba_jit import compiled
 
 
@@ -38,7 +38,7 @@ def test_a_kernel_is_compiled_once_for_all_processes(kept_in):
 def test_a_kernel_is_made_anew_where_code_that_kernels_share_has_changed(kept_in, monkeypatch):
     cached()
 
-    monkeypatch.setattr(numba_cache, "shared_digest", lambda: "of other sources")
+    monkeypatch.setattr(numba_jit, "shared_digest", lambda: "of other sources")
 
     assert cached() == {"found": 0, "compiled": 1}
 
@@ -46,8 +46,8 @@ def test_a_kernel_is_made_anew_where_code_that_kernels_share_has_changed(kept_in
 def test_every_file_of_kernels_is_in_the_digest_of_what_they_share(tmp_path, monkeypatch):
     for name in ("lora_core/kernels/numba_jit.py", "one_kernels.py", "engine.py"):
         (tmp_path / name).write_text("before")
-    monkeypatch.setattr(numba_cache, "__file__", str(tmp_path / "lora_core/kernels/numba_cache.py"))
-    digest_now = numba_cache.shared_digest.__wrapped__
+    monkeypatch.setattr(numba_jit, "__file__", str(tmp_path / "lora_core/kernels/numba_jit.py"))
+    digest_now = numba_jit.shared_digest.__wrapped__
     before, changed = digest_now(), {}
 
     for name in ("lora_core/kernels/numba_jit.py", "one_kernels.py", "engine.py"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment
 from lora_core.config import LoraConfig
@@ -80,7 +80,7 @@ def test_outside_a_pack_each_part_computes_exactly_what_it_did_before(
 
 def whole(ids: torch.Tensor) -> SliceInput:
     """One sequence, of nobody."""
-    row = AdapterRow((), LoraConfig(rank=1, alpha=1), dtype=torch.float32, device="cpu")
+    row = FlatAdapter((), LoraConfig(rank=1, alpha=1), dtype=torch.float32, device="cpu")
     sequence = ids[0].numpy().astype(np.int32), np.zeros(ids.shape[1], np.uint8)
     return SliceInput(row=row, sequences=(sequence,), label_weight=0.0, dropout=None)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapter.flat_adapter import AdapterRow, JointViews, SiteViews, Target
+from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter, JointViews, SiteViews
 from lora_core.adapter.gradients import with_own_gradient
 from lora_core.base_model import patching
 from lora_core.config import LoraConfig
@@ -87,10 +87,10 @@ def test_gradients_of_input_and_adapters_pass_gradcheck_in_float64():
     assert torch.autograd.gradcheck(lambda *given: ThroughAutograd.apply(linears, *given), inputs)
 
 
-def row_of(**options) -> AdapterRow:
-    targets = tuple(Target(name=name, in_features=8, out_features=6) for name in MODULES)
+def row_of(**options) -> FlatAdapter:
+    targets = tuple(AdaptedModule(name=name, in_features=8, out_features=6) for name in MODULES)
     frozen = {name: torch.randn(6, 8) for name in MODULES}
-    return AdapterRow(
+    return FlatAdapter(
         targets, LoraConfig(rank=2, alpha=4, **options), dtype=torch.bfloat16, device="cpu", frozen=frozen
     )
 

@@ -15,7 +15,7 @@ from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
 from lora_core.kernels import selection
 from lora_core.kernels.selection import Kernels, choose_kernels
-from lora_core.layers.grouped_lora import SegmentOp, width_of
+from lora_core.layers.grouped_lora import GroupedLora, width_of
 from lora_core.layers.lora_linear import PackedDelta, PackedLinear, Piece, PlainWeight
 from lora_core.packing.packed_batch import DropoutKey
 from tests.lora_core.scenarios import Submission, config, dataset
@@ -53,7 +53,7 @@ def gradients_of(pieces: tuple[Piece, ...]) -> list[Tensor]:
 
 
 def computed(
-    op: SegmentOp, pieces: tuple[Piece, ...], x_TD: Tensor, dy_TO: Tensor, weight_OD: Tensor, *, fused: bool
+    op: GroupedLora, pieces: tuple[Piece, ...], x_TD: Tensor, dy_TO: Tensor, weight_OD: Tensor, *, fused: bool
 ) -> list[Tensor]:
     """y, dx and the gradients of all pieces, which start from zero."""
     for gradient in gradients_of(pieces):
@@ -77,8 +77,8 @@ def test_grouped_segments_give_the_loops_output_and_gradients(dtype: torch.dtype
     pieces, weight_OD = mixed(dtype), torch.randn(OUT, D).to(dtype)
     x_TD, dy_TO = torch.randn(T, D).to(dtype), torch.randn(T, OUT).to(dtype)
 
-    loop = computed(SegmentOp("loop"), pieces, x_TD, dy_TO, weight_OD, fused=fused)
-    grouped = computed(SegmentOp("grouped_mm"), pieces, x_TD, dy_TO, weight_OD, fused=fused)
+    loop = computed(GroupedLora("loop"), pieces, x_TD, dy_TO, weight_OD, fused=fused)
+    grouped = computed(GroupedLora("grouped_mm"), pieces, x_TD, dy_TO, weight_OD, fused=fused)
 
     for expected, found in zip(loop, grouped, strict=True):
         assert float(expected.abs().max()) > 0
@@ -90,7 +90,7 @@ def test_grouped_segments_give_the_loops_output_and_gradients(dtype: torch.dtype
 def test_ranks_are_grouped_with_ranks_of_the_same_width_and_one_alone_stays_in_the_loop() -> None:
     pieces = mixed(torch.float32)
 
-    alone, runs = SegmentOp("grouped_mm").divide("layer", pieces, torch.zeros(T, D))
+    alone, runs = GroupedLora("grouped_mm").divide("layer", pieces, torch.zeros(T, D))
 
     assert [(run.rows, run.stacks.a_GWD.shape) for run in runs] == [
         (slice(2, 27), (4, 8, D)),  # with the rows between, which have zeros
@@ -106,14 +106,14 @@ def test_dropout_and_learned_lengths_and_odd_sizes_stay_in_the_loop() -> None:
     odd = tuple(
         replace(part, views=replace(part.views, a_RD=torch.randn(len(part.views.a_RD), D - 1))) for part in plain
     )
-    op = SegmentOp("grouped_mm")
+    op = GroupedLora("grouped_mm")
 
     alone, runs = op.divide("layer", (plain[0], replace(plain[1], dropout=key), plain[2]), torch.zeros(T, D))
 
     assert [part.start for part in alone] == [9]
     assert [(group.start, group.stop, group.rank) for group in runs[0].groups] == [(2, 9, 4), (9, 20, 0), (20, 27, 3)]
     assert op.divide("layer", odd, torch.zeros(T, D - 1)) == (odd, ())
-    assert SegmentOp("loop").divide("layer", plain, torch.zeros(T, D)) == (plain, ())
+    assert GroupedLora("loop").divide("layer", plain, torch.zeros(T, D)) == (plain, ())
 
 
 @pytest.mark.parametrize("sick", ["x", "dy", "weights"])
@@ -122,7 +122,7 @@ def test_a_jobs_numbers_that_are_none_reach_no_other_jobs_rows(sick: str) -> Non
     dtype = torch.bfloat16
     pieces, weight_OD = mixed(dtype)[:3], torch.randn(OUT, D).to(dtype)
     x_TD, dy_TO = torch.randn(T, D).to(dtype), torch.randn(T, OUT).to(dtype)
-    op = SegmentOp("grouped_mm")
+    op = GroupedLora("grouped_mm")
     healthy = computed(op, pieces, x_TD, dy_TO, weight_OD, fused=True)
 
     rows = slice(pieces[1].start, pieces[1].stop)
@@ -139,7 +139,7 @@ def test_a_jobs_numbers_that_are_none_reach_no_other_jobs_rows(sick: str) -> Non
 
 def test_padded_weights_are_made_once_until_a_rows_weights_change() -> None:
     pieces, x_TD = mixed(torch.float32)[:3], torch.zeros(T, D)
-    op = SegmentOp("grouped_mm")
+    op = GroupedLora("grouped_mm")
     first = op.divide("layer", pieces, x_TD)[1][0].stacks
 
     longer = (replace(pieces[0], start=0), *pieces[1:])  # another slice of the same jobs

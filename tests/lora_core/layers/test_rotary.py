@@ -17,7 +17,7 @@ from lora_core.base_model.patching import Attachment
 from lora_core.kernels.selection import Kernels
 from lora_core.layers import rotary
 from lora_core.layers.rotary import Rotate, faster_rotations
-from lora_core.packing.packed_batch import Pack, running
+from lora_core.packing.packed_batch import PackedBatch, running
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32,
@@ -82,7 +82,7 @@ def llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**SIZES)).requires_grad_(False).eval()
 
 
-def pass_of(model: PreTrainedModel, pack: Pack | None = None) -> None:
+def pass_of(model: PreTrainedModel, pack: PackedBatch | None = None) -> None:
     ids = torch.arange(16)[None]
     if pack is None:
         model(ids, use_cache=False)
@@ -91,9 +91,9 @@ def pass_of(model: PreTrainedModel, pack: Pack | None = None) -> None:
             model.base_model(ids, use_cache=False)
 
 
-def pack_of_one() -> Pack:
+def pack_of_one() -> PackedBatch:
     none = torch.zeros(0)
-    return Pack(
+    return PackedBatch(
         input_ids=torch.arange(16)[None],
         position_ids=torch.arange(16)[None],
         sequence_lengths=(16,),

@@ -17,7 +17,7 @@ from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadDataset, ConfigError
 from lora_core.events import Event, JobEvaluated, JobStepped, Rewards
-from lora_core.losses.kto import SingleAnswers, score_single
+from lora_core.losses.preference import SingleAnswers, score_single
 from tests.lora_core.losses.test_preference import logps_of
 from tests.lora_core.scenarios import (
     Submission,

@@ -11,7 +11,7 @@ from lora_core.config import ObjectiveConfig
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import JobEvaluated, JobStepped
-from lora_core.packing.neftune import NoiseKey, with_noise
+from lora_core.packing.packed_batch import NoiseKey, with_noise
 from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone
 
 D = 64

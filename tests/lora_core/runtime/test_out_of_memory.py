@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from lora_core.errors import OutOfMemory
-from lora_core.runtime.device_errors import shortage_named
-from lora_core.runtime.device_faults import is_device_fault
+from lora_core.runtime.device_errors import is_device_fault, shortage_named
 
 ROOT = Path(__file__).parents[3]
 

@@ -256,7 +256,7 @@ def test_ctrl_c_does_not_reach_the_services_own_commands(tmp_path: Path, monkeyp
     monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", code])
 
     with socket.socket() as listening:
-        made = service.Service(tmp_path, host="127.0.0.1", listening=listening).bootstrap()
+        made = service.LocalService(tmp_path, host="127.0.0.1", listening=listening).bootstrap()
 
     assert made.api_key == "alone: True"
 
@@ -267,7 +267,7 @@ def test_what_the_services_own_commands_leave_out_is_no_key_and_no_link(
 ) -> None:
     monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", f"print({printed!r})"])
     with socket.socket() as listening:
-        made = service.Service(tmp_path, host="127.0.0.1", listening=listening)
+        made = service.LocalService(tmp_path, host="127.0.0.1", listening=listening)
 
     with pytest.raises(LorryError, match="new-key` ended well and told no api_key"):
         made.new_key()

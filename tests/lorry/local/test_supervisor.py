@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from lorry.errors import LorryError
-from lorry.local.supervisor import Patience, Supervisor
+from lorry.local.supervisor import Patience, ProcessSupervisor
 
 
 class FakeProcess:
@@ -55,7 +55,7 @@ class World:
         self.ready_at = 1.0
         self.api = FakeProcess("api", self.journal)
         self.worker = FakeProcess("worker", self.journal, deaf=deaf)
-        self.supervisor = Supervisor(
+        self.supervisor = ProcessSupervisor(
             self.api,
             [self.worker],
             is_ready=lambda: self.now >= self.ready_at,

@@ -15,7 +15,7 @@ from catalog.plans import claims, plans
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.store import ArtifactStore
-from catalog.tables import Plan
+from catalog.tables.plans import Plan
 from tests.catalog.plan_data import DETAILS, REPORT, plan, put
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, chores, plan_inputs, tokenization

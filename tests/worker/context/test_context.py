@@ -11,7 +11,7 @@ from sqlalchemy import update
 from catalog.db.database import Database
 from catalog.fleet import compatibility
 from catalog.settings import Settings
-from catalog.tables import Worker
+from catalog.tables.fleet import Worker
 from tests.catalog.world import Clock, World
 from worker.context.context import UNFIT, open_worker
 from worker.entrypoints import loop

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from catalog.fleet import gangs, workers
-from catalog.fleet.gangs import Member, NotGathered, Place, Round
-from catalog.jobs import commands
+from catalog.fleet.gangs import GangMember, LiveMember, NotGathered, Round
+from catalog.history import queries
 from catalog.states import EndReason, JobState
 from tests.worker.pack_site import READY, PackSite
 from tests.worker.scripted_trainer import FakeTrainer, Script, reasons
@@ -65,8 +65,8 @@ class GangSite:
         seat.enter(num_processes=1)
         return replace(self.site.context, settings=told, worker_id=worker_id, gang=seat)
 
-    def place(self, worker_id: str) -> Place:
-        return Place(db=self.site.db, worker_id=worker_id, gang="pair", silent_seconds=60.0)
+    def place(self, worker_id: str) -> GangMember:
+        return GangMember(db=self.site.db, worker_id=worker_id, gang="pair", silent_seconds=60.0)
 
     def call_of(self, worker_id: str) -> gangs.Call | None:
         return gangs.standing(self.place(worker_id)).call
@@ -121,7 +121,7 @@ def test_one_that_is_called_begins_with_the_leaders_settings_and_ends_with_the_r
     has_joined: list[bool] = []
     told: list[Json] = []
 
-    def on_looking(place: Place) -> gangs.Standing:
+    def on_looking(place: GangMember) -> gangs.GangState:
         found = look(place)
         if found.call is not None and found.call.has_joined and found.call.port is None:
             has_joined.append(True)
@@ -179,7 +179,7 @@ def test_when_a_member_tells_that_its_trainer_died_the_attempt_ends_as_that_one_
 
     job_id = leads(gang, script)
 
-    (attempt,) = commands.attempts(gang.site.db, **gang.site.world.of(job_id))
+    (attempt,) = queries.attempts(gang.site.db, **gang.site.world.of(job_id))
     assert attempt.reason == EndReason.TRAINER_CRASHED
     assert attempt.detail == "On w2 of the gang: The trainer was killed (signal 9)."
     assert attempt.blamed_worker_id == "w2"
@@ -203,7 +203,7 @@ def test_where_a_member_can_not_take_part_the_job_does_not_pay_and_the_member_is
     job_id = leads(gang, script)
 
     job = gang.site.world.job(job_id)
-    (attempt,) = commands.attempts(gang.site.db, **gang.site.world.of(job_id))
+    (attempt,) = queries.attempts(gang.site.db, **gang.site.world.of(job_id))
     assert (job.state, job.counted_attempts) == (JobState.QUEUED, 0)
     assert (attempt.reason, attempt.detail) == (
         EndReason.NODE_FAILED,
@@ -277,8 +277,8 @@ def test_when_a_member_is_to_leave_the_jobs_are_saved_first(gang: GangSite) -> N
 
 
 def test_those_are_called_that_may_begin_and_have_devices_of_the_leaders_kind() -> None:
-    def member(name: str, kind: str = "cuda", *, is_open: bool = True) -> Member:
-        return Member(worker_id=name, host="h", kind=kind, num_processes=1, free_bytes=1, is_open=is_open)
+    def member(name: str, kind: str = "cuda", *, is_open: bool = True) -> LiveMember:
+        return LiveMember(worker_id=name, host="h", kind=kind, num_processes=1, free_bytes=1, is_open=is_open)
 
     members = [member("cordoned", is_open=False), member("a"), member("cpu", "cpu"), member("leads"), member("b")]
 

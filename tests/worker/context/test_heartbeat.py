@@ -11,8 +11,8 @@ from catalog.db.database import Database
 from catalog.errors import Unavailable
 from catalog.fleet import workers
 from catalog.fleet.workers import WorkerOrders
-from catalog.queue.claims import Orders
-from worker.context.heartbeat import Pulse
+from catalog.queue.claims import ClaimDirectives
+from worker.context.heartbeat import Heartbeat
 
 
 def test_whoever_holds_no_claim_hears_each_beat_also_where_the_database_does_not_answer(
@@ -22,7 +22,7 @@ def test_whoever_holds_no_claim_hears_each_beat_also_where_the_database_does_not
         raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
 
     monkeypatch.setattr(workers, "worker_beat", beat)
-    pulse, heard, guarded = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), [], []
+    pulse, heard, guarded = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), [], []
     pulse.on_every_beat = lambda: heard.append(1)
     pulse.guard(on_beat=lambda: guarded.append(1), on_lost=None)
 
@@ -43,7 +43,7 @@ def test_a_beat_that_fails_in_a_way_nobody_foresaw_is_followed_by_the_next(monke
         return WorkerOrders(drain=False)
 
     monkeypatch.setattr(workers, "worker_beat", beat)
-    pulse = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=0.01)
+    pulse = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=0.01)
 
     pulse.start()
 
@@ -52,7 +52,7 @@ def test_a_beat_that_fails_in_a_way_nobody_foresaw_is_followed_by_the_next(monke
 
 
 def test_a_claim_that_was_given_up_is_stale_for_whoever_holds_it_and_for_nobody_else() -> None:
-    pulse, told = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), []
+    pulse, told = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), []
     pulse.guard(on_beat=None, on_lost=lambda: told.append("lost"))
     pulse.hold(["mine", "anothers"], since=-float("inf"))
     pulse.hold(["renewed"], since=float("inf"))
@@ -62,13 +62,13 @@ def test_a_claim_that_was_given_up_is_stale_for_whoever_holds_it_and_for_nobody_
     pulse.guard(on_beat=None, on_lost=None)
 
     assert told == ["lost"]
-    assert pulse.take_orders(["mine", "renewed"]) == {"mine": Orders(stale=True)}
+    assert pulse.take_orders(["mine", "renewed"]) == {"mine": ClaimDirectives(stale=True)}
     assert pulse.take_orders(["mine", "renewed"]) == {}
-    assert pulse.take_orders(["anothers"]) == {"anothers": Orders(stale=True)}
+    assert pulse.take_orders(["anothers"]) == {"anothers": ClaimDirectives(stale=True)}
 
 
 def test_a_trainer_that_could_not_be_ended_costs_no_look_at_the_claims_after_it() -> None:
-    pulse, went_on = Pulse(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), threading.Event()
+    pulse, went_on = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), threading.Event()
 
     def fails() -> None:
         pulse.guard(on_beat=None, on_lost=went_on.set)

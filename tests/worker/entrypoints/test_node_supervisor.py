@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from catalog.settings import Settings
 from worker.entrypoints import node_supervisor
-from worker.entrypoints.node_supervisor import GroupWorker, Supervisor
+from worker.entrypoints.node_supervisor import GroupWorker, NodeSupervisor
 from worker.node import devices
 from worker.node.devices import Device
 
@@ -45,7 +45,7 @@ class Node:
         self._obeys = obeys
         self._acts: list[tuple[float, Callable[[], None]]] = []
         workers = [GroupWorker(group=name, start=lambda name=name: self._start(name)) for name in names]
-        self.supervisor = Supervisor(workers, clock=lambda: self.now, sleep=self._sleep)
+        self.supervisor = NodeSupervisor(workers, clock=lambda: self.now, sleep=self._sleep)
 
     def at(self, second: float, act: Callable[[], None]) -> None:
         self._acts.append((second, act))

@@ -10,11 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 from catalog.fleet import cordons, gangs
-from catalog.fleet.gangs import Place
-from catalog.jobs import commands
+from catalog.fleet.gangs import GangMember
+from catalog.history import queries
 from catalog.settings import Settings
 from catalog.states import EndReason, JobState
-from catalog.tables import Attempt
+from catalog.tables.history import Attempt
 from tests.worker.context.test_gang_membership import KILLED, LOCAL, GangSite, leads, loads, seat_of
 from tests.worker.pack_site import OUTAGE, PackSite
 from tests.worker.process.test_exit_status import GLOO, fellow
@@ -54,7 +54,7 @@ def tells(gang: GangSite, context: WorkerContext, end: Json) -> None:
 
 
 def attempt_of(gang: GangSite, job_id: str) -> Attempt:
-    return commands.attempts(gang.site.db, **gang.site.world.of(job_id))[0]
+    return queries.attempts(gang.site.db, **gang.site.world.of(job_id))[0]
 
 
 def prints(trainer: FakeTrainer, log: str) -> None:
@@ -263,7 +263,7 @@ def test_nothing_is_claimed_for_a_trainer_that_was_just_killed(gang: GangSite) -
 
     leads(gang, script)
 
-    (attempt,) = commands.attempts(gang.site.db, **gang.site.world.of(later[0]))
+    (attempt,) = queries.attempts(gang.site.db, **gang.site.world.of(later[0]))
     assert attempt.trainer_id == gang.trainers[1].directory.path.name
 
 
@@ -276,9 +276,9 @@ def test_fewer_than_begin_can_not_be_the_size(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_who_has_other_versions_or_missed_more_rounds_is_called_last_or_not_at_all() -> None:
-    def member(name: str, **about: Any) -> gangs.Member:
+    def member(name: str, **about: Any) -> gangs.LiveMember:
         plain: dict[str, Any] = {"host": "h", "kind": "cpu", "num_processes": 1, "free_bytes": 1, "is_open": True}
-        return gangs.Member(worker_id=name, **{**plain, **about})
+        return gangs.LiveMember(worker_id=name, **{**plain, **about})
 
     members = [member("missed", num_missed=1), member("old", versions="torch 2.12"), member("leads"), member("new")]
 
@@ -330,7 +330,7 @@ def test_a_members_word_is_said_until_it_is_heard(gang: GangSite, monkeypatch: p
     look = gangs.standing
     wants_to_leave: list[bool] = []
 
-    def on_looking(place: Place) -> gangs.Standing:
+    def on_looking(place: GangMember) -> gangs.GangState:
         found = look(place)
         if found.call is not None and found.call.has_joined and found.call.port is None:
             gangs.start(leader, led.round_id, port=4711)

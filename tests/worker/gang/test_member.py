@@ -10,7 +10,7 @@ import pytest
 from catalog.db.database import Database
 from catalog.fleet import cordons, gangs
 from catalog.fleet.gangs import Round
-from catalog.tables import Worker
+from catalog.tables.fleet import Worker
 from tests.worker.context.test_gang_membership import LOCAL, GangSite
 from tests.worker.pack_site import OUTAGE, PackSite
 from tests.worker.scripted_trainer import FakeTrainer
@@ -70,7 +70,7 @@ def test_what_a_members_trainer_prints_is_cut_where_it_grows_long(
     look = gangs.standing
     sizes: list[int] = []
 
-    def on_looking(place: gangs.Place) -> gangs.Standing:
+    def on_looking(place: gangs.GangMember) -> gangs.GangState:
         found = look(place)
         if found.call is not None and found.call.has_joined and found.call.port is None:
             gangs.start(gang.place("w1"), led.round_id, port=4711)
@@ -100,7 +100,7 @@ def test_a_member_whose_trainer_no_signal_ends_says_until_it_is_heard_that_it_ta
     look, cordon = gangs.standing, cordons.cordon_own
     said: list[str] = []
 
-    def on_looking(place: gangs.Place) -> gangs.Standing:
+    def on_looking(place: gangs.GangMember) -> gangs.GangState:
         found = look(place)
         if found.call is not None and found.call.has_joined and found.call.port is None:
             gangs.start(gang.place("w1"), led.round_id, port=4711)

@@ -9,12 +9,13 @@ import pytest
 from catalog.db.database import Database
 from catalog.errors import Unavailable
 from catalog.fleet import gangs
-from catalog.fleet.gangs import Place
+from catalog.fleet.gangs import GangMember
 from catalog.history import job_logs as history_job_logs
 from catalog.queue import claims
 from catalog.states import EndReason
 from catalog.storage.store import Blob
-from catalog.tables import Attempt, Job
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
 from tests.worker.context.test_gang_membership import LOCAL, GangSite
 from tests.worker.pack_site import PackSite
 from tests.worker.scripted_trainer import FakeTrainer, Script
@@ -60,7 +61,7 @@ class Lent:
         while True:
             yield
 
-    def _on_looking(self, place: Place) -> gangs.Standing:
+    def _on_looking(self, place: GangMember) -> gangs.GangState:
         found = self._look(place)
         if found.call is not None and found.call.has_joined and found.call.port is None:
             gangs.start(self.leader, self.round_id, port=4711)
@@ -180,7 +181,7 @@ def test_a_trainer_that_is_still_there_when_the_leaders_hung_is_asked_where_it_s
         assert not trainer.is_killed
         printed(trainer.directory, f"{why} It stands here.\n")
 
-    monkeypatch.setattr(member_logs.stack_dump, "ask", ask)
+    monkeypatch.setattr(member_logs.exit_status, "dump_stacks", ask)
 
     def script(_: FakeTrainer) -> Generator[None]:
         yield

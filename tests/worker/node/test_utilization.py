@@ -11,7 +11,7 @@ import pytest
 from catalog.fleet import workers
 from catalog.fleet.workers import WorkerOrders
 from tests.worker.pack_site import PackSite
-from worker.context.heartbeat import Pulse
+from worker.context.heartbeat import Heartbeat
 from worker.node import devices, utilization
 from worker.node.utilization import DeviceWatch, measure
 
@@ -154,7 +154,7 @@ def test_the_use_goes_with_the_heartbeat_beside_what_the_trainer_said(monkeypatc
         return WorkerOrders(drain=False)
 
     monkeypatch.setattr(workers, "worker_beat", beat)
-    pulse = Pulse(None, "w1", lease_seconds=60, heartbeat_seconds=60)  # pyright: ignore[reportArgumentType]
+    pulse = Heartbeat(None, "w1", lease_seconds=60, heartbeat_seconds=60)  # pyright: ignore[reportArgumentType]
     pulse.status["report"] = {"tokens_per_second": 5.0}
 
     pulse.beat()

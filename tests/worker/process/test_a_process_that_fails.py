@@ -9,7 +9,7 @@ import pytest
 
 from catalog.states import EndReason
 from tests.worker.test_several_processes import base_dir, launched
-from worker.process.exits import classify_exit
+from worker.process.exit_status import classify_exit
 
 __all__ = ["base_dir"]
 pytestmark = pytest.mark.timeout(900)

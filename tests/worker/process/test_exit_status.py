@@ -12,9 +12,8 @@ from catalog.states import EndReason
 from tests.worker.pack_site import PackSite
 from tests.worker.scripted_trainer import FakeTrainer, loads_for_ever
 from worker.process.exit_status import heard
-from worker.protocol.handled import print_handled
+from worker.protocol.errors import print_handled, rank_log
 from worker.protocol.mailbox import TrainerDirectory
-from worker.protocol.rank_logs import log_of
 from worker.session.failures import OwnEnd, own_end
 
 GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]:4711"
@@ -92,7 +91,7 @@ def test_of_a_trainer_that_its_worker_has_killed_only_words_tell() -> None:
 def ended(site: PackSite, *logs: str, is_alone: bool = False) -> OwnEnd:
     directory = TrainerDirectory.create(site.context.trainers_dir() / "trainer-1", {})
     for rank, log in enumerate(logs):
-        log_of(directory.path, rank).write_text(log)
+        rank_log(directory.path, rank).write_text(log)
     trainer = FakeTrainer(directory, loads_for_ever)
     trainer.returncode = 1
     context = replace(site.context, device=replace(site.context.device, kind="cuda"))

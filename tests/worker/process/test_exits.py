@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from catalog.states import EndReason
-from worker.process.exits import DISK_FULL, classify_exit
+from worker.process.exit_status import DISK_FULL, classify_exit
 from worker.process.sandbox import REFUSED
 
 LAUNCHER = "subprocess.CalledProcessError: Command '[…]' {}"

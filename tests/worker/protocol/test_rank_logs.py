@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.worker_site import ROOT, WAIT_SECONDS, wait_until
-from worker.protocol import rank_logs
+from worker.protocol import errors
 
 BEGUN = "from worker import rank_log; import os, sys, time; rank_log.begin(sys.argv[1]);"
 
@@ -32,7 +32,7 @@ def test_only_the_first_process_prints_to_what_launched_it(tmp_path: Path, rank:
     code = "print('by print'); sys.stderr.write('by stderr\\n'); sys.stderr.flush(); os.system('echo by a child')"
     printed = run(f"{code}; sys.stdout.flush()", tmp_path, rank).communicate(timeout=WAIT_SECONDS)[0]
 
-    path = rank_logs.log_of(tmp_path, 1)
+    path = errors.rank_log(tmp_path, 1)
     kept = path.read_text() if path.exists() else ""
     said, other = (kept, printed) if rank else (printed, kept)
     assert sorted(said.splitlines()) == ["by a child", "by print", "by stderr"]
@@ -42,10 +42,10 @@ def test_only_the_first_process_prints_to_what_launched_it(tmp_path: Path, rank:
 def test_a_process_that_is_asked_tells_where_it_stands_and_goes_on(tmp_path: Path) -> None:
     code = "\ndef stand():\n  while not os.path.exists(sys.argv[1] + '/go'): time.sleep(0.01)\n"
     child = run(f"{code}\nprint('here', flush=True); stand(); sys.exit(7)", tmp_path, 3)
-    path = rank_logs.log_of(tmp_path, 3)
+    path = errors.rank_log(tmp_path, 3)
     wait_until(lambda: path.exists() and "here" in path.read_text(), said=str)
 
-    child.send_signal(rank_logs.ASKED_BY)
+    child.send_signal(errors.ASKED_BY)
 
     wait_until(lambda: "in stand" in path.read_text(), said=path.read_text)
     (tmp_path / "go").touch()

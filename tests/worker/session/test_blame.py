@@ -10,13 +10,13 @@ import pytest
 from catalog.errors import LorryError, OutOfSpace
 from catalog.fleet import cordons
 from catalog.states import EndReason
-from catalog.tables import Worker
+from catalog.tables.fleet import Worker
 from tests.catalog.lifecycle.test_load_failures import load
 from tests.worker.pack_site import OUTAGE, PackSite, say
 from tests.worker.scripted_trainer import FakeTrainer, Script, loads_for_ever, raising, reasons
 from worker.background import base_models
 from worker.session import staging
-from worker.session.mishaps import mishap
+from worker.session.failures import mishap
 from worker.session.session_job import End
 
 REFUSAL = {"code": "invalid_config", "message": "CUDA is not available.", "remedy": "Choose another."}

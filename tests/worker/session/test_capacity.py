@@ -13,11 +13,11 @@ import pytest
 
 from catalog.db.database import Database
 from catalog.errors import Unavailable
-from catalog.jobs import commands
+from catalog.history import queries
 from catalog.resources import memory, requirements
-from catalog.resources.sharding import Group, group_told, host_bytes
+from catalog.resources.sharding import DeviceGroup, group_told, host_bytes
 from catalog.settings import Settings
-from catalog.tables import Worker
+from catalog.tables.fleet import Worker
 from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, READY, PackSite, say, tell
 from worker.context.context import check_strategy, open_worker
@@ -25,7 +25,7 @@ from worker.node import devices as node
 from worker.protocol.mailbox import TrainerDirectory
 from worker.session.capacity import room_of, told_room
 from worker.session.sharding import reason_for, strategy_for
-from worker.session.trainer_session import Pack
+from worker.session.trainer_session import TrainerSession
 
 BLOCKS = {"blocks": {"count": 2, "num_parameters": 8000, "largest_parameters": 1000}}
 """Of the 20,000 bytes of the world's base in bf16, 16,000 are blocks."""
@@ -39,10 +39,10 @@ def divided(site: PackSite) -> PackSite:
     return site
 
 
-def loading(site: PackSite, strategy: Any, *, pack_key: str = "b:bfloat16:causal-lm") -> Pack:
+def loading(site: PackSite, strategy: Any, *, pack_key: str = "b:bfloat16:causal-lm") -> TrainerSession:
     directory = TrainerDirectory.create(site.context.trainers_dir() / f"trainer-{strategy}", {})
     description = DESCRIPTION | BLOCKS
-    return Pack(site.context, "trainer-9", directory, pack_key, description=description, strategy=strategy)
+    return TrainerSession(site.context, "trainer-9", directory, pack_key, description=description, strategy=strategy)
 
 
 def test_a_trainer_of_a_divided_base_is_reckoned_to_take_a_share_of_it(divided: PackSite) -> None:
@@ -103,7 +103,7 @@ def test_how_the_base_is_held_is_told_when_a_job_is_admitted_among_several(divid
     divided.pack(claim)
 
     job = claim.job
-    told = commands.events_since(divided.db, project_id=job.project_id, job_id=job.id, seq=0)
+    told = queries.events_since(divided.db, project_id=job.project_id, job_id=job.id, seq=0)
     (event,) = [event for event in told if event.message.startswith("Strategy")]
     assert event.message == f"Strategy fsdp2. {reason_for(divided.context, job)}"
     assert event.data == {"strategy": "fsdp2", "num_devices": 2}
@@ -129,7 +129,7 @@ def test_whichever_write_fails_a_job_is_told_once_that_it_has_started(
             pack.hear()
 
     job = claim.job
-    told = commands.events_since(divided.db, project_id=job.project_id, job_id=job.id, seq=0)
+    told = queries.events_since(divided.db, project_id=job.project_id, job_id=job.id, seq=0)
     begun = [event.message.partition(".")[0] for event in told if event.type == "message"]
     assert begun[-2:] == ["Fine-tuning job started", "Strategy fsdp2"]
     assert begun.count("Fine-tuning job started") == 1
@@ -140,7 +140,7 @@ def test_one_device_says_nothing_of_it(site: PackSite) -> None:
     site.pack(claim)
 
     job = claim.job
-    told = commands.events_since(site.db, project_id=job.project_id, job_id=job.id, seq=0)
+    told = queries.events_since(site.db, project_id=job.project_id, job_id=job.id, seq=0)
     assert not [event for event in told if event.message.startswith("Strategy")]
     assert strategy_for(site.context, job) == "replicated"
 
@@ -165,7 +165,7 @@ def test_what_a_worker_registers_tells_how_it_holds_bases(tmp_path: Path) -> Non
     with open_worker(settings, device=device) as context, context.db.read() as session:
         row = session.get_one(Worker, context.worker_id)
         assert group_told(row.devices, row.memory_bytes) == context.group
-        assert context.group == Group(num_devices=2, bytes_of_each=500, wanted="fsdp2")
+        assert context.group == DeviceGroup(num_devices=2, bytes_of_each=500, wanted="fsdp2")
 
 
 def test_a_worker_that_is_to_use_deepspeed_and_has_none_does_not_start() -> None:

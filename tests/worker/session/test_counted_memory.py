@@ -13,13 +13,13 @@ from catalog.resources import memory
 from lora_core.adapter.initialization import decomposed
 from lora_core.base_model.model import BaseModel, describe_base, load_base
 from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
-from lora_core.engine import tick as passes_module
+from lora_core.engine import step as passes_module
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.forward.generation import Prompts
 from lora_core.layers.attention import tiled_cpu
-from lora_core.losses.scoring import SliceScores
-from lora_core.packing.packed_batch import Pack
+from lora_core.losses.preference import SliceScores
+from lora_core.packing.packed_batch import PackedBatch
 from tests import tiny_base
 from tests.lora_core.scenarios import dataset
 from tests.lora_core.test_families import HEADS, save
@@ -106,7 +106,7 @@ def spy_on_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     held: list[int] = []
     original = passes_module.run_training
 
-    def spied(base: BaseModel, pack: Pack) -> list[SliceScores]:
+    def spied(base: BaseModel, pack: PackedBatch) -> list[SliceScores]:
         held.append(engine.memory()["rows_bytes"])
         return original(base, pack)
 

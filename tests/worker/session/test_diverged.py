@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from catalog.jobs import commands
+from catalog.history import queries
 from catalog.lifecycle import recording
 from catalog.registry.adapters import list_checkpoint_models
 from catalog.states import EndReason
@@ -66,7 +66,7 @@ def test_of_a_checkpoint_that_is_taken_back_its_job_says_why(site: PackSite) -> 
 
     pack.hear()
 
-    events = commands.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     (warning,) = [event.message for event in events if event.level == "warn"]
     assert warning == f"The checkpoint of step 6 can't be used: {RUINED} The loss of train slice 1 is not finite."
     assert list_checkpoint_models(site.db, project_id=claim.job.project_id).items == []
@@ -89,7 +89,7 @@ def test_a_job_whose_loss_has_risen_is_told_so_before_its_adapter_is_used(
 
     pack.hear()
 
-    events = commands.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     warnings = [event.message for event in events if event.level == "warn"]
     said = "Training ended at a loss of 17, above 4 where it began. Try the adapter before you use it, and a lower "
     assert warnings == ([said + "learning rate."] if warned else [])
@@ -106,6 +106,6 @@ def test_where_a_loss_began_is_told_of_the_job_not_of_its_attempt(site: PackSite
 
     pack.hear()
 
-    events = commands.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     (warning,) = [event.message for event in events if event.level == "warn"]
     assert warning.startswith("Training ended at a loss of 3, above 2 where it began.")

@@ -14,10 +14,10 @@ import pytest
 from catalog.errors import Unavailable
 from catalog.history import job_logs as history_job_logs
 from catalog.history.job_logs import MAX_BYTES, Line
-from catalog.jobs.commands import attempts
+from catalog.history.queries import attempts
 from catalog.queue import claims
 from catalog.states import EndReason
-from catalog.tables import new_id
+from catalog.tables.table import new_id
 from tests.worker.pack_site import READY, PackSite, asked, say, tell
 from worker import supervisor
 from worker.protocol.mailbox import TrainerDirectory

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from catalog.fleet import workers
-from catalog.jobs import commands
+from catalog.history import queries
 from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.registry import adapters
 from catalog.registry.lineage import AttemptRecord, lineage_id
-from catalog.scheduling.snapshot import Room
+from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
-from catalog.tables import Attempt
+from catalog.tables.history import Attempt
 from tests.worker.pack_site import PASSED, PackSite, tell
 from worker.session.lineage import words_of_earlier_steps
 
@@ -21,7 +21,7 @@ def attempt(site: PackSite, number: int, word: str, *, from_step: int = 0, saves
     """One more attempt, on a trainer of its own: it resumes from a step, and stores a checkpoint or the adapter."""
     trainer_id = f"trainer-{number}"
     workers.register_trainer(site.db, trainer_id=trainer_id, worker_id="w1", base_digest="d", pack_key="k")
-    (claim,) = site.claim_all(trainer_id, room=Room(max_jobs=1, memory_bytes_free=10**12))
+    (claim,) = site.claim_all(trainer_id, room=Capacity(max_jobs=1, memory_bytes_free=10**12))
     pack = site.pack(claim, trainer_id=trainer_id, invariance=word, from_step=from_step)
     if saves is not None:
         tell(pack, claim, "checkpointed", step=saves, folder=site.checkpoint(pack, claim, saves))
@@ -155,7 +155,7 @@ def test_a_job_that_leaves_has_its_checkpoint_on_record_first_and_then_as_a_mode
     view = adapters.get(site.db, project_id=claim.job.project_id, name=row.name or "")
     assert (view.adapter.num_parameters, view.adapter.lineage["results"]["steps"]) == (24, 5)
     assert site.reason(claim) == "drained"
-    events = commands.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     assert [event.message for event in events].count("Checkpoint created at step 5") == 1
 
 
@@ -166,5 +166,5 @@ def test_a_checkpoint_that_is_no_model_is_told_in_the_jobs_events(site: PackSite
     tell(pack, claim, "checkpoint_unexported", step=5, error={"code": "disk_error", "message": "The disk failed."})
     pack.hear()
 
-    events = commands.events_page(site.db, **site.world.of(claim.job.id)).items
+    events = queries.events_page(site.db, **site.world.of(claim.job.id)).items
     assert events[0].message == "The checkpoint of step 5 can't be used as a model. The disk failed."

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from catalog.errors import OutOfSpace, StaleClaim
-from catalog.jobs import commands
-from catalog.queue import claims
+from catalog.history import queries
+from catalog.lifecycle import recording
 from catalog.registry import adapters
 from catalog.storage import files
 from catalog.storage.manifest import DamagedArtifact
@@ -24,7 +24,7 @@ def test_a_folder_that_is_missing_is_never_stored_as_an_empty_artifact(site: Pac
 
 def test_a_loss_beyond_all_measure_still_has_a_perplexity(site: PackSite) -> None:
     claim = site.claim()
-    claims.record_metrics(site.db, claim.claim_id, [{"kind": "valid", "step": 0, "loss": 1000.0}])
+    recording.record_metrics(site.db, claim.claim_id, [{"kind": "valid", "step": 0, "loss": 1000.0}])
 
     evaluation = publishing.evaluate(site.context, claim, kept_step=5)
 
@@ -37,7 +37,7 @@ def test_the_loss_on_record_is_that_of_the_weights_that_were_kept(site: PackSite
     claim = site.claim()
     curve = [(0, 3.0), (5, 2.0), (10, 2.5)]
     points = [{"kind": "valid", "step": step, "loss": loss} for step, loss in curve]
-    claims.record_metrics(site.db, claim.claim_id, points)
+    recording.record_metrics(site.db, claim.claim_id, points)
 
     for kept_step, loss in ((5, 2.0), (10, 2.5)):
         evaluation = publishing.evaluate(site.context, claim, kept_step=kept_step)
@@ -52,7 +52,7 @@ def test_a_child_is_measured_against_its_parent_whose_loss_is_that_of_step_0(sit
     points = [
         {"kind": "valid", "step": step, "loss": loss, "token_accuracy": 0.5} for step, loss in ((0, 2.0), (9, 1.0))
     ]
-    claims.record_metrics(site.db, claim.claim_id, points)
+    recording.record_metrics(site.db, claim.claim_id, points)
 
     evaluation = publishing.evaluate(site.context, claim, kept_step=9)
 
@@ -65,7 +65,9 @@ def test_a_child_is_measured_against_its_parent_whose_loss_is_that_of_step_0(sit
 def test_a_jobs_curves_are_stored_beside_its_adapter(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lineage, "record", lambda *_, **__: ({}, "0" * 64))
     claim = site.claim()
-    claims.record_metrics(site.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.5, "token_accuracy": 0.5}])
+    recording.record_metrics(
+        site.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.5, "token_accuracy": 0.5}]
+    )
     course = {"step": 1, "kept_step": 1, "stopped_early": None}
     site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
     pack = site.pack(claim)
@@ -109,7 +111,7 @@ def test_a_checkpoint_that_cannot_be_made_a_model_is_kept_and_costs_the_job_noth
     assert (kept.step, kept.adapter) == (5, None)
     assert kept.artifact is not None
     assert site.world.job(claim.job.id).state == "running"
-    events = commands.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     (warning,) = [event.message for event in events if event.level == "warn"]
     assert warning == f"The checkpoint of step 5 can't be used as a model. {reason}"
 

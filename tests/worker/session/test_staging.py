@@ -6,22 +6,24 @@ from pathlib import Path
 
 import pytest
 
+from catalog.history import queries
 from catalog.jobs import commands
 from catalog.lifecycle.outcomes import BACK_OFF_SECONDS
 from catalog.queue import claims
-from catalog.queue.claims import Claim
-from catalog.scheduling.snapshot import Room
+from catalog.queue.claiming import Claim
+from catalog.scheduling.snapshot import Capacity
 from catalog.spec.job import JobSpec
 from catalog.states import MAX_LOSSES, EndReason, JobState
 from catalog.storage import token_cache
 from catalog.storage.store import blob_key
-from catalog.tables import Adapter, File, Job
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, File
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, tokenization
 from worker.children.trainer.job_config import job_config
 from worker.protocol.mailbox import InboxReader
 from worker.session import lineage as provenance
-from worker.session.trainer_session import Pack
+from worker.session.trainer_session import TrainerSession
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def parent(site: PackSite) -> Adapter:
     )
 
 
-def brought(pack: Pack) -> str:
+def brought(pack: TrainerSession) -> str:
     (message,) = InboxReader(pack.directory).take()
     return message.body["parent"]
 
@@ -62,7 +64,7 @@ def test_the_parents_files_are_brought_at_each_attempt(site: PackSite, parent: A
 
 def _again(site: PackSite, claim: Claim) -> Claim:
     claims.end(site.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
-    (again,) = site.claim_all(room=Room(max_jobs=1, memory_bytes_free=10**12))
+    (again,) = site.claim_all(room=Capacity(max_jobs=1, memory_bytes_free=10**12))
     return again
 
 
@@ -96,7 +98,7 @@ def test_a_parent_whose_bytes_have_changed_is_not_begun_with(site: PackSite, par
 
     assert InboxReader(pack.directory).take() == []
     assert site.reason(claim) == EndReason.INFRA_LOST
-    (attempt,) = commands.attempts(site.db, **site.world.of(claim.job.id))
+    (attempt,) = queries.attempts(site.db, **site.world.of(claim.job.id))
     assert parent.name in (attempt.detail or "")
 
 
@@ -180,7 +182,7 @@ def test_a_trainer_is_told_how_often_memory_ran_out_for_a_job(site: PackSite) ->
         with site.db.write() as session:
             session.get_one(Job, claim.job.id).run_after = None
         if attempt < 2:
-            (claim,) = site.claim_all(room=Room(max_jobs=1, memory_bytes_free=10**12))
+            (claim,) = site.claim_all(room=Capacity(max_jobs=1, memory_bytes_free=10**12))
 
     assert told == [0, 1, 2]
     assert commands.get(site.db, project_id=claim.job.project_id, job_id=claim.job.id).state == JobState.FAILED

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.jobs.commands import attempts
+from catalog.history.queries import attempts
 from catalog.storage.manifest import DamagedArtifact
 from tests.worker.pack_site import PASSED, READY, PackSite
 from tests.worker.scripted_trainer import FakeTrainer, Script

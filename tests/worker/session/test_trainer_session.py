@@ -11,21 +11,23 @@ from typing import Any
 import pytest
 
 from catalog.errors import OutOfSpace, StaleClaim, Unavailable
+from catalog.history import queries
 from catalog.jobs import commands
+from catalog.lifecycle import recording
 from catalog.queue import claims
-from catalog.queue.claims import Claim
+from catalog.queue.claiming import Claim
 from catalog.resources import memory
 from catalog.states import EndReason
 from catalog.storage import token_cache
 from catalog.storage.store import blob_key
-from catalog.tables import File
+from catalog.tables.storage import File
 from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, PASSED, READY, PackSite, asked, say, step, tell, told
 from worker.background import tokenization
 from worker.protocol import mailbox
 from worker.session import lineage
 from worker.session.session_job import End
-from worker.session.trainer_session import Pack
+from worker.session.trainer_session import TrainerSession
 
 FULL = OutOfSpace("The disk that holds the database is full.", code="disk_full", remedy="Free some space.")
 
@@ -62,7 +64,7 @@ def test_a_pause_in_an_outage_keeps_the_checkpoint_that_it_stored(
     (kept,) = site.checkpoints(claim)
     assert kept.artifact is not None
     assert [file.path for file in site.store.get_manifest(kept.artifact).files] == ["row"]
-    events = commands.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     assert [event.message for event in events].count("Checkpoint created at step 5") == 1
 
 
@@ -73,7 +75,7 @@ def test_a_refused_checkpoint_costs_itself_alone_however_often_the_database_goes
     pack = site.pack(claim)
     refused = {"error": {"code": "bad_checkpoint", "message": "It is torn.", "remedy": "None."}, "is_checkpoint": True}
     tell(pack, claim, "refused", **refused)
-    monkeypatch.setattr(claims, "record_event", fails(2, OUTAGE, claims.record_event))
+    monkeypatch.setattr(claims, "record_event", fails(2, OUTAGE, recording.record_event))
     for _ in range(2):
         with pytest.raises(Unavailable):
             pack.hear()
@@ -116,7 +118,7 @@ def test_a_job_whose_files_cannot_be_stored_now_holds_nobody_else_up(
         with pytest.raises(Unavailable):
             pack.hear()
 
-    points = commands.metrics(site.db, **site.world.of(free.job.id), kind="train")
+    points = queries.metrics(site.db, **site.world.of(free.job.id), kind="train")
     assert [point.step for point in points] == [1]
     assert site.checkpoints(stuck) == []
 
@@ -261,7 +263,7 @@ def test_the_tokens_on_record_are_those_that_the_engine_counted(
     assert (job.state, job.trained_tokens) == ("succeeded", 4321)
 
 
-def exported(site: PackSite, pack: Pack, claim: Claim) -> dict[str, Any]:
+def exported(site: PackSite, pack: TrainerSession, claim: Claim) -> dict[str, Any]:
     """What the trainer says of an adapter that has passed."""
     folder = site.checkpoint(pack, claim, 10)
     course = {"step": 10, "kept_step": 10, "stopped_early": None}

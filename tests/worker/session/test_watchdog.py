@@ -10,16 +10,16 @@ import pytest
 from catalog.states import EndReason
 from tests.worker.pack_site import READY, PackSite, say
 from tests.worker.scripted_trainer import raising
-from worker.process import stack_dump
+from worker.process import exit_status
 from worker.process.launcher import TrainerProcess
-from worker.session.trainer_session import Pack
+from worker.session.trainer_session import TrainerSession
 from worker.session.watchdog import watch_clock
 
 
 class Process:
     """A trainer that can be ended, and has no process that could be asked anything."""
 
-    def __init__(self, pack: Pack) -> None:
+    def __init__(self, pack: TrainerSession) -> None:
         self.directory = pack.directory
         self.started_at = pack.heard_at
         self.is_killed = False
@@ -31,7 +31,7 @@ class Process:
         self.is_killed = True
 
 
-def looked_at(site: PackSite, pack: Pack) -> bool:
+def looked_at(site: PackSite, pack: TrainerSession) -> bool:
     """Whether a look at the clock ends its trainer."""
     process = Process(pack)
     watch_clock(site.context, cast(TrainerProcess, process), pack, None)
@@ -39,7 +39,7 @@ def looked_at(site: PackSite, pack: Pack) -> bool:
     return process.is_killed
 
 
-def busy_pack(site: PackSite) -> Pack:
+def busy_pack(site: PackSite) -> TrainerSession:
     pack = site.loading_pack(site.claim())
     say(pack, READY)
     pack.hear()
@@ -59,14 +59,14 @@ def test_a_busy_trainer_that_says_nothing_is_ended(site: PackSite) -> None:
 
 
 def test_one_whose_stacks_can_not_be_had_is_ended_all_the_same(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack_dump, "ask", raising(OSError("Input/output error")))
+    monkeypatch.setattr(exit_status, "dump_stacks", raising(OSError("Input/output error")))
     pack = busy_pack(site)
     pack.heard_at -= site.context.progress_seconds + 1
 
     assert looked_at(site, pack)
 
 
-def say_at(pack: Pack, *moments: float, kind: str = "memory", verifying: bool = False) -> None:
+def say_at(pack: TrainerSession, *moments: float, kind: str = "memory", verifying: bool = False) -> None:
     """By the trainer's clock."""
     told = {"type": kind, "verifying": verifying}
     with pack.directory.events_path.open("a") as file:

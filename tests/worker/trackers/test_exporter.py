@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from catalog.db.database import Database
-from catalog.jobs import commands
-from catalog.queue import claims
+from catalog.history import queries
+from catalog.lifecycle import recording
 from catalog.settings import Settings
-from catalog.tables import JobExport
+from catalog.tables.history import JobExport
 from tests.catalog.world import World
 from tests.worker_site import wait_until
 from worker.children.tracker.wandb import WandbRun
@@ -72,7 +72,7 @@ def training(world: World, *types: str) -> str:
 def steps(world: World, job_id: str, *numbers: int) -> None:
     rows = [{"kind": "train", "step": step, "loss": 1.0 / step} for step in numbers]
     rows += [{"kind": "valid", "step": step, "loss": 2.0 / step} for step in numbers if step % 2 == 0]
-    claims.record_metrics(world.db, world.job(job_id).claim_id or "", rows)
+    recording.record_metrics(world.db, world.job(job_id).claim_id or "", rows)
 
 
 def row(world: World, job_id: str, name: str) -> JobExport:
@@ -115,7 +115,7 @@ def test_a_job_is_written_to_every_tracker_across_a_restart_each_point_once(
         assert curves["valid/loss"] == pytest.approx(valid), read
         assert {"succeeded", adapter} <= set(texts.values()), read
     assert [
-        event.level for event in commands.events_since(world.db, **world.of(job_id), seq=0) if event.level != "info"
+        event.level for event in queries.events_since(world.db, **world.of(job_id), seq=0) if event.level != "info"
     ] == []
 
 
@@ -225,7 +225,7 @@ def test_a_tracker_that_is_away_costs_a_line_in_the_jobs_log_and_the_other_goes_
             seconds=WAIT_SECONDS,
         )
 
-    told = [one.message for one in commands.events_since(world.db, **world.of(job_id), seq=0) if one.level == "warn"]
+    told = [one.message for one in queries.events_since(world.db, **world.of(job_id), seq=0) if one.level == "warn"]
     assert len(told) == 1
     assert "tensorboard could not be written" in told[0]
     assert world.job(job_id).state == "running"

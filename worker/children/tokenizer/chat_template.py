@@ -23,7 +23,7 @@ import jinja2.parser
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from catalog.datasets.chat import Message, only_last_learnt
+from catalog.datasets.chat import ChatMessage, only_last_learnt
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The date that widespread templates name where there is no clock."""
@@ -88,7 +88,7 @@ class ChatTemplate:
             )
         return cls(source, special_tokens(base_dir))
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
         """The text of a conversation. Raises Refused where the template refuses it."""
         turns = [_turn(message) for message in messages]
         try:
@@ -106,18 +106,18 @@ class ChatTemplate:
                 "Write the turns as the base expects them, or train another base.",
             ) from error
 
-    def render_supervised(self, messages: Sequence[Message]) -> Rendered:
+    def render_supervised(self, messages: Sequence[ChatMessage]) -> Rendered:
         """The text, and the assistant turns in it, without those of weight 0."""
         return self._by_marks(messages) if self.marks_spans else self._by_prefixes(messages)
 
-    def render_last(self, messages: Sequence[Message]) -> Rendered:
+    def render_last(self, messages: Sequence[ChatMessage]) -> Rendered:
         """The text, and in it the last turn alone, which is an assistant's."""
         if self.marks_spans:
             rendered = self._by_marks(messages)
             return Rendered(text=rendered.text, spans=rendered.spans[-1:])
         return self._by_prefixes(only_last_learnt(list(messages)))
 
-    def _by_marks(self, messages: Sequence[Message]) -> Rendered:
+    def _by_marks(self, messages: Sequence[ChatMessage]) -> Rendered:
         """Render with two characters that occur nowhere else around each {% generation %} block."""
         plain = self.render(messages)
         self._marks = _unused_characters(plain)
@@ -131,7 +131,7 @@ class ChatTemplate:
             raise _unusable("treats the text of its generation blocks in a way that hides where they are")
         return Rendered(text=plain, spans=_weighted(spans, messages))
 
-    def _by_prefixes(self, messages: Sequence[Message]) -> Rendered:
+    def _by_prefixes(self, messages: Sequence[ChatMessage]) -> Rendered:
         """A turn is what its prompt lacks: render up to before it, with the prompt, and up to its end."""
         text = self.render(messages)
         spans: list[tuple[int, int]] = []
@@ -145,12 +145,12 @@ class ChatTemplate:
             spans.append((len(before), len(upto)))
         return Rendered(text=text, spans=tuple(spans))
 
-    def _prompt(self, messages: Sequence[Message], index: int) -> str:
+    def _prompt(self, messages: Sequence[ChatMessage], index: int) -> str:
         """What stands before the answer. A conversation that opens with it has no prompt to render."""
         if index > 0:
             return self.render(messages[:index], add_generation_prompt=True)
         mark, _ = _unused_characters(messages[0]["content"])
-        text = self.render([Message(role="assistant", content=mark)])
+        text = self.render([ChatMessage(role="assistant", content=mark)])
         return text[: text.find(mark)] if mark in text else text
 
 
@@ -170,13 +170,13 @@ def _not_prefix_stable(index: int, *, is_last: bool) -> Refused:
     )
 
 
-def _turn(message: Message) -> dict[str, str]:
+def _turn(message: ChatMessage) -> dict[str, str]:
     """As a template sees it: no weight, and `developer` under its older name, which templates know."""
     turn = {key: value for key, value in message.items() if isinstance(value, str)}
     return {**turn, "role": "system"} if message["role"] == "developer" else turn
 
 
-def _weighted(spans: list[tuple[int, int]], messages: Sequence[Message]) -> tuple[tuple[int, int], ...]:
+def _weighted(spans: list[tuple[int, int]], messages: Sequence[ChatMessage]) -> tuple[tuple[int, int], ...]:
     weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
     if all(weights):
         return tuple(spans)

@@ -21,20 +21,23 @@ import numpy as np
 
 from catalog.datasets.chat import BadRow, parse_object
 from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, kind_of_row
-from catalog.datasets.preference import check_pair
-from catalog.datasets.unpaired_preference import check_unpaired
+from catalog.datasets.rows import check_pair, check_unpaired
 from catalog.datasets.validator import read_rows
 from catalog.disk import full_disk_named
 from catalog.errors import InvalidRequest, OutOfSpace
 from catalog.spec.data import DataSpec, Loss, Overflow
 from worker.children.tokenizer.chat_template import TEMPLATE_DATE, Refused, Rendered
-from worker.children.tokenizer.encoded_rows import Counts, EncodedRow
-from worker.children.tokenizer.labelled import refuse_one_label, render_labelled
-from worker.children.tokenizer.overflow import fit
-from worker.children.tokenizer.preference import are_equal, nothing_to_compare, render_pair
-from worker.children.tokenizer.sample_rows import Details, ShownRows
+from worker.children.tokenizer.preview import (
+    PreviewDetails,
+    ShownRows,
+    are_equal,
+    nothing_to_compare,
+    refuse_one_label,
+    render_labelled,
+    render_pair,
+)
 from worker.children.tokenizer.text_encoder import BaseText
-from worker.children.tokenizer.token_file import TokenFile
+from worker.children.tokenizer.token_file import Counts, EncodedRow, TokenFile, fit_tokens
 
 FORMAT = 1
 BATCH_ROWS = 512
@@ -163,7 +166,7 @@ def _fill(
 ) -> None:
     for example in _examples(source, base, counts, data):
         flaws = counts.count(example, max_length=max_length)
-        fitting = [fit((row.ids, row.mask), max_length=max_length, overflow=data.overflow) for row in example]
+        fitting = [fit_tokens((row.ids, row.mask), max_length=max_length, overflow=data.overflow) for row in example]
         for rows in zip(*fitting, strict=False):  # the pieces of a row, one by one; a pair whole, or not at all
             if all(learnt.any() for _, learnt in rows) and not are_equal(rows):
                 for ids, learnt in rows:
@@ -326,7 +329,7 @@ def main(arguments_path: Path) -> int:
     return 0
 
 
-def _write_json(path: Path, report: DatasetReport | Details) -> None:
+def _write_json(path: Path, report: DatasetReport | PreviewDetails) -> None:
     """Whole or not at all: whoever waits for it may look at any time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

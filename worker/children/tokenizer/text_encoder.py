@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from catalog.datasets.chat import Message, only_last_learnt
-from catalog.datasets.completion import Completion, as_chat
+from catalog.datasets.chat import ChatMessage, only_last_learnt
 from catalog.datasets.formats import DataKind
+from catalog.datasets.rows import Completion, as_chat
 from catalog.spec.data import Loss
 from worker.children.tokenizer.chat_template import ChatTemplate, Refused, Rendered, special_tokens
 
@@ -88,7 +88,7 @@ class BaseText:
     def prompt_ids(self, prompt: str, *, as_chat: bool) -> tuple[int, ...]:
         """A prompt up to where an answer begins. Raises Refused."""
         if as_chat:
-            text = self.template.render([Message(role="user", content=prompt)], add_generation_prompt=True)
+            text = self.template.render([ChatMessage(role="user", content=prompt)], add_generation_prompt=True)
             return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
         ids = self._tokenizer.encode(prompt).ids
         return tuple(ids[:-1] if self.eos is not None and ids and ids[-1] == self.eos[0] else ids)
@@ -97,7 +97,7 @@ class BaseText:
         """Tokens after which an answer is over: the end of a text, and the end of an assistant's turn."""
         ends = {self.eos[0]} if self.eos is not None else set[int]()
         if as_chat:
-            turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
+            turns = [ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="b")]
             rendered = self.template.render_supervised(turns)
             ids, mask = self._turns(rendered, self._tokenizer.encode(rendered.text, add_special_tokens=False))
             last = ids[np.flatnonzero(mask)[-1:]]

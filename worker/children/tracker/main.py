@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from catalog.process_inspection import deny_inspection
 from worker.children.tracker.mlflow import MlflowRun
-from worker.children.tracker.run import Json, Run
+from worker.children.tracker.run import Json, TrackerRun
 from worker.children.tracker.tensorboard import TensorBoardRun
 from worker.children.tracker.trackio import TrackioRun
 from worker.children.tracker.wandb import WandbRun
@@ -39,7 +39,7 @@ def main() -> int:
 
 def _serve(lines: TextIO, answers: TextIO) -> None:
     begun: Json = json.loads(next(lines))
-    run: Run = OPENERS[begun["type"]](begun)
+    run: TrackerRun = OPENERS[begun["type"]](begun)
     _say(answers, {"run_id": run.run_id})
     for line in lines:
         told: Json = json.loads(line)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 Json = dict[str, Any]
 
 
-class Run(Protocol):
+class TrackerRun(Protocol):
     """An open run. What goes wrong is raised."""
 
     @property

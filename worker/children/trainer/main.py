@@ -12,11 +12,11 @@ import time
 
 from worker.node import devices
 from worker.process import parent_watch
-from worker.protocol import rank_logs
+from worker.protocol import errors
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     parent_watch.hold_on(sys.argv)
-    rank_logs.begin(sys.argv[1])
+    errors.begin_rank_log(sys.argv[1])
     gc.disable()  # a quarter of the time that the imports take is a search among things that stay
 
 import os
@@ -40,15 +40,32 @@ from worker.children.tokenizer.chat_template import Refused
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.trainer.file_broadcast import brought, forget, meeting_of
 from worker.children.trainer.job_config import engine_config, job_config
-from worker.children.trainer.log import TrainerLog, open_log
-from worker.children.trainer.outputs import as_json, datasets_of, exported, prompts_of, steps_to_sample, taken
+from worker.children.trainer.outputs import (
+    AdmittedJob,
+    TrainerLog,
+    as_json,
+    datasets_of,
+    exported,
+    open_log,
+    prompts_of,
+    sample_records,
+    sample_request,
+    steps_to_sample,
+    taken,
+)
 from worker.children.trainer.process_exit import joined
-from worker.children.trainer.resident_job import Resident
-from worker.children.trainer.sampling import ask, told
 from worker.process.standby import stand_by
 from worker.protocol.errors import described
 from worker.protocol.errors import told as told_error
-from worker.protocol.mailbox import EventWriter, InboxReader, Json, Message, SilentWriter, TrainerDirectory, timed
+from worker.protocol.mailbox import (
+    EventWriter,
+    InboxReader,
+    Json,
+    SilentWriter,
+    TrainerDirectory,
+    TrainerMessage,
+    timed,
+)
 from worker.protocol.rendezvous import ranks_file
 
 IDLE_LOOK_SECONDS = 0.03
@@ -70,7 +87,7 @@ class Trainer:
         self._settings = directory.settings()
         self._inbox = InboxReader(directory)
         self._events = EventWriter(directory) if ranks.leads else SilentWriter()
-        self._residents: dict[str, Resident] = {}
+        self._residents: dict[str, AdmittedJob] = {}
         self._log = TrainerLog(self._settings, speaks=ranks.leads)
         self._text: BaseText | None = None
         self._leaving = False
@@ -146,7 +163,7 @@ class Trainer:
                 for message in messages:
                     self._obey(message)
 
-    def _leave(self, messages: Iterable[Message]) -> None:
+    def _leave(self, messages: Iterable[TrainerMessage]) -> None:
         """All checkpoints are written and told of before any of them is made a model, which takes its time."""
         told = list(messages)
         self._leaving |= any(message.verb == "drain" for message in told)
@@ -163,7 +180,7 @@ class Trainer:
             self._evict(claim_id)
             self._write(claim_id, "paused", step=step, **model)
 
-    def _obey(self, message: Message) -> None:
+    def _obey(self, message: TrainerMessage) -> None:
         if message.verb == "unload":
             self._leaving = not self._residents
         elif message.verb == "admit":
@@ -191,7 +208,7 @@ class Trainer:
             self._refuse(claim_id, error)
             return
         step, num_steps = self._engine.progress(claim_id)
-        self._residents[claim_id] = Resident(
+        self._residents[claim_id] = AdmittedJob(
             checkpoint_every_steps=body["checkpoint_every_steps"],
             base_name=body["base_name"],
             num_steps=num_steps,
@@ -222,7 +239,7 @@ class Trainer:
             return True
         self._text = self._text or BaseText(Path(self._settings["base_dir"]))
         try:
-            asked = ask(self._text, samples, as_chat=body["asks_as_chat"])
+            asked = sample_request(self._text, samples, as_chat=body["asks_as_chat"])
             check_prompts(prompts_of(asked), self._engine.base)
         except LoraCoreError as error:
             self._refuse(claim_id, error)
@@ -269,7 +286,7 @@ class Trainer:
         for job, answers in generation.answers().items() if generation is not None else ():
             if job in self._residents:
                 assert self._text is not None
-                self._write(job, "sampled", step=step_of[job], samples=told(self._text, asked[job], answers))
+                self._write(job, "sampled", step=step_of[job], samples=sample_records(self._text, asked[job], answers))
 
     def _advance(self, generation: Generation, step_of: dict[str, int]) -> None:
         for job in generation.answers().keys() - self._residents.keys():

@@ -3,14 +3,18 @@ trainer alone."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from catalog import failpoints
+from catalog import failpoints, logs, tracing
+from catalog.logs import Subjects
+from catalog.spec.training import Samples
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.distributed.ranks import Ranks
 from lora_core.engine.engine import Engine
@@ -18,20 +22,19 @@ from lora_core.errors import BrokenPass, LoraCoreError
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped
 from lora_core.forward.generation import Prompts
 from lora_core.forward.progress_hooks import Between
-from lora_core.runtime.device_errors import shortage_of
-from lora_core.runtime.device_faults import is_device_fault
-from worker.children.trainer.sampling import Asked
-from worker.protocol.handled import print_handled
-from worker.protocol.mailbox import InboxReader, Json, Message, timed
+from lora_core.runtime.device_errors import is_device_fault, shortage_of
+from worker.children.tokenizer.text_encoder import BaseText
+from worker.protocol.errors import print_handled
+from worker.protocol.mailbox import InboxReader, Json, TrainerMessage, timed
 
 EVENT_TYPES = {JobStepped: "stepped", JobEvaluated: "evaluated", JobFinished: "finished", JobDiverged: "diverged"}
 
 
-def taken(inbox: InboxReader, ranks: Ranks) -> list[Message]:
+def taken(inbox: InboxReader, ranks: Ranks) -> list[TrainerMessage]:
     """What has come since, on every rank."""
     found = inbox.take() if ranks.leads else []
     told = ranks.told([[message.verb, message.body] for message in found])
-    return [Message(verb=verb, body=body) for verb, body in told]
+    return [TrainerMessage(verb=verb, body=body) for verb, body in told]
 
 
 def datasets_of(
@@ -112,7 +115,7 @@ def steps_to_sample(events: list[Event]) -> dict[str, int]:
     return steps | kept
 
 
-def prompts_of(asked: Asked) -> Prompts:
+def prompts_of(asked: SampleRequest) -> Prompts:
     return Prompts(prompts=asked.ids, max_tokens=asked.max_tokens, end_ids=asked.end_ids)
 
 
@@ -121,3 +124,92 @@ def as_json(event: Event) -> Json:
     if body.get("rewards"):
         body["rewards"] = {name: value for name, value in body["rewards"].items() if value is not None}
     return {"type": EVENT_TYPES[type(event)], "claim_id": body.pop("job"), **body}
+
+
+@dataclass(kw_only=True, slots=True)
+class AdmittedJob:
+    """One job that the trainer has admitted."""
+
+    checkpoint_every_steps: int
+    base_name: str
+    num_steps: int
+    asked: SampleRequest | None = None
+    """What it answers at each evaluation."""
+    saved_step: int
+    """Step of the newest checkpoint that our parent was told of, or of the resume point; 0: none."""
+
+    def is_checkpoint_due(self, step: int) -> bool:
+        """Its last step has its adapter instead."""
+        return step % self.checkpoint_every_steps == 0 and step < self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleRequest:
+    """One job's prompts, with what ends an answer."""
+
+    texts: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+    max_tokens: int
+    end_ids: frozenset[int]
+
+
+def sample_request(base: BaseText, samples: Samples, *, as_chat: bool) -> SampleRequest:
+    """as_chat: each prompt is a user's turn in the base's template. Raises Refused where that takes none."""
+    return SampleRequest(
+        texts=tuple(samples.prompts),
+        ids=tuple(base.prompt_ids(prompt, as_chat=as_chat) for prompt in samples.prompts),
+        max_tokens=samples.max_tokens,
+        end_ids=base.end_ids(as_chat=as_chat),
+    )
+
+
+def sample_records(base: BaseText, asked: SampleRequest, answers: list[tuple[int, ...]]) -> list[Json]:
+    """Prompts with answers, for people. `is_complete`: the answer has come to its end within max_tokens."""
+    return [
+        {
+            "prompt": prompt,
+            "answer": base.text_of(ids),
+            "num_tokens": len(ids),
+            "is_complete": bool(ids) and ids[-1] in asked.end_ids,
+        }
+        for prompt, ids in zip(asked.texts, answers, strict=True)
+    ]
+
+
+log = logging.getLogger("worker.trainer")
+NUMBERS = ("step", "num_steps", "kept_step", "num_parameters", "trained_tokens")
+"""What of an event is in its line."""
+
+
+def open_log() -> None:
+    """For all that is logged in this process, by libraries too."""
+    logs.configure("info")
+
+
+class TrainerLog:
+    """By claim, what its lines are about."""
+
+    def __init__(self, settings: Json, *, speaks: bool) -> None:
+        """settings: the trainer's. speaks: False of a rank whose leader says all there is to say."""
+        self._trainer_id = str(settings.get("trainer_id", ""))
+        self._speaks = speaks
+        self._subjects: dict[str, Subjects] = {}
+
+    def knows(self, admit: Json) -> str:
+        """The claim of a job that is to be admitted, of which lines may tell from here on."""
+        claim_id = str(admit["claim_id"])
+        trace = tracing.trace_id(admit.get("trace"))
+        self._subjects[claim_id] = {
+            "job": admit.get("job_id"), "claim": claim_id, "trainer": self._trainer_id, "trace": trace,
+        }  # fmt: skip
+        return claim_id
+
+    def told(self, claim_id: str, event_type: str, body: Mapping[str, Any]) -> None:
+        """An event of a job."""
+        if not self._speaks:
+            return
+        error: Json | None = body.get("error")
+        numbers = [f"{name}={body[name]}" for name in NUMBERS if name in body]
+        code = [f"code={error['code']}"] if error is not None else []
+        with logs.about(self._subjects.get(claim_id, {"claim": claim_id, "trainer": self._trainer_id})):
+            log.log(logging.WARNING if error is not None else logging.INFO, " ".join([event_type, *numbers, *code]))

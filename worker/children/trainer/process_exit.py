@@ -16,7 +16,7 @@ from catalog.disk import is_full
 from lora_core.distributed import ranks as distributed
 from lora_core.distributed.failure_broadcast import told_to_all
 from lora_core.distributed.ranks import Meeting, Ranks
-from worker.process.exits import DISK_FULL
+from worker.process.exit_status import DISK_FULL
 
 SILENCE_SECONDS = 3600.0
 """For which a rank waits for another, who may be verifying an adapter. Our parent notices a hang sooner."""

@@ -18,18 +18,22 @@ from catalog.audit import chain
 from catalog.db.database import Database
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.fleet import workers
-from catalog.lifecycle import recovery
+from catalog.lifecycle import recording, recovery
 from catalog.maintenance import garbage_collection
-from catalog.maintenance.backup import BackupPlace, check, database_dump, make, open_place, restore
+from catalog.maintenance.backup import database_dump
+from catalog.maintenance.backup.commands import create, restore, verify
 from catalog.maintenance.backup.lease import LEASE_SECONDS
-from catalog.maintenance.backup.location import Record
-from catalog.queue import claims
+from catalog.maintenance.backup.location import BackupPlace, BackupRecord, open_place
+from catalog.queue import claiming
 from catalog.registry import adapters
 from catalog.settings import Settings
 from catalog.states import JobState
 from catalog.storage.object_storage import CHUNK_BYTES, Objects
 from catalog.storage.store import ArtifactStore, blob_key
-from catalog.tables import Adapter, Artifact, Attempt, AuditEvent, Job
+from catalog.tables.audit import AuditEvent
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, Artifact
 from tests.catalog.backup_service import Service, opened
 from tests.catalog.world import LEASE, PEPPER, manifest, sha
 
@@ -71,7 +75,7 @@ def test_what_is_restored_is_all_there_was_and_verifies(service: Service, elsewh
 def test_a_backup_amid_writes_deletions_and_cleanings_is_one_state_with_every_file(
     service: Service, elsewhere: Settings
 ) -> None:
-    records: list[Record] = []
+    records: list[BackupRecord] = []
     for number in range(3):
         service.finish(service.running(), f"before {number}")
     stop = Event()
@@ -133,7 +137,7 @@ def test_what_is_deleted_and_cleaned_away_while_files_are_copied_does_no_harm(
 
 def test_jobs_that_ran_at_the_backup_are_recovered_by_their_leases(service: Service, elsewhere: Settings) -> None:
     claim = service.running()
-    claims.record_checkpoint(service.world.db, claim.claim_id, step=7, artifact=kept(service, "checkpoint"))
+    recording.record_checkpoint(service.world.db, claim.claim_id, step=7, artifact=kept(service, "checkpoint"))
     service.backup()
     service.finish(claim, "ended after the backup")
     restore(elsewhere, service.place)
@@ -151,7 +155,7 @@ def test_jobs_that_ran_at_the_backup_are_recovered_by_their_leases(service: Serv
         assert (job.state, job.claim_id) == (JobState.QUEUED, None)
     workers.register_worker(db, worker_id="w2", host="there", pid=1, devices=[], version="1", memory_bytes=10**12)
     room = {"room": world_room(), "lease_seconds": LEASE}
-    (again,) = claims.claim_pack(db, worker_id="w2", trainer_id="trainer-2", **room)
+    (again,) = claiming.claim_pack(db, worker_id="w2", trainer_id="trainer-2", **room)
     assert (again.job.id, again.attempt) == (claim.job.id, 2)
     db.close()
 
@@ -179,7 +183,7 @@ def test_a_file_that_is_damaged_is_told_by_the_backup_and_after_it_by_name(
 
     assert record.problems == [f"The content of {blob_key(sha('to be damaged'))} has changed."]
     assert restored.checked.problems == [f"{name}: {blob_key(sha('to be damaged'))} is missing."]
-    here = check(service.world.db, service.store, peppers=PEPPER.all()).problems
+    here = verify(service.world.db, service.store, peppers=PEPPER.all()).problems
     assert here == [f"{name}: {record.problems[0]}"]
 
 
@@ -193,19 +197,19 @@ def test_an_audit_log_that_was_changed_is_told(service: Service, elsewhere: Sett
         first.details = {"name": "somebody else"}
         ident = first.id
 
-    problems = check(db, service.store, peppers=PEPPER.all()).problems
+    problems = verify(db, service.store, peppers=PEPPER.all()).problems
     assert problems == [f"The audit chain does not fit at 1 ({ident}): changed."]
     db.close()
 
 
 def test_further_backups_add_what_is_new_and_old_ones_go_with_what_only_they_name(service: Service) -> None:
     first_name = service.finish(service.running(), "first adapter")
-    first = make(service.world.db, service.store, service.place, work_dir=service.folder / "work")
+    first = create(service.world.db, service.store, service.place, work_dir=service.folder / "work")
     service.delete(first_name)
     garbage_collection.let_go(service.world.db)
     service.finish(service.running(), "second adapter")
 
-    second = make(service.world.db, service.store, service.place, work_dir=service.folder / "work", keep=1)
+    second = create(service.world.db, service.store, service.place, work_dir=service.folder / "work", keep=1)
 
     assert first.num_copied > second.num_copied == 3, "the adapter, its manifest and its curves"
     assert second.forgotten == [first.record.name]
@@ -352,7 +356,7 @@ def test_a_bucket_does_as_well_as_a_folder(
     service.finish(service.running(), "adapter")
     place = BackupPlace(f"s3://{bucket.name}/lorry")
 
-    make(service.world.db, service.store, place, work_dir=service.folder / "work")
+    create(service.world.db, service.store, place, work_dir=service.folder / "work")
 
     assert restore(elsewhere, open_place(f"s3://{bucket.name}/lorry/")).checked.problems == []
 

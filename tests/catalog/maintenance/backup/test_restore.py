@@ -19,11 +19,15 @@ from catalog.audit import chain
 from catalog.db.database import Database, alembic_config
 from catalog.errors import Conflict
 from catalog.maintenance import audit_anchors
-from catalog.maintenance.backup import check, database_dump, integrity, make, restore
-from catalog.maintenance.backup.location import Record
+from catalog.maintenance.backup import database_dump, integrity
+from catalog.maintenance.backup.commands import create, restore, verify
+from catalog.maintenance.backup.location import BackupRecord
 from catalog.settings import Settings
 from catalog.storage.object_storage import Objects
-from catalog.tables import AuditEvent, AuditHead, JobEvent, Project, Table
+from catalog.tables.audit import AuditEvent, AuditHead
+from catalog.tables.history import JobEvent
+from catalog.tables.table import Table
+from catalog.tables.tenancy import Project
 from catalog.tenancy import projects
 from tests.catalog.backup_service import Service, opened
 from tests.catalog.world import PEPPER, World
@@ -95,7 +99,7 @@ def test_a_database_that_appears_during_a_restore_is_not_replaced(
     service.backup()
     fetch = service.place.fetch_dump
 
-    def fetch_while_a_service_starts(record: Record, into: Path) -> None:
+    def fetch_while_a_service_starts(record: BackupRecord, into: Path) -> None:
         fetch(record, into)
         sqlite_path(elsewhere).write_bytes(b"a new service's database")
 
@@ -186,7 +190,7 @@ def test_anchors_of_events_that_a_restore_lost_are_moved_away_and_named(
         told = session.scalars(select(AuditEvent).where(AuditEvent.type == "service.restored")).one()
         assert told.details["superseded_anchors"] == [{"key": lost, "link": record.audit_link + 1}]
         session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one().actor_name = "somebody else"
-    assert "does not fit at 1 " in str(check(db, service.store, peppers=PEPPER.all()).problems)
+    assert "does not fit at 1 " in str(verify(db, service.store, peppers=PEPPER.all()).problems)
     db.close()
 
 
@@ -276,7 +280,7 @@ def orphan(world: World) -> None:
 def test_check_reports_rows_that_refer_to_missing_rows(service: Service) -> None:
     orphan(service.world)
 
-    (problem,) = check(service.world.db, service.store, peppers=PEPPER.all()).problems
+    (problem,) = verify(service.world.db, service.store, peppers=PEPPER.all()).problems
 
     assert "events" in problem
     assert "jobs" in problem
@@ -296,7 +300,7 @@ def test_check_reports_damaged_pages(service: Service) -> None:
         file.seek((root - 1) * size)
         file.write(b"\xff" * size)
 
-    checked = check(service.world.db, service.store, peppers=PEPPER.all())
+    checked = verify(service.world.db, service.store, peppers=PEPPER.all())
 
     assert checked.problems
     assert checked.problems[0].startswith("The database is damaged:")
@@ -309,7 +313,7 @@ def test_check_reports_an_invalid_index(service: Service) -> None:
     with service.world.db.engine.begin() as connection:
         connection.execute(text(set_valid.format("false")))
     try:
-        problems = check(service.world.db, service.store, peppers=PEPPER.all()).problems
+        problems = verify(service.world.db, service.store, peppers=PEPPER.all()).problems
     finally:
         with service.world.db.engine.begin() as connection:
             connection.execute(text(set_valid.format("true")))
@@ -337,7 +341,7 @@ def test_a_table_of_another_owner_is_in_no_backup_and_no_obstacle_to_one(
             connection.execute(text(f"alter table {name} owner to {another}"))
     reader = Database(as_role(db.url, owner))
     try:
-        made = make(reader, service.store, service.place, work_dir=tmp_path / "work")
+        made = create(reader, service.store, service.place, work_dir=tmp_path / "work")
         assert "of_another" not in (made.record.row_counts or {})
         assert integrity.damage(reader) == integrity.orphans(reader) == []
     finally:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment
 from lora_core.config import LoraConfig
@@ -21,7 +21,7 @@ from lora_core.kernels.selection import Kernels, choose_kernels
 from lora_core.layers.attention import flash
 from lora_core.layers.attention.flash import window_size
 from lora_core.layers.attention.packed import packed_attention
-from lora_core.packing.packed_batch import Pack, SliceInput, build_pack, running
+from lora_core.packing.packed_batch import PackedBatch, SliceInput, build_pack, running
 from tests.lora_core.varlen_stand_in import StandIn
 
 H, K, E = 4, 2, 8
@@ -35,8 +35,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return made
 
 
-def pack_of(lengths: tuple[int, ...], row: AdapterRow | None = None) -> Pack:
-    row = row or AdapterRow((), LoraConfig(rank=1, alpha=1), dtype=torch.bfloat16, device="cpu")
+def pack_of(lengths: tuple[int, ...], row: FlatAdapter | None = None) -> PackedBatch:
+    row = row or FlatAdapter((), LoraConfig(rank=1, alpha=1), dtype=torch.bfloat16, device="cpu")
     sequences = tuple((np.arange(length, dtype=np.int32), np.zeros(length, np.uint8)) for length in lengths)
     return build_pack([SliceInput(row=row, sequences=sequences, label_weight=0.0, dropout=None)], device="cpu")
 

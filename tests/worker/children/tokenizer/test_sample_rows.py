@@ -13,7 +13,7 @@ import pytest
 from tests.worker.chat_bases import Base
 from worker.children import file_overlap
 from worker.children.tokenizer.main import prepare
-from worker.children.tokenizer.sample_rows import MAX_SHOWN, NUM_SAMPLES, ShownRows, ShownToken
+from worker.children.tokenizer.preview import MAX_SHOWN, NUM_SAMPLES, ShownRows, ShownToken
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.tokenizer.token_file import TokenFile
 

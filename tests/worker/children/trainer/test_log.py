@@ -12,7 +12,7 @@ import pytest
 
 from catalog import logs, tracing
 from tests.worker.pack_site import PackSite
-from worker.children.trainer.log import TrainerLog
+from worker.children.trainer.outputs import TrainerLog
 from worker.process.launcher import child_environment
 
 PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"

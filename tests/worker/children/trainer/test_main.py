@@ -21,8 +21,8 @@ from tests.worker.pack_site import said
 from worker.children import base_importer
 from worker.children.trainer import main, outputs
 from worker.children.trainer.main import Trainer
-from worker.children.trainer.resident_job import Resident
-from worker.protocol.handled import without_handled
+from worker.children.trainer.outputs import AdmittedJob
+from worker.protocol.errors import without_handled
 from worker.protocol.mailbox import InboxWriter, TrainerDirectory, Verb, read_json, write_json
 
 
@@ -74,7 +74,7 @@ def trainer(directory: TrainerDirectory) -> Iterator[Trainer]:
     trainer = Trainer(directory)
     trainer._engine = FullEngine()  # pyright: ignore[reportAttributeAccessIssue]
     trainer._residents = {
-        name: Resident(checkpoint_every_steps=1, base_name="tiny", num_steps=1, saved_step=0)
+        name: AdmittedJob(checkpoint_every_steps=1, base_name="tiny", num_steps=1, saved_step=0)
         for name in ("claim-0", "claim-1")
     }
     yield trainer

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, processors
 
-from catalog.spec.sample_spec import Samples
+from catalog.spec.training import Samples
 from tests.worker.chat_bases import INSTRUCT, MARKED, SMOLLM2, Base, turns
 from worker.children.tokenizer.chat_template import Refused
 from worker.children.tokenizer.text_encoder import BaseText
-from worker.children.trainer.sampling import ask, told
+from worker.children.trainer.outputs import sample_records, sample_request
 
 SAMPLES = Samples(prompts=["What is 2 + 2?", "b"], max_tokens=5)
 END = "<|im_end|>"
@@ -24,7 +24,7 @@ def test_a_prompt_of_chat_is_a_users_turn_and_its_answer_ends_with_the_turn(make
         json.dumps({**configured, "eos_token": END if template is INSTRUCT else "<|endoftext|>"})
     )
 
-    asked = ask(BaseText(base.folder), SAMPLES, as_chat=True)
+    asked = sample_request(BaseText(base.folder), SAMPLES, as_chat=True)
 
     reference = base.reference()
     rendered = reference.apply_chat_template(turns("What is 2 + 2?"), add_generation_prompt=True, return_dict=False)
@@ -41,7 +41,7 @@ def test_a_prompt_of_plain_text_goes_on_where_it_stands(make_base: Any) -> None:
     tokenizer.post_processor = around
     tokenizer.save(str(base.folder / "tokenizer.json"))
 
-    asked = ask(BaseText(base.folder), SAMPLES, as_chat=False)
+    asked = sample_request(BaseText(base.folder), SAMPLES, as_chat=False)
 
     assert list(asked.ids[1]) == base.reference()("b")["input_ids"][:-1]
     assert list(asked.end_ids) == [base.reference().eos_token_id]
@@ -54,7 +54,7 @@ def test_answers_are_told_without_special_tokens_and_whether_they_ended(make_bas
     end = base.reference().eos_token_id
     assert isinstance(end, int)
 
-    found = told(text, ask(text, SAMPLES, as_chat=False), [(*ids, end), ids])
+    found = sample_records(text, sample_request(text, SAMPLES, as_chat=False), [(*ids, end), ids])
 
     assert [(each["prompt"], each["answer"], each["is_complete"]) for each in found] == [
         ("What is 2 + 2?", "Hello there!", True),
@@ -65,4 +65,4 @@ def test_answers_are_told_without_special_tokens_and_whether_they_ended(make_bas
 
 def test_a_template_that_takes_no_such_prompt_refuses_it(make_base: Any) -> None:
     with pytest.raises(Refused):
-        ask(BaseText(make_base("{{ raise_exception('no') }}").folder), SAMPLES, as_chat=True)
+        sample_request(BaseText(make_base("{{ raise_exception('no') }}").folder), SAMPLES, as_chat=True)

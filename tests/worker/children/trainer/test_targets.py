@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from catalog.resources import memory
 from catalog.spec import target_modules
 from catalog.spec.job import JobRequest, resolve
-from lora_core.adapter.flat_adapter import AdapterRow
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import describe_base
 from lora_core.base_model.patching import choose_targets, find_linears
 from worker.children.trainer.job_config import job_config
@@ -54,7 +54,7 @@ def test_a_job_is_counted_with_the_layers_and_the_numbers_that_the_engine_gives_
     lora = job_config(spec, num_steps=1, evaluate_every_steps=None).lora
     targets = choose_targets(modules, lora)
     assert {each.linear.path: each.rank for each in counted} == {each.name: lora.rank_of(each.name) for each in targets}
-    row = AdapterRow(targets, lora, dtype=torch.float32, device="meta")
+    row = FlatAdapter(targets, lora, dtype=torch.float32, device="meta")
     assert spec.lora.begins_with_the_base == lora.subtracts_start
     num_parameters = memory.adapter_parameters(counted, use_dora=spec.lora.use_dora)
     assert num_parameters == row.num_parameters
@@ -85,7 +85,7 @@ def test_what_adafactor_saves_is_counted_and_never_more_than_it_does(shape: dict
     spec = resolve(request, num_rows=100, max_positions=None, seed=1)
     lora = job_config(spec, num_steps=1, evaluate_every_steps=None).lora
     targets = choose_targets(modules, lora)
-    row = AdapterRow(targets, lora, dtype=torch.float32, device="meta", optimizer="adafactor")
+    row = FlatAdapter(targets, lora, dtype=torch.float32, device="meta", optimizer="adafactor")
 
     counted = memory.row_bytes(
         row.num_parameters, "float32", optimizer="adafactor", lowest_rank=memory.lowest_rank(spec.lora.model_dump())

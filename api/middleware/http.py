@@ -1,0 +1,123 @@
+"""By which names the api may be addressed. A page that rebinds its own name to our address is refused.
+
+An IP address in the Host header can't be rebound, so where the api listens on every interface any is good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope
+
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostPolicy:
+    names: frozenset[str]
+    any_address: bool
+    """The api listens on every interface."""
+
+    def admits(self, host_header: str) -> bool:
+        name = host_name(host_header)
+        return name in self.names or (self.any_address and _is_address(name))
+
+
+def host_policy(*, bound_host: str, named: list[str]) -> HostPolicy:
+    """Loopback, the address that is listened on, this machine's name if that is not loopback, and `named`."""
+    bound = bound_host.strip("[]").lower()
+    any_address = bound in ("0.0.0.0", "::", "")  # noqa: S104  (compared, not bound)
+    names = LOOPBACK_NAMES | {bound} | set(named)
+    if bound not in LOOPBACK_NAMES:
+        names |= {socket.gethostname().lower()}
+    return HostPolicy(names=frozenset(names - {""}), any_address=any_address)
+
+
+def host_name(host_header: str) -> str:
+    """The name in a Host header or an origin's authority, without port and brackets."""
+    text = host_header.strip().lower()
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.rpartition(":")[0] if ":" in text else text
+
+
+def is_loopback(address: str) -> bool:
+    return address == "localhost" or (_is_address(address) and ipaddress.ip_address(address).is_loopback)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+DASHBOARD_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "font-src 'self'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
+DATA_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+"""Nothing of the API is a page."""
+
+
+def security_headers(path: str) -> dict[str, str]:
+    is_page = path.startswith("/dashboard")
+    headers = {
+        "content-security-policy": DASHBOARD_POLICY if is_page else DATA_POLICY,
+        "cross-origin-opener-policy": "same-origin",
+        "cross-origin-resource-policy": "same-origin",
+        "permissions-policy": "camera=(), geolocation=(), microphone=()",
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+        "x-frame-options": "DENY",
+    }
+    if not is_page:
+        headers["cache-control"] = "no-store"
+    return headers
+
+
+DRAIN_BYTES = 2**26
+DRAIN_SECONDS = 10.0
+"""A client gets this much of a chance to hear why it was refused."""
+
+
+class RequestBody:
+    def __init__(self, scope: Scope, receive: Receive, *, max_bytes: int | None) -> None:
+        """`max_bytes` None: somebody else counts."""
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._ended = False
+        self._waits_to_send = Headers(scope=scope).get("expect", "").lower() == "100-continue"
+
+    async def receive(self) -> Message:
+        """Raises HTTPException(413) for what is too large: Content-Length may lie or be absent."""
+        message = await self._next()
+        if self._max_bytes is not None and self._num_bytes > self._max_bytes:
+            raise HTTPException(413)
+        return message
+
+    async def drain(self) -> None:
+        """Read on, within bounds. A client that waits to be asked for its body is not asked."""
+        if self._waits_to_send and not self._num_bytes:
+            return
+        end = self._num_bytes + DRAIN_BYTES
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while not self._ended and self._num_bytes < end:
+                    await self._next()
+        except TimeoutError:
+            return
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._num_bytes += len(message.get("body", b""))
+        self._ended = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
