@@ -144,7 +144,9 @@ def create_app(
 
 
 def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
-    feed = Feed(look_seconds=api_settings.look_seconds, heartbeat_seconds=api_settings.stream_heartbeat_seconds)
+    feed = Feed(
+        stream_poll_seconds=api_settings.stream_poll_seconds, heartbeat_seconds=api_settings.stream_heartbeat_seconds
+    )
     telemetry = Telemetry(DUTIES, TASKS)
     telemetry.count_streams(feed.num_listeners)
     db = Database(settings.resolved_database_url())

@@ -34,7 +34,15 @@ SEALED_AT_MOST = 10_000
 TASKS = ("streams", "duties", "sweeps", "anchors", "cleaning", "webhooks")
 """Background tasks, by the names under which their restarts are counted."""
 Run = Callable[[], Awaitable[None]]
-DUTIES = ("recover", "advance_sweeps", "seal", "anchor", "tell_late", "ring", "clean")
+DUTIES = (
+    "recover",
+    "advance_sweeps",
+    "seal_audit_log",
+    "anchor",
+    "notify_missed_deadlines",
+    "wake_workers",
+    "collect_garbage",
+)
 """By the names under which their runs are counted."""
 MAX_STEPS = 20
 """Of sweeps, in one look."""
@@ -87,7 +95,7 @@ async def keep_clean(services: Services) -> None:
 
 def look_once(services: Services) -> None:
     """One act that fails keeps none of the others from running."""
-    for act in (_recover, _seal, _tell_late, _ring):
+    for act in (_recover, _seal_audit_log, _notify_missed_deadlines, _wake_workers):
         _run(act, services)
 
 
@@ -122,7 +130,7 @@ def _advance_sweeps(services: Services) -> None:
         services.doorbell.ring()  # new trials have files to prepare
 
 
-def _seal(services: Services) -> None:
+def _seal_audit_log(services: Services) -> None:
     chain.seal(services.db, pepper=services.pepper.current, at_most=SEALED_AT_MOST)
 
 
@@ -130,11 +138,11 @@ def _anchor(services: Services) -> None:
     audit_anchors.anchor(services.db, services.store.objects, pepper=services.pepper.current)
 
 
-def _tell_late(services: Services) -> None:
+def _notify_missed_deadlines(services: Services) -> None:
     deadlines.tell_late(services.db)
 
 
-def _ring(services: Services) -> None:
+def _wake_workers(services: Services) -> None:
     if listing.has_work(services.db):
         services.doorbell.ring()
 

@@ -36,7 +36,7 @@ class ApiSettings(BaseSettings):
         default="", description="Networks, separated by commas, that webhooks may go to although they are not public."
     )
     webhook_allow_http: bool = Field(default=False, description="Webhooks may go to http:// addresses too.")
-    look_seconds: float = Field(default=0.25, gt=0, description="Between two looks at the database for live streams.")
+    stream_poll_seconds: float = Field(default=0.25, gt=0, description="Between two polls of the database for streams.")
     stream_heartbeat_seconds: float = Field(default=15, gt=0, description="Between two comments on a silent stream.")
     shutdown_seconds: int = Field(
         default=10, ge=1, description="How long running requests may take to end at shutdown."

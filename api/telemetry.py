@@ -55,12 +55,12 @@ class Telemetry:
         )
         self._streams = Gauge("lorry_http_streams", "Live streams that are open.", registry=self.registry)
         self._runs = Counter(
-            "lorry_background_runs", "Runs of background duties.", ["duty", "outcome"], registry=self.registry
+            "lorry_background_runs", "Runs of background duties.", ["task", "outcome"], registry=self.registry
         )
         self._done_at = Gauge(
             "lorry_background_last_success_timestamp_seconds",
             "When the duty last succeeded here, since 1970; at first when the process started.",
-            ["duty"],
+            ["task"],
             registry=self.registry,
         )
         self._tries = Counter(
@@ -83,9 +83,9 @@ class Telemetry:
         for reason in get_args(RejectionReason):
             self._rejected_keys.labels(reason=reason)
         for duty in duties:
-            self._done_at.labels(duty=duty).set(time.time())
+            self._done_at.labels(task=duty).set(time.time())
             for outcome in ("done", "failed"):
-                self._runs.labels(duty=duty, outcome=outcome)
+                self._runs.labels(task=duty, outcome=outcome)
 
     def observe(self, scope: Scope, *, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in METHODS else "other"
@@ -105,9 +105,9 @@ class Telemetry:
 
     def count_run(self, duty: str, *, is_done: bool) -> None:
         """A background duty has run."""
-        self._runs.labels(duty=duty, outcome="done" if is_done else "failed").inc()
+        self._runs.labels(task=duty, outcome="done" if is_done else "failed").inc()
         if is_done:
-            self._done_at.labels(duty=duty).set(time.time())
+            self._done_at.labels(task=duty).set(time.time())
 
     def count_restart(self, task: str) -> None:
         """A background task has crashed."""

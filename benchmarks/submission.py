@@ -112,6 +112,6 @@ def explain(_plan: Plan, result: Result) -> None:
     known, new = (median_of(result.repeats[name], "running_seconds") for name in ("known file", "new file"))
     result.why.append(
         f"A job on a known file is claimed after {known:.2f} s, on a new one after {new:.2f}, for a process reads and "
-        "tokenises it first. The rest is the admission and the step itself, of which warm_start tells each, and at "
+        "tokenizes it first. The rest is the admission and the step itself, of which warm_start tells each, and at "
         "most 0.05 s until the worker hears of the step."
     )

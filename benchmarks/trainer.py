@@ -44,7 +44,7 @@ class Trainer:
 
     def begin(self) -> None:
         base_dir, dtype = str(self._plan.workload.base), self._plan.dtype
-        self._process.begin({"base_dir": base_dir, "dtype": dtype, "quantisation": "none", "device": "cpu"})
+        self._process.begin({"base_dir": base_dir, "dtype": dtype, "quantization": "none", "device": "cpu"})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

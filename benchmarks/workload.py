@@ -40,7 +40,7 @@ def prepare(*, base: Path | None, data: Path | None, folder: Path) -> Workload:
     base = (base or fetched_base()).absolute()  # a trainer stands in a folder of its own
     texts = read_rows(data) if data else made_rows(NUM_ROWS)
     config = json.loads((base / "config.json").read_text("utf-8"))
-    rows = tokenise(texts[:NUM_ROWS], base, longest=min(LONGEST_TOKENS, config["max_position_embeddings"]))
+    rows = tokenize(texts[:NUM_ROWS], base, longest=min(LONGEST_TOKENS, config["max_position_embeddings"]))
     path = write_tokens(rows, folder / "tokens.safetensors")
     return Workload(
         base=base,
@@ -96,7 +96,7 @@ def _made_row(choose: random.Random) -> tuple[str, str]:
     return question, "\n".join([*worked, f"#### {total}"])
 
 
-def tokenise(texts: list[tuple[str, str]], base: Path, *, longest: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def tokenize(texts: list[tuple[str, str]], base: Path, *, longest: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(input_ids, loss_mask) of each row; the answer is what is learnt. Longer rows are left out."""
     from transformers import AutoTokenizer
 

@@ -68,7 +68,7 @@ class Settings(BaseSettings):
         default="auto",
         description="How a trainer of several devices holds its base: each the whole of it, or a share of every block.",
     )
-    offload_bytes: int | None = Field(
+    cpu_offload_bytes: int | None = Field(
         default=None,
         ge=0,
         description="Of a base that a worker with GPUs may keep in its host's memory. Default: by what the host has.",
@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     gang_min_size: int | None = Field(
         default=None, ge=1, le=64, description="So few of a gang train where the others are away. Default: all."
     )
-    gang_patience_seconds: float = Field(
+    gang_wait_seconds: float = Field(
         default=120, ge=0, description="How long a gang waits for those that are away before fewer of them train."
     )
     gang_join_seconds: float = Field(
@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     share_half_life_seconds: float = Field(
         default=HALF_LIFE_SECONDS, ge=60, description="After how long what a project has used of devices counts half."
     )
-    promote_after_seconds: float = Field(
+    priority_aging_seconds: float = Field(
         default=PROMOTE_AFTER_SECONDS,
         ge=60,
         description="How long a class waits with none of it claimed until its first job counts as a class higher.",
@@ -107,7 +107,7 @@ class Settings(BaseSettings):
         ge=0,
         description="How long an urgent job waits before jobs of lower classes are asked to leave for it.",
     )
-    preempt_spared_seconds: float = Field(
+    preemption_min_runtime_seconds: float = Field(
         default=SPARED_SECONDS, ge=0, description="A job that trains for less is not asked to leave for an urgent one."
     )
     max_preemptions: int = Field(
@@ -128,7 +128,7 @@ class Settings(BaseSettings):
     tensorboard_dir: Path | None = Field(default=None, description="Of event files. Default: in the data folder.")
     trackio_dir: Path | None = Field(default=None, description="Of Trackio's databases. Default: in the data folder.")
 
-    exact_products: bool = Field(
+    batch_invariant: bool = Field(
         default=True, description="On a CPU with AMX: have bf16 products that packmates can't change, a tenth slower."
     )
 

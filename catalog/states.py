@@ -26,7 +26,7 @@ class JobState(StrEnum):
     """Where a job is. Cancel and pause are flags on a running job until its worker has obeyed."""
 
     VALIDATING_FILES = "validating_files"
-    """Accepted; a worker tokenises its files. Enters: create. Leaves: prepared, failed, cancelled, paused."""
+    """Accepted; a worker tokenizes its files. Enters: create. Leaves: prepared, failed, cancelled, paused."""
     QUEUED = "queued"
     """Ready to train and waiting for room. A retry is `queued` with `run_after` in the future."""
     RUNNING = "running"
@@ -99,7 +99,7 @@ class EndReason(StrEnum):
     DIVERGED = "diverged"
     CUDA_OOM = "cuda_oom"
     HOST_OOM = "host_oom"
-    DIVIDED_OOM = "divided_oom"
+    SHARDED_OOM = "sharded_oom"
     TRAINER_CRASHED = "trainer_crashed"
     TIMEOUT = "timeout"
     VERIFICATION_FAILED = "verification_failed"
@@ -124,7 +124,7 @@ class Ending:
     """Nobody had asked for it, and the job is tried again."""
     may_be_nodes: bool = False
     """It may be the node's doing. Not `infra_lost`: in an outage of the database every worker is lost. Nor
-    `divided_oom`: a base is divided where memory is scarce, and a pack too large for it is no device's fault."""
+    `sharded_oom`: a base is divided where memory is scarce, and a pack too large for it is no device's fault."""
     may_be_bases: bool = False
     """It may be the base's doing, where its trainer never got ready."""
     is_of_memory: bool = False
@@ -148,7 +148,7 @@ ENDINGS: dict[EndReason, Ending] = {
     EndReason.VERIFICATION_FAILED: Ending(state=JobState.FAILED),
     EndReason.CUDA_OOM: _again(is_bad=True, may_be_nodes=True, may_be_bases=True, is_of_memory=True),
     EndReason.HOST_OOM: _again(is_bad=True, may_be_nodes=True, may_be_bases=True, is_of_memory=True),
-    EndReason.DIVIDED_OOM: _again(is_bad=True, may_be_bases=True, is_of_memory=True),
+    EndReason.SHARDED_OOM: _again(is_bad=True, may_be_bases=True, is_of_memory=True),
     EndReason.TRAINER_CRASHED: _again(is_bad=True, may_be_nodes=True, may_be_bases=True),
     EndReason.TIMEOUT: _again(is_bad=True, may_be_nodes=True, may_be_bases=True),
     EndReason.NODE_FAILED: _again(is_bad=True, may_be_nodes=True),

@@ -124,7 +124,7 @@ def _why_not(kind: str, name: str, value: object, *, keep_rate: bool) -> str | N
 
 
 def _suffix(model: str | None, left_out: list[str]) -> str | None:
-    """Only a model's name tells it: ft:BASE:ORGANISATION:SUFFIX:ID."""
+    """Only a model's name tells it: ft:BASE:ORGANIZATION:SUFFIX:ID."""
     parts = (model or "").split(":")
     suffix = parts[3] if len(parts) > 4 else ""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", suffix).strip("._-")[:64]

@@ -34,7 +34,7 @@ class LoraConfig:
     (lora_core/adapter/modules_to_save.py).
     `init_lora_weights`: where A and B begin (lora_core/adapter/initialization.py): "default" (PEFT's True), "gaussian",
     "pissa",
-    "pissa_niter_N" with a randomised decomposition of N iterations, or "olora".
+    "pissa_niter_N" with a randomized decomposition of N iterations, or "olora".
     """
 
     rank: int
@@ -94,7 +94,7 @@ class LoraConfig:
 
     @property
     def pissa_iterations(self) -> int | None:
-        """Of the randomised decomposition; None for the exact one."""
+        """Of the randomized decomposition; None for the exact one."""
         _, found, number = self.init_lora_weights.partition("pissa_niter_")
         return int(number) if found else None
 
@@ -198,7 +198,7 @@ OBJECTIVES: tuple[ObjectiveKind, ...] = get_args(ObjectiveKind)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """What a job minimises: cross-entropy of its labels, or a loss over pairs of answers
+    """What a job minimizes: cross-entropy of its labels, or a loss over pairs of answers
     (lora_core/losses/preference.py) or single ones (kto.py). A number that the kind doesn't read is refused.
 
     `beta`: strength of a preference's reward (λ in the paper of ORPO). `loss_type` belongs to DPO, `gamma`, the margin

@@ -22,7 +22,7 @@ class EngineConfig:
     give, in the host's memory and on the disk of `prefix_folder` (lora_core/engine/prefix_cache.py); with neither
     nothing is.
     `ticks_alone`: of each size, so many ticks are given to one job by itself, so that it is known what the others cost
-    it (lora_core/engine/step.py). `exact_products`: on a CPU whose products depend on their number of rows, have
+    it (lora_core/engine/step.py). `batch_invariant`: on a CPU whose products depend on their number of rows, have
     a job's bits independent of its packmates all the same (lora_core/kernels/batch_invariant.py). With AMX that takes
     about a tenth of the speed of steps of some hundred tokens, and more of smaller passes, as of answers; elsewhere
     next to nothing. Without, and on any GPU, a record says `allclose`.
@@ -37,7 +37,7 @@ class EngineConfig:
     prefix_disk_bytes: int = 0
     prefix_folder: Path | None = None
     ticks_alone: int = 0
-    exact_products: bool = True
+    batch_invariant: bool = True
 
     def __post_init__(self) -> None:
         require(self.ticks_alone >= 0, "ticks_alone", self.ticks_alone, "at least 0")

@@ -53,7 +53,7 @@ def find(
     """
     environ = os.environ if environ is None else environ
     if url is not None:
-        url = normalise_url(url)
+        url = normalize_url(url)
         return Connection(url=url, api_key=api_key or _key_of_environment(environ, url))
     if environ.get("LORRY_URL") and data_dir is None:
         return _named_by_environment(environ, api_key)
@@ -97,7 +97,7 @@ def read(data_dir: Path) -> Connection | None:
     if secret is not None and not re.fullmatch(r"[0-9a-f]{64}", secret):
         raise _unreadable(path, "its identity_secret is not 64 hexadecimal digits")
     return Connection(
-        url=normalise_url(url), api_key=key, identity_secret=secret, origin=f"The address is from {path}."
+        url=normalize_url(url), api_key=key, identity_secret=secret, origin=f"The address is from {path}."
     )
 
 
@@ -120,7 +120,7 @@ def write(data_dir: Path, connection: Connection) -> Path:
     return path
 
 
-def normalise_url(url: str) -> str:
+def normalize_url(url: str) -> str:
     """`http://host:port` or with a path prefix; a trailing slash and `/v1` are cut off."""
     trimmed = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
     try:
@@ -148,7 +148,7 @@ def is_loopback(url: str) -> bool:
 
 def _key_of_environment(environ: Mapping[str, str], url: str) -> str | None:
     named = environ.get("LORRY_URL")
-    return (environ.get("LORRY_API_KEY") or None) if not named or normalise_url(named) == url else None
+    return (environ.get("LORRY_API_KEY") or None) if not named or normalize_url(named) == url else None
 
 
 def _named_by_environment(environ: Mapping[str, str], api_key: str | None) -> Connection:
@@ -156,7 +156,7 @@ def _named_by_environment(environ: Mapping[str, str], api_key: str | None) -> Co
 
     An explicit key is sent to the address even if the file of an earlier version holds no secret to verify it by.
     """
-    url = normalise_url(environ["LORRY_URL"])
+    url = normalize_url(environ["LORRY_URL"])
     key, secret = api_key or environ.get("LORRY_API_KEY") or None, None
     origin = "The address is from the variable LORRY_URL."
     folder = default_data_dir(environ)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Required, TypedDict
 Auto = Literal["auto"]
 Priority = Literal["urgent", "normal", "batch"]
 Precision = Literal["auto", "bfloat16", "float32"]
-Quantisation = Literal["none", "nf4", "int8"]
+Quantization = Literal["none", "nf4", "int8"]
 MethodType = Literal["supervised", "dpo", "orpo", "simpo", "kto"]
 
 
@@ -225,7 +225,7 @@ class JobFields(TypedDict, total=False):
     data: Data | None
     early_stopping: EarlyStopping | None
     precision: Precision | None
-    quantisation: Quantisation | None
+    quantization: Quantization | None
     max_length: int | Auto | None
     max_steps: int | None
     checkpoint_every_steps: int | Auto | None

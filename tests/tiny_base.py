@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
     "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 NOUNS = ("lorry", "crate", "bridge", "harbour", "engine", "wheel", "river", "market", "road", "signal")
-COLOURS = ("red", "green", "blue", "black", "white", "yellow")
+COLORS = ("red", "green", "blue", "black", "white", "yellow")
 
 
 def make(folder: Path) -> Path:
@@ -46,7 +46,7 @@ def write_chat(path: Path, count: int, *, seed: int = 0) -> Path:
 
 
 def write_pairs(path: Path, count: int, *, seed: int = 0) -> Path:
-    """Of the two answers to each question, the one that names the colour is preferred."""
+    """Of the two answers to each question, the one that names the color is preferred."""
     rows: list[dict[str, Any]] = []
     for chat in chat_rows(count, seed=seed):
         question, answer = chat["messages"]
@@ -57,12 +57,12 @@ def write_pairs(path: Path, count: int, *, seed: int = 0) -> Path:
 
 
 def _row(choose: random.Random) -> dict[str, Any]:
-    noun, colour = choose.choice(NOUNS), choose.choice(COLOURS)
+    noun, color = choose.choice(NOUNS), choose.choice(COLORS)
     words = " ".join(choose.choices(NOUNS, k=choose.randint(1, 6)))
     return {
         "messages": [
-            {"role": "user", "content": f"What colour is the {noun}? {words}"},
-            {"role": "assistant", "content": f"The {noun} is {colour}."},
+            {"role": "user", "content": f"What color is the {noun}? {words}"},
+            {"role": "assistant", "content": f"The {noun} is {color}."},
         ]
     }
 

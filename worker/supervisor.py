@@ -176,11 +176,11 @@ def _trainer_settings(context: WorkerContext, first: Job) -> Json:
         "format": 1,
         "trainer_id": first.trainer_id,
         "dtype": packing.precision_of(first.pack_key),
-        "quantisation": packing.quantisation_of(first.pack_key),
+        "quantization": packing.quantization_of(first.pack_key),
         "strategy": strategy_for(context, first),
         "device": context.device.torch_name(),
         "prefix_disk_bytes": context.settings.prefix_disk_bytes,
-        "exact_products": context.settings.exact_products,
+        "batch_invariant": context.settings.batch_invariant,
         "idle_seconds": None,  # we tell it when to unload, so that it never leaves while a job is on its way
     }
 

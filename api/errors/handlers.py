@@ -135,7 +135,7 @@ def _unknown_route(request: Request) -> Response:
     path = request.url.path
     known_elsewhere = unsupported.find(path)
     if known_elsewhere is not None:
-        return error_response(404, message=known_elsewhere.message, remedy=known_elsewhere.remedy, code="not_offered")
+        return error_response(404, message=known_elsewhere.message, remedy=known_elsewhere.remedy, code="not_supported")
     templates: list[str] = list(request.app.methods)
     near = difflib.get_close_matches(path, templates, n=1, cutoff=0.75)
     remedy = f"Did you mean {near[0]}?" if near else "The routes are listed in /openapi.json."

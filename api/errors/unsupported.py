@@ -40,9 +40,9 @@ def find(path: str) -> NotOffered | None:
 
 
 OTHER_NAMES = {
-    "load_in_4bit": "'quantisation' with the value \"nf4\"",
-    "load_in_8bit": "'quantisation' with the value \"int8\"",
-    "quantization": "'quantisation'",
+    "load_in_4bit": "'quantization' with the value \"nf4\"",
+    "load_in_8bit": "'quantization' with the value \"int8\"",
+    "quantisation": "'quantization'",
     "lr": "'optimizer.learning_rate'",
     "r": "'lora.rank'",
     "lora_r": "'lora.rank'",

@@ -92,7 +92,7 @@ def rotate_api_key(
 ) -> ApiKeyCreated:
     """Create a key with the same name and rights. Both keys are valid for `overlap_seconds`; then the old one expires.
 
-    A second rotation of the same key is rejected with 409 `key_rotated_already`, which names the new key.
+    A second rotation of the same key is rejected with 409 `key_already_rotated`, which names the new key.
     """
     asked = body or RotateRequest()
     row, value = api_keys.rotate(

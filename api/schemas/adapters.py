@@ -56,7 +56,7 @@ class AdapterObject(BaseModel):
                 "base_model": "smollm2-135m",
                 "rank": 16,
                 "precision": "bfloat16",
-                "quantisation": "none",
+                "quantization": "none",
                 "bytes": 9776128,
                 "num_parameters": 4884480,
                 "verification": {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01},
@@ -81,7 +81,7 @@ class AdapterObject(BaseModel):
     precision: Literal["bfloat16", "float32"] | None = Field(
         description="The base's dtype in training and verification. Null where the record does not say."
     )
-    quantisation: Literal["none", "nf4", "int8"] = Field(
+    quantization: Literal["none", "nf4", "int8"] = Field(
         description="How the base's linear layers were held in training and verification; serve it on the same."
     )
     lineage_id: str
@@ -227,7 +227,7 @@ def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None) -> Adapter
             "num_parameters": row.num_parameters,
             "rank": rank,
             "precision": resolved.get("precision"),
-            "quantisation": resolved.get("quantisation", "none"),
+            "quantization": resolved.get("quantization", "none"),
             "lineage_id": row.lineage_id,
             "verification": row.verification,
             "evaluation": row.evaluation,

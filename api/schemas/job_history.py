@@ -39,7 +39,7 @@ class FineTuningJobEvent(BaseModel):
 
 
 class Rewards(BaseModel):
-    """Of a job that compares answers: means over the pairs, or the labelled answers, of a step or of the held-out set.
+    """Of a job that compares answers: means over the pairs, or the labeled answers, of a step or of the held-out set.
 
     What a reward is, the method says: of dpo and kto, beta times the log of how much likelier the adapter makes an
     answer. Of kto, `chosen` is of answers with the label true and `rejected` of the others; null where a step has none.

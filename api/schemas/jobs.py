@@ -45,7 +45,7 @@ JOB_EXAMPLE: dict[str, Any] = {
         "loss": 1.83,
         "tokens_per_second": 480.0,
         "seconds_left": 160.0,
-        "told_at": 1790000000.0,
+        "updated_at": 1790000000.0,
         "valid_loss": 1.91,
         "best_valid_loss": 1.91,
     },
@@ -141,8 +141,8 @@ class Progress(BaseModel):
     epoch: float | None = None
     loss: float | None = None
     tokens_per_second: float | None = None
-    seconds_left: float | None = Field(default=None, description="From told_at on.")
-    told_at: float | None = Field(default=None, description="When all this was so, by the database's clock.")
+    seconds_left: float | None = Field(default=None, description="From updated_at on.")
+    updated_at: float | None = Field(default=None, description="When all this was so, by the database's clock.")
     valid_loss: float | None = Field(
         default=None, description="Loss of the latest evaluation on held-out data; null before the first."
     )
@@ -222,7 +222,7 @@ class FineTuningJob(BaseModel):
     data: DataObject
     early_stopping: EarlyStopping | None
     precision: str
-    quantisation: Literal["none", "nf4", "int8"] = Field(description="How the base's linear layers are held.")
+    quantization: Literal["none", "nf4", "int8"] = Field(description="How the base's linear layers are held.")
     max_length: int
     max_steps: int | None
     checkpoint_every_steps: int
@@ -277,7 +277,7 @@ def configuration(spec: JobSpec) -> dict[str, Any]:
         "evaluation": {"every_steps": spec.evaluate_every_steps, "keep": spec.keep, "samples": spec.samples},
         "early_stopping": spec.early_stopping,
         "precision": spec.precision,
-        "quantisation": spec.quantisation,
+        "quantization": spec.quantization,
         "max_length": spec.max_length,
         "max_steps": spec.max_steps,
         "checkpoint_every_steps": spec.checkpoint_every_steps,
@@ -331,10 +331,10 @@ def _run(row: Job) -> dict[str, Any]:
 def _estimated_finish(row: Job) -> int | None:
     """Reckoned when the progress was told, so that it stands still in between. What was stored before has no time."""
     progress = row.progress or {}
-    seconds_left, told_at = progress.get("seconds_left"), progress.get("told_at")
-    if row.state != "running" or seconds_left is None or told_at is None:
+    seconds_left, updated_at = progress.get("seconds_left"), progress.get("updated_at")
+    if row.state != "running" or seconds_left is None or updated_at is None:
         return None
-    return int(told_at + seconds_left)
+    return int(updated_at + seconds_left)
 
 
 def phase_of(row: Job) -> Phase | None:

@@ -40,7 +40,9 @@ EXAMPLE: dict[str, Any] = {
         "tokens_per_second": 480.0,
         "worker_id": "w1",
     },
-    "warnings": [{"code": "no_held_out", "message": "There is no validation file.", "remedy": "Hold back some rows."}],
+    "warnings": [
+        {"code": "no_validation_file", "message": "There is no validation file.", "remedy": "Hold back some rows."}
+    ],
 }
 
 
@@ -58,7 +60,7 @@ class PlanConfiguration(BaseModel):
     data: DataObject
     early_stopping: EarlyStopping | None
     precision: str
-    quantisation: str
+    quantization: str
     max_length: int
     max_steps: int | None
     checkpoint_every_steps: int
@@ -67,7 +69,7 @@ class PlanConfiguration(BaseModel):
 class ShownToken(BaseModel):
     text: str
     id: int
-    learnt: bool = Field(description="It has loss.")
+    is_trained: bool = Field(description="It has loss.")
 
 
 class Segment(BaseModel):
@@ -81,7 +83,7 @@ class ShownRow(BaseModel):
     part: str | None = Field(description="Of a pair: chosen or rejected.")
     num_tokens: int = Field(description="As trained: after the cut.")
     whole_tokens: int = Field(description="Before it.")
-    learnt_tokens: int
+    trained_tokens: int
     segments: list[Segment]
 
 

@@ -149,8 +149,8 @@ class _Signed:
 
 
 class Feed:
-    def __init__(self, *, look_seconds: float, heartbeat_seconds: float) -> None:
-        self._look_seconds = look_seconds
+    def __init__(self, *, stream_poll_seconds: float, heartbeat_seconds: float) -> None:
+        self._look_seconds = stream_poll_seconds
         self._heartbeat_seconds = heartbeat_seconds
         self._topics: dict[Source, dict[Hashable, Topic]] = {}
         self._signed: dict[Hashable, _Signed] = {}
@@ -202,7 +202,7 @@ class Feed:
         return False
 
     async def run(self) -> None:
-        """Look at what is listened to, at most once every `look_seconds`, and only while somebody listens."""
+        """Look at what is listened to, at most once every `stream_poll_seconds`, and only while somebody listens."""
         async with asyncio.TaskGroup() as tasks:  # the end of one is the end of both
             beats = tasks.create_task(self._beat())
             while not self._closed:

@@ -44,7 +44,7 @@ NO_USUAL_RATE = {
 }
 """By the type of the optimizer: its name, and what helps to choose."""
 _READS: dict[DataKind | None, tuple[str, str]] = {
-    None: ("does not learn from these", "a file of neither pairs nor labelled answers"),
+    None: ("does not learn from these", "a file of neither pairs nor labeled answers"),
     "preference": ("learns from pairs of answers", f"a file of pairs: on each line {PREFERENCE.form}"),
     "unpaired": ("learns from answers with labels", f"a file of those: on each line {UNPAIRED.form}"),
 }
@@ -94,7 +94,7 @@ def accept(
         if file is not None:
             _check_kind(file, request.method_type, param)
     _check_rates(request)
-    _check_quantisation(session, request, now=now)
+    _check_quantization(session, request, now=now)
     _check_integrations(session, request, now=now)
     for file in (training, validation):
         if file is not None:
@@ -155,7 +155,7 @@ def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by
         state="",
         base_model=base.name,
         base_digest=base.digest,
-        pack_key=pack_key(base.digest, spec.precision, spec.quantisation),
+        pack_key=pack_key(base.digest, spec.precision, spec.quantization),
         priority=PriorityClass[request.priority],
         place=position.of_new(now, request.deadline),
         deadline=request.deadline,
@@ -279,32 +279,32 @@ def _compared(kind: RowKind) -> DataKind | None:
     return kind.name if kind in (PREFERENCE, UNPAIRED) else None
 
 
-def _check_quantisation(session: Session, request: JobRequest, *, now: float) -> None:
+def _check_quantization(session: Session, request: JobRequest, *, now: float) -> None:
     """Where no worker lives, the job waits for one that can."""
-    if request.quantisation == "none":
+    if request.quantization == "none":
         return
     if request.lora.use_dora:
         raise InvalidRequest(
-            "DoRA reads the base's weights as plain numbers, which a quantised base does not have.",
-            code="dora_on_quantised_base",
-            remedy="Leave out lora.use_dora or quantisation.",
+            "DoRA reads the base's weights as plain numbers, which a quantized base does not have.",
+            code="dora_unsupported_with_quantization",
+            remedy="Leave out lora.use_dora or quantization.",
             param="lora.use_dora",
         )
     if begins_with_the_base(request.lora.init_lora_weights):
         raise InvalidRequest(
-            f"{request.lora.init_lora_weights} decomposes the base's weights, which a quantised base does not have.",
-            code="start_on_quantised_base",
-            remedy="Leave out lora.init_lora_weights or quantisation.",
+            f"{request.lora.init_lora_weights} decomposes the base's weights, which a quantized base does not have.",
+            code="init_unsupported_with_quantization",
+            remedy="Leave out lora.init_lora_weights or quantization.",
             param="lora.init_lora_weights",
         )
-    found = views.quantisations(session, now=now)
-    if found is None or request.quantisation in found:
+    found = views.quantizations(session, now=now)
+    if found is None or request.quantization in found:
         return
     raise InvalidRequest(
-        f"No worker can hold a base model as {request.quantisation}: none has bitsandbytes.",
-        code="quantisation_unavailable",
-        remedy=f"{INSTALL_QUANT} Or leave out quantisation.",
-        param="quantisation",
+        f"No worker can hold a base model as {request.quantization}: none has bitsandbytes.",
+        code="quantization_unavailable",
+        remedy=f"{INSTALL_QUANT} Or leave out quantization.",
+        param="quantization",
     )
 
 
@@ -419,11 +419,11 @@ def complete_from_parent(session: Session, request: JobRequest, parent: Adapter)
     trained = JobSpec.model_validate(session.get_one(Job, parent.job_id).spec)
     lora = exported_shape(trained.lora)
     _check_lora(request, lora)
-    if "quantisation" in request.model_fields_set and request.quantisation != trained.quantisation:
-        raise _differs("quantisation", request.quantisation, trained.quantisation)
+    if "quantization" in request.model_fields_set and request.quantization != trained.quantization:
+        raise _differs("quantization", request.quantization, trained.quantization)
     theirs = lora.model_dump(exclude=set(OF_TRAINING & request.lora.model_fields_set))
     return request.model_copy(
-        update={"lora": request.lora.model_copy(update=theirs), "quantisation": trained.quantisation}
+        update={"lora": request.lora.model_copy(update=theirs), "quantization": trained.quantization}
     )
 
 

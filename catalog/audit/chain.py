@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from catalog.audit import derived_keys
 from catalog.audit.derived_keys import ChainKey
-from catalog.db.database import Database, serialise
+from catalog.db.database import Database, serialize
 from catalog.tables.audit import AuditEvent, AuditHead, RetiredKey
 from catalog.tables.table import Json
 
@@ -172,7 +172,7 @@ def lines(db: Database) -> Iterator[Json]:
 
 
 def _seal_some(session: Session, pepper: bytes) -> int:
-    serialise(session, derived_keys.CHAIN)
+    serialize(session, derived_keys.CHAIN)
     derived_keys.check_current(session, pepper)
     key = derived_keys.chain_key(pepper)
     end = session.get(AuditHead, 1, with_for_update=True, populate_existing=True)

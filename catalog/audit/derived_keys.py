@@ -25,7 +25,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog.audit import lineage_signatures
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict
 from catalog.pepper import Pepper
 from catalog.tables.audit import AuditHead, RetiredKey
@@ -92,7 +92,7 @@ def retire(db: Database, pepper: Pepper) -> bool:
     if pepper.previous is None or pepper.previous == pepper.current:
         return False
     with db.write() as session:
-        serialise(session, CHAIN)
+        serialize(session, CHAIN)
         head = session.get(AuditHead, 1)
         ended = (head.link, head.digest) if head is not None else (0, "")
         rows = {row.id: row for row in session.scalars(select(RetiredKey).with_for_update())}

@@ -32,7 +32,7 @@ class RowKind:
 
     name: DataKind
     keys: tuple[str, ...]
-    """A row with any of them is of this kind, or meant to be. An answer with a label is told by `_is_labelled`."""
+    """A row with any of them is of this kind, or meant to be. An answer with a label is told by `_is_labeled`."""
     noun: str
     form: str
     check: Callable[[dict[str, Any]], Any]
@@ -106,7 +106,7 @@ def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:
     found = next((kind for kind in KINDS if any(key in row for key in kind.keys)), before)
     if found is None:
         raise _unknown(row)
-    if found is COMPLETION and _is_labelled(row, before):
+    if found is COMPLETION and _is_labeled(row, before):
         found = UNPAIRED
     if before is not None and found is not before:
         reason = f"the row is {found.noun}, and those before it are each {before.noun}"
@@ -114,8 +114,8 @@ def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:
     return found
 
 
-def _is_labelled(row: dict[str, Any], before: RowKind | None) -> bool:
-    """Of a prompt with an answer. Among labelled ones it is meant to be, and lacks its label."""
+def _is_labeled(row: dict[str, Any], before: RowKind | None) -> bool:
+    """Of a prompt with an answer. Among labeled ones it is meant to be, and lacks its label."""
     return LABEL in row or before is UNPAIRED
 
 

@@ -186,14 +186,14 @@ LABEL_REMEDY = f"Write true for a desirable answer and false for another: {UNPAI
 ONE_ANSWER = 'Write [{"role": "assistant", "content": "..."}].'
 
 
-class LabelledAnswer(TypedDict):
+class LabeledAnswer(TypedDict):
     """One answer to one prompt, and what was said of it."""
 
     answer: Completion
     is_desirable: bool
 
 
-def check_unpaired(row: dict[str, Any]) -> LabelledAnswer:
+def check_unpaired(row: dict[str, Any]) -> LabeledAnswer:
     """Raises BadRow."""
     for key in row:
         if key != LABEL and key not in COMPLETION_KEYS:
@@ -205,7 +205,7 @@ def check_unpaired(row: dict[str, Any]) -> LabelledAnswer:
     answer = check_completion({key: value for key, value in row.items() if key != LABEL})
     if isinstance(answer["completion"], list):
         _check_turns(cast(list[ChatMessage], answer["prompt"]), answer["completion"])
-    return LabelledAnswer(answer=answer, is_desirable=row[LABEL])
+    return LabeledAnswer(answer=answer, is_desirable=row[LABEL])
 
 
 def turns_of(answer: Completion) -> list[ChatMessage] | None:
@@ -225,5 +225,5 @@ def _check_turns(prompt: list[ChatMessage], answer: list[ChatMessage]) -> None:
         remedy = "An answer belongs in the completion; end the prompt with what is asked."
         raise BadRow("prompt_ends_with_answer", "the prompt ends with an assistant message", remedy)
     if any("weight" in message for message in (*prompt, *answer)):
-        remedy = "Leave it out: the labelled answer is learnt and nothing else."
-        raise BadRow("invalid_weight", "a message of a labelled answer has a weight", remedy)
+        remedy = "Leave it out: the labeled answer is learnt and nothing else."
+        raise BadRow("invalid_weight", "a message of a labeled answer has a weight", remedy)

@@ -243,7 +243,7 @@ def each_of(
     """Columns of the rows whose ids the query `ids` of `job`, an alias of a table, finds for each line of `groups`.
 
     The query is limited. PostgreSQL asks it for a line by a lateral join, which gives the columns at once: to find the
-    rows by their ids afterwards is planned as a look at all there are where nothing was analysed yet. SQLite knows no
+    rows by their ids afterwards is planned as a look at all there are where nothing was analyzed yet. SQLite knows no
     such join; there it is asked by `in`.
     """
     if for_sqlite:
@@ -298,7 +298,7 @@ def _forget_locked(session: Session, _: SessionTransaction) -> None:
     session.info.pop(LOCKED, None)
 
 
-def serialise(session: Session, name: str, *, shared: bool = False) -> None:
+def serialize(session: Session, name: str, *, shared: bool = False) -> None:
     """Until this transaction ends, others that name the same thing wait; those that share it wait only for one that
     does not. SQLite has one writer anyway. Within `read` it holds nothing: PostgreSQL's statements are alone there."""
     if not is_sqlite(session):
@@ -306,8 +306,8 @@ def serialise(session: Session, name: str, *, shared: bool = False) -> None:
         session.execute(text(f"select {lock}(:number)"), {"number": _number(name)})
 
 
-def serialised_at(session: Session, name: str) -> float:
-    """As `serialise`, and the database's time once nobody is waited for."""
+def serialized_at(session: Session, name: str) -> float:
+    """As `serialize`, and the database's time once nobody is waited for."""
     if is_sqlite(session):
         return read_clock(session)
     locked = select(func.pg_advisory_xact_lock(_number(name))).cte("locked")

@@ -29,8 +29,8 @@ def of_running(session: Session, job: Job) -> list[Json]:
 def of_waiting(session: Session, job: Job, *, now: float, lenders: Collection[str] = ()) -> list[Json]:
     """Of workers that take new jobs, can load the base as the job asks and have the memory; groups that are alike
     once. lenders: workers of gangs that claim nothing themselves."""
-    quantisation = packing.quantisation_of(job.pack_key)
-    rooms = views.empty_rooms(session, now=now, quantisation=quantisation, without=lenders)
+    quantization = packing.quantization_of(job.pack_key)
+    rooms = views.empty_rooms(session, now=now, quantization=quantization, without=lenders)
     alike = Counter(room.group for room in rooms)
     told = [_told(session, job, group, num_workers=number) for group, number in alike.items()]
     return [one for one in told if one["needed_bytes"] <= one["memory_bytes"]]
@@ -40,7 +40,7 @@ def _told(session: Session, job: Job, group: DeviceGroup, *, num_workers: int = 
     description = session.get_one(BaseModelRow, job.base_model).description or {}
     demand = requirements.demand(job, description, recomputes=group.kind == "cuda")
     needed_bytes = group.needed_bytes(demand)
-    is_divided = group.holding(demand) != "whole" and needed_bytes != NEVER
+    is_sharded = group.holding(demand) != "replicated" and needed_bytes != NEVER
     return {
         "kind": group.kind,
         "num_devices": group.num_devices,
@@ -49,7 +49,7 @@ def _told(session: Session, job: Job, group: DeviceGroup, *, num_workers: int = 
         "reason": reason(group, demand),
         "needed_bytes": needed_bytes,
         "memory_bytes": group.bytes_of_each,
-        "blocks": _blocks(group, demand, description) if is_divided else None,
+        "blocks": _blocks(group, demand, description) if is_sharded else None,
     }
 
 
@@ -57,7 +57,7 @@ def _blocks(group: DeviceGroup, demand: Demand, description: Json) -> Json:
     parts = group.block_parts(demand, group.holding(demand))
     return {
         "count": description.get("blocks", {}).get("count"),
-        "bytes": demand.divisible_bytes,
+        "bytes": demand.shardable_bytes,
         "share_bytes": group.share_bytes(demand),
         "gathered_bytes": parts["gathered_blocks"] + parts.get("coming_share", 0),
     }

@@ -16,7 +16,7 @@ from catalog.registry import base_models
 from catalog.resources.sharding import group_told
 from catalog.scheduling.snapshot import Capacity
 from catalog.spec.job import Precision
-from catalog.tables.fleet import SILENT_SECONDS, Gang, GangSeat, Trainer, Worker, has_gpu, is_live, quantisations_on
+from catalog.tables.fleet import SILENT_SECONDS, Gang, GangSeat, Trainer, Worker, has_gpu, is_live, quantizations_on
 from catalog.tables.history import Attempt
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
@@ -110,15 +110,15 @@ def auto_precision(session: Session, *, now: float) -> Precision:
     return "float32" if is_slow_everywhere else "bfloat16"
 
 
-def quantisations(session: Session, *, now: float, only_open: bool = False) -> frozenset[str] | None:
+def quantizations(session: Session, *, now: float, only_open: bool = False) -> frozenset[str] | None:
     """Those that some live worker can load a base in; None where no worker lives. only_open: that takes new jobs."""
     live = _live(session, now=now, only_open=only_open)
-    return frozenset[str]().union(*(quantisations_of(worker) for worker in live)) if live else None
+    return frozenset[str]().union(*(quantizations_of(worker) for worker in live)) if live else None
 
 
-def quantisations_of(worker: Worker) -> frozenset[str]:
+def quantizations_of(worker: Worker) -> frozenset[str]:
     """none, and what else the worker said at its start; older workers say nothing."""
-    return quantisations_on(worker.devices)
+    return quantizations_on(worker.devices)
 
 
 def integrations(session: Session, *, now: float) -> frozenset[str] | None:
@@ -133,13 +133,13 @@ def count_live(session: Session, *, now: float) -> int:
 
 
 def empty_rooms(
-    session: Session, *, now: float, quantisation: str = "none", without: Collection[str] = ()
+    session: Session, *, now: float, quantization: str = "none", without: Collection[str] = ()
 ) -> list[Capacity]:
     """Of each live worker that takes new jobs and can load a base so, with nothing in it: in a gang as much as its
     smallest worker has. without: ids of others."""
     smallest = gangs.smallest_members(session, now=now)
     live = [worker for worker in _live(session, now=now, only_open=True) if worker.id not in without]
-    able = [worker for worker in live if quantisation in quantisations_of(worker)]
+    able = [worker for worker in live if quantization in quantizations_of(worker)]
     return [room_of(worker, smallest.get(worker.id)) for worker in able]
 
 
@@ -163,7 +163,7 @@ def room_told(worker: Worker) -> Capacity:
     return Capacity(
         max_jobs=int(told.get("max_jobs", 0)),
         memory_bytes_free=int(told.get("memory_bytes_free", 0)),
-        holding=told.get("holding", "whole"),
+        holding=told.get("holding", "replicated"),
     )
 
 

@@ -114,7 +114,7 @@ def pause(db: Database, *, project_id: str, job_id: str) -> Job:
         if job.cancel_requested:
             raise Conflict(
                 f"Job {job.id} is being cancelled.",
-                code="job_cancelling",
+                code="job_canceling",
                 remedy="It can't be paused any more. Create a new job to train again.",
             )
         if job.state != JobState.PAUSED:

@@ -116,7 +116,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         "resident_precisions": _precisions(residents, job.base_digest),
         "base_digest": job.base_digest,
         "precision": packing.precision_of(job.pack_key),
-        "quantisation": packing.quantisation_of(job.pack_key),
+        "quantization": packing.quantization_of(job.pack_key),
         "priority": PriorityClass(job.priority).name,
     }
     facts |= {"is_held": job.is_held, **deadlines.facts(job, now)}
@@ -140,7 +140,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         return "No worker is running. Start one.", facts
     hindrance = (
         availability.where_all_are(live)
-        or _unquantised(session, job, now=now)
+        or _unquantized(session, job, now=now)
         or _too_large(session, job, mine, now=now)
         or gang_views.why_all_wait(gangs, [one.worker_id for one in open_ones])
     )
@@ -185,12 +185,12 @@ def _left_for(preemption: Json | None) -> str | None:
     return (
         f"It made room for a job of the class {above} that had waited for {preemption['for_waited_seconds']:.0f} s: "
         f"itself it had trained for {preemption['trained_seconds']:.0f} s, counted as "
-        f"{_class_name(preemption['counts_as'])}. It goes on from the checkpoint that it saved."
+        f"{_class_name(preemption['effective_priority'])}. It goes on from the checkpoint that it saved."
     )
 
 
-def _class_name(counts_as: int) -> str:
-    return PriorityClass(counts_as).name if counts_as >= 0 else "above urgent"
+def _class_name(effective_priority: int) -> str:
+    return PriorityClass(effective_priority).name if effective_priority >= 0 else "above urgent"
 
 
 def _room_is_made(mine: QueueEntry) -> str | None:
@@ -230,8 +230,8 @@ def _place(mine: QueueEntry, ahead: list[QueueEntry], job: Job) -> Json:
         "ahead_of_this_project": own[:MAX_NAMED],
         "waited_seconds": mine.waited_seconds,
         "turn": mine.reason,
-        "counts_as": mine.counts_as,
-        "level": mine.level,
+        "effective_priority": mine.effective_priority,
+        "normalized_usage": mine.level,
         "effective_level": mine.effective_level,
     }
 
@@ -287,8 +287,8 @@ def _patience(mine: QueueEntry) -> str:
     return "No job behind it joins what is loaded any more: its turn comes when the jobs in there have ended."
 
 
-def _unquantised(session: Session, job: Job, *, now: float) -> str | None:
-    wanted, found = packing.quantisation_of(job.pack_key), views.quantisations(session, now=now, only_open=True)
+def _unquantized(session: Session, job: Job, *, now: float) -> str | None:
+    wanted, found = packing.quantization_of(job.pack_key), views.quantizations(session, now=now, only_open=True)
     if found is None or wanted in found:
         return None
     return f"It asks for its base as {wanted}, and no worker that runs has bitsandbytes. {INSTALL_QUANT}"
@@ -298,7 +298,7 @@ def _too_large(session: Session, job: Job, mine: QueueEntry, *, now: float) -> s
     rooms = views.empty_rooms(session, now=now)
     found = [(room.group, room.demand(mine.candidate)) for room in rooms] or [(SINGLE, NOTHING.demand(mine.candidate))]
     description = session.get_one(BaseModelRow, job.base_model).description or {}
-    hindrance = sharding.hindrance(job.spec["lora"], packing.quantisation_of(job.pack_key), description)
+    hindrance = sharding.hindrance(job.spec["lora"], packing.quantization_of(job.pack_key), description)
     nowhere = sharding.nowhere(found, hindrance)
     if nowhere is None:
         return None

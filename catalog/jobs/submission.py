@@ -12,7 +12,7 @@ from catalog import failpoints, tracing
 from catalog.admission.accept import accept, job_row, resolve_targets
 from catalog.admission.target_layers import Targets, retried
 from catalog.audit import log
-from catalog.db.database import Database, read_clock, serialised_at
+from catalog.db.database import Database, read_clock, serialized_at
 from catalog.errors import Conflict, InvalidRequest
 from catalog.history import events, tracker_exports
 from catalog.jobs import commands
@@ -64,7 +64,7 @@ def _create(db: Database, caller: Caller, request: JobRequest | AgreedPlan, sent
     targets = resolve_targets(db, caller, [request.request if isinstance(request, AgreedPlan) else request])
     with db.write() as session:
         name = f"submit {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}"
-        now = serialised_at(session, name)
+        now = serialized_at(session, name)
         earlier = _same_submission(session, caller, idempotency_key, body_digest, sent.is_client_retry, now=now)
         if earlier is not None:
             return earlier

@@ -31,14 +31,14 @@ from sqlalchemy.orm import Session, aliased
 
 from catalog.db.database import each_of, is_sqlite
 from catalog.resources import requirements
-from catalog.resources.sharding import GATHERED_BLOCKS, SINGLE, DeviceGroup, DividesWhen, ShardingStrategy
+from catalog.resources.sharding import GATHERED_BLOCKS, SINGLE, DeviceGroup, ShardingStrategy, ShardsWhen
 from catalog.scheduling.snapshot import Candidate, Unprepared
 from catalog.states import MAX_ENDS_IN_COMPANY, JobState, PriorityClass, is_suspect
 from catalog.tables.jobs import Job
 from catalog.tables.tenancy import Project
 from catalog.usage import quotas
 
-NEEDS = ("own_bytes", "saved_bytes", "trainer_bytes", "slice_bytes", "divisible_bytes", "gathered_bytes")
+NEEDS = ("own_bytes", "saved_bytes", "trainer_bytes", "slice_bytes", "shardable_bytes", "gathered_bytes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +54,12 @@ class CandidateFilter:
     priority: int | None = None
     """Of this class alone."""
     not_held_as: tuple[str, ...] = ()
-    """None whose base is to be quantised in one of these ways."""
-    divides_when: DividesWhen = "never"
+    """None whose base is to be quantized in one of these ways."""
+    shards_when: ShardsWhen = "never"
     """Of the group that they are looked for."""
     tried_less: bool = False
     """That have ended badly no oftener than so many times."""
-    holding: ShardingStrategy = "whole"
+    holding: ShardingStrategy = "replicated"
     """Alike ones: for a trainer that holds the base so."""
 
 
@@ -76,7 +76,7 @@ def waiting(
 ) -> list[Candidate]:
     """Of each project and class the first `per_group` jobs that may be claimed now and are such, in no order; none of a
     project that has reached a limit. num_bytes: free on each device of the group. num_ends: of those tried less."""
-    such = replace(such, divides_when=group.divides_when)
+    such = replace(such, shards_when=group.shards_when)
     left = num_bytes - group.reserve_bytes if such.alone else num_bytes
     asked = {"now": now, "per_group": per_group, "num_bytes": left, "key": key, "num_ends": num_ends}
     asked |= {"num_devices": group.num_devices, "usable_bytes": group.usable_bytes}
@@ -180,7 +180,7 @@ def _where_some_fit(groups: CTE, such: CandidateFilter) -> CTE:
     mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority, job.queued_at.is_not(None))
     need, by = func.coalesce(job.least_bytes - job.trainer_bytes, 0), job.least_bytes
     if such.alone:  # what a share comes to is in no index: it is taken to be none
-        need = by = job.least_bytes if such.divides_when == "never" else job.least_divided_bytes
+        need = by = job.least_bytes if such.shards_when == "never" else job.least_divided_bytes
     smallest = select(need).where(*mine).order_by(by).limit(1).correlate(groups)
     if such.alike:
         smallest = smallest.where(job.pack_key == bindparam("key"))
@@ -202,7 +202,7 @@ def _fits(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
     own = job.own_bytes - job.saved_bytes if such.recomputes else job.own_bytes
     whole = own + job.trainer_bytes
     need, is_trained = (whole if such.alone else own), true()
-    if such.divides_when != "never":
+    if such.shards_when != "never":
         need_alone, is_trained = _held(job, such, whole)
         need = need_alone if such.alone else own
     return or_(_is_unknown(job, such), and_(is_trained, need <= bindparam("num_bytes")))
@@ -210,7 +210,7 @@ def _fits(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
 
 def _is_unknown(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
     is_unprepared = job.own_bytes.is_(None)
-    return is_unprepared if such.divides_when == "never" else or_(is_unprepared, job.least_divided_bytes == 0)
+    return is_unprepared if such.shards_when == "never" else or_(is_unprepared, job.least_divided_bytes == 0)
 
 
 def _held(
@@ -218,18 +218,18 @@ def _held(
 ) -> tuple[ColumnElement[int], ColumnElement[bool]]:
     """(What it needs alone where the group holds its base as `Group.holding` has it, whether it is trained so.)"""
     number, usable = bindparam("num_devices", type_=BigInteger), bindparam("usable_bytes", type_=BigInteger)
-    share = (job.divisible_bytes + number - 1) // number
-    rest = whole - job.divisible_bytes + job.gathered_bytes
+    share = (job.shardable_bytes + number - 1) // number
+    rest = whole - job.shardable_bytes + job.gathered_bytes
     coming = (job.gathered_bytes + GATHERED_BLOCKS * number - 1) // (GATHERED_BLOCKS * number)
     divided, offloaded = rest + share, rest + share * bindparam("keeps_shares") + coming
-    can_divide, host_holds = job.divisible_bytes > 0, job.divisible_bytes <= bindparam("host_bytes")
-    if such.divides_when == "always":
+    can_divide, host_holds = job.shardable_bytes > 0, job.shardable_bytes <= bindparam("host_bytes")
+    if such.shards_when == "always":
         return divided, can_divide
-    if such.divides_when == "offloaded":
+    if such.shards_when == "offloaded":
         return offloaded, and_(can_divide, host_holds)
     is_spread = and_(can_divide, whole > usable)
     is_offloaded = and_(is_spread, divided > usable, host_holds)
-    ways = {"whole": ~is_spread, "divided": and_(is_spread, ~is_offloaded), "offloaded": is_offloaded}
+    ways = {"replicated": ~is_spread, "sharded": and_(is_spread, ~is_offloaded), "offloaded": is_offloaded}
     need = case((is_offloaded, offloaded), (is_spread, divided), else_=whole)
     return need, ways[such.holding] if such.alike else true()
 

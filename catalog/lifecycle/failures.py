@@ -17,9 +17,9 @@ from catalog.lifecycle.candidates import CandidateFilter
 from catalog.resources import requirements, sharding
 from catalog.resources.memory import readable
 from catalog.resources.sharding import group_told
-from catalog.spec.job import Quantisation
+from catalog.spec.job import Quantization
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, reasons
-from catalog.tables.fleet import Trainer, Worker, has_gpu, is_live, quantisations_on
+from catalog.tables.fleet import Trainer, Worker, has_gpu, is_live, quantizations_on
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
@@ -35,7 +35,7 @@ def backoff_seconds(session: Session, job: Job, *, now: float) -> float:
     worker = session.get(Worker, job.worker_id) if job.worker_id is not None else None
     if worker is None:
         return 0.0
-    missing = tuple(name for name in get_args(Quantisation) if name not in quantisations_on(worker.devices))
+    missing = tuple(name for name in get_args(Quantization) if name not in quantizations_on(worker.devices))
     others = candidates.waiting(
         session,
         CandidateFilter(alone=True, recomputes=has_gpu(worker.devices), not_held_as=missing, tried_less=True),

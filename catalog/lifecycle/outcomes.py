@@ -25,7 +25,7 @@ AGAIN = "submit the job again, or continue its newest checkpoint by a new one"
 REMEDIES: dict[EndReason, str] = {
     EndReason.CUDA_OOM: f"Lower max_length, the batch size or the rank, or ask for a larger GPU; then {AGAIN}.",
     EndReason.HOST_OOM: f"Lower max_length or give smaller files, or ask for a machine with more memory; then {AGAIN}.",
-    EndReason.DIVIDED_OOM: f"Lower max_length or the rank, or ask for a group of more or larger GPUs; then {AGAIN}.",
+    EndReason.SHARDED_OOM: f"Lower max_length or the rank, or ask for a group of more or larger GPUs; then {AGAIN}.",
     EndReason.TRAINER_CRASHED: f"Look into the job's logs for why, and show the operator; then {AGAIN}.",
     EndReason.TIMEOUT: f"The job's logs tell where the trainer stood: show the operator; then {AGAIN}.",
     EndReason.NODE_FAILED: f"The worker is at fault, not the job: tell the operator which; then {AGAIN}.",

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from catalog.audit import log
 from catalog.audit.log import AuditType
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict, InvalidRequest
 from catalog.history import events
 from catalog.history.queries import find
@@ -87,7 +87,7 @@ def move_to(db: Database, *, project_id: str, job_id: str, target: MoveTarget) -
             remedy="Give `before` or `after` with the id of another of the project's jobs, or `to`: first or last.",
         )
     with db.write() as session:
-        serialise(session, f"places of {project_id}")
+        serialize(session, f"places of {project_id}")
         job = find(session, project_id, job_id, locked=True)
         _check_waits(job, "moved")
         if beside is not None:
@@ -104,7 +104,7 @@ def _note(session: Session, type: AuditType, job: Job, *, now: float, message: s
 
 def _place(session: Session, job: Job, target: MoveTarget) -> float:
     found = _between(session, job, target)
-    if found is None:  # neighbours whose places are as near as numbers can be
+    if found is None:  # neighbors whose places are as near as numbers can be
         _spread(session, job)
         found = _between(session, job, target)
     assert found is not None, "spread places have room between them"
@@ -121,11 +121,11 @@ def _between(session: Session, job: Job, target: MoveTarget) -> float | None:
     same = session.scalar(select(func.count()).where(*others, Job.place == there)) or 0
     is_next = Job.place < there if target.before else Job.place > there
     edge = func.max(Job.place) if target.before else func.min(Job.place)
-    neighbour = session.scalar(select(edge).where(*others, is_next))
-    if neighbour is None:
-        neighbour = there - 2 if target.before else there + 2
-    place = (there + neighbour) / 2
-    return place if same == 1 and place not in (there, neighbour) else None
+    neighbor = session.scalar(select(edge).where(*others, is_next))
+    if neighbor is None:
+        neighbor = there - 2 if target.before else there + 2
+    place = (there + neighbor) / 2
+    return place if same == 1 and place not in (there, neighbor) else None
 
 
 def _spread(session: Session, job: Job) -> None:
@@ -158,7 +158,7 @@ def _check_alike(job: Job, other: Job) -> None:
         return
     raise Conflict(
         f"Job {other.id} doesn't wait in the same class as {job.id}.",
-        code="not_beside",
+        code="not_in_same_queue",
         remedy="Name another of the project's jobs that waits and has the same `priority`.",
         param="before",
     )

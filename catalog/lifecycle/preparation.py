@@ -1,4 +1,4 @@
-"""The worker verbs of a job whose files are still to be tokenised: leased like a claim, but no attempt."""
+"""The worker verbs of a job whose files are still to be tokenized: leased like a claim, but no attempt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.history import events
 from catalog.lifecycle import candidates, position
 from catalog.lifecycle.fencing import hold
@@ -82,7 +82,7 @@ def next_unprepared(
         if not candidates.to_prepare(session, now=read_clock(session)):
             return None
     with db.write() as session:
-        serialise(session, "take files to prepare")
+        serialize(session, "take files to prepare")
         now = read_clock(session)
         worker = session.get(Worker, worker_id, with_for_update=True)
         if worker is not None and worker.takes_nothing_new:

@@ -61,7 +61,7 @@ def record_progress(db: Database, claim_id: str, progress: Json) -> None:
     with db.write() as session:
         job = hold(session, claim_id)
         evaluated = {name: value for name, value in (job.progress or {}).items() if name in EVALUATED}
-        job.progress = {**evaluated, **progress, "told_at": read_clock(session)}
+        job.progress = {**evaluated, **progress, "updated_at": read_clock(session)}
 
 
 def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> bool:

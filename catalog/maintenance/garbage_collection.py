@@ -8,7 +8,7 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog.db.database import Database, read_clock, serialise, skip_locked
+from catalog.db.database import Database, read_clock, serialize, skip_locked
 from catalog.history import job_logs
 from catalog.registry import checkpoints
 from catalog.storage import artifact_index, files, multipart_uploads, token_cache
@@ -37,7 +37,7 @@ def let_go(db: Database) -> None:
     week ago, what was printed for those that ended a month ago, tokens of deleted files, plans past their time, deleted
     adapters."""
     with db.write() as session:
-        serialise(session, "clean")  # two at once would lock the same rows, each in its own order
+        serialize(session, "clean")  # two at once would lock the same rows, each in its own order
         now = read_clock(session)
         _let_expire(session, now=now)
         multipart_uploads.forget(session, now=now)

@@ -58,7 +58,7 @@ class _Sizes:
     """Bytes by what they are for, by kind of device, which holds the whole base."""
 
     parts: dict[str, dict[str, int]]
-    divisible_bytes: int
+    shardable_bytes: int
     gathered_bytes: int
     hindrance: str | None
     """Why the base can't be divided for the job."""
@@ -69,14 +69,14 @@ class _Sizes:
     def demand(self, kind: str) -> Demand:
         return Demand(
             whole_bytes=sum(self.parts[kind].values()),
-            divisible_bytes=self.divisible_bytes,
+            shardable_bytes=self.shardable_bytes,
             gathered_bytes=self.gathered_bytes,
         )
 
     def on(self, group: DeviceGroup) -> dict[str, int]:
         """The parts on each device of a group that divides the base."""
         whole, demand = self.parts[group.kind], self.demand(group.kind)
-        held = {"undivided": whole["base"] - self.divisible_bytes}
+        held = {"undivided": whole["base"] - self.shardable_bytes}
         held |= group.block_parts(demand, group.holding(demand))
         return held | {name: num_bytes for name, num_bytes in whole.items() if name != "base"}
 
@@ -144,17 +144,17 @@ def _cautions(
 
 
 def _sizes(job: Job, description: Json) -> _Sizes:
-    precision, quantisation = packing.precision_of(job.pack_key), packing.quantisation_of(job.pack_key)
-    tick = memory.tick_parts(description, precision, quantisation, num_tokens=memory.JOB_TOKENS)
-    base = {"base": memory.base_bytes(description, precision, quantisation), **tick}
-    divisible, gathered = requirements.divisible_bytes(job, description)
+    precision, quantization = packing.precision_of(job.pack_key), packing.quantization_of(job.pack_key)
+    tick = memory.tick_parts(description, precision, quantization, num_tokens=memory.JOB_TOKENS)
+    base = {"base": memory.base_bytes(description, precision, quantization), **tick}
+    divisible, gathered = requirements.shardable_bytes(job, description)
     return _Sizes(
         parts={
             kind: base | requirements.own_parts(job, description, recomputes=kind == "cuda") for kind in ("cuda", "cpu")
         },
-        divisible_bytes=divisible,
+        shardable_bytes=divisible,
         gathered_bytes=gathered,
-        hindrance=sharding.hindrance(job.spec["lora"], quantisation, description),
+        hindrance=sharding.hindrance(job.spec["lora"], quantization, description),
     )
 
 
@@ -173,7 +173,7 @@ def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, DeviceGroup]) -> list[
     for group in dict.fromkeys(groups.values()):
         demand = sizes.demand(group.kind)
         holding, needed = group.holding(demand), group.needed_bytes(demand)
-        if holding == "whole" or needed == NEVER:
+        if holding == "replicated" or needed == NEVER:
             continue
         parts = _listed(sizes.on(group))
         if group.reserve_bytes:
@@ -181,7 +181,7 @@ def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, DeviceGroup]) -> list[
             parts.append({"part": "cuda", "bytes": group.reserve_bytes, "description": told})
         about = (group.kind, group.num_devices, group.strategy(demand))
         told = dict(zip(("kind", "num_devices", "strategy"), about, strict=True))
-        of_host = demand.divisible_bytes if holding == "offloaded" and not group.keeps_shares else 0
+        of_host = demand.shardable_bytes if holding == "offloaded" and not group.keeps_shares else 0
         found[about] = {**told, "total_bytes": needed, "host_bytes": of_host, "parts": parts}
     return list(found.values())
 
@@ -192,10 +192,10 @@ def _listed(parts: dict[str, int]) -> list[Json]:
 
 def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
     """Workers that take jobs, and can hold the base as it is to be. Those that lend their devices take none."""
-    quantisation = packing.quantisation_of(job.pack_key)
+    quantization = packing.quantization_of(job.pack_key)
     lenders = gangs.lending_workers(gangs.gang_views(session, now=now))
     live = session.scalars(select(Worker).where(is_live(now=now)).order_by(Worker.id))
-    able = [row for row in live if not row.takes_nothing_new and quantisation in views.quantisations_of(row)]
+    able = [row for row in live if not row.takes_nothing_new and quantization in views.quantizations_of(row)]
     return [row for row in able if row.id not in lenders]
 
 
@@ -237,7 +237,7 @@ def _fits_nowhere(groups: Mapping[str, DeviceGroup], sizes: _Sizes) -> Caution:
     return Caution(
         code="fits_no_worker",
         message=message,
-        remedy=f"{fits} Add such a worker, or use a lower rank, a quantised or a smaller base.",
+        remedy=f"{fits} Add such a worker, or use a lower rank, a quantized or a smaller base.",
     )
 
 

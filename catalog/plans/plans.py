@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from catalog.admission.accept import Accepted, accept, job_row, resolve_targets, surprises
 from catalog.admission.target_layers import Targets, retried
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, Forbidden, NotFound
 from catalog.plans.estimator import TokenizedData, foretell
@@ -53,7 +53,7 @@ def create(db: Database, *, caller: Caller, request: JobRequest, settings: Setti
 def _create(db: Database, caller: Caller, request: JobRequest, *, settings: Settings) -> Plan:
     targets = resolve_targets(db, caller, [request])
     with db.write() as session:
-        serialise(session, f"plan {caller.project_id}")
+        serialize(session, f"plan {caller.project_id}")
         now = read_clock(session)
         quotas.check_priority(session, caller, request.priority)
         accepted = accept(session, caller, request, now=now, seed=secrets.randbelow(2**31))

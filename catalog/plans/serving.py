@@ -92,10 +92,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         server="peft",
         verdict="with_settings",
-        applies=lambda made: made.spec.quantisation != "none",
+        applies=lambda made: made.spec.quantization != "none",
         reason=lambda made: (
-            f"It is trained on the base as {made.spec.quantisation}: load the base so (bitsandbytes), "
-            "or the outputs differ by the quantisation's error."
+            f"It is trained on the base as {made.spec.quantization}: load the base so (bitsandbytes), "
+            "or the outputs differ by the quantization's error."
         ),
     ),
     # PEFTHelper of vllm/lora/peft_helper.py refuses use_dora ("vLLM does not yet support DoRA") and modules_to_save.
@@ -135,23 +135,23 @@ RULES: tuple[Rule, ...] = (
         applies=lambda made: VLLM_USUAL_RANK < made.highest_rank <= VLLM_RANKS[-1],
         reason=_vllm_rank,
     ),
-    # vLLM's examples/offline_inference/lora_with_quantization_inference.py; on the fly it quantises to nf4 alone.
+    # vLLM's examples/offline_inference/lora_with_quantization_inference.py; on the fly it quantizes to nf4 alone.
     Rule(
         server="vllm",
         verdict="with_settings",
-        applies=lambda made: made.spec.quantisation == "nf4",
+        applies=lambda made: made.spec.quantization == "nf4",
         reason=lambda made: (
             "It is trained on the base as nf4: start vLLM with --quantization bitsandbytes, or the outputs differ by "
-            "the quantisation's error."
+            "the quantization's error."
         ),
     ),
     Rule(
         server="vllm",
         verdict="with_settings",
-        applies=lambda made: made.spec.quantisation == "int8",
+        applies=lambda made: made.spec.quantization == "int8",
         reason=lambda made: (
             "It is trained on the base as int8, and vLLM would hold the base otherwise: the outputs differ by the "
-            "quantisation's error."
+            "quantization's error."
         ),
     ),
     Rule(
@@ -166,23 +166,23 @@ RULES: tuple[Rule, ...] = (
     Rule(
         server="merge",
         verdict="with_settings",
-        applies=lambda made: made.spec.quantisation != "none",
+        applies=lambda made: made.spec.quantization != "none",
         reason=lambda made: (
-            f"It is trained on the base as {made.spec.quantisation}, and merged only into the plain "
-            "weights, with --dequantise: the result differs from what was trained by the quantisation's error, which "
+            f"It is trained on the base as {made.spec.quantization}, and merged only into the plain "
+            "weights, with --dequantize: the result differs from what was trained by the quantization's error, which "
             "the merge measures."
         ),
     ),
     Rule(
         server="merge",
         verdict="yes",
-        applies=lambda made: made.spec.precision == "float32" and made.spec.quantisation == "none",
+        applies=lambda made: made.spec.precision == "float32" and made.spec.quantization == "none",
         reason=lambda made: "W + BA is summed in fp32, and nothing is lost where it is stored as that.",
     ),
     Rule(
         server="merge",
         verdict="yes",
-        applies=lambda made: made.spec.precision != "float32" and made.spec.quantisation == "none",
+        applies=lambda made: made.spec.precision != "float32" and made.spec.quantization == "none",
         reason=lambda made: (
             "W + BA is summed in fp32 and rounded once to the base's dtype; the merge measures what "
             "rounding took, and refuses where that shows."

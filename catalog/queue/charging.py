@@ -27,7 +27,7 @@ from catalog.resources.sharding import group_told
 from catalog.scheduling import ordering
 from catalog.scheduling.snapshot import Policy, Share, WorkerService
 from catalog.states import JobState, PriorityClass
-from catalog.tables.fleet import Worker, has_gpu, quantisations_on
+from catalog.tables.fleet import Worker, has_gpu, quantizations_on
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json
@@ -120,7 +120,7 @@ def served(session: Session, *, now: float) -> list[WorkerService]:
     found: list[WorkerService] = []
     for (memory_bytes, told), turns in latest.items():
         devices = json.loads(told)
-        can_load, recomputes = quantisations_on(devices), has_gpu(devices)
+        can_load, recomputes = quantizations_on(devices), has_gpu(devices)
         service = WorkerService(at=turns, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load)
         found.append(replace(service, group=group_told(devices, memory_bytes)))
     return found
@@ -132,7 +132,7 @@ def note_turns(worker: Worker, groups: Iterable[tuple[str, int]], *, now: float,
     What is so long ago that every class has risen above `urgent` since then is dropped: it decides nothing any more.
     """
     kept: Json = {}
-    oldest = now - (len(PriorityClass) + 1) * policy.promote_after_seconds
+    oldest = now - (len(PriorityClass) + 1) * policy.priority_aging_seconds
     for (project_id, priority), at in [*_by_project_and_class(worker.served_at), *((group, now) for group in groups)]:
         if at >= oldest:
             kept.setdefault(project_id, {})[str(priority)] = at

@@ -16,7 +16,7 @@ from sqlalchemy import Row, Select, bindparam, literal, select
 from sqlalchemy.orm import Session
 
 from catalog import failpoints
-from catalog.db.database import Database, clock_column, clock_given, find_in, read_clock, serialise, skip_locked
+from catalog.db.database import Database, clock_column, clock_given, find_in, read_clock, serialize, skip_locked
 from catalog.fleet import views
 from catalog.lifecycle import candidates as heads
 from catalog.lifecycle import recovery
@@ -28,7 +28,7 @@ from catalog.resources.sharding import ShardingStrategy
 from catalog.scheduling.packing import Choice, spare_bytes
 from catalog.scheduling.scheduler import MAX_FALLBACKS, Decision, Wait, decide, snapshot_without
 from catalog.scheduling.snapshot import USUAL, Candidate, Capacity, Policy, QueueSnapshot
-from catalog.spec.job import Quantisation
+from catalog.spec.job import Quantization
 from catalog.states import JobState, Verb, is_suspect
 from catalog.tables.fleet import Worker
 from catalog.tables.history import Attempt, Checkpoint
@@ -134,12 +134,12 @@ def claim_pack(
         if pack_key is not None and race == 0:
             charging.settle(db, trainer_id, policy=policy)
         with db.write() as session:
-            serialise(session, TAKING, shared=True)
+            serialize(session, TAKING, shared=True)
             if claims := _take(session, chosen, ask):
                 return claims
     for _ in range(MAX_TRIES):  # others were quicker: from here on none is, only people may be
         with db.write() as session:
-            serialise(session, TAKING)
+            serialize(session, TAKING)
             chosen = _choose(session, ask)
             claims = _take(session, chosen, ask, is_alone=True)
         if claims or not chosen.choices:
@@ -324,7 +324,7 @@ def snapshot_of_worker(
     )
     if picture.has_suspect:
         return picture
-    can_load = views.quantisations_of(worker) if worker is not None else frozenset({"none"})
+    can_load = views.quantizations_of(worker) if worker is not None else frozenset({"none"})
     picture = _with_candidates(picture, _firsts(session, picture, can_load))
     for_whom = live_key or room.resident_key
     if for_whom is not None:
@@ -365,7 +365,7 @@ def _firsts(session: Session, picture: QueueSnapshot, can_load: Collection[str])
     more than one decision needs, for those of which other workers take some meanwhile.
     """
     room, is_live = picture.room, picture.live_key is not None
-    missing = tuple(name for name in get_args(Quantisation) if name not in can_load)
+    missing = tuple(name for name in get_args(Quantization) if name not in can_load)
     such = CandidateFilter(alone=True, recomputes=room.recomputes, not_held_as=missing)
 
     def look(per_group: int, num_bytes: int) -> list[Candidate]:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from sqlalchemy import and_, select, union
 from sqlalchemy.orm import Session
 
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.fleet import views
-from catalog.fleet.views import is_gpu, quantisations_of
+from catalog.fleet.views import is_gpu, quantizations_of
 from catalog.history import events
 from catalog.lifecycle import candidates
 from catalog.queue import charging
@@ -53,10 +53,10 @@ def look(db: Database, *, policy: Policy) -> int:
         if not _decide(session, now=now, policy=policy) and not list(session.scalars(select(Job.id).where(IS_ASKED))):
             return 0
     with db.write() as session:
-        serialise(session, ASKING)
+        serialize(session, ASKING)
         _take_back(session, now=read_clock(session))
     with db.write() as session:  # one transaction for both would lock jobs twice, not in one order
-        serialise(session, ASKING)
+        serialize(session, ASKING)
         now = read_clock(session)
         decided = _decide(session, now=now, policy=policy)
         return _ask(session, decided, now=now, policy=policy)
@@ -196,7 +196,7 @@ def _holder(
     num_devices: int,
     policy: Policy,
 ) -> Holder:
-    room, recomputes, can_load = views.room_told(worker), is_gpu(worker), quantisations_of(worker)
+    room, recomputes, can_load = views.room_told(worker), is_gpu(worker), quantizations_of(worker)
     service = WorkerService(
         at={},
         memory_bytes=worker.memory_bytes,
@@ -208,14 +208,14 @@ def _holder(
 
     def training(job: Job, attempt: Attempt) -> Training:
         devices_left = num_devices * num_jobs[job.project_id] / len(held)
-        counts_as = min(job.priority, int((attempt.why or {}).get("counts_as", job.priority)))
+        effective_priority = min(job.priority, int((attempt.why or {}).get("effective_priority", job.priority)))
         share = shares.get(job.project_id, Share())
         level = preempt.level_if_it_left(share, priority=job.priority, devices_left=devices_left, policy=policy)
         own = (job.own_bytes or 0) + (job.slice_bytes or 0) - ((job.saved_bytes or 0) if recomputes else 0)
         return Training(
             job_id=job.id,
             project_id=job.project_id,
-            counts_as=counts_as,
+            effective_priority=effective_priority,
             effective_level=level,
             own_bytes=own,
             began_at=attempt.started_at,

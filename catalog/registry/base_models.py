@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, defer
 
 from catalog.audit import log
 from catalog.audit.log import AuditType
-from catalog.db.database import Database, get_locked, read_clock, serialise, skip_locked
+from catalog.db.database import Database, get_locked, read_clock, serialize, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.resources import requirements
 from catalog.spec.job import LABEL
@@ -35,7 +35,7 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
     """
     _check(name, kind, source)
     with db.write() as session:
-        serialise(session, f"base {name}")
+        serialize(session, f"base {name}")
         row = session.get(BaseModelRow, name, with_for_update=True)
         is_another = row is not None and (row.kind, row.source, row.revision) != (kind, source, revision)
         if row is None:

@@ -77,7 +77,7 @@ def build(
         "format": FORMAT,
         "job": job.id,
         "outputs": _outputs(adapter, num_parameters),
-        "base": {**_base(base), "quantisation": job.spec.get("quantisation", "none")},
+        "base": {**_base(base), "quantization": job.spec.get("quantization", "none")},
         "data": [_data(source) for source in data],
         "config": {"requested": _requested(job.requested), "resolved": _without(job.spec, PRIVATE)},
         "attempts": [_attempt(entry, finished_at, is_last=entry is attempts[-1]) for entry in attempts],

@@ -18,7 +18,7 @@ PARTS: Mapping[str, str] = {
     "gathered_blocks": "blocks of the base that are whole while they compute",
     "activations": "activations of one tick, until its backward",
     "logits": "one chunk of logits, with its gradient",
-    "restored_weights": "the largest quantised weight, restored for a product",
+    "restored_weights": "the largest quantized weight, restored for a product",
     "row": "the adapter's weights, gradient and what the optimizer remembers",
     "best_weights": "the best weights so far",
     "parent": "the adapter that it continues, to compare with",

@@ -148,25 +148,25 @@ def _start_bytes(description: Mapping[str, Any], precision: str) -> int:
     return 4 * max(sizes, default=0)
 
 
-def base_bytes(description: Mapping[str, Any], precision: str, quantisation: str = "none") -> int:
-    """The frozen weights. Quantised are the linears that an adapter may be on; embeddings, norms and head are not."""
+def base_bytes(description: Mapping[str, Any], precision: str, quantization: str = "none") -> int:
+    """The frozen weights. Quantized are the linears that an adapter may be on; embeddings, norms and head are not."""
     num_parameters, width = int(description.get("num_parameters", 0)), BYTES_PER_NUMBER[precision]
-    if quantisation == "none":
+    if quantization == "none":
         return num_parameters * width
     matrices = _matrices(description)
-    num_quantised = sum(rows * columns * count for (rows, columns), count in matrices.items())
-    of_matrix = {"nf4": _nf4_bytes, "int8": _int8_bytes}[quantisation]
-    quantised = sum(of_matrix(rows, columns) * count for (rows, columns), count in matrices.items())
-    return quantised + max(0, num_parameters - num_quantised) * width
+    num_quantized = sum(rows * columns * count for (rows, columns), count in matrices.items())
+    of_matrix = {"nf4": _nf4_bytes, "int8": _int8_bytes}[quantization]
+    quantized = sum(of_matrix(rows, columns) * count for (rows, columns), count in matrices.items())
+    return quantized + max(0, num_parameters - num_quantized) * width
 
 
 def _matrices(description: Mapping[str, Any]) -> Counter[tuple[int, int]]:
-    """(out_features, in_features) of what quantisation takes, and how many of each."""
+    """(out_features, in_features) of what quantization takes, and how many of each."""
     return Counter((linear.out_features, linear.in_features) for linear in linears_of(description))
 
 
 def _nf4_bytes(out_features: int, in_features: int) -> int:
-    """Half a byte a weight, with double quantisation: about 0.516 in all where the matrix is large."""
+    """Half a byte a weight, with double quantization: about 0.516 in all where the matrix is large."""
     blocks = math.ceil(out_features * in_features / NF4_BLOCK)
     scales = blocks + 4 * math.ceil(blocks / NF4_SCALE_BLOCK)
     return math.ceil(out_features * in_features / 2) + scales + NF4_TABLE_BYTES
@@ -191,15 +191,15 @@ def _recomputed_bytes_per_token(description: Mapping[str, Any], precision: str) 
 
 
 def tick_parts(
-    description: Mapping[str, Any], precision: str, quantisation: str = "none", *, num_tokens: int
+    description: Mapping[str, Any], precision: str, quantization: str = "none", *, num_tokens: int
 ) -> dict[str, int]:
     """Activations and one chunk of logits (fp32, with their gradient) of a tick of `num_tokens`.
 
-    Of a quantised base also one linear's weights in the dtype: they are restored for each product.
+    Of a quantized base also one linear's weights in the dtype: they are restored for each product.
     """
     shapes: Shapes = description.get("linear_shapes", {})
     restored = 0
-    if quantisation != "none":
+    if quantization != "none":
         largest = max((rows * columns for rows, columns in _matrices(description)), default=0)
         restored = largest * BYTES_PER_NUMBER[precision]
     return {
@@ -209,9 +209,9 @@ def tick_parts(
     }
 
 
-def tick_bytes(description: Mapping[str, Any], precision: str, quantisation: str = "none", *, num_tokens: int) -> int:
+def tick_bytes(description: Mapping[str, Any], precision: str, quantization: str = "none", *, num_tokens: int) -> int:
     """All of `tick_parts`."""
-    return sum(tick_parts(description, precision, quantisation, num_tokens=num_tokens).values())
+    return sum(tick_parts(description, precision, quantization, num_tokens=num_tokens).values())
 
 
 def slice_bytes(description: Mapping[str, Any], precision: str) -> int:
@@ -230,11 +230,11 @@ def widens_tick(num_before: int, *, tick_tokens: int) -> bool:
 
 
 def trainer_bytes(
-    description: Mapping[str, Any], precision: str, quantisation: str = "none", *, num_tokens: int = JOB_TOKENS
+    description: Mapping[str, Any], precision: str, quantization: str = "none", *, num_tokens: int = JOB_TOKENS
 ) -> int:
     """A trainer before its first job: base and one tick, in which a job alone has one slice on any device."""
-    base = base_bytes(description, precision, quantisation)
-    return base + tick_bytes(description, precision, quantisation, num_tokens=num_tokens)
+    base = base_bytes(description, precision, quantization)
+    return base + tick_bytes(description, precision, quantization, num_tokens=num_tokens)
 
 
 def readable(num_bytes: float) -> str:

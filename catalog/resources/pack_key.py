@@ -6,9 +6,9 @@ Who of those trains together is decided in catalog/scheduling/packing.py.
 from __future__ import annotations
 
 
-def pack_key(base_digest: str, precision: str, quantisation: str = "none") -> str:
-    """Jobs train together where this is equal: base, dtype with quantisation, task head."""
-    weights = precision if quantisation == "none" else f"{precision}+{quantisation}"
+def pack_key(base_digest: str, precision: str, quantization: str = "none") -> str:
+    """Jobs train together where this is equal: base, dtype with quantization, task head."""
+    weights = precision if quantization == "none" else f"{precision}+{quantization}"
     return f"{base_digest}:{weights}:causal-lm"
 
 
@@ -17,15 +17,15 @@ def precision_of(key: str) -> str:
     return _weights_of(key).partition("+")[0]
 
 
-def quantisation_of(key: str) -> str:
+def quantization_of(key: str) -> str:
     """none, nf4 or int8: how the base's linears are held."""
     return _weights_of(key).partition("+")[2] or "none"
 
 
 def weights_of(key: str) -> str:
-    """Dtype and quantisation for a sentence: float32; nf4 with bfloat16."""
-    quantisation = quantisation_of(key)
-    return precision_of(key) if quantisation == "none" else f"{quantisation} with {precision_of(key)}"
+    """Dtype and quantization for a sentence: float32; nf4 with bfloat16."""
+    quantization = quantization_of(key)
+    return precision_of(key) if quantization == "none" else f"{quantization} with {precision_of(key)}"
 
 
 def _weights_of(key: str) -> str:

@@ -33,7 +33,7 @@ class MemoryRequirements:
     """What a trainer of its base needs before its first job."""
     slice_bytes: int
     """What it adds to a tick beside other jobs, where the tick has not reached its size."""
-    divisible_bytes: int
+    shardable_bytes: int
     """What several devices can divide of what its trainer needs; 0 of a job that reads whole weights."""
     gathered_bytes: int
     """What each of them then needs beside its share."""
@@ -44,9 +44,9 @@ def note(session: Session, job: Job) -> None:
     needs = of(session, job)
     job.own_bytes, job.saved_bytes = needs.own_bytes, needs.saved_bytes
     job.trainer_bytes, job.slice_bytes = needs.trainer_bytes, needs.slice_bytes
-    job.divisible_bytes, job.gathered_bytes = needs.divisible_bytes, needs.gathered_bytes
+    job.shardable_bytes, job.gathered_bytes = needs.shardable_bytes, needs.gathered_bytes
     job.least_bytes = needs.trainer_bytes + needs.own_bytes - needs.saved_bytes
-    job.least_divided_bytes = job.least_bytes - max(0, needs.divisible_bytes - needs.gathered_bytes)
+    job.least_divided_bytes = job.least_bytes - max(0, needs.shardable_bytes - needs.gathered_bytes)
 
 
 def note_all(db: Database, *, batch: int = 500) -> int:
@@ -76,24 +76,24 @@ def _note_each(db: Database, wanted: tuple[ColumnElement[bool], ...], *, batch: 
 def of(session: Session, job: Job) -> MemoryRequirements:
     """As reckoned now."""
     description = session.get_one(BaseModelRow, job.base_model).description or {}
-    precision, quantisation = packing.precision_of(job.pack_key), packing.quantisation_of(job.pack_key)
+    precision, quantization = packing.precision_of(job.pack_key), packing.quantization_of(job.pack_key)
     own = own_bytes(job, description)
-    divisible, gathered = divisible_bytes(job, description)
+    divisible, gathered = shardable_bytes(job, description)
     return MemoryRequirements(
         own_bytes=own,
         saved_bytes=own - own_bytes(job, description, recomputes=True),
-        trainer_bytes=memory.trainer_bytes(description, precision, quantisation),
+        trainer_bytes=memory.trainer_bytes(description, precision, quantization),
         slice_bytes=memory.slice_bytes(description, precision),
-        divisible_bytes=divisible,
+        shardable_bytes=divisible,
         gathered_bytes=gathered,
     )
 
 
-def divisible_bytes(job: Job, description: Json) -> tuple[int, int]:
+def shardable_bytes(job: Job, description: Json) -> tuple[int, int]:
     """What devices can divide of its trainer's base, and what each then holds beside its share; 0 where the job needs
     whole weights."""
-    quantisation = packing.quantisation_of(job.pack_key)
-    if sharding.hindrance(job.spec["lora"], quantisation, description) is not None:
+    quantization = packing.quantization_of(job.pack_key)
+    if sharding.hindrance(job.spec["lora"], quantization, description) is not None:
         return 0, 0
     return sharding.block_bytes(description, packing.precision_of(job.pack_key))
 
@@ -102,15 +102,15 @@ def demand(job: Job, description: Json, *, recomputes: bool) -> Demand:
     """What it needs of a device with a trainer to itself, as its row has it. recomputes: the device. description: the
     base's, from which is reckoned what the row has not."""
     if job.own_bytes is None:
-        precision, quantisation = packing.precision_of(job.pack_key), packing.quantisation_of(job.pack_key)
-        whole = memory.trainer_bytes(description, precision, quantisation)
+        precision, quantization = packing.precision_of(job.pack_key), packing.quantization_of(job.pack_key)
+        whole = memory.trainer_bytes(description, precision, quantization)
         whole += own_bytes(job, description, recomputes=recomputes)
     else:
         whole = job.own_bytes - ((job.saved_bytes or 0) if recomputes else 0) + (job.trainer_bytes or 0)
     is_known = job.own_bytes is not None and job.least_divided_bytes > 0
-    kept = job.divisible_bytes, job.gathered_bytes
-    divisible, gathered = kept if is_known else divisible_bytes(job, description)
-    return Demand(whole_bytes=whole, divisible_bytes=divisible, gathered_bytes=gathered)
+    kept = job.shardable_bytes, job.gathered_bytes
+    divisible, gathered = kept if is_known else shardable_bytes(job, description)
+    return Demand(whole_bytes=whole, shardable_bytes=divisible, gathered_bytes=gathered)
 
 
 def own_bytes(job: Job, description: Json, *, recomputes: bool = False) -> int:

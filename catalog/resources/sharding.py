@@ -19,9 +19,9 @@ from catalog.spec.lora import begins_with_the_base
 Strategy = Literal["replicated", "fsdp2", "zero3", "fsdp2_offload", "zero3_offload"]
 Wanted = Literal["auto", "replicated", "fsdp2", "zero3", "fsdp2_offload", "zero3_offload"]
 """What an operator has set for a worker."""
-ShardingStrategy = Literal["whole", "divided", "offloaded"]
+ShardingStrategy = Literal["replicated", "sharded", "offloaded"]
 """On each device all of the base; or of each block a share, there or in the memory of its host."""
-DividesWhen = Literal["never", "needed", "always", "offloaded"]
+ShardsWhen = Literal["never", "needed", "always", "offloaded"]
 """The last: always, with the shares in the host's memory."""
 
 GATHERED_BLOCKS = 3
@@ -44,7 +44,7 @@ class Demand:
     """What a job needs of a device that holds the whole base, with a trainer to itself."""
 
     whole_bytes: int
-    divisible_bytes: int = 0
+    shardable_bytes: int = 0
     """Of that, the blocks, of which each of several devices may have a share. 0: the job needs them whole."""
     gathered_bytes: int = 0
     """Blocks that a device then holds whole at one time beside its share."""
@@ -67,7 +67,7 @@ class DeviceGroup:
     """Of a base that may be in the memory of its host. 0 of a CPU, whose memory that is already."""
 
     @property
-    def divides_when(self) -> DividesWhen:
+    def shards_when(self) -> ShardsWhen:
         """One device has nobody to divide with, and over nodes no base is divided: a job would be held in another way
         where another one leads."""
         if self.gang is not None or self.num_devices == 1 or self.wanted == "replicated":
@@ -89,50 +89,50 @@ class DeviceGroup:
     @property
     def host_limit_bytes(self) -> int:
         """Of a CPU none where an operator has it offload: the shares stay in the memory that they were in."""
-        return NEVER if self.kind == "cpu" and self.divides_when == "offloaded" else self.host_bytes
+        return NEVER if self.kind == "cpu" and self.shards_when == "offloaded" else self.host_bytes
 
     def holding(self, demand: Demand) -> ShardingStrategy:
         """How the base is held for such a job: in the first of the three ways in which it fits."""
-        when = self.divides_when
+        when = self.shards_when
         if when != "needed":
-            return "whole" if when == "never" else "divided" if when == "always" else "offloaded"
-        if not demand.divisible_bytes or demand.whole_bytes <= self.usable_bytes:
-            return "whole"
-        fits_divided = self.held_bytes(demand, "divided") <= self.usable_bytes
-        return "divided" if fits_divided or demand.divisible_bytes > self.host_limit_bytes else "offloaded"
+            return "replicated" if when == "never" else "sharded" if when == "always" else "offloaded"
+        if not demand.shardable_bytes or demand.whole_bytes <= self.usable_bytes:
+            return "replicated"
+        fits_sharded = self.held_bytes(demand, "sharded") <= self.usable_bytes
+        return "sharded" if fits_sharded or demand.shardable_bytes > self.host_limit_bytes else "offloaded"
 
     def strategy(self, demand: Demand) -> Strategy:
         holding = self.holding(demand)
         library = "zero3" if self.wanted.startswith("zero3") else "fsdp2"
-        told = {"whole": "replicated", "divided": library, "offloaded": f"{library}_offload"}[holding]
+        told = {"replicated": "replicated", "sharded": library, "offloaded": f"{library}_offload"}[holding]
         return cast(Strategy, told)
 
     def needed_bytes(self, demand: Demand) -> int:
         """On each device, by the way in which the job is trained there. NEVER where it can't be."""
         holding = self.holding(demand)
-        is_barred = holding != "whole" and not demand.divisible_bytes
-        if is_barred or (holding == "offloaded" and demand.divisible_bytes > self.host_limit_bytes):
+        is_barred = holding != "replicated" and not demand.shardable_bytes
+        if is_barred or (holding == "offloaded" and demand.shardable_bytes > self.host_limit_bytes):
             return NEVER
         return self.held_bytes(demand, holding) + self.reserve_bytes
 
     def held_bytes(self, demand: Demand, holding: ShardingStrategy) -> int:
         """Of that what the trainer's own is, where the base is held so."""
-        if holding == "whole":
+        if holding == "replicated":
             return demand.whole_bytes
-        return demand.whole_bytes - demand.divisible_bytes + sum(self.block_parts(demand, holding).values())
+        return demand.whole_bytes - demand.shardable_bytes + sum(self.block_parts(demand, holding).values())
 
     def block_parts(self, demand: Demand, holding: ShardingStrategy) -> dict[str, int]:
         """What a device holds of the blocks of a base that is not whole. From the host a block's share comes to the
         device before all gather it."""
         share, gathered = self.share_bytes(demand), demand.gathered_bytes
-        if holding == "divided":
+        if holding == "sharded":
             return {"base_share": share, "gathered_blocks": gathered}
         coming = math.ceil(gathered / (GATHERED_BLOCKS * self.num_devices))
         return {"base_share": share * self.keeps_shares, "gathered_blocks": gathered, "coming_share": coming}
 
     def share_bytes(self, demand: Demand) -> int:
         """Of the blocks, that is of each device all the time."""
-        return math.ceil(demand.divisible_bytes / self.num_devices)
+        return math.ceil(demand.shardable_bytes / self.num_devices)
 
     @property
     def keeps_shares(self) -> bool:
@@ -169,10 +169,10 @@ def block_bytes(description: Mapping[str, Any], precision: str) -> tuple[int, in
     return blocks["num_parameters"] * width, GATHERED_BLOCKS * blocks["largest_parameters"] * width
 
 
-def hindrance(lora: Mapping[str, Any], quantisation: str, description: Mapping[str, Any]) -> str | None:
+def hindrance(lora: Mapping[str, Any], quantization: str, description: Mapping[str, Any]) -> str | None:
     """Why a job can't be trained on a divided base; the beginning of a sentence. None where it can."""
-    if quantisation != "none":
-        return f"A base held as {quantisation} is not divided"
+    if quantization != "none":
+        return f"A base held as {quantization} is not divided"
     if lora.get("use_dora"):
         return "DoRA reads the base's weights, of which each device of several would hold a share"
     start = lora.get("init_lora_weights")
@@ -193,18 +193,18 @@ def reason(group: DeviceGroup, demand: Demand) -> str:
         return "There is one device, which holds the whole base."
     holding, is_auto = group.holding(demand), group.wanted == "auto"
     there = f"the smallest of {group.num_devices} devices has {readable(group.bytes_of_each)}"
-    whole = _about(group, demand, "whole")
-    if holding == "whole":
+    whole = _about(group, demand, "replicated")
+    if holding == "replicated":
         if not is_auto:
             return f"LORRY_STRATEGY is replicated: each of {group.num_devices} devices holds the whole base."
         return f"Each device holds the whole base: the job needs {whole}, and {there}."
     told = f"With the whole base the job would need {whole} on each device, and {there}"
     if holding == "offloaded":
-        divided = _about(group, demand, "divided")
+        divided = _about(group, demand, "sharded")
         told = f"With a share of every block the job would need {divided} on each device, and {there}"
     if not is_auto:
         told = f"LORRY_STRATEGY is {group.wanted}"
-    where = f" in the host's memory, {_size(demand.divisible_bytes)} in all" if holding == "offloaded" else ""
+    where = f" in the host's memory, {_size(demand.shardable_bytes)} in all" if holding == "offloaded" else ""
     need = _about(group, demand, holding)
     return f"{told}: each of {group.num_devices} devices holds a share of every block{where}, and needs {need}."
 
@@ -223,7 +223,7 @@ def nowhere(found: Sequence[tuple[DeviceGroup, Demand]], hindrance: str | None) 
         return None
     group, demand = max(found, key=lambda pair: pair[0].bytes_of_each)
     parts = [_why_not(group, demand)]
-    if hindrance is not None and any(group.divides_when != "never" for group, _ in found):
+    if hindrance is not None and any(group.shards_when != "never" for group, _ in found):
         parts.append(f"{hindrance}.")
     return " ".join(parts)
 
@@ -231,22 +231,22 @@ def nowhere(found: Sequence[tuple[DeviceGroup, Demand]], hindrance: str | None) 
 def _why_not(group: DeviceGroup, demand: Demand) -> str:
     """Why it doesn't fit the largest worker."""
     holding, held = group.holding(demand), readable(group.bytes_of_each)
-    if holding == "whole":
+    if holding == "replicated":
         need = _about(group, demand, holding)
         if group.smallest is not None:
             smallest = f"the smallest worker of the gang {group.gang}, {group.smallest}, has {held}"
             return f"It needs {need} on each device, and {smallest}."
         return f"It needs {need} and the largest worker has {held}."
-    if not demand.divisible_bytes:
+    if not demand.shardable_bytes:
         return f"The largest worker divides every base among its devices (LORRY_STRATEGY is {group.wanted})."
     among = f"Divided among the {group.num_devices} devices of the largest worker"
-    if holding == "offloaded" and demand.divisible_bytes > group.host_limit_bytes:
+    if holding == "offloaded" and demand.shardable_bytes > group.host_limit_bytes:
         return f"{among} it would need {_too_much_for_host(group, demand)}"
     where = ", with the shares in the host's memory," if holding == "offloaded" else ""
     need = _about(group, demand, holding)
     told = f"{among}{where} it needs {need} on each, and the smallest of them has {held}."
     would_fit = group.held_bytes(demand, "offloaded") <= group.usable_bytes
-    if group.divides_when == "needed" and holding == "divided" and would_fit:
+    if group.shards_when == "needed" and holding == "sharded" and would_fit:
         fits = _about(group, demand, "offloaded")
         told += f" Held by the host it would need {fits} on each, and {_too_much_for_host(group, demand)}"
     return told
@@ -254,7 +254,7 @@ def _why_not(group: DeviceGroup, demand: Demand) -> str:
 
 def _too_much_for_host(group: DeviceGroup, demand: Demand) -> str:
     of_host = readable(group.host_limit_bytes)
-    return f"{_size(demand.divisible_bytes)} of the host's memory, where a base may take {of_host}."
+    return f"{_size(demand.shardable_bytes)} of the host's memory, where a base may take {of_host}."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,8 +271,8 @@ def would_fit(demand: Demand) -> list[Fit]:
     """The smallest common GPU that such a job could be trained on, groups of smaller ones, and at last two that are
     enough where the shares are in the host's memory: more of those need hardly less each."""
     found: list[Fit] = []
-    ways = [(count, 0) for count in COUNTS] + [(2, demand.divisible_bytes)]
-    for count, host_bytes in ways if demand.divisible_bytes else ways[:1]:
+    ways = [(count, 0) for count in COUNTS] + [(2, demand.shardable_bytes)]
+    for count, host_bytes in ways if demand.shardable_bytes else ways[:1]:
         card = next((card for card in CARDS if _fits(demand, count, card, host_bytes)), None)
         fewer = [fit.card.gigabytes for fit in found if fit.num_devices <= count]
         if card is not None and card.gigabytes < min(fewer, default=card.gigabytes + 1):

@@ -29,7 +29,7 @@ class QueueEntry:
     waited_seconds: float
     project_rank: int
     """Jobs of its project that run, and those that wait before it."""
-    counts_as: int
+    effective_priority: int
     """The class in which it stands among its project's jobs: its own or, of the first of a class that has waited, a
     higher one, which may be above `urgent`."""
     is_first_of_class: bool
@@ -49,7 +49,7 @@ class _Standing:
     """A candidate within its project."""
 
     job: Candidate
-    counts_as: int
+    effective_priority: int
     num_before_in_class: int
 
 
@@ -118,7 +118,7 @@ def most_before(priority: int, policy: Policy = USUAL) -> tuple[float, int]:
 
     When the project has its turns, its share decides: see `shares.longest_wait`.
     """
-    return (priority + 1) * policy.promote_after_seconds, NUM_CLASSES - 1
+    return (priority + 1) * policy.priority_aging_seconds, NUM_CLASSES - 1
 
 
 def of_project(
@@ -133,7 +133,7 @@ def of_project(
         since = max(min(job.queued_at for job in of_class), _last_turn(of_class[0], served, now))
         risen = _promoted(priority, now - since, policy)
         found += (
-            _Standing(job=job, counts_as=priority if number else risen, num_before_in_class=number)
+            _Standing(job=job, effective_priority=priority if number else risen, num_before_in_class=number)
             for number, job in enumerate(of_class)
         )
     return sorted(found, key=_within_project)
@@ -141,7 +141,7 @@ def of_project(
 
 def _within_project(standing: _Standing) -> tuple[int, int, float, str]:
     """Of those that count as one class, the one first that has waited longer, and then their seconds."""
-    return standing.counts_as, standing.num_before_in_class, standing.job.queued_at, standing.job.job_id
+    return standing.effective_priority, standing.num_before_in_class, standing.job.queued_at, standing.job.job_id
 
 
 def _ranked(standing: Sequence[_Standing], share: Share, policy: Policy) -> Iterator[_Ranked]:
@@ -168,13 +168,13 @@ def _last_turn(job: Candidate, served: Collection[WorkerService], now: float) ->
 
 
 def _promoted(priority: int, waited_seconds: float, policy: Policy) -> int:
-    """What the first of a project's class counts as: a class higher for each `promote_after_seconds` since the oldest
+    """What the first of a project's class counts as: a class higher for each `priority_aging_seconds` since the oldest
     of the class came, or since the class had its turn.
 
     There is no highest class, so of two that have both risen, the one goes first that was served earlier. Only one
     job rises at a time.
     """
-    return priority - math.floor(max(0.0, waited_seconds) / policy.promote_after_seconds)
+    return priority - math.floor(max(0.0, waited_seconds) / policy.priority_aging_seconds)
 
 
 def _turn(row: _Ranked, position: int, *, now: float, policy: Policy) -> QueueEntry:
@@ -186,7 +186,7 @@ def _turn(row: _Ranked, position: int, *, now: float, policy: Policy) -> QueueEn
         position=position,
         waited_seconds=waited,
         project_rank=row.share.num_running + row.num_before,
-        counts_as=row.standing.counts_as,
+        effective_priority=row.standing.effective_priority,
         is_first_of_class=not row.standing.num_before_in_class,
         level=row.level,
         effective_level=row.effective_level,
@@ -197,9 +197,13 @@ def _turn(row: _Ranked, position: int, *, now: float, policy: Policy) -> QueueEn
 
 def _class(standing: _Standing) -> str:
     name = f"priority {PriorityClass(standing.job.priority).name}"
-    if standing.counts_as == standing.job.priority:
+    if standing.effective_priority == standing.job.priority:
         return name
-    above = f"as if {PriorityClass(standing.counts_as).name}" if standing.counts_as >= 0 else "above urgent"
+    above = (
+        f"as if {PriorityClass(standing.effective_priority).name}"
+        if standing.effective_priority >= 0
+        else "above urgent"
+    )
     return f"{name}, {above} in its project because its class has waited"
 
 
@@ -296,7 +300,7 @@ def describe_share(shares: Mapping[str, Share], project_id: str, policy: Policy)
         "device_seconds": round(mine.device_seconds, 1),
         "num_running": mine.num_running,
         "devices_held": round(mine.devices_held, 4),
-        "level": round(level, 1),
+        "normalized_usage": round(level, 1),
         "num_projects": 1 + len(others),
         "projects_ahead": sum(share.level(policy) < level for share in others),
     }
@@ -310,12 +314,12 @@ def all_shares(shares: Mapping[str, Share], policy: Policy) -> list[dict[str, An
         {
             "project_id": project_id,
             **describe_share(shares, project_id, policy),
-            "due": round(share.weight / weights, 4),
-            "part_of_use": round(share.device_seconds / used, 4) if used else None,
+            "fair_share": round(share.weight / weights, 4),
+            "usage_fraction": round(share.device_seconds / used, 4) if used else None,
         }
         for project_id, share in shares.items()
     ]
-    return sorted(rows, key=lambda row: (row["level"], row["project_id"]))
+    return sorted(rows, key=lambda row: (row["normalized_usage"], row["project_id"]))
 
 
 def share_sentence(share: Mapping[str, Any]) -> str | None:

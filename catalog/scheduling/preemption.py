@@ -28,7 +28,7 @@ class Training:
 
     job_id: str
     project_id: str
-    counts_as: int
+    effective_priority: int
     """The class in which it was let in: its own, or a higher one, for which the waiting of its class was counted."""
     effective_level: float
     """As of a turn: what it would have if it waited, and its project's other jobs on the worker too."""
@@ -63,7 +63,7 @@ class Holder:
     """Jobs that it would let join now, as it last said."""
     has_suspect: bool = False
     """Nobody may join it."""
-    holding: ShardingStrategy = "whole"
+    holding: ShardingStrategy = "replicated"
     """Its trainer holds a share of the base on each device."""
 
 
@@ -119,7 +119,7 @@ def told(job: Candidate, preemption: Preemption, victim: Training, *, now: float
         "for_waited_seconds": round(now - job.queued_at, 1),
         "makes": preemption.makes,
         "num_leaving": len(preemption.victims),
-        "counts_as": victim.counts_as,
+        "effective_priority": victim.effective_priority,
         "trained_seconds": round(now - victim.began_at, 1),
         "device_seconds_at_stake": round(victim.at_stake(now), 1),
         "num_preemptions_before": victim.num_preemptions,
@@ -178,12 +178,12 @@ def _of(holder: Holder, victims: tuple[Training, ...], makes: str, *, now: float
 
 
 def _price(option: Preemption) -> tuple[int, float, int, str]:
-    highest = min((victim.counts_as for victim in option.victims), default=999)
+    highest = min((victim.effective_priority for victim in option.victims), default=999)
     return -highest, option.device_seconds, len(option.victims), option.worker_id
 
 
 def _dearness(job: Training, now: float) -> tuple[int, float, str]:
-    return -job.counts_as, job.at_stake(now), job.job_id
+    return -job.effective_priority, job.at_stake(now), job.job_id
 
 
 def _leaves_by_itself(job: Training, policy: Policy) -> bool:
@@ -194,6 +194,6 @@ def _leaves_by_itself(job: Training, policy: Policy) -> bool:
 def _may_go(victim: Training, turn: QueueEntry, *, now: float, policy: Policy) -> bool:
     job = turn.candidate
     is_own = victim.project_id == job.project_id
-    is_lower = victim.counts_as > job.priority and (is_own or victim.effective_level > turn.effective_level)
+    is_lower = victim.effective_priority > job.priority and (is_own or victim.effective_level > turn.effective_level)
     has_had_time = now - victim.began_at >= policy.spared_seconds
     return is_lower and has_had_time and victim.num_preemptions < policy.max_preemptions

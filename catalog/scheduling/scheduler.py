@@ -59,8 +59,8 @@ class Decision:
             "position": turn.position,
             "turn": turn.reason,
             "waited_seconds": turn.waited_seconds,
-            "counts_as": turn.counts_as,
-            "level": turn.level,
+            "effective_priority": turn.effective_priority,
+            "normalized_usage": turn.level,
             "effective_level": turn.effective_level,
             "share": self.trace["shares"][turn.candidate.project_id],
             **{name: value for name, value in self.trace.items() if name != "shares"},
@@ -83,8 +83,8 @@ def decide(picture: QueueSnapshot, policy: Policy) -> Decision:
         "looked_at": len(turns),
         "room": {"max_jobs": room.max_jobs, "memory_bytes_free": room.memory_bytes_free, "num_jobs": room.num_jobs},
         "resident_key": room.resident_key,
-        "is_let_run_empty": waits_for is not None and waits_for.waited_seconds >= policy.patience_seconds,
-        "is_room_being_made": waits_for is not None and waits_for.is_made_room_for,
+        "is_draining_for_other_base": waits_for is not None and waits_for.waited_seconds >= policy.patience_seconds,
+        "is_preempting": waits_for is not None and waits_for.is_made_room_for,
         "policy": asdict(policy),
         "shares": {
             project_id: ordering.describe_share(picture.shares, project_id, policy)

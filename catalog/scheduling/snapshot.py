@@ -34,7 +34,7 @@ class Policy:
     patience_seconds: float = PATIENCE_SECONDS
     half_life_seconds: float = HALF_LIFE_SECONDS
     """After so long, what a project has used counts half."""
-    promote_after_seconds: float = PROMOTE_AFTER_SECONDS
+    priority_aging_seconds: float = PROMOTE_AFTER_SECONDS
     """For each such time that a class has waited without its turn, its first job counts as a class higher."""
     advance_seconds: float = ADVANCE_SECONDS
     """Device-seconds that a job which goes before counts for, and a device that is held, beside what is charged: so
@@ -58,9 +58,9 @@ class Policy:
     def of(cls, settings: Settings) -> Policy:
         return cls(
             half_life_seconds=settings.share_half_life_seconds,
-            promote_after_seconds=settings.promote_after_seconds,
+            priority_aging_seconds=settings.priority_aging_seconds,
             preempt_after_seconds=settings.preempt_after_seconds,
-            spared_seconds=settings.preempt_spared_seconds,
+            spared_seconds=settings.preemption_min_runtime_seconds,
             max_preemptions=settings.max_preemptions,
             lease_seconds=settings.lease_seconds,
         )
@@ -103,7 +103,7 @@ class Candidate:
     """What it does without of that on a device that computes blocks again."""
     slice_bytes: int = 0
     """What it adds to a tick, beside other jobs, where the tick has not reached its size."""
-    divisible_bytes: int = 0
+    shardable_bytes: int = 0
     """What several devices can divide of what its trainer needs; 0: it needs the base whole."""
     gathered_bytes: int = 0
     """What each of them then needs beside its share."""
@@ -164,7 +164,7 @@ class Capacity:
     recomputes: bool = False
     """Whether its device computes blocks again where memory is short."""
     group: DeviceGroup = SINGLE
-    holding: ShardingStrategy = "whole"
+    holding: ShardingStrategy = "replicated"
     """How its trainer holds the base."""
 
     def own(self, job: Candidate) -> int:
@@ -178,7 +178,7 @@ class Capacity:
     def demand(self, job: Candidate) -> Demand:
         return Demand(
             whole_bytes=job.trainer_bytes + self.own(job),
-            divisible_bytes=job.divisible_bytes,
+            shardable_bytes=job.shardable_bytes,
             gathered_bytes=job.gathered_bytes,
         )
 
@@ -188,7 +188,7 @@ class Capacity:
 
     def trains(self, job: Candidate, *, holding: ShardingStrategy) -> bool:
         """Whether a trainer that holds the base so trains the job as one for it alone would."""
-        return self.holding_for(job) == holding and (job.divisible_bytes > 0 or holding == "whole")
+        return self.holding_for(job) == holding and (job.shardable_bytes > 0 or holding == "replicated")
 
     def may_join(self, job: Candidate) -> bool:
         """Whether its trainer holds the base as it would for the job alone; how much is free is another matter."""
@@ -216,7 +216,7 @@ class WorkerService:
 
     def holds(self, job: Candidate) -> bool:
         """Whether the job could have had that turn. One that could not was passed over, and waits on."""
-        is_loadable = self.can_load is None or packing.quantisation_of(job.pack_key) in self.can_load
+        is_loadable = self.can_load is None or packing.quantization_of(job.pack_key) in self.can_load
         return is_loadable and self.room.alone(job) <= self.memory_bytes
 
     @property

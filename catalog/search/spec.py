@@ -119,7 +119,7 @@ class Objective(Strict):
             "valid_reward_… are of methods that compare answers."
         ),
     )
-    goal: Goal | Literal["auto"] = Field(default="auto", description="auto: a loss is minimised, all else maximised.")
+    goal: Goal | Literal["auto"] = Field(default="auto", description="auto: a loss is minimized, all else maximized.")
 
     def resolved_goal(self) -> Goal:
         if self.goal != "auto":

@@ -43,7 +43,7 @@ from catalog.states import Priority
 
 SPEC_VERSION = 1
 Precision = Literal["bfloat16", "float32"]
-Quantisation = Literal["none", "nf4", "int8"]
+Quantization = Literal["none", "nf4", "int8"]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A label: letters, digits, dot, underscore, hyphen; 64 at most; no slash, space or control character."""
 LabelValue = Annotated[str, Field(json_schema_extra={"maxLength": 512})]
@@ -96,7 +96,7 @@ class JobRequest(Strict):
     parent_adapter: ModelName | None = Field(
         default=None,
         description=(
-            "Id or name of an adapter of the same base model that the job begins with. What `lora` and `quantisation` "
+            "Id or name of an adapter of the same base model that the job begins with. What `lora` and `quantization` "
             "leave out is then the parent's, and what they say must be so; lora.dropout is the job's own."
         ),
     )
@@ -112,7 +112,7 @@ class JobRequest(Strict):
         default="auto",
         description="The base's dtype; auto: bfloat16, or float32 where workers live and none's device has it.",
     )
-    quantisation: Quantisation = Field(
+    quantization: Quantization = Field(
         default="none",
         description=(
             "How the base's linear layers are held while training: nf4 (4 bits, as in QLoRA, arXiv 2305.14314) or int8 "
@@ -225,7 +225,7 @@ class JobSpec(Strict):
     early_stopping: EarlyStopping | None = None
     checkpoint_every_steps: int
     precision: Precision
-    quantisation: Quantisation = "none"
+    quantization: Quantization = "none"
     """Of jobs from before there was a choice: none."""
     seed: int
     data: DataSpec = DataSpec()
@@ -285,7 +285,7 @@ def resolve(
         early_stopping=request.early_stopping,
         checkpoint_every_steps=50 if request.checkpoint_every_steps == "auto" else request.checkpoint_every_steps,
         precision=auto_precision if request.precision == "auto" else request.precision,
-        quantisation=request.quantisation,
+        quantization=request.quantization,
         seed=seed if request.seed is None else request.seed,
         data=DataSpec(**request.data.model_dump()),
         samples=request.evaluation.samples,

@@ -59,7 +59,7 @@ def of_course(spec: JobSpec, *, num_steps: int, has_held_out: bool) -> Iterator[
     yield from _rate(spec)
     if not has_held_out:
         yield Caution(
-            code="no_held_out",
+            code="no_validation_file",
             message="There is no validation file, so nothing will tell whether the adapter learns or memorises.",
             remedy="Hold back some rows, and give them as validation_file.",
         )
@@ -78,7 +78,7 @@ def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
         )
     if tokens and learnt < LITTLE_LEARNT * tokens:
         yield Caution(
-            code="little_learnt",
+            code="low_trained_fraction",
             message=f"Of the {tokens:,} tokens of the {role} file {learnt:,} have loss ({learnt / tokens:.1%}): most "
             "of the time goes into reading prompts.",
             remedy="Look at the sample rows: is what you want learnt what has loss? Shorter prompts cost less.",

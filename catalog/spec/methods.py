@@ -55,7 +55,7 @@ class SupervisedHyperparameters(Hyperparameters):
 
 
 class DpoHyperparameters(Hyperparameters):
-    """Direct preference optimisation (arXiv 2305.18290)."""
+    """Direct preference optimization (arXiv 2305.18290)."""
 
     beta: Beta | Auto = Field(default="auto", description="How closely the base is held to. auto: 0.1.")
     loss_type: Literal["sigmoid", "ipo"] = Field(
@@ -73,13 +73,13 @@ class DpoHyperparameters(Hyperparameters):
 
 
 class OrpoHyperparameters(Hyperparameters):
-    """Odds ratio preference optimisation (arXiv 2403.07691)."""
+    """Odds ratio preference optimization (arXiv 2403.07691)."""
 
     beta: Beta | Auto = Field(default="auto", description="Weight of the odds ratio, the paper's lambda. auto: 0.1.")
 
 
 class SimpoHyperparameters(Hyperparameters):
-    """Simple preference optimisation (arXiv 2405.14734)."""
+    """Simple preference optimization (arXiv 2405.14734)."""
 
     beta: Beta | Auto = Field(default="auto", description="Scale of the mean log probabilities. auto: 2.")
     gamma: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | Auto = Field(
@@ -88,7 +88,7 @@ class SimpoHyperparameters(Hyperparameters):
 
 
 class KtoHyperparameters(Hyperparameters):
-    """Kahneman-Tversky optimisation (arXiv 2402.01306)."""
+    """Kahneman-Tversky optimization (arXiv 2402.01306)."""
 
     batch_size: Annotated[int, Field(ge=2, le=1024)] | Auto = Field(
         default="auto", description="Answers per optimizer step: each is also put to another's prompt, so 2 at least."

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from catalog.audit import log
 from catalog.datasets.check_process import CheckCrashed, CheckStopped
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.disk import full_disk_named
 from catalog.errors import (
     Conflict,
@@ -341,7 +341,7 @@ def _check_not_over(upload: Upload) -> None:
 def _check_open_ones(session: Session, project_id: str, num_bytes: int, settings: Settings, *, now: float) -> None:
     """Raises QuotaExceeded for one upload more than may be open at once, by number and by bytes: those that were
     announced, and of an upload that is over those that its parts had, until they are cleaned."""
-    serialise(session, f"uploads {project_id}")
+    serialize(session, f"uploads {project_id}")
     is_open = and_(Upload.file_id.is_(None), Upload.cancelled_at.is_(None), Upload.expires_at > now)
     num_bytes_of = case(
         (and_(is_open, Upload.num_bytes > Upload.part_bytes), Upload.num_bytes), else_=Upload.part_bytes

@@ -7,7 +7,7 @@ from dataclasses import replace
 from sqlalchemy import Select, func, select, union_all
 from sqlalchemy.orm import Session
 
-from catalog.db.database import serialise
+from catalog.db.database import serialize
 from catalog.errors import QuotaExceeded
 from catalog.storage import token_cache
 from catalog.tables.jobs import Job
@@ -28,7 +28,7 @@ def check_preparation(session: Session, work: Job | Plan, *, now: float) -> None
         return
     session.flush()
     if token_cache.is_any_missing(session, (work.train_prepared, work.valid_prepared)):
-        serialise(session, f"quota {work.project_id}")
+        serialize(session, f"quota {work.project_id}")
         check_stored(session, work.project_id, token_cache.promised_bytes(session, work.project_id), now=now)
 
 
@@ -45,7 +45,7 @@ def check_stored(session: Session, project_id: str, num_bytes: int, *, now: floa
     come to twice the limit at most. Raises QuotaExceeded."""
     project = project_of(session, project_id)
     if project.max_stored_bytes is not None:
-        serialise(session, f"quota {project.id}")
+        serialize(session, f"quota {project.id}")
         num_beyond = _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now)
         if num_beyond > 0:
             token_cache.evict(session, project.id, num_beyond, now=now)

@@ -15,7 +15,7 @@ import rfc8785
 from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select, union, update
 from sqlalchemy.orm import Session
 
-from catalog.db.database import Database, read_clock, serialise, skip_locked, upsert
+from catalog.db.database import Database, read_clock, serialize, skip_locked, upsert
 from catalog.spec.data import DataSpec
 from catalog.spec.job import JobSpec
 from catalog.states import UNFINISHED_STATES, JobState
@@ -89,7 +89,7 @@ def put(
     artifact: None where the report tells why there is none.
     """
     with db.write() as session:
-        serialise(session, f"quota {project_id}")
+        serialize(session, f"quota {project_id}")
         now = read_clock(session)
         digest = artifact_index.show(session, artifact, now=now) if artifact else None
         before = session.get(Prepared, key, with_for_update=True)
@@ -111,7 +111,7 @@ def forget(db: Database, key: str) -> None:
             select(Prepared.project_id, Prepared.artifact).where(Prepared.key == key)
         ).one_or_none() or (None, None)
         if project_id is not None:
-            serialise(session, f"quota {project_id}")
+            serialize(session, f"quota {project_id}")
         if digest is not None:
             artifact_index.lock(session, digest)  # before the row that refers to it, as `put` does
         # By its digest: another worker may have put a sound cache there meanwhile.

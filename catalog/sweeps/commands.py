@@ -33,7 +33,7 @@ def cancel(db: Database, *, project_id: str, sweep_id: str, is_client_retry: boo
 
 
 def request_cancel(session: Session, sweep: Sweep) -> None:
-    """Of an unfinished sweep that is locked. Cancelling twice is cancelling once."""
+    """Of an unfinished sweep that is locked. Canceling twice is canceling once."""
     if not sweep.cancel_requested:
         sweep.cancel_requested = sweep.is_closed = True
         sweep.due_at = _noted(session, "sweep.cancelled", sweep)

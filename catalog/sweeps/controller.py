@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from catalog.admission.accept import resolve_targets
 from catalog.admission.target_layers import Targets, TargetsOutdated
 from catalog.caller import Caller
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import LorryError, QuotaExceeded
 from catalog.fleet import views
 from catalog.jobs import commands
@@ -56,7 +56,7 @@ def advance(db: Database, sweep_id: str | None = None) -> bool:
         return False
     next_round = _draft(db, found)
     with db.write() as session:
-        serialise(session, f"advance {found.id}")
+        serialize(session, f"advance {found.id}")
         if _cancel_some(session, found.id):
             return True
         sweep = find_sweep(session, found.project_id, found.id, locked=True)

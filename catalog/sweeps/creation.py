@@ -18,7 +18,7 @@ from catalog.admission.accept import resolve_targets
 from catalog.admission.target_layers import Targets, retried
 from catalog.audit.log import note
 from catalog.caller import Caller
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict
 from catalog.fleet import views
 from catalog.jobs import submission
@@ -80,7 +80,7 @@ def create(
     def attempt() -> Sweep:
         drafts = _first_drafts(db, caller, request, design)
         with db.write() as session:
-            serialise(session, f"sweep of {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}")
+            serialize(session, f"sweep of {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}")
             now = read_clock(session)
             earlier = _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
             if earlier is not None:

@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, aliased
 
 from catalog.caller import Caller
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict, Forbidden
 from catalog.jobs import commands as job_commands
 from catalog.states import UNFINISHED_STATES
@@ -70,11 +70,11 @@ def revoke(
             param="cancel",
         )
     with db.write() as session:
-        serialise(session, "operators' keys")
+        serialize(session, "operators' keys")
         key = find(session, caller, api_key_id)
         check_may_change(session, caller, key)
         ended = [key, *_descendants(session, key)] if with_descendants else [key]
-        _end(session, caller, ended, is_cancelling=cancel)
+        _end(session, caller, ended, is_canceling=cancel)
     ids, project_ids = [each.id for each in ended], {each.project_id for each in ended}
     if cancel:
         _cancel_sweeps(db, ids)
@@ -88,7 +88,7 @@ def revoke(
         )
 
 
-def _end(session: Session, caller: Caller, ended: Sequence[ApiKey], *, is_cancelling: bool) -> None:
+def _end(session: Session, caller: Caller, ended: Sequence[ApiKey], *, is_canceling: bool) -> None:
     now = read_clock(session)
     to_revoke = [key for key in ended if key.revoked_at is None]
     ids = {key.id for key in to_revoke}
@@ -109,7 +109,7 @@ def _end(session: Session, caller: Caller, ended: Sequence[ApiKey], *, is_cancel
     for key in to_revoke:
         left = _unfinished(session, [key.id], {key.project_id})
         details: Json = {"unfinished_jobs": left.num_jobs, "unfinished_sweeps": left.num_sweeps}
-        details |= {"valid_descendants": _count_valid(_descendants(session, key), now=now), "cancel": is_cancelling}
+        details |= {"valid_descendants": _count_valid(_descendants(session, key), now=now), "cancel": is_canceling}
         authentication.note(session, "api_key.revoked", key, now=now, details=details)
 
 

@@ -139,9 +139,9 @@ def is_live(*, now: float) -> ColumnElement[bool]:
     return and_(Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
 
 
-def quantisations_on(devices: list[Any]) -> frozenset[str]:
+def quantizations_on(devices: list[Any]) -> frozenset[str]:
     """none, and what else the worker said at its start; older workers say nothing."""
-    return frozenset({"none"}).union(*(device.get("quantisations", ()) for device in devices))
+    return frozenset({"none"}).union(*(device.get("quantizations", ()) for device in devices))
 
 
 def has_gpu(devices: list[Any]) -> bool:

@@ -51,7 +51,7 @@ class Job(Table):
     training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
     validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     train_prepared: Mapped[str | None]
-    """Key in `prepared`, once a worker has tokenised or refused the file."""
+    """Key in `prepared`, once a worker has tokenized or refused the file."""
     valid_prepared: Mapped[str | None]
     num_steps: Mapped[int | None]
     longest_example: Mapped[int | None]
@@ -62,7 +62,7 @@ class Job(Table):
     saved_bytes: Mapped[int | None]
     trainer_bytes: Mapped[int | None]
     slice_bytes: Mapped[int | None]
-    divisible_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
+    shardable_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
     """Of what its trainer needs, what several devices can divide; and what each then needs beside its share."""
     gathered_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
     least_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
@@ -121,9 +121,8 @@ class Job(Table):
     finished_at: Mapped[float | None]
     trained_tokens: Mapped[int | None]
     progress: Mapped[Json | None]
-    """Latest of: step, num_steps, loss, tokens_per_second, seconds_left, told_at (its time); and of the evaluations on
-    held-out data valid_loss (the latest) and best_valid_loss, once there was one; at the end those of Course, and
-    kept_valid_loss."""
+    """The latest step, num_steps, loss, tokens_per_second, seconds_left and updated_at (their time). After the first
+    evaluation also valid_loss (the latest) and best_valid_loss. At the end also Course and kept_valid_loss."""
     adapter_name: Mapped[str | None]
     result_file: Mapped[str | None]
     """Id of the file that holds its curves; the row of a file is kept for ever. None before the job has succeeded."""

@@ -94,7 +94,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
             "claimed_at",
             "counted_attempts",
             "device_seconds",
-            "divisible_bytes",
+            "shardable_bytes",
             "error",
             "finished_at",
             "gathered_bytes",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from catalog.pepper import Pepper
@@ -177,7 +177,7 @@ def limit(
 def _begin(session: Session, caller: Caller) -> float:
     """The time. Until the transaction ends, no other creates or revokes keys: a revocation with descendants sees each
     key of a revoked one, and a revoked key creates none. Raises Unauthorized."""
-    serialise(session, "operators' keys")
+    serialize(session, "operators' keys")
     now = read_clock(session)
     authentication.check_valid(session, caller.api_key_id, now=now)
     return now
@@ -198,7 +198,7 @@ def _check_room(session: Session, project_id: str, *, now: float) -> None:
 
 def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> None:
     """Until the transaction ends, no other request of this caller can use the Idempotency-Key. Raises Conflict."""
-    serialise(session, f"keys by {caller.api_key_id}")
+    serialize(session, f"keys by {caller.api_key_id}")
     used = (ApiKey.created_by == caller.api_key_id, ApiKey.idempotency_key == idempotency_key)
     key_id = session.scalar(select(ApiKey.id).where(*used).limit(1))
     if key_id is not None:
@@ -247,7 +247,7 @@ def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
     if session.get_one(ApiKey, caller.api_key_id).replaced_by is not None:
         raise Forbidden(
             "Another key has taken the place of yours, which can change no other key any more.",
-            code="key_replaced",
+            code="key_superseded",
             remedy="Use the key that took its place.",
         )
     _check_rights(caller, held(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator)
@@ -313,7 +313,7 @@ def _check_rotatable(key: ApiKey, now: float) -> None:
     if key.replaced_by is not None:
         raise Conflict(
             f"The place of the key {key.name!r} was taken by {key.replaced_by}.",
-            code="key_rotated_already",
+            code="key_already_rotated",
             remedy=f"Rotate {key.replaced_by}. If its secret was lost, revoke it and create another key.",
         )
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from catalog.audit import log
 from catalog.audit.log import Actor, AuditType
 from catalog.caller import Caller
-from catalog.db.database import Database, clock_of, get_locked, read_clock, serialise
+from catalog.db.database import Database, clock_of, get_locked, read_clock, serialize
 from catalog.errors import NotFound, OutOfSpace, RejectionReason, Unauthorized, Unavailable
 from catalog.pepper import Pepper
 from catalog.states import PriorityClass
@@ -59,7 +59,7 @@ def create_first(db: Database, *, project_id: str, name: str, pepper: Pepper) ->
     """The text of an operator's key, where there is no key at all yet; of several who ask at once, one gets it."""
     key, secret = new_key(project_id, name, pepper)
     with db.write() as session:
-        serialise(session, "first key")
+        serialize(session, "first key")
         if session.scalar(select(ApiKey.id).limit(1)) is not None:
             return None
         key.is_operator, key.created_at = True, read_clock(session)

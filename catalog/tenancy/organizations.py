@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from catalog.audit import log
 from catalog.audit.log import AuditType
 from catalog.caller import Caller
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.spec.job import LABEL
@@ -28,7 +28,7 @@ def create(db: Database, name: str, *, is_client_retry: bool = False) -> Organiz
     """Raises Conflict where the name is taken; not where the client sends this again, having had no reply."""
     check_name(name, "an organization's", id_prefix=ID_PREFIX)
     with db.write() as session:
-        serialise(session, "organizations")
+        serialize(session, "organizations")
         found = _named(session, name)
         if found is not None and not is_client_retry:
             raise _taken(name)
@@ -55,7 +55,7 @@ def rename(db: Database, *, caller: Caller, organization: str, name: str) -> Org
     """Raises NotFound, and Conflict where the name is taken."""
     check_name(name, "an organization's", id_prefix=ID_PREFIX)
     with db.write() as session:
-        serialise(session, "organizations")
+        serialize(session, "organizations")
         row = find(session, caller=caller, organization=organization)
         other = _named(session, name)
         if other is not None and other.id != row.id:
@@ -83,7 +83,7 @@ def find(
 
 def oldest(session: Session) -> Organization:
     """Made where there is none."""
-    serialise(session, "organizations")
+    serialize(session, "organizations")
     found = session.scalar(select(Organization).order_by(Organization.created_at, Organization.id).limit(1))
     return found or _add(session, FIRST)
 

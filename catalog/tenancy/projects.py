@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from catalog.audit import log
 from catalog.audit.log import AuditType
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.tables.table import Json, new_id
@@ -27,7 +27,7 @@ ID_PREFIX = "proj"
 def ensure(db: Database, name: str = "default") -> Project:
     """The project of that name, made in the oldest organization if there is none."""
     with db.write() as session:
-        serialise(session, "projects")
+        serialize(session, "projects")
         found = _named(session, name)
         if found is None:
             _check_name(name)
@@ -38,7 +38,7 @@ def ensure(db: Database, name: str = "default") -> Project:
 def first(db: Database) -> Project:
     """The oldest that is not archived; where there is none, one is made."""
     with db.write() as session:
-        serialise(session, "projects")
+        serialize(session, "projects")
         kept = select(Project).where(Project.archived_at.is_(None)).order_by(Project.created_at, Project.id)
         found = session.scalar(kept.limit(1))
         return found or _named(session, "default") or _add(session, "default", organizations.oldest(session))
@@ -52,7 +52,7 @@ def create(db: Database, name: str, *, organization: str | None = None, is_clien
     """
     _check_name(name)
     with db.write() as session:
-        serialise(session, "projects")
+        serialize(session, "projects")
         found = _named(session, name)
         if organization is None:
             owner = organizations.oldest(session)
@@ -87,7 +87,7 @@ def rename(db: Database, *, caller: Caller, project: str, name: str) -> Project:
     """Adapters that it has keep their names. Raises NotFound, and Conflict where the name is taken."""
     _check_name(name)
     with db.write() as session:
-        serialise(session, "projects")
+        serialize(session, "projects")
         row = find(session, caller=caller, project=project)
         other = _named(session, name)
         if other is not None and other.id != row.id:
@@ -103,7 +103,7 @@ def archive(db: Database, *, caller: Caller, project: str) -> Project:
     Raises Conflict where no operator's key would be left to bring it back.
     """
     with db.write() as session:
-        serialise(session, "operators' keys")
+        serialize(session, "operators' keys")
         row = find(session, caller=caller, project=project)
         now = read_clock(session)
         if row.archived_at is None:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from catalog.audit import log
 from catalog.caller import Caller
-from catalog.db.database import Database, get_locked, read_clock, serialise
+from catalog.db.database import Database, get_locked, read_clock, serialize
 from catalog.errors import Forbidden, QuotaExceeded, RateLimited
 from catalog.states import JobState, Priority, PriorityClass
 from catalog.tables.jobs import Job
@@ -121,7 +121,7 @@ def check_submission(session: Session, caller: Caller, *, now: float, is_promise
     names: list[Limit] = ["queued_jobs", "jobs_per_day", "device_hours_per_month"]
     limited: list[Limit] = [name for name in names if getattr(project, COLUMNS[name]) is not None]
     if limited:
-        serialise(session, f"quota {project.id}")
+        serialize(session, f"quota {project.id}")
     for name in limited:
         standing = standing_of(session, project, name, now=now)
         if standing.is_reached:
@@ -150,7 +150,7 @@ def check_resumption(session: Session, project_id: str, *, now: float) -> None:
     project = project_of(session, project_id)
     if project.max_queued_jobs is None:
         return
-    serialise(session, f"quota {project.id}")
+    serialize(session, f"quota {project.id}")
     standing = standing_of(session, project, "queued_jobs", now=now)
     if standing.is_reached:
         raise exceeded(project, standing, now=now)
@@ -241,7 +241,7 @@ def free_places(session: Session, project_ids: Collection[str], *, is_claim: boo
     free: dict[str, float] = {}
     for row in session.execute(capped.order_by(Project.id)):
         if is_claim:
-            serialise(session, f"begin {row.id}")
+            serialize(session, f"begin {row.id}")
         free[row.id] = row.max_concurrent_jobs - _count(session, row.id, JobState.RUNNING)
     return free
 
@@ -252,7 +252,7 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
     most = caller.service_jobs_per_day if caller.jobs_per_day is None else caller.jobs_per_day
     if most == 0:
         return
-    serialise(session, f"jobs a day {caller.api_key_id}")
+    serialize(session, f"jobs a day {caller.api_key_id}")
     promised = 0 if is_promised else _promised(session, caller.api_key_id)  # read first: they become jobs meanwhile
     since = (Job.created_by == caller.api_key_id, Job.created_at > now - DAY_SECONDS)
     raised = "An operator can give the key a higher limit: lorry keys limit."

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from catalog.audit import log
 from catalog.audit.log import AuditType
-from catalog.db.database import Database, read_clock, serialise
+from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, NotFound
 from catalog.pepper import Pepper
@@ -51,7 +51,7 @@ def create(
     """The endpoint, and its secret, which is not shown again. Raises Conflict where the project has too many."""
     wanted = _distinct(event_types)
     with db.write() as session:
-        serialise(session, f"webhook endpoints of {project_id}")
+        serialize(session, f"webhook endpoints of {project_id}")
         now = read_clock(session)
         mine = (WebhookEndpoint.project_id == project_id, WebhookEndpoint.deleted_at.is_(None))
         if is_client_retry:

@@ -4,7 +4,7 @@ import { createStore } from "./store.js";
 const ORDER = ["system", "light", "dark"];
 export const theme = createStore(document.documentElement.dataset.theme || "system");
 
-/** Changes whenever the colours on the screen do: charts redraw on it. */
+/** Changes whenever the colors on the screen do: charts redraw on it. */
 export const palette = createStore(0);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => palette.set(palette.get() + 1));
 
@@ -26,8 +26,8 @@ function remember(value) {
   }
 }
 
-/** What a custom property comes to now, as a colour a canvas can use. */
-export function colour(name) {
+/** What a custom property comes to now, as a color a canvas can use. */
+export function color(name) {
   const probe = document.createElement("span");
   probe.className = "probe";
   probe.style.color = `var(${name})`;

@@ -188,7 +188,7 @@ class FlatAdapter:
         in_full = slice(self.num_lora, self.num_parameters)
         return (*rated, (in_full, 1.0)) if self.trained.tensors else rated
 
-    def initialise(self, seed: int) -> None:
+    def initialize(self, seed: int) -> None:
         """All of `starting` at once."""
         for _ in self.starting(seed):
             pass

@@ -14,7 +14,7 @@ from lora_core.config import LoraConfig
 from lora_core.runtime.counter_rng import normal, uniform
 
 OVERSAMPLED = 8
-"""Directions beyond the rank that the randomised decomposition looks at, against the error of the last ones."""
+"""Directions beyond the rank that the randomized decomposition looks at, against the error of the last ones."""
 
 
 def initial_a(lora: LoraConfig, module: str, *, seed: int, rank: int, in_features: int) -> Tensor:
@@ -47,12 +47,12 @@ def decomposed(lora: LoraConfig, module: str, weight_OD: Tensor, *, seed: int) -
     if num_iterations is None:
         u_OK, s_K, v_KD = torch.linalg.svd(weight_OD, full_matrices=False)
     else:
-        u_OK, s_K, v_KD = _randomised_svd(weight_OD, module, rank=rank, num_iterations=num_iterations, seed=seed)
+        u_OK, s_K, v_KD = _randomized_svd(weight_OD, module, rank=rank, num_iterations=num_iterations, seed=seed)
     root_R = (s_K[:rank] / scale).sqrt()
     return root_R[:, None] * v_KD[:rank], u_OK[:, :rank] * root_R
 
 
-def _randomised_svd(
+def _randomized_svd(
     weight_OD: Tensor, module: str, *, rank: int, num_iterations: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Halko et al., SIAM Review 2011, algorithms 4.4 and 5.1: U, S, Vᵀ of the largest few singular values."""

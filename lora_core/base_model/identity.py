@@ -18,8 +18,8 @@ OF_THE_WRITER = frozenset({"transformers_version", "_name_or_path"})
 def base_digest(base_dir: Path, paths: list[Path]) -> str:
     """sha256 of config.json, and of each tensor in `paths` by name: its dtype, its shape and RUNS of its bytes.
 
-    It is of the files, and not of what was made of them: so it is one digest in whatever dtype, quantisation and on
-    whatever device the base is held (kernels that quantise may round otherwise on a GPU), in any process, for a copy
+    It is of the files, and not of what was made of them: so it is one digest in whatever dtype, quantization and on
+    whatever device the base is held (kernels that quantize may round otherwise on a GPU), in any process, for a copy
     of the folder, and however tensors are shared out among files. Training a model further changes nearly every
     tensor in many places, so it is seen. What differs in nothing but numbers that aren't read, as in the embeddings of
     a few tokens, is not: all bytes of a base would take seconds to minutes at every start.

@@ -125,7 +125,7 @@ def built_in_attention(config: Any, task: Task = "causal-lm") -> str:
 def refuse_quantized(config: Any) -> None:
     """Weights in another library's format, which that library's code would read."""
     if getattr(config, "quantization_config", None) is not None:
-        raise refused("its weights are quantised")
+        raise refused("its weights are quantized")
 
 
 def refuse_towers(config: Any) -> None:

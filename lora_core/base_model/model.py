@@ -28,7 +28,7 @@ from lora_core.base_model.loading import (
     unpackable,
 )
 from lora_core.base_model.patching import Attachment, find_linears, target_of
-from lora_core.base_model.quantization import Quantisation, load_quantised, scale_bytes
+from lora_core.base_model.quantization import Quantization, load_quantized, scale_bytes
 from lora_core.base_model.sharding import Strategy, bytes_held, shard, with_guests
 from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.errors import ConfigError, UnreachableSource
@@ -48,14 +48,14 @@ class BaseModel:
     model: PreTrainedModel
     dtype: torch.dtype
     device: str
-    quantisation: Quantisation = "none"
+    quantization: Quantization = "none"
     task: Task = "causal-lm"
     digest: str | None = None
     strategy: Strategy = "replicated"
     attachment: Attachment | None = field(default=None)
 
     @property
-    def is_divided(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether this rank holds a share of the blocks (sharding.py)."""
         return self.strategy != "replicated"
 
@@ -63,13 +63,13 @@ class BaseModel:
     def kernels(self) -> Kernels:
         return Kernels() if self.attachment is None else self.attachment.kernels
 
-    def attach(self, *, exact_products: bool) -> Attachment:
+    def attach(self, *, batch_invariant: bool) -> Attachment:
         """Attach an engine's means; anew where those that are attached give other products."""
-        if self.attachment is not None and self.attachment.exact_products != exact_products:
+        if self.attachment is not None and self.attachment.batch_invariant != batch_invariant:
             self.attachment.detach()
             self.attachment = None
         if self.attachment is None:
-            self.attachment = Attachment(self.model, exact_products=exact_products, is_divided=self.is_divided)
+            self.attachment = Attachment(self.model, batch_invariant=batch_invariant, is_sharded=self.is_sharded)
         return self.attachment
 
     def linear_names(self) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ class BaseModel:
             bias_V=getattr(output, "bias", None),
             multiplier=multiplier,
             softcap=getattr(config, "final_logit_softcapping", None),
-            exact=self.kernels.exact_products,
+            exact=self.kernels.batch_invariant,
         )
 
     @contextmanager
@@ -159,22 +159,22 @@ def load_base(
     *,
     dtype: Dtype,
     device: str,
-    quantisation: Quantisation = "none",
+    quantization: Quantization = "none",
     task: Task = "causal-lm",
     strategy: Strategy = "replicated",
     ranks: Ranks = ALONE,
 ) -> BaseModel:
     """Load frozen weights; on a CPU, in the file's own dtype, they stay memory-mapped and shared.
 
-    Quantised ones are made while loading, so each process holds its own. Raises UnsupportedModel for a family
+    Quantized ones are made while loading, so each process holds its own. Raises UnsupportedModel for a family
     that can't be packed, UnreachableSource where there is no such folder, UnsafeFile for a tensor file over the limits,
-    ConfigError for an unknown dtype, quantisation or task, and for a GPU that isn't there. `task` chooses the head: for
+    ConfigError for an unknown dtype, quantization or task, and for a GPU that isn't there. `task` chooses the head: for
     classification each job brings its own, and what the files hold of one isn't used. `strategy`: how `ranks` hold it;
     each of them calls this.
     """
     for name, value, known in (
         ("dtype", dtype, Dtype),
-        ("quantisation", quantisation, Quantisation),
+        ("quantization", quantization, Quantization),
         ("task", task, Task),
         ("strategy", strategy, Strategy),
     ):
@@ -187,28 +187,28 @@ def load_base(
     base_dir = Path(base_dir)
     _require_folder(base_dir)
     config = read_config(base_dir, task)
-    if quantisation != "none" and task != "causal-lm":
-        raise refused("a quantised base can't be trained for classification yet")
-    is_divided = strategy != "replicated"
-    if is_divided and (quantisation != "none" or task != "causal-lm"):
+    if quantization != "none" and task != "causal-lm":
+        raise refused("a quantized base can't be trained for classification yet")
+    is_sharded = strategy != "replicated"
+    if is_sharded and (quantization != "none" or task != "causal-lm"):
         raise refused(f"by the strategy {strategy!r} only plain weights of causal language are divided yet")
     torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     paths = sorted(base_dir.glob("*.safetensors"))
     for path in paths:
         read_header(path)
     empty = _build_empty(config, torch_dtype, task)
-    if quantisation == "none":
-        model = _load_plain(empty, base_dir, paths, device=None if is_divided else device, task=task)
+    if quantization == "none":
+        model = _load_plain(empty, base_dir, paths, device=None if is_sharded else device, task=task)
     else:
-        model = load_quantised(base_dir, quantisation=quantisation, dtype=torch_dtype, device=device)
+        model = load_quantized(base_dir, quantization=quantization, dtype=torch_dtype, device=device)
     model.requires_grad_(False).eval()
-    if is_divided:
+    if is_sharded:
         shard(model, strategy, ranks, device=device, dtype=torch_dtype)
     return BaseModel(
         model=model,
         dtype=torch_dtype,
         device=device,
-        quantisation=quantisation,
+        quantization=quantization,
         task=task,
         digest=base_digest(base_dir, paths),
         strategy=strategy,

@@ -120,7 +120,7 @@ def _unmatched(sentence: str, linears: dict[str, nn.Module]) -> NoTargets:
 class Attachment:
     """The attached state of one model; `leaf` is what makes autograd visit adapted linears.
 
-    `kernels`: else those that are chosen for the model's device and dtype; with `exact_products` such that packmates
+    `kernels`: else those that are chosen for the model's device and dtype; with `batch_invariant` such that packmates
     change no bit on a CPU.
     """
 
@@ -129,25 +129,25 @@ class Attachment:
         model: PreTrainedModel,
         kernels: Kernels | None = None,
         *,
-        exact_products: bool = True,
-        is_divided: bool = False,
+        batch_invariant: bool = True,
+        is_sharded: bool = False,
     ) -> None:
-        """is_divided: among ranks; then nothing reads a weight but the module that it belongs to, while it computes."""
+        """is_sharded: among ranks; then nothing reads a weight but the module that it belongs to, while it computes."""
         self.model = model
-        self.is_divided = is_divided
-        self.exact_products = exact_products
+        self.is_sharded = is_sharded
+        self.batch_invariant = batch_invariant
         self.linears = find_linears(model)
         self.kernels = kernels or replace(
             choose_kernels(model.device, model.dtype),
-            exact_products=ExactProducts() if exact_products and model.device.type == "cpu" else None,
+            batch_invariant=ExactProducts() if batch_invariant and model.device.type == "cpu" else None,
         )
         for reason in self.kernels.reasons:
             LOGGER.warning("%s", reason)
         self.segment_op = GroupedLora(self.kernels.lora)
         self.blocks = find_blocks(model)
-        self._siblings = {} if is_divided else find_siblings(self.linears)
+        self._siblings = {} if is_sharded else find_siblings(self.linears)
         self.leaf = torch.zeros((), device=model.device, requires_grad=True)
-        faster = [] if is_divided else _faster_parts(model, self.kernels)
+        faster = [] if is_sharded else _faster_parts(model, self.kernels)
         self._parts = [*faster, *faster_rotations(model), *rotations_by_length(model)]
         self._blocks = blocks_of(model)
         self._attention = model.config._attn_implementation or "eager"
@@ -171,7 +171,7 @@ class Attachment:
         if pooler is not None:
             pooler.forward = partial(forward_pooler, pooler)
         embedding = self.model.get_input_embeddings()
-        forward = forward_embedding_watched if self.is_divided else forward_embedding
+        forward = forward_embedding_watched if self.is_sharded else forward_embedding
         embedding.forward = partial(forward, cast(nn.Embedding, embedding), path_of(self.model, embedding), self.leaf)
 
     def detach(self) -> None:
@@ -216,7 +216,7 @@ def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: Group
     if plain is not None:
         y_TO = PackedLinear.apply(x_TD, leaf if every else None, plain, pieces, runs)
     else:
-        y_TO = own_forward(linear, x_TD, target_of(name, linear).out_features, current_kernels().exact_products)
+        y_TO = own_forward(linear, x_TD, target_of(name, linear).out_features, current_kernels().batch_invariant)
         y_TO = PackedDelta.apply(y_TO, x_TD, leaf, pieces, runs) if every else y_TO
     return y_TO.view(*x.shape[:-1], -1)
 
@@ -250,7 +250,7 @@ def frozen_weights(
         if plain is None:
             raise NoTargets(
                 f"lora.{field} needs the weights of {target.name}, which the base doesn't hold as plain numbers.",
-                remedy=f"Leave out lora.{field}, or train on the base model as it is, not quantised.",
+                remedy=f"Leave out lora.{field}, or train on the base model as it is, not quantized.",
             )
         if lora.subtracts_start and lora.rank_of(target.name) > min(plain.weight_OD.shape):
             raise NoTargets(
@@ -263,7 +263,7 @@ def frozen_weights(
 
 
 def plain_weight(linear: nn.Module) -> PlainWeight | None:
-    """The weight that a GEMM can read; None for a quantised linear with a forward of its own, and for one of a divided
+    """The weight that a GEMM can read; None for a quantized linear with a forward of its own, and for one of a divided
     block that doesn't compute."""
     weight = linear.weight
     if not isinstance(weight, Tensor) or not is_whole(weight):

@@ -1,7 +1,7 @@
 # pyright: basic, reportMissingImports=false
 """Base models whose linears are held in 4 or 8 bits by bitsandbytes; adapters, norms and the head stay in the dtype.
 
-Only the loading is special: a quantised linear computes with its own forward, beside which the engine adds LoRA.
+Only the loading is special: a quantized linear computes with its own forward, beside which the engine adds LoRA.
 """
 
 import json
@@ -17,31 +17,31 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from lora_core.base_model.loading import load_with_transformers
 from lora_core.errors import UnsafeFile, UnsupportedModel
 
-Quantisation = Literal["none", "nf4", "int8"]
+Quantization = Literal["none", "nf4", "int8"]
 NOISY_LOGGER = "bitsandbytes.autograd._functions"
 """Says at every product of an int8 linear that the inputs are cast, which is no news after the first."""
 
 
-def load_quantised(
-    base_dir: Path, *, quantisation: Literal["nf4", "int8"], dtype: torch.dtype, device: str
+def load_quantized(
+    base_dir: Path, *, quantization: Literal["nf4", "int8"], dtype: torch.dtype, device: str
 ) -> PreTrainedModel:
-    """Quantise every linear but the head while loading, as transformers does it. Raises UnsupportedModel."""
+    """Quantize every linear but the head while loading, as transformers does it. Raises UnsupportedModel."""
     _require_bitsandbytes()
     logging.getLogger(NOISY_LOGGER).setLevel(logging.ERROR)
     model = load_with_transformers(
         base_dir,
         dtype=dtype,
-        quantization_config=quantization_config(quantisation, dtype),
+        quantization_config=quantization_config(quantization, dtype),
         device_map={"": device},
     )
-    if quantisation == "nf4":
-        for linear in _quantised_linears(model):
+    if quantization == "nf4":
+        for linear in _quantized_linears(model):
             # Else a pass without gradients repacks the weight, and no later pass has a backward.
             linear.support_avx512bf16_for_cpu = False
     return model
 
 
-def quantisation_in_training(weights: Path) -> Quantisation:
+def quantization_in_training(weights: Path) -> Quantization:
     """How the base of an adapter was held, as the file of its weights says if Lorry wrote it. Raises UnsafeFile."""
     try:
         with safe_open(weights, framework="pt") as file:
@@ -56,14 +56,14 @@ def quantisation_in_training(weights: Path) -> Quantisation:
         ) from error
 
 
-def quantization_config(quantisation: Literal["nf4", "int8"], dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantisation as in QLoRA (arXiv 2305.14314), or int8 by rows (arXiv 2208.07339).
+def quantization_config(quantization: Literal["nf4", "int8"], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantization as in QLoRA (arXiv 2305.14314), or int8 by rows (arXiv 2208.07339).
 
     Without the outlier columns of the latter (threshold 0): bitsandbytes looks for them in all tokens of a tick,
     so a packmate's activations would decide how a job's are rounded. Its int8 product casts the inputs to fp16,
     whatever the dtype: what exceeds 65,504 becomes infinite, and such a job ends as one that diverged.
     """
-    if quantisation == "nf4":
+    if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -74,8 +74,8 @@ def quantization_config(quantisation: Literal["nf4", "int8"], dtype: torch.dtype
 
 
 def scale_bytes(model: PreTrainedModel) -> int:
-    """What the scales of quantised weights take beside the weights themselves; 0 for a plain model."""
-    return sum(scale.nbytes for linear in _quantised_linears(model) for scale in _scales(linear))
+    """What the scales of quantized weights take beside the weights themselves; 0 for a plain model."""
+    return sum(scale.nbytes for linear in _quantized_linears(model) for scale in _scales(linear))
 
 
 def _require_bitsandbytes() -> None:
@@ -83,12 +83,12 @@ def _require_bitsandbytes() -> None:
         import bitsandbytes  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise UnsupportedModel(
-            "A quantised base model needs bitsandbytes, which isn't installed where the worker runs.",
+            "A quantized base model needs bitsandbytes, which isn't installed where the worker runs.",
             remedy="Install the extra 'quant' there, or train on the base model as it is.",
         ) from error
 
 
-def _quantised_linears(model: PreTrainedModel) -> list[Any]:
+def _quantized_linears(model: PreTrainedModel) -> list[Any]:
     names = ("Linear4bit", "Linear8bitLt")
     return [module for module in model.modules() if isinstance(module, nn.Linear) and type(module).__name__ in names]
 

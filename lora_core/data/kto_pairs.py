@@ -17,7 +17,7 @@ from lora_core.errors import BadDataset
 
 
 def check_unpaired(dataset: TokenDataset) -> None:
-    """Raises BadDataset where a row isn't labelled 1, desirable, or 0, or has no answer, or is alone."""
+    """Raises BadDataset where a row isn't labeled 1, desirable, or 0, or has no answer, or is alone."""
     labels = dataset.labels
     if labels is None or np.any((labels != 0) & (labels != 1)):
         raise _bad("its rows must have labels, 1 for a desirable answer and 0 for another")

@@ -1,5 +1,5 @@
 # pyright: strict
-"""Tokenised rows, their order, and how a batch is cut into slices: pure functions of the job alone."""
+"""Tokenized rows, their order, and how a batch is cut into slices: pure functions of the job alone."""
 
 import hashlib
 from collections.abc import Iterable

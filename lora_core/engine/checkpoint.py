@@ -30,7 +30,7 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 Belonging = dict[str, str | None]
 
 
-HELD = ("dtype", "quantisation", "task")
+HELD = ("dtype", "quantization", "task")
 """How a base is held, by the arguments of load_base."""
 OTHER_BASE = "Load the base model that the job began on, or start again."
 
@@ -42,7 +42,7 @@ def belonging(base: BaseModel, config: JobConfig, *, data_digest: str, parent_sh
         "data_digest": data_digest,
         "parent_sha256": parent_sha256,
         "dtype": str(base.dtype).removeprefix("torch."),
-        "quantisation": base.quantisation,
+        "quantization": base.quantization,
         "task": base.task,
         "base_digest": base.digest,
     }
@@ -79,7 +79,7 @@ def load_checkpoint(directory: Path, *, row: FlatAdapter, best: Tensor | None, e
     belong to.
 
     Raises BadCheckpoint if the files are damaged or belong to another configuration, data, parent or base model, or to
-    one that is held in another dtype, otherwise quantised or for another task.
+    one that is held in another dtype, otherwise quantized or for another task.
     """
     try:
         state = json.loads((directory / "state.json").read_text())

@@ -46,7 +46,7 @@ class Engine:
     def __init__(self, base: BaseModel, config: EngineConfig, ranks: Ranks = ALONE) -> None:
         """ranks: those who train together; each makes an engine, and calls it as the others do
         (lora_core/distributed/ranks.py)."""
-        if base.is_divided:  # one pass of each rank at a time, and always through all blocks
+        if base.is_sharded:  # one pass of each rank at a time, and always through all blocks
             config = replace(config, num_lanes=1, prefix_memory_bytes=0, prefix_disk_bytes=0)
         self.base = base
         self.config = config
@@ -59,8 +59,8 @@ class Engine:
         self._too_large: list[OutOfMemory] = []
         self._lanes = Lanes(config.num_lanes)
         self._begun: list[TrainingJob] = []
-        attachment = base.attach(exact_products=config.exact_products)
-        with ranks.together(), shortage_in_pass(is_divided=base.is_divided):
+        attachment = base.attach(batch_invariant=config.batch_invariant)
+        with ranks.together(), shortage_in_pass(is_sharded=base.is_sharded):
             verdict = measure_invariance(base, self._lanes)
         verdicts = ranks.gathered(verdict)
         self.invariance: Invariance = "bitwise" if set(verdicts) == {"bitwise"} else "allclose"
@@ -204,7 +204,7 @@ class Engine:
     ) -> ExportReport:
         """The adapter of the last completed step, of a finished job that of the step it keeps, in PEFT's layout, into
         a directory that must not exist. `between` is called after each linear of the two passes that give evidence."""
-        in_passes = shortage_in_pass(is_divided=self.base.is_divided and has_evidence)
+        in_passes = shortage_in_pass(is_sharded=self.base.is_sharded and has_evidence)
         with in_passes, shortage_of(job), told_at_linears(self.base, between):
             row = self._started(job).row
             return export_adapter(self.base, row, directory, base_name=base_name, has_evidence=has_evidence)

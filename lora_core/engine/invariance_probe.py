@@ -54,7 +54,7 @@ def measure_invariance(base: BaseModel, lanes: Lanes) -> Invariance:
     pairs = [
         (alone[index], gradient) for order in orders[3:] for index, gradient in zip(order, found[order], strict=True)
     ]
-    is_exact = base.kernels.exact_products is not None and torch.get_num_threads() == 1
+    is_exact = base.kernels.batch_invariant is not None and torch.get_num_threads() == 1
     if is_exact and all(torch.equal(one, other) for one, other in pairs):
         return "bitwise"
     if all(_is_close(one, other) for one, other in pairs):
@@ -137,7 +137,7 @@ def _packed_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
     bare = FlatAdapter(
         (), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device, trained=placeholder_head(base)
     )
-    bare.initialise(0)
+    bare.initialize(0)
     return packed_logits(base, bare, ids)
 
 

@@ -112,7 +112,7 @@ def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:
     if largest >= base.vocab_size:
         raise BadDataset(
             f"The data holds token {largest}, but the base model has {base.vocab_size} tokens.",
-            remedy="Tokenise the data with this base model's tokenizer.",
+            remedy="Tokenize the data with this base model's tokenizer.",
         )
     _check_types(dataset, base)
     if base.max_positions is not None and longest > base.max_positions:
@@ -130,5 +130,5 @@ def _check_types(dataset: TokenDataset, base: BaseModel) -> None:
     if num_types and largest >= num_types:
         raise BadDataset(
             f"The data holds token type {largest}, but the base model has {num_types}.",
-            remedy="Tokenise the data with this base model's tokenizer, or leave the token types out.",
+            remedy="Tokenize the data with this base model's tokenizer, or leave the token types out.",
         )

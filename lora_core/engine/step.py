@@ -101,12 +101,12 @@ class Passes:
         costs: list[int] = []
         lanes: list[list[int]] = []
         try:
-            with shortage_in_pass(is_divided=self._base.is_divided):
+            with shortage_in_pass(is_sharded=self._base.is_sharded):
                 slices = _slices(plan, jobs, own)
                 sizes = [plan.sizes[index] for index in own]
                 costs = [self._prefixes.cost(part, size) for part, size in zip(slices, sizes, strict=True)]
                 lanes = split(costs, num_tokens=sum(sizes), num_lanes=self._lanes.count) if own else []
-                if self._base.is_divided:
+                if self._base.is_sharded:
                     slices += self._keeping_step(slices, plan, jobs)
                     lanes = [list(range(len(slices)))]
                 scores = self._run_lanes(lanes, slices, plan.kind, checkpointed=plan.checkpointed)[: len(own)]

@@ -82,7 +82,7 @@ class Generation:
             if not jobs:
                 self._group = jobs = self._next_group()
             try:
-                with shortage_in_pass(is_divided=self._base.is_divided):
+                with shortage_in_pass(is_sharded=self._base.is_sharded):
                     found = self._next_tokens(jobs)
             except torch.OutOfMemoryError as error:
                 num_tokens = sum(self._most_tokens(job) for job in jobs)
@@ -206,7 +206,7 @@ def check_prompts(prompts: Prompts, base: BaseModel) -> None:
         if not 0 <= min(prompt) <= max(prompt) < base.vocab_size:
             raise ConfigError(
                 f"Prompt {number} holds a token that the base model, which has {base.vocab_size}, does not know.",
-                remedy="Tokenise prompts with this base model's tokenizer.",
+                remedy="Tokenize prompts with this base model's tokenizer.",
             )
         longest = len(prompt) + prompts.max_tokens
         if base.max_positions is not None and longest > base.max_positions:

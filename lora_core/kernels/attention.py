@@ -2,7 +2,7 @@
 """Softmax of visible scores and its gradient, and heads gathered and spread, for a CPU.
 
 Letters: H query heads, K key heads, G = H / K, S tokens of a sequence, C = S rounded up to a multiple of COLUMNS,
-R = S · G rows: those of one token are neighbours. E head features. Rows are short, and to cut one out costs as much
+R = S · G rows: those of one token are neighbors. E head features. Rows are short, and to cut one out costs as much
 as to compute it: so arrays are flat here, and indices unsigned.
 """
 

@@ -67,7 +67,7 @@ class Product:
     def gives_the_bits_of_blocks(self, num_rows: int, row_block: int) -> bool:
         """Each row sums the same numbers with either sign, so that all of the result is the rounding of its order."""
         num_summed, num_columns = self.shape
-        x_TK, y_TN = _cancelling(num_rows, num_summed, self.dtype), _numbers(num_rows, num_columns, self.dtype)
+        x_TK, y_TN = _canceling(num_rows, num_summed, self.dtype), _numbers(num_rows, num_columns, self.dtype)
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         matrix_KN = torch.full((span,), FACTOR, dtype=self.dtype).as_strided(self.shape, self.stride)
         bias_N = torch.zeros(num_columns, dtype=self.dtype) if self.operation == "addmm" else None
@@ -200,7 +200,7 @@ def add_times(y_TN: Tensor, x_TK: Tensor, matrix_KN: Tensor, exact: ExactProduct
 
 def own_forward(linear: Any, x_TK: Tensor, num_columns: int, exact: ExactProducts | None) -> Tensor:
     """Of a linear whose class has a forward of its own, which autograd may follow. It is taken to end in the plain
-    products of its size, as those do that restore quantised or sharded weights; up to the sizes of its packs the probe
+    products of its size, as those do that restore quantized or sharded weights; up to the sizes of its packs the probe
     tells so.
     """
     if exact is None:
@@ -218,7 +218,7 @@ def own_forward(linear: Any, x_TK: Tensor, num_columns: int, exact: ExactProduct
     return torch.cat([type(linear).forward(linear, part) for part in filled.split(list(sizes))])[:num_rows]
 
 
-def _cancelling(num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
+def _canceling(num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
     """[rows, columns], each row of numbers and of their negatives in another order."""
     half = num_columns // 2
     numbers = _numbers(num_rows, half, dtype)

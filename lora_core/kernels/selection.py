@@ -33,7 +33,7 @@ class Kernels:
     lora_core/base_model/patching.py finds them for a CPU, or each compiled into one
     (lora_core/layers/compiled_elementwise.py).
 
-    `exact_products`: what keeps the bits of products over the tokens of several jobs from depending on their number of
+    `batch_invariant`: what keeps the bits of products over the tokens of several jobs from depending on their number of
     rows (batch_invariant.py); None on a GPU, and for an engine that is told to do without. A record is then `allclose`.
 
     `reasons`: why this device isn't given what is fastest on a GPU; empty on a CPU, where nothing is missing.
@@ -42,7 +42,7 @@ class Kernels:
     lora: Literal["loop", "grouped_mm"] = "loop"
     attention: Literal["sequences", "varlen"] = "sequences"
     elementwise: Literal["eager", "compiled"] = "eager"
-    exact_products: ExactProducts | None = None
+    batch_invariant: ExactProducts | None = None
     reasons: tuple[str, ...] = ()
 
 

@@ -143,6 +143,6 @@ def _free_bytes(device: str) -> int:
 
 
 def _weight_shape(linear: nn.Module) -> tuple[int, ...]:
-    """(out, in) of a plain linear, or as a Conv1D has them; what a quantised one holds packed tells otherwise."""
+    """(out, in) of a plain linear, or as a Conv1D has them; what a quantized one holds packed tells otherwise."""
     sizes = getattr(linear, "out_features", None), getattr(linear, "in_features", None)
     return tuple(size for size in sizes if size is not None) or tuple(linear.weight.shape)  # pyright: ignore

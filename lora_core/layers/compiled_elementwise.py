@@ -1,7 +1,7 @@
 # pyright: basic
 """RMSNorm and the gated activation for a GPU: forward and backward by hand, each compiled by torch into one kernel.
 
-A part is recognised by its class and its own parts, and then asked, as in rms_norm.py: only where ours gives what the
+A part is recognized by its class and its own parts, and then asked, as in rms_norm.py: only where ours gives what the
 library's forward gives, to the rounding, is it replaced, on the instance and inside a pack. Letters: T tokens, D
 features, F of the gate.
 """

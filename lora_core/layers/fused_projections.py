@@ -118,7 +118,7 @@ class PackedSiblings(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, leaf: Tensor | None, weights: tuple[PlainWeight, ...], shares: Shares):
-        ctx.exact = current_kernels().exact_products
+        ctx.exact = current_kernels().batch_invariant
         outputs = [batch_invariant.linear(x_TD, weight.weight_OD, weight.bias_O, ctx.exact) for weight in weights]
         ctx.weights, ctx.shares = weights, shares
         ctx.hidden = [_add_joint(outputs, x_TD, piece) for piece in shares.joint]

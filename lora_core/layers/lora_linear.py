@@ -198,7 +198,7 @@ class PackedLinear(torch.autograd.Function):
         pieces: tuple[Piece, ...],
         runs: tuple[BucketRun, ...] = (),
     ):
-        ctx.exact = current_kernels().exact_products
+        ctx.exact = current_kernels().batch_invariant
         y_TO = batch_invariant.linear(x_TD, linear.weight_OD, linear.bias_O, ctx.exact)
         ctx.pieces, ctx.runs = pieces, runs
         ctx.branches = add_lora(y_TO, x_TD, pieces, linear)
@@ -223,7 +223,7 @@ class PackedLinear(torch.autograd.Function):
 
 
 class PackedDelta(torch.autograd.Function):
-    """The LoRA part alone, for a linear with a forward of its own (quantised, sharded): y + delta."""
+    """The LoRA part alone, for a linear with a forward of its own (quantized, sharded): y + delta."""
 
     @staticmethod
     def forward(  # noqa: PLR0917  (autograd passes by position)

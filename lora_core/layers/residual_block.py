@@ -1,7 +1,7 @@
 # pyright: basic
 """A decoder block whose residual sums are made in the pass of the norm that follows them, and their gradients too.
 
-x + attention(norm(x)), then + mlp(norm(·)): a block is recognised by its parts and then asked with stand-ins for its
+x + attention(norm(x)), then + mlp(norm(·)): a block is recognized by its parts and then asked with stand-ins for its
 attention and MLP; it is replaced on the instance and inside a pack. Letters: T tokens, D features.
 """
 

@@ -1,7 +1,7 @@
 # pyright: basic
 """RMSNorm in one pass over memory each way, alone or with the sum of the residual stream before it.
 
-A norm is recognised by its class's name and parts and then asked: only where ours gives the numbers that the
+A norm is recognized by its class's name and parts and then asked: only where ours gives the numbers that the
 library's forward gives is it replaced, on the instance and inside a pack. Letters: T tokens, D features.
 """
 

@@ -1,7 +1,7 @@
 # pyright: basic
 """The gated MLP down(silu(gate(x)) · up(x)) (arXiv 2002.05202) with the activation in one pass over memory each way.
 
-An MLP is recognised by its parts and then asked, as norms are; it is replaced on the instance and inside a pack.
+An MLP is recognized by its parts and then asked, as norms are; it is replaced on the instance and inside a pack.
 Letters: T tokens, D features, F of the gate.
 """
 

@@ -21,7 +21,7 @@ from lora_core.base_model.patching import Attachment
 from lora_core.engine.invariance_probe import refuse_mixing
 from lora_core.errors import UnreachableSource, UnsupportedModel
 from lora_core.model_files.gguf import refuse_scaled_rotation
-from lora_core.model_files.license import CARD, licence_of_folder, licence_of_gguf
+from lora_core.model_files.license import CARD, license_of_folder, license_of_gguf
 from lora_core.runtime.safetensors_io import read_header, write_directory
 
 HUB_FILES = (
@@ -35,10 +35,10 @@ HUB_FILES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Imported:
-    """What a source tells beside its files: the commit that was read, of a hub; its licence, where it names one."""
+    """What a source tells beside its files: the commit that was read, of a hub; its license, where it names one."""
 
     commit: str | None
-    licence: str | None
+    license: str | None
 
 
 def import_base(
@@ -53,12 +53,12 @@ def import_base(
     if kind == "gguf":
         path = Path(source)
         write_directory(target_dir, lambda directory: _write_gguf(path, directory))
-        return Imported(commit=None, licence=licence_of_gguf(path))
+        return Imported(commit=None, license=license_of_gguf(path))
     folder = Path(source)
     if kind == "hub":
         folder, commit = _download(source, revision)
     write_directory(target_dir, lambda directory: _write_folder(folder, directory))
-    return Imported(commit=commit, licence=licence_of_folder(folder))
+    return Imported(commit=commit, license=license_of_folder(folder))
 
 
 def _download(repository: str, revision: str | None) -> tuple[Path, str]:
@@ -141,7 +141,7 @@ def _write_folder(folder: Path, directory: Path) -> None:
 
 
 def _write_gguf(path: Path, directory: Path) -> None:
-    """Read from a folder that holds nothing else, so that no neighbour of the file can take part."""
+    """Read from a folder that holds nothing else, so that no neighbor of the file can take part."""
     if not path.is_file():
         raise UnreachableSource(
             f"There is no file {str(path)!r} where the worker runs.", remedy="Give the whole path of a GGUF file."
@@ -152,13 +152,13 @@ def _write_gguf(path: Path, directory: Path) -> None:
     refuse_scaled_rotation(path)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
-        _save_model(_dequantised(Path(folder), "model.gguf"), directory)  # held by no name: freed before the trial
+        _save_model(_dequantized(Path(folder), "model.gguf"), directory)  # held by no name: freed before the trial
         _save_tokenizer(Path(folder), directory, gguf_file="model.gguf")
     _refuse_untrainable(directory, torch.bfloat16)
 
 
-def _dequantised(folder: Path, name: str) -> Any:
-    """transformers marks what it read from GGUF as quantised; the weights are plain by then."""
+def _dequantized(folder: Path, name: str) -> Any:
+    """transformers marks what it read from GGUF as quantized; the weights are plain by then."""
     model: Any = load_with_transformers(folder, dtype=torch.bfloat16, gguf_file=name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,5 +1,5 @@
 # pyright: basic
-"""The licence that a base model's source names of itself: it goes into the lineage of every adapter trained on it."""
+"""The license that a base model's source names of itself: it goes into the lineage of every adapter trained on it."""
 
 import re
 from pathlib import Path
@@ -8,13 +8,13 @@ CARD = "README.md"
 MAX_CARD_CHARS = 2**16
 """A card's front matter is on its first lines; the rest isn't read."""
 FRONT_MATTER = re.compile(r"\A\ufeff?---\s*\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
-MAX_LICENCE_CHARS = 100
+MAX_LICENSE_CHARS = 100
 NAME = r"[\"']?([\w.+][\w .+-]{0,99}?)[\"']?"
 COMMENT = r"[ \t]*(?:#.*)?$"
 ITEM = re.compile(rf"^[ \t]*-[ \t]+{NAME}{COMMENT}", re.MULTILINE)
 
 
-def licence_of_folder(folder: Path) -> str | None:
+def license_of_folder(folder: Path) -> str | None:
     """By the front matter of its model card: an SPDX-like id, or the own name of one that the hub calls "other"."""
     try:
         with (folder / CARD).open(encoding="utf-8", errors="replace") as card:
@@ -23,19 +23,19 @@ def licence_of_folder(folder: Path) -> str | None:
         return None
     if found is None:
         return None
-    licence = _value(found[1], "license")
-    if licence in (None, "other"):
-        return _value(found[1], "license_name") or licence
-    return licence
+    found_license = _value(found[1], "license")
+    if found_license in (None, "other"):
+        return _value(found[1], "license_name") or found_license
+    return found_license
 
 
-def licence_of_gguf(path: Path) -> str | None:
+def license_of_gguf(path: Path) -> str | None:
     """By its metadata, general.license."""
     from gguf import GGUFReader
 
     field = GGUFReader(path).get_field("general.license")
-    licence = field.contents() if field is not None else None
-    return licence[:MAX_LICENCE_CHARS] if isinstance(licence, str) and licence else None
+    found_license = field.contents() if field is not None else None
+    return found_license[:MAX_LICENSE_CHARS] if isinstance(found_license, str) and found_license else None
 
 
 def _value(front_matter: str, key: str) -> str | None:
@@ -51,4 +51,4 @@ def _value(front_matter: str, key: str) -> str | None:
         names = re.findall(rf"(?:^|,)[ \t]*{NAME}[ \t]*(?=,|$)", within[1])
     else:
         return None
-    return ", ".join(names)[:MAX_LICENCE_CHARS] or None
+    return ", ".join(names)[:MAX_LICENSE_CHARS] or None

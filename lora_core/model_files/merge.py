@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lora_core.base_model.loading import read_config
 from lora_core.base_model.model import BaseModel, load_base
-from lora_core.base_model.quantization import Quantisation, quantisation_in_training
+from lora_core.base_model.quantization import Quantization, quantization_in_training
 from lora_core.errors import BadAdapter, LoraCoreError, UnsafeFile, UnsupportedModel
 from lora_core.model_files.import_base import import_base
 from lora_core.model_files.merge_cost import compare_cost
@@ -36,7 +36,7 @@ from lora_core.peft_format.verify import NUM_NUDGES, ROUNDING_FACTOR, refuse_for
 from lora_core.runtime.safetensors_io import read_header, write_directory, write_json
 
 PROBE_SEED = 20_260_102
-DEQUANTISE_HELP = "merge into a quantised GGUF file, or an adapter that was trained on a quantised base; store 16 bits"
+DEQUANTIZE_HELP = "merge into a quantized GGUF file, or an adapter that was trained on a quantized base; store 16 bits"
 MEASURE_HELP = "time a pass of the base and of the merged model; a GGUF file is read twice for it"
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "merge.json"
@@ -62,11 +62,11 @@ class MergeReport:
     max_abs_effect: float
     update_error: float
     adapter_sha256: str
-    dequantised: bool
-    trained_on: Quantisation = "none"
+    dequantized: bool
+    trained_on: Quantization = "none"
     """How the base was held in training, where the adapter's folder says so."""
     max_abs_diff_to_trained: float | None = None
-    """Of an adapter that was trained on a quantised base: to the logits that training saw, in the adapter's probe."""
+    """Of an adapter that was trained on a quantized base: to the logits that training saw, in the adapter's probe."""
 
 
 def merge_adapter(
@@ -75,23 +75,23 @@ def merge_adapter(
     out_dir: Path,
     *,
     dtype: Dtype | None = None,
-    dequantise: bool = False,
+    dequantize: bool = False,
 ) -> MergeReport:
     """Write `out_dir` (which must not exist): config, tokenizer, weights in shards, merge.json.
 
     `base_source` is a base directory or a GGUF file. `dtype` None means the base's own. Raises BadAdapter for an
     adapter of another base or one whose merged logits differ by more than rounding, UnsupportedModel for a
-    quantised base, or an adapter that was trained on one, without `dequantise`.
+    quantized base, or an adapter that was trained on one, without `dequantize`.
     """
     refuse_foreign_adapter(adapter_dir)
-    trained_on = quantisation_in_training(adapter_dir / WEIGHTS)
-    if trained_on != "none" and not dequantise:
+    trained_on = quantization_in_training(adapter_dir / WEIGHTS)
+    if trained_on != "none" and not dequantize:
         raise UnsupportedModel(
             f"This adapter was trained on its base held as {trained_on}. Merged, it stands on the plain weights, and "
             "gives other logits than those that training saw and verification checked.",
-            remedy=f"Serve it on the base held as {trained_on}; or accept this with --dequantise, which measures it.",
+            remedy=f"Serve it on the base held as {trained_on}; or accept this with --dequantize, which measures it.",
         )
-    with _base_folder(base_source, dequantise=dequantise) as (base_dir, was_quantised):
+    with _base_folder(base_source, dequantize=dequantize) as (base_dir, was_quantized):
         stored: Dtype = "float32" if read_config(base_dir).dtype == torch.float32 else "bfloat16"
         base = load_base(base_dir, dtype=dtype or stored, device="cpu")
         _refuse_other_base(base if trained_on == "none" else _held_as(base_dir, trained_on, base), adapter_dir)
@@ -115,7 +115,7 @@ def merge_adapter(
             max_abs_effect=_largest(adapted_logits - plain_logits),
             update_error=update_error,
             adapter_sha256=hashlib.sha256((adapter_dir / WEIGHTS).read_bytes()).hexdigest(),
-            dequantised=was_quantised,
+            dequantized=was_quantized,
             trained_on=trained_on,
             max_abs_diff_to_trained=to_trained,
         )
@@ -157,29 +157,29 @@ def _refuse_changed(adapter_dir: Path) -> None:
 
 
 @contextmanager
-def _base_folder(source: Path, *, dequantise: bool) -> Iterator[tuple[Path, bool]]:
-    """(A folder of plain weights, whether they were quantised). A GGUF file is imported for the while."""
+def _base_folder(source: Path, *, dequantize: bool) -> Iterator[tuple[Path, bool]]:
+    """(A folder of plain weights, whether they were quantized). A GGUF file is imported for the while."""
     if source.is_dir():
         if getattr(read_config(source), "quantization_config", None) is not None:
             raise UnsupportedModel(
-                f"The weights of {source.name!r} are quantised, so W + B A can't be stored in their place.",
-                remedy="Give the base model that it was quantised from, and quantise the merged model.",
+                f"The weights of {source.name!r} are quantized, so W + B A can't be stored in their place.",
+                remedy="Give the base model that it was quantized from, and quantize the merged model.",
             )
         yield source, False
         return
-    kinds = _quantised_kinds(source)
-    if kinds and not dequantise:
+    kinds = _quantized_kinds(source)
+    if kinds and not dequantize:
         raise UnsupportedModel(
-            f"{source.name!r} is quantised ({', '.join(kinds)}). Merging stores its weights in 16 bits: the folder "
-            "grows accordingly, and quantising it again rounds away some or all of what the adapter added.",
-            remedy="Merge into the model that it was quantised from, or accept this with --dequantise.",
+            f"{source.name!r} is quantized ({', '.join(kinds)}). Merging stores its weights in 16 bits: the folder "
+            "grows accordingly, and quantizing it again rounds away some or all of what the adapter added.",
+            remedy="Merge into the model that it was quantized from, or accept this with --dequantize.",
         )
     with tempfile.TemporaryDirectory() as folder:
         import_base(source=str(source), kind="gguf", revision=None, target_dir=Path(folder) / "base")
         yield Path(folder) / "base", bool(kinds)
 
 
-def _quantised_kinds(gguf: Path) -> list[str]:
+def _quantized_kinds(gguf: Path) -> list[str]:
     from gguf import GGUFReader
 
     if not gguf.is_file():
@@ -208,10 +208,10 @@ def _refuse_other_base(base: BaseModel, adapter_dir: Path) -> None:
         raise _bad("on this base model it doesn't give the logits that training saw")
 
 
-def _held_as(base_dir: Path, quantisation: Quantisation, plain: BaseModel) -> BaseModel:
+def _held_as(base_dir: Path, quantization: Quantization, plain: BaseModel) -> BaseModel:
     """The base as training had it: what the adapter's evidence is of."""
     dtype = "float32" if plain.dtype == torch.float32 else "bfloat16"
-    return load_base(base_dir, dtype=dtype, device="cpu", quantisation=quantisation)
+    return load_base(base_dir, dtype=dtype, device="cpu", quantization=quantization)
 
 
 def _diff_to_trained(base: BaseModel, adapter_dir: Path) -> float | None:
@@ -314,7 +314,7 @@ def _unloaded(adapted: PeftModel) -> nn.Module:
 
 
 def _write(merged: nn.Module, base_dir: Path, directory: Path, report: MergeReport) -> None:
-    """The base's own files byte by byte (tokenizer, template, licence), then config and weights as they are now."""
+    """The base's own files byte by byte (tokenizer, template, license), then config and weights as they are now."""
     for path in sorted(base_dir.iterdir()):
         if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".gguf", ".bin", ".pt", ".py")):
             shutil.copyfile(path, directory / path.name)
@@ -342,14 +342,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="of the merged weights; the base's own if left out"
     )
-    parser.add_argument("--dequantise", action="store_true", help=DEQUANTISE_HELP)
+    parser.add_argument("--dequantize", action="store_true", help=DEQUANTIZE_HELP)
     parser.add_argument("--measure", action="store_true", help=MEASURE_HELP)
     given = parser.parse_args(arguments)
     try:
-        report = merge_adapter(given.adapter, given.base, given.out, dtype=given.dtype, dequantise=given.dequantise)
+        report = merge_adapter(given.adapter, given.base, given.out, dtype=given.dtype, dequantize=given.dequantize)
         answer: dict[str, object] = {"merged": asdict(report)}
         if given.measure:
-            with _base_folder(given.base, dequantise=given.dequantise) as (base_dir, _):
+            with _base_folder(given.base, dequantize=given.dequantize) as (base_dir, _):
                 answer["cost"] = asdict(compare_cost(base_dir, given.out, dtype=report.dtype))
     except LoraCoreError as error:
         sys.stderr.write(f"{error.message} {error.remedy}\n")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
-from lora_core.base_model.quantization import Quantisation
+from lora_core.base_model.quantization import Quantization
 from lora_core.forward.classification import head_alone, head_inputs, head_module
 from lora_core.forward.language_model import hidden_states
 from lora_core.layers.lm_heads import head_of
@@ -38,14 +38,14 @@ PREFIX = "base_model.model."
 class ExportReport:
     """`sha256` is of adapter_model.safetensors; `num_parameters` counts all that was trained.
 
-    `quantisation` is of the base model that the adapter was trained on.
+    `quantization` is of the base model that the adapter was trained on.
     """
 
     num_parameters: int
     num_bytes: int
     sha256: str
     dtype: str
-    quantisation: Quantisation = "none"
+    quantization: Quantization = "none"
 
 
 def export_adapter(
@@ -63,7 +63,7 @@ def export_adapter(
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
         dtype=str(row.dtype).removeprefix("torch."),
-        quantisation=base.quantisation,
+        quantization=base.quantization,
     )
 
 
@@ -75,8 +75,8 @@ def _write(base: BaseModel, row: FlatAdapter, directory: Path, base_name: str, p
 
 
 def _metadata(base: BaseModel) -> dict[str, str]:
-    """Of a quantised base, how: PEFT's adapter_config.json has no place for it."""
-    if base.quantisation == "none":
+    """Of a quantized base, how: PEFT's adapter_config.json has no place for it."""
+    if base.quantization == "none":
         return {"format": "pt"}
     how = base.model.config.quantization_config.to_dict()
     return {"format": "pt", "base_quantization_config": json.dumps(how, sort_keys=True)}
@@ -168,7 +168,7 @@ def _probe(base: BaseModel, row: FlatAdapter) -> dict[str, Tensor]:
     in full gives."""
     ids = with_tokens(pseudo_random_ids(base, "probe", PROBE_SEED), _trained_tokens(base, row))
     bare = FlatAdapter((), row.lora, dtype=base.dtype, device=base.device, trained=head_alone(base, row))
-    bare.initialise(0)
+    bare.initialize(0)
     return {
         "input_ids": torch.from_numpy(ids),
         "logits": packed_logits(base, row, ids),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.modules_to_save import TOKENS_SUFFIX
 from lora_core.base_model.model import BaseModel
-from lora_core.base_model.quantization import Quantisation, quantisation_in_training
+from lora_core.base_model.quantization import Quantization, quantization_in_training
 from lora_core.config import LoraConfig
 from lora_core.errors import BadParent, ConfigError, LoraCoreError, UnsafeFile
 from lora_core.module_paths import PatternTooSlow, compiles, pattern_value
@@ -48,7 +48,7 @@ class Parent:
     the prefix, and how its base was held in training."""
 
     lora: LoraConfig
-    held: Quantisation
+    held: Quantization
     paths: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
 
@@ -93,7 +93,7 @@ def _read(directory: Path) -> Parent:
     content = _read_config(directory)
     try:
         header = read_header(directory / WEIGHTS)
-        held = quantisation_in_training(directory / WEIGHTS)
+        held = quantization_in_training(directory / WEIGHTS)
     except UnsafeFile as error:
         raise _bad(error.message.removesuffix(".")) from error
     for name, (dtype, _) in header.items():
@@ -227,10 +227,10 @@ def _require_same_base(parent: Parent, base: BaseModel) -> None:
     unknown = sorted(set(parent.paths) - set(base.linear_names()))
     if unknown:
         raise _bad(f"it adapts {unknown[0][:200]}, which this base model hasn't", remedy=OTHER_BASE_REMEDY)
-    if parent.held != base.quantisation:
+    if parent.held != base.quantization:
         raise _bad(
-            f"it was trained on its base held as {parent.held}, and this base is held as {base.quantisation}",
-            remedy=f"Continue it on the base model with the quantisation {parent.held!r}.",
+            f"it was trained on its base held as {parent.held}, and this base is held as {base.quantization}",
+            remedy=f"Continue it on the base model with the quantization {parent.held!r}.",
         )
 
 

@@ -77,7 +77,7 @@ def verify_export(base: BaseModel, directory: Path, *, between: Between = silent
     directory, where PEFT's own pass doesn't fit the device, or BrokenPass where the base is divided.
     """
     try:
-        with shortage_in_pass(is_divided=base.is_divided), told_at_linears(base, between):
+        with shortage_in_pass(is_sharded=base.is_sharded), told_at_linears(base, between):
             return _verify(base, directory)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(directory.name) from error
@@ -97,11 +97,11 @@ def _verify(base: BaseModel, directory: Path) -> VerifyReport:
                 linears = evidence_linears.compare(model, added, dtype=base.dtype, more=more)
             logits = _last_logits(adapted, ids)
             roundings += [_nudged_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
-            if base.quantisation == "int8":
+            if base.quantization == "int8":
                 roundings += [_stepped_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
         with _adapted(model, directory, device=base.device, in_fp32=False) as adapted:
             roundings.append(_last_logits(adapted, ids) - logits)
-    same_model = SAME_INT8_MODEL if base.quantisation == "int8" else SAME_MODEL[base.dtype]
+    same_model = SAME_INT8_MODEL if base.quantization == "int8" else SAME_MODEL[base.dtype]
     return _compare(probe, logits, roundings=roundings, dtype=base.dtype, linears=linears, same_model=same_model)
 
 

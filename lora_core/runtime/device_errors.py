@@ -47,13 +47,13 @@ def shortage_of(job: str, *, part: Part = "adapter") -> Iterator[None]:
 
 
 @contextmanager
-def shortage_in_pass(*, is_divided: bool) -> Iterator[None]:
+def shortage_in_pass(*, is_sharded: bool) -> Iterator[None]:
     """`shortage_named` for a block in which there is a pass through the base: of one that is divided BrokenPass."""
     try:
         with shortage_named():
             yield
     except (torch.OutOfMemoryError, OutOfMemory) as error:
-        if is_divided:
+        if is_sharded:
             raise BrokenPass from error
         raise
 

@@ -122,7 +122,7 @@ class Job(View):
     max_length: int | None = None
     max_steps: int | None = None
     precision: str | None = None
-    quantisation: str | None = None
+    quantization: str | None = None
     checkpoint_every_steps: int | None = None
     evaluation: dict[str, Any] = field(default_factory=dict[str, Any])
     data: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -295,8 +295,8 @@ class Adapter(View):
     num_parameters: int = 0
     rank: int | None = None
     precision: str | None = None
-    """Of the base in training and verification, like `quantisation`: what it is best served on."""
-    quantisation: str | None = None
+    """Of the base in training and verification, like `quantization`: what it is best served on."""
+    quantization: str | None = None
     lineage_id: str = ""
     verification: Verification = field(default_factory=Verification, metadata={"view": Verification})
     evaluation: Evaluation = field(default_factory=Evaluation, metadata={"view": Evaluation})

@@ -86,7 +86,7 @@ class Files:
             raise BadDownload(message, code="bad_download", remedy="Download it again.")
 
     def report(self, file_id: str, *, model: str) -> dict[str, Any]:
-        """Rows, tokens, truncated rows … of the file as tokenised for `model`."""
+        """Rows, tokens, truncated rows … of the file as tokenized for `model`."""
         return self._transport.get(f"files/{quote(file_id, safe='')}/report", {"model": model})
 
     def delete(self, file_id: str) -> None:

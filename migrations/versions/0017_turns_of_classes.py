@@ -15,7 +15,7 @@ branch_labels = None
 depends_on = None
 
 IN_QUEUE = sa.text("queued_at IS NOT NULL")
-# The id at the end has SQLite take these indexes though it was analysed while all jobs were alike.
+# The id at the end has SQLite take these indexes though it was analyzed while all jobs were alike.
 SMALLEST = {
     "ix_jobs_smallest": ["project_id", "priority", "least_bytes", "id"],
     "ix_jobs_smallest_alike": ["pack_key", "project_id", "priority", "least_bytes", "id"],

@@ -13,7 +13,7 @@ down_revision = "0036"
 branch_labels = None
 depends_on = None
 
-BYTES = ("divisible_bytes", "gathered_bytes")
+BYTES = ("shardable_bytes", "gathered_bytes")
 
 
 def upgrade() -> None:

@@ -34,7 +34,7 @@ DEPENDS_ON_WHAT_IS_STORED = frozenset(
         *("wrong_file_purpose", "wrong_file_kind", "loss_needs_chat", "split_needs_text", "empty_file"),
         *("model_not_ready", "model_import_failed", "model_without_layer_paths", "invalid_metadata_filter"),
         *("validation_file_required", "conflicting_learning_rates", "learning_rate_required"),
-        *("dora_on_quantised_base", "start_on_quantised_base", "quantisation_unavailable"),
+        *("dora_unsupported_with_quantization", "init_unsupported_with_quantization", "quantization_unavailable"),
         *("integration_unavailable", "integration_entity_not_allowed", "validation_is_training", "max_length_lowered"),
         *("differs_from_parent", "parent_of_another_base", "two_parents", "own_model"),
         *("rank_too_high", "no_target_modules", "unknown_target_modules", "unknown_layers"),

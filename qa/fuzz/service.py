@@ -27,7 +27,7 @@ def serving(settings: Settings, log: Path) -> Iterator[str]:
         "LORRY_DATA_DIR": str(settings.data_dir),
         "LORRY_DATABASE_URL": settings.resolved_database_url(),
         "LORRY_PEPPER": PEPPER.current.decode(),
-        "LORRY_LOOK_SECONDS": "0.05",
+        "LORRY_STREAM_POLL_SECONDS": "0.05",
         "LORRY_SHUTDOWN_SECONDS": "2",
         "LORRY_REQUESTS_PER_MINUTE": "0",  # the fuzzer sends as fast as it can, also without a key
         "LORRY_PUBLIC_URL": "http://127.0.0.1",  # else /metrics is open to this machine

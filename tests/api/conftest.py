@@ -56,7 +56,9 @@ def nothing_looks_for_webhooks(request: pytest.FixtureRequest, monkeypatch: pyte
 @pytest.fixture
 def app(settings: Settings) -> Iterator[FastAPI]:
     """Without limits of requests: a test may send as many as it likes."""
-    quick = ApiSettings(look_seconds=0.02, stream_heartbeat_seconds=0.2, shutdown_seconds=5, requests_per_minute=0)
+    quick = ApiSettings(
+        stream_poll_seconds=0.02, stream_heartbeat_seconds=0.2, shutdown_seconds=5, requests_per_minute=0
+    )
     app = create_app(settings, quick)
     yield app
     app.state.services.db.close()  # of an app that never ran, too

@@ -25,7 +25,7 @@ ROW = re.compile(r"^\| `(lorry_\w+)` \| (\w+) \| [^|]+ \| ([^|]*)\| \S", re.MULT
 BASE_UNITS = ("seconds", "bytes", "ratio", "celsius", "watts")
 OTHER_UNITS = ("milliseconds", "minutes", "hours", "megabytes", "gigabytes", "percent", "milliwatts")
 LABELS = {
-    *("method", "route", "status", "duty", "outcome", "task"),
+    *("method", "route", "status", "outcome", "task"),
     *("state", "priority", "reason", "work", "base_model", "host", "device"),
 }
 
@@ -89,11 +89,11 @@ def test_each_duty_is_counted_by_how_it_went(services: Services, world: World, m
     def runs() -> dict[tuple[str, str], float]:
         family = exposed(services.telemetry, world)["lorry_background_runs"]
         totals = [sample for sample in family.samples if sample.name.endswith("_total")]
-        return {(s.labels["duty"], s.labels["outcome"]): s.value for s in totals}
+        return {(s.labels["task"], s.labels["outcome"]): s.value for s in totals}
 
     def done_at() -> dict[str, float]:
         family = exposed(services.telemetry, world)["lorry_background_last_success_timestamp_seconds"]
-        return {sample.labels["duty"]: sample.value for sample in family.samples}
+        return {sample.labels["task"]: sample.value for sample in family.samples}
 
     def away(*_: object, **__: object) -> int:
         raise Unavailable("Away.", code="database_unavailable", remedy="")

@@ -49,7 +49,7 @@ class Have:
     hook: str
     """Where webhooks are taken."""
     upload: str
-    """One that is open, for cancelling."""
+    """One that is open, for canceling."""
     other: str
     """Another project."""
     answers: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -350,7 +350,7 @@ def test_every_method_of_the_client_is_answered_to_the_letter_or_told_to_be_not_
     for name, given in NOT_OFFERED.items():
         with pytest.raises(openai.NotFoundError) as refused:
             client.call(name, given(have))
-        assert refused.value.code == "not_offered", name
+        assert refused.value.code == "not_supported", name
 
     assert set(client.methods()) == CALLS.keys() | NOT_OFFERED.keys()
 
@@ -372,5 +372,5 @@ def test_whoever_asks_a_model_here_is_told_where_to_ask(site: Site, path: str) -
     with site.http() as http:
         refused = http.post(f"/v1/{path}", json={}).json()["error"]
 
-    assert refused["code"] == "not_offered"
+    assert refused["code"] == "not_supported"
     assert "vLLM" in refused["remedy"]

@@ -26,7 +26,7 @@ NUM_LAYERS = 2
 def stepping(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     torch.set_num_threads(1)
     base = load_base(tiny_base.make(tmp_path_factory.mktemp("tiny") / "base"), dtype="float32", device="cpu")
-    engine = Engine(base, EngineConfig(exact_products=False))  # one product each, whatever the CPU
+    engine = Engine(base, EngineConfig(batch_invariant=False))  # one product each, whatever the CPU
     rows = next(iter(submissions("llama").values())).train
     engine.admit("job", job_config({"rank": 4, "batch_size": 2}), rows)
     events = iter_events(engine)

@@ -202,7 +202,7 @@ def _fill(db: Database) -> None:
             one = connection.execute(select(*columns)).mappings().first()
             assert one is not None, table
             connection.execute(insert(table), [{**one, **changes(f"{number:05}")} for number in range(MANY)])
-    if not db.is_sqlite:  # which nobody has analysed in use either
+    if not db.is_sqlite:  # which nobody has analyzed in use either
         with db.engine.connect() as connection:
             connection.exec_driver_sql("analyze")
             connection.commit()

@@ -27,8 +27,8 @@ REPORT: dict[str, Any] = {
     "longest_example": 80,
     "median_row": 50,
 }
-SHOWN = {"start": 0, "tokens": [{"text": "secret", "id": 7, "learnt": True}]}
-ROW = {"part": None, "num_tokens": 1, "whole_tokens": 1, "learnt_tokens": 1, "segments": [SHOWN]}
+SHOWN = {"start": 0, "tokens": [{"text": "secret", "id": 7, "is_trained": True}]}
+ROW = {"part": None, "num_tokens": 1, "whole_tokens": 1, "trained_tokens": 1, "segments": [SHOWN]}
 DETAILS: dict[str, Any] = {
     "samples": [{"line": 1, "flaws": [], "rows": [ROW]}],
     "lines": {"too_long": [], "empty": [], "duplicate": []},

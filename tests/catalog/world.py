@@ -131,11 +131,11 @@ class World:
         memory_bytes: int = 10**12,
         *,
         kind: str = "cpu",
-        quantisations: tuple[str, ...] = (),
+        quantizations: tuple[str, ...] = (),
         integrations: tuple[str, ...] = (),
         host: str = "here",
     ) -> str:
-        devices = [{"kind": kind, "quantisations": list(quantisations)}]
+        devices = [{"kind": kind, "quantizations": list(quantizations)}]
         about = {"host": host, "pid": 1, "devices": devices, "version": "1", "integrations": integrations}
         workers.register_worker(self.db, worker_id=worker_id, memory_bytes=memory_bytes, **about)  # pyright: ignore
         return worker_id

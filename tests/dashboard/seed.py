@@ -142,7 +142,7 @@ def submit(seeded: Seeded, suffix: str | None, **fields: Any) -> Job:
 
 
 def prepare(seeded: Seeded, *, num_steps: int = NUM_STEPS) -> None:
-    """Tokenise, as far as the pages can tell, the files of every job that waits for it."""
+    """Tokenize, as far as the pages can tell, the files of every job that waits for it."""
     while (work := preparation.next_unprepared(seeded.db, worker_id=WORKER, lease_seconds=LEASE_SECONDS)) is not None:
         found = [
             _put_report(seeded.db, file) for file in (work.training_file, work.validation_file) if file is not None

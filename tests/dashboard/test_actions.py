@@ -41,7 +41,7 @@ def test_a_running_job_shows_that_its_cancellation_was_asked_for(fresh: Service,
     visitor.page.get_by_role("button", name="Cancel").click()
     visitor.page.get_by_role("button", name="Cancel the job").click()
 
-    visitor.page.get_by_text("cancelling").wait_for()
+    visitor.page.get_by_text("canceling").wait_for()
     expect(visitor.page.get_by_role("button", name="Cancel")).to_be_disabled()
     assert commands.get(fresh.seeded.db, project_id=fresh.seeded.caller.project_id, job_id=job.id).cancel_requested
 

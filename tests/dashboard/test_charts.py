@@ -61,7 +61,7 @@ def test_a_chart_has_a_sentence_and_a_table_that_say_the_same(filled: Service, v
     assert f"to {last[1]} at step 240" in summary
 
 
-def test_the_held_out_curve_is_told_from_the_others_without_its_colour(filled: Service, visit: Visit) -> None:
+def test_the_held_out_curve_is_told_from_the_others_without_its_color(filled: Service, visit: Visit) -> None:
     visitor = visit(filled, scheme="dark")
     visitor.page.add_init_script(RECORD_DASHES)
 

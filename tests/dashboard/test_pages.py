@@ -1,4 +1,4 @@
-"""Every page, in both widths and both colour schemes: it fits, it is accessible, and it keeps to the policy."""
+"""Every page, in both widths and both color schemes: it fits, it is accessible, and it keeps to the policy."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def test_an_empty_page_names_the_next_command(fresh: Service, visit: Visit, plac
     visitor.assert_accessible()
 
 
-def test_the_chosen_colours_are_remembered(filled: Service, visit: Visit) -> None:
+def test_the_chosen_colors_are_remembered(filled: Service, visit: Visit) -> None:
     visitor = visit(filled, scheme="light")
     visitor.open("#/jobs")
-    button = visitor.page.get_by_role("button", name="Colours")
+    button = visitor.page.get_by_role("button", name="Colors")
 
     button.click()
     button.click()

@@ -28,7 +28,7 @@ def fact(within: Locator, name: str) -> Locator:
 
 def test_a_running_job_tells_how_its_base_is_divided_and_why(fresh: Service, visit: Visit) -> None:
     seed.register(fresh.seeded.db, seed.gpus(4, bytes_of_each=EACH), bytes_of_each=EACH)
-    job = queued(fresh, "divided")
+    job = queued(fresh, "sharded")
     seed.claim(fresh.seeded)
     visitor = visit(fresh)
 
@@ -45,7 +45,7 @@ def test_a_running_job_tells_how_its_base_is_divided_and_why(fresh: Service, vis
 
 def test_a_base_that_each_device_holds_whole_has_no_shares(fresh: Service, visit: Visit) -> None:
     seed.register(fresh.seeded.db, seed.gpus(2, bytes_of_each=10**10), bytes_of_each=10**10)
-    job = queued(fresh, "whole")
+    job = queued(fresh, "replicated")
     seed.claim(fresh.seeded)
     visitor = visit(fresh)
 

@@ -37,7 +37,7 @@ def test_a_changed_vendored_file_becomes_the_published_one_when_its_replacements
 
 
 @pytest.mark.parametrize("folder", VENDORS, ids=lambda folder: folder.name)
-def test_nothing_is_vendored_without_source_licence_and_digest(folder: Path) -> None:
+def test_nothing_is_vendored_without_source_license_and_digest(folder: Path) -> None:
     packages = _manifest(folder)
     named = {file["path"] for package in packages for file in package["files"]} | {"MANIFEST.json"}
 
@@ -45,7 +45,7 @@ def test_nothing_is_vendored_without_source_licence_and_digest(folder: Path) -> 
 
     assert present == named
     for package in packages:
-        assert package["licence"]
+        assert package["license"]
         assert package["version"] in package["source"]
         assert any("LICENSE" in file["upstream_path"] for file in package["files"])
 

@@ -240,7 +240,7 @@ def main(base_dir: Path, out: Path, strategy: Strategy, way: str) -> None:
     base = load_base(base_dir, dtype="float32", device="cpu", strategy=strategy, ranks=ranks)
     found: dict[str, Any] = {}
     short = torch.OutOfMemoryError("simulated")
-    if not base.is_divided:
+    if not base.is_sharded:
         found["undisturbed"] = trained(base, ALONE)
         for module, name, number in (
             (passes, "run_training", 3),

@@ -26,7 +26,7 @@ IMPORTS = textwrap.dedent("""
             try:
                 target = Path(folder) / "base"
                 imported = import_base(source=f"org/{name}", kind="hub", revision="main", target_dir=target)
-                told.append(f"{imported.commit} {imported.licence}")
+                told.append(f"{imported.commit} {imported.license}")
             except LoraCoreError as error:
                 told.append(f"{error} {error.remedy}")
         print("told", json.dumps(told), flush=True)
@@ -55,7 +55,7 @@ class Importer:
         )
 
     def import_from(self, hub: type["Hub"], folder: Path, *names: str) -> list[str]:
-        """Each org/NAME at main into `folder`/base: commit and licence, or why not. Nothing is cached
+        """Each org/NAME at main into `folder`/base: commit and license, or why not. Nothing is cached
         but what a commit has: name one once."""
         self._server.RequestHandlerClass = hub
         shutil.rmtree(self._cache, ignore_errors=True)

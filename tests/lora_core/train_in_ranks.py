@@ -42,13 +42,13 @@ def told(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def jobs_called(name: str, *, is_divided: bool) -> dict[str, Submission]:
+def jobs_called(name: str, *, is_sharded: bool) -> dict[str, Submission]:
     """On a divided base those that read no weight of it but by computing with it."""
     jobs = submissions("llama") if name == "kinds" else mixed_jobs()
     return {
         name: job
         for name, job in jobs.items()
-        if not is_divided or not (job.config.lora.use_dora or job.config.lora.subtracts_start)
+        if not is_sharded or not (job.config.lora.use_dora or job.config.lora.subtracts_start)
     }
 
 
@@ -58,7 +58,7 @@ def main(base_dir: Path, out: Path, strategy: Strategy, jobs_name: str) -> None:
     distributed.CARRIED_NUMBERS = 1000  # so that a sum goes from rank to rank in several pieces
     ranks = distributed.join("cpu", silence_seconds=120)
     base = load_base(base_dir, dtype="float32", device="cpu", strategy=strategy, ranks=ranks)
-    jobs = jobs_called(jobs_name, is_divided=base.is_divided)
+    jobs = jobs_called(jobs_name, is_sharded=base.is_sharded)
     found: dict[str, Any] = {"outcomes": {}, "is_offloaded": is_offloaded(base)}
     for name, options in {"by_lanes": {"num_lanes": 2, "job_tokens": 80}, "bound": {"num_lanes": 1}}.items():
         ended = run_elastically(base, jobs, token_budget=TOKEN_BUDGET, seed=3, victim="plain", ranks=ranks, **options)

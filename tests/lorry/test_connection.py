@@ -123,7 +123,7 @@ def test_the_file_is_for_its_owner_alone_even_where_an_open_one_was_there(tmp_pa
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8472", "ftp://a", "http://", "http://a:99999", "http://[::1"])
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(NotConfigured, match="not the address"):
-        connection.normalise_url(url)
+        connection.normalize_url(url)
 
 
 @pytest.mark.parametrize(

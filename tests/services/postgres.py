@@ -43,7 +43,7 @@ def restartable_postgres(
     user = unprivileged_user()
     port = port or free_port()
     with server_folder("postgres", owner=user) as folder:
-        _initialise(program, folder / "data", user)
+        _initialize(program, folder / "data", user)
         given = [*settings, "max_connections=200", f"unix_socket_directories={folder}", "listen_addresses=127.0.0.1"]
         options = [part for setting in given for part in ("-c", setting)]
         argv = [str(program), "-D", str(folder / "data"), "-p", str(port), *options]
@@ -100,7 +100,7 @@ def _in_wheel() -> Path | None:
     return next((found for folder in folders for found in folder.rglob("bin/postgres")), None)
 
 
-def _initialise(program: Path, data: Path, user: str | None) -> None:
+def _initialize(program: Path, data: Path, user: str | None) -> None:
     argv = [str(program.parent / "initdb"), "-D", str(data), "-U", "lorry", "-A", "trust"]
     argv += ["-E", "UTF8", "--locale=C", "--no-sync"]
     group = pwd.getpwnam(user).pw_gid if user else None

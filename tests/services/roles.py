@@ -22,12 +22,14 @@ from catalog.tables.privileges import API_ROLE, WORKER_ROLE
 
 ROOT = Path(__file__).parents[2]
 OWNER = "lorry"
-OF_OWNER = tuple(str(ROOT / place) for place in ("migrations", "catalog/backup", "api/commands/bootstrap.py"))
+OF_OWNER = tuple(
+    str(ROOT / place) for place in ("migrations", "catalog/maintenance/backup", "api/commands/bootstrap.py")
+)
 OWNER_VERBS = ("migrate", "announce")
 """What `bootstrap` calls and no running process."""
 OF_WORKER = str(ROOT / "worker")
 OF_API, OF_CATALOG = str(ROOT / "api"), str(ROOT / "catalog")
-OF_NOBODY = str(ROOT / "catalog" / "catalog/db/database.py")
+OF_NOBODY = str(ROOT / "catalog/db/database.py")
 
 
 def assume(engine: Engine) -> None:

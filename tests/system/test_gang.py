@@ -96,7 +96,7 @@ def trained_alone(site: WorkerSite, rows: str) -> str:
 
 
 def test_a_job_of_two_nodes_goes_on_with_one_where_the_other_is_killed(make_nodes: Any, net: Network) -> None:
-    nodes = make_nodes(LORRY_GANG_MIN_SIZE="1", LORRY_GANG_PATIENCE_SECONDS="0")
+    nodes = make_nodes(LORRY_GANG_MIN_SIZE="1", LORRY_GANG_WAIT_SECONDS="0")
     site: WorkerSite = nodes.site
     rows = site.upload(60)
     expected = trained_alone(site, rows)

@@ -48,26 +48,26 @@ def test_jobs_that_come_together_and_one_that_comes_later_train_in_one_trainer_a
         assert site.weights_digest(alone) == site.weights_digest(joiner)
 
 
-def test_a_job_on_a_quantised_base_trains_in_a_trainer_of_its_own_and_is_verified_on_it(tmp_path: Path) -> None:
+def test_a_job_on_a_quantized_base_trains_in_a_trainer_of_its_own_and_is_verified_on_it(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     with worker_site(tmp_path) as site:
         rows = site.upload(20)
-        plain, quantised = (
-            site.submit(rows, max_steps=3, optimizer={"learning_rate": 0.01}, quantisation=kind)
+        plain, quantized = (
+            site.submit(rows, max_steps=3, optimizer={"learning_rate": 0.01}, quantization=kind)
             for kind in ("none", "nf4")
         )
 
         site.work_until_done()
 
-        assert [site.job(job_id).state for job_id in (plain, quantised)] == [JobState.SUCCEEDED] * 2, site.log()
-        assert site.job(plain).trainer_id != site.job(quantised).trainer_id
-        assert site.weights_digest(plain) != site.weights_digest(quantised)
-        adapter = site.adapter(quantised)
+        assert [site.job(job_id).state for job_id in (plain, quantized)] == [JobState.SUCCEEDED] * 2, site.log()
+        assert site.job(plain).trainer_id != site.job(quantized).trainer_id
+        assert site.weights_digest(plain) != site.weights_digest(quantized)
+        adapter = site.adapter(quantized)
         assert adapter.verification["passed"]
         assert adapter.verification["max_abs_effect"] > 3 * adapter.verification["tolerance"]
-        assert adapter.lineage["base"]["quantisation"] == "nf4"
+        assert adapter.lineage["base"]["quantization"] == "nf4"
         machine = adapter.lineage["attempts"][-1]["machine"]
-        assert machine["quantisation"] == "nf4"
+        assert machine["quantization"] == "nf4"
         assert adapter.lineage["code"]["bitsandbytes"] != "unknown"
         plain_bytes = site.adapter(plain).lineage["attempts"][-1]["machine"]["memory"]["base_bytes"]
         assert machine["memory"]["base_bytes"] < plain_bytes
@@ -99,7 +99,7 @@ def test_a_preempted_job_makes_room_at_a_tick_and_ends_with_the_bytes_of_one_tha
         tmp_path,
         LORRY_MAX_JOBS_PER_TRAINER="1",
         LORRY_PREEMPT_AFTER_SECONDS="0",
-        LORRY_PREEMPT_SPARED_SECONDS="0",
+        LORRY_PREEMPTION_MIN_RUNTIME_SECONDS="0",
     ) as site:
         long_enough = {"checkpoint_every_steps": 1000, "max_steps": 100}  # one that is about to end isn't asked
         rows, same = site.upload(40), {**long_enough, "priority": "batch"}
@@ -166,7 +166,7 @@ def test_a_job_answers_its_prompts_at_each_evaluation_and_trains_to_the_same_byt
     with worker_site(tmp_path) as site:
         rows, held_out = site.upload(20), site.upload(6, seed=5)
         fields = {"max_steps": 4, "seed": 3, "validation_file": held_out}
-        prompts = ["What colour is the lorry?", "What colour is the road?"]
+        prompts = ["What color is the lorry?", "What color is the road?"]
         samples = {"prompts": prompts, "max_tokens": 6}
         asked = site.submit(rows, **fields, evaluation={"every_steps": 2, "samples": samples})
         silent = site.submit(rows, **fields, evaluation={"every_steps": 2})

@@ -35,7 +35,7 @@ def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
             model=BASE,
             training_file=training.id,
             validation_file=validation.id,
-            suffix="colours",
+            suffix="colors",
             seed=3,
             method={
                 "type": "supervised",
@@ -50,7 +50,7 @@ def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
         assert done.status == "succeeded", site.log()
         assert done.trained_tokens
         assert done.fine_tuned_model is not None
-        assert done.fine_tuned_model.startswith(f"ft:{BASE}:default:colours:")
+        assert done.fine_tuned_model.startswith(f"ft:{BASE}:default:colors:")
         losses = train_losses(client, job.id)
         assert losses[0] < losses[-1]  # the newest is listed first
         checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))

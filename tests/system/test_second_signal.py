@@ -30,12 +30,12 @@ def hang(context):
     time.sleep(900)
 """
 LOOP = f"""{HANGS}
-from worker import loop
+from worker.entrypoints import loop
 loop.supervise = hang
 loop.main(["--device", "cpu"])
 """
 CELERY = f"""{HANGS}
-from worker import celery_app
+from worker.entrypoints import celery_app
 celery_app.supervise = hang
 celery_app.app.worker_main("worker -c 1 -Q lorry -l info --without-gossip --without-mingle".split())
 """

@@ -71,7 +71,7 @@ def submit(client: TestClient, site: PackSite, **headers: str) -> str:
 
 
 def prepare(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the worker does, without the child that tokenises."""
+    """As the worker does, without the child that tokenizes."""
     manifest = site.store.put_folder(site.tokens, kind="tokens")
 
     def both_files(*_: Any, **__: Any) -> Any:

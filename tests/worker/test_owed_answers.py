@@ -19,13 +19,13 @@ from worker.children.trainer.main import Trainer
 from worker.protocol.mailbox import InboxReader, InboxWriter, TrainerDirectory
 
 CLAIM = "claim-1"
-PROMPTS = {"prompts": ["What colour is the lorry?"], "max_tokens": 3}
+PROMPTS = {"prompts": ["What color is the lorry?"], "max_tokens": 3}
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> TrainerDirectory:
     base_dir = str(tiny_base.make(tmp_path / "base"))
-    settings = {"base_dir": base_dir, "dtype": "float32", "quantisation": "none", "device": "cpu"}
+    settings = {"base_dir": base_dir, "dtype": "float32", "quantization": "none", "device": "cpu"}
     directory = TrainerDirectory.create(tmp_path / "trainer", settings)
     directory.job_path(CLAIM).mkdir(parents=True)
     with TokenFile(directory.job_path(CLAIM) / "tokens.safetensors") as tokens:

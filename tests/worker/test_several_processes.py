@@ -45,7 +45,7 @@ class Launched:
         settings = {
             "base_dir": str(base_dir),
             "dtype": "float32",
-            "quantisation": "none",
+            "quantization": "none",
             "device": "cpu",
             "strategy": strategy,
             "meeting": meeting,

@@ -1,4 +1,4 @@
-"""Gets files tokenised in a child process, and the token caches into the store and the record: a job's, or a plan's."""
+"""Gets files tokenized in a child process, and the token caches into the store and the record: a job's, or a plan's."""
 
 from __future__ import annotations
 
@@ -251,14 +251,14 @@ def _run(
     box = sandbox.tokenization(work, base_dir=base_dir, num_bytes=source.stat().st_size)
     child = run_child("worker.children.tokenizer.main", str(arguments), log_path=work / "log.txt", box=box)
     # the heartbeat renews a job's claim
-    base_models.wait_renewing(child, context, lambda: None, is_unwanted, stuck=partial(stuck, "Tokenising the file"))
+    base_models.wait_renewing(child, context, lambda: None, is_unwanted, stuck=partial(stuck, "Tokenizing the file"))
     if child.returncode == EXIT_DISK_FULL:
         remedy = "Free space under the worker's data folder; the files are prepared again by themselves."
         raise OutOfSpace("The worker's disk is full.", code="out_of_space", remedy=remedy)
     if child.returncode != 0 or not report.exists():
         remedy = "Look at the file and at the base model's chat template, and whether the worker has memory to spare."
         raise crashed(
-            "Tokenising the file", child.returncode, work / "log.txt", code="preparation_failed", remedy=remedy
+            "Tokenizing the file", child.returncode, work / "log.txt", code="preparation_failed", remedy=remedy
         )
     return read_json(report)
 

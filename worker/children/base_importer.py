@@ -37,7 +37,7 @@ def import_base_model(arguments_path: Path) -> None:
                 revision=arguments["revision"],
                 target_dir=target_dir,
             )
-            description = describe_base(target_dir) | {"license": imported.licence}
+            description = describe_base(target_dir) | {"license": imported.license}
             result = {"description": description, "commit": imported.commit}
     except LoraCoreError as error:
         result = {"error": described(error)}

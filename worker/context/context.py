@@ -99,7 +99,7 @@ class WorkerContext:
         """Of a base that its trainers may have in the host's memory."""
         if self.device.kind == "cpu":
             return 0
-        given = self.settings.offload_bytes
+        given = self.settings.cpu_offload_bytes
         part = self.device.host_memory_bytes
         return sharding.host_bytes(part, num_processes=self.num_processes) if given is None else given
 

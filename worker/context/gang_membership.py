@@ -106,7 +106,7 @@ class Seat:
         self._warn_of_others(found)
         self._short_since = self._short_since or time.monotonic()
         short_for = time.monotonic() - self._short_since
-        return num_there >= self.fewest and short_for >= self._settings.gang_patience_seconds
+        return num_there >= self.fewest and short_for >= self._settings.gang_wait_seconds
 
     def _warn_of_others(self, found: GangState) -> None:
         """Once of each that is there and can't be called."""

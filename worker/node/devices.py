@@ -57,7 +57,7 @@ class Device:
     some cores their part of the machine's."""
     has_bfloat16: bool = True
     """Its hardware multiplies bfloat16; without, it is right but slower than float32."""
-    quantisations: tuple[str, ...] = ()
+    quantizations: tuple[str, ...] = ()
     """Beside none: how a trainer on it can hold a base's linears."""
     host_memory_bytes: int = 0
     """Of GPUs: their part of the machine's memory, by number."""
@@ -140,7 +140,7 @@ def _together(gpus: Sequence[Device]) -> Device:
         name=f"{len(gpus)} x {names[0]}" if len(names) == 1 else ", ".join(gpu.name for gpu in gpus),
         memory_bytes=min(gpu.memory_bytes for gpu in gpus) * len(gpus),
         has_bfloat16=all(gpu.has_bfloat16 for gpu in gpus),
-        quantisations=gpus[0].quantisations,
+        quantizations=gpus[0].quantizations,
         host_memory_bytes=sum(gpu.host_memory_bytes for gpu in gpus),
     )
 
@@ -168,7 +168,7 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def quantisations() -> tuple[str, ...]:
+def quantizations() -> tuple[str, ...]:
     """What bitsandbytes gives, on any device; () where it isn't installed. It is not imported."""
     return ("nf4", "int8") if find_spec("bitsandbytes") else ()
 
@@ -182,7 +182,7 @@ def cpu(*, cores: tuple[int, ...] = ()) -> Device:
         name=f"CPU, cores {_listed(cores)}" if cores else f"CPU, {num_cores()} cores",
         memory_bytes=int(psutil.virtual_memory().total * share),
         has_bfloat16=_cpu_has_bfloat16(),
-        quantisations=quantisations(),
+        quantizations=quantizations(),
     )
 
 
@@ -252,7 +252,7 @@ def _find_gpus() -> list[Device]:
             name=str(nvml.nvmlDeviceGetName(handle)),
             memory_bytes=memory,
             has_bfloat16=generation >= BFLOAT16_CAPABILITY,
-            quantisations=quantisations(),
+            quantizations=quantizations(),
             host_memory_bytes=_host_memory_bytes() // count,
         )
         found.append(device)
@@ -326,7 +326,7 @@ def _tell_once(index: int, why: str) -> None:
 
 
 def open_nvml() -> Any:
-    """NVML, initialised; None where the binding or the driver is missing."""
+    """NVML, initialized; None where the binding or the driver is missing."""
     try:
         import pynvml  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:

@@ -1,4 +1,4 @@
-"""How busy this worker's device is: utilisation, memory, temperature, power. By NVML for a GPU, by the operating system
+"""How busy this worker's device is: utilization, memory, temperature, power. By NVML for a GPU, by the operating system
 for the CPU.
 
 It is looked at on a thread of its own, for a driver that hangs must cost no heartbeat.

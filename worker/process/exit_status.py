@@ -175,7 +175,7 @@ def _by_itself(returncode: int, log_tail: str) -> tuple[EndReason, str]:
 def _shortage(log_tail: str, device_kind: str) -> tuple[EndReason, str] | None:
     """Of the machine or of the GPU. On a CPU the trainer says torch.OutOfMemoryError as well."""
     if BROKEN.search(log_tail) is not None:
-        return EndReason.DIVIDED_OOM, "Memory ran out amid a pass through the divided base, and the trainer ended."
+        return EndReason.SHARDED_OOM, "Memory ran out amid a pass through the divided base, and the trainer ended."
     is_device_short = CUDA_OOM.search(log_tail) is not None
     if HOST_OOM.search(log_tail) or (is_device_short and device_kind == "cpu"):
         return EndReason.HOST_OOM, "The machine ran out of memory."

@@ -276,7 +276,7 @@ def child_environment(*, with_hub: bool = False) -> dict[str, str]:
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELIZM": "false",
     }
 
 

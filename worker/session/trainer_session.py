@@ -106,8 +106,8 @@ class TrainerSession:
     def holding(self) -> ShardingStrategy:
         """Of the base, on the devices."""
         if self.strategy == "replicated":
-            return "whole"
-        return "offloaded" if self.strategy.endswith("_offload") else "divided"
+            return "replicated"
+        return "offloaded" if self.strategy.endswith("_offload") else "sharded"
 
     @property
     def has_suspect(self) -> bool:
@@ -159,12 +159,12 @@ class TrainerSession:
         return max(0, whole - int(self.ready["memory"]["base_bytes"])) if self._held else 0
 
     def _whole_trainer_bytes(self) -> int:
-        precision, quantisation = packing.precision_of(self.pack_key), packing.quantisation_of(self.pack_key)
-        whole = memory.trainer_bytes(self._description, precision, quantisation)
-        if self.holding == "whole":
+        precision, quantization = packing.precision_of(self.pack_key), packing.quantization_of(self.pack_key)
+        whole = memory.trainer_bytes(self._description, precision, quantization)
+        if self.holding == "replicated":
             return whole
         divisible, gathered = block_bytes(self._description, precision)
-        demand = Demand(whole_bytes=whole, divisible_bytes=divisible, gathered_bytes=gathered)
+        demand = Demand(whole_bytes=whole, shardable_bytes=divisible, gathered_bytes=gathered)
         return self._context.group.held_bytes(demand, self.holding)
 
     # To the trainer

@@ -66,7 +66,7 @@ def put_back(dump: Path, url: str) -> None:
         _sqlite_put_back(dump, Path(make_url(url).database or ""))
     else:
         _run("pg_restore", make_url(url), ["--single-transaction", "--exit-on-error", str(dump)])
-        _analyse(url)
+        _analyze(url)
 
 
 def check_empty(url: str) -> None:
@@ -170,7 +170,7 @@ def _sqlite_put_back(dump: Path, path: Path) -> None:
     durable.sync(path.parent)
 
 
-def _analyse(url: str) -> None:
+def _analyze(url: str) -> None:
     """A dump has no statistics, without which PostgreSQL plans as if all tables were small."""
     db = Database(url)
     try:

@@ -36,7 +36,7 @@ class SimulatedRun:
     device_seconds: float = 0.0
     began_at: float = 0.0
     """Of the attempt that runs, or ran last."""
-    counts_as: int = 0
+    effective_priority: int = 0
     """The class in which it was let in then."""
     trained: float = 0.0
     """Seconds of training by itself that it has done, over all attempts."""

@@ -167,7 +167,7 @@ class Simulation:
             Training(
                 job_id=record.job_id,
                 project_id=record.arrival.project,
-                counts_as=record.counts_as,
+                effective_priority=record.effective_priority,
                 effective_level=levels[record.arrival.project, PriorityClass(record.arrival.priority)],
                 own_bytes=1,
                 began_at=record.began_at,
@@ -264,7 +264,7 @@ class Simulation:
     def _take(self, worker: _Worker, choices: Sequence[Choice]) -> None:
         chosen = [choice.turn.candidate for choice in choices]
         counted = {
-            choice.turn.candidate.job_id: min(choice.turn.counts_as, choice.turn.candidate.priority)
+            choice.turn.candidate.job_id: min(choice.turn.effective_priority, choice.turn.candidate.priority)
             for choice in choices
         }
         self._advance(worker)
@@ -278,7 +278,7 @@ class Simulation:
         for candidate in chosen:
             record = self._queue.take(candidate.job_id)
             record.started_at = self.now if record.started_at is None else record.started_at
-            record.began_at, record.counts_as = self.now, counted[candidate.job_id]
+            record.began_at, record.effective_priority = self.now, counted[candidate.job_id]
             worker.jobs[record.job_id] = record
             self._running[record.arrival.project] += 1
         self._foresee(worker)

@@ -33,7 +33,7 @@ export function AdapterPage({ id }) {
 }
 
 /** The base's weights as training and verification had them. */
-const held = ({ precision, quantisation }) => (quantisation === "none" ? precision : [quantisation, precision].filter(Boolean).join(" with "));
+const held = ({ precision, quantization }) => (quantization === "none" ? precision : [quantization, precision].filter(Boolean).join(" with "));
 
 function Evaluation({ evaluation }) {
   if (!evaluation) return html`<${Panel} title="Against its base" id="evaluation"><p class="soft pad">The job had no held-out file, so nothing was measured. Give one with <code>--valid</code>.</p><//>`;
@@ -46,7 +46,7 @@ function Evaluation({ evaluation }) {
     <table class="table table-tight compare"><caption class="unseen">Held-out loss of the ${first.name} and of the adapter</caption>
       <thead><tr><th scope="col">On held-out data</th><td></td><th scope="col" class="num">Loss</th>${rewards ? null : html`<th scope="col" class="num">Perplexity</th>`}</tr></thead>
       <tbody>${row(first.name === "base" ? "base alone" : "its parent", first.loss, "base")}${row("with adapter", loss, "adapter")}</tbody></table>
-    ${rewards ? html`<p class="pad soft">${Number.isFinite(rewards.kl) ? "Rewards are as labelled" : "The preferred answer wins"} in ${format.percent(rewards.accuracy, 1)} of the held-out ${Number.isFinite(rewards.kl) ? "answers; desirable ones are ahead" : "pairs"}, by ${format.power(rewards.margin)} on average.</p>` : null}
+    ${rewards ? html`<p class="pad soft">${Number.isFinite(rewards.kl) ? "Rewards are as labeled" : "The preferred answer wins"} in ${format.percent(rewards.accuracy, 1)} of the held-out ${Number.isFinite(rewards.kl) ? "answers; desirable ones are ahead" : "pairs"}, by ${format.power(rewards.margin)} on average.</p>` : null}
   <//>`;
 }
 

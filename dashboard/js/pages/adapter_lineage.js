@@ -34,7 +34,7 @@ function summary({ job, base, data, attempts, results, code, people }) {
   return [
     ["Made by", html`<a href=${link.job(job)}>${job}</a>`],
     ["On the base", html`${base.name}${base.source && `, ${base.source}`}${base.revision && ` at ${base.revision}`} ${digest(base.digest)}`],
-    ["Its licence", base.license],
+    ["Its license", base.license],
     ...data.map((source) => [source.role === "training" ? "Trained on" : "Measured on", html`<${FileName} id=${source.file} />, ${format.plural(source.num_rows, "row")} ${digest(source.digest)}`]),
     ["Asked for", html`<time datetime=${people.requested_at}>${format.absolute(Date.parse(people.requested_at) / 1000)}</time>`],
     ["Attempts", `${format.count(attempts.length)}, the last on ${last?.worker}${beside}`],

@@ -29,10 +29,10 @@ const points = (curve, field) => curve.filter((point) => Number.isFinite(point[f
 function lossSeries(train, valid) {
   const raw = points(train, "loss");
   const series = raw.length < SMOOTH_FROM
-    ? [{ name: "train", colour: "--train", points: raw, format: format.loss }]
-    : [{ name: "train", colour: "--train", points: raw, thin: true, format: format.loss },
-       { name: "smoothed", colour: "--train", points: smooth(raw), format: format.loss }];
-  if (valid.length) series.push({ name: "held-out", colour: "--valid", points: points(valid, "loss"), marked: true, format: format.loss });
+    ? [{ name: "train", color: "--train", points: raw, format: format.loss }]
+    : [{ name: "train", color: "--train", points: raw, thin: true, format: format.loss },
+       { name: "smoothed", color: "--train", points: smooth(raw), format: format.loss }];
+  if (valid.length) series.push({ name: "held-out", color: "--valid", points: points(valid, "loss"), marked: true, format: format.loss });
   return series;
 }
 
@@ -50,10 +50,10 @@ function smooth(raw) {
 
 function extraSeries(train, valid) {
   const accuracy = [
-    { name: "train", colour: "--train", points: points(train, "token_accuracy"), format: (value) => format.percent(value, 1) },
-    { name: "held-out", colour: "--valid", points: points(valid, "token_accuracy"), marked: true, format: (value) => format.percent(value, 1) },
+    { name: "train", color: "--train", points: points(train, "token_accuracy"), format: (value) => format.percent(value, 1) },
+    { name: "held-out", color: "--valid", points: points(valid, "token_accuracy"), marked: true, format: (value) => format.percent(value, 1) },
   ];
-  const one = (title, field, unit) => ({ title, unit, series: [{ name: "train", colour: "--train", points: points(train, field), format: format.power }] });
+  const one = (title, field, unit) => ({ title, unit, series: [{ name: "train", color: "--train", points: points(train, field), format: format.power }] });
   const all = [...rewardSeries(train, valid), { title: "Token accuracy", series: accuracy.filter((series) => series.points.length) }, one("Learning rate", "learning_rate"), one("Gradient norm", "grad_norm", "before clipping")];
   return all.filter(({ series }) => series.some((curve) => curve.points.length > 1))
     .map((chart) => ({ smallest: 0, ...chart, summary: `${chart.title} by step. ${chart.series.map(ends).join(" ")}` }));
@@ -63,15 +63,15 @@ function extraSeries(train, valid) {
 function rewardSeries(train, valid) {
   const of = (curve, field) => curve.filter(({ rewards }) => Number.isFinite(rewards?.[field])).map(({ step, rewards }) => ({ x: step, y: rewards[field] }));
   const one = (title, field, text, smallest) => ({ title, smallest, series: [
-    { name: "train", colour: "--train", points: of(train, field), format: text },
-    { name: "held-out", colour: "--valid", points: of(valid, field), marked: true, format: text },
+    { name: "train", color: "--train", points: of(train, field), format: text },
+    { name: "held-out", color: "--valid", points: of(valid, field), marked: true, format: text },
   ].filter((series) => series.points.length) });
   const byLabel = train.some(({ rewards }) => Number.isFinite(rewards?.kl));
   const sides = { title: "Rewards", unit: byLabel ? "on training answers" : "on training pairs", smallest: undefined, series: [
-    { name: byLabel ? "desirable" : "preferred", colour: "--train", points: of(train, "chosen"), format: format.power },
-    { name: byLabel ? "undesirable" : "rejected", colour: "--valid", points: of(train, "rejected"), format: format.power },
+    { name: byLabel ? "desirable" : "preferred", color: "--train", points: of(train, "chosen"), format: format.power },
+    { name: byLabel ? "undesirable" : "rejected", color: "--valid", points: of(train, "rejected"), format: format.power },
   ] };
-  return [one(byLabel ? "Answers as labelled" : "Preferred answer wins", "accuracy", (value) => format.percent(value, 1), 0), one("Reward margin", "margin", format.power, undefined), sides];
+  return [one(byLabel ? "Answers as labeled" : "Preferred answer wins", "accuracy", (value) => format.percent(value, 1), 0), one("Reward margin", "margin", format.power, undefined), sides];
 }
 
 const ends = ({ name, points: curve, format: text }) => (curve.length ? `${name}: from ${text(curve[0].y)} to ${text(curve.at(-1).y)}.` : "");

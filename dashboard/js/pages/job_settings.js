@@ -6,7 +6,7 @@ const LABELS = {
   target_modules: "targets", loss: "learnt of a chat", overflow: "rows too long", use_rslora: "rank-stabilised", use_dora: "DoRA", layers_to_transform: "layers", lora_plus_ratio: "LoRA+ ratio", max_grad_norm: "clip at norm", type: "schedule", warmup_ratio: "warm-up part",
   eps: "epsilon", n_epochs: "epochs", learning_rate_multiplier: "rate multiplier", neftune_alpha: "NEFTune alpha",
 };
-const RUN = ["max_length", "max_steps", "precision", "quantisation", "seed", "priority"];
+const RUN = ["max_length", "max_steps", "precision", "quantization", "seed", "priority"];
 
 /** [[group, [{label, asked (null: not asked for), resolved}]]]. `rows` are those that the job learns from, if known. */
 export function groups(job, rows) {

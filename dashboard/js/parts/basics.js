@@ -17,7 +17,7 @@ export const stateWord = (status) => WORDS[status] || status;
 
 /** What the job is doing in one word, with what was asked of it but has not happened yet. */
 export function State({ job }) {
-  const asked = job.status === "running" && (job.cancel_requested ? "cancelling" : job.pause_requested ? "pausing" : null);
+  const asked = job.status === "running" && (job.cancel_requested ? "canceling" : job.pause_requested ? "pausing" : null);
   return html`<span class=${`state state-${job.status}`}><span class="dot" aria-hidden="true"></span>${asked || PHASES[job.phase] || stateWord(job.status)}</span>`;
 }
 
@@ -76,7 +76,7 @@ export const Id = ({ id, what = "id", length }) => html`
 export const Loading = () => html`<p class="loading" role="status">Loading…</p>`;
 
 export const Panel = ({ title, id, aside, children, wide }) => html`
-  <section class=${`panel${wide ? " panel-wide" : ""}`} aria-labelledby=${id}>
+  <section class=${`panel${wide ? " panel-wide" : ""}`} aria-labeledby=${id}>
     <div class="panel-head"><h2 id=${id}>${title}</h2>${aside}</div>
     ${children}
   </section>`;

@@ -1,22 +1,22 @@
 // A uPlot chart in a figure: a readout that follows the pointer, and the same numbers as a table.
 import { html, useEffect, useLayoutEffect, useRef, useState } from "../html.js";
 import uPlot from "../../vendor/uplot.js";
-import { colour, palette } from "../theme.js";
+import { color, palette } from "../theme.js";
 import { useStore } from "../store.js";
 import * as format from "../format.js";
 
 const FONT = "12px 'Plex Sans', system-ui, sans-serif";
 
 /**
- * series: [{name, colour (custom property), points: [{x, y}], marked?, thin?, format}]. All share the x axis, which is steps.
- * A marked series is dashed, with a dot at each point: it can be told from the others without its colour.
+ * series: [{name, color (custom property), points: [{x, y}], marked?, thin?, format}]. All share the x axis, which is steps.
+ * A marked series is dashed, with a dot at each point: it can be told from the others without its color.
  * summary: one sentence that says what the picture shows.
  */
 export function Chart({ title, summary, series, height = 260, unit, smallest }) {
   const box = useRef(null);
   const plot = useRef(null);
   const [at, setAt] = useState(null);
-  const colours = useStore(palette);
+  const colors = useStore(palette);
   const columns = joined(series);
   const shape = series.map((one) => `${one.name}${isDot(one) ? " dot" : ""}`).join("|");
 
@@ -26,7 +26,7 @@ export function Chart({ title, summary, series, height = 260, unit, smallest }) 
     const watcher = new ResizeObserver(([entry]) => chart.setSize({ width: Math.floor(entry.contentRect.width), height }));
     watcher.observe(box.current);
     return () => { watcher.disconnect(); chart.destroy(); plot.current = null; };
-  }, [shape, colours, height]);
+  }, [shape, colors, height]);
 
   useEffect(() => { plot.current?.setData(columns); }, [series]);
 
@@ -53,7 +53,7 @@ function Readout({ series, columns, at }) {
 }
 
 /** A piece of the line as it is drawn. */
-const Swatch = ({ series: { colour: name, thin, marked } }) => html`
+const Swatch = ({ series: { color: name, thin, marked } }) => html`
   <svg class=${`swatch swatch-${name.slice(2)}${thin ? " swatch-thin" : ""}${marked ? " swatch-marked" : ""}`} viewBox="0 0 26 10" aria-hidden="true">
     <line x1="1" x2="25" y1="5" y2="5" />${marked && html`<circle cx="13" cy="5" r="4" />`}</svg>`;
 
@@ -92,8 +92,8 @@ function nearest(column, at) {
 }
 
 function options(series, width, height, onPoint, smallest) {
-  const soft = colour("--soft");
-  const line = { stroke: colour("--grid"), width: 1 };
+  const soft = color("--soft");
+  const line = { stroke: color("--grid"), width: 1 };
   const axis = { stroke: soft, font: FONT, grid: line, ticks: { show: false } };
   return {
     width, height, legend: { show: false }, padding: [12, 18, 0, 0],
@@ -124,7 +124,7 @@ const DASH = [6, 4];
 const isDot = (one) => one.points.length === 1;
 
 function drawn(one) {
-  const stroke = colour(one.colour);
+  const stroke = color(one.color);
   return {
     stroke, width: one.thin ? 1 : 2, alpha: one.thin ? 0.45 : 1, spanGaps: true, dash: one.marked ? DASH : [],
     points: one.marked || isDot(one) ? { show: true, size: 7, fill: stroke, stroke } : { show: false },

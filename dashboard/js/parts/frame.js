@@ -48,7 +48,7 @@ function Connection() {
 
 function ThemeButton() {
   const now = useStore(theme);
-  return html`<button type="button" class="quiet" onClick=${nextTheme} aria-label=${`Colours: ${now}. Change.`} title="Colours: system, light or dark">
+  return html`<button type="button" class="quiet" onClick=${nextTheme} aria-label=${`Colors: ${now}. Change.`} title="Colors: system, light or dark">
     <svg class="theme-sign" viewBox="0 0 16 16" aria-hidden="true"><circle cx="8" cy="8" r="6.25" fill="none" stroke="currentColor" stroke-width="1.5" />
       ${now === "dark" ? html`<circle cx="8" cy="8" r="6" fill="currentColor" />` : now === "system" ? html`<path d="M8 2a6 6 0 0 1 0 12z" fill="currentColor" />` : null}</svg></button>`;
 }

@@ -3,7 +3,7 @@
 
 Between forward and backward it keeps queries, keys and values alone; weights are computed again. Letters: H query
 heads, K key heads, G = H / K, S tokens, C = S rounded up to a multiple of COLUMNS, B tokens of a strip, R = B · G rows
-of a key head's queries (those of one token are neighbours), N keys that a strip sees, E head features.
+of a key head's queries (those of one token are neighbors), N keys that a strip sees, E head features.
 """
 
 from collections.abc import Iterator

@@ -173,7 +173,7 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
     yield "base model", adapter.base_model
     yield "continues", adapter.parent
     yield "rank", adapter.rank
-    yield "quantisation", adapter.quantisation
+    yield "quantization", adapter.quantization
     yield "parameters", f"{adapter.num_parameters:,}"
     yield "size", output.size(adapter.bytes)
     yield "created", output.when(adapter.created_at or None)
@@ -187,7 +187,7 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
             yield label, f"{output.cell(before)} for the {began}, {output.cell(after)} with the adapter"
     if measured.rewards is not None:
         by_label = measured.rewards.get("kl") is not None
-        title, what = ("answers as labelled", "answers") if by_label else ("preferred answers win", "pairs")
+        title, what = ("answers as labeled", "answers") if by_label else ("preferred answers win", "pairs")
         yield title, f"{measured.rewards['accuracy'] or 0:.1%} of the held-out {what}"
     yield "PEFT agrees", check.passed
     yield "largest difference", check.max_abs_diff
@@ -352,7 +352,7 @@ def _how_held(adapter: Adapter) -> str | None:
         "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
         f"bnb_4bit_compute_dtype={dtype}",
         "int8": "load_in_8bit=True, llm_int8_threshold=0.0",
-    }.get(adapter.quantisation or "none")
+    }.get(adapter.quantization or "none")
     return how and f"dtype={dtype}, quantization_config=BitsAndBytesConfig({how})"
 
 

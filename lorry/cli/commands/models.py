@@ -124,7 +124,7 @@ def _facts(model: Model) -> Iterator[tuple[str, object]]:
     yield "digest", model.digest
     yield "folder", model.local_path
     yield "created", output.when(model.created or None)
-    yield "licence", (model.description or {}).get("license")
+    yield "license", (model.description or {}).get("license")
     shapes = ("architecture", "num_parameters", "num_layers", "hidden_size", "vocab_size", "max_positions", "dtype")
     for name in shapes:
         yield name.removeprefix("num_").replace("_", " "), (model.description or {}).get(name)

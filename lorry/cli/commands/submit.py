@@ -98,7 +98,7 @@ def submit(
     max_length: Annotated[int | None, option(TRAINING, "Tokens of a row that are kept.")] = None,
     overflow: OverflowOption = None,
     precision: Annotated[Precision | None, option(TRAINING, "Of the base model.")] = None,
-    quantisation: Held = None,
+    quantization: Held = None,
     seed: Annotated[int | None, option(TRAINING, "Same seed, same adapter.")] = None,
     valid: Annotated[str | None, option(WATCHING, "Held-out file: a path or an id.")] = None,
     evaluate_every: EvaluateEvery = None,

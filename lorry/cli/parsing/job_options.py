@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorry.cli.parsing.option_values import Keep, Loss, Method, Overflow, Quantisation
+from lorry.cli.parsing.option_values import Keep, Loss, Method, Overflow, Quantization
 
 ADAPTER, TRAINING, WATCHING, RUN = "Adapter", "Training", "Evaluation and checkpoints", "The job"
 
@@ -34,8 +34,8 @@ Methods = Annotated[
     ),
 ]
 Held = Annotated[
-    Quantisation | None,
-    option(TRAINING, "Hold the base model in 4 or 8 bits.", "--quantisation", "--quantization"),
+    Quantization | None,
+    option(TRAINING, "Hold the base model in 4 or 8 bits.", "--quantization"),
 ]
 Parent = Annotated[
     str | None,

@@ -45,7 +45,7 @@ FIELDS = {
     "max_steps": "max_steps",
     "max_length": "max_length",
     "precision": "precision",
-    "quantisation": "quantisation",
+    "quantization": "quantization",
     "seed": "seed",
     "evaluate_every": "evaluation.every_steps",
     "keep": "evaluation.keep",

@@ -35,7 +35,7 @@ class Precision(StrEnum):
     float32 = "float32"
 
 
-class Quantisation(StrEnum):
+class Quantization(StrEnum):
     """How the base model's linear layers are held."""
 
     none = "none"

@@ -100,7 +100,7 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
     yield "priority", job.priority
     yield "deadline", job.deadline and output.when(job.deadline)
     yield "precision", job.precision
-    yield "quantisation", job.quantisation
+    yield "quantization", job.quantization
     yield "max length", job.max_length and f"{job.max_length} tokens"
     yield "max steps", job.max_steps
     yield "method", job.method.get("type")

@@ -82,13 +82,13 @@ def _base(base: Json) -> Pairs:
     yield "source", base.get("source") or base.get("kind")
     yield "revision", _short(base.get("revision"))
     yield "digest", _short(base.get("digest"))
-    yield "licence", base.get("license")
+    yield "license", base.get("license")
     yield "size", f"{_size(sum(files))} in {len(files)} files" if files else None
     yield "architecture", about.get("architecture")
     yield "parameters", _count(about.get("num_parameters"))
     yield "layers", about.get("num_layers")
     yield "dtype", about.get("dtype")
-    yield "trained on it as", base.get("quantisation")
+    yield "trained on it as", base.get("quantization")
     yield "tokenizer", _short(base.get("tokenizer"))
     yield "chat template", _short(base.get("chat_template"))
 

@@ -82,7 +82,7 @@ def _configuration(spec: Json) -> Iterator[tuple[str, object]]:
     targets: object = lora.get("target_modules")
     yield "targets", ", ".join(map(str, targets)) if isinstance(targets, list) else targets  # pyright: ignore
     yield "precision", spec.get("precision")
-    yield "quantisation", spec.get("quantisation")
+    yield "quantization", spec.get("quantization")
     yield "max length", f"{spec.get('max_length')} tokens"
     yield "seed", spec.get("seed")
 
@@ -189,7 +189,7 @@ def _draw_warnings(plan: Plan) -> None:
 
 
 def _draw_samples(plan: Plan) -> None:
-    """What has loss is green where there is colour, and stands between > and < where there is none."""
+    """What has loss is green where there is color, and stands between > and < where there is none."""
     for name in ("training", "validation"):
         report: Json = plan.data.get(name) or {}
         samples: list[Json] = report.get("samples") or []
@@ -205,17 +205,17 @@ def _draw_row(row: Json) -> None:
     from rich.text import Text
 
     out = output.console()
-    has_colour = out.is_terminal and out.color_system is not None
+    has_color = out.is_terminal and out.color_system is not None
     cut = f", cut from {row['whole_tokens']}" if row["whole_tokens"] != row["num_tokens"] else ""
     part = f"{row['part']}: " if row["part"] else ""
-    out.print(Text(f"{part}{row['num_tokens']} tokens{cut}, {row['learnt_tokens']} with loss", style="dim"))
+    out.print(Text(f"{part}{row['num_tokens']} tokens{cut}, {row['trained_tokens']} with loss", style="dim"))
     text = Text()
     upto = 0
     for segment in row["segments"]:
         if segment["start"] > upto:
             text.append(f" [... {segment['start'] - upto} tokens ...] ", style="dim")
         for learnt, said in _runs(segment["tokens"]):
-            marked = f">{said}<" if learnt and not has_colour else said
+            marked = f">{said}<" if learnt and not has_color else said
             text.append(output.clean(marked), style="bold green" if learnt else "")
         upto = segment["start"] + len(segment["tokens"])
     if upto < row["num_tokens"]:
@@ -227,10 +227,10 @@ def _runs(tokens: list[Json]) -> Iterator[tuple[bool, str]]:
     """Tokens that follow each other and have loss, or have none, as one text."""
     run, is_learnt = "", False
     for token in tokens:
-        if token["learnt"] != is_learnt and run:
+        if token["is_trained"] != is_learnt and run:
             yield is_learnt, run
             run = ""
-        is_learnt = token["learnt"]
+        is_learnt = token["is_trained"]
         run += token["text"]
     if run:
         yield is_learnt, run

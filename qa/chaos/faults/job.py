@@ -1,4 +1,4 @@
-"""Faults of jobs and of what people ask of them: poison, ruined weights, cancelling at every moment."""
+"""Faults of jobs and of what people ask of them: poison, ruined weights, canceling at every moment."""
 
 from __future__ import annotations
 

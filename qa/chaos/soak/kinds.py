@@ -111,7 +111,7 @@ class Undisturbed:
 
 
 def works(seeds: int) -> list[Work]:
-    """In turn by kind, so that neighbours differ."""
+    """In turn by kind, so that neighbors differ."""
     return [Work(kind=kind, seed=seed) for seed in range(1, seeds + 1) for kind in KINDS]
 
 

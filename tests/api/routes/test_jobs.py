@@ -259,12 +259,12 @@ def test_jobs_are_listed_by_pages_and_by_label(client: TestClient, world: World)
 
     first = client.get(JOBS, params={"limit": 2}).json()
     second = client.get(JOBS, params={"limit": 10, "after": first["last_id"]}).json()
-    labelled = client.get(JOBS, params={"metadata[n]": "3"}).json()
+    labeled = client.get(JOBS, params={"metadata[n]": "3"}).json()
     plain = client.get(JOBS, params={"metadata": "null"}).json()
 
     assert [job["id"] for job in first["data"] + second["data"]] == ids[::-1]
     assert (first["has_more"], second["has_more"]) == (True, False)
-    assert [job["id"] for job in labelled["data"]] == [ids[3]]
+    assert [job["id"] for job in labeled["data"]] == [ids[3]]
     assert [job["id"] for job in plain["data"]] == [ids[0]]
     assert client.get(JOBS, params={"after": "ftjob-none"}).status_code == 400
     assert client.get(JOBS, params={"metadata": "x"}).status_code == 400
@@ -363,7 +363,7 @@ def test_tags_and_resources_are_on_the_job_and_tags_find_it(client: TestClient, 
         ({"resources": {"min_memory_bytes": 1}}, "resources.min_memory_bytes", "Known"),
     ],
 )
-def test_what_cannot_be_honoured_of_tags_and_resources_is_refused(
+def test_what_cannot_be_honored_of_tags_and_resources_is_refused(
     client: TestClient, world: World, wrong: dict[str, Any], param: str, told: str
 ) -> None:
     refused = error_of(client.post(JOBS, json={"model": "smol", "training_file": world.file_id, **wrong}))
@@ -383,4 +383,4 @@ def test_the_estimated_finish_stands_still_between_two_reports_of_progress(clien
     second = client.get(path).json()
 
     assert first["estimated_finish"] == second["estimated_finish"]
-    assert first["estimated_finish"] == int(first["progress"]["told_at"] + 100)
+    assert first["estimated_finish"] == int(first["progress"]["updated_at"] + 100)

@@ -50,7 +50,7 @@ def test_a_plan_tells_all_of_what_a_job_would_come_to(client: TestClient, planne
     assert planned["expected_start"]["seconds"] == 0
     assert planned["training_time"]["basis"]
     assert planned["servable"]["vllm"]["verdict"] == "yes"
-    assert [warning["code"] for warning in planned["warnings"]] == ["no_held_out"]
+    assert [warning["code"] for warning in planned["warnings"]] == ["no_validation_file"]
     assert client.get(JOBS).json()["data"] == []
     assert client.get(f"/v1/plans/{planned['id']}").json() == planned
 
@@ -75,7 +75,7 @@ def test_sample_rows_are_shown_to_keys_that_may_read_files_alone_and_not_in_list
     path = f"/v1/plans/{planned['id']}"
 
     shown = client.get(path).json()["data"]["training"]["samples"][0]["rows"][0]["segments"][0]["tokens"]
-    assert shown == [{"text": "secret", "id": 7, "learnt": True}]
+    assert shown == [{"text": "secret", "id": 7, "is_trained": True}]
     for answer in (looker.get(path), looker.post("/v1/plans", json=body(world)), client.get("/v1/plans")):
         assert answer.status_code == 200
         assert "secret" not in answer.text

@@ -189,5 +189,5 @@ def test_no_secret_gets_into_the_log(
 def test_whoever_asks_for_openais_administration_is_told_of_our_own(client: TestClient, path: str) -> None:
     answer = client.get(f"/v1/{path}")
 
-    assert (answer.status_code, error_of(answer)["code"]) == (404, "not_offered")
+    assert (answer.status_code, error_of(answer)["code"]) == (404, "not_supported")
     assert "/v1/audit_events" in error_of(answer)["remedy"]

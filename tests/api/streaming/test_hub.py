@@ -55,7 +55,7 @@ async def caught_up(feed: Feed, listener: Subscription, identify: Callable[[], o
 
 
 def a_feed() -> Feed:
-    return Feed(look_seconds=0.001, heartbeat_seconds=60)
+    return Feed(stream_poll_seconds=0.001, heartbeat_seconds=60)
 
 
 async def until(is_so: Callable[[], bool]) -> None:
@@ -226,7 +226,7 @@ def test_a_key_is_looked_at_once_for_all_of_its_streams_and_ends_them_all(monkey
 
 def test_a_silent_stream_hears_comments() -> None:
     async def scenario() -> None:
-        feed, log = Feed(look_seconds=0.001, heartbeat_seconds=0.01), Log()
+        feed, log = Feed(stream_poll_seconds=0.001, heartbeat_seconds=0.01), Log()
         log.write("job")
         listener = log.listener("job", 1)
         await caught_up(feed, listener)

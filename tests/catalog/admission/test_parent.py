@@ -96,8 +96,8 @@ def test_what_is_said_again_may_not_be_said_otherwise(world: World, parent: Adap
         assert (refused.value.code, refused.value.param) == ("differs_from_parent", f"lora.{name}")
     with pytest.raises(InvalidRequest, match="begins with its weights"):
         submitted(world, parent_adapter=parent.id, lora={"init_lora_weights": "pissa"})
-    with pytest.raises(InvalidRequest, match="quantisation is 'nf4', and the parent adapter has 'none'"):
-        submitted(world, parent_adapter=parent.id, quantisation="nf4")
+    with pytest.raises(InvalidRequest, match="quantization is 'nf4', and the parent adapter has 'none'"):
+        submitted(world, parent_adapter=parent.id, quantization="nf4")
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

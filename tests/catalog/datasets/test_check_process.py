@@ -100,7 +100,9 @@ def test_a_check_that_nobody_waits_for_is_killed(tmp_path: Path, monkeypatch: py
 def test_a_check_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
     pipe = tmp_path / "data.jsonl"
     os.mkfifo(pipe)  # the check waits for somebody to write
-    begin = f"from pathlib import Path; from catalog import dataset_process as d; d.inspect(Path({str(pipe)!r}), "
+    begin = (
+        f"from pathlib import Path; from catalog.datasets import check_process as c; c.inspect(Path({str(pipe)!r}), "
+    )
     parent = subprocess.Popen([sys.executable, "-c", f"{begin}max_line_bytes=9, max_rows=9)"], cwd=ROOT)
     writer = os.open(pipe, os.O_WRONLY)  # returns once the check reads
     children = psutil.Process(parent.pid).children()

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, QueuePool, event, select, text
 
-from catalog.db.database import STUCK_SECONDS, Database, get_locked, read_clock, serialise, serialised_at, upsert
+from catalog.db.database import STUCK_SECONDS, Database, get_locked, read_clock, serialize, serialized_at, upsert
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
 from catalog.tables.fleet import DatabaseHeartbeat
 from catalog.tables.history import MetricBlock
@@ -62,12 +62,12 @@ def test_many_writers_at_once_lose_no_write(db: Database) -> None:
         assert session.get_one(DatabaseHeartbeat, 2).seen_at == 80
 
 
-def test_what_is_serialised_by_name_runs_one_after_another(db: Database) -> None:
+def test_what_is_serialized_by_name_runs_one_after_another(db: Database) -> None:
     inside: list[str] = []
 
     def enter(_: int) -> None:
         with db.write() as session:
-            serialise(session, "one at a time")
+            serialize(session, "one at a time")
             inside.append("in")
             session.execute(select(Organization))
             inside.append("out")
@@ -83,11 +83,11 @@ def test_the_time_is_told_once_nobody_is_waited_for(database_url: str) -> None:
 
     def enter() -> float:
         with database.write() as session:
-            return serialised_at(session, "one at a time")
+            return serialized_at(session, "one at a time")
 
     with ThreadPoolExecutor() as pool:
         with database.write() as session:
-            serialise(session, "one at a time")
+            serialize(session, "one at a time")
             waiting = pool.submit(enter)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.3)

@@ -100,14 +100,14 @@ def test_a_sound_cache_that_was_put_meanwhile_is_not_forgotten(world: World, mon
     def put_sound() -> None:
         world.put_tokens("key", file_digest=sha("file"), artifact=sound, report={})
 
-    meanwhile, serialise = iter([put_sound]), token_cache.serialise
+    meanwhile, serialize = iter([put_sound]), token_cache.serialize
 
-    def serialise_after_a_put(session: Session, name: str) -> None:
+    def serialize_after_a_put(session: Session, name: str) -> None:
         for act in meanwhile:
             act()
-        serialise(session, name)
+        serialize(session, name)
 
-    monkeypatch.setattr(token_cache, "serialise", serialise_after_a_put)
+    monkeypatch.setattr(token_cache, "serialize", serialize_after_a_put)
     token_cache.forget(world.db, "key")
 
     found = token_cache.get(world.db, "key")

@@ -1,4 +1,4 @@
-"""What cancelling, pausing and resuming do to a job in each of its states."""
+"""What canceling, pausing and resuming do to a job in each of its states."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_job_that_is_being_cancelled_is_neither_paused_nor_resumed(world: Worl
     commands.cancel(world.db, **verb)
     commands.cancel(world.db, **verb)
 
-    for ask, code in ((commands.pause, "job_cancelling"), (commands.resume, "job_not_paused")):
+    for ask, code in ((commands.pause, "job_canceling"), (commands.resume, "job_not_paused")):
         with pytest.raises(Conflict) as refusal:
             ask(world.db, **verb)
         assert refusal.value.code == code

@@ -58,10 +58,10 @@ def test_metadata_of_before_can_be_found_after_the_migration(empty_url: str) -> 
     database = Database(empty_url)
     database.migrate()
     world = World(database, Clock())
-    labelled, _ = world.submit(metadata={"team": "sëarch"}), world.submit()
+    labeled, _ = world.submit(metadata={"team": "sëarch"}), world.submit()
 
     command.downgrade(alembic_config(empty_url), "0027")
     database.migrate()
 
-    assert found(world, metadata={"team": "sëarch"}) == [labelled.id]
+    assert found(world, metadata={"team": "sëarch"}) == [labeled.id]
     database.close()

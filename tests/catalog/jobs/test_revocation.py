@@ -1,4 +1,4 @@
-"""Revoking a key: what is left of its work, cancelling it, and the keys that it created."""
+"""Revoking a key: what is left of its work, canceling it, and the keys that it created."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_the_last_operators_key_is_not_revoked_as_a_descendant(world: World) -> 
     assert revoke(world, second, by=third).key.revoked_at is not None
 
 
-def test_cancelling_needs_the_right_to_cancel_jobs(world: World) -> None:
+def test_canceling_needs_the_right_to_cancel_jobs(world: World) -> None:
     key, secret = child_of(world, world.caller, scopes=["jobs:read"])
     by, _ = child_of(world, world.caller, scopes=["keys:write", "jobs:read"])
 

@@ -71,7 +71,7 @@ def test_a_move_names_one_job_of_the_project_that_waits_in_the_same_class(world:
             move(world, job, **target)
     with pytest.raises(Conflict) as refusal:
         move(world, job, after=urgent.id)
-    assert refusal.value.code == "not_beside"
+    assert refusal.value.code == "not_in_same_queue"
     with pytest.raises(NotFound):
         move(world, job, before=foreign.id)
     with pytest.raises(NotFound):

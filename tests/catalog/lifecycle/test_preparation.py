@@ -63,7 +63,7 @@ def test_a_job_whose_usable_rows_leave_no_evaluation_in_time_trains_and_its_even
     assert world.job(job.id).state == JobState.QUEUED
 
 
-def test_cancelling_takes_a_job_from_the_worker_that_prepares_it(world: World) -> None:
+def test_canceling_takes_a_job_from_the_worker_that_prepares_it(world: World) -> None:
     job = world.submit()
     unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None

@@ -68,7 +68,7 @@ def test_a_rate_far_from_what_is_usual_of_its_optimizer_and_method_is_warned_of(
 
 
 def test_without_held_out_data_a_person_is_told_what_he_will_not_know() -> None:
-    assert codes(job_warnings.of_course(spec(), num_steps=100, has_held_out=False)) == ["no_held_out"]
+    assert codes(job_warnings.of_course(spec(), num_steps=100, has_held_out=False)) == ["no_validation_file"]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_without_held_out_data_a_person_is_told_what_he_will_not_know() -> None:
     [
         ({}, None),
         ({"usable_rows": 3, "rows": 3}, "batch_exceeds_data"),
-        ({"supervised_tokens": 200}, "little_learnt"),
+        ({"supervised_tokens": 200}, "low_trained_fraction"),
         ({"truncated_rows": 5}, "truncated_rows"),
         ({"truncated_rows": 4}, None),
         ({"dropped_rows": 6}, "dropped_rows"),
@@ -115,8 +115,8 @@ def test_a_rank_above_a_layer_or_beyond_its_data_is_warned_of() -> None:
         ({"lora": {"use_dora": True}}, (16,), "no", "yes"),
         ({"lora": {"rank_pattern": {"q_proj": 8}}}, (8, 16), "no", "yes"),
         ({"lora": {"alpha_pattern": {"q_proj": 8.0}}}, (16,), "no", "yes"),
-        ({"quantisation": "nf4"}, (16,), "with_settings", "with_settings"),
-        ({"quantisation": "int8"}, (16,), "with_settings", "with_settings"),
+        ({"quantization": "nf4"}, (16,), "with_settings", "with_settings"),
+        ({"quantization": "int8"}, (16,), "with_settings", "with_settings"),
         ({"precision": "float32"}, (16,), "yes", "yes"),
     ],
 )

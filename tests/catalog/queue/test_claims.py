@@ -128,7 +128,7 @@ def test_completing_outruns_a_cancel_that_was_only_requested(world: World) -> No
     assert not world.job(claim.job.id).cancel_requested
 
 
-def test_of_completing_cancelling_and_ending_at_once_one_wins(world: World) -> None:
+def test_of_completing_canceling_and_ending_at_once_one_wins(world: World) -> None:
     for round_number in range(6):
         claim = world.running()
         verb = world.of(claim.job.id)

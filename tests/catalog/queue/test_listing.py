@@ -317,19 +317,19 @@ def test_every_other_state_has_its_sentence(world: World) -> None:
     assert explained(world, running.job.id)["why"]["role"] == "anchor"
 
 
-def test_a_job_on_a_quantised_base_waits_for_a_worker_that_can_hold_it_and_says_so(world: World) -> None:
-    job = world.queued(quantisation="nf4")
+def test_a_job_on_a_quantized_base_waits_for_a_worker_that_can_hold_it_and_says_so(world: World) -> None:
+    job = world.queued(quantization="nf4")
     world.worker("plain")
 
     assert world.claim("plain") == []
     why = explained(world, job.id)
-    assert why["quantisation"] == "nf4"
+    assert why["quantization"] == "nf4"
     assert why["explanation"] == (
         "It asks for its base as nf4, and no worker that runs has bitsandbytes. Install it where a worker runs "
         "(pip install 'lorry[quant]'), and start that worker again."
     )
 
-    world.worker("able", quantisations=("nf4", "int8"))
+    world.worker("able", quantizations=("nf4", "int8"))
     assert explained(world, job.id)["explanation"] == "It is first in the queue and waits for a worker to have room."
     assert [claim.job.id for claim in world.claim("able")] == [job.id]
 
@@ -338,27 +338,27 @@ def test_a_job_that_no_worker_that_lives_can_hold_is_refused_with_the_remedy(wor
     world.worker()
 
     with pytest.raises(InvalidRequest) as refusal:
-        world.submit(quantisation="int8")
+        world.submit(quantization="int8")
 
-    assert (refusal.value.code, refusal.value.param) == ("quantisation_unavailable", "quantisation")
+    assert (refusal.value.code, refusal.value.param) == ("quantization_unavailable", "quantization")
     assert "pip install 'lorry[quant]'" in refusal.value.remedy
-    assert world.submit().spec["quantisation"] == "none"
+    assert world.submit().spec["quantization"] == "none"
 
 
-def test_dora_is_refused_on_a_quantised_base_before_it_waits(world: World) -> None:
+def test_dora_is_refused_on_a_quantized_base_before_it_waits(world: World) -> None:
     with pytest.raises(InvalidRequest) as refusal:
-        world.submit(quantisation="nf4", lora={"use_dora": True})
+        world.submit(quantization="nf4", lora={"use_dora": True})
 
-    assert (refusal.value.code, refusal.value.param) == ("dora_on_quantised_base", "lora.use_dora")
+    assert (refusal.value.code, refusal.value.param) == ("dora_unsupported_with_quantization", "lora.use_dora")
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
-def test_a_start_from_the_bases_weights_is_refused_where_those_are_quantised(world: World, init: str) -> None:
+def test_a_start_from_the_bases_weights_is_refused_where_those_are_quantized(world: World, init: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
-        world.submit(quantisation="nf4", lora={"init_lora_weights": init})
+        world.submit(quantization="nf4", lora={"init_lora_weights": init})
 
-    assert (refusal.value.code, refusal.value.param) == ("start_on_quantised_base", "lora.init_lora_weights")
-    assert world.submit(quantisation="nf4", lora={"init_lora_weights": "gaussian"}).state == "validating_files"
+    assert (refusal.value.code, refusal.value.param) == ("init_unsupported_with_quantization", "lora.init_lora_weights")
+    assert world.submit(quantization="nf4", lora={"init_lora_weights": "gaussian"}).state == "validating_files"
 
 
 def test_a_job_that_begins_with_the_base_is_counted_with_its_start(world: World) -> None:
@@ -372,8 +372,8 @@ def test_a_job_that_begins_with_the_base_is_counted_with_its_start(world: World)
 
 
 def test_jobs_on_one_base_that_is_held_differently_do_not_train_together(world: World) -> None:
-    world.worker(quantisations=("nf4", "int8"))
-    plain, nf4, int8 = world.queued(), world.queued(quantisation="nf4"), world.queued(quantisation="int8")
+    world.worker(quantizations=("nf4", "int8"))
+    plain, nf4, int8 = world.queued(), world.queued(quantization="nf4"), world.queued(quantization="int8")
     (claim,) = world.claim()
     assert claim.job.id == plain.id
     held = claim.job
@@ -389,9 +389,9 @@ def test_jobs_on_one_base_that_is_held_differently_do_not_train_together(world: 
 
 def test_a_job_that_a_worker_cannot_hold_does_not_keep_others_out_of_its_trainer(world: World) -> None:
     world.worker("plain")
-    world.worker("able", quantisations=("nf4",))
+    world.worker("able", quantizations=("nf4",))
     held = world.running().job
-    waiting = world.queued(quantisation="nf4")
+    waiting = world.queued(quantization="nf4")
     world.pass_time(61)
     joiner = world.queued()
 

@@ -136,7 +136,7 @@ def test_why_and_events_tell_both_what_was_decided_and_name_no_other_project(wor
     assert "Jobs of lower classes were asked to make room for it" in waiting["explanation"]
     assert left["explanation"].startswith("It made room for a job of the class urgent that had waited for 31 s")
     told = left["preemption"]
-    assert (told["for_class"], told["makes"], told["num_leaving"], told["counts_as"]) == (0, "a place", 1, 2)
+    assert (told["for_class"], told["makes"], told["num_leaving"], told["effective_priority"]) == (0, "a place", 1, 2)
     assert (told["num_preemptions_before"], told["policy"]["max_preemptions"]) == (0, USUAL.max_preemptions)
     assert told["trained_seconds"] > SPARED
     events = queries.events_since(world.db, **world.of(batch.job.id), seq=0)
@@ -306,7 +306,7 @@ def leaves(world: World, held: Claim) -> bool:
 def test_what_has_risen_is_not_asked_by_the_class_above_which_it_rose(world: World) -> None:
     world.worker()
     world.queued(priority="batch")
-    world.clock.turn(3 * USUAL.promote_after_seconds)
+    world.clock.turn(3 * USUAL.priority_aging_seconds)
     (risen,) = world.claim(room=ONE)
     world.pass_time(SPARED, risen.claim_id)
     world.queued(priority="urgent")

@@ -134,13 +134,13 @@ def test_who_joins_an_offloaded_base_would_have_it_so_alone(world: World) -> Non
         return [claim.job.id for claim in found]
 
     assert joined("offloaded") == [large.id]
-    assert joined("divided") == [small.id]
-    assert joined("whole") == []
+    assert joined("sharded") == [small.id]
+    assert joined("replicated") == []
 
 
 def divided_bytes(job: Job) -> int:
     pair = DeviceGroup(kind="cuda", num_devices=2)
-    return pair.held_bytes(requirements.demand(job, {}, recomputes=True), "divided")
+    return pair.held_bytes(requirements.demand(job, {}, recomputes=True), "sharded")
 
 
 def test_many_that_fit_nowhere_whole_hide_nobody(world: World) -> None:
@@ -178,11 +178,11 @@ def test_who_joins_a_divided_base_would_have_it_divided_alone(world: World) -> N
     room = on(world, 2, (whole_bytes(large) - 1) / GB)
     assert whole_bytes(small) < room.memory_bytes_free
 
-    divided = replace(room, holding="divided", num_jobs=1, memory_bytes_free=GB)
+    divided = replace(room, holding="sharded", num_jobs=1, memory_bytes_free=GB)
     joined = world.claim(room=divided, pack_key=large.pack_key)
     assert [claim.job.id for claim in joined] == [large.id]
     claims.end(world.db, joined[0].claim_id, reason=EndReason.DRAINED, detail="")
-    whole = replace(divided, holding="whole")
+    whole = replace(divided, holding="replicated")
     assert [claim.job.id for claim in world.claim(room=whole, pack_key=large.pack_key)] == [small.id]
 
 
@@ -193,7 +193,7 @@ def test_a_group_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit(
     full = on(world, 2, 1, wanted)
     loaded, live = (
         replace(full, resident_key=first.pack_key),
-        replace(full, memory_bytes_when_empty=1, holding="divided"),
+        replace(full, memory_bytes_when_empty=1, holding="sharded"),
     )
     looks = {
         "a new trainer": lambda: world.claim(room=full),
@@ -209,20 +209,20 @@ def test_a_group_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit(
 
 def test_what_was_prepared_before_shares_were_reckoned_is_divided_all_the_same(world: World) -> None:
     job = queued_large(world)
-    held = (job.divisible_bytes, job.gathered_bytes, job.least_divided_bytes)
+    held = (job.shardable_bytes, job.gathered_bytes, job.least_divided_bytes)
     with world.db.write() as session:
         row = session.get_one(Job, job.id)
-        row.divisible_bytes = row.gathered_bytes = row.least_divided_bytes = 0
+        row.shardable_bytes = row.gathered_bytes = row.least_divided_bytes = 0
     room = on(world, 2, 17, "fsdp2")
 
     (claim,) = world.claim(room=room)
-    assert room.group.holding(requirements.demand(claim.job, LARGE, recomputes=False)) == "divided"
-    assert requirements.demand(claim.job, LARGE, recomputes=False).divisible_bytes == held[0] > 0
+    assert room.group.holding(requirements.demand(claim.job, LARGE, recomputes=False)) == "sharded"
+    assert requirements.demand(claim.job, LARGE, recomputes=False).shardable_bytes == held[0] > 0
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
 
     assert (requirements.note_all(world.db), requirements.note_all(world.db)) == (1, 0)
     again = world.job(job.id)
-    assert (again.divisible_bytes, again.gathered_bytes, again.least_divided_bytes) == held
+    assert (again.shardable_bytes, again.gathered_bytes, again.least_divided_bytes) == held
 
 
 def test_a_base_whose_blocks_are_counted_later_is_divided_from_then_on(world: World) -> None:
@@ -242,7 +242,7 @@ def test_a_base_whose_blocks_are_counted_later_is_divided_from_then_on(world: Wo
 
     assert [row.name for row in base_models.uncounted(world.db)] == ["smol"]
     assert [claim.job.id for claim in world.claim(room=room)] == [waiting.id]
-    assert world.job(running.id).divisible_bytes == 18 * GB
+    assert world.job(running.id).shardable_bytes == 18 * GB
 
 
 def whole_bytes(job: Job) -> int:

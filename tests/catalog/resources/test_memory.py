@@ -95,7 +95,7 @@ def test_a_trainer_needs_its_base_and_one_tick(precision: str, width: int) -> No
     assert need == 500 * width + 100 * 32 * 4 * 2 * width + logits
 
 
-def test_a_quantised_base_has_small_linears_and_all_else_in_its_dtype() -> None:
+def test_a_quantized_base_has_small_linears_and_all_else_in_its_dtype() -> None:
     description = {"num_parameters": 10_000, "linear_shapes": SHAPES, "vocab_size": 10}
     weights, tables = 2 * (64 * 32 + 16 * 32), 4 * (16 + 256 + 1)
 
@@ -107,14 +107,14 @@ def test_a_quantised_base_has_small_linears_and_all_else_in_its_dtype() -> None:
     assert nf4 == weights // 2 + scales + 4 * tables + 4 * (10_000 - weights)
 
 
-def test_a_large_quantised_matrix_has_the_bits_a_weight_that_its_kind_is_known_for() -> None:
+def test_a_large_quantized_matrix_has_the_bits_a_weight_that_its_kind_is_known_for() -> None:
     description = {"num_parameters": 4096 * 4096, "linear_shapes": {"q_proj": [[4096, 4096], 1]}}
 
     nf4 = memory.base_bytes(description, "bfloat16", "nf4") / 4096**2
     assert nf4 == pytest.approx(0.516, abs=0.001)  # pyright: ignore[reportUnknownMemberType]
 
 
-def test_a_tick_on_a_quantised_base_restores_its_largest_linear() -> None:
+def test_a_tick_on_a_quantized_base_restores_its_largest_linear() -> None:
     description = {"num_parameters": 10_000, "linear_shapes": SHAPES, "vocab_size": 10}
     plain = memory.tick_bytes(description, "bfloat16", num_tokens=10)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from catalog.resources.memory import JOB_TOKENS, TICK_TOKENS
-from catalog.resources.pack_key import pack_key, precision_of, quantisation_of, weights_of
+from catalog.resources.pack_key import pack_key, precision_of, quantization_of, weights_of
 from catalog.scheduling.ordering import QueueEntry, order
 from catalog.scheduling.packing import choose_anchor, choose_joiners, choose_pack
 from catalog.scheduling.snapshot import PATIENCE_SECONDS, Candidate, Capacity
@@ -169,15 +169,15 @@ def test_a_pack_key_tells_its_precision() -> None:
 
 
 def test_a_pack_key_tells_how_the_base_is_held() -> None:
-    keys = [pack_key("d", "float32", quantisation) for quantisation in ("none", "nf4", "int8")]
+    keys = [pack_key("d", "float32", quantization) for quantization in ("none", "nf4", "int8")]
 
     assert len(set(keys)) == 3
-    assert [quantisation_of(key) for key in keys] == ["none", "nf4", "int8"]
+    assert [quantization_of(key) for key in keys] == ["none", "nf4", "int8"]
     assert [precision_of(key) for key in keys] == ["float32"] * 3
     assert [weights_of(key) for key in keys] == ["float32", "nf4 with float32", "int8 with float32"]
 
 
-def test_jobs_that_were_queued_before_there_was_quantisation_still_share_a_trainer_with_new_ones() -> None:
+def test_jobs_that_were_queued_before_there_was_quantization_still_share_a_trainer_with_new_ones() -> None:
     assert pack_key("d", "float32", "none") == "d:float32:causal-lm"
 
 

@@ -55,7 +55,7 @@ def demand(description: dict[str, Any], precision: str = "bfloat16", *, own: int
     """Of a job that takes `own` beside what its trainer needs."""
     divisible, gathered = sharding.block_bytes(description, precision)
     whole = memory.trainer_bytes(description, precision) + own
-    return Demand(whole_bytes=whole, divisible_bytes=divisible, gathered_bytes=gathered)
+    return Demand(whole_bytes=whole, shardable_bytes=divisible, gathered_bytes=gathered)
 
 
 def gpus(number: int, gigabytes: int, wanted: Wanted = "auto", *, host: int = 0) -> DeviceGroup:
@@ -100,8 +100,8 @@ SEVEN_IN_FP32_ON_FOUR = 36_347_330_560 + GB - 25_905_070_080 + 6_476_267_520 + 2
         (gpus(2, 24, "zero3"), demand(SEVEN), "zero3", 19_206_433_280 - 6_476_267_520 + 1_214_300_160 + RESERVE, True),
         (gpus(8, 80, "replicated"), demand(SEVENTY, own=5 * GB), "replicated", 171_871_449_600 + RESERVE, False),
         # A job that needs whole weights is trained where they are, and nowhere where all is divided.
-        (gpus(8, 80), replace(demand(SEVENTY), divisible_bytes=0), "replicated", 167_871_449_600 + RESERVE, False),
-        (gpus(2, 24, "fsdp2"), replace(demand(SEVEN), divisible_bytes=0), "fsdp2", NEVER, False),
+        (gpus(8, 80), replace(demand(SEVENTY), shardable_bytes=0), "replicated", 167_871_449_600 + RESERVE, False),
+        (gpus(2, 24, "fsdp2"), replace(demand(SEVEN), shardable_bytes=0), "fsdp2", NEVER, False),
         # Where half of the blocks is too much, the host's memory has them: 42.7 GB of 47.9, and 136.9 of the host's.
         (gpus(2, 48, host=136_904_704_000), demand(SEVENTY, own=5 * GB), "fsdp2_offload", SEVENTY_FROM_HOST, True),
         # The host lacks a byte, so it stays divided, which doesn't fit: 110.3 GB of 47.9.
@@ -154,14 +154,14 @@ def test_a_base_is_divided_from_the_first_byte_on_that_does_not_fit() -> None:
 
 def test_the_parts_on_a_device_are_what_it_is_reckoned_to_need() -> None:
     needs, group = demand(SEVENTY), gpus(8, 80)
-    rest = needs.whole_bytes - needs.divisible_bytes
+    rest = needs.whole_bytes - needs.shardable_bytes
 
-    divided, offloaded = group.block_parts(needs, "divided"), group.block_parts(needs, "offloaded")
+    divided, offloaded = group.block_parts(needs, "sharded"), group.block_parts(needs, "offloaded")
 
     assert divided == {"base_share": 17_113_088_000, "gathered_blocks": 5_133_926_400}
     # An eighth of a block of 1,711,308,800 bytes is on its way.
     assert offloaded == {"base_share": 0, "gathered_blocks": 5_133_926_400, "coming_share": 213_913_600}
-    assert rest + sum(divided.values()) == group.held_bytes(needs, "divided")
+    assert rest + sum(divided.values()) == group.held_bytes(needs, "sharded")
     assert rest + sum(offloaded.values()) == group.held_bytes(needs, "offloaded")
 
 
@@ -188,14 +188,14 @@ def test_what_would_hold_a_job_is_told_by_number_and_size() -> None:
         "with 136.9 GB of the host's memory for the base."
     )
     assert sharding.would_fit_sentence(sharding.would_fit(demand(SEVENTY, own=5 * GB))) == sentence
-    whole = replace(demand(SEVENTY, own=5 * GB), divisible_bytes=0)
+    whole = replace(demand(SEVENTY, own=5 * GB), shardable_bytes=0)
     assert [(fit.num_devices, fit.card.gigabytes) for fit in sharding.would_fit(whole)] == [(1, 180)]
     assert "No common GPU" in sharding.would_fit_sentence(sharding.would_fit(Demand(whole_bytes=10**13)))
 
 
 def test_a_job_that_fits_nowhere_is_told_why() -> None:
     large = demand(SEVENTY, own=5 * GB)
-    whole, bar = replace(large, divisible_bytes=0), "DoRA reads the base's weights"
+    whole, bar = replace(large, shardable_bytes=0), "DoRA reads the base's weights"
 
     assert sharding.nowhere([(gpus(1, 80), large), (gpus(8, 80), large)], None) is None
     told = sharding.nowhere([(gpus(1, 80), large)], None)
@@ -203,7 +203,7 @@ def test_a_job_that_fits_nowhere_is_told_why() -> None:
     assert "Divided among the 2 devices" in str(sharding.nowhere([(gpus(2, 80), large)], None))
     assert str(sharding.nowhere([(gpus(8, 80), whole)], bar)).endswith(f"has 85.0 GB. {bar}.")
     assert bar not in str(sharding.nowhere([(gpus(1, 80), whole)], bar)), "one GPU divides nothing"
-    forced = str(sharding.nowhere([(gpus(2, 24, "fsdp2"), replace(demand(SEVEN), divisible_bytes=0))], bar))
+    forced = str(sharding.nowhere([(gpus(2, 24, "fsdp2"), replace(demand(SEVEN), shardable_bytes=0))], bar))
     assert forced == f"The largest worker divides every base among its devices (LORRY_STRATEGY is fsdp2). {bar}."
 
 
@@ -231,7 +231,7 @@ def test_a_job_that_the_host_has_no_room_for_is_told_what_would_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lora", "quantisation", "description", "told"),
+    ("lora", "quantization", "description", "told"),
     [
         ({}, "none", SEVEN, None),
         ({"init_lora_weights": "gaussian"}, "none", SEVEN, None),
@@ -243,9 +243,9 @@ def test_a_job_that_the_host_has_no_room_for_is_told_what_would_do() -> None:
     ],
 )
 def test_what_bars_a_job_from_a_divided_base(
-    lora: dict[str, Any], quantisation: str, description: dict[str, Any], told: str | None
+    lora: dict[str, Any], quantization: str, description: dict[str, Any], told: str | None
 ) -> None:
-    found = sharding.hindrance(lora, quantisation, description)
+    found = sharding.hindrance(lora, quantization, description)
     assert found is None if told is None else told in str(found)
 
 
@@ -274,7 +274,7 @@ def test_why_a_group_holds_a_base_as_it_does_is_said_with_numbers() -> None:
 
 @pytest.mark.parametrize("wanted", ["auto", "fsdp2"])
 def test_no_base_is_divided_over_nodes_whatever_the_leaders_own_group_is(wanted: Wanted) -> None:
-    large, alone = Demand(whole_bytes=150 * 10**9, divisible_bytes=140 * 10**9), gpus(4, 80, wanted)
+    large, alone = Demand(whole_bytes=150 * 10**9, shardable_bytes=140 * 10**9), gpus(4, 80, wanted)
     of_gang = replace(alone, gang="hall")
 
     assert (alone.strategy(large), of_gang.strategy(large)) == ("fsdp2", "replicated")
@@ -287,7 +287,7 @@ def test_a_worker_is_known_by_what_it_said_and_an_older_one_holds_whole_bases() 
     said = {"kind": "cuda", "indices": [0, 1], "num_processes": 2, "strategy": "auto", "host_bytes": 7}
     assert sharding.group_told([said], 5) == DeviceGroup(kind="cuda", num_devices=2, bytes_of_each=5, host_bytes=7)
     old = {"kind": "cuda", "indices": [0, 1]}
-    assert sharding.group_told([old], 5).divides_when == "never"
+    assert sharding.group_told([old], 5).shards_when == "never"
     assert sharding.group_told([], 5) == DeviceGroup(bytes_of_each=5, wanted="replicated")
 
 
@@ -297,7 +297,7 @@ ROOM = Capacity(max_jobs=4, memory_bytes_free=100, group=PAIR)
 
 
 def sized(job_id: str, created_at: float = 0, *, own: int, divisible: int = 40) -> Candidate:
-    sizes: dict[str, Any] = {"own_bytes": own, "trainer_bytes": 60, "divisible_bytes": divisible, "gathered_bytes": 5}
+    sizes: dict[str, Any] = {"own_bytes": own, "trainer_bytes": 60, "shardable_bytes": divisible, "gathered_bytes": 5}
     return candidate(job_id, created_at, **sizes)
 
 
@@ -320,7 +320,7 @@ def test_a_job_that_needs_whole_weights_is_not_put_on_a_divided_base() -> None:
     assert packed(sized("dora", own=5, divisible=0)) == ["dora"]
     forced = replace(ROOM, group=replace(PAIR, wanted="fsdp2"))
     assert packed(sized("dora", own=5, divisible=0), sized("plain", 1, own=5), room=forced) == ["plain"]
-    joining = replace(forced, holding="divided", num_jobs=1)
+    joining = replace(forced, holding="sharded", num_jobs=1)
     turns = order([sized("dora", own=5, divisible=0), sized("plain", 1, own=5)], 10)
     chosen, _ = choose_joiners(turns, joining, "b:bfloat16:causal-lm", worker_bytes=100)
     assert [choice.turn.candidate.job_id for choice in chosen] == ["plain"]
@@ -336,19 +336,25 @@ def test_a_live_trainer_takes_only_jobs_that_would_have_its_base_so() -> None:
         chosen, _ = choose_joiners(turns, room, "b:bfloat16:causal-lm", worker_bytes=100)
         return [choice.turn.candidate.job_id for choice in chosen]
 
-    assert joined("whole") == ["narrow"]
-    assert joined("divided") == ["wide"]
+    assert joined("replicated") == ["narrow"]
+    assert joined("sharded") == ["wide"]
     assert joined("offloaded") == ["wider"]
 
 
 def test_for_an_urgent_job_room_is_made_beside_others_only_where_the_base_is_held_as_it_has_it() -> None:
     urgent = replace(sized("urgent", own=50), priority=0, queued_at=0)
-    held = {"project_id": urgent.project_id, "counts_as": 1, "effective_level": 0.0, "began_at": 0.0, "num_beside": 2}
+    held = {
+        "project_id": urgent.project_id,
+        "effective_priority": 1,
+        "effective_level": 0.0,
+        "began_at": 0.0,
+        "num_beside": 2,
+    }
     training = Training(job_id="victim", own_bytes=60, **held)
     beside = replace(training, job_id="other", own_bytes=10)
     service = WorkerService(at={}, memory_bytes=100, group=PAIR)
     divided = Holder(
-        worker_id="w", pack_key=urgent.pack_key, service=service, jobs=(training, beside), holding="divided"
+        worker_id="w", pack_key=urgent.pack_key, service=service, jobs=(training, beside), holding="sharded"
     )
 
     def makes(holder: Holder) -> str:
@@ -358,4 +364,4 @@ def test_for_an_urgent_job_room_is_made_beside_others_only_where_the_base_is_hel
         return chosen.makes
 
     assert makes(divided) == "a place"
-    assert makes(replace(divided, holding="whole")) == "a trainer"
+    assert makes(replace(divided, holding="replicated")) == "a trainer"

@@ -77,7 +77,7 @@ def test_nothing_is_told_of_turns_between_which_an_unread_job_may_stand(
 
 
 def test_a_class_that_had_its_turn_from_another_does_not_rise_again() -> None:
-    now = 3 * USUAL.promote_after_seconds
+    now = 3 * USUAL.priority_aging_seconds
     old = [candidate(f"old{number}", number, priority=2) for number in range(2)]
     whole = picture(*old, candidate("new0", now - 2), candidate("new1", now - 1), now=now)
 
@@ -157,7 +157,7 @@ def test_who_lost_what_it_chose_takes_what_is_left_at_its_first_look_and_tells_w
     why = attempt.why or {}
     own = sum(world_job.startswith(_stem(mine[0].job.id)) for world_job in taken)
     assert (why["role"], why["position"], why["share"]["num_running"]) == ("anchor", 1, own)
-    assert why["level"] == why["share"]["level"]
+    assert why["normalized_usage"] == why["share"]["normalized_usage"]
 
 
 def _stem(job_id: str) -> str:

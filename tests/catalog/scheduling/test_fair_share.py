@@ -19,7 +19,7 @@ from catalog.scheduling.snapshot import Policy, Share, WorkerService
 from tests.catalog.scheduling.test_fairness_over_days import candidate
 
 POLICY = Policy()
-P = POLICY.promote_after_seconds
+P = POLICY.priority_aging_seconds
 DAY = 86_400.0
 
 
@@ -188,7 +188,7 @@ def test_a_share_is_told_as_data_and_in_a_sentence_that_names_nobody() -> None:
 
     told = ordering.describe_share(had, "mine", POLICY)
 
-    assert (told["weight"], told["num_projects"], told["projects_ahead"], told["level"]) == (1, 2, 1, 300)
+    assert (told["weight"], told["num_projects"], told["projects_ahead"], told["normalized_usage"]) == (1, 2, 1, 300)
     assert ordering.share_sentence(told) == (
         "Of the 2 projects whose jobs wait, 1 was charged less for the weight recently."
     )
@@ -208,7 +208,7 @@ def test_what_a_project_is_told_of_shares_does_not_depend_on_others_weights_or_u
 
     assert told[0] == told[1]
     everybody = ordering.all_shares({"mine": mine, "other": Share(device_seconds=100, weight=3)}, POLICY)
-    assert [(row["project_id"], row["due"], row["part_of_use"]) for row in everybody] == [
+    assert [(row["project_id"], row["fair_share"], row["usage_fraction"]) for row in everybody] == [
         ("other", 0.75, 0.25),
         ("mine", 0.25, 0.75),
     ]

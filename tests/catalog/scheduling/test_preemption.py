@@ -19,9 +19,9 @@ KEY = "b:bfloat16:causal-lm"
 URGENT = candidate("urgent", NOW - 60, priority=0, own_bytes=10)
 
 
-def training(job_id: str, *, counts_as: int = 1, trained: float = 1000, **more: Any) -> Training:
+def training(job_id: str, *, effective_priority: int = 1, trained: float = 1000, **more: Any) -> Training:
     told: dict[str, Any] = {"own_bytes": 10, "num_beside": 1, "project_id": "p", "effective_level": 0.0, **more}
-    return Training(job_id=job_id, counts_as=counts_as, began_at=NOW - trained, **told)
+    return Training(job_id=job_id, effective_priority=effective_priority, began_at=NOW - trained, **told)
 
 
 def holder(*jobs: Training, worker_id: str = "w1", key: str = KEY, memory_bytes: int = 100, **more: Any) -> Holder:
@@ -40,7 +40,7 @@ def leaving(*holders: Holder, job: Any = URGENT, policy: Policy = POLICY) -> lis
 
 
 def test_the_lowest_class_leaves_first_and_of_it_who_began_last() -> None:
-    assert leaving(holder(training("normal"), training("batch", counts_as=2))) == ["batch"]
+    assert leaving(holder(training("normal"), training("batch", effective_priority=2))) == ["batch"]
     assert leaving(holder(training("old", trained=2000), training("young", trained=400))) == ["young"]
 
 
@@ -54,26 +54,30 @@ def test_no_more_leave_than_are_needed() -> None:
 
 def test_nobody_leaves_who_stands_as_high_has_just_begun_or_has_left_too_often() -> None:
     spared = [
-        training("urgent too", counts_as=0),
-        training("risen", counts_as=-1),
+        training("urgent too", effective_priority=0),
+        training("risen", effective_priority=-1),
         training("young", trained=POLICY.spared_seconds - 1),
         training("weary", num_preemptions=POLICY.max_preemptions),
     ]
 
     assert [leaving(holder(each)) for each in spared] == [None] * 4
-    assert leaving(holder(*spared, training("batch", counts_as=2))) == ["batch"]
+    assert leaving(holder(*spared, training("batch", effective_priority=2))) == ["batch"]
 
 
 def test_nobody_leaves_where_room_comes_by_itself() -> None:
     ending = training("ending", seconds_left=POLICY.preempt_after_seconds)
 
-    assert leaving(holder(ending, training("batch", counts_as=2))) == []
-    assert leaving(holder(training("asked", is_leaving=True), training("batch", counts_as=2))) == []
-    assert leaving(holder(training("batch", counts_as=2), places=1, memory_bytes_free=10)) == []
+    assert leaving(holder(ending, training("batch", effective_priority=2))) == []
+    assert leaving(holder(training("asked", is_leaving=True), training("batch", effective_priority=2))) == []
+    assert leaving(holder(training("batch", effective_priority=2), places=1, memory_bytes_free=10)) == []
 
 
 def test_another_base_takes_the_whole_trainer_or_nothing() -> None:
-    batch, normal, high = training("batch", counts_as=2), training("normal"), training("high", counts_as=0)
+    batch, normal, high = (
+        training("batch", effective_priority=2),
+        training("normal"),
+        training("high", effective_priority=0),
+    )
 
     assert leaving(holder(batch, normal, key="c:bfloat16:causal-lm")) == ["batch", "normal"]
     assert leaving(holder(batch, high, key="c:bfloat16:causal-lm")) is None
@@ -88,8 +92,8 @@ def test_a_worker_that_cannot_hold_the_job_is_left_alone() -> None:
 
 def test_among_workers_the_one_whose_victims_stand_lowest_and_stake_least() -> None:
     normal = holder(training("normal", trained=301))
-    batch = holder(training("batch", counts_as=2), worker_id="w2")
-    younger = holder(training("younger", counts_as=2, trained=500), worker_id="w3")
+    batch = holder(training("batch", effective_priority=2), worker_id="w2")
+    younger = holder(training("younger", effective_priority=2, trained=500), worker_id="w3")
 
     assert leaving(normal, batch) == ["batch"]
     assert leaving(normal, batch, younger) == ["younger"]
@@ -118,7 +122,7 @@ def test_no_room_is_made_before_a_job_of_another_project_that_stands_ahead_and_f
     def chosen(*others: Candidate) -> bool:
         turns = order([URGENT, *others], NOW, shares=shares)
         ((turn, ahead),) = pressing(turns, now=NOW, policy=POLICY)
-        batch = training("batch", counts_as=2)
+        batch = training("batch", effective_priority=2)
         return choose(turn, [holder(batch)], ahead=ahead, now=NOW, policy=POLICY) is not None
 
     assert [chosen(), chosen(large), chosen(small)] == [True, True, False]
@@ -129,7 +133,7 @@ def test_no_room_is_made_before_a_job_of_another_project_that_stands_ahead_and_f
 TRAININGS = st.builds(
     training,
     job_id=st.uuids().map(str),
-    counts_as=st.integers(-1, 2),
+    effective_priority=st.integers(-1, 2),
     trained=st.floats(0, 1e5),
     own_bytes=st.integers(1, 20),
     num_beside=st.integers(1, 8),
@@ -153,7 +157,7 @@ def test_who_leaves_may_be_asked_and_is_needed(holders: list[Holder]) -> None:
     if chosen is None or not chosen.victims:
         return
     for victim in chosen.victims:
-        assert victim.counts_as > URGENT.priority
+        assert victim.effective_priority > URGENT.priority
         assert NOW - victim.began_at >= POLICY.spared_seconds
         assert victim.num_preemptions < POLICY.max_preemptions
         assert not victim.is_leaving

@@ -40,7 +40,7 @@ def test_jobs_join_a_live_trainer_until_one_that_can_not_has_waited_too_long() -
 
     assert isinstance(soon.action, Join)
     assert [chosen(decision) for decision in (soon, late)] == [["a", "b"], ["a"]]
-    assert [decision.trace["is_let_run_empty"] for decision in (soon, late)] == [False, True]
+    assert [decision.trace["is_draining_for_other_base"] for decision in (soon, late)] == [False, True]
     stopped = decide(picture(other("x"), candidate("a", 1), live_key=LIVE, now=PATIENCE_SECONDS), USUAL)
     assert stopped.action == Wait(reason="a job that can't join has waited too long: the trainer is let run empty")
 
@@ -66,7 +66,7 @@ def test_that_room_is_being_made_is_told_apart_from_a_trainer_that_is_let_run_em
     def told(job: Candidate, now: float) -> tuple[bool, bool]:
         decision = decide(picture(joins, job, live_key=LIVE, now=now), USUAL)
         why = decision.why(decision.action.choices[0])
-        return why["is_room_being_made"], why["is_let_run_empty"]
+        return why["is_preempting"], why["is_draining_for_other_base"]
 
     assert [told(urgent, 10), told(asked, 10)] == [(False, False), (True, False)]
     assert [told(urgent, late), told(asked, late)] == [(False, True), (True, True)]

@@ -246,16 +246,16 @@ def test_rungs_that_no_trial_comes_to_or_is_evaluated_at_are_refused() -> None:
 @given(
     values=st.lists(st.floats(-10, 10), min_size=1, max_size=40),
     factor=st.integers(2, 6),
-    maximises=st.booleans(),
+    maximizes=st.booleans(),
 )
 def test_who_goes_on_at_a_rung_is_decided_as_optunas_pruner_decides(
-    values: list[float], factor: int, maximises: bool
+    values: list[float], factor: int, maximizes: bool
 ) -> None:
-    direction = StudyDirection.MAXIMIZE if maximises else StudyDirection.MINIMIZE
+    direction = StudyDirection.MAXIMIZE if maximizes else StudyDirection.MINIMIZE
     rule = Rungs(min_steps=1, reduction_factor=factor)
 
     for number, value in enumerate(values):
         competing = values[: number + 1]
-        num_better = sum(other > value if maximises else other < value for other in competing)
+        num_better = sum(other > value if maximizes else other < value for other in competing)
         ours = rule.goes_on(num_better=num_better, num_competing=len(competing))
         assert ours == _is_trial_promotable_to_next_rung(value, list(competing), factor, direction)

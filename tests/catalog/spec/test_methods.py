@@ -107,7 +107,7 @@ def test_a_file_that_does_not_fit_the_method_is_refused(
     ("name", "kind", "remedy"),
     [
         ("kto", "completion", 'Use method supervised, or a file of those: on each line {"prompt": ..., "completion"'),
-        ("supervised", "unpaired", "Use method kto, or a file of neither pairs nor labelled answers."),
+        ("supervised", "unpaired", "Use method kto, or a file of neither pairs nor labeled answers."),
         ("supervised", "preference", "Use method dpo, orpo or simpo, or a file of neither"),
         ("dpo", "unpaired", "Use method kto, or a file of pairs: on each line"),
     ],
@@ -121,7 +121,7 @@ def test_the_remedy_names_the_method_that_reads_the_file_and_the_file_that_the_m
     assert caught.value.remedy.startswith(remedy)
 
 
-def test_a_batch_of_one_labelled_answer_is_refused() -> None:
+def test_a_batch_of_one_labeled_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="greater than or equal to 2"):
         request(method=method("kto", batch_size=1))
 

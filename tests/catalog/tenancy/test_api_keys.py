@@ -115,7 +115,7 @@ def test_both_keys_are_good_while_a_rotation_overlaps(world: World) -> None:
     assert opens(world, new_secret)
     with pytest.raises(Conflict) as late:
         rotate(world, world.caller, old.id)
-    assert [again.value.code, late.value.code] == ["key_rotated_already", "key_not_live"]
+    assert [again.value.code, late.value.code] == ["key_already_rotated", "key_not_live"]
 
 
 def test_a_rotation_prolongs_nothing(world: World) -> None:

@@ -43,7 +43,7 @@ def test_a_key_that_was_replaced_changes_no_other(world: World) -> None:
     with pytest.raises(Forbidden) as revoked:
         revocation.revoke(world.db, caller=leaked, api_key_id=other.api_key_id)
 
-    assert rotated.value.code == revoked.value.code == "key_replaced"
+    assert rotated.value.code == revoked.value.code == "key_superseded"
     assert revocation.revoke(world.db, caller=leaked, api_key_id=leaked.api_key_id).key.revoked_at is not None
 
 

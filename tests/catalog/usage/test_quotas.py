@@ -269,7 +269,7 @@ def test_a_first_look_at_what_is_stored_waits_for_nobody(
         locked.append(name)
         assert session.connection().get_execution_options().get("lorry_immediate"), "not in a writing transaction"
 
-    monkeypatch.setattr(stored_quota, "serialise", noted)
+    monkeypatch.setattr(stored_quota, "serialize", noted)
     files.create(world.db, store, project_id=world.caller.project_id, spooled=spooled, settings=Settings(), **told)
 
     assert locked == [f"quota {world.caller.project_id}"]

@@ -322,11 +322,11 @@ def test_why_tells_the_shares_in_a_sentence_and_as_data_and_names_nobody(world: 
     )
     assert "shares" not in why
     seen = explanation.explain(world.db, **world.of(mine.id), sees_all=True)["shares"]
-    assert [(row["project_id"], row["due"]) for row in seen] == [
+    assert [(row["project_id"], row["fair_share"]) for row in seen] == [
         (world.stranger.project_id, 0.5),
         (world.caller.project_id, 0.5),
     ]
-    assert why["policy"]["promote_after_seconds"] == PROMOTE_AFTER_SECONDS
+    assert why["policy"]["priority_aging_seconds"] == PROMOTE_AFTER_SECONDS
     for secret in (foreign.id, world.stranger.project_id, "theirs"):
         assert secret not in str(why)
     (claim,) = world.claim(room=ONE)

@@ -34,7 +34,7 @@ def new_row(*, use_dora: bool = True, rank: int = 3) -> FlatAdapter:
     row = FlatAdapter(
         TARGETS, lora, dtype=torch.float32, device="cpu", frozen=frozen, trained=HEAD, optimizer="adafactor"
     )
-    row.initialise(1)
+    row.initialize(1)
     return row
 
 

@@ -34,7 +34,7 @@ def started(init: str, weight_OD: torch.Tensor | None = None, **options) -> Flat
     lora = LoraConfig(rank=8, alpha=12, init_lora_weights=init, **options)
     frozen = None if weight_OD is None else {"w": weight_OD}
     row = FlatAdapter((TARGET,), lora, dtype=torch.float32, device="cpu", frozen=frozen)
-    row.initialise(1)
+    row.initialize(1)
     return row
 
 

@@ -24,7 +24,7 @@ TARGETS = (
 
 def new_row(dtype: torch.dtype = torch.float32) -> FlatAdapter:
     row = FlatAdapter(TARGETS, LoraConfig(rank=3, alpha=6), dtype=dtype, device="cpu")
-    row.initialise(1)
+    row.initialize(1)
     return row
 
 
@@ -82,7 +82,7 @@ def test_with_lora_plus_magnitudes_have_the_rate_of_b_and_what_is_trained_in_ful
         frozen={target.name: torch.randn(target.out_features, target.in_features) for target in TARGETS},
         trained=trained,
     )
-    row.initialise(1)
+    row.initialize(1)
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, max_grad_norm=None, lora_plus_ratio=16)
     sizes = [3 * (12 + 4), 3 * (8 + 20), 8 + 20, 5 * 8 + 5]
     a, b, magnitudes, in_full = (torch.nn.Parameter(part.clone()) for part in row.p.split(sizes))
@@ -262,7 +262,7 @@ def test_a_row_is_one_vector_of_exact_size_and_starts_as_peft_starts():
 
 def test_initial_weights_depend_on_seed_and_module_name_alone():
     alone = FlatAdapter(TARGETS[1:], LoraConfig(rank=3, alpha=6), dtype=torch.float32, device="cpu")
-    alone.initialise(1)
+    alone.initialize(1)
     assert torch.equal(alone.sites["b"].a_RD, new_row().sites["b"].a_RD)
-    alone.initialise(2)
+    alone.initialize(2)
     assert not torch.equal(alone.sites["b"].a_RD, new_row().sites["b"].a_RD)

@@ -69,14 +69,14 @@ def test_a_checkpoint_of_a_base_that_is_held_otherwise_is_refused(
 ):
     pytest.importorskip("bitsandbytes")
     first, second = (
-        load_base(base_dirs["llama"], dtype="float32", device="cpu", quantisation=kind) for kind in (before, after)
+        load_base(base_dirs["llama"], dtype="float32", device="cpu", quantization=kind) for kind in (before, after)
     )
     assert first.digest == second.digest
 
     error = refusal_on(second, saved_on(first, tmp_path / "saved"))
 
-    assert f"a base with quantisation '{before}', and this one has '{after}'" in error.message
-    assert f"quantisation='{before}'" in error.remedy
+    assert f"a base with quantization '{before}', and this one has '{after}'" in error.message
+    assert f"quantization='{before}'" in error.remedy
 
 
 def test_a_checkpoint_of_a_base_for_another_task_is_refused(load, tmp_path):
@@ -102,11 +102,11 @@ def test_a_checkpoint_of_another_model_of_the_same_shape_is_refused(base_dirs, l
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_checkpoint_of_another_model_is_refused_on_a_quantised_base_too(base_dirs, tmp_path, kind):
+def test_a_checkpoint_of_another_model_is_refused_on_a_quantized_base_too(base_dirs, tmp_path, kind):
     pytest.importorskip("bitsandbytes")
     other = changed(base_dirs["llama"], tmp_path / "tuned", "model.norm.weight", place=0)
     first, second = (
-        load_base(folder, dtype="bfloat16", device="cpu", quantisation=kind) for folder in (base_dirs["llama"], other)
+        load_base(folder, dtype="bfloat16", device="cpu", quantization=kind) for folder in (base_dirs["llama"], other)
     )
 
     error = refusal_on(second, saved_on(first, tmp_path / "saved"))

@@ -45,7 +45,7 @@ def test_conv1d_shapes_are_given_as_out_and_in(base_dirs):
     assert describe_base(base_dirs["gpt2"])["linear_shapes"]["c_attn"] == [[192, 64], 2]
 
 
-@pytest.mark.parametrize(("name", "value"), [("dtype", "float16"), ("quantisation", "int4"), ("task", "SEQ_CLS")])
+@pytest.mark.parametrize(("name", "value"), [("dtype", "float16"), ("quantization", "int4"), ("task", "SEQ_CLS")])
 def test_an_unknown_name_is_refused(base_dirs, name, value):
     given = {"dtype": "float32", name: value}
     with pytest.raises(ConfigError, match=f"{name} is '{value}'") as refusal:

@@ -74,11 +74,11 @@ def test_patterns_and_layers_that_match_nothing_or_take_for_ever_are_refused(loa
 
 
 def test_dora_is_refused_by_name_where_the_weights_cannot_be_read(load):
-    class Quantised(torch.nn.Linear):
+    class Quantized(torch.nn.Linear):
         pass
 
     base = load("llama")
-    base.model.get_submodule("model.layers.0.mlp.up_proj").__class__ = Quantised
+    base.model.get_submodule("model.layers.0.mlp.up_proj").__class__ = Quantized
     engine = Engine(base, EngineConfig())
     job = config(targets="up_proj")
     job = replace(job, lora=replace(job.lora, use_dora=True))
@@ -125,7 +125,7 @@ def test_data_that_the_base_model_cannot_take_is_refused(load):
 
 
 def test_a_linear_with_its_own_forward_takes_the_general_path_to_the_same_result(load):
-    """As a quantised or sharded linear would: its product is its own, the adapter's part is ours."""
+    """As a quantized or sharded linear would: its product is its own, the adapter's part is ours."""
 
     class Strange(torch.nn.Linear):
         pass

@@ -42,7 +42,7 @@ def load(
     kind: Literal["nf4", "int8"],
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
 ) -> BaseModel:
-    return load_base(base_dirs[family], dtype=dtype, device="cpu", quantisation=kind)
+    return load_base(base_dirs[family], dtype=dtype, device="cpu", quantization=kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,11 +54,11 @@ def test_a_base_whose_weights_are_a_pickle_is_refused_unread(base_dirs, tmp_path
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle is read"))
 
     with pytest.raises(UnsupportedModel, match="no weights as safetensors"):
-        load_base(folder, dtype="bfloat16", device="cpu", quantisation=kind)
+        load_base(folder, dtype="bfloat16", device="cpu", quantization=kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_on_a_quantised_base_writes_nothing_into_the_log_of_its_trainer(base_dirs, caplog, kind):
+def test_training_on_a_quantized_base_writes_nothing_into_the_log_of_its_trainer(base_dirs, caplog, kind):
     engine = Engine(load(base_dirs, "llama", kind), EngineConfig())
     admit(engine, "job", JOB)
     caplog.clear()
@@ -70,7 +70,7 @@ def test_training_on_a_quantised_base_writes_nothing_into_the_log_of_its_trainer
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16")])
-def test_an_adapter_of_a_quantised_base_serves_as_trained_and_names_its_base(base_dirs, tmp_path, family, dtype, kind):
+def test_an_adapter_of_a_quantized_base_serves_as_trained_and_names_its_base(base_dirs, tmp_path, family, dtype, kind):
     base = load(base_dirs, family, kind, dtype)
     engine = Engine(base, EngineConfig())
     admit(engine, "job", JOB)
@@ -82,7 +82,7 @@ def test_an_adapter_of_a_quantised_base_serves_as_trained_and_names_its_base(bas
 
     assert verdict.passed, verdict
     assert verdict.max_abs_effect > 3 * verdict.tolerance
-    assert report.quantisation == kind
+    assert report.quantization == kind
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
         how = json.loads(file.metadata()["base_quantization_config"])
     assert (how["load_in_4bit"], how["load_in_8bit"]) == (kind == "nf4", kind == "int8")
@@ -90,7 +90,7 @@ def test_an_adapter_of_a_quantised_base_serves_as_trained_and_names_its_base(bas
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_packed_equals_solo_on_a_quantised_base(base_dirs, family, kind):
+def test_packed_equals_solo_on_a_quantized_base(base_dirs, family, kind):
     base = load(base_dirs, family, kind)
     # DoRA, PiSSA and OLoRA need the base's weights as plain numbers
     jobs = {
@@ -107,7 +107,7 @@ def test_packed_equals_solo_on_a_quantised_base(base_dirs, family, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_equals_uninterrupted_on_a_quantised_base(base_dirs, tmp_path, kind):
+def test_resumed_equals_uninterrupted_on_a_quantized_base(base_dirs, tmp_path, kind):
     engine = Engine(load(base_dirs, "llama", kind), EngineConfig())
     admit(engine, "job", JOB)
     while engine.progress("job")[0] < 3:
@@ -174,7 +174,7 @@ def test_a_base_counts_its_weights_and_their_scales(base_dirs):
     assert int8.num_bytes == before == others + linears + 4 * rows
 
 
-def test_without_bitsandbytes_a_quantised_base_is_refused_and_the_extra_named(base_dirs, monkeypatch):
+def test_without_bitsandbytes_a_quantized_base_is_refused_and_the_extra_named(base_dirs, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UnsupportedModel) as caught:
         load(base_dirs, "llama", "nf4")
@@ -189,7 +189,7 @@ def test_nf4_is_that_of_qlora_and_int8_has_no_outlier_columns():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16")])
-def test_a_job_is_placed_by_the_bytes_that_a_quantised_base_takes(base_dirs, family, dtype, kind):
+def test_a_job_is_placed_by_the_bytes_that_a_quantized_base_takes(base_dirs, family, dtype, kind):
     """What the service reckons from the description alone, before anything is loaded."""
     reckoned = memory.base_bytes(describe_base(base_dirs[family]), dtype, kind)
 

@@ -105,8 +105,8 @@ def test_a_base_divided_among_processes_trains_as_one_that_is_whole(base_dirs, l
     each = reports(base_dirs["llama"], tmp_path, size=2, strategy=strategy)
 
     base = load("llama")
-    base.attachment = Attachment(base.model, exact_products=True, is_divided=True)
-    alone = alone_on(base, jobs_called("kinds", is_divided=True))
+    base.attachment = Attachment(base.model, batch_invariant=True, is_sharded=True)
+    alone = alone_on(base, jobs_called("kinds", is_sharded=True))
     blocks = describe_base(base_dirs["llama"])["blocks"]["num_parameters"]
     for found in each:
         check_ended_as(alone, found)
@@ -120,7 +120,7 @@ def test_two_processes_train_a_real_model_to_the_losses_of_one(real_base_dir, tm
     each = reports(real_base_dir, tmp_path, size=2, strategy=strategy, jobs="real")
 
     base = load_base(real_base_dir, dtype="float32", device="cpu")
-    jobs = jobs_called("real", is_divided=strategy != "replicated")
+    jobs = jobs_called("real", is_sharded=strategy != "replicated")
     alone = {name: run_alone(base, job) for name, job in jobs.items()}
     for found in each:
         assert found["verified"]

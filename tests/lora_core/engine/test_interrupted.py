@@ -159,7 +159,7 @@ def test_a_start_that_breaks_off_is_made_again(load, monkeypatch, error):
     admit(engine, "job", job)
     engine.tick()
     with monkeypatch.context() as patch:
-        patch.setattr(initialization, "_randomised_svd", raising(error))
+        patch.setattr(initialization, "_randomized_svd", raising(error))
         with pytest.raises(error):
             engine.tick()
 

@@ -54,7 +54,7 @@ def test_products_as_they_are_make_no_record_bitwise_though_all_packs_of_the_pro
 
     monkeypatch.setattr(batch_invariant, "linear", changes_with_many_rows)
 
-    engine = Engine(load("llama", dtype), EngineConfig(exact_products=False))
+    engine = Engine(load("llama", dtype), EngineConfig(batch_invariant=False))
 
     assert max(seen) == MOST_ROWS
     assert engine.invariance == "allclose"

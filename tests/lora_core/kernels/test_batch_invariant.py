@@ -288,9 +288,9 @@ def test_packed_equals_solo_where_a_kernel_sums_by_the_number_of_rows(load, depe
 def test_whoever_wants_speed_gets_products_as_they_are_and_another_engine_its_own(load):
     base = load("llama")
 
-    Engine(base, EngineConfig(exact_products=False))
-    fast = base.kernels.exact_products
+    Engine(base, EngineConfig(batch_invariant=False))
+    fast = base.kernels.batch_invariant
     Engine(base, EngineConfig())
 
     assert fast is None
-    assert base.kernels.exact_products is not None
+    assert base.kernels.batch_invariant is not None

@@ -44,18 +44,20 @@ def test_a_kernel_is_made_anew_where_code_that_kernels_share_has_changed(kept_in
 
 
 def test_every_file_of_kernels_is_in_the_digest_of_what_they_share(tmp_path, monkeypatch):
-    for name in ("lora_core/kernels/numba_jit.py", "one_kernels.py", "engine.py"):
+    names = ("kernels/numba_jit.py", "kernels/elementwise.py", "engine.py")
+    (tmp_path / "kernels").mkdir()
+    for name in names:
         (tmp_path / name).write_text("before")
-    monkeypatch.setattr(numba_jit, "__file__", str(tmp_path / "lora_core/kernels/numba_jit.py"))
+    monkeypatch.setattr(numba_jit, "__file__", str(tmp_path / "kernels" / "numba_jit.py"))
     digest_now = numba_jit.shared_digest.__wrapped__
     before, changed = digest_now(), {}
 
-    for name in ("lora_core/kernels/numba_jit.py", "one_kernels.py", "engine.py"):
+    for name in names:
         (tmp_path / name).write_text("after")
         changed[name] = digest_now() != before
         (tmp_path / name).write_text("before")
 
-    assert changed == {"lora_core/kernels/numba_jit.py": True, "one_kernels.py": True, "engine.py": False}
+    assert changed == {"kernels/numba_jit.py": True, "kernels/elementwise.py": True, "engine.py": False}
 
 
 @pytest.mark.parametrize("moment", ["load", "save"])

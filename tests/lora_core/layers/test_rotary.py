@@ -109,19 +109,19 @@ def test_only_a_running_pack_of_an_attached_model_is_rotated_by_ours(monkeypatch
     calls: list[str] = []
     monkeypatch.setattr(rotary, "rotate", lambda *_: calls.append("ours"))
     original = modeling_llama.apply_rotary_pos_emb
-    attached, neighbour = llama(), llama()
+    attached, neighbor = llama(), llama()
     monkeypatch.setattr(rotary, "_agrees", lambda *_: True)
     attachment = Attachment(attached)
 
     pass_of(attached)
-    pass_of(neighbour)
+    pass_of(neighbor)
     assert calls == []
 
     pass_of(attached, pack_of_one())
     assert calls == ["ours"] * 4  # queries and keys of two layers
     attachment.detach()
     with running(pack_of_one(), Kernels()):
-        neighbour(torch.arange(16)[None], use_cache=False)
+        neighbor(torch.arange(16)[None], use_cache=False)
         attached(torch.arange(16)[None], use_cache=False)
 
     assert calls == ["ours"] * 4

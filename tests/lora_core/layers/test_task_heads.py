@@ -327,9 +327,9 @@ def test_a_classifier_is_asked_for_no_answers(folders):
         engine.generation({"job": Prompts(prompts=((5, 6),), max_tokens=1)})
 
 
-def test_a_quantised_classifier_is_refused(folders):
-    with pytest.raises(UnsupportedModel, match="quantised"):
-        load_base(folders["llama"], dtype="float32", device="cpu", quantisation="nf4", task="sequence-classification")
+def test_a_quantized_classifier_is_refused(folders):
+    with pytest.raises(UnsupportedModel, match="quantized"):
+        load_base(folders["llama"], dtype="float32", device="cpu", quantization="nf4", task="sequence-classification")
 
 
 def test_a_classifier_is_not_merged(folders, tmp_path):

@@ -63,7 +63,7 @@ def test_smoothed_labels_equal_torch_and_leave_the_bits_of_others_alone(monkeypa
     assert torch.equal(h.grad[~is_smooth], plain.grad[~is_smooth])
 
 
-def test_the_order_of_labels_and_their_neighbours_change_no_bit():
+def test_the_order_of_labels_and_their_neighbors_change_no_bit():
     torch.manual_seed(0)
     head = Head(weight_VD=torch.randn(V, 64), bias_V=None, softcap=3.0)
     h, labels = torch.randn(300, 64), torch.randint(V, (300,))

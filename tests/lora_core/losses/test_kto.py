@@ -328,7 +328,7 @@ def test_a_job_that_is_resumed_after_any_tick_ends_with_the_same_bytes(load, tmp
         ),
     ],
 )
-def test_rows_that_are_no_labelled_answers_are_refused(load, wrong, message):
+def test_rows_that_are_no_labeled_answers_are_refused(load, wrong, message):
     engine = Engine(load("llama"), EngineConfig())
 
     with pytest.raises(BadDataset, match=message):

@@ -9,19 +9,19 @@ from gguf import GGUFWriter
 from lora_core.errors import UnreachableSource, UnsupportedModel
 from lora_core.model_files.gguf import refuse_scaled_rotation
 from lora_core.model_files.import_base import import_base
-from lora_core.model_files.license import licence_of_gguf
+from lora_core.model_files.license import license_of_gguf
 
 
-def test_the_licence_of_a_gguf_file_is_in_its_metadata(tmp_path):
-    for name, licence in {"with": "apache-2.0", "without": None}.items():
+def test_the_license_of_a_gguf_file_is_in_its_metadata(tmp_path):
+    for name, expected in {"with": "apache-2.0", "without": None}.items():
         writer = GGUFWriter(tmp_path / name, "llama")
-        if licence is not None:
-            writer.add_license(licence)
+        if expected is not None:
+            writer.add_license(expected)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        assert licence_of_gguf(tmp_path / name) == licence
+        assert license_of_gguf(tmp_path / name) == expected
 
 
 def test_a_gguf_file_that_is_not_there_is_said(tmp_path):

@@ -162,7 +162,7 @@ def gguf_name(name: str) -> str:
 
 
 def permuted(name: str, weight: Tensor) -> Tensor:
-    """llama.cpp rotates neighbouring pairs of a head's rows, where transformers rotates its halves."""
+    """llama.cpp rotates neighboring pairs of a head's rows, where transformers rotates its halves."""
     num_heads = {"q_proj": NUM_HEADS, "k_proj": NUM_KV_HEADS}.get(name.split(".")[-2])
     if num_heads is None:
         return weight

@@ -22,7 +22,7 @@ from lora_core.base_model.model import describe_base, load_base
 from lora_core.errors import UnreachableSource, UnsafeFile, UnsupportedModel
 from lora_core.model_files import import_base as model_file_import_base
 from lora_core.model_files.import_base import import_base
-from lora_core.model_files.license import licence_of_folder
+from lora_core.model_files.license import license_of_folder
 from tests.lora_core.layers.test_longrope import longrope
 from tests.lora_core.loopback_hub import Importer, hub_that_refuses, hub_that_serves, importer
 
@@ -197,7 +197,7 @@ def test_entries_that_say_where_a_model_is_from_or_load_nothing_are_accepted(sou
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized"),
         ({"model_type": "never_heard_of"}, "can't be read"),
         ({"model_type": "t5"}, "no causal language model"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
@@ -284,7 +284,7 @@ def test_weights_that_do_not_match_the_config_are_refused(source, tmp_path, chan
 
 
 @pytest.mark.parametrize(
-    ("card", "licence"),
+    ("card", "expected"),
     [
         ("---\nlanguage: en\nlicense: apache-2.0\ntags:\n- a\n---\nlicense: mit\n", "apache-2.0"),
         ("---\nlicense: 'other'  # see below\nlicense_name: llama3.1\n---\n", "llama3.1"),
@@ -301,10 +301,10 @@ def test_weights_that_do_not_match_the_config_are_refused(source, tmp_path, chan
         (None, None),
     ],
 )
-def test_the_licence_is_the_one_that_the_model_card_names(tmp_path, card, licence):
+def test_the_license_is_the_one_that_the_model_card_names(tmp_path, card, expected):
     if card is not None:
         (tmp_path / "README.md").write_text(card)
-    assert licence_of_folder(tmp_path) == licence
+    assert license_of_folder(tmp_path) == expected
 
 
 def test_the_model_read_from_gguf_is_let_go_before_the_written_one_is_tried(source, tmp_path, monkeypatch):
@@ -322,7 +322,7 @@ def test_the_model_read_from_gguf_is_let_go_before_the_written_one_is_tried(sour
     monkeypatch.setattr(model_file_import_base, "load_with_transformers", load)
     monkeypatch.setattr(model_file_import_base, "_save_tokenizer", lambda *_, **__: None)
     monkeypatch.setattr(model_file_import_base, "_refuse_untrainable", try_out)
-    monkeypatch.setattr(model_file_import_base, "licence_of_gguf", lambda _: None)
+    monkeypatch.setattr(model_file_import_base, "license_of_gguf", lambda _: None)
     monkeypatch.setattr(model_file_import_base, "refuse_scaled_rotation", lambda _: None)
 
     import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")

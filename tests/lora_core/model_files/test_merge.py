@@ -47,9 +47,9 @@ def adapter_of(tmp_path: Path):
         dtype: Literal["float32", "bfloat16"] = "float32",
         *,
         use_dora: bool = False,
-        quantisation: Literal["none", "nf4", "int8"] = "none",
+        quantization: Literal["none", "nf4", "int8"] = "none",
     ) -> Path:
-        engine = Engine(load_base(base_dir, dtype=dtype, device="cpu", quantisation=quantisation), EngineConfig())
+        engine = Engine(load_base(base_dir, dtype=dtype, device="cpu", quantization=quantization), EngineConfig())
         lora = replace(JOB.config.lora, use_dora=use_dora)
         admit(engine, "job", replace(JOB, config=replace(JOB.config, lora=lora)))
         while not engine.idle:
@@ -223,8 +223,8 @@ def test_a_weight_that_is_not_finite_is_refused(tied_dir, adapter_of, tmp_path):
         merge_adapter(adapter_dir, tied_dir, tmp_path / "merged")
 
 
-def test_a_quantised_file_is_merged_only_where_its_loss_is_accepted(tied_dir, adapter_of, tmp_path):
-    path = tmp_path / "quantised.gguf"
+def test_a_quantized_file_is_merged_only_where_its_loss_is_accepted(tied_dir, adapter_of, tmp_path):
+    path = tmp_path / "quantized.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     block = gguf.quants.quantize(np.ones((1, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("token_embd.weight", block, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
@@ -235,20 +235,20 @@ def test_a_quantised_file_is_merged_only_where_its_loss_is_accepted(tied_dir, ad
 
     with pytest.raises(UnsupportedModel, match=r"Q8_0.*rounds away") as refusal:
         merge_adapter(adapter_of(tied_dir), path, tmp_path / "merged")
-    assert "--dequantise" in refusal.value.remedy
+    assert "--dequantize" in refusal.value.remedy
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_an_adapter_of_a_quantised_base_is_merged_only_where_its_loss_is_accepted(tied_dir, adapter_of, tmp_path, kind):
+def test_an_adapter_of_a_quantized_base_is_merged_only_where_its_loss_is_accepted(tied_dir, adapter_of, tmp_path, kind):
     pytest.importorskip("bitsandbytes")
-    adapter = adapter_of(tied_dir, quantisation=kind)
+    adapter = adapter_of(tied_dir, quantization=kind)
 
     with pytest.raises(UnsupportedModel, match=f"held as {kind}") as refusal:
         merge_adapter(adapter, tied_dir, tmp_path / "merged")
-    assert "--dequantise" in refusal.value.remedy
+    assert "--dequantize" in refusal.value.remedy
     assert not (tmp_path / "merged").exists()
 
-    report = merge_adapter(adapter, tied_dir, tmp_path / "merged", dequantise=True)
+    report = merge_adapter(adapter, tied_dir, tmp_path / "merged", dequantize=True)
     assert report.trained_on == kind
     assert report.max_abs_diff <= report.tolerance
     assert report.max_abs_diff_to_trained is not None
@@ -259,8 +259,8 @@ def test_an_adapter_of_a_quantised_base_is_merged_only_where_its_loss_is_accepte
 def test_an_adapter_on_int8_may_differ_by_a_step_of_an_input_and_by_no_weight_of_its_own(tied_dir, adapter_of):
     """What the engine and PEFT compute falls on either side of the middle between two steps of a linear's input."""
     pytest.importorskip("bitsandbytes")
-    adapter = adapter_of(tied_dir, quantisation="int8")
-    base = load_base(tied_dir, dtype="float32", device="cpu", quantisation="int8")
+    adapter = adapter_of(tied_dir, quantization="int8")
+    base = load_base(tied_dir, dtype="float32", device="cpu", quantization="int8")
 
     report = verify_export(base, adapter)
 
@@ -273,28 +273,28 @@ def test_an_adapter_on_int8_may_differ_by_a_step_of_an_input_and_by_no_weight_of
 
 def test_an_adapter_of_another_base_is_refused_though_its_loss_is_accepted(tied_dir, base_dirs, adapter_of, tmp_path):
     pytest.importorskip("bitsandbytes")
-    adapter = adapter_of(base_dirs["llama"], quantisation="nf4")
+    adapter = adapter_of(base_dirs["llama"], quantization="nf4")
 
     with pytest.raises(BadAdapter):
-        merge_adapter(adapter, tied_dir, tmp_path / "merged", dequantise=True)
+        merge_adapter(adapter, tied_dir, tmp_path / "merged", dequantize=True)
 
 
-def test_a_quantised_folder_is_refused(tied_dir, adapter_of, tmp_path):
+def test_a_quantized_folder_is_refused(tied_dir, adapter_of, tmp_path):
     shutil.copytree(tied_dir, tmp_path / "base")
     content = json.loads((tmp_path / "base/config.json").read_text())
     content["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "base/config.json").write_text(json.dumps(content))
 
-    with pytest.raises(UnsupportedModel, match="quantised"):
+    with pytest.raises(UnsupportedModel, match="quantized"):
         merge_adapter(adapter_of(tied_dir), tmp_path / "base", tmp_path / "merged")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_merged_equals_adapted_on_a_quantised_real_model(real_gguf, real_base_dir, adapter_of, tmp_path):
-    report = merge_adapter(adapter_of(real_base_dir, "bfloat16"), real_gguf, tmp_path / "merged", dequantise=True)
+def test_merged_equals_adapted_on_a_quantized_real_model(real_gguf, real_base_dir, adapter_of, tmp_path):
+    report = merge_adapter(adapter_of(real_base_dir, "bfloat16"), real_gguf, tmp_path / "merged", dequantize=True)
 
-    assert report.dequantised
+    assert report.dequantized
     assert report.max_abs_diff <= report.tolerance
     cost = compare_cost(real_base_dir, tmp_path / "merged", dtype="bfloat16")
     assert (cost.same_layers, cost.same_operations) == (True, True)
@@ -323,7 +323,7 @@ def test_the_command_measures_a_gguf_file_as_well(tied_dir, adapter_of, tmp_path
         assert (source, kind) == (str(path), "gguf")
         shutil.copytree(tied_dir, target_dir)
 
-    monkeypatch.setattr(merge, "_quantised_kinds", lambda _: [])
+    monkeypatch.setattr(merge, "_quantized_kinds", lambda _: [])
     monkeypatch.setattr(merge, "import_base", import_base)
 
     assert main([str(adapter_of(tied_dir)), str(path), str(tmp_path / "merged"), "--measure"]) == 0

@@ -163,10 +163,10 @@ def test_a_name_of_the_service_becomes_one_harmless_folder(name: str, folder: st
     assert folder_name(name) == folder
 
 
-def test_pulling_an_adapter_of_a_quantised_base_tells_how_transformers_holds_it_alike(
+def test_pulling_an_adapter_of_a_quantized_base_tells_how_transformers_holds_it_alike(
     service: Script, run: Run
 ) -> None:
-    serve(service, tar(), quantisation="nf4", precision="float32")
+    serve(service, tar(), quantization="nf4", precision="float32")
     service.on("GET", "/v1/models/m", {"source": "org/tiny"})
 
     said = run("adapters", "pull", "a", "mine").stderr

@@ -232,10 +232,10 @@ def test_the_list_of_models_says_briefly_why_one_failed_and_showing_it_says_all(
     assert json.loads(run("models", "show", "m", "--json").stdout) == model
 
 
-def test_a_base_is_shown_with_its_licence(service: Script, run: Run) -> None:
+def test_a_base_is_shown_with_its_license(service: Script, run: Run) -> None:
     service.on("GET", "/v1/models/m", {"id": "m", "state": "ready", "description": {"license": "apache-2.0"}})
 
-    assert ["licence", "apache-2.0"] in [line.split() for line in run("models", "show", "m").stdout.splitlines()]
+    assert ["license", "apache-2.0"] in [line.split() for line in run("models", "show", "m").stdout.splitlines()]
 
 
 def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Script, run: Run) -> None:

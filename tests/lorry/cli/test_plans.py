@@ -24,13 +24,13 @@ Run = Callable[..., Result]
 
 
 def token(text: str, *, learnt: bool = False) -> dict[str, Any]:
-    return {"text": text, "id": 1, "learnt": learnt}
+    return {"text": text, "id": 1, "is_trained": learnt}
 
 
 TOKENS = [token("Q: 1+1? "), token("A: "), token("2", learnt=True), token("<end>", learnt=True)]
 TAIL = [token("tail", learnt=True)]
 SEGMENTS = [{"start": 0, "tokens": TOKENS}, {"start": 90, "tokens": TAIL}]
-ROW = {"part": None, "num_tokens": 91, "whole_tokens": 120, "learnt_tokens": 3, "segments": SEGMENTS}
+ROW = {"part": None, "num_tokens": 91, "whole_tokens": 120, "trained_tokens": 3, "segments": SEGMENTS}
 TRAINING = {
     "rows": 12,
     "usable_rows": 10,

@@ -153,7 +153,7 @@ def test_an_answer_that_is_not_json_is_not_lorry(service: Script, client: Lorry)
         client.queue.get()
 
 
-def test_an_unauthorised_answer_says_where_the_key_comes_from(service: Script, client: Lorry) -> None:
+def test_an_unauthorized_answer_says_where_the_key_comes_from(service: Script, client: Lorry) -> None:
     service.on("GET", "/v1/queue", Reply(status=401, body=b""))
 
     with pytest.raises(AuthenticationFailed) as failed:

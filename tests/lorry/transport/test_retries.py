@@ -45,7 +45,7 @@ def test_jitter_only_shortens_the_wait() -> None:
         ("Wed, 31 Dec 2025 00:00:00 GMT", 0),
     ],
 )
-def test_what_the_service_asks_for_is_honoured(value: str, seconds: float) -> None:
+def test_what_the_service_asks_for_is_honored(value: str, seconds: float) -> None:
     assert POLICY.delay(3, {"retry-after": value}) == seconds
 
 

@@ -123,7 +123,7 @@ def test_a_plan_whose_files_crash_what_reads_them_is_tried_again_and_fails_in_th
     def crash(_context: object, work: Path, *_: object, **__: object) -> None:
         (work / "log.txt").touch()
         raise tokenization.crashed(
-            "Tokenising the file", -9, work / "log.txt", code="preparation_failed", remedy="Look."
+            "Tokenizing the file", -9, work / "log.txt", code="preparation_failed", remedy="Look."
         )
 
     monkeypatch.setattr(tokenization, "_run", crash)

@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[3]
 NEEDS_BOOTTIME = pytest.mark.skipif(sys.platform != "linux", reason="Python reaches no such clock elsewhere")
 WAKES_UP = """
 import sys, threading, time
-from worker import tether
+from worker.process import parent_watch
 clock, asleep = time.clock_gettime, 0.0
 time.clock_gettime = lambda number: clock(number) + (asleep if number == time.CLOCK_BOOTTIME else 0.0)
-tether.watch_pipe(sys.stdin.fileno(), silence_seconds=3600)
+parent_watch.watch_pipe(sys.stdin.fileno(), silence_seconds=3600)
 asleep = 4000.0
 print("watching", flush=True)
 threading.Event().wait()

@@ -103,8 +103,8 @@ def test_no_job_is_claimed_before_the_gang_is_complete(gang: GangSite) -> None:
 
 def test_fewer_begin_where_the_operator_lets_them_and_their_patience_is_over(gang: GangSite) -> None:
     gang.site.queued()
-    patient = gang.seated("w1", gang_min_size=1, gang_patience_seconds=3600)
-    hasty = gang.seated("w1", gang_min_size=1, gang_patience_seconds=0)
+    patient = gang.seated("w1", gang_min_size=1, gang_wait_seconds=3600)
+    hasty = gang.seated("w1", gang_min_size=1, gang_wait_seconds=0)
 
     assert not seat_of(patient).may_claim()
     assert seat_of(hasty).may_claim()

@@ -37,7 +37,7 @@ WORKER = [
 RUNG_ONLY = [
     sys.executable,
     "-c",
-    "from worker import celery_app; celery_app.turns.seconds = 3600.0; "
+    "from worker.entrypoints import celery_app; celery_app.turns.seconds = 3600.0; "
     "celery_app.app.worker_main('worker -c 1 -Q lorry -l warning --without-gossip --without-mingle'.split())",
 ]
 """One that doesn't look by itself: for what rings do."""
@@ -110,7 +110,7 @@ def test_what_an_opening_that_fails_has_begun_is_ended(tmp_path: Path) -> None:
     program = """
 import threading
 from catalog.errors import Unavailable
-from worker import celery_app
+from worker.entrypoints import celery_app
 for _ in range(3):
     try:
         celery_app.context()
@@ -134,7 +134,7 @@ for _ in range(3):
 def test_a_pool_process_ends_the_main_one_by_one_signal() -> None:
     program = """
 import os
-from worker import celery_app
+from worker.entrypoints import celery_app
 os.kill = lambda *sent: print(*sent)
 celery_app._end_main()
 celery_app._end_main()

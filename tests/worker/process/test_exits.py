@@ -101,7 +101,7 @@ BROKEN = "lora_core.errors.BrokenPass: Memory ran out amid a pass through a divi
 def test_memory_that_runs_out_amid_a_divided_base_is_told_apart(log_tail: str, device_kind: str) -> None:
     told = "Memory ran out amid a pass through the divided base, and the trainer ended."
 
-    assert classify_exit(1, log_tail, num_oom_kills=0, device_kind=device_kind) == (EndReason.DIVIDED_OOM, told)
+    assert classify_exit(1, log_tail, num_oom_kills=0, device_kind=device_kind) == (EndReason.SHARDED_OOM, told)
     assert classify_exit(-9, log_tail, num_oom_kills=1, device_kind=device_kind)[0] is EndReason.HOST_OOM
 
 

@@ -25,7 +25,10 @@ from worker.protocol.mailbox import TrainerDirectory
 
 ROOT = Path(__file__).parents[3]
 GPU = devices.Device(kind="cuda", indices=(0,), name="GPU", memory_bytes=1)
-HOLDER = "import sys, threading; from worker import tether; tether.hold_on(sys.argv); threading.Event().wait()"
+HOLDER = (
+    "import sys, threading; from worker.process import parent_watch; "
+    "parent_watch.hold_on(sys.argv); threading.Event().wait()"
+)
 
 
 def test_no_secret_of_the_worker_reaches_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +42,7 @@ def test_no_secret_of_the_worker_reaches_a_trainer(tmp_path: Path, monkeypatch: 
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environment["OMP_NUM_THREADS"] == "2"
-    assert environment["TOKENIZERS_PARALLELISM"] == "false"
+    assert environment["TOKENIZERS_PARALLELIZM"] == "false"
 
 
 def test_a_variable_that_tunes_a_library_passes_and_one_that_may_hold_a_credential_does_not(

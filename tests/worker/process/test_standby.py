@@ -199,7 +199,7 @@ def test_a_real_one_loads_the_base_that_it_is_told_and_says_before_that_it_waits
         assert next_event(events, process)["type"] == "standing_by"
         assert not (process.directory.path / "warm-up").exists()
         assert process.memory_bytes() > 10**8
-        process.begin({"base_dir": base_dir, "dtype": "float32", "quantisation": "none", "device": "cpu"})
+        process.begin({"base_dir": base_dir, "dtype": "float32", "quantization": "none", "device": "cpu"})
         ready = next_event(events, process)
 
     assert (ready["type"], ready["invariance"]) == ("ready", "bitwise"), process.directory.log_tail()

@@ -12,7 +12,7 @@ import pytest
 from tests.worker_site import ROOT, WAIT_SECONDS, wait_until
 from worker.protocol import errors
 
-BEGUN = "from worker import rank_log; import os, sys, time; rank_log.begin(sys.argv[1]);"
+BEGUN = "from worker.protocol import errors; import os, sys, time; errors.begin_rank_log(sys.argv[1]);"
 
 
 def run(code: str, directory: Path, rank: int) -> subprocess.Popen[str]:

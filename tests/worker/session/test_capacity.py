@@ -65,7 +65,7 @@ def test_of_a_base_in_the_hosts_memory_a_trainer_is_reckoned_to_take_no_share_of
     # Three blocks of 2,000 bytes, and the half of the next one that comes.
     assert pack.bytes_to_come() - divided.context.group.reserve_bytes == left + 6_000 + 1_000
     assert (pack.holding, divided.context.host_bytes) == ("offloaded", host_bytes(10**11, num_processes=2))
-    divided.context.settings = divided.context.settings.model_copy(update={"offload_bytes": 5})
+    divided.context.settings = divided.context.settings.model_copy(update={"cpu_offload_bytes": 5})
     assert divided.context.group.host_bytes == 5
 
 
@@ -85,7 +85,7 @@ def test_of_several_gpus_what_they_talk_through_is_set_aside_until_it_is_taken(
     pack.hear()
     room = room_of(divided.context, pack)
     assert room.memory_bytes_free == 10**11 + 12_000 + reserve, "who comes next counts both again"
-    assert told_room(room) == {"max_jobs": 4, "memory_bytes_free": room.memory_bytes_free, "holding": "divided"}
+    assert told_room(room) == {"max_jobs": 4, "memory_bytes_free": room.memory_bytes_free, "holding": "sharded"}
 
 
 def test_a_trainer_that_is_empty_is_no_trainer_for_a_job_whose_base_is_held_otherwise(divided: PackSite) -> None:

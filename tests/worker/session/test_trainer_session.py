@@ -361,7 +361,7 @@ def test_damaged_tokens_are_made_again_for_the_job_that_finds_them(
         session.get_one(File, claim.job.training_file).digest = source.digest
     (site.settings.bases_dir() / claim.job.base_digest).mkdir(parents=True)
     site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr(tokenization, "_run", tokenise)
+    monkeypatch.setattr(tokenization, "_run", tokenize)
 
     pack = site.loading_pack(claim)
 
@@ -373,7 +373,7 @@ def test_damaged_tokens_are_made_again_for_the_job_that_finds_them(
     assert site.store.verify(site.store.get_manifest(again.artifact or "")) == []
 
 
-def tokenise(_context: object, work: Path, source: Path, *_: object, **__: object) -> dict[str, Any]:
+def tokenize(_context: object, work: Path, source: Path, *_: object, **__: object) -> dict[str, Any]:
     """In place of the child process."""
     assert source.read_bytes() == b"the data file"
     (work / "tokens").mkdir()

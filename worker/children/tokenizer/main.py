@@ -33,7 +33,7 @@ from worker.children.tokenizer.preview import (
     are_equal,
     nothing_to_compare,
     refuse_one_label,
-    render_labelled,
+    render_labeled,
     render_pair,
 )
 from worker.children.tokenizer.text_encoder import BaseText
@@ -115,7 +115,7 @@ def prepare(
     data: DataSpec | None = None,
     shown: ShownRows | None = None,
 ) -> DatasetReport:
-    """Tokenise the checked file `source` into `out`, which is not written where the report has a refusal.
+    """Tokenize the checked file `source` into `out`, which is not written where the report has a refusal.
 
     No row keeps more than `max_length` tokens. data: what is learnt, and what becomes of longer rows. shown: is told
     of each row. Raises OutOfSpace.
@@ -143,7 +143,7 @@ def _beyond_limit(what: str) -> Refused:
     """The worker limits a preparation to many times what a usual file of its size takes: see sandbox.tokenization."""
     return Refused(
         "preparation_limit",
-        f"The file takes more {what} to tokenise than the worker allows for its size.",
+        f"The file takes more {what} to tokenize than the worker allows for its size.",
         "Look at the base's chat template, which may repeat text or loop without end; or split the file.",
     )
 
@@ -211,7 +211,7 @@ def _render(base: BaseText, counts: Counts, data: DataSpec, number: int, line: b
         if kind is PREFERENCE:
             return render_pair(base.template, check_pair(row))
         if kind is UNPAIRED:
-            return (render_labelled(base, check_unpaired(row)),)
+            return (render_labeled(base, check_unpaired(row)),)
         return (base.render(kind.name, kind.check(row), loss=data.loss),)
     except BadRow as problem:
         raise Refused(problem.code, f"Line {number}: {problem.reason}.", problem.remedy) from problem

@@ -8,13 +8,13 @@ from typing import TypedDict, get_args
 
 import numpy as np
 
-from catalog.datasets.rows import LabelledAnswer, PreferencePair, turns_of
+from catalog.datasets.rows import LabeledAnswer, PreferencePair, turns_of
 from worker.children.tokenizer.chat_template import ChatTemplate, Refused, Rendered
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.tokenizer.token_file import EncodedRow, Flaw, Tokens
 
 
-def render_labelled(base: BaseText, row: LabelledAnswer) -> Rendered:
+def render_labeled(base: BaseText, row: LabeledAnswer) -> Rendered:
     """Raises Refused."""
     turns = turns_of(row["answer"])
     if turns is None:
@@ -32,7 +32,7 @@ def refuse_one_label(num_rows: int, num_desirable: int) -> None:
     label = "true" if num_desirable else "false"
     instead = "or learn these by the method supervised, without labels" if num_desirable else "or remove the file"
     raise Refused(
-        "one_label",
+        "single_label_dataset",
         f"All {num_rows} answers that are trained on have the label {label}, so there is nothing to tell apart.",
         f"Add answers with the other label, {instead}.",
     )
@@ -85,7 +85,7 @@ MAX_PIECE_CHARS = 200
 class ShownToken(TypedDict):
     text: str
     id: int
-    learnt: bool
+    is_trained: bool
 
 
 class Segment(TypedDict):
@@ -102,7 +102,7 @@ class ShownRow(TypedDict):
     """As trained: after the cut."""
     whole_tokens: int
     """Before it."""
-    learnt_tokens: int
+    trained_tokens: int
     segments: list[Segment]
 
 
@@ -148,14 +148,14 @@ def _shown(base: BaseText, row: EncodedRow, kept: list[Tokens], part: str | None
     ids, mask = kept[0] if kept else (row.ids, np.zeros_like(row.mask))
     texts = base.pieces(row.rendered, num_tokens=len(row.ids))
     tokens = [
-        ShownToken(text=text[:MAX_PIECE_CHARS], id=int(ident), learnt=bool(learnt))
+        ShownToken(text=text[:MAX_PIECE_CHARS], id=int(ident), is_trained=bool(learnt))
         for text, ident, learnt in zip(texts, ids, mask, strict=False)
     ]
     return ShownRow(
         part=part,
         num_tokens=len(ids),
         whole_tokens=len(row.ids),
-        learnt_tokens=int(mask.sum()),
+        trained_tokens=int(mask.sum()),
         segments=[Segment(start=start, tokens=tokens[start:stop]) for start, stop in _spans(mask.tolist())],
     )
 

@@ -1,4 +1,4 @@
-"""Writes the safetensors file of tokenised rows, row by row: memory holds no more than the row offsets.
+"""Writes the safetensors file of tokenized rows, row by row: memory holds no more than the row offsets.
 
 input_ids int32 [N], loss_mask uint8 [N], row_offsets int64 [rows + 1], and where rows have labels fp32 [rows]; what
 lora_core.data.token_dataset reads.

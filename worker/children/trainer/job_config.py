@@ -44,7 +44,7 @@ def engine_config(settings: Json, *, num_threads: int, folder: Path) -> EngineCo
         ticks_alone=TICKS_ALONE,
         prefix_disk_bytes=int(settings.get("prefix_disk_bytes", 0)) // num_sharing,
         prefix_folder=folder,
-        exact_products=bool(settings.get("exact_products", True)),
+        batch_invariant=bool(settings.get("batch_invariant", True)),
     )
 
 
@@ -91,7 +91,7 @@ def _lora_config(lora: LoraSpec) -> LoraConfig:
 
 
 def objective_config(spec: JobSpec) -> ObjectiveConfig:
-    """What the job minimises."""
+    """What the job minimizes."""
     return ObjectiveConfig(kind=spec.method, **spec.method_numbers.model_dump(exclude={"neftune_alpha"}))
 
 

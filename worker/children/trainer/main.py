@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from catalog import failpoints
-from catalog.spec.job import JobSpec, Quantisation
+from catalog.spec.job import JobSpec, Quantization
 from lora_core.base_model.model import BaseModel, load_base
 from lora_core.base_model.sharding import Strategy
 from lora_core.distributed.ranks import ALONE, Ranks
@@ -120,14 +120,14 @@ class Trainer:
         failpoints.pass_by("loading")
         dtype = cast(Literal["bfloat16", "float32"], self._settings["dtype"])
         device = self._directory.device()
-        quantisation = cast(Quantisation, self._settings["quantisation"])
+        quantization = cast(Quantization, self._settings["quantization"])
         strategy = cast(Strategy, self._settings.get("strategy", "replicated"))
         with self._ranks.together():
             self._base: BaseModel = load_base(
                 Path(self._settings["base_dir"]),
                 dtype=dtype,
                 device=device,
-                quantisation=quantisation,
+                quantization=quantization,
                 strategy=strategy,
                 ranks=self._ranks,
             )
@@ -139,7 +139,7 @@ class Trainer:
             "pid": os.getpid(),
             "device": device,
             "dtype": dtype,
-            "quantisation": quantisation,
+            "quantization": quantization,
             "invariance": self._engine.invariance,
             "num_threads": devices.num_threads(),
             "num_processes": self._ranks.size,
@@ -276,7 +276,7 @@ class Trainer:
         if not asked:
             return
         prompts, generation = {job: prompts_of(own) for job, own in asked.items()}, None
-        if self._ranks.leads or self._base.is_divided:  # a base that is whole answers by itself; the others wait
+        if self._ranks.leads or self._base.is_sharded:  # a base that is whole answers by itself; the others wait
             generation = self._engine.generation(prompts)
         while not self._ranks.told(generation is None or generation.is_complete):
             if generation is not None:

@@ -76,7 +76,7 @@ def exported(
         spans.append(timed("verify", began_at))
         return report
 
-    if not engine.base.is_divided:
+    if not engine.base.is_sharded:
         with ranks.together(), _blamed_on_adapter():
             if not ranks.leads:
                 return None

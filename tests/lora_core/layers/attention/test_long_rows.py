@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
     return save("llama", tmp_path_factory.mktemp("long") / "base", max_position_embeddings=2048, **SMALL, **heads)
 
 
-def sparsely_labelled(data: TokenDataset, every: int) -> TokenDataset:
+def sparsely_labeled(data: TokenDataset, every: int) -> TokenDataset:
     return replace(data, loss_mask=(data.loss_mask * (np.arange(len(data.loss_mask)) % every == 0)).astype(np.uint8))
 
 
@@ -59,7 +59,7 @@ def long_jobs() -> dict[str, Submission]:
         ),
         "few_labels": Submission(
             config=config(rank=3, targets=("q_proj", "v_proj"), batch_size=1, num_steps=2, seed=2),
-            train=sparsely_labelled(dataset(2, [LONG + 60, 102]), 50),
+            train=sparsely_labeled(dataset(2, [LONG + 60, 102]), 50),
         ),
         "pairs": Submission(
             config=config(batch_size=1, num_steps=1, seed=3, objective=dpo), train=dataset(3, [LONG, 40])

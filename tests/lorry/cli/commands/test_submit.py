@@ -86,7 +86,7 @@ WHAT_THEY_SAY: dict[str, Any] = {
     "max_steps": 9,
     "max_length": 128,
     "precision": "float32",
-    "quantisation": "nf4",
+    "quantization": "nf4",
     "seed": 0,
     "evaluation": {"every_steps": 5, "keep": "last"},
     "early_stopping": {"patience": 3, "min_delta": 0.5},

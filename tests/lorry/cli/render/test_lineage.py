@@ -88,7 +88,7 @@ def test_a_record_is_laid_out_in_sections_with_units_and_short_digests(service: 
     assert [line for line in lines if line.isupper() or line == "ATTEMPT 2"] == titles
     assert lines[:5] == ["adapter a", "job ftjob-1", f"lineage {SHORT}", f"artifact {SHORT}", "parameters 8,192"]
     assert {
-        "licence apache-2.0",
+        "license apache-2.0",
         "size 390 kB in 2 files",
         "size 61.3 kB",
         "supervised tokens 3,816",

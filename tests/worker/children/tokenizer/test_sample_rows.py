@@ -40,7 +40,7 @@ def tokens(sample: dict[str, Any], row: int = 0) -> list[ShownToken]:
 
 
 def text(found: list[ShownToken], *, learnt: bool | None = None) -> str:
-    return "".join(token["text"] for token in found if learnt is None or token["learnt"] is learnt)
+    return "".join(token["text"] for token in found if learnt is None or token["is_trained"] is learnt)
 
 
 @pytest.mark.parametrize("words", ["Hi there", "naïve 東京 🎉🎉 x", "  two  spaces\n\n\ttab "])
@@ -89,7 +89,7 @@ def test_the_lines_of_odd_rows_are_named_and_the_first_of_each_kind_is_shown(mak
     assert [sample["line"] for sample in details["samples"]] == [*range(1, NUM_SAMPLES + 1), first + 1, first + 2]
     (long,) = details["samples"][-2]["rows"]
     assert (long["num_tokens"], long["whole_tokens"] > 60) == (60, True)
-    assert long["learnt_tokens"] == sum(token["learnt"] for token in tokens(details["samples"][-2]))
+    assert long["trained_tokens"] == sum(token["is_trained"] for token in tokens(details["samples"][-2]))
 
 
 def test_a_long_row_is_shown_where_it_begins_and_where_loss_begins(make_base: Any) -> None:

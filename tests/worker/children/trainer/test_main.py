@@ -31,7 +31,7 @@ class FullEngine:
 
     idle = False
     ranks = ALONE
-    base = SimpleNamespace(is_divided=False)
+    base = SimpleNamespace(is_sharded=False)
 
     def __init__(self) -> None:
         self._compared: set[str] = set()
@@ -64,7 +64,7 @@ def body() -> dict[str, Any]:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> TrainerDirectory:
-    settings = {"base_dir": str(tmp_path / "base"), "dtype": "float32", "quantisation": "none", "device": "cpu"}
+    settings = {"base_dir": str(tmp_path / "base"), "dtype": "float32", "quantization": "none", "device": "cpu"}
     return TrainerDirectory.create(tmp_path / "trainer", settings)
 
 
@@ -95,10 +95,10 @@ def test_a_base_that_cannot_be_loaded_is_refused_with_code_and_remedy(
     assert refused["error"]["remedy"]
 
 
-def test_an_import_tells_the_commit_and_the_licence_of_its_source(
+def test_an_import_tells_the_commit_and_the_license_of_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_importer, "import_base", lambda **_: Imported(commit="c0ffee", licence="apache-2.0"))
+    monkeypatch.setattr(base_importer, "import_base", lambda **_: Imported(commit="c0ffee", license="apache-2.0"))
     monkeypatch.setattr(base_importer, "describe_base", lambda _: {"dtype": "float32"})
     given = {"source": "org/model", "kind": "hub", "revision": None, "target_dir": str(tmp_path / "base")}
     write_json(tmp_path / "arguments.json", {**given, "result": str(tmp_path / "result.json")})

@@ -67,7 +67,7 @@ def test_a_file_whose_answers_all_have_one_label_is_refused_with_what_to_do(
 
     found = report.get("refusal")
     assert found is not None
-    assert (found["code"], out.exists()) == ("one_label", False)
+    assert (found["code"], out.exists()) == ("single_label_dataset", False)
     assert f"All 2 answers that are trained on have the label {str(label).lower()}" in found["message"]
     assert instead in found["remedy"]
 
