@@ -15,6 +15,36 @@ FOLDERS = (*(name for name in PACKAGES if name != "migrations"), "tests", "qa", 
 MOST_MODULES = 20
 """In one folder."""
 LONGEST_OPENING = 6
+PRIVATE_NAMES = {
+    "foretelling",
+    "heard",
+    "living",
+    "moves",
+    "taking",
+    "pictures",
+    "heads",
+    "places",
+    "turns",
+    "giving_way",
+    "mishaps",
+    "echoes",
+    "news",
+    "pulse",
+    "tether",
+    "patience",
+    "apart",
+    "meeting",
+    "lending",
+    "leading",
+    "booked",
+    "passage",
+    "shelf",
+    "held",
+    "between_parts",
+    "cautions",
+    "numbers",
+}
+"""Module names that stood for concepts with a standard name."""
 VAGUE_NAMES = {"util", "utils", "common", "helpers", "helper", "manager", "base", "types", "misc"}
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen", "pickle.loads"}
@@ -41,7 +71,20 @@ def test_a_folder_holds_few_modules() -> None:
 def test_a_files_name_says_what_lives_there() -> None:
     parts = {source.name: set(source.name.removesuffix(".py").split("/")) for source in source_files()}
 
-    assert [name for name, words in parts.items() if words & VAGUE_NAMES] == []
+    assert [name for name, words in parts.items() if words & (VAGUE_NAMES | PRIVATE_NAMES)] == []
+
+
+def test_a_class_name_stands_for_one_thing() -> None:
+    """The client and the schemas of the API may have a class of the same name for the same thing."""
+    places = collections.defaultdict[str, list[str]](list)
+    for source in _written_by_hand():
+        side = source.name.partition("/")[0] if source.name.startswith(("lorry/", "api/schemas/")) else "service"
+        side = "schemas" if side == "api" else side
+        for node in source.tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[f"{side} {node.name}"].append(source.name)
+
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
 def test_a_function_fits_on_a_screen() -> None:

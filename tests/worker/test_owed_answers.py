@@ -15,7 +15,7 @@ from catalog.spec.job import JobRequest, resolve
 from tests import tiny_base
 from tests.worker.pack_site import PackSite, said, tell
 from worker.children.tokenizer.token_file import TokenFile
-from worker.children.trainer.main import Trainer
+from worker.children.trainer.main import TrainerLoop
 from worker.protocol.mailbox import InboxReader, InboxWriter, TrainerDirectory
 
 CLAIM = "claim-1"
@@ -36,8 +36,8 @@ def directory(tmp_path: Path) -> TrainerDirectory:
 
 
 @pytest.fixture
-def trainer(directory: TrainerDirectory) -> Iterator[Trainer]:
-    trainer = Trainer(directory)
+def trainer(directory: TrainerDirectory) -> Iterator[TrainerLoop]:
+    trainer = TrainerLoop(directory)
     trainer._load()
     yield trainer
     trainer._events.close()
@@ -59,7 +59,7 @@ def answered(events: list[dict[str, Any]]) -> list[int]:
     return [event["step"] for event in events if event["type"] == "sampled"]
 
 
-def paused_amid(trainer: Trainer, directory: TrainerDirectory, *, step: int) -> list[dict[str, Any]]:
+def paused_amid(trainer: TrainerLoop, directory: TrainerDirectory, *, step: int) -> list[dict[str, Any]]:
     """What is said of a job that is paused while it answers at that step."""
     trainer._admit(body())
     while trainer._engine.progress(CLAIM)[0] < step:
@@ -72,7 +72,7 @@ def paused_amid(trainer: Trainer, directory: TrainerDirectory, *, step: int) -> 
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_answers_that_a_pause_cut_off_are_given_after_the_resume_and_only_those(
-    trainer: Trainer, directory: TrainerDirectory, step: int
+    trainer: TrainerLoop, directory: TrainerDirectory, step: int
 ) -> None:
     before = paused_amid(trainer, directory, step=step)
     saved, paused = before[-2:]

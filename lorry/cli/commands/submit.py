@@ -46,7 +46,16 @@ from lorry.cli.parsing.job_options import (
     option,
 )
 from lorry.cli.parsing.option_names import FIELDS, NAMES, in_typed_words
-from lorry.cli.parsing.option_values import Method, Optimizer, Precision, Priority, Schedule, json_or_text, nested, pair
+from lorry.cli.parsing.option_values import (
+    Method,
+    OptimizerName,
+    Precision,
+    Priority,
+    ScheduleName,
+    json_or_text,
+    nested,
+    pair,
+)
 from lorry.cli.render import output, progress_bars
 from lorry.cli.render.output import AsJson
 from lorry.errors import APIError
@@ -87,10 +96,10 @@ def submit(
     loss: LossOption = None,
     learning_rate: Annotated[float | None, option(TRAINING, "Peak learning rate.", "--learning-rate", "--lr")] = None,
     lora_plus_ratio: Annotated[float | None, option(TRAINING, "Rate of B over that of A. Default: 1.")] = None,
-    schedule: Annotated[Schedule | None, option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
+    schedule: Annotated[ScheduleName | None, option(TRAINING, "Of the learning rate, after its warm-up.")] = None,
     warmup: Warmup = None,
     decay: Annotated[float | None, option(TRAINING, "Of wsd: part of all steps in which the rate falls.")] = None,
-    optimizer: Annotated[Optimizer | None, option(TRAINING, "sgd and adafactor need a --learning-rate.")] = None,
+    optimizer: Annotated[OptimizerName | None, option(TRAINING, "sgd and adafactor need a --learning-rate.")] = None,
     weight_decay: Annotated[float | None, option(TRAINING, "Of the optimizer.")] = None,
     epochs: Annotated[int | None, option(TRAINING, "Passes over the training file.")] = None,
     max_steps: Annotated[int | None, option(TRAINING, "End after so many optimizer steps.")] = None,

@@ -43,7 +43,7 @@ class Quantization(StrEnum):
     int8 = "int8"
 
 
-class Schedule(StrEnum):
+class ScheduleName(StrEnum):
     """How the learning rate goes down from its peak."""
 
     constant = "constant"
@@ -52,7 +52,7 @@ class Schedule(StrEnum):
     wsd = "wsd"
 
 
-class Optimizer(StrEnum):
+class OptimizerName(StrEnum):
     """What turns gradients into updates."""
 
     adamw = "adamw"

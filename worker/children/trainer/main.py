@@ -75,7 +75,7 @@ LEAVING = ("pause", "preempt", "drain")
 NO_MODEL: Json = {"adapter": None}
 
 
-class Trainer:
+class TrainerLoop:
     """Reads the inbox at every tick boundary, ticks, and writes events.
 
     Several processes (ranks) do all the same: the leader reads the inbox, and alone writes events and files.
@@ -409,7 +409,7 @@ def main(arguments: list[str]) -> int:
     if not directory.has_begun():
         stand_by(directory, warm_up)
     with joined(directory.device(), meeting=meeting_of(directory), file=ranks_file()) as ranks:
-        Trainer(directory, ranks).run()
+        TrainerLoop(directory, ranks).run()
     return 0
 
 

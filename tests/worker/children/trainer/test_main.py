@@ -20,7 +20,7 @@ from lora_core.model_files.import_base import Imported
 from tests.worker.pack_site import said
 from worker.children import base_importer
 from worker.children.trainer import main, outputs
-from worker.children.trainer.main import Trainer
+from worker.children.trainer.main import TrainerLoop
 from worker.children.trainer.outputs import AdmittedJob
 from worker.protocol.errors import without_handled
 from worker.protocol.mailbox import InboxWriter, TrainerDirectory, Verb, read_json, write_json
@@ -69,9 +69,9 @@ def directory(tmp_path: Path) -> TrainerDirectory:
 
 
 @pytest.fixture
-def trainer(directory: TrainerDirectory) -> Iterator[Trainer]:
+def trainer(directory: TrainerDirectory) -> Iterator[TrainerLoop]:
     """With a full engine, and two jobs in it."""
-    trainer = Trainer(directory)
+    trainer = TrainerLoop(directory)
     trainer._engine = FullEngine()  # pyright: ignore[reportAttributeAccessIssue]
     trainer._residents = {
         name: AdmittedJob(checkpoint_every_steps=1, base_name="tiny", num_steps=1, saved_step=0)
@@ -87,7 +87,7 @@ def test_a_base_that_cannot_be_loaded_is_refused_with_code_and_remedy(
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
 
-    Trainer(directory).run()
+    TrainerLoop(directory).run()
 
     (refused,) = said(directory)
     assert refused["type"] == "load_refused"
@@ -129,7 +129,7 @@ def test_an_import_that_writes_more_than_its_limit_is_no_failed_disk(
 
 
 def test_a_disk_that_fails_under_a_jobs_files_refuses_that_job_alone(
-    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Path) -> TokenDataset:
         raise OSError(errno.EIO, "Input/output error")
@@ -144,7 +144,7 @@ def test_a_disk_that_fails_under_a_jobs_files_refuses_that_job_alone(
 
 
 def test_a_job_that_does_not_fit_beside_the_others_is_refused_on_its_way_in(
-    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TokenDataset, "load", lambda _: None)
 
@@ -156,7 +156,7 @@ def test_a_job_that_does_not_fit_beside_the_others_is_refused_on_its_way_in(
 
 
 def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over(
-    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def go_on(*_: object, between: Callable[[], None], **__: object) -> None:
         between()
@@ -177,7 +177,7 @@ def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over
 
 
 def test_prompts_are_checked_before_the_start_of_their_job_is_computed(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+    trainer: TrainerLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[object] = []
     monkeypatch.setattr(main, "BaseText", lambda _: None)
@@ -198,7 +198,7 @@ def test_prompts_are_checked_before_the_start_of_their_job_is_computed(
 
 
 def test_a_data_set_that_does_not_fit_is_told_as_such(
-    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Path) -> TokenDataset:
         raise MemoryError
@@ -214,7 +214,7 @@ def test_a_data_set_that_does_not_fit_is_told_as_such(
     assert "rank" not in refused["error"]["remedy"]
 
 
-def test_want_of_memory_refuses_the_job_that_the_error_names(trainer: Trainer, directory: TrainerDirectory) -> None:
+def test_want_of_memory_refuses_the_job_that_the_error_names(trainer: TrainerLoop, directory: TrainerDirectory) -> None:
     trainer._tick()
 
     (refused,) = said(directory)
@@ -251,7 +251,7 @@ class DivergingEngine(FullEngine):
 
 
 def test_a_job_that_diverges_leaves_its_last_step_before_it_is_told_and_the_others_stay(
-    trainer: Trainer, directory: TrainerDirectory
+    trainer: TrainerLoop, directory: TrainerDirectory
 ) -> None:
     trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -267,7 +267,7 @@ def test_a_job_that_diverges_leaves_its_last_step_before_it_is_told_and_the_othe
 
 
 def test_a_checkpoint_whose_weights_cannot_be_written_as_a_model_is_a_checkpoint_all_the_same(
-    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -282,7 +282,7 @@ def test_a_checkpoint_whose_weights_cannot_be_written_as_a_model_is_a_checkpoint
     assert (saved["type"], saved["step"], saved["adapter"]) == ("checkpointed", 7, None)
 
 
-def leave(trainer: Trainer, directory: TrainerDirectory, *verbs: tuple[Verb, str | None]) -> list[dict[str, Any]]:
+def leave(trainer: TrainerLoop, directory: TrainerDirectory, *verbs: tuple[Verb, str | None]) -> list[dict[str, Any]]:
     """What is said of messages that have come together: verb, and whom it is about."""
     inbox = InboxWriter(directory)
     for verb, claim_id in verbs:
@@ -293,7 +293,10 @@ def leave(trainer: Trainer, directory: TrainerDirectory, *verbs: tuple[Verb, str
 
 @pytest.mark.parametrize("verbs", [[("drain", None)], [("preempt", "claim-0"), ("pause", "claim-1")]])
 def test_all_that_leave_are_saved_and_told_of_before_the_first_is_made_a_model(
-    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch, verbs: list[tuple[Verb, str | None]]
+    trainer: TrainerLoop,
+    directory: TrainerDirectory,
+    monkeypatch: pytest.MonkeyPatch,
+    verbs: list[tuple[Verb, str | None]],
 ) -> None:
     engine, told_before = DivergingEngine(good_step=7), []
     trainer._engine = engine  # pyright: ignore[reportAttributeAccessIssue]
@@ -318,7 +321,7 @@ def test_all_that_leave_are_saved_and_told_of_before_the_first_is_made_a_model(
 
 
 def test_one_that_leaves_takes_nobody_with_it_and_what_comes_after_is_obeyed_after_it(
-    trainer: Trainer, directory: TrainerDirectory
+    trainer: TrainerLoop, directory: TrainerDirectory
 ) -> None:
     trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -329,7 +332,7 @@ def test_one_that_leaves_takes_nobody_with_it_and_what_comes_after_is_obeyed_aft
 
 
 def test_weights_of_the_step_that_is_kept_are_never_named_by_the_last_step(
-    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr(trainer._engine, "evaluated_step", lambda _: 0)
@@ -341,7 +344,7 @@ def test_weights_of_the_step_that_is_kept_are_never_named_by_the_last_step(
     assert [path.name for path in (directory.path / saved["folder"]).parent.iterdir()] == ["step-7"]
 
 
-def test_weights_that_a_step_has_ruined_are_not_saved(trainer: Trainer, directory: TrainerDirectory) -> None:
+def test_weights_that_a_step_has_ruined_are_not_saved(trainer: TrainerLoop, directory: TrainerDirectory) -> None:
     trainer._engine = DivergingEngine(good_step=6)  # pyright: ignore[reportAttributeAccessIssue]
 
     trainer._tick()
@@ -352,7 +355,7 @@ def test_weights_that_a_step_has_ruined_are_not_saved(trainer: Trainer, director
     assert set(trainer._residents) == {"claim-0"}
 
 
-def test_want_of_memory_at_the_end_refuses_that_job_alone(trainer: Trainer, directory: TrainerDirectory) -> None:
+def test_want_of_memory_at_the_end_refuses_that_job_alone(trainer: TrainerLoop, directory: TrainerDirectory) -> None:
     trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
     (refused,) = said(directory)
@@ -361,7 +364,7 @@ def test_want_of_memory_at_the_end_refuses_that_job_alone(trainer: Trainer, dire
 
 
 def test_whatever_is_wrong_with_one_adapter_ends_that_job_alone(
-    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("float division by zero")
@@ -377,7 +380,7 @@ def test_whatever_is_wrong_with_one_adapter_ends_that_job_alone(
 
 
 def test_a_device_that_fails_ends_the_trainer_and_no_job(
-    trainer: Trainer, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
