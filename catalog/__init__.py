@@ -1,4 +1,4 @@
-"""System of record and its rules: what may be asked for, what happens next, and what happened.
+"""The system of record and its rules: what a job may ask for, what happens next, and what happened.
 
-Knows nothing of HTTP, of Celery's delivery or of tensors. Only `jobs` and `claims` write a job's state.
+It knows nothing of HTTP, of the delivery of messages, or of tensors. docs/ARCHITECTURE.md shows its packages as layers.
 """

@@ -199,7 +199,8 @@ OBJECTIVES: tuple[ObjectiveKind, ...] = get_args(ObjectiveKind)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
     """What a job minimizes: cross-entropy of its labels, or a loss over pairs of answers
-    (lora_core/losses/preference.py) or single ones (kto.py). A number that the kind doesn't read is refused.
+    (lora_core/losses/preference.py) or single ones (losses/preference.py). A number that the kind doesn't read is
+    refused.
 
     `beta`: strength of a preference's reward (λ in the paper of ORPO). `loss_type` belongs to DPO, `gamma`, the margin
     that is asked for, to SimPO. `label_smoothing` is DPO's part of pairs taken to be swapped; of supervised jobs it is

@@ -1,5 +1,6 @@
 """What the whole fleet is doing, in numbers for whoever watches it: read at once, and as fast with a million jobs as
-with ten. What would have to be counted is kept (tallies.py) or read from an index of what is unfinished."""
+with ten. What would have to be counted is kept (catalog/usage/ledger.py) or read from an index of what is
+unfinished."""
 
 from __future__ import annotations
 

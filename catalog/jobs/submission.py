@@ -1,4 +1,4 @@
-"""Submitting a job: accepted (acceptance.py), it is one row. The same submission twice is one job."""
+"""Submitting a job: accepted (catalog/admission/accept.py), it is one row. The same submission twice is one job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,1 @@
-"""What a job would come to, and what there is to say against it: pure functions of its spec and of what is known.
-
-No tables and no database: plans.py asks those.
-"""
+"""Plans: estimates of memory, time and cost of a job before it is submitted, and its warnings."""

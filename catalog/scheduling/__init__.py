@@ -1,4 +1,4 @@
-"""What is decided about the queue, and why: pure functions of a picture of it, which others make from the database.
+"""The scheduling decision and its reasons: pure functions of a snapshot of the queue. Read scheduler.py first.
 
-Read scheduler.py first. A decision tells nobody about another project's jobs.
+A decision shown to a project contains nothing of another project's jobs.
 """

@@ -48,7 +48,7 @@ class Decision:
     trace: Json
     in_turn: tuple[str, ...] = ()
     """Ids of the job that is chosen first and of those in its place, were it and those before taken; see
-    contention.py."""
+    `fallback_order`."""
 
     def why(self, choice: Choice) -> Json:
         """Of one job that was chosen: for its record, and for who asks."""

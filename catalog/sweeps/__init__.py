@@ -1,4 +1,4 @@
-"""Sweeps: several jobs that differ in stated fields, asked for in one call. Each trial is an ordinary job.
+"""Sweeps: several jobs that differ in stated fields, created by one request. Each trial is an ordinary job.
 
-spec, fields, space, halving and design are pure; creation, controller, observing, verbs and reading know the tables.
+catalog/search has the specification and the search space.
 """

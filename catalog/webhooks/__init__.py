@@ -1,4 +1,4 @@
-"""Webhooks (standardwebhooks.com): endpoints of a project, the outbox of events for them, and how tries go.
+"""Webhooks (standardwebhooks.com): endpoints of a project, the outbox of events, and delivery attempts.
 
-Nothing here speaks HTTP: api/webhooks/delivery_loop.py sends what `sending` hands out.
+api/webhooks/delivery_loop.py sends over HTTP what delivery_queue.py leases to it.
 """

@@ -89,8 +89,8 @@ class Engine:
         packmates don't wait for it; it trains once it has started.
 
         `parent`: the folder of an adapter whose weights the job begins with, and which it compares with where its
-        objective compares (parent.py); the same one where it resumes. `shortages`: times that memory ran out for it
-        before: ticks with it are smaller. Raises ConfigError where a job of this name is resident, the job needs a
+        objective compares (load_parent.py); the same one where it resumes. `shortages`: times that memory ran out for
+        it before: ticks with it are smaller. Raises ConfigError where a job of this name is resident, the job needs a
         held-out set and has none, or asks for another adapter than its parent is, NoTargets, BadDataset, BadParent,
         BadCheckpoint, OutOfMemory; then nothing has changed.
         """

@@ -164,7 +164,7 @@ class SliceInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
-    """The answers of a segment, whose loss follows from their log probabilities (losses/scoring.py): the weight of a
+    """The answers of a segment, whose loss follows from their log probabilities (losses/preference.py): the weight of a
     pair or of an answer in the loss, the number of labels of each sequence, and where the same labels begin in the pack
     of the reference. `labels` and `reference_point` as of the slice."""
 

@@ -1,1 +1,1 @@
-"""Several nodes that train one job: leading, and lending devices to a leader."""
+"""Gangs: nodes that train a job together. One worker leads; the others participate with their devices."""

@@ -1,7 +1,7 @@
 """Holds a database and its store against the invariants of the fault matrix, I1 to I8; see findings.SAYS.
 
 He decides nothing as Lorry does: he reads tables, the store's objects and docs/STATE_MACHINE.md, and counts. What is
-stored is looked at in stored.py, what is left over in leftovers.py.
+stored is looked at in artifacts.py, what is left over in leftovers.py.
 """
 
 from __future__ import annotations

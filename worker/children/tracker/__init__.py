@@ -1,2 +1,4 @@
-"""What writes a run to a tracker: one file for each, imported by the child of main.py alone, which imports the
-tracker's library when it opens a run."""
+"""The child process that writes a run to a tracker, with one module per tracker.
+
+A module imports its tracker's library when it opens a run.
+"""
