@@ -17,7 +17,7 @@ from catalog.errors import LorryError, Unavailable
 from catalog.lifecycle import deadlines, recovery
 from catalog.maintenance import audit_anchors
 from catalog.maintenance.garbage_collection import clean
-from catalog.queue import listing
+from catalog.queue import pending
 from catalog.sweeps import controller
 from catalog.webhooks import delivery_log, sealed_urls
 
@@ -143,7 +143,7 @@ def _notify_missed_deadlines(services: Services) -> None:
 
 
 def _wake_workers(services: Services) -> None:
-    if listing.has_work(services.db):
+    if pending.has_work(services.db):
         services.doorbell.ring()
 
 

@@ -34,14 +34,14 @@ class PlanClaim:
 def claim(db: Database, *, worker_id: str, lease_seconds: float) -> PlanClaim | None:
     """The oldest plan that waits, leased to this worker; None where none does."""
     with db.read() as session:  # most looks find nothing, and keep nobody from writing
-        if session.scalar(pending.first(now=read_clock(session))) is None:
+        if session.scalar(pending.first_plan(now=read_clock(session))) is None:
             return None
     with db.write() as session:
         now = read_clock(session)
         worker = session.get(Worker, worker_id)
         if worker is not None and worker.takes_nothing_new:
             return None
-        while (plan := session.scalar(skip_locked(pending.first(now=now)))) is not None:
+        while (plan := session.scalar(skip_locked(pending.first_plan(now=now)))) is not None:
             plan.num_lost += plan.claim_id is not None
             error = _hindrance(session, plan)
             if error is None:

@@ -7,19 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Row, and_, or_, select
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock
 from catalog.fleet import views
 from catalog.lifecycle import candidates as heads
-from catalog.queue import charging, pending
+from catalog.queue import charging
 from catalog.scheduling.ordering import QueueEntry, order
 from catalog.scheduling.snapshot import USUAL, Candidate, Policy
 from catalog.states import UNFINISHED_STATES, JobState, PriorityClass
 from catalog.tables.jobs import Job
-from catalog.tables.plans import Plan
-from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
 from catalog.tables.tenancy import Project
 
@@ -79,19 +77,6 @@ def snapshot(db: Database, *, project_id: str | None, policy: Policy = USUAL) ->
             "jobs": entries,
             "workers": views.count_live(session, now=now),
         }
-
-
-def has_work(db: Database) -> bool:
-    """Whether there is anything to import, to prepare or to train now: whether ringing has a use."""
-    with db.read() as session:
-        now = read_clock(session)
-        is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
-        untouched = and_(Job.state.in_((JobState.QUEUED, JobState.VALIDATING_FILES)), Job.claim_id.is_(None))
-        is_free = or_(BaseModelRow.importing_until.is_(None), BaseModelRow.importing_until <= now)
-        jobs = select(Job.id).where(untouched, is_due, or_(~Job.is_held, Job.state != JobState.QUEUED)).limit(1)
-        imports = select(BaseModelRow.name).where(BaseModelRow.state == "importing", is_free).limit(1)
-        plans = select(Plan.id).where(pending.is_waiting(now=now)).limit(1)
-        return any(session.scalar(some) is not None for some in (jobs, imports, plans))
 
 
 def _unfinished(session: Session, project_id: str | None) -> Sequence[Row[*tuple[Any, ...]]]:

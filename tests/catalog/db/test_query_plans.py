@@ -26,7 +26,7 @@ from catalog.maintenance import garbage_collection
 from catalog.plans import claims as plan_claims
 from catalog.plans import plans
 from catalog.queue import claims as queue_claims
-from catalog.queue import listing, preemption
+from catalog.queue import listing, pending, preemption
 from catalog.registry import adapters, permissions
 from catalog.scheduling.snapshot import USUAL
 from catalog.states import EndReason
@@ -144,7 +144,7 @@ ACTS: dict[str, Act] = {
     "why its files wait": lambda w, _: explanation.explain(w.db, **w.of(w.submit().id)),
     "the queue": lambda w, _: listing.snapshot(w.db, project_id=w.caller.project_id),
     "the queue of all": lambda w, _: listing.snapshot(w.db, project_id=None),
-    "whether there is work": lambda w, _: listing.has_work(w.db),
+    "whether there is work": lambda w, _: pending.has_work(w.db),
     "the workers": lambda w, _: views.workers(w.db),
     "whether a node is to blame": lambda w, _: cordons._look(w.db, w.worker("new")),  # pyright: ignore[reportPrivateUsage]
     "the numbers of the fleet": lambda w, _: numbers.read(w.db),

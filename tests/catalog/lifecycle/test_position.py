@@ -11,7 +11,7 @@ from catalog.history import queries
 from catalog.jobs import commands, explanation
 from catalog.lifecycle import deadlines, position, recording
 from catalog.lifecycle.position import MoveTarget
-from catalog.queue import claims, listing
+from catalog.queue import claims, listing, pending
 from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
 from catalog.tables.jobs import Job
@@ -104,7 +104,7 @@ def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> 
     assert order(world) == [behind.id]
     assert [claim.job.id for claim in world.claim(room=Capacity(max_jobs=4, memory_bytes_free=10**12))] == [behind.id]
     assert world.claim(pack_key=job.pack_key) == []
-    assert not listing.has_work(world.db)
+    assert not pending.has_work(world.db)
     why = explanation.explain(world.db, **world.of(job.id))
     assert (why["is_held"], why["explanation"]) == (
         True,

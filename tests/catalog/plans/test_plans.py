@@ -18,7 +18,7 @@ from catalog.plans import claims as plan_claims
 from catalog.plans import plans
 from catalog.plans.plans import MAX_COMPUTING, PLAN_SECONDS
 from catalog.queue import claims as queue_claims
-from catalog.queue import listing
+from catalog.queue import pending
 from catalog.registry import base_models
 from catalog.spec.job import JobSpec, PlannedJob
 from catalog.storage import files
@@ -101,13 +101,13 @@ def test_a_file_that_cant_be_trained_on_fails_the_plan_with_the_jobs_error(world
 
 def test_a_worker_computes_what_waits_and_nobody_else_meanwhile(world: World) -> None:
     row = plan(world, validation_file=world.file())
-    assert listing.has_work(world.db)
+    assert pending.has_work(world.db)
 
     claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
     assert claim is not None
     assert claim.plan_id == row.id
     assert plan_claims.claim(world.db, worker_id="w2", lease_seconds=LEASE) is None
-    assert not listing.has_work(world.db)
+    assert not pending.has_work(world.db)
     know(world, row, overlap=(7, 100))
     plan_claims.conclude(world.db, claim.claim_id, settings=SETTINGS)
 

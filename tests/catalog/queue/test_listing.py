@@ -10,7 +10,7 @@ from catalog.errors import InvalidRequest
 from catalog.fleet import workers
 from catalog.jobs import commands, explanation
 from catalog.lifecycle import preparation
-from catalog.queue import claims, listing
+from catalog.queue import claims, listing, pending
 from catalog.registry import base_models
 from catalog.resources import throughput
 from catalog.resources.throughput import Speeds
@@ -84,23 +84,23 @@ def test_a_job_far_behind_is_told_how_many_of_its_own_stand_before_it(
 
 
 def test_whether_there_is_work_is_whether_anything_can_be_claimed_now(world: World) -> None:
-    assert not listing.has_work(world.db)
+    assert not pending.has_work(world.db)
     job = world.submit()
-    assert listing.has_work(world.db)
+    assert pending.has_work(world.db)
     world.prepare_all()
-    assert listing.has_work(world.db)
+    assert pending.has_work(world.db)
 
     (claim,) = world.claim()
-    assert not listing.has_work(world.db)
+    assert not pending.has_work(world.db)
     claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
-    assert not listing.has_work(world.db)
+    assert not pending.has_work(world.db)
     world.clock.turn(3)
-    assert listing.has_work(world.db)
+    assert pending.has_work(world.db)
 
     commands.cancel(world.db, **world.of(job.id))
-    assert not listing.has_work(world.db)
+    assert not pending.has_work(world.db)
     base_models.add(world.db, name="new", kind="hub", source="org/new", revision=None)
-    assert listing.has_work(world.db)
+    assert pending.has_work(world.db)
 
 
 def test_a_job_that_validates_tells_what_it_waits_for(world: World) -> None:
