@@ -13,7 +13,7 @@ import pytest
 from catalog.db.database import Database
 from catalog.errors import OutOfSpace
 from catalog.jobs import commands
-from catalog.queue import claiming, claims
+from catalog.queue import claiming
 from catalog.queue.claiming import Claim
 from catalog.queue.claims import ClaimDirectives
 from catalog.queue.notifier import FileDoorbell
@@ -220,7 +220,7 @@ def test_what_an_empty_trainer_claims_is_given_to_it_though_the_database_goes_aw
 
     def script(trainer: FakeTrainer) -> Generator[None]:
         yield from cancels_what_it_gets(trainer)
-        monkeypatch.setattr(claims, "claim_pack", claim_then_fail)
+        monkeypatch.setattr(claiming, "claim_pack", claim_then_fail)
         ids.append(site.queued(suffix="second").id)
         admission = trainer.listen("admit")
         for _ in range(100):

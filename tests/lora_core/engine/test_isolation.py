@@ -244,7 +244,7 @@ def test_a_job_whose_row_does_not_fit_is_refused_and_changes_nothing(load, monke
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "good", GOOD)
     with monkeypatch.context() as patch:
-        patch.setattr(job_start, "AdapterRow", out_of_memory)
+        patch.setattr(job_start, "FlatAdapter", out_of_memory)
         with pytest.raises(OutOfMemory, match="The adapter of job 'large'") as caught:
             admit(engine, "large", GOOD)
     assert (caught.value.job, engine.jobs()) == ("large", ("good",))

@@ -75,7 +75,7 @@ def test_a_refused_checkpoint_costs_itself_alone_however_often_the_database_goes
     pack = site.pack(claim)
     refused = {"error": {"code": "bad_checkpoint", "message": "It is torn.", "remedy": "None."}, "is_checkpoint": True}
     tell(pack, claim, "refused", **refused)
-    monkeypatch.setattr(claims, "record_event", fails(2, OUTAGE, recording.record_event))
+    monkeypatch.setattr(recording, "record_event", fails(2, OUTAGE, recording.record_event))
     for _ in range(2):
         with pytest.raises(Unavailable):
             pack.hear()

@@ -181,7 +181,7 @@ def test_prompts_are_checked_before_the_start_of_their_job_is_computed(
 ) -> None:
     checked: list[object] = []
     monkeypatch.setattr(main, "BaseText", lambda _: None)
-    monkeypatch.setattr(main, "ask", lambda *_, **__: "asked")
+    monkeypatch.setattr(main, "sample_request", lambda *_, **__: "asked")
     monkeypatch.setattr(main, "prompts_of", lambda asked: asked)
     monkeypatch.setattr(main, "check_prompts", lambda prompts, base: checked.append((prompts, base)))
     trainer._engine = SimpleNamespace(base="base")  # pyright: ignore[reportAttributeAccessIssue]
