@@ -10,7 +10,8 @@ from alembic import command
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from catalog.db.database import Database, alembic_config
+from catalog.db.database import Database
+from catalog.db.revisions import alembic_config
 from tests.services.postgres import postgres_server
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from catalog.db.database import Database
+from tests.next_migration import install
 from tests.services import statements
 from tests.services.chromium import chromium_program
 from tests.services.gguf import real_model
@@ -72,6 +73,12 @@ def migrated_postgres_url(postgres_url: str, postgres_template: str) -> Iterator
     """A database with every table and no row, for one test."""
     with empty_database(postgres_url, f"test_{secrets.token_hex(6)}", template=postgres_template) as url:
         yield url
+
+
+@pytest.fixture
+def next_migration(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This process has one migration more than the code: the folder of its scripts, whose newest is NEXT."""
+    return install(tmp_path_factory.mktemp("next") / "scripts", monkeypatch)
 
 
 @pytest.fixture

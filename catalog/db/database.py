@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from alembic import command
-from alembic.config import Config
 from sqlalchemy import (
     ColumnElement,
     Connection,
@@ -49,6 +48,7 @@ from sqlalchemy.orm import DeclarativeBase, Session, SessionTransaction, session
 from sqlalchemy.sql.functions import GenericFunction
 
 from catalog import write_guard
+from catalog.db import revisions
 from catalog.db.errors import silent, translated
 from catalog.db.write_queue import FairLock, Turnstile, wait_until_next_poll
 
@@ -194,9 +194,13 @@ class Database:
         self.engine.dispose()
 
     def migrate(self, revision: str = "head") -> None:
-        """Bring the tables to `revision`. Safe to call from several processes at once."""
-        config = alembic_config(self.url)
+        """Bring the tables to `revision`. Safe to call from several processes at once.
+
+        Raises Conflict where the database has a revision that this code does not know.
+        """
+        config = revisions.alembic_config(self.url)
         with translated(), self.schema_connection() as connection:
+            revisions.check_known(connection)
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
 
@@ -215,14 +219,6 @@ class Database:
             finally:
                 if self.is_sqlite:
                     _foreign_keys(connection, enforced=True)
-
-
-def alembic_config(url: str) -> Config:
-    """Alembic's configuration for `url`; the scripts are in the `migrations` package beside this one."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parents[2] / "migrations"))
-    config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
-    return config
 
 
 def skip_locked(statement: SelectT, of: type[DeclarativeBase] | None = None) -> SelectT:

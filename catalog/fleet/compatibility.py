@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-from alembic.script import ScriptDirectory
-from sqlalchemy import column, select, table
 from sqlalchemy.orm import Session
 
-from catalog.db.database import Database, alembic_config, read_clock
+from catalog.db import revisions
+from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict, UnfitWorker
 from catalog.tables.fleet import Service
 
@@ -24,7 +23,6 @@ PROTOCOL = 1
 """Of this code's workers. One more where the record or the files that workers read and write change their meaning."""
 OLDEST_PROTOCOL = 1
 """Workers below this can't go on beside a service of this code: they are drained."""
-REVISIONS = table("alembic_version", column("version_num"))
 MIGRATE = "Migrate it with this version, which what runs now goes on beside: python -m api bootstrap."
 
 
@@ -57,8 +55,8 @@ def check(db: Database, *, protocol: int | None = None) -> None:
 
 
 def check_in(session: Session, *, protocol: int) -> None:
-    theirs = revision_of(session)
-    if theirs != code_revision():
+    theirs = revisions.read(session)
+    if theirs != revisions.newest():
         raise _of_another_revision(theirs)
     window = window_of(session)
     if not window.has(protocol):
@@ -67,19 +65,11 @@ def check_in(session: Session, *, protocol: int) -> None:
 
 def check_tables(session: Session, *, remedy: str = MIGRATE) -> None:
     """Before an api answers anybody. Raises Conflict where the tables are older than this code; newer ones it takes."""
-    theirs = revision_of(session)
-    if is_older(theirs):
+    theirs = revisions.read(session)
+    if revisions.is_unreleased(theirs):
+        raise revisions.not_upgradable(theirs)
+    if revisions.is_older(theirs):
         raise Conflict(f"{_needs('This program', theirs)}, an older one.", code="database_too_old", remedy=remedy)
-
-
-def revision_of(session: Session) -> str | None:
-    """The database's."""
-    return session.scalar(select(REVISIONS.c.version_num))
-
-
-def is_older(revision: str | None) -> bool:
-    """Whether it comes before this code's own. One that this code doesn't know is a later version's."""
-    return revision is None or revision in _earlier_revisions()
 
 
 def window_of(session: Session) -> Window:
@@ -91,12 +81,6 @@ def window_of(session: Session) -> Window:
 
 
 @cache
-def code_revision() -> str:
-    """The newest that this code knows."""
-    return str(_scripts().get_current_head())
-
-
-@cache
 def lorry_version() -> str:
     try:
         return version("lorry")
@@ -104,25 +88,19 @@ def lorry_version() -> str:
         return "unknown"
 
 
-@cache
-def _earlier_revisions() -> frozenset[str]:
-    return frozenset(script.revision for script in _scripts().walk_revisions()) - {code_revision()}
-
-
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory.from_config(alembic_config("sqlite://"))
-
-
 def _of_another_revision(theirs: str | None) -> UnfitWorker:
+    if revisions.is_unreleased(theirs):
+        refusal = revisions.not_upgradable(theirs)
+        return UnfitWorker(refusal.message, code=refusal.code, remedy=refusal.remedy)
     who = _needs("This worker", theirs)
-    if is_older(theirs):
+    if revisions.is_older(theirs):
         return UnfitWorker(f"{who}, an older one.", code="database_too_old", remedy=MIGRATE)
     remedy = "Install the service's version of Lorry on this node, then start the worker again."
     return UnfitWorker(f"{who}, a newer one.", code="worker_too_old", remedy=remedy)
 
 
 def _needs(who: str, theirs: str | None) -> str:
-    return f"{who} (Lorry {lorry_version()}) needs the database at revision {code_revision()}, and it is at {theirs}"
+    return f"{who} (Lorry {lorry_version()}) needs the database at revision {revisions.newest()}, and it is at {theirs}"
 
 
 def _of_another_protocol(protocol: int, window: Window) -> UnfitWorker:

@@ -19,18 +19,39 @@ import httpx
 import pytest
 from sqlalchemy import update
 
+from catalog.db import revisions
 from catalog.db.database import Database
-from catalog.fleet import compatibility
+from tests.next_migration import LATER, UNRELEASED
 
 ROOT = Path(__file__).parents[2]
-LATER = "of a later version"
+OLDER = revisions.newest()
+"""Once there is the migration of tests/next_migration.py."""
+WITH_SCRIPTS = """
+import sys
+from pathlib import Path
+from catalog.db import revisions
+revisions.SCRIPTS = Path(sys.argv.pop(1))
+from api.__main__ import main
+sys.exit(main())
+"""
+"""The same program with the migration scripts of the folder that its first argument names."""
+
+
+def command(scripts: Path | None, *arguments: str) -> list[str]:
+    program = ["-m", "api"] if scripts is None else ["-c", WITH_SCRIPTS, str(scripts)]
+    return [sys.executable, *program, *arguments]
 
 
 def run(
-    data_dir: Path, *arguments: str, check: bool = True, umask: int = -1, **environment: str
+    data_dir: Path,
+    *arguments: str,
+    check: bool = True,
+    umask: int = -1,
+    scripts: Path | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "api", *arguments],
+        command(scripts, *arguments),
         env={**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1", **environment},
         cwd=ROOT,
         capture_output=True,
@@ -42,10 +63,10 @@ def run(
 
 
 @contextmanager
-def serving(data_dir: Path) -> Generator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def serving(data_dir: Path, *, scripts: Path | None = None) -> Generator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """The api's process, which may be ended within, and what it says once it listens."""
     with subprocess.Popen(
-        [sys.executable, "-m", "api", "serve", "--port", "0"],
+        command(scripts, "serve", "--port", "0"),
         env={**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -103,17 +124,17 @@ def test_a_link_before_the_first_start_is_refused_with_the_remedy_and_makes_noth
 def tables_of(data_dir: Path, revision: str) -> None:
     """What the service of another version has left there."""
     db = Database(f"sqlite:///{data_dir / 'lorry.db'}")
-    if revision == LATER:
+    if revision == OLDER:
+        db.migrate(revision)
+    else:
         db.migrate()
         with db.write() as session:
-            session.execute(update(compatibility.REVISIONS).values(version_num=revision))
-    else:
-        db.migrate(revision)
+            session.execute(update(revisions.VERSIONS).values(version_num=revision))
     db.close()
 
 
 @pytest.mark.parametrize(
-    ("command", "remedy"),
+    ("arguments", "remedy"),
     [
         (["serve", "--port", "0"], "Migrate it with this version"),
         (["new-key"], "Migrate it with this version"),
@@ -122,27 +143,51 @@ def tables_of(data_dir: Path, revision: str) -> None:
     ],
 )
 def test_on_tables_of_an_older_version_a_command_ends_with_the_remedy(
-    tmp_path: Path, command: list[str], remedy: str
+    tmp_path: Path, arguments: list[str], remedy: str, next_migration: Path
 ) -> None:
-    tables_of(tmp_path, "0038")
+    tables_of(tmp_path, OLDER)
 
-    with pytest.raises(subprocess.CalledProcessError) as failed:
-        run(tmp_path, *command)
+    failed = run(tmp_path, *arguments, check=False, scripts=next_migration)
 
-    assert failed.value.returncode == 1
-    assert "it is at 0038, an older one" in failed.value.stderr
-    assert remedy in failed.value.stderr
-    assert "Traceback" not in failed.value.stderr
-    assert failed.value.stdout == ""
+    assert failed.returncode == 1
+    assert f"it is at {OLDER}, an older one" in failed.stderr
+    assert remedy in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert failed.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["bootstrap"], ["serve", "--port", "0"], ["new-key"], ["backup", "copies"], ["verify"]]
+)
+def test_on_tables_of_an_unreleased_build_a_command_ends_with_the_remedy(tmp_path: Path, arguments: list[str]) -> None:
+    tables_of(tmp_path, UNRELEASED)
+
+    failed = run(tmp_path, *arguments, check=False)
+
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert f"The database is at revision {UNRELEASED}" in failed.stderr
+    assert "make a new database" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_an_older_versions_bootstrap_leaves_newer_tables_alone_and_tells_the_remedy(tmp_path: Path) -> None:
+    tables_of(tmp_path, LATER)
+
+    failed = run(tmp_path, "bootstrap", check=False)
+
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert f"The database is at revision {LATER}, of a later version" in failed.stderr
+    assert "or with a later one" in failed.stderr
+    assert "Traceback" not in failed.stderr
 
 
 @pytest.mark.parametrize("later", [True, False], ids=["tables of a later version", "tables that were migrated"])
-def test_it_serves_on_its_own_tables_and_on_newer_ones(tmp_path: Path, *, later: bool) -> None:
-    tables_of(tmp_path, LATER if later else "0038")
+def test_it_serves_on_its_own_tables_and_on_newer_ones(tmp_path: Path, next_migration: Path, *, later: bool) -> None:
+    tables_of(tmp_path, LATER if later else OLDER)
     if not later:
-        bootstrapped(tmp_path)
+        run(tmp_path, "bootstrap", scripts=next_migration)
 
-    with serving(tmp_path) as (child, ready):
+    with serving(tmp_path, scripts=next_migration) as (child, ready):
         status = httpx.get(f"{ready['url']}/readyz", trust_env=False, timeout=20).status_code
         child.send_signal(signal.SIGTERM)
 

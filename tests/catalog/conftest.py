@@ -16,6 +16,7 @@ from catalog.db.database import Database
 from catalog.maintenance.backup import database_dump
 from catalog.settings import Settings
 from catalog.tables.table import Table
+from tests import next_migration
 from tests.catalog.backup_service import Service
 from tests.catalog.part_sender import Sender
 from tests.catalog.world import Clock, World
@@ -58,6 +59,16 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'new folder' / 'lorry.db'}"
     return request.getfixturevalue("new_postgres_url")
+
+
+@pytest.fixture
+def older_url(empty_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a database whose tables are older than this process's code, by the migration of tests/next_migration.py."""
+    database = Database(empty_url)
+    database.migrate()
+    database.close()
+    next_migration.install(tmp_path / "scripts", monkeypatch)
+    return empty_url
 
 
 @pytest.fixture

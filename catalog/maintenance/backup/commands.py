@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from alembic.script import ScriptDirectory
-from alembic.util.exc import CommandError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog import pepper
 from catalog.audit import log
-from catalog.db.database import Database, alembic_config, read_clock
+from catalog.db import revisions
+from catalog.db.database import Database, read_clock
 from catalog.disk import full_disk_named
 from catalog.errors import Conflict, InvalidRequest
 from catalog.maintenance import audit_anchors
@@ -272,11 +271,17 @@ def _check_fits(record: BackupRecord, url: str) -> None:
             code="backup_of_another_database",
             remedy=f"Name an empty {record.database} database.",
         )
-    try:
-        ScriptDirectory.from_config(alembic_config(url)).get_revision(record.revision)
-    except CommandError as error:
+    if revisions.is_unreleased(record.revision):
+        raise InvalidRequest(
+            f"The tables of the backup {record.name} are of a build before the first release ({record.revision}): they "
+            "cannot be upgraded.",
+            code="backup_not_upgradable",
+            remedy="Restore it by the build that made it. For this version, make a new database: python -m api "
+            "bootstrap.",
+        )
+    if record.revision not in revisions.known():
         raise InvalidRequest(
             f"The tables of the backup {record.name} are of a newer version ({record.revision}) than this one.",
             code="backup_of_a_newer_version",
             remedy="Restore it by that version of Lorry, or by a later one.",
-        ) from error
+        )

@@ -19,6 +19,7 @@ from sqlalchemy import URL, func, inspect, make_url, select, text
 from sqlalchemy.orm import Session
 
 from catalog import durable
+from catalog.db import revisions
 from catalog.db.database import BUSY_SECONDS, Database, read_clock
 from catalog.db.errors import translated
 from catalog.errors import Conflict, InvalidRequest
@@ -144,7 +145,7 @@ def _look(session: Session) -> Snapshot:
     head = session.get(AuditHead, 1)
     return Snapshot(
         taken_at=read_clock(session),
-        revision=integrity.revision(session),
+        revision=str(revisions.read(session)),
         row_counts=integrity.row_counts(session),
         keys=references.named(session),
         audit_link=head.link if head is not None else 0,

@@ -11,11 +11,11 @@ from sqlalchemy import Connection, column, func, inspect, quoted_name, select, t
 from sqlalchemy.exc import DatabaseError, InternalError
 from sqlalchemy.orm import Session
 
+from catalog.db import revisions
 from catalog.db.database import Database
 from catalog.db.errors import translated
 from catalog.errors import Conflict
 
-REVISION_TABLE = "alembic_version"
 INVALID_INDEXES = """
     select cls.relname from pg_index idx join pg_class cls on cls.oid = idx.indexrelid
     where cls.relnamespace = current_schema()::regnamespace and not idx.indisvalid
@@ -40,11 +40,6 @@ def foreign_relations(connection: Connection) -> list[str]:
     """Tables, views and sequences in the schema that belong to another PostgreSQL role than Lorry's tables: the role
     of this process may not be allowed to read them."""
     return [] if connection.dialect.name == "sqlite" else list(connection.scalars(text(FOREIGN_RELATIONS)))
-
-
-def revision(session: Session) -> str:
-    """Revision of the tables, by alembic."""
-    return str(session.scalar(text(f"select version_num from {REVISION_TABLE}")))  # noqa: S608
 
 
 def damage(db: Database) -> list[str]:
@@ -72,7 +67,7 @@ def orphans(db: Database) -> list[str]:
 def differences(db: Database, *, recorded_revision: str, recorded_counts: Mapping[str, int] | None) -> list[str]:
     """Sentences about what differs from a backup's record. recorded_counts None: the backup recorded none."""
     with db.read() as session:
-        found_revision, found = revision(session), row_counts(session)
+        found_revision, found = revisions.read(session), row_counts(session)
     problems: list[str] = []
     if found_revision != recorded_revision:
         problems.append(f"Its tables have revision {found_revision}, and the backup recorded {recorded_revision}.")

@@ -1,35 +1,70 @@
-"""What docs/UPGRADING.md promises: since the first release migrations only add, so that processes of the version before
-go on beside the new tables. What takes something away comes a release later, and is named here."""
+"""What docs/UPGRADING.md promises: a migration after the first only adds, so that processes of the version before go on
+beside the new tables. What takes something away comes a release later, and is named here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from alembic.script import ScriptDirectory
+import pytest
 from sqlalchemy import Column, MetaData, Table
 
-from catalog.db.database import Database, alembic_config
+from catalog.db import revisions
+from catalog.db.database import Database
+from tests import next_migration
+from tests.next_migration import NEXT
 
-FIRST_RELEASE = "0035"
-"""The newest revision of the time when nothing was released: of those up to it nobody runs old code."""
-TAKEN_AWAY = {"0049 api_keys.request_digest"}
-"""`REVISION TABLE.COLUMN`, where the release before has stopped to use it already, or was never published (0.1.0)."""
+TAKEN_AWAY: set[str] = set()
+"""`REVISION TABLE`, or `REVISION TABLE.COLUMN`, where the release before has stopped to use it already."""
+IN_THE_WAY = {
+    "a table is dropped": ("op.drop_table('gang_seats')", ["gang_seats"]),
+    "a table is renamed": ("op.rename_table('gangs', 'crews')", ["gangs"]),
+    "a column is dropped": ("op.drop_column('gangs', 'port')", ["gangs.port"]),
+    "a column is renamed": ("op.alter_column('gangs', 'port', new_column_name='door')", ["gangs.port"]),
+    "every row must have a new column": (
+        "with op.batch_alter_table('gangs') as batch: batch.add_column(sa.Column('color', sa.Text(), nullable=False))",
+        ["gangs.color"],
+    ),
+    "every row must have an old column": (
+        "with op.batch_alter_table('gangs') as batch: batch.alter_column('port', nullable=False)",
+        ["gangs.port"],
+    ),
+    "a column loses its default": (
+        "with op.batch_alter_table('gang_seats') as batch: batch.alter_column('num_failed', server_default=None)",
+        ["gang_seats.num_failed"],
+    ),
+}
 
 
-def test_old_code_can_still_read_and_write_what_newer_migrations_have_left(tmp_path: Path) -> None:
-    found = list(_in_the_way(Database(f"sqlite:///{tmp_path / 'lorry.db'}")))
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+    yield database
+    database.close()
 
-    assert [place for place in found if place.split()[0] > FIRST_RELEASE] == sorted(TAKEN_AWAY)
-    assert "0018 metrics" in found, "what was taken away before is seen"
-    assert "0030 projects.organization_id" in found, "what old code would not have filled in is seen"
+
+def test_old_code_can_still_read_and_write_what_newer_migrations_have_left(database: Database) -> None:
+    assert set(_in_the_way(database)) == TAKEN_AWAY
+
+
+def test_so_it_can_where_a_migration_only_adds(database: Database, next_migration: Path) -> None:
+    assert revisions.newest() == NEXT
+    assert set(_in_the_way(database)) == TAKEN_AWAY
+
+
+@pytest.mark.parametrize(("upgrade", "places"), IN_THE_WAY.values(), ids=IN_THE_WAY)
+def test_a_migration_that_is_in_old_codes_way_is_found(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upgrade: str, places: list[str]
+) -> None:
+    next_migration.install(tmp_path / "scripts", monkeypatch, upgrade=f"    {upgrade}", downgrade="    pass")
+
+    assert set(_in_the_way(database)) - TAKEN_AWAY == {f"{NEXT} {place}" for place in places}
 
 
 def _in_the_way(db: Database) -> Iterator[str]:
-    """By revision: tables and columns that are gone, and new columns of old tables that every row must have."""
+    """By revision: tables and columns that are gone, and columns of old tables that every row must have now."""
     before: dict[str, Table] = {}
-    scripts = ScriptDirectory.from_config(alembic_config(db.url)).walk_revisions()
-    for revision in [script.revision for script in scripts][::-1]:
+    for revision in revisions.known():
         db.migrate(revision)
         now = _tables(db)
         for name, table in before.items():
@@ -38,10 +73,11 @@ def _in_the_way(db: Database) -> Iterator[str]:
                 continue
             columns = now[name].columns
             yield from (f"{revision} {name}.{gone}" for gone in sorted(set(table.columns.keys()) - set(columns.keys())))
-            new = [column for column in columns if column.name not in table.columns]
-            yield from (f"{revision} {name}.{column.name}" for column in new if _is_demanded(column))
+            for column in columns:
+                was_demanded = column.name in table.columns and _is_demanded(table.columns[column.name])
+                if _is_demanded(column) and not was_demanded:
+                    yield f"{revision} {name}.{column.name}"
         before = now
-    db.close()
 
 
 def _tables(db: Database) -> dict[str, Table]:

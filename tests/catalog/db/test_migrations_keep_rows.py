@@ -1,34 +1,52 @@
 """No migration loses a row or a value: rows of every table at every revision, up through all of them and down again.
 
 The rows are made from the tables as they are reflected, so that a new migration is held to this without a word here;
-one that means to change what was there says so in MEANT.
+one that means to change what was there says so in MEANT. The migration of tests/next_migration.py is held to it too,
+and one that loses something is found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic import command
-from alembic.script import ScriptDirectory
 from sqlalchemy import JSON, Boolean, Column, Connection, Float, Integer, LargeBinary, MetaData, Table, insert, select
 from sqlalchemy.types import TypeEngine
 
-from catalog.db.database import Database, alembic_config
-from catalog.history.metric_points import Point, pack
+from catalog.db import revisions
+from catalog.db.database import Database
+from catalog.db.revisions import alembic_config
+from tests import next_migration
+from tests.next_migration import NEXT
 
-SEALS = ("link", "previous", "digest")
-MEANT = {
-    ("down to 0007", "api_keys", "revoked_at"),
-    ("down to 0050", "stored_bytes", "num_bytes"),
-    *((step, "audit_events", name) for step in ("up to 0053", "down to 0052") for name in SEALS),
+MEANT: set[tuple[str, str, str]] = set()
+"""By step, table and column: what a migration changes on purpose, where another test holds what it becomes. A step is
+`up to REVISION` or `down to REVISION`."""
+CLEARED: set[tuple[str, str]] = set()
+"""By step and table: rows that a migration deletes on purpose."""
+LOSSES = {
+    "a row": (
+        "op.execute(\"delete from tallies where label like '%-1'\")",
+        "pass",
+        f"up to {NEXT}: rows of tallies are gone",
+    ),
+    "a value": (
+        "op.execute(\"update organizations set created_by = 'x'\")",
+        "pass",
+        rf"up to {NEXT}: organizations\.created_by was .*, and is 'x'",
+    ),
+    "a value on the way down": ("pass", "op.execute('update gangs set size = 0')", r"gangs\.size was .*, and is 0"),
+    "a column on the way down": (
+        "op.add_column('gangs', sa.Column('color', sa.Text()))",
+        "pass",
+        "has other columns on the way down",
+    ),
 }
-"""By step, table and column: what a migration changes on purpose, where another test holds what it becomes."""
-CLEARED = {("up to 0053", "audit_head"), ("down to 0052", "audit_head")}
-"""Tables whose rows a migration deletes on purpose: the API server seals the audit log again."""
-BEFORE_ORGANIZATIONS = "0029"
+"""Up, down, and what is found of them."""
 Rows = dict[tuple[Any, ...], dict[str, Any]]
 """By primary key."""
 
@@ -49,34 +67,39 @@ def migrating(empty_url: str) -> Iterator[Database]:
 
 
 def test_no_row_and_no_value_is_lost_on_the_way_up_nor_on_the_way_down(migrating: Database) -> None:
-    revisions = _revisions(migrating.url)
+    _walk_up_and_down(migrating)
+
+
+def test_nor_by_a_migration_that_adds_and_makes_a_table_anew(migrating: Database, next_migration: Path) -> None:
+    assert revisions.newest() == NEXT
+
+    _walk_up_and_down(migrating)
+
+
+@pytest.mark.parametrize(("upgrade", "downgrade", "found"), LOSSES.values(), ids=LOSSES)
+def test_a_migration_that_loses_something_is_found(
+    migrating: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upgrade: str, downgrade: str, found: str
+) -> None:
+    next_migration.install(tmp_path / "scripts", monkeypatch, upgrade=f"    {upgrade}", downgrade=f"    {downgrade}")
+
+    with pytest.raises(AssertionError, match=found):
+        _walk_up_and_down(migrating)
+
+
+def _walk_up_and_down(database: Database) -> None:
+    """To every revision, with more rows at each on the way up. Raises AssertionError where a row or a value is lost."""
+    known = revisions.known()
     kept = Kept()
-
-    for revision in revisions:
-        migrating.migrate(revision)
-        tables = _check(migrating, kept, f"up to {revision}")
+    for ordinal, revision in enumerate(known, 1):
+        database.migrate(revision)
+        tables = _check(database, kept, f"up to {revision}")
         kept.columns[revision] = _column_names(tables)
-        _fill(migrating, kept, tables, revision)
-    for revision in reversed(revisions[:-1]):
-        if revision == BEFORE_ORGANIZATIONS:
-            _leave_one_organization(migrating)
-        command.downgrade(alembic_config(migrating.url), revision)
-        tables = _check(migrating, kept, f"down to {revision}")
+        _fill(database, kept, tables, ordinal)
+    for revision in reversed(known[:-1]):
+        command.downgrade(alembic_config(database.url), revision)
+        tables = _check(database, kept, f"down to {revision}")
         assert _column_names(tables) == kept.columns[revision], f"{revision} has other columns on the way down"
-    command.downgrade(alembic_config(migrating.url), "base")
-
-
-def _leave_one_organization(database: Database) -> None:
-    """Several are no way back."""
-    with database.schema_connection() as connection:
-        connection.exec_driver_sql("update projects set organization_id = (select min(id) from organizations)")
-        connection.exec_driver_sql("delete from organizations where id > (select min(id) from organizations)")
-
-
-def _revisions(url: str) -> list[str]:
-    """Oldest first."""
-    scripts = ScriptDirectory.from_config(alembic_config(url)).walk_revisions()
-    return [script.revision for script in scripts][::-1]
+    command.downgrade(alembic_config(database.url), "base")
 
 
 def _tables(connection: Connection) -> list[Table]:
@@ -104,20 +127,20 @@ def _check(database: Database, kept: Kept, step: str) -> list[Table]:
     return tables
 
 
-def _fill(database: Database, kept: Kept, tables: list[Table], revision: str) -> None:
+def _fill(database: Database, kept: Kept, tables: list[Table], ordinal: int) -> None:
     """Two rows more in every table: one with all its columns, and one with nothing in those that may be empty."""
     made: dict[str, list[dict[str, Any]]] = {}
     with database.schema_connection() as connection:
         for table in tables:
-            made[table.name] = [_row(table, made, revision, number) for number in (0, 1)]
+            made[table.name] = [_row(table, made, ordinal, number) for number in (0, 1)]
             for row in made[table.name]:
                 connection.execute(insert(table).values(row))
             kept.rows[table.name] = _read(connection, table)
 
 
-def _row(table: Table, made: dict[str, list[dict[str, Any]]], revision: str, number: int) -> dict[str, Any]:
+def _row(table: Table, made: dict[str, list[dict[str, Any]]], ordinal: int, number: int) -> dict[str, Any]:
     return {
-        column.name: _value(column, made, f"{revision}-{number}", int(revision) * 10 + number)
+        column.name: _value(column, made, f"{ordinal}-{number}", ordinal * 10 + number)
         for column in table.columns
         if number == 0 or not column.nullable or column.primary_key
     }
@@ -140,8 +163,8 @@ def _of_type(kind: TypeEngine[Any], text: str, number: int) -> Any:
         return number + 0.25
     if isinstance(kind, Integer):
         return number
-    if isinstance(kind, LargeBinary):  # nothing but points of curves, which a migration reads
-        return pack([Point(kind="train", step=number, seq=number, created_at=0.5, loss=1.5)])
+    if isinstance(kind, LargeBinary):
+        return text.encode()
     length: int | None = getattr(kind, "length", None)
     return text if length is None else text[-length:]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from alembic.script import ScriptDirectory
 from sqlalchemy import update
 
-from catalog.db.database import Database, alembic_config
+from catalog.db import revisions
+from catalog.db.database import Database
 from catalog.errors import Conflict, Unavailable, UnfitWorker
 from catalog.fleet import compatibility, cordons, workers
 from catalog.history import queries
@@ -16,19 +17,24 @@ from catalog.queue import claims
 from catalog.states import EndReason, JobState
 from catalog.tables.fleet import Worker
 from tests.catalog.world import World
+from tests.next_migration import LATER, NEXT, UNRELEASED
+
+OLDER = revisions.newest()
+"""Once there is the migration of tests/next_migration.py."""
 
 
 @pytest.fixture
 def restored(world: World) -> Iterator[World]:
     """Whose revision is put back: a later test may be given the same database."""
+    with world.db.read() as session:
+        revision = revisions.read(session) or ""
     yield world
-    with world.db.write() as session:
-        session.execute(update(compatibility.REVISIONS).values(version_num=compatibility.code_revision()))
+    at_revision(world, revision)
 
 
 def at_revision(world: World, revision: str) -> None:
     with world.db.write() as session:
-        session.execute(update(compatibility.REVISIONS).values(version_num=revision))
+        session.execute(update(revisions.VERSIONS).values(version_num=revision))
 
 
 def announced(world: World, oldest: int, newest: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,12 +59,13 @@ def beat(world: World, worker_id: str) -> bool:
 @pytest.mark.parametrize(
     ("revision", "code", "remedy"),
     [
-        ("0001", "database_too_old", "python -m api bootstrap"),
-        ("9999", "worker_too_old", "Install the service's version"),
+        (OLDER, "database_too_old", "Migrate it with this version"),
+        (LATER, "worker_too_old", "Install the service's version"),
+        (UNRELEASED, "database_not_upgradable", "make a new database"),
     ],
 )
 def test_a_worker_of_another_revision_is_refused_with_what_to_do_and_writes_nothing(
-    restored: World, revision: str, code: str, remedy: str
+    restored: World, next_migration: Path, revision: str, code: str, remedy: str
 ) -> None:
     world = restored
     at_revision(world, revision)
@@ -67,11 +74,12 @@ def test_a_worker_of_another_revision_is_refused_with_what_to_do_and_writes_noth
         register(world, "w1")
 
     assert refused.value.code == code
-    assert f"it is at {revision}" in refused.value.message
+    assert f" {revision}" in refused.value.message
     assert remedy in refused.value.remedy
     with pytest.raises(UnfitWorker):
         compatibility.check(world.db)
-    at_revision(world, compatibility.code_revision())
+    at_revision(world, NEXT)
+    compatibility.check(world.db)
     with world.db.read() as session:
         assert session.get(Worker, "w1") is None
 
@@ -102,26 +110,35 @@ def test_where_nothing_was_announced_a_worker_of_this_code_fits(world: World) ->
         register(world, "w2", compatibility.PROTOCOL + 1)
 
 
-def test_a_service_takes_newer_tables_than_its_own_and_no_older_ones(restored: World) -> None:
+def test_a_service_takes_newer_tables_than_its_own_and_no_older_ones(restored: World, next_migration: Path) -> None:
     world = restored
-    at_revision(world, "9999")
-    with world.db.read() as session:
-        compatibility.check_tables(session)
+    for revision in (LATER, NEXT):
+        at_revision(world, revision)
+        with world.db.read() as session:
+            compatibility.check_tables(session)
 
-    at_revision(world, "0001")
+    at_revision(world, OLDER)
 
-    with pytest.raises(Conflict, match="it is at 0001, an older one") as refused, world.db.read() as session:
+    with pytest.raises(Conflict, match=f"it is at {OLDER}, an older one") as refused, world.db.read() as session:
         compatibility.check_tables(session)
     assert refused.value.code == "database_too_old"
     assert "python -m api bootstrap" in refused.value.remedy
 
 
-def test_every_revision_but_the_newest_is_older(db: Database) -> None:
-    known = {script.revision for script in ScriptDirectory.from_config(alembic_config(db.url)).walk_revisions()}
+def test_a_service_refuses_tables_of_a_build_before_the_first_release(restored: World) -> None:
+    at_revision(restored, UNRELEASED)
 
-    assert {revision for revision in known if not compatibility.is_older(revision)} == {compatibility.code_revision()}
-    assert compatibility.is_older(None)
-    assert not compatibility.is_older("of a later version")
+    with pytest.raises(Conflict, match=f"revision {UNRELEASED}") as refused, restored.db.read() as session:
+        compatibility.check_tables(session)
+
+    assert refused.value.code == "database_not_upgradable"
+    assert "make a new database" in refused.value.remedy
+
+
+def test_every_revision_but_the_newest_is_older(next_migration: Path) -> None:
+    assert [revision for revision in revisions.known() if not revisions.is_older(revision)] == [NEXT]
+    assert revisions.is_older(None)
+    assert not revisions.is_older(LATER)
 
 
 def test_a_database_without_tables_is_waited_for(empty_url: str) -> None:

@@ -8,10 +8,9 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from alembic import command
 from sqlalchemy import select
 
-from catalog.db.database import Database, alembic_config
+from catalog.db.database import Database
 from catalog.fleet import metrics, workers
 from catalog.fleet.metrics import Numbers
 from catalog.jobs import commands
@@ -22,7 +21,7 @@ from catalog.states import EndReason, JobState, PriorityClass
 from catalog.tables.jobs import Job
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 from catalog.usage import ledger
-from tests.catalog.world import LEASE, Clock, World
+from tests.catalog.world import LEASE, World
 
 
 def read(world: World) -> Numbers:
@@ -179,27 +178,6 @@ def test_what_was_not_committed_or_was_taken_back_is_not_kept(world: World) -> N
         raise ValueError
 
     assert read(world).claims == 0
-
-
-def test_a_migration_counts_what_there_was_before_numbers_were_kept(empty_url: str) -> None:
-    database = Database(empty_url)
-    database.migrate()
-    world = World(database, Clock())
-    world.worker()
-    world.complete(world.running(priority="urgent").claim_id)
-    running, _ = world.running(), world.submit()
-    before = read(world)
-
-    command.downgrade(alembic_config(empty_url), "0032")
-    database.migrate()
-
-    found = read(world)
-    assert (found.claims, found.adapters, found.trained_tokens) == (2, 1, 5)
-    assert found.attempts_ended == before.attempts_ended
-    assert kept(world) == counted(world)
-    claims.end(database, running.claim_id, reason=EndReason.DRAINED, detail="left")
-    assert kept(world) == counted(world)
-    database.close()
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

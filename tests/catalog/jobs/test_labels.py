@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from alembic import command
 
-from catalog.db.database import Database, alembic_config
 from catalog.errors import InvalidRequest
 from catalog.jobs import commands
-from tests.catalog.world import Clock, World
+from tests.catalog.world import World
 
 
 def found(world: World, **wanted: Any) -> list[str]:
@@ -52,16 +50,3 @@ def test_the_same_tag_said_twice_is_one(world: World) -> None:
     job = world.submit(tags=["a", "a"])
 
     assert found(world, tags=["a", "a"]) == [job.id]
-
-
-def test_metadata_of_before_can_be_found_after_the_migration(empty_url: str) -> None:
-    database = Database(empty_url)
-    database.migrate()
-    world = World(database, Clock())
-    labeled, _ = world.submit(metadata={"team": "sëarch"}), world.submit()
-
-    command.downgrade(alembic_config(empty_url), "0027")
-    database.migrate()
-
-    assert found(world, metadata={"team": "sëarch"}) == [labeled.id]
-    database.close()

@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from alembic import command
-from sqlalchemy import delete, update
+from sqlalchemy import delete
 
 from catalog.audit import chain
 from catalog.audit.chain import Misfit
-from catalog.db.database import Database, alembic_config
 from catalog.maintenance import audit_anchors
 from catalog.storage.object_storage import Objects
 from catalog.tables.audit import AuditEvent, AuditHead
@@ -149,22 +147,3 @@ def test_anchors_of_before_a_new_pepper_are_verified_by_the_previous_one(world: 
     assert audit_anchors.anchor(world.db, objects, pepper=rotated)
 
     assert audit_anchors.verify(world.db, objects, peppers=[rotated, PEPPER.current]).misfit is None
-
-
-def test_a_log_that_was_sealed_without_a_key_is_sealed_again_after_the_upgrade(empty_url: str) -> None:
-    database = Database(empty_url)
-    database.migrate()
-    projects.create(database, "before")
-    command.downgrade(alembic_config(empty_url), "0052")
-    with database.write() as session:
-        session.execute(update(AuditEvent).values(link=AuditEvent.seq, previous="0" * 64, digest=AuditEvent.id))
-        session.add(AuditHead(id=1, link=1, digest="f" * 64))
-
-    database.migrate()
-
-    assert chain.check(database, peppers=PEPPER.all()).num_events == 0
-    num_sealed = chain.seal(database, pepper=PEPPER.current)
-    found = chain.check(database, peppers=PEPPER.all())
-    assert (found.misfit, found.num_events, found.num_unsealed) == (None, num_sealed, 0)
-    assert num_sealed > 0
-    database.close()

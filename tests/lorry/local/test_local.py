@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,6 +22,7 @@ from lorry.errors import LorryError
 from lorry.local import child, devices, ports, privacy, service
 from lorry.local.child import Child
 from lorry.local.lock import DataLock
+from tests.next_migration import UNRELEASED
 from tests.services.running import free_port
 
 
@@ -275,6 +278,18 @@ def test_what_the_services_own_commands_leave_out_is_no_key_and_no_link(
         made.sign_in_link()
     with pytest.raises(LorryError, match="bootstrap` ended well and told no identity_secret"):
         made.bootstrap()
+
+
+def test_the_remedy_for_a_database_of_an_unreleased_build_is_shown(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "lorry.db")) as database, database:
+        database.execute("create table alembic_version (version_num text)")
+        database.execute("insert into alembic_version values (?)", [UNRELEASED])
+
+    with socket.socket() as listening, pytest.raises(LorryError, match="make a new database") as refused:
+        service.LocalService(tmp_path, host="127.0.0.1", listening=listening).bootstrap()
+
+    assert f"at revision {UNRELEASED}" in refused.value.message
+    assert "Traceback" not in refused.value.message
 
 
 def test_a_child_inherits_the_sockets_that_it_is_given_and_no_others(tmp_path: Path) -> None:

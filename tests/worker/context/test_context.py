@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
+from catalog.db import revisions
 from catalog.db.database import Database
-from catalog.fleet import compatibility
 from catalog.settings import Settings
 from catalog.tables.fleet import Worker
+from tests import next_migration
 from tests.catalog.world import Clock, World
+from tests.next_migration import UNRELEASED
 from worker.context.context import UNFIT, open_worker
 from worker.entrypoints import loop
 from worker.node import devices, scratch_dirs
@@ -81,18 +83,27 @@ def test_a_worker_that_comes_up_before_its_database_waits_for_it(
     ]
 
 
+@pytest.mark.parametrize(
+    ("revision", "remedy"),
+    [
+        (revisions.newest(), "Migrate it with this version"),
+        (UNRELEASED, "make a new database"),
+    ],
+)
 def test_a_worker_that_does_not_fit_ends_with_a_sentence_and_has_written_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, revision: str, remedy: str
 ) -> None:
     world = a_world(Settings(data_dir=tmp_path))
     with world.db.write() as session:
-        session.execute(update(compatibility.REVISIONS).values(version_num="0001"))
+        session.execute(update(revisions.VERSIONS).values(version_num=revision))
+    next_migration.install(tmp_path / "scripts", monkeypatch)
     monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(loop.logs, "configure", lambda _: None)
 
     assert loop.main(["--device", "cpu"]) == UNFIT
 
-    assert "python -m api bootstrap" in caplog.text
+    assert remedy in caplog.text
+    assert f" {revision}" in caplog.text
     with world.db.read() as session:
         assert session.query(Worker).count() == 0
 

@@ -15,8 +15,10 @@ import pytest
 import redis
 from sqlalchemy import update
 
-from catalog.fleet import compatibility, cordons, workers
+from catalog.db import revisions
+from catalog.fleet import cordons, workers
 from catalog.states import EndReason, JobState
+from tests.next_migration import LATER
 from tests.services.redis import restartable_redis
 from tests.services.running import free_port
 from tests.worker_site import PEPPER, WAIT_SECONDS, WorkerSite, bare_site, worker_site
@@ -268,12 +270,12 @@ def test_a_drained_celery_worker_ends(tmp_path: Path, redis_url: str) -> None:
 def test_a_celery_worker_that_does_not_fit_ends_before_it_takes_a_message(tmp_path: Path, redis_url: str) -> None:
     with bare_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
         with site.db.write() as session:
-            session.execute(update(compatibility.REVISIONS).values(version_num="9999"))
+            session.execute(update(revisions.VERSIONS).values(version_num=LATER))
 
         worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
 
         assert worker.wait(WAIT_SECONDS) == UNFIT, site.log()
-        assert "it is at 9999, a newer one. Install the service's version" in site.log()
+        assert f"it is at {LATER}, a newer one. Install the service's version" in site.log()
         assert workers.list_workers(site.db, ended_within_seconds=0) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import time
@@ -36,6 +37,7 @@ from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact
 from tests.catalog.backup_service import Service, opened
 from tests.catalog.world import LEASE, PEPPER, manifest, sha
+from tests.next_migration import LATER, UNRELEASED
 
 
 class HookedObjects(Objects):
@@ -313,14 +315,21 @@ def test_a_backup_is_never_put_over_what_is_there(service: Service, elsewhere: S
         restore(elsewhere, service.place)
 
 
-def test_a_backup_of_newer_tables_or_of_another_database_is_refused(service: Service, elsewhere: Settings) -> None:
+def test_a_backup_of_newer_or_unreleased_tables_or_of_another_database_is_refused(
+    service: Service, elsewhere: Settings
+) -> None:
     service.backup()
     (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
     text = path.read_text()
 
-    path.write_text(text.replace('"revision": "0', '"revision": "9'))
-    with pytest.raises(InvalidRequest, match="newer version"):
+    path.write_text(json.dumps({**json.loads(text), "revision": LATER}))
+    with pytest.raises(InvalidRequest, match="newer version") as refused:
         restore(elsewhere, service.place)
+    assert refused.value.code == "backup_of_a_newer_version"
+    path.write_text(json.dumps({**json.loads(text), "revision": UNRELEASED}))
+    with pytest.raises(InvalidRequest, match="before the first release") as refused:
+        restore(elsewhere, service.place)
+    assert refused.value.code == "backup_not_upgradable"
     path.write_text(text.replace('"format": 2', '"format": 3'))
     with pytest.raises(InvalidRequest, match="reads the formats 1 to 2"):
         restore(elsewhere, service.place)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic import command
 from pydantic import SecretStr
-from sqlalchemy import delete, func, make_url, select, text, update
+from sqlalchemy import delete, func, make_url, select, text
 from sqlalchemy.orm import Session
 
 from catalog.audit import chain
-from catalog.db.database import Database, alembic_config
+from catalog.db import revisions
+from catalog.db.database import Database
 from catalog.errors import Conflict
 from catalog.maintenance import audit_anchors
 from catalog.maintenance.backup import database_dump, integrity
@@ -29,11 +29,17 @@ from catalog.tables.history import JobEvent
 from catalog.tables.table import Table
 from catalog.tables.tenancy import Project
 from catalog.tenancy import projects
+from tests import next_migration
 from tests.catalog.backup_service import Service, opened
 from tests.catalog.world import PEPPER, World
+from tests.next_migration import NEXT
 from tests.services.postgres import as_role
 
 DAY = 24 * 3600.0
+UNSEALS = """
+    op.execute("update audit_events set link = null, previous = null, digest = null")
+    op.execute("delete from audit_head")
+"""
 
 
 def sqlite_path(settings: Settings) -> Path:
@@ -127,26 +133,24 @@ def test_a_draft_that_a_killed_restore_left_is_not_written_through(service: Serv
     assert moved.read_bytes() == b"the live database"
 
 
-def test_a_backup_of_before_the_audit_seals_had_a_key_is_restored_without_a_problem(
-    service: Service, elsewhere: Settings
+def test_an_older_backup_is_compared_with_its_record_before_it_is_migrated(
+    service: Service, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The migration clears such seals, so the end of the chain is compared before it."""
-    db = service.world.db
-    command.downgrade(alembic_config(db.url), "0052")
-    try:
-        with db.write() as session:
-            session.execute(update(AuditEvent).values(link=AuditEvent.seq, previous="0" * 64, digest=AuditEvent.id))
-            last = session.scalar(select(func.max(AuditEvent.seq))) or 0
-            ident = session.scalar(select(AuditEvent.id).where(AuditEvent.seq == last)) or ""
-            session.add(AuditHead(id=1, link=last, digest=ident))
-        record = service.backup()
-    finally:
-        db.migrate()
+    """The migration changes what is compared: the revision, the number of rows, and the end of the audit chain."""
+    older = revisions.newest()
+    chain.seal(service.world.db, pepper=PEPPER.current)
+    record = service.backup()
+    next_migration.install(tmp_path / "scripts", monkeypatch, upgrade=UNSEALS, downgrade="    pass")
 
     restored = restore(elsewhere, service.place)
 
-    assert (record.revision, record.audit_link) == ("0052", last)
-    assert restored.checked.problems == []
+    assert (record.revision, restored.checked.problems) == (older, [])
+    assert record.audit_link > 0
+    db = opened(elsewhere)
+    with db.read() as session:
+        assert revisions.read(session) == NEXT
+        assert session.scalar(select(func.count()).select_from(AuditHead)) == 0
+    db.close()
 
 
 def test_the_restored_chain_must_end_as_the_backup_recorded(service: Service, elsewhere: Settings) -> None:
