@@ -68,7 +68,7 @@ function Tally({ jobs }) {
 function Aboard({ jobs }) {
   const trainers = Map.groupBy(jobs.filter((job) => job.status === "running"), (job) => job.trainer_id || job.id);
   if (!trainers.size) return null;
-  return html`<section class="beds" aria-labeledby="aboard">
+  return html`<section class="beds" aria-labelledby="aboard">
     <h2 id="aboard" class="unseen">Training now</h2>
     ${[...trainers].map(([id, aboard]) => html`<${Bed} key=${id} base=${aboard[0].model} jobs=${aboard} />`)}
   </section>`;

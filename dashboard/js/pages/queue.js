@@ -46,6 +46,6 @@ function WaitingTable({ jobs }) {
 function Training({ jobs }) {
   if (!jobs.length) return null;
   const trainers = Map.groupBy(jobs, (job) => job.trainer_id || job.id);
-  return html`<section class="beds after" aria-labeledby="training"><h2 id="training">Training now</h2>
+  return html`<section class="beds after" aria-labelledby="training"><h2 id="training">Training now</h2>
     ${[...trainers].map(([id, aboard]) => html`<${Bed} key=${id} base=${aboard[0].model} jobs=${aboard} />`)}</section>`;
 }

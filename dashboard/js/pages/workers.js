@@ -39,7 +39,7 @@ function Worker({ worker, jobs, done }) {
   const isIdle = worker.state === "idle";
   const isGone = worker.state === "lost" || worker.state === "ended";
   const facts = Object.entries(worker.report || {}).filter(([name, value]) => value !== null && typeof value !== "object" && !(isIdle && name === "tokens_per_second"));
-  return html`<section class="panel worker" aria-labeledby=${`worker-${worker.id}`}>
+  return html`<section class="panel worker" aria-labelledby=${`worker-${worker.id}`}>
     <div class="panel-head"><h2 id=${`worker-${worker.id}`}>${title}</h2>
       <span class=${`state worker-${worker.state}`}><span class="dot" aria-hidden="true"></span>${stateWords(worker)}</span></div>
     ${worker.cordon && worker.state !== "ended" && html`<p class="cordon">${cordonWords(worker.cordon)}</p>`}

@@ -76,7 +76,7 @@ export const Id = ({ id, what = "id", length }) => html`
 export const Loading = () => html`<p class="loading" role="status">Loading…</p>`;
 
 export const Panel = ({ title, id, aside, children, wide }) => html`
-  <section class=${`panel${wide ? " panel-wide" : ""}`} aria-labeledby=${id}>
+  <section class=${`panel${wide ? " panel-wide" : ""}`} aria-labelledby=${id}>
     <div class="panel-head"><h2 id=${id}>${title}</h2>${aside}</div>
     ${children}
   </section>`;

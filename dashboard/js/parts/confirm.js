@@ -20,7 +20,7 @@ export function Confirmer() {
     question.resolve(value);
   };
   return html`
-    <dialog ref=${dialog} class="confirm" aria-labeledby="confirm-title" aria-describedby="confirm-text"
+    <dialog ref=${dialog} class="confirm" aria-labelledby="confirm-title" aria-describedby="confirm-text"
       onCancel=${(event) => { event.preventDefault(); answer(false); }}>
       <h2 id="confirm-title">${question.title}</h2>
       <p id="confirm-text">${question.text}</p>
