@@ -1,7 +1,9 @@
-"""Start reading here. `supervise` is all that a worker does; the embedded loop and Celery both call it.
+"""Start reading here: `supervise` is the main loop of a worker. For one trainer after another, it does four things:
 
-Claim jobs of one pack, launch a trainer for them, relay what it says to the record, let more jobs join
-while there is room, publish what it finishes. Background chores (imports, preparation) go on beside it.
+1. Claim jobs that can train together (`_claim`), unless a trainer of another node needs this one (`gang.participate`).
+2. Launch a trainer for them (`_train`), together with the other nodes of the gang if there are any.
+3. Attend to it (`_attend`): record its events, apply what users ask for, admit more jobs, kill it if it hangs.
+4. Conclude (`_conclude`): record how the attempts end that it left unfinished.
 """
 
 from __future__ import annotations
@@ -17,148 +19,162 @@ from typing import TypeVar
 from catalog import logs
 from catalog.errors import LorryError, StaleClaim
 from catalog.fleet import workers
-from catalog.fleet.gangs import NotGathered
 from catalog.queue import claiming, claims
 from catalog.queue.claiming import Claim
 from catalog.registry import base_models as catalog_bases
 from catalog.resources import pack_key as packing
 from catalog.scheduling.snapshot import Capacity
-from catalog.states import EndReason
 from catalog.tables.jobs import Job
 from catalog.tables.table import new_id
 from worker.background import base_models
 from worker.background.chores import Chores
 from worker.context.context import WorkerContext
-from worker.gang import leader, member
+from worker.gang.gang import Gang, gang_of
 from worker.node import scratch_dirs
 from worker.process.clock import boot_seconds
 from worker.process.launcher import TrainerProcess, launch
-from worker.protocol.mailbox import Json, TrainerDirectory, Verb
-from worker.session.capacity import announced, room_of, told_room
-from worker.session.failures import mishap, mishap_of_job
+from worker.protocol.mailbox import Json, TrainerDirectory
+from worker.session.capacity import announced, capacity_report, free_capacity
+from worker.session.failures import TrainerEnd, job_failure, launch_failure
 from worker.session.job_logs import cleaned
-from worker.session.session_job import STOPPED, End
+from worker.session.session_job import STOPPED, End, requested_verb
 from worker.session.sharding import strategy_for
 from worker.session.trainer_session import OUTAGES, TrainerSession
-from worker.session.watchdog import LEFT_BEHIND, cordon_silent, set_aside, watch_clock
+from worker.session.watchdog import cordon_silent, set_aside, watch_clock
 
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.05
 OUTAGE_SECONDS = 0.5
-LEFT = End(reason=EndReason.DRAINED, detail="The worker left.")
-GANG_LEFT = End(reason=EndReason.DRAINED, detail="The worker, or another of its gang, left.")
-UNREACHABLE = End(reason=EndReason.INFRA_LOST, detail="The worker could not reach the database.")
 T = TypeVar("T")
 
 
-def supervise(context: WorkerContext) -> int:
-    """Work until there is nothing to import, prepare or train, or the worker is asked to leave.
+def supervise(context: WorkerContext) -> None:
+    """Work until there is nothing to import, prepare or train, or the worker is asked to shut down.
 
-    Returns how many attempts ended. Raises Unavailable or OutOfSpace where the database does not answer while
-    nothing is held. However it ends, no lease is renewed any more.
+    Raises Unavailable or OutOfSpace if the database does not answer while the worker holds no claim. In every case, no
+    lease is renewed after the return.
     """
     try:
         with Chores(context) as chores:
-            return _work(context, chores)
+            _work(context, gang_of(context), chores)
     finally:
         context.pulse.release_all()
 
 
-def _work(context: WorkerContext, chores: Chores) -> int:
-    num_ended = 0
-    left_over: list[Claim] = []
+def _work(context: WorkerContext, gang: Gang, chores: Chores) -> None:
+    """Run one trainer after another. A trainer that was unloaded for another base hands on the claims for that base."""
+    claimed: list[Claim] = []
     while not context.draining:
         had_chores = chores.go_on()
-        if not left_over and member.lend(context, chores, _trainer):
+        if not claimed and gang.participate(chores, _launch_trainer):
             continue
-        room = room_of(context)
-        context.pulse.status["report"] |= {"room": told_room(room)}
-        claimed = left_over or _claim(context, new_id("trainer"), room=room)
-        left_over = []
+        capacity = free_capacity(context)
+        context.pulse.status["report"] |= {"room": capacity_report(capacity)}
+        claimed = claimed or _claim(context, new_id("trainer"), capacity=capacity)
         if claimed:
-            num_ended_here, left_over = _train(context, chores, claimed)
-            num_ended += num_ended_here
+            claimed = _train(context, gang, chores, claimed)
         elif had_chores:
             chores.wait(TURN_SECONDS)
         else:
-            return num_ended
-    _release(context, left_over, End(reason=EndReason.DRAINED, detail="The worker left before it began."))
-    return num_ended
+            return
+    _release(context, claimed, TrainerEnd.NOT_LAUNCHED.value)
 
 
-def _train(context: WorkerContext, chores: Chores, claimed: list[Claim]) -> tuple[int, list[Claim]]:
-    """One trainer from launch to end: (attempts ended, claims of another pack that were made for the next)."""
+def _claim(context: WorkerContext, trainer_id: str, *, capacity: Capacity, pack_key: str | None = None) -> list[Claim]:
+    """Claim jobs that fit. From here on, the heartbeat renews their leases. pack_key: only jobs of that pack."""
+    cordon_silent(context)
+    if capacity.max_jobs <= 0 or not context.may_claim():
+        return []
+    since = boot_seconds()  # from before the claim: a lease must never seem longer than it is
+    claimed = claiming.claim_pack(
+        context.db,
+        worker_id=context.worker_id,
+        trainer_id=trainer_id,
+        room=capacity,
+        lease_seconds=context.settings.lease_seconds,
+        pack_key=pack_key,
+        policy=context.policy,
+    )
+    context.pulse.hold((claim.claim_id for claim in claimed), since=since)
+    for claim in claimed:
+        context.spans.claimed(claim, worker_id=context.worker_id)
+    return claimed
+
+
+def _train(context: WorkerContext, gang: Gang, chores: Chores, claimed: Sequence[Claim]) -> list[Claim]:
+    """Run one trainer from launch to exit. Returns claims for another base, for which it was unloaded."""
     first = claimed[0].job
     waiting = list(claimed)
 
     def is_unwanted() -> bool:
-        return _are_stopped(context, waiting)
+        return _are_all_stopped(context, waiting)
 
     with logs.about({"trainer": first.trainer_id}), ExitStack() as stack:
         try:
-            leader.gather(context, stack, first, _trainer_settings(context, first))
+            gang.gather(stack, first, _trainer_settings(context, first))
             base_dir = base_models.ensure(context, first.base_model, first.base_digest, is_unwanted=is_unwanted)
             settings = _trainer_settings(context, first) | {"base_dir": str(base_dir.absolute())}
-            trainer = _trainer(context, stack, str(first.trainer_id), settings | leader.meeting(context))
-            leader.start(context, trainer, is_unwanted=is_unwanted)
-            pack = _open_pack(context, stack, first, trainer.directory)
-            stack.enter_context(announced(context, trainer, pack, first.base_digest))
+            trainer = _launch_trainer(context, stack, str(first.trainer_id), settings | gang.rendezvous())
+            gang.start(trainer, is_unwanted=is_unwanted)
+            session = _open_session(context, stack, first, trainer.directory)
+            stack.enter_context(announced(context, trainer, session, first.base_digest))
             for claim in waiting:
-                pack.admit(claim)
+                session.admit(claim)
         except (LorryError, OSError, base_models.Abandoned) as error:
             if isinstance(error, base_models.ImportRefused):
-                _try(partial(_note_load, context, first))
-            _release(context, waiting, _mishap(context, error))
-            return len(claimed), []
-        left_over = _attend(context, chores, trainer, pack)
-        _conclude(context, trainer, pack)
-    return len(claimed) - len(waiting) + pack.num_ended, left_over
+                _best_effort(partial(_record_load_failure, context, first))
+            _release(context, waiting, TrainerEnd.WORKER_SHUTDOWN.value if context.draining else launch_failure(error))
+            return []
+        left_over = _attend(context, gang, chores, trainer, session)
+        _conclude(context, gang, trainer, session)
+    return left_over
 
 
-def _are_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
-    """Obey what people have asked for while nothing runs yet; True once nobody waits any more."""
-    for claim_id, order in context.pulse.take_orders([claim.claim_id for claim in waiting]).items():
+def _are_all_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
+    """Before a trainer runs: remove from `waiting` the jobs that are to stop. Returns whether none is left."""
+    for claim_id, directive in context.pulse.take_orders([claim.claim_id for claim in waiting]).items():
         for claim in [claim for claim in waiting if claim.claim_id == claim_id]:
-            asked: Verb | None = (
-                "cancel" if order.cancel else "pause" if order.pause else "preempt" if order.preempt else None
-            )
-            if asked is not None:
-                _release(context, [claim], STOPPED[asked])
-            if asked is not None or order.stale:
+            verb = requested_verb(directive)
+            if verb is not None:
+                _release(context, [claim], STOPPED[verb])
+            if verb is not None or directive.stale:
                 context.spans.ended(claim.claim_id, None)
                 waiting.remove(claim)
     return not waiting
 
 
-def _mishap(context: WorkerContext, error: LorryError | OSError | base_models.Abandoned) -> End:
-    """Why there is no trainer."""
-    if context.draining:
-        return LEFT
-    if isinstance(error, NotGathered):
-        return End(reason=EndReason.GANG_INCOMPLETE, detail=error.message)
-    if isinstance(error, base_models.Abandoned):
-        return End(reason=EndReason.DRAINED, detail="Nobody wanted it any more.")
-    return mishap(error)
-
-
-def _note_load(context: WorkerContext, first: Job) -> None:
-    """On record as a trainer that never got ready, by which it is known that the base fails here."""
-    trainer_id, key = str(first.trainer_id), first.pack_key
-    own, digest = context.worker_id, first.base_digest
-    workers.register_trainer(context.db, trainer_id=trainer_id, worker_id=own, base_digest=digest, pack_key=key)
+def _record_load_failure(context: WorkerContext, first: Job) -> None:
+    """Record a trainer that never became ready. Such records show that a base can't be loaded on this worker."""
+    trainer_id, worker_id = str(first.trainer_id), context.worker_id
+    named = {"trainer_id": trainer_id, "worker_id": worker_id, "base_digest": first.base_digest}
+    workers.register_trainer(context.db, **named, pack_key=first.pack_key)
     workers.end_trainer(context.db, trainer_id)
 
 
-def _trainer(context: WorkerContext, stack: ExitStack, trainer_id: str, settings: Json) -> TrainerProcess:
-    """The one that stands by, or a new one; it loads its base, and ends with the stack, its directory after it."""
+def _trainer_settings(context: WorkerContext, first: Job) -> Json:
+    """The settings of a trainer for jobs like `first`, except the folder of its base, which differs between nodes."""
+    return {
+        "format": 1,
+        "trainer_id": first.trainer_id,
+        "dtype": packing.precision_of(first.pack_key),
+        "quantization": packing.quantization_of(first.pack_key),
+        "strategy": strategy_for(context, first),
+        "device": context.device.torch_name(),
+        "prefix_disk_bytes": context.settings.prefix_disk_bytes,
+        "batch_invariant": context.settings.batch_invariant,
+        "idle_seconds": None,  # the worker tells it when to unload, so it never exits while a job is being admitted
+    }
+
+
+def _launch_trainer(context: WorkerContext, stack: ExitStack, trainer_id: str, settings: Json) -> TrainerProcess:
+    """Let the standby trainer, or else a new one, load its base. The stack kills it and deletes its directory."""
     if context.standby is not None and (trainer := context.standby.take(stack)) is not None:
         trainer.begin(settings)
-        if trainer.returncode is None:  # else it ended this very moment, and no job is to pay for that
+        if trainer.returncode is None:  # else it exited at this very moment, which must not count against any job
             return trainer
     path = stack.enter_context(scratch_dirs.owned(context.trainers_dir() / trainer_id))
-    directory = TrainerDirectory.create(path)
     trainer = launch(
-        directory,
+        TrainerDirectory.create(path),
         context.device,
         silence_seconds=context.settings.lease_seconds,
         bases_dir=context.settings.bases_dir(),
@@ -170,78 +186,67 @@ def _trainer(context: WorkerContext, stack: ExitStack, trainer_id: str, settings
     return trainer
 
 
-def _trainer_settings(context: WorkerContext, first: Job) -> Json:
-    """But for the folder of its base, which is this node's own."""
-    return {
-        "format": 1,
-        "trainer_id": first.trainer_id,
-        "dtype": packing.precision_of(first.pack_key),
-        "quantization": packing.quantization_of(first.pack_key),
-        "strategy": strategy_for(context, first),
-        "device": context.device.torch_name(),
-        "prefix_disk_bytes": context.settings.prefix_disk_bytes,
-        "batch_invariant": context.settings.batch_invariant,
-        "idle_seconds": None,  # we tell it when to unload, so that it never leaves while a job is on its way
-    }
-
-
-def _open_pack(context: WorkerContext, stack: ExitStack, first: Job, directory: TrainerDirectory) -> TrainerSession:
-    """An empty pack for jobs like `first`; forgotten with the stack."""
+def _open_session(context: WorkerContext, stack: ExitStack, first: Job, directory: TrainerDirectory) -> TrainerSession:
+    """An empty session for jobs like `first`. The stack releases the claims that are left in it."""
     assert first.trainer_id is not None, "the claim names the trainer that it is for"
     description = catalog_bases.get(context.db, first.base_model).description or {}
     strategy = strategy_for(context, first)
-    pack = TrainerSession(
+    session = TrainerSession(
         context, first.trainer_id, directory, first.pack_key, description=description, strategy=strategy
     )
-    stack.callback(pack.forget_all)
-    return pack
+    stack.callback(session.release_all)
+    return session
 
 
-def _attend(context: WorkerContext, chores: Chores, trainer: TrainerProcess, pack: TrainerSession) -> list[Claim]:
-    """Until the trainer has ended, or can't be ended. Returns claims of another pack, for which this one was unloaded.
+def _attend(
+    context: WorkerContext, gang: Gang, chores: Chores, trainer: TrainerProcess, session: TrainerSession
+) -> list[Claim]:
+    """Attend to the trainer until it has exited, or can't be killed. Returns claims for another base, for which it was
+    unloaded.
 
-    Each part goes on by itself in an outage: what people ask for is obeyed though nothing can be recorded.
+    Each step tolerates an outage by itself: what users ask for is applied even while nothing can be recorded.
     """
     left_over: list[Claim] = []
-    looked_at = time.monotonic()
-    leaving_at: float | None = None
-    farewell: Callable[[], bool] | None = None
-    """Still to be said: a disk that is full now may have room before its time is over."""
+    polled_at = time.monotonic()
+    closing_at: float | None = None
+    """When the trainer was first to shut down or unload. From then on it gets no new job."""
+    shutdown: Callable[[], bool] | None = None
+    """Sends the message for it. Repeated until it succeeds, because a full disk may have space again in time."""
     while trainer.is_awaited:
         if trainer.is_killed:
             time.sleep(TURN_SECONDS)
             continue
-        _patiently(trainer, pack.hear)
-        _patiently(trainer, lambda: pack.obey(context.pulse.take_orders(pack.claim_ids)))
-        if pack.fault is not None:
-            pack.verdict = pack.fault
-        if pack.fault is not None or (pack.ready is None and not len(pack)):
-            trainer.kill()  # for the latter: everybody has gone before it was ready
+        _tolerating_outages(trainer, session.read_events)
+        _tolerating_outages(trainer, lambda: session.apply_directives(context.pulse.take_orders(session.claim_ids)))
+        if session.fault is not None:
+            session.outcome = session.fault
+        if session.fault is not None or (session.ready is None and not len(session)):
+            trainer.kill()  # in the second case, all its jobs were stopped before it was ready
             continue
-        is_to_leave = _patiently(trainer, lambda: leader.attend(context, trainer)) or context.draining
+        is_to_shut_down = _tolerating_outages(trainer, lambda: gang.monitor(trainer)) or context.draining
         if trainer.is_killed:
-            continue  # nothing more is claimed for it
-        if is_to_leave and leaving_at is None:
-            leaving_at, farewell = time.monotonic(), partial(_tell_to_leave, trainer, pack, _left(context))
+            continue  # by `monitor`: nothing more may be claimed for it
+        if is_to_shut_down and closing_at is None:
+            closing_at, shutdown = time.monotonic(), partial(_drain, gang, trainer, session)
         has_rung = context.bell.has_rung()
         chores.go_on(has_rung=has_rung)
-        if leaving_at is None:
-            _patiently(trainer, pack.hand_over)
-        is_due = has_rung or time.monotonic() - looked_at >= context.settings.poll_seconds
-        if leaving_at is None and is_due:
-            looked_at = time.monotonic()
-            left_over = _patiently(trainer, lambda: _look_for_more(context, pack)) or []
-            if left_over or _is_spent(context, pack):
-                leaving_at, farewell = time.monotonic(), partial(pack.tell, "unload")
-        if farewell is not None and _patiently(trainer, farewell):
-            farewell = None
-        watch_clock(context, trainer, pack, leaving_at)
+        if closing_at is None:
+            _tolerating_outages(trainer, session.hand_over)
+        is_due = has_rung or time.monotonic() - polled_at >= context.settings.poll_seconds
+        if closing_at is None and is_due:
+            polled_at = time.monotonic()
+            left_over = _tolerating_outages(trainer, lambda: _claim_more(context, session)) or []
+            if left_over or _is_idle(context, gang, session):
+                closing_at, shutdown = time.monotonic(), partial(session.send, "unload")
+        if shutdown is not None and _tolerating_outages(trainer, shutdown):
+            shutdown = None
+        watch_clock(context, trainer, session, closing_at)
         trainer.wait(TURN_SECONDS)
     return left_over
 
 
-def _patiently(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
-    """What `act` returns; None in an outage, or where a file can't be had now, after a pause."""
+def _tolerating_outages(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
+    """What `act` returns. In an outage, or if a file is not available now: None, after a pause."""
     try:
         return act()
     except (*OUTAGES, OSError) as error:
@@ -250,114 +255,90 @@ def _patiently(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
         return None
 
 
-def _tell_to_leave(trainer: TrainerProcess, pack: TrainerSession, left: End) -> bool:
-    """True once it is told. A trainer that is still loading has nothing to save."""
-    if pack.ready is not None:
-        pack.is_leaving = True
-        return pack.tell("drain")
-    pack.verdict = left
+def _drain(gang: Gang, trainer: TrainerProcess, session: TrainerSession) -> bool:
+    """Have the trainer save its jobs and exit. Returns True: it was told. A trainer that still loads has nothing to
+    save, so it is killed."""
+    if session.ready is not None:
+        session.is_shutting_down = True
+        return session.send("drain")
+    session.outcome = gang.shutdown_end.value
     trainer.kill()
     return True
 
 
-def _look_for_more(context: WorkerContext, pack: TrainerSession) -> list[Claim]:
-    """Admit jobs that may join. An empty trainer also lets go of its base for others, whom this returns."""
-    if pack.has_suspect:
+def _claim_more(context: WorkerContext, session: TrainerSession) -> list[Claim]:
+    """Claim more jobs, and admit those that this trainer can train. An empty trainer may also claim jobs for another
+    base: those are returned, and the trainer has to be unloaded for them."""
+    if session.has_suspect:
         return []
-    free = room_of(context, pack)
-    context.pulse.status["report"] |= {"room": told_room(free), "predicted_bytes": pack.predicted_bytes()}
-    if len(pack):
-        for claim in _claim(context, pack.trainer_id, room=free, pack_key=pack.pack_key):
-            pack.admit(claim)
-        return []
-    claimed = _claim(context, new_id("trainer"), room=free)
-    if claimed and not pack.is_for(claimed[0].job):
-        return claimed
+    capacity = free_capacity(context, session)
+    report = {"room": capacity_report(capacity), "predicted_bytes": session.predicted_bytes()}
+    context.pulse.status["report"] |= report
+    if len(session):
+        claimed = _claim(context, session.trainer_id, capacity=capacity, pack_key=session.pack_key)
+    else:
+        claimed = _claim(context, new_id("trainer"), capacity=capacity)
+        if claimed and not session.is_for(claimed[0].job):
+            return claimed
     for claim in claimed:
-        pack.admit(claim)
+        session.admit(claim)
     return []
 
 
-def _is_spent(context: WorkerContext, pack: TrainerSession) -> bool:
-    is_old = time.monotonic() - pack.idle_since >= context.settings.idle_seconds
-    return not len(pack) and (is_old or leader.is_spent(context))
+def _is_idle(context: WorkerContext, gang: Gang, session: TrainerSession) -> bool:
+    """Whether the trainer is empty, and has been for too long or can get no new job."""
+    is_overdue = time.monotonic() - session.idle_since >= context.settings.idle_seconds
+    return not len(session) and (is_overdue or not gang.is_open)
 
 
-def _conclude(context: WorkerContext, trainer: TrainerProcess, pack: TrainerSession) -> None:
-    """The trainer has ended, or is left behind: hear its last words, and end what it leaves unfinished by the way it
-    ended."""
+def _conclude(context: WorkerContext, gang: Gang, trainer: TrainerProcess, session: TrainerSession) -> None:
+    """After the trainer has exited, or could not be killed: record its last events, and end the attempts of the jobs
+    that it left unfinished. An outage is waited for as long as the claims may still be valid."""
     deadline = boot_seconds() + context.settings.lease_seconds
-    lost = UNREACHABLE
+    end = TrainerEnd.DATABASE_UNREACHABLE.value
     while not context.pulse.lost.is_set() and boot_seconds() < deadline:
         try:
-            pack.hear_all()
+            session.read_all_events()
             set_aside(context, trainer)
-            if pack.is_leaving:  # whatever becomes of what it was to save
-                pack.end_all(_left(context), only_unseen=True)
-            pack.end_all(_verdict(context, trainer, pack))
+            if session.is_shutting_down:  # a job that the trainer never got lost nothing, however the trainer exited
+                session.end_all(gang.shutdown_end.value, only_unseen=True)
+            session.end_all(_trainer_outcome(context, gang, trainer, session))
             return
         except (*OUTAGES, OSError) as error:
             log.warning("%s Waiting to record how the trainer ended.", error)
-            own = context.worker_id
-            lost = replace(mishap_of_job(error), blamed_worker_id=own) if isinstance(error, OSError) else UNREACHABLE
+            end = TrainerEnd.DATABASE_UNREACHABLE.value
+            if isinstance(error, OSError):
+                end = replace(job_failure(error), blamed_worker_id=context.worker_id)
             time.sleep(OUTAGE_SECONDS)
-    _try(lambda: set_aside(context, trainer))
-    _try(lambda: pack.end_all(lost))
+    _best_effort(lambda: set_aside(context, trainer))
+    _best_effort(lambda: session.end_all(end))
 
 
-def _left(context: WorkerContext) -> End:
-    return LEFT if context.gang is None else GANG_LEFT
-
-
-def _verdict(context: WorkerContext, trainer: TrainerProcess, pack: TrainerSession) -> End:
+def _trainer_outcome(context: WorkerContext, gang: Gang, trainer: TrainerProcess, session: TrainerSession) -> End:
+    """What ended the trainer. The first cause that applies decides how the attempts of its jobs end."""
     if trainer.is_left_behind:
-        return replace(LEFT_BEHIND, blamed_worker_id=context.worker_id)
-    if pack.verdict is not None:
-        return pack.verdict
+        return replace(TrainerEnd.UNKILLABLE.value, blamed_worker_id=context.worker_id)
+    if session.outcome is not None:
+        return session.outcome
     if context.draining:
-        return LEFT
-    if not len(pack):
-        return End(reason=EndReason.INFRA_LOST, detail="It held no job.")  # nobody is told
-    return leader.cause(context, trainer, is_ready=pack.ready is not None)
-
-
-def _claim(context: WorkerContext, trainer_id: str, *, room: Capacity, pack_key: str | None = None) -> list[Claim]:
-    """Claimed jobs, whose leases the heartbeat renews from here on."""
-    cordon_silent(context)
-    if room.max_jobs <= 0 or (context.gang is not None and not context.gang.may_claim()):
-        return []
-    since = boot_seconds()
-    claimed = claiming.claim_pack(
-        context.db,
-        worker_id=context.worker_id,
-        trainer_id=trainer_id,
-        room=room,
-        lease_seconds=context.settings.lease_seconds,
-        pack_key=pack_key,
-        policy=context.policy,
-    )
-    context.pulse.hold((claim.claim_id for claim in claimed), since=since)
-    for claim in claimed:
-        context.spans.claimed(claim, worker_id=context.worker_id)
-    return claimed
+        return TrainerEnd.WORKER_SHUTDOWN.value
+    if not len(session):
+        return TrainerEnd.EMPTY.value
+    return gang.exit_end(trainer, is_ready=session.ready is not None)
 
 
 def _release(context: WorkerContext, claimed: Sequence[Claim], end: End) -> None:
-    """Give back what no trainer has seen."""
+    """End the attempts of jobs that no trainer has begun."""
     for claim in claimed:
         context.pulse.release(claim.claim_id)
-        _try(partial(_end, context, claim.claim_id, cleaned(end, claim, context.settings.data_dir)))
+        told = cleaned(end, claim, context.settings.data_dir)
+        how = {"reason": told.reason, "detail": told.detail, "is_bystander": True, "policy": context.policy}
+        _best_effort(partial(claims.end, context.db, claim.claim_id, **how))
         context.spans.ended(claim.claim_id, end.reason)
 
 
-def _end(context: WorkerContext, claim_id: str, end: End) -> None:
-    """Of a job that no trainer has begun."""
-    policy = context.policy
-    claims.end(context.db, claim_id, reason=end.reason, detail=end.detail, is_bystander=True, policy=policy)
-
-
-def _try(record: Callable[[], object]) -> None:
-    """Best effort at the end of things: where it fails, the lease runs out and recovery does the same."""
+def _best_effort(record: Callable[[], object]) -> None:
+    """Record something as a trainer ends. If that fails, the lease expires, and recovery does the same."""
     try:
         record()
     except (LorryError, StaleClaim, OSError) as error:

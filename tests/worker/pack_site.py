@@ -98,42 +98,42 @@ class PackSite:
         (second,) = self.claim_all()
         return second
 
-    def pack(
+    def session(
         self, *claimed: Claim, trainer_id: str = "trainer-1", invariance: str = "bitwise", from_step: int = 0
     ) -> TrainerSession:
         """A pack whose trainer is ready and has admitted these."""
-        pack = self.loading_pack(*claimed, trainer_id=trainer_id)
-        say(pack, READY | {"invariance": invariance})
+        session = self.loading_session(*claimed, trainer_id=trainer_id)
+        say(session, READY | {"invariance": invariance})
         for claim in claimed:
-            tell(pack, claim, "admitted", step=from_step, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
-        pack.hear()
-        told(pack)
-        return pack
+            tell(session, claim, "admitted", step=from_step, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
+        session.read_events()
+        told(session)
+        return session
 
-    def loading_pack(self, *claimed: Claim, trainer_id: str = "trainer-1") -> TrainerSession:
+    def loading_session(self, *claimed: Claim, trainer_id: str = "trainer-1") -> TrainerSession:
         directory = TrainerDirectory.create(self.context.trainers_dir() / trainer_id, {})
         pack_key = claimed[0].job.pack_key if claimed else "base:float32:causal-lm"
-        pack = TrainerSession(self.context, trainer_id, directory, pack_key, description=DESCRIPTION)
+        session = TrainerSession(self.context, trainer_id, directory, pack_key, description=DESCRIPTION)
         for claim in claimed:
-            pack.admit(claim)
-        pack.hand_over()
-        return pack
+            session.admit(claim)
+        session.hand_over()
+        return session
 
-    def checkpoint(self, pack: TrainerSession, claim: Claim, step: int) -> str:
+    def checkpoint(self, session: TrainerSession, claim: Claim, step: int) -> str:
         """A checkpoint as the trainer leaves it; its folder relative to the trainer's directory."""
-        folder = pack.directory.checkpoint_path(claim.claim_id, step)
+        folder = session.directory.checkpoint_path(claim.claim_id, step)
         folder.mkdir(parents=True)
         (folder / "row").write_text(f"{claim.claim_id} at step {step}")
-        return pack.directory.named(folder)
+        return session.directory.named(folder)
 
-    def exported(self, pack: TrainerSession, claim: Claim, step: int) -> dict[str, Any]:
+    def exported(self, session: TrainerSession, claim: Claim, step: int) -> dict[str, Any]:
         """What the trainer says of a checkpoint that can be a model, its files in place."""
-        folder = pack.directory.path / self.checkpoint(pack, claim, step)
+        folder = session.directory.path / self.checkpoint(session, claim, step)
         adapter = folder.with_name(f"step-{step}-adapter")
         adapter.mkdir()
         (adapter / "adapter_model.safetensors").write_text(f"weights of step {step}")
         folders = {"folder": folder, "adapter": adapter}
-        told = {name: str(path.relative_to(pack.directory.path)) for name, path in folders.items()}
+        told = {name: str(path.relative_to(session.directory.path)) for name, path in folders.items()}
         return {"step": step, **told, "num_parameters": 24}
 
     def checkpoints(self, claim: Claim) -> list[Checkpoint]:
@@ -157,19 +157,19 @@ def step(number: int) -> dict[str, Any]:
     return {"step": number, "num_tokens": 10, **numbers}
 
 
-def say(pack: TrainerSession, *events: dict[str, Any]) -> None:
-    writer = EventWriter(pack.directory)
+def say(session: TrainerSession, *events: dict[str, Any]) -> None:
+    writer = EventWriter(session.directory)
     writer.write(*events)
     writer.close()
 
 
-def tell(pack: TrainerSession, claim: Claim, kind: str, **body: Any) -> None:
-    say(pack, {"type": kind, "claim_id": claim.claim_id, **body})
+def tell(session: TrainerSession, claim: Claim, kind: str, **body: Any) -> None:
+    say(session, {"type": kind, "claim_id": claim.claim_id, **body})
 
 
-def told(pack: TrainerSession) -> list[str]:
+def told(session: TrainerSession) -> list[str]:
     """The verbs that the trainer was sent since it last looked."""
-    return [message.verb for message in InboxReader(pack.directory).take()]
+    return [message.verb for message in InboxReader(session.directory).take()]
 
 
 def asked(claim: Claim, **orders: bool) -> dict[str, ClaimDirectives]:

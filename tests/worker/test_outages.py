@@ -154,14 +154,14 @@ def test_stale_claims_are_dropped_though_the_trainer_can_not_be_told(
     site.queued(suffix="one")
     site.queued(suffix="two")
     one, two = site.claim_all()
-    pack = site.pack(one, two)
+    session = site.session(one, two)
     monkeypatch.setattr(InboxWriter, "send", raising(error))
 
-    pack.obey(asked(one, stale=True) | asked(two, stale=True))
+    session.apply_directives(asked(one, stale=True) | asked(two, stale=True))
 
-    assert (len(pack), site.held()) == (0, set())
-    assert pack.fault is not None
-    assert (pack.fault.reason, pack.fault.blamed_worker_id) == (EndReason.NODE_FAILED, "w1")
+    assert (len(session), site.held()) == (0, set())
+    assert session.fault is not None
+    assert (session.fault.reason, session.fault.blamed_worker_id) == (EndReason.NODE_FAILED, "w1")
 
 
 def test_a_stale_claim_is_dropped_though_what_was_asked_before_can_not_be_done_now(
@@ -170,14 +170,14 @@ def test_a_stale_claim_is_dropped_though_what_was_asked_before_can_not_be_done_n
     site.queued(suffix="one")
     site.queued(suffix="two")
     cancelled, stale = site.claim_all()
-    pack = site.loading_pack(cancelled, stale)
+    session = site.loading_session(cancelled, stale)
     monkeypatch.setattr(claims, "end", raising(OUTAGE))
 
     with pytest.raises(type(OUTAGE)):
-        pack.obey(asked(cancelled, cancel=True) | asked(stale, stale=True))
+        session.apply_directives(asked(cancelled, cancel=True) | asked(stale, stale=True))
 
-    assert pack.claim_ids == [cancelled.claim_id]
-    assert pack.fault is None
+    assert session.claim_ids == [cancelled.claim_id]
+    assert session.fault is None
 
 
 def test_a_trainer_that_can_not_be_told_to_let_a_job_go_is_killed_and_its_node_is_to_blame(

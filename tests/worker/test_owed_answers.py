@@ -92,15 +92,21 @@ def test_answers_that_a_pause_cut_off_are_given_after_the_resume_and_only_those(
 
 def test_a_trainer_is_told_which_answers_are_on_record(site: PackSite) -> None:
     claim = site.claim(validation_file=site.world.file(), evaluation={"samples": PROMPTS})
-    pack = site.pack(claim)
-    tell(pack, claim, "sampled", step=2, samples=[{"prompt": "a", "answer": "b", "num_tokens": 1, "is_complete": True}])
+    session = site.session(claim)
+    tell(
+        session,
+        claim,
+        "sampled",
+        step=2,
+        samples=[{"prompt": "a", "answer": "b", "num_tokens": 1, "is_complete": True}],
+    )
     recording.record_event(site.db, claim.claim_id, "info", "Of something else.", {"step": 1})
-    pack.hear()
+    session.read_events()
 
-    pack._held[claim.claim_id].is_handed_over = False
-    pack.hand_over()
+    session._held[claim.claim_id].is_handed_over = False
+    session.hand_over()
 
-    (message,) = InboxReader(pack.directory).take()
+    (message,) = InboxReader(session.directory).take()
     assert message.body["answered_steps"] == [2]
     assert json.dumps(message.body)
 
@@ -108,10 +114,10 @@ def test_a_trainer_is_told_which_answers_are_on_record(site: PackSite) -> None:
 @pytest.mark.parametrize("reason", ["The loss did not fall.", None])
 def test_a_job_that_ended_early_is_on_record_as_such_while_it_is_verified(site: PackSite, reason: str | None) -> None:
     claim = site.claim()
-    pack = site.pack(claim)
+    session = site.session(claim)
 
-    tell(pack, claim, "finished", step=6, kept_step=4, stopped_early=reason)
-    pack.hear()
+    tell(session, claim, "finished", step=6, kept_step=4, stopped_early=reason)
+    session.read_events()
 
     progress = site.world.job(claim.job.id).progress
     assert progress is not None

@@ -31,8 +31,8 @@ from worker.background import base_models
 from worker.context.context import WorkerContext
 from worker.entrypoints import loop
 from worker.node import devices
-from worker.session.capacity import room_of
-from worker.session.watchdog import LEFT_BEHIND
+from worker.session.capacity import free_capacity
+from worker.session.failures import TrainerEnd
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_trainer_that_no_signal_ends_is_left_behind_and_its_worker_takes_nothi
     assert (site.world.job(job.id).state, reasons(site, job.id)) == ("queued", [EndReason.NODE_FAILED])
     assert site.held() == set()
     assert cordon is not None
-    assert (cordon["by"], cordon["reason"]) == ("service", LEFT_BEHIND.detail)
+    assert (cordon["by"], cordon["reason"]) == ("service", TrainerEnd.UNKILLABLE.value.detail)
     site.world.clock.turn(3600)
     assert site.world.claim("w1") == []
 
@@ -243,12 +243,12 @@ def test_a_base_that_still_loads_is_not_free_for_those_who_join(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = site.claim()
-    pack = site.loading_pack(claim)
+    session = site.loading_session(claim)
     monkeypatch.setattr(devices, "free_bytes", lambda _: 10**9)
 
-    room: Capacity = room_of(site.context, pack)
+    room: Capacity = free_capacity(site.context, session)
 
-    assert room.memory_bytes_free == 10**9 - pack.bytes_to_come() < 10**9 - 1000
+    assert room.memory_bytes_free == 10**9 - session.bytes_to_come() < 10**9 - 1000
 
 
 def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
@@ -256,7 +256,7 @@ def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
 ) -> None:
     """A GPU with room for a trainer, three rows and two more slices of its tick."""
     site.context.device = replace(site.context.device, kind="cuda")
-    pack = site.loading_pack(site.claim())
+    session = site.loading_session(site.claim())
     row_bytes = 26 * site.world.queued(suffix="next").adapter_parameters
     slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
     free = memory.trainer_bytes(DESCRIPTION, "bfloat16") + 3 * row_bytes + 2 * slice_bytes
@@ -266,8 +266,8 @@ def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
     for _ in range(2):
         for _ in range(2):
             site.queued()
-        supervisor._look_for_more(site.context, pack)
-        held.append(len(pack))
+        supervisor._claim_more(site.context, session)
+        held.append(len(session))
 
     assert held == [3, 3]
 
@@ -275,14 +275,14 @@ def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
 def test_the_base_of_an_empty_trainer_is_free_for_what_comes_next(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = site.pack()
-    assert pack.ready is not None
-    pack.ready = {**pack.ready, "memory": {"base_bytes": 500}}
+    session = site.session()
+    assert session.ready is not None
+    session.ready = {**session.ready, "memory": {"base_bytes": 500}}
     monkeypatch.setattr(devices, "free_bytes", lambda _: 1000)
 
-    room: Capacity = room_of(site.context, pack)
+    room: Capacity = free_capacity(site.context, session)
 
-    assert (room.memory_bytes_free, room.resident_key) == (1500, pack.pack_key)
+    assert (room.memory_bytes_free, room.resident_key) == (1500, session.pack_key)
 
 
 def test_a_worker_outlives_a_full_disk(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,16 +327,16 @@ def test_a_worker_that_waits_looks_again_when_the_bell_rings(site: PackSite, mon
 def test_jobs_join_while_none_is_slowed_down_by_more_than_was_promised(site: PackSite) -> None:
     for _ in range(4):
         site.queued()
-    pack = site.pack(*site.claim_all())
+    session = site.session(*site.claim_all())
     for _ in range(8):
         site.queued()
 
-    supervisor._look_for_more(site.context, pack)
-    before, was_told = len(pack), site.context.pulse.status["report"]["saturation"]
+    supervisor._claim_more(site.context, session)
+    before, was_told = len(session), site.context.pulse.status["report"]["saturation"]
     speeds = {"alone": [[64, 500.0]], "together": [[256, 1000.0], [384, 1000.0]]}
-    say(pack, {"type": "memory", "base_bytes": 1, "tick_speeds": speeds})
-    pack.hear()
-    supervisor._look_for_more(site.context, pack)
+    say(session, {"type": "memory", "base_bytes": 1, "tick_speeds": speeds})
+    session.read_events()
+    supervisor._claim_more(site.context, session)
 
     assert (before, was_told["is_full"]) == (4, True), "nothing is known yet: each is taken to slow down the others"
-    assert len(pack) == 8, "8 of 500 tokens/s alone, at 1,000 together, are four times as slow"
+    assert len(session) == 8, "8 of 500 tokens/s alone, at 1,000 together, are four times as slow"

@@ -17,6 +17,7 @@ from catalog import logs
 from catalog.db.database import Database
 from catalog.errors import LorryError
 from catalog.fleet import compatibility, workers
+from catalog.fleet.gangs import Round
 from catalog.queue.notifier import FileDoorbell
 from catalog.resources import sharding
 from catalog.resources.sharding import DeviceGroup, Wanted
@@ -50,8 +51,8 @@ class WorkerContext:
     pulse: Heartbeat
     bell: FileDoorbell
     """Rung by an api on this data folder, and by the worker's own chores."""
-    gang: Seat | None = None
-    """None where it trains by itself."""
+    seat: Seat | None = None
+    """Its membership of a gang, which worker.gang acts on. None for a worker by itself."""
     standby: Standby | None = None
     """None where the operator wants no trainer to stand by."""
     spans: ClaimSpans = field(default_factory=ClaimSpans)
@@ -103,10 +104,19 @@ class WorkerContext:
         part = self.device.host_memory_bytes
         return sharding.host_bytes(part, num_processes=self.num_processes) if given is None else given
 
+    @property
+    def led_round(self) -> Round | None:
+        """The round of several nodes that this worker leads now."""
+        return None if self.seat is None else self.seat.round
+
+    def may_claim(self) -> bool:
+        """A worker by itself may always claim jobs; of a gang, only the leader may. Raises Unavailable."""
+        return self.seat is None or self.seat.may_claim()
+
     def free_bytes(self) -> int:
         """Memory that each process of a trainer may still take, on any node of a gang."""
         own = self.own_free_bytes()
-        return own if self.gang is None else self.gang.least_free_bytes(own)
+        return own if self.seat is None else self.seat.least_free_bytes(own)
 
     def own_free_bytes(self) -> int:
         """On this node; processes on a CPU share what there is."""
@@ -199,7 +209,7 @@ def _seated(context: WorkerContext) -> Generator[None]:
         kind, free_bytes = context.device.kind, context.own_free_bytes
         seat = Seat(context.settings, context.db, context.worker_id, kind=kind, own_free_bytes=free_bytes)
         seat.enter(num_processes=context.num_processes)
-        context.gang = seat
+        context.seat = seat
     yield
 
 

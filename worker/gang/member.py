@@ -1,7 +1,7 @@
-"""What a member of a gang does that is called: it lends its devices to a trainer of the leader's, until that is over.
+"""What a called member of a gang does: it participates in the leader's trainer with its own devices.
 
-It has no claim and writes nothing of a job but what its trainer prints. That trainer is one of several that are one
-together: when this worker can't ask the database any more, or the round is over, it ends.
+A member has no claim, and writes nothing about a job except the output of its trainer. Its trainer is one of several
+that train together. The trainer ends with the round, or when this worker can't reach the database any more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from catalog import logs
 from catalog.errors import LorryError
 from catalog.fleet import gangs
 from catalog.fleet.gangs import Call, NotGathered
-from catalog.states import EndReason
 from worker.background import base_models
 from worker.background.chores import Chores
 from worker.context.context import WorkerContext
@@ -26,41 +25,40 @@ from worker.process.clock import boot_seconds
 from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
 from worker.protocol.rendezvous import meeting_settings
-from worker.session.failures import mishap, own_end
+from worker.session.failures import LocalExit, TrainerEnd, launch_failure, local_exit
+from worker.session.session_job import End
 from worker.session.trainer_session import OUTAGES
-from worker.session.watchdog import LEFT_BEHIND, set_aside
+from worker.session.watchdog import set_aside
 
 log = logging.getLogger(__name__)
-TURN_SECONDS = 0.2
-Start = Callable[[WorkerContext, ExitStack, str, Json], TrainerProcess]
-"""By its id and settings; the trainer ends with the stack."""
+POLL_SECONDS = 0.2
+Launch = Callable[[WorkerContext, ExitStack, str, Json], TrainerProcess]
+"""Launches a trainer with this id and these settings. It is killed with the stack."""
 
 
-def lend(context: WorkerContext, chores: Chores, start: Start) -> bool:
-    """Take part where the worker is called. False where it is not. Raises Unavailable before anything has begun."""
-    seat = context.gang
-    if seat is None:
-        return False
-    _tell(seat)
+def participate(context: WorkerContext, seat: Seat, chores: Chores, launch: Launch) -> bool:
+    """See `Gang.participate`."""
+    _report_end(seat)
     if (call := seat.called()) is None:
         return False
     seat.had = call.round_id
     with logs.about({"trainer": call.task["trainer_id"]}), ExitStack() as stack:
-        seat.owed = _Part(context, chores, seat, call).take(stack, start)
+        seat.owed = _Participation(context, chores, seat, call).run(stack, launch)
         with suppress(LorryError):
-            _tell(seat)  # else the next turn does
+            _report_end(seat)  # if it fails, the next call of `participate` repeats it
     return True
 
 
-def _tell(seat: Seat) -> None:
-    """How its last part ended, where nobody knows yet. The leader waits for it. Raises Unavailable, OutOfSpace."""
+def _report_end(seat: Seat) -> None:
+    """Record how this member's last part ended, unless it is recorded: the leader waits for it. Raises Unavailable,
+    OutOfSpace."""
     if seat.owed is not None and seat.had is not None:
         gangs.leave(seat.place, seat.had, end=seat.owed)
         seat.owed = None
 
 
-class _Part:
-    """Of one member in one round."""
+class _Participation:
+    """One member's part in one round."""
 
     def __init__(self, context: WorkerContext, chores: Chores, seat: Seat, call: Call) -> None:
         self._context = context
@@ -68,50 +66,53 @@ class _Part:
         self._seat = seat
         self._call = call
 
-    def take(self, stack: ExitStack, start: Start) -> Json | None:
-        """How the part ended; None where that is the leader's to say. What it printed is kept as the stack ends: the
-        leader, who waits to be told of the end, waits for no store."""
+    def run(self, stack: ExitStack, launch: Launch) -> Json | None:
+        """How the part ended. None if the leader decides that.
+
+        The output of the trainer is stored as the stack ends, so the leader does not wait for the store.
+        """
         context, task = self._context, self._call.task
         try:
-            base_dir = base_models.ensure(
-                context, task["base_model"], task["base_digest"]
-            )  # for the next round, if not this
+            # An import that takes longer than this round serves the next one.
+            base_dir = base_models.ensure(context, task["base_model"], task["base_digest"])
             self._join()
-            port = self._started()
-            return None if port is None else self._lend(stack, start, self._settings(port, base_dir))
+            port = self._wait_for_start()
+            return None if port is None else self._train(stack, launch, self._settings(port, base_dir))
         except NotGathered as error:
             log.info("%s", error.message)
             return None
-        except (LorryError, OSError, base_models.Abandoned) as error:
-            return _mishap(context, error)
+        except base_models.Abandoned:
+            return _as_json(TrainerEnd.WORKER_SHUTDOWN.value) if context.draining else None
+        except (LorryError, OSError) as error:
+            return _as_json(launch_failure(error))
 
     def _join(self) -> None:
-        """Said until it is heard, while the others wait for it. Raises NotGathered."""
+        """Report that this member is ready, and repeat it in an outage. Raises NotGathered."""
         while self._is_called():
             try:
                 return gangs.join(self._seat.place, self._call.round_id)
             except OUTAGES as error:
                 log.warning("%s The worker joins its gang a little later.", error)
                 self._chores.go_on()
-                time.sleep(TURN_SECONDS)
+                time.sleep(POLL_SECONDS)
         return None
 
     def _is_called(self) -> bool:
         return self._seat.still_called(self._call.round_id) is not None
 
-    def _started(self) -> int | None:
-        """Wait until all have joined, and the leader's trainer listens. None where the round is over before."""
+    def _wait_for_start(self) -> int | None:
+        """Wait until all have joined. Returns the port of the leader's trainer, or None if the round is over."""
         while (found := self._seat.still_called(self._call.round_id)) is not None:
             if found.port is not None:
                 return found.port
             if self._context.draining:
                 raise base_models.Abandoned
             self._chores.go_on()
-            time.sleep(TURN_SECONDS)
+            time.sleep(POLL_SECONDS)
         return None
 
     def _settings(self, port: int, base_dir: Path) -> Json:
-        """The leader's, with what is this node's own."""
+        """The settings of the leader's trainer, adapted to this node."""
         call, task = self._call, self._call.task
         met = meeting_settings(
             address=task["address"],
@@ -124,10 +125,10 @@ class _Part:
         own = {"base_dir": str(base_dir.absolute()), "device": self._context.device.torch_name()}
         return {**task["settings"], **own, "meeting": met}
 
-    def _lend(self, stack: ExitStack, start: Start, settings: Json) -> Json | None:
-        """Until the trainer has ended. Its folder is no other's, though the leader's be on the same disk."""
+    def _train(self, stack: ExitStack, launch: Launch, settings: Json) -> Json | None:
+        """Run the trainer until it exits. Its folder's name is unique even if the leader uses the same disk."""
         context, first_rank, trainer_id = self._context, self._call.first_rank, self._call.task["trainer_id"]
-        trainer = start(context, stack, f"{trainer_id}-from-{first_rank}", settings)
+        trainer = launch(context, stack, f"{trainer_id}-from-{first_rank}", settings)
         output = LentOutput(context, trainer, trainer_id=trainer_id, first_rank=first_rank)
         stack.callback(output.end)
         stack.callback(context.pulse.guard, on_beat=None, on_lost=None)
@@ -135,12 +136,13 @@ class _Part:
         trainer.pulse()
         end = self._attend(trainer, output)
         while trainer.is_killed and trainer.is_awaited:
-            time.sleep(TURN_SECONDS)
+            time.sleep(POLL_SECONDS)
         self._set_aside(trainer)
-        return _told(LEFT_BEHIND.reason, LEFT_BEHIND.detail) if trainer.is_left_behind else end
+        return _as_json(TrainerEnd.UNKILLABLE.value) if trainer.is_left_behind else end
 
     def _set_aside(self, trainer: TrainerProcess) -> None:
-        """Tried for a lease: with a trainer that no signal ends, it must not be called again."""
+        """Cordon the worker if its trainer could not be killed. Tried for a lease, because this worker must not be
+        called again."""
         deadline = boot_seconds() + self._context.settings.lease_seconds
         while True:
             try:
@@ -149,7 +151,7 @@ class _Part:
                 log.warning("%s Waiting to record that the worker takes nothing new.", error)
                 if boot_seconds() >= deadline:
                     return None
-            time.sleep(TURN_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _attend(self, trainer: TrainerProcess, output: LentOutput) -> Json | None:
         context, leaving_at, has_asked = self._context, None, False
@@ -158,39 +160,30 @@ class _Part:
             if context.draining:
                 leaving_at = leaving_at or time.monotonic()
                 has_asked = has_asked or self._ask_to_leave()
-            if leaving_at is not None and time.monotonic() - leaving_at > context.drain_seconds + TURN_SECONDS:
+            if leaving_at is not None and time.monotonic() - leaving_at > context.drain_seconds + POLL_SECONDS:
                 trainer.kill()
-                return _told(EndReason.DRAINED, "The worker left.")
+                return _as_json(TrainerEnd.WORKER_SHUTDOWN.value)
             if not self._is_called():
                 output.ask_stacks()
                 trainer.kill()
                 return None
-            trainer.wait(TURN_SECONDS)
+            trainer.wait(POLL_SECONDS)
             output.push_due()
-        return None if trainer.returncode == 0 else self._ended(trainer)
+        if trainer.returncode == 0:
+            return None
+        first = self._call.first_rank
+        local = local_exit(context, trainer, ranks=range(first, first + context.num_processes))
+        return _as_json(local, is_echo=local.is_echo or local.is_of_any)
 
     def _ask_to_leave(self) -> bool:
-        """Whether the leader can know now."""
+        """Returns whether the request is recorded, so that the leader will see it."""
         try:
             gangs.ask_to_leave(self._seat.place)
         except OUTAGES:
             return False
         return True
 
-    def _ended(self, trainer: TrainerProcess) -> Json:
-        first = self._call.first_rank
-        own = own_end(self._context, trainer, ranks=range(first, first + self._context.num_processes))
-        log.error("%s\n%s", own.detail, own.log_tail)
-        return _told(own.reason, own.detail, is_echo=own.is_echo or own.is_of_any)
 
-
-def _mishap(context: WorkerContext, error: LorryError | OSError | base_models.Abandoned) -> Json | None:
-    """Why it does not take part."""
-    if isinstance(error, base_models.Abandoned):
-        return _told(EndReason.DRAINED, "The worker left.") if context.draining else None
-    end = mishap(error)
-    return _told(end.reason, end.detail)
-
-
-def _told(reason: EndReason, detail: str, *, is_echo: bool = False) -> Json:
-    return {"reason": reason.value, "detail": detail, "is_echo": is_echo}
+def _as_json(end: End | LocalExit, *, is_echo: bool = False) -> Json:
+    """How a part ended, as the leader reads it. is_echo: a failure on another node may have caused it."""
+    return {"reason": end.reason.value, "detail": end.detail, "is_echo": is_echo}

@@ -1,4 +1,4 @@
-"""What a worker has free for jobs: beside those of its trainer, or for a new one."""
+"""The free capacity of a worker: alongside the jobs of its trainer, or for a new trainer."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from worker.session.trainer_session import TrainerSession
 log = logging.getLogger(__name__)
 
 
-def room_of(context: WorkerContext, pack: TrainerSession | None = None) -> Capacity:
-    """What fits beside the pack. An empty trainer's base counts as free: the next job needs it, or it is unloaded. So
-    does what stands by in a CPU's memory, for it becomes the trainer."""
+def free_capacity(context: WorkerContext, session: TrainerSession | None = None) -> Capacity:
+    """What fits alongside the jobs of the session. None: what fits into a new trainer.
+
+    The base of an empty trainer counts as free: the next job uses it, or it is unloaded. On a CPU, so does the memory
+    of the standby trainer, because it becomes the new trainer.
+    """
     free_bytes, group = context.free_bytes(), context.group
     tick_tokens = memory.tick_tokens(context.device.kind, num_lanes=devices.num_threads())
-    max_jobs = _places(context, pack)
-    if pack is None:
-        by_itself = context.standby is not None and context.device.kind == "cpu"
-        free_bytes += context.standby.memory_bytes() if context.standby is not None and by_itself else 0
+    max_jobs = _places(context, session)
+    if session is None:
+        if context.standby is not None and context.device.kind == "cpu":
+            free_bytes += context.standby.memory_bytes()
         return Capacity(
             max_jobs=max_jobs,
             memory_bytes_free=free_bytes,
@@ -35,52 +38,54 @@ def room_of(context: WorkerContext, pack: TrainerSession | None = None) -> Capac
             recomputes=context.device.recomputes,
             group=group,
         )
-    when_empty = free_bytes + pack.held_bytes()
-    if pack.ready is not None:
+    when_empty = free_bytes + session.held_bytes()
+    if session.ready is not None:
         when_empty += group.reserve_bytes
-    if not len(pack) and pack.ready is not None:
-        free_bytes += int(pack.ready["memory"]["base_bytes"]) + group.reserve_bytes
+    if not len(session) and session.ready is not None:
+        free_bytes += int(session.ready["memory"]["base_bytes"]) + group.reserve_bytes
     return Capacity(
         max_jobs=max_jobs,
-        memory_bytes_free=max(0, free_bytes - pack.bytes_to_come()),
+        memory_bytes_free=max(0, free_bytes - session.bytes_to_come()),
         memory_bytes_when_empty=when_empty,
-        resident_key=pack.pack_key,
-        num_jobs=len(pack),
+        resident_key=session.pack_key,
+        num_jobs=len(session),
         tick_tokens=tick_tokens,
         recomputes=context.device.recomputes,
         group=group,
-        holding=pack.holding,
+        holding=session.holding,
     )
 
 
-def told_room(room: Capacity) -> Json:
-    """With the next heartbeat, for who decides about the worker."""
+def capacity_report(capacity: Capacity) -> Json:
+    """The part of the capacity that the next heartbeat reports, for placement decisions and for users."""
     names = ("max_jobs", "memory_bytes_free", "holding")
-    return {name: getattr(room, name) for name in names}
+    return {name: getattr(capacity, name) for name in names}
 
 
-def _places(context: WorkerContext, pack: TrainerSession | None) -> int:
-    """Jobs that may join before one of the trainer would be slowed down by more than the operator allows. What is
-    decided of a trainer goes with the next heartbeat, so that people can be told why a job waits."""
+def _places(context: WorkerContext, session: TrainerSession | None) -> int:
+    """How many jobs may join before one of the trainer's would be slowed down by more than the operator allows.
+
+    The next heartbeat reports how that was decided for a trainer, so that users can see why a job waits.
+    """
     settings = context.settings
-    num_jobs, speeds = (len(pack), pack.speeds) if pack is not None else (0, throughput.UNKNOWN)
+    num_jobs, speeds = (len(session), session.speeds) if session is not None else (0, throughput.UNKNOWN)
     places = throughput.free_places(
         num_jobs,
         speeds,
         max_slowdown=settings.max_slowdown,
         at_most=max(0, settings.max_jobs_per_trainer - num_jobs),
     )
-    if pack is not None:
+    if session is not None:
         context.pulse.status["report"] |= {"saturation": throughput.described(num_jobs, speeds, settings, places)}
     return places
 
 
 @contextmanager
 def announced(
-    context: WorkerContext, trainer: TrainerProcess, pack: TrainerSession, base_digest: str
+    context: WorkerContext, trainer: TrainerProcess, session: TrainerSession, base_digest: str
 ) -> Generator[None]:
-    """The trainer is on record, and lives by the worker's heartbeat."""
-    trainer_id, pack_key = pack.trainer_id, pack.pack_key
+    """Record the trainer, and let the worker's heartbeat keep it alive, for as long as the block lasts."""
+    trainer_id, pack_key = session.trainer_id, session.pack_key
     named = {"trainer_id": trainer_id, "worker_id": context.worker_id, "base_digest": base_digest}
     workers.register_trainer(context.db, **named, pack_key=pack_key, report=_group(context))
     context.pulse.status |= {"resident_base": base_digest, "trainer_id": trainer_id, "report": {}}
@@ -93,20 +98,20 @@ def announced(
         exit_report = {"exit_status": trainer.returncode, **_speeds(context)}
         try:
             workers.end_trainer(context.db, trainer_id, report=exit_report)
-        except LorryError as error:  # it is on record as one whose worker knows no more of it
+        except LorryError as error:  # the heartbeat no longer names this trainer
             log.warning("Not recorded: %s", error)
 
 
 def _group(context: WorkerContext) -> Json:
-    """The devices that it has, and the workers of the gang that lend theirs."""
+    """The trainer's devices, and the workers of the gang that participate in it."""
     device = context.device.as_json()
     group = {"group": {name: device[name] for name in ("indices", "cores")}}
-    if context.gang is None or context.gang.round is None:
+    if context.led_round is None:
         return group
-    return group | {"gang": {"name": context.gang.place.gang, "workers": context.gang.round.workers}}
+    return group | {"gang": {"name": context.settings.gang, "workers": context.led_round.workers}}
 
 
 def _speeds(context: WorkerContext) -> Json:
-    """What the trainer has learnt of its ticks: for plans of jobs on its base."""
+    """The trainer's measured throughput, for plans of jobs on its base."""
     told = context.pulse.status["report"].get("tick_speeds")
     return {"tick_speeds": told} if told else {}

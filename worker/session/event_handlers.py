@@ -89,8 +89,7 @@ class EventHandlers:
         are tried again, until catalog.lifecycle.failures knows. ranks: the processes that failed.
         """
         reason = self.refusal(error).reason
-        gang = self._context.gang
-        led = gang.round if gang is not None else None
+        led = self._context.led_round
         workers = [] if led is None else sorted({led.worker_of(rank) for rank in ranks})
         where = f", on {' and '.join(workers)} of the gang" if workers else ""
         said = f"Process {' and '.join(map(str, ranks))}{where}: " if ranks else ""

@@ -1,12 +1,19 @@
-"""How a trainer ended, or of one of several nodes the part here: from what its worker can see of it."""
+"""Why trainers end, and how the attempts of their jobs end then.
+
+`TrainerEnd` is the table of the causes that are no error and no exit. The functions below it turn an exit status or an
+error into an `End`.
+"""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from enum import Enum
 
 from catalog.errors import LorryError, NotFound, OutOfSpace, Unavailable
+from catalog.fleet.gangs import NotGathered
 from catalog.states import EndReason
-from worker.background.base_models import ImportRefused
+from worker.background.base_models import Abandoned, ImportRefused
 from worker.background.tokenization import FileRefused
 from worker.context.context import WorkerContext
 from worker.node import cgroup, devices
@@ -16,38 +23,70 @@ from worker.protocol.errors import without_handled
 from worker.protocol.trainer_paths import UnsafePath
 from worker.session.session_job import End
 
+log = logging.getLogger(__name__)
 LOG_BYTES = 16_000
-"""Of each process's last words."""
+"""Read from the end of each process's log."""
+
+
+class TrainerEnd(Enum):
+    """What ends a trainer, or keeps it from being launched, and how the attempts of its jobs end then."""
+
+    WORKER_SHUTDOWN = End(reason=EndReason.DRAINED, detail="The worker left.")
+    GANG_SHUTDOWN = End(reason=EndReason.DRAINED, detail="The worker, or another of its gang, left.")
+    NOT_LAUNCHED = End(reason=EndReason.DRAINED, detail="The worker left before it began.")
+    UNWANTED = End(reason=EndReason.DRAINED, detail="Nobody wanted it any more.")
+    SLOW_SHUTDOWN = End(
+        reason=EndReason.DRAINED, detail="The trainer did not save its jobs in time; the last checkpoints stand."
+    )
+    EMPTY = End(reason=EndReason.INFRA_LOST, detail="It held no job.")
+    """No attempt is left to end."""
+    DATABASE_UNREACHABLE = End(reason=EndReason.INFRA_LOST, detail="The worker could not reach the database.")
+    UNKILLABLE = End(
+        reason=EndReason.NODE_FAILED,
+        detail="The trainer could not be killed: it waits in the kernel, for its device's driver or a disk that hangs.",
+    )
+    """If the trainer ever continues, nothing that it writes counts: its claims have ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OwnEnd:
+class LocalExit:
+    """How a trainer exited on this node."""
+
     reason: EndReason
     detail: str
-    log_tail: str
     is_echo: bool = False
-    """It followed from another node's end, or nothing tells that it did not."""
+    """A failure on another node caused it, or nothing shows that none did."""
     is_of_any: bool = False
-    """It may be any node's doing, for all of them end so."""
+    """Any node may have caused it, because the trainers of all nodes exit in this way."""
     had_met: bool = True
-    """Of an echo: the processes of all nodes had, as far as is known."""
+    """If `is_echo`: as far as is known, the processes of all nodes had connected before."""
 
 
-def own_end(
+def local_exit(
     context: WorkerContext, trainer: TrainerProcess, *, ranks: range | None = None, was_killed: bool = False
-) -> OwnEnd:
-    """ranks: the numbers of the processes here, where others are on other nodes. was_killed: by its worker, for what
-    another one was seen to do, so its status tells nothing."""
-    is_disk_full = devices.is_disk_full(trainer.directory.path)
+) -> LocalExit:
+    """How the trainer exited on this node, from what its worker can see: exit status, logs, OOM kills, the disk.
+
+    The end of its log goes to the worker's log. ranks: of the processes on this node, if others run on other nodes.
+    was_killed: by its worker because of another node, so that the exit status is meaningless.
+    """
     log_tail = without_handled(trainer.directory.log_tail(LOG_BYTES))
+    exited = _diagnosed(context, trainer, log_tail, ranks=ranks, was_killed=was_killed)
+    log.error("%s\n%s", exited.detail, log_tail)
+    return exited
+
+
+def _diagnosed(
+    context: WorkerContext, trainer: TrainerProcess, log_tail: str, *, ranks: range | None, was_killed: bool
+) -> LocalExit:
+    is_disk_full = devices.is_disk_full(trainer.directory.path)
     returncode = trainer.returncode or 0
     if ranks is not None:
-        logs = [without_handled(log) for log in trainer.directory.log_tails(LOG_BYTES)]
-        told = heard(logs, ranks=ranks, returncode=None if was_killed else returncode)
+        tails = [without_handled(tail) for tail in trainer.directory.log_tails(LOG_BYTES)]
+        told = heard(tails, ranks=ranks, returncode=None if was_killed else returncode)
         if told.is_echo or not (told.is_own or is_disk_full):
             detail = f"It ended with others of its gang. {told.said}".strip()
-            lost = EndReason.INFRA_LOST
-            return OwnEnd(reason=lost, detail=detail, log_tail=log_tail, is_echo=True, had_met=told.is_told)
+            return LocalExit(reason=EndReason.INFRA_LOST, detail=detail, is_echo=True, had_met=told.is_told)
     reason, detail = classify_exit(
         1 if was_killed else returncode,
         log_tail if ranks is None else without_others(log_tail, ranks),
@@ -55,37 +94,44 @@ def own_end(
         device_kind=context.device.kind,
         is_disk_full=is_disk_full,
     )
-    return OwnEnd(reason=reason, detail=detail, log_tail=log_tail, is_of_any=DIFFER.search(log_tail) is not None)
+    return LocalExit(reason=reason, detail=detail, is_of_any=DIFFER.search(log_tail) is not None)
 
 
-def mishap(error: LorryError | OSError) -> End:
+def launch_failure(error: LorryError | OSError | Abandoned) -> End:
     """How the attempts end when no trainer could be launched.
 
     A node does not cause an outage of the store or the database. Where a base can't be fetched or loaded, the node or
     the base is at fault, which catalog.lifecycle.failures decides. The node causes every other failure.
     """
+    if isinstance(error, Abandoned):
+        return TrainerEnd.UNWANTED.value
     if isinstance(error, OSError):
         return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not start a trainer: {error}.")
+    if isinstance(error, NotGathered):
+        return End(reason=EndReason.GANG_INCOMPLETE, detail=error.message)
     if isinstance(error, Unavailable):
         return End(reason=EndReason.INFRA_LOST, detail=error.sentence())
     is_of_base = isinstance(error, ImportRefused | NotFound)
     return End(reason=EndReason.TRAINER_CRASHED if is_of_base else EndReason.NODE_FAILED, detail=error.sentence())
 
 
-def mishap_of_job(error: LorryError | OSError) -> End:
-    """What went wrong with one job alone. A file that is refused now would have been before the job began."""
-    if isinstance(error, LorryError):
-        wire = error.as_job_error()
-        if isinstance(error, FileRefused):
-            return End(reason=EndReason.USER_ERROR, detail=error.sentence(), error=wire)
-        if isinstance(error, UnsafePath):
-            return End(reason=EndReason.TRAINER_CRASHED, detail=error.sentence(), error=wire)
-        return End(reason=EndReason.INFRA_LOST, detail=error.sentence(), error=wire)
-    return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not use a file: {error}.")
+def job_failure(error: LorryError | OSError) -> End:
+    """How one job's attempt ends when something failed for that job alone.
+
+    A refused file is the user's error, although the preparation before the job would normally have refused it.
+    """
+    if isinstance(error, OSError):
+        return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not use a file: {error}.")
+    reason = EndReason.INFRA_LOST
+    if isinstance(error, FileRefused):
+        reason = EndReason.USER_ERROR
+    elif isinstance(error, UnsafePath):
+        reason = EndReason.TRAINER_CRASHED
+    return End(reason=reason, detail=error.sentence(), error=error.as_job_error())
 
 
-def untold(error: OutOfSpace | OSError, *, worker_id: str) -> End:
-    """Of all that a trainer holds which could not be told to let a job go."""
+def inbox_failure(error: OutOfSpace | OSError, *, worker_id: str) -> End:
+    """How all attempts of a trainer end when the worker could not send it the message to stop one of its jobs."""
     why = error.sentence() if isinstance(error, OutOfSpace) else f"{error}."
     detail = f"The trainer could not be told to let go of a job: {why}"
     return End(reason=EndReason.NODE_FAILED, detail=detail, blamed_worker_id=worker_id)

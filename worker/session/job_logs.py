@@ -119,7 +119,7 @@ class _Told:
 
 
 class Output:
-    """Of one trainer, for as long as its pack lives."""
+    """Of one trainer, for as long as its session lasts."""
 
     def __init__(self, context: WorkerContext, directory: TrainerDirectory, *, first_rank: int = 0) -> None:
         """first_rank: of the processes here, where others are on other nodes."""

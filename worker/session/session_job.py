@@ -1,4 +1,4 @@
-"""What the worker remembers of one job that its trainer holds, and how such a hold can end."""
+"""What the worker keeps in memory about one job of its trainer, and how that job's attempt can end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from catalog.lifecycle.recording import KEPT_CHECKPOINTS
 from catalog.queue.claiming import Claim
+from catalog.queue.claims import ClaimDirectives
 from catalog.resources import requirements
 from catalog.states import EndReason, is_suspect
 from catalog.tables.history import Checkpoint
@@ -17,14 +18,14 @@ from worker.session.metrics_buffer import Curve
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class End:
-    """Why an attempt ends, for people and for what follows."""
+    """How an attempt ends: the reason decides what follows, the detail is for users."""
 
     reason: EndReason
     detail: str
     error: Json | None = None
-    """What the job's `error` becomes where this ending is final."""
+    """Becomes the job's `error` if the job is not retried."""
     blamed_worker_id: str | None = None
-    """Whose doing it may be, where that is known. None: see Pack."""
+    """The worker whose node may have caused it, if known. None: see TrainerSession."""
 
 
 STOPPED: dict[Verb, End] = {
@@ -32,7 +33,16 @@ STOPPED: dict[Verb, End] = {
     "pause": End(reason=EndReason.PAUSED_BY_USER, detail="Paused before it trained here."),
     "preempt": End(reason=EndReason.PREEMPTED, detail="It had not begun to train here."),
 }
-"""What being asked to leave means for a job of which the trainer has nothing to save."""
+"""How a request to stop ends the attempt if the trainer has nothing to save of the job."""
+
+
+def requested_verb(directive: ClaimDirectives) -> Verb | None:
+    """The request to stop that counts, if there are several. A cancel makes the others pointless."""
+    if directive.cancel:
+        return "cancel"
+    if directive.pause:
+        return "pause"
+    return "preempt" if directive.preempt else None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,7 +1,7 @@
-"""The jobs that one trainer holds: what is said to it about them, what it says, and how each ends.
+"""One trainer's session: the jobs it holds, the messages to it, the events from it, and how each job's attempt ends.
 
-News are taken off a job's queue only once their consequences are recorded, so that an outage loses none; and
-each job has a queue of its own, so that one whose files can't be stored now holds nobody else up.
+An event leaves its job's queue only once its consequences are recorded, so an outage loses no event. Each job has its
+own queue, so a job whose files can't be stored now does not delay the others.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from worker.protocol.mailbox import EventReader, InboxWriter, MalformedEvent, Tr
 from worker.protocol.trainer_paths import UnsafePath
 from worker.session import staging
 from worker.session.event_handlers import EventHandlers, Next
-from worker.session.failures import mishap_of_job, untold
+from worker.session.failures import TrainerEnd, inbox_failure, job_failure
 from worker.session.job_logs import Output, cleaned
 from worker.session.metrics_buffer import Curve
-from worker.session.session_job import STOPPED, End, SessionJob
+from worker.session.session_job import STOPPED, End, SessionJob, requested_verb
 from worker.session.sharding import strategy_for
 
 log = logging.getLogger(__name__)
 OUTAGES = (Unavailable, OutOfSpace)
-"""What passes by itself, or by somebody's hand: wait, and try the same again."""
+"""Temporary failures, of the database, the store or the disk: wait, then try the same again."""
 NOBODY = ""
-"""Is blamed; see Attempt."""
+"""No worker is blamed; see Attempt."""
 
 
 class TrainerSession:
-    """All that a trainer holds, from the first admission to the last ending."""
+    """All claims of one trainer, from the first admission to the end of the last attempt."""
 
     def __init__(
         self,
@@ -61,30 +61,30 @@ class TrainerSession:
         description: Json,
         strategy: Strategy = "replicated",
     ) -> None:
-        """description: the base's, from which its memory is reckoned. strategy: how the trainer holds it."""
+        """description: of the base model, from which memory is estimated. strategy: how the devices hold the base."""
         self.trainer_id = trainer_id
         self.directory = directory
         self.pack_key = pack_key
         self.strategy: Strategy = strategy
-        self.num_ended = 0
         self.ready: Json | None = None
-        """What the trainer said when it had loaded its base."""
+        """The trainer's `ready` event, which it sends once it has loaded its base. None before."""
         self.heard_at = self.idle_since = time.monotonic()
         self.longest_silence = 0.0
-        """In seconds by the trainer's own clock, of it while it was busy: the worker may be slow to hear."""
+        """The longest pause in seconds between two events of the busy trainer. By the trainer's own clock, because the
+        worker may be slow to read."""
         self._said_at: float | None = None
-        """By that clock; None before it has said something of what it has now."""
+        """The time of the last event by that clock. None if none arrived since the trainer was last empty."""
         self.is_verifying = False
-        """Its last word was said amid passes that verify an adapter, of which it speaks at every linear."""
-        self.verdict: End | None = None
-        """Why its trainer was killed by us, or what it said before it ended itself."""
-        self.is_leaving = False
-        """It saves what it holds, for somebody is to leave."""
+        """The last event came from the verification of an adapter, which sends an event for every linear layer."""
+        self.outcome: End | None = None
+        """Why the supervisor killed the trainer, or the error that the trainer reported before it exited."""
+        self.is_shutting_down = False
+        """The trainer was sent `drain`: it saves all jobs, because the worker or another of its gang shuts down."""
         self.fault: End | None = None
-        """Why its trainer is to be killed: it can't be told to stop a job, or it reported a path outside of its
-        directory, or what is no event."""
+        """Why the supervisor must kill the trainer: it can't be sent a message to stop a job, it reported a path
+        outside its directory, or it sent something that is no event."""
         self.speeds = throughput.UNKNOWN
-        """What the trainer has learnt of its ticks."""
+        """The trainer's measured throughput."""
         self._context = context
         self._description = description
         self._inbox = InboxWriter(directory)
@@ -104,38 +104,41 @@ class TrainerSession:
 
     @property
     def holding(self) -> ShardingStrategy:
-        """Of the base, on the devices."""
+        """How the devices hold the base."""
         if self.strategy == "replicated":
             return "replicated"
         return "offloaded" if self.strategy.endswith("_offload") else "sharded"
 
     @property
     def has_suspect(self) -> bool:
-        """Then nobody may join."""
+        """While a suspect job trains, no other job may join."""
         return any(held.is_suspect for held in self._held.values())
 
     def is_for(self, job: Job) -> bool:
-        """Whether the trainer of an empty pack holds the base as the job has it. Asked of jobs that are claimed
-        already: nothing is read that could fail, or they would be in no pack."""
+        """Whether this trainer, while empty, can take the job: it holds the job's base, with the job's strategy.
+
+        The job is claimed already. So this reads nothing that could fail, or the claim would belong to no trainer.
+        """
         if self.pack_key != job.pack_key:
             return False
         return self.strategy == strategy_for(self._context, job, description=self._description)
 
     def bytes_to_come(self) -> int:
-        """What the trainer is still going to take for what it has been given.
+        """Memory that the trainer has yet to allocate for the jobs it was given.
 
-        Until its first job is admitted, its first tick; for each further one, the slice by which the tick grows.
+        Until it has admitted its first job, that includes the base and the first tick. For each further job, it
+        includes the slice by which the tick grows.
         """
         to_come = [held for held in self._held.values() if not held.is_admitted]
         num_admitted = len(self._held) - len(to_come)
         return self._bytes_of(to_come, beside=num_admitted) + (0 if num_admitted else self._trainer_bytes_to_come())
 
     def predicted_bytes(self) -> int:
-        """What the trainer takes with all that it holds, by the reckoning that let them in."""
+        """Estimated memory of the trainer with all its jobs, by the estimate that admitted them."""
         return self._bytes_of(list(self._held.values()), beside=0) + self._whole_trainer_bytes()
 
     def _bytes_of(self, jobs: list[SessionJob], *, beside: int) -> int:
-        """Of these, and of the slices by which they widen the tick. beside: so many more."""
+        """Of these jobs, and of the slices by which they widen the tick. beside: the number of other jobs."""
         slice_bytes = memory.slice_bytes(self._description, packing.precision_of(self.pack_key))
         tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
         total = 0
@@ -145,14 +148,14 @@ class TrainerSession:
         return total
 
     def held_bytes(self) -> int:
-        """What would be free without the trainer, of what it has said that it holds. A GPU's allocator gives back
-        nothing of its largest tick; a CPU's gives back what it can."""
+        """Memory that unloading the trainer would free, by its last report. A GPU's allocator keeps the memory of its
+        largest tick; a CPU's returns what it can."""
         held = self._memory
         whole = int(held.get("base_bytes", 0)) + int(held.get("rows_bytes", 0))
         return max(whole, int(held.get("peak_bytes", 0))) if self._context.device.kind == "cuda" else whole
 
     def _trainer_bytes_to_come(self) -> int:
-        """Of its base and its first tick, before any job is admitted. One that is ready and empty waits for none."""
+        """Of the base and the first tick, before any job is admitted. A trainer that is ready and empty needs none."""
         whole = self._whole_trainer_bytes()
         if self.ready is None:
             return whole + self._context.group.reserve_bytes
@@ -170,10 +173,10 @@ class TrainerSession:
     # To the trainer
 
     def admit(self, claim: Claim) -> None:
-        """Take a claimed job in; `hand_over` brings its files. It ends where these can't be had."""
+        """Take in a claimed job. `hand_over` brings its files, or ends the attempt if they are not available."""
         failpoints.pass_by("after_claim")
         if not self._held:
-            self.heard_at = time.monotonic()  # while it had nothing to do it had nothing to say
+            self.heard_at = time.monotonic()  # an empty trainer sends no events
             self._said_at = None
         curve = Curve(num_steps=claim.job.num_steps or 0)
         self._held[claim.claim_id] = SessionJob(claim=claim, curve=curve, checkpoints=list(claim.resume_candidates))
@@ -181,7 +184,7 @@ class TrainerSession:
         self.idle_since = time.monotonic()
 
     def hand_over(self) -> None:
-        """Bring the files of those who have arrived, and tell the trainer. Raises OutOfSpace, Unavailable."""
+        """Bring the files of newly admitted jobs, and tell the trainer of them. Raises OutOfSpace, Unavailable."""
         for held in list(self._held.values()):
             if not held.is_handed_over:
                 self._guarded(held, self._hand_over)
@@ -191,9 +194,9 @@ class TrainerSession:
             body = staging.bring_files(self._context, self.directory, held.claim, held.checkpoints)
             body["trace"] = self._context.spans.of(held.claim.claim_id)
         except Abandoned:
-            self._end(held, End(reason=EndReason.DRAINED, detail="The worker left."))
+            self._end(held, TrainerEnd.WORKER_SHUTDOWN.value)
         except (DamagedArtifact, FileRefused) as error:
-            self._end(held, mishap_of_job(error))
+            self._end(held, job_failure(error))
         except OutOfSpace as error:
             wire = error.as_job_error()
             own = self._context.worker_id
@@ -205,45 +208,45 @@ class TrainerSession:
             held.told.clear()
             held.is_handed_over = True
 
-    def obey(self, orders: dict[str, ClaimDirectives]) -> None:
-        """Pass on what people have asked for since the last heartbeat. Raises OutOfSpace, Unavailable, OSError; not
-        before what is stale is dropped: no heartbeat says that again, as it does what people ask for."""
-        for claim_id, order in sorted(orders.items(), key=lambda order: not order[1].stale):
+    def apply_directives(self, directives: dict[str, ClaimDirectives]) -> None:
+        """Drop stale claims, and stop the jobs that users or the scheduler want stopped.
+
+        Raises OutOfSpace, Unavailable, OSError, but only after all stale claims were dropped: a heartbeat reports a
+        claim as stale only once, and repeats every other directive.
+        """
+        for claim_id, directive in sorted(directives.items(), key=lambda item: not item[1].stale):
             held = self._held.get(claim_id)
             if held is None:
                 continue
-            if order.stale:
+            if directive.stale:
                 self._drop(held)
-            elif order.cancel:
-                self._guarded(held, partial(self._stop, verb="cancel"))
-            elif order.pause:
-                self._guarded(held, partial(self._stop, verb="pause"))
-            elif order.preempt:
-                self._guarded(held, partial(self._stop, verb="preempt"))
+            elif (verb := requested_verb(directive)) is not None:
+                self._guarded(held, partial(self._stop, verb=verb))
 
     def _stop(self, held: SessionJob, verb: Verb) -> None:
-        """By the trainer, unless it has nothing of the job, or what it says can't be put on record now."""
+        """Have the trainer stop the job. End the attempt here if the trainer does not have the job yet, or if a
+        cancelled job's events can't be recorded now."""
         is_stuck = verb == "cancel" and bool(held.news)
         if self.ready is None or not held.is_handed_over or is_stuck:
             self._end(held, STOPPED[verb])
-            self._take_away(held)
+            self._discard(held)
         elif verb not in held.told:
             self._inbox.send(verb, claim_id=held.claim.claim_id)
             held.told.add(verb)
 
-    def tell(self, verb: Verb) -> bool:
-        """What is about no job. True: it is told. Raises OutOfSpace, OSError."""
+    def send(self, verb: Verb) -> bool:
+        """Send a message that concerns no single job. Returns True: it was sent. Raises OutOfSpace, OSError."""
         self._inbox.send(verb)
         return True
 
     # From the trainer
 
-    def hear(self) -> None:
-        """Record all that the trainer has said.
+    def read_events(self) -> None:
+        """Read the trainer's new events, and record their consequences.
 
-        Raises OutOfSpace or Unavailable; then nothing is lost: the next call begins with the other jobs.
+        Raises OutOfSpace or Unavailable. Then no event is lost, and the next call begins with the other jobs.
         """
-        self._take_in()
+        self._receive()
         if self.ready is not None and not self._is_ready_recorded:
             workers.report_trainer(self._context.db, self.trainer_id, report=_without(self.ready, "type", "seconds"))
             self._is_ready_recorded = True
@@ -251,18 +254,18 @@ class TrainerSession:
             self._guarded(held, self._catch_up)
         self._output.push_due()
 
-    def hear_all(self) -> None:
-        """The same of a trainer that has ended, which may have left more than is read at once."""
-        self.hear()
+    def read_all_events(self) -> None:
+        """The same for a trainer that has exited, which may have left more events than one read returns."""
+        self.read_events()
         while self._reader.has_more:
-            self.hear()
+            self.read_events()
 
     def silent_seconds(self) -> float:
-        """Since the trainer last said something, be it heard or not."""
-        self._take_in()
+        """Since the trainer's last event, recorded or not."""
+        self._receive()
         return time.monotonic() - self.heard_at
 
-    def _take_in(self) -> None:
+    def _receive(self) -> None:
         for event in self._read():
             self.heard_at, self.is_verifying = time.monotonic(), bool(event.get("verifying"))
             if self._said_at is not None and self._held and self.ready is not None:
@@ -281,7 +284,7 @@ class TrainerSession:
                 self.speeds = Speeds.of_report(event.get("tick_speeds"))
                 self._context.pulse.status["report"] |= _without(event, "type", "seconds", "verifying")
             elif event["type"] == "load_refused":
-                self.verdict = self._listener.load_refusal(event["error"], event["ranks"])
+                self.outcome = self._listener.load_refusal(event["error"], event["ranks"])
 
     def _read(self) -> list[Json]:
         try:
@@ -297,7 +300,7 @@ class TrainerSession:
             self.directory.delete(held.claim.claim_id, held.superseded[0])
             del held.superseded[0]
         while held.news:
-            self._hear_of(held, held.news[0])
+            self._handle(held, held.news[0])
             if held.news:  # its end has cleared them
                 held.news.popleft()
         if self._holds(held) and held.curve.is_due(time.monotonic()):
@@ -305,7 +308,7 @@ class TrainerSession:
         if self._holds(held) and held.is_to_stop:
             self._stop(held, "cancel")
 
-    def _hear_of(self, held: SessionJob, event: Json) -> None:
+    def _handle(self, held: SessionJob, event: Json) -> None:
         if event["type"] == "stepped":
             held.curve.stepped(event)
         elif event["type"] == "evaluated":
@@ -319,7 +322,7 @@ class TrainerSession:
                 held.is_handed_over = False
             elif follows is Next.COMPLETED:
                 self._context.spans.ended(held.claim.claim_id, EndReason.COMPLETED)
-                self._forget(held)
+                self._release(held)
 
     def _flush(self, held: SessionJob) -> None:
         points = held.curve.points()
@@ -331,12 +334,13 @@ class TrainerSession:
         held.curve.written(len(points), time.monotonic())
 
     def _guarded(self, held: SessionJob, action: Callable[[SessionJob], None]) -> None:
-        """Whatever goes wrong with one job stays with that job; an outage goes up, the others' turn being next."""
+        """Do something for one job, so that its failure ends only its own attempt. An outage is raised, after moving
+        the job behind the others."""
         with logs.about(self._subjects(held)):
             self._act(held, action)
 
     def _subjects(self, held: SessionJob) -> Subjects:
-        """What lines of the log are about while something is done for this job."""
+        """The fields of log lines that are written while something is done for this job."""
         claim, trace = held.claim, tracing.trace_id(self._context.spans.of(held.claim.claim_id))
         return {"job": claim.job.id, "claim": claim.claim_id, "trainer": self.trainer_id, "trace": trace}
 
@@ -351,26 +355,26 @@ class TrainerSession:
             raise
         except UnsafePath as error:
             log.error("%s %s", held.claim.job.id, error.message)
-            end = mishap_of_job(error)
+            end = job_failure(error)
             self._end(held, end)
             self.fault = end
         except (LorryError, OSError) as error:
             log.exception("%s", held.claim.job.id)
-            self._end(held, mishap_of_job(error))
-            self._take_away(held)
+            self._end(held, job_failure(error))
+            self._discard(held)
 
     # Endings
 
     def end_all(self, end: End, *, only_unseen: bool = False) -> None:
-        """End every claim that is left: the trainer has gone. only_unseen: of those that it was not given."""
+        """End every remaining attempt: the trainer has exited. only_unseen: only of jobs that it was not given."""
         for held in list(self._held.values()):
             if not (only_unseen and held.is_handed_over):
                 self._guarded(held, partial(self._end, end=end))
 
-    def forget_all(self) -> None:
-        """Nothing can be recorded any more: recovery ends what is left, if anything is."""
+    def release_all(self) -> None:
+        """Release every remaining claim without recording anything. Recovery ends those attempts."""
         for held in list(self._held.values()):
-            self._forget(held)
+            self._release(held)
 
     def _end(self, held: SessionJob, end: End) -> None:
         end = cleaned(end, held.claim, self._context.settings.data_dir)
@@ -389,35 +393,35 @@ class TrainerSession:
             self._drop(held)
         else:
             self._context.spans.ended(held.claim.claim_id, end.reason)
-            self._forget(held)
+            self._release(held)
 
     def _blamed(self, end: End) -> str | None:
-        """What the trainer of a gang says of a job, or does not say, may be any node's doing."""
-        is_of_gang = self._context.gang is not None and self._context.gang.round is not None
-        return NOBODY if end.blamed_worker_id is None and is_of_gang else end.blamed_worker_id
+        """In a round of several nodes, any of them may have caused what the trainer reported or failed to report."""
+        if end.blamed_worker_id is None and self._context.led_round is not None:
+            return NOBODY
+        return end.blamed_worker_id
 
     def _drop(self, held: SessionJob) -> None:
-        """Another worker has the job, or recovery has taken it: stop, and write nothing."""
+        """Another worker or recovery has the job: stop training it, and record nothing."""
         self._output.drop(held.claim.claim_id)
-        self._forget(held)
-        self._take_away(held)
+        self._release(held)
+        self._discard(held)
 
-    def _take_away(self, held: SessionJob) -> None:
-        """From the trainer."""
+    def _discard(self, held: SessionJob) -> None:
+        """Have the trainer discard the job."""
         try:
             self._inbox.send("cancel", claim_id=held.claim.claim_id)
         except (OutOfSpace, OSError) as error:
             if held.is_handed_over:
-                self.fault = untold(error, worker_id=self._context.worker_id)
+                self.fault = inbox_failure(error, worker_id=self._context.worker_id)
 
     def _holds(self, held: SessionJob) -> bool:
         return self._held.get(held.claim.claim_id) is held
 
-    def _forget(self, held: SessionJob) -> None:
+    def _release(self, held: SessionJob) -> None:
         claim_id = held.claim.claim_id
         if self._held.pop(claim_id, None) is None:
             return
-        self.num_ended += 1
         self._context.spans.ended(claim_id, None)
         held.news.clear()
         self._context.pulse.release(claim_id)

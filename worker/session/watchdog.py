@@ -16,48 +16,47 @@ from worker.context.context import WorkerContext
 from worker.node import devices
 from worker.process import exit_status
 from worker.process.launcher import TrainerProcess
+from worker.session.failures import TrainerEnd
 from worker.session.session_job import End
 from worker.session.trainer_session import TrainerSession
 
 log = logging.getLogger(__name__)
 TIMES_ITS_PACE = 4
-"""So much longer than it ever was silent before, a slow trainer may be."""
+"""A slow trainer may be silent for this multiple of its longest silence so far."""
 SILENT_GPU_SECONDS = 300.0
-"""For so long a driver may tell nothing of a GPU, as amid its own restart, before somebody has to look at it."""
-
-LEFT_BEHIND = End(
-    reason=EndReason.NODE_FAILED,
-    detail="The trainer could not be killed: it waits in the kernel, for its device's driver or a disk that hangs.",
-)
-"""It writes nothing that counts, should it ever wake: its claims are others'."""
+"""How long a driver may report nothing, as during its own restart, before an operator has to look at the GPU."""
 
 
 def watch_clock(
-    context: WorkerContext, trainer: TrainerProcess, pack: TrainerSession, leaving_at: float | None
+    context: WorkerContext, trainer: TrainerProcess, session: TrainerSession, closing_at: float | None
 ) -> None:
-    """End a trainer that takes too long, with its stacks in its logs. leaving_at: when it was told to leave."""
-    verdict = _verdict(context, trainer, pack, leaving_at)
-    if verdict is None:
+    """Kill a trainer that takes too long, with its stacks in its logs. closing_at: when it was first to shut down or
+    unload, if it was."""
+    timeout = _timeout(context, trainer, session, closing_at)
+    if timeout is None:
         return
-    log.error("%s Trainer %s is ended.", verdict.detail, pack.trainer_id)
-    pack.verdict = verdict
-    with suppress(OSError):  # they are for people; it is ended all the same
-        exit_status.dump_stacks(trainer, verdict.detail)
+    log.error("%s Trainer %s is ended.", timeout.detail, session.trainer_id)
+    session.outcome = timeout
+    with suppress(OSError):  # the stacks help users; the trainer is killed with or without them
+        exit_status.dump_stacks(trainer, timeout.detail)
     trainer.kill()
 
 
 def set_aside(context: WorkerContext, trainer: TrainerProcess) -> None:
-    """Where its trainer is left behind, which holds its device still, the worker takes nothing new. Raises
+    """Cordon the worker if its trainer could not be killed, because that trainer still holds the device. Raises
     Unavailable."""
     if trainer.is_left_behind:
-        log.error("%s", LEFT_BEHIND.detail)
-        cordons.cordon_own(context.db, context.worker_id, reason=LEFT_BEHIND.detail)
+        reason = TrainerEnd.UNKILLABLE.value.detail
+        log.error("%s", reason)
+        cordons.cordon_own(context.db, context.worker_id, reason=reason)
 
 
 def cordon_silent(context: WorkerContext) -> None:
-    """At each look for jobs. With a GPU of which the driver tells nothing the worker takes none, so none can fail and
-    show it: after a while of that the node is cordoned; and again, should somebody uncordon it as it is. Raises
-    Unavailable."""
+    """Cordon a node whose GPU driver has been silent for too long. Called whenever the worker polls for jobs.
+
+    While the driver does not report a GPU's memory, the worker claims no job, so no failing job would reveal the fault.
+    If an operator uncordons the node without a fix, it is cordoned again. Raises Unavailable.
+    """
     why = devices.silence(context.device)
     if why is None:
         context.silent_since = None
@@ -73,26 +72,29 @@ def cordon_silent(context: WorkerContext) -> None:
     context.silent_since = now
 
 
-def _verdict(
-    context: WorkerContext, trainer: TrainerProcess, pack: TrainerSession, leaving_at: float | None
+def _timeout(
+    context: WorkerContext, trainer: TrainerProcess, session: TrainerSession, closing_at: float | None
 ) -> End | None:
+    """The time limit that the trainer has exceeded: to shut down, to load its base, or between two events."""
     now = time.monotonic()
-    if leaving_at is not None and now - leaving_at > context.drain_seconds:
-        detail = "The trainer did not save its jobs in time; the last checkpoints stand."
-        return End(reason=EndReason.DRAINED, detail=detail)
-    if pack.ready is None and now - trainer.started_at > context.load_seconds:
+    if closing_at is not None and now - closing_at > context.drain_seconds:
+        return TrainerEnd.SLOW_SHUTDOWN.value
+    if session.ready is None and now - trainer.started_at > context.load_seconds:
         detail = f"The base model was not loaded within {context.load_seconds:.0f} s."
         return End(reason=EndReason.TIMEOUT, detail=detail)
-    if pack.ready is None or not len(pack):
+    if session.ready is None or not len(session):
         return None
-    silent_seconds, allowed = pack.silent_seconds(), _allowed_seconds(context, pack)
+    silent_seconds, allowed = session.silent_seconds(), _allowed_seconds(context, session)
     if silent_seconds <= allowed:
         return None
-    what = "while it verified an adapter" if pack.is_verifying else ""
+    what = "while it verified an adapter" if session.is_verifying else ""
     return End(reason=EndReason.TIMEOUT, detail=f"The trainer said nothing for {allowed:.0f} s {what}".strip() + ".")
 
 
-def _allowed_seconds(context: WorkerContext, pack: TrainerSession) -> float:
-    """Of silence, by the trainer's own pace. Amid a verification it has no file to write and no kernel to compile."""
-    least = min(context.verifying_seconds, context.progress_seconds) if pack.is_verifying else context.progress_seconds
-    return max(least, TIMES_ITS_PACE * pack.longest_silence)
+def _allowed_seconds(context: WorkerContext, session: TrainerSession) -> float:
+    """How long the trainer may be silent, by its own pace. During a verification it writes no file and compiles no
+    kernel, so the limit is lower."""
+    least = (
+        min(context.verifying_seconds, context.progress_seconds) if session.is_verifying else context.progress_seconds
+    )
+    return max(least, TIMES_ITS_PACE * session.longest_silence)

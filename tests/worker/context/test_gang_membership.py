@@ -21,8 +21,7 @@ from worker.background import base_models
 from worker.background.chores import Chores
 from worker.context.context import WorkerContext
 from worker.context.gang_membership import Seat, alike
-from worker.gang import leader as leading
-from worker.gang.member import lend
+from worker.gang.gang import gang_of
 from worker.node import devices
 from worker.protocol.mailbox import Json, TrainerDirectory
 from worker.protocol.rendezvous import place_of, tell_port
@@ -63,7 +62,7 @@ class GangSite:
         told = self.site.settings.model_copy(update=given)
         seat = Seat(told, self.site.db, worker_id, kind="cpu", own_free_bytes=lambda: 10**12)
         seat.enter(num_processes=1)
-        return replace(self.site.context, settings=told, worker_id=worker_id, gang=seat)
+        return replace(self.site.context, settings=told, worker_id=worker_id, seat=seat)
 
     def place(self, worker_id: str) -> GangMember:
         return GangMember(db=self.site.db, worker_id=worker_id, gang="pair", silent_seconds=60.0)
@@ -83,8 +82,8 @@ def never(trainer: FakeTrainer) -> Generator[None]:
 
 
 def seat_of(context: WorkerContext) -> Seat:
-    assert context.gang is not None
-    return context.gang
+    assert context.seat is not None
+    return context.seat
 
 
 def loads(trainer: FakeTrainer) -> None:
@@ -138,8 +137,8 @@ def test_one_that_is_called_begins_with_the_leaders_settings_and_ends_with_the_r
     look, gang.script = gangs.standing, script
     with pytest.MonkeyPatch.context() as patched, Chores(member) as chores:
         patched.setattr(gangs, "standing", on_looking)
-        took_part = lend(member, chores, supervisor._trainer)  # pyright: ignore[reportPrivateUsage]
-        again = lend(member, chores, supervisor._trainer)  # pyright: ignore[reportPrivateUsage]
+        took_part = gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
+        again = gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
     (trainer,) = gang.trainers
     met = told[0].pop("meeting")
@@ -256,7 +255,7 @@ def test_what_was_claimed_before_one_went_is_not_trained_by_those_that_are_left(
     seat_of(context).look()
 
     with ExitStack() as stack, pytest.raises(NotGathered, match="1 of the 2 workers"):
-        leading.gather(context, stack, job, {})
+        gang_of(context).gather(stack, job, {})
 
     assert gangs.standing(gang.place("w1")).call is None
 

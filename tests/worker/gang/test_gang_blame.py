@@ -23,7 +23,7 @@ from worker import supervisor
 from worker.background.chores import Chores
 from worker.context.context import WorkerContext
 from worker.context.gang_membership import alike
-from worker.gang.member import lend
+from worker.gang.gang import gang_of
 from worker.protocol.mailbox import Json
 from worker.protocol.rendezvous import tell_port
 from worker.session import staging
@@ -350,7 +350,7 @@ def test_a_members_word_is_said_until_it_is_heard(gang: GangSite, monkeypatch: p
     member = replace(member, has_asked_to_leave=lambda: bool(wants_to_leave))
     with Chores(member) as chores:
         for _ in range(2):
-            lend(member, chores, supervisor._trainer)  # pyright: ignore[reportPrivateUsage]
+            gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
     told = gangs.progress(leader, led.round_id).ended["w2"]
     assert told["is_echo"]

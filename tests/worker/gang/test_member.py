@@ -18,7 +18,7 @@ from worker import supervisor
 from worker.background import base_models
 from worker.background.chores import Chores
 from worker.context.context import WorkerContext
-from worker.gang.member import lend
+from worker.gang.gang import gang_of
 from worker.session import job_logs
 
 
@@ -39,7 +39,7 @@ def called(gang: GangSite) -> tuple[WorkerContext, Round]:
 
 def take_part(member: WorkerContext) -> bool:
     with Chores(member) as chores:
-        return lend(member, chores, supervisor._trainer)  # pyright: ignore[reportPrivateUsage]
+        return gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_an_import_that_outlasts_its_round_goes_on_for_the_next_one(

@@ -24,7 +24,7 @@ from worker import supervisor
 from worker.background.chores import Chores
 from worker.gang import member as lending
 from worker.gang import member_logs
-from worker.gang.member import lend
+from worker.gang.gang import gang_of
 from worker.gang.member_logs import LentOutput
 from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
@@ -54,7 +54,7 @@ class Lent:
         led = gangs.open_round(self.leader, members=["w1", "w2"], task=task | {"settings": {}}, seconds=60)
         self.round_id, self.gang.script = led.round_id, script
         with Chores(member) as chores:
-            assert lend(member, chores, supervisor._trainer)  # pyright: ignore[reportPrivateUsage]
+            assert gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
     def over(self) -> Generator[None]:
         gangs.end_round(self.leader, self.round_id)

@@ -169,12 +169,12 @@ def test_what_a_pack_is_reckoned_to_take_grows_with_each_job(site: PackSite) -> 
     for _ in range(3):
         site.queued()
     first, *others = site.claim_all()
-    pack = site.pack(first)
-    alone = pack.predicted_bytes()
+    session = site.session(first)
+    alone = session.predicted_bytes()
 
     for claim in others:
-        pack.admit(claim)
+        session.admit(claim)
 
     assert alone > 0
-    assert pack.predicted_bytes() > alone
-    assert pack.predicted_bytes() - pack.bytes_to_come() == pytest.approx(alone, rel=1e-9)
+    assert session.predicted_bytes() > alone
+    assert session.predicted_bytes() - session.bytes_to_come() == pytest.approx(alone, rel=1e-9)

@@ -14,7 +14,7 @@ from tests.worker.scripted_trainer import FakeTrainer, loads_for_ever
 from worker.process.exit_status import heard
 from worker.protocol.errors import print_handled, rank_log
 from worker.protocol.mailbox import TrainerDirectory
-from worker.session.failures import OwnEnd, own_end
+from worker.session.failures import LocalExit, local_exit
 
 GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.3]:4711"
 NCCL = (
@@ -88,7 +88,7 @@ def test_of_a_trainer_that_its_worker_has_killed_only_words_tell() -> None:
     assert [one.is_own for one in told] == [False, False, True]
 
 
-def ended(site: PackSite, *logs: str, is_alone: bool = False) -> OwnEnd:
+def ended(site: PackSite, *logs: str, is_alone: bool = False) -> LocalExit:
     directory = TrainerDirectory.create(site.context.trainers_dir() / "trainer-1", {})
     for rank, log in enumerate(logs):
         rank_log(directory.path, rank).write_text(log)
@@ -96,7 +96,7 @@ def ended(site: PackSite, *logs: str, is_alone: bool = False) -> OwnEnd:
     trainer.returncode = 1
     context = replace(site.context, device=replace(site.context.device, kind="cuda"))
     try:
-        return own_end(context, trainer, ranks=None if is_alone else range(2))  # pyright: ignore[reportArgumentType]
+        return local_exit(context, trainer, ranks=None if is_alone else range(2))  # pyright: ignore[reportArgumentType]
     finally:
         trainer.close()
 

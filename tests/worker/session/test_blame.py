@@ -16,7 +16,7 @@ from tests.worker.pack_site import OUTAGE, PackSite, say
 from tests.worker.scripted_trainer import FakeTrainer, Script, loads_for_ever, raising, reasons
 from worker.background import base_models
 from worker.session import staging
-from worker.session.failures import mishap
+from worker.session.failures import launch_failure
 from worker.session.session_job import End
 
 REFUSAL = {"code": "invalid_config", "message": "CUDA is not available.", "remedy": "Choose another."}
@@ -118,22 +118,22 @@ def test_one_job_on_a_base_that_nobody_has_loaded_yet_closes_no_node(site: PackS
 def test_a_base_that_the_trainer_refuses_is_the_verdict_with_its_remedy(
     site: PackSite, code: str, reason: EndReason
 ) -> None:
-    pack = site.loading_pack(site.claim())
-    say(pack, {"type": "load_refused", "error": REFUSAL | {"code": code}, "ranks": []})
+    session = site.loading_session(site.claim())
+    say(session, {"type": "load_refused", "error": REFUSAL | {"code": code}, "ranks": []})
 
-    pack.hear()
+    session.read_events()
 
-    assert pack.verdict == End(reason=reason, detail="CUDA is not available. Choose another.")
+    assert session.outcome == End(reason=reason, detail="CUDA is not available. Choose another.")
 
 
 def test_of_several_processes_it_is_told_which_refused(site: PackSite) -> None:
-    pack = site.loading_pack(site.claim())
-    say(pack, {"type": "load_refused", "error": REFUSAL, "ranks": [0, 2]})
+    session = site.loading_session(site.claim())
+    say(session, {"type": "load_refused", "error": REFUSAL, "ranks": [0, 2]})
 
-    pack.hear()
+    session.read_events()
 
-    assert pack.verdict is not None
-    assert pack.verdict.detail == "Process 0 and 2: CUDA is not available. Choose another."
+    assert session.outcome is not None
+    assert session.outcome.detail == "Process 0 and 2: CUDA is not available. Choose another."
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -168,17 +168,17 @@ def test_a_base_that_a_node_can_not_bring_is_as_one_that_it_can_not_load(
     ],
 )
 def test_whose_doing_it_is_that_there_is_no_trainer(error: LorryError | OSError, reason: EndReason) -> None:
-    assert mishap(error).reason is reason
+    assert launch_failure(error).reason is reason
 
 
 def test_a_disk_that_is_full_when_a_job_is_to_be_handed_over_costs_it_no_attempt(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack, late = site.pack(), site.claim()
-    pack.admit(late)
+    session, late = site.session(), site.claim()
+    session.admit(late)
     monkeypatch.setattr(staging, "bring_files", raising(FULL))
 
-    pack.hand_over()
+    session.hand_over()
 
     job = site.world.job(late.job.id)
     assert (job.state, job.counted_attempts, site.reason(late)) == ("queued", 0, EndReason.NODE_FAILED)

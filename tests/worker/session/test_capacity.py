@@ -23,7 +23,7 @@ from tests.worker.pack_site import OUTAGE, READY, PackSite, say, tell
 from worker.context.context import check_strategy, open_worker
 from worker.node import devices as node
 from worker.protocol.mailbox import TrainerDirectory
-from worker.session.capacity import room_of, told_room
+from worker.session.capacity import capacity_report, free_capacity
 from worker.session.sharding import reason_for, strategy_for
 from worker.session.trainer_session import TrainerSession
 
@@ -59,12 +59,12 @@ def test_of_a_base_in_the_hosts_memory_a_trainer_is_reckoned_to_take_no_share_of
         divided.context.device, kind="cuda", indices=(0, 1), memory_bytes=2 * 10**11, host_memory_bytes=10**11
     )
     monkeypatch.setattr(node, "free_bytes", lambda _: 10**11)
-    pack = loading(divided, "fsdp2_offload")
+    session = loading(divided, "fsdp2_offload")
     left = memory.trainer_bytes(DESCRIPTION, "bfloat16") - 16_000
 
     # Three blocks of 2,000 bytes, and the half of the next one that comes.
-    assert pack.bytes_to_come() - divided.context.group.reserve_bytes == left + 6_000 + 1_000
-    assert (pack.holding, divided.context.host_bytes) == ("offloaded", host_bytes(10**11, num_processes=2))
+    assert session.bytes_to_come() - divided.context.group.reserve_bytes == left + 6_000 + 1_000
+    assert (session.holding, divided.context.host_bytes) == ("offloaded", host_bytes(10**11, num_processes=2))
     divided.context.settings = divided.context.settings.model_copy(update={"cpu_offload_bytes": 5})
     assert divided.context.group.host_bytes == 5
 
@@ -76,16 +76,16 @@ def test_of_several_gpus_what_they_talk_through_is_set_aside_until_it_is_taken(
     divided.context.device = gpus
     monkeypatch.setattr(node, "free_bytes", lambda _: 10**11)
     reserve = divided.context.group.reserve_bytes
-    pack = loading(divided, "fsdp2")
-    to_come = pack.bytes_to_come()
+    session = loading(divided, "fsdp2")
+    to_come = session.bytes_to_come()
 
     assert to_come - reserve == memory.trainer_bytes(DESCRIPTION, "bfloat16") - 2_000
-    assert room_of(divided.context, pack).memory_bytes_free == 10**11 - to_come
-    say(pack, READY | {"memory": {"base_bytes": 12_000}})
-    pack.hear()
-    room = room_of(divided.context, pack)
+    assert free_capacity(divided.context, session).memory_bytes_free == 10**11 - to_come
+    say(session, READY | {"memory": {"base_bytes": 12_000}})
+    session.read_events()
+    room = free_capacity(divided.context, session)
     assert room.memory_bytes_free == 10**11 + 12_000 + reserve, "who comes next counts both again"
-    assert told_room(room) == {"max_jobs": 4, "memory_bytes_free": room.memory_bytes_free, "holding": "sharded"}
+    assert capacity_report(room) == {"max_jobs": 4, "memory_bytes_free": room.memory_bytes_free, "holding": "sharded"}
 
 
 def test_a_trainer_that_is_empty_is_no_trainer_for_a_job_whose_base_is_held_otherwise(divided: PackSite) -> None:
@@ -100,7 +100,7 @@ def test_a_trainer_that_is_empty_is_no_trainer_for_a_job_whose_base_is_held_othe
 
 def test_how_the_base_is_held_is_told_when_a_job_is_admitted_among_several(divided: PackSite) -> None:
     claim = divided.claim(model="blocks")
-    divided.pack(claim)
+    divided.session(claim)
 
     job = claim.job
     told = queries.events_since(divided.db, project_id=job.project_id, job_id=job.id, seq=0)
@@ -114,9 +114,9 @@ def test_whichever_write_fails_a_job_is_told_once_that_it_has_started(
     divided: PackSite, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     claim = divided.claim(model="blocks")
-    pack, write, numbers = divided.loading_pack(claim), Database.write, itertools.count()
-    say(pack, READY)
-    tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
+    session, write, numbers = divided.loading_session(claim), Database.write, itertools.count()
+    say(session, READY)
+    tell(session, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
 
     def fails_once(db: Database) -> Any:
         if next(numbers) == failing:
@@ -126,7 +126,7 @@ def test_whichever_write_fails_a_job_is_told_once_that_it_has_started(
     monkeypatch.setattr(Database, "write", fails_once)
     for _ in range(3):
         with suppress(Unavailable):
-            pack.hear()
+            session.read_events()
 
     job = claim.job
     told = queries.events_since(divided.db, project_id=job.project_id, job_id=job.id, seq=0)
@@ -137,7 +137,7 @@ def test_whichever_write_fails_a_job_is_told_once_that_it_has_started(
 
 def test_one_device_says_nothing_of_it(site: PackSite) -> None:
     claim = site.claim()
-    site.pack(claim)
+    site.session(claim)
 
     job = claim.job
     told = queries.events_since(site.db, project_id=job.project_id, job_id=job.id, seq=0)

@@ -106,9 +106,9 @@ def spy_on_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     held: list[int] = []
     original = passes_module.run_training
 
-    def spied(base: BaseModel, pack: PackedBatch) -> list[SliceScores]:
+    def spied(base: BaseModel, session: PackedBatch) -> list[SliceScores]:
         held.append(engine.memory()["rows_bytes"])
-        return original(base, pack)
+        return original(base, session)
 
     monkeypatch.setattr(passes_module, "run_training", spied)
     return held

@@ -34,13 +34,13 @@ def test_a_job_that_diverges_fails_with_a_remedy_and_the_name_of_the_good_checkp
 ) -> None:
     bad = site.claim_with_checkpoints(*steps_before)
     good = site.claim()
-    pack = site.pack(bad, good)
+    session = site.session(bad, good)
     for number in steps_now:
-        tell(pack, bad, "checkpointed", step=number, folder=site.checkpoint(pack, bad, number))
-    tell(pack, bad, "diverged", step=6, good_step=good_step, message="The loss of train slice 1 is not finite.")
-    say(pack, {"type": "stepped", "claim_id": good.claim_id, "seconds": 0.0, **step(7)})
+        tell(session, bad, "checkpointed", step=number, folder=site.checkpoint(session, bad, number))
+    tell(session, bad, "diverged", step=6, good_step=good_step, message="The loss of train slice 1 is not finite.")
+    say(session, {"type": "stepped", "claim_id": good.claim_id, "seconds": 0.0, **step(7)})
 
-    pack.hear()
+    session.read_events()
 
     job = site.world.job(bad.job.id)
     assert (job.state, site.reason(bad)) == ("failed", EndReason.DIVERGED)
@@ -60,11 +60,11 @@ def test_a_job_that_diverges_fails_with_a_remedy_and_the_name_of_the_good_checkp
 
 def test_of_a_checkpoint_that_is_taken_back_its_job_says_why(site: PackSite) -> None:
     claim = site.claim()
-    pack = site.pack(claim)
-    tell(pack, claim, "checkpointed", step=6, folder=site.checkpoint(pack, claim, 6))
-    tell(pack, claim, "diverged", step=6, good_step=5, message="The loss of train slice 1 is not finite.")
+    session = site.session(claim)
+    tell(session, claim, "checkpointed", step=6, folder=site.checkpoint(session, claim, 6))
+    tell(session, claim, "diverged", step=6, good_step=5, message="The loss of train slice 1 is not finite.")
 
-    pack.hear()
+    session.read_events()
 
     events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     (warning,) = [event.message for event in events if event.level == "warn"]
@@ -81,13 +81,13 @@ def test_a_job_whose_loss_has_risen_is_told_so_before_its_adapter_is_used(
     site: PackSite, last_loss: float, kept_step: int, warned: bool
 ) -> None:
     claim = site.claim()
-    pack = site.pack(claim)
+    session = site.session(claim)
     for number in range(1, 12):
         event = {**step(number), "loss": 4.0 if number <= 6 else last_loss}
-        say(pack, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
-    tell(pack, claim, "finished", step=11, kept_step=kept_step, stopped_early=None)
+        say(session, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
+    tell(session, claim, "finished", step=11, kept_step=kept_step, stopped_early=None)
 
-    pack.hear()
+    session.read_events()
 
     events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     warnings = [event.message for event in events if event.level == "warn"]
@@ -97,14 +97,14 @@ def test_a_job_whose_loss_has_risen_is_told_so_before_its_adapter_is_used(
 
 def test_where_a_loss_began_is_told_of_the_job_not_of_its_attempt(site: PackSite) -> None:
     claim = site.claim()
-    pack = site.pack(claim)
+    session = site.session(claim)
     recording.record_metrics(site.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
     for number in range(30, 36):
         event = {**step(number), "loss": 3.0}
-        say(pack, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
-    tell(pack, claim, "finished", step=35, kept_step=35, stopped_early=None)
+        say(session, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
+    tell(session, claim, "finished", step=35, kept_step=35, stopped_early=None)
 
-    pack.hear()
+    session.read_events()
 
     events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     (warning,) = [event.message for event in events if event.level == "warn"]

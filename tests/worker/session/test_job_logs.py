@@ -47,17 +47,17 @@ def printed(directory: TrainerDirectory, text: str, rank: int = 0) -> None:
 
 def test_a_job_has_what_was_printed_from_when_it_came_until_it_left(site: PackSite) -> None:
     first, second = site.claim(seed=1), site.claim(seed=2)
-    pack = site.loading_pack(first)
-    printed(pack.directory, "loading\n")
-    say(pack, READY)
-    pack.hear()
-    pack.admit(second)
-    printed(pack.directory, "both\n")
+    session = site.loading_session(first)
+    printed(session.directory, "loading\n")
+    say(session, READY)
+    session.read_events()
+    session.admit(second)
+    printed(session.directory, "both\n")
 
-    tell(pack, first, "cancelled")
-    pack.hear()
-    printed(pack.directory, "second alone\n")
-    pack.end_all(CRASH)
+    tell(session, first, "cancelled")
+    session.read_events()
+    printed(session.directory, "second alone\n")
+    session.end_all(CRASH)
 
     assert told(site, first.job.id) == ["loading", "both"]
     assert told(site, second.job.id) == ["both", "second alone"]
@@ -65,10 +65,10 @@ def test_a_job_has_what_was_printed_from_when_it_came_until_it_left(site: PackSi
 
 def test_each_process_and_each_attempt_is_told_apart_and_lines_can_be_sought(site: PackSite) -> None:
     claim = site.claim()
-    pack = site.loading_pack(claim)
-    printed(pack.directory, "One\nTwo\n")
-    printed(pack.directory, "of the other\n", rank=1)
-    pack.end_all(CRASH)
+    session = site.loading_session(claim)
+    printed(session.directory, "One\nTwo\n")
+    printed(session.directory, "of the other\n", rank=1)
+    session.end_all(CRASH)
 
     found = lines(site, claim.job.id)
     page = history_job_logs.lines(site.db, site.store, **site.world.of(claim.job.id), limit=2)
@@ -95,14 +95,14 @@ def test_no_secret_and_no_name_of_anothers_job_is_told(site: PackSite, monkeypat
     for name, value in canaries.items():
         monkeypatch.setenv(name, value)
     mine, other = site.claim(seed=1), site.claim(seed=2)
-    pack = site.loading_pack(mine)
+    session = site.loading_session(mine)
     key = "lorry_key-0123456789abcdef01234567_canary-of-a-key"
     for text in (*canaries.values(), "amqp://user:canary-of-the-broker@host/", key, "api_key=canary-of-somebody"):
-        printed(pack.directory, f"Error at {text}: stop\n")
-    printed(pack.directory, f"{mine.claim_id} of {mine.job.id} beside {other.claim_id} of {other.job.id}\n")
-    printed(pack.directory, f"ft:tiny:theirs:secret:01234567 in {site.context.settings.data_dir}/work\n")
+        printed(session.directory, f"Error at {text}: stop\n")
+    printed(session.directory, f"{mine.claim_id} of {mine.job.id} beside {other.claim_id} of {other.job.id}\n")
+    printed(session.directory, f"ft:tiny:theirs:secret:01234567 in {site.context.settings.data_dir}/work\n")
 
-    pack.end_all(CRASH)
+    session.end_all(CRASH)
 
     text = "\n".join(told(site, mine.job.id))
     assert text.count("Error at") == 7
@@ -127,12 +127,12 @@ def prefixes_of_ids() -> set[str]:
 
 def test_an_id_with_any_prefix_that_the_service_uses_is_redacted(site: PackSite) -> None:
     claim = site.claim()
-    pack = site.loading_pack(claim)
+    session = site.loading_session(claim)
     prefixes = prefixes_of_ids()
     ids = [new_id(prefix) for prefix in sorted(prefixes)]
 
-    printed(pack.directory, "".join(f"Error at {one}: stop, in /work/{one}/log-{one}_x\n" for one in ids))
-    pack.end_all(CRASH)
+    printed(session.directory, "".join(f"Error at {one}: stop, in /work/{one}/log-{one}_x\n" for one in ids))
+    session.end_all(CRASH)
 
     text = "\n".join(told(site, claim.job.id))
     assert {"ftckpt", "trainer", "prep", "upload", "delivery", "signin", "evt-test", "ftjob"} <= prefixes
@@ -141,11 +141,11 @@ def test_an_id_with_any_prefix_that_the_service_uses_is_redacted(site: PackSite)
 
 def test_how_a_trainer_ended_names_no_job_of_anothers_and_no_path_in_what_is_recorded(site: PackSite) -> None:
     mine, other = site.claim(seed=1), site.claim(seed=2)
-    pack = site.loading_pack(mine, other)
+    session = site.loading_session(mine, other)
     said = f"ValueError: {mine.claim_id} beside {other.claim_id} in {site.context.settings.data_dir}/work"
 
     wire = {"code": "user_error", "message": said, "param": None}
-    pack.end_all(End(reason=EndReason.USER_ERROR, detail=said, error=wire))
+    session.end_all(End(reason=EndReason.USER_ERROR, detail=said, error=wire))
 
     for claim, told in ((mine, f"{mine.claim_id} beside …"), (other, f"… beside {other.claim_id}")):
         clean = f"ValueError: {told} in $LORRY_DATA_DIR/work"
@@ -166,10 +166,10 @@ def test_what_no_trainer_has_seen_is_given_back_without_a_path(site: PackSite) -
 
 def test_a_long_log_keeps_its_first_and_its_last_lines(site: PackSite) -> None:
     claim = site.claim()
-    pack = site.loading_pack(claim)
-    printed(pack.directory, "".join(f"line {number:07d}\n" for number in range(100_000)))
+    session = site.loading_session(claim)
+    printed(session.directory, "".join(f"line {number:07d}\n" for number in range(100_000)))
 
-    pack.end_all(CRASH)
+    session.end_all(CRASH)
 
     text = told(site, claim.job.id)
     (left_out,) = [line for line in text if "left out" in line]
@@ -232,13 +232,13 @@ def test_a_file_that_grows_long_is_cut_and_what_was_before_is_kept_once(
 def test_a_job_that_goes_on_is_told_of_now_and_then(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_job_logs, "PUSH_SECONDS", 0.0)
     claim = site.claim()
-    pack = site.loading_pack(claim)
-    printed(pack.directory, "one\n")
-    pack.hear()
+    session = site.loading_session(claim)
+    printed(session.directory, "one\n")
+    session.read_events()
     assert told(site, claim.job.id) == ["one"]
 
-    printed(pack.directory, "two\n")
-    pack.hear()
+    printed(session.directory, "two\n")
+    session.read_events()
 
     assert told(site, claim.job.id) == ["one", "two"]
 
@@ -247,14 +247,14 @@ def test_a_store_that_does_not_answer_keeps_no_attempt_from_ending(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = site.claim()
-    pack = site.loading_pack(claim)
-    printed(pack.directory, "one\n")
+    session = site.loading_session(claim)
+    printed(session.directory, "one\n")
 
     def away(_: bytes) -> None:
         raise Unavailable("The store does not answer.", code="store_unavailable", remedy="")
 
     monkeypatch.setattr(site.store, "put_bytes", away)
-    pack.end_all(CRASH)
+    session.end_all(CRASH)
 
     assert site.reason(claim) == EndReason.TRAINER_CRASHED
     assert told(site, claim.job.id) == []
@@ -262,13 +262,13 @@ def test_a_store_that_does_not_answer_keeps_no_attempt_from_ending(
 
 def test_nothing_is_written_of_a_job_that_is_anothers_now(site: PackSite) -> None:
     claim = site.claim()
-    pack = site.loading_pack(claim)
-    printed(pack.directory, "one\n")
+    session = site.loading_session(claim)
+    printed(session.directory, "one\n")
     claims.end(site.db, claim.claim_id, reason=EndReason.INFRA_LOST, detail="")
 
-    pack.obey(asked(claim, stale=True))
+    session.apply_directives(asked(claim, stale=True))
 
-    assert len(pack) == 0
+    assert len(session) == 0
     assert told(site, claim.job.id) == []
 
 
@@ -290,8 +290,8 @@ def test_a_disk_without_room_for_what_is_cut_ends_nothing_and_is_told_once(
 ) -> None:
     monkeypatch.setattr(session_job_logs, "LONGEST_FILE_BYTES", 10)
     monkeypatch.setattr(session_job_logs, "PUSH_SECONDS", 0.0)
-    pack = site.loading_pack(site.claim())
-    printed(pack.directory, "0123456789ab")
+    session = site.loading_session(site.claim())
+    printed(session.directory, "0123456789ab")
     copy = shutil.copyfileobj
 
     def half_of_it(source: BinaryIO, target: BinaryIO) -> None:
@@ -300,32 +300,32 @@ def test_a_disk_without_room_for_what_is_cut_ends_nothing_and_is_told_once(
 
     monkeypatch.setattr(shutil, "copyfileobj", half_of_it)
     for _ in range(2):
-        pack.hear()
+        session.read_events()
     told_of_it = [record for record in caplog.records if "can't be cut" in record.getMessage()]
     monkeypatch.setattr(shutil, "copyfileobj", copy)
-    printed(pack.directory, "cd")
-    assert pack.directory.log_tail() == "0123456789abcd"
-    pack.hear()
+    printed(session.directory, "cd")
+    assert session.directory.log_tail() == "0123456789abcd"
+    session.read_events()
 
     assert len(told_of_it) == 1
-    assert pack.directory.log_path.stat().st_size == 0
-    assert pack.directory.log_tail() == "0123456789abcd"
+    assert session.directory.log_path.stat().st_size == 0
+    assert session.directory.log_tail() == "0123456789abcd"
 
 
 def test_a_folder_that_can_not_be_read_ends_nothing(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_job_logs, "PUSH_SECONDS", 0.0)
     first, second = site.claim(seed=1), site.claim(seed=2)
-    pack = site.loading_pack(first)
-    printed(pack.directory, "one\n")
+    session = site.loading_session(first)
+    printed(session.directory, "one\n")
 
     def unreadable(_: TrainerDirectory) -> dict[int, Path]:
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as broken:
         broken.setattr(TrainerDirectory, "logs", unreadable)
-        pack.admit(second)
-        pack.hear()
-    pack.end_all(CRASH)
+        session.admit(second)
+        session.read_events()
+    session.end_all(CRASH)
 
     assert told(site, first.job.id) == ["one"]
-    assert len(pack) == 0
+    assert len(session) == 0

@@ -22,25 +22,25 @@ def attempt(site: PackSite, number: int, word: str, *, from_step: int = 0, saves
     trainer_id = f"trainer-{number}"
     workers.register_trainer(site.db, trainer_id=trainer_id, worker_id="w1", base_digest="d", pack_key="k")
     (claim,) = site.claim_all(trainer_id, room=Capacity(max_jobs=1, memory_bytes_free=10**12))
-    pack = site.pack(claim, trainer_id=trainer_id, invariance=word, from_step=from_step)
+    session = site.session(claim, trainer_id=trainer_id, invariance=word, from_step=from_step)
     if saves is not None:
-        tell(pack, claim, "checkpointed", step=saves, folder=site.checkpoint(pack, claim, saves))
-        pack.hear()
+        tell(session, claim, "checkpointed", step=saves, folder=site.checkpoint(session, claim, saves))
+        session.read_events()
         claims.end(site.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
         return claim
     tell(
-        pack,
+        session,
         claim,
         "exported",
         step=10,
         kept_step=10,
         stopped_early=None,
-        folder=site.checkpoint(pack, claim, 10),
+        folder=site.checkpoint(session, claim, 10),
         num_parameters=1,
         trained_tokens=1,
         report=PASSED,
     )
-    pack.hear()
+    session.read_events()
     return claim
 
 
@@ -114,11 +114,11 @@ def test_those_count_from_whose_steps_the_last_attempt_went_on(
 def test_a_checkpoint_is_a_model_with_a_record_of_its_own(site: PackSite) -> None:
     claim = site.claim()
     workers.register_trainer(site.db, trainer_id="trainer-1", worker_id="w1", base_digest="d", pack_key="k")
-    pack = site.pack(claim)
-    saved = site.exported(pack, claim, 5)
+    session = site.session(claim)
+    saved = site.exported(session, claim, 5)
 
-    tell(pack, claim, "checkpointed", **saved)
-    pack.hear()
+    tell(session, claim, "checkpointed", **saved)
+    session.read_events()
 
     (row,) = site.checkpoints(claim)
     view = adapters.get(site.db, project_id=claim.job.project_id, name=row.name or "")
@@ -134,21 +134,21 @@ def test_a_checkpoint_is_a_model_with_a_record_of_its_own(site: PackSite) -> Non
     assert [(one["end"], one["ended_at"]) for one in record["attempts"]] == [(None, None)]
     assert record["outputs"]["artifact"] == manifest.digest
     assert lineage_id(record) == view.adapter.lineage_id
-    assert not (pack.directory.path / saved["folder"]).exists()
-    assert not (pack.directory.path / saved["adapter"]).exists()
+    assert not (session.directory.path / saved["folder"]).exists()
+    assert not (session.directory.path / saved["adapter"]).exists()
 
 
 def test_a_job_that_leaves_has_its_checkpoint_on_record_first_and_then_as_a_model(site: PackSite) -> None:
     claim = site.claim()
     workers.register_trainer(site.db, trainer_id="trainer-1", worker_id="w1", base_digest="d", pack_key="k")
-    pack = site.pack(claim)
-    saved = site.exported(pack, claim, 5)
-    tell(pack, claim, "checkpointed", **saved | {"adapter": None})
-    pack.hear()
+    session = site.session(claim)
+    saved = site.exported(session, claim, 5)
+    tell(session, claim, "checkpointed", **saved | {"adapter": None})
+    session.read_events()
     (on_record,) = site.checkpoints(claim)
 
-    tell(pack, claim, "paused", **{name: saved[name] for name in ("step", "adapter", "num_parameters")})
-    pack.hear()
+    tell(session, claim, "paused", **{name: saved[name] for name in ("step", "adapter", "num_parameters")})
+    session.read_events()
 
     (row,) = site.checkpoints(claim)
     assert (on_record.artifact, on_record.adapter) == (row.artifact, None)
@@ -161,10 +161,10 @@ def test_a_job_that_leaves_has_its_checkpoint_on_record_first_and_then_as_a_mode
 
 def test_a_checkpoint_that_is_no_model_is_told_in_the_jobs_events(site: PackSite) -> None:
     claim = site.claim()
-    pack = site.pack(claim)
+    session = site.session(claim)
 
-    tell(pack, claim, "checkpoint_unexported", step=5, error={"code": "disk_error", "message": "The disk failed."})
-    pack.hear()
+    tell(session, claim, "checkpoint_unexported", step=5, error={"code": "disk_error", "message": "The disk failed."})
+    session.read_events()
 
     events = queries.events_page(site.db, **site.world.of(claim.job.id)).items
     assert events[0].message == "The checkpoint of step 5 can't be used as a model. The disk failed."

@@ -70,14 +70,14 @@ def test_a_jobs_curves_are_stored_beside_its_adapter(site: PackSite, monkeypatch
     )
     course = {"step": 1, "kept_step": 1, "stopped_early": None}
     site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
-    pack = site.pack(claim)
-    folder = pack.directory.job_path(claim.claim_id) / "adapter"
+    session = site.session(claim)
+    folder = session.directory.job_path(claim.claim_id) / "adapter"
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_text("the numbers")
     exported = {**course, "num_parameters": 1, "report": {"passed": True}, "trained_tokens": 9}
-    exported["folder"] = pack.directory.named(folder)
+    exported["folder"] = session.directory.named(folder)
 
-    publishing.adapter(site.context, claim, pack.directory, exported, trainer={})
+    publishing.adapter(site.context, claim, session.directory, exported, trainer={})
 
     job = site.world.job(claim.job.id)
     assert job.result_file is not None
@@ -101,11 +101,11 @@ def test_a_checkpoint_that_cannot_be_made_a_model_is_kept_and_costs_the_job_noth
     site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     claim = site.claim()
-    pack = site.pack(claim)
+    session = site.session(claim)
     monkeypatch.setattr(lineage, "record", raises(error))
 
-    tell(pack, claim, "checkpointed", **site.exported(pack, claim, 5))
-    pack.hear()
+    tell(session, claim, "checkpointed", **site.exported(session, claim, 5))
+    session.read_events()
 
     (kept,) = site.checkpoints(claim)
     assert (kept.step, kept.adapter) == (5, None)
@@ -121,11 +121,11 @@ def test_a_stale_claim_and_an_outage_are_no_fault_of_the_model_and_go_up(
     site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     claim = site.claim()
-    pack = site.pack(claim)
+    session = site.session(claim)
     monkeypatch.setattr(lineage, "record", raises(error))
 
     with pytest.raises(type(error)):
-        publishing.checkpoint(site.context, claim, pack.directory, site.exported(pack, claim, 5), trainer={})
+        publishing.checkpoint(site.context, claim, session.directory, site.exported(session, claim, 5), trainer={})
 
     assert site.checkpoints(claim) == []
 

@@ -41,7 +41,7 @@ class Node:
         """How it is cordoned after a look for jobs."""
         self._now += after
         context = self.site.context
-        supervisor._claim(context, "trainer-1", room=supervisor.room_of(context))  # pyright: ignore[reportPrivateUsage]
+        supervisor._claim(context, "trainer-1", capacity=supervisor.free_capacity(context))  # pyright: ignore[reportPrivateUsage]
         return cordon_of(self.site)
 
     def _memory_info(self, _: int) -> Any:

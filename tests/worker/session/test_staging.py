@@ -46,8 +46,8 @@ def parent(site: PackSite) -> Adapter:
     )
 
 
-def brought(pack: TrainerSession) -> str:
-    (message,) = InboxReader(pack.directory).take()
+def brought(session: TrainerSession) -> str:
+    (message,) = InboxReader(session.directory).take()
     return message.body["parent"]
 
 
@@ -55,9 +55,9 @@ def test_the_parents_files_are_brought_at_each_attempt(site: PackSite, parent: A
     first = site.claim(parent_adapter=parent.id, seed=2)
     for attempt, claim in ((1, first), (2, None)):
         held = claim or _again(site, first)
-        pack = site.loading_pack(held, trainer_id=f"trainer-{attempt}")
+        session = site.loading_session(held, trainer_id=f"trainer-{attempt}")
 
-        folder = pack.directory.path / brought(pack)
+        folder = session.directory.path / brought(session)
 
         assert (folder / "adapter_model.safetensors").read_text() == "the numbers"
 
@@ -77,16 +77,16 @@ def test_a_checkpoint_whose_bytes_have_changed_gives_way_to_the_one_before_and_i
     (file, *_) = site.store.get_manifest(newest.artifact).files
     site.store.objects.put(blob_key(file.digest), b"Step 20")
 
-    pack = site.loading_pack(claim)
+    session = site.loading_session(claim)
 
-    (message,) = InboxReader(pack.directory).take()
+    (message,) = InboxReader(session.directory).take()
     assert message.body["resume"].endswith(f"step-{older.step}")
     assert site.store.put_bytes(b"step 20").digest == file.digest
     assert site.store.verify(site.store.get_manifest(newest.artifact)) == []
 
 
 def test_a_job_without_a_parent_is_brought_none(site: PackSite) -> None:
-    assert brought(site.loading_pack(site.claim())) is None
+    assert brought(site.loading_session(site.claim())) is None
 
 
 def test_a_parent_whose_bytes_have_changed_is_not_begun_with(site: PackSite, parent: Adapter) -> None:
@@ -94,9 +94,9 @@ def test_a_parent_whose_bytes_have_changed_is_not_begun_with(site: PackSite, par
     site.store.objects.put(blob_key(file.digest), b"other bytes")
     claim = site.claim(parent_adapter=parent.id, seed=2)
 
-    pack = site.loading_pack(claim)
+    session = site.loading_session(claim)
 
-    assert InboxReader(pack.directory).take() == []
+    assert InboxReader(session.directory).take() == []
     assert site.reason(claim) == EndReason.INFRA_LOST
     (attempt,) = queries.attempts(site.db, **site.world.of(claim.job.id))
     assert parent.name in (attempt.detail or "")
@@ -111,7 +111,7 @@ def test_a_job_that_is_put_aside_for_its_damaged_parent_is_told_what_to_do_about
 
     for number in range(MAX_LOSSES):
         (claim,) = site.claim_all(f"trainer-{number}")
-        site.loading_pack(claim, trainer_id=f"trainer-{number}")
+        site.loading_session(claim, trainer_id=f"trainer-{number}")
         site.world.clock.turn(BACK_OFF_SECONDS[-1] + 1)
 
     error = site.world.job(job.id).error or {}
@@ -136,7 +136,7 @@ def test_a_file_that_is_refused_when_its_tokens_are_made_again_fails_its_job_as_
     monkeypatch.setattr(tokenization, "_run", lambda *_, **__: {"usable_rows": 0, "refusal": refusal})
     site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
 
-    site.loading_pack(claim)
+    site.loading_session(claim)
 
     job = site.world.job(claim.job.id)
     assert (job.state, job.reason) == (JobState.FAILED, EndReason.USER_ERROR)
@@ -147,7 +147,7 @@ def test_a_file_that_is_refused_when_its_tokens_are_made_again_fails_its_job_as_
 def test_a_trainer_evaluates_within_the_sixty_steps_of_the_job(site: PackSite, asked: int | str, told: int) -> None:
     claim = site.claim(validation_file=site.world.file(), evaluation={"every_steps": asked, "keep": "best"})
 
-    (message,) = InboxReader(site.loading_pack(claim).directory).take()
+    (message,) = InboxReader(site.loading_session(claim).directory).take()
     config = job_config(
         JobSpec.model_validate(message.body["spec"]),
         num_steps=message.body["num_steps"],
@@ -175,12 +175,12 @@ def test_the_record_of_a_child_names_that_of_its_parent(
 def test_a_trainer_is_told_how_often_memory_ran_out_for_a_job(site: PackSite) -> None:
     claim, told = site.claim(), list[int]()
     for attempt in range(3):
-        pack = site.loading_pack(claim, trainer_id=f"trainer-{attempt}")
-        (message,) = InboxReader(pack.directory).take()
+        session = site.loading_session(claim, trainer_id=f"trainer-{attempt}")
+        (message,) = InboxReader(session.directory).take()
         told.append(message.body["shortages"])
         claims.end(site.db, claim.claim_id, reason=EndReason.HOST_OOM, detail="")
-        with site.db.write() as session:
-            session.get_one(Job, claim.job.id).run_after = None
+        with site.db.write() as db_session:
+            db_session.get_one(Job, claim.job.id).run_after = None
         if attempt < 2:
             (claim,) = site.claim_all(room=Capacity(max_jobs=1, memory_bytes_free=10**12))
 

@@ -19,9 +19,9 @@ from worker.session.watchdog import watch_clock
 class Process:
     """A trainer that can be ended, and has no process that could be asked anything."""
 
-    def __init__(self, pack: TrainerSession) -> None:
-        self.directory = pack.directory
-        self.started_at = pack.heard_at
+    def __init__(self, session: TrainerSession) -> None:
+        self.directory = session.directory
+        self.started_at = session.heard_at
         self.is_killed = False
 
     def pids(self) -> list[int]:
@@ -31,77 +31,77 @@ class Process:
         self.is_killed = True
 
 
-def looked_at(site: PackSite, pack: TrainerSession) -> bool:
+def looked_at(site: PackSite, session: TrainerSession) -> bool:
     """Whether a look at the clock ends its trainer."""
-    process = Process(pack)
-    watch_clock(site.context, cast(TrainerProcess, process), pack, None)
-    assert process.is_killed == (pack.verdict is not None)
+    process = Process(session)
+    watch_clock(site.context, cast(TrainerProcess, process), session, None)
+    assert process.is_killed == (session.outcome is not None)
     return process.is_killed
 
 
 def busy_pack(site: PackSite) -> TrainerSession:
-    pack = site.loading_pack(site.claim())
-    say(pack, READY)
-    pack.hear()
-    return pack
+    session = site.loading_session(site.claim())
+    say(session, READY)
+    session.read_events()
+    return session
 
 
 def test_a_busy_trainer_that_says_nothing_is_ended(site: PackSite) -> None:
-    pack = busy_pack(site)
-    pack.heard_at -= site.context.progress_seconds - 60
-    assert not looked_at(site, pack)
+    session = busy_pack(site)
+    session.heard_at -= site.context.progress_seconds - 60
+    assert not looked_at(site, session)
 
-    pack.heard_at -= 61
+    session.heard_at -= 61
 
-    assert looked_at(site, pack)
-    assert pack.verdict is not None
-    assert pack.verdict.reason is EndReason.TIMEOUT
+    assert looked_at(site, session)
+    assert session.outcome is not None
+    assert session.outcome.reason is EndReason.TIMEOUT
 
 
 def test_one_whose_stacks_can_not_be_had_is_ended_all_the_same(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exit_status, "dump_stacks", raising(OSError("Input/output error")))
-    pack = busy_pack(site)
-    pack.heard_at -= site.context.progress_seconds + 1
+    session = busy_pack(site)
+    session.heard_at -= site.context.progress_seconds + 1
 
-    assert looked_at(site, pack)
+    assert looked_at(site, session)
 
 
-def say_at(pack: TrainerSession, *moments: float, kind: str = "memory", verifying: bool = False) -> None:
+def say_at(session: TrainerSession, *moments: float, kind: str = "memory", verifying: bool = False) -> None:
     """By the trainer's clock."""
     told = {"type": kind, "verifying": verifying}
-    with pack.directory.events_path.open("a") as file:
+    with session.directory.events_path.open("a") as file:
         file.write("".join(json.dumps({**told, "seconds": moment}) + "\n" for moment in moments))
 
 
 def test_a_trainer_whose_ticks_take_long_may_be_silent_for_longer(site: PackSite) -> None:
-    pack = busy_pack(site)
-    pack._said_at = None  # pyright: ignore[reportPrivateUsage]
-    say_at(pack, 1000, 1200)
-    pack.hear()
-    assert pack.longest_silence == 200
+    session = busy_pack(site)
+    session._said_at = None  # pyright: ignore[reportPrivateUsage]
+    say_at(session, 1000, 1200)
+    session.read_events()
+    assert session.longest_silence == 200
 
-    pack.heard_at -= 700
-    assert not looked_at(site, pack)
-    pack.heard_at -= 400
-    assert looked_at(site, pack)
+    session.heard_at -= 700
+    assert not looked_at(site, session)
+    session.heard_at -= 400
+    assert looked_at(site, session)
 
 
 def test_amid_a_verification_in_which_it_speaks_at_every_linear_it_may_be_silent_for_less(site: PackSite) -> None:
     site.context.verifying_seconds, site.context.progress_seconds = 2000, 10_000
-    pack = busy_pack(site)
-    pack.heard_at -= 2100
-    assert not looked_at(site, pack)
-    pack.heard_at += 2100
+    session = busy_pack(site)
+    session.heard_at -= 2100
+    assert not looked_at(site, session)
+    session.heard_at += 2100
 
-    say(pack, {"type": "memory", "verifying": True})
-    pack.hear()
-    pack.heard_at -= 1900
-    assert not looked_at(site, pack)
-    pack.heard_at -= 200
+    say(session, {"type": "memory", "verifying": True})
+    session.read_events()
+    session.heard_at -= 1900
+    assert not looked_at(site, session)
+    session.heard_at -= 200
 
-    assert looked_at(site, pack)
-    assert pack.verdict is not None
-    assert (pack.verdict.reason, pack.verdict.detail) == (
+    assert looked_at(site, session)
+    assert session.outcome is not None
+    assert (session.outcome.reason, session.outcome.detail) == (
         EndReason.TIMEOUT,
         "The trainer said nothing for 2000 s while it verified an adapter.",
     )
@@ -109,51 +109,51 @@ def test_amid_a_verification_in_which_it_speaks_at_every_linear_it_may_be_silent
 
 def test_after_a_verification_it_has_as_long_as_before_it(site: PackSite) -> None:
     site.context.verifying_seconds, site.context.progress_seconds = 2000, 10_000
-    pack = busy_pack(site)
+    session = busy_pack(site)
     for verifying in (True, False):
-        say(pack, {"type": "memory", "verifying": verifying})
-        pack.hear()
+        say(session, {"type": "memory", "verifying": verifying})
+        session.read_events()
 
-    pack.heard_at -= 2100
+    session.heard_at -= 2100
 
-    assert not looked_at(site, pack)
+    assert not looked_at(site, session)
 
 
 def test_a_verification_of_a_slow_trainer_has_its_pace(site: PackSite) -> None:
     site.context.verifying_seconds, site.context.progress_seconds = 2000, 10_000
-    pack = busy_pack(site)
-    pack._said_at = None  # pyright: ignore[reportPrivateUsage]
-    say_at(pack, 1000, 2000, verifying=True)
-    pack.hear()
+    session = busy_pack(site)
+    session._said_at = None  # pyright: ignore[reportPrivateUsage]
+    say_at(session, 1000, 2000, verifying=True)
+    session.read_events()
 
-    pack.heard_at -= 3900
-    assert not looked_at(site, pack)
-    pack.heard_at -= 200
-    assert looked_at(site, pack)
+    session.heard_at -= 3900
+    assert not looked_at(site, session)
+    session.heard_at -= 200
+    assert looked_at(site, session)
 
 
 def test_a_worker_that_was_slow_to_hear_takes_no_trainer_for_a_slow_one(site: PackSite) -> None:
-    pack = busy_pack(site)
-    pack._said_at = None  # pyright: ignore[reportPrivateUsage]
-    pack.heard_at -= 200
-    say_at(pack, 1000, 1005)
-    pack.hear()
-    say_at(pack, 1006, kind="idle")
-    say_at(pack, 5000, 5007)
-    pack.hear()
+    session = busy_pack(site)
+    session._said_at = None  # pyright: ignore[reportPrivateUsage]
+    session.heard_at -= 200
+    say_at(session, 1000, 1005)
+    session.read_events()
+    say_at(session, 1006, kind="idle")
+    say_at(session, 5000, 5007)
+    session.read_events()
 
-    assert pack.longest_silence == 7
+    assert session.longest_silence == 7
 
 
 def test_what_an_idle_trainer_did_not_say_is_not_held_against_it(site: PackSite) -> None:
-    pack = busy_pack(site)
-    pack.obey({})
-    for held in list(pack._held.values()):  # pyright: ignore[reportPrivateUsage]
-        pack._drop(held)  # pyright: ignore[reportPrivateUsage]
-    pack.heard_at -= 10_000
-    assert not looked_at(site, pack)
+    session = busy_pack(site)
+    session.apply_directives({})
+    for held in list(session._held.values()):  # pyright: ignore[reportPrivateUsage]
+        session._drop(held)  # pyright: ignore[reportPrivateUsage]
+    session.heard_at -= 10_000
+    assert not looked_at(site, session)
 
-    pack.admit(site.claim(seed=2))
+    session.admit(site.claim(seed=2))
 
-    assert not looked_at(site, pack)
-    assert pack.longest_silence < 1000
+    assert not looked_at(site, session)
+    assert session.longest_silence < 1000

@@ -62,14 +62,14 @@ def test_of_several_ranks_the_leader_alone_speaks(out: io.StringIO) -> None:
 def test_a_workers_lines_name_what_it_does_something_for(site: PackSite, out: io.StringIO) -> None:
     claim = site.claim()
     site.context.spans.claimed(claim, worker_id="w1")
-    pack = site.pack(claim)
+    session = site.session(claim)
 
     def fail(_held: Any) -> None:
         raise OSError("The disk is away.")
 
-    (held,) = pack._held.values()  # pyright: ignore[reportPrivateUsage]
+    (held,) = session._held.values()  # pyright: ignore[reportPrivateUsage]
     with logs.all_about({"worker": "w1"}):
-        pack._guarded(held, fail)  # pyright: ignore[reportPrivateUsage]
+        session._guarded(held, fail)  # pyright: ignore[reportPrivateUsage]
 
     (line,) = [line for line in lines(out) if line["level"] == "error"]
     about = {"job": claim.job.id, "claim": claim.claim_id, "trainer": "trainer-1", "worker": "w1"}

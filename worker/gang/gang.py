@@ -1,0 +1,305 @@
+"""What the supervisor asks of its gang: a group of workers on several nodes that train the same jobs together.
+
+`Gang` is the interface, and its null object: each method does what is right for a worker by itself. `NodeGang` is for a
+member of a gang of nodes. The leader alone claims jobs, so nothing here reads or writes a job.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
+
+from catalog.errors import LorryError, Unavailable
+from catalog.fleet import gangs
+from catalog.fleet.gangs import NotGathered, Round, RoundState
+from catalog.states import EndReason
+from catalog.tables.jobs import Job
+from worker.background.base_models import Abandoned
+from worker.background.chores import Chores
+from worker.context.context import WorkerContext
+from worker.context.gang_membership import Seat
+from worker.gang import member
+from worker.gang.member import Launch
+from worker.process.clock import boot_seconds
+from worker.process.launcher import TrainerProcess
+from worker.protocol.mailbox import Json
+from worker.protocol.rendezvous import meeting_settings, told_port
+from worker.session.failures import LocalExit, TrainerEnd, local_exit
+from worker.session.session_job import End
+from worker.session.trainer_session import OUTAGES
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 0.2
+PEER_FAILURE_SECONDS = 20.0
+"""A trainer that has lost a process of another node exits within this time.
+
+See lora_core.distributed.failure_broadcast.
+"""
+
+
+def gang_of(context: WorkerContext) -> Gang:
+    return Gang(context) if context.seat is None else NodeGang(context, context.seat)
+
+
+class Gang:
+    """The interface, for a worker by itself: it never participates, waits for nobody, and leads no round."""
+
+    shutdown_end = TrainerEnd.WORKER_SHUTDOWN
+    """How attempts end whose trainer shut down because a worker of the gang does."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+
+    def participate(self, chores: Chores, launch: Launch) -> bool:
+        """If another worker leads and calls this one, run this node's part of its trainer until the round is over.
+
+        Returns whether it was called. Raises Unavailable, OutOfSpace, before the part has begun.
+        """
+        return False
+
+    def gather(self, stack: ExitStack, first: Job, settings: Json) -> None:
+        """Open a round: call the other workers, and release them with the stack.
+
+        settings: of the leader's trainer, except the folder of its base. Raises NotGathered, Unavailable.
+        """
+
+    def rendezvous(self) -> Json:
+        """The settings by which the leader's trainer meets the trainers of the other nodes."""
+        return {}
+
+    def start(self, trainer: TrainerProcess, *, is_unwanted: Callable[[], bool]) -> None:
+        """Wait until all workers have joined and the leader's trainer listens; then let all trainers load.
+
+        If the leader's trainer exits, or a member can't take part, the leader's trainer has exited on return, and
+        `exit_end` tells why. Raises NotGathered if a worker does not join in time, or leaves; Abandoned if no user
+        wants the jobs any more; Unavailable if the claims expired in an outage, and the trainer was killed with them.
+        """
+
+    def monitor(self, trainer: TrainerProcess) -> bool:
+        """Kill the trainer if a worker of the round is lost.
+
+        Returns whether a worker wants to shut down, so that the jobs must be saved. Raises Unavailable.
+        """
+        return False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the trainer may get new jobs: no worker of its round is cordoned or shutting down."""
+        return True
+
+    def exit_end(self, trainer: TrainerProcess, *, is_ready: bool) -> End:
+        """How the attempts end, now that the trainer has exited by itself. is_ready: it had loaded its base.
+
+        In a round, the worker whose trainer failed first decides. Raises Unavailable.
+        """
+        local = local_exit(self._context, trainer)
+        return End(reason=local.reason, detail=local.detail)
+
+
+class NodeGang(Gang):
+    """For a member of a gang of several nodes, which leads rounds or participates in them.
+
+    A round has at least two workers. Between rounds, and if only this worker is there, it acts like one by itself.
+    """
+
+    shutdown_end = TrainerEnd.GANG_SHUTDOWN
+
+    def __init__(self, context: WorkerContext, seat: Seat) -> None:
+        super().__init__(context)
+        self._seat = seat
+
+    def participate(self, chores: Chores, launch: Launch) -> bool:
+        return member.participate(self._context, self._seat, chores, launch)
+
+    def gather(self, stack: ExitStack, first: Job, settings: Json) -> None:
+        seat = self._seat
+        with _waiting_after_failure(seat):
+            called = seat.to_call()
+            if len(called) < seat.fewest:
+                raise NotGathered(f"{len(called)} of the {seat.fewest} workers that its gang needs are there.")
+            if len(called) < 2:
+                return
+            task: Json = {
+                "trainer_id": first.trainer_id,
+                "base_model": first.base_model,
+                "base_digest": first.base_digest,
+                "settings": settings,
+                "address": seat.address,
+            }
+            seat.open(task)
+        stack.callback(self._close_round)
+
+    def _close_round(self) -> None:
+        """Best effort: if the leader is gone, the round is over once another worker takes the lead."""
+        led, self._seat.round, self._seat.is_broken = self._seat.round, None, False
+        if led is not None:
+            with suppress(LorryError):
+                gangs.end_round(self._seat.place, led.round_id)
+
+    def rendezvous(self) -> Json:
+        seat = self._seat
+        if (led := seat.round) is None:
+            return {}
+        where = {"address": seat.address, "interface": seat.interface, "name": led.round_id}
+        return {"meeting": meeting_settings(**where, port=None, first_rank=0, num_ranks=led.num_ranks)}
+
+    def start(self, trainer: TrainerProcess, *, is_unwanted: Callable[[], bool]) -> None:
+        pulse = self._context.pulse
+        if (led := self._seat.round) is None:
+            return
+        pulse.guard(on_beat=trainer.pulse, on_lost=trainer.kill)
+        try:
+            with _waiting_after_failure(self._seat):
+                while trainer.returncode is None and not self._has_started(led, trainer, is_unwanted):
+                    if trainer.is_killed:
+                        break
+                    trainer.wait(POLL_SECONDS)
+            if pulse.lost.is_set():
+                remedy = "There is nothing to do: it is tried again."
+                message = TrainerEnd.DATABASE_UNREACHABLE.value.detail
+                raise Unavailable(message, code="database_unavailable", remedy=remedy)
+        finally:
+            pulse.guard(on_beat=None, on_lost=None)
+
+    def _has_started(self, led: Round, trainer: TrainerProcess, is_unwanted: Callable[[], bool]) -> bool:
+        """Poll once. True if all have joined and may load now."""
+        seat = self._seat
+        if is_unwanted() or self._context.draining:
+            raise Abandoned
+        try:
+            found = gangs.progress(seat.place, led.round_id)
+            if any(ended["reason"] != EndReason.DRAINED for ended in found.ended.values()):
+                seat.wait_a_while()
+                self._break(trainer)
+                return False
+            hindrance, port = gangs.hindrance_of(found), told_port(trainer.directory)
+            if hindrance is not None and (found.is_late or found.ended or found.lost or found.is_anyone_leaving):
+                if found.is_late:
+                    gangs.missed(seat.place, led.round_id, found.not_joined)
+                raise NotGathered(hindrance)
+            if hindrance is not None or port is None:
+                return False
+            gangs.start(seat.place, led.round_id, port=port)
+        except OUTAGES as error:
+            log.warning("%s The gang is asked again.", error)
+            return False  # if the outage lasts too long, the heartbeat kills the trainer
+        seat.has_started = True
+        trainer.started_at = time.monotonic()  # loading begins now
+        return True
+
+    def monitor(self, trainer: TrainerProcess) -> bool:
+        seat = self._seat
+        if (led := seat.round) is None or not seat.is_look_due():
+            return False
+        try:
+            seat.look()
+            found = gangs.progress(seat.place, led.round_id)
+        except NotGathered:
+            self._break(trainer)
+            return False
+        has_failed = any(not ended["is_echo"] for ended in found.ended.values())
+        if found.lost or has_failed or self._has_outlived_peers(found):
+            self._break(trainer)
+        return found.is_anyone_leaving
+
+    def _has_outlived_peers(self, found: RoundState) -> bool:
+        """Whether members exited long ago, each because of a failure elsewhere.
+
+        The leader's own trainer may be the one that failed. It is left some time to exit, because its own exit tells
+        more than that of a killed trainer.
+        """
+        seat = self._seat
+        if not found.ended:
+            return False
+        seat.ended_since = seat.ended_since or time.monotonic()
+        return time.monotonic() - seat.ended_since >= PEER_FAILURE_SECONDS
+
+    def _break(self, trainer: TrainerProcess) -> None:
+        """Kill the trainer because of another node, so that its exit status tells nothing."""
+        self._seat.is_broken |= trainer.returncode is None
+        trainer.kill()
+
+    @property
+    def is_open(self) -> bool:
+        return self._seat.is_open
+
+    def exit_end(self, trainer: TrainerProcess, *, is_ready: bool) -> End:
+        seat, context = self._seat, self._context
+        if (led := seat.round) is None:
+            return super().exit_end(trainer, is_ready=is_ready)
+        has_met = seat.has_started or seat.is_broken
+        ranks = range(context.num_processes) if has_met else None
+        local = local_exit(context, trainer, ranks=ranks, was_killed=seat.is_broken)
+        if local.is_echo:
+            return self._peer_end(led, trainer, local, is_ready=is_ready)
+        blamed = None if local.is_of_any else context.worker_id
+        return End(reason=local.reason, detail=local.detail, blamed_worker_id=blamed)
+
+    def _peer_end(self, led: Round, trainer: TrainerProcess, local: LocalExit, *, is_ready: bool) -> End:
+        """How the attempts end if the leader's trainer exited because of another node."""
+        seat = self._seat
+        try:
+            found = self._wait_for_members(led)
+        except NotGathered:
+            return End(reason=EndReason.INFRA_LOST, detail="The round is over: another worker leads the gang now.")
+        if found is not None and (failure := _failure_in(found)) is not None:
+            return failure
+        if self._context.draining:
+            return TrainerEnd.WORKER_SHUTDOWN.value
+        if found is not None and not is_ready and not local.had_met:
+            seat.wait_a_while()
+            gangs.missed(seat.place, led.round_id, led.workers[1:])
+            where = f"{seat.address}, port {told_port(trainer.directory)}"
+            detail = (
+                "The workers of the gang reach the database, and their trainers did not reach each other. One listened "
+                f"at {where}. Let these nodes connect to each other at every port."
+            )
+            return End(reason=EndReason.GANG_INCOMPLETE, detail=detail)
+        return End(reason=EndReason.INFRA_LOST, detail=f"The workers of the gang lost each other. {local.detail}")
+
+    def _wait_for_members(self, led: Round) -> RoundState | None:
+        """Wait until a member has failed, or all have reported how their parts ended, or for a lease and a heartbeat.
+
+        A failed member either reports it, or its heartbeat stops. Raises NotGathered, Unavailable.
+        """
+        settings = self._context.settings
+        found: RoundState | None = None
+        deadline = boot_seconds() + settings.lease_seconds + settings.heartbeat_seconds
+        while boot_seconds() < deadline and not self._context.draining:
+            found = gangs.progress(self._seat.place, led.round_id)
+            if _failure_in(found) is not None or len(found.ended) == found.num_others:
+                break
+            time.sleep(POLL_SECONDS)
+        return found
+
+
+def _failure_in(found: RoundState) -> End | None:
+    """The failure of a member: its own, else its lost heartbeat. None if members only lost each other, so far."""
+    for worker_id, ended in sorted(found.ended.items()):
+        if not ended["is_echo"]:
+            detail = f"On {worker_id} of the gang: {ended['detail']}"
+            return End(reason=_reason(ended["reason"]), detail=detail, blamed_worker_id=worker_id)
+    if not found.lost:
+        return None
+    detail = f"Worker {found.lost[0]} of the gang was not heard from any more."
+    return End(reason=EndReason.INFRA_LOST, detail=detail, blamed_worker_id=found.lost[0])
+
+
+def _reason(name: str) -> EndReason:
+    """A member with newer code may report a reason that this worker does not know."""
+    try:
+        return EndReason(name)
+    except ValueError:
+        return EndReason.INFRA_LOST
+
+
+@contextmanager
+def _waiting_after_failure(seat: Seat) -> Generator[None]:
+    """Claim nothing for a while if no round came about: the worker at fault may be gone before the next round."""
+    try:
+        yield
+    except NotGathered:
+        seat.wait_a_while()
+        raise
