@@ -145,9 +145,10 @@ def _are_all_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
 
 def _record_load_failure(context: WorkerContext, first: Job) -> None:
     """Record a trainer that never became ready. Such records show that a base can't be loaded on this worker."""
-    trainer_id, worker_id = str(first.trainer_id), context.worker_id
-    named = {"trainer_id": trainer_id, "worker_id": worker_id, "base_digest": first.base_digest}
-    workers.register_trainer(context.db, **named, pack_key=first.pack_key)
+    trainer_id, key, digest = str(first.trainer_id), first.pack_key, first.base_digest
+    workers.register_trainer(
+        context.db, trainer_id=trainer_id, worker_id=context.worker_id, base_digest=digest, pack_key=key
+    )
     workers.end_trainer(context.db, trainer_id)
 
 

@@ -1,7 +1,7 @@
-"""What a trainer that is lent prints, kept for each job that it trains: as `output` does on the leader's node.
+"""The output of a member's trainer, stored in the logs of the jobs that it trains, as on the leader's node.
 
-A member of a gang holds no claim, so the record tells it which jobs those are. It looks now and then: what it keeps of
-a job may begin a look before the job came, and end one after it left.
+A member holds no claim, so it reads from the database which jobs those are. It polls at intervals: what it stores of a
+job may begin one poll before the job came, and end one poll after the job left.
 """
 
 from __future__ import annotations
