@@ -29,7 +29,7 @@ from catalog.tables.table import new_id
 from worker.background import base_models
 from worker.background.chores import Chores
 from worker.context.context import WorkerContext
-from worker.gang.gang import Gang, gang_of
+from worker.gang.gang import WorkerGang, gang_of
 from worker.node import scratch_dirs
 from worker.process.clock import boot_seconds
 from worker.process.launcher import TrainerProcess, launch
@@ -61,7 +61,7 @@ def supervise(context: WorkerContext) -> None:
         context.pulse.release_all()
 
 
-def _work(context: WorkerContext, gang: Gang, chores: Chores) -> None:
+def _work(context: WorkerContext, gang: WorkerGang, chores: Chores) -> None:
     """Run one trainer after another. A trainer that was unloaded for another base hands on the claims for that base."""
     claimed: list[Claim] = []
     while not context.draining:
@@ -101,7 +101,7 @@ def _claim(context: WorkerContext, trainer_id: str, *, capacity: Capacity, pack_
     return claimed
 
 
-def _train(context: WorkerContext, gang: Gang, chores: Chores, claimed: Sequence[Claim]) -> list[Claim]:
+def _train(context: WorkerContext, gang: WorkerGang, chores: Chores, claimed: Sequence[Claim]) -> list[Claim]:
     """Run one trainer from launch to exit. Returns claims for another base, for which it was unloaded."""
     first = claimed[0].job
     waiting = list(claimed)
@@ -200,7 +200,7 @@ def _open_session(context: WorkerContext, stack: ExitStack, first: Job, director
 
 
 def _attend(
-    context: WorkerContext, gang: Gang, chores: Chores, trainer: TrainerProcess, session: TrainerSession
+    context: WorkerContext, gang: WorkerGang, chores: Chores, trainer: TrainerProcess, session: TrainerSession
 ) -> list[Claim]:
     """Attend to the trainer until it has exited, or can't be killed. Returns claims for another base, for which it was
     unloaded.
@@ -256,7 +256,7 @@ def _tolerating_outages(trainer: TrainerProcess, act: Callable[[], T]) -> T | No
         return None
 
 
-def _drain(gang: Gang, trainer: TrainerProcess, session: TrainerSession) -> bool:
+def _drain(gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> bool:
     """Have the trainer save its jobs and exit. Returns True: it was told. A trainer that still loads has nothing to
     save, so it is killed."""
     if session.ready is not None:
@@ -286,13 +286,13 @@ def _claim_more(context: WorkerContext, session: TrainerSession) -> list[Claim]:
     return []
 
 
-def _is_idle(context: WorkerContext, gang: Gang, session: TrainerSession) -> bool:
+def _is_idle(context: WorkerContext, gang: WorkerGang, session: TrainerSession) -> bool:
     """Whether the trainer is empty, and has been for too long or can get no new job."""
     is_overdue = time.monotonic() - session.idle_since >= context.settings.idle_seconds
     return not len(session) and (is_overdue or not gang.is_open)
 
 
-def _conclude(context: WorkerContext, gang: Gang, trainer: TrainerProcess, session: TrainerSession) -> None:
+def _conclude(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> None:
     """After the trainer has exited, or could not be killed: record its last events, and end the attempts of the jobs
     that it left unfinished. An outage is waited for as long as the claims may still be valid."""
     deadline = boot_seconds() + context.settings.lease_seconds
@@ -315,7 +315,7 @@ def _conclude(context: WorkerContext, gang: Gang, trainer: TrainerProcess, sessi
     _best_effort(lambda: session.end_all(end))
 
 
-def _trainer_outcome(context: WorkerContext, gang: Gang, trainer: TrainerProcess, session: TrainerSession) -> End:
+def _trainer_outcome(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> End:
     """What ended the trainer. The first cause that applies decides how the attempts of its jobs end."""
     if trainer.is_left_behind:
         return replace(TrainerEnd.UNKILLABLE.value, blamed_worker_id=context.worker_id)

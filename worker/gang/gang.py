@@ -1,7 +1,7 @@
 """What the supervisor asks of its gang: a group of workers on several nodes that train the same jobs together.
 
-`Gang` is the interface, and its null object: each method does what is right for a worker by itself. `NodeGang` is for a
-member of a gang of nodes. The leader alone claims jobs, so nothing here reads or writes a job.
+`WorkerGang` is the interface, and its null object: each method does what is right for a worker by itself. `NodeGang` is
+for a member of a gang of nodes. The leader alone claims jobs, so nothing here reads or writes a job.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ See lora_core.distributed.failure_broadcast.
 """
 
 
-def gang_of(context: WorkerContext) -> Gang:
-    return Gang(context) if context.seat is None else NodeGang(context, context.seat)
+def gang_of(context: WorkerContext) -> WorkerGang:
+    return WorkerGang(context) if context.seat is None else NodeGang(context, context.seat)
 
 
-class Gang:
+class WorkerGang:
     """The interface, for a worker by itself: it never participates, waits for nobody, and leads no round."""
 
     shutdown_end = TrainerEnd.WORKER_SHUTDOWN
@@ -98,7 +98,7 @@ class Gang:
         return End(reason=local.reason, detail=local.detail)
 
 
-class NodeGang(Gang):
+class NodeGang(WorkerGang):
     """For a member of a gang of several nodes, which leads rounds or participates in them.
 
     A round has at least two workers. Between rounds, and if only this worker is there, it acts like one by itself.

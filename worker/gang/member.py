@@ -37,7 +37,7 @@ Launch = Callable[[WorkerContext, ExitStack, str, Json], TrainerProcess]
 
 
 def participate(context: WorkerContext, seat: Seat, chores: Chores, launch: Launch) -> bool:
-    """See `Gang.participate`."""
+    """See `WorkerGang.participate`."""
     _report_end(seat)
     if (call := seat.called()) is None:
         return False
