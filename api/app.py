@@ -53,6 +53,7 @@ from api.webhooks.http_sender import WebhookSender
 from catalog.audit import derived_keys
 from catalog.audit.downloads import ReadAudit
 from catalog.db.database import Database
+from catalog.fleet.compatibility import lorry_version
 from catalog.pepper import load as load_pepper
 from catalog.queue.notifier import open_doorbell
 from catalog.scheduling.snapshot import Policy
@@ -101,7 +102,7 @@ def create_app(
     services = open_services(settings, own)
     app = Api(
         title="Lorry",
-        version="0.1.0",
+        version=lorry_version(),
         description=DESCRIPTION,
         openapi_tags=TAGS,
         dependencies=[Depends(refuse_unknown_query), Depends(refuse_loose_json)],

@@ -20,6 +20,7 @@ import httpx
 from api.rate_limits.project_slots import ProjectSlots
 from api.webhooks.name_resolver import Lookup, NameResolver, NoAddress, system_lookup
 from catalog.errors import InvalidRequest
+from catalog.fleet.compatibility import lorry_version
 from catalog.webhooks.delivery_queue import DeliveryResult
 from catalog.webhooks.url_policy import OPENED, Rules, WebhookTarget, target_of, why_shut
 
@@ -31,7 +32,7 @@ MAX_ADDRESSES = 3
 MAX_TESTS = 16
 TESTS_OF_PROJECT = 4
 """That people ask for, at the same time; further ones wait."""
-USER_AGENT = "lorry-webhooks/0.1.0"
+USER_AGENT = f"lorry-webhooks/{lorry_version()}"
 CONNECTED = "connection.connect_tcp.complete"
 """httpcore's name of the moment."""
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import httpx
 
+from lorry import __version__
 from lorry.connection import Connection, is_loopback
 from lorry.errors import APIError, ConnectionFailed, from_response
 from lorry.transport.retries import RetryPolicy, is_retryable
@@ -37,7 +38,7 @@ class Transport:
         self.retries = retries or RetryPolicy()
         self.sleep = sleep
         self._has_answered = False
-        headers = {"user-agent": "lorry-python/0.1.0", "accept": "application/json"}
+        headers = {"user-agent": f"lorry-python/{__version__}", "accept": "application/json"}
         if connection.api_key is not None:
             headers["authorization"] = f"Bearer {connection.api_key}"
         self._http = httpx.Client(
