@@ -10,7 +10,8 @@ RUN groupadd --gid 10001 lorry \
     && useradd --uid 10001 --gid lorry --home-dir /var/lib/lorry --create-home --shell /usr/sbin/nologin lorry
 WORKDIR /opt/lorry
 COPY requirements requirements
-COPY pyproject.toml README.md LICENSE alembic.ini ./
+COPY pyproject.toml setup.py README.md LICENSE alembic.ini ./
+COPY client client
 COPY lorry lorry
 COPY migrations migrations
 COPY catalog catalog
@@ -27,7 +28,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends ca-certifica
     && apt-get install --yes --no-install-recommends "postgresql-client-$POSTGRES_CLIENT" \
     && rm -rf /var/lib/apt/lists/*
 RUN pip install --require-hashes --no-deps -r requirements/api.lock \
-    && pip install --no-deps --no-build-isolation --editable .
+    && pip install --no-deps --no-build-isolation --editable client --editable .
 USER lorry
 EXPOSE 8000
 CMD ["python", "-m", "api", "serve", "--host", "0.0.0.0", "--port", "8000"]
@@ -37,7 +38,7 @@ FROM code AS worker
 ARG TORCH=torch
 RUN pip install --require-hashes --no-deps -r requirements/worker.lock \
     && pip install --require-hashes --no-deps -r "requirements/$TORCH.lock" \
-    && pip install --no-deps --no-build-isolation --editable .
+    && pip install --no-deps --no-build-isolation --editable client --editable .
 ENV OMP_WAIT_POLICY=PASSIVE
 USER lorry
 CMD ["celery", "--app=worker.entrypoints.celery_app", "worker", "--queues=lorry", "--concurrency=1", "--without-gossip", "--without-mingle"]

@@ -8,7 +8,7 @@
 
 BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
-SET_UP := pyproject.toml $(wildcard requirements/*.lock) .ci/set-up
+SET_UP := pyproject.toml setup.py client/pyproject.toml $(wildcard requirements/*.lock) .ci/set-up
 
 # Processes that share out the files of tests, in their order; 0 for none beside pytest's own. Each brings its own servers.
 TEST_PROCESSES ?= 2
@@ -110,7 +110,7 @@ lock:
 	.ci/lock
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info client/build client/dist client/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: $(SET_UP)

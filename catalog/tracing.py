@@ -32,7 +32,7 @@ About = Mapping[str, Value | None]
 """Attributes by name; what is None is left out."""
 NOTHING: About = {}
 PARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
-REMEDY = "Install it (pip install 'lorry[telemetry]'), or set OTEL_SDK_DISABLED=true."
+REMEDY = "Install it (pip install 'lorry-server[telemetry]'), or set OTEL_SDK_DISABLED=true."
 FLUSH_MILLISECONDS = 3000
 STANDARD = {
     "http_request_method": "http.request.method",

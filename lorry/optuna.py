@@ -1,6 +1,6 @@
 """A study of Optuna drives a sweep: its sampler chooses each trial's parameters, its pruner ends those that do badly.
 
-Optuna is imported when a study is given, and is no dependency of the client: pip install optuna.
+Optuna is imported when a study is given, and is an extra of the client: pip install "lorry[optuna]".
 """
 
 from __future__ import annotations

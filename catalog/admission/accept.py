@@ -49,7 +49,7 @@ _READS: dict[DataKind | None, tuple[str, str]] = {
     "unpaired": ("learns from answers with labels", f"a file of those: on each line {UNPAIRED.form}"),
 }
 """By what a method compares: how it reads, and which file would do."""
-INSTALL_QUANT = "Install it where a worker runs (pip install 'lorry[quant]'), and start that worker again."
+INSTALL_QUANT = "Install it where a worker runs (pip install 'lorry-server[quant]'), and start that worker again."
 """The remedy where no worker has bitsandbytes."""
 
 

@@ -13,7 +13,7 @@ from catalog.spec.strict import Strict
 
 IntegrationType = Literal["wandb", "mlflow", "tensorboard", "trackio"]
 INTEGRATION_TYPES: tuple[IntegrationType, ...] = get_args(IntegrationType)
-INSTALL = "On a worker: pip install 'lorry[integrations]'; docs/INTEGRATIONS.md tells what else each one needs."
+INSTALL = "On a worker: pip install 'lorry-server[integrations]'; docs/INTEGRATIONS.md tells what else each one needs."
 NAME_PATTERN = r"^[^\x00-\x1f\x7f/\\#?%:]+$"
 """What Weights & Biases takes for the name of a project."""
 LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"

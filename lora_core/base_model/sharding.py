@@ -168,7 +168,7 @@ def _by_zero3(
     except ImportError as error:
         raise ConfigError(
             "The strategies 'zero3' and 'zero3_offload' need DeepSpeed, which is not installed here.",
-            remedy="Install lorry[deepspeed] on the worker, or use 'fsdp2' or 'fsdp2_offload'.",
+            remedy="Install lorry-server[deepspeed] on the worker, or use 'fsdp2' or 'fsdp2_offload'.",
         ) from error
     largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
     config = _zero3_config(dtype, of_block=largest)

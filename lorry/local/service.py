@@ -12,26 +12,35 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, cast
 
 from lorry.errors import LorryError
 from lorry.local.child import Child
 
-_NEEDED = ("fastapi", "sqlalchemy", "torch", "transformers", "peft")
+_NEEDED = ("lorry-server", "torch", "transformers", "peft")
+"""Distributions. A package named `api` or `worker` may be the user's own."""
 _COMMAND_SECONDS = 300
 
 
 def check_installed() -> None:
-    """Raises LorryError where only the client is installed."""
-    missing = [name for name in _NEEDED if find_spec(name) is None]
+    """Raises LorryError if this environment has only the client, or the server without the libraries of a worker."""
+    missing = [name for name in _NEEDED if not _is_installed(name)]
     if missing:
         raise LorryError(
-            f"Only Lorry's client is installed here; a service needs {', '.join(missing)} too.",
+            f"This environment lacks what a service needs: {', '.join(missing)}.",
             code="server_not_installed",
-            remedy=f'Install them with: {sys.executable} -m pip install "lorry[worker]"',
+            remedy=f'Run: {sys.executable} -m pip install "lorry-server[worker]"',
         )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

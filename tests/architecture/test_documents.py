@@ -15,7 +15,7 @@ from catalog.states import ENDINGS, FINAL_STATES, TRANSITIONS
 from lorry.cli.main import app
 from tests.architecture.source_files import ROOT
 
-DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "client/README.md", *(ROOT / "docs").rglob("*.md")]
 ARROW = re.compile(r"^\s*(\S+) --> (\S+?)(?:: (\w+))?\s*$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
 WORDS = """base model, adapter, job, attempt, claim, lease, worker, trainer, pack, tick, slice, row, plan, sweep, trial,

@@ -60,7 +60,7 @@ def test_where_the_package_is_missing_the_service_goes_on_and_says_how_to_get_it
 
     tracing.start("api")
 
-    assert "lorry[telemetry]" in caplog.text
+    assert "lorry-server[telemetry]" in caplog.text
     with tracing.span("a", parent=PARENT):
         assert tracing.current() == PARENT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -12,7 +13,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
-EXTRAS = {"api": ("server", "telemetry"), "worker": ("worker", "telemetry"), "demo": ("demo",), "dev": ("dev",)}
+LOCKED = {"api": "[telemetry]", "worker": "[worker,telemetry]", "demo": "[demo]", "dev": "[dev]"}
+"""Lock file -> the extras of lorry-server that it installs."""
 ENTRY = re.compile(
     r"^(?P<requirement>[A-Za-z0-9].*?) \\\n(?P<hashes>(?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
 )
@@ -32,8 +34,17 @@ def pins(name: str) -> dict[str, set[str]]:
     return found
 
 
+def requirements(project: Requirement) -> list[Requirement]:
+    """What one of the two distributions requires with these extras; the server's pin of the client is left out."""
+    folder = {"lorry": "client", "lorry-server": "."}[project.name]
+    table = tomllib.loads((ROOT / folder / "pyproject.toml").read_text("utf-8"))
+    always = table["project"].get("dependencies") or table["dependency-groups"]["server"]
+    extras = [table["project"]["optional-dependencies"][extra] for extra in project.extras]
+    return [Requirement(text) for text in itertools.chain(always, *extras)]
+
+
 def test_there_is_one_lock_file_for_each_use_and_each_torch_variant() -> None:
-    assert {path.stem for path in LOCKS} == {*EXTRAS, "torch", "torch-cpu"}
+    assert {path.stem for path in LOCKS} == {*LOCKED, "torch", "torch-cpu"}
 
 
 @pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
@@ -46,28 +57,30 @@ def test_every_locked_package_has_an_exact_version_and_a_hash(path: Path) -> Non
         assert entry.url or [each.operator for each in entry.specifier] == ["=="], str(entry)
 
 
-@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("name", LOCKED)
 def test_a_lock_file_satisfies_the_ranges_of_its_extras(name: str) -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    wanted, queue = [Requirement(text) for text in project["dependencies"]], list(EXTRAS[name])
-    for extra in queue:
-        for text in project["optional-dependencies"][extra]:
-            requirement = Requirement(text)
-            if requirement.name == "lorry":
-                queue.extend(each for each in sorted(requirement.extras) if each not in queue)
-            else:
-                wanted.append(requirement)
+    ours, others = [Requirement("lorry"), Requirement(f"lorry-server{LOCKED[name]}")], list[Requirement]()
+    for project in ours:
+        for requirement in requirements(project):
+            known = ours if requirement.name in ("lorry", "lorry-server") else others
+            if requirement not in known:
+                known.append(requirement)
     locked = pins(name)
 
-    for requirement in wanted:
+    assert len(others) > len(requirements(Requirement("lorry-server")))
+    for requirement in others:
         versions = (pins("torch") if requirement.name == "torch" else locked)[canonicalize_name(requirement.name)]
         assert all(requirement.specifier.contains(version) for version in versions), requirement.name
 
 
-@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("name", LOCKED)
 def test_a_lock_file_has_what_builds_lorry_without_build_isolation(name: str) -> None:
-    build = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["build-system"]["requires"]
+    tables = [
+        tomllib.loads(path.read_text("utf-8")) for path in (ROOT / "pyproject.toml", ROOT / "client/pyproject.toml")
+    ]
+    build = {text for table in tables for text in table["build-system"]["requires"]}
 
+    assert build
     for requirement in map(Requirement, build):
         versions = pins(name).get(canonicalize_name(requirement.name), set())
         assert versions, requirement.name

@@ -188,8 +188,8 @@ def check_strategy(wanted: Wanted, *, gang: str | None = None) -> None:
     if wanted.startswith("zero3") and find_spec("deepspeed") is None:
         instead = wanted.replace("zero3", "fsdp2")
         raise SystemExit(
-            f"LORRY_STRATEGY is {wanted}, which needs DeepSpeed, and that is not installed here. Install it (pip "
-            f"install 'lorry[deepspeed]'), or set LORRY_STRATEGY to {instead}, which needs the same memory, or to auto."
+            f"LORRY_STRATEGY is {wanted}, which needs DeepSpeed, and that is not installed here. Run pip install "
+            f"'lorry-server[deepspeed]', or set LORRY_STRATEGY to {instead}, which needs the same memory, or to auto."
         )
 
 

@@ -168,7 +168,7 @@ def test_a_tracker_that_no_worker_has_is_refused_and_awaited_where_no_worker_liv
         world.submit(integrations=BOTH)
 
     assert (refused.value.code, refused.value.param) == ("integration_unavailable", "integrations.0.type")
-    assert "lorry[integrations]" in refused.value.remedy
+    assert "lorry-server[integrations]" in refused.value.remedy
     assert awaited.requested["integrations"] == BOTH
     assert world.submit(integrations=ONE).id
 

@@ -326,7 +326,7 @@ def test_a_job_on_a_quantized_base_waits_for_a_worker_that_can_hold_it_and_says_
     assert why["quantization"] == "nf4"
     assert why["explanation"] == (
         "It asks for its base as nf4, and no worker that runs has bitsandbytes. Install it where a worker runs "
-        "(pip install 'lorry[quant]'), and start that worker again."
+        "(pip install 'lorry-server[quant]'), and start that worker again."
     )
 
     world.worker("able", quantizations=("nf4", "int8"))
@@ -341,7 +341,7 @@ def test_a_job_that_no_worker_that_lives_can_hold_is_refused_with_the_remedy(wor
         world.submit(quantization="int8")
 
     assert (refusal.value.code, refusal.value.param) == ("quantization_unavailable", "quantization")
-    assert "pip install 'lorry[quant]'" in refusal.value.remedy
+    assert "pip install 'lorry-server[quant]'" in refusal.value.remedy
     assert world.submit().spec["quantization"] == "none"
 
 

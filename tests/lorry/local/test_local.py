@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -239,16 +240,21 @@ def test_a_long_log_makes_room_and_one_older_is_kept(tmp_path: Path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["x.log.1"]
 
 
-def test_where_only_the_client_is_installed_the_command_to_install_the_rest_is_told(
+def test_an_environment_with_only_the_client_gets_the_command_that_installs_the_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(service, "find_spec", lambda name: None if name in {"fastapi", "torch"} else object())
+    def distribution(name: str) -> object:
+        if name in {"lorry-server", "torch"}:
+            raise PackageNotFoundError(name)
+        return object()
 
-    with pytest.raises(LorryError, match="fastapi, torch") as refused:
+    monkeypatch.setattr(service, "distribution", distribution)
+
+    with pytest.raises(LorryError, match="needs: lorry-server, torch") as refused:
         service.check_installed()
 
-    assert "pip install" in refused.value.remedy
-    assert "lorry[" in refused.value.remedy
+    assert refused.value.code == "server_not_installed"
+    assert refused.value.remedy == f'Run: {sys.executable} -m pip install "lorry-server[worker]"'
 
 
 def test_ctrl_c_does_not_reach_the_services_own_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
