@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorry.models.jobs import Adapter, File, Job, JobEvent, JobUpdate, Model
     from lorry.models.sweeps import Sweep, Trial
     from lorry.models.webhooks import WebhookDelivery, WebhookEndpoint
+    from lorry.transport.retries import RetryPolicy
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "PermissionDenied",
     "Project",
     "RateLimited",
+    "RetryPolicy",
     "ServerFailed",
     "ServiceNotVerified",
     "Sweep",
@@ -77,6 +79,7 @@ def __getattr__(name: str) -> Any:
             "lorry.models.sweeps",
             "lorry.models.webhooks",
             "lorry.client",
+            "lorry.transport.retries",
         ):
             found = vars(import_module(home))
             if name in found:

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from demo_parts.base_source import Source
 from demo_parts.report import DemoFailed, console, waiting
-from lorry import Lorry, LorryError
+from lorry import Lorry, LorryError, RetryPolicy
 from lorry.models.jobs import Model
-from lorry.transport.retries import RetryPolicy
 
 _STOP_SECONDS = 90
 _TOLD_LINES = 12

@@ -13,7 +13,7 @@ FRESH = """
 import sys, lorry
 assert not {"lorry.errors", "lorry.models.jobs", "httpx"} & sys.modules.keys(), "loaded unasked"
 assert lorry.errors.NotFound is lorry.NotFound
-assert lorry.transport.retries.RetryPolicy
+assert lorry.models.JobUpdate is lorry.JobUpdate
 assert vars(lorry)["NotFound"] is lorry.NotFound, "looked up again each time"
 """
 

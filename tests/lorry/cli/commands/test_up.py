@@ -177,14 +177,14 @@ def steal():
                 client.sendall(b"HTTP/1.1 200 OK\\r\\ncontent-length: 2\\r\\nconnection: close\\r\\n\\r\\n{}")
     threading.Thread(target=answer, daemon=True).start()
 
-def bootstrap(self, real=service.Service.bootstrap):
+def bootstrap(self, real=service.LocalService.bootstrap):
     try:
         steal()
     except OSError as error:
         open(heard_in, "ab").write(f"not taken: {error.strerror}".encode())
     return real(self)
 
-service.Service.bootstrap = bootstrap
+service.LocalService.bootstrap = bootstrap
 main()
 """
 """`lorry up`, with another process that listens at the port as soon as it is chosen, if it can."""
