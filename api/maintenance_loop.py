@@ -159,4 +159,4 @@ def clean_once(services: Services) -> None:
         log.warning("cleaning code=%s: %s", error.code, error)
     except Exception:  # nothing was lost; the next one tries again
         log.exception("crash in the cleaning")
-    services.telemetry.count_run("clean", is_done=is_done)
+    services.telemetry.count_run("collect_garbage", is_done=is_done)

@@ -1,6 +1,6 @@
-"""The states of a job, who moves it between them, and what each ending means.
+"""The states of a job, the transitions between them, and the end reasons of attempts.
 
-These are the wire names too. Only `moves.move` writes a state, for jobs (user verbs) and claims (worker verbs).
+The API uses the same names. Only `catalog.lifecycle.transitions.move` writes a state.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CLAIMED_STATES = frozenset({JobState.VALIDATING_FILES, JobState.RUNNING})
 
 
 class Verb(StrEnum):
-    """What moves a job: the first five are a person's, the others a worker's or recovery's."""
+    """What moves a job. Users call the first four; workers and recovery call the others."""
 
     CREATE = "create"
     CANCEL = "cancel"
@@ -60,8 +60,8 @@ class Verb(StrEnum):
     CLAIM = "claim"
     RELEASE = "release"
     REQUEUE = "requeue"
-    OBEY_PAUSE = "obey_pause"
-    OBEY_CANCEL = "obey_cancel"
+    APPLY_PAUSE = "apply_pause"
+    APPLY_CANCEL = "apply_cancel"
     COMPLETE = "complete"
     FAIL = "fail"
 
@@ -77,8 +77,8 @@ TRANSITIONS: dict[tuple[JobState | None, Verb], JobState] = {
     (JobState.QUEUED, Verb.PAUSE): JobState.PAUSED,
     (JobState.RUNNING, Verb.RELEASE): JobState.QUEUED,
     (JobState.RUNNING, Verb.REQUEUE): JobState.QUEUED,
-    (JobState.RUNNING, Verb.OBEY_PAUSE): JobState.PAUSED,
-    (JobState.RUNNING, Verb.OBEY_CANCEL): JobState.CANCELLED,
+    (JobState.RUNNING, Verb.APPLY_PAUSE): JobState.PAUSED,
+    (JobState.RUNNING, Verb.APPLY_CANCEL): JobState.CANCELLED,
     (JobState.RUNNING, Verb.COMPLETE): JobState.SUCCEEDED,
     (JobState.RUNNING, Verb.FAIL): JobState.FAILED,
     (JobState.PAUSED, Verb.RESUME): JobState.VALIDATING_FILES,

@@ -339,7 +339,8 @@ def _release(context: WorkerContext, claimed: Sequence[Claim], end: End) -> None
 
 
 def _best_effort(record: Callable[[], object]) -> None:
-    """Record something as a trainer ends. If that fails, the lease expires, and recovery does the same."""
+    """Record something as a trainer ends. If that fails, the lease expires, and recovery ends the attempt as
+    INFRA_LOST."""
     try:
         record()
     except (LorryError, StaleClaim, OSError) as error:

@@ -1,4 +1,5 @@
-"""Engines, transactions, the clock, locked rows. Only this file and catalog/backup know SQLite from PostgreSQL.
+"""Engines, transactions, the clock, locked rows. Only this package and catalog/maintenance/backup distinguish SQLite
+from PostgreSQL.
 
 A transaction is short: never hold one across a file, a process, a network call, or work whose duration a client
 decides (write_guard). Writers of SQLite queue (write_queue).

@@ -96,7 +96,7 @@ def end_worker(db: Database, worker_id: str) -> None:
         worker.resident_base = worker.trainer_id = None
         held = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker_id, Job.claim_id.is_not(None))
         locked = session.scalars(select(Job).where(*held).order_by(Job.id).with_for_update())
-        for job in recovery.by_sweep(locked):
+        for job in recovery.in_lock_order(locked):
             if job.state == JobState.RUNNING:
                 end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} left.", now=now)
             else:

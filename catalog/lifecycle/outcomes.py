@@ -89,14 +89,14 @@ def _is_loss(reason: EndReason, *, is_bystander: bool) -> bool:
 def _wished(reason: EndReason, *, cancel_requested: bool, pause_requested: bool) -> Verb | None:
     """What a person asked for, where this ending leaves the choice."""
     if reason in (EndReason.CANCELLED_BY_USER, EndReason.PRUNED):
-        return Verb.OBEY_CANCEL
+        return Verb.APPLY_CANCEL
     is_pause = reason is EndReason.PAUSED_BY_USER
     if not is_pause and not ENDINGS[reason].retryable:
         return None
     if cancel_requested:
-        return Verb.OBEY_CANCEL
+        return Verb.APPLY_CANCEL
     if pause_requested:
-        return Verb.OBEY_PAUSE
+        return Verb.APPLY_PAUSE
     return Verb.RELEASE if is_pause else None  # a pause that was withdrawn meanwhile
 
 
@@ -143,7 +143,7 @@ def end_attempt(
             else _failed(reason, detail, error)
         )
     level = "error" if verdict.verb is Verb.FAIL else "warn" if verdict.verb is Verb.REQUEUE else "info"
-    if verdict.verb is Verb.OBEY_CANCEL:
+    if verdict.verb is Verb.APPLY_CANCEL:
         reason = ended_for(session, job, reason)
     message = _message(job, verdict, reason, detail, is_loss=losses > 0)
     if num_shortages and verdict.verb is Verb.REQUEUE:
@@ -215,9 +215,9 @@ def _message(job: Job, verdict: AttemptOutcome, reason: EndReason, detail: str, 
     match verdict.verb:
         case Verb.FAIL:
             return f"The job failed. {(job.error or {}).get('message', why)}"
-        case Verb.OBEY_CANCEL:
+        case Verb.APPLY_CANCEL:
             return "The trial was stopped." if reason is EndReason.PRUNED else "The job was cancelled."
-        case Verb.OBEY_PAUSE:
+        case Verb.APPLY_PAUSE:
             return "The job was paused; its last checkpoint is kept."
         case Verb.RELEASE if reason is EndReason.PREEMPTED:
             return f"The job made room for an urgent one and goes back to its place in the queue. {detail}".strip()

@@ -125,14 +125,14 @@ def _extend_leases(session: Session, *, now: float, grace_seconds: float) -> Non
         job.lease_expires_at, job.lease_extended = now + grace_seconds, True
 
 
-def by_sweep(held: Iterable[Job]) -> list[Job]:
+def in_lock_order(held: Iterable[Job]) -> list[Job]:
     """In the order in which several are ended: each end locks the sweep of a trial, and two who end some at once may
     meet there."""
     return sorted(held, key=lambda job: (job.sweep_id or "", job.id))
 
 
 def _lose(session: Session, held: Iterable[Job], *, now: float) -> int:
-    jobs = by_sweep(held)
+    jobs = in_lock_order(held)
     for job in jobs:
         if job.state == JobState.RUNNING:
             detail = f"Worker {job.worker_id} was not heard from any more."

@@ -1,7 +1,7 @@
-"""The one place that writes a job's state: by the table of transitions, with an event in the same transaction, and of
-an end with what webhooks are to tell.
+"""The one place that writes a job's state: by the table of transitions, with an event in the same transaction.
 
-Only jobs (a person's verbs), taking, claims and preparation (a worker's) and endings call it.
+A final state also writes the job's webhooks. Callers: users' actions (catalog/jobs, position.py), claiming and claims
+(catalog/queue), preparation.py and outcomes.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The worker's verbs. A claim gives one job to one worker: its id is the fencing token of every later write.
+"""What a worker does with a claim: renew, start, release, end and complete it.
 
-Zero rows under that id means StaleClaim: another attempt has the job, and this worker writes nothing more.
-Claiming itself is in taking; preparing, recording and the workers' own rows are in preparation, records and workers,
-under the same fence.
+A claim gives one job to one worker, and its id is the fencing token of every later write. If no job has that id,
+StaleClaim is raised: another attempt has the job, and this worker writes nothing more. claiming.py makes claims;
+catalog/lifecycle has preparation.py and recording.py, under the same fence.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from lora_core.kernels.batch_invariant import ExactProducts
-from lora_core.kernels.compiled_elementwise import why_not
+from lora_core.kernels.gpu_elementwise import why_not
 
 AMPERE = (8, 0)
 """A compute capability."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_core.kernels.compiled_elementwise import (
+from lora_core.kernels.gpu_elementwise import (
     CHECKED_TOKENS,
     compiled,
     rms_norm,

@@ -11,10 +11,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from qa.chaos.ground import Ground
+from qa.chaos.environment import Ground
 from qa.chaos.matrix import NOT_HERE, ROWS
 from qa.chaos.report import Outcome, table
-from qa.chaos.row import DATABASES, DatabaseKind, Row
+from qa.chaos.scenario import DATABASES, DatabaseKind, Row
 from tests.services.programs import Missing
 
 LOG_CHARS = 10_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qa.chaos.faults import api, clock, database, disk, job, memory, redis, restore, store, trainer, worker
-from qa.chaos.row import NotHere, Row
+from qa.chaos.scenario import NotHere, Row
 
 ROWS: tuple[Row, ...] = (
     *worker.ROWS,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qa.chaos.audit.findings import INVARIANTS, Finding, Invariant
-from qa.chaos.row import NotHere, Row
+from qa.chaos.scenario import NotHere, Row
 
 
 @dataclass(kw_only=True, slots=True)

@@ -115,7 +115,7 @@ def test_an_act_that_fails_keeps_no_other_from_running(
 
     assert bell.rings == 1
     assert chain.check(world.db, peppers=[belled.pepper.current]).num_unsealed == 0
-    named = ("advance_sweeps", "recover", "tell_late")
+    named = ("advance_sweeps", "recover", "notify_missed_deadlines")
     assert [record.message for record in caplog.records] == [f"crash in {act}" for act in named]
     assert caplog.text.count("Traceback") == 3
 

@@ -106,8 +106,8 @@ def test_each_duty_is_counted_by_how_it_went(services: Services, world: World, m
     clean_once(services)
 
     counted = {key: number for key, number in runs().items() if number}
-    acts = ("seal", "tell_late", "ring")
-    assert counted == {("recover", "failed"): 1, ("clean", "failed"): 1, **{(act, "done"): 1 for act in acts}}
+    acts = ("seal_audit_log", "notify_missed_deadlines", "wake_workers")
+    assert counted == {("recover", "failed"): 1, ("collect_garbage", "failed"): 1, **{(act, "done"): 1 for act in acts}}
     after = done_at()
     assert {duty for duty in DUTIES if after[duty] > began[duty]} == set(acts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qa.chaos.audit.findings import Finding
 from qa.chaos.report import Outcome, table
-from qa.chaos.row import NotHere, Row
+from qa.chaos.scenario import NotHere, Row
 
 ROW = Row(name="row", fault="a fault", also="all is well", act=lambda _: "")
 

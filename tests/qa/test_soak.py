@@ -15,13 +15,13 @@ import pytest
 
 from catalog.spec.job import JobRequest
 from qa.chaos.audit.tables import Record
-from qa.chaos.soak import chance, isolation, kinds
-from qa.chaos.soak.acts import Acts
-from qa.chaos.soak.asking import Sample
+from qa.chaos.soak import fault_schedule, isolation, job_kinds
+from qa.chaos.soak.assessment import MIN_SAMPLES, Compared, Ended, compare, ended, problems, refusals, slow
+from qa.chaos.soak.fault_injection import Acts
 from qa.chaos.soak.isolation import Isolated, Stretch
-from qa.chaos.soak.kept import Window
-from qa.chaos.soak.kinds import Files
-from qa.chaos.soak.verdict import MIN_SAMPLES, Compared, Ended, compare, ended, problems, refusals, slow
+from qa.chaos.soak.job_kinds import Files
+from qa.chaos.soak.load_client import Sample
+from qa.chaos.soak.process_keeper import Window
 from worker.process.exit_status import WAS_KILLED
 
 SUBMITTED = {"key-1": "sft-1", "key-2": "dpo-1"}
@@ -55,39 +55,39 @@ def changed(job_id: str, **values: object) -> dict[str, Ended]:
 
 
 def test_a_seed_draws_the_same_faults_each_time_and_another_seed_draws_others() -> None:
-    assert chance.draw(7, seconds=600) == chance.draw(7, seconds=600)
-    assert chance.draw(7, seconds=600) != chance.draw(8, seconds=600)
+    assert fault_schedule.draw(7, seconds=600) == fault_schedule.draw(7, seconds=600)
+    assert fault_schedule.draw(7, seconds=600) != fault_schedule.draw(8, seconds=600)
 
 
 def test_a_longer_storm_begins_as_a_shorter_one() -> None:
-    short, long = chance.draw(7, seconds=60), chance.draw(7, seconds=600)
+    short, long = fault_schedule.draw(7, seconds=60), fault_schedule.draw(7, seconds=600)
 
     assert long[: len(short)] == short
 
 
 def test_twenty_minutes_bring_every_kind_of_fault_one_every_few_seconds() -> None:
-    faults = chance.draw(1, seconds=1200)
+    faults = fault_schedule.draw(1, seconds=1200)
 
     gaps = [after.at - before.at for before, after in pairwise(faults)]
-    assert {fault.kind for fault in faults} == set(get_args(chance.FaultKind))
+    assert {fault.kind for fault in faults} == set(get_args(fault_schedule.FaultKind))
     assert all(2.0 <= gap <= 6.0 for gap in gaps)
     assert all(0.0 <= fault.place < 1.0 and fault.lasts >= 0.0 for fault in faults)
-    assert {fault.failpoint for fault in faults} - {None} <= set(chance.FAILPOINTS)
+    assert {fault.failpoint for fault in faults} - {None} <= set(fault_schedule.FAILPOINTS)
 
 
 def test_every_kind_of_fault_is_told_has_a_weight_and_can_be_done() -> None:
-    assert set(chance.SAYS) == set(chance.WEIGHTS) == set(chance.FAULT_KINDS)
-    assert [kind for kind in chance.FAULT_KINDS if not hasattr(Acts, f"_{kind.replace('-', '_')}")] == []
+    assert set(fault_schedule.SAYS) == set(fault_schedule.WEIGHTS) == set(fault_schedule.FAULT_KINDS)
+    assert [kind for kind in fault_schedule.FAULT_KINDS if not hasattr(Acts, f"_{kind.replace('-', '_')}")] == []
 
 
 def test_every_job_of_a_soak_is_one_that_lorry_takes_and_no_two_works_are_alike() -> None:
-    files, works = Files(chats="file-1", pairs="file-2", valid="file-3"), kinds.works(2)
+    files, works = Files(chats="file-1", pairs="file-2", valid="file-3"), job_kinds.works(2)
 
-    bodies = [kinds.fields(work, files) for work in works]
+    bodies = [job_kinds.fields(work, files) for work in works]
 
     for body in bodies:
         JobRequest.model_validate({"model": "tiny", "training_file": "file-1", **body})
-    assert len({work.name for work in works}) == len({str(body) for body in bodies}) == 2 * len(kinds.KINDS)
+    assert len({work.name for work in works}) == len({str(body) for body in bodies}) == 2 * len(job_kinds.KINDS)
 
 
 def test_nothing_is_found_where_all_jobs_ended_once_with_the_bytes_of_their_undisturbed_run() -> None:

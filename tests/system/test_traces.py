@@ -97,7 +97,7 @@ def claim_one(site: PackSite) -> Claim:
 
 def trained(site: PackSite, claim: Claim) -> None:
     """What a trainer says from loading its base to the adapter, heard and put on record."""
-    pack = site.loading_pack(claim)
+    pack = site.loading_session(claim)
     (admit,) = InboxReader(pack.directory).take()
     assert admit.body["trace"] == site.context.spans.of(claim.claim_id)
     ready = {"type": "ready", "memory": {"base_bytes": 1, "rows_bytes": 0, "peak_bytes": 1}, "invariance": "bitwise"}
@@ -114,7 +114,7 @@ def trained(site: PackSite, claim: Claim) -> None:
     exported = {"step": 10, "kept_step": 10, "stopped_early": None, "num_parameters": 24, "trained_tokens": 100}
     exported |= {"folder": pack.directory.named(folder), "report": PASSED}
     tell(pack, claim, "exported", **exported, spans=spans)
-    pack.hear()
+    pack.read_events()
     assert pack.ready is not None
     assert "spans" not in pack.ready, "they are no part of a record"
 
@@ -173,7 +173,7 @@ def test_an_attempt_that_ends_badly_is_a_failed_span_and_the_next_is_in_the_same
     site: PackSite, exporter: InMemorySpanExporter
 ) -> None:
     job = site.queued()
-    pack = site.loading_pack(first := claim_one(site))
+    pack = site.loading_session(first := claim_one(site))
     pack.end_all(End(reason=EndReason.TRAINER_CRASHED, detail="boom"))
     site.world.clock.turn(60)
     second = claim_one(site)

@@ -1,7 +1,8 @@
 """The process edge of a trainer: a directory of files. Both ends are here, so that they agree.
 
-trainer.json and inbox/NNNN-verb.json go in; events.jsonl and safetensors come out; logs are for people: see output.
-A message exists whole or not at all (temporary file, then rename); an event is one flushed line.
+trainer.json and inbox/NNNN-verb.json go in; events.jsonl and safetensors come out; logs are for people: see
+worker/session/job_logs.py. A message exists whole or not at all (temporary file, then rename); an event is one flushed
+line.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class Output:
 
 
 def tellable(file: LogFile, start: int, claim: Claim, data_dir: Path) -> bytes:
-    """At most outputs.MAX_BYTES of what was printed since `start`: its first lines and its last, of which none holds a
+    """At most job_logs.MAX_BYTES of what was printed since `start`: its first lines and its last, of which none holds a
     secret, another job's name or this machine's paths."""
     end = file.end()
     tail_bytes = job_logs.MAX_BYTES - HEAD_BYTES - 100  # and the line that tells what is left out

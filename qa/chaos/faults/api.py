@@ -17,8 +17,8 @@ from catalog.pepper import Pepper
 from catalog.tables.jobs import Job
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 from catalog.webhooks import endpoints
-from qa.chaos.row import Row
-from qa.chaos.site import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite
+from qa.chaos.scenario import Row
+from qa.chaos.service import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite
 from tests.api.hook_receiver import Answer, Received, receiving
 from tests.worker_site import PEPPER
 

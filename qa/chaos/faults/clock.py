@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from catalog.states import EndReason, JobState
-from qa.chaos.row import Row
-from qa.chaos.site import NUM_ROWS, SMALL, FaultSite
+from qa.chaos.scenario import Row
+from qa.chaos.service import NUM_ROWS, SMALL, FaultSite
 
 HOUR = 3600.0
 LOOKS_SECONDS = 10.0

@@ -12,8 +12,8 @@ import psycopg
 from sqlalchemy import make_url, text
 
 from catalog.states import FINAL_STATES, EndReason
-from qa.chaos.row import POSTGRESQL, Row
-from qa.chaos.site import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite
+from qa.chaos.scenario import POSTGRESQL, Row
+from qa.chaos.service import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite
 from tests.services.fault_proxy import fault_proxy
 from tests.worker_site import is_gone_in_time
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 
 from catalog.states import EndReason, JobState
-from qa.chaos.row import SQLITE, Row
-from qa.chaos.site import NUM_ROWS, SMALL, FaultSite
+from qa.chaos.scenario import SQLITE, Row
+from qa.chaos.service import NUM_ROWS, SMALL, FaultSite
 
 LONG_LEASE = {"LORRY_LEASE_SECONDS": "30"}
 BLOCK_BYTES = 4096

@@ -13,8 +13,8 @@ from catalog.jobs import commands
 from catalog.lifecycle import position
 from catalog.states import EndReason, JobState
 from catalog.tables.fleet import Worker
-from qa.chaos.row import Row
-from qa.chaos.site import FaultSite
+from qa.chaos.scenario import Row
+from qa.chaos.service import FaultSite
 from tests.worker_site import wait_until
 
 FREE_SECONDS = 30.0

@@ -6,8 +6,8 @@ import signal
 import sys
 
 from catalog.states import EndReason
-from qa.chaos.row import Row
-from qa.chaos.site import PATIENCE_SECONDS, FaultSite
+from qa.chaos.scenario import Row
+from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 from tests.services.memory_group import memory_group
 
 HEADROOM_BYTES = 64 * 2**20

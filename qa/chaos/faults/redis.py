@@ -11,8 +11,8 @@ from functools import partial
 import redis
 
 from catalog.states import EndReason
-from qa.chaos.row import Row
-from qa.chaos.site import NUM_ROWS, SMALL, FaultSite
+from qa.chaos.scenario import Row
+from qa.chaos.service import NUM_ROWS, SMALL, FaultSite
 
 CELERY = [sys.executable, "-m", "celery", "-A", "worker.entrypoints.celery_app"]
 WORKER = [*CELERY, "worker", "--without-gossip", "--without-mingle", "-c", "1", "-Q", "lorry", "-l", "warning"]

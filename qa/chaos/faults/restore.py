@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import psycopg
 
 from catalog.states import EndReason
-from qa.chaos.row import SQLITE, Row
-from qa.chaos.site import FaultSite
+from qa.chaos.scenario import SQLITE, Row
+from qa.chaos.service import FaultSite
 
 
 def _lost_and_restored(site: FaultSite) -> str:

@@ -14,8 +14,8 @@ from catalog.states import EndReason
 from catalog.storage.object_storage import CHUNK_BYTES
 from catalog.tables.history import Checkpoint
 from catalog.tables.storage import Artifact
-from qa.chaos.row import Row
-from qa.chaos.site import PATIENCE_SECONDS, FaultSite
+from qa.chaos.scenario import Row
+from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 from tests.services.fault_proxy import Asked, FaultProxy, Verdict, http_answer
 from tests.tiny_base import write_chat
 from tests.worker_site import is_gone_in_time

@@ -9,8 +9,8 @@ from functools import partial
 
 from catalog.history import job_logs
 from catalog.states import EndReason, JobState
-from qa.chaos.row import Row
-from qa.chaos.site import PATIENCE_SECONDS, FaultSite
+from qa.chaos.scenario import Row
+from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 
 STANDS = re.compile(r"Current thread .*\n.* in _fail\n.* in pass_by\n.* in _follow")
 """In a stack, the failpoint of a step."""

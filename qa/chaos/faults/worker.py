@@ -10,8 +10,8 @@ from functools import partial
 from itertools import pairwise
 
 from catalog.states import EndReason, JobState
-from qa.chaos.row import POSTGRESQL, Row
-from qa.chaos.site import PATIENCE_SECONDS, FaultSite
+from qa.chaos.scenario import POSTGRESQL, Row
+from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 
 LOST_ONCE = [EndReason.INFRA_LOST, EndReason.COMPLETED]
 RESUMES = "it resumes at most one checkpoint back, with the same bytes"

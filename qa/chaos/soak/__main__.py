@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qa.chaos.ground import Ground
-from qa.chaos.row import Row
-from qa.chaos.soak import kinds, told
+from qa.chaos.environment import Ground
+from qa.chaos.scenario import Row
+from qa.chaos.soak import job_kinds, report
 from qa.chaos.soak.run import Plan, Soak
 from tests.worker_site import ROOT
 
@@ -46,20 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.flush()
     load_before = os.getloadavg()[0]
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # the S3 server tells each request
-    works = kinds.works(options.seeds)
+    works = job_kinds.works(options.seeds)
     with tempfile.TemporaryDirectory(prefix="lorry-soak-") as folder, Ground(Path(folder)) as ground:
         with ground.site(_row("alone", has_servers=False), "sqlite", has_weights=False) as site:
-            undisturbed = kinds.train_alone(site, works)
-        told.of_works(undisturbed)
+            undisturbed = job_kinds.train_alone(site, works)
+        report.of_works(undisturbed)
         with ground.site(_row("soak", has_servers=True), "postgresql", has_weights=False) as site:
             try:
                 seen = Soak(site, plan, undisturbed, works).run()
             finally:
                 if options.logs is not None:
                     _keep_logs(site.folder, options.logs)
-    told.of_run(plan, seen)
+    report.of_run(plan, seen)
     if options.out is not None:
-        path = told.write(plan, seen, undisturbed, options.out, note=options.note, load_before=load_before)
+        path = report.write(plan, seen, undisturbed, options.out, note=options.note, load_before=load_before)
         sys.stdout.write(f"{path}\n")
     return 1 if seen.problems or seen.findings else 0
 

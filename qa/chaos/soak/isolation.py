@@ -32,9 +32,9 @@ from catalog.tables.fleet import Trainer, Worker
 from catalog.tables.jobs import Job
 from catalog.tables.usage import UsageDay
 from catalog.webhooks import endpoints
-from qa.chaos.site import FaultSite
+from qa.chaos.service import FaultSite
+from qa.chaos.soak.assessment import Compared
 from qa.chaos.soak.neighbor import CRASH_SUFFIX
-from qa.chaos.soak.verdict import Compared
 from tests.api.hook_receiver import Answer, Received, receiving
 from tests.worker_site import PEPPER, ROOT
 

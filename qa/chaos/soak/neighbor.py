@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from qa.chaos.site import BASE
+from qa.chaos.service import BASE
 from tests import tiny_base
 
 NUM_STREAMS = 1_000

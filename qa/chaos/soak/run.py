@@ -21,13 +21,13 @@ from catalog.tables.jobs import Job
 from qa.chaos.audit import tables
 from qa.chaos.audit.findings import Finding
 from qa.chaos.faults.api import add_endpoint, all_delivered
-from qa.chaos.site import BASE, FaultSite
-from qa.chaos.soak import chance, isolation, kinds, verdict
-from qa.chaos.soak.acts import Acts
-from qa.chaos.soak.asking import Sample
+from qa.chaos.service import BASE, FaultSite
+from qa.chaos.soak import assessment, fault_schedule, isolation, job_kinds
+from qa.chaos.soak.fault_injection import Acts
 from qa.chaos.soak.isolation import Isolated, Neighborhood
-from qa.chaos.soak.kept import Kept, Window
-from qa.chaos.soak.kinds import Files, Undisturbed, Work
+from qa.chaos.soak.job_kinds import Files, Undisturbed, Work
+from qa.chaos.soak.load_client import Sample
+from qa.chaos.soak.process_keeper import Kept, Window
 from tests.api.hook_receiver import Answer, Received, receiving
 from tests.worker_site import ROOT
 
@@ -82,16 +82,16 @@ class Soaked:
     num_uncordoned: int = 0
     num_hooks: int = 0
     """Webhooks that came."""
-    jobs: dict[str, verdict.Ended] = field(default_factory=dict[str, verdict.Ended])
+    jobs: dict[str, assessment.Ended] = field(default_factory=dict[str, assessment.Ended])
     problems: list[str] = field(default_factory=list[str])
     findings: Sequence[Finding] = ()
 
-    def compare_isolated(self) -> list[verdict.Compared]:
+    def compare_isolated(self) -> list[assessment.Compared]:
         """Requests of the ordinary project, alone and next to the noisy neighbor."""
         assert self.isolated is not None
         alone, disturbed = self.isolated.alone, self.isolated.disturbed
         stretches = {"calm": (alone.since, alone.until), "storm": (disturbed.since, disturbed.until)}
-        return verdict.compare(self.samples, self.windows, **stretches)
+        return assessment.compare(self.samples, self.windows, **stretches)
 
 
 class Soak:
@@ -119,7 +119,7 @@ class Soak:
     def _run(self) -> Soaked:
         path = self.site.folder / "samples.jsonl"
         self._while(lambda: self.kept.is_away("api"))
-        files = kinds.upload(self.site)
+        files = job_kinds.upload(self.site)
         asking = self._start_asking(path)
         self._calm(asking, files)
         if self.plan.isolation_minutes:
@@ -161,7 +161,7 @@ class Soak:
         self._submit(asking, files, "storm", self.plan.num_jobs)
         began, began_at = time.monotonic(), time.time()
         seconds = self.plan.minutes * 60
-        for fault in chance.draw(self.plan.seed, seconds=seconds):
+        for fault in fault_schedule.draw(self.plan.seed, seconds=seconds):
             self._while(lambda due=began + fault.at: time.monotonic() < due)
             self.acts.do(fault)
         self._while(lambda: time.monotonic() < began + seconds)
@@ -192,9 +192,9 @@ class Soak:
         """For what was put aside, as its remedy says."""
         works, jobs = {work.name: work for work in self.works}, self._ended()
         key_of = {sample.job_id: sample.key for sample in _read(path) if sample.key and sample.job_id}
-        aside = [job_id for job_id, job in jobs.items() if job_id in key_of and verdict.is_put_aside_by_kills(job)]
+        aside = [job_id for job_id, job in jobs.items() if job_id in key_of and assessment.is_put_aside_by_kills(job)]
         keys = sorted(key_of[job_id] for job_id in aside)
-        return [self._order(verdict.again(key), works[self.seen.submitted[key]], files) for key in keys]
+        return [self._order(assessment.again(key), works[self.seen.submitted[key]], files) for key in keys]
 
     def _judge(self, path: Path) -> None:
         seen = self.seen
@@ -202,7 +202,7 @@ class Soak:
         seen.samples, seen.windows = _read(path), self.kept.windows
         seen.done, seen.left_out, seen.started = self.acts.done, self.acts.left_out, self.kept.started
         of_operator = [*self.acts.answers, *self.kept.answers]
-        seen.refusals = verdict.refusals(of_operator)
+        seen.refusals = assessment.refusals(of_operator)
         seen.num_uncordoned = sum(sample.status == HTTPStatus.OK for sample in self.kept.answers)
         seen.num_hooks = len(self.site.hooks)
         for sample in seen.samples:
@@ -210,11 +210,11 @@ class Soak:
                 self.site.submissions[sample.key].append(sample.job_id)
         seen.jobs = self._ended()
         args = (seen.submitted, seen.samples, seen.jobs, self.undisturbed.digests, seen.windows)
-        compared = verdict.compare(seen.samples, seen.windows, calm=seen.calm, storm=seen.storm)
-        slow = verdict.slow(compared)
+        compared = assessment.compare(seen.samples, seen.windows, calm=seen.calm, storm=seen.storm)
+        slow = assessment.slow(compared)
         if seen.isolated is not None:
             slow += isolation.problems(seen.isolated, seen.compare_isolated())
-        seen.problems = [*verdict.problems(*args, of_operator=of_operator), *self.acts.failures, *slow]
+        seen.problems = [*assessment.problems(*args, of_operator=of_operator), *self.acts.failures, *slow]
         if not seen.num_hooks or not seen.done:
             seen.problems.append(f"{seen.done.total()} faults were done, and {seen.num_hooks} webhooks came")
         self.site.stop()
@@ -236,9 +236,9 @@ class Soak:
             sys.stdout.write(f"{time.strftime('%H:%M:%S')} {self.acts.done.total()} faults; {states}\n")
             sys.stdout.flush()
 
-    def _ended(self) -> dict[str, verdict.Ended]:
+    def _ended(self) -> dict[str, assessment.Ended]:
         found = tables.read(self.site.settings.resolved_database_url())
-        return verdict.ended(found, project_id=self.site.caller.project_id)
+        return assessment.ended(found, project_id=self.site.caller.project_id)
 
     def _states(self) -> dict[str, int]:
         try:
@@ -250,7 +250,7 @@ class Soak:
     # The client
 
     def _start_asking(self, path: Path) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", "qa.chaos.soak.asking", self.site.url, self.site.key, str(path)]
+        argv = [sys.executable, "-m", "qa.chaos.soak.load_client", self.site.url, self.site.key, str(path)]
         return subprocess.Popen(argv, stdin=subprocess.PIPE, text=True, cwd=ROOT)
 
     def _submit(
@@ -265,7 +265,7 @@ class Soak:
         training_file = files.pairs if work.kind.is_preference else files.chats
         body = {"model": BASE, "training_file": training_file, "precision": "float32"}
         self.seen.submitted[key] = work.name
-        return {"key": key, "body": {**body, **kinds.fields(work, files)}}
+        return {"key": key, "body": {**body, **job_kinds.fields(work, files)}}
 
     def _send(self, asking: subprocess.Popen[str], orders: list[dict[str, Any]], *, every: float | None = None) -> None:
         assert asking.stdin is not None

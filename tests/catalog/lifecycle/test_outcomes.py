@@ -30,7 +30,7 @@ def test_every_ending_has_a_way_out_of_running(reason: EndReason, cancel: bool, 
     assert next_state(JobState.RUNNING, verdict.verb) is not None
     assert counted <= verdict.counted_attempts <= counted + 1
     if cancel and ENDINGS[reason].retryable:
-        assert verdict.verb is Verb.OBEY_CANCEL
+        assert verdict.verb is Verb.APPLY_CANCEL
     if verdict.verb in (Verb.REQUEUE, Verb.RELEASE):
         assert verdict.counted_attempts < MAX_COUNTED_ATTEMPTS
 

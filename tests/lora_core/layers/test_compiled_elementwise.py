@@ -12,9 +12,9 @@ from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment
 from lora_core.config import LoraConfig
-from lora_core.kernels import compiled_elementwise as kernel_compiled_elementwise
+from lora_core.kernels import gpu_elementwise as kernel_compiled_elementwise
 from lora_core.kernels import selection
-from lora_core.kernels.compiled_elementwise import swiglu, why_not
+from lora_core.kernels.gpu_elementwise import swiglu, why_not
 from lora_core.kernels.selection import Kernels, choose_kernels
 from lora_core.layers import compiled_elementwise as layer_compiled_elementwise
 from lora_core.layers.compiled_elementwise import FusedNorm, FusedSwiglu, fused_parts

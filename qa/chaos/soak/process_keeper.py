@@ -19,9 +19,9 @@ from sqlalchemy import select
 from catalog.errors import LorryError
 from catalog.tables.fleet import Worker
 from qa.chaos.faults.redis import CELERY
-from qa.chaos.site import FaultSite
-from qa.chaos.soak.asking import Sample
-from qa.chaos.soak.chance import FAILPOINTS
+from qa.chaos.service import FaultSite
+from qa.chaos.soak.fault_schedule import FAILPOINTS
+from qa.chaos.soak.load_client import Sample
 
 OPERATOR_SECONDS = 2.0
 """Between two looks at who is cordoned."""

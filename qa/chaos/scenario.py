@@ -1,4 +1,4 @@
-"""What a row of the fault matrix is here: a sentence, what must also be true, and how it is done."""
+"""A row of the fault matrix: a sentence, additional conditions, and the function that injects the fault."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from qa.chaos.site import FaultSite
+from qa.chaos.service import FaultSite
 
 DatabaseKind = Literal["sqlite", "postgresql"]
 DATABASES: tuple[DatabaseKind, ...] = get_args(DatabaseKind)

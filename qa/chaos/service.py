@@ -1,4 +1,4 @@
-"""A whole Lorry to break: api and workers as processes, either database, and what an auditor is to be told."""
+"""A whole service to break: API server and workers as processes, on either database, and what the auditor must know."""
 
 from __future__ import annotations
 

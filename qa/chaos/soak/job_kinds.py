@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qa.chaos.site import FaultSite
+from qa.chaos.service import FaultSite
 from tests import tiny_base
 
 NUM_ROWS = 40

@@ -27,10 +27,10 @@ from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact
 from qa.chaos.faults.store import BROKEN
-from qa.chaos.site import FaultSite
-from qa.chaos.soak.asking import Sample
-from qa.chaos.soak.chance import Fault
-from qa.chaos.soak.kept import Kept, timed
+from qa.chaos.service import FaultSite
+from qa.chaos.soak.fault_schedule import Fault
+from qa.chaos.soak.load_client import Sample
+from qa.chaos.soak.process_keeper import Kept, timed
 
 JOBS = "/v1/fine_tuning/jobs"
 AGAIN_SECONDS = 1.0

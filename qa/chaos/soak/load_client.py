@@ -1,5 +1,5 @@
-"""`python -m qa.chaos.soak.asking`: a client in a process of its own, which asks the api at a small steady rate and
-notes each answer as a line of JSON: what, when, how long, which status.
+"""`python -m qa.chaos.soak.load_client`: a client in a process of its own, which asks the api at a small steady rate
+and notes each answer as a line of JSON: what, when, how long, which status.
 
 It is told by lines of JSON: {"jobs": [{"key", "body"}, …], "every": SECONDS} has it submit those, one after the other;
 it ends with its input. A submission is sent again, by the same key, until it is accepted.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from benchmarks.results import Result
 from benchmarks.results import write as write_result
-from qa.chaos.soak import chance, isolation, verdict
+from qa.chaos.soak import assessment, fault_schedule, isolation
 from qa.chaos.soak.isolation import Isolated
-from qa.chaos.soak.kinds import Undisturbed
+from qa.chaos.soak.job_kinds import Undisturbed
 from qa.chaos.soak.run import Plan, Soaked
 from tests.worker_site import ROOT
 
@@ -40,7 +40,7 @@ def of_run(plan: Plan, seen: Soaked) -> None:
     _say(f"checkpoint files cut short: {seen.num_truncated}, of them put back by the soak: {seen.num_put_back}")
     _say(f"attempts ended: {_counted(_reasons(seen))}")
     _say(f"states: {_counted(Counter(job.state for job in seen.jobs.values()))}")
-    aside = sum(verdict.is_put_aside_by_kills(job) for job in seen.jobs.values())
+    aside = sum(assessment.is_put_aside_by_kills(job) for job in seen.jobs.values())
     _say(f"put aside, as promised, for their trainers were killed time and again: {aside}; each was asked for again")
     _say(f"{seen.seconds_after:.0f} s from the last fault until every job had ended")
     for problem in [*seen.problems, *map(str, seen.findings)][:SHOWN_PROBLEMS]:
@@ -63,7 +63,7 @@ def write(
         "problems": [{"sentence": one} for one in [*seen.problems, *map(str, seen.findings)]],
     }
     succeeded = sum(job.state == "succeeded" for job in seen.jobs.values())
-    aside = sum(verdict.is_put_aside_by_kills(job) for job in seen.jobs.values())
+    aside = sum(assessment.is_put_aside_by_kills(job) for job in seen.jobs.values())
     digests = [digest for job in seen.jobs.values() for digest in job.digests]
     result.find("jobs submitted", len(seen.submitted), "")
     result.find("jobs that succeeded", succeeded, "", goal=len(seen.submitted) - aside)
@@ -79,7 +79,7 @@ def write(
     for each in _compared(seen):
         for part in ("median", "p95"):
             result.find(
-                f"{each.what}, {part} amid faults / undisturbed", each.ratio(part), "x", at_most=verdict.MAX_RATIO
+                f"{each.what}, {part} amid faults / undisturbed", each.ratio(part), "x", at_most=assessment.MAX_RATIO
             )
     if seen.isolated is not None:
         _add_isolation(result, seen, seen.isolated)
@@ -129,8 +129,8 @@ def _isolation_table(seen: Soaked) -> str:
     return "\n".join(lines)
 
 
-def _compared(seen: Soaked) -> list[verdict.Compared]:
-    return verdict.compare(seen.samples, seen.windows, calm=seen.calm, storm=seen.storm)
+def _compared(seen: Soaked) -> list[assessment.Compared]:
+    return assessment.compare(seen.samples, seen.windows, calm=seen.calm, storm=seen.storm)
 
 
 def _names(seen: Soaked) -> list[str]:
@@ -141,7 +141,7 @@ def _fault(name: str, seen: Soaked) -> dict[str, str | int]:
     return {"fault": name, "done": seen.done[name], "met_nobody": seen.left_out[name]}
 
 
-def _request(each: verdict.Compared) -> dict[str, object]:
+def _request(each: assessment.Compared) -> dict[str, object]:
     stretches = {"undisturbed": asdict(each.calm), "amid_faults": asdict(each.storm)}
     return {"request": each.what, **stretches, "answers_while_away": {what: dict(n) for what, n in each.away.items()}}
 
@@ -149,7 +149,7 @@ def _request(each: verdict.Compared) -> dict[str, object]:
 def _faults_table(seen: Soaked) -> str:
     lines = ["| Fault | What | Done | Met nobody |", "| --- | --- | --- | --- |"]
     for name in _names(seen):
-        says = next(said for kind, said in chance.SAYS.items() if kind == name.split()[0])
+        says = next(said for kind, said in fault_schedule.SAYS.items() if kind == name.split()[0])
         lines.append(f"| {name} | {says} | {seen.done[name]} | {seen.left_out[name]} |")
     lines.append(f"| all | | {seen.done.total()} | {seen.left_out.total()} |")
     return "\n".join(lines)

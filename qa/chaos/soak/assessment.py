@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason
 from qa.chaos.audit.tables import Record
-from qa.chaos.soak.asking import Sample
-from qa.chaos.soak.kept import Away, Window
+from qa.chaos.soak.load_client import Sample
+from qa.chaos.soak.process_keeper import Away, Window
 from worker.process.exit_status import WAS_KILLED
 
 WEIGHTS_FILE = "adapter_model.safetensors"

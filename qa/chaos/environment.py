@@ -1,4 +1,4 @@
-"""What all rows of a run stand on: the servers, and a data folder and a database in which the base is imported."""
+"""What all scenarios of a run share: the servers, and a data folder and a database with an imported base model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import psycopg
 
-from qa.chaos.row import DatabaseKind, Row
-from qa.chaos.site import FaultSite, Under
+from qa.chaos.scenario import DatabaseKind, Row
+from qa.chaos.service import FaultSite, Under
 from tests import tiny_base
 from tests.services.fault_proxy import FaultProxy, fault_proxy
 from tests.services.postgres import KILLABLE, empty_database, restartable_postgres
