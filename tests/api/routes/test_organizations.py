@@ -55,7 +55,7 @@ def test_a_request_that_is_sent_again_makes_no_second_organization(operator: Tes
 
 
 def test_a_body_is_read_as_strictly_as_any_other(operator: TestClient) -> None:
-    unknown = operator.post("/v1/projects", json={"name": "a", "organization": "default"})
+    unknown = operator.post("/v1/projects", json={"name": "a", "organisation": "default"})
     nowhere = operator.post("/v1/projects", json={"name": "a", "organization": "nowhere"})
     renamed = operator.post("/v1/projects/ours", json={"name": "a", "organization": "default"})
 
