@@ -357,7 +357,7 @@ def _culprits(session: Session, attempts: Sequence[Attempt], worker_id: str, *, 
     unready = list(takewhile(lambda attempt: not got_ready(attempt), attempts))
     of_load = [one for one in unready if one.reason in failures.OF_A_LOAD and one.trainer_id in trainers]
     keys = {one.claim_id: trainers[str(one.trainer_id)].pack_key for one in of_load}
-    suspect = {key for key in set(keys.values()) if failures.is_suspect(session, key, worker_id, now=now)}
+    suspect = {key for key in set(keys.values()) if failures.is_base_suspect(session, key, worker_id, now=now)}
     others = set(keys.values()) - suspect
     loadable = others if len(others) > 1 else {key for key in others if failures.has_been_loaded(session, key)}
     found = {claim_id: key for claim_id, key in keys.items() if key in suspect}

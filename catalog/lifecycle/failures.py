@@ -1,5 +1,9 @@
-"""How long a job whose attempt ended badly lets others be tried first: so a bad node is told from a bad job before any
-job has used up its attempts."""
+"""What failed attempts mean for the next one: back-off, base models that can't be loaded, and out-of-memory handling.
+
+- `backoff_seconds`: a job whose attempt failed lets others go first, so that a bad node is told from a bad job.
+- `is_to_blame`: whether a base model can't be loaded anywhere, or only on this worker.
+- `memory_rung`: after out of memory, the next attempt uses smaller ticks, then runs alone with one slice per tick.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +71,7 @@ def is_of_a_load(session: Session, job: Job) -> bool:
     return trainer is not None and not was_ready(trainer.report)
 
 
-def is_suspect(session: Session, pack_key: str, worker_id: str, *, now: float) -> bool:
+def is_base_suspect(session: Session, pack_key: str, worker_id: str, *, now: float) -> bool:
     """Whether it is the base that fails, and not that worker with each that it tries: others have failed as well, or
     the last trainer there of another base got ready."""
     found = _failures(session, pack_key)

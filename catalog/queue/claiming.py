@@ -1,7 +1,8 @@
-"""How a worker that has room takes jobs off the queue: it looks, decides, and locks what it decided; a claim is a job
-that is its own then.
+"""How a worker claims jobs. `claim_pack` does it in five steps:
 
-Many workers look at once and come to one order of turns; each takes the first that is left. Read claim_pack first.
+1. End expired leases (recovery.py). 2. Read a snapshot of the queue, without locks. 3. Decide (scheduler.py). 4. Lock
+the chosen jobs in a fixed order; where other workers were faster, fall back to the next in `Decision.in_turn`.
+5. Write claim id, lease and attempt.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from sqlalchemy.orm import Session
 from catalog import failpoints
 from catalog.db.database import Database, clock_column, clock_given, find_in, read_clock, serialize, skip_locked
 from catalog.fleet import views
-from catalog.lifecycle import candidates as heads
-from catalog.lifecycle import recovery
+from catalog.lifecycle import candidates, recovery
 from catalog.lifecycle.candidates import CandidateFilter
 from catalog.lifecycle.recording import resumable
 from catalog.lifecycle.transitions import move
@@ -88,7 +88,7 @@ class _Selection:
     """What was decided, and from what."""
 
     decision: Decision
-    picture: QueueSnapshot | None = None
+    snapshot: QueueSnapshot | None = None
     """None: nothing was looked at."""
 
     @property
@@ -111,13 +111,13 @@ def claim_pack(
     pack_key: str | None = None,
     policy: Policy = USUAL,
 ) -> list[Claim]:
-    """Jobs to train, best turn first; [] where none fits.
+    """Claim jobs to train, the first in the queue first. Returns [] if none fits.
 
     pack_key None: for a new trainer, an anchor and its packmates. Else: jobs that join the live trainer
     `trainer_id` of that key.
     """
     recovery.expire(db, grace_seconds=lease_seconds)
-    ask = _ClaimRequest(
+    request = _ClaimRequest(
         worker_id=worker_id,
         trainer_id=trainer_id,
         room=room,
@@ -127,7 +127,7 @@ def claim_pack(
     )
     for race in range(MAX_RACES):
         with db.read() as session:  # most looks find nothing, and keep nobody from writing
-            chosen = _choose(session, ask)
+            chosen = _choose(session, request)
         if not chosen.choices:
             return []
         failpoints.pass_by("before_claim")
@@ -135,62 +135,68 @@ def claim_pack(
             charging.settle(db, trainer_id, policy=policy)
         with db.write() as session:
             serialize(session, TAKING, shared=True)
-            if claims := _take(session, chosen, ask):
+            if claims := _take(session, chosen, request):
                 return claims
-    for _ in range(MAX_TRIES):  # others were quicker: from here on none is, only people may be
+    for _ in range(MAX_TRIES):  # other workers were faster; with the exclusive lock only users can interfere
         with db.write() as session:
             serialize(session, TAKING)
-            chosen = _choose(session, ask)
-            claims = _take(session, chosen, ask, is_alone=True)
+            chosen = _choose(session, request)
+            claims = _take(session, chosen, request, is_alone=True)
         if claims or not chosen.choices:
             return claims
     return []
 
 
-def _choose(session: Session, ask: _ClaimRequest) -> _Selection:
-    now, worker = _worker(session, ask.worker_id)
+def _choose(session: Session, request: _ClaimRequest) -> _Selection:
+    now, worker = _worker(session, request.worker_id)
     if worker is not None and worker.takes_nothing_new:
         return CLOSED
-    picture = snapshot_of_worker(
-        session, worker, trainer_id=ask.trainer_id, room=ask.room, live_key=ask.live_key, now=now, policy=ask.policy
+    snapshot = snapshot_of_worker(
+        session,
+        worker,
+        trainer_id=request.trainer_id,
+        room=request.room,
+        live_key=request.live_key,
+        now=now,
+        policy=request.policy,
     )
-    return _Selection(decision=decide(picture, ask.policy), picture=picture)
+    return _Selection(decision=decide(snapshot, request.policy), snapshot=snapshot)
 
 
-def _take(session: Session, chosen: _Selection, ask: _ClaimRequest, *, is_alone: bool = False) -> list[Claim]:
-    """Lock what was chosen, pass over what is taken or stopped since, and claim the rest.
+def _take(session: Session, chosen: _Selection, request: _ClaimRequest, *, is_alone: bool = False) -> list[Claim]:
+    """Lock the chosen jobs, skip those that were claimed or stopped in the meantime, and claim the rest.
 
-    Without its anchor a pack is not taken: the choice is made anew. Nor by a worker that was cordoned or asked to
-    drain since the choice; its row is locked, so that nobody asks before this is done. is_alone: no other worker takes
-    anything meanwhile, so that whoever has a row locked is waited for.
+    Without its anchor a pack is not claimed; the caller chooses again. The worker's row is locked, and a worker that
+    was cordoned or drained since the choice claims nothing. is_alone: no other worker claims at the same time, so this
+    waits for locked rows instead of skipping them.
     """
-    now, worker = _worker(session, ask.worker_id, is_to_lock=True)
-    if chosen.picture is None or not chosen.choices or (worker is not None and worker.takes_nothing_new):
+    now, worker = _worker(session, request.worker_id, is_to_lock=True)
+    if chosen.snapshot is None or not chosen.choices or (worker is not None and worker.takes_nothing_new):
         return []
     if is_alone:
         decision, found = chosen.decision, _all_chosen(session, chosen, now)
     else:
-        decision, found = _first_left(session, chosen.decision, chosen.picture, ask.policy, now)
+        decision, found = _first_left(session, chosen.decision, chosen.snapshot, request.policy, now)
     choices = {choice.turn.candidate.job_id: choice for choice in decision.action.choices}
     jobs = _beginnable(session, {job_id: found[job_id] for job_id in choices if job_id in found})
-    if not jobs or (ask.live_key is None and decision.in_turn[0] not in jobs):
+    if not jobs or (request.live_key is None and decision.in_turn[0] not in jobs):
         return []
     since = {job_id: job.queued_at or job.created_at for job_id, job in jobs.items()}
     for job_id in sorted(jobs):
-        _begin(session, jobs[job_id], decision, choices[job_id], ask, now=now)
+        _begin(session, jobs[job_id], decision, choices[job_id], request, now=now)
     turns = [(job.project_id, job.priority) for job_id, job in jobs.items() if choices[job_id].turn.is_first_of_class]
     if worker is not None and turns:
-        charging.note_turns(worker, turns, now=now, policy=ask.policy)
+        charging.note_turns(worker, turns, now=now, policy=request.policy)
     return [_claim(session, job, waited_since=since[job_id]) for job_id, job in jobs.items()]
 
 
 def _first_left(
-    session: Session, decision: Decision, picture: QueueSnapshot, policy: Policy, now: float
+    session: Session, decision: Decision, snapshot: QueueSnapshot, policy: Policy, now: float
 ) -> tuple[Decision, _Rows]:
-    """What is decided without those that others have taken, and its jobs, locked; none where that is another's turn.
+    """The decision without the jobs that other workers have claimed, and its locked jobs.
 
-    The first that nobody holds is locked, in the order in which they would be chosen one after the other. So of many
-    workers that look at once each has another, and nobody waits. For who was to train beside it others are found.
+    The statement locks the first unlocked job of `decision.in_turn`. So of many workers that decide at the same time
+    each gets another anchor, and none waits. Packmates are chosen again for that anchor.
     """
     ids = decision.in_turn
     padded = [*ids, *ids[-1:] * (MAX_FALLBACKS - len(ids))]  # so that the statement is always the same
@@ -199,11 +205,11 @@ def _first_left(
     if first is None:
         return decision, {}
     passed = ids[: ids.index(first.Job.id)]
-    picture = snapshot_without(picture, passed) if passed else picture
+    snapshot = snapshot_without(snapshot, passed) if passed else snapshot
     found = {first.Job.id: _row(first)}
     for _ in range(MAX_RACES):
-        if picture.taken:
-            decision = decide(snapshot_with_mates(session, picture, policy), policy)
+        if snapshot.taken:
+            decision = decide(snapshot_with_mates(session, snapshot, policy), policy)
             if decision.in_turn[:1] != (first.Job.id,):
                 return decision, {}
         beside = [job_id for job_id in _ids(decision.action.choices) if job_id not in found]
@@ -213,7 +219,7 @@ def _first_left(
         gone = [job_id for job_id in beside if job_id not in found]
         if not gone:
             break
-        picture = replace(picture, taken=(*picture.taken, *gone))
+        snapshot = replace(snapshot, taken=(*snapshot.taken, *gone))
     return decision, found
 
 
@@ -239,30 +245,32 @@ def _beginnable(session: Session, found: _Rows) -> dict[str, Job]:
     return {job_id: job for job_id, job in jobs.items() if job_id in may_begin}
 
 
-def _begin(session: Session, job: Job, decision: Decision, choice: Choice, ask: _ClaimRequest, *, now: float) -> None:
+def _begin(
+    session: Session, job: Job, decision: Decision, choice: Choice, request: _ClaimRequest, *, now: float
+) -> None:
     job.claim_id = new_id("claim")
     job.attempt += 1
     job.claimed_at = job.charged_at = now
-    job.worker_id, job.trainer_id = ask.worker_id, ask.trainer_id
-    job.lease_expires_at, job.lease_extended, job.run_after = now + ask.lease_seconds, False, None
+    job.worker_id, job.trainer_id = request.worker_id, request.trainer_id
+    job.lease_expires_at, job.lease_extended, job.run_after = now + request.lease_seconds, False, None
     attempt = Attempt(claim_id=job.claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
     attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, decision.why(choice)
     session.add(attempt)
     ledger.count(session, "claims")
-    is_loaded = choice.role == "anchor" and ask.room.resident_key == choice.turn.candidate.pack_key
+    is_loaded = choice.role == "anchor" and request.room.resident_key == choice.turn.candidate.pack_key
     message = f"Attempt {job.attempt} begins on worker {job.worker_id}, {IS_LOADED if is_loaded else AS[choice.role]}"
     move(session, job, Verb.CLAIM, now=now, message=message)
 
 
 def _claim(session: Session, job: Job, *, waited_since: float) -> Claim:
     assert job.claim_id is not None
-    candidates = resumable(session, job.id) if job.attempt > 1 else ()  # before its first attempt it has none
+    checkpoints = resumable(session, job.id) if job.attempt > 1 else ()  # before its first attempt it has none
     return Claim(
         job=job,
         claim_id=job.claim_id,
         attempt=job.attempt,
         waited_since=waited_since,
-        resume_candidates=candidates,
+        resume_candidates=checkpoints,
     )
 
 
@@ -284,7 +292,7 @@ def _time_and_worker(*, is_clock_given: bool, is_to_lock: bool) -> Select[float,
 @cache
 def _waiting() -> Select[Job, int | None]:
     """Those of some jobs that may be claimed, and what limits how many of their project train at once."""
-    waits = (Job.state == JobState.QUEUED, Job.is_held.is_(False), heads.is_due(Job, bindparam("now")))
+    waits = (Job.state == JobState.QUEUED, Job.is_held.is_(False), candidates.is_due(Job, bindparam("now")))
     found = select(Job, Project.max_concurrent_jobs).join(Project, Project.id == Job.project_id)
     named = Job.id.in_(bindparam("ids", expanding=True))
     return found.where(named, *waits).execution_options(populate_existing=True)
@@ -311,7 +319,7 @@ def snapshot_of_worker(
     (None) for a trainer's first jobs."""
     whole = worker.memory_bytes if worker else room.memory_bytes_free
     waiting = charging.shares_of_waiting(session, now=now, policy=policy)
-    picture = QueueSnapshot(
+    snapshot = QueueSnapshot(
         now=now,
         candidates=(),
         shares=waiting,
@@ -322,59 +330,61 @@ def snapshot_of_worker(
         has_suspect=live_key is not None and _holds_suspect(session, trainer_id),
         per_group=math.ceil(MAX_FALLBACKS / max(1, len(waiting))),
     )
-    if picture.has_suspect:
-        return picture
+    if snapshot.has_suspect:
+        return snapshot
     can_load = views.quantizations_of(worker) if worker is not None else frozenset({"none"})
-    picture = _with_candidates(picture, _firsts(session, picture, can_load))
+    snapshot = _with_candidates(snapshot, _firsts(session, snapshot, can_load))
     for_whom = live_key or room.resident_key
     if for_whom is not None:
-        found = _alike(session, picture, for_whom, room.memory_bytes_free, holding=room.holding)
-        picture = _with_candidates(picture, found)
-    return snapshot_with_mates(session, picture, policy)
+        found = _alike(session, snapshot, for_whom, room.memory_bytes_free, holding=room.holding)
+        snapshot = _with_candidates(snapshot, found)
+    return snapshot_with_mates(session, snapshot, policy)
 
 
-def _with_candidates(picture: QueueSnapshot, found: list[Candidate]) -> QueueSnapshot:
-    return replace(picture, candidates=(*picture.candidates, *found))
+def _with_candidates(snapshot: QueueSnapshot, found: list[Candidate]) -> QueueSnapshot:
+    return replace(snapshot, candidates=(*snapshot.candidates, *found))
 
 
-def snapshot_with_mates(session: Session, picture: QueueSnapshot, policy: Policy) -> QueueSnapshot:
+def snapshot_with_mates(session: Session, snapshot: QueueSnapshot, policy: Policy) -> QueueSnapshot:
     """And those of the anchor's kind that may be let in beside what is chosen already: the first of those that fit into
     what is left, again and again until there is none. So larger ones that wait before them hide nobody."""
-    for _ in range(picture.room.max_jobs if picture.room.max_jobs > 1 else 0):
-        choices = decide(picture, policy).action.choices
-        if not choices or len(choices) >= picture.room.max_jobs or choices[0].turn.candidate.is_suspect:
+    for _ in range(snapshot.room.max_jobs if snapshot.room.max_jobs > 1 else 0):
+        choices = decide(snapshot, policy).action.choices
+        if not choices or len(choices) >= snapshot.room.max_jobs or choices[0].turn.candidate.is_suspect:
             break
         key = choices[0].turn.candidate.pack_key
-        holding = picture.room.holding
-        if picture.live_key is None:
-            holding = picture.room.holding_for(choices[0].turn.candidate)
-        spare = spare_bytes(choices, picture.room)
-        found = _alike(session, picture, key, spare, is_beside=True, holding=holding)
-        seen = {candidate.job_id for candidate in picture.candidates}
+        holding = snapshot.room.holding
+        if snapshot.live_key is None:
+            holding = snapshot.room.holding_for(choices[0].turn.candidate)
+        spare = spare_bytes(choices, snapshot.room)
+        found = _alike(session, snapshot, key, spare, is_beside=True, holding=holding)
+        seen = {candidate.job_id for candidate in snapshot.candidates}
         if all(candidate.job_id in seen for candidate in found):
             break
-        picture = _with_candidates(picture, found)
-    return picture
+        snapshot = _with_candidates(snapshot, found)
+    return snapshot
 
 
-def _firsts(session: Session, picture: QueueSnapshot, can_load: Collection[str]) -> list[Candidate]:
+def _firsts(session: Session, snapshot: QueueSnapshot, can_load: Collection[str]) -> list[Candidate]:
     """Of each project and class those that stand first of what the worker holds, each with a trainer to itself.
 
     Of those that may come before one that joins, as many as can. For a new trainer also the first that fit into what is
     free: the others are there because the worker holds them, so that who goes before them takes no turn of theirs. And
     more than one decision needs, for those of which other workers take some meanwhile.
     """
-    room, is_live = picture.room, picture.live_key is not None
+    room, is_live = snapshot.room, snapshot.live_key is not None
     missing = tuple(name for name in get_args(Quantization) if name not in can_load)
     such = CandidateFilter(alone=True, recomputes=room.recomputes, not_held_as=missing)
 
     def look(per_group: int, num_bytes: int) -> list[Candidate]:
-        return heads.waiting(session, such, now=picture.now, per_group=per_group, num_bytes=num_bytes, group=room.group)
+        return candidates.waiting(
+            session, such, now=snapshot.now, per_group=per_group, num_bytes=num_bytes, group=room.group
+        )
 
-    per_group = picture.per_group or 1
+    per_group = snapshot.per_group or 1
     if is_live:
-        return look(max(room.max_jobs + 1, per_group), picture.worker_bytes)
-    found = look(per_group, max(picture.worker_bytes, room.memory_bytes_free))
+        return look(max(room.max_jobs + 1, per_group), snapshot.worker_bytes)
+    found = look(per_group, max(snapshot.worker_bytes, room.memory_bytes_free))
     if all(room.alone(candidate) <= room.memory_bytes_free for candidate in found):
         return found
     return [*found, *look(per_group, room.memory_bytes_free)]
@@ -382,7 +392,7 @@ def _firsts(session: Session, picture: QueueSnapshot, can_load: Collection[str])
 
 def _alike(
     session: Session,
-    picture: QueueSnapshot,
+    snapshot: QueueSnapshot,
     key: str,
     num_bytes: int,
     *,
@@ -391,12 +401,12 @@ def _alike(
 ) -> list[Candidate]:
     """Of each project and class as many of that pack key as there is room for, the first of those that fit: beside
     others, or by themselves. holding: how the trainer holds the base."""
-    room = picture.room
-    is_alone = picture.live_key is None and not is_beside
+    room = snapshot.room
+    is_alone = snapshot.live_key is None and not is_beside
     such = CandidateFilter(alike=True, alone=is_alone, recomputes=room.recomputes, holding=holding)
-    per_group = room.max_jobs + len(picture.taken) if is_beside else max(room.max_jobs, picture.per_group or 1)
-    return heads.waiting(
-        session, such, now=picture.now, key=key, per_group=per_group, num_bytes=num_bytes, group=room.group
+    per_group = room.max_jobs + len(snapshot.taken) if is_beside else max(room.max_jobs, snapshot.per_group or 1)
+    return candidates.waiting(
+        session, such, now=snapshot.now, key=key, per_group=per_group, num_bytes=num_bytes, group=room.group
     )
 
 

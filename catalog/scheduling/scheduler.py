@@ -1,4 +1,10 @@
-"""Start reading here. `decide` says what a worker does with what it has free, and why: the rule of the whole queue."""
+"""The scheduling decision: what a worker with free capacity does next, and why. `decide` is a pure function.
+
+1. Order the candidates by priority class, fair share and waiting time (ordering.py).
+2. A new trainer takes the first job that fits, the anchor, and fills up with packmates of its pack key (packing.py).
+3. A live trainer admits jobs of its pack key while they delay no job that is ahead of them.
+4. If a job of another base model has waited too long, nothing joins: the trainer drains, and the job starts.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +23,21 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """A new trainer, or one that is empty, begins with these: the anchor first."""
+    """A new or empty trainer starts with these jobs, the anchor first."""
 
     choices: tuple[Choice, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Join:
-    """These come to the jobs that train already."""
+    """These jobs join those that train already."""
 
     choices: tuple[Choice, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wait:
-    """Nothing is taken."""
+    """No job is claimed. `choices` is empty."""
 
     reason: str
     choices: tuple[Choice, ...] = ()
@@ -42,16 +48,15 @@ Action = Start | Join | Wait
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """What is done, and all that decided it which is nobody else's business: no job of another project, no name."""
+    """An action with its reasons. `trace` may be shown to the project: it names no job of another project."""
 
     action: Action
     trace: Json
     in_turn: tuple[str, ...] = ()
-    """Ids of the job that is chosen first and of those in its place, were it and those before taken; see
-    `fallback_order`."""
+    """Ids of the anchor and of its replacements, in order, for when other workers claim it first: `fallback_order`."""
 
     def why(self, choice: Choice) -> Json:
-        """Of one job that was chosen: for its record, and for who asks."""
+        """The reasons for one chosen job, as stored with its attempt and shown by `…/why`."""
         turn = choice.turn
         return {
             "role": choice.role,
@@ -67,19 +72,19 @@ class Decision:
         }
 
 
-def leading(picture: QueueSnapshot, policy: Policy) -> QueueEntry | None:
-    """The job that a new trainer would be started for: its packmates are worth looking for before `decide`."""
-    anchor = choose_anchor(ordered(picture, policy), picture.room, patience_seconds=policy.patience_seconds)
+def anchor_of(snapshot: QueueSnapshot, policy: Policy) -> QueueEntry | None:
+    """The anchor that `decide` would choose for a new trainer. The caller loads its packmates before it decides."""
+    anchor = choose_anchor(ordered(snapshot, policy), snapshot.room, patience_seconds=policy.patience_seconds)
     return None if anchor is None else anchor.turn
 
 
-def decide(picture: QueueSnapshot, policy: Policy) -> Decision:
-    """What the worker of `picture` does now."""
-    turns = ordered(picture, policy)
-    action, waits_for = _action(picture, policy, turns)
-    room = picture.room
+def decide(snapshot: QueueSnapshot, policy: Policy) -> Decision:
+    """The action of the worker whose capacity `snapshot` has."""
+    turns = ordered(snapshot, policy)
+    action, waits_for = _action(snapshot, policy, turns)
+    room = snapshot.room
     trace: Json = {
-        "as_of": picture.now,
+        "as_of": snapshot.now,
         "looked_at": len(turns),
         "room": {"max_jobs": room.max_jobs, "memory_bytes_free": room.memory_bytes_free, "num_jobs": room.num_jobs},
         "resident_key": room.resident_key,
@@ -87,30 +92,30 @@ def decide(picture: QueueSnapshot, policy: Policy) -> Decision:
         "is_preempting": waits_for is not None and waits_for.is_made_room_for,
         "policy": asdict(policy),
         "shares": {
-            project_id: ordering.describe_share(picture.shares, project_id, policy)
+            project_id: ordering.describe_share(snapshot.shares, project_id, policy)
             for project_id in {choice.turn.candidate.project_id for choice in action.choices}
         },
     }
-    after = fallback_order(picture, turns, action.choices[0].turn, policy) if action.choices else ()
+    after = fallback_order(snapshot, turns, action.choices[0].turn, policy) if action.choices else ()
     return Decision(action=action, trace=trace, in_turn=after)
 
 
-def ordered(picture: QueueSnapshot, policy: Policy) -> list[QueueEntry]:
-    """Each candidate that nobody has taken once, first turn first."""
-    once = {job.job_id: job for job in picture.candidates if job.job_id not in picture.taken}
-    return order(once.values(), picture.now, shares=picture.shares, served=picture.served, policy=policy)
+def ordered(snapshot: QueueSnapshot, policy: Policy) -> list[QueueEntry]:
+    """Candidates that no worker has claimed, without duplicates, in the order of the queue."""
+    once = {job.job_id: job for job in snapshot.candidates if job.job_id not in snapshot.taken}
+    return order(once.values(), snapshot.now, shares=snapshot.shares, served=snapshot.served, policy=policy)
 
 
-def _action(picture: QueueSnapshot, policy: Policy, turns: list[QueueEntry]) -> tuple[Action, QueueEntry | None]:
-    """And for whose sake no further ones join."""
-    if picture.has_suspect:
+def _action(snapshot: QueueSnapshot, policy: Policy, turns: list[QueueEntry]) -> tuple[Action, QueueEntry | None]:
+    """Returns the action, and the job for which nothing more joins, if there is one."""
+    if snapshot.has_suspect:
         return Wait(reason="a job in the trainer ended badly twice and trains alone"), None
     patience = policy.patience_seconds
-    if picture.live_key is None:
-        chosen = choose_pack(turns, picture.room, patience_seconds=patience)
+    if snapshot.live_key is None:
+        chosen = choose_pack(turns, snapshot.room, patience_seconds=patience)
         return (Start(choices=tuple(chosen)) if chosen else _nothing(turns)), None
     chosen, waits_for = choose_joiners(
-        turns, picture.room, picture.live_key, worker_bytes=picture.worker_bytes, patience_seconds=patience
+        turns, snapshot.room, snapshot.live_key, worker_bytes=snapshot.worker_bytes, patience_seconds=patience
     )
     if chosen:
         return Join(choices=tuple(chosen)), waits_for
@@ -127,11 +132,11 @@ def _nothing(turns: list[QueueEntry]) -> Wait:
 
 
 MAX_FALLBACKS = 32
-"""So many are known ahead."""
+"""Length of `fallback_order`."""
 
 
 def fallback_order(
-    picture: QueueSnapshot, turns: Sequence[QueueEntry], first: QueueEntry, policy: Policy
+    snapshot: QueueSnapshot, turns: Sequence[QueueEntry], first: QueueEntry, policy: Policy
 ) -> tuple[str, ...]:
     """`first`, which is chosen first, and who probably would be without it, and so on: ids of jobs.
 
@@ -139,34 +144,34 @@ def fallback_order(
     """
     found: list[str] = []
     read: Counter[tuple[str, int]] = Counter()
-    for job in _like(picture, turns, first, policy):
+    for job in _like(snapshot, turns, first, policy):
         found.append(job.job_id)
         read[job.project_id, job.priority] += 1
-        if len(found) == MAX_FALLBACKS or read[job.project_id, job.priority] == picture.per_group:
+        if len(found) == MAX_FALLBACKS or read[job.project_id, job.priority] == snapshot.per_group:
             break
     return tuple(found)
 
 
-def snapshot_without(picture: QueueSnapshot, passed: Collection[str]) -> QueueSnapshot:
-    """As if other workers, each like the one of this picture, had just begun these of its jobs."""
-    shares = dict(picture.shares)
+def snapshot_without(snapshot: QueueSnapshot, passed: Collection[str]) -> QueueSnapshot:
+    """As if other workers, each like the one of this snapshot, had just begun these of its jobs."""
+    shares = dict(snapshot.shares)
     served: dict[tuple[str, int], float] = {}
-    for job in {job.job_id: job for job in picture.candidates if job.job_id in passed}.values():
+    for job in {job.job_id: job for job in snapshot.candidates if job.job_id in passed}.values():
         share = shares.get(job.project_id, Share())
         shares[job.project_id] = replace(
             share, num_running=share.num_running + 1, devices_held=share.devices_held + 1.0
         )
-        served[job.project_id, job.priority] = picture.now
-    recomputes, whole = picture.room.recomputes, max(picture.worker_bytes, picture.room.memory_bytes_free)
-    given = WorkerService(at=served, memory_bytes=whole, recomputes=recomputes, group=picture.room.group)
-    return replace(picture, shares=shares, served=(*picture.served, given), taken=passed)
+        served[job.project_id, job.priority] = snapshot.now
+    recomputes, whole = snapshot.room.recomputes, max(snapshot.worker_bytes, snapshot.room.memory_bytes_free)
+    given = WorkerService(at=served, memory_bytes=whole, recomputes=recomputes, group=snapshot.room.group)
+    return replace(snapshot, shares=shares, served=(*snapshot.served, given), taken=passed)
 
 
 def _like(
-    picture: QueueSnapshot, turns: Sequence[QueueEntry], first: QueueEntry, policy: Policy
+    snapshot: QueueSnapshot, turns: Sequence[QueueEntry], first: QueueEntry, policy: Policy
 ) -> Iterable[Candidate]:
     """Of the turns from the first on those that could be chosen first in its place."""
-    room, key = picture.room, picture.live_key
+    room, key = snapshot.room, snapshot.live_key
     if key is not None:
         after = (turn.candidate for turn in turns[first.position - 1 :])
         fit = (job for job in after if room.cost(job, num_before=room.num_jobs) <= room.memory_bytes_free)

@@ -27,7 +27,7 @@ from catalog.scheduling import ordering, preemption
 from catalog.scheduling.ordering import order
 from catalog.scheduling.packing import Choice
 from catalog.scheduling.preemption import Holder, Preemption, Training
-from catalog.scheduling.scheduler import Join, Start, decide, leading
+from catalog.scheduling.scheduler import Join, Start, anchor_of, decide
 from catalog.scheduling.simulation.queue import Arrival, SimulatedQueue, SimulatedRun
 from catalog.scheduling.snapshot import USUAL, Capacity, Policy, QueueSnapshot, Share, WorkerService
 from catalog.states import PriorityClass
@@ -231,7 +231,7 @@ class Simulation:
     def _picture(self, worker: _Worker, places: int) -> QueueSnapshot:
         room = Capacity(max_jobs=places, memory_bytes_free=PLENTY, resident_key=worker.key, num_jobs=len(worker.jobs))
         live = worker.key if worker.jobs else None
-        picture = QueueSnapshot(
+        snapshot = QueueSnapshot(
             now=self.now,
             candidates=tuple(self._queue.firsts(places + 1 if live else 1, worker.key, places)),
             shares=self._shares(),
@@ -240,11 +240,11 @@ class Simulation:
             live_key=live,
             worker_bytes=PLENTY,
         )
-        lead = None if live else leading(picture, self.cluster.policy)
+        lead = None if live else anchor_of(snapshot, self.cluster.policy)
         if lead is None:
-            return picture
+            return snapshot
         alike = self._queue.firsts(0, lead.candidate.pack_key, places)
-        return replace(picture, candidates=(*picture.candidates, *alike))
+        return replace(snapshot, candidates=(*snapshot.candidates, *alike))
 
     def _shares(self) -> dict[str, Share]:
         return {project: self._share(project) for project in self._queue.projects()}

@@ -28,7 +28,7 @@ def test_a_model_that_is_still_imported_or_failed_is_refused(world: World) -> No
     with pytest.raises(InvalidRequest, match="still being imported") as early:
         world.submit(model="new")
 
-    world.fail_import("new", {"code": "unsupported_model", "message": "/srv/new is a picture."})
+    world.fail_import("new", {"code": "unsupported_model", "message": "/srv/new is a snapshot."})
     with pytest.raises(InvalidRequest, match=r"failed: unsupported_model\.$") as failed:
         world.submit(model="new")
 
@@ -37,13 +37,13 @@ def test_a_model_that_is_still_imported_or_failed_is_refused(world: World) -> No
 
 def test_an_operator_is_told_why_the_import_of_a_jobs_model_failed(world: World) -> None:
     base_models.add(world.db, name="new", kind="hub", source="org/new", revision=None)
-    told = {"code": "unsupported_model", "message": "/srv/new is a picture.", "remedy": "Give a language model."}
+    told = {"code": "unsupported_model", "message": "/srv/new is a snapshot.", "remedy": "Give a language model."}
     world.fail_import("new", told)
 
     with pytest.raises(InvalidRequest) as failed:
         world.submit(model="new", caller=replace(world.caller, is_operator=True))
 
-    assert failed.value.message.endswith("failed: unsupported_model: /srv/new is a picture.")
+    assert failed.value.message.endswith("failed: unsupported_model: /srv/new is a snapshot.")
     assert failed.value.remedy == "Give a language model. Or choose another model."
 
 

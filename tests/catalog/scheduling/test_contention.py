@@ -21,7 +21,7 @@ from catalog.tables.jobs import Job
 from catalog.tenancy import projects
 from catalog.usage import quotas
 from tests.catalog.scheduling.test_fairness_over_days import candidate
-from tests.catalog.scheduling.test_scheduler import LIVE, WAITING, picture
+from tests.catalog.scheduling.test_scheduler import LIVE, WAITING, snapshot
 from tests.catalog.world import WIDE, World
 
 ONE = replace(WIDE, max_jobs=1)
@@ -49,7 +49,7 @@ def test_who_would_be_next_is_known_ahead(
 ) -> None:
     """Where none or all have waited too long for a base that is loaded to be preferred."""
     room = Capacity(max_jobs=1, memory_bytes_free=100, resident_key=resident)
-    whole = picture(*queue, shares=had, now=now, room=room)
+    whole = snapshot(*queue, shares=had, now=now, room=room)
 
     told = list(decide(whole, USUAL).in_turn)
 
@@ -68,7 +68,7 @@ def test_nothing_is_told_of_turns_between_which_an_unread_job_may_stand(
     for job in sorted(fitting, key=lambda each: (each.place, each.job_id)):
         read[job.project_id, job.priority] += 1
         part += [job] if read[job.project_id, job.priority] <= per_group else []
-    whole = picture(*fitting, shares=had, now=100, room=room)
+    whole = snapshot(*fitting, shares=had, now=100, room=room)
 
     told = decide(replace(whole, candidates=tuple(part), per_group=per_group), USUAL).in_turn
 
@@ -79,7 +79,7 @@ def test_nothing_is_told_of_turns_between_which_an_unread_job_may_stand(
 def test_a_class_that_had_its_turn_from_another_does_not_rise_again() -> None:
     now = 3 * USUAL.priority_aging_seconds
     old = [candidate(f"old{number}", number, priority=2) for number in range(2)]
-    whole = picture(*old, candidate("new0", now - 2), candidate("new1", now - 1), now=now)
+    whole = snapshot(*old, candidate("new0", now - 2), candidate("new1", now - 1), now=now)
 
     assert one_after_the_other(whole)[:3] == ["old0", "new0", "new1"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.scheduling.scheduler import Decision, Join, Start, Wait, decide, leading
+from catalog.scheduling.scheduler import Decision, Join, Start, Wait, anchor_of, decide
 from catalog.scheduling.snapshot import PATIENCE_SECONDS, USUAL, Candidate, Capacity, Policy, QueueSnapshot, Share
 from tests.catalog.resources.test_pack_key import other
 from tests.catalog.scheduling.test_fairness_over_days import candidate
@@ -16,7 +16,7 @@ from tests.catalog.scheduling.test_fairness_over_days import candidate
 LIVE = "b:bfloat16:causal-lm"
 
 
-def picture(*candidates: Candidate, now: float = 10, max_jobs: int = 4, **given: Any) -> QueueSnapshot:
+def snapshot(*candidates: Candidate, now: float = 10, max_jobs: int = 4, **given: Any) -> QueueSnapshot:
     room = Capacity(max_jobs=max_jobs, memory_bytes_free=100)
     told: dict[str, Any] = {"shares": {}, "served": (), "room": room, "worker_bytes": 100, **given}
     return QueueSnapshot(now=now, candidates=candidates, **told)
@@ -27,7 +27,7 @@ def chosen(decision: Decision) -> list[str]:
 
 
 def test_a_new_trainer_starts_with_the_first_and_its_like() -> None:
-    decision = decide(picture(other("x", 1), candidate("b", 2), candidate("a")), USUAL)
+    decision = decide(snapshot(other("x", 1), candidate("b", 2), candidate("a")), USUAL)
 
     assert isinstance(decision.action, Start)
     assert chosen(decision) == ["a", "b"]
@@ -36,12 +36,12 @@ def test_a_new_trainer_starts_with_the_first_and_its_like() -> None:
 def test_jobs_join_a_live_trainer_until_one_that_can_not_has_waited_too_long() -> None:
     waiting = (candidate("a"), other("x", 1), candidate("b", 2))
 
-    soon, late = (decide(picture(*waiting, live_key=LIVE, now=now), USUAL) for now in (10, PATIENCE_SECONDS + 1))
+    soon, late = (decide(snapshot(*waiting, live_key=LIVE, now=now), USUAL) for now in (10, PATIENCE_SECONDS + 1))
 
     assert isinstance(soon.action, Join)
     assert [chosen(decision) for decision in (soon, late)] == [["a", "b"], ["a"]]
     assert [decision.trace["is_draining_for_other_base"] for decision in (soon, late)] == [False, True]
-    stopped = decide(picture(other("x"), candidate("a", 1), live_key=LIVE, now=PATIENCE_SECONDS), USUAL)
+    stopped = decide(snapshot(other("x"), candidate("a", 1), live_key=LIVE, now=PATIENCE_SECONDS), USUAL)
     assert stopped.action == Wait(reason="a job that can't join has waited too long: the trainer is let run empty")
 
 
@@ -52,7 +52,7 @@ def test_what_was_made_free_for_a_job_starts_it_and_not_one_whose_base_is_loaded
     over = 30 + USUAL.ask_again_seconds
 
     def first(policy: Policy, now: float) -> list[str]:
-        return chosen(decide(picture(asked, resident, room=emptied, now=now), policy))
+        return chosen(decide(snapshot(asked, resident, room=emptied, now=now), policy))
 
     assert first(USUAL, 45) == ["asked"]
     assert [first(patient, now) for now in (over - 1, over)] == [["asked"], ["resident"]]
@@ -64,13 +64,13 @@ def test_that_room_is_being_made_is_told_apart_from_a_trainer_that_is_let_run_em
     late = PATIENCE_SECONDS + 2
 
     def told(job: Candidate, now: float) -> tuple[bool, bool]:
-        decision = decide(picture(joins, job, live_key=LIVE, now=now), USUAL)
+        decision = decide(snapshot(joins, job, live_key=LIVE, now=now), USUAL)
         why = decision.why(decision.action.choices[0])
         return why["is_preempting"], why["is_draining_for_other_base"]
 
     assert [told(urgent, 10), told(asked, 10)] == [(False, False), (True, False)]
     assert [told(urgent, late), told(asked, late)] == [(False, True), (True, True)]
-    stopped = decide(picture(asked, candidate("a", 3), live_key=LIVE), USUAL)
+    stopped = decide(snapshot(asked, candidate("a", 3), live_key=LIVE), USUAL)
     assert stopped.action == Wait(reason="room is being made for a job, and nobody joins before it")
 
 
@@ -78,9 +78,9 @@ def test_nothing_is_decided_with_a_reason() -> None:
     reasons = [
         decide(given, USUAL).action
         for given in (
-            picture(),
-            picture(candidate("large", own_bytes=1000)),
-            picture(candidate("a"), live_key=LIVE, has_suspect=True),
+            snapshot(),
+            snapshot(candidate("large", own_bytes=1000)),
+            snapshot(candidate("a"), live_key=LIVE, has_suspect=True),
         )
     ]
 
@@ -94,7 +94,7 @@ def test_nothing_is_decided_with_a_reason() -> None:
 def test_why_has_every_input_of_the_decision_and_nothing_of_another_project() -> None:
     shares = {"ours": Share(num_running=1), "theirs": Share()}
     mine, foreign = candidate("mine", 0, "ours"), candidate("foreign", 0, "theirs")
-    decision = decide(picture(mine, foreign, shares=shares), USUAL)
+    decision = decide(snapshot(mine, foreign, shares=shares), USUAL)
 
     why = decision.why(decision.action.choices[1])
 
@@ -126,16 +126,16 @@ def test_a_decision_does_not_depend_on_how_the_queue_was_listed(
     shuffled = [*jobs, *jobs]
     random.shuffle(shuffled)
 
-    assert decide(picture(*jobs, now=100, live_key=live_key), USUAL) == decide(
-        picture(*shuffled, now=100, live_key=live_key), USUAL
+    assert decide(snapshot(*jobs, now=100, live_key=live_key), USUAL) == decide(
+        snapshot(*shuffled, now=100, live_key=live_key), USUAL
     )
 
 
 @given(QUEUE, QUEUE)
 def test_packmates_never_decide_whether_or_when_the_anchor_starts(jobs: list[Candidate], more: list[Candidate]) -> None:
     """The anchor is the same whatever else of its kind waits behind it, and alone."""
-    whole = picture(*jobs, now=100)
-    lead = leading(whole, USUAL)
+    whole = snapshot(*jobs, now=100)
+    lead = anchor_of(whole, USUAL)
     behind = [replace(job, place=200, queued_at=200.0, priority=2) for job in more]
 
     decision = decide(whole, USUAL)
@@ -143,14 +143,14 @@ def test_packmates_never_decide_whether_or_when_the_anchor_starts(jobs: list[Can
     assert chosen(decision)[:1] == ([lead.candidate.job_id] if lead else [])
     if lead is not None:
         assert chosen(decide(replace(whole, candidates=(*jobs, *behind)), USUAL))[0] == lead.candidate.job_id
-        assert chosen(decide(picture(lead.candidate, now=100), USUAL)) == [lead.candidate.job_id]
+        assert chosen(decide(snapshot(lead.candidate, now=100), USUAL)) == [lead.candidate.job_id]
 
 
 @given(QUEUE)
 def test_what_is_taken_fits(jobs: list[Candidate]) -> None:
     room = Capacity(max_jobs=4, memory_bytes_free=100)
 
-    taken = [choice.turn.candidate for choice in decide(picture(*jobs, now=100), USUAL).action.choices]
+    taken = [choice.turn.candidate for choice in decide(snapshot(*jobs, now=100), USUAL).action.choices]
 
     assert len(taken) <= 4
     assert sum(room.own(job) for job in taken) + (taken[0].trainer_bytes if taken else 0) <= 100
@@ -162,9 +162,9 @@ def test_the_first_of_each_project_and_class_decide_the_anchor_as_all_that_fit_d
 ) -> None:
     """What is read of the database is enough."""
     fitting = [job for job in jobs if Capacity(max_jobs=1, memory_bytes_free=100).alone(job) <= 100]
-    whole = picture(*fitting, now=100, max_jobs=max_jobs)
+    whole = snapshot(*fitting, now=100, max_jobs=max_jobs)
     part = replace(whole, candidates=tuple(_firsts(fitting, 1)))
-    lead = leading(part, USUAL)
+    lead = anchor_of(part, USUAL)
     alike = [job for job in fitting if lead and job.pack_key == lead.candidate.pack_key]
     part = replace(part, candidates=(*part.candidates, *_firsts(alike, max_jobs)))
 
