@@ -98,7 +98,7 @@ def test_slices_keep_the_order_and_the_bound_and_a_long_row_is_alone():
     assert cut_slices([4], lengths, slice_tokens=1) == [(4,)]
 
 
-@pytest.mark.parametrize("module", ["config", "errors", "events", "data", "turns"])
+@pytest.mark.parametrize("module", ["config", "errors", "events", "data.token_dataset", "engine.fair_queue"])
 def test_what_others_read_needs_no_torch(module):
     program = f"import sys, lora_core.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
