@@ -73,8 +73,13 @@ def add(session: Session, job: Job, integrations: Sequence[Integration]) -> None
         session.add(JobExport(job_id=job.id, type=one.type, train_step=-1, valid_step=-1, num_failures=0))
 
 
+def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
+    """When the job trains, or has ended, its exports are due."""
+    if job.state == JobState.RUNNING or job.state in FINAL_STATES:
+        wake(session, job, now=now)
+
+
 def wake(session: Session, job: Job, *, now: float) -> None:
-    """The job trains, or has ended."""
     if job.requested.get("integrations"):
         asleep = (JobExport.job_id == job.id, JobExport.finished_at.is_(None), JobExport.claim_id.is_(None))
         session.execute(update(JobExport).where(*asleep).values(next_at=now))

@@ -1,10 +1,12 @@
 """The one place that writes a job's state: by the table of transitions, with an event in the same transaction.
 
-A final state also writes the job's webhooks. Callers: users' actions (catalog/jobs, position.py), claiming and claims
-(catalog/queue), preparation.py and outcomes.py.
+Whatever else depends on a job's state is an observer (OBSERVERS). Callers: users' actions (catalog/jobs, position.py),
+claiming and claims (catalog/queue), preparation.py and outcomes.py.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 from sqlalchemy.orm import Session
 
@@ -16,11 +18,21 @@ from catalog.tables.jobs import Job
 from catalog.usage import ledger
 from catalog.webhooks import outbox
 
-ENDED: dict[JobState, ledger.Amount] = {
-    JobState.SUCCEEDED: "num_succeeded",
-    JobState.FAILED: "num_failed",
-    JobState.CANCELLED: "num_cancelled",
-}
+
+class Observer(Protocol):
+    """Called after each transition of a job, in its transaction. `job.state` is the new state."""
+
+    def __call__(self, session: Session, job: Job, before: JobState | None, *, now: float) -> None: ...
+
+
+OBSERVERS: tuple[Observer, ...] = (
+    ledger.on_transition,
+    trials.on_transition,
+    tracker_exports.on_transition,
+    outbox.on_transition,
+)
+"""In this order: each locks rows, and all transactions lock them in the same order (tests/catalog/db/test_lock_order).
+A list rather than a registry: an observer whose module a process forgot to import would be left out silently."""
 
 
 def begin(session: Session, job: Job, *, now: float, message: str) -> None:
@@ -30,8 +42,7 @@ def begin(session: Session, job: Job, *, now: float, message: str) -> None:
     job.state = after
     session.add(job)
     session.flush()  # what is told of it names it
-    ledger.count_transition(session, job.priority, before=None, after=after)
-    _tell(session, job, Verb.CREATE, before=None, after=after, now=now, message=message)
+    _record(session, job, Verb.CREATE, before=None, now=now, message=message)
 
 
 def move(
@@ -54,7 +65,6 @@ def move(
             remedy="Look at its state and at its events.",
         )
     job.state = after
-    ledger.count_transition(session, job.priority, before=before, after=after)
     job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)
     job.queued_at = now if after is JobState.QUEUED and not job.is_held else None
     job.room_asked_at = None
@@ -64,30 +74,25 @@ def move(
         job.reason = reason
     if after in FINAL_STATES:
         job.finished_at = now
-        ledger.add(session, job, ENDED[after], 1, now=now)
-    _tell(session, job, verb, before=before, after=after, reason=reason, now=now, message=message, level=level)
-    trials.moved(session, job, now=now)
-    if after is JobState.RUNNING or after in FINAL_STATES:
-        tracker_exports.wake(session, job, now=now)
-    if after in FINAL_STATES:
-        outbox.job_ended(session, job, after, now=now)
+    _record(session, job, verb, before=before, reason=reason, now=now, message=message, level=level)
     return after
 
 
-def _tell(
+def _record(
     session: Session,
     job: Job,
     verb: Verb,
     *,
     before: JobState | None,
-    after: JobState,
     now: float,
     message: str,
     reason: EndReason | None = None,
     level: events.Level = "info",
 ) -> None:
-    data = {"from": before, "to": after, "verb": verb, "reason": reason}
+    data = {"from": before, "to": job.state, "verb": verb, "reason": reason}
     events.add(session, job.id, now=now, message=message, level=level, type="transition", data=data)
+    for observe in OBSERVERS:
+        observe(session, job, before, now=now)
 
 
 def _let_go(job: Job, after: JobState) -> None:

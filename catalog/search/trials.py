@@ -21,7 +21,7 @@ from catalog.history import events
 from catalog.search.asha import Rungs
 from catalog.search.design import Design, designed
 from catalog.search.spec import Objective, SweepRequest
-from catalog.states import FINAL_STATES, EndReason
+from catalog.states import FINAL_STATES, EndReason, JobState
 from catalog.tables.jobs import Job
 from catalog.tables.sweeps import RungValue, Sweep, Trial
 
@@ -100,7 +100,7 @@ def ended_for(session: Session, job: Job, reason: EndReason) -> EndReason:
     return EndReason.PRUNED if trial is not None and trial.stopped is not None else reason
 
 
-def moved(session: Session, job: Job, *, now: float) -> None:
+def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
     """When a trial has ended its sweep may go on, or be at its end."""
     if job.sweep_id is not None and job.state in FINAL_STATES:
         sweep = get_locked(session, Sweep, job.sweep_id, lock="update")

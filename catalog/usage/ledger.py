@@ -29,6 +29,11 @@ SLOTS = 16
 Amount = Literal[
     "device_seconds", "trained_tokens", "num_created", "num_succeeded", "num_failed", "num_cancelled", "num_plans"
 ]
+ENDED: dict[JobState, Amount] = {
+    JobState.SUCCEEDED: "num_succeeded",
+    JobState.FAILED: "num_failed",
+    JobState.CANCELLED: "num_cancelled",
+}
 AMOUNTS: tuple[Amount, ...] = (
     "device_seconds",
     "trained_tokens",
@@ -171,11 +176,14 @@ def count(session: Session, name: CounterName, label: str = "", number: int = 1)
     pending[name, label] += number
 
 
-def count_transition(session: Session, priority: int, *, before: JobState | None, after: JobState) -> None:
-    """A job of this class is in another state."""
+def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
+    """Count the job in its new state instead of the one before, and its end in the daily record."""
     if before is not None:
-        count(session, "jobs", state_label(before, priority), -1)
-    count(session, "jobs", state_label(after, priority))
+        count(session, "jobs", state_label(before, job.priority), -1)
+    count(session, "jobs", state_label(job.state, job.priority))
+    ended = ENDED.get(JobState(job.state))
+    if ended is not None:
+        add(session, job, ended, 1, now=now)
 
 
 def state_label(state: str, priority: int) -> str:

@@ -13,8 +13,11 @@ from catalog.tables.table import Json, new_id
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 
 
-def job_ended(session: Session, job: Job, state: JobState, *, now: float) -> None:
-    add(session, project_id=job.project_id, event_type=JOB_EVENT_TYPES[state], data={"id": job.id}, now=now)
+def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
+    """Write the deliveries of a job that has ended."""
+    event_type = JOB_EVENT_TYPES.get(JobState(job.state))
+    if event_type is not None:
+        add(session, project_id=job.project_id, event_type=event_type, data={"id": job.id}, now=now)
 
 
 def endpoint_disabled(session: Session, endpoint: WebhookEndpoint, *, now: float) -> None:

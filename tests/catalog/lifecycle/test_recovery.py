@@ -12,11 +12,10 @@ from sqlalchemy.orm import Session
 from catalog.errors import StaleClaim
 from catalog.fleet import workers
 from catalog.jobs import commands
-from catalog.lifecycle import preparation, recording, recovery
+from catalog.lifecycle import preparation, recording, recovery, transitions
 from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
-from catalog.search import trials as observing
 from catalog.states import MAX_LOSSES, EndReason, JobState
 from catalog.tables.fleet import DatabaseHeartbeat
 from catalog.tables.jobs import Job
@@ -350,13 +349,11 @@ def test_trials_that_end_with_their_worker_take_their_sweeps_in_one_order(
     for job in trials:
         commands.cancel(world.db, **world.of(job.id))
     taken: list[str | None] = []
-    moved = observing.moved
 
-    def noted(session: Session, job: Job, *, now: float) -> None:
+    def noted(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
         taken.append(job.sweep_id)
-        moved(session, job, now=now)
 
-    monkeypatch.setattr(observing, "moved", noted)
+    monkeypatch.setattr(transitions, "OBSERVERS", (noted, *transitions.OBSERVERS))
     if leaves:
         workers.end_worker(world.db, "w1")
     else:
