@@ -1,4 +1,8 @@
-"""One conformance suite, two databases: `db` is each in turn, freshly migrated, with a clock that tests turn."""
+"""`db` is a freshly migrated database with a clock that tests turn.
+
+It is SQLite, or PostgreSQL under `make test-postgres`. Tests marked `both_databases` run on each: their property is one
+of the database, such as locks, triggers and migrations.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from tests.catalog.backup_service import Service
 from tests.catalog.part_sender import Sender
 from tests.catalog.world import Clock, World
 from tests.conftest import NEEDS
-from tests.services.postgres import empty_database
+from tests.services.postgres import ON_POSTGRESQL, empty_database
 
 settings.register_profile("lorry", deadline=None)
 settings.load_profile("lorry")  # a deadline would be an assertion on elapsed time
@@ -37,7 +41,16 @@ def shared_postgres_url(postgres_url: str) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that names its database itself, by a parametrization of the fixture, keeps it."""
+    named = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    usual = ["postgresql" if ON_POSTGRESQL else "sqlite"]
+    kinds = ["sqlite", "postgresql"] if metafunc.definition.get_closest_marker("both_databases") else usual
+    for fixture in {"database_url", "empty_url"} & set(metafunc.fixturenames) - named:
+        metafunc.parametrize(fixture, kinds, indirect=True)
+
+
+@pytest.fixture
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         path = tmp_path / "lorry.db"
@@ -53,7 +66,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     database.close()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Of a database without a table; of SQLite, one that isn't there yet."""
     if request.param == "sqlite":

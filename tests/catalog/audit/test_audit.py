@@ -22,6 +22,8 @@ from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tenancy import api_keys, authentication, organizations, projects
 from tests.catalog.world import PEPPER, World
 
+pytestmark = pytest.mark.both_databases
+
 MINE = Actor(type="api_key", id="key-me", name="mine")
 
 

@@ -21,6 +21,8 @@ from catalog.tenancy import projects
 from tests.catalog.reading import statements_of
 from tests.catalog.world import World, request
 
+pytestmark = pytest.mark.both_databases
+
 
 def test_the_clock_is_the_databases_own(database_url: str) -> None:
     database = Database(database_url)

@@ -27,6 +27,8 @@ from catalog.tables.tenancy import ApiKey, Project
 from tests.catalog.world import Clock, World
 from tests.next_migration import LATER, NEXT, UNRELEASED
 
+pytestmark = pytest.mark.both_databases
+
 ROOT = Path(__file__).parents[3]
 TABLES = {table.name for table in Table.metadata.sorted_tables}
 EVERYTHING = {

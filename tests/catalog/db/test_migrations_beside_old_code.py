@@ -14,6 +14,8 @@ from catalog.db.database import Database
 from tests import next_migration
 from tests.next_migration import NEXT
 
+pytestmark = pytest.mark.both_databases
+
 TAKEN_AWAY: set[str] = set()
 """`REVISION TABLE`, or `REVISION TABLE.COLUMN`, where the release before has stopped to use it already."""
 IN_THE_WAY = {

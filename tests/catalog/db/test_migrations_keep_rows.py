@@ -23,6 +23,8 @@ from catalog.db.revisions import alembic_config
 from tests import next_migration
 from tests.next_migration import NEXT
 
+pytestmark = pytest.mark.both_databases
+
 MEANT: set[tuple[str, str, str]] = set()
 """By step, table and column: what a migration changes on purpose, where another test holds what it becomes. A step is
 `up to REVISION` or `down to REVISION`."""

@@ -338,6 +338,7 @@ def first_locks(statements: list[str]) -> list[list[str]]:
     return found
 
 
+@pytest.mark.both_databases
 @pytest.mark.parametrize("leaves", [False, True], ids=["lost", "leaves"])
 def test_trials_that_end_with_their_worker_take_their_sweeps_in_one_order(
     world: World, monkeypatch: pytest.MonkeyPatch, *, leaves: bool

@@ -24,6 +24,8 @@ from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact
 from tests.catalog.world import LEASE, WIDE, World, manifest, sha
 
+pytestmark = pytest.mark.both_databases
+
 
 def test_a_job_goes_from_submission_to_its_adapter(world: World) -> None:
     job = world.submit(suffix="mine")

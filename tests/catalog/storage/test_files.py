@@ -24,12 +24,9 @@ from tests.services.small_disk import small_disk
 ROW = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}).encode()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    is_sqlite = request.param == "sqlite"
-    url = f"sqlite:///{tmp_path / 'lorry.db'}" if is_sqlite else request.getfixturevalue("new_postgres_url")
-    database = Database(url)
-    database.migrate()
+@pytest.fixture
+def db(database_url: str) -> Iterator[Database]:
+    database = Database(database_url)
     with database.write() as session:
         session.add(Organization(id="org", name="org", created_at=0))
         session.flush()

@@ -28,6 +28,8 @@ from catalog.usage.ledger import DAY_SECONDS
 from catalog.usage.report import Day, UsageQuery, Used
 from tests.catalog.world import World
 
+pytestmark = pytest.mark.both_databases
+
 MIDNIGHT = 1_800_057_600.0
 """The first of a day after the world's clock begins."""
 
