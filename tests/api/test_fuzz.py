@@ -12,6 +12,7 @@ from qa.fuzz.campaign import Campaign, run
 from qa.fuzz.texts import is_any_text
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_nothing_breaks_the_document_holds_and_no_project_sees_another(tmp_path: Path, migrated_database: Path) -> None:
     told, path = io.StringIO(), tmp_path / "lorry.db"

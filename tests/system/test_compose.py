@@ -379,6 +379,7 @@ def stack(tmp_path: Path, new_postgres_url: str, redis_url: str, s3_endpoint: st
     return Stack(tmp_path, addresses)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_services_come_up_in_order_as_processes(stack: Stack) -> None:
     assert not stack.is_healthy("worker-cpu")

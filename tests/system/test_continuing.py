@@ -15,6 +15,7 @@ from tests.worker_site import worker_site
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.slow
 def test_a_child_begins_where_its_parent_ended_and_a_pause_changes_no_byte(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         rows, held_out = site.upload(40), site.upload(8, seed=5)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.timeout(900)
 DIVIDED = {"LORRY_CPU_PROCESSES": "2", "LORRY_STRATEGY": "fsdp2"}
 
 
+@pytest.mark.slow
 def test_jobs_on_a_divided_base_end_with_the_bytes_of_one_alone_though_a_process_is_killed(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         rows = site.upload(60)

@@ -73,6 +73,7 @@ def test_one_process_that_hangs_leaves_the_stacks_of_its_threads(tmp_path: Path)
     assert SECRET not in text
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_and_one_that_waits_for_it_leave_their_stacks_each_in_its_own_log(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         job_id = hung(site, "step_12@1:hang", LORRY_CPU_PROCESSES="2")

@@ -48,6 +48,7 @@ def test_jobs_that_come_together_and_one_that_comes_later_train_in_one_trainer_a
         assert site.weights_digest(alone) == site.weights_digest(joiner)
 
 
+@pytest.mark.slow
 def test_a_job_on_a_quantized_base_trains_in_a_trainer_of_its_own_and_is_verified_on_it(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     with worker_site(tmp_path) as site:
@@ -135,6 +136,7 @@ def test_a_file_with_nothing_to_learn_is_refused_by_name_and_harms_nobody(tmp_pa
         assert error["param"] == "training_file"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         job_id = site.submit(site.upload(40), max_steps=30, checkpoint_every_steps=10)
@@ -162,6 +164,7 @@ def _resumable(db: Database, job_id: str) -> list[list[Json]]:
         return [session.get_one(Artifact, row.artifact).files for row in recording.resumable(session, job_id)]
 
 
+@pytest.mark.slow
 def test_a_job_answers_its_prompts_at_each_evaluation_and_trains_to_the_same_bytes(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         rows, held_out = site.upload(20), site.upload(6, seed=5)

@@ -65,6 +65,7 @@ def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
         assert client.files.delete(training.id).deleted
 
 
+@pytest.mark.slow
 def test_openai_client_trains_by_dpo_on_pairs_of_answers(tmp_path: Path) -> None:
     with (
         worker_site(tmp_path) as site,

@@ -14,6 +14,7 @@ from tests.worker_site import worker_site
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.slow
 def test_jobs_that_two_processes_train_end_with_the_bytes_of_one_though_the_second_is_killed(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         rows = site.upload(60)

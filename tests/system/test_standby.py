@@ -25,6 +25,7 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_jobs_in_trainers_that_stood_by_come_to_the_bytes_of_one_that_was_launched(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         rows = site.upload(20)

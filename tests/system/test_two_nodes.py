@@ -13,6 +13,7 @@ from tests.worker_site import BASE, worker_site
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.slow
 def test_a_node_without_the_base_imports_the_same_bytes_and_trains_the_same_adapter(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         rows = site.upload(20)

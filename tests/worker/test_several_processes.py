@@ -208,6 +208,7 @@ def test_when_one_process_is_killed_the_trainer_ends_with_all_of_them(
         assert psutil.wait_procs(ranks, timeout=GONE_SECONDS)[1] == []
 
 
+@pytest.mark.slow
 def test_two_trainers_of_one_machine_do_not_meet_and_end_with_their_worker(tmp_path: Path, base_dir: Path) -> None:
     with (
         launched(tmp_path / "one", base_dir, num_processes=2) as one,

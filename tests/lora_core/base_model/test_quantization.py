@@ -89,7 +89,7 @@ def test_an_adapter_of_a_quantized_base_serves_as_trained_and_names_its_base(bas
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_packed_equals_solo_on_a_quantized_base(base_dirs, family, kind):
     base = load(base_dirs, family, kind)
     # DoRA, PiSSA and OLoRA need the base's weights as plain numbers

@@ -169,6 +169,7 @@ def test_one_ring_a_hundred_times_and_forged_ones_make_one_attempt(tmp_path: Pat
         assert list((site.settings.work_dir() / "trainers").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_api_servers_loop_rings_for_a_job_whose_message_was_lost(tmp_path: Path, redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
@@ -182,6 +183,7 @@ def test_the_api_servers_loop_rings_for_a_job_whose_message_was_lost(tmp_path: P
         assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another_finishes_with_the_same_bytes(
     tmp_path: Path, redis_url: str
 ) -> None:
@@ -213,6 +215,7 @@ def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another
         assert site.weights_digest(disturbed) == site.weights_digest(undisturbed)
 
 
+@pytest.mark.slow
 def test_an_idle_worker_takes_a_job_while_redis_is_away_and_hears_rings_once_it_is_back(tmp_path: Path) -> None:
     with restartable_redis() as (url, server), worker_site(tmp_path, LORRY_REDIS_URL=url, LORRY_DEVICE="cpu") as site:
         rows = site.upload(12)
@@ -236,6 +239,7 @@ def test_an_idle_worker_takes_a_job_while_redis_is_away_and_hears_rings_once_it_
         assert workers.list_workers(site.db)[0].ended_at is not None
 
 
+@pytest.mark.slow
 def test_a_worker_that_never_saw_redis_saves_the_job_that_it_found_by_itself_when_it_is_told_to_end(
     tmp_path: Path,
 ) -> None:

@@ -66,6 +66,7 @@ def finish(leader: Launched) -> str:
     return digest(leader.directory.path / exported["folder"] / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_two_machines_leave_the_bytes_of_one_process_whose_job_resumes_beside_one_that_cannot_be_handed_on(
     tmp_path: Path, base_dir: Path
 ) -> None:
