@@ -22,6 +22,7 @@ from catalog.tables.history import JobEvent
 from catalog.tables.jobs import Job
 from catalog.tables.webhooks import WebhookDelivery
 from catalog.usage import ledger
+from catalog.webhooks import delivery_queue
 
 MAX_COUNTED = 10_000
 """Of deliveries that wait: more are told as so many."""
@@ -76,7 +77,7 @@ def read(db: Database) -> Numbers:
     live = [view for view in views if view.state not in ("lost", "ended")]
     with db.read() as session:
         now, kept = read_clock(session), ledger.read_counters(session)
-        pending, due_at = _webhooks(session)
+        pending, due_at = _webhooks(session, now=now)
         return Numbers(
             jobs=ledger.jobs_by_state(kept),
             oldest_wait_seconds=_oldest_waits(session, now=now),
@@ -97,7 +98,7 @@ def read(db: Database) -> Numbers:
             peak_bytes=_told_by_trainers(live, "peak_bytes"),
             devices=_devices(live),
             webhooks_pending=pending,
-            webhooks_overdue_seconds=0.0 if due_at is None else max(0.0, now - due_at),
+            webhooks_overdue_seconds=0.0 if due_at is None else now - due_at,
         )
 
 
@@ -125,13 +126,12 @@ def _jobs_of_bases(session: Session) -> Counter[str]:
     return Counter({row[0]: row[1] for row in session.execute(running)})
 
 
-def _webhooks(session: Session) -> tuple[int, float | None]:
+def _webhooks(session: Session, *, now: float) -> tuple[int, float | None]:
     """How many wait, and when the first of them was due."""
     waiting = select(WebhookDelivery.next_try_at).where(WebhookDelivery.next_try_at.is_not(None))
     some = waiting.limit(MAX_COUNTED).subquery()
-    return session.scalar(select(func.count()).select_from(some)) or 0, session.scalar(
-        select(func.min(WebhookDelivery.next_try_at)).where(WebhookDelivery.next_try_at.is_not(None))
-    )
+    first = select(func.min(WebhookDelivery.next_try_at)).where(delivery_queue.is_due(now))
+    return session.scalar(select(func.count()).select_from(some)) or 0, session.scalar(first)
 
 
 def _by_state(views: Iterable[WorkerView]) -> dict[WorkerState, int]:

@@ -1,7 +1,7 @@
 """What of a job's curves its trackers have, and what is to be written next. The record is read, never the trainer: so
 an export holds nobody up, loses nothing, and goes on where another worker stopped.
 
-A claim lasts for as long as a worker has the run open, and is renewed with what it writes.
+A worker has the lease for as long as it has the run open, and renews it with what it writes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, cast
 
-from sqlalchemy import select, update
+from sqlalchemy import Select, select, update
 from sqlalchemy.orm import Session
 
+from catalog.db import lease
 from catalog.db.database import Database, read_clock, skip_locked
 from catalog.history import events, metric_store
 from catalog.history.metric_points import Point
@@ -22,10 +23,10 @@ from catalog.states import FINAL_STATES, JobState
 from catalog.tables.history import JobExport
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter
-from catalog.tables.table import Json, new_id
+from catalog.tables.table import Json
 from catalog.tables.tenancy import Project
 
-CLAIM_SECONDS = 120.0
+LEASE_SECONDS = 120.0
 MAX_POINTS = 500
 MAX_FAILURES = 8
 """In a row; with the waits between them some two hours."""
@@ -89,16 +90,17 @@ def claim(db: Database, *, types: Collection[str], limit: int) -> list[Export]:
     """Exports that are due, of the types that this worker can write."""
     with db.read() as session:
         now = read_clock(session)
-        due = select(JobExport.job_id).where(JobExport.next_at <= now, JobExport.type.in_(types))
-        if limit <= 0 or session.scalar(due.limit(1)) is None:
+        if limit <= 0 or session.scalar(_due(types, now=now, limit=1)) is None:
             return []
     with db.write() as session:
         now = read_clock(session)
-        rows = select(JobExport).where(JobExport.next_at <= now, JobExport.type.in_(types))
-        found = list(session.scalars(skip_locked(rows.order_by(JobExport.next_at).limit(limit))))
-        for row in found:
-            row.claim_id, row.next_at = new_id("claim"), now + CLAIM_SECONDS
-        return [_export(row) for row in found]
+        found = session.scalars(skip_locked(_due(types, now=now, limit=limit))).all()
+        return [_export(row, lease.acquire(row, now=now, lease_seconds=LEASE_SECONDS)) for row in found]
+
+
+def _due(types: Collection[str], *, now: float, limit: int) -> Select[JobExport]:
+    due = (JobExport.next_at <= now, lease.is_free(JobExport, now=now), JobExport.type.in_(types))
+    return select(JobExport).where(*due).order_by(JobExport.next_at).limit(limit)
 
 
 def look(db: Database, export: Export) -> RunUpdate:
@@ -128,13 +130,15 @@ def record(db: Database, export: Export, news: RunUpdate, *, run_id: str) -> tup
         row.run_id, row.num_failures = run_id, 0
         row.train_step = max([row.train_step, *_steps(news, "train")])
         row.valid_step = max([row.valid_step, *_steps(news, "valid")])
-        row.next_at = now + CLAIM_SECONDS
-        follows = Follows.GO_ON
+        follows, row.lease_expires_at = Follows.GO_ON, now + LEASE_SECONDS
         if news.end is not None:
-            follows, row.finished_at, row.next_at, row.claim_id = Follows.DONE, now, None, None
+            follows, row.finished_at = Follows.DONE, now
         elif state != JobState.RUNNING and state not in FINAL_STATES and not news.has_more:
-            follows, row.next_at, row.claim_id = Follows.SLEEP, None, None
-        return _export(row, claim_id=export.claim_id), follows
+            follows = Follows.SLEEP
+        if follows is not Follows.GO_ON:
+            row.next_at = None
+            lease.release(row)
+        return _export(row, export.claim_id), follows
 
 
 def release(db: Database, export: Export) -> None:
@@ -142,7 +146,7 @@ def release(db: Database, export: Export) -> None:
     with db.write() as session:
         row = _held(session, export)
         if row is not None:
-            row.claim_id, row.next_at = None, read_clock(session)
+            lease.release(row)
 
 
 def fail(db: Database, export: Export, problem: str) -> None:
@@ -153,7 +157,8 @@ def fail(db: Database, export: Export, problem: str) -> None:
             return
         now = read_clock(session)
         row.num_failures += 1
-        row.claim_id, row.next_at = None, now + FIRST_WAIT_SECONDS * 2 ** (row.num_failures - 1)
+        lease.release(row)
+        row.next_at = now + FIRST_WAIT_SECONDS * 2 ** (row.num_failures - 1)
         told = f"The integration {row.type} could not be written: {problem}"
         if row.num_failures >= MAX_FAILURES:
             row.finished_at, row.next_at = now, None
@@ -164,11 +169,11 @@ def fail(db: Database, export: Export, problem: str) -> None:
         row.error = row.error or problem
 
 
-def _export(row: JobExport, *, claim_id: str | None = None) -> Export:
+def _export(row: JobExport, claim_id: str) -> Export:
     return Export(
         job_id=row.job_id,
         type=row.type,
-        claim_id=claim_id or row.claim_id or "",
+        claim_id=claim_id,
         run_id=row.run_id,
         train_step=row.train_step,
         valid_step=row.valid_step,
@@ -178,12 +183,7 @@ def _export(row: JobExport, *, claim_id: str | None = None) -> Export:
 def _held(session: Session, export: Export) -> JobExport | None:
     """Locked, and before it the job: who lets that train again waits until this is done, and then wakes it."""
     session.get_one(Job, export.job_id, with_for_update=True)
-    mine = (
-        JobExport.job_id == export.job_id,
-        JobExport.type == export.type,
-        JobExport.claim_id == export.claim_id,
-    )
-    return session.scalar(select(JobExport).where(*mine).with_for_update())
+    return lease.held(session, JobExport, export.claim_id)
 
 
 def _points(session: Session, job_id: str, kind: str, after: int) -> list[Json]:

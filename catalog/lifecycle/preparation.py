@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from catalog.db import lease
 from catalog.db.database import Database, read_clock, serialize
 from catalog.history import events
 from catalog.lifecycle import candidates, position
@@ -22,7 +23,7 @@ from catalog.storage import token_cache as caches
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow, File
-from catalog.tables.table import Json, new_id
+from catalog.tables.table import Json
 from catalog.tables.tenancy import Project
 
 VALIDATING = JobState.VALIDATING_FILES
@@ -93,10 +94,8 @@ def next_unprepared(
         project = session.get_one(Project, job.project_id)
         project.preparing_at = now
         project.class_prepared_at = {**(project.class_prepared_at or {}), str(job.priority): now}
-        job.claim_id = claim_id = new_id("prep")
-        job.worker_id = worker_id
-        job.lease_expires_at = now + lease_seconds
-        job.lease_extended = False
+        claim_id = lease.acquire(job, now=now, lease_seconds=lease_seconds, prefix="prep")
+        job.worker_id, job.lease_extended = worker_id, False
         training = session.get_one(File, job.training_file)
         validation = session.get_one(File, job.validation_file) if job.validation_file else None
         base, spec = session.get_one(BaseModelRow, job.base_model), JobSpec.model_validate(job.spec)
@@ -223,5 +222,5 @@ def _give_up(session: Session, job: Job, error: Json, *, now: float) -> None:
 
 def free(job: Job) -> None:
     """Whoever prepared the job, whose row is locked, does so no more."""
-    job.claim_id = job.worker_id = job.lease_expires_at = None
-    job.lease_extended = False
+    lease.release(job)
+    job.worker_id, job.lease_extended = None, False

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from sqlalchemy.orm import Session
 
+from catalog.db import lease
 from catalog.errors import Conflict
 from catalog.history import events, tracker_exports
 from catalog.search import trials
@@ -97,8 +98,7 @@ def _record(
 
 def _let_go(job: Job, after: JobState) -> None:
     """Whoever held the job writes nothing more. A finished job keeps the names of where it trained last."""
-    job.claim_id = None
-    job.lease_expires_at = None
+    lease.release(job)
     job.lease_extended = False
     job.run_after = None
     job.cancel_requested = False

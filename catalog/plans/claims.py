@@ -1,14 +1,13 @@
-"""The worker's verbs on plans: claim one that waits, renew, conclude. Leased as an import is: no recovery is needed,
-for a lease that is past may be taken by anybody."""
+"""The worker's verbs on plans: claim one that waits, and conclude, fail or release it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog.admission.target_layers import retried
+from catalog.db import lease
 from catalog.db.database import Database, read_clock, skip_locked, upsert
 from catalog.errors import StaleClaim
 from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS, FilesToPrepare, longer, lost
@@ -19,7 +18,7 @@ from catalog.spec.job import JobSpec
 from catalog.tables.fleet import Worker
 from catalog.tables.plans import FileOverlap, Plan
 from catalog.tables.storage import BaseModelRow, File
-from catalog.tables.table import Json, new_id
+from catalog.tables.table import Json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,20 +44,11 @@ def claim(db: Database, *, worker_id: str, lease_seconds: float) -> PlanClaim | 
             plan.num_lost += plan.claim_id is not None
             error = _hindrance(session, plan)
             if error is None:
-                plan.claim_id, plan.lease_expires_at = new_id("planning"), now + lease_seconds
-                return _claim(session, plan)
+                claim_id = lease.acquire(plan, now=now, lease_seconds=lease_seconds, prefix="planning")
+                return _claim(session, plan, claim_id)
             _fail(plan, error)
             session.flush()
         return None
-
-
-def renew(db: Database, claim_id: str, *, lease_seconds: float) -> bool:
-    """The work goes on. False where nobody wants its result any more: the plan was deleted, or is another's."""
-    with db.write() as session:
-        plan = session.scalar(select(Plan).where(Plan.claim_id == claim_id).with_for_update())
-        if plan is not None:
-            plan.lease_expires_at = read_clock(session) + lease_seconds
-        return plan is not None
 
 
 def record_overlap(db: Database, *, train_key: str, valid_key: str, num_rows: int, of_rows: int) -> None:
@@ -108,8 +98,7 @@ def release(db: Database, claim_id: str, *, wait_seconds: float = 0) -> None:
         _release(plan, run_after=read_clock(session) + wait_seconds if wait_seconds else None)
 
 
-def _claim(session: Session, plan: Plan) -> PlanClaim:
-    assert plan.claim_id is not None
+def _claim(session: Session, plan: Plan, claim_id: str) -> PlanClaim:
     validation = session.get_one(File, plan.validation_file) if plan.validation_file else None
     files = FilesToPrepare(
         project_id=plan.project_id,
@@ -121,7 +110,7 @@ def _claim(session: Session, plan: Plan) -> PlanClaim:
         validation=validation,
         valid_key=plan.valid_prepared,
     )
-    return PlanClaim(claim_id=plan.claim_id, plan_id=plan.id, files=files)
+    return PlanClaim(claim_id=claim_id, plan_id=plan.id, files=files)
 
 
 def _hindrance(session: Session, plan: Plan) -> Json | None:
@@ -139,14 +128,14 @@ def _hindrance(session: Session, plan: Plan) -> Json | None:
 
 
 def _hold(session: Session, claim_id: str) -> Plan:
-    plan = session.scalar(select(Plan).where(Plan.claim_id == claim_id).with_for_update())
+    plan = lease.held(session, Plan, claim_id)
     if plan is None:
         raise StaleClaim(claim_id)
     return plan
 
 
 def _release(plan: Plan, *, run_after: float | None) -> None:
-    plan.claim_id = plan.lease_expires_at = None
+    lease.release(plan)
     plan.run_after = run_after
 
 

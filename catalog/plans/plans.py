@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from catalog.admission.accept import Accepted, accept, job_row, resolve_targets, surprises
 from catalog.admission.target_layers import Targets, retried
+from catalog.db import lease
 from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, Forbidden, NotFound
@@ -135,7 +136,8 @@ def conclude(
     if error is None and data is None:
         return False
     plan.state, plan.error = ("failed", error) if error else ("ready", None)
-    plan.claim_id = plan.lease_expires_at = plan.run_after = None
+    lease.release(plan)
+    plan.run_after = None
     if data is not None:
         accepted = _recall(session, plan, request)
         job = job_row(accepted, targets, project_id=plan.project_id, created_by=plan.created_by, now=now)

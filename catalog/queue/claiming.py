@@ -17,6 +17,7 @@ from sqlalchemy import Row, Select, bindparam, literal, select
 from sqlalchemy.orm import Session
 
 from catalog import failpoints
+from catalog.db import lease
 from catalog.db.database import Database, clock_column, clock_given, find_in, read_clock, serialize, skip_locked
 from catalog.fleet import views
 from catalog.lifecycle import candidates, recovery
@@ -33,7 +34,6 @@ from catalog.states import JobState, Verb, is_suspect
 from catalog.tables.fleet import Worker
 from catalog.tables.history import Attempt, Checkpoint
 from catalog.tables.jobs import Job
-from catalog.tables.table import new_id
 from catalog.tables.tenancy import Project
 from catalog.usage import ledger, quotas
 
@@ -248,12 +248,12 @@ def _beginnable(session: Session, found: _Rows) -> dict[str, Job]:
 def _begin(
     session: Session, job: Job, decision: Decision, choice: Choice, request: _ClaimRequest, *, now: float
 ) -> None:
-    job.claim_id = new_id("claim")
+    claim_id = lease.acquire(job, now=now, lease_seconds=request.lease_seconds)
     job.attempt += 1
     job.claimed_at = job.charged_at = now
     job.worker_id, job.trainer_id = request.worker_id, request.trainer_id
-    job.lease_expires_at, job.lease_extended, job.run_after = now + request.lease_seconds, False, None
-    attempt = Attempt(claim_id=job.claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
+    job.lease_extended, job.run_after = False, None
+    attempt = Attempt(claim_id=claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
     attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, decision.why(choice)
     session.add(attempt)
     ledger.count(session, "claims")

@@ -6,11 +6,12 @@ import re
 from collections.abc import Collection
 from typing import Literal
 
-from sqlalchemy import ColumnElement, Select, or_, select
+from sqlalchemy import ColumnElement, Select, select
 from sqlalchemy.orm import Session, defer
 
 from catalog.audit import log
 from catalog.audit.log import AuditType
+from catalog.db import lease
 from catalog.db.database import Database, get_locked, read_clock, serialize, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.resources import requirements
@@ -42,7 +43,7 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
             row = BaseModelRow(name=name)
             _begin(session, row, kind=kind, source=source, revision=revision)
             session.add(row)
-        elif row.state == "deleted" or (row.state == "failed" and row.digest is None and is_another):
+        elif row.state == "deleted" or (row.state == "failed" and is_another):
             row.error = None
             _begin(session, row, kind=kind, source=source, revision=revision)
         elif is_another:
@@ -53,7 +54,7 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
                 param="name",
             )
         elif row.state == "failed":
-            row.state, row.error, row.importing_until = "importing", None, None
+            row.state, row.error = "importing", None
         else:
             return row
         told = {"kind": kind, "source": source, "revision": revision}
@@ -85,7 +86,8 @@ def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
             )
         _note(session, "model.deleted", name, details={"digest": row.digest})
         row.state = "deleted"
-        row.manifest = row.description = row.error = row.importing_until = None
+        row.manifest = row.description = row.error = None
+        lease.release(row)
 
 
 def deleted(db: Database, digests: Collection[str]) -> set[str]:
@@ -116,6 +118,11 @@ def get(db: Database, name: str) -> BaseModelRow:
         return find(session, name)
 
 
+def exists(db: Database, name: str) -> bool:
+    with db.read() as session:
+        return session.scalar(select(BaseModelRow.name).where(BaseModelRow.name == name, IS_THERE)) is not None
+
+
 def find(session: Session, name: str, *, lock: Literal["share", "update"] | None = None) -> BaseModelRow:
     """`get`, within a transaction. `lock`: "share" keeps it from being deleted until the transaction ends."""
     row = get_locked(session, BaseModelRow, name, lock=lock) if lock else session.get(BaseModelRow, name)
@@ -136,58 +143,33 @@ def _known(session: Session, wanted: str) -> str:
     return told or "Add one first: lorry models add NAME SOURCE."
 
 
-def claim_import(db: Database, *, lease_seconds: float) -> BaseModelRow | None:
-    """A base that waits for its import, leased; None where none does."""
+def claim_import(db: Database, *, lease_seconds: float) -> tuple[BaseModelRow, str] | None:
+    """A base that waits for its import, and the claim id of its lease; None where none does."""
     with db.read() as session:  # most looks find nothing, and keep nobody from writing
-        if session.scalar(_first_waiting(now=read_clock(session))) is None:
+        if session.scalar(first_to_import(now=read_clock(session))) is None:
             return None
     with db.write() as session:
         now = read_clock(session)
-        row = session.scalar(skip_locked(_first_waiting(now=now)))
-        if row is not None:
-            row.importing_until = now + lease_seconds
-        return row
-
-
-def _first_waiting(*, now: float) -> Select[BaseModelRow]:
-    is_free = or_(BaseModelRow.importing_until.is_(None), BaseModelRow.importing_until <= now)
-    waiting = select(BaseModelRow).where(BaseModelRow.state == "importing", is_free)
-    return waiting.order_by(BaseModelRow.created_at).limit(1)
-
-
-def renew_import(db: Database, name: str, *, lease_seconds: float, added_at: float) -> bool:
-    """The import goes on. False where nobody wants its result any more.
-
-    added_at, here and below: `created_at` of the row that was claimed. A base that was deleted and added again
-    under the same name since then is another one, which this import says nothing about.
-    """
-    with db.write() as session:
-        row = _wanted(session, name, added_at)
-        if row is not None and row.state == "importing":
-            row.importing_until = read_clock(session) + lease_seconds
-        return row is not None
-
-
-def finish_import(
-    db: Database, name: str, *, digest: str, manifest: Json, description: Json, added_at: float
-) -> BaseModelRow | None:
-    """The base is ready; None, and nothing is written, where it was deleted meanwhile.
-
-    Raises Conflict where it was imported before, with other files.
-    """
-    with db.write() as session:
-        row = _wanted(session, name, added_at)
+        row = session.scalar(skip_locked(first_to_import(now=now)))
         if row is None:
             return None
-        if row.digest is not None and row.digest != digest:
-            raise Conflict(
-                f"The source of {name!r} no longer gives the files that it gave at first.",
-                code="base_changed",
-                remedy=f"Restore the source, or add it under a new name. Expected digest {row.digest}, found {digest}.",
-            )
-        row.state, row.digest, row.manifest, row.description = "ready", digest, manifest, description
-        row.error = row.importing_until = None
-        return row
+        return row, lease.acquire(row, now=now, lease_seconds=lease_seconds)
+
+
+def first_to_import(*, now: float) -> Select[BaseModelRow]:
+    """The base that waits for its import longest."""
+    waiting = (BaseModelRow.state == "importing", lease.is_free(BaseModelRow, now=now))
+    return select(BaseModelRow).where(*waiting).order_by(BaseModelRow.created_at).limit(1)
+
+
+def finish_import(db: Database, claim_id: str, *, digest: str, manifest: Json, description: Json) -> bool:
+    """The base is ready. False, and nothing is written, if another worker imports it now or it was deleted."""
+    with db.write() as session:
+        row = lease.held(session, BaseModelRow, claim_id)
+        if row is not None:
+            row.state, row.digest, row.manifest, row.description = "ready", digest, manifest, description
+            lease.release(row)
+        return row is not None
 
 
 def uncounted(db: Database) -> list[BaseModelRow]:
@@ -207,12 +189,13 @@ def note_blocks(db: Database, name: str, *, digest: str, blocks: Json) -> bool:
     return True
 
 
-def fail_import(db: Database, name: str, *, error: Json, added_at: float) -> None:
+def fail_import(db: Database, claim_id: str, *, error: Json) -> None:
     """The import can't be done: `error` holds code, message and remedy. Adding the same again retries."""
     with db.write() as session:
-        row = _wanted(session, name, added_at)
-        if row is not None and row.state == "importing":
-            row.state, row.error, row.importing_until = "failed", error, None
+        row = lease.held(session, BaseModelRow, claim_id)
+        if row is not None:
+            row.state, row.error = "failed", error
+            lease.release(row)
 
 
 def _note(session: Session, type: AuditType, name: str, *, details: Json) -> None:  # noqa: A002
@@ -223,13 +206,6 @@ def _note(session: Session, type: AuditType, name: str, *, details: Json) -> Non
 def _begin(session: Session, row: BaseModelRow, *, kind: str, source: str, revision: str | None) -> None:
     row.kind, row.source, row.revision, row.digest = kind, source, revision, None
     row.state, row.created_at = "importing", read_clock(session)
-
-
-def _wanted(session: Session, name: str, added_at: float) -> BaseModelRow | None:
-    """The row of a base that is imported, locked; None where it was deleted since it was added at `added_at`."""
-    row = session.get(BaseModelRow, name, with_for_update=True)
-    is_gone = row is None or row.state == "deleted" or row.created_at != added_at
-    return None if is_gone else row
 
 
 def _check(name: str, kind: str, source: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import ForeignKey, Index, Integer, LargeBinary, String, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import AutoKey, Json, Table
+from catalog.tables.table import AutoKey, Json, Leased, Table
 
 NOT_METRICS, LIVE, ENDED = text("type <> 'metrics'"), text("ended_at IS NULL"), text("ended_at IS NOT NULL")
 BLAMED = text("blamed_worker_id IS NOT NULL")
@@ -114,8 +114,8 @@ class Checkpoint(Table):
 IS_DUE = text("next_at IS NOT NULL")
 
 
-class JobExport(Table):
-    """One of a job's integrations, and how far it has got."""
+class JobExport(Leased, Table):
+    """One of a job's integrations, and how far it has got. It is leased to the worker that writes it."""
 
     __tablename__ = "job_exports"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
@@ -127,9 +127,7 @@ class JobExport(Table):
     valid_step: Mapped[int] = mapped_column(default=-1)
     """Of both: the last step of the curve that was written there."""
     next_at: Mapped[float | None]
-    """When it is due; while a worker writes it, when its claim runs out. None while the job does not train, and in the
-    end."""
-    claim_id: Mapped[str | None]
+    """When it is due. None while the job does not train, and in the end."""
     num_failures: Mapped[int] = mapped_column(Integer, default=0)
     """Since something was last written."""
     error: Mapped[str | None] = mapped_column(Text)

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Boolean, ForeignKey, Index, Integer, String, false, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Json, Table
+from catalog.tables.table import Json, Leased, Table
 
 IN_QUEUE = text("queued_at IS NOT NULL")
 WITH_DEADLINE = text("deadline IS NOT NULL AND finished_at IS NULL")
@@ -19,7 +19,9 @@ of_the_queue: dict[str, Any] = {"sqlite_where": IN_QUEUE, "postgresql_where": IN
 """Of an index of the jobs in the queue alone: a query that is to use it says the same, and nothing of the state."""
 
 
-class Job(Table):
+class Job(Leased, Table):
+    """It is leased to the worker that tokenizes its files, and later to the one that trains it."""
+
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
@@ -99,12 +101,9 @@ class Job(Table):
     """Times that a worker went away while it prepared the files, or could not prepare them."""
     resumed_at: Mapped[float | None]
     """When it was last taken out of a pause: attempts before that say nothing against it."""
-    claim_id: Mapped[str | None] = mapped_column(unique=True)
-    """The fencing token, of training or of preparing. Whoever does not hold it writes nothing."""
     worker_id: Mapped[str | None]
     trainer_id: Mapped[str | None]
     """Of the attempt that runs; of the last one, once the job is final."""
-    lease_expires_at: Mapped[float | None]
     lease_extended: Mapped[bool] = mapped_column(Boolean, default=False)
     """Recovery gave this lease its one extension after an outage; a heartbeat clears it."""
     run_after: Mapped[float | None]

@@ -7,11 +7,11 @@ from typing import Any
 from sqlalchemy import JSON, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Json, Table
+from catalog.tables.table import Json, Leased, Table
 
 
-class Plan(Table):
-    """What a job would come to. Its row goes when it has expired."""
+class Plan(Leased, Table):
+    """What a job would come to. Its row goes when it has expired. It is leased to the worker that computes it."""
 
     __tablename__ = "plans"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -35,9 +35,6 @@ class Plan(Table):
     """What it comes to, once it is ready."""
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """code, message, param: why no job could train on these files."""
-    claim_id: Mapped[str | None] = mapped_column(unique=True)
-    """Of the worker that computes it."""
-    lease_expires_at: Mapped[float | None]
     num_lost: Mapped[int] = mapped_column(default=0)
     """Times that a worker went away while it computed this, or could not."""
     run_after: Mapped[float | None]

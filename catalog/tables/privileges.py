@@ -57,6 +57,8 @@ AUDIT_CONTENT: Final = (
     "details",
 )
 """Of an audit event all that is known when it is written: `seq` is the sequence's, the seal is added later."""
+LEASE: Final = ("claim_id", "lease_expires_at")
+"""Columns of every `Leased` table."""
 
 WORKER_RIGHTS: Mapping[str, Rights] = {
     "adapters": APPEND,
@@ -65,9 +67,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "attempts": KEEP,
     "audit_events": Rights(insert=AUDIT_CONTENT),
     "audit_head": NONE,
-    "base_models": Rights(
-        select=True, update=("state", "digest", "manifest", "description", "error", "importing_until")
-    ),
+    "base_models": Rights(select=True, update=("state", "digest", "manifest", "description", "error", *LEASE)),
     "checkpoints": KEEP,
     "events": APPEND,
     "file_overlaps": KEEP,
@@ -77,7 +77,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "idempotency_keys": NONE,
     "job_exports": Rights(
         select=True,
-        update=("run_id", "train_step", "valid_step", "next_at", "claim_id", "num_failures", "error", "finished_at"),
+        update=("run_id", "train_step", "valid_step", "next_at", "num_failures", "error", "finished_at", *LEASE),
     ),
     "job_labels": NONE,
     "job_outputs": KEEP,
@@ -90,7 +90,6 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
             "attempt",
             "cancel_requested",
             "charged_at",
-            "claim_id",
             "claimed_at",
             "counted_attempts",
             "device_seconds",
@@ -98,7 +97,6 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
             "error",
             "finished_at",
             "gathered_bytes",
-            "lease_expires_at",
             "lease_extended",
             "least_bytes",
             "least_divided_bytes",
@@ -129,6 +127,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
             "trainer_id",
             "valid_prepared",
             "worker_id",
+            *LEASE,
         ),
     ),
     "metric_blocks": EVERYTHING,
@@ -136,7 +135,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "organizations": READ,
     "plans": Rights(
         select=True,
-        update=("state", "found", "error", "claim_id", "lease_expires_at", "num_lost", "run_after"),
+        update=("state", "found", "error", "num_lost", "run_after", *LEASE),
     ),
     "prepared": EVERYTHING,
     "project_usage": KEEP,

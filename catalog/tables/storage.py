@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Json, Table
+from catalog.tables.table import Json, Leased, Table
 
 EXPIRING = text("expires_at IS NOT NULL")
 DELETED = text("deleted_at IS NOT NULL")
@@ -38,8 +38,9 @@ class File(Table):
     )
 
 
-class BaseModelRow(Table):
-    """A base model by name. The directory of its files is imported once per digest and node."""
+class BaseModelRow(Leased, Table):
+    """A base model by name. The directory of its files is imported once per digest and node. It is leased to the worker
+    that imports it first."""
 
     __tablename__ = "base_models"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -56,8 +57,6 @@ class BaseModelRow(Table):
     """What lora_core.describe_base said: architecture, parameters, shapes."""
     error: Mapped[Json | None]
     created_at: Mapped[float]
-    importing_until: Mapped[float | None]
-    """Lease of the worker that imports it."""
 
 
 class Artifact(Table):

@@ -7,7 +7,7 @@ import secrets
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, Float, Integer, MetaData, String
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -32,3 +32,11 @@ def new_id(prefix: str) -> str:
 class Table(DeclarativeBase):
     metadata = MetaData(naming_convention=NAMING)
     type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON, float: Float(53), int: BigInteger, str: String(255)}
+
+
+class Leased:
+    """Columns of a row that one process at a time works on; see catalog/db/lease.py."""
+
+    claim_id: Mapped[str | None] = mapped_column(unique=True)
+    """The fencing token. Whoever does not hold it writes nothing."""
+    lease_expires_at: Mapped[float | None]

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Boolean, ForeignKey, Index, Integer, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import AutoKey, Json, Table
+from catalog.tables.table import AutoKey, Json, Leased, Table
 
 IS_DUE = text("next_try_at IS NOT NULL")
 
@@ -44,8 +44,9 @@ class WebhookEndpoint(Table):
     __table_args__ = (Index(None, "project_id", "created_at", "id"),)
 
 
-class WebhookDelivery(Table):
-    """One event for one endpoint: written in the transaction of what it tells of, and sent after that."""
+class WebhookDelivery(Leased, Table):
+    """One event for one endpoint: written in the transaction of what it tells of, and sent after that. It is leased to
+    the process that sends it."""
 
     __tablename__ = "webhook_deliveries"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -63,9 +64,7 @@ class WebhookDelivery(Table):
     num_tries_before: Mapped[int] = mapped_column(Integer)
     """Tries before it was last replayed: a replay has all tries again."""
     next_try_at: Mapped[float | None]
-    """When it is due; while somebody sends it, when his claim runs out. None once it is not pending."""
-    claim_id: Mapped[str | None]
-    """Of who sends it."""
+    """When it is due. None once it is not pending."""
     ended_at: Mapped[float | None]
     __table_args__ = (
         Index(None, "endpoint_id", "created_at", "id"),

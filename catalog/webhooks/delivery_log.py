@@ -9,6 +9,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from catalog.audit import log
+from catalog.db import lease
 from catalog.db.database import Database, read_clock
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, NotFound
@@ -71,8 +72,9 @@ def replay(db: Database, *, project_id: str, delivery_id: str) -> WebhookDeliver
         locked = select(WebhookDelivery).where(WebhookDelivery.id == delivery_id).with_for_update()
         row = session.scalars(locked.execution_options(populate_existing=True)).one()
         now = read_clock(session)
-        if row.claim_id is None or (row.next_try_at or 0.0) <= now:
-            row.status, row.next_try_at, row.ended_at, row.claim_id = "pending", now, None, None
+        if (row.lease_expires_at or 0.0) <= now:
+            lease.release(row)
+            row.status, row.next_try_at, row.ended_at = "pending", now, None
             row.num_tries_before = row.num_tries
             told = {"webhook_endpoint_id": endpoint.id, "event_id": row.event_id}
             log.note(
@@ -98,7 +100,7 @@ def replay_failed(db: Database, *, project_id: str, endpoint_id: str, since: flo
             WebhookDelivery.status == "failed",
             WebhookDelivery.is_test.is_(False),
         )
-        again = {"status": "pending", "next_try_at": now, "ended_at": None, "claim_id": None}
+        again = {"status": "pending", "next_try_at": now, "ended_at": None}
         statement = update(WebhookDelivery).where(*failed)
         done = session.execute(statement.values(**again, num_tries_before=WebhookDelivery.num_tries))
         number = int(getattr(done, "rowcount", 0))

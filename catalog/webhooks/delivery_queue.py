@@ -1,4 +1,4 @@
-"""What is sent next, and what became of it. A claim on a delivery is short: whose process dies leaves it to the next.
+"""What is sent next, and what became of it. The lease of a delivery is short: a process that dies leaves it to others.
 
 Who sends holds no transaction meanwhile. Several processes at once send different deliveries.
 """
@@ -10,9 +10,10 @@ from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import Select, func, or_, select
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
+from catalog.db import lease
 from catalog.db.database import Database, read_clock, skip_locked
 from catalog.pepper import Pepper
 from catalog.tables.table import new_id
@@ -20,7 +21,7 @@ from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.webhooks import endpoints, outbox, sealed_urls, signing
 from catalog.webhooks.outbox import EventType
 
-CLAIM_SECONDS = 60.0
+LEASE_SECONDS = 60.0
 """A try ends long before."""
 MAX_IN_FLIGHT = 64
 """Deliveries that one process sends at the same time."""
@@ -101,17 +102,16 @@ def claim(db: Database, *, pepper: Pepper, room: int, in_flight: Collection[Outg
 
 
 def record(db: Database, claimed: Outgoing, outcome: DeliveryResult) -> None:
-    """Note the try; then the delivery has ended or waits for its next. A claim that ran out changes nothing else."""
+    """Note the try; then the delivery has ended or waits for its next. Who lost the lease changes nothing else."""
     with db.write() as session:
         endpoint = _lock(session, claimed.endpoint_id)
         now = read_clock(session)
         add_try(session, claimed.delivery_id, outcome)
-        mine = (WebhookDelivery.id == claimed.delivery_id, WebhookDelivery.claim_id == claimed.claim_id)
-        delivery = session.scalar(select(WebhookDelivery).where(*mine).with_for_update())
+        delivery = lease.held(session, WebhookDelivery, claimed.claim_id)
         if delivery is None:
             return
         delivery.num_tries += 1
-        delivery.claim_id = None
+        lease.release(delivery)
         if outcome.is_success:
             delivery.status, delivery.next_try_at, delivery.ended_at = "delivered", None, now
             endpoint.failing_since = None
@@ -164,21 +164,25 @@ def new_test(endpoint: WebhookEndpoint, event_type: EventType, *, subject: str, 
 
 
 def _any_due(now: float, full: list[str], full_projects: list[str]) -> Select[str]:
-    due = select(WebhookDelivery.id).where(WebhookDelivery.next_try_at <= now)
-    due = due.where(WebhookDelivery.endpoint_id.not_in(full))
+    due = select(WebhookDelivery.id).where(is_due(now), WebhookDelivery.endpoint_id.not_in(full))
     if full_projects:
         due = due.join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
         due = due.where(WebhookEndpoint.project_id.not_in(full_projects))
     return due.limit(1)
 
 
+def is_due(now: float) -> ColumnElement[bool]:
+    """In a query: the delivery is to be sent, and nobody does so."""
+    return and_(WebhookDelivery.next_try_at <= now, lease.is_free(WebhookDelivery, now=now))
+
+
 def _turns(now: float, full: list[str], full_projects: list[str], *, busy: list[str]) -> Select[str, str, bool]:
     """Endpoints that something is due for, with their project, the one that waits longest first, and whether they fail:
     one that does takes no turn while something is sent to it."""
-    waiting = (WebhookDelivery.endpoint_id == WebhookEndpoint.id, WebhookDelivery.next_try_at.is_not(None))
-    first = select(func.min(WebhookDelivery.next_try_at)).where(*waiting).scalar_subquery()
+    due = (WebhookDelivery.endpoint_id == WebhookEndpoint.id, is_due(now))
+    first = select(func.min(WebhookDelivery.next_try_at)).where(*due).scalar_subquery()
     is_failing = WebhookEndpoint.failing_since.is_not(None)
-    turns = select(WebhookEndpoint.id, WebhookEndpoint.project_id, is_failing).where(first <= now)
+    turns = select(WebhookEndpoint.id, WebhookEndpoint.project_id, is_failing).where(first.is_not(None))
     turns = turns.where(or_(~is_failing, WebhookEndpoint.id.not_in(busy)))
     is_open = (WebhookEndpoint.id.not_in(full), WebhookEndpoint.project_id.not_in(full_projects))
     return turns.where(*is_open).order_by(first)
@@ -192,30 +196,23 @@ def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: Pepper) ->
             # Its event was written while that was being said.
             endpoints.give_up_waiting(session, endpoint_id, now=now)
             return []
-        due = select(WebhookDelivery).where(
-            WebhookDelivery.endpoint_id == endpoint_id,
-            WebhookDelivery.next_try_at.is_not(None),
-            WebhookDelivery.next_try_at <= now,
-        )
-        rows = list(session.scalars(skip_locked(due.order_by(WebhookDelivery.next_try_at).limit(number))))
-        for row in rows:
-            row.claim_id, row.next_try_at = new_id("claim"), now + CLAIM_SECONDS
+        due = select(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id, is_due(now))
+        rows = session.scalars(skip_locked(due.order_by(WebhookDelivery.next_try_at).limit(number)))
         secrets = _secrets(endpoint, pepper, now=now)
         url = _url(endpoint, pepper)
-        return [_outgoing(row, endpoint, url, secrets) for row in rows]
-
-
-def _outgoing(row: WebhookDelivery, endpoint: WebhookEndpoint, url: str | None, secrets: list[str]) -> Outgoing:
-    return Outgoing(
-        delivery_id=row.id,
-        claim_id=row.claim_id or "",
-        endpoint_id=endpoint.id,
-        project_id=endpoint.project_id,
-        url=url,
-        message_id=row.event_id,
-        body=signing.body_of(row),
-        signed_with=secrets,
-    )
+        return [
+            Outgoing(
+                delivery_id=row.id,
+                claim_id=lease.acquire(row, now=now, lease_seconds=LEASE_SECONDS),
+                endpoint_id=endpoint.id,
+                project_id=endpoint.project_id,
+                url=url,
+                message_id=row.event_id,
+                body=signing.body_of(row),
+                signed_with=secrets,
+            )
+            for row in rows
+        ]
 
 
 def _url(endpoint: WebhookEndpoint, pepper: Pepper) -> str | None:

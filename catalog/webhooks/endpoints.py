@@ -169,7 +169,7 @@ def shut(session: Session, endpoint: WebhookEndpoint, *, reason: str, now: float
 
 def give_up_waiting(session: Session, endpoint_id: str, *, now: float) -> None:
     waiting = (WebhookDelivery.endpoint_id == endpoint_id, WebhookDelivery.next_try_at.is_not(None))
-    ended = {"status": "failed", "next_try_at": None, "claim_id": None, "ended_at": now}
+    ended = {"status": "failed", "next_try_at": None, "claim_id": None, "lease_expires_at": None, "ended_at": now}
     session.execute(update(WebhookDelivery).where(*waiting).values(ended))
 
 

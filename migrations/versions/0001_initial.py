@@ -208,8 +208,10 @@ def _create_storage() -> None:
         sa.Column("description", sa.JSON(), nullable=True),
         sa.Column("error", sa.JSON(), nullable=True),
         sa.Column("created_at", sa.Float(precision=53), nullable=False),
-        sa.Column("importing_until", sa.Float(precision=53), nullable=True),
+        sa.Column("claim_id", sa.String(length=255), nullable=True),
+        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_base_models")),
+        sa.UniqueConstraint("claim_id", name=op.f("uq_base_models_claim_id")),
     )
     op.create_table(
         "files",
@@ -525,11 +527,13 @@ def _create_history() -> None:
         sa.Column("valid_step", sa.BigInteger(), nullable=False),
         sa.Column("next_at", sa.Float(precision=53), nullable=True),
         sa.Column("claim_id", sa.String(length=255), nullable=True),
+        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
         sa.Column("num_failures", sa.Integer(), nullable=False),
         sa.Column("error", sa.Text(), nullable=True),
         sa.Column("finished_at", sa.Float(precision=53), nullable=True),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_job_exports_job_id_jobs")),
         sa.PrimaryKeyConstraint("job_id", "type", name=op.f("pk_job_exports")),
+        sa.UniqueConstraint("claim_id", name=op.f("uq_job_exports_claim_id")),
     )
     op.create_index("ix_job_exports_due", "job_exports", ["next_at"], **_where("next_at IS NOT NULL"))
     op.create_table(
@@ -850,11 +854,13 @@ def _create_webhooks() -> None:
         sa.Column("num_tries_before", sa.Integer(), nullable=False),
         sa.Column("next_try_at", sa.Float(precision=53), nullable=True),
         sa.Column("claim_id", sa.String(length=255), nullable=True),
+        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
         sa.Column("ended_at", sa.Float(precision=53), nullable=True),
         sa.ForeignKeyConstraint(
             ["endpoint_id"], ["webhook_endpoints.id"], name=op.f("fk_webhook_deliveries_endpoint_id_webhook_endpoints")
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_webhook_deliveries")),
+        sa.UniqueConstraint("claim_id", name=op.f("uq_webhook_deliveries_claim_id")),
     )
     op.create_index(
         "ix_webhook_deliveries_due", "webhook_deliveries", ["next_try_at"], **_where("next_try_at IS NOT NULL")

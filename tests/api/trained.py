@@ -12,7 +12,7 @@ from catalog.queue import claims
 from catalog.registry import base_models, lineage
 from catalog.storage.manifest import files_digest
 from catalog.tables.storage import Adapter
-from tests.catalog.world import DESCRIPTION, World, sha
+from tests.catalog.world import DESCRIPTION, World, claim_import_of, sha
 
 BASE = "solid"
 CONTENT = {"adapter_config.json": b'{"r": 16}', "adapter_model.safetensors": bytes(range(256)) * 40, "README.md": b"x"}
@@ -23,9 +23,9 @@ VERIFICATION = {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01}
 def solid_base(world: World) -> None:
     """A base whose digest is that of its files, as lineage wants it."""
     files = {"files": [{"path": "config.json", "digest": sha("config"), "num_bytes": 6}]}
-    added_at = base_models.add(world.db, name=BASE, kind="folder", source="/models/solid").created_at
-    digest = files_digest(files)
-    base_models.finish_import(world.db, BASE, digest=digest, manifest=files, description=DESCRIPTION, added_at=added_at)
+    base_models.add(world.db, name=BASE, kind="folder", source="/models/solid")
+    claim_id, digest = claim_import_of(world.db, BASE), files_digest(files)
+    base_models.finish_import(world.db, claim_id, digest=digest, manifest=files, description=DESCRIPTION)
 
 
 def stored_weights(services: Services, folder: Path) -> recording.Exported:

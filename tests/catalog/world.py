@@ -8,6 +8,7 @@ from typing import cast as cast_to
 
 from sqlalchemy import String, Table, cast, insert, literal, select, true
 
+from catalog.db import lease
 from catalog.db.database import Database, read_clock
 from catalog.errors import Unauthorized
 from catalog.fleet import workers
@@ -25,7 +26,7 @@ from catalog.storage import token_cache
 from catalog.storage.manifest import Manifest, ManifestFile
 from catalog.storage.store import Blob
 from catalog.tables.jobs import Job
-from catalog.tables.storage import File, Prepared
+from catalog.tables.storage import BaseModelRow, File, Prepared
 from catalog.tables.table import new_id
 from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy import authentication, organizations, projects
@@ -42,6 +43,12 @@ def end_key(db: Database, api_key_id: str) -> None:
     """Revoke the key, without a check of who asks."""
     with db.write() as session:
         session.get_one(ApiKey, api_key_id).revoked_at = read_clock(session)
+
+
+def claim_import_of(db: Database, name: str) -> str:
+    """The claim id of a worker that imports this base, whichever waits longest."""
+    with db.write() as session:
+        return lease.acquire(session.get_one(BaseModelRow, name), now=read_clock(session), lease_seconds=LEASE)
 
 
 class Clock:
@@ -81,17 +88,11 @@ class World:
         return name
 
     def finish_import(self, name: str, *, digest: str, description: dict[str, Any]) -> None:
-        """By whoever imports the base that has the name now."""
-        added_at, manifest = self.added_at(name), {"files": []}
-        base_models.finish_import(
-            self.db, name, digest=digest, manifest=manifest, description=description, added_at=added_at
-        )
+        claim_id = claim_import_of(self.db, name)
+        base_models.finish_import(self.db, claim_id, digest=digest, manifest={"files": []}, description=description)
 
     def fail_import(self, name: str, error: dict[str, Any]) -> None:
-        base_models.fail_import(self.db, name, error=error, added_at=self.added_at(name))
-
-    def added_at(self, name: str) -> float:
-        return base_models.get(self.db, name).created_at
+        base_models.fail_import(self.db, claim_import_of(self.db, name), error=error)
 
     def file(
         self,

@@ -34,7 +34,7 @@ from catalog.tables.jobs import Job
 from catalog.tables.storage import File
 from catalog.tables.tenancy import Project
 from catalog.tenancy import authentication, projects
-from tests.catalog.world import allow_urgent
+from tests.catalog.world import allow_urgent, claim_import_of
 
 LEASE_SECONDS = 3600.0
 WORKER = "worker-bay-1"
@@ -276,11 +276,10 @@ def _stop_two(seeded: Seeded) -> None:
 
 
 def _import_base(db: Database) -> None:
-    added_at = base_models.add(db, name=BASE, kind="gguf", source="/models/smollm2-135m-instruct.gguf").created_at
-    base_models.claim_import(db, lease_seconds=LEASE_SECONDS)
+    base_models.add(db, name=BASE, kind="gguf", source="/models/smollm2-135m-instruct.gguf")
     manifest = {"files": [{"path": "model.safetensors", "digest": "5e" * 32, "num_bytes": 269_060_552}]}
-    told = {"manifest": manifest, "description": DESCRIPTION, "added_at": added_at}
-    base_models.finish_import(db, BASE, digest=files_digest(manifest), **told)
+    told = {"manifest": manifest, "description": DESCRIPTION}
+    base_models.finish_import(db, claim_import_of(db, BASE), digest=files_digest(manifest), **told)
 
 
 def _put_report(db: Database, file: File) -> str:

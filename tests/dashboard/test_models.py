@@ -7,6 +7,7 @@ from playwright.sync_api import expect
 
 from catalog.registry import base_models
 from catalog.tenancy import authentication
+from tests.catalog.world import claim_import_of
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -55,8 +56,8 @@ def test_the_end_of_an_import_appears_by_itself(fresh: Service, visit: Visit) ->
     row.get_by_text("importing").wait_for()
     visitor.page.wait_for_load_state("networkidle")
 
-    added_at = base_models.get(fresh.seeded.db, "llama-1b").created_at
-    base_models.fail_import(fresh.seeded.db, "llama-1b", error=FAILED, added_at=added_at)
+    claim_id = base_models.get(fresh.seeded.db, "llama-1b").claim_id or ""
+    base_models.fail_import(fresh.seeded.db, claim_id, error=FAILED)
 
     row.get_by_text("import failed").wait_for()
 
@@ -138,7 +139,7 @@ def test_without_a_base_the_page_names_the_command_that_adds_one(fresh: Service,
 def _add(service: Service, name: str, *, error: dict[str, str] | None = None) -> None:
     """A base that is being imported, or whose import has failed."""
     db = service.seeded.db
-    added_at = base_models.add(db, name=name, kind="hub", source="meta-llama/Llama-3.2-1B-Instruct").created_at
-    base_models.claim_import(db, lease_seconds=seed.LEASE_SECONDS)
+    base_models.add(db, name=name, kind="hub", source="meta-llama/Llama-3.2-1B-Instruct")
+    claim_id = claim_import_of(db, name)
     if error is not None:
-        base_models.fail_import(db, name, error=error, added_at=added_at)
+        base_models.fail_import(db, claim_id, error=error)

@@ -24,7 +24,7 @@ from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.storage import token_cache
 from catalog.storage.store import ArtifactStore, open_store
-from tests.catalog.world import DESCRIPTION, manifest, sha
+from tests.catalog.world import DESCRIPTION, claim_import_of, manifest, sha
 from tests.system.api_process import Service, api_process
 
 httpx: Any = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
@@ -49,9 +49,9 @@ def database(data_dir: Path, module_database: None) -> Iterator[Database]:
 @pytest.fixture(scope="module")
 def service(data_dir: Path, database: Database) -> Iterator[Service]:
     with api_process(data_dir) as service:
-        added_at = base_models.add(database, name="smol", kind="folder", source="/models/smol").created_at
-        told = {"manifest": {"files": []}, "description": DESCRIPTION, "added_at": added_at}
-        base_models.finish_import(database, "smol", digest=sha("smol"), **told)
+        base_models.add(database, name="smol", kind="folder", source="/models/smol")
+        told = {"manifest": {"files": []}, "description": DESCRIPTION}
+        base_models.finish_import(database, claim_import_of(database, "smol"), digest=sha("smol"), **told)
         yield service
 
 

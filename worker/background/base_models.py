@@ -15,17 +15,19 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
 import psutil
 
+from catalog.db import lease
 from catalog.disk import tells_of_full
-from catalog.errors import Conflict, LorryError, OutOfSpace, Unavailable
+from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.registry import base_models
 from catalog.storage.manifest import ManifestFile, files_digest
 from catalog.tables.storage import BaseModelRow
-from catalog.tables.table import Json
+from catalog.tables.table import Json, Leased
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.process import sandbox
@@ -53,22 +55,17 @@ class Abandoned(Exception):
 
 def import_next(context: WorkerContext) -> bool:
     """Import one base model that waits for it; False where none does."""
-    row = base_models.claim_import(context.db, lease_seconds=context.settings.lease_seconds)
-    if row is None:
+    claimed = base_models.claim_import(context.db, lease_seconds=context.settings.lease_seconds)
+    if claimed is None:
         return False
+    row, claim_id = claimed
     try:
-        manifest, description = _import(context, row)
-        base_models.finish_import(
-            context.db,
-            row.name,
-            digest=files_digest(manifest),
-            manifest=manifest,
-            description=description,
-            added_at=row.created_at,
-        )
-    except (ImportRefused, Conflict) as error:
+        manifest, description = _import(context, row, lost_lease(context, BaseModelRow, claim_id))
+        digest = files_digest(manifest)
+        base_models.finish_import(context.db, claim_id, digest=digest, manifest=manifest, description=description)
+    except ImportRefused as error:
         refusal = {"code": error.code, "message": error.message, "remedy": error.remedy}
-        base_models.fail_import(context.db, row.name, error=refusal, added_at=row.created_at)
+        base_models.fail_import(context.db, claim_id, error=refusal)
     except Abandoned:
         return False
     return True
@@ -84,7 +81,9 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
     if folder.is_dir():
         return folder
     try:
-        manifest, _ = _import(context, base_models.get(context.db, name), is_unwanted)
+        is_deleted = _at_each_heartbeat(context, lambda: not base_models.exists(context.db, name))
+        row = base_models.get(context.db, name)
+        manifest, _ = _import(context, row, lambda: is_unwanted() or is_deleted())
     except ImportRefused as error:
         if error.code == OUT_OF_SPACE:  # no base's doing
             raise OutOfSpace(error.message, code=error.code, remedy=error.remedy) from error
@@ -130,14 +129,18 @@ def clean(context: WorkerContext) -> list[str]:
     return gone
 
 
-def _import(
-    context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[], bool] = lambda: False
-) -> tuple[Json, Json]:
+def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[], bool]) -> tuple[Json, Json]:
     """(manifest, description); the files are in place under their digest afterwards."""
     with scratch_dirs.owned(context.settings.bases_dir() / f"tmp-{token_hex(8)}") as work:
         work.mkdir()
         target = work / "base"
-        description, commit = _run_import(context, row, work, target, is_unwanted)
+        asked: Json = {
+            "source": row.source,
+            "kind": row.kind,
+            "revision": (row.manifest or {}).get("revision") or row.revision,  # the commit that was read at first
+            "target_dir": str(target),
+        }
+        description, commit = _run_child(context, row, work, asked, is_unwanted=is_unwanted)
         links = [path.name for path in target.rglob("*") if path.is_symlink()]
         if links:
             raise ImportRefused(
@@ -157,26 +160,12 @@ def _import(
     return manifest, description
 
 
-def _run_import(
-    context: WorkerContext, row: BaseModelRow, work: Path, target: Path, is_unwanted: Callable[[], bool]
-) -> tuple[Json, str | None]:
-    """(description, commit of a hub)."""
-    asked: Json = {
-        "source": row.source,
-        "kind": row.kind,
-        "revision": (row.manifest or {}).get("revision") or row.revision,  # the commit that was read at first
-        "target_dir": str(target),
-    }
-    return _run_child(context, row, work, asked, renew=lambda: _renew_import(context, row), is_unwanted=is_unwanted)
-
-
 def _run_child(
     context: WorkerContext,
     row: BaseModelRow,
     work: Path,
     asked: Json,
     *,
-    renew: Callable[[], None] = lambda: None,
     is_unwanted: Callable[[], bool] = lambda: False,
 ) -> tuple[Json, str | None]:
     """What the child that knows models says: (description, commit of a hub)."""
@@ -195,7 +184,7 @@ def _run_child(
             "model again, which retries.",
         ) from error
     child = run_child("worker.children.base_importer", str(arguments), log_path=work / "log.txt", box=box)
-    wait_renewing(child, context, renew, is_unwanted)
+    wait_for_child(child, context, is_unwanted)
     if child.returncode == -signal.SIGXCPU:
         raise ImportRefused(
             f"The import of {row.name!r} took more than {box.limits['cpu']} s of processor time, its size's limit.",
@@ -211,32 +200,49 @@ def _run_child(
     return answer["description"], answer["commit"]
 
 
-def _renew_import(context: WorkerContext, row: BaseModelRow) -> None:
-    """Raises Abandoned once the base was deleted."""
-    lease_seconds = context.settings.lease_seconds
-    if not base_models.renew_import(context.db, row.name, lease_seconds=lease_seconds, added_at=row.created_at):
-        raise Abandoned
-
-
 def _stuck(message: str) -> LorryError:
     remedy = "Look whether the worker reaches the source, and try again."
     return ImportRefused(message, code="no_progress", remedy=remedy)
 
 
-def wait_renewing(
+def lost_lease(context: WorkerContext, table: type[Leased], claim_id: str) -> Callable[[], bool]:
+    """Whether nobody wants the result of a claim any more. Asked several times a second, it renews the lease at every
+    heartbeat."""
+    renew = partial(lease.renew, context.db, table, claim_id, lease_seconds=context.settings.lease_seconds)
+    return _at_each_heartbeat(context, lambda: not renew())
+
+
+def _at_each_heartbeat(context: WorkerContext, ask: Callable[[], bool]) -> Callable[[], bool]:
+    """`ask`, and False in between. A short outage of the database does not throw the work away: it is as good whoever
+    did it."""
+    asked_at = time.monotonic()
+
+    def answer() -> bool:
+        nonlocal asked_at
+        if time.monotonic() - asked_at < context.settings.heartbeat_seconds:
+            return False
+        asked_at = time.monotonic()
+        try:
+            return ask()
+        except Unavailable as error:
+            log.warning("%s The work in the background goes on.", error)
+            return False
+
+    return answer
+
+
+def wait_for_child(
     child: subprocess.Popen[bytes],
     context: WorkerContext,
-    renew: Callable[[], None],
     is_unwanted: Callable[[], bool] = lambda: False,
     *,
     stuck: Callable[[str], LorryError] = _stuck,
 ) -> None:
-    """Wait for a child, renewing a lease at every heartbeat; however this ends, the child has ended too.
+    """However this ends, the child has ended too. `is_unwanted` is asked several times a second.
 
     Raises Abandoned on leaving or once it is unwanted, and what `stuck` makes where the child gets nowhere.
     """
     progress = _Progress(child.pid, stuck)
-    renewed_at = time.monotonic()
     try:
         while True:
             try:
@@ -247,22 +253,11 @@ def wait_renewing(
             if context.draining or is_unwanted():
                 raise Abandoned
             progress.check()
-            if time.monotonic() - renewed_at >= context.settings.heartbeat_seconds:
-                renewed_at = time.monotonic()
-                _renew(renew)
     finally:
         if child.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-
-
-def _renew(renew: Callable[[], None]) -> None:
-    """A short outage of the database does not throw the work away: it is as good whoever did it."""
-    try:
-        renew()
-    except Unavailable as error:
-        log.warning("%s The work in the background goes on.", error)
 
 
 class _Progress:

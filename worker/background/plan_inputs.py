@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from catalog.plans import claims
 from catalog.plans.claims import PlanClaim
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
+from catalog.tables.plans import Plan
 from catalog.tables.storage import Prepared
 from catalog.tables.table import Json
 from worker.background import base_models
@@ -44,7 +44,7 @@ def compute_next(context: WorkerContext) -> bool:
         return False
     try:
         with full_disk_named():
-            _bring(context, claim, _unwanted(context, claim.claim_id))
+            _bring(context, claim, base_models.lost_lease(context, Plan, claim.claim_id))
         claims.conclude(context.db, claim.claim_id, settings=context.settings)
     except FileRefused:  # which its report tells
         claims.conclude(context.db, claim.claim_id, settings=context.settings)
@@ -60,24 +60,6 @@ def compute_next(context: WorkerContext) -> bool:
         if isinstance(error, OutOfSpace):
             raise Hindered from error
     return True
-
-
-def _unwanted(context: WorkerContext, claim_id: str) -> Callable[[], bool]:
-    """Whether nobody wants the plan any more: asked several times a second, it renews the lease at every heartbeat."""
-    renewed_at = time.monotonic()
-
-    def is_unwanted() -> bool:
-        nonlocal renewed_at
-        if time.monotonic() - renewed_at < context.settings.heartbeat_seconds:
-            return False
-        renewed_at = time.monotonic()
-        try:
-            return not claims.renew(context.db, claim_id, lease_seconds=context.settings.lease_seconds)
-        except Unavailable as error:
-            log.warning("%s The plan goes on.", error)
-            return False
-
-    return is_unwanted
 
 
 def _bring(context: WorkerContext, claim: PlanClaim, is_unwanted: Callable[[], bool]) -> None:
@@ -103,9 +85,7 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
         num_bytes = sum(path.stat().st_size for path in paths.values())
         box = sandbox.tokenization(work, base_dir=None, num_bytes=num_bytes)
         child = run_child("worker.children.file_overlap", str(arguments), log_path=work / "log.txt", box=box)
-        base_models.wait_renewing(
-            child, context, lambda: None, is_unwanted, stuck=partial(stuck, "Comparing the files")
-        )
+        base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, "Comparing the files"))
         if not result.exists():
             remedy = "Plan again without the validation file, and report this."
             raise crashed(

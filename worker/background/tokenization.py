@@ -251,7 +251,7 @@ def _run(
     box = sandbox.tokenization(work, base_dir=base_dir, num_bytes=source.stat().st_size)
     child = run_child("worker.children.tokenizer.main", str(arguments), log_path=work / "log.txt", box=box)
     # the heartbeat renews a job's claim
-    base_models.wait_renewing(child, context, lambda: None, is_unwanted, stuck=partial(stuck, "Tokenizing the file"))
+    base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, "Tokenizing the file"))
     if child.returncode == EXIT_DISK_FULL:
         remedy = "Free space under the worker's data folder; the files are prepared again by themselves."
         raise OutOfSpace("The worker's disk is full.", code="out_of_space", remedy=remedy)

@@ -24,12 +24,9 @@ def rows(found: Record, *, now: float, lease_seconds: float) -> Iterator[Finding
     for job in found.jobs:
         yield from _of_job(job, oldest)
     yield from _never_ended(found)
-    for plan in found.plans:
-        if plan["claim_id"] is not None and (plan["lease_expires_at"] or 0.0) < oldest:
-            yield _leak(plan["id"], "the lease on it ran out two leases ago")
-    for base in found.bases:
-        if base["state"] == "importing" and (base["importing_until"] or now) < oldest:
-            yield _leak(base["name"], "whoever imports it was not heard from for two leases")
+    for row in (*found.plans, *found.bases):
+        if row["claim_id"] is not None and (row["lease_expires_at"] or 0.0) < oldest:
+            yield _leak(row.get("id") or row["name"], "the lease on it ran out two leases ago")
 
 
 def _of_job(job: Row, oldest: float) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 from sqlalchemy import func, select
 
+from catalog.db import lease
 from catalog.errors import Conflict, InvalidRequest, NotFound, StaleClaim
 from catalog.fleet import workers
 from catalog.history import queries
@@ -134,13 +135,13 @@ def test_a_lease_that_is_renewed_is_kept_and_a_plan_that_is_deleted_is_wanted_no
     claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
     assert claim is not None
     world.clock.turn(LEASE - 1)
-    assert plan_claims.renew(world.db, claim.claim_id, lease_seconds=LEASE)
+    assert lease.renew(world.db, Plan, claim.claim_id, lease_seconds=LEASE)
     world.clock.turn(LEASE - 1)
     assert plan_claims.claim(world.db, worker_id="w2", lease_seconds=LEASE) is None
 
     plans.delete(world.db, project_id=world.caller.project_id, plan_id=row.id)
 
-    assert not plan_claims.renew(world.db, claim.claim_id, lease_seconds=LEASE)
+    assert not lease.renew(world.db, Plan, claim.claim_id, lease_seconds=LEASE)
 
 
 @pytest.mark.parametrize("gone", ["file", "base"])

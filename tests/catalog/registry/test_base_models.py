@@ -9,6 +9,7 @@ from itertools import product
 
 import pytest
 
+from catalog.db import lease
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.jobs import commands
 from catalog.registry import adapters, base_models
@@ -16,6 +17,7 @@ from catalog.registry.base_models import SOURCE_PATTERN
 from catalog.spec.data import DataSpec
 from catalog.storage import token_cache
 from catalog.storage.manifest import files_digest
+from catalog.tables.storage import BaseModelRow
 from tests.catalog.world import DESCRIPTION, World, manifest, sha
 
 
@@ -74,12 +76,15 @@ def test_one_worker_imports_a_base_and_another_takes_over_when_it_falls_silent(w
     base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None)
     with ThreadPoolExecutor(4) as pool:
         claimed = [
-            row for row in pool.map(lambda _: base_models.claim_import(world.db, lease_seconds=60), range(8)) if row
+            found
+            for found in pool.map(lambda _: base_models.claim_import(world.db, lease_seconds=60), range(8))
+            if found
         ]
-    assert [row.name for row in claimed] == ["b"]
+    ((row, claim_id),) = claimed
+    assert row.name == "b"
 
     world.clock.turn(50)
-    base_models.renew_import(world.db, "b", lease_seconds=60, added_at=world.added_at("b"))
+    assert lease.renew(world.db, BaseModelRow, claim_id, lease_seconds=60)
     world.clock.turn(50)
     assert base_models.claim_import(world.db, lease_seconds=60) is None
 
@@ -110,14 +115,22 @@ def test_a_base_that_was_never_ready_gives_its_name_up_to_another_source(world: 
         base_models.add(world.db, name="b", kind="hub", source="org/mistyped", revision=None)
 
 
-def test_a_base_keeps_the_digest_that_it_had_first(world: World) -> None:
-    world.finish_import("smol", digest=sha("smol"), description={})
-    with pytest.raises(Conflict) as refusal:
-        world.finish_import("smol", digest=sha("changed"), description={})
-    world.fail_import("smol", {})
+def test_a_worker_that_lost_its_lease_changes_nothing_about_the_base(world: World) -> None:
+    told = {"manifest": {"files": []}, "description": {}}
+    base_models.add(world.db, name="b", kind="hub", source="org/b")
+    late = _claim(world)
+    world.clock.turn(61)
+    holder = _claim(world)
 
-    assert refusal.value.code == "base_changed"
-    assert base_models.get(world.db, "smol").state == "ready"
+    assert not base_models.finish_import(world.db, late, digest=sha("changed"), **told)
+    base_models.fail_import(world.db, late, error={})
+    assert base_models.get(world.db, "b").state == "importing"
+    assert base_models.finish_import(world.db, holder, digest=sha("b"), **told)
+    assert not base_models.finish_import(world.db, late, digest=sha("changed"), **told)
+    base_models.fail_import(world.db, late, error={})
+
+    row = base_models.get(world.db, "b")
+    assert (row.state, row.digest, row.error) == ("ready", sha("b"), None)
 
 
 def test_bases_are_listed_and_found_by_name(world: World) -> None:
@@ -183,8 +196,7 @@ def test_a_deleted_base_frees_its_name_and_leaves_what_was_trained_on_it(world: 
     assert base_models.list_all(world.db) == []
     again = base_models.add(world.db, name="smol", kind="hub", source="org/other", revision="r")
     assert (again.state, again.source, again.digest, again.manifest) == ("importing", "org/other", None, None)
-    told = {"manifest": {"files": []}, "description": DESCRIPTION}
-    base_models.finish_import(world.db, "smol", digest=sha("other"), added_at=again.created_at, **told)
+    world.finish_import("smol", digest=sha("other"), description=DESCRIPTION)
     assert world.submit().base_digest == sha("other")
     kept = adapters.get(world.db, project_id=world.caller.project_id, name=adapter.name).adapter
     assert (kept.base_model, kept.base_digest, kept.artifact) == ("smol", sha("smol"), adapter.artifact)
@@ -213,23 +225,29 @@ def test_a_base_that_an_unfinished_job_names_is_kept(world: World, state: str) -
 def test_an_import_does_not_bring_back_a_base_that_was_deleted_meanwhile(world: World) -> None:
     told = {"manifest": {"files": []}, "description": {}}
     base_models.add(world.db, name="b", kind="hub", source="org/b")
-    old = base_models.claim_import(world.db, lease_seconds=60)
-    assert old is not None
+    old = _claim(world)
 
     base_models.delete(world.db, "b")
-    assert not base_models.renew_import(world.db, "b", lease_seconds=60, added_at=old.created_at)
-    assert base_models.finish_import(world.db, "b", digest=sha("b"), added_at=old.created_at, **told) is None
-    base_models.fail_import(world.db, "b", error={}, added_at=old.created_at)
+    assert not lease.renew(world.db, BaseModelRow, old, lease_seconds=60)
+    assert not base_models.finish_import(world.db, old, digest=sha("b"), **told)
+    base_models.fail_import(world.db, old, error={})
     with pytest.raises(NotFound):
         base_models.get(world.db, "b")
     assert base_models.claim_import(world.db, lease_seconds=60) is None
 
-    new = base_models.add(world.db, name="b", kind="folder", source="/models/b")
-    assert base_models.finish_import(world.db, "b", digest=sha("b"), added_at=old.created_at, **told) is None
-    base_models.fail_import(world.db, "b", error={}, added_at=old.created_at)
+    base_models.add(world.db, name="b", kind="folder", source="/models/b")
+    assert not base_models.finish_import(world.db, old, digest=sha("b"), **told)
+    base_models.fail_import(world.db, old, error={})
     assert base_models.get(world.db, "b").state == "importing"
-    assert base_models.finish_import(world.db, "b", digest=sha("new"), added_at=new.created_at, **told) is not None
+    assert base_models.finish_import(world.db, _claim(world), digest=sha("new"), **told)
     assert base_models.get(world.db, "b").digest == sha("new")
+
+
+def _claim(world: World) -> str:
+    """The claim id of an import."""
+    claimed = base_models.claim_import(world.db, lease_seconds=60)
+    assert claimed is not None
+    return claimed[1]
 
 
 def test_of_a_deletion_and_a_job_at_the_same_time_one_is_refused(world: World) -> None:

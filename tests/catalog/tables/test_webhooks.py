@@ -144,7 +144,7 @@ def test_who_dies_while_sending_leaves_the_message_to_the_next_with_the_same_id(
     (first,) = hooks.claim()
     meanwhile = hooks.claim()
 
-    world.clock.turn(delivery_queue.CLAIM_SECONDS)
+    world.clock.turn(delivery_queue.LEASE_SECONDS)
     (second,) = hooks.claim()
     delivery_queue.record(world.db, first, BAD)  # not dead, but late
     delivery_queue.record(world.db, second, OK)
@@ -197,7 +197,7 @@ def test_a_failing_endpoint_that_is_being_sent_to_takes_no_others_turn(hooks: Ho
     delivery_queue.record(world.db, held[0], BAD)
     other, _ = hooks.more()
     hooks.end_job()
-    world.clock.turn(delivery_queue.CLAIM_SECONDS)
+    world.clock.turn(delivery_queue.LEASE_SECONDS)
 
     (claimed,) = delivery_queue.claim(world.db, pepper=PEPPER, room=1, in_flight=held[1:])
 

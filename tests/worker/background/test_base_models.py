@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
+from catalog.db import lease
 from catalog.db.database import Database
 from catalog.errors import Unavailable
 from catalog.registry import base_models as record
 from catalog.settings import Settings
+from catalog.tables.storage import BaseModelRow
 from tests import tiny_base
+from tests.catalog.world import claim_import_of
 from worker.background import base_models
 
 SLEEPER = [sys.executable, "-c", "import threading; threading.Event().wait()"]
@@ -74,6 +77,23 @@ def test_the_import_of_a_base_that_was_deleted_is_abandoned(
     assert list(context.settings.bases_dir().iterdir()) == []
 
 
+def test_an_import_for_a_job_or_plan_is_abandoned_when_its_base_is_deleted(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
+    record.add(context.db, name="unwanted", kind="folder", source=str(tmp_path))
+
+    def run_child(*_arguments: Any, **_options: Any) -> subprocess.Popen[bytes]:
+        record.delete(context.db, "unwanted")
+        return sleeper
+
+    monkeypatch.setattr(base_models, "run_child", run_child)
+
+    with pytest.raises(base_models.Abandoned):
+        base_models.ensure(context, "unwanted", "0" * 64)
+
+    assert sleeper.returncode is not None
+
+
 @pytest.mark.parametrize("problem", ["a loop of links", "no permission"])
 def test_a_source_that_the_worker_can_not_look_at_fails_the_import(
     context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
@@ -108,7 +128,7 @@ def test_a_child_that_gets_nowhere_is_ended(
     monkeypatch.setattr(base_models._Progress, "_seconds_used", lambda _self: 0.0)  # pyright: ignore[reportPrivateUsage]
 
     with pytest.raises(base_models.ImportRefused) as caught:
-        base_models.wait_renewing(sleeper, context, lambda: None)
+        base_models.wait_for_child(sleeper, context)
 
     assert caught.value.code == "no_progress"
     assert sleeper.returncode is not None
@@ -117,34 +137,37 @@ def test_a_child_that_gets_nowhere_is_ended(
 def test_no_child_is_left_running_when_something_unforeseen_happens(
     context: Any, sleeper: subprocess.Popen[bytes]
 ) -> None:
-    def fail() -> None:
+    def fail() -> bool:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        base_models.wait_renewing(sleeper, context, fail)
+        base_models.wait_for_child(sleeper, context, fail)
 
     assert sleeper.returncode is not None
 
 
-def test_an_outage_of_the_database_does_not_end_an_import(context: Any, sleeper: subprocess.Popen[bytes]) -> None:
+def test_an_outage_of_the_database_does_not_end_an_import(
+    context: Any, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
     asked = threading.Event()
 
-    def renew() -> None:
+    def renew(*_arguments: Any, **_options: Any) -> bool:
         if asked.is_set():
             sleeper.kill()  # the second time: the work is done
         asked.set()
         raise Unavailable("It does not answer.", code="unavailable", remedy="Wait.")
 
-    base_models.wait_renewing(sleeper, context, renew)
+    monkeypatch.setattr(lease, "renew", renew)
+
+    base_models.wait_for_child(sleeper, context, base_models.lost_lease(context, BaseModelRow, "claim-1"))
 
     assert asked.is_set()
 
 
 def test_cleaning_removes_the_files_of_a_deleted_base_and_nothing_else(context: Any) -> None:
     record.add(context.db, name="old", kind="folder", source="/old")
-    added_at = record.get(context.db, "old").created_at
-    told: dict[str, Any] = {"manifest": {"files": []}, "description": {}, "added_at": added_at}
-    record.finish_import(context.db, "old", digest="a" * 64, **told)
+    told: dict[str, Any] = {"manifest": {"files": []}, "description": {}}
+    record.finish_import(context.db, claim_import_of(context.db, "old"), digest="a" * 64, **told)
     names = ["a" * 64, "b" * 64, "tmp-1"]
     for name in names:
         (context.settings.bases_dir() / name).mkdir()
@@ -160,7 +183,7 @@ def test_the_blocks_of_a_base_of_before_are_counted_where_its_files_are(context:
     for name, digest in (("here", "a" * 64), ("elsewhere", "b" * 64), ("broken", "c" * 64)):
         record.add(context.db, name=name, kind="folder", source=f"/{name}")
         told: dict[str, Any] = {"manifest": {"files": []}, "description": {"num_parameters": 1, "license": "mit"}}
-        record.finish_import(context.db, name, digest=digest, added_at=record.get(context.db, name).created_at, **told)
+        record.finish_import(context.db, claim_import_of(context.db, name), digest=digest, **told)
     tiny_base.make(context.settings.bases_dir() / ("a" * 64))
     (context.settings.bases_dir() / ("c" * 64)).mkdir()
 

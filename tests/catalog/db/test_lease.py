@@ -1,0 +1,114 @@
+"""Leases: one process at a time has a row, and one that was late changes nothing."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import select
+
+from catalog.db import lease
+from catalog.db.database import Database, read_clock, skip_locked
+from catalog.tables.storage import BaseModelRow
+from catalog.tables.table import Table
+from tests.catalog.world import LEASE, Clock
+
+pytestmark = pytest.mark.both_databases
+
+NAMES = [f"b{number}" for number in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def rows(db: Database) -> None:
+    """Free rows of a table that has leases."""
+    with db.write() as session:
+        told = {"kind": "folder", "source": "/", "state": "importing", "created_at": 1.0}
+        session.add_all(BaseModelRow(name=name, **told) for name in NAMES)
+
+
+def take(db: Database, limit: int = 1) -> dict[str, str]:
+    """Rows that were free, with the claim id of each."""
+    with db.write() as session:
+        now = read_clock(session)
+        free = select(BaseModelRow).where(lease.is_free(BaseModelRow, now=now)).order_by(BaseModelRow.name)
+        found = session.scalars(skip_locked(free.limit(limit)))
+        return {row.name: lease.acquire(row, now=now, lease_seconds=LEASE) for row in found}
+
+
+def write(db: Database, claim_id: str, source: str) -> bool:
+    """What a holder does: a change under the fence, and then it gives the row back."""
+    with db.write() as session:
+        row = lease.held(session, BaseModelRow, claim_id)
+        if row is not None:
+            row.source = source
+            lease.release(row)
+        return row is not None
+
+
+def source_of(db: Database, name: str) -> str:
+    with db.read() as session:
+        return session.get_one(BaseModelRow, name).source
+
+
+def test_processes_that_race_get_different_rows(db: Database) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        taken = [name for found in pool.map(lambda _: take(db), range(24)) for name in found]
+
+    left = take(db, limit=len(NAMES))
+
+    assert len(taken) == len(set(taken))
+    assert sorted([*taken, *left]) == NAMES
+
+
+def test_an_expired_lease_is_taken_over_and_its_late_holder_changes_nothing(db: Database, clock: Clock) -> None:
+    late = take(db, limit=len(NAMES))["b0"]
+    clock.turn(LEASE + 1)
+    holder = take(db, limit=1)["b0"]
+
+    assert not write(db, late, "late")
+    assert not lease.renew(db, BaseModelRow, late, lease_seconds=LEASE)
+    assert write(db, holder, "holder")
+    assert source_of(db, "b0") == "holder"
+
+
+def test_a_lease_that_nobody_took_over_is_still_its_holders(db: Database, clock: Clock) -> None:
+    claim_id = take(db)["b0"]
+    clock.turn(2 * LEASE)
+
+    assert lease.renew(db, BaseModelRow, claim_id, lease_seconds=LEASE)
+
+    assert "b0" not in take(db, limit=len(NAMES))
+    assert write(db, claim_id, "holder")
+
+
+def test_a_lease_that_is_renewed_is_kept_until_its_new_end(db: Database, clock: Clock) -> None:
+    claim_id = take(db, limit=len(NAMES))["b0"]
+    clock.turn(LEASE - 1)
+    assert lease.renew(db, BaseModelRow, claim_id, lease_seconds=LEASE)
+
+    clock.turn(LEASE - 1)
+    assert "b0" not in take(db, limit=len(NAMES))
+
+    clock.turn(2)
+    assert list(take(db)) == ["b0"]
+
+
+def test_a_released_row_is_free_at_once_and_its_claim_is_over(db: Database) -> None:
+    claim_id = take(db, limit=len(NAMES))["b0"]
+    assert take(db) == {}
+
+    assert write(db, claim_id, "holder")
+
+    assert not lease.renew(db, BaseModelRow, claim_id, lease_seconds=LEASE)
+    assert not write(db, claim_id, "late")
+    assert take(db)["b0"] != claim_id
+
+
+def test_claim_ids_are_unique_in_every_table_that_has_leases() -> None:
+    leased = [
+        table for table in Table.metadata.sorted_tables if {"claim_id", "lease_expires_at"} <= set(table.c.keys())
+    ]
+
+    names = ["base_models", "job_exports", "jobs", "plans", "webhook_deliveries"]
+    assert sorted(table.name for table in leased) == names
+    assert all(table.c.claim_id.unique for table in leased)
