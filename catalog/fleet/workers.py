@@ -60,7 +60,7 @@ def register_worker(
         worker.integrations = list(integrations)
         worker.started_at = worker.heartbeat_at = now
         worker.ended_at = worker.resident_base = worker.trainer_id = worker.report = None
-        worker.served_at = worker.prepared_at = None
+        worker.served_at = None
         worker.drain_requested, worker.uncordoned_at, worker.cordon = False, None, None
         cordons.inherit(session, worker, is_live_after=now - SILENT_SECONDS)
         return worker

@@ -37,8 +37,6 @@ class Worker(Table):
     served_at: Mapped[Json | None]
     """By project, and then by class as text: when it last claimed the first of these jobs. Workers of the version
     before write the times by class alone."""
-    prepared_at: Mapped[Json | None]
-    """Of workers of the version before; see `Project.class_prepared_at`."""
 
     @property
     def takes_nothing_new(self) -> bool:

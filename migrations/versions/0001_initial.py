@@ -755,7 +755,6 @@ def _create_fleet() -> None:
         sa.Column("trainer_id", sa.String(length=255), nullable=True),
         sa.Column("report", sa.JSON(), nullable=True),
         sa.Column("served_at", sa.JSON(), nullable=True),
-        sa.Column("prepared_at", sa.JSON(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_workers")),
     )
 
