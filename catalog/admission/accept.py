@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from catalog.admission.target_layers import Targets
 from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, RowKind, known_kind, row_kind
-from catalog.db.database import Database, get_locked
+from catalog.db.database import Database, get_once
 from catalog.errors import InvalidRequest, LorryError, NotFound
 from catalog.fleet import views
 from catalog.lifecycle import position
@@ -236,7 +236,7 @@ def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
 
 def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, now: float) -> File:
     """Locked against deletion until the job that uses it exists."""
-    file = get_locked(session, File, file_id)
+    file = get_once(session, File, file_id, lock="share")
     if file is None or file.project_id != caller.project_id or file.deleted_at is not None:
         remedy = "Upload it with this project's key, and use the id that the upload returned."
         raise NotFound("file", file_id, param=param, remedy=remedy)

@@ -70,8 +70,8 @@ IDLE_SECONDS = 1.0
 """A connection that was not used for so long is tried before it is."""
 LAST = "last"
 """In a session's `info`: see `at_the_end`."""
-LOCKED = "locked"
-"""In a session's `info`: see `get_locked`."""
+ROWS = "rows"
+"""In a session's `info`: see `get_once`."""
 TableT = TypeVar("TableT", bound=DeclarativeBase)
 SelectT = TypeVar("SelectT", bound="Select[*tuple[Any, ...]]")
 
@@ -127,7 +127,7 @@ class Database:
         reading = self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._readers = sessionmaker(reading, expire_on_commit=False, info=info)
         self._writers = sessionmaker(writing, expire_on_commit=False, info=info)
-        event.listen(self._writers, "after_soft_rollback", _forget_locked)
+        event.listen(self._writers, "after_soft_rollback", _forget_rows)
         self._turn = FairLock()
 
     @contextmanager
@@ -273,26 +273,27 @@ def clock_column(*, is_given: bool) -> ColumnElement[float]:
     return bindparam("clock", type_=Float(53)) if is_given else now()
 
 
-def get_locked(
-    session: Session, table: type[TableT], key: str, *, lock: Literal["share", "update"] = "share"
+def get_once(
+    session: Session, table: type[TableT], key: str, *, lock: Literal["share", "update"] | None = None
 ) -> TableT | None:
-    """The row with that primary key as it is now, locked until this transaction ends; None where there is none.
+    """The row with that primary key, None if there is none. A transaction queries and locks each row once, because a
+    sweep creates many jobs of the same project, file and base model. (By itself, a session forgets unused rows.)
 
-    "share" keeps others from changing the row, "update" from locking it too. A transaction queries each row once,
-    because a sweep creates many jobs of the same file and base model.
+    Until this transaction ends, "share" keeps others from changing the row, "update" from locking it too.
     """
-    locked: dict[tuple[type[DeclarativeBase], str, str], Any] = session.info.setdefault(LOCKED, {})
-    row = locked.get((table, key, lock))
+    rows: dict[tuple[type[DeclarativeBase], str, str | None], Any] = session.info.setdefault(ROWS, {})
+    row = rows.get((table, key, lock))
     if row is None:
-        row = session.get(table, key, with_for_update={"read": lock == "share"}, populate_existing=True)
+        for_update = None if lock is None else {"read": lock == "share"}
+        row = session.get(table, key, with_for_update=for_update, populate_existing=lock is not None)
         if row is not None:
-            locked[table, key, lock] = row
+            rows[table, key, lock] = row
     return row
 
 
-def _forget_locked(session: Session, _: SessionTransaction) -> None:
+def _forget_rows(session: Session, _: SessionTransaction) -> None:
     """PostgreSQL releases at a savepoint's rollback what was locked since."""
-    session.info.pop(LOCKED, None)
+    session.info.pop(ROWS, None)
 
 
 def serialize(session: Session, name: str, *, shared: bool = False) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, defer
 from catalog.audit import log
 from catalog.audit.log import AuditType
 from catalog.db import lease
-from catalog.db.database import Database, get_locked, read_clock, serialize, skip_locked
+from catalog.db.database import Database, get_once, read_clock, serialize, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.resources import requirements
 from catalog.spec.job import LABEL
@@ -125,7 +125,7 @@ def exists(db: Database, name: str) -> bool:
 
 def find(session: Session, name: str, *, lock: Literal["share", "update"] | None = None) -> BaseModelRow:
     """`get`, within a transaction. `lock`: "share" keeps it from being deleted until the transaction ends."""
-    row = get_locked(session, BaseModelRow, name, lock=lock) if lock else session.get(BaseModelRow, name)
+    row = get_once(session, BaseModelRow, name, lock=lock)
     if row is None or row.state == "deleted":
         raise NotFound("model", name, param="model", remedy=_known(session, name))
     return row

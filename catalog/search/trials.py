@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog.db.database import get_locked
+from catalog.db.database import get_once
 from catalog.errors import Conflict, NotFound
 from catalog.history import events
 from catalog.search.asha import Rungs
@@ -103,7 +103,7 @@ def ended_for(session: Session, job: Job, reason: EndReason) -> EndReason:
 def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
     """When a trial has ended its sweep may go on, or be at its end."""
     if job.sweep_id is not None and job.state in FINAL_STATES:
-        sweep = get_locked(session, Sweep, job.sweep_id, lock="update")
+        sweep = get_once(session, Sweep, job.sweep_id, lock="update")
         assert sweep is not None
         if sweep.finished_at is None:
             sweep.due_at = now

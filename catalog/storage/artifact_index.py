@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, exists, or_, select
 from sqlalchemy.orm import Session
 
-from catalog.db.database import get_locked, upsert
+from catalog.db.database import get_once, upsert
 from catalog.storage.manifest import Manifest
 from catalog.tables.history import Checkpoint
 from catalog.tables.storage import Adapter, Artifact, Prepared
@@ -18,7 +18,7 @@ def show(session: Session, manifest: Manifest, *, now: float) -> str:
     """
     files = [{"path": f.path, "digest": f.digest, "num_bytes": f.num_bytes} for f in manifest.files]
     row = {"digest": manifest.digest, "kind": manifest.kind, "files": files, "num_bytes": manifest.num_bytes}
-    if get_locked(session, Artifact, manifest.digest) is None:
+    if get_once(session, Artifact, manifest.digest, lock="share") is None:
         upsert(session, Artifact, [{**row, "created_at": now}])
     return manifest.digest
 

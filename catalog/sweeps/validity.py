@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from catalog.audit import log
-from catalog.db.database import get_locked
+from catalog.db.database import get_once
 from catalog.tables.sweeps import Sweep
 from catalog.tables.table import Json
 from catalog.tables.tenancy import ApiKey, Project
@@ -50,9 +50,9 @@ def close(session: Session, sweep: Sweep, error: Json, *, now: float) -> None:
 def _valid_or_last(session: Session, key_id: str, *, now: float) -> ApiKey | None:
     """The key, or after a rotation has ended it, the key that replaced it: a rotation keeps the owner's sweeps. A key
     that was revoked has no successor here, whether it was rotated or not."""
-    key = get_locked(session, ApiKey, key_id)
+    key = get_once(session, ApiKey, key_id, lock="share")
     while key is not None and key.revoked_at is None and not is_live(key, now) and key.replaced_by is not None:
-        key = get_locked(session, ApiKey, key.replaced_by)
+        key = get_once(session, ApiKey, key.replaced_by, lock="share")
     return key
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from catalog.audit import log
 from catalog.audit.log import Actor, AuditType
 from catalog.caller import Caller
-from catalog.db.database import Database, clock_of, get_locked, read_clock, serialize
+from catalog.db.database import Database, clock_of, get_once, read_clock, serialize
 from catalog.errors import NotFound, OutOfSpace, RejectionReason, Unauthorized, Unavailable
 from catalog.pepper import Pepper
 from catalog.states import PriorityClass
@@ -145,7 +145,7 @@ def new_key(project_id: str, name: str, pepper: Pepper) -> tuple[ApiKey, str]:
 def check_valid(session: Session, api_key_id: str, *, now: float) -> None:
     """Within the transaction that acts for a key: it may have been revoked since the request was authenticated. A
     concurrent revocation waits until the transaction has ended. Raises Unauthorized."""
-    key = get_locked(session, ApiKey, api_key_id)
+    key = get_once(session, ApiKey, api_key_id, lock="share")
     if key is None:
         raise _key_refused("unknown")
     if not is_live(key, now):

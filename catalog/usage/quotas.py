@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from catalog.audit import log
 from catalog.caller import Caller
-from catalog.db.database import Database, get_locked, read_clock, serialize
+from catalog.db.database import Database, get_once, read_clock, serialize
 from catalog.errors import Forbidden, QuotaExceeded, RateLimited
 from catalog.states import JobState, Priority, PriorityClass
 from catalog.tables.jobs import Job
@@ -161,7 +161,7 @@ def check_priority(session: Session, caller: Caller, priority: Priority) -> None
 
     The key is read here: the code that creates the trials of a sweep has only its id.
     """
-    project, key = project_of(session, caller.project_id), get_locked(session, ApiKey, caller.api_key_id)
+    project, key = project_of(session, caller.project_id), get_once(session, ApiKey, caller.api_key_id, lock="share")
     raised = f"--highest-priority {priority}"
     if PriorityClass[priority] < project.highest_priority:
         raise _too_high(
@@ -175,11 +175,9 @@ def check_priority(session: Session, caller: Caller, priority: Priority) -> None
 
 
 def project_of(session: Session, project_id: str) -> Project:
-    """Queried once per transaction, which may create many jobs. The session itself holds rows by weak references."""
-    read: dict[str, Project] = session.info.setdefault("projects", {})
-    if project_id not in read:
-        read[project_id] = session.get_one(Project, project_id)
-    return read[project_id]
+    project = get_once(session, Project, project_id)
+    assert project is not None, "no project is ever deleted"
+    return project
 
 
 def _too_high(owner: str, highest: int, priority: Priority, command: str) -> Forbidden:

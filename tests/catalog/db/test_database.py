@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, QueuePool, event, select, text
 
-from catalog.db.database import STUCK_SECONDS, Database, get_locked, read_clock, serialize, serialized_at, upsert
+from catalog.db.database import STUCK_SECONDS, Database, get_once, read_clock, serialize, serialized_at, upsert
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
 from catalog.tables.fleet import DatabaseHeartbeat
 from catalog.tables.history import MetricBlock
@@ -102,18 +102,30 @@ def test_the_time_is_told_once_nobody_is_waited_for(database_url: str) -> None:
 def test_a_row_is_locked_once_in_a_transaction_and_again_after_a_savepoint_was_rolled_back(world: World) -> None:
     def act() -> None:
         with world.db.write() as session:
-            row = get_locked(session, File, world.file_id)
+            row = get_once(session, File, world.file_id, lock="share")
             with session.begin_nested() as attempt:
-                assert get_locked(session, File, world.file_id) is row
+                assert get_once(session, File, world.file_id, lock="share") is row
                 attempt.rollback()
-            assert get_locked(session, File, world.file_id) is row
-            assert get_locked(session, File, world.file_id) is row
-            assert get_locked(session, File, "file-none") is None
+            assert get_once(session, File, world.file_id, lock="share") is row
+            assert get_once(session, File, world.file_id, lock="share") is row
+            assert get_once(session, File, "file-none", lock="share") is None
 
     asked = [text for text, _ in statements_of(world.db, act) if "FROM files" in text]
 
     assert len(asked) == 3
     assert world.db.is_sqlite or all("FOR SHARE" in text for text in asked)
+
+
+def test_a_row_that_is_not_locked_is_queried_once_in_a_transaction(world: World) -> None:
+    def act() -> None:
+        with world.db.write() as session:
+            for _ in range(3):
+                assert get_once(session, File, world.file_id) is not None  # and it isn't kept here
+
+    asked = [text for text, _ in statements_of(world.db, act) if "FROM files" in text]
+
+    assert len(asked) == 1
+    assert "FOR " not in asked[0]
 
 
 def test_an_upsert_replaces_by_primary_key_and_touches_nothing_else(world: World) -> None:
