@@ -133,6 +133,18 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that `-m` deselects are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`slow_repetitions`: the first case of a parametrized test is fast, and its other cases are slow."""
+    seen: set[str] = set()
+    for item in items:
+        if item.get_closest_marker("slow_repetitions"):
+            test = item.nodeid.partition("[")[0]
+            if test in seen:
+                item.add_marker("slow")
+            seen.add(test)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """What is imported stays: to look for garbage among it takes half of the time in which tests are collected."""
