@@ -262,14 +262,14 @@ def job_object(
 
 def configuration(spec: JobSpec) -> dict[str, Any]:
     """What a job is to do, with every number known, as fields of the wire."""
-    numbers = ResolvedHyperparameters(
+    shared = ResolvedHyperparameters(
         batch_size=spec.batch_size, learning_rate_multiplier=spec.learning_rate_multiplier, n_epochs=spec.n_epochs
     )
     return {
         "parent_adapter": spec.parent.name if spec.parent else None,
         "seed": spec.seed,
-        "hyperparameters": numbers,
-        "method": method_object(spec.method, numbers.model_dump(), spec.method_numbers),
+        "hyperparameters": shared,
+        "method": method_object(spec.method, shared.model_dump(), spec.method_hyperparameters),
         "lora": spec.lora.model_dump(),
         "optimizer": spec.optimizer.model_dump(),
         "schedule": spec.schedule.model_dump(),
