@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.openapi.models import Example
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from catalog.spec.job import JobSpec
+from catalog.spec.job import JobRequest, JobSpec, PlannedJob
 from catalog.spec.methods import MethodType, method_object
 from catalog.spec.strict import Strict
 from catalog.spec.training import EarlyStopping, Samples
@@ -50,6 +51,29 @@ JOB_EXAMPLE: dict[str, Any] = {
         "best_valid_loss": 1.91,
     },
 }
+
+JOB_REQUEST_EXAMPLES: dict[str, Example] = {
+    "least": {"value": {"model": "smollm2-135m", "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e"}},
+    "more": {
+        "value": {
+            "model": "smollm2-135m",
+            "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
+            "suffix": "docs",
+            "seed": 42,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
+            "lora": {"rank": 32},
+        }
+    },
+    "planned": {"value": {"plan": "plan-5e1f0a9b8c7d6e5f4a3b2c1d"}},
+}
+
+
+def _body_tag(body: Any) -> str:
+    return "planned" if isinstance(body, PlannedJob) or (isinstance(body, dict) and "plan" in body) else "job"
+
+
+JobBody = Annotated[Annotated[JobRequest, Tag("job")] | Annotated[PlannedJob, Tag("planned")], Discriminator(_body_tag)]
+"""With `plan`, the job of a plan; else a job with all its fields."""
 
 Phase = Literal["loading", "training", "verifying"]
 
