@@ -18,8 +18,8 @@ from api.middleware.request_gate import Gate
 from api.openapi import Api
 from api.rate_limits.limits import Limits
 from api.rate_limits.threads import KeyChecks, SlowWork, limit_route_threads
+from api.requests.query_parameters import refuse_unknown_query
 from api.requests.strict_json import refuse_loose_json
-from api.requests.unknown_query import refuse_unknown_query
 from api.routes import (
     adapters,
     api_keys,

@@ -120,7 +120,7 @@ def _run(act: Callable[[Services], None], services: Services) -> None:
 
 
 def _recover(services: Services) -> None:
-    num_ended = recovery.expire(services.db, grace_seconds=services.settings.lease_seconds)
+    num_ended = recovery.expire(services.db, lease_seconds=services.settings.lease_seconds)
     if num_ended:
         log.warning("recovered jobs=%d", num_ended)
 

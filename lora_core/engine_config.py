@@ -22,7 +22,7 @@ class EngineConfig:
     give, in the host's memory and on the disk of `prefix_folder` (lora_core/engine/prefix_cache.py); with neither
     nothing is.
     `ticks_alone`: of each size, so many ticks are given to one job by itself, so that it is known what the others cost
-    it (lora_core/engine/step.py). `batch_invariant`: on a CPU whose products depend on their number of rows, have
+    it (lora_core/engine/throughput.py). `batch_invariant`: on a CPU whose products depend on their number of rows, have
     a job's bits independent of its packmates all the same (lora_core/kernels/batch_invariant.py). With AMX that takes
     about a tenth of the speed of steps of some hundred tokens, and more of smaller passes, as of answers; elsewhere
     next to nothing. Without, and on any GPU, a record says `allclose`.

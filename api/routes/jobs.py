@@ -1,74 +1,38 @@
-"""/v1/fine_tuning/jobs: create, look, and steer. What a job leaves behind is in job_history."""
+"""/v1/fine_tuning/jobs: create, read and control jobs. job_history.py has the routes of events, metrics and logs."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Annotated, Any, TypedDict
+from typing import Annotated
 
 from fastapi import Body, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.models import Example
-from pydantic import BaseModel, Discriminator, Tag, ValidationError
-from starlette.datastructures import QueryParams
+from pydantic import BaseModel, ValidationError
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Services, Use
 from api.job_objects import job_objects
+from api.requests.idempotency import identity_of
+from api.requests.query_parameters import metadata_filter
 from api.routes import SIGNED, errors
 from api.routing import Router
-from api.schemas.jobs import FineTuningJob, JobMove
+from api.schemas.jobs import JOB_REQUEST_EXAMPLES, FineTuningJob, JobBody, JobMove
 from api.schemas.pagination import ListPage, page_of
 from catalog.caller import Caller
-from catalog.errors import InvalidRequest
 from catalog.jobs import commands, submission
 from catalog.lifecycle import position
-from catalog.spec.job import JobRequest, PlannedJob
 from catalog.tables.jobs import Job
 
 router = Router(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
 
 
-class Sent(TypedDict):
-    """What tells one submission from another."""
-
-    idempotency_key: str | None
-    body_digest: str
-    is_client_retry: bool
-
-
 Tags = Annotated[list[str] | None, Query(description="Jobs with this tag. It may be said several times.")]
-REQUEST_EXAMPLES: dict[str, Example] = {
-    "least": {"value": {"model": "smollm2-135m", "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e"}},
-    "more": {
-        "value": {
-            "model": "smollm2-135m",
-            "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
-            "suffix": "docs",
-            "seed": 42,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
-            "lora": {"rank": 32},
-        }
-    },
-    "planned": {"value": {"plan": "plan-5e1f0a9b8c7d6e5f4a3b2c1d"}},
-}
-
-
-def _which_body(body: Any) -> str:
-    """A job of its own, or one that was planned: told by whether there is a `plan`."""
-    return "planned" if isinstance(body, PlannedJob) or (isinstance(body, dict) and "plan" in body) else "job"
-
-
-JobBody = Annotated[
-    Annotated[JobRequest, Tag("job")] | Annotated[PlannedJob, Tag("planned")], Discriminator(_which_body)
-]
 
 
 @router.post("", operation_id="create_job", responses=errors(404, 409, 413))
 def create_job(
-    body: Annotated[JobBody, Body(openapi_examples=REQUEST_EXAMPLES)],
+    body: Annotated[JobBody, Body(openapi_examples=JOB_REQUEST_EXAMPLES)],
     use: Use,
     caller: Signed,
     idempotency_key: Annotated[
@@ -79,12 +43,11 @@ def create_job(
 ) -> FineTuningJob:
     """Queue a job, or with `plan` the one that was planned. It is validated and trained by a worker; follow its
     events, or its stream."""
-    sent: Sent = {"idempotency_key": idempotency_key, "body_digest": body_digest(body), "is_client_retry": is_retry}
-    may_repeat = is_retry or idempotency_key is not None
-    job = submission.made_before(use.db, caller=caller, **sent) if may_repeat else None
+    identity = identity_of(body, idempotency_key=idempotency_key, is_client_retry=is_retry)
+    job = submission.made_before(use.db, caller=caller, **identity)
     if job is None:
-        with _fields_named(body):
-            job = submission.create(use.db, caller=caller, request=body, **sent)
+        with _plan_fields_validated(body):
+            job = submission.create(use.db, caller=caller, request=body, **identity)
     use.doorbell.ring()
     return _shown(use, caller, job)
 
@@ -160,35 +123,14 @@ def move_job(job_id: str, body: JobMove, use: Use, caller: Signed) -> FineTuning
 
 
 @contextmanager
-def _fields_named(body: BaseModel) -> Generator[None]:
-    """What a job from a plan says beside it is read with the plan, and refused as any other field."""
+def _plan_fields_validated(body: BaseModel) -> Generator[None]:
+    """The fields beside `plan` are validated with the plan, in the catalog. The response to an invalid one is the same
+    as for a body without a plan."""
     try:
         yield
     except ValidationError as error:
         problems = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
         raise RequestValidationError(problems, body=body.model_dump(mode="json", exclude_unset=True)) from error
-
-
-def body_digest(request: BaseModel) -> str:
-    """Equal for equal requests, however their JSON was written."""
-    given = request.model_dump(mode="json", exclude_unset=True)
-    return hashlib.sha256(json.dumps(given, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def metadata_filter(query: QueryParams) -> dict[str, str] | None:
-    """`metadata[k]=v` as pairs; {} for `metadata=null`; None where no filter is given."""
-    pairs = {key[9:-1]: value for key, value in query.items() if key.startswith("metadata[") and key.endswith("]")}
-    plain = query.get("metadata")
-    if plain is None:
-        return pairs or None
-    if plain != "null" or pairs:
-        raise InvalidRequest(
-            "The filter by metadata can't be read.",
-            code="invalid_value",
-            remedy="Write metadata[KEY]=VALUE for each pair, or metadata=null alone.",
-            param="metadata",
-        )
-    return {}
 
 
 def _shown(use: Services, caller: Caller, job: Job) -> FineTuningJob:

@@ -9,8 +9,8 @@ from fastapi import Body
 from api.auth.authentication import Signed
 from api.deps import After, Limit, Use
 from api.routes import SIGNED, errors
-from api.routes.jobs import REQUEST_EXAMPLES
 from api.routing import Router
+from api.schemas.jobs import JOB_REQUEST_EXAMPLES
 from api.schemas.pagination import ListPage, page_of
 from api.schemas.plans import PlanDeleted, PlanObject, plan_object
 from catalog.plans import plans
@@ -19,7 +19,7 @@ from catalog.tables.plans import Plan
 from catalog.tenancy.authentication import Caller
 
 router = Router(prefix="/v1/plans", tags=["plans"], responses=SIGNED)
-EXAMPLES = {name: example for name, example in REQUEST_EXAMPLES.items() if name != "planned"}
+EXAMPLES = {name: example for name, example in JOB_REQUEST_EXAMPLES.items() if name != "planned"}
 
 
 @router.post("", operation_id="create_plan", responses=errors(404, 409, 413))

@@ -9,8 +9,8 @@ from fastapi.openapi.models import Example
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
+from api.requests.idempotency import identity_of
 from api.routes import SIGNED, errors
-from api.routes.jobs import Sent, body_digest
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
 from api.schemas.sweeps import SweepObject, TrialObject, TrialRequest, sweep_object, trial_object
@@ -50,13 +50,11 @@ def create_sweep(
 ) -> SweepObject:
     """Each trial is a job of its own, of the body's fields and its parameters. All are checked before one is made. Each
     trial counts as a request of the key."""
-    digest = body_digest(body)
-    sent: Sent = {"idempotency_key": idempotency_key, "body_digest": digest, "is_client_retry": is_retry}
-    may_repeat = is_retry or idempotency_key is not None
-    sweep = creation.made_before(use.db, caller=caller, **sent) if may_repeat else None
+    identity = identity_of(body, idempotency_key=idempotency_key, is_client_retry=is_retry)
+    sweep = creation.made_before(use.db, caller=caller, **identity)
     is_new = sweep is None
     if sweep is None:
-        sweep = creation.create(use.db, caller=caller, request=body, **sent)
+        sweep = creation.create(use.db, caller=caller, request=body, **identity)
     use.doorbell.ring()
     view = queries.get(use.db, project_id=caller.project_id, sweep_id=sweep.id)
     if is_new:

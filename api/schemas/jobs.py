@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.openapi.models import Example
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from catalog.spec.job import JobSpec
+from catalog.spec.job import JobRequest, JobSpec, PlannedJob
 from catalog.spec.methods import MethodType, method_object
 from catalog.spec.strict import Strict
 from catalog.spec.training import EarlyStopping, Samples
@@ -50,6 +51,29 @@ JOB_EXAMPLE: dict[str, Any] = {
         "best_valid_loss": 1.91,
     },
 }
+
+JOB_REQUEST_EXAMPLES: dict[str, Example] = {
+    "least": {"value": {"model": "smollm2-135m", "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e"}},
+    "more": {
+        "value": {
+            "model": "smollm2-135m",
+            "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
+            "suffix": "docs",
+            "seed": 42,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
+            "lora": {"rank": 32},
+        }
+    },
+    "planned": {"value": {"plan": "plan-5e1f0a9b8c7d6e5f4a3b2c1d"}},
+}
+
+
+def _body_tag(body: Any) -> str:
+    return "planned" if isinstance(body, PlannedJob) or (isinstance(body, dict) and "plan" in body) else "job"
+
+
+JobBody = Annotated[Annotated[JobRequest, Tag("job")] | Annotated[PlannedJob, Tag("planned")], Discriminator(_body_tag)]
+"""With `plan`, the job of a plan; else a job with all its fields."""
 
 Phase = Literal["loading", "training", "verifying"]
 
@@ -262,14 +286,14 @@ def job_object(
 
 def configuration(spec: JobSpec) -> dict[str, Any]:
     """What a job is to do, with every number known, as fields of the wire."""
-    numbers = ResolvedHyperparameters(
+    shared = ResolvedHyperparameters(
         batch_size=spec.batch_size, learning_rate_multiplier=spec.learning_rate_multiplier, n_epochs=spec.n_epochs
     )
     return {
         "parent_adapter": spec.parent.name if spec.parent else None,
         "seed": spec.seed,
-        "hyperparameters": numbers,
-        "method": method_object(spec.method, numbers.model_dump(), spec.method_numbers),
+        "hyperparameters": shared,
+        "method": method_object(spec.method, shared.model_dump(), spec.method_hyperparameters),
         "lora": spec.lora.model_dump(),
         "optimizer": spec.optimizer.model_dump(),
         "schedule": spec.schedule.model_dump(),

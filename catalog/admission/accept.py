@@ -333,7 +333,7 @@ def _check_integrations(session: Session, request: JobRequest, *, now: float) ->
 
 def _check_rates(request: JobRequest) -> None:
     """The rate may be given twice where both say the same, as in a copy of a job's own numbers."""
-    multiplier, rate = request.numbers().learning_rate_multiplier, request.optimizer.learning_rate
+    multiplier, rate = request.method_hyperparameters().learning_rate_multiplier, request.optimizer.learning_rate
     optimizer = request.optimizer.type
     if optimizer in NO_USUAL_RATE and multiplier == "auto" and rate == "auto":
         name, hint = NO_USUAL_RATE[optimizer]

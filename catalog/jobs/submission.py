@@ -83,7 +83,9 @@ def _create(db: Database, caller: Caller, request: JobRequest | AgreedPlan, sent
 def made_before(
     db: Database, *, caller: Caller, idempotency_key: str | None, body_digest: str, is_client_retry: bool
 ) -> Job | None:
-    """The job that `create` would return without making one. Raises Conflict for a key that had another body."""
+    """The job of an earlier, equal submission. Raises Conflict if the key came with another body."""
+    if idempotency_key is None and not is_client_retry:
+        return None  # no submission can repeat an earlier one, so this needs no transaction
     with db.read() as session:
         now = read_clock(session)
         return _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)

@@ -23,24 +23,25 @@ from catalog.tables.fleet import DatabaseHeartbeat, Worker
 from catalog.tables.jobs import Job
 from catalog.usage import ledger
 
-GRACE_SECONDS = 60.0
+LEASE_SECONDS = 60.0
 Work = Literal["training", "preparing"]
-HELD = (Job.state.in_(CLAIMED_STATES), Job.claim_id.is_not(None))
+CLAIMED = (Job.state.in_(CLAIMED_STATES), Job.claim_id.is_not(None))
 
 
-def expire(db: Database, *, grace_seconds: float = GRACE_SECONDS) -> int:
+def expire(db: Database, *, lease_seconds: float = LEASE_SECONDS) -> int:
     """End or free every claim whose lease is past by the database's clock. Returns how many.
 
-    grace_seconds: the length of a lease. Safe to call from anywhere, at any time, as often as one likes.
+    lease_seconds: the length of a lease, by which an outage of the database extends all leases. Safe to call from
+    anywhere, at any time, as often as one likes.
     """
     with db.read() as session:  # most looks find nothing, and keep nobody from writing
-        if not _is_needed(session, grace_seconds=grace_seconds):
+        if not _is_needed(session, lease_seconds=lease_seconds):
             return 0
     with db.write() as session:
         now = read_clock(session)
-        _observe(session, now=now, grace_seconds=grace_seconds)
+        _observe(session, now=now, lease_seconds=lease_seconds)
         # First by the index of leases, which is not in the order of ids.
-        is_past = (*HELD, Job.lease_expires_at <= now)
+        is_past = (*CLAIMED, Job.lease_expires_at <= now)
         past = list(session.scalars(select(Job.id).where(*is_past)))
         locked = skip_locked(select(Job).where(Job.id.in_(past), *is_past).order_by(Job.id))
         expired = list(session.scalars(locked))
@@ -54,46 +55,46 @@ def work_of(job: Job) -> Work:
     return "training" if job.state == JobState.RUNNING else "preparing"
 
 
-def observe(db: Database, *, grace_seconds: float) -> None:
+def observe(db: Database, *, lease_seconds: float) -> None:
     """Note that the database answers; after a gap, extend the leases that nobody could renew.
 
     In a transaction of its own: it may wait for the rows of any job, and holds nothing that those wait for.
     """
     with db.read() as session:
         pulse, now = session.get(DatabaseHeartbeat, 1), read_clock(session)
-        if pulse is not None and not _is_old(pulse.seen_at, now=now, grace_seconds=grace_seconds):
+        if pulse is not None and not _is_old(pulse.seen_at, now=now, lease_seconds=lease_seconds):
             return
     with db.write() as session:
-        _observe(session, now=read_clock(session), grace_seconds=grace_seconds)
+        _observe(session, now=read_clock(session), lease_seconds=lease_seconds)
 
 
-def _observe(session: Session, *, now: float, grace_seconds: float) -> None:
+def _observe(session: Session, *, now: float, lease_seconds: float) -> None:
     pulse = session.get(DatabaseHeartbeat, 1)
     if pulse is None:
         upsert(session, DatabaseHeartbeat, [{"id": 1, "seen_at": now}])
         return
-    if not _is_old(pulse.seen_at, now=now, grace_seconds=grace_seconds):
+    if not _is_old(pulse.seen_at, now=now, lease_seconds=lease_seconds):
         return
     # Whoever holds the row notes the same. He is waited for only after a gap, since no lease may be missed then.
-    may_skip = not _is_gap(pulse, now=now, grace_seconds=grace_seconds)
+    may_skip = not _is_gap(pulse, now=now, lease_seconds=lease_seconds)
     pulse = session.get(DatabaseHeartbeat, 1, with_for_update={"skip_locked": may_skip}, populate_existing=True)
     if pulse is None:
         return
-    if _is_gap(pulse, now=now, grace_seconds=grace_seconds):
-        _extend_leases(session, now=now, grace_seconds=grace_seconds)
+    if _is_gap(pulse, now=now, lease_seconds=lease_seconds):
+        _extend_leases(session, now=now, lease_seconds=lease_seconds)
     pulse.seen_at = now
 
 
 def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
     """Its process is known to be gone: end or free at once what it held."""
-    held = select(Job).where(*HELD, Job.worker_id == worker_id)
+    held = select(Job).where(*CLAIMED, Job.worker_id == worker_id)
     return _lose(session, session.scalars(held.order_by(Job.id).with_for_update()), now=now)
 
 
-def _is_needed(session: Session, *, grace_seconds: float) -> bool:
+def _is_needed(session: Session, *, lease_seconds: float) -> bool:
     given = clock_given(session)
     now, seen_at, is_past = session.execute(_leases(is_clock_given=bool(given)), given).one()
-    return is_past or _is_old(seen_at, now=now, grace_seconds=grace_seconds)
+    return is_past or _is_old(seen_at, now=now, lease_seconds=lease_seconds)
 
 
 @cache
@@ -101,28 +102,28 @@ def _leases(*, is_clock_given: bool) -> Select[float, float, bool]:
     """The time, when the database was last seen to answer, and whether a lease is past."""
     moment = select(clock_column(is_given=is_clock_given).label("now")).cte("moment")
     seen_at = select(DatabaseHeartbeat.seen_at).where(DatabaseHeartbeat.id == 1).scalar_subquery()
-    past = exists().where(*HELD, Job.lease_expires_at <= select(moment.c.now).scalar_subquery())
+    past = exists().where(*CLAIMED, Job.lease_expires_at <= select(moment.c.now).scalar_subquery())
     return select(moment.c.now, seen_at, past)
 
 
-def _is_old(seen_at: float | None, *, now: float, grace_seconds: float) -> bool:
+def _is_old(seen_at: float | None, *, now: float, lease_seconds: float) -> bool:
     """The pulse is written rarely."""
-    return seen_at is None or abs(now - seen_at) > min(5.0, grace_seconds / 20)
+    return seen_at is None or abs(now - seen_at) > min(5.0, lease_seconds / 20)
 
 
-def _is_gap(pulse: DatabaseHeartbeat, *, now: float, grace_seconds: float) -> bool:
-    return now - pulse.seen_at > grace_seconds / 2 or pulse.seen_at - now > grace_seconds / 10
+def _is_gap(pulse: DatabaseHeartbeat, *, now: float, lease_seconds: float) -> bool:
+    return now - pulse.seen_at > lease_seconds / 2 or pulse.seen_at - now > lease_seconds / 10
 
 
-def _extend_leases(session: Session, *, now: float, grace_seconds: float) -> None:
+def _extend_leases(session: Session, *, now: float, lease_seconds: float) -> None:
     gone = select(Worker.id).where(Worker.ended_at.is_not(None))
     lease_is_off = or_(
-        and_(Job.lease_expires_at < now + grace_seconds, Job.lease_extended.is_(False)),
-        Job.lease_expires_at > now + 2 * grace_seconds,
+        and_(Job.lease_expires_at < now + lease_seconds, Job.lease_extended.is_(False)),
+        Job.lease_expires_at > now + 2 * lease_seconds,
     )
-    held = (*HELD, Job.worker_id.not_in(gone), lease_is_off)
+    held = (*CLAIMED, Job.worker_id.not_in(gone), lease_is_off)
     for job in session.scalars(select(Job).where(*held).order_by(Job.id).with_for_update()):
-        job.lease_expires_at, job.lease_extended = now + grace_seconds, True
+        job.lease_expires_at, job.lease_extended = now + lease_seconds, True
 
 
 def in_lock_order(held: Iterable[Job]) -> list[Job]:

@@ -1,17 +1,15 @@
-"""How a worker claims jobs. `claim_pack` does it in five steps:
+"""How a worker claims jobs. `claim_pack` does it in five steps, which comments there number:
 
-1. End expired leases (recovery.py). 2. Read a snapshot of the queue, without locks. 3. Decide (scheduler.py). 4. Lock
-the chosen jobs in a fixed order; where other workers were faster, fall back to the next in `Decision.in_turn`.
-5. Write claim id, lease and attempt.
+1. End expired leases (recovery.py). 2. Read a snapshot of the queue, without locks (snapshots.py). 3. Decide
+(scheduler.py). 4. Lock the chosen jobs in a fixed order; where other workers were faster, fall back to the next in
+`Decision.in_turn`. 5. Write claim id, lease and attempt.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import get_args
 
 from sqlalchemy import Row, Select, bindparam, literal, select
 from sqlalchemy.orm import Session
@@ -19,18 +17,16 @@ from sqlalchemy.orm import Session
 from catalog import failpoints
 from catalog.db import lease
 from catalog.db.database import Database, clock_column, clock_given, find_in, read_clock, serialize, skip_locked
-from catalog.fleet import views
 from catalog.lifecycle import candidates, recovery
-from catalog.lifecycle.candidates import CandidateFilter
 from catalog.lifecycle.recording import resumable
 from catalog.lifecycle.transitions import move
 from catalog.queue import charging
-from catalog.resources.sharding import ShardingStrategy
-from catalog.scheduling.packing import Choice, spare_bytes
-from catalog.scheduling.scheduler import MAX_FALLBACKS, Decision, Wait, decide, snapshot_without
-from catalog.scheduling.snapshot import USUAL, Candidate, Capacity, Policy, QueueSnapshot
-from catalog.spec.job import Quantization
-from catalog.states import JobState, Verb, is_suspect
+from catalog.queue.snapshots import snapshot_of, with_packmates
+from catalog.scheduling.fallbacks import MAX_FALLBACKS, snapshot_without
+from catalog.scheduling.packing import Choice
+from catalog.scheduling.scheduler import Decision, Wait, decide
+from catalog.scheduling.snapshot import USUAL, Capacity, Policy, QueueSnapshot
+from catalog.states import JobState, Verb
 from catalog.tables.fleet import Worker
 from catalog.tables.history import Attempt, Checkpoint
 from catalog.tables.jobs import Job
@@ -38,33 +34,34 @@ from catalog.tables.tenancy import Project
 from catalog.usage import ledger, quotas
 
 MAX_RACES = 3
-"""Looks at the queue in one call while others take what was chosen."""
+"""Times that one call decides while other workers claim what it has chosen."""
 MAX_TRIES = 5
-"""Looks after those by a worker that chooses alone, where people cancel or pause what was chosen."""
-TAKING = "take jobs off the queue"
-"""Shared by workers that take what they have chosen; by one alone that chooses and takes in one transaction."""
+"""Times after those that it decides under the exclusive lock, while users cancel or pause what it has chosen."""
+CLAIM_LOCK = "take jobs off the queue"
+"""Of PostgreSQL. Workers that claim what they have chosen share it. A worker that decides and claims in one transaction
+has it alone."""
 
-AS = {
+PLACE_OF_ROLE = {
     "anchor": "in a trainer that starts for it",
     "packmate": "with the job that a trainer starts for",
     "joiner": "in a trainer that runs already",
 }
-"""By the role that the decision gave it, for people."""
-IS_LOADED = "in the trainer that has its base loaded"
-"""Of an anchor, where there is such a trainer."""
+"""For the event of the claim."""
+LOADED_PLACE = "in the trainer that has its base loaded"
+"""Of an anchor, if there is such a trainer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """A job that is this worker's now."""
+    """A job that this worker has claimed."""
 
     job: Job
     claim_id: str
     attempt: int
     waited_since: float
-    """When it came into the queue."""
+    """When it was queued, in seconds since 1970."""
     resume_candidates: tuple[Checkpoint, ...]
-    """Checkpoints to go on from, newest first: the second is for when the first is damaged."""
+    """Checkpoints to continue from, the newest first. An older one is used if a newer one is damaged."""
 
     @property
     def resume_from(self) -> Checkpoint | None:
@@ -73,7 +70,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ClaimRequest:
-    """What a worker asks for."""
+    """The arguments of `claim_pack`."""
 
     worker_id: str
     trainer_id: str
@@ -85,11 +82,10 @@ class _ClaimRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Selection:
-    """What was decided, and from what."""
+    """A decision with the snapshot from which it was made; without one, if the worker may claim nothing."""
 
     decision: Decision
     snapshot: QueueSnapshot | None = None
-    """None: nothing was looked at."""
 
     @property
     def choices(self) -> Sequence[Choice]:
@@ -97,7 +93,7 @@ class _Selection:
 
 
 _Rows = dict[str, tuple[Job, bool]]
-"""Jobs that are locked, by id, and whether their projects may train only so many."""
+"""Locked jobs by id, and whether the project limits how many of its jobs train at the same time."""
 CLOSED = _Selection(decision=Decision(action=Wait(reason="the worker is cordoned or to leave"), trace={}))
 
 
@@ -113,10 +109,10 @@ def claim_pack(
 ) -> list[Claim]:
     """Claim jobs to train, the first in the queue first. Returns [] if none fits.
 
-    pack_key None: for a new trainer, an anchor and its packmates. Else: jobs that join the live trainer
-    `trainer_id` of that key.
+    `pack_key` None: an anchor and its packmates, for a new trainer. Else: jobs that join the live trainer `trainer_id`,
+    which has this pack key. `room`: what the worker has free.
     """
-    recovery.expire(db, grace_seconds=lease_seconds)
+    recovery.expire(db, lease_seconds=lease_seconds)  # 1.
     request = _ClaimRequest(
         worker_id=worker_id,
         trainer_id=trainer_id,
@@ -126,22 +122,22 @@ def claim_pack(
         policy=policy,
     )
     for race in range(MAX_RACES):
-        with db.read() as session:  # most looks find nothing, and keep nobody from writing
-            chosen = _choose(session, request)
+        with db.read() as session:  # most calls find nothing to claim, and a read transaction blocks no writer
+            chosen = _choose(session, request)  # 2. and 3.
         if not chosen.choices:
             return []
         failpoints.pass_by("before_claim")
         if pack_key is not None and race == 0:
             charging.settle(db, trainer_id, policy=policy)
         with db.write() as session:
-            serialize(session, TAKING, shared=True)
-            if claims := _take(session, chosen, request):
+            serialize(session, CLAIM_LOCK, shared=True)
+            if claims := _claim(session, chosen, request):  # 4. and 5.
                 return claims
     for _ in range(MAX_TRIES):  # other workers were faster; with the exclusive lock only users can interfere
         with db.write() as session:
-            serialize(session, TAKING)
+            serialize(session, CLAIM_LOCK)
             chosen = _choose(session, request)
-            claims = _take(session, chosen, request, is_alone=True)
+            claims = _claim(session, chosen, request, is_alone=True)
         if claims or not chosen.choices:
             return claims
     return []
@@ -151,7 +147,7 @@ def _choose(session: Session, request: _ClaimRequest) -> _Selection:
     now, worker = _worker(session, request.worker_id)
     if worker is not None and worker.takes_nothing_new:
         return CLOSED
-    snapshot = snapshot_of_worker(
+    snapshot = snapshot_of(
         session,
         worker,
         trainer_id=request.trainer_id,
@@ -163,7 +159,7 @@ def _choose(session: Session, request: _ClaimRequest) -> _Selection:
     return _Selection(decision=decide(snapshot, request.policy), snapshot=snapshot)
 
 
-def _take(session: Session, chosen: _Selection, request: _ClaimRequest, *, is_alone: bool = False) -> list[Claim]:
+def _claim(session: Session, chosen: _Selection, request: _ClaimRequest, *, is_alone: bool = False) -> list[Claim]:
     """Lock the chosen jobs, skip those that were claimed or stopped in the meantime, and claim the rest.
 
     Without its anchor a pack is not claimed; the caller chooses again. The worker's row is locked, and a worker that
@@ -174,23 +170,23 @@ def _take(session: Session, chosen: _Selection, request: _ClaimRequest, *, is_al
     if chosen.snapshot is None or not chosen.choices or (worker is not None and worker.takes_nothing_new):
         return []
     if is_alone:
-        decision, found = chosen.decision, _all_chosen(session, chosen, now)
+        decision, rows = chosen.decision, _lock_all(session, chosen, now)
     else:
-        decision, found = _first_left(session, chosen.decision, chosen.snapshot, request.policy, now)
+        decision, rows = _lock_first_left(session, chosen.decision, chosen.snapshot, request.policy, now)
     choices = {choice.turn.candidate.job_id: choice for choice in decision.action.choices}
-    jobs = _beginnable(session, {job_id: found[job_id] for job_id in choices if job_id in found})
+    jobs = _within_limits(session, {job_id: rows[job_id] for job_id in choices if job_id in rows})
     if not jobs or (request.live_key is None and decision.in_turn[0] not in jobs):
         return []
     since = {job_id: job.queued_at or job.created_at for job_id, job in jobs.items()}
     for job_id in sorted(jobs):
-        _begin(session, jobs[job_id], decision, choices[job_id], request, now=now)
+        _write(session, jobs[job_id], decision, choices[job_id], request, now=now)
     turns = [(job.project_id, job.priority) for job_id, job in jobs.items() if choices[job_id].turn.is_first_of_class]
     if worker is not None and turns:
         charging.note_turns(worker, turns, now=now, policy=request.policy)
-    return [_claim(session, job, waited_since=since[job_id]) for job_id, job in jobs.items()]
+    return [_claim_of(session, job, waited_since=since[job_id]) for job_id, job in jobs.items()]
 
 
-def _first_left(
+def _lock_first_left(
     session: Session, decision: Decision, snapshot: QueueSnapshot, policy: Policy, now: float
 ) -> tuple[Decision, _Rows]:
     """The decision without the jobs that other workers have claimed, and its locked jobs.
@@ -201,29 +197,29 @@ def _first_left(
     ids = decision.in_turn
     padded = [*ids, *ids[-1:] * (MAX_FALLBACKS - len(ids))]  # so that the statement is always the same
     given = {"ids": padded, "in_turn": f",{','.join(ids)},", "now": now}
-    first = session.execute(_first_of(), given).first()
+    first = session.execute(_first_unlocked(), given).first()
     if first is None:
         return decision, {}
     passed = ids[: ids.index(first.Job.id)]
     snapshot = snapshot_without(snapshot, passed) if passed else snapshot
     found = {first.Job.id: _row(first)}
-    for _ in range(MAX_RACES):
+    for _ in range(MAX_RACES):  # packmates may be claimed by other workers while this one locks them
         if snapshot.taken:
-            decision = decide(snapshot_with_mates(session, snapshot, policy), policy)
+            decision = decide(with_packmates(session, snapshot, policy), policy)
             if decision.in_turn[:1] != (first.Job.id,):
                 return decision, {}
-        beside = [job_id for job_id in _ids(decision.action.choices) if job_id not in found]
-        if beside:
-            rows = session.execute(skip_locked(_waiting(), of=Job), {"ids": beside, "now": now})
+        packmates = [job_id for job_id in _ids(decision.action.choices) if job_id not in found]
+        if packmates:
+            rows = session.execute(skip_locked(_waiting(), of=Job), {"ids": packmates, "now": now})
             found |= {row.Job.id: _row(row) for row in rows}
-        gone = [job_id for job_id in beside if job_id not in found]
+        gone = [job_id for job_id in packmates if job_id not in found]
         if not gone:
             break
         snapshot = replace(snapshot, taken=(*snapshot.taken, *gone))
     return decision, found
 
 
-def _all_chosen(session: Session, chosen: _Selection, now: float) -> _Rows:
+def _lock_all(session: Session, chosen: _Selection, now: float) -> _Rows:
     given = {"ids": _ids(chosen.choices), "now": now}
     rows = session.execute(_waiting().order_by(Job.id).with_for_update(of=Job), given)
     return {row.Job.id: _row(row) for row in rows}
@@ -237,7 +233,7 @@ def _row(row: Row[Job, int | None]) -> tuple[Job, bool]:
     return row[0], row[1] is not None
 
 
-def _beginnable(session: Session, found: _Rows) -> dict[str, Job]:
+def _within_limits(session: Session, found: _Rows) -> dict[str, Job]:
     jobs = {job_id: job for job_id, (job, _) in found.items()}
     if not any(is_limited for _, is_limited in found.values()):
         return jobs
@@ -245,7 +241,7 @@ def _beginnable(session: Session, found: _Rows) -> dict[str, Job]:
     return {job_id: job for job_id, job in jobs.items() if job_id in may_begin}
 
 
-def _begin(
+def _write(
     session: Session, job: Job, decision: Decision, choice: Choice, request: _ClaimRequest, *, now: float
 ) -> None:
     claim_id = lease.acquire(job, now=now, lease_seconds=request.lease_seconds)
@@ -258,13 +254,13 @@ def _begin(
     session.add(attempt)
     ledger.count(session, "claims")
     is_loaded = choice.role == "anchor" and request.room.resident_key == choice.turn.candidate.pack_key
-    message = f"Attempt {job.attempt} begins on worker {job.worker_id}, {IS_LOADED if is_loaded else AS[choice.role]}"
-    move(session, job, Verb.CLAIM, now=now, message=message)
+    place = LOADED_PLACE if is_loaded else PLACE_OF_ROLE[choice.role]
+    move(session, job, Verb.CLAIM, now=now, message=f"Attempt {job.attempt} begins on worker {job.worker_id}, {place}")
 
 
-def _claim(session: Session, job: Job, *, waited_since: float) -> Claim:
+def _claim_of(session: Session, job: Job, *, waited_since: float) -> Claim:
     assert job.claim_id is not None
-    checkpoints = resumable(session, job.id) if job.attempt > 1 else ()  # before its first attempt it has none
+    checkpoints = resumable(session, job.id) if job.attempt > 1 else ()  # before its first attempt a job has none
     return Claim(
         job=job,
         claim_id=job.claim_id,
@@ -275,7 +271,7 @@ def _claim(session: Session, job: Job, *, waited_since: float) -> Claim:
 
 
 def _worker(session: Session, worker_id: str, *, is_to_lock: bool = False) -> tuple[float, Worker | None]:
-    """The time, and the worker's row."""
+    """The database's time, and the worker's row."""
     given = clock_given(session)
     asked = _time_and_worker(is_clock_given=bool(given), is_to_lock=is_to_lock)
     found = session.execute(asked, {**given, "worker_id": worker_id}).first()
@@ -291,7 +287,7 @@ def _time_and_worker(*, is_clock_given: bool, is_to_lock: bool) -> Select[float,
 
 @cache
 def _waiting() -> Select[Job, int | None]:
-    """Those of some jobs that may be claimed, and what limits how many of their project train at once."""
+    """Those of the jobs `ids` that may be claimed, with the limit of jobs that their project trains at a time."""
     waits = (Job.state == JobState.QUEUED, Job.is_held.is_(False), candidates.is_due(Job, bindparam("now")))
     found = select(Job, Project.max_concurrent_jobs).join(Project, Project.id == Job.project_id)
     named = Job.id.in_(bindparam("ids", expanding=True))
@@ -299,118 +295,7 @@ def _waiting() -> Select[Job, int | None]:
 
 
 @cache
-def _first_of() -> Select[Job, int | None]:
-    """The first of them that is not locked, which then is."""
+def _first_unlocked() -> Select[Job, int | None]:
+    """Of those the first in `in_turn` that no other transaction has locked. It is locked then."""
     place = find_in(bindparam("in_turn"), literal(",") + Job.id + literal(","))
     return skip_locked(_waiting().order_by(place).limit(1), of=Job)
-
-
-def snapshot_of_worker(
-    session: Session,
-    worker: Worker | None,
-    *,
-    trainer_id: str,
-    room: Capacity,
-    live_key: str | None,
-    now: float,
-    policy: Policy,
-) -> QueueSnapshot:
-    """For a worker that has this room: beside the jobs of its trainer `trainer_id`, whose pack key is `live_key`, or
-    (None) for a trainer's first jobs."""
-    whole = worker.memory_bytes if worker else room.memory_bytes_free
-    waiting = charging.shares_of_waiting(session, now=now, policy=policy)
-    snapshot = QueueSnapshot(
-        now=now,
-        candidates=(),
-        shares=waiting,
-        served=charging.served(session, now=now),
-        room=room,
-        live_key=live_key,
-        worker_bytes=whole if room.memory_bytes_when_empty is None else min(whole, room.memory_bytes_when_empty),
-        has_suspect=live_key is not None and _holds_suspect(session, trainer_id),
-        per_group=math.ceil(MAX_FALLBACKS / max(1, len(waiting))),
-    )
-    if snapshot.has_suspect:
-        return snapshot
-    can_load = views.quantizations_of(worker) if worker is not None else frozenset({"none"})
-    snapshot = _with_candidates(snapshot, _firsts(session, snapshot, can_load))
-    for_whom = live_key or room.resident_key
-    if for_whom is not None:
-        found = _alike(session, snapshot, for_whom, room.memory_bytes_free, holding=room.holding)
-        snapshot = _with_candidates(snapshot, found)
-    return snapshot_with_mates(session, snapshot, policy)
-
-
-def _with_candidates(snapshot: QueueSnapshot, found: list[Candidate]) -> QueueSnapshot:
-    return replace(snapshot, candidates=(*snapshot.candidates, *found))
-
-
-def snapshot_with_mates(session: Session, snapshot: QueueSnapshot, policy: Policy) -> QueueSnapshot:
-    """And those of the anchor's kind that may be let in beside what is chosen already: the first of those that fit into
-    what is left, again and again until there is none. So larger ones that wait before them hide nobody."""
-    for _ in range(snapshot.room.max_jobs if snapshot.room.max_jobs > 1 else 0):
-        choices = decide(snapshot, policy).action.choices
-        if not choices or len(choices) >= snapshot.room.max_jobs or choices[0].turn.candidate.is_suspect:
-            break
-        key = choices[0].turn.candidate.pack_key
-        holding = snapshot.room.holding
-        if snapshot.live_key is None:
-            holding = snapshot.room.holding_for(choices[0].turn.candidate)
-        spare = spare_bytes(choices, snapshot.room)
-        found = _alike(session, snapshot, key, spare, is_beside=True, holding=holding)
-        seen = {candidate.job_id for candidate in snapshot.candidates}
-        if all(candidate.job_id in seen for candidate in found):
-            break
-        snapshot = _with_candidates(snapshot, found)
-    return snapshot
-
-
-def _firsts(session: Session, snapshot: QueueSnapshot, can_load: Collection[str]) -> list[Candidate]:
-    """Of each project and class those that stand first of what the worker holds, each with a trainer to itself.
-
-    Of those that may come before one that joins, as many as can. For a new trainer also the first that fit into what is
-    free: the others are there because the worker holds them, so that who goes before them takes no turn of theirs. And
-    more than one decision needs, for those of which other workers take some meanwhile.
-    """
-    room, is_live = snapshot.room, snapshot.live_key is not None
-    missing = tuple(name for name in get_args(Quantization) if name not in can_load)
-    such = CandidateFilter(alone=True, recomputes=room.recomputes, not_held_as=missing)
-
-    def look(per_group: int, num_bytes: int) -> list[Candidate]:
-        return candidates.waiting(
-            session, such, now=snapshot.now, per_group=per_group, num_bytes=num_bytes, group=room.group
-        )
-
-    per_group = snapshot.per_group or 1
-    if is_live:
-        return look(max(room.max_jobs + 1, per_group), snapshot.worker_bytes)
-    found = look(per_group, max(snapshot.worker_bytes, room.memory_bytes_free))
-    if all(room.alone(candidate) <= room.memory_bytes_free for candidate in found):
-        return found
-    return [*found, *look(per_group, room.memory_bytes_free)]
-
-
-def _alike(
-    session: Session,
-    snapshot: QueueSnapshot,
-    key: str,
-    num_bytes: int,
-    *,
-    holding: ShardingStrategy,
-    is_beside: bool = False,
-) -> list[Candidate]:
-    """Of each project and class as many of that pack key as there is room for, the first of those that fit: beside
-    others, or by themselves. holding: how the trainer holds the base."""
-    room = snapshot.room
-    is_alone = snapshot.live_key is None and not is_beside
-    such = CandidateFilter(alike=True, alone=is_alone, recomputes=room.recomputes, holding=holding)
-    per_group = room.max_jobs + len(snapshot.taken) if is_beside else max(room.max_jobs, snapshot.per_group or 1)
-    return candidates.waiting(
-        session, such, now=snapshot.now, key=key, per_group=per_group, num_bytes=num_bytes, group=room.group
-    )
-
-
-def _holds_suspect(session: Session, trainer_id: str) -> bool:
-    live = select(Attempt.job_id).where(Attempt.trainer_id == trainer_id, Attempt.ended_at.is_(None))
-    held = select(Job.counted_attempts, Job.lost_attempts).where(Job.id.in_(session.scalars(live).all()))
-    return any(is_suspect(counted, lost) for counted, lost in session.execute(held))

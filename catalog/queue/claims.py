@@ -63,7 +63,7 @@ def heartbeat(
 ) -> dict[str, ClaimDirectives]:
     """Renew the leases of those claims that are still held, of training or preparing, charge what has trained, and tell
     what is asked; then see whether anybody is to make room."""
-    recovery.observe(db, grace_seconds=lease_seconds)
+    recovery.observe(db, lease_seconds=lease_seconds)
     with db.write() as session:
         now = read_clock(session)
         session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now))

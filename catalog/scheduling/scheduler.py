@@ -8,15 +8,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from catalog.scheduling import ordering
+from catalog.scheduling.fallbacks import fallback_order
 from catalog.scheduling.ordering import QueueEntry, order
-from catalog.scheduling.packing import Choice, choose_anchor, choose_joiners, choose_pack, for_what_is_loaded
-from catalog.scheduling.snapshot import Candidate, Policy, QueueSnapshot, Share, WorkerService
+from catalog.scheduling.packing import Choice, choose_anchor, choose_joiners, choose_pack
+from catalog.scheduling.snapshot import Policy, QueueSnapshot
 
 Json = dict[str, Any]
 
@@ -53,7 +52,7 @@ class Decision:
     action: Action
     trace: Json
     in_turn: tuple[str, ...] = ()
-    """Ids of the anchor and of its replacements, in order, for when other workers claim it first: `fallback_order`."""
+    """Ids of the anchor and of its replacements, in order, for when other workers claim it first (fallbacks.py)."""
 
     def why(self, choice: Choice) -> Json:
         """The reasons for one chosen job, as stored with its attempt and shown by `…/why`."""
@@ -129,53 +128,3 @@ def _action(snapshot: QueueSnapshot, policy: Policy, turns: list[QueueEntry]) ->
 
 def _nothing(turns: list[QueueEntry]) -> Wait:
     return Wait(reason="none of the jobs that wait fits" if turns else "no job waits")
-
-
-MAX_FALLBACKS = 32
-"""Length of `fallback_order`."""
-
-
-def fallback_order(
-    snapshot: QueueSnapshot, turns: Sequence[QueueEntry], first: QueueEntry, policy: Policy
-) -> tuple[str, ...]:
-    """`first`, which is chosen first, and who probably would be without it, and so on: ids of jobs.
-
-    They end where a job of which nothing was read may come before the next.
-    """
-    found: list[str] = []
-    read: Counter[tuple[str, int]] = Counter()
-    for job in _like(snapshot, turns, first, policy):
-        found.append(job.job_id)
-        read[job.project_id, job.priority] += 1
-        if len(found) == MAX_FALLBACKS or read[job.project_id, job.priority] == snapshot.per_group:
-            break
-    return tuple(found)
-
-
-def snapshot_without(snapshot: QueueSnapshot, passed: Collection[str]) -> QueueSnapshot:
-    """As if other workers, each like the one of this snapshot, had just begun these of its jobs."""
-    shares = dict(snapshot.shares)
-    served: dict[tuple[str, int], float] = {}
-    for job in {job.job_id: job for job in snapshot.candidates if job.job_id in passed}.values():
-        share = shares.get(job.project_id, Share())
-        shares[job.project_id] = replace(
-            share, num_running=share.num_running + 1, devices_held=share.devices_held + 1.0
-        )
-        served[job.project_id, job.priority] = snapshot.now
-    recomputes, whole = snapshot.room.recomputes, max(snapshot.worker_bytes, snapshot.room.memory_bytes_free)
-    given = WorkerService(at=served, memory_bytes=whole, recomputes=recomputes, group=snapshot.room.group)
-    return replace(snapshot, shares=shares, served=(*snapshot.served, given), taken=passed)
-
-
-def _like(
-    snapshot: QueueSnapshot, turns: Sequence[QueueEntry], first: QueueEntry, policy: Policy
-) -> Iterable[Candidate]:
-    """Of the turns from the first on those that could be chosen first in its place."""
-    room, key = snapshot.room, snapshot.live_key
-    if key is not None:
-        after = (turn.candidate for turn in turns[first.position - 1 :])
-        fit = (job for job in after if room.cost(job, num_before=room.num_jobs) <= room.memory_bytes_free)
-        return (job for job in fit if job.pack_key == key and not job.is_suspect and room.may_join(job))
-    fitting = [turn for turn in turns if room.alone(turn.candidate) <= room.memory_bytes_free]
-    loaded = for_what_is_loaded(fitting, room, patience_seconds=policy.patience_seconds)
-    return (turn.candidate for turn in loaded or fitting)

@@ -1,14 +1,14 @@
-"""What a person may ask for (`JobRequest`, the wire body) and what it comes to (`JobSpec`, all numbers known).
+"""What a user may ask for (`JobRequest`, the body of the API request) and what a worker trains (`JobSpec`).
 
-Units and limits stand at the fields and nowhere else. `resolve` turns the one into the other by rules
-that docs/CONFIGURATION.md repeats; the api never invents a default of its own.
+`resolve` replaces every default and every `auto` by a value; docs/CONFIGURATION.md lists the rules. Each field states
+its unit and limits. A limit that a validator checks is a constant, because its field must state it in OpenAPI too.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -16,6 +16,7 @@ from catalog.spec.data import DataRequest, DataSpec
 from catalog.spec.integrations import INTEGRATION_TYPES, Integration, checked
 from catalog.spec.lora import LoraRequest, LoraSpec, resolve_lora
 from catalog.spec.methods import (
+    AUTO_EPOCHS,
     PREFERENCE_MULTIPLIER,
     Hyperparameters,
     Method,
@@ -41,17 +42,24 @@ from catalog.spec.training import (
 )
 from catalog.states import Priority
 
+T = TypeVar("T")
+Default = TypeVar("Default")
 SPEC_VERSION = 1
 Precision = Literal["bfloat16", "float32"]
 Quantization = Literal["none", "nf4", "int8"]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A label: letters, digits, dot, underscore, hyphen; 64 at most; no slash, space or control character."""
-LabelValue = Annotated[str, Field(json_schema_extra={"maxLength": 512})]
-Length = Annotated[int, Field(json_schema_extra={"minimum": 8, "maximum": 131_072})]
-"""Limits that `JobRequest` checks with words of its own are told to the OpenAPI document in this way."""
+MAX_PAIRS, MAX_KEY_LENGTH, MAX_VALUE_LENGTH = 16, 64, 512
+"""Of `metadata`; lengths in characters, as OpenAI limits them."""
+MIN_LENGTH, MAX_LENGTH = 8, 131_072
+"""Of a row, in tokens."""
+AUTO_LENGTH, AUTO_CHECKPOINT_STEPS = 4096, 50
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Id = Annotated[str, Field(min_length=1, max_length=64, json_schema_extra=WITHOUT_NUL)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256, json_schema_extra=WITHOUT_NUL)]
+
+
+# The request: what a user may ask for
 
 
 class ResourcesRequest(Strict):
@@ -82,8 +90,12 @@ class JobRequest(Strict):
     )
     suffix: Suffix | None = Field(default=None, description="Becomes part of the adapter's name.")
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    metadata: dict[str, LabelValue] | None = Field(
-        default=None, json_schema_extra={"maxProperties": 16, "propertyNames": {"minLength": 1, "maxLength": 64}}
+    metadata: dict[str, Annotated[str, Field(json_schema_extra={"maxLength": MAX_VALUE_LENGTH})]] | None = Field(
+        default=None,
+        json_schema_extra={
+            "maxProperties": MAX_PAIRS,
+            "propertyNames": {"minLength": 1, "maxLength": MAX_KEY_LENGTH},
+        },
     )
     integrations: Annotated[list[Integration], Field(max_length=len(INTEGRATION_TYPES))] | None = Field(
         default=None, description="Trackers that the job's curves are written to, beside the record."
@@ -120,14 +132,14 @@ class JobRequest(Strict):
             "adapter is verified on the base so held."
         ),
     )
-    max_length: Length | Auto = Field(
-        default="auto", description="Tokens of a row that are kept. auto: the base's, at most 4096."
+    max_length: Annotated[int, Field(json_schema_extra={"minimum": MIN_LENGTH, "maximum": MAX_LENGTH})] | Auto = Field(
+        default="auto", description=f"Tokens of a row that are kept. auto: the base's, at most {AUTO_LENGTH}."
     )
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
         default=None, description="End after so many steps."
     )
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = Field(
-        default="auto", description="auto: 50."
+        default="auto", description=f"auto: {AUTO_CHECKPOINT_STEPS}."
     )
     priority: Priority = "normal"
     deadline: Annotated[int, Field(ge=0, le=253_402_300_799)] | None = Field(
@@ -143,10 +155,10 @@ class JobRequest(Strict):
     def _metadata_limits(cls, value: dict[str, str] | None) -> dict[str, str] | None:
         if value is None:
             return None
-        if len(value) > 16:
-            raise ValueError("at most 16 pairs")
-        if any(not 1 <= len(k) <= 64 or len(v) > 512 for k, v in value.items()):
-            raise ValueError("a key has 1 to 64 characters and a value at most 512")
+        if len(value) > MAX_PAIRS:
+            raise ValueError(f"at most {MAX_PAIRS} pairs")
+        if any(not 1 <= len(key) <= MAX_KEY_LENGTH or len(text) > MAX_VALUE_LENGTH for key, text in value.items()):
+            raise ValueError(f"a key has 1 to {MAX_KEY_LENGTH} characters and a value at most {MAX_VALUE_LENGTH}")
         return value
 
     @field_validator("integrations")
@@ -157,8 +169,8 @@ class JobRequest(Strict):
     @field_validator("max_length")
     @classmethod
     def _length_limits(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and not 8 <= value <= 131_072:
-            raise ValueError("must be between 8 and 131072 tokens, or 'auto'")
+        if isinstance(value, int) and not MIN_LENGTH <= value <= MAX_LENGTH:
+            raise ValueError(f"must be between {MIN_LENGTH} and {MAX_LENGTH} tokens, or 'auto'")
         return value
 
     @model_validator(mode="after")
@@ -167,10 +179,10 @@ class JobRequest(Strict):
             raise ValueError(f"give hyperparameters once: in method.{self.method.type}, not at the top as well")
         return self
 
-    def numbers(self) -> Hyperparameters:
-        """The method's numbers, OpenAI's three among them, from wherever they were given."""
+    def method_hyperparameters(self) -> Hyperparameters:
+        """OpenAI's three and the method's own, from the field where they were given."""
         if self.method is not None:
-            return self.method.numbers()
+            return self.method.hyperparameters()
         return self.hyperparameters or Hyperparameters()
 
     @property
@@ -188,6 +200,9 @@ class PlannedJob(Strict):
     plan: Id = Field(description="A plan's id.")
 
 
+# The resolved job: what a worker trains
+
+
 class ParentSpec(Strict):
     """The adapter that a job begins with: its id and name, the digest of its files, and its lineage record's id."""
 
@@ -198,18 +213,17 @@ class ParentSpec(Strict):
 
 
 class JobSpec(Strict):
-    """A job with every default resolved: what lineage records and what a worker obeys.
+    """A job with every default resolved. A worker trains it, and the adapter's lineage records it.
 
-    `n_epochs` with the number of usable rows gives the number of steps, once the files are prepared:
-    `num_steps(rows)`.
+    The number of steps is known once the files are tokenized, because rows may turn out to be unusable: `num_steps`.
     """
 
     version: Literal[1] = SPEC_VERSION
     method: MethodType = "supervised"
     supervised: SupervisedSpec | None = None
-    """Only where answers are learnt as they are; None there in records of before there was something to choose."""
+    """Of the method supervised. None in records that are older than its hyperparameters."""
     preference: PreferenceSpec | None = None
-    """Only where answers are compared, in pairs or by their labels."""
+    """Of the methods that compare answers, in pairs or by their labels."""
     parent: ParentSpec | None = None
     lora: LoraSpec
     optimizer: OptimizerSpec
@@ -220,26 +234,25 @@ class JobSpec(Strict):
     learning_rate_multiplier: float
     max_length: int
     evaluate_every_steps: int | None
-    """None: ten times over the job."""
+    """None: ten times, evenly over the job."""
     keep: Literal["last", "best"] = "last"
     early_stopping: EarlyStopping | None = None
     checkpoint_every_steps: int
     precision: Precision
     quantization: Quantization = "none"
-    """Of jobs from before there was a choice: none."""
     seed: int
     data: DataSpec = DataSpec()
     samples: Samples | None = None
 
     @property
-    def method_numbers(self) -> SupervisedSpec | PreferenceSpec:
-        """Those that its method has beside OpenAI's three."""
+    def method_hyperparameters(self) -> SupervisedSpec | PreferenceSpec:
+        """The method's own, without OpenAI's three."""
         return self.preference or self.supervised or SupervisedSpec()
 
     def num_steps(self, num_rows: int) -> int:
-        """Optimizer steps of the whole job over `num_rows` usable rows, or pairs of answers.
+        """Optimizer steps of the job over `num_rows` usable rows, or pairs of answers.
 
-        Every batch is full: it runs on into the next epoch's order, and the last one may go past the end.
+        Every batch is full: at the end of an epoch it continues with rows of the next one, also after the last epoch.
         """
         steps = math.ceil(self.n_epochs * num_rows / self.batch_size)
         return steps if self.max_steps is None else min(steps, self.max_steps)
@@ -254,36 +267,36 @@ def resolve(
     auto_precision: Precision = "bfloat16",
     parent: ParentSpec | None = None,
 ) -> JobSpec:
-    """Every `auto` becomes a number.
+    """Replace every `auto` and every default by a value.
 
-    num_rows: rows of the training file, as counted at upload. max_positions: the longest sequence that
-    the base was made for, in tokens. seed: used where the request names none. auto_precision: what suits the
-    workers there are. parent: what it continues; the request is then one that `continuing` has completed.
+    `num_rows`: rows of the training file, as counted at upload. `max_positions`: the longest sequence of the base
+    model, in tokens. `seed`: of a request without one. `auto_precision`: the one that suits the workers. `parent`: the
+    adapter that the job continues; catalog/admission/parent.py has then completed the request.
     """
-    numbers = request.numbers()
-    preference = resolve_preference(numbers)
+    hyperparameters = request.method_hyperparameters()
+    preference = resolve_preference(hyperparameters)
     auto_multiplier = 1.0 if preference is None else PREFERENCE_MULTIPLIER
     rate, multiplier = _resolve_rate(
-        request.optimizer.learning_rate, numbers.learning_rate_multiplier, auto_multiplier=auto_multiplier
+        request.optimizer.learning_rate, hyperparameters.learning_rate_multiplier, auto_multiplier=auto_multiplier
     )
-    longest = max_positions or 4096
+    longest = max_positions or AUTO_LENGTH
     return JobSpec(
         method=request.method_type,
-        supervised=resolve_supervised(numbers),
+        supervised=resolve_supervised(hyperparameters),
         preference=preference,
         parent=parent,
         lora=resolve_lora(request.lora),
         optimizer=resolve_optimizer(request.optimizer, learning_rate=rate),
         schedule=resolve_schedule(request.schedule),
-        batch_size=auto_batch_size(num_rows) if numbers.batch_size == "auto" else numbers.batch_size,
-        n_epochs=3 if numbers.n_epochs == "auto" else numbers.n_epochs,
+        batch_size=_given(hyperparameters.batch_size, auto=auto_batch_size(num_rows)),
+        n_epochs=_given(hyperparameters.n_epochs, auto=AUTO_EPOCHS),
         max_steps=request.max_steps,
         learning_rate_multiplier=multiplier,
-        max_length=min(longest, 4096) if request.max_length == "auto" else min(longest, request.max_length),
-        evaluate_every_steps=None if request.evaluation.every_steps == "auto" else request.evaluation.every_steps,
+        max_length=min(longest, _given(request.max_length, auto=AUTO_LENGTH)),
+        evaluate_every_steps=_given(request.evaluation.every_steps, auto=None),
         keep=resolve_keep(request.evaluation, request.early_stopping),
         early_stopping=request.early_stopping,
-        checkpoint_every_steps=50 if request.checkpoint_every_steps == "auto" else request.checkpoint_every_steps,
+        checkpoint_every_steps=_given(request.checkpoint_every_steps, auto=AUTO_CHECKPOINT_STEPS),
         precision=auto_precision if request.precision == "auto" else request.precision,
         quantization=request.quantization,
         seed=seed if request.seed is None else request.seed,
@@ -292,8 +305,12 @@ def resolve(
     )
 
 
+def _given(value: T | Auto, *, auto: Default) -> T | Default:
+    return auto if value == "auto" else value
+
+
 def _resolve_rate(rate: float | Auto, multiplier: float | Auto, *, auto_multiplier: float) -> tuple[float, float]:
-    """(peak rate, the multiplier that says the same). Where both were given they agree: submission refuses others."""
+    """(peak learning rate, the multiplier that gives the same). If both were given they agree: admission checks it."""
     if rate == "auto":
         factor = auto_multiplier if multiplier == "auto" else multiplier
         return BASE_LEARNING_RATE * factor, factor

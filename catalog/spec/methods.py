@@ -19,6 +19,7 @@ PREFERENCE_MULTIPLIER = 0.1
 """What `auto` multiplies it by where answers are compared: a rate of 2e-5. At rates that suit plain answers, a few
 steps of DPO are enough to make both answers unlikely."""
 
+AUTO_EPOCHS = 3
 Json = dict[str, Any]
 MethodType = Literal["supervised", "dpo", "orpo", "simpo", "kto"]
 Beta = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
@@ -34,7 +35,7 @@ class Hyperparameters(Strict):
     learning_rate_multiplier: (
         Annotated[float, Field(gt=0, le=HIGHEST_RATE / BASE_LEARNING_RATE, allow_inf_nan=False)] | Auto
     ) = Field(default="auto", description=f"auto: 1, or {PREFERENCE_MULTIPLIER} where answers are compared.")
-    n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field(default="auto", description="auto: 3.")
+    n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field(default="auto", description=f"auto: {AUTO_EPOCHS}.")
 
 
 class SupervisedHyperparameters(Hyperparameters):
@@ -135,13 +136,13 @@ class Method(Strict):
             raise ValueError(f"its type is '{self.type}': say so with '{others[0]}', or leave '{others[0]}' out")
         return self
 
-    def numbers(self) -> Hyperparameters:
-        """Of its type; each has OpenAI's three, and beside them its own."""
+    def hyperparameters(self) -> Hyperparameters:
+        """Those of its type: OpenAI's three and its own."""
         of_type: SupervisedMethod | DpoMethod | OrpoMethod | SimpoMethod | KtoMethod | None = getattr(self, self.type)
-        return NUMBERS[self.type]() if of_type is None else of_type.hyperparameters
+        return HYPERPARAMETERS[self.type]() if of_type is None else of_type.hyperparameters
 
 
-NUMBERS: dict[MethodType, type[Hyperparameters]] = {
+HYPERPARAMETERS: dict[MethodType, type[Hyperparameters]] = {
     "supervised": SupervisedHyperparameters,
     "dpo": DpoHyperparameters,
     "orpo": OrpoHyperparameters,
@@ -173,31 +174,31 @@ def compares_with_start(method: str) -> bool:
     return method in ("dpo", "kto")
 
 
-def resolve_supervised(numbers: Hyperparameters) -> SupervisedSpec | None:
-    """None where answers are compared. At their older place hyperparameters are OpenAI's three alone."""
-    match numbers:
+def resolve_supervised(given: Hyperparameters) -> SupervisedSpec | None:
+    """None where answers are compared. At their older place given are OpenAI's three alone."""
+    match given:
         case SupervisedHyperparameters():
-            return SupervisedSpec(label_smoothing=numbers.label_smoothing, neftune_alpha=numbers.neftune_alpha)
+            return SupervisedSpec(**given.model_dump(include=set(SupervisedSpec.model_fields)))
         case DpoHyperparameters() | OrpoHyperparameters() | SimpoHyperparameters() | KtoHyperparameters():
             return None
         case _:
             return SupervisedSpec()
 
 
-def resolve_preference(numbers: Hyperparameters) -> PreferenceSpec | None:
+def resolve_preference(given: Hyperparameters) -> PreferenceSpec | None:
     """None where answers are learnt as they are."""
-    match numbers:
+    match given:
         case DpoHyperparameters():
-            beta = 0.1 if numbers.beta == "auto" else numbers.beta
-            return PreferenceSpec(beta=beta, loss_type=numbers.loss_type, label_smoothing=numbers.label_smoothing)
+            beta = 0.1 if given.beta == "auto" else given.beta
+            return PreferenceSpec(beta=beta, loss_type=given.loss_type, label_smoothing=given.label_smoothing)
         case OrpoHyperparameters():
-            return PreferenceSpec(beta=0.1 if numbers.beta == "auto" else numbers.beta)
+            return PreferenceSpec(beta=0.1 if given.beta == "auto" else given.beta)
         case SimpoHyperparameters():
-            beta = 2.0 if numbers.beta == "auto" else numbers.beta
-            return PreferenceSpec(beta=beta, gamma=beta / 2 if numbers.gamma == "auto" else numbers.gamma)
+            beta = 2.0 if given.beta == "auto" else given.beta
+            return PreferenceSpec(beta=beta, gamma=beta / 2 if given.gamma == "auto" else given.gamma)
         case KtoHyperparameters():
-            weights = numbers.model_dump(include={"desirable_weight", "undesirable_weight"})
-            return PreferenceSpec(beta=0.1 if numbers.beta == "auto" else numbers.beta, **weights)
+            weights = given.model_dump(include={"desirable_weight", "undesirable_weight"})
+            return PreferenceSpec(beta=0.1 if given.beta == "auto" else given.beta, **weights)
         case _:
             return None
 
@@ -210,7 +211,7 @@ def compared_kind(method: MethodType) -> DataKind | None:
     return "unpaired" if method == "kto" else "preference"
 
 
-def method_object(method: MethodType, numbers: Json, own: SupervisedSpec | PreferenceSpec) -> Json:
-    """As the wire has it, with every number resolved. numbers: OpenAI's three. own: the method's, beside them."""
-    known = own.model_dump(include=set(NUMBERS[method].model_fields))
-    return {"type": method, method: {"hyperparameters": {**numbers, **known}}}
+def method_object(method: MethodType, shared: Json, own: SupervisedSpec | PreferenceSpec) -> Json:
+    """The method as the API shows it, resolved. `shared`: OpenAI's three hyperparameters. `own`: the method's own."""
+    known = own.model_dump(include=set(HYPERPARAMETERS[method].model_fields))
+    return {"type": method, method: {"hyperparameters": {**shared, **known}}}

@@ -14,6 +14,7 @@ from catalog.spec.strict import Auto, PositiveFloat, Strict
 BASE_LEARNING_RATE = 2e-4
 """What a learning_rate_multiplier multiplies: the usual rate for LoRA with AdamW."""
 HIGHEST_RATE = 1.0
+MAX_EVERY_STEPS = 1_000_000
 DEFAULT_DECAY_RATIO = 0.2
 """Of wsd: where arXiv 2405.18392 finds it as good as a cosine."""
 
@@ -108,7 +109,7 @@ class ScheduleRequest(Strict):
 class EvaluationRequest(Strict):
     """When the validation file is read, and what follows. It always is at the start (the base's loss) and the end."""
 
-    every_steps: Annotated[int, Field(json_schema_extra={"minimum": 1, "maximum": 1_000_000})] | Auto = Field(
+    every_steps: Annotated[int, Field(json_schema_extra={"minimum": 1, "maximum": MAX_EVERY_STEPS})] | Auto = Field(
         default="auto", description="auto: ten times over the job."
     )
     keep: Keep | Auto = Field(
@@ -124,8 +125,8 @@ class EvaluationRequest(Strict):
     @field_validator("every_steps")
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and not 1 <= value <= 1_000_000:
-            raise ValueError("must be between 1 and 1000000, or 'auto'")
+        if isinstance(value, int) and not 1 <= value <= MAX_EVERY_STEPS:
+            raise ValueError(f"must be between 1 and {MAX_EVERY_STEPS}, or 'auto'")
         return value
 
 

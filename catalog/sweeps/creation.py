@@ -124,7 +124,9 @@ def _accept(session: Session, caller: Caller, sweep: Sweep, design: Design, draf
 def made_before(
     db: Database, *, caller: Caller, idempotency_key: str | None, body_digest: str, is_client_retry: bool
 ) -> Sweep | None:
-    """The sweep that `create` would return without making one. Raises Conflict for a key that had another body."""
+    """The sweep of an earlier, equal submission. Raises Conflict if the key came with another body."""
+    if idempotency_key is None and not is_client_retry:
+        return None  # no submission can repeat an earlier one, so this needs no transaction
     with db.read() as session:
         now = read_clock(session)
         return _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)

@@ -1,15 +1,28 @@
 # pyright: basic
-"""The engine: jobs join and leave one resident base model at tick boundaries; nothing else decides here.
+"""The engine: jobs join and leave one loaded base model between ticks.
 
-A tick is one forward and backward (or an evaluation's forward) over slices of its jobs.
+A tick is one forward and backward pass (for an evaluation, a forward pass) over slices of several jobs.
+
+    >>> from lora_core.base_model.model import load_base
+    >>> from lora_core.config import LoraConfig, OptimizerConfig, ScheduleConfig
+    >>> engine = Engine(load_base("base", dtype="float32", device="cpu"), EngineConfig(token_budget=4096))
+    >>> config = JobConfig(lora=LoraConfig(rank=8, alpha=16), optimizer=OptimizerConfig(learning_rate=1e-3),
+    ...     schedule=ScheduleConfig(kind="constant", num_steps=3), batch_size=2, num_steps=3, seed=0)
+    >>> for name in ("first", "second"):
+    ...     engine.admit(name, config, TokenDataset.load(Path(f"{name}.safetensors")))
+    >>> while not engine.idle:
+    ...     print([f"{type(event).__name__} {event.job} {event.step}" for event in engine.tick()])
+    ['JobStepped first 1', 'JobStepped second 1']
+    ['JobStepped first 2', 'JobStepped second 2']
+    ['JobStepped first 3', 'JobFinished first 3', 'JobStepped second 3', 'JobFinished second 3']
+    >>> report = engine.export("first", Path("adapter"), base_name="base")
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,14 +32,17 @@ from lora_core.data.token_dataset import TokenDataset
 from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine import checkpoint
 from lora_core.engine.cpu_lanes import Lanes
-from lora_core.engine.fair_queue import ReadySlice, budget_after, select_slices, widen
+from lora_core.engine.fair_queue import ReadySlice, select_slices, widen
 from lora_core.engine.invariance_probe import Invariance, measure_invariance
 from lora_core.engine.job import TrainingJob
 from lora_core.engine.job_start import job_on
+from lora_core.engine.memory_recovery import MemoryRecovery
 from lora_core.engine.prefix_cache import PrefixCounts, Prefixes
-from lora_core.engine.step import PackSize, Passes, StepOutcome, StepStatus, TickPlan, TickSpeeds
+from lora_core.engine.rank_agreement import StepOutcome, agree, require_equal_weights
+from lora_core.engine.step import Computed, Passes, TickPlan
+from lora_core.engine.throughput import PackSize, Throughput
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import BadCheckpoint, ConfigError, LoraCoreError, OutOfMemory, RanksDiffer
+from lora_core.errors import BadCheckpoint, ConfigError, LoraCoreError, OutOfMemory
 from lora_core.events import Event
 from lora_core.forward.generation import Generation, Prompts
 from lora_core.forward.progress_hooks import Between, silent, told_at_linears
@@ -35,42 +51,45 @@ from lora_core.losses.preference import SliceScores
 from lora_core.peft_format.export import ExportReport, export_adapter
 from lora_core.runtime.device_errors import interrupts_wait, shortage_in_pass, shortage_of
 
-TICKS_TO_RECOVER = 1024
-"""Ticks that fit in a row until the largest one has grown by the whole budget again."""
-START_WORK = 2**30  # multiplications of starts in one tick, at least one weight's: a part of a second on a core
+START_WORK = 2**30
+"""Multiplications of a job's start in one tick: a fraction of a second on one core. A start computes at least one
+weight per tick."""
 
 
 class Engine:
-    """Trains every admitted job on `base`; one engine a base model. Not thread-safe: one caller ticks."""
+    """Trains every admitted job on `base`. Not thread-safe.
+
+    A job that fails is quarantined: it computes nothing more, keeps its weights, and waits to be evicted. The other
+    jobs continue.
+    """
 
     def __init__(self, base: BaseModel, config: EngineConfig, ranks: Ranks = ALONE) -> None:
-        """ranks: those who train together; each makes an engine, and calls it as the others do
-        (lora_core/distributed/ranks.py)."""
-        if base.is_sharded:  # one pass of each rank at a time, and always through all blocks
+        """`ranks`: the processes that train together. Each has an engine, and calls its methods in the same order with
+        the same arguments (lora_core/distributed/ranks.py)."""
+        if base.is_sharded:  # every rank must pass through all blocks at the same time: no lanes, no skipped blocks
             config = replace(config, num_lanes=1, prefix_memory_bytes=0, prefix_disk_bytes=0)
         self.base = base
         self.config = config
         self.ranks = ranks
         self._jobs: dict[str, TrainingJob] = {}
-        self._rate = self._lane_rate = 0.0
-        self._speeds = TickSpeeds()
-        self._token_budget = self._largest_tick = ranks.size * config.token_budget
-        self._short_ranks: set[int] = set()  # on which a slice alone didn't fit
-        self._too_large: list[OutOfMemory] = []
+        self._in_tick: list[TrainingJob] = []
+        self._errors: list[OutOfMemory] = []
+        """Of quarantined jobs; `tick` raises one per call."""
+        self._throughput = Throughput()
         self._lanes = Lanes(config.num_lanes)
-        self._begun: list[TrainingJob] = []
         attachment = base.attach(batch_invariant=config.batch_invariant)
         with ranks.together(), shortage_in_pass(is_sharded=base.is_sharded):
-            verdict = measure_invariance(base, self._lanes)
-        verdicts = ranks.gathered(verdict)
-        self.invariance: Invariance = "bitwise" if set(verdicts) == {"bitwise"} else "allclose"
+            invariance = measure_invariance(base, self._lanes)
+        is_bitwise = set(ranks.gathered(invariance)) == {"bitwise"}
+        self.invariance: Invariance = "bitwise" if is_bitwise else "allclose"
         self.activations = ActivationMemory(
             attachment.linears,
             device=base.device,
             item_bytes=base.dtype.itemsize,
             mode=config.checkpoint_blocks,
         )
-        self._agree([])
+        self._memory = MemoryRecovery(self.activations, token_budget=config.token_budget, num_ranks=ranks.size)
+        agree(ranks, [], self.activations)
         self._prefixes = Prefixes(base, config, invariance=self.invariance)
         self._passes = Passes(base, prefixes=self._prefixes, lanes=self._lanes, ranks=ranks)
 
@@ -85,14 +104,16 @@ class Engine:
         parent: Path | str | None = None,
         shortages: int = 0,
     ) -> None:
-        """Make `job` resident. What its start takes beyond START_WORK is left to the ticks that follow, so that its
-        packmates don't wait for it; it trains once it has started.
+        """Load `job`. Its start (filling the adapter) takes up to START_WORK here and continues in later ticks, so that
+        its packmates do not wait for it. The job trains once it has started.
 
-        `parent`: the folder of an adapter whose weights the job begins with, and which it compares with where its
-        objective compares (load_parent.py); the same one where it resumes. `shortages`: times that memory ran out for
-        it before: ticks with it are smaller. Raises ConfigError where a job of this name is resident, the job needs a
-        held-out set and has none, or asks for another adapter than its parent is, NoTargets, BadDataset, BadParent,
-        BadCheckpoint, OutOfMemory; then nothing has changed.
+        `resume_from`: the folder of a checkpoint. `parent`: the folder of an adapter whose weights the job begins with,
+        and with which a preference objective compares (load_parent.py); the same one where the job resumes.
+        `shortages`: the number of its earlier attempts that ran out of memory: ticks with it are smaller.
+
+        Raises ConfigError (a job of this name is loaded, the job needs a held-out set and has none, or the adapter of
+        `parent` has another shape), NoTargets, BadDataset, BadParent, BadCheckpoint, OutOfMemory. Then nothing has
+        changed.
         """
         if job in self._jobs:
             raise ConfigError(
@@ -110,56 +131,50 @@ class Engine:
         self._jobs[job] = admitted
 
     def tick(self) -> list[Event]:
-        """Compute one tick and say what it completed. Without work: [] at once.
+        """Compute one tick. Returns the events of the steps and evaluations that it completed; [] without work.
 
-        Raises OutOfMemory for one job, which is quarantined; the next tick goes on with the others. Whatever else is
-        raised within (a failure, Ctrl-C) is raised again, and the jobs of the tick compute their units anew.
+        Raises OutOfMemory for one job, which is now quarantined; the next tick continues with the others. Raises
+        RanksDiffer and BrokenPass, after which the engine is of no more use. Any other exception, also
+        KeyboardInterrupt, leaves the jobs as they were after their last completed step.
         """
-        self._undo()
-        if self._too_large:
-            raise self._too_large.pop(0)
-        self._start()
-        waiting = self._waiting()
-        if waiting:
-            try:
-                self._compute(self._plan(waiting))
-            except BaseException:
-                self._undo()
-                raise
-        if self._too_large:
-            raise self._too_large.pop(0)
-        return self._take_pending()
+        try:
+            self._discard_unfinished()  # 1. Jobs of an interrupted tick begin their step or evaluation again.
+            if not self._errors:
+                self._continue_start()  # 2. A new job fills its adapter, a part in each tick.
+                plan = self._plan()  # 3. The leader selects slices, and the rank that computes each. None: no work.
+                computed = self._compute(plan) if plan else None  # 4. Forward and backward. None: out of memory.
+                if plan and computed:
+                    outcomes = self._update(plan, computed)  # 5. Each job whose batch is complete takes its step.
+                    self._agree(outcomes)  # 6. The ranks compare their outcomes.
+        except BaseException:
+            self._discard_unfinished()
+            raise
+        if self._errors:
+            raise self._errors.pop(0)
+        return self._take_events()
 
-    def _plan(self, waiting: list[ReadySlice]) -> TickPlan:
-        """The leader's, for it follows from times and memory, which no two ranks have alike."""
-        return TickPlan.of_json(self.ranks.told(self._own_plan(waiting).as_json() if self.ranks.leads else None))
+    def evict(self, job: str) -> None:
+        """Unload a job. Its memory is free at once; after the last job, memory that torch keeps on a GPU is too."""
+        del self._jobs[job]
+        self._prefixes.leave(job)
+        self._errors = [error for error in self._errors if error.job != job]
+        assert self.base.attachment is not None
+        self.base.attachment.segment_op.forget()
+        self._memory.forget()
+        if not self._jobs and self.base.device.startswith("cuda"):
+            torch.cuda.empty_cache()  # else the driver counts torch's cache as used, and no other process can have it
 
-    def _own_plan(self, waiting: list[ReadySlice]) -> TickPlan:
-        budget = self._tick_tokens(waiting)
-        turns, tokens = self._widened(select_slices(waiting, token_budget=budget), budget)
-        plan = TickPlan(
-            kind=turns[0].kind,
-            tokens={turn.job: own for turn, own in zip(turns, tokens, strict=True)},
-            ranks=tuple(self.ranks.shared_out(list(chain(*tokens)), short=self._short_ranks)),
-        )
-        is_short = self._shortages() > 0
-        checkpointed = plan.kind == "train" and self.activations.checkpoints(plan.largest_share, is_short=is_short)
-        return replace(plan, checkpointed=checkpointed)
+    # The steps of a tick
 
-    def _shortages(self) -> int:
-        """Of the one who has had the most."""
-        return max((job.shortages for job in self._jobs.values()), default=0)
-
-    def _undo(self) -> None:
-        """Of a tick that broke off: as if its jobs had not begun their units. Once more before the next tick, for this
-        too may be interrupted."""
+    def _discard_unfinished(self) -> None:
+        # A job leaves the list after its replay, because an interrupt may also come here: the next tick goes on.
         self._lanes.settle()
-        while self._begun:
-            self._begun[-1].replay_unit()
-            self._begun.pop()
+        while self._in_tick:
+            self._in_tick[-1].replay_unit()
+            self._in_tick.pop()
 
-    def _start(self) -> None:
-        """A piece of the start of whoever has not started yet, the first that came."""
+    def _continue_start(self) -> None:
+        """For the job that was admitted first, of those that have not started."""
         job = next((job for job in self._jobs.values() if job.starting is not None), None)
         if job is None:
             return
@@ -171,52 +186,149 @@ class Engine:
             job.quarantine()
             raise OutOfMemory(job.name, part="start") from error
 
+    def _plan(self) -> TickPlan | None:
+        """The leader's plan on every rank, since it depends on times and free memory, which differ between ranks."""
+        waiting = [
+            ReadySlice(job=name, kind=job.unit.kind, num_tokens=tokens[0], served=job.served, further=tokens[1:])
+            for name, job in self._jobs.items()
+            if job.starting is None and job.unit is not None and (tokens := job.waiting_tokens())
+        ]
+        if not waiting:
+            return None
+        return TickPlan.of_json(self.ranks.told(self._own_plan(waiting).as_json() if self.ranks.leads else None))
+
+    def _own_plan(self, waiting: list[ReadySlice]) -> TickPlan:
+        shortages = max(job.shortages for job in self._jobs.values())
+        max_tokens = self._max_tokens(waiting, shortages)
+        selected, tokens = self._widened(select_slices(waiting, token_budget=max_tokens), max_tokens)
+        plan = TickPlan(
+            kind=selected[0].kind,
+            tokens={ready.job: own for ready, own in zip(selected, tokens, strict=True)},
+            ranks=tuple(self.ranks.shared_out(list(chain(*tokens)), short=self._memory.short_ranks)),
+        )
+        recomputes = plan.kind == "train" and self.activations.checkpoints(plan.largest_share, is_short=shortages > 0)
+        return replace(plan, checkpointed=recomputes)
+
+    def _max_tokens(self, waiting: list[ReadySlice], shortages: int) -> int:
+        """The most tokens of a tick, by memory and by `max_tick_seconds`.
+
+        A tick lasts as long as its fullest lane. One slice is never divided, so each lane may have as many tokens as
+        the largest slice that waits. The prefix cache is not considered: a tick that uses it takes less time.
+        """
+        rate = self._throughput.lane_tokens_per_second
+        lane_tokens = int(rate * self.config.max_tick_seconds) or self._memory.max_tokens
+        num_lanes = self.config.num_lanes * self.ranks.size
+        largest_slice = max(ready.num_tokens for ready in waiting) if num_lanes > 1 else 0
+        return min(self._memory.tokens_after(shortages), num_lanes * max(lane_tokens, largest_slice))
+
+    def _widened(self, selected: list[ReadySlice], max_tokens: int) -> tuple[list[ReadySlice], list[tuple[int, ...]]]:
+        """The jobs of the tick, and the tokens of each one's slices. Only the first job, until enough ticks of its size
+        have shown how fast it is alone (`ticks_alone`)."""
+        job_tokens = self.ranks.size * self.config.job_tokens
+        first = widen(selected[:1], token_budget=max_tokens, job_tokens=job_tokens)
+        if selected[0].kind == "train" and self._throughput.num_alone(sum(first[0])) < self.config.ticks_alone:
+            return selected[:1], first
+        return selected, widen(selected, token_budget=max_tokens, job_tokens=job_tokens)
+
+    def _compute(self, plan: TickPlan) -> Computed | None:
+        """Gradients stay with the slices, until `_update` adds them up. None: it did not fit; the next tick is adapted.
+        Raises OutOfMemory where a single slice fits on no rank."""
+        self._in_tick = [self._jobs[name] for name in plan.tokens]
+        started = time.perf_counter()
+        own_tokens = plan.share_of(self.ranks.rank)
+        try:
+            with self.activations.observed(own_tokens, kind=plan.kind, checkpointed=plan.checkpointed):
+                computed = self._passes.run(plan, self._jobs)
+        except torch.OutOfMemoryError as error:
+            if not self._memory.recover(plan):
+                job = self._in_tick[0]
+                job.quarantine()
+                raise OutOfMemory(job.name, num_tokens=plan.num_tokens) from error
+            self._discard_unfinished()
+            return None
+        self._memory.grow()
+        if plan.kind == "train":
+            self._throughput.learn(
+                num_tokens=plan.num_tokens,
+                cost=computed.cost,
+                fullest_lane=computed.fullest_lane,
+                num_jobs=len(plan.tokens),
+                seconds=time.perf_counter() - started,
+            )
+        return computed
+
+    def _update(self, plan: TickPlan, computed: Computed) -> list[StepOutcome]:
+        outcomes: list[StepOutcome] = []
+        for job, numbers in zip(self._in_tick, plan.by_job().values(), strict=True):
+            job.served += sum(plan.sizes[number] for number in numbers)
+            with interrupts_wait():  # half an optimizer step can be neither undone nor completed
+                job.collect([plan.ranks[number] for number in numbers])
+                outcomes.append(self._update_job(job, [computed.scores[number] for number in numbers]))
+        return outcomes
+
+    def _update_job(self, job: TrainingJob, scores: list[SliceScores]) -> StepOutcome:
+        """Give the job its slices in their order. After one that diverged, the others are dropped. Events stay with the
+        job, so that none is lost if another job of the tick fails."""
+        outcome = StepOutcome(job=job, step=job.step, num_pending=len(job.pending))
+        try:
+            with shortage_of(job.name):
+                for score in scores:
+                    job.pending += job.receive(score) if job.unit is not None else []
+        except OutOfMemory as error:
+            outcome.error = error
+        return outcome
+
+    def _agree(self, outcomes: list[StepOutcome]) -> None:
+        with interrupts_wait():  # a rank that left the exchange early would let the others wait
+            self._errors += agree(self.ranks, outcomes, self.activations)
+        self._in_tick = []
+
+    def _take_events(self) -> list[Event]:
+        events: list[Event] = []
+        for job in self._jobs.values():
+            events += job.pending
+            job.pending = []
+        return events
+
     def _least_served(self) -> int:
-        """Tokens of the one who had the fewest: where a newcomer begins."""
+        """Where a new job's count of tokens begins, so that it neither overtakes the others for long nor waits."""
         return min((job.served for job in self._jobs.values() if job.starting is None), default=0)
 
-    def _widened(self, turns: list[ReadySlice], budget: int) -> tuple[list[ReadySlice], list[tuple[int, ...]]]:
-        """The turns, and the tokens of each one's slices; of the first alone while ticks of it alone are wanted."""
-        job_tokens = self.ranks.size * self.config.job_tokens
-        first = widen(turns[:1], token_budget=budget, job_tokens=job_tokens)
-        if turns[0].kind == "train" and self._speeds.num_alone(sum(first[0])) < self.config.ticks_alone:
-            return turns[:1], first
-        return turns, widen(turns, token_budget=budget, job_tokens=job_tokens)
-
-    def evict(self, job: str) -> None:
-        """Forget a job at any tick boundary; its row's memory is free at once, and after the last a GPU's as well."""
-        del self._jobs[job]
-        self._prefixes.leave(job)
-        self._too_large = [error for error in self._too_large if error.job != job]
-        assert self.base.attachment is not None
-        self.base.attachment.segment_op.forget()
-        self.activations.forget()
-        self._short_ranks.clear()
-        if not self._jobs and self.base.device.startswith("cuda"):
-            torch.cuda.empty_cache()  # the driver counts as taken what torch keeps for later
+    # What is made of a job's weights
 
     def save_checkpoint(self, job: str, directory: Path) -> None:
-        """The state of the last completed step, into a directory that must not exist; see checkpoint.py."""
+        """Write the state after the last completed step into a new directory (checkpoint.py). Raises ConfigError,
+        BadCheckpoint, OSError."""
         checkpoint.save_checkpoint(self._started(job), self.base, directory)
 
     def export(
         self, job: str, directory: Path, *, base_name: str, between: Between = silent, has_evidence: bool = True
     ) -> ExportReport:
-        """The adapter of the last completed step, of a finished job that of the step it keeps, in PEFT's layout, into
-        a directory that must not exist. `between` is called after each linear of the two passes that give evidence."""
+        """Write the adapter in PEFT's layout into a new directory: the weights after the last completed step, of a
+        finished job those that it keeps (`JobConfig.keep`).
+
+        `base_name` becomes `base_model_name_or_path`. `has_evidence`: two passes also compute logits, for verify.py to
+        compare with PEFT's. `between` is called after each linear of these passes. Raises ConfigError, BadCheckpoint,
+        OutOfMemory, OSError.
+        """
         in_passes = shortage_in_pass(is_sharded=self.base.is_sharded and has_evidence)
         with in_passes, shortage_of(job), told_at_linears(self.base, between):
             row = self._started(job).row
             return export_adapter(self.base, row, directory, base_name=base_name, has_evidence=has_evidence)
 
-    def generation(self, asked: Mapping[str, Prompts]) -> Generation:
-        """Greedy answers of resident jobs by the weights that they have now; none of them may be ticked before the
-        answers are complete. Training is not touched. Raises ConfigError."""
-        rows = {job: (self._started(job).row, prompts) for job, prompts in asked.items()}
+    def generation(self, prompts: Mapping[str, Prompts]) -> Generation:
+        """Greedy answers to each job's prompts, by its current weights. No job of them may be ticked before the answers
+        are complete. Training does not change. Raises ConfigError, BadCheckpoint."""
+        rows = {job: (self._started(job).row, own) for job, own in prompts.items()}
         return Generation(self.base, rows, token_budget=self.config.token_budget)
 
+    def compare_ranks(self, job: str) -> None:
+        """Raises RanksDiffer, on all ranks, if they have different weights of the job. Call it before anything is made
+        of them, or reported."""
+        require_equal_weights(self.ranks, self._jobs[job])
+
     def _started(self, name: str) -> TrainingJob:
-        """Raises ConfigError where there is none, and BadCheckpoint where an update of it broke off half way."""
+        """Raises ConfigError if the job is not loaded, and BadCheckpoint if an update of it broke off half way."""
         if name not in self._jobs:
             raise ConfigError(
                 f"No job {name!r} is resident.", remedy=f"Name one of these: {', '.join(self._jobs) or 'none is'}."
@@ -232,164 +344,50 @@ class Engine:
                 job.go_on_starting(START_WORK)
         return job
 
-    def num_parameters(self, job: str) -> int:
-        return self._jobs[job].row.num_parameters
-
-    def trained_tokens(self, job: str) -> int:
-        """Tokens of all completed steps, those before a resume included, evaluations left out."""
-        return self._jobs[job].progress.num_tokens
-
-    def jobs(self) -> tuple[str, ...]:
-        return tuple(self._jobs)
-
-    def progress(self, job: str) -> tuple[int, int]:
-        """(completed steps, steps in all)."""
-        return self._jobs[job].step, self._jobs[job].config.num_steps
-
-    def evaluated_step(self, job: str) -> int | None:
-        """The step whose weights the job has, where they were evaluated."""
-        return self._jobs[job].evaluated_step
-
-    @property
-    def prefixes(self) -> PrefixCounts:
-        """What frozen prefixes have cost and saved so far."""
-        return self._prefixes.counts()
+    # Reports
 
     @property
     def idle(self) -> bool:
         """No job has a slice to compute, or an event or error to report."""
-        return not self._too_large and all(job.unit is None and not job.pending for job in self._jobs.values())
+        return not self._errors and all(job.unit is None and not job.pending for job in self._jobs.values())
+
+    def jobs(self) -> tuple[str, ...]:
+        """Names of all loaded jobs, in the order of admission."""
+        return tuple(self._jobs)
+
+    def num_parameters(self, job: str) -> int:
+        """Trained parameters of the adapter."""
+        return self._jobs[job].row.num_parameters
+
+    def trained_tokens(self, job: str) -> int:
+        """Tokens of all completed steps, those before a resume included. Evaluations do not count."""
+        return self._jobs[job].progress.num_tokens
+
+    def progress(self, job: str) -> tuple[int, int]:
+        """(completed steps, steps in total)."""
+        return self._jobs[job].step, self._jobs[job].config.num_steps
+
+    def evaluated_step(self, job: str) -> int | None:
+        """The step of the job's current weights if these were evaluated, else None."""
+        return self._jobs[job].evaluated_step
+
+    @property
+    def prefixes(self) -> PrefixCounts:
+        """Tokens that the prefix cache has computed and saved so far."""
+        return self._prefixes.counts()
 
     def tokens_per_second(self) -> float:
-        """Tokens put through the base a second of tick time, averaged over recent ticks; 0 before the first."""
-        return self._rate
+        """Tokens through the base model per second of tick time, averaged over recent ticks; 0 before the first."""
+        return self._throughput.tokens_per_second
 
     def tick_speeds(self) -> dict[PackSize, list[tuple[int, float]]]:
-        """(tokens, tokens a second) of the sizes of ticks that were seen, of one job and of several; throughput.py."""
-        return self._speeds.table()
+        """(tokens, tokens per second) for each size of tick, of one job and of several."""
+        return self._throughput.table()
 
     def memory(self) -> dict[str, int]:
-        """Bytes of the base model, of all rows, and the peak of the device (of the process, on a CPU)."""
-        rows_bytes = sum(job.num_bytes for job in self._jobs.values())
+        """Bytes of the base model, of all jobs' vectors, and the peak of the device (on a CPU, of the process)."""
         return {
             "base_bytes": self.base.num_bytes,
-            "rows_bytes": rows_bytes,
+            "rows_bytes": sum(job.num_bytes for job in self._jobs.values()),
             "peak_bytes": self.activations.peak_bytes(),
         }
-
-    def _compute(self, plan: TickPlan) -> None:
-        """Events that it completes are left with their jobs, so that none is lost where a packmate fails."""
-        jobs = [self._jobs[name] for name in plan.tokens]
-        self._begun = list(jobs)
-        started = time.perf_counter()
-        try:
-            own_tokens = plan.share_of(self.ranks.rank)
-            with self.activations.observed(own_tokens, kind=plan.kind, checkpointed=plan.checkpointed):
-                computed = self._passes.run(plan, self._jobs)
-        except torch.OutOfMemoryError as error:
-            gives_way = plan.kind == "train" and not plan.checkpointed
-            if gives_way and self.activations.gives_way(plan.largest_share):
-                self._undo()
-            else:
-                self._split_after_out_of_memory(jobs, plan, error)
-            return
-        growth = max(1, self.config.token_budget // TICKS_TO_RECOVER)
-        self._largest_tick = min(self._token_budget, self._largest_tick + growth)
-        if plan.kind == "train":
-            seconds = time.perf_counter() - started
-            self._learn_rates(plan.num_tokens, computed.fullest_lane, seconds)
-            self._speeds.learn(num_tokens=plan.num_tokens, cost=computed.cost, num_jobs=len(jobs), seconds=seconds)
-        booked: list[StepOutcome] = []
-        for job, numbers in zip(jobs, plan.by_job().values(), strict=True):
-            job.served += sum(plan.sizes[number] for number in numbers)
-            with interrupts_wait():
-                job.collect([plan.ranks[number] for number in numbers])
-                booked.append(self._book(job, [computed.scores[number] for number in numbers]))
-        with interrupts_wait():
-            self._agree(booked)
-        self._begun = []
-
-    def _book(self, job: TrainingJob, scores: list[SliceScores]) -> StepOutcome:
-        """In the order of slices; what follows one that diverged is left out."""
-        booked = StepOutcome(job=job, step=job.step, num_pending=len(job.pending))
-        try:
-            with shortage_of(job.name):
-                for score in scores:
-                    job.pending += job.receive(score) if job.unit is not None else []
-        except OutOfMemory as error:
-            booked.shortage = error
-        return booked
-
-    def _agree(self, booked: list[StepOutcome]) -> None:
-        """A job for which memory ran out on one rank, while a step of it was booked, is given up by all. And ticks are
-        planned for the rank that has the least memory. Raises RanksDiffer, on all, where a job has not diverged on all
-        of them in the same way and from the same weights: then no job is to blame."""
-        own = self.activations.told() if self.ranks.size > 1 else (0, 0)
-        told = self.ranks.numbers([*own, *(each.outcome for each in booked)])
-        self.activations.heed(own, [(free_bytes, per_token) for free_bytes, per_token, *_ in told])
-        for number, each in enumerate(booked, start=len(own)):
-            outcomes = [of_rank[number] for of_rank in told]
-            if StepStatus.SHORT in outcomes:
-                self._too_large.append(each.given_up(is_shared=self.ranks.size > 1))
-            elif any(outcomes):
-                _require_equal(outcomes)
-                self.compare_ranks(each.job.name)
-
-    def compare_ranks(self, job: str) -> None:
-        """Of every rank, before anything is made of its weights, or said of them: raises RanksDiffer, on all, where
-        they have not the same."""
-        held = self._jobs[job]
-        if self.ranks.size > 1 and not held.is_torn:
-            _require_equal(self.ranks.numbers(held.row.bit_sums()))
-
-    def _take_pending(self) -> list[Event]:
-        events: list[Event] = []
-        for job in self._jobs.values():
-            events += job.pending
-            job.pending = []
-        return events
-
-    def _waiting(self) -> list[ReadySlice]:
-        return [
-            ReadySlice(job=name, kind=job.unit.kind, num_tokens=tokens[0], served=job.served, further=tokens[1:])
-            for name, job in self._jobs.items()
-            if job.starting is None and job.unit is not None and (tokens := job.waiting_tokens())
-        ]
-
-    def _tick_tokens(self, waiting: list[ReadySlice]) -> int:
-        """The budget, less what memory, here or in jobs' attempts before, or the wished length of a tick forbids.
-
-        A tick lasts as long as its fullest lane, and no shorter than one slice: a lane may hold the largest
-        slice that waits, for it would last as long alone. Kept prefixes are left out of account: a tick with some
-        lasts less than it might.
-        """
-        lane_tokens = int(self._lane_rate * self.config.max_tick_seconds) or self._largest_tick
-        num_lanes = self.config.num_lanes * self.ranks.size
-        largest_slice = max((turn.num_tokens for turn in waiting), default=0) if num_lanes > 1 else 0
-        most = min(self._largest_tick, budget_after(self._shortages(), token_budget=self._token_budget))
-        return min(most, num_lanes * max(lane_tokens, largest_slice))
-
-    def _learn_rates(self, num_tokens: int, fullest_lane: int, seconds: float) -> None:
-        self._rate = _averaged(self._rate, num_tokens / seconds)
-        self._lane_rate = _averaged(self._lane_rate, fullest_lane / seconds)
-
-    def _split_after_out_of_memory(self, jobs: list[TrainingJob], plan: TickPlan, error: Exception) -> None:
-        """Half of a tick that didn't fit is tried next, and a slice alone by each rank; gradients are partial."""
-        if len(plan.sizes) == 1:
-            self._short_ranks.update(plan.ranks)
-            if len(self._short_ranks) == self.ranks.size:
-                self._short_ranks.clear()
-                jobs[0].quarantine()
-                raise OutOfMemory(jobs[0].name, num_tokens=plan.num_tokens) from error
-        self._undo()
-        self._largest_tick = max(1, plan.num_tokens // 2)
-
-
-def _require_equal(of_ranks: Sequence[Any]) -> None:
-    others = [rank for rank, own in enumerate(of_ranks) if own != of_ranks[0]]
-    if others:
-        raise RanksDiffer(others)
-
-
-def _averaged(average: float, newest: float) -> float:
-    return 0.8 * average + 0.2 * newest if average else newest

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from lora_core.config import Kind
 
-SMALLER = 4
-"""Times that the ticks of a job are smaller for which memory has run out once."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadySlice:
@@ -57,9 +54,3 @@ def widen(chosen: Sequence[ReadySlice], *, token_budget: int, job_tokens: int) -
                 left -= following[0]
                 dealt = True
     return [tuple(own) for own in tokens]
-
-
-def budget_after(shortages: int, *, token_budget: int) -> int:
-    """Tokens of a tick beside a job of which memory has ended so many attempts: the budget, a part of it, or one slice
-    at a time."""
-    return token_budget if shortages == 0 else max(1, token_budget // SMALLER) if shortages == 1 else 1

@@ -3,9 +3,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from enum import IntEnum
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,6 @@ from lora_core.distributed.ranks import Ranks
 from lora_core.engine.cpu_lanes import Lanes, split
 from lora_core.engine.job import TrainingJob
 from lora_core.engine.prefix_cache import Prefixes, by_entry, slices_of
-from lora_core.errors import OutOfMemory
-from lora_core.events import JobDiverged
 from lora_core.forward.language_model import run_evaluation, run_training
 from lora_core.losses.preference import RewardSums, SliceScores
 from lora_core.packing.packed_batch import ROW_MULTIPLE, SliceInput, build_pack
@@ -174,91 +171,3 @@ def _slices(plan: TickPlan, jobs: Mapping[str, TrainingJob], own: Sequence[int])
 def _scores(told: dict[str, Any]) -> SliceScores:
     rewards: dict[str, Any] | None = told.pop("rewards")
     return SliceScores(**told, rewards=None if rewards is None else RewardSums(**rewards))
-
-
-class StepStatus(IntEnum):
-    """Of a tick, for one job on one rank: what ranks compare."""
-
-    WELL = 0
-    SHORT = 1
-    """Of memory, while a step was booked."""
-    DIVERGED = 2
-    DIVERGED_AFTER_GOOD_STEP = 3
-
-
-@dataclass(kw_only=True, slots=True)
-class StepOutcome:
-    """What a tick has done to a job, on this rank; `step` and `num_pending` are of before."""
-
-    job: TrainingJob
-    step: int
-    num_pending: int
-    shortage: OutOfMemory | None = None
-
-    @property
-    def outcome(self) -> StepStatus:
-        if self.shortage is not None:
-            return StepStatus.SHORT
-        for event in self.job.pending[self.num_pending :]:
-            if isinstance(event, JobDiverged):
-                return StepStatus.DIVERGED_AFTER_GOOD_STEP if event.good_step == event.step else StepStatus.DIVERGED
-        return StepStatus.WELL
-
-    def given_up(self, *, is_shared: bool) -> OutOfMemory:
-        """Why the job computes nothing more. is_shared: by several ranks, of which some may have updated the row and
-        others not: nothing can be made of its weights, and the step is the one before on all."""
-        self.job.quarantine()
-        if is_shared:
-            del self.job.pending[self.num_pending :]
-            self.job.is_torn = True
-            self.job.progress.step = self.step
-        return self.shortage or OutOfMemory(self.job.name)
-
-
-PackSize = Literal["alone", "together"]
-NEWEST_COUNTS = 0.2
-"""Share of the newest tick in an average."""
-COLD_TICKS = 1
-"""Of each size: the first one also pays for memory and kernels that it is the first to touch."""
-
-
-@dataclass(kw_only=True, slots=True)
-class StepSpeed:
-    """Averages over the ticks of about one size."""
-
-    num_ticks: int = 0
-    num_tokens: float = 0.0
-    tokens_per_second: float = 0.0
-
-    def learn(self, num_tokens: int, tokens_per_second: float) -> None:
-        share = NEWEST_COUNTS if self.num_ticks > COLD_TICKS else 1.0
-        self.num_ticks += 1
-        self.num_tokens += share * (num_tokens - self.num_tokens)
-        self.tokens_per_second += share * (tokens_per_second - self.tokens_per_second)
-
-
-class TickSpeeds:
-    """Sizes are told apart by powers of two."""
-
-    def __init__(self) -> None:
-        self._seen: dict[PackSize, dict[int, StepSpeed]] = {"alone": {}, "together": {}}
-
-    def learn(self, *, num_tokens: int, cost: int, num_jobs: int, seconds: float) -> None:
-        """cost: tokens through the whole base that take about as long as these `num_tokens`."""
-        seen = self._seen["alone" if num_jobs == 1 else "together"].setdefault(num_tokens.bit_length(), StepSpeed())
-        seen.learn(num_tokens, cost / seconds)
-
-    def num_alone(self, num_tokens: int) -> int:
-        """Ticks of one job so far, of about this size."""
-        return self._seen["alone"].get(num_tokens.bit_length(), StepSpeed()).num_ticks
-
-    def table(self) -> dict[PackSize, list[tuple[int, float]]]:
-        """(tokens, tokens a second), by size; without the sizes of which only cold ticks were seen."""
-        return {
-            company: [
-                (round(seen.num_tokens), round(seen.tokens_per_second, 1))
-                for _, seen in sorted(by_size.items())
-                if seen.num_ticks > COLD_TICKS
-            ]
-            for company, by_size in self._seen.items()
-        }

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from api.app import create_app
 from api.openapi import Api
-from api.requests.unknown_query import query_parameters
+from api.requests.query_parameters import query_parameters
 from catalog.spec.strict import Strict
 from catalog.storage import files
 from tests.api.auth.test_authentication import OPEN_PATHS

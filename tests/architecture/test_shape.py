@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import re
 from collections.abc import Iterator
 
 from catalog import errors
@@ -15,6 +16,7 @@ FOLDERS = (*(name for name in PACKAGES if name != "migrations"), "tests", "qa", 
 MOST_MODULES = 20
 """In one folder."""
 LONGEST_OPENING = 6
+"""Lines of prose, before an indented table or example."""
 PRIVATE_NAMES = {
     "foretelling",
     "heard",
@@ -93,8 +95,9 @@ def test_a_function_fits_on_a_screen() -> None:
 
 def test_a_module_opens_by_saying_what_lives_there() -> None:
     openings = {source.name: ast.get_docstring(source.tree) or "" for source in _written_by_hand() if source.tree.body}
+    prose = {name: re.split(r"\n\n(?= )", opening)[0] for name, opening in openings.items()}
 
-    assert [name for name, opening in openings.items() if not 0 < len(opening.splitlines()) <= LONGEST_OPENING] == []
+    assert [name for name, opening in prose.items() if not 0 < len(opening.splitlines()) <= LONGEST_OPENING] == []
 
 
 def test_shipped_code_runs_nothing_that_came_as_data() -> None:

@@ -44,14 +44,14 @@ def run(base: BaseModel) -> dict[str, object]:
         admit(engine, str(index), job)
     forbid_growth()
     refused: list[str] = []
-    largest = [engine._largest_tick]
+    largest = [engine._memory.max_tokens]
     while not engine.idle:
         try:
             engine.tick()
         except OutOfMemory as error:
             refused.append(error.job)
             engine.evict(error.job)
-        largest.append(engine._largest_tick)
+        largest.append(engine._memory.max_tokens)
     together = [digest(state_bytes(engine, str(index))) for index in range(len(MEDIUM))]
     return {"refused": refused, "was_bisected": min(largest) < largest[0], "unchanged": together == alone}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from catalog.spec.job import JobRequest, resolve
 from tests import tiny_base
 from tests.worker.pack_site import PackSite, said, tell
 from worker.children.tokenizer.token_file import TokenFile
-from worker.children.trainer.main import TrainerLoop
-from worker.protocol.mailbox import InboxReader, InboxWriter, TrainerDirectory
+from worker.children.trainer.main import load_engine
+from worker.children.trainer.message_handlers import MessageHandlers
+from worker.protocol.mailbox import AdmitBody, EventWriter, InboxReader, InboxWriter, TrainerDirectory
 
 CLAIM = "claim-1"
 PROMPTS = {"prompts": ["What color is the lorry?"], "max_tokens": 3}
@@ -36,22 +37,31 @@ def directory(tmp_path: Path) -> TrainerDirectory:
 
 
 @pytest.fixture
-def trainer(directory: TrainerDirectory) -> Iterator[TrainerLoop]:
-    trainer = TrainerLoop(directory)
-    trainer._load()
+def trainer(directory: TrainerDirectory) -> Iterator[MessageHandlers]:
+    events = EventWriter(directory)
+    trainer = MessageHandlers(directory, load_engine(directory, events), events)
     yield trainer
-    trainer._events.close()
+    trainer.events.close()
 
 
-def body(**more: Any) -> dict[str, Any]:
+def body(*, resume: str | None = None, answered_steps: Sequence[int] = ()) -> AdmitBody:
     """Of the `admit` message of a job of three steps, which is evaluated at each."""
     asked = {"model": "tiny", "training_file": "f", "validation_file": "v", "evaluation": {"samples": PROMPTS}}
     spec = resolve(JobRequest.model_validate(asked), num_rows=4, max_positions=256, seed=1)
     tokens = f"jobs/{CLAIM}/tokens.safetensors"
     return {
-        **{"claim_id": CLAIM, "base_name": "tiny", "spec": spec.model_dump(mode="json"), "train": tokens},
-        **{"valid": tokens, "num_steps": 3, "evaluate_every_steps": 1, "checkpoint_every_steps": 9},
-        **{"resume": None, "parent": None, "answered_steps": [], "asks_as_chat": True, **more},
+        "claim_id": CLAIM,
+        "base_name": "tiny",
+        "spec": spec.model_dump(mode="json"),
+        "num_steps": 3,
+        "evaluate_every_steps": 1,
+        "checkpoint_every_steps": 9,
+        "answered_steps": list(answered_steps),
+        "asks_as_chat": True,
+        "train": tokens,
+        "valid": tokens,
+        "resume": resume,
+        "parent": None,
     }
 
 
@@ -59,20 +69,20 @@ def answered(events: list[dict[str, Any]]) -> list[int]:
     return [event["step"] for event in events if event["type"] == "sampled"]
 
 
-def paused_amid(trainer: TrainerLoop, directory: TrainerDirectory, *, step: int) -> list[dict[str, Any]]:
+def paused_amid(trainer: MessageHandlers, directory: TrainerDirectory, *, step: int) -> list[dict[str, Any]]:
     """What is said of a job that is paused while it answers at that step."""
     trainer._admit(body())
-    while trainer._engine.progress(CLAIM)[0] < step:
-        trainer._tick()
+    while trainer.engine.progress(CLAIM)[0] < step:
+        trainer.tick()
     InboxWriter(directory).send("pause", claim_id=CLAIM)
-    while CLAIM in trainer._residents:
-        trainer._tick()
+    while CLAIM in trainer._jobs:
+        trainer.tick()
     return said(directory)
 
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_answers_that_a_pause_cut_off_are_given_after_the_resume_and_only_those(
-    trainer: TrainerLoop, directory: TrainerDirectory, step: int
+    trainer: MessageHandlers, directory: TrainerDirectory, step: int
 ) -> None:
     before = paused_amid(trainer, directory, step=step)
     saved, paused = before[-2:]

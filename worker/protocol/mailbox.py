@@ -1,8 +1,47 @@
-"""The process edge of a trainer: a directory of files. Both ends are here, so that they agree.
+"""The messages between a worker and its trainer: files in one directory. Both ends are here, so that they agree.
 
-trainer.json and inbox/NNNN-verb.json go in; events.jsonl and safetensors come out; logs are for people: see
-worker/session/job_logs.py. A message exists whole or not at all (temporary file, then rename); an event is one flushed
-line.
+trainer.json and inbox/NNNN-verb.json go in; events.jsonl and safetensors come out. A message exists whole or not at all
+(temporary file, then rename); an event is one flushed line. An optional field has a question mark. Paths are relative
+to the directory. An `error` has code, message and remedy, `rewards` are those of
+lora_core.events, and a span has name, began_at and ended_at, in seconds since 1970.
+
+    To the trainer          Body
+    admit                   claim_id: str, job_id?: str, base_name: str, spec: JobSpec, num_steps: int,
+                            evaluate_every_steps: int, checkpoint_every_steps: int, answered_steps: list[int],
+                            asks_as_chat: bool, shortages?: int, train: str, valid: str | None, resume: str | None,
+                            parent: str | None, trace?: str | None
+    pause, preempt          claim_id: str
+    cancel                  claim_id: str
+    drain                   -
+    unload                  -
+
+    From the trainer        Body, besides type: str and seconds: float (the trainer's monotonic clock)
+    ready                   pid: int, device: str, dtype: str, quantization: str, invariance: str, num_threads: int,
+                            num_processes: int, strategy: str, load_seconds: float, probe_seconds: float,
+                            versions: dict[str, str], memory: dict[str, int], spans: list[span]
+    load_refused            error: error, ranks: list[int]
+    memory                  verifying: bool, base_bytes: int, rows_bytes: int, peak_bytes: int,
+                            tokens_per_second: float, tick_speeds: dict[str, list[tuple[int, float]]]
+    idle                    -
+    unloaded                -
+    admitted                claim_id: str, step: int, num_steps: int, num_parameters: int, steps_per_epoch: float
+    refused                 claim_id: str, error: error, is_checkpoint: bool
+    stepped                 claim_id: str, step: int, loss: float, learning_rate: float, grad_norm: float,
+                            num_tokens: int, num_supervised_tokens: int, token_accuracy: float, rewards: rewards | None
+    evaluated               claim_id: str, step: int, loss: float, token_accuracy: float, num_supervised_tokens: int,
+                            rewards: rewards | None
+    sampled                 claim_id: str, step: int, samples: list[dict[str, str | int | bool]]
+    unsampled               claim_id: str, step: int, error: error
+    checkpointed            claim_id: str, step: int, folder: str, adapter: str | None, num_parameters?: int,
+                            spans?: list[span]
+    checkpoint_failed       claim_id: str, step: int, error: error
+    checkpoint_unexported   claim_id: str, step: int, error: error
+    paused                  claim_id: str, step: int, adapter: str | None, num_parameters?: int
+    cancelled               claim_id: str
+    diverged                claim_id: str, step: int, good_step: int | None, message: str
+    finished                claim_id: str, step: int, kept_step: int, stopped_early: str | None
+    exported                claim_id: str, step: int, kept_step: int, stopped_early: str | None, folder: str,
+                            num_parameters: int, trained_tokens: int, report: dict, spans: list[span]
 """
 
 from __future__ import annotations
@@ -13,7 +52,7 @@ import time
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from catalog.disk import full_disk_named
 from catalog.errors import LorryError
@@ -25,8 +64,32 @@ LONGEST_LINE_BYTES = 2**22
 """Of an event. As much at once is read of a trainer's events."""
 LATEST_SECONDS = 1e12
 Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload"]
-"""admit: train a job. cancel: forget it. pause, preempt: save its checkpoint, then forget it. drain:
-pause all, then exit. unload: exit if no job is held."""
+"""admit: train a job. cancel: discard it. pause, preempt: save its checkpoint, then discard it. drain: pause all jobs,
+then exit. unload: exit if no job is admitted."""
+
+
+class AdmitBody(TypedDict):
+    """The body of `admit`. The worker writes it (staging.py) and the trainer reads it (message_handlers.py)."""
+
+    claim_id: str
+    job_id: NotRequired[str]
+    base_name: str
+    spec: Json
+    num_steps: int
+    evaluate_every_steps: int
+    checkpoint_every_steps: int
+    answered_steps: list[int]
+    """Evaluated steps whose answers to the job's prompts are on record."""
+    asks_as_chat: bool
+    """The base model's chat template renders each prompt as a user's turn."""
+    shortages: NotRequired[int]
+    """Earlier attempts of the job that ran out of memory."""
+    train: str
+    valid: str | None
+    resume: str | None
+    parent: str | None
+    trace: NotRequired[str | None]
+    """The W3C traceparent of the claim."""
 
 
 class MalformedEvent(LorryError):

@@ -12,15 +12,14 @@ from catalog.spec.job import JobSpec
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.history import Checkpoint
-from catalog.tables.table import Json
 from worker.background import tokenization
 from worker.context.context import WorkerContext
-from worker.protocol.mailbox import TrainerDirectory
+from worker.protocol.mailbox import AdmitBody, TrainerDirectory
 
 
 def bring_files(
     context: WorkerContext, directory: TrainerDirectory, claim: Claim, checkpoints: list[Checkpoint]
-) -> Json:
+) -> AdmitBody:
     """The body of an `admit` message, its files in place. Damaged checkpoints are taken off the list, damaged
     tokens are made again.
 
@@ -31,12 +30,11 @@ def bring_files(
     assert job.num_steps is not None
     assert job.train_prepared is not None
     folder = directory.job_path(claim.claim_id)
-    paths = {
-        "train": _bring_tokens(context, claim, job.training_file, job.train_prepared, folder / "train"),
-        "valid": _bring_tokens(context, claim, job.validation_file, job.valid_prepared, folder / "valid"),
-        "resume": _fetch_newest(context, claim, checkpoints, folder / "resume"),
-        "parent": _bring_parent(context, spec, folder / "parent"),
-    }
+    train = _bring_tokens(context, claim, job.training_file, job.train_prepared, folder / "train")
+    valid = _bring_tokens(context, claim, job.validation_file, job.valid_prepared, folder / "valid")
+    resume = _fetch_newest(context, claim, checkpoints, folder / "resume")
+    parent = _bring_parent(context, spec, folder / "parent")
+    assert train is not None
     return {
         "claim_id": claim.claim_id,
         "job_id": job.id,
@@ -48,8 +46,15 @@ def bring_files(
         "num_steps": job.num_steps,
         "evaluate_every_steps": _evaluate_every(spec, job.num_steps),
         "checkpoint_every_steps": spec.checkpoint_every_steps,
-        **{name: str(path.relative_to(directory.path)) if path else None for name, path in paths.items()},
+        "train": directory.named(train),
+        "valid": _named(directory, valid),
+        "resume": _named(directory, resume),
+        "parent": _named(directory, parent),
     }
+
+
+def _named(directory: TrainerDirectory, path: Path | None) -> str | None:
+    return None if path is None else directory.named(path)
 
 
 def _evaluate_every(spec: JobSpec, num_steps: int) -> int:

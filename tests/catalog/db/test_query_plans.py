@@ -201,8 +201,8 @@ ACTS: dict[str, Act] = {
         "w2", replace(ONE, resident_key=w.job(ids["running"]).pack_key)
     ),
     "a claim": lambda w, _: w.claim("w2"),
-    "leases that are past": lambda w, _: recovery.expire(w.db, grace_seconds=LEASE),
-    "leases after an outage": lambda w, _: (w.clock.turn(10 * LEASE), recovery.expire(w.db, grace_seconds=LEASE)),
+    "leases that are past": lambda w, _: recovery.expire(w.db, lease_seconds=LEASE),
+    "leases after an outage": lambda w, _: (w.clock.turn(10 * LEASE), recovery.expire(w.db, lease_seconds=LEASE)),
     "a worker that left": lambda w, _: workers.end_worker(w.db, "w2"),
     "a worker that is lost": lambda w, _: workers.declare_lost(w.db, "w1"),
     "a page of the audit log": lambda w, _: log.list_page(w.db, caller=w.caller, filters=Filters()),

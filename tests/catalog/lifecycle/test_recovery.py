@@ -27,7 +27,7 @@ def test_a_job_whose_lease_has_run_out_goes_back_to_the_queue(world: World) -> N
     claim = world.running()
     world.pass_time(LEASE + 1)
 
-    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+    assert recovery.expire(world.db, lease_seconds=LEASE) == 1
 
     job = world.job(claim.job.id)
     assert (job.state, job.reason, job.counted_attempts) == (JobState.QUEUED, EndReason.INFRA_LOST, 0)
@@ -40,7 +40,7 @@ def test_a_lease_that_is_renewed_does_not_run_out(world: World) -> None:
 
     world.pass_time(10 * LEASE, claim.claim_id)
 
-    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+    assert recovery.expire(world.db, lease_seconds=LEASE) == 0
     world.complete(claim.claim_id)
 
 
@@ -49,7 +49,7 @@ def test_a_late_heartbeat_before_recovery_saves_the_claim(world: World) -> None:
     world.pass_time(LEASE + 1)
 
     assert not world.beat(claim.claim_id)[claim.claim_id].stale
-    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+    assert recovery.expire(world.db, lease_seconds=LEASE) == 0
 
 
 def test_after_an_outage_every_lease_gets_one_lease_of_grace(world: World) -> None:
@@ -57,11 +57,11 @@ def test_after_an_outage_every_lease_gets_one_lease_of_grace(world: World) -> No
     by_job = {claim.job.id: claim.claim_id for claim in world.claim()}
     world.clock.turn(600)  # nobody can look, nobody can beat
 
-    first_look = recovery.expire(world.db, grace_seconds=LEASE)
+    first_look = recovery.expire(world.db, lease_seconds=LEASE)
     world.pass_time(LEASE - 1, by_job[alive.id])
-    within_grace = recovery.expire(world.db, grace_seconds=LEASE)
+    within_grace = recovery.expire(world.db, lease_seconds=LEASE)
     world.pass_time(2, by_job[alive.id])
-    after_grace = recovery.expire(world.db, grace_seconds=LEASE)
+    after_grace = recovery.expire(world.db, lease_seconds=LEASE)
 
     assert (first_look, within_grace, after_grace) == (0, 0, 1)
     assert world.job(alive.id).state == JobState.RUNNING
@@ -74,7 +74,7 @@ def test_looks_that_are_far_apart_still_recover_a_job_by_the_second(world: World
 
     for _ in range(2):
         world.clock.turn(5 * LEASE)
-        found += recovery.expire(world.db, grace_seconds=LEASE)
+        found += recovery.expire(world.db, lease_seconds=LEASE)
 
     assert found == 1
 
@@ -84,11 +84,11 @@ def test_a_clock_that_is_turned_by_an_hour_reaps_nothing_and_strands_nothing(wor
     claim = world.running()
     world.clock.turn(hours * 3600)
 
-    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+    assert recovery.expire(world.db, lease_seconds=LEASE) == 0
     world.pass_time(LEASE / 2, claim.claim_id)
-    assert recovery.expire(world.db, grace_seconds=LEASE) == 0
+    assert recovery.expire(world.db, lease_seconds=LEASE) == 0
     world.pass_time(LEASE + 2)
-    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+    assert recovery.expire(world.db, lease_seconds=LEASE) == 1
 
 
 def test_a_clock_that_was_set_back_does_not_strand_the_job_of_a_dead_worker(world: World) -> None:
@@ -98,7 +98,7 @@ def test_a_clock_that_was_set_back_does_not_strand_the_job_of_a_dead_worker(worl
 
     world.pass_time(LEASE + 15)
 
-    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+    assert recovery.expire(world.db, lease_seconds=LEASE) == 1
 
 
 def test_the_wish_to_cancel_or_pause_outlives_a_lost_worker(world: World) -> None:
@@ -108,7 +108,7 @@ def test_the_wish_to_cancel_or_pause_outlives_a_lost_worker(world: World) -> Non
     commands.pause(world.db, **world.of(paused.id))
     world.pass_time(LEASE + 1)
 
-    recovery.expire(world.db, grace_seconds=LEASE)
+    recovery.expire(world.db, lease_seconds=LEASE)
 
     assert world.job(cancelled.id).state == JobState.CANCELLED
     assert world.job(paused.id).state == JobState.PAUSED
@@ -119,7 +119,7 @@ def _lose_workers(world: World, number: int) -> None:
     for _ in range(number):
         assert len(world.claim()) == 1
         world.pass_time(LEASE + 31)
-        recovery.expire(world.db, grace_seconds=LEASE)
+        recovery.expire(world.db, lease_seconds=LEASE)
         world.pass_time(31)
 
 
@@ -231,7 +231,7 @@ def test_a_preparation_that_was_lost_is_free_again_and_no_attempt(world: World) 
     assert lost is not None
     world.pass_time(LEASE + 1)
 
-    assert recovery.expire(world.db, grace_seconds=LEASE) == 1
+    assert recovery.expire(world.db, lease_seconds=LEASE) == 1
 
     again = preparation.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
     assert again is not None
@@ -247,7 +247,7 @@ def test_a_file_that_takes_every_worker_down_is_refused_in_the_end(world: World)
     for _ in range(MAX_LOST_PREPARATIONS):
         assert preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is not None
         world.pass_time(LEASE + 1)
-        recovery.expire(world.db, grace_seconds=LEASE)
+        recovery.expire(world.db, lease_seconds=LEASE)
 
     failed = world.job(job.id)
     assert (failed.state, (failed.error or {})["code"]) == (JobState.FAILED, "preparation_lost")
@@ -359,7 +359,7 @@ def test_trials_that_end_with_their_worker_take_their_sweeps_in_one_order(
         workers.end_worker(world.db, "w1")
     else:
         world.pass_time(LEASE + 1)
-        recovery.expire(world.db, grace_seconds=LEASE)
+        recovery.expire(world.db, lease_seconds=LEASE)
 
     assert taken == sorted(sweeps)
     assert {world.job(job.id).state for job in trials} == {JobState.CANCELLED}

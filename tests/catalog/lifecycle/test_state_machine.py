@@ -124,7 +124,7 @@ class Service(RuleBasedStateMachine):
 
     @rule()
     def recover(self) -> None:
-        recovery.expire(self.db, grace_seconds=LEASE)
+        recovery.expire(self.db, lease_seconds=LEASE)
 
     @rule(worker_id=WORKERS, verb=st.sampled_from([workers.end_worker, workers.declare_lost, None]))
     def worker_comes_or_goes(self, worker_id: str, verb: Any) -> None:
@@ -180,7 +180,7 @@ class Service(RuleBasedStateMachine):
         self.world.worker("last")
         for _ in range(40):
             self.clock.turn(LEASE * 3)
-            recovery.expire(self.db, grace_seconds=LEASE)
+            recovery.expire(self.db, lease_seconds=LEASE)
             with self.db.read() as session:
                 paused = list(session.scalars(select(Job.id).where(Job.state == JobState.PAUSED)))
             for job_id in paused:

@@ -77,7 +77,7 @@ def test_eight_workers_at_once_never_get_the_same_job(world: World) -> None:
 def test_every_write_of_a_stale_claim_is_refused(world: World) -> None:
     stale = world.running()
     world.pass_time(LEASE + 1)
-    recovery.expire(world.db, grace_seconds=LEASE)
+    recovery.expire(world.db, lease_seconds=LEASE)
     world.clock.turn(3)
     (fresh,) = world.claim("w2")
     before = world.job(stale.job.id)

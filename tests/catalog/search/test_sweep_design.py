@@ -112,7 +112,7 @@ def test_numbers_of_a_method_vary_where_the_method_is_named() -> None:
 
     _, other = checked(design_of(**told))
 
-    assert other.numbers().model_dump()["beta"] == 0.5
+    assert other.method_hyperparameters().model_dump()["beta"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_the_numbers_of_learning_from_answers_are_kept(
 ) -> None:
     spec = JobSpec.model_validate(world.submit(**asked).spec)
 
-    assert (spec.supervised, spec.method_numbers) == (expected, expected)
+    assert (spec.supervised, spec.method_hyperparameters) == (expected, expected)
 
 
 def test_pairs_have_no_numbers_of_learning_from_answers(world: World) -> None:
@@ -67,7 +67,7 @@ def test_pairs_have_no_numbers_of_learning_from_answers(world: World) -> None:
     spec = JobSpec.model_validate(world.submit(training_file=world.file(kind="preference"), method=asked).spec)
 
     assert spec.supervised is None
-    assert spec.method_numbers == PreferenceSpec(beta=0.1, label_smoothing=0.2)
+    assert spec.method_hyperparameters == PreferenceSpec(beta=0.1, label_smoothing=0.2)
 
 
 def test_a_specs_record_from_before_there_was_a_choice_is_supervised(world: World) -> None:
@@ -76,7 +76,7 @@ def test_a_specs_record_from_before_there_was_a_choice_is_supervised(world: Worl
 
     spec = JobSpec.model_validate(record)
 
-    assert (spec.method, spec.preference, spec.method_numbers) == ("supervised", None, SupervisedSpec())
+    assert (spec.method, spec.preference, spec.method_hyperparameters) == ("supervised", None, SupervisedSpec())
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])

@@ -237,7 +237,7 @@ def test_a_worker_that_is_lost_costs_nothing_after_its_last_heartbeat(world: Wor
     train(world, 20, claim)
 
     world.pass_time(2 * LEASE)
-    recovery.expire(world.db, grace_seconds=LEASE)
+    recovery.expire(world.db, lease_seconds=LEASE)
 
     assert world.job(claim.job.id).state == "queued"
     assert used(world)["ours"] == pytest.approx(20, abs=0.1)

@@ -82,14 +82,14 @@ def test_a_tick_that_breaks_off_between_lanes_and_books_changes_no_byte(load, mo
     alone = run_alone(load("llama"), LONG)
     engine = Engine(load("llama"), EngineConfig(token_budget=64))
     admit(engine, "long", LONG)
-    learn, calls = engine._speeds.learn, itertools.count()
+    learn, calls = engine._throughput.learn, itertools.count()
 
     def breaking_off(**measured):
         if next(calls) in (1, 5):
             raise KeyboardInterrupt
         learn(**measured)
 
-    monkeypatch.setattr(engine._speeds, "learn", breaking_off)
+    monkeypatch.setattr(engine._throughput, "learn", breaking_off)
     events, num_broken = ticked_to_the_end(engine, KeyboardInterrupt)
 
     assert num_broken == 2

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from lora_core.engine.engine import Engine
-from lora_core.engine.step import TickSpeeds
+from lora_core.engine.throughput import Throughput
 from lora_core.engine_config import EngineConfig
 from tests.lora_core.engine.test_prefix_cache import AMPLE, top
 from tests.lora_core.scenarios import config, dataset
 
 
 def test_the_first_tick_of_a_size_is_forgotten_and_later_ones_are_averaged() -> None:
-    speeds = TickSpeeds()
+    speeds = Throughput()
     for seconds in (10.0, 1.0, 2.0):
-        speeds.learn(num_tokens=100, cost=100, num_jobs=1, seconds=seconds)
+        speeds.learn(num_tokens=100, cost=100, fullest_lane=100, num_jobs=1, seconds=seconds)
 
     assert speeds.table() == {"alone": [(100, 90.0)], "together": []}
 
 
 def test_a_size_of_which_only_the_first_tick_was_seen_is_not_told() -> None:
-    speeds = TickSpeeds()
-    speeds.learn(num_tokens=100, cost=100, num_jobs=2, seconds=1)
-    speeds.learn(num_tokens=300, cost=300, num_jobs=2, seconds=1)
-    speeds.learn(num_tokens=310, cost=310, num_jobs=2, seconds=1)
+    speeds = Throughput()
+    speeds.learn(num_tokens=100, cost=100, fullest_lane=100, num_jobs=2, seconds=1)
+    speeds.learn(num_tokens=300, cost=300, fullest_lane=300, num_jobs=2, seconds=1)
+    speeds.learn(num_tokens=310, cost=310, fullest_lane=310, num_jobs=2, seconds=1)
 
     assert speeds.table()["together"] == [(310, 310.0)]
 
@@ -40,10 +40,10 @@ def test_of_each_size_the_wanted_number_of_ticks_goes_to_one_job_alone(load) -> 
 
 
 def test_slices_above_kept_prefixes_are_no_faster_for_there_is_less_of_them_to_compute() -> None:
-    speeds = TickSpeeds()
-    speeds.learn(num_tokens=100, cost=100, num_jobs=1, seconds=10)
+    speeds = Throughput()
+    speeds.learn(num_tokens=100, cost=100, fullest_lane=100, num_jobs=1, seconds=10)
     for cost in (100, 50, 25):
-        speeds.learn(num_tokens=100, cost=cost, num_jobs=1, seconds=cost / 200)
+        speeds.learn(num_tokens=100, cost=cost, fullest_lane=cost, num_jobs=1, seconds=cost / 200)
 
     assert speeds.table()["alone"] == [(100, 200.0)]
 
@@ -90,7 +90,7 @@ def test_of_a_tick_on_kept_rows_the_size_is_in_tokens_and_the_work_in_those_that
     engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=3600, **AMPLE))
     engine.admit("a", top(config(num_steps=4, batch_size=2)), ROWS)
     measured: list[tuple[int, int]] = []
-    monkeypatch.setattr(engine._speeds, "learn", lambda **tick: measured.append((tick["num_tokens"], tick["cost"])))
+    monkeypatch.setattr(engine._throughput, "learn", lambda **tick: measured.append((tick["num_tokens"], tick["cost"])))
 
     steps_of_ticks(engine, 4)
 

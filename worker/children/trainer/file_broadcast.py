@@ -12,15 +12,15 @@ from collections.abc import Callable
 from functools import partial
 from io import BufferedIOBase
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from lora_core.distributed.ranks import Meeting, Ranks
-from worker.protocol.mailbox import Json, TrainerDirectory
+from worker.protocol.mailbox import AdmitBody, TrainerDirectory
 from worker.protocol.rendezvous import tell_port, told_port
 from worker.protocol.trainer_paths import UnsafePath, confined
 
-NAMES = ("train", "valid", "resume", "parent")
-"""What of an admit message's body is a file or a folder."""
+NAMES: tuple[Literal["train", "valid", "resume", "parent"], ...] = ("train", "valid", "resume", "parent")
+"""The fields of an `admit` message that name a file or a folder."""
 CHUNK_BYTES = 16 * 2**20
 RENDEZVOUS_SECONDS = 300.0
 """For which the trainers wait for each other, once the first listens."""
@@ -69,7 +69,7 @@ class _End:
         return None
 
 
-def brought(directory: TrainerDirectory, body: Json, ranks: Ranks) -> list[Path | None]:
+def brought(directory: TrainerDirectory, body: AdmitBody, ranks: Ranks) -> list[Path | None]:
     """Of every rank: the paths of NAMES in a job's admission, where each is by then. Raises OSError and LoraCoreError,
     on all of them."""
     if ranks.is_apart:
@@ -83,7 +83,7 @@ def forget(directory: TrainerDirectory, claim_id: str, ranks: Ranks) -> None:
         shutil.rmtree(directory.job_path(claim_id), ignore_errors=True)
 
 
-def _bring(directory: TrainerDirectory, body: Json, ranks: Ranks) -> None:
+def _bring(directory: TrainerDirectory, body: AdmitBody, ranks: Ranks) -> None:
     found = ranks.told(ranks.by_leader(lambda: _files(directory, body)))
     end = _End()
     for name, num_bytes in found:
@@ -93,7 +93,7 @@ def _bring(directory: TrainerDirectory, body: Json, ranks: Ranks) -> None:
             raise end.problem
 
 
-def _files(directory: TrainerDirectory, body: Json) -> list[tuple[str, int]]:
+def _files(directory: TrainerDirectory, body: AdmitBody) -> list[tuple[str, int]]:
     """Relative names, and bytes of each."""
     named = [path for name in NAMES if (path := directory.inside(body[name])) is not None]
     paths = [file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]

@@ -1,6 +1,6 @@
 """The only bridge from what a person asked for (catalog.spec.job.JobSpec) to what the engine is told.
 
-Imported by train_entry alone: beside it only import_entry knows lora_core.
+Only the trainer imports it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _lora_config(lora: LoraSpec) -> LoraConfig:
 
 def objective_config(spec: JobSpec) -> ObjectiveConfig:
     """What the job minimizes."""
-    return ObjectiveConfig(kind=spec.method, **spec.method_numbers.model_dump(exclude={"neftune_alpha"}))
+    return ObjectiveConfig(kind=spec.method, **spec.method_hyperparameters.model_dump(exclude={"neftune_alpha"}))
 
 
 def warmup_steps(ratio: float, num_steps: int) -> int:

@@ -1,5 +1,4 @@
-"""What the trainer's engine gives, as the trainer tells and keeps it; and what all its processes are told. Runs in the
-trainer alone."""
+"""What the trainer reads and writes for one job: data sets, the adapter, prompts and answers, events and log lines."""
 
 from __future__ import annotations
 
@@ -115,8 +114,8 @@ def steps_to_sample(events: list[Event]) -> dict[str, int]:
     return steps | kept
 
 
-def prompts_of(asked: SampleRequest) -> Prompts:
-    return Prompts(prompts=asked.ids, max_tokens=asked.max_tokens, end_ids=asked.end_ids)
+def prompts_of(request: SampleRequest) -> Prompts:
+    return Prompts(prompts=request.ids, max_tokens=request.max_tokens, end_ids=request.end_ids)
 
 
 def as_json(event: Event) -> Json:
@@ -133,13 +132,13 @@ class AdmittedJob:
     checkpoint_every_steps: int
     base_name: str
     num_steps: int
-    asked: SampleRequest | None = None
+    sample_request: SampleRequest | None = None
     """What it answers at each evaluation."""
     saved_step: int
-    """Step of the newest checkpoint that our parent was told of, or of the resume point; 0: none."""
+    """Step of the newest checkpoint that was reported, or of the one that the job resumed from; 0: none."""
 
     def is_checkpoint_due(self, step: int) -> bool:
-        """Its last step has its adapter instead."""
+        """The last step needs none, because the adapter is exported after it."""
         return step % self.checkpoint_every_steps == 0 and step < self.num_steps
 
 
@@ -163,16 +162,16 @@ def sample_request(base: BaseText, samples: Samples, *, as_chat: bool) -> Sample
     )
 
 
-def sample_records(base: BaseText, asked: SampleRequest, answers: list[tuple[int, ...]]) -> list[Json]:
+def sample_records(base: BaseText, request: SampleRequest, answers: list[tuple[int, ...]]) -> list[Json]:
     """Prompts with answers, for people. `is_complete`: the answer has come to its end within max_tokens."""
     return [
         {
             "prompt": prompt,
             "answer": base.text_of(ids),
             "num_tokens": len(ids),
-            "is_complete": bool(ids) and ids[-1] in asked.end_ids,
+            "is_complete": bool(ids) and ids[-1] in request.end_ids,
         }
-        for prompt, ids in zip(asked.texts, answers, strict=True)
+        for prompt, ids in zip(request.texts, answers, strict=True)
     ]
 
 
@@ -195,7 +194,7 @@ class TrainerLog:
         self._speaks = speaks
         self._subjects: dict[str, Subjects] = {}
 
-    def knows(self, admit: Json) -> str:
+    def knows(self, admit: Mapping[str, Any]) -> str:
         """The claim of a job that is to be admitted, of which lines may tell from here on."""
         claim_id = str(admit["claim_id"])
         trace = tracing.trace_id(admit.get("trace"))

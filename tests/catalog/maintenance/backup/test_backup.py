@@ -147,10 +147,10 @@ def test_jobs_that_ran_at_the_backup_are_recovered_by_their_leases(service: Serv
     world.clock.turn(10 * LEASE)
     db = Database(elsewhere.resolved_database_url(), clock=world.clock)
 
-    assert recovery.expire(db, grace_seconds=LEASE) == 0, "nobody could have renewed: a lease of grace"
+    assert recovery.expire(db, lease_seconds=LEASE) == 0, "nobody could have renewed: a lease of grace"
     for _ in range(9):
         world.clock.turn(LEASE / 4)
-        recovery.expire(db, grace_seconds=LEASE)
+        recovery.expire(db, lease_seconds=LEASE)
 
     with db.read() as session:
         job = session.get_one(Job, claim.job.id)

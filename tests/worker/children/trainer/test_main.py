@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,16 +14,17 @@ import torch
 from catalog.spec.job import JobRequest, resolve
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.distributed.ranks import ALONE
+from lora_core.engine.engine import Engine
 from lora_core.errors import BadAdapter, OutOfMemory
 from lora_core.events import JobDiverged, JobFinished
 from lora_core.model_files.import_base import Imported
 from tests.worker.pack_site import said
 from worker.children import base_importer
-from worker.children.trainer import main, outputs
-from worker.children.trainer.main import TrainerLoop
+from worker.children.trainer import main, message_handlers, outputs
+from worker.children.trainer.message_handlers import MessageHandlers
 from worker.children.trainer.outputs import AdmittedJob
 from worker.protocol.errors import without_handled
-from worker.protocol.mailbox import InboxWriter, TrainerDirectory, Verb, read_json, write_json
+from worker.protocol.mailbox import AdmitBody, EventWriter, InboxWriter, TrainerDirectory, Verb, read_json, write_json
 
 
 class FullEngine:
@@ -53,13 +54,24 @@ class FullEngine:
         """Room for others."""
 
 
-def body() -> dict[str, Any]:
+def body(claim_id: str = "claim-1") -> AdmitBody:
     """Of an `admit` message whose files are not there."""
     request = JobRequest(model="tiny", training_file="file-1")
     spec = resolve(request, num_rows=10, max_positions=256, seed=1).model_dump(mode="json")
-    files = {"train": "jobs/claim-1/train/tokens.safetensors", "valid": None, "resume": None, "parent": None}
-    steps = {"num_steps": 1, "evaluate_every_steps": 1, "checkpoint_every_steps": 1}
-    return {"claim_id": "claim-1", "base_name": "tiny", "spec": spec, **files, **steps}
+    return {
+        "claim_id": claim_id,
+        "base_name": "tiny",
+        "spec": spec,
+        "num_steps": 1,
+        "evaluate_every_steps": 1,
+        "checkpoint_every_steps": 1,
+        "answered_steps": [],
+        "asks_as_chat": True,
+        "train": "jobs/claim-1/train/tokens.safetensors",
+        "valid": None,
+        "resume": None,
+        "parent": None,
+    }
 
 
 @pytest.fixture
@@ -69,16 +81,15 @@ def directory(tmp_path: Path) -> TrainerDirectory:
 
 
 @pytest.fixture
-def trainer(directory: TrainerDirectory) -> Iterator[TrainerLoop]:
+def trainer(directory: TrainerDirectory) -> Iterator[MessageHandlers]:
     """With a full engine, and two jobs in it."""
-    trainer = TrainerLoop(directory)
-    trainer._engine = FullEngine()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer._residents = {
+    trainer = MessageHandlers(directory, cast(Engine, FullEngine()), EventWriter(directory))
+    trainer._jobs = {
         name: AdmittedJob(checkpoint_every_steps=1, base_name="tiny", num_steps=1, saved_step=0)
         for name in ("claim-0", "claim-1")
     }
     yield trainer
-    trainer._events.close()
+    trainer.events.close()
 
 
 def test_a_base_that_cannot_be_loaded_is_refused_with_code_and_remedy(
@@ -87,7 +98,7 @@ def test_a_base_that_cannot_be_loaded_is_refused_with_code_and_remedy(
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
 
-    TrainerLoop(directory).run()
+    main.run(directory)
 
     (refused,) = said(directory)
     assert refused["type"] == "load_refused"
@@ -129,7 +140,7 @@ def test_an_import_that_writes_more_than_its_limit_is_no_failed_disk(
 
 
 def test_a_disk_that_fails_under_a_jobs_files_refuses_that_job_alone(
-    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Path) -> TokenDataset:
         raise OSError(errno.EIO, "Input/output error")
@@ -144,19 +155,19 @@ def test_a_disk_that_fails_under_a_jobs_files_refuses_that_job_alone(
 
 
 def test_a_job_that_does_not_fit_beside_the_others_is_refused_on_its_way_in(
-    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TokenDataset, "load", lambda _: None)
 
-    trainer._admit({**body(), "claim_id": "claim-2"})
+    trainer._admit(body("claim-2"))
 
     (refused,) = said(directory)
     assert (refused["claim_id"], refused["error"]["code"]) == ("claim-2", "out_of_memory")
-    assert set(trainer._residents) == {"claim-0", "claim-1"}
+    assert set(trainer._jobs) == {"claim-0", "claim-1"}
 
 
 def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over(
-    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def go_on(*_: object, between: Callable[[], None], **__: object) -> None:
         between()
@@ -165,11 +176,10 @@ def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over
         between()
         raise OutOfMemory("claim-1", num_tokens=0)
 
-    monkeypatch.setattr(main, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(message_handlers, "REPORT_SECONDS", 0)
     monkeypatch.setattr("lora_core.peft_format.verify.verify_export", fail)
-    monkeypatch.setattr(trainer, "_base", None, raising=False)
     for name, found in {"export": go_on, "memory": dict, "tokens_per_second": lambda: 0.0, "tick_speeds": dict}.items():
-        monkeypatch.setattr(trainer._engine, name, found, raising=False)
+        monkeypatch.setattr(trainer.engine, name, found, raising=False)
 
     trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
@@ -177,28 +187,28 @@ def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over
 
 
 def test_prompts_are_checked_before_the_start_of_their_job_is_computed(
-    trainer: TrainerLoop, monkeypatch: pytest.MonkeyPatch
+    trainer: MessageHandlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[object] = []
-    monkeypatch.setattr(main, "BaseText", lambda _: None)
-    monkeypatch.setattr(main, "sample_request", lambda *_, **__: "asked")
-    monkeypatch.setattr(main, "prompts_of", lambda asked: asked)
-    monkeypatch.setattr(main, "check_prompts", lambda prompts, base: checked.append((prompts, base)))
-    trainer._engine = SimpleNamespace(base="base")  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(message_handlers, "BaseText", lambda _: None)
+    monkeypatch.setattr(message_handlers, "sample_request", lambda *_, **__: "asked")
+    monkeypatch.setattr(message_handlers, "prompts_of", lambda asked: asked)
+    monkeypatch.setattr(message_handlers, "check_prompts", lambda prompts, base: checked.append((prompts, base)))
+    trainer.engine = SimpleNamespace(base="base")  # pyright: ignore[reportAttributeAccessIssue]
     evaluation = {"samples": {"prompts": ["What?"]}}
     request = JobRequest.model_validate(
         {"model": "tiny", "training_file": "file-1", "validation_file": "file-2", "evaluation": evaluation}
     )
-    spec = resolve(request, num_rows=10, max_positions=256, seed=1).model_dump(mode="json")
+    spec = resolve(request, num_rows=10, max_positions=256, seed=1)
 
-    assert trainer._asks("claim-1", {**body(), "spec": spec, "asks_as_chat": True})
+    trainer._prepare_prompts("claim-1", spec, body())
 
     assert checked == [("asked", "base")]
-    assert trainer._residents["claim-1"].asked == "asked"
+    assert trainer._jobs["claim-1"].sample_request == "asked"
 
 
 def test_a_data_set_that_does_not_fit_is_told_as_such(
-    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Path) -> TokenDataset:
         raise MemoryError
@@ -214,13 +224,15 @@ def test_a_data_set_that_does_not_fit_is_told_as_such(
     assert "rank" not in refused["error"]["remedy"]
 
 
-def test_want_of_memory_refuses_the_job_that_the_error_names(trainer: TrainerLoop, directory: TrainerDirectory) -> None:
-    trainer._tick()
+def test_want_of_memory_refuses_the_job_that_the_error_names(
+    trainer: MessageHandlers, directory: TrainerDirectory
+) -> None:
+    trainer.tick()
 
     (refused,) = said(directory)
     assert (refused["type"], refused["claim_id"]) == ("refused", "claim-1")
     assert refused["error"]["code"] == "out_of_memory"
-    assert set(trainer._residents) == {"claim-0"}
+    assert set(trainer._jobs) == {"claim-0"}
 
 
 class DivergingEngine(FullEngine):
@@ -251,11 +263,11 @@ class DivergingEngine(FullEngine):
 
 
 def test_a_job_that_diverges_leaves_its_last_step_before_it_is_told_and_the_others_stay(
-    trainer: TrainerLoop, directory: TrainerDirectory
+    trainer: MessageHandlers, directory: TrainerDirectory
 ) -> None:
-    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
 
-    trainer._tick()
+    trainer.tick()
 
     saved, diverged = said(directory)
     assert (saved["type"], saved["claim_id"], saved["step"]) == ("checkpointed", "claim-1", 7)
@@ -263,17 +275,17 @@ def test_a_job_that_diverges_leaves_its_last_step_before_it_is_told_and_the_othe
     assert (directory.path / saved["adapter"]).is_dir()
     assert saved["num_parameters"] == 24
     assert (diverged["type"], diverged["claim_id"], diverged["step"]) == ("diverged", "claim-1", 7)
-    assert set(trainer._residents) == {"claim-0"}
+    assert set(trainer._jobs) == {"claim-0"}
 
 
 def test_a_checkpoint_whose_weights_cannot_be_written_as_a_model_is_a_checkpoint_all_the_same(
-    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setattr(trainer._engine, "export", fail)
+    trainer.engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(trainer.engine, "export", fail)
 
     trainer._checkpoint("claim-1")
 
@@ -282,24 +294,26 @@ def test_a_checkpoint_whose_weights_cannot_be_written_as_a_model_is_a_checkpoint
     assert (saved["type"], saved["step"], saved["adapter"]) == ("checkpointed", 7, None)
 
 
-def leave(trainer: TrainerLoop, directory: TrainerDirectory, *verbs: tuple[Verb, str | None]) -> list[dict[str, Any]]:
+def leave(
+    trainer: MessageHandlers, directory: TrainerDirectory, *verbs: tuple[Verb, str | None]
+) -> list[dict[str, Any]]:
     """What is said of messages that have come together: verb, and whom it is about."""
     inbox = InboxWriter(directory)
     for verb, claim_id in verbs:
         inbox.send(verb, **({} if claim_id is None else {"claim_id": claim_id}))
-    trainer._listen()
+    trainer.read_inbox()
     return said(directory)
 
 
 @pytest.mark.parametrize("verbs", [[("drain", None)], [("preempt", "claim-0"), ("pause", "claim-1")]])
 def test_all_that_leave_are_saved_and_told_of_before_the_first_is_made_a_model(
-    trainer: TrainerLoop,
+    trainer: MessageHandlers,
     directory: TrainerDirectory,
     monkeypatch: pytest.MonkeyPatch,
     verbs: list[tuple[Verb, str | None]],
 ) -> None:
     engine, told_before = DivergingEngine(good_step=7), []
-    trainer._engine = engine  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.engine = engine  # pyright: ignore[reportAttributeAccessIssue]
     export = engine.export
 
     def note(*given: Any, **named: Any) -> None:
@@ -316,14 +330,14 @@ def test_all_that_leave_are_saved_and_told_of_before_the_first_is_made_a_model(
     assert kinds == [(kind, job, 7) for kind in ("checkpointed", "paused") for job in jobs]
     assert all((directory.path / event["folder"]).is_dir() and event["adapter"] is None for event in events[:2])
     assert all((directory.path / event["adapter"]).is_dir() for event in events[2:])
-    assert not trainer._residents
-    assert trainer._leaving == (verbs == [("drain", None)])
+    assert not trainer._jobs
+    assert trainer.is_leaving == (verbs == [("drain", None)])
 
 
 def test_one_that_leaves_takes_nobody_with_it_and_what_comes_after_is_obeyed_after_it(
-    trainer: TrainerLoop, directory: TrainerDirectory
+    trainer: MessageHandlers, directory: TrainerDirectory
 ) -> None:
-    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
 
     events = leave(trainer, directory, ("pause", "claim-1"), ("cancel", "claim-0"), ("pause", "claim-9"))
 
@@ -332,10 +346,10 @@ def test_one_that_leaves_takes_nobody_with_it_and_what_comes_after_is_obeyed_aft
 
 
 def test_weights_of_the_step_that_is_kept_are_never_named_by_the_last_step(
-    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer._engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setattr(trainer._engine, "evaluated_step", lambda _: 0)
+    trainer.engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(trainer.engine, "evaluated_step", lambda _: 0)
 
     saved, paused = leave(trainer, directory, ("pause", "claim-1"))
 
@@ -344,54 +358,56 @@ def test_weights_of_the_step_that_is_kept_are_never_named_by_the_last_step(
     assert [path.name for path in (directory.path / saved["folder"]).parent.iterdir()] == ["step-7"]
 
 
-def test_weights_that_a_step_has_ruined_are_not_saved(trainer: TrainerLoop, directory: TrainerDirectory) -> None:
-    trainer._engine = DivergingEngine(good_step=6)  # pyright: ignore[reportAttributeAccessIssue]
+def test_weights_that_a_step_has_ruined_are_not_saved(trainer: MessageHandlers, directory: TrainerDirectory) -> None:
+    trainer.engine = DivergingEngine(good_step=6)  # pyright: ignore[reportAttributeAccessIssue]
 
-    trainer._tick()
+    trainer.tick()
 
     (diverged,) = said(directory)
     assert (diverged["type"], diverged["step"], diverged["good_step"]) == ("diverged", 7, 6)
     assert not (directory.job_path("claim-1") / "checkpoints").exists()
-    assert set(trainer._residents) == {"claim-0"}
+    assert set(trainer._jobs) == {"claim-0"}
 
 
-def test_want_of_memory_at_the_end_refuses_that_job_alone(trainer: TrainerLoop, directory: TrainerDirectory) -> None:
+def test_want_of_memory_at_the_end_refuses_that_job_alone(
+    trainer: MessageHandlers, directory: TrainerDirectory
+) -> None:
     trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
     (refused,) = said(directory)
     assert (refused["claim_id"], refused["error"]["code"]) == ("claim-1", "out_of_memory")
-    assert set(trainer._residents) == {"claim-0"}
+    assert set(trainer._jobs) == {"claim-0"}
 
 
 def test_whatever_is_wrong_with_one_adapter_ends_that_job_alone(
-    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("float division by zero")
 
-    monkeypatch.setattr(trainer._engine, "export", fail)
+    monkeypatch.setattr(trainer.engine, "export", fail)
 
     trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
     (refused,) = said(directory)
     assert (refused["claim_id"], refused["error"]["code"]) == ("claim-1", "bad_adapter")
     assert "ZeroDivisionError: float division by zero" in refused["error"]["message"]
-    assert set(trainer._residents) == {"claim-0"}
+    assert set(trainer._jobs) == {"claim-0"}
 
 
 def test_a_device_that_fails_ends_the_trainer_and_no_job(
-    trainer: TrainerLoop, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+    trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(trainer._engine, "export", fail)
+    monkeypatch.setattr(trainer.engine, "export", fail)
 
     with pytest.raises(torch.AcceleratorError):
         trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
     assert said(directory) == []
-    assert set(trainer._residents) == {"claim-0", "claim-1"}
+    assert set(trainer._jobs) == {"claim-0", "claim-1"}
 
 
 def test_what_is_wrong_with_one_adapter_is_printed_as_something_with_which_the_trainer_went_on(

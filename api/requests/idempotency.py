@@ -1,0 +1,24 @@
+"""How a submission is recognized when a client sends it again: by its idempotency key, else by its body."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TypedDict
+
+from pydantic import BaseModel
+
+
+class SubmissionIdentity(TypedDict):
+    """Arguments of catalog.jobs.submission.create and catalog.sweeps.creation.create."""
+
+    idempotency_key: str | None
+    body_digest: str
+    is_client_retry: bool
+
+
+def identity_of(body: BaseModel, *, idempotency_key: str | None, is_client_retry: bool) -> SubmissionIdentity:
+    """`body_digest` is equal for equal bodies, in whichever order and with whichever spaces their JSON was written."""
+    fields = json.dumps(body.model_dump(mode="json", exclude_unset=True), sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(fields.encode()).hexdigest()
+    return {"idempotency_key": idempotency_key, "body_digest": digest, "is_client_retry": is_client_retry}

@@ -1,0 +1,144 @@
+"""Reads the `QueueSnapshot` of a worker from the database, without locks. claiming.py decides from it and claims jobs.
+
+What is read does not grow with the queue: of each project and priority class only the first jobs, by an index
+(candidates.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from typing import get_args
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog.fleet import views
+from catalog.lifecycle import candidates
+from catalog.lifecycle.candidates import CandidateFilter
+from catalog.queue import charging
+from catalog.resources.sharding import ShardingStrategy
+from catalog.scheduling.fallbacks import MAX_FALLBACKS
+from catalog.scheduling.packing import spare_bytes
+from catalog.scheduling.scheduler import decide
+from catalog.scheduling.snapshot import Candidate, Capacity, Policy, QueueSnapshot
+from catalog.spec.job import Quantization
+from catalog.states import is_suspect
+from catalog.tables.fleet import Worker
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
+
+
+def snapshot_of(
+    session: Session,
+    worker: Worker | None,
+    *,
+    trainer_id: str,
+    room: Capacity,
+    live_key: str | None,
+    now: float,
+    policy: Policy,
+) -> QueueSnapshot:
+    """What `decide` needs for a worker with this capacity. `live_key`: the pack key of the jobs that train in its
+    trainer `trainer_id`; None: no job trains there yet."""
+    worker_bytes = worker.memory_bytes if worker else room.memory_bytes_free
+    if room.memory_bytes_when_empty is not None:
+        worker_bytes = min(worker_bytes, room.memory_bytes_when_empty)
+    shares = charging.shares_of_waiting(session, now=now, policy=policy)
+    snapshot = QueueSnapshot(
+        now=now,
+        candidates=(),
+        shares=shares,
+        served=charging.served(session, now=now),
+        room=room,
+        live_key=live_key,
+        worker_bytes=worker_bytes,
+        has_suspect=live_key is not None and _has_suspect(session, trainer_id),
+        per_group=math.ceil(MAX_FALLBACKS / max(1, len(shares))),
+    )
+    if snapshot.has_suspect:
+        return snapshot  # the decision is to wait, whatever else there is
+    can_load = views.quantizations_of(worker) if worker is not None else frozenset({"none"})
+    snapshot = _with_candidates(snapshot, _first_jobs(session, snapshot, can_load))
+    loaded_key = live_key or room.resident_key
+    if loaded_key is not None:
+        found = _jobs_of_key(session, snapshot, loaded_key, room.memory_bytes_free, holding=room.holding)
+        snapshot = _with_candidates(snapshot, found)
+    return with_packmates(session, snapshot, policy)
+
+
+def with_packmates(session: Session, snapshot: QueueSnapshot, policy: Policy) -> QueueSnapshot:
+    """The snapshot with the packmates of the anchor that `decide` chooses from it.
+
+    Each round reads the first jobs that fit into what the chosen ones leave, until a round finds no new one. So a
+    larger job that is ahead of them in the queue does not hide them.
+    """
+    for _ in range(snapshot.room.max_jobs if snapshot.room.max_jobs > 1 else 0):
+        choices = decide(snapshot, policy).action.choices
+        if not choices or len(choices) >= snapshot.room.max_jobs or choices[0].turn.candidate.is_suspect:
+            break
+        anchor = choices[0].turn.candidate
+        holding = snapshot.room.holding if snapshot.live_key is not None else snapshot.room.holding_for(anchor)
+        spare = spare_bytes(choices, snapshot.room)
+        found = _jobs_of_key(session, snapshot, anchor.pack_key, spare, is_packmate=True, holding=holding)
+        known = {candidate.job_id for candidate in snapshot.candidates}
+        if all(candidate.job_id in known for candidate in found):
+            break
+        snapshot = _with_candidates(snapshot, found)
+    return snapshot
+
+
+def _with_candidates(snapshot: QueueSnapshot, found: list[Candidate]) -> QueueSnapshot:
+    return replace(snapshot, candidates=(*snapshot.candidates, *found))
+
+
+def _first_jobs(session: Session, snapshot: QueueSnapshot, can_load: Collection[str]) -> list[Candidate]:
+    """Of each project and class the first jobs that the worker can train alone, with the pack key of any base model.
+
+    A live trainer needs as many as may be ahead of a job that joins. A new trainer also needs the first that fit into
+    the free memory: the others only take their place in the order. And each needs more than one decision uses, because
+    other workers claim some meanwhile.
+    """
+    room, is_live = snapshot.room, snapshot.live_key is not None
+    missing = tuple(name for name in get_args(Quantization) if name not in can_load)
+    wanted = CandidateFilter(alone=True, recomputes=room.recomputes, not_held_as=missing)
+
+    def read(per_group: int, num_bytes: int) -> list[Candidate]:
+        return candidates.waiting(
+            session, wanted, now=snapshot.now, per_group=per_group, num_bytes=num_bytes, group=room.group
+        )
+
+    per_group = snapshot.per_group or 1
+    if is_live:
+        return read(max(room.max_jobs + 1, per_group), snapshot.worker_bytes)
+    found = read(per_group, max(snapshot.worker_bytes, room.memory_bytes_free))
+    if all(room.alone(candidate) <= room.memory_bytes_free for candidate in found):
+        return found
+    return [*found, *read(per_group, room.memory_bytes_free)]
+
+
+def _jobs_of_key(
+    session: Session,
+    snapshot: QueueSnapshot,
+    key: str,
+    num_bytes: int,
+    *,
+    holding: ShardingStrategy,
+    is_packmate: bool = False,
+) -> list[Candidate]:
+    """Of each project and class the first jobs of this pack key that fit into `num_bytes`, as many as the trainer can
+    take: next to other jobs, or as its first. `holding`: how the trainer holds the base model."""
+    room = snapshot.room
+    is_alone = snapshot.live_key is None and not is_packmate
+    wanted = CandidateFilter(alike=True, alone=is_alone, recomputes=room.recomputes, holding=holding)
+    per_group = room.max_jobs + len(snapshot.taken) if is_packmate else max(room.max_jobs, snapshot.per_group or 1)
+    return candidates.waiting(
+        session, wanted, now=snapshot.now, key=key, per_group=per_group, num_bytes=num_bytes, group=room.group
+    )
+
+
+def _has_suspect(session: Session, trainer_id: str) -> bool:
+    live = select(Attempt.job_id).where(Attempt.trainer_id == trainer_id, Attempt.ended_at.is_(None))
+    ends = select(Job.counted_attempts, Job.lost_attempts).where(Job.id.in_(session.scalars(live).all()))
+    return any(is_suspect(counted, lost) for counted, lost in session.execute(ends))

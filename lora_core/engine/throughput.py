@@ -1,0 +1,68 @@
+# pyright: strict
+"""How fast ticks have been: the rate of the engine and of its fullest lane, and a table of rates by tick size."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+PackSize = Literal["alone", "together"]
+NEWEST_SHARE = 0.2
+"""Weight of the newest tick in an average."""
+COLD_TICKS = 1
+"""Of each size: the first one also pays for memory and kernels that it is the first to touch."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SizeAverage:
+    """Averages over the ticks of about one size."""
+
+    num_ticks: int = 0
+    num_tokens: float = 0.0
+    tokens_per_second: float = 0.0
+
+    def learn(self, num_tokens: int, tokens_per_second: float) -> None:
+        share = NEWEST_SHARE if self.num_ticks > COLD_TICKS else 1.0
+        self.num_ticks += 1
+        self.num_tokens += share * (num_tokens - self.num_tokens)
+        self.tokens_per_second += share * (tokens_per_second - self.tokens_per_second)
+
+
+class Throughput:
+    """Averages over the training ticks of one engine. Two ticks have the same size if the numbers of their tokens have
+    the same number of bits."""
+
+    def __init__(self) -> None:
+        self.tokens_per_second = 0.0
+        """Tokens through the base model in a second of tick time; 0 before the first tick."""
+        self.lane_tokens_per_second = 0.0
+        """The same of the fullest lane alone; 0 before the first tick."""
+        self._by_size: dict[PackSize, dict[int, SizeAverage]] = {"alone": {}, "together": {}}
+
+    def learn(self, *, num_tokens: int, cost: int, fullest_lane: int, num_jobs: int, seconds: float) -> None:
+        """Record one tick.
+
+        `cost`: tokens through all blocks that take about as long as these `num_tokens`, of which the prefix cache may
+        save some. `fullest_lane`: the part of `cost` that the fullest lane has.
+        """
+        self.tokens_per_second = _averaged(self.tokens_per_second, num_tokens / seconds)
+        self.lane_tokens_per_second = _averaged(self.lane_tokens_per_second, fullest_lane / seconds)
+        by_size = self._by_size["alone" if num_jobs == 1 else "together"]
+        by_size.setdefault(num_tokens.bit_length(), SizeAverage()).learn(num_tokens, cost / seconds)
+
+    def num_alone(self, num_tokens: int) -> int:
+        """Ticks of one job so far, of about this size."""
+        return self._by_size["alone"].get(num_tokens.bit_length(), SizeAverage()).num_ticks
+
+    def table(self) -> dict[PackSize, list[tuple[int, float]]]:
+        """(tokens, tokens per second) by size, without the sizes of which only cold ticks were seen."""
+        return {
+            pack_size: [
+                (round(seen.num_tokens), round(seen.tokens_per_second, 1))
+                for _, seen in sorted(by_size.items())
+                if seen.num_ticks > COLD_TICKS
+            ]
+            for pack_size, by_size in self._by_size.items()
+        }
+
+
+def _averaged(average: float, newest: float) -> float:
+    return (1 - NEWEST_SHARE) * average + NEWEST_SHARE * newest if average else newest

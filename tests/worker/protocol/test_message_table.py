@@ -1,0 +1,122 @@
+"""The table of messages and events in worker/protocol/mailbox.py agrees with the code that sends and handles them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import NotRequired, get_args, get_origin, get_type_hints
+
+import pytest
+
+from worker.children.trainer.message_handlers import RELEASING
+from worker.children.trainer.outputs import EVENT_TYPES
+from worker.protocol import mailbox
+from worker.protocol.mailbox import AdmitBody, Verb
+
+WORKER = Path(mailbox.__file__).parents[1]
+UNHANDLED = {"unloaded"}
+"""For people who read the file: the worker observes the exit of the process itself."""
+
+
+def table(title: str) -> dict[str, list[str]]:
+    """Field names by message; an optional one ends with a question mark."""
+    _, _, rest = (mailbox.__doc__ or "").partition(f"    {title} ")
+    rows: dict[str, str] = {}
+    names = ""
+    for line in rest.partition("\n\n")[0].splitlines()[1:]:
+        names, fields_of_line = line[4:28].strip() or names, line[28:]
+        rows[names] = f"{rows.get(names, '')} {fields_of_line}"
+    return {name: re.findall(r"(\w+\??):", row) for names, row in rows.items() for name in names.split(", ")}
+
+
+MESSAGES, EVENTS = table("To the trainer"), table("From the trainer")
+
+
+def strings(node: ast.expr) -> Iterator[str]:
+    return (text for part in ast.walk(node) if (text := text_of(part)) is not None)
+
+
+def text_of(node: ast.AST | None) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def nodes(*places: str) -> Iterator[ast.AST]:
+    for place in places:
+        for path in sorted((WORKER / place).rglob("*.py")) or [WORKER / place]:
+            yield from ast.walk(ast.parse(path.read_text()))
+
+
+def calls(method: str, *places: str) -> Iterator[ast.Call]:
+    for node in nodes(*places):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method:
+            yield node
+
+
+def compared_with(name: str, *places: str) -> set[str]:
+    """Strings with which an attribute or a key of this name is compared."""
+    return {
+        text
+        for node in nodes(*places)
+        if isinstance(node, ast.Compare)
+        and (name in strings(node.left) or (isinstance(node.left, ast.Attribute) and node.left.attr == name))
+        for comparator in node.comparators
+        for text in strings(comparator)
+    }
+
+
+def sent_events() -> dict[str, set[str]]:
+    """Named fields of each event that the trainer writes."""
+    found = {
+        name: {"claim_id", *(field.name for field in fields(event) if field.name != "job")}
+        for event, name in EVENT_TYPES.items()
+    }
+    for call in calls("_report_event", "children/trainer"):
+        (name,) = strings(call.args[1])
+        found.setdefault(name, {"claim_id"}).update(keyword.arg for keyword in call.keywords if keyword.arg)
+    for node in nodes("children/trainer"):
+        if isinstance(node, ast.Dict):
+            values = dict(zip(map(text_of, node.keys), node.values, strict=True))
+            if (name := text_of(values.pop("type", None))) is not None:
+                found.setdefault(name, set()).update(key for key in values if key is not None)
+    return found
+
+
+def handled_events() -> set[str]:
+    tables = {
+        key
+        for node in nodes("session/event_handlers.py")
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict)
+        for each in node.value.keys
+        if each is not None
+        for key in strings(each)
+    }
+    return tables | compared_with("type", "session/trainer_session.py")
+
+
+def test_the_table_lists_the_verbs_of_the_inbox_and_no_others() -> None:
+    handled = compared_with("verb", "children/trainer") | set(RELEASING)
+
+    assert set(MESSAGES) == set(get_args(Verb)) == handled
+
+
+def test_the_table_lists_the_events_that_the_trainer_sends_and_no_others() -> None:
+    assert set(EVENTS) == set(sent_events())
+
+
+def test_the_worker_handles_every_event_of_the_table_but_unloaded() -> None:
+    assert handled_events() == set(EVENTS) - UNHANDLED
+
+
+@pytest.mark.parametrize("event", sorted(EVENTS))
+def test_the_table_names_every_field_that_the_trainer_writes_by_name(event: str) -> None:
+    assert sent_events()[event] <= {name.removesuffix("?") for name in EVENTS[event]}
+
+
+def test_the_table_lists_the_fields_of_admit() -> None:
+    hints = get_type_hints(AdmitBody, include_extras=True)
+    names = {f"{name}?" if get_origin(hint) is NotRequired else name for name, hint in hints.items()}
+
+    assert set(MESSAGES["admit"]) == names

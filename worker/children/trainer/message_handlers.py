@@ -1,0 +1,316 @@
+"""Handles the messages of a trainer's inbox and the events of its engine; worker/protocol/mailbox.py lists both.
+
+main.py calls `read_inbox`, `tick` and `report` in turn. Messages are handled between two ticks, in their order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+from catalog import failpoints
+from catalog.spec.job import JobSpec
+from lora_core.engine.engine import Engine
+from lora_core.errors import BadCheckpoint, LoraCoreError, OutOfMemory
+from lora_core.events import Event, JobDiverged, JobFinished, JobStepped
+from lora_core.forward.generation import Generation, check_prompts
+from worker.children.tokenizer.chat_template import Refused
+from worker.children.tokenizer.text_encoder import BaseText
+from worker.children.trainer.file_broadcast import brought, forget
+from worker.children.trainer.job_config import job_config
+from worker.children.trainer.outputs import (
+    AdmittedJob,
+    TrainerLog,
+    as_json,
+    datasets_of,
+    exported,
+    prompts_of,
+    sample_records,
+    sample_request,
+    steps_to_sample,
+    taken,
+)
+from worker.protocol.errors import described, told
+from worker.protocol.mailbox import (
+    AdmitBody,
+    EventWriter,
+    InboxReader,
+    Json,
+    TrainerDirectory,
+    TrainerMessage,
+    timed,
+)
+
+REPORT_SECONDS = 5.0
+RELEASING = ("pause", "preempt", "drain")
+"""Verbs after which a job leaves the trainer with a checkpoint."""
+NO_ADAPTER: Json = {"adapter": None}
+
+
+class MessageHandlers:
+    """One engine with its jobs, on this rank. `is_leaving`: the process ends before the next tick.
+
+    All ranks do the same in the same order. The leader reads the inbox, and alone writes events and files.
+    """
+
+    def __init__(self, directory: TrainerDirectory, engine: Engine, events: EventWriter) -> None:
+        self.engine = engine
+        self.events = events
+        self.is_leaving = False
+        self._directory = directory
+        self._settings = directory.settings()
+        self._ranks = engine.ranks
+        self._inbox = InboxReader(directory)
+        self._log = TrainerLog(self._settings, speaks=engine.ranks.leads)
+        self._jobs: dict[str, AdmittedJob] = {}
+        self._text: BaseText | None = None
+        self._reported_at = time.monotonic()
+        self._reported_verifying = False
+
+    # Messages of the worker
+
+    def read_inbox(self) -> None:
+        """Handle the new messages in their order. Jobs that are to leave, one right after the other, leave together."""
+        for releases, messages in groupby(taken(self._inbox, self._ranks), lambda message: message.verb in RELEASING):
+            if releases:
+                self._release(messages)
+            else:
+                for message in messages:
+                    self._handle(message)
+
+    def _handle(self, message: TrainerMessage) -> None:
+        if message.verb == "admit":
+            self._admit(cast(AdmitBody, message.body))
+        elif message.verb == "cancel":
+            self._evict(message.body["claim_id"])
+            self.events.write({"type": "cancelled", "claim_id": message.body["claim_id"]})
+        elif message.verb == "unload":
+            self.is_leaving = not self._jobs
+
+    def _release(self, messages: Iterable[TrainerMessage]) -> None:
+        # The time to leave may be short. A checkpoint loses no work, so all are written and reported before the first
+        # adapter, whose export takes longer.
+        messages = list(messages)
+        self.is_leaving |= any(message.verb == "drain" for message in messages)
+        named = {message.body.get("claim_id") for message in messages}
+        leaving = [claim_id for claim_id in self._jobs if self.is_leaving or claim_id in named]
+        saved: set[str] = set()
+        for claim_id in leaving:
+            if (checkpoint := self._save(claim_id)) is not None:
+                self._report_event(claim_id, "checkpointed", **checkpoint, **NO_ADAPTER)
+                saved.add(claim_id)
+        for claim_id in leaving:
+            step, _ = self.engine.progress(claim_id)
+            adapter = self._export_checkpoint(claim_id) if claim_id in saved else NO_ADAPTER
+            self._evict(claim_id)
+            self._report_event(claim_id, "paused", step=step, **adapter)
+
+    def _admit(self, body: AdmitBody) -> None:
+        claim_id, spec = self._log.knows(body), JobSpec.model_validate(body["spec"])
+        try:
+            config = job_config(spec, num_steps=body["num_steps"], evaluate_every_steps=body["evaluate_every_steps"])
+            train_path, valid_path, resume, parent = brought(self._directory, body, self._ranks)
+            train, valid = datasets_of(claim_id, train_path, valid_path, self._ranks)
+            shortages = body.get("shortages", 0)
+            self.engine.admit(claim_id, config, train, valid, resume_from=resume, parent=parent, shortages=shortages)
+        except (LoraCoreError, OSError) as error:
+            # The code and not the class, because `Ranks.together` raises another rank's error as a LoraCoreError.
+            is_checkpoint = not isinstance(error, OSError) and error.code == BadCheckpoint.code
+            self._refuse(claim_id, error, is_checkpoint=is_checkpoint)
+            return
+        step, num_steps = self.engine.progress(claim_id)
+        self._jobs[claim_id] = AdmittedJob(
+            checkpoint_every_steps=body["checkpoint_every_steps"],
+            base_name=body["base_name"],
+            num_steps=num_steps,
+            saved_step=step,
+        )
+        try:
+            self._prepare_prompts(claim_id, spec, body)
+        except (LoraCoreError, Refused) as error:
+            self._refuse(claim_id, error)
+            return
+        self._report_event(
+            claim_id,
+            "admitted",
+            step=step,
+            num_steps=num_steps,
+            num_parameters=self.engine.num_parameters(claim_id),
+            steps_per_epoch=train.num_rows / config.objective.rows_per_example / config.batch_size,
+        )
+        # A job that left while it sampled has evaluated that step already, and will not do it again.
+        evaluated_step = self.engine.evaluated_step(claim_id)
+        if evaluated_step is not None and evaluated_step not in body["answered_steps"]:
+            self._sample({claim_id: evaluated_step})
+
+    def _prepare_prompts(self, claim_id: str, spec: JobSpec, body: AdmitBody) -> None:
+        """Raises Refused and LoraCoreError if the base model can't answer the job's prompts."""
+        if spec.samples is not None:
+            self._text = self._text or BaseText(Path(self._settings["base_dir"]))
+            request = sample_request(self._text, spec.samples, as_chat=body["asks_as_chat"])
+            check_prompts(prompts_of(request), self.engine.base)
+            self._jobs[claim_id].sample_request = request
+
+    def _evict(self, claim_id: str) -> None:
+        if self._jobs.pop(claim_id, None) is not None:
+            self.engine.evict(claim_id)
+        forget(self._directory, claim_id, self._ranks)
+
+    def _refuse(self, claim_id: str, error: LoraCoreError | OSError | Refused, *, is_checkpoint: bool = False) -> None:
+        self._evict(claim_id)
+        self._report_event(claim_id, "refused", error=told(error), is_checkpoint=is_checkpoint)
+
+    # Events of the engine
+
+    def tick(self) -> None:
+        """Compute one tick, report its events and handle them."""
+        try:
+            events = self.engine.tick()
+        except OutOfMemory as error:
+            self._refuse(error.job, error)
+            return
+        # A divergence is reported after its last checkpoint: the worker ends the attempt on that event.
+        self.events.write(*(as_json(event) for event in events if not isinstance(event, JobDiverged)))
+        self._sample(steps_to_sample(events))
+        for event in events:
+            if event.job in self._jobs:  # else a message evicted it while `_sample` ran
+                self._handle_event(event)
+
+    def _handle_event(self, event: Event) -> None:
+        if isinstance(event, JobStepped):
+            failpoints.pass_by(f"step_{event.step}")
+            if self._jobs[event.job].is_checkpoint_due(event.step):
+                self._checkpoint(event.job)
+        elif isinstance(event, JobFinished):
+            self._export(event)
+        elif isinstance(event, JobDiverged):
+            if event.good_step == event.step:
+                self._checkpoint(event.job)
+            self._evict(event.job)
+            self.events.write(as_json(event))
+
+    def _sample(self, step_of: dict[str, int]) -> None:
+        """Answer the prompts of jobs that were just evaluated. No job trains meanwhile, but messages are handled after
+        each token."""
+        requests = {job: found for job in step_of if (found := self._jobs[job].sample_request) is not None}
+        if not requests:
+            return
+        generation = None
+        if self._ranks.leads or self.engine.base.is_sharded:  # else the leader computes alone, and the others wait
+            generation = self.engine.generation({job: prompts_of(request) for job, request in requests.items()})
+        while not self._ranks.told(generation is None or generation.is_complete):
+            if generation is not None:
+                self._advance(generation, step_of)
+            self.read_inbox()
+            self.report()
+        for job, answers in generation.answers().items() if generation is not None else ():
+            if job in self._jobs:
+                assert self._text is not None
+                records = sample_records(self._text, requests[job], answers)
+                self._report_event(job, "sampled", step=step_of[job], samples=records)
+
+    def _advance(self, generation: Generation, step_of: dict[str, int]) -> None:
+        for job in generation.answers().keys() - self._jobs.keys():
+            generation.drop(job)
+        try:
+            generation.advance()
+        except OutOfMemory as error:
+            generation.drop(error.job)
+            self._report_event(error.job, "unsampled", step=step_of[error.job], error=described(error))
+
+    # Checkpoints and adapters
+
+    def _checkpoint(self, claim_id: str) -> None:
+        began_at, checkpoint = time.time(), self._save(claim_id)
+        if checkpoint is not None:
+            adapter = self._export_checkpoint(claim_id)
+            failpoints.pass_by("in_checkpoint")
+            spans = [timed("checkpoint", began_at)]
+            self._report_event(claim_id, "checkpointed", **checkpoint, **adapter, spans=spans)
+
+    def _save(self, claim_id: str) -> Json | None:
+        """`step` and relative `folder` of a new checkpoint. None: this step is saved already, the disk failed, or an
+        update of the job broke off."""
+        step, _ = self.engine.progress(claim_id)
+        job = self._jobs[claim_id]
+        if step == job.saved_step:
+            return None
+        folder = self._directory.checkpoint_path(claim_id, step)
+        self.engine.compare_ranks(claim_id)
+        try:
+            self._ranks.by_leader(lambda: self.engine.save_checkpoint(claim_id, folder))
+        except (OSError, LoraCoreError) as error:  # LoraCoreError: the engine has not yet raised the job's shortage
+            self._report_event(claim_id, "checkpoint_failed", step=step, error=told(error))
+            return None
+        job.saved_step = step
+        return {"step": step, "folder": self._directory.named(folder)}
+
+    def _export_checkpoint(self, claim_id: str) -> Json:
+        """Relative `adapter`, with the weights of the saved step in PEFT's layout, and `num_parameters`. NO_ADAPTER:
+        the disk failed, or a finished job has gone back to the weights of an earlier step."""
+        step, _ = self.engine.progress(claim_id)
+        if self.engine.evaluated_step(claim_id) not in (None, step):
+            return NO_ADAPTER
+        folder = self._directory.checkpoint_path(claim_id, step)
+        adapter = folder.with_name(f"{folder.name}-adapter")
+        base_name = self._jobs[claim_id].base_name
+        try:
+            self._ranks.by_leader(
+                lambda: self.engine.export(claim_id, adapter, base_name=base_name, has_evidence=False)
+            )
+        except (OSError, LoraCoreError) as error:
+            self._report_event(claim_id, "checkpoint_unexported", step=step, error=told(error))
+            return NO_ADAPTER
+        return {"adapter": self._directory.named(adapter), "num_parameters": self.engine.num_parameters(claim_id)}
+
+    def _export(self, finished: JobFinished) -> None:
+        claim_id, folder = finished.job, self._directory.job_path(finished.job) / "adapter"
+        spans: list[Json] = []
+        try:
+            report = exported(
+                self.engine,
+                claim_id,
+                folder,
+                base_name=self._jobs[claim_id].base_name,
+                between=self.report,
+                amid=partial(self.report, verifying=True),
+                spans=spans,
+            )
+        except (LoraCoreError, OSError) as error:
+            self._refuse(claim_id, error)
+            return
+        body = {
+            "step": finished.step,
+            "kept_step": finished.kept_step,
+            "stopped_early": finished.stopped_early,
+            "folder": self._directory.named(folder),
+            "num_parameters": self.engine.num_parameters(claim_id),
+            "trained_tokens": self.engine.trained_tokens(claim_id),
+            "report": report,
+        }
+        self._evict(claim_id)
+        self._report_event(claim_id, "exported", **body, spans=spans)
+
+    # Reports
+
+    def report(self, *, verifying: bool = False) -> None:
+        """Every REPORT_SECONDS: memory and speed. The worker's watchdog takes it as a sign of life during long work."""
+        if verifying != self._reported_verifying or time.monotonic() - self._reported_at >= REPORT_SECONDS:
+            self._reported_at, self._reported_verifying = time.monotonic(), verifying
+            self.events.write(
+                {
+                    "type": "memory",
+                    "verifying": verifying,
+                    **self.engine.memory(),
+                    "tokens_per_second": round(self.engine.tokens_per_second(), 1),
+                    "tick_speeds": self.engine.tick_speeds(),
+                }
+            )
+
+    def _report_event(self, claim_id: str, event_type: str, **body: Any) -> None:
+        self.events.write({"type": event_type, "claim_id": claim_id, **body})
+        self._log.told(claim_id, event_type, body)
