@@ -93,6 +93,7 @@ def test_each_of_a_few_trained_tokens_is_noticed_where_its_embedding_is_changed(
         assert not verify_export(base, folder).passed, index
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("family", "fields"),

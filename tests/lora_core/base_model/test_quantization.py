@@ -68,6 +68,7 @@ def test_training_on_a_quantized_base_writes_nothing_into_the_log_of_its_trainer
     assert caplog.messages == []
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16")])
 def test_an_adapter_of_a_quantized_base_serves_as_trained_and_names_its_base(base_dirs, tmp_path, family, dtype, kind):
@@ -88,8 +89,9 @@ def test_an_adapter_of_a_quantized_base_serves_as_trained_and_names_its_base(bas
     assert (how["load_in_4bit"], how["load_in_8bit"]) == (kind == "nf4", kind == "int8")
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_packed_equals_solo_on_a_quantized_base(base_dirs, family, kind):
     base = load(base_dirs, family, kind)
     # DoRA, PiSSA and OLoRA need the base's weights as plain numbers

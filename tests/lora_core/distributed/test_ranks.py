@@ -82,7 +82,8 @@ def check_ended_as(alone: dict[str, Any], found: dict[str, Any]) -> None:
     assert (found["refused"], found["jobs"]) == ("bad_checkpoint", [])
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow_repetitions
+@pytest.mark.parametrize("size", [2, 3])
 def test_an_adapter_trained_by_several_processes_has_the_bytes_of_one(base_dirs, load, tmp_path: Path, size) -> None:
     each = reports(base_dirs["llama"], tmp_path, size=size, strategy="replicated")
 
@@ -99,7 +100,8 @@ HAS_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="make 
 BY_ZERO3 = [pytest.param(strategy, marks=HAS_DEEPSPEED) for strategy in ("zero3", "zero3_offload")]
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("fsdp2_offload", marks=pytest.mark.slow), *BY_ZERO3])
+@pytest.mark.slow_repetitions
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload", *BY_ZERO3])
 def test_a_base_divided_among_processes_trains_as_one_that_is_whole(base_dirs, load, tmp_path: Path, strategy) -> None:
     """To the bit, where the whole one is computed in the same way: linear by linear."""
     each = reports(base_dirs["llama"], tmp_path, size=2, strategy=strategy)

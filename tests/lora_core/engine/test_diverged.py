@@ -50,6 +50,7 @@ RUINS = {
 }
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ruin", RUINS)
 def test_from_the_weights_that_are_called_good_a_job_goes_on_at_a_sane_rate(load, tmp_path, monkeypatch, dtype, ruin):

@@ -38,6 +38,7 @@ class Failure(Exception):
     """Of whatever kind a tick may meet."""
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("error", [Failure, KeyboardInterrupt])
 @pytest.mark.parametrize("num_lanes", [1, 2])
 @pytest.mark.parametrize("part", ["run_training", "run_evaluation"])

@@ -72,6 +72,7 @@ RUINS = {
 }
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize(("num_lanes", "dtype"), [(1, "float32"), (2, "bfloat16")])
 @pytest.mark.parametrize("ruin", RUINS)
 def test_a_ruined_job_ends_as_diverged_and_no_packmate_can_tell(load, solo, monkeypatch, ruin, num_lanes, dtype):

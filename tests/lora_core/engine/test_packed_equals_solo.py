@@ -38,6 +38,7 @@ def alone(load, solo_runs) -> Callable[[str, str], dict[str, Outcome]]:
     return outcomes
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize(
     ("family", "dtype", "token_budget"),
     [  # each pair of any two; test_engine_state_machine.py draws from all
@@ -86,6 +87,7 @@ def test_packed_equals_solo_with_two_threads_where_sizes_are_multiples_of_64(loa
     }
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_packed_equals_solo_beside_forty_others(load, alone, family):
     base = load(family, "bfloat16")

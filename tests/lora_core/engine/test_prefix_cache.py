@@ -94,6 +94,7 @@ def test_memory_that_is_short_while_a_prefix_is_kept_changes_no_byte(load, monke
     assert is_as_alone(engine, "job", base, job)
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("family", "kept", "num_lanes"),

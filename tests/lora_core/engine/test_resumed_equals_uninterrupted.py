@@ -67,6 +67,7 @@ def finish_elsewhere(base, checkpoint: Path, job: Submission = JOB) -> tuple[byt
     return state_bytes(engine, "job"), events
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize(
     ("family", "dtype", "job"),
     [

@@ -69,6 +69,7 @@ def classifiers(tmp_path_factory) -> Callable[[str], BaseModel]:
     return lambda dtype: classifier("bert", folder / "bert", dtype)
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("is_absurd", [False, True], ids=["nan", "absurd rate"])
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("gpt2", "bfloat16")])
 @pytest.mark.parametrize("method", ["dora", "head", "tokens", "kto"])
@@ -86,6 +87,7 @@ def test_a_ruined_job_of_any_method_leaves_its_packmates_as_they_were(
     assert_only_the_ruin_has_ended(run, expected)
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("is_absurd", [False, True], ids=["nan", "absurd rate"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["three", "reward"])

@@ -40,6 +40,7 @@ def ticked(training: Engine, until: str) -> list[Event]:
     return events
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("init", ["pissa", "olora", "gaussian"])
 def test_packmates_train_while_a_job_starts_and_all_end_with_their_bytes(load, monkeypatch, init, dtype) -> None:

@@ -261,6 +261,7 @@ def test_no_product_over_tokens_of_several_jobs_goes_round_the_pieces(load, alwa
     assert set(seen.rows) == {BLOCK}
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_packed_equals_solo_in_blocks(load, always_in_blocks, family, dtype):

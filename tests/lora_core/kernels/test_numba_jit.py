@@ -70,6 +70,7 @@ def test_every_kernel_is_looked_at():
     assert kernels().keys() == arguments(np.float32).keys()
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("name", kernels())
 def test_a_kernel_is_one_function_that_calls_no_other_of_its_own(name, dtype):

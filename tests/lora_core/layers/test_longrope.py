@@ -93,6 +93,7 @@ def jobs() -> dict[str, Submission]:
     }
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_lanes", [1, 2])
 def test_packed_equals_solo_whatever_the_lengths_of_packmates(folders, dtype, num_lanes):

@@ -43,6 +43,7 @@ def trained(base, job: Submission) -> Engine:
     return engine
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
@@ -139,6 +140,7 @@ def reference_loss(model, train: TokenDataset, row: int, objective: ObjectiveCon
     return F.cross_entropy(logits, torch.tensor([int(train.row_label(row))]))
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize(
     ("family", "num_labels"), [*((family, 3) for family in FAMILIES), ("llama", 1), ("roberta", 1)]
 )

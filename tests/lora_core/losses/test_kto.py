@@ -278,6 +278,7 @@ def test_every_pass_counts_for_turns_and_only_the_step_as_trained(load):
     assert engine.trained_tokens("job") == 25
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_packmates_joins_and_leaves_cannot_be_seen_in_a_kto_job(load, dtype):
     base = load("llama", dtype)

@@ -68,6 +68,7 @@ def test_an_adapter_with_dora_is_merged_as_peft_reads_it(base_dirs, adapter_of, 
     assert report.max_abs_diff <= report.tolerance < report.max_abs_effect / 2, report
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "tied"])

@@ -18,6 +18,7 @@ def targets_of(family: str) -> list:
     return ["all-linear", partial]
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -38,6 +39,7 @@ def test_served_equals_trained_under_peft_on_the_resident_base(load, tmp_path, f
         assert report.dtype == dtype
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -88,6 +90,7 @@ def high_rate(learning_rate: float, seed: int) -> Submission:
     return Submission(config=job, train=dataset(seed, [20, 33, 15, 40, 25, 31, 18, 22]))
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize(
     ("family", "learning_rate", "seed"), [("llama", 0.05, 5), ("llama", 0.05, 8), ("gpt2", 0.05, 2)]
 )
@@ -108,6 +111,7 @@ def test_adapters_of_a_high_rate_in_bf16_pass_and_wrong_ones_of_theirs_do_not(
         assert not verify_export(base, directory).passed, change
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dora", [False, True])
 def test_each_matrix_that_is_wrong_by_a_tenth_is_noticed_and_named(load, tmp_path, dora):
     base = load("llama", "bfloat16")
@@ -161,6 +165,7 @@ def test_an_adapter_that_is_not_the_trained_one_fails_verification(load, tmp_pat
     assert not verify_export(base, tmp_path / "adapter").passed
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("evidence", [True, False])
 @pytest.mark.parametrize("change", ["zero", *NOT_FINITE])
 def test_the_report_on_a_hopeless_adapter_is_json_without_infinity(exported, change, evidence):

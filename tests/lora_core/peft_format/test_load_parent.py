@@ -114,6 +114,7 @@ def children(base, folder: Path) -> dict[str, Submission]:
     return jobs
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("gpt2", "float32")])
 def test_children_are_packed_as_alone_to_the_bit(load, tmp_path, family, dtype):
     base = load(family, dtype)
@@ -127,6 +128,7 @@ def test_children_are_packed_as_alone_to_the_bit(load, tmp_path, family, dtype):
     assert {name: packed[name] == alone[name] for name in jobs} == dict.fromkeys(jobs, True)
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize(
     ("family", "dtype", "method", "objective"),
     [
@@ -177,6 +179,7 @@ def test_a_checkpoint_continues_with_its_own_parent_alone(load, tmp_path):
     assert engine.jobs() == ("orphan",)
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [
