@@ -80,6 +80,7 @@ def paused_amid(trainer: MessageHandlers, directory: TrainerDirectory, *, step: 
     return said(directory)
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("step", [1, 3])
 def test_answers_that_a_pause_cut_off_are_given_after_the_resume_and_only_those(
     trainer: MessageHandlers, directory: TrainerDirectory, step: int

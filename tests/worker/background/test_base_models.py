@@ -179,6 +179,7 @@ def test_cleaning_removes_the_files_of_a_deleted_base_and_nothing_else(context: 
     assert sorted(path.name for path in context.settings.bases_dir().iterdir()) == sorted(names[1:])
 
 
+@pytest.mark.slow
 def test_the_blocks_of_a_base_of_before_are_counted_where_its_files_are(context: Any) -> None:
     for name, digest in (("here", "a" * 64), ("elsewhere", "b" * 64), ("broken", "c" * 64)):
         record.add(context.db, name=name, kind="folder", source=f"/{name}")

@@ -22,7 +22,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.worker.test_several_processes.WAIT_SECONDS", 400.0)
 
 
-@pytest.mark.slow_repetitions
+@pytest.mark.slow
 @pytest.mark.parametrize("failpoint", ["step_2@1:raise", "in_checkpoint@0:raise"])
 def test_a_process_that_fails_ends_all_and_its_error_is_the_trainers(
     tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, failpoint: str

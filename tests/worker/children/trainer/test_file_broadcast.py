@@ -95,6 +95,7 @@ def test_two_machines_leave_the_bytes_of_one_process_whose_job_resumes_beside_on
     assert together == whole
 
 
+@pytest.mark.slow
 def test_nothing_listens_but_at_the_address_of_the_leader_and_a_killed_machine_ends_the_other(
     tmp_path: Path, base_dir: Path
 ) -> None:
