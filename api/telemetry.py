@@ -37,6 +37,8 @@ class Telemetry:
         """duties: what runs in the background, by name; each counts as done when the process starts. tasks: what runs
         them, and others, for as long as the process."""
         self.registry = CollectorRegistry()
+        self._duties = tuple(duties)
+        self._tasks = tuple(tasks)
         self._requests = Counter(
             "lorry_http_requests", "HTTP requests.", ["method", "route", "status"], registry=self.registry
         )
@@ -72,17 +74,17 @@ class Telemetry:
             ["task"],
             registry=self.registry,
         )
-        self._begin(duties, tasks)
+        self._begin()
 
-    def _begin(self, duties: Iterable[str], tasks: Iterable[str]) -> None:
+    def _begin(self) -> None:
         """Series that don't come up with the first event can be watched from the start."""
-        for task in tasks:
+        for task in self._tasks:
             self._restarts.labels(task=task)
         for outcome in ("delivered", "failed"):
             self._tries.labels(outcome=outcome)
         for reason in get_args(RejectionReason):
             self._rejected_keys.labels(reason=reason)
-        for duty in duties:
+        for duty in self._duties:
             self._done_at.labels(task=duty).set(time.time())
             for outcome in ("done", "failed"):
                 self._runs.labels(task=duty, outcome=outcome)
@@ -104,13 +106,15 @@ class Telemetry:
         self.registry.register(_LongWrites(read))
 
     def count_run(self, duty: str, *, is_done: bool) -> None:
-        """A background duty has run."""
+        """A background duty has run. It must be one of `duties`, whose series begin with the process."""
+        assert duty in self._duties, f"{duty} is not a duty"
         self._runs.labels(task=duty, outcome="done" if is_done else "failed").inc()
         if is_done:
             self._done_at.labels(task=duty).set(time.time())
 
     def count_restart(self, task: str) -> None:
-        """A background task has crashed."""
+        """A background task has crashed. It must be one of `tasks`."""
+        assert task in self._tasks, f"{task} is not a task"
         self._restarts.labels(task=task).inc()
 
     def count_try(self, *, is_delivered: bool) -> None:

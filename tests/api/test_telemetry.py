@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
@@ -110,6 +111,21 @@ def test_each_duty_is_counted_by_how_it_went(services: Services, world: World, m
     assert counted == {("recover", "failed"): 1, ("collect_garbage", "failed"): 1, **{(act, "done"): 1 for act in acts}}
     after = done_at()
     assert {duty for duty in DUTIES if after[duty] > began[duty]} == set(acts)
+
+
+def test_a_duty_or_a_task_that_was_not_announced_is_not_counted() -> None:
+    """Its series would begin with its first event, so no alert would notice a duty that never ran."""
+    telemetry = Telemetry(["recover"], ["streams"])
+
+    with pytest.raises(AssertionError, match="recovery is not a duty"):
+        telemetry.count_run("recovery", is_done=True)
+    with pytest.raises(AssertionError, match="stream is not a task"):
+        telemetry.count_restart("stream")
+
+    counted = generate_latest(telemetry.registry).decode()
+    assert 'task="recover"' in counted
+    assert 'task="recovery"' not in counted
+    assert 'task="stream"' not in counted
 
 
 def _named(families: dict[str, Metric]) -> Iterator[tuple[str, Metric]]:
