@@ -233,17 +233,17 @@ class NodeGang(WorkerGang):
         ranks = range(context.num_processes) if has_met else None
         local = local_exit(context, trainer, ranks=ranks, was_killed=seat.is_broken)
         if local.is_echo:
-            return self._peer_end(led, trainer, local, is_ready=is_ready)
+            try:
+                return self._peer_end(led, trainer, local, is_ready=is_ready)
+            except NotGathered:
+                return End(reason=EndReason.INFRA_LOST, detail="The round is over: another worker leads the gang now.")
         blamed = None if local.is_of_any else context.worker_id
         return End(reason=local.reason, detail=local.detail, blamed_worker_id=blamed)
 
     def _peer_end(self, led: Round, trainer: TrainerProcess, local: LocalExit, *, is_ready: bool) -> End:
-        """How the attempts end if the leader's trainer exited because of another node."""
+        """How the attempts end if another node made the leader's trainer exit. Raises NotGathered, Unavailable."""
         seat = self._seat
-        try:
-            found = self._wait_for_members(led)
-        except NotGathered:
-            return End(reason=EndReason.INFRA_LOST, detail="The round is over: another worker leads the gang now.")
+        found = self._wait_for_members(led)
         if found is not None and (failure := _failure_in(found)) is not None:
             return failure
         if self._context.draining:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from catalog.fleet.gangs import GangMember
 from catalog.history import queries
 from catalog.settings import Settings
 from catalog.states import EndReason, JobState
+from catalog.tables.fleet import Gang
 from catalog.tables.history import Attempt
 from tests.worker.context.test_gang_membership import KILLED, LOCAL, GangSite, leads, loads, seat_of
 from tests.worker.pack_site import OUTAGE, PackSite
@@ -159,6 +160,32 @@ def test_trainers_that_never_reach_each_other_cost_no_job_and_name_the_place(gan
     assert (job.state, job.counted_attempts) == (JobState.QUEUED, 0)
     assert gangs.standing(gang.place("w1")).members[1].num_missed == 1
     assert len(gang.trainers) == 1, "it is tried again at once"
+
+
+def test_a_leader_that_lost_the_lead_as_it_records_who_did_not_meet_ends_its_attempts(
+    gang: GangSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missed = gangs.missed
+
+    def loses_the_lead(place: GangMember, round_id: str, worker_ids: Collection[str]) -> None:
+        gangs.end_round(place, round_id)
+        with place.db.write() as session:
+            session.get_one(Gang, place.gang).leader_id = "w2"
+        missed(place, round_id, worker_ids)
+
+    monkeypatch.setattr(gangs, "missed", loses_the_lead)
+
+    def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
+        yield from begun(gang, trainer, context, is_ready=False)
+        prints(trainer, "torch.distributed.DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//0//1\n")
+        trainer.returncode = 1
+        tells(gang, context, ECHOED)
+        yield
+
+    attempt = attempt_of(gang, leads(gang, script))
+
+    assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.INFRA_LOST, "")
+    assert "another worker leads the gang now" in str(attempt.detail)
 
 
 def test_a_newer_members_word_that_is_not_known_is_a_loss(gang: GangSite) -> None:
