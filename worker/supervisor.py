@@ -23,6 +23,7 @@ from catalog.queue import claiming, claims
 from catalog.queue.claiming import Claim
 from catalog.registry import base_models as catalog_bases
 from catalog.resources import pack_key as packing
+from catalog.resources.sharding import Strategy
 from catalog.scheduling.snapshot import Capacity
 from catalog.tables.jobs import Job
 from catalog.tables.table import new_id
@@ -70,7 +71,7 @@ def _work(context: WorkerContext, gang: WorkerGang, chores: Chores) -> None:
             continue
         capacity = free_capacity(context)
         context.pulse.status["report"] |= {"room": capacity_report(capacity)}
-        claimed = claimed or _claim(context, new_id("trainer"), capacity=capacity)
+        claimed = claimed or _claim(context, gang, new_id("trainer"), capacity=capacity)
         if claimed:
             claimed = _train(context, gang, chores, claimed)
         elif had_chores:
@@ -80,10 +81,12 @@ def _work(context: WorkerContext, gang: WorkerGang, chores: Chores) -> None:
     _release(context, claimed, TrainerEnd.NOT_LAUNCHED.value)
 
 
-def _claim(context: WorkerContext, trainer_id: str, *, capacity: Capacity, pack_key: str | None = None) -> list[Claim]:
+def _claim(
+    context: WorkerContext, gang: WorkerGang, trainer_id: str, *, capacity: Capacity, pack_key: str | None = None
+) -> list[Claim]:
     """Claim jobs that fit. From here on, the heartbeat renews their leases. pack_key: only jobs of that pack."""
     cordon_silent(context)
-    if capacity.max_jobs <= 0 or not context.may_claim():
+    if capacity.max_jobs <= 0 or not gang.may_claim():
         return []
     since = boot_seconds()  # from before the claim: a lease must never seem longer than it is
     claimed = claiming.claim_pack(
@@ -111,12 +114,13 @@ def _train(context: WorkerContext, gang: WorkerGang, chores: Chores, claimed: Se
 
     with logs.about({"trainer": first.trainer_id}), ExitStack() as stack:
         try:
-            gang.gather(stack, first, _trainer_settings(context, first))
+            settings: Json = _trainer_settings(context, first)
+            gang.gather(stack, first, settings)
             base_dir = base_models.ensure(context, first.base_model, first.base_digest, is_unwanted=is_unwanted)
-            settings = _trainer_settings(context, first) | {"base_dir": str(base_dir.absolute())}
-            trainer = _launch_trainer(context, stack, str(first.trainer_id), settings | gang.rendezvous())
+            settings = {**settings, "base_dir": str(base_dir.absolute()), **gang.rendezvous()}
+            trainer = _launch_trainer(context, stack, str(first.trainer_id), settings)
             gang.start(trainer, is_unwanted=is_unwanted)
-            session = _open_session(context, stack, first, trainer.directory)
+            session = _open_session(context, stack, first, trainer.directory, strategy=settings["strategy"])
             stack.enter_context(announced(context, trainer, session, first.base_digest))
             for claim in waiting:
                 session.admit(claim)
@@ -187,11 +191,12 @@ def _launch_trainer(context: WorkerContext, stack: ExitStack, trainer_id: str, s
     return trainer
 
 
-def _open_session(context: WorkerContext, stack: ExitStack, first: Job, directory: TrainerDirectory) -> TrainerSession:
+def _open_session(
+    context: WorkerContext, stack: ExitStack, first: Job, directory: TrainerDirectory, *, strategy: Strategy
+) -> TrainerSession:
     """An empty session for jobs like `first`. The stack releases the claims that are left in it."""
     assert first.trainer_id is not None, "the claim names the trainer that it is for"
     description = catalog_bases.get(context.db, first.base_model).description or {}
-    strategy = strategy_for(context, first)
     session = TrainerSession(
         context, first.trainer_id, directory, first.pack_key, description=description, strategy=strategy
     )
@@ -236,7 +241,7 @@ def _attend(
         is_due = has_rung or time.monotonic() - polled_at >= context.settings.poll_seconds
         if closing_at is None and is_due:
             polled_at = time.monotonic()
-            left_over = _tolerating_outages(trainer, lambda: _claim_more(context, session)) or []
+            left_over = _tolerating_outages(trainer, lambda: _claim_more(context, gang, session)) or []
             if left_over or _is_idle(context, gang, session):
                 closing_at, shutdown = time.monotonic(), partial(session.send, "unload")
         if shutdown is not None and _tolerating_outages(trainer, shutdown):
@@ -267,7 +272,7 @@ def _drain(gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -
     return True
 
 
-def _claim_more(context: WorkerContext, session: TrainerSession) -> list[Claim]:
+def _claim_more(context: WorkerContext, gang: WorkerGang, session: TrainerSession) -> list[Claim]:
     """Claim more jobs, and admit those that this trainer can train. An empty trainer may also claim jobs for another
     base: those are returned, and the trainer has to be unloaded for them."""
     if session.has_suspect:
@@ -276,9 +281,9 @@ def _claim_more(context: WorkerContext, session: TrainerSession) -> list[Claim]:
     report = {"room": capacity_report(capacity), "predicted_bytes": session.predicted_bytes()}
     context.pulse.status["report"] |= report
     if len(session):
-        claimed = _claim(context, session.trainer_id, capacity=capacity, pack_key=session.pack_key)
+        claimed = _claim(context, gang, session.trainer_id, capacity=capacity, pack_key=session.pack_key)
     else:
-        claimed = _claim(context, new_id("trainer"), capacity=capacity)
+        claimed = _claim(context, gang, new_id("trainer"), capacity=capacity)
         if claimed and not session.is_for(claimed[0].job):
             return claimed
     for claim in claimed:

@@ -30,6 +30,7 @@ from worker import supervisor
 from worker.background import base_models
 from worker.context.context import WorkerContext
 from worker.entrypoints import loop
+from worker.gang.gang import gang_of
 from worker.node import devices
 from worker.session.capacity import free_capacity
 from worker.session.failures import TrainerEnd
@@ -266,7 +267,7 @@ def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
     for _ in range(2):
         for _ in range(2):
             site.queued()
-        supervisor._claim_more(site.context, session)
+        supervisor._claim_more(site.context, gang_of(site.context), session)
         held.append(len(session))
 
     assert held == [3, 3]
@@ -331,12 +332,12 @@ def test_jobs_join_while_none_is_slowed_down_by_more_than_was_promised(site: Pac
     for _ in range(8):
         site.queued()
 
-    supervisor._claim_more(site.context, session)
+    supervisor._claim_more(site.context, gang_of(site.context), session)
     before, was_told = len(session), site.context.pulse.status["report"]["saturation"]
     speeds = {"alone": [[64, 500.0]], "together": [[256, 1000.0], [384, 1000.0]]}
     say(session, {"type": "memory", "base_bytes": 1, "tick_speeds": speeds})
     session.read_events()
-    supervisor._claim_more(site.context, session)
+    supervisor._claim_more(site.context, gang_of(site.context), session)
 
     assert (before, was_told["is_full"]) == (4, True), "nothing is known yet: each is taken to slow down the others"
     assert len(session) == 8, "8 of 500 tokens/s alone, at 1,000 together, are four times as slow"

@@ -109,10 +109,6 @@ class WorkerContext:
         """The round of several nodes that this worker leads now."""
         return None if self.seat is None else self.seat.round
 
-    def may_claim(self) -> bool:
-        """A worker by itself may always claim jobs; of a gang, only the leader may. Raises Unavailable."""
-        return self.seat is None or self.seat.may_claim()
-
     def free_bytes(self) -> int:
         """Memory that each process of a trainer may still take, on any node of a gang."""
         own = self.own_free_bytes()

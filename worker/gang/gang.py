@@ -59,6 +59,10 @@ class WorkerGang:
         """
         return False
 
+    def may_claim(self) -> bool:
+        """Whether this worker may claim jobs now. Raises Unavailable."""
+        return True
+
     def gather(self, stack: ExitStack, first: Job, settings: Json) -> None:
         """Open a round: call the other workers, and release them with the stack.
 
@@ -112,6 +116,9 @@ class NodeGang(WorkerGang):
 
     def participate(self, chores: Chores, launch: Launch) -> bool:
         return member.participate(self._context, self._seat, chores, launch)
+
+    def may_claim(self) -> bool:
+        return self._seat.may_claim()
 
     def gather(self, stack: ExitStack, first: Job, settings: Json) -> None:
         seat = self._seat

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,26 @@ def test_when_a_member_tells_that_its_trainer_died_the_attempt_ends_as_that_one_
     assert met[0].pop("name").startswith("round-")
     where = {"address": LOCAL, "interface": place_of(LOCAL)[1], "port": None}
     assert met == [{**where, "first_rank": 0, "num_ranks": 2}]
+
+
+def test_all_nodes_shard_the_base_in_one_way_though_its_description_changes_while_they_gather(
+    gang: GangSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the blocks of an older base are counted meanwhile."""
+    strategies = chain(["replicated"], repeat("fsdp2"))
+    monkeypatch.setattr(supervisor, "strategy_for", lambda *_: next(strategies))
+    used: list[str] = []
+
+    def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
+        call = gang.call_of("w2")
+        assert call is not None
+        used.extend(settings["strategy"] for settings in (call.task["settings"], trainer.directory.settings()))
+        trainer.returncode = 1
+        yield
+
+    leads(gang, script)
+
+    assert used == ["replicated", "replicated"]
 
 
 def test_where_a_member_can_not_take_part_the_job_does_not_pay_and_the_member_is_blamed(gang: GangSite) -> None:

@@ -14,6 +14,7 @@ from catalog.states import JobState
 from tests.worker.pack_site import PackSite
 from tests.worker.session.test_blame import cordon_of
 from worker import supervisor
+from worker.gang.gang import gang_of
 from worker.node import devices
 from worker.session import watchdog
 
@@ -41,7 +42,8 @@ class Node:
         """How it is cordoned after a look for jobs."""
         self._now += after
         context = self.site.context
-        supervisor._claim(context, "trainer-1", capacity=supervisor.free_capacity(context))  # pyright: ignore[reportPrivateUsage]
+        capacity = supervisor.free_capacity(context)
+        supervisor._claim(context, gang_of(context), "trainer-1", capacity=capacity)  # pyright: ignore[reportPrivateUsage]
         return cordon_of(self.site)
 
     def _memory_info(self, _: int) -> Any:
