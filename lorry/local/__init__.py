@@ -1,1 +1,1 @@
-"""Running a whole service on this machine, as child processes: what `lorry up` does. No HTTP client, no torch."""
+"""Running a service, or the workers of a node, as child processes on this machine. No HTTP client, no torch."""

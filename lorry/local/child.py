@@ -6,11 +6,10 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorry.local import parent_watch
+from lorry.local.parent_watch import tethered
 
 _LONGEST_LOG_BYTES = 16 * 2**20
 _TAIL_BYTES = 16 * 2**10
@@ -26,10 +25,11 @@ class Child:
         *,
         env: Mapping[str, str],
         cwd: Path,
-        log: Path,
+        log: Path | None = None,
         pass_fds: Sequence[int] = (),
     ) -> None:
-        """pass_fds: open descriptors that the child inherits under the same numbers."""
+        """log: None if the child writes where this process does. pass_fds: open descriptors that the child inherits
+        under the same numbers."""
         self.name = name
         self.log = log
         self._argv = list(argv)
@@ -40,14 +40,14 @@ class Child:
 
     def start(self) -> None:
         """Call it from the main thread: the child is killed when the thread that started it ends."""
-        keep_short(self.log)
-        argv = [sys.executable, "-I", parent_watch.__file__, str(os.getpid()), *self._argv]
-        with self.log.open("ab") as out:
+        if self.log is not None:
+            keep_short(self.log)
+        with contextlib.nullcontext() if self.log is None else self.log.open("ab") as out:
             self._process = subprocess.Popen(
-                argv,
+                tethered(self._argv),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
-                stderr=subprocess.STDOUT,
+                stderr=out,
                 env=self._env,
                 cwd=self._cwd,
                 start_new_session=True,
@@ -71,15 +71,20 @@ class Child:
             self._process.terminate()
 
     def kill(self) -> None:
-        """End it and its process group now."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """Kill it and its process group; `wait` for it afterwards."""
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        """Return when it has ended."""
+        if self._process is not None:
+            self._process.wait()
 
     def log_tail(self, num_lines: int = 15) -> str:
-        """The last lines that it wrote."""
+        """The last lines that it wrote to its log."""
+        if self.log is None:
+            return ""
         try:
             with self.log.open("rb") as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))

@@ -1,6 +1,7 @@
-"""`python parent_watch.py PARENT ARGV…` becomes ARGV, as a process that the kernel kills when PARENT dies. Linux only.
+"""A child that dies with its parent: `python parent_watch.py PARENT ARGV…` becomes ARGV, tied to the process PARENT.
 
-Run as a file: it imports nothing of this package, so that it costs a few milliseconds.
+The service's processes and those of a worker use it. Run as a file it imports nothing of this package, so that it costs
+a few milliseconds. Only Linux can kill a child in this way; elsewhere the child outlives a parent that is killed.
 """
 
 from __future__ import annotations
@@ -12,15 +13,26 @@ import sys
 from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
-_LOST_PARENT = 113
+LOST_PARENT = 113
+"""Exit status of a process whose parent has died."""
+
+
+def tethered(argv: Sequence[str]) -> list[str]:
+    """`argv` as a command that the kernel kills when the calling thread ends."""
+    return [sys.executable, "-I", __file__, str(os.getpid()), *argv]
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when the thread that started it ends. Exits if `parent`, the id of the process
+    that should be the parent, has died already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os._exit(LOST_PARENT)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """A parent that died before the kernel was asked is noticed as well."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(arguments[0]):
-        os._exit(_LOST_PARENT)
+    die_with_parent(int(arguments[0]))
     os.execv(arguments[1], list(arguments[1:]))  # noqa: S606 - no shell is what we want
 
 

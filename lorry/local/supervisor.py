@@ -1,7 +1,7 @@
-"""Keeps the api and the workers running, and ends them in the right order. Knows nothing of what they do.
+"""Supervision of child processes: `lorry up` runs a service with it, and `lorry worker` the workers of a node.
 
-A worker that ends is started again after a while; the api ending ends everything. The first signal drains:
-workers, then the api. A second one kills.
+`ProcessSupervisor` restarts processes that end. `ServiceSupervisor` adds the API server of `lorry up` and the order of
+starting and stopping. Neither knows what the processes do.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Protocol
 
 from lorry.errors import LorryError
 
-_FIRST_RESTART_SECONDS = 1.0
-_LONGEST_RESTART_SECONDS = 30.0
-_HEALTHY_SECONDS = 60.0
-_TICK_SECONDS = 0.1
+FIRST_RESTART_SECONDS = 1.0
+LONGEST_RESTART_SECONDS = 30.0
+HEALTHY_SECONDS = 60.0
+"""A process that ran for so long is restarted after the shortest wait again."""
+TICK_SECONDS = 0.1
 
 
 class Process(Protocol):
-    """What the supervisor needs of a child."""
+    """What a supervisor needs of a child."""
 
     name: str
 
@@ -32,7 +33,74 @@ class Process(Protocol):
     def exit_status(self) -> int | None: ...
     def terminate(self) -> None: ...
     def kill(self) -> None: ...
+    def wait(self) -> None: ...
     def log_tail(self) -> str: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class _Supervised:
+    """A process, and what decides when it is started again."""
+
+    process: Process
+    is_started: bool = False
+    """True until its end was reported."""
+    started_at: float = 0.0
+    num_crashes: int = 0
+    restart_at: float | None = 0.0
+    """None: it runs, or has ended for good."""
+
+
+class ProcessSupervisor:
+    """Starts processes, and restarts each that ends, after a wait that doubles with each crash."""
+
+    def __init__(
+        self,
+        processes: Sequence[Process],
+        *,
+        on_exit: Callable[[Process, int, float | None], None],
+        restarts_after_success: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        """on_exit: gets a process that has ended, its status, and the seconds until it is restarted; None: never."""
+        self._supervised = [_Supervised(process=process) for process in processes]
+        self._on_exit = on_exit
+        self._restarts_after_success = restarts_after_success
+        self._clock = clock
+        self._is_stopping = False
+
+    def stop_restarts(self) -> None:
+        """From now on a process that ends has ended for good. A signal handler may call it."""
+        self._is_stopping = True
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a process runs, or is to be restarted."""
+        may_restart = not self._is_stopping
+        return any(entry.is_started or (may_restart and entry.restart_at is not None) for entry in self._supervised)
+
+    def running(self) -> list[Process]:
+        return [entry.process for entry in self._supervised if entry.process.is_alive()]
+
+    def check(self) -> None:
+        """Report each process that has ended, and start each that is due."""
+        for entry in self._supervised:
+            now = self._clock()
+            if entry.is_started and (status := entry.process.exit_status()) is not None:
+                entry.is_started = False
+                self._schedule_restart(entry, status, now)
+            is_due = not entry.is_started and entry.restart_at is not None and now >= entry.restart_at
+            if is_due and not self._is_stopping:
+                entry.process.start()
+                entry.is_started, entry.started_at, entry.restart_at = True, now, None
+
+    def _schedule_restart(self, entry: _Supervised, status: int, now: float) -> None:
+        if self._is_stopping or (status == 0 and not self._restarts_after_success):
+            self._on_exit(entry.process, status, None)
+            return
+        entry.num_crashes = 1 if now - entry.started_at >= HEALTHY_SECONDS else entry.num_crashes + 1
+        wait = min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2.0 ** (entry.num_crashes - 1))
+        entry.restart_at = now + wait
+        self._on_exit(entry.process, status, wait)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,18 +112,12 @@ class Patience:
     api_stop_seconds: float = 15.0
 
 
-@dataclass(kw_only=True, slots=True)
-class _Kept:
-    """A worker with what decides when it is started again."""
+class ServiceSupervisor:
+    """An API server, and workers that run while it does. The first signal drains: the workers end, then the API server.
+    A second one kills all.
 
-    process: Process
-    started_at: float = 0.0
-    num_crashes: int = 0
-    restart_at: float | None = None
-
-
-class ProcessSupervisor:
-    """`run` returns how many signals ended it: 1 is a drain, more a kill. Raises LorryError if the api ends."""
+    `run` returns how many signals ended it. Raises LorryError if the API server ends.
+    """
 
     def __init__(
         self,
@@ -70,7 +132,7 @@ class ProcessSupervisor:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._api = api
-        self._workers = [_Kept(process=worker) for worker in workers]
+        self._workers = ProcessSupervisor(workers, on_exit=self._report_exit, restarts_after_success=True, clock=clock)
         self._is_ready = is_ready
         self._on_ready = on_ready
         self._say = say
@@ -93,7 +155,7 @@ class ProcessSupervisor:
                     self._keep_running()
                 self._drain()
             finally:
-                self._kill_all()
+                _kill([*self._workers.running(), self._api])
         return self._num_signals
 
     def _wait_until_ready(self) -> None:
@@ -104,39 +166,22 @@ class ProcessSupervisor:
                 return
             if self._clock() > deadline:
                 raise _failed(self._api, "does not answer")
-            self._sleep(_TICK_SECONDS)
+            self._sleep(TICK_SECONDS)
 
     def _keep_running(self) -> None:
-        for worker in self._workers:
-            self._start(worker)
         while self._num_signals == 0:
             self._check_api("ended")
-            for worker in self._workers:
-                self._keep(worker)
-            self._sleep(_TICK_SECONDS)
+            self._workers.check()
+            self._sleep(TICK_SECONDS)
 
-    def _keep(self, worker: _Kept) -> None:
-        if worker.process.is_alive():
-            return
-        now = self._clock()
-        if worker.restart_at is None:
-            healthy = now - worker.started_at >= _HEALTHY_SECONDS
-            worker.num_crashes = 1 if healthy else worker.num_crashes + 1
-            wait = min(_LONGEST_RESTART_SECONDS, _FIRST_RESTART_SECONDS * 2.0 ** (worker.num_crashes - 1))
-            worker.restart_at = now + wait
-            status = worker.process.exit_status()
-            self._say(f"The {worker.process.name} ended (status {status}); starting it again in {wait:g} s.")
-            self._say(_indented(worker.process.log_tail()))
-        elif now >= worker.restart_at:
-            self._start(worker)
-
-    def _start(self, worker: _Kept) -> None:
-        worker.process.start()
-        worker.started_at, worker.restart_at = self._clock(), None
+    def _report_exit(self, worker: Process, status: int, wait: float | None) -> None:
+        assert wait is not None, "every worker that ends is restarted"
+        self._say(f"The {worker.name} ended (status {status}); starting it again in {wait:g} s.")
+        self._say(_indented(worker.log_tail()))
 
     def _drain(self) -> None:
         """Workers first, so that they can still record where they stopped."""
-        workers = [worker.process for worker in self._workers if worker.process.is_alive()]
+        workers = self._workers.running()
         if workers:
             self._say("Stopping: jobs save where they are. Press Ctrl-C again to stop at once.")
         self._end(workers, self._patience.drain_seconds)
@@ -147,14 +192,8 @@ class ProcessSupervisor:
             process.terminate()
         deadline = self._clock() + seconds
         while any(process.is_alive() for process in processes) and self._clock() < deadline and self._num_signals < 2:
-            self._sleep(_TICK_SECONDS)
-        for process in processes:
-            process.kill()
-
-    def _kill_all(self) -> None:
-        for worker in self._workers:
-            worker.process.kill()
-        self._api.kill()
+            self._sleep(TICK_SECONDS)
+        _kill(processes)
 
     def _check_api(self, what: str) -> None:
         if not self._api.is_alive():
@@ -172,6 +211,13 @@ class ProcessSupervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _kill(processes: Sequence[Process]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
 
 
 def _failed(process: Process, what: str) -> LorryError:

@@ -2,8 +2,8 @@
 
 `python -m worker.entrypoints.node_supervisor 0,1 2 3`
 
-It knows nothing of jobs. SIGTERM is passed on, and each worker saves what it holds; at a second one all leave at once.
-A worker that dies is started again after a while; one that ends well, as a drained one does, has ended.
+It knows nothing of jobs. It forwards SIGTERM, and each worker saves what it holds; at a second one all leave at once.
+A worker that dies is restarted (`lorry.local.supervisor`); one that ends well, as a drained one does, has ended.
 """
 
 from __future__ import annotations
@@ -12,47 +12,33 @@ import argparse
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import combinations
-from pathlib import Path
-from types import FrameType
 
 from catalog import logs
 from catalog.process_inspection import deny_inspection
 from catalog.settings import Settings
+from lorry.local.child import Child
+from lorry.local.supervisor import TICK_SECONDS, Process, ProcessSupervisor
 from worker.node import devices
 from worker.node.devices import Device
-from worker.process.parent_watch import tethered
 
 log = logging.getLogger("worker")
-FIRST_RESTART_SECONDS = 1.0
-LONGEST_RESTART_SECONDS = 30.0
-HEALTHY_SECONDS = 60.0
-"""Who lived so long begins anew with the shortest wait."""
 AT_ONCE_SECONDS = 5.0
 """After a second signal, until who still lives is killed."""
-TICK_SECONDS = 0.1
 CELERY = ("celery", "-A", "worker.entrypoints.celery_app", "worker", "-c", "1", "-Q", "lorry", "-l", "INFO")
 UNBOUND = ("--without-gossip", "--without-mingle")
 """Workers that neither listen to nor ask each other: what they have in common is in the database."""
 
 
-@dataclass(kw_only=True, slots=True)
-class GroupWorker:
-    """The process of one group, and what decides when it is started again."""
+class GroupWorker(Child):
+    """The worker of one device group, whose name it has. It writes to this process's own output."""
 
-    group: str
-    start: Callable[[], subprocess.Popen[bytes]]
-    process: subprocess.Popen[bytes] | None = None
-    """None before it is started, and once its end was seen."""
-    started_at: float = 0.0
-    num_deaths: int = 0
-    restart_at: float | None = field(default=0.0)
-    """None: it runs, or has ended for good."""
+    def start(self) -> None:
+        log.info("Starting the worker of %s.", self.name)
+        super().start()
 
 
 class NodeSupervisor:
@@ -60,72 +46,44 @@ class NodeSupervisor:
 
     def __init__(
         self,
-        workers: Sequence[GroupWorker],
+        workers: Sequence[Process],
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._workers = workers
+        self._workers = ProcessSupervisor(workers, on_exit=_log_exit, restarts_after_success=False, clock=clock)
         self._clock = clock
         self._sleep = sleep
-        self._heard: list[int] = []
-        self._num_passed_on = 0
+        self._signals: list[int] = []
 
     def hear(self, number: int) -> None:
         """A signal has come."""
-        self._heard.append(number)
+        self._signals.append(number)
+        self._workers.stop_restarts()
 
     def run(self) -> int:
-        killed_at: float | None = None
-        while self._has_work():
-            for worker in self._workers:
-                self._keep(worker)
-            self._pass_on()
-            if len(self._heard) > 1 and killed_at is None:
-                killed_at = self._clock() + AT_ONCE_SECONDS
-            if killed_at is not None and self._clock() >= killed_at:
-                self._kill_all()
+        num_forwarded = 0
+        kill_at: float | None = None
+        while self._workers.is_active:
+            self._workers.check()
+            for _ in self._signals[num_forwarded:]:
+                num_forwarded += 1
+                for worker in self._workers.running():  # not to its trainers: those are its own business
+                    worker.terminate()
+            if num_forwarded > 1:
+                kill_at = kill_at or self._clock() + AT_ONCE_SECONDS
+                if self._clock() >= kill_at:
+                    for worker in self._workers.running():
+                        worker.kill()
             self._sleep(TICK_SECONDS)
-        return 128 + self._heard[1] if len(self._heard) > 1 else 0
-
-    def _has_work(self) -> bool:
-        to_come = not self._heard and any(worker.restart_at is not None for worker in self._workers)
-        return to_come or any(worker.process is not None for worker in self._workers)
-
-    def _keep(self, worker: GroupWorker) -> None:
-        """See whether it has ended, and start it where that is due."""
-        now = self._clock()
-        if worker.process is not None and (status := worker.process.poll()) is not None:
-            worker.process = None
-            self._bury(worker, status, now)
-        if worker.process is None and worker.restart_at is not None and now >= worker.restart_at and not self._heard:
-            worker.process, worker.started_at, worker.restart_at = worker.start(), now, None
-
-    def _bury(self, worker: GroupWorker, status: int, now: float) -> None:
-        if status == 0 or self._heard:
-            log.info("The worker of %s has ended (status %d).", worker.group, status)
-            return
-        worker.num_deaths = 1 if now - worker.started_at >= HEALTHY_SECONDS else worker.num_deaths + 1
-        wait = min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2.0 ** (worker.num_deaths - 1))
-        worker.restart_at = now + wait
-        log.warning("The worker of %s died (status %d); it is started again in %g s.", worker.group, status, wait)
-
-    def _pass_on(self) -> None:
-        """Each signal once, to the workers' own processes: their trainers are their business."""
-        while self._num_passed_on < len(self._heard):
-            self._num_passed_on += 1
-            for worker in self._workers:
-                if worker.process is not None and _is_alive(worker):
-                    worker.process.send_signal(signal.SIGTERM)
-
-    def _kill_all(self) -> None:
-        for worker in self._workers:
-            if worker.process is not None and _is_alive(worker):
-                worker.process.kill()
+        return 128 + self._signals[1] if len(self._signals) > 1 else 0
 
 
-def _is_alive(worker: GroupWorker) -> bool:
-    return worker.process is not None and worker.process.poll() is None
+def _log_exit(worker: Process, status: int, wait: float | None) -> None:
+    if wait is None:
+        log.info("The worker of %s has ended (status %d).", worker.name, status)
+    else:
+        log.warning("The worker of %s died (status %d); it is started again in %g s.", worker.name, status, wait)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,12 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = choose(_parse(arguments).groups)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     supervisor = NodeSupervisor([_worker(group, device, settings) for group, device in groups.items()])
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        supervisor.hear(number)
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+        signal.signal(number, lambda number, _frame: supervisor.hear(number))
     return supervisor.run()
 
 
@@ -167,17 +121,8 @@ def _shared(one: Device, other: Device) -> str | None:
 
 
 def _worker(group: str, device: Device, settings: Settings) -> GroupWorker:
-    environment = group_environment(group, device, os.environ)
-    argv = tethered(group_argv(group, has_broker=is_rung_for(settings)))
-    folder = Path(settings.data_dir)
-
-    def start() -> subprocess.Popen[bytes]:
-        log.info("Starting the worker of %s.", group)
-        return subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, env=environment, cwd=folder, start_new_session=True
-        )  # Ctrl-C reaches us alone
-
-    return GroupWorker(group=group, start=start)
+    argv = group_argv(group, has_broker=is_rung_for(settings))
+    return GroupWorker(group, argv, env=group_environment(group, device, os.environ), cwd=settings.data_dir)
 
 
 def is_rung_for(settings: Settings) -> bool:

@@ -82,7 +82,7 @@ def _bootstrap(running: LocalService, url: str) -> Connection:
 
 
 def _supervise(running: LocalService, known: Connection, devices: list[str], *, as_json: bool) -> int:
-    from lorry.local.supervisor import ProcessSupervisor
+    from lorry.local.supervisor import ServiceSupervisor
 
     def announce() -> None:
         keep_key_good(running, known)
@@ -92,7 +92,7 @@ def _supervise(running: LocalService, known: Connection, devices: list[str], *, 
         else:
             _announce(running, known.url, link, devices)
 
-    return ProcessSupervisor(
+    return ServiceSupervisor(
         running.api(),
         running.workers(devices),
         is_ready=lambda: is_ready(known),

@@ -200,6 +200,17 @@ def test_a_child_writes_its_log_and_tells_how_it_ended(tmp_path: Path) -> None:
     assert thing.log_tail() == "out\nerr"
 
 
+def test_a_child_without_a_log_writes_where_its_parent_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; print('out'); print('err', file=sys.stderr)"
+    thing = Child("thing", [sys.executable, "-c", code], env=dict(os.environ), cwd=tmp_path)
+
+    thing.start()
+    thing.wait()
+
+    assert capfd.readouterr() == ("out\n", "err\n")
+    assert thing.log_tail() == ""
+
+
 def test_killing_a_child_ends_what_it_started(tmp_path: Path) -> None:
     code = "import subprocess; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     thing = make(tmp_path, code)
@@ -207,6 +218,7 @@ def test_killing_a_child_ends_what_it_started(tmp_path: Path) -> None:
     until(thing.log_tail)
 
     thing.kill()
+    thing.wait()
 
     until(lambda: not is_alive(int(thing.log_tail())))
     assert not thing.is_alive()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from lorry.errors import LorryError
-from lorry.local.supervisor import Patience, ProcessSupervisor
+from lorry.local.supervisor import Patience, ServiceSupervisor
 
 
 class FakeProcess:
@@ -41,6 +41,9 @@ class FakeProcess:
             self._journal.append(f"kill {self.name}")
             self.alive = False
 
+    def wait(self) -> None:
+        assert not self.alive, "it would never return"
+
     def log_tail(self) -> str:
         return f"last words of {self.name}"
 
@@ -55,7 +58,7 @@ class World:
         self.ready_at = 1.0
         self.api = FakeProcess("api", self.journal)
         self.worker = FakeProcess("worker", self.journal, deaf=deaf)
-        self.supervisor = ProcessSupervisor(
+        self.supervisor = ServiceSupervisor(
             self.api,
             [self.worker],
             is_ready=lambda: self.now >= self.ready_at,

@@ -4,68 +4,71 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
 from catalog.settings import Settings
+from lorry.local.supervisor import LONGEST_RESTART_SECONDS
 from worker.entrypoints import node_supervisor
-from worker.entrypoints.node_supervisor import GroupWorker, NodeSupervisor
+from worker.entrypoints.node_supervisor import NodeSupervisor
 from worker.node import devices
 from worker.node.devices import Device
 
 
-class FakeProcess:
+class FakeWorker:
     """Ends when its test says so, or by a signal where it obeys."""
 
-    def __init__(self, *, obeys: bool = True) -> None:
-        self.status: int | None = None
+    def __init__(self, name: str, clock: Callable[[], float], *, obeys: bool) -> None:
+        self.name = name
+        self.starts: list[int] = []
         self.signals: list[int] = []
-        self.obeys = obeys
+        self.status: int | None = None
+        self._clock = clock
+        self._obeys = obeys
 
-    def poll(self) -> int | None:
+    def start(self) -> None:
+        self.starts.append(round(self._clock()))
+        self.status = None
+
+    def is_alive(self) -> bool:
+        return bool(self.starts) and self.status is None
+
+    def exit_status(self) -> int | None:
         return self.status
 
-    def send_signal(self, number: int) -> None:
-        self.signals.append(number)
-        if self.obeys and self.status is None:
+    def terminate(self) -> None:
+        self.signals.append(signal.SIGTERM)
+        if self._obeys:
             self.status = 0
 
     def kill(self) -> None:
         self.status = -signal.SIGKILL
 
+    def wait(self) -> None:
+        assert not self.is_alive(), "it would never return"
+
+    def log_tail(self) -> str:
+        return ""
+
 
 class Node:
-    """Workers whose processes are ours, and a clock that each tick turns; `at` acts when its second has come."""
+    """Workers that are ours, and a clock that each tick turns; `at` acts when its second has come."""
 
     def __init__(self, *names: str, obeys: bool = True) -> None:
         self.now = 0.0
-        self.started: list[tuple[str, float, FakeProcess]] = []
-        self._obeys = obeys
+        self.workers = {name: FakeWorker(name, lambda: self.now, obeys=obeys) for name in names}
         self._acts: list[tuple[float, Callable[[], None]]] = []
-        workers = [GroupWorker(group=name, start=lambda name=name: self._start(name)) for name in names]
-        self.supervisor = NodeSupervisor(workers, clock=lambda: self.now, sleep=self._sleep)
+        self.supervisor = NodeSupervisor(list(self.workers.values()), clock=lambda: self.now, sleep=self._sleep)
 
     def at(self, second: float, act: Callable[[], None]) -> None:
         self._acts.append((second, act))
 
-    def latest(self, name: str) -> FakeProcess:
-        return next(process for group, _, process in reversed(self.started) if group == name)
-
     def ends(self, name: str, status: int) -> Callable[[], None]:
-        def end() -> None:
-            self.latest(name).status = status
+        return lambda: setattr(self.workers[name], "status", status)
 
-        return end
-
-    def starts(self, name: str) -> list[float]:
-        return [round(at) for group, at, _ in self.started if group == name]
-
-    def _start(self, name: str) -> Any:
-        process = FakeProcess(obeys=self._obeys)
-        self.started.append((name, self.now, process))
-        return process
+    def starts(self, name: str) -> list[int]:
+        return self.workers[name].starts
 
     def _sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -109,7 +112,7 @@ def test_the_longest_wait_is_half_a_minute() -> None:
     on.supervisor.run()
 
     waits = [later - earlier for earlier, later in zip(on.starts("0"), on.starts("0")[1:], strict=False)]
-    assert max(waits) <= node_supervisor.LONGEST_RESTART_SECONDS + 2
+    assert max(waits) <= LONGEST_RESTART_SECONDS + 2
 
 
 def test_a_signal_is_passed_on_to_every_worker_and_none_is_started_again() -> None:
@@ -119,7 +122,7 @@ def test_a_signal_is_passed_on_to_every_worker_and_none_is_started_again() -> No
 
     assert on.supervisor.run() == 0
 
-    assert on.latest("1").signals == [signal.SIGTERM]
+    assert on.workers["1"].signals == [signal.SIGTERM]
     assert on.starts("0") == [0]
 
 
@@ -131,8 +134,8 @@ def test_a_second_signal_is_passed_on_too_and_who_stays_is_killed() -> None:
 
     assert on.supervisor.run() == 128 + signal.SIGTERM
 
-    assert on.latest("0").signals == on.latest("1").signals == [signal.SIGTERM] * 2
-    assert on.latest("0").status == -signal.SIGKILL
+    assert on.workers["0"].signals == on.workers["1"].signals == [signal.SIGTERM] * 2
+    assert on.workers["0"].status == -signal.SIGKILL
     assert on.now == pytest.approx(20 + node_supervisor.AT_ONCE_SECONDS, abs=1)
 
 
