@@ -35,10 +35,10 @@ from catalog.fleet import compatibility
 from catalog.process_inspection import deny_inspection
 from catalog.queue.notifier import QUEUE, TRANSPORT_OPTIONS
 from catalog.settings import Settings
+from lorry.local.parent_watch import die_with_parent
 from worker.context.context import UNFIT, WorkerContext, open_worker
 from worker.entrypoints.celery_polling import Turns
 from worker.node import devices
-from worker.process.parent_watch import die_with_parent
 from worker.supervisor import supervise
 
 log = logging.getLogger("worker")

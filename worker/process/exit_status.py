@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from catalog.states import EndReason
+from lorry.local.parent_watch import LOST_PARENT
 from worker.process.launcher import TrainerProcess
-from worker.process.parent_watch import LOST_PARENT
 from worker.process.sandbox import REFUSAL, REFUSED
 from worker.protocol.errors import ASKED_BY
 from worker.protocol.trainer_paths import open_file

@@ -21,7 +21,7 @@ from catalog import failpoints, logs
 from worker.node import cgroup, devices
 from worker.process import sandbox
 from worker.process.clock import boot_seconds
-from worker.process.parent_watch import OPTION, SIGN, tethered
+from worker.process.parent_watch import OPTION, SIGN, confined
 from worker.process.sandbox import Sandbox
 from worker.protocol.mailbox import Json, TrainerDirectory
 from worker.protocol.rendezvous import RANKS_FILE
@@ -199,7 +199,7 @@ def launch(
     argv = trainer_argv(directory.path, silence_seconds=silence_seconds, num_processes=num_processes)
     with directory.log_path.open("ab") as log:
         process = subprocess.Popen(
-            tethered(argv, box),
+            confined(argv, box),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -296,7 +296,7 @@ def run_child(module: str, *arguments: str, log_path: Path, box: Sandbox) -> sub
     offline = {} if box.tcp else {"HF_HUB_OFFLINE": "1", "HF_HOME": str(temporary / "hub")}
     with log_path.open("ab") as log:
         child = subprocess.Popen(
-            tethered([sys.executable, "-m", module, *arguments], box),
+            confined([sys.executable, "-m", module, *arguments], box),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

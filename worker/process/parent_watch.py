@@ -1,45 +1,33 @@
-"""A child that ends when its parent does, however the parent ends.
+"""A worker's children, and the two ways in which they end with it.
 
-Two mechanisms. The kernel kills a direct child (`python -m worker.process.parent_watch PARENT SANDBOX ARGV…` asks for
-it, then applies the sandbox and becomes ARGV). A trainer holds the read end of a pipe as its standard input, the only
-descriptor that launchers hand on: it exits when that closes, or when the parent sends no sign of life for too long.
+The kernel kills a direct child whose worker dies (`lorry.local.parent_watch`); here such a child is confined as well:
+`python -m worker.process.parent_watch PARENT SANDBOX ARGV…` applies the sandbox and becomes ARGV. A trainer holds a
+lease besides: the read end of a pipe is its standard input, the only descriptor that launchers hand on. It exits when
+that closes, or when the worker sends no sign of life for too long.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
-import signal
 import struct
 import sys
 import threading
 from collections.abc import Sequence
 
+from lorry.local.parent_watch import LOST_PARENT, die_with_parent
 from worker.process.clock import boot_seconds
 from worker.process.sandbox import REFUSAL, REFUSED, Sandbox, apply
 
-PR_SET_PDEATHSIG = 1
-UNCONFINED = "-"
-"""In the place of a sandbox: a worker itself has none."""
 OPTION = "--tethered="
 SIGN = struct.Struct("=d")
 """A sign of life: the `boot_seconds` at which the parent sent it. A pipe takes one whole or not at all."""
 PIPE_BYTES = 2**16
-LOST_PARENT = 113
-"""Exit status of a trainer whose parent has gone, or has shown no sign of life."""
 
 
-def tethered(argv: Sequence[str], sandbox: Sandbox | None = None) -> list[str]:
+def confined(argv: Sequence[str], sandbox: Sandbox) -> list[str]:
     """`argv` as a command that the kernel kills when the calling thread ends, and confines to the sandbox."""
-    confinement = UNCONFINED if sandbox is None else sandbox.as_argument()
-    return [sys.executable, "-m", "worker.process.parent_watch", str(os.getpid()), confinement, *argv]
-
-
-def die_with_parent() -> None:
-    """Be killed by the kernel when the thread that started this process ends. Linux only; else nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    return [sys.executable, "-m", "worker.process.parent_watch", str(os.getpid()), sandbox.as_argument(), *argv]
 
 
 def hold_on(argv: Sequence[str]) -> None:
@@ -108,17 +96,14 @@ def _watch(descriptor: int, silence_seconds: float, sent_at: float) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Become `arguments[2:]` in the sandbox `arguments[1]`, unless the parent, whose process id is `arguments[0]`, has
-    gone already. Ends with REFUSED where the sandbox can't be applied."""
-    die_with_parent()
-    parent, confinement, *argv = arguments
-    if os.getppid() != int(parent):
-        os._exit(LOST_PARENT)
-    if confinement != UNCONFINED:
-        try:
-            apply(Sandbox.of_argument(confinement))
-        except OSError as error:
-            sys.stderr.write(f"{REFUSAL}{error}\n")
-            sys.exit(REFUSED)
+    died already. Exits with REFUSED if the sandbox can't be applied."""
+    parent, sandbox, *argv = arguments
+    die_with_parent(int(parent))
+    try:
+        apply(Sandbox.of_argument(sandbox))
+    except OSError as error:
+        sys.stderr.write(f"{REFUSAL}{error}\n")
+        sys.exit(REFUSED)
     os.execv(argv[0], argv)  # noqa: S606  (a list of arguments, ours)
 
 

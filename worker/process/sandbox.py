@@ -68,7 +68,7 @@ PATH_VARIABLES = (
     *("LD_LIBRARY_PATH", "LD_PRELOAD", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CUDA_HOME"),
     *("NCCL_CONF_FILE", "NCCL_TOPO_FILE"),
 )
-PACKAGES = ("catalog", "lora_core", "worker")
+PACKAGES = ("catalog", "lora_core", "lorry", "worker")
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL_CACHES = {
     "NUMBA_CACHE_DIR": "numba",

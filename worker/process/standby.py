@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from catalog.errors import OutOfSpace
+from lorry.local.parent_watch import LOST_PARENT
 from worker.node import devices, scratch_dirs
 from worker.process import parent_watch
 from worker.process.launcher import TrainerProcess, launch
-from worker.process.parent_watch import LOST_PARENT
 from worker.protocol.errors import print_handled
 from worker.protocol.mailbox import EventWriter, TrainerDirectory
 

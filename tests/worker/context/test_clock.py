@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from lorry.local.parent_watch import LOST_PARENT
 from tests.worker.pack_site import PackSite
 from worker.process import parent_watch
 from worker.process.clock import boot_seconds
-from worker.process.parent_watch import LOST_PARENT, SIGN
+from worker.process.parent_watch import SIGN
 
 ROOT = Path(__file__).parents[3]
 NEEDS_BOOTTIME = pytest.mark.skipif(sys.platform != "linux", reason="Python reaches no such clock elsewhere")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
+from lorry.local.parent_watch import LOST_PARENT, tethered
 from worker.node import devices
 from worker.process import launcher
 from worker.process.launcher import (
@@ -20,7 +23,8 @@ from worker.process.launcher import (
     trainer_argv,
     trainer_environment,
 )
-from worker.process.parent_watch import LOST_PARENT, OPTION, tethered
+from worker.process.parent_watch import OPTION, confined
+from worker.process.sandbox import Sandbox
 from worker.protocol.mailbox import TrainerDirectory
 
 ROOT = Path(__file__).parents[3]
@@ -149,8 +153,9 @@ def test_a_trainer_ends_when_its_parent_shows_no_sign_of_life() -> None:
         assert child.wait(30) == LOST_PARENT
 
 
-def test_a_child_whose_parent_has_gone_already_does_not_begin() -> None:
-    argv = tethered([sys.executable, "-c", "print('began')"])
+@pytest.mark.parametrize("command", [tethered, partial(confined, sandbox=Sandbox(kind="trainer"))])
+def test_a_child_whose_parent_has_gone_already_does_not_begin(command: Callable[[list[str]], list[str]]) -> None:
+    argv = command([sys.executable, "-c", "print('began')"])
     argv[argv.index(str(os.getpid()))] = "1"
 
     ended = subprocess.run(argv, capture_output=True, cwd=ROOT, check=False)

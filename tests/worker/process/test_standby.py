@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from lora_core.engine.warm_up import warm_up
+from lorry.local.parent_watch import LOST_PARENT
 from tests import tiny_base
 from tests.worker_site import WAIT_SECONDS, wait_until
 from worker.node import devices as node
 from worker.process import standby
 from worker.process.launcher import TrainerProcess
-from worker.process.parent_watch import LOST_PARENT
 from worker.process.standby import Standby, stand_by
 from worker.protocol.mailbox import EventReader, Json, TrainerDirectory
 
