@@ -59,7 +59,7 @@ def supervise(context: WorkerContext) -> None:
         with Chores(context) as chores:
             _work(context, gang_of(context), chores)
     finally:
-        context.pulse.release_all()
+        context.heartbeat.release_all()
 
 
 def _work(context: WorkerContext, gang: WorkerGang, chores: Chores) -> None:
@@ -70,7 +70,7 @@ def _work(context: WorkerContext, gang: WorkerGang, chores: Chores) -> None:
         if not claimed and gang.participate(chores, _launch_trainer):
             continue
         capacity = free_capacity(context)
-        context.pulse.status["report"] |= {"room": capacity_report(capacity)}
+        context.heartbeat.status["report"] |= {"room": capacity_report(capacity)}
         claimed = claimed or _claim(context, gang, new_id("trainer"), capacity=capacity)
         if claimed:
             claimed = _train(context, gang, chores, claimed)
@@ -98,7 +98,7 @@ def _claim(
         pack_key=pack_key,
         policy=context.policy,
     )
-    context.pulse.hold((claim.claim_id for claim in claimed), since=since)
+    context.heartbeat.hold((claim.claim_id for claim in claimed), since=since)
     for claim in claimed:
         context.spans.claimed(claim, worker_id=context.worker_id)
     return claimed
@@ -136,7 +136,7 @@ def _train(context: WorkerContext, gang: WorkerGang, chores: Chores, claimed: Se
 
 def _are_all_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
     """Before a trainer runs: remove from `waiting` the jobs that are to stop. Returns whether none is left."""
-    for claim_id, directive in context.pulse.take_orders([claim.claim_id for claim in waiting]).items():
+    for claim_id, directive in context.heartbeat.take_directives([claim.claim_id for claim in waiting]).items():
         for claim in [claim for claim in waiting if claim.claim_id == claim_id]:
             verb = requested_verb(directive)
             if verb is not None:
@@ -212,6 +212,7 @@ def _attend(
 
     Each step tolerates an outage by itself: what users ask for is applied even while nothing can be recorded.
     """
+    take_directives = context.heartbeat.take_directives
     left_over: list[Claim] = []
     polled_at = time.monotonic()
     closing_at: float | None = None
@@ -223,7 +224,7 @@ def _attend(
             time.sleep(TURN_SECONDS)
             continue
         _tolerating_outages(trainer, session.read_events)
-        _tolerating_outages(trainer, lambda: session.apply_directives(context.pulse.take_orders(session.claim_ids)))
+        _tolerating_outages(trainer, lambda: session.apply_directives(take_directives(session.claim_ids)))
         if session.fault is not None:
             session.outcome = session.fault
         if session.fault is not None or (session.ready is None and not len(session)):
@@ -279,7 +280,7 @@ def _claim_more(context: WorkerContext, gang: WorkerGang, session: TrainerSessio
         return []
     capacity = free_capacity(context, session)
     report = {"room": capacity_report(capacity), "predicted_bytes": session.predicted_bytes()}
-    context.pulse.status["report"] |= report
+    context.heartbeat.status["report"] |= report
     if len(session):
         claimed = _claim(context, gang, session.trainer_id, capacity=capacity, pack_key=session.pack_key)
     else:
@@ -302,7 +303,7 @@ def _conclude(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess,
     that it left unfinished. An outage is waited for as long as the claims may still be valid."""
     deadline = boot_seconds() + context.settings.lease_seconds
     end = TrainerEnd.DATABASE_UNREACHABLE.value
-    while not context.pulse.lost.is_set() and boot_seconds() < deadline:
+    while not context.heartbeat.lost.is_set() and boot_seconds() < deadline:
         try:
             session.read_all_events()
             set_aside(context, trainer)
@@ -336,7 +337,7 @@ def _trainer_outcome(context: WorkerContext, gang: WorkerGang, trainer: TrainerP
 def _release(context: WorkerContext, claimed: Sequence[Claim], end: End) -> None:
     """End the attempts of jobs that no trainer has begun."""
     for claim in claimed:
-        context.pulse.release(claim.claim_id)
+        context.heartbeat.release(claim.claim_id)
         told = cleaned(end, claim, context.settings.data_dir)
         how = {"reason": told.reason, "detail": told.detail, "is_bystander": True, "policy": context.policy}
         _best_effort(partial(claims.end, context.db, claim.claim_id, **how))

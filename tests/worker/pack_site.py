@@ -48,14 +48,14 @@ class PackSite:
         self.world = World(self.db, clock)
         self.world.worker("w1")
         self.store = open_store(self.settings)
-        pulse = Heartbeat(self.db, "w1", lease_seconds=60, heartbeat_seconds=60)
+        heartbeat = Heartbeat(self.db, "w1", lease_seconds=60, heartbeat_seconds=60)
         self.context = WorkerContext(
             settings=self.settings,
             db=self.db,
             store=self.store,
             worker_id="w1",
             device=devices.cpu(),
-            pulse=pulse,
+            heartbeat=heartbeat,
             bell=FileDoorbell(self.settings.bell_path()),
         )
         self.context.trainers_dir().mkdir(parents=True)
@@ -80,7 +80,7 @@ class PackSite:
 
     def claim_all(self, trainer_id: str = "trainer-1", room: Capacity = WIDE) -> list[Claim]:
         found = self.world.claim("w1", room, trainer_id=trainer_id)
-        self.context.pulse.hold((claim.claim_id for claim in found), since=float("inf"))
+        self.context.heartbeat.hold((claim.claim_id for claim in found), since=float("inf"))
         return found
 
     def claim(self, **fields: Any) -> Claim:
@@ -148,7 +148,7 @@ class PackSite:
 
     def held(self) -> set[str]:
         """Claims whose leases are renewed."""
-        return set(self.context.pulse._renewed_at)
+        return set(self.context.heartbeat._renewed_at)
 
 
 def step(number: int) -> dict[str, Any]:

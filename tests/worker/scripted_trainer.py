@@ -42,7 +42,7 @@ class FakeTrainer:
                     return message
             yield
 
-    def pulse(self) -> None:
+    def send_heartbeat(self) -> None:
         pass
 
     def begin(self, settings: dict[str, Any]) -> None:

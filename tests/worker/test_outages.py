@@ -29,9 +29,9 @@ FULL = OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some sp
 
 def give_up(site: PackSite) -> None:
     """As after two thirds of a lease without an answer."""
-    pulse = site.context.pulse
-    pulse.hold(site.held(), since=-float("inf"))
-    pulse.give_up_overdue()
+    heartbeat = site.context.heartbeat
+    heartbeat.hold(site.held(), since=-float("inf"))
+    heartbeat.give_up_overdue()
 
 
 def trains(trained: list[str]) -> Script:
@@ -190,7 +190,7 @@ def test_a_trainer_that_can_not_be_told_to_let_a_job_go_is_killed_and_its_node_i
         claim_id = (yield from trainer.listen("admit")).body["claim_id"]
         yield from trainer.listen("admit")
         monkeypatch.setattr(InboxWriter, "send", raising(READ_ONLY))
-        site.context.pulse._note({claim_id: ClaimDirectives(stale=True)}, float("inf"))
+        site.context.heartbeat._note({claim_id: ClaimDirectives(stale=True)}, float("inf"))
         for _ in range(3):
             yield
         site.context.leave.set()

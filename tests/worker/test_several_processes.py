@@ -90,7 +90,7 @@ class Launched:
         """The first event of that type, which is waited for."""
         deadline = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < deadline:
-            self.process.pulse()
+            self.process.send_heartbeat()
             self.said += self.reader.read()
             for event in self.said:
                 if event["type"] == wanted and event.get("claim_id") == job:

@@ -77,7 +77,7 @@ def test_a_cancel_is_heard_while_the_base_is_imported_again(
         assert not is_unwanted()
         (claim_id,) = site.held()
         commands.cancel(site.db, **site.world.of(job.id))
-        site.context.pulse._note({claim_id: ClaimDirectives(cancel=True)}, float("inf"))
+        site.context.heartbeat._note({claim_id: ClaimDirectives(cancel=True)}, float("inf"))
         assert is_unwanted()
         raise base_models.Abandoned
 
@@ -95,7 +95,7 @@ def test_a_trainer_that_loads_for_nobody_is_killed(site: PackSite, run: Callable
     def is_cancelled_meanwhile(_trainer: FakeTrainer) -> Generator[None]:
         (claim_id,) = site.held()
         commands.cancel(site.db, **site.world.of(job.id))
-        site.context.pulse._note({claim_id: ClaimDirectives(cancel=True)}, float("inf"))
+        site.context.heartbeat._note({claim_id: ClaimDirectives(cancel=True)}, float("inf"))
         while True:
             yield
 
@@ -171,7 +171,7 @@ def test_a_cancel_and_a_drain_are_said_while_nothing_can_be_recorded(
 def test_a_worker_that_waits_tells_what_it_has_free(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> None:
     assert run(loads_for_ever) == []
 
-    assert site.context.pulse.status["report"]["room"]["memory_bytes_free"] == 10**12
+    assert site.context.heartbeat.status["report"]["room"]["memory_bytes_free"] == 10**12
 
 
 def test_nobody_joins_a_suspect_that_an_empty_trainer_took_in(
@@ -333,7 +333,7 @@ def test_jobs_join_while_none_is_slowed_down_by_more_than_was_promised(site: Pac
         site.queued()
 
     supervisor._claim_more(site.context, gang_of(site.context), session)
-    before, was_told = len(session), site.context.pulse.status["report"]["saturation"]
+    before, was_told = len(session), site.context.heartbeat.status["report"]["saturation"]
     speeds = {"alone": [[64, 500.0]], "together": [[256, 1000.0], [384, 1000.0]]}
     say(session, {"type": "memory", "base_bytes": 1, "tick_speeds": speeds})
     session.read_events()

@@ -69,7 +69,7 @@ def prepare_next(context: WorkerContext) -> bool:
     )
     if unprepared is None:
         return False
-    context.pulse.hold([unprepared.claim_id], since=since)
+    context.heartbeat.hold([unprepared.claim_id], since=since)
     job = unprepared.job
     about = {"job": job.id, "claim": unprepared.claim_id, "worker": context.worker_id}
     try:
@@ -81,7 +81,7 @@ def prepare_next(context: WorkerContext) -> bool:
             if not _prepare(context, unprepared):
                 span.fail("not prepared")
     finally:
-        context.pulse.release(unprepared.claim_id)
+        context.heartbeat.release(unprepared.claim_id)
     return True
 
 

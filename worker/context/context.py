@@ -48,7 +48,7 @@ class WorkerContext:
     store: ArtifactStore
     worker_id: str
     device: node.Device
-    pulse: Heartbeat
+    heartbeat: Heartbeat
     bell: FileDoorbell
     """Rung by an api on this data folder, and by the worker's own chores."""
     seat: Seat | None = None
@@ -121,7 +121,7 @@ class WorkerContext:
 
     @property
     def draining(self) -> bool:
-        return self.leave.is_set() or self.pulse.drain or self.has_asked_to_leave()
+        return self.leave.is_set() or self.heartbeat.drain or self.has_asked_to_leave()
 
     def stand_by(self) -> None:
         """Nothing is to be trained now: have a trainer ready for what comes. From a thread that outlives it."""
@@ -148,10 +148,10 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     store = open_store(settings)
     worker_id = f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
     beats = {"lease_seconds": settings.lease_seconds, "heartbeat_seconds": settings.heartbeat_seconds}
-    pulse = Heartbeat(db, worker_id, policy=Policy.of(settings), **beats)
+    heartbeat = Heartbeat(db, worker_id, policy=Policy.of(settings), **beats)
     bell = FileDoorbell(settings.bell_path())
     context = WorkerContext(
-        settings=settings, db=db, store=store, worker_id=worker_id, device=device, pulse=pulse, bell=bell
+        settings=settings, db=db, store=store, worker_id=worker_id, device=device, heartbeat=heartbeat, bell=bell
     )
     for folder in (context.trainers_dir(), context.scratch_dir(), settings.bases_dir()):
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ def check_strategy(wanted: Wanted, *, gang: str | None = None) -> None:
 def _watched(context: WorkerContext) -> Generator[None]:
     """How busy its device is goes with each heartbeat."""
     watch = DeviceWatch(lambda: measure(context.device), seconds=context.settings.heartbeat_seconds)
-    context.pulse.device_use = watch.latest
+    context.heartbeat.device_use = watch.latest
     with watch.watching():
         yield
 
@@ -224,7 +224,7 @@ def _standby(context: WorkerContext) -> Generator[None]:
         num_processes=context.num_processes,
         in_gang=context.settings.gang is not None,
     )
-    context.pulse.on_every_beat = context.standby.pulse
+    context.heartbeat.on_every_beat = context.standby.send_heartbeat
     try:
         yield
     finally:
@@ -251,10 +251,10 @@ def _registered(context: WorkerContext) -> Generator[None]:
         integrations=available(context.settings),
         memory_bytes=device.memory_bytes // context.num_processes,
     )
-    context.pulse.start()
+    context.heartbeat.start()
     try:
         yield
     finally:
-        context.pulse.close()
+        context.heartbeat.close()
         with suppress(LorryError):
             workers.end_worker(db, worker_id)

@@ -42,7 +42,7 @@ class Heartbeat:
         self._policy = policy
         self._lock = threading.Lock()
         self._renewed_at: dict[str, float] = {}
-        self._orders: dict[str, ClaimDirectives] = {}
+        self._directives: dict[str, ClaimDirectives] = {}
         self._closed = threading.Event()
         self._beat_now = threading.Event()
         self.drain = False
@@ -59,8 +59,8 @@ class Heartbeat:
         self._on_beat: Callable[[], None] | None = None
         self._on_lost: Callable[[], None] | None = None
         self._threads = [
-            threading.Thread(target=self._beat_for_ever, name="pulse", daemon=True),
-            threading.Thread(target=self._watch_for_ever, name="pulse-watch", daemon=True),
+            threading.Thread(target=self._beat_for_ever, name="heartbeat", daemon=True),
+            threading.Thread(target=self._watch_for_ever, name="heartbeat-watch", daemon=True),
         ]
 
     def start(self) -> None:
@@ -86,18 +86,18 @@ class Heartbeat:
     def release(self, claim_id: str) -> None:
         with self._lock:
             self._renewed_at.pop(claim_id, None)
-            self._orders.pop(claim_id, None)
+            self._directives.pop(claim_id, None)
 
     def release_all(self) -> None:
         """Renew nothing any more: what is still held ends with its lease."""
         with self._lock:
             self._renewed_at.clear()
-            self._orders.clear()
+            self._directives.clear()
 
-    def take_orders(self, claim_ids: Collection[str]) -> dict[str, ClaimDirectives]:
+    def take_directives(self, claim_ids: Collection[str]) -> dict[str, ClaimDirectives]:
         """What the last heartbeats said of these claims, and that those are stale which were given up; each once."""
         with self._lock:
-            return {claim_id: self._orders.pop(claim_id) for claim_id in claim_ids if claim_id in self._orders}
+            return {claim_id: self._directives.pop(claim_id) for claim_id in claim_ids if claim_id in self._directives}
 
     def beat(self) -> None:
         """One heartbeat. Raises Unavailable where the database does not answer."""
@@ -105,8 +105,8 @@ class Heartbeat:
         self.on_every_beat()
         with self._lock:
             held = list(self._renewed_at)
-        orders = workers.worker_beat(self._db, self._worker_id, **self._told())
-        if orders.drain and not self.drain:
+        directives = workers.worker_beat(self._db, self._worker_id, **self._status())
+        if directives.drain and not self.drain:
             self.drain = True
             self.on_drain()
         if held:
@@ -114,24 +114,24 @@ class Heartbeat:
         if self._on_beat is not None:
             self._on_beat()
 
-    def _told(self) -> dict[str, Any]:
+    def _status(self) -> dict[str, Any]:
         use = self.device_use()
         return self.status if use is None else {**self.status, "report": {**self.status["report"], "device": use}}
 
     def _renewal(self, held: list[str]) -> dict[str, Any]:
-        told = {"lease_seconds": self._lease_seconds, "policy": self._policy}
-        return {"worker_id": self._worker_id, "claim_ids": held, **told}
+        terms = {"lease_seconds": self._lease_seconds, "policy": self._policy}
+        return {"worker_id": self._worker_id, "claim_ids": held, **terms}
 
     def _note(self, answers: dict[str, ClaimDirectives], began: float) -> None:
         with self._lock:
-            for claim_id, orders in answers.items():
+            for claim_id, directive in answers.items():
                 if claim_id not in self._renewed_at:
                     continue
-                if orders.stale:
+                if directive.stale:
                     del self._renewed_at[claim_id]
                 else:
                     self._renewed_at[claim_id] = began
-                self._orders[claim_id] = orders
+                self._directives[claim_id] = directive
 
     def _beat_for_ever(self) -> None:
         while not self._closed.is_set():
@@ -161,7 +161,7 @@ class Heartbeat:
             overdue = [claim_id for claim_id, renewed_at in self._renewed_at.items() if renewed_at < limit]
             for claim_id in overdue:
                 del self._renewed_at[claim_id]
-                self._orders[claim_id] = ClaimDirectives(stale=True)
+                self._directives[claim_id] = ClaimDirectives(stale=True)
         if not overdue:
             return
         log.error("No heartbeat for two thirds of a lease: %d claims are given up.", len(overdue))

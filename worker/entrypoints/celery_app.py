@@ -91,7 +91,7 @@ def context() -> WorkerContext:
                 devices.settle_on(device)
                 opened = opening.enter_context(open_worker(Settings(), device=device))
                 opened.has_asked_to_leave = _leave.is_set
-                opened.pulse.on_drain = _end_main
+                opened.heartbeat.on_drain = _end_main
                 _open.enter_context(opening.pop_all())
             _context = opened
         return _context

@@ -153,22 +153,22 @@ class NodeGang(WorkerGang):
         return {"meeting": meeting_settings(**where, port=None, first_rank=0, num_ranks=led.num_ranks)}
 
     def start(self, trainer: TrainerProcess, *, is_unwanted: Callable[[], bool]) -> None:
-        pulse = self._context.pulse
+        heartbeat = self._context.heartbeat
         if (led := self._seat.round) is None:
             return
-        pulse.guard(on_beat=trainer.pulse, on_lost=trainer.kill)
+        heartbeat.guard(on_beat=trainer.send_heartbeat, on_lost=trainer.kill)
         try:
             with _waiting_after_failure(self._seat):
                 while trainer.returncode is None and not self._has_started(led, trainer, is_unwanted):
                     if trainer.is_killed:
                         break
                     trainer.wait(POLL_SECONDS)
-            if pulse.lost.is_set():
+            if heartbeat.lost.is_set():
                 remedy = "There is nothing to do: it is tried again."
                 message = TrainerEnd.DATABASE_UNREACHABLE.value.detail
                 raise Unavailable(message, code="database_unavailable", remedy=remedy)
         finally:
-            pulse.guard(on_beat=None, on_lost=None)
+            heartbeat.guard(on_beat=None, on_lost=None)
 
     def _has_started(self, led: Round, trainer: TrainerProcess, is_unwanted: Callable[[], bool]) -> bool:
         """Poll once. True if all have joined and may load now."""

@@ -131,9 +131,9 @@ class _Participation:
         trainer = launch(context, stack, f"{trainer_id}-from-{first_rank}", settings)
         output = LentOutput(context, trainer, trainer_id=trainer_id, first_rank=first_rank)
         stack.callback(output.end)
-        stack.callback(context.pulse.guard, on_beat=None, on_lost=None)
-        context.pulse.guard(on_beat=trainer.pulse, on_lost=None)
-        trainer.pulse()
+        stack.callback(context.heartbeat.guard, on_beat=None, on_lost=None)
+        context.heartbeat.guard(on_beat=trainer.send_heartbeat, on_lost=None)
+        trainer.send_heartbeat()
         end = self._attend(trainer, output)
         while trainer.is_killed and trainer.is_awaited:
             time.sleep(POLL_SECONDS)

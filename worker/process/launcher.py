@@ -120,7 +120,7 @@ class TrainerProcess:
         self.started_at = time.monotonic()
         self.oom_kills_before = cgroup.oom_kills()
 
-    def pulse(self) -> None:
+    def send_heartbeat(self) -> None:
         """Tell the trainer that its worker lives. Never blocks."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
@@ -184,9 +184,10 @@ def launch(
     """Start the trainer of `directory` on `device`. Call it from a thread that outlives the trainer.
 
     It imports, and waits for its settings where the directory has none yet.
-    The trainer ends itself when it got no `pulse` for `silence_seconds`. Of `num_processes` each has a GPU of its own,
-    or its share of the cores; when one ends badly, so do all. It is confined by a sandbox, in which it reads no base
-    model but those of `bases_dir`; it has TCP only where it talks to processes here or, `in_gang`, on other machines.
+    The trainer ends itself when it got no `send_heartbeat` for `silence_seconds`. Of `num_processes` each has a GPU of
+    its own, or its share of the cores; when one ends badly, so do all. It is confined by a sandbox, in which it reads
+    no base model but those of `bases_dir`; it has TCP only where it talks to processes here or, `in_gang`, on other
+    machines.
     """
     if device.kind == "cuda":
         devices.create_uvm_node()

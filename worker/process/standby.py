@@ -84,10 +84,10 @@ class Standby:
             else:
                 self._waiting = StandbyTrainer(process=process, folder=folder.pop_all())
 
-    def pulse(self) -> None:
+    def send_heartbeat(self) -> None:
         """Tell it that its worker lives. Never blocks."""
         if (waiting := self._waiting) is not None:
-            waiting.process.pulse()
+            waiting.process.send_heartbeat()
 
     def memory_bytes(self) -> int:
         """What it takes of the machine, and will have taken already where it becomes a trainer."""
@@ -101,7 +101,7 @@ class Standby:
             self.close()
             return None
         self._waiting = None
-        waiting.process.pulse()  # the next one comes with the first beat that guards it
+        waiting.process.send_heartbeat()  # the next one comes with the first beat that guards it
         stack.push(waiting.folder)
         stack.callback(waiting.process.close)
         return waiting.process

@@ -76,7 +76,7 @@ def _places(context: WorkerContext, session: TrainerSession | None) -> int:
         at_most=max(0, settings.max_jobs_per_trainer - num_jobs),
     )
     if session is not None:
-        context.pulse.status["report"] |= {"saturation": throughput.described(num_jobs, speeds, settings, places)}
+        context.heartbeat.status["report"] |= {"saturation": throughput.described(num_jobs, speeds, settings, places)}
     return places
 
 
@@ -88,13 +88,13 @@ def announced(
     trainer_id, pack_key = session.trainer_id, session.pack_key
     named = {"trainer_id": trainer_id, "worker_id": context.worker_id, "base_digest": base_digest}
     workers.register_trainer(context.db, **named, pack_key=pack_key, report=_group(context))
-    context.pulse.status |= {"resident_base": base_digest, "trainer_id": trainer_id, "report": {}}
-    context.pulse.guard(on_beat=trainer.pulse, on_lost=trainer.kill)
+    context.heartbeat.status |= {"resident_base": base_digest, "trainer_id": trainer_id, "report": {}}
+    context.heartbeat.guard(on_beat=trainer.send_heartbeat, on_lost=trainer.kill)
     try:
         yield
     finally:
-        context.pulse.guard(on_beat=None, on_lost=None)
-        context.pulse.status |= {"resident_base": None, "trainer_id": None}
+        context.heartbeat.guard(on_beat=None, on_lost=None)
+        context.heartbeat.status |= {"resident_base": None, "trainer_id": None}
         exit_report = {"exit_status": trainer.returncode, **_speeds(context)}
         try:
             workers.end_trainer(context.db, trainer_id, report=exit_report)
@@ -113,5 +113,5 @@ def _group(context: WorkerContext) -> Json:
 
 def _speeds(context: WorkerContext) -> Json:
     """The trainer's measured throughput, for plans of jobs on its base."""
-    told = context.pulse.status["report"].get("tick_speeds")
+    told = context.heartbeat.status["report"].get("tick_speeds")
     return {"tick_speeds": told} if told else {}

@@ -89,7 +89,7 @@ class TrainerSession:
         self._description = description
         self._inbox = InboxWriter(directory)
         self._reader = EventReader(directory)
-        self._listener = EventHandlers(context, directory, trainer_id)
+        self._handlers = EventHandlers(context, directory, trainer_id)
         self._output = Output(context, directory)
         self._held: dict[str, SessionJob] = {}
         self._is_ready_recorded = False
@@ -282,9 +282,9 @@ class TrainerSession:
             elif event["type"] == "memory":
                 self._memory = event
                 self.speeds = Speeds.of_report(event.get("tick_speeds"))
-                self._context.pulse.status["report"] |= _without(event, "type", "seconds", "verifying")
+                self._context.heartbeat.status["report"] |= _without(event, "type", "seconds", "verifying")
             elif event["type"] == "load_refused":
-                self.outcome = self._listener.load_refusal(event["error"], event["ranks"])
+                self.outcome = self._handlers.load_refusal(event["error"], event["ranks"])
 
     def _read(self) -> list[Json]:
         try:
@@ -315,7 +315,7 @@ class TrainerSession:
             held.curve.evaluated(event)
         else:
             self._flush(held)
-            follows = self._listener.follow(held, event, ready=self.ready)
+            follows = self._handlers.follow(held, event, ready=self.ready)
             if isinstance(follows, End):
                 self._end(held, follows)
             elif follows is Next.HAND_OVER:
@@ -424,7 +424,7 @@ class TrainerSession:
             return
         self._context.spans.ended(claim_id, None)
         held.news.clear()
-        self._context.pulse.release(claim_id)
+        self._context.heartbeat.release(claim_id)
         self._output.end(claim_id)
         self.idle_since = time.monotonic()
         self.directory.delete_job(claim_id)

@@ -47,17 +47,17 @@ def suspend(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_worker_that_wakes_up_gives_up_its_claims_before_any_heartbeat(site: PackSite, suspend: list[float]) -> None:
     killed: list[bool] = []
     claim = site.claim()
-    site.context.pulse.release(claim.claim_id)
-    site.context.pulse.guard(on_beat=None, on_lost=lambda: killed.append(True))
-    site.context.pulse.hold([claim.claim_id], since=boot_seconds())
-    site.context.pulse.give_up_overdue()
+    site.context.heartbeat.release(claim.claim_id)
+    site.context.heartbeat.guard(on_beat=None, on_lost=lambda: killed.append(True))
+    site.context.heartbeat.hold([claim.claim_id], since=boot_seconds())
+    site.context.heartbeat.give_up_overdue()
     before = list(killed)
 
     suspend.append(site.settings.lease_seconds)
-    site.context.pulse.give_up_overdue()
+    site.context.heartbeat.give_up_overdue()
 
     assert (before, killed) == ([], [True])
-    assert site.context.pulse.take_orders([claim.claim_id])[claim.claim_id].stale
+    assert site.context.heartbeat.take_directives([claim.claim_id])[claim.claim_id].stale
 
 
 @NEEDS_BOOTTIME

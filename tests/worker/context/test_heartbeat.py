@@ -22,12 +22,12 @@ def test_whoever_holds_no_claim_hears_each_beat_also_where_the_database_does_not
         raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
 
     monkeypatch.setattr(workers, "worker_beat", beat)
-    pulse, heard, guarded = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), [], []
-    pulse.on_every_beat = lambda: heard.append(1)
-    pulse.guard(on_beat=lambda: guarded.append(1), on_lost=None)
+    heartbeat, heard, guarded = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), [], []
+    heartbeat.on_every_beat = lambda: heard.append(1)
+    heartbeat.guard(on_beat=lambda: guarded.append(1), on_lost=None)
 
     with pytest.raises(Unavailable):
-        pulse.beat()
+        heartbeat.beat()
 
     assert (heard, guarded) == ([1], [])
 
@@ -43,42 +43,43 @@ def test_a_beat_that_fails_in_a_way_nobody_foresaw_is_followed_by_the_next(monke
         return WorkerOrders(drain=False)
 
     monkeypatch.setattr(workers, "worker_beat", beat)
-    pulse = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=0.01)
+    heartbeat = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=0.01)
 
-    pulse.start()
+    heartbeat.start()
 
     assert went_on.wait(20)
-    pulse.close()
+    heartbeat.close()
 
 
 def test_a_claim_that_was_given_up_is_stale_for_whoever_holds_it_and_for_nobody_else() -> None:
-    pulse, told = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), []
-    pulse.guard(on_beat=None, on_lost=lambda: told.append("lost"))
-    pulse.hold(["mine", "anothers"], since=-float("inf"))
-    pulse.hold(["renewed"], since=float("inf"))
+    heartbeat, told = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), []
+    heartbeat.guard(on_beat=None, on_lost=lambda: told.append("lost"))
+    heartbeat.hold(["mine", "anothers"], since=-float("inf"))
+    heartbeat.hold(["renewed"], since=float("inf"))
 
-    pulse.give_up_overdue()
-    pulse.give_up_overdue()
-    pulse.guard(on_beat=None, on_lost=None)
+    heartbeat.give_up_overdue()
+    heartbeat.give_up_overdue()
+    heartbeat.guard(on_beat=None, on_lost=None)
 
     assert told == ["lost"]
-    assert pulse.take_orders(["mine", "renewed"]) == {"mine": ClaimDirectives(stale=True)}
-    assert pulse.take_orders(["mine", "renewed"]) == {}
-    assert pulse.take_orders(["anothers"]) == {"anothers": ClaimDirectives(stale=True)}
+    assert heartbeat.take_directives(["mine", "renewed"]) == {"mine": ClaimDirectives(stale=True)}
+    assert heartbeat.take_directives(["mine", "renewed"]) == {}
+    assert heartbeat.take_directives(["anothers"]) == {"anothers": ClaimDirectives(stale=True)}
 
 
 def test_a_trainer_that_could_not_be_ended_costs_no_look_at_the_claims_after_it() -> None:
-    pulse, went_on = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), threading.Event()
+    heartbeat = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60)
+    went_on = threading.Event()
 
     def fails() -> None:
-        pulse.guard(on_beat=None, on_lost=went_on.set)
-        pulse.hold(["second"], since=-float("inf"))
+        heartbeat.guard(on_beat=None, on_lost=went_on.set)
+        heartbeat.hold(["second"], since=-float("inf"))
         raise RuntimeError("the system said something new")
 
-    pulse.guard(on_beat=None, on_lost=fails)
-    pulse.hold(["first"], since=-float("inf"))
+    heartbeat.guard(on_beat=None, on_lost=fails)
+    heartbeat.hold(["first"], since=-float("inf"))
 
-    pulse.start()
+    heartbeat.start()
 
     assert went_on.wait(20)
-    pulse.close()
+    heartbeat.close()

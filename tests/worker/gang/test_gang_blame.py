@@ -248,8 +248,8 @@ def test_a_leader_without_a_database_while_its_gang_gathers_blames_nobody(gang: 
     """Its trainer is killed with its claims; the database is back before they could have become another's."""
 
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
-        context.pulse.hold(gang.site.held(), since=-float("inf"))
-        context.pulse.give_up_overdue()
+        context.heartbeat.hold(gang.site.held(), since=-float("inf"))
+        context.heartbeat.give_up_overdue()
         yield
 
     attempt = attempt_of(gang, leads(gang, script))

@@ -154,15 +154,15 @@ def test_the_use_goes_with_the_heartbeat_beside_what_the_trainer_said(monkeypatc
         return WorkerOrders(drain=False)
 
     monkeypatch.setattr(workers, "worker_beat", beat)
-    pulse = Heartbeat(None, "w1", lease_seconds=60, heartbeat_seconds=60)  # pyright: ignore[reportArgumentType]
-    pulse.status["report"] = {"tokens_per_second": 5.0}
+    heartbeat = Heartbeat(None, "w1", lease_seconds=60, heartbeat_seconds=60)  # pyright: ignore[reportArgumentType]
+    heartbeat.status["report"] = {"tokens_per_second": 5.0}
 
-    pulse.beat()
-    pulse.device_use = lambda: {"power_watts": 9.0}
-    pulse.beat()
+    heartbeat.beat()
+    heartbeat.device_use = lambda: {"power_watts": 9.0}
+    heartbeat.beat()
 
     assert told == [{"tokens_per_second": 5.0}, {"tokens_per_second": 5.0, "device": {"power_watts": 9.0}}]
-    assert pulse.status["report"] == {"tokens_per_second": 5.0}, "what is told next is made anew"
+    assert heartbeat.status["report"] == {"tokens_per_second": 5.0}, "what is told next is made anew"
 
 
 def test_what_a_pack_is_reckoned_to_take_grows_with_each_job(site: PackSite) -> None:

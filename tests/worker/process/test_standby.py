@@ -27,10 +27,10 @@ class FakeProcess:
     def __init__(self, directory: TrainerDirectory) -> None:
         self.directory = directory
         self.returncode: int | None = None
-        self.num_pulses = 0
+        self.num_heartbeats = 0
 
-    def pulse(self) -> None:
-        self.num_pulses += 1
+    def send_heartbeat(self) -> None:
+        self.num_heartbeats += 1
 
     def close(self) -> None:
         self.returncode = -9
@@ -78,10 +78,10 @@ def test_one_stands_by_and_no_second_one(tmp_path: Path, waiting: Standby, launc
 
     waiting.prepare()
     waiting.prepare()
-    waiting.pulse()
+    waiting.send_heartbeat()
 
     (process,) = launched
-    assert process.num_pulses == 1
+    assert process.num_heartbeats == 1
     assert waiting.memory_bytes() == 7
     assert folders(tmp_path) == [process.directory.path.name, f"{process.directory.path.name}.lock"]
 
@@ -96,8 +96,8 @@ def test_it_is_taken_once_and_ends_with_who_took_it(
         assert taken is launched[0]
         assert waiting.take(stack) is None
         waiting.close()
-        waiting.pulse()
-        assert (launched[0].returncode, launched[0].num_pulses) == (None, 1)
+        waiting.send_heartbeat()
+        assert (launched[0].returncode, launched[0].num_heartbeats) == (None, 1)
 
     assert launched[0].returncode == -9
     assert folders(tmp_path) == []

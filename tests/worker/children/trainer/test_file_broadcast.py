@@ -43,7 +43,7 @@ def wait_for_port(leader: Launched) -> int:
     deadline = time.monotonic() + WAIT_SECONDS
     while (port := told_port(leader.directory)) is None:
         assert time.monotonic() < deadline, leader.directory.log_tail()
-        leader.process.pulse()
+        leader.process.send_heartbeat()
         time.sleep(0.02)
     return port
 
@@ -53,7 +53,7 @@ def wait_for_end(leader: Launched) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not leader.process.wait(0.1):
         assert time.monotonic() < deadline, "it goes on without the other machine"
-        leader.process.pulse()
+        leader.process.send_heartbeat()
 
 
 def finish(leader: Launched) -> str:
