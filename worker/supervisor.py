@@ -338,8 +338,8 @@ def _release(context: WorkerContext, claimed: Sequence[Claim], end: End) -> None
     """End the attempts of jobs that no trainer has begun."""
     for claim in claimed:
         context.heartbeat.release(claim.claim_id)
-        told = cleaned(end, claim, context.settings.data_dir)
-        how = {"reason": told.reason, "detail": told.detail, "is_bystander": True, "policy": context.policy}
+        recorded = cleaned(end, claim, context.settings.data_dir)
+        how = {"reason": recorded.reason, "detail": recorded.detail, "is_bystander": True, "policy": context.policy}
         _best_effort(partial(claims.end, context.db, claim.claim_id, **how))
         context.spans.ended(claim.claim_id, end.reason)
 

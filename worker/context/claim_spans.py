@@ -72,16 +72,16 @@ class ClaimSpans:
             held.training.end()
             held.training = None
 
-    def told(self, claim_id: str, event: Json) -> None:
+    def reported(self, claim_id: str, event: Json) -> None:
         """event: of the trainer, with the spans that ended in it, if any did."""
         held = self._held.get(claim_id)
         if held is None:
             return
-        for told in event.get("spans", ()):
-            within = held.training if told["name"] in WHILE_TRAINING and held.training is not None else held.claim
-            times = {"began_at": float(told["began_at"]), "ended_at": float(told["ended_at"])}
+        for span in event.get("spans", ()):
+            within = held.training if span["name"] in WHILE_TRAINING and held.training is not None else held.claim
+            times = {"began_at": float(span["began_at"]), "ended_at": float(span["ended_at"])}
             about = {"step": event.get("step")}
-            tracing.record(told["name"], parent=within.traceparent, service="trainer", about=about, **times)
+            tracing.record(span["name"], parent=within.traceparent, service="trainer", about=about, **times)
 
     def ended(self, claim_id: str, reason: EndReason | None) -> None:
         """reason None: another worker has the job."""

@@ -50,11 +50,11 @@ class Seat:
         """How that part ended, until the record has it."""
         self._settings = settings
         self._kind = kind
-        self._versions = _told(versions())
+        self._versions = _listed(versions())
         self._warned_of: set[str] = set()
         self._own_free_bytes = own_free_bytes
         self._standing: GangState | None = None
-        self._looked_at = self._told_at = self._attended_at = -math.inf
+        self._looked_at = self._reported_at = self._attended_at = -math.inf
         self._short_since: float | None = None
         self._not_before = -math.inf
 
@@ -75,9 +75,9 @@ class Seat:
         began = time.monotonic()
         if self._standing is not None and began - self._looked_at < self._settings.poll_seconds:
             return self._standing
-        if began - self._told_at >= self._settings.heartbeat_seconds:
+        if began - self._reported_at >= self._settings.heartbeat_seconds:
             gangs.tell(self.place, free_bytes=self._own_free_bytes())
-            self._told_at = began
+            self._reported_at = began
         found = gangs.standing(self.place)
         if found.leader_id is None and gangs.lead(self.place):
             found = gangs.standing(self.place)
@@ -113,8 +113,8 @@ class Seat:
         for member in found.members:
             if member.versions != self._versions and member.worker_id not in self._warned_of:
                 self._warned_of.add(member.worker_id)
-                told = "Worker %s of the gang has %s, and this one, which leads, has %s: it is not called."
-                log.warning(told, member.worker_id, member.versions, self._versions)
+                message = "Worker %s of the gang has %s, and this one, which leads, has %s: it is not called."
+                log.warning(message, member.worker_id, member.versions, self._versions)
 
     @property
     def is_open(self) -> bool:
@@ -181,6 +181,6 @@ def alike(members: Sequence[LiveMember], leader_id: str, *, size: int) -> list[L
     return [leader, *others[: size - 1]]
 
 
-def _told(found: Mapping[str, str]) -> str:
+def _listed(found: Mapping[str, str]) -> str:
     """Whoever has others computes with other code."""
     return ", ".join(f"{name} {version}" for name, version in found.items())[:255]

@@ -55,14 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _opened(stack: ExitStack, device: devices.Device) -> WorkerContext:
     """Waits for a database that does not answer yet, for the two may come up in any order. It says so once."""
-    told = ""
+    reported = ""
     while True:
         try:
             return stack.enter_context(open_worker(Settings(), device=device))
         except Unavailable as error:
-            if error.message != told:
-                told = error.message
-                log.warning("%s The worker waits for it.", told)
+            if error.message != reported:
+                reported = error.message
+                log.warning("%s The worker waits for it.", reported)
             time.sleep(RETRY_SECONDS)
 
 

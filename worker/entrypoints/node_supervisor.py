@@ -156,10 +156,10 @@ def _threads_given(given: Mapping[str, str]) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m worker.entrypoints.node_supervisor", description=__doc__)
-    told = (
+    groups_help = (
         "a device group for each worker: GPUs by number (0,1), cpu, or cores (cpu:0-3); none: every GPU, else the CPU"
     )
-    parser.add_argument("groups", nargs="*", help=told)
+    parser.add_argument("groups", nargs="*", help=groups_help)
     return parser.parse_args(arguments)
 
 

@@ -268,10 +268,10 @@ def _host_memory_bytes() -> int:
 def _usable_bytes(nvml: Any, handle: Any) -> int:
     """All of a GPU's memory but what its driver keeps for itself, which no job ever has."""
     try:
-        told = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
     except (AttributeError, nvml.NVMLError):  # a binding or a driver that does not tell
         return int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
-    return int(told.total) - int(told.reserved)
+    return int(memory.total) - int(memory.reserved)
 
 
 def _visible(count: int) -> list[int]:

@@ -53,7 +53,7 @@ class PeerFailure:
     """None did, and they tell of others. Neither is true where they tell nothing."""
     said: str = ""
     """Of an echo: in what words."""
-    is_told: bool = False
+    is_reported: bool = False
     """By the process that failed first, so all had met by then."""
 
 
@@ -66,8 +66,8 @@ def heard(logs: Sequence[str], *, ranks: range, returncode: int | None) -> PeerF
     if fellows:
         rank, said = int(fellows[-1][1]), fellows[-1][2]
         is_own = rank in ranks and not _is_of_another(said)
-        told = "" if is_own else f"Rank {rank} failed: {said}"
-        return PeerFailure(is_own=is_own, is_echo=not is_own, said=told, is_told=True)
+        detail = "" if is_own else f"Rank {rank} failed: {said}"
+        return PeerFailure(is_own=is_own, is_echo=not is_own, said=detail, is_reported=True)
     errors = [error for log in logs if (error := last_error(log)) is not None]
     own = [error for error in errors if not _is_of_another(error)]
     if own or not errors:

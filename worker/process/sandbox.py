@@ -115,9 +115,9 @@ class Sandbox:
 
     @classmethod
     def of_argument(cls, text: str) -> Sandbox:
-        told = json.loads(text)
-        paths = {name: tuple(told[name]) for name in ("reads", "writes", "links")}
-        return cls(kind=told["kind"], tcp=told["tcp"], gpu=told["gpu"], limits=told["limits"], **paths)
+        fields = json.loads(text)
+        paths = {name: tuple(fields[name]) for name in ("reads", "writes", "links")}
+        return cls(kind=fields["kind"], tcp=fields["tcp"], gpu=fields["gpu"], limits=fields["limits"], **paths)
 
 
 def trainer(folder: Path, *, bases_dir: Path, tcp: bool, gpu: bool = False) -> Sandbox:

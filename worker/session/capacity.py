@@ -113,5 +113,5 @@ def _group(context: WorkerContext) -> Json:
 
 def _speeds(context: WorkerContext) -> Json:
     """The trainer's measured throughput, for plans of jobs on its base."""
-    told = context.heartbeat.status["report"].get("tick_speeds")
-    return {"tick_speeds": told} if told else {}
+    speeds = context.heartbeat.status["report"].get("tick_speeds")
+    return {"tick_speeds": speeds} if speeds else {}

@@ -65,7 +65,7 @@ class EventHandlers:
     def follow(self, held: SessionJob, event: Json, *, ready: Json | None) -> End | Next:
         """Raises StaleClaim, OutOfSpace, Unavailable. ready: what the trainer said when it was."""
         if "spans" in event:  # taken off: what follows may come again after an outage
-            self._context.spans.told(held.claim.claim_id, event)
+            self._context.spans.reported(held.claim.claim_id, event)
             del event["spans"]
         publisher = self._publishers.get(event["type"])
         if publisher is not None:
@@ -115,10 +115,10 @@ class EventHandlers:
 
     def _strategy(self, held: SessionJob) -> tuple[str, Json]:
         """How its base is held among the devices, and why."""
-        told, job = reason_for(self._context, held.claim.job), held.claim.job
+        why, job = reason_for(self._context, held.claim.job), held.claim.job
         strategy = strategy_for(self._context, job)
         data = {"strategy": strategy, "num_devices": self._context.num_processes}
-        return f"Strategy {strategy}. {told}", data
+        return f"Strategy {strategy}. {why}", data
 
     def _checkpointed(self, held: SessionJob, event: Json, ready: Json) -> Next:
         """The trainer's copies go once the checkpoint is on record, never before."""
@@ -170,9 +170,9 @@ class EventHandlers:
 
     def _paused(self, held: SessionJob, event: Json, ready: Json) -> End:
         publishing.model_of_checkpoint(self._context, held.claim, self._directory, event, trainer=ready)
-        if "pause" in held.told:
+        if "pause" in held.sent:
             return End(reason=EndReason.PAUSED_BY_USER, detail=f"Paused at step {event['step']}.")
-        if "preempt" in held.told:
+        if "preempt" in held.sent:
             return End(reason=EndReason.PREEMPTED, detail=f"Saved at step {event['step']}.")
         return End(reason=EndReason.DRAINED, detail=f"The worker left; saved at step {event['step']}.")
 

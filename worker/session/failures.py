@@ -83,10 +83,10 @@ def _diagnosed(
     returncode = trainer.returncode or 0
     if ranks is not None:
         tails = [without_handled(tail) for tail in trainer.directory.log_tails(LOG_BYTES)]
-        told = heard(tails, ranks=ranks, returncode=None if was_killed else returncode)
-        if told.is_echo or not (told.is_own or is_disk_full):
-            detail = f"It ended with others of its gang. {told.said}".strip()
-            return LocalExit(reason=EndReason.INFRA_LOST, detail=detail, is_echo=True, had_met=told.is_told)
+        peer = heard(tails, ranks=ranks, returncode=None if was_killed else returncode)
+        if peer.is_echo or not (peer.is_own or is_disk_full):
+            detail = f"It ended with others of its gang. {peer.said}".strip()
+            return LocalExit(reason=EndReason.INFRA_LOST, detail=detail, is_echo=True, had_met=peer.is_reported)
     reason, detail = classify_exit(
         1 if was_killed else returncode,
         log_tail if ranks is None else without_others(log_tail, ranks),

@@ -51,7 +51,7 @@ class LogFile:
         self.path = path
         self._before = cut_from(path)
         self._num_cut = 0
-        self._is_told = False
+        self._is_reported = False
 
     def end(self) -> int:
         return self._num_cut + _size(self.path)
@@ -70,16 +70,16 @@ class LogFile:
                 shutil.copyfileobj(printed, before)
                 printed.truncate(0)
         except OSError as error:
-            self._tell_once(error)
+            self._warn_once(error)
             with suppress(OSError):
                 self._before.unlink(missing_ok=True)
         else:
             self._num_cut += _size(self._before)
 
-    def _tell_once(self, error: OSError) -> None:
-        if not self._is_told:
+    def _warn_once(self, error: OSError) -> None:
+        if not self._is_reported:
             log.warning("What a trainer prints is long and can't be cut: %s", error)
-        self._is_told = True
+        self._is_reported = True
 
     def read(self, start: int, end: int) -> bytes:
         """What is still there of it."""
@@ -108,7 +108,7 @@ class LogFiles:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Told:
+class _OpenLog:
     claim: Claim
     worker_id: str
     """Whose claim it is."""
@@ -127,7 +127,7 @@ class Output:
         self._first_rank = first_rank
         self._directory = directory
         self._files = LogFiles(directory)
-        self._told: dict[str, _Told] = {}
+        self._open: dict[str, _OpenLog] = {}
         self._due_at = time.monotonic() + PUSH_SECONDS
 
     def begin(self, claim: Claim, *, is_loading: bool) -> None:
@@ -137,7 +137,7 @@ class Output:
 
     def begin_at(self, claim: Claim, begins_at: Mapping[int, int], *, worker_id: str) -> None:
         """begins_at: of each process's file the first byte that is the job's. worker_id: whose claim it is."""
-        self._told[claim.claim_id] = _Told(claim=claim, worker_id=worker_id, begins_at=begins_at)
+        self._open[claim.claim_id] = _OpenLog(claim=claim, worker_id=worker_id, begins_at=begins_at)
 
     def ends(self) -> dict[int, int]:
         """Where each process's file ends now."""
@@ -148,38 +148,40 @@ class Output:
         if time.monotonic() < self._due_at:
             return
         self._due_at = time.monotonic() + PUSH_SECONDS
-        for told in self._told.values():
-            self._push(told)
+        for entry in self._open.values():
+            self._push(entry)
         self._files.keep_short()
 
     def end(self, claim_id: str) -> None:
         """The job leaves the trainer."""
-        if (told := self._told.pop(claim_id, None)) is not None:
-            self._push(told)
+        if (entry := self._open.pop(claim_id, None)) is not None:
+            self._push(entry)
 
     def drop(self, claim_id: str) -> None:
         """The job is another worker's now: nothing is written of it any more."""
-        self._told.pop(claim_id, None)
+        self._open.pop(claim_id, None)
 
-    def _push(self, told: _Told) -> None:
+    def _push(self, entry: _OpenLog) -> None:
         """Best effort: nobody's training, and no end of an attempt, waits for it."""
         try:
             for rank, file in self._files.found().items():
-                content = tellable(file, told.begins_at.get(rank, 0), told.claim, self._context.settings.data_dir)
+                content = publishable(file, entry.begins_at.get(rank, 0), entry.claim, self._context.settings.data_dir)
                 if content:
-                    self._store(told, rank, content)
+                    self._store(entry, rank, content)
         except (LorryError, StaleClaim, OSError) as error:
-            log.warning("What the trainer printed for %s is not kept: %s", told.claim.job.id, error)
+            log.warning("What the trainer printed for %s is not kept: %s", entry.claim.job.id, error)
 
-    def _store(self, told: _Told, rank: int, content: bytes) -> None:
+    def _store(self, entry: _OpenLog, rank: int, content: bytes) -> None:
         blob: Blob = self._context.store.put_bytes(content)
-        if told.pushed.get(rank) != blob.digest:
+        if entry.pushed.get(rank) != blob.digest:
             number = self._first_rank + rank
-            job_logs.record(self._context.db, told.claim.claim_id, worker_id=told.worker_id, rank=number, content=blob)
-            told.pushed[rank] = blob.digest
+            job_logs.record(
+                self._context.db, entry.claim.claim_id, worker_id=entry.worker_id, rank=number, content=blob
+            )
+            entry.pushed[rank] = blob.digest
 
 
-def tellable(file: LogFile, start: int, claim: Claim, data_dir: Path) -> bytes:
+def publishable(file: LogFile, start: int, claim: Claim, data_dir: Path) -> bytes:
     """At most job_logs.MAX_BYTES of what was printed since `start`: its first lines and its last, of which none holds a
     secret, another job's name or this machine's paths."""
     end = file.end()
@@ -195,11 +197,11 @@ def tellable(file: LogFile, start: int, claim: Claim, data_dir: Path) -> bytes:
 def cleaned(end: End, claim: Claim, data_dir: Path) -> End:
     """`end` as the job's record may have it: what a trainer said last is told to all that it held."""
 
-    def told(text: str) -> str:
+    def clean(text: str) -> str:
         return "\n".join(_clean(text.encode(), claim, data_dir))
 
-    error = end.error and {name: told(text) if isinstance(text, str) else text for name, text in end.error.items()}
-    return replace(end, detail=told(end.detail), error=error)
+    error = end.error and {name: clean(text) if isinstance(text, str) else text for name, text in end.error.items()}
+    return replace(end, detail=clean(end.detail), error=error)
 
 
 def _bounded(text: str) -> bytes:

@@ -59,7 +59,7 @@ class SessionJob:
     """The trainer has made room for it."""
     is_to_stop: bool = False
     """By what it has measured: a trial that its sweep is better without."""
-    told: set[Verb] = field(default_factory=set[Verb])
+    sent: set[Verb] = field(default_factory=set[Verb])
     """Since it was handed over."""
     news: deque[Json] = field(default_factory=deque[Json])
     """What the trainer has said about it and is not on record yet. Empty but in an outage."""

@@ -205,7 +205,7 @@ class TrainerSession:
             )
         else:
             self._inbox.send("admit", **body)
-            held.told.clear()
+            held.sent.clear()
             held.is_handed_over = True
 
     def apply_directives(self, directives: dict[str, ClaimDirectives]) -> None:
@@ -230,9 +230,9 @@ class TrainerSession:
         if self.ready is None or not held.is_handed_over or is_stuck:
             self._end(held, STOPPED[verb])
             self._discard(held)
-        elif verb not in held.told:
+        elif verb not in held.sent:
             self._inbox.send(verb, claim_id=held.claim.claim_id)
-            held.told.add(verb)
+            held.sent.add(verb)
 
     def send(self, verb: Verb) -> bool:
         """Send a message that concerns no single job. Returns True: it was sent. Raises OutOfSpace, OSError."""
@@ -278,7 +278,7 @@ class TrainerSession:
             elif event["type"] == "ready":
                 self.ready, self._memory = _without(event, "spans"), event["memory"]
                 for claim_id in self._held:
-                    self._context.spans.told(claim_id, event)
+                    self._context.spans.reported(claim_id, event)
             elif event["type"] == "memory":
                 self._memory = event
                 self.speeds = Speeds.of_report(event.get("tick_speeds"))

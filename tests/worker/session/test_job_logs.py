@@ -203,7 +203,7 @@ def test_what_cleaning_makes_longer_stays_within_the_bound(tmp_path: Path, site:
     file = LogFile(tmp_path / "log.txt")
     file.path.write_bytes(b"\xff" * (MAX_BYTES - 10) + b"\n")
 
-    kept = session_job_logs.tellable(file, 0, claim, tmp_path)
+    kept = session_job_logs.publishable(file, 0, claim, tmp_path)
 
     assert len(kept) <= MAX_BYTES
 

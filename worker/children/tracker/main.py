@@ -42,13 +42,13 @@ def _serve(lines: TextIO, answers: TextIO) -> None:
     run: TrackerRun = OPENERS[begun["type"]](begun)
     _say(answers, {"run_id": run.run_id})
     for line in lines:
-        told: Json = json.loads(line)
-        run.write(told["points"])
-        if told["end"] is not None:
-            run.end(told["end"])
-            _say(answers, {"written": len(told["points"])})
+        request: Json = json.loads(line)
+        run.write(request["points"])
+        if request["end"] is not None:
+            run.end(request["end"])
+            _say(answers, {"written": len(request["points"])})
             return
-        _say(answers, {"written": len(told["points"])})
+        _say(answers, {"written": len(request["points"])})
     run.close()
 
 
