@@ -80,8 +80,8 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
         paths = {"train": _fetched(context, train, work / "train"), "valid": _fetched(context, valid, work / "valid")}
         arguments, result = work / "arguments.json", work / "result.json"
         in_pairs = train.report.get("kind") == "preference"
-        told = {name: str(path) for name, path in (*paths.items(), ("result", result))}
-        write_json(arguments, {**told, "in_pairs": in_pairs})
+        names = {name: str(path) for name, path in (*paths.items(), ("result", result))}
+        write_json(arguments, {**names, "in_pairs": in_pairs})
         num_bytes = sum(path.stat().st_size for path in paths.values())
         box = sandbox.tokenization(work, base_dir=None, num_bytes=num_bytes)
         child = run_child("worker.children.file_overlap", str(arguments), log_path=work / "log.txt", box=box)

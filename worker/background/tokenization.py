@@ -73,9 +73,9 @@ def prepare_next(context: WorkerContext) -> bool:
     job = unprepared.job
     about = {"job": job.id, "claim": unprepared.claim_id, "worker": context.worker_id}
     try:
-        told: Subjects = {"job": job.id, "claim": unprepared.claim_id}
+        subjects: Subjects = {"job": job.id, "claim": unprepared.claim_id}
         with (
-            logs.about(told),
+            logs.about(subjects),
             tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about) as span,
         ):
             if not _prepare(context, unprepared):

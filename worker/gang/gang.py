@@ -25,7 +25,7 @@ from worker.gang.member import Launch
 from worker.process.clock import boot_seconds
 from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
-from worker.protocol.rendezvous import meeting_settings, told_port
+from worker.protocol.rendezvous import meeting_settings, reported_port
 from worker.session.failures import LocalExit, TrainerEnd, local_exit
 from worker.session.session_job import End
 from worker.session.trainer_session import OUTAGES
@@ -181,7 +181,7 @@ class NodeGang(WorkerGang):
                 seat.wait_a_while()
                 self._break(trainer)
                 return False
-            hindrance, port = gangs.hindrance_of(found), told_port(trainer.directory)
+            hindrance, port = gangs.hindrance_of(found), reported_port(trainer.directory)
             if hindrance is not None and (found.is_late or found.ended or found.lost or found.is_anyone_leaving):
                 if found.is_late:
                     gangs.missed(seat.place, led.round_id, found.not_joined)
@@ -258,7 +258,7 @@ class NodeGang(WorkerGang):
         if found is not None and not is_ready and not local.had_met:
             seat.wait_a_while()
             gangs.missed(seat.place, led.round_id, led.workers[1:])
-            where = f"{seat.address}, port {told_port(trainer.directory)}"
+            where = f"{seat.address}, port {reported_port(trainer.directory)}"
             detail = (
                 "The workers of the gang reach the database, and their trainers did not reach each other. One listened "
                 f"at {where}. Let these nodes connect to each other at every port."

@@ -20,7 +20,7 @@ FULL_DISK = {
 }
 
 
-class ToldError(Protocol):
+class ReportedError(Protocol):
     """One that is meant for a person, be it the engine's or the preparation's."""
 
     code: str
@@ -28,7 +28,7 @@ class ToldError(Protocol):
     remedy: str
 
 
-def described(error: ToldError) -> dict[str, str]:
+def described(error: ReportedError) -> dict[str, str]:
     return {"code": error.code, "message": error.message, "remedy": error.remedy}
 
 
@@ -39,7 +39,7 @@ def disk_error(error: OSError) -> dict[str, str]:
     return {"code": "disk_error", "message": f"The worker's disk failed: {error.strerror}.", "remedy": remedy}
 
 
-def told(error: OSError | ToldError) -> dict[str, str]:
+def error_report(error: OSError | ReportedError) -> dict[str, str]:
     """Of either kind."""
     return disk_error(error) if isinstance(error, OSError) else described(error)
 

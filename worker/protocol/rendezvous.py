@@ -34,16 +34,16 @@ def meeting_settings(
 
 def ranks_file() -> Path | None:
     """Of this process; None where it was launched by itself, or by hand."""
-    told = os.environ.get(RANKS_FILE)
-    return Path(told) if told else None
+    path = os.environ.get(RANKS_FILE)
+    return Path(path) if path else None
 
 
-def tell_port(directory: TrainerDirectory, port: int) -> None:
+def report_port(directory: TrainerDirectory, port: int) -> None:
     """By the trainer, of itself."""
     write_json(directory.path / PORT_FILE, {"port": port})
 
 
-def told_port(directory: TrainerDirectory) -> int | None:
+def reported_port(directory: TrainerDirectory) -> int | None:
     """Where the trainer of this directory listens; None while it does not."""
     with contextlib.suppress(FileNotFoundError):
         return int(read_json(directory.path / PORT_FILE)["port"])

@@ -25,7 +25,7 @@ from worker.context.gang_membership import Seat, alike
 from worker.gang.gang import gang_of
 from worker.node import devices
 from worker.protocol.mailbox import Json, TrainerDirectory
-from worker.protocol.rendezvous import place_of, tell_port
+from worker.protocol.rendezvous import place_of, report_port
 
 LOCAL = "127.0.0.1"
 KILLED = {"reason": "trainer_crashed", "detail": "The trainer was killed (signal 9).", "is_echo": False}
@@ -168,7 +168,7 @@ def test_when_a_member_tells_that_its_trainer_died_the_attempt_ends_as_that_one_
         led = seat_of(context).round
         assert led is not None
         met.append(trainer.directory.settings()["meeting"])
-        tell_port(trainer.directory, 4711)
+        report_port(trainer.directory, 4711)
         gangs.join(gang.place("w2"), led.round_id)
         yield
         loads(trainer)
@@ -249,7 +249,7 @@ def meets(gang: GangSite, trainer: FakeTrainer, context: WorkerContext) -> Gener
     """The other member joins, all begin, and the leader's trainer has its base."""
     led = seat_of(context).round
     assert led is not None
-    tell_port(trainer.directory, 4711)
+    report_port(trainer.directory, 4711)
     gangs.join(gang.place("w2"), led.round_id)
     yield
     loads(trainer)

@@ -26,7 +26,7 @@ from worker.context.context import WorkerContext
 from worker.context.gang_membership import alike
 from worker.gang.gang import gang_of
 from worker.protocol.mailbox import Json
-from worker.protocol.rendezvous import tell_port
+from worker.protocol.rendezvous import report_port
 from worker.session import staging
 
 ECHOED = {"reason": "infra_lost", "detail": "It ended with others of its gang.", "is_echo": True}
@@ -41,7 +41,7 @@ def begun(gang: GangSite, trainer: FakeTrainer, context: WorkerContext, *, is_re
     """All have joined, and the trainer listens."""
     led = seat_of(context).round
     assert led is not None
-    tell_port(trainer.directory, 4711)
+    report_port(trainer.directory, 4711)
     gangs.join(gang.place("w2"), led.round_id)
     yield
     if is_ready:

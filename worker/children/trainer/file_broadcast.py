@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 
 from lora_core.distributed.ranks import Meeting, Ranks
 from worker.protocol.mailbox import AdmitBody, TrainerDirectory
-from worker.protocol.rendezvous import tell_port, told_port
+from worker.protocol.rendezvous import report_port, reported_port
 from worker.protocol.trainer_paths import UnsafePath, confined
 
 NAMES: tuple[Literal["train", "valid", "resume", "parent"], ...] = ("train", "valid", "resume", "parent")
@@ -30,26 +30,26 @@ T = TypeVar("T")
 
 def meeting_of(directory: TrainerDirectory) -> Meeting | None:
     """Where it meets those of other machines; None where there are none."""
-    told = directory.settings().get("meeting")
-    if told is None:
+    meeting = directory.settings().get("meeting")
+    if meeting is None:
         return None
 
     def port() -> int:
         deadline = time.monotonic() + RENDEZVOUS_SECONDS
-        while (found := told["port"] or told_port(directory)) is None:
+        while (found := meeting["port"] or reported_port(directory)) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError("The first process of this trainer does not listen.")
             time.sleep(LOOK_SECONDS)
         return int(found)
 
     return Meeting(
-        address=told["address"],
-        interface=told["interface"],
+        address=meeting["address"],
+        interface=meeting["interface"],
         port=port,
-        tell_port=lambda port: tell_port(directory, port),
-        name=told["name"],
-        first_rank=told["first_rank"],
-        num_ranks=told["num_ranks"],
+        tell_port=lambda port: report_port(directory, port),
+        name=meeting["name"],
+        first_rank=meeting["first_rank"],
+        num_ranks=meeting["num_ranks"],
         seconds=RENDEZVOUS_SECONDS,
     )
 

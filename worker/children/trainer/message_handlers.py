@@ -34,7 +34,7 @@ from worker.children.trainer.outputs import (
     steps_to_sample,
     taken,
 )
-from worker.protocol.errors import described, told
+from worker.protocol.errors import described, error_report
 from worker.protocol.mailbox import (
     AdmitBody,
     EventWriter,
@@ -162,7 +162,7 @@ class MessageHandlers:
 
     def _refuse(self, claim_id: str, error: LoraCoreError | OSError | Refused, *, is_checkpoint: bool = False) -> None:
         self._evict(claim_id)
-        self._report_event(claim_id, "refused", error=told(error), is_checkpoint=is_checkpoint)
+        self._report_event(claim_id, "refused", error=error_report(error), is_checkpoint=is_checkpoint)
 
     # Events of the engine
 
@@ -244,7 +244,7 @@ class MessageHandlers:
         try:
             self._ranks.by_leader(lambda: self.engine.save_checkpoint(claim_id, folder))
         except (OSError, LoraCoreError) as error:  # LoraCoreError: the engine has not yet raised the job's shortage
-            self._report_event(claim_id, "checkpoint_failed", step=step, error=told(error))
+            self._report_event(claim_id, "checkpoint_failed", step=step, error=error_report(error))
             return None
         job.saved_step = step
         return {"step": step, "folder": self._directory.named(folder)}
@@ -263,7 +263,7 @@ class MessageHandlers:
                 lambda: self.engine.export(claim_id, adapter, base_name=base_name, has_evidence=False)
             )
         except (OSError, LoraCoreError) as error:
-            self._report_event(claim_id, "checkpoint_unexported", step=step, error=told(error))
+            self._report_event(claim_id, "checkpoint_unexported", step=step, error=error_report(error))
             return NO_ADAPTER
         return {"adapter": self._directory.named(adapter), "num_parameters": self.engine.num_parameters(claim_id)}
 
@@ -313,4 +313,4 @@ class MessageHandlers:
 
     def _report_event(self, claim_id: str, event_type: str, **body: Any) -> None:
         self.events.write({"type": event_type, "claim_id": claim_id, **body})
-        self._log.told(claim_id, event_type, body)
+        self._log.record_event(claim_id, event_type, body)

@@ -32,8 +32,8 @@ EVENT_TYPES = {JobStepped: "stepped", JobEvaluated: "evaluated", JobFinished: "f
 def taken(inbox: InboxReader, ranks: Ranks) -> list[TrainerMessage]:
     """What has come since, on every rank."""
     found = inbox.take() if ranks.leads else []
-    told = ranks.told([[message.verb, message.body] for message in found])
-    return [TrainerMessage(verb=verb, body=body) for verb, body in told]
+    messages = ranks.told([[message.verb, message.body] for message in found])
+    return [TrainerMessage(verb=verb, body=body) for verb, body in messages]
 
 
 def datasets_of(
@@ -203,7 +203,7 @@ class TrainerLog:
         }  # fmt: skip
         return claim_id
 
-    def told(self, claim_id: str, event_type: str, body: Mapping[str, Any]) -> None:
+    def record_event(self, claim_id: str, event_type: str, body: Mapping[str, Any]) -> None:
         """An event of a job."""
         if not self._speaks:
             return

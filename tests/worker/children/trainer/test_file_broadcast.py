@@ -14,7 +14,7 @@ import pytest
 from tests import tiny_base
 from tests.worker.test_several_processes import WAIT_SECONDS, Launched, digest, launched
 from worker.process.exit_status import heard
-from worker.protocol.rendezvous import meeting_settings, place_of, told_port
+from worker.protocol.rendezvous import meeting_settings, place_of, reported_port
 
 pytestmark = pytest.mark.timeout(600)
 LOCAL = "127.0.0.1"
@@ -41,7 +41,7 @@ def two_machines(folder: Path, base_dir: Path) -> Iterator[tuple[Launched, Launc
 
 def wait_for_port(leader: Launched) -> int:
     deadline = time.monotonic() + WAIT_SECONDS
-    while (port := told_port(leader.directory)) is None:
+    while (port := reported_port(leader.directory)) is None:
         assert time.monotonic() < deadline, leader.directory.log_tail()
         leader.process.send_heartbeat()
         time.sleep(0.02)

@@ -41,8 +41,8 @@ def test_a_trainers_lines_name_job_claim_trainer_and_trace(out: io.StringIO) -> 
     log = TrainerLog({"trainer_id": "trainer-1"}, speaks=True)
 
     assert log.knows(ADMIT) == "claim-1"
-    log.told("claim-1", "checkpointed", {"step": 5, "folder": "/a/path"})
-    log.told("claim-1", "refused", {"error": {"code": "out_of_memory", "message": "words"}})
+    log.record_event("claim-1", "checkpointed", {"step": 5, "folder": "/a/path"})
+    log.record_event("claim-1", "refused", {"error": {"code": "out_of_memory", "message": "words"}})
 
     about = {"job": "ftjob-1", "claim": "claim-1", "trainer": "trainer-1", "trace": PARENT[3:35]}
     first, second = lines(out)
@@ -54,7 +54,7 @@ def test_a_trainers_lines_name_job_claim_trainer_and_trace(out: io.StringIO) -> 
 def test_of_several_ranks_the_leader_alone_speaks(out: io.StringIO) -> None:
     log = TrainerLog({"trainer_id": "trainer-1"}, speaks=False)
 
-    log.told(log.knows(ADMIT), "admitted", {"step": 0})
+    log.record_event(log.knows(ADMIT), "admitted", {"step": 0})
 
     assert lines(out) == []
 
