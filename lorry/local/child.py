@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorry.local.parent_watch import tethered
+from lorry.local.parent_watch import dying_with_parent
 
 _LONGEST_LOG_BYTES = 16 * 2**20
 _TAIL_BYTES = 16 * 2**10
@@ -44,7 +44,7 @@ class Child:
             keep_short(self.log)
         with contextlib.nullcontext() if self.log is None else self.log.open("ab") as out:
             self._process = subprocess.Popen(
-                tethered(self._argv),
+                dying_with_parent(self._argv),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

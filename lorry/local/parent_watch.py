@@ -17,7 +17,7 @@ LOST_PARENT = 113
 """Exit status of a process whose parent has died."""
 
 
-def tethered(argv: Sequence[str]) -> list[str]:
+def dying_with_parent(argv: Sequence[str]) -> list[str]:
     """`argv` as a command that the kernel kills when the calling thread ends."""
     return [sys.executable, "-I", __file__, str(os.getpid()), *argv]
 

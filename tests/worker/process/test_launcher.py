@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lorry.local.parent_watch import LOST_PARENT, tethered
+from lorry.local.parent_watch import LOST_PARENT, dying_with_parent
 from worker.node import devices
 from worker.process import launcher
 from worker.process.launcher import (
@@ -153,7 +153,7 @@ def test_a_trainer_ends_when_its_parent_shows_no_sign_of_life() -> None:
         assert child.wait(30) == LOST_PARENT
 
 
-@pytest.mark.parametrize("command", [tethered, partial(confined, sandbox=Sandbox(kind="trainer"))])
+@pytest.mark.parametrize("command", [dying_with_parent, partial(confined, sandbox=Sandbox(kind="trainer"))])
 def test_a_child_whose_parent_has_gone_already_does_not_begin(command: Callable[[list[str]], list[str]]) -> None:
     argv = command([sys.executable, "-c", "print('began')"])
     argv[argv.index(str(os.getpid()))] = "1"
