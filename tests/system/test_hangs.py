@@ -62,6 +62,7 @@ def hung(site: WorkerSite, failpoint: str, *, argv: list[str] = IMPATIENT, **env
     return job_id
 
 
+@pytest.mark.slow
 def test_one_process_that_hangs_leaves_the_stacks_of_its_threads(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         job_id = hung(site, "step_12:hang")

@@ -110,6 +110,7 @@ def test_openai_client_trains_by_dpo_on_pairs_of_answers(tmp_path: Path) -> None
         assert "perplexity" not in adapter.evaluation
 
 
+@pytest.mark.slow
 def test_openai_client_is_told_which_rows_have_nothing_to_learn(tmp_path: Path) -> None:
     with (
         worker_site(tmp_path) as site,

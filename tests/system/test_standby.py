@@ -66,6 +66,7 @@ def test_what_stands_by_ends_with_a_worker_that_is_killed_and_the_next_one_clear
         assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_while_it_stands_by_costs_the_next_job_nothing_but_time(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         worker = site.start_worker(**WANTED)

@@ -170,6 +170,7 @@ def test_a_database_at_a_revision_without_a_script_is_not_migrated_and_the_remed
     database.close()
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("words", [["upgrade", "head"], ["check"], ["upgrade", "head", "--sql"]])
 def test_alembic_works_by_hand_on_the_database_of_the_settings(tmp_path: Path, words: list[str]) -> None:
     environment = {**os.environ, "LORRY_DATA_DIR": str(tmp_path)}

@@ -54,6 +54,7 @@ def test_so_it_can_where_a_migration_only_adds(database: Database, next_migratio
     assert set(_in_the_way(database)) == TAKEN_AWAY
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize(("upgrade", "places"), IN_THE_WAY.values(), ids=IN_THE_WAY)
 def test_a_migration_that_is_in_old_codes_way_is_found(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upgrade: str, places: list[str]

@@ -78,6 +78,7 @@ def test_nor_by_a_migration_that_adds_and_makes_a_table_anew(migrating: Database
     _walk_up_and_down(migrating)
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize(("upgrade", "downgrade", "found"), LOSSES.values(), ids=LOSSES)
 def test_a_migration_that_loses_something_is_found(
     migrating: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upgrade: str, downgrade: str, found: str
