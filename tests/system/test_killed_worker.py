@@ -121,6 +121,7 @@ def test_resumed_equals_uninterrupted_when_the_trainer_is_killed_amid_joins_and_
         assert site.weights_digest(packed[name]) == site.weights_digest(solo[name]), name
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_when_the_worker_leaves_and_that_attempt_is_free(site: WorkerSite) -> None:
     rows = site.upload(40)
     drained = site.submit(rows, **small_job(checkpoint_every_steps=1000))

@@ -121,6 +121,7 @@ def test_a_preempted_job_makes_room_at_a_tick_and_ends_with_the_bytes_of_one_tha
         assert site.weights_digest(preempted) == site.weights_digest(twin)
 
 
+@pytest.mark.slow
 def test_a_file_with_nothing_to_learn_is_refused_by_name_and_harms_nobody(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         good = site.submit(site.upload(12), max_steps=2)

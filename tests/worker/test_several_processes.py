@@ -186,7 +186,8 @@ def test_a_base_that_is_divided_by_fsdp2_trains_and_is_verified_by_peft(tmp_path
     assert [step["loss"] for step in divided] == pytest.approx([step["loss"] for step in losses], rel=1e-5)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_when_one_process_is_killed_the_trainer_ends_with_all_of_them(
     tmp_path: Path, base_dir: Path, rank: int
 ) -> None:

@@ -107,6 +107,7 @@ def test_verify_reports_a_damaged_page_and_exits_with_1(service: Path) -> None:
     assert "Traceback" not in verified.stderr
 
 
+@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("command", [["verify"], ["backup", "backups"], ["serve", "--port", "0"]])
 def test_a_file_that_is_no_database_any_more_is_reported_with_the_remedy(service: Path, command: list[str]) -> None:
     overwrite_page(service / "lorry.db", 1)

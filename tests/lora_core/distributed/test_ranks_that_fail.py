@@ -104,7 +104,7 @@ def test_a_process_that_fails_amid_a_pass_ends_all_and_each_tells_its_failure(ba
     assert first["end"] == f"{FellowFailure.__name__}: Rank 1 failed: ValueError: the number 7"
 
 
-@pytest.mark.slow_repetitions
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["in a tick", "at the start", "in verification", "in answers"])
 def test_memory_that_runs_out_amid_a_pass_through_a_divided_base_ends_all_for_that(base_dirs, tmp_path, way):
     first, second = in_ranks(base_dirs["llama"], tmp_path, "fsdp2", f"memory {way}")

@@ -269,11 +269,11 @@ def test_every_pass_counts_for_turns_and_only_the_step_as_trained(load):
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", job)
 
-    (turn,) = engine._waiting()
+    unit, waiting = engine._jobs["job"].unit, engine._jobs["job"].waiting_tokens()
     while not engine.idle:
         engine.tick()
 
-    assert (turn.kind, turn.num_tokens) == ("evaluate", 2 * 25)  # of adapter and base, nothing of it is differentiated
+    assert (unit.kind, waiting[0]) == ("evaluate", 2 * 25)  # of adapter and base, nothing of it is differentiated
     assert engine._jobs["job"].served == 2 * (25 + 25)
     assert engine.trained_tokens("job") == 25
 

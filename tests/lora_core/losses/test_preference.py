@@ -183,10 +183,10 @@ def test_the_pass_of_the_base_counts_for_turns_and_not_as_trained(load, objectiv
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", job)
 
-    (turn,) = engine._waiting()
+    num_tokens = engine._jobs["job"].waiting_tokens()[0]
     engine.tick()
 
-    assert turn.num_tokens == passes * 25
+    assert num_tokens == passes * 25
     assert engine._jobs["job"].served == passes * 25
     assert engine.trained_tokens("job") == 25
 

@@ -184,6 +184,7 @@ def next_event(events: EventReader, process: TrainerProcess) -> Json:
     return heard[0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_real_one_loads_the_base_that_it_is_told_and_says_before_that_it_waits(
     tmp_path: Path, waiting: Standby

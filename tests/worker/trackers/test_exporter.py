@@ -91,6 +91,7 @@ def _maybe(world: World, job_id: str, name: str) -> JobExport | None:
         return session.get(JobExport, (job_id, name))
 
 
+@pytest.mark.slow
 def test_a_job_is_written_to_every_tracker_across_a_restart_each_point_once(
     world: World, settings: Settings, tmp_path: Path
 ) -> None:

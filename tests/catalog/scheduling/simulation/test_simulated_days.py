@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -53,6 +54,7 @@ def test_over_a_day_shares_are_within_a_twentieth_of_the_weights(
     assert {name: by for name, by in off.items() if abs(by) >= 0.05} == {}
 
 
+@pytest.mark.slow
 @few
 @given(st.lists(st.floats(60, 1500), min_size=5, max_size=10), st.integers(1, 3), st.integers(1, 4))
 def test_a_batch_job_for_a_rare_base_starts_in_time_whatever_rides_along(

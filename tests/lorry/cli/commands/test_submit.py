@@ -12,7 +12,7 @@ from typer.testing import Result
 
 from catalog.spec.data import DataRequest
 from catalog.spec.job import JobRequest, LoraRequest
-from catalog.spec.methods import NUMBERS as METHOD_NUMBERS
+from catalog.spec.methods import HYPERPARAMETERS
 from catalog.spec.training import EarlyStopping, EvaluationRequest, OptimizerRequest, ScheduleRequest
 from lorry.cli.commands.submit import FIELDS, NAMES
 from lorry.cli.commands.submit import submit as submit_command
@@ -27,7 +27,7 @@ NO_OPTION = {
     *(f"optimizer.{name}" for name in ("beta1", "beta2", "eps", "momentum", "max_grad_norm")),
     *(f"optimizer.{name}" for name in ("beta2_decay", "clip_threshold", "scale_floor")),
     "early_stopping.min_delta",
-    *(f"method.{method}.hyperparameters.learning_rate_multiplier" for method in METHOD_NUMBERS),
+    *(f"method.{method}.hyperparameters.learning_rate_multiplier" for method in HYPERPARAMETERS),
     "method.dpo.hyperparameters.loss_type",
     "method.kto.hyperparameters.desirable_weight",
     "method.kto.hyperparameters.undesirable_weight",
@@ -115,7 +115,7 @@ def test_every_field_of_a_job_has_an_option_or_is_named_here() -> None:
         "evaluation": EvaluationRequest,
         "data": DataRequest,
         "early_stopping": EarlyStopping,
-        **{f"method.{method}.hyperparameters": numbers for method, numbers in METHOD_NUMBERS.items()},
+        **{f"method.{method}.hyperparameters": numbers for method, numbers in HYPERPARAMETERS.items()},
     }
     there_is_one_choice = {"method", "hyperparameters", "integrations"}
     fields = set(JobRequest.model_fields) - set(groups) - there_is_one_choice

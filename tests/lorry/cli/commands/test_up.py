@@ -126,6 +126,7 @@ def test_an_api_that_is_killed_ends_all_with_its_log(data_dir: Path) -> None:
     assert "The api ended (status -9). Its last lines:" in (data_dir.parent / "stderr.txt").read_text()
 
 
+@pytest.mark.slow
 def test_after_a_lost_connection_file_a_new_key_is_made_and_works(data_dir: Path) -> None:
     (data_dir / connection.FILE_NAME).unlink()
 
@@ -138,6 +139,7 @@ def test_after_a_lost_connection_file_a_new_key_is_made_and_works(data_dir: Path
         assert process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_first_start_that_was_cut_off_before_it_noted_its_key_is_made_good(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     data_dir.mkdir()
