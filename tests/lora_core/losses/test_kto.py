@@ -270,6 +270,7 @@ def test_every_pass_counts_for_turns_and_only_the_step_as_trained(load):
     admit(engine, "job", job)
 
     unit, waiting = engine._jobs["job"].unit, engine._jobs["job"].waiting_tokens()
+    assert unit is not None
     while not engine.idle:
         engine.tick()
 
