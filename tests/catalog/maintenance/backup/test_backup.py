@@ -386,9 +386,8 @@ def test_the_password_of_a_database_stands_on_no_command_line(tmp_path: Path, mo
     assert Path(f"{told}.environment").read_text() == "canary-7\n"
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_the_transaction_that_pg_dump_looks_through_may_be_silent_for_as_long_as_that_takes(service: Service) -> None:
-    if service.world.db.is_sqlite:
-        pytest.skip("of PostgreSQL")
     told: list[str] = []
     event.listen(service.world.db.engine, "before_cursor_execute", lambda *given: told.append(given[2]))
 

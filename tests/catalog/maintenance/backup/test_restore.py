@@ -47,11 +47,10 @@ def sqlite_path(settings: Settings) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_restore_refuses_next_to_a_leftover_sqlite_file_and_names_it(
     service: Service, elsewhere: Settings, suffix: str
 ) -> None:
-    if not service.world.db.is_sqlite:
-        pytest.skip("SQLite only")
     service.backup()
     leftover = Path(f"{sqlite_path(elsewhere)}{suffix}")
     leftover.parent.mkdir()
@@ -67,12 +66,11 @@ def test_restore_refuses_next_to_a_leftover_sqlite_file_and_names_it(
     assert not sqlite_path(elsewhere).exists()
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_crashed_services_log_does_not_reach_a_restored_database(
     service: Service, elsewhere: Settings, tmp_path: Path
 ) -> None:
     """The scenario of an operator: crash, move the damaged database away, restore; the log stays behind."""
-    if not service.world.db.is_sqlite:
-        pytest.skip("SQLite only")
     service.backup()
     projects.ensure(service.world.db, "made-after-the-backup")
     live = Path(str(service.world.db.engine.url.database))
@@ -97,11 +95,10 @@ def test_a_crashed_services_log_does_not_reach_a_restored_database(
     db.close()
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_database_that_appears_during_a_restore_is_not_replaced(
     service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not service.world.db.is_sqlite:
-        pytest.skip("SQLite only: PostgreSQL restores in one transaction")
     service.backup()
     fetch = service.place.fetch_dump
 
@@ -117,10 +114,9 @@ def test_a_database_that_appears_during_a_restore_is_not_replaced(
     assert sqlite_path(elsewhere).read_bytes() == b"a new service's database"
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_a_draft_that_a_killed_restore_left_is_not_written_through(service: Service, elsewhere: Settings) -> None:
     """Killed between the link and the removal of the draft, a restore leaves two names of the live database."""
-    if not service.world.db.is_sqlite:
-        pytest.skip("SQLite only: PostgreSQL restores in one transaction")
     service.backup()
     path = sqlite_path(elsewhere)
     path.parent.mkdir()
@@ -291,9 +287,8 @@ def test_check_reports_rows_that_refer_to_missing_rows(service: Service) -> None
     assert "1 row" in problem
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_check_reports_damaged_pages(service: Service) -> None:
-    if not service.world.db.is_sqlite:
-        pytest.skip("SQLite only: PostgreSQL owns its files")
     with service.world.db.engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         root = connection.exec_driver_sql("select rootpage from sqlite_master where name = 'projects'").scalar_one()
@@ -310,9 +305,8 @@ def test_check_reports_damaged_pages(service: Service) -> None:
     assert checked.problems[0].startswith("The database is damaged:")
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_check_reports_an_invalid_index(service: Service) -> None:
-    if service.world.db.is_sqlite:
-        pytest.skip("PostgreSQL only")
     set_valid = "update pg_index set indisvalid = {} where indexrelid = 'pk_projects'::regclass"
     with service.world.db.engine.begin() as connection:
         connection.execute(text(set_valid.format("false")))
@@ -325,11 +319,10 @@ def test_check_reports_an_invalid_index(service: Service) -> None:
     assert problems == ["The database is damaged: the index pk_projects is not valid."]
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_a_table_of_another_owner_is_in_no_backup_and_no_obstacle_to_one(
     service: Service, elsewhere: Settings, tmp_path: Path
 ) -> None:
-    if service.world.db.is_sqlite:
-        pytest.skip("PostgreSQL only: SQLite has no owners")
     db = service.world.db
     owner, another = (f"{name}_{secrets.token_hex(4)}" for name in ("backup", "another"))
     with db.engine.begin() as connection:
