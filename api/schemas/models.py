@@ -8,8 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from catalog.registry import checkpoints
 from catalog.registry.base_models import SOURCE_PATTERN
-from catalog.spec.job import LABEL_PATTERN
-from catalog.spec.strict import Strict
+from catalog.spec.strict import LABEL_PATTERN, Strict
 from catalog.tables.storage import Adapter, BaseModelRow
 
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import changes_schema
-from catalog.spec.job import LABEL_PATTERN
-from catalog.spec.strict import WITHOUT_NUL, Strict
+from catalog.spec.strict import LABEL_PATTERN, WITHOUT_NUL, Strict
 from catalog.states import Priority, PriorityClass
 from catalog.tables.tenancy import Project
 from catalog.usage.quotas import Limit, QuotaStatus

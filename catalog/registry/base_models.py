@@ -15,7 +15,7 @@ from catalog.db import lease
 from catalog.db.database import Database, get_once, read_clock, serialize, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.resources import requirements
-from catalog.spec.job import LABEL
+from catalog.spec.strict import LABEL
 from catalog.states import UNFINISHED_STATES
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow

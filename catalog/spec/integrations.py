@@ -9,16 +9,14 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, StringConstraints, model_validator
 
-from catalog.spec.strict import Strict
+from catalog.spec.strict import Label, Strict
 
 IntegrationType = Literal["wandb", "mlflow", "tensorboard", "trackio"]
 INTEGRATION_TYPES: tuple[IntegrationType, ...] = get_args(IntegrationType)
 INSTALL = "On a worker: pip install 'lorry-server[integrations]'; docs/INTEGRATIONS.md tells what else each one needs."
 NAME_PATTERN = r"^[^\x00-\x1f\x7f/\\#?%:]+$"
 """What Weights & Biases takes for the name of a project."""
-LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=NAME_PATTERN)]
-Label = Annotated[str, StringConstraints(pattern=LABEL_PATTERN)]
 Tags = Annotated[dict[Name, Name], Field(max_length=16, json_schema_extra={"additionalProperties": False})]
 """By name. Of names that the pattern doesn't fit a schema says nothing by itself."""
 

@@ -7,7 +7,6 @@ its unit and limits. A limit that a validator checks is a constant, because its 
 from __future__ import annotations
 
 import math
-import re
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -26,7 +25,7 @@ from catalog.spec.methods import (
     resolve_preference,
     resolve_supervised,
 )
-from catalog.spec.strict import WITHOUT_NUL, Auto, Strict
+from catalog.spec.strict import WITHOUT_NUL, Auto, Label, Strict
 from catalog.spec.training import (
     BASE_LEARNING_RATE,
     EarlyStopping,
@@ -47,7 +46,6 @@ Default = TypeVar("Default")
 SPEC_VERSION = 1
 Precision = Literal["bfloat16", "float32"]
 Quantization = Literal["none", "nf4", "int8"]
-Suffix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """A label: letters, digits, dot, underscore, hyphen; 64 at most; no slash, space or control character."""
 MAX_PAIRS, MAX_KEY_LENGTH, MAX_VALUE_LENGTH = 16, 64, 512
 """Of `metadata`; lengths in characters, as OpenAI limits them."""
@@ -88,7 +86,7 @@ class JobRequest(Strict):
     hyperparameters: Hyperparameters | None = Field(
         default=None, description="Deprecated by OpenAI; the same as method's."
     )
-    suffix: Suffix | None = Field(default=None, description="Becomes part of the adapter's name.")
+    suffix: Label | None = Field(default=None, description="Becomes part of the adapter's name.")
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: dict[str, Annotated[str, Field(json_schema_extra={"maxLength": MAX_VALUE_LENGTH})]] | None = Field(
         default=None,
@@ -320,8 +318,3 @@ def _resolve_rate(rate: float | Auto, multiplier: float | Auto, *, auto_multipli
 def auto_batch_size(num_rows: int) -> int:
     """About 0.5% of the rows, a power of two between 4 and 32."""
     return min(32, max(4, 2 ** round(math.log2(max(1.0, num_rows * 0.005)))))
-
-
-LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
-LABEL = re.compile(LABEL_PATTERN.replace("$", r"\Z"))
-"""What names chosen by people must look like (base models, projects, keys)."""

@@ -19,6 +19,8 @@ from catalog.spec.strict import Auto, PositiveFloat, Strict
 MAX_RANK = 256
 REGEX_PREFIX = "re:"
 MAX_PATTERN_CHARS = 256
+MAX_MODULES = 64
+MAX_LAYERS = 1024
 MAX_KEYS = 32
 """Of one pattern: each is tried on each linear layer of a base."""
 
@@ -49,8 +51,8 @@ TargetExpression = Annotated[str, StringConstraints(pattern=TARGET_PATTERN), Aft
 PatternKey = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PATTERN_CHARS), AfterValidator(_expression)]
 InitialWeights = Annotated[str, StringConstraints(pattern=INITIAL_PATTERN)]
 Layer = Annotated[int, Field(ge=0, le=10_000)]
-Modules = Annotated[list[ModuleName], Field(json_schema_extra={"minItems": 1, "maxItems": 64})]
-Layers = Annotated[list[Layer], Field(json_schema_extra={"minItems": 1, "maxItems": 1024})]
+Modules = Annotated[list[ModuleName], Field(json_schema_extra={"minItems": 1, "maxItems": MAX_MODULES})]
+Layers = Annotated[list[Layer], Field(json_schema_extra={"minItems": 1, "maxItems": MAX_LAYERS})]
 _FEW_KEYS: JsonDict = {
     "maxProperties": MAX_KEYS,
     "propertyNames": {"minLength": 1, "maxLength": MAX_PATTERN_CHARS, "format": "regex", "pattern": r"^[^{]+$"},
@@ -97,15 +99,15 @@ class LoraRequest(Strict):
     @field_validator("target_modules")
     @classmethod
     def _some_targets(cls, value: str | list[str]) -> str | list[str]:
-        if isinstance(value, list) and not 1 <= len(value) <= 64:
-            raise ValueError("name between 1 and 64 modules, or say 'all-linear'")
+        if isinstance(value, list) and not 1 <= len(value) <= MAX_MODULES:
+            raise ValueError(f"name between 1 and {MAX_MODULES} modules, or say 'all-linear'")
         return value
 
     @field_validator("layers_to_transform")
     @classmethod
     def _some_layers(cls, value: list[int] | None) -> list[int] | None:
-        if value is not None and not 1 <= len(value) <= 1024:
-            raise ValueError("must be between 1 and 1024 numbers of blocks, or null")
+        if value is not None and not 1 <= len(value) <= MAX_LAYERS:
+            raise ValueError(f"must be between 1 and {MAX_LAYERS} numbers of blocks, or null")
         return value
 
     @field_validator("rank_pattern", "alpha_pattern")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Auto = Literal["auto"]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 WITHOUT_NUL: dict[str, Any] = {"pattern": r"^[^\x00]*$"}
 """For the OpenAPI document, of a text that names something: a database may not take one that has a NUL."""
+LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""A name that a person chooses: of a base model, a project, an organization, or part of an adapter's name."""
+LABEL = re.compile(LABEL_PATTERN.replace("$", r"\Z"))
+Label = Annotated[str, StringConstraints(pattern=LABEL_PATTERN)]
 EXACT = 2**53
 """Below it a float holds every whole number."""
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from catalog.spec.integrations import NAME_PATTERN
 from catalog.spec.lora import INITIAL_PATTERN, MODULE_PATTERN, TARGET_PATTERN
+from catalog.spec.strict import LABEL_PATTERN
 
 Problem = dict[str, Any]
 Location = tuple[int | str, ...]
@@ -16,8 +17,7 @@ _LABEL = (
     "no slash, no space, no control character"
 )
 _PATTERNS = {
-    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": _LABEL,
-    r"^[A-Za-z0-9][\w.-]{0,63}$": _LABEL,
+    LABEL_PATTERN: _LABEL,
     r"^[^\x00-\x1f\x7f]+$": "a text without control characters",
     NAME_PATTERN: "a name without control characters and without any of / \\ # ? % :",
     INITIAL_PATTERN: "'default', 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'",
