@@ -70,7 +70,7 @@ def _work(context: WorkerContext, gang: WorkerGang, chores: Chores) -> None:
         if not claimed and gang.participate(chores, _launch_trainer):
             continue
         capacity = free_capacity(context)
-        context.heartbeat.status["report"] |= {"room": capacity_report(capacity)}
+        context.heartbeat.status["report"] |= {"capacity": capacity_report(capacity)}
         claimed = claimed or _claim(context, gang, new_id("trainer"), capacity=capacity)
         if claimed:
             claimed = _train(context, gang, chores, claimed)
@@ -93,7 +93,7 @@ def _claim(
         context.db,
         worker_id=context.worker_id,
         trainer_id=trainer_id,
-        room=capacity,
+        capacity=capacity,
         lease_seconds=context.settings.lease_seconds,
         pack_key=pack_key,
         policy=context.policy,
@@ -279,7 +279,7 @@ def _claim_more(context: WorkerContext, gang: WorkerGang, session: TrainerSessio
     if session.has_suspect:
         return []
     capacity = free_capacity(context, session)
-    report = {"room": capacity_report(capacity), "predicted_bytes": session.predicted_bytes()}
+    report = {"capacity": capacity_report(capacity), "predicted_bytes": session.predicted_bytes()}
     context.heartbeat.status["report"] |= report
     if len(session):
         claimed = _claim(context, gang, session.trainer_id, capacity=capacity, pack_key=session.pack_key)

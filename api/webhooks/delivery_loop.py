@@ -53,12 +53,16 @@ class WebhookDeliverer:
             await self._end()
 
     async def _look(self) -> None:
-        room = delivery_queue.MAX_IN_FLIGHT - len(self._tasks)
-        if room <= 0:
+        limit = delivery_queue.MAX_IN_FLIGHT - len(self._tasks)
+        if limit <= 0:
             return
         try:
             claimed = await run_in_threadpool(
-                delivery_queue.claim, self._db, pepper=self._pepper, room=room, in_flight=list(self._in_flight.values())
+                delivery_queue.claim,
+                self._db,
+                pepper=self._pepper,
+                limit=limit,
+                in_flight=list(self._in_flight.values()),
             )
         except LorryError as error:
             log.warning("webhooks code=%s", error.code)

@@ -24,8 +24,8 @@ def run(plan: ApiPlan) -> Result:
     with servers(plan.databases) as server:
         for kind in plan.databases:
             reports: list[dict[str, Any]] = []
-            for turn in range(plan.repeats):
-                with place(kind, server, plan.folder, f"claims{turn}") as where:
+            for entry in range(plan.repeats):
+                with place(kind, server, plan.folder, f"claims{entry}") as where:
                     reports.append(_empty_the_queue(plan, where.url, where.world()))
             result.repeats[kind] = reports
             figure = sorted(rates(reports, amount="claims"))[len(reports) // 2]
@@ -64,7 +64,7 @@ def _claim(url: str, worker_id: str, go: Any, claimed: Any) -> None:
         claimed.put("ready")
     go.wait()
     got: list[str] = []
-    given = {"room": ONE, "lease_seconds": LEASE * 10, "trainer_id": f"trainer-{worker_id}"}
+    given = {"capacity": ONE, "lease_seconds": LEASE * 10, "trainer_id": f"trainer-{worker_id}"}
     while some := claiming.claim_pack(db, worker_id=worker_id, **given):
         got += [claim.job.id for claim in some]
     db.close()

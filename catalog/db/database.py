@@ -128,7 +128,7 @@ class Database:
         self._readers = sessionmaker(reading, expire_on_commit=False, info=info)
         self._writers = sessionmaker(writing, expire_on_commit=False, info=info)
         event.listen(self._writers, "after_soft_rollback", _forget_rows)
-        self._turn = FairLock()
+        self._write_lock = FairLock()
 
     @contextmanager
     def read(self) -> Generator[Session]:
@@ -160,7 +160,7 @@ class Database:
     def _writing(self, seconds: float) -> Generator[Session]:
         """A write transaction, which on SQLite waits for the lock for at most `seconds`. Raises Unavailable then."""
         deadline = time.monotonic() + seconds
-        with self._in_turn(seconds), translated(), self._writers.begin() as session:
+        with self._holding_write_lock(seconds), translated(), self._writers.begin() as session:
             session.connection(execution_options={"lorry_deadline": deadline})  # begins now, not at the first statement
             began = time.monotonic()
             with write_guard.entered():
@@ -168,17 +168,17 @@ class Database:
         self._note_duration(time.monotonic() - began)
 
     @contextmanager
-    def _in_turn(self, seconds: float) -> Generator[None]:
+    def _holding_write_lock(self, seconds: float) -> Generator[None]:
         """Threads of one process queue for SQLite's write lock, and take no connection meanwhile."""
         if not self.is_sqlite:
             yield
             return
-        if not self._turn.acquire(seconds):
+        if not self._write_lock.acquire(seconds):
             raise silent()
         try:
             yield
         finally:
-            self._turn.release()
+            self._write_lock.release()
 
     def _note_duration(self, seconds: float) -> None:
         if seconds > LONG_WRITE_SECONDS:

@@ -23,15 +23,15 @@ from catalog.tables.table import Json
 def of_running(session: Session, job: Job) -> list[Json]:
     """One; none where its worker is not known any more."""
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
-    return [] if worker is None else [_told(session, job, views.room_of(worker).group)]
+    return [] if worker is None else [_told(session, job, views.empty_capacity(worker).group)]
 
 
 def of_waiting(session: Session, job: Job, *, now: float, lenders: Collection[str] = ()) -> list[Json]:
     """Of workers that take new jobs, can load the base as the job asks and have the memory; groups that are alike
     once. lenders: workers of gangs that claim nothing themselves."""
     quantization = packing.quantization_of(job.pack_key)
-    rooms = views.empty_rooms(session, now=now, quantization=quantization, without=lenders)
-    alike = Counter(room.group for room in rooms)
+    capacities = views.empty_capacities(session, now=now, quantization=quantization, without=lenders)
+    alike = Counter(capacity.group for capacity in capacities)
     told = [_told(session, job, group, num_workers=number) for group, number in alike.items()]
     return [one for one in told if one["needed_bytes"] <= one["memory_bytes"]]
 

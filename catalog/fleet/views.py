@@ -132,7 +132,7 @@ def count_live(session: Session, *, now: float) -> int:
     return session.scalar(select(func.count()).select_from(Worker).where(is_live(now=now))) or 0
 
 
-def empty_rooms(
+def empty_capacities(
     session: Session, *, now: float, quantization: str = "none", without: Collection[str] = ()
 ) -> list[Capacity]:
     """Of each live worker that takes new jobs and can load a base so, with nothing in it: in a gang as much as its
@@ -140,10 +140,10 @@ def empty_rooms(
     smallest = gangs.smallest_members(session, now=now)
     live = [worker for worker in _live(session, now=now, only_open=True) if worker.id not in without]
     able = [worker for worker in live if quantization in quantizations_of(worker)]
-    return [room_of(worker, smallest.get(worker.id)) for worker in able]
+    return [empty_capacity(worker, smallest.get(worker.id)) for worker in able]
 
 
-def room_of(worker: Worker, smallest: Worker | None = None) -> Capacity:
+def empty_capacity(worker: Worker, smallest: Worker | None = None) -> Capacity:
     """With nothing in it. smallest: of its gang, if what the others have is to count."""
     held = worker.memory_bytes if smallest is None else smallest.memory_bytes
     group = group_told(worker.devices, held)
@@ -157,9 +157,9 @@ def _live(session: Session, *, now: float, only_open: bool) -> list[Worker]:
     return [worker for worker in live if not (only_open and worker.takes_nothing_new)]
 
 
-def room_told(worker: Worker) -> Capacity:
+def reported_capacity(worker: Worker) -> Capacity:
     """What it had free beside its jobs when it last looked; none where it did not say."""
-    told: Json = (worker.report or {}).get("room") or {}
+    told: Json = (worker.report or {}).get("capacity") or {}
     return Capacity(
         max_jobs=int(told.get("max_jobs", 0)),
         memory_bytes_free=int(told.get("memory_bytes_free", 0)),
@@ -171,9 +171,9 @@ def told_when_empty(session: Session, worker_ids: Collection[str]) -> list[tuple
     """Of those of these workers that said what they have free: by their ids, and what that is."""
     found = session.scalars(select(Worker).where(Worker.id.in_(worker_ids)).order_by(Worker.id))
     return [
-        (worker.id, replace(room_of(worker), memory_bytes_free=room_told(worker).memory_bytes_free))
+        (worker.id, replace(empty_capacity(worker), memory_bytes_free=reported_capacity(worker).memory_bytes_free))
         for worker in found
-        if "room" in (worker.report or {})
+        if "capacity" in (worker.report or {})
     ]
 
 

@@ -92,13 +92,13 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     own = select(func.count()).where(*unheld, Job.project_id == job.project_id, is_earlier)
     others = select(Job.project_id).where(*unheld, Job.project_id != job.project_id).limit(1)
     facts["ahead"] = session.scalar(own) or 0
-    facts["takes_turns"] = session.scalar(others) is not None
+    facts["is_shared_with_other_projects"] = session.scalar(others) is not None
     if not facts["live_workers"]:
         return "Its files wait to be prepared, but no worker is running. Start one.", facts
     if (closed := availability.where_all_are(residents)) is not None:
         return f"Its files wait to be prepared. {closed}", facts
-    turns = " in its project, which takes turns with others" if facts["takes_turns"] else ""
-    return f"Its files wait to be prepared; {_jobs(facts['ahead']).lower()} ahead of it{turns}.", facts
+    shared = " in its project, which takes turns with others" if facts["is_shared_with_other_projects"] else ""
+    return f"Its files wait to be prepared; {_jobs(facts['ahead']).lower()} ahead of it{shared}.", facts
 
 
 def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all: bool) -> tuple[str, Json]:
@@ -124,18 +124,18 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
     kept_back = _kept_back(session, job, now=now)
     if kept_back is not None:
         return kept_back[0], facts | kept_back[1]
-    turns = listing.turns(session, now=now, policy=policy)
-    mine = next((turn for turn in turns if turn.candidate.job_id == job.id), None)
+    entries = listing.queue_entries(session, now=now, policy=policy)
+    mine = next((entry for entry in entries if entry.candidate.job_id == job.id), None)
     had = charging.shares_of_waiting(session, now=now, policy=policy)
     share = ordering.describe_share(had, job.project_id, policy)
     facts |= {"share": share, "policy": asdict(policy)}
     facts |= {"shares": ordering.all_shares(had, policy)} if sees_all else {}
     if mine is None:
-        facts |= {"ahead_at_least": len(turns), "ahead_of_this_project_in_all": _own_ahead(session, job)}
+        facts |= {"ahead_at_least": len(entries), "ahead_of_this_project_in_all": _own_ahead(session, job)}
         return _far_behind(facts), facts
-    ahead = [turn for turn in turns if turn.position < mine.position]
+    ahead = [entry for entry in entries if entry.position < mine.position]
     facts |= _place(mine, ahead, job)
-    facts |= _made_room(session, job) | {"room_asked_at": job.room_asked_at}
+    facts |= _last_preemption(session, job) | {"preemption_requested_at": job.preemption_requested_at}
     if not facts["live_workers"]:
         return "No worker is running. Start one.", facts
     hindrance = (
@@ -151,7 +151,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         _queue_sentence(job, mine, ahead, residents),
         _none_free(session, mine, residents),
         availability.where_its_base_is(live, job.base_digest),
-        _room_is_made(mine),
+        _preempting_sentence(mine),
         deadlines.sentence(job, now),
         ordering.share_sentence(share),
     )
@@ -169,7 +169,7 @@ def _kept_back(session: Session, job: Job, *, now: float) -> tuple[str, Json] | 
     return None if reached is None else (_limited(reached), {"quota": asdict(reached)})
 
 
-def _made_room(session: Session, job: Job) -> Json:
+def _last_preemption(session: Session, job: Job) -> Json:
     """How its last attempt made room for another job, where it did."""
     last = select(Attempt).where(Attempt.job_id == job.id).order_by(Attempt.number.desc()).limit(1)
     attempt = session.scalar(last) if job.reason == EndReason.PREEMPTED else None
@@ -193,8 +193,8 @@ def _class_name(effective_priority: int) -> str:
     return PriorityClass(effective_priority).name if effective_priority >= 0 else "above urgent"
 
 
-def _room_is_made(mine: QueueEntry) -> str | None:
-    if not mine.is_made_room_for:
+def _preempting_sentence(mine: QueueEntry) -> str | None:
+    if not mine.is_preempting:
         return None
     return "Jobs of lower classes were asked to make room for it: they save a checkpoint first."
 
@@ -223,13 +223,13 @@ def _limited(quota: QuotaStatus) -> str:
 
 def _place(mine: QueueEntry, ahead: list[QueueEntry], job: Job) -> Json:
     """Jobs of other projects are counted, not named."""
-    own = [turn.candidate.job_id for turn in ahead if turn.candidate.project_id == job.project_id]
+    own = [entry.candidate.job_id for entry in ahead if entry.candidate.project_id == job.project_id]
     return {
         "position": mine.position,
         "ahead": len(ahead),
         "ahead_of_this_project": own[:MAX_NAMED],
         "waited_seconds": mine.waited_seconds,
-        "turn": mine.reason,
+        "position_reason": mine.reason,
         "effective_priority": mine.effective_priority,
         "normalized_usage": mine.level,
         "effective_level": mine.effective_level,
@@ -265,7 +265,7 @@ def _ends_told(job: Job) -> str:
 
 
 def _joins(ahead: list[QueueEntry]) -> str:
-    if any(turn.is_made_room_for for turn in ahead):
+    if any(entry.is_preempting for entry in ahead):
         return "Its base is loaded, but room is being made for a job ahead of it, and nobody joins before that one."
     return "Its base is loaded: it joins as soon as there is room."
 
@@ -280,7 +280,7 @@ def _other_trainer(job: Job, of_its_base: list[LoadedTrainer]) -> str:
 
 
 def _patience(mine: QueueEntry) -> str:
-    if mine.is_made_room_for:
+    if mine.is_preempting:
         return "No job behind it joins what is loaded before it trains."
     if mine.waited_seconds < PATIENCE_SECONDS:
         return f"Jobs that can join what is loaded may go first for {PATIENCE_SECONDS:.0f} s at most."
@@ -295,8 +295,10 @@ def _unquantized(session: Session, job: Job, *, now: float) -> str | None:
 
 
 def _too_large(session: Session, job: Job, mine: QueueEntry, *, now: float) -> str | None:
-    rooms = views.empty_rooms(session, now=now)
-    found = [(room.group, room.demand(mine.candidate)) for room in rooms] or [(SINGLE, NOTHING.demand(mine.candidate))]
+    capacities = views.empty_capacities(session, now=now)
+    found = [(capacity.group, capacity.demand(mine.candidate)) for capacity in capacities] or [
+        (SINGLE, NOTHING.demand(mine.candidate))
+    ]
     description = session.get_one(BaseModelRow, job.base_model).description or {}
     hindrance = sharding.hindrance(job.spec["lora"], packing.quantization_of(job.pack_key), description)
     nowhere = sharding.nowhere(found, hindrance)
@@ -310,14 +312,14 @@ def _none_free(session: Session, mine: QueueEntry, residents: list[LoadedTrainer
     """Where workers wait for a job, and none of them has free what this one needs, though one has it in all."""
     empty = [resident.worker_id for resident in residents if resident.base_digest is None]
     told = views.told_when_empty(session, empty)
-    needed = [(room.alone(mine.candidate), worker_id, room) for worker_id, room in told]
-    if len(told) < len(empty) or any(need <= room.memory_bytes_free for need, _, room in needed):
+    needed = [(capacity.alone(mine.candidate), worker_id, capacity) for worker_id, capacity in told]
+    if len(told) < len(empty) or any(need <= capacity.memory_bytes_free for need, _, capacity in needed):
         return None
     found = [one for one in needed if one[0] <= one[2].group.bytes_of_each]
     if not found:
         return None
-    need, worker_id, room = max(found, key=lambda one: one[2].memory_bytes_free - one[0])
-    free, whole = readable(room.memory_bytes_free), readable(room.group.bytes_of_each)
+    need, worker_id, capacity = max(found, key=lambda one: one[2].memory_bytes_free - one[0])
+    free, whole = readable(capacity.memory_bytes_free), readable(capacity.group.bytes_of_each)
     return (
         f"It needs about {readable(need)}. Worker {worker_id} holds nothing, and has {free} of its {whole} free: "
         "others take the rest. Free it there, or add a worker that has it."

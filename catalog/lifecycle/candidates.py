@@ -141,7 +141,14 @@ def _waiting(such: CandidateFilter, *, for_sqlite: bool) -> Select[*tuple[Any, .
         conditions += [job.counted_attempts <= bindparam("num_ends")]
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
     names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
-    names = (*names, "created_at", "counted_attempts", "lost_attempts", "room_asked_at", "least_divided_bytes")
+    names = (
+        *names,
+        "created_at",
+        "counted_attempts",
+        "lost_attempts",
+        "preemption_requested_at",
+        "least_divided_bytes",
+    )
     rows = each_of(groups, _firsts(groups, job, conditions), job, names, for_sqlite=for_sqlite).subquery()
     with_project = rows.join(Project, Project.id == rows.c.project_id)
     return select(*rows.c, quotas.CAN_HOLD.label("is_limited")).select_from(with_project)
@@ -264,6 +271,6 @@ def _candidate(session: Session, row: Row[*tuple[Any, ...]]) -> Candidate:
         place=row.place,
         queued_at=row.created_at if row.queued_at is None else row.queued_at,
         is_suspect=is_suspect(row.counted_attempts, row.lost_attempts),
-        room_asked_at=row.room_asked_at,
+        preemption_requested_at=row.preemption_requested_at,
         **kept,
     )

@@ -68,7 +68,7 @@ def move(
     job.state = after
     job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)
     job.queued_at = now if after is JobState.QUEUED and not job.is_held else None
-    job.room_asked_at = None
+    job.preemption_requested_at = None
     if after is not JobState.RUNNING:
         _let_go(job, after)
     if reason is not None:

@@ -202,7 +202,7 @@ def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
 def _groups(session: Session, live: Sequence[Worker], *, now: float) -> dict[str, DeviceGroup]:
     """By worker: what its trainers run on, with no more memory than the smallest worker of its gang has."""
     smallest = gangs.smallest_members(session, now=now)
-    return {row.id: views.room_of(row, smallest.get(row.id)).group for row in live}
+    return {row.id: views.empty_capacity(row, smallest.get(row.id)).group for row in live}
 
 
 def _fitting(live: Sequence[Worker], groups: Mapping[str, DeviceGroup], sizes: _Sizes) -> list[Worker]:
@@ -366,8 +366,8 @@ def _num_ahead(session: Session, job: Job, *, now: float, policy: Policy) -> int
         shares[job.project_id] = Share(
             weight=weight, device_seconds=had[job.project_id], num_running=_num_running(session, job.project_id)
         )
-    turns = order([*waiting, mine], now, shares=shares, served=charging.served(session, now=now), policy=policy)
-    return next(turn.position for turn in turns if turn.candidate.job_id == job.id) - 1
+    entries = order([*waiting, mine], now, shares=shares, served=charging.served(session, now=now), policy=policy)
+    return next(entry.position for entry in entries if entry.candidate.job_id == job.id) - 1
 
 
 def _num_running(session: Session, project_id: str) -> int:

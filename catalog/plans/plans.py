@@ -65,7 +65,7 @@ def _create(db: Database, caller: Caller, request: JobRequest, *, settings: Sett
         is_computed = plan.state == "computing"
         if is_computed:
             _check_scope(caller)
-            _check_room(session, caller.project_id)
+            _check_num_plans(session, caller.project_id)
         quotas.check_plan(session, caller, is_computed=is_computed, now=now)
         session.add(plan)
         if is_computed:
@@ -199,7 +199,7 @@ def _check_scope(caller: Caller) -> None:
         )
 
 
-def _check_room(session: Session, project_id: str) -> None:
+def _check_num_plans(session: Session, project_id: str) -> None:
     waiting = select(func.count()).where(Plan.state == "computing", Plan.project_id == project_id)
     if (session.scalar(waiting) or 0) >= MAX_COMPUTING:
         raise Conflict(

@@ -112,21 +112,21 @@ def _shares(session: Session, state: JobState, *, now: float, policy: Policy) ->
 def served(session: Session, *, now: float) -> list[WorkerService]:
     """What workers that live have served: of those alike as one, and of those that have served nothing none."""
     latest: defaultdict[tuple[int, str], dict[tuple[str, int], float]] = defaultdict(dict)
-    for memory_bytes, told, served_at in session.execute(_turns(), {"since": now - SILENT_SECONDS}):
-        turns = latest[memory_bytes, told]
+    for memory_bytes, devices_json, served_at in session.execute(_services(), {"since": now - SILENT_SECONDS}):
+        latest_at = latest[memory_bytes, devices_json]
         for group, at in _by_project_and_class(served_at):
             if at <= now:  # later ones are of a clock that was set back
-                turns[group] = max(at, turns.get(group, at))
+                latest_at[group] = max(at, latest_at.get(group, at))
     found: list[WorkerService] = []
-    for (memory_bytes, told), turns in latest.items():
-        devices = json.loads(told)
+    for (memory_bytes, devices_json), latest_at in latest.items():
+        devices = json.loads(devices_json)
         can_load, recomputes = quantizations_on(devices), has_gpu(devices)
-        service = WorkerService(at=turns, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load)
+        service = WorkerService(at=latest_at, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load)
         found.append(replace(service, group=group_told(devices, memory_bytes)))
     return found
 
 
-def note_turns(worker: Worker, groups: Iterable[tuple[str, int]], *, now: float, policy: Policy) -> None:
+def record_service(worker: Worker, groups: Iterable[tuple[str, int]], *, now: float, policy: Policy) -> None:
     """The worker, whose row is locked, has claimed the first job of each of these projects and classes.
 
     What is so long ago that every class has risen above `urgent` since then is dropped: it decides nothing any more.
@@ -224,7 +224,7 @@ def _packs() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def _turns() -> Select[int, str, Json | None]:
+def _services() -> Select[int, str, Json | None]:
     """Memory and devices of workers that live, and the turns that they have given."""
     live = (Worker.ended_at.is_(None), Worker.heartbeat_at > bindparam("since"), Worker.served_at.is_not(None))
     return select(Worker.memory_bytes, cast(Worker.devices, Text), Worker.served_at).where(*live)

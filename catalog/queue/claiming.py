@@ -2,7 +2,7 @@
 
 1. End expired leases (recovery.py). 2. Read a snapshot of the queue, without locks (snapshots.py). 3. Decide
 (scheduler.py). 4. Lock the chosen jobs in a fixed order; where other workers were faster, fall back to the next in
-`Decision.in_turn`. 5. Write claim id, lease and attempt.
+`Decision.claim_order`. 5. Write claim id, lease and attempt.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _ClaimRequest:
 
     worker_id: str
     trainer_id: str
-    room: Capacity
+    capacity: Capacity
     live_key: str | None
     lease_seconds: float
     policy: Policy
@@ -102,7 +102,7 @@ def claim_pack(
     *,
     worker_id: str,
     trainer_id: str,
-    room: Capacity,
+    capacity: Capacity,
     lease_seconds: float,
     pack_key: str | None = None,
     policy: Policy = USUAL,
@@ -110,13 +110,13 @@ def claim_pack(
     """Claim jobs to train, the first in the queue first. Returns [] if none fits.
 
     `pack_key` None: an anchor and its packmates, for a new trainer. Else: jobs that join the live trainer `trainer_id`,
-    which has this pack key. `room`: what the worker has free.
+    which has this pack key. `capacity`: what the worker has free.
     """
     recovery.expire(db, lease_seconds=lease_seconds)  # 1.
     request = _ClaimRequest(
         worker_id=worker_id,
         trainer_id=trainer_id,
-        room=room,
+        capacity=capacity,
         live_key=pack_key,
         lease_seconds=lease_seconds,
         policy=policy,
@@ -151,7 +151,7 @@ def _choose(session: Session, request: _ClaimRequest) -> _Selection:
         session,
         worker,
         trainer_id=request.trainer_id,
-        room=request.room,
+        capacity=request.capacity,
         live_key=request.live_key,
         now=now,
         policy=request.policy,
@@ -173,16 +173,18 @@ def _claim(session: Session, chosen: _Selection, request: _ClaimRequest, *, is_a
         decision, rows = chosen.decision, _lock_all(session, chosen, now)
     else:
         decision, rows = _lock_first_left(session, chosen.decision, chosen.snapshot, request.policy, now)
-    choices = {choice.turn.candidate.job_id: choice for choice in decision.action.choices}
+    choices = {choice.entry.candidate.job_id: choice for choice in decision.action.choices}
     jobs = _within_limits(session, {job_id: rows[job_id] for job_id in choices if job_id in rows})
-    if not jobs or (request.live_key is None and decision.in_turn[0] not in jobs):
+    if not jobs or (request.live_key is None and decision.claim_order[0] not in jobs):
         return []
     since = {job_id: job.queued_at or job.created_at for job_id, job in jobs.items()}
     for job_id in sorted(jobs):
         _write(session, jobs[job_id], decision, choices[job_id], request, now=now)
-    turns = [(job.project_id, job.priority) for job_id, job in jobs.items() if choices[job_id].turn.is_first_of_class]
-    if worker is not None and turns:
-        charging.note_turns(worker, turns, now=now, policy=request.policy)
+    served_classes = [
+        (job.project_id, job.priority) for job_id, job in jobs.items() if choices[job_id].entry.is_first_of_class
+    ]
+    if worker is not None and served_classes:
+        charging.record_service(worker, served_classes, now=now, policy=request.policy)
     return [_claim_of(session, job, waited_since=since[job_id]) for job_id, job in jobs.items()]
 
 
@@ -191,12 +193,12 @@ def _lock_first_left(
 ) -> tuple[Decision, _Rows]:
     """The decision without the jobs that other workers have claimed, and its locked jobs.
 
-    The statement locks the first unlocked job of `decision.in_turn`. So of many workers that decide at the same time
+    The statement locks the first unlocked job of `decision.claim_order`. So of workers that decide at the same time
     each gets another anchor, and none waits. Packmates are chosen again for that anchor.
     """
-    ids = decision.in_turn
+    ids = decision.claim_order
     padded = [*ids, *ids[-1:] * (MAX_FALLBACKS - len(ids))]  # so that the statement is always the same
-    given = {"ids": padded, "in_turn": f",{','.join(ids)},", "now": now}
+    given = {"ids": padded, "claim_order": f",{','.join(ids)},", "now": now}
     first = session.execute(_first_unlocked(), given).first()
     if first is None:
         return decision, {}
@@ -206,7 +208,7 @@ def _lock_first_left(
     for _ in range(MAX_RACES):  # packmates may be claimed by other workers while this one locks them
         if snapshot.taken:
             decision = decide(with_packmates(session, snapshot, policy), policy)
-            if decision.in_turn[:1] != (first.Job.id,):
+            if decision.claim_order[:1] != (first.Job.id,):
                 return decision, {}
         packmates = [job_id for job_id in _ids(decision.action.choices) if job_id not in found]
         if packmates:
@@ -226,7 +228,7 @@ def _lock_all(session: Session, chosen: _Selection, now: float) -> _Rows:
 
 
 def _ids(choices: Sequence[Choice]) -> list[str]:
-    return [choice.turn.candidate.job_id for choice in choices]
+    return [choice.entry.candidate.job_id for choice in choices]
 
 
 def _row(row: Row[Job, int | None]) -> tuple[Job, bool]:
@@ -253,7 +255,7 @@ def _write(
     attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, decision.why(choice)
     session.add(attempt)
     ledger.count(session, "claims")
-    is_loaded = choice.role == "anchor" and request.room.resident_key == choice.turn.candidate.pack_key
+    is_loaded = choice.role == "anchor" and request.capacity.resident_key == choice.entry.candidate.pack_key
     place = LOADED_PLACE if is_loaded else PLACE_OF_ROLE[choice.role]
     move(session, job, Verb.CLAIM, now=now, message=f"Attempt {job.attempt} begins on worker {job.worker_id}, {place}")
 
@@ -296,6 +298,6 @@ def _waiting() -> Select[Job, int | None]:
 
 @cache
 def _first_unlocked() -> Select[Job, int | None]:
-    """Of those the first in `in_turn` that no other transaction has locked. It is locked then."""
-    place = find_in(bindparam("in_turn"), literal(",") + Job.id + literal(","))
+    """Of those the first in `claim_order` that no other transaction has locked. It is locked then."""
+    place = find_in(bindparam("claim_order"), literal(",") + Job.id + literal(","))
     return skip_locked(_waiting().order_by(place).limit(1), of=Job)

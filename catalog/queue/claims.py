@@ -74,12 +74,12 @@ def heartbeat(
         for job in held:
             job.lease_expires_at, job.lease_extended = now + lease_seconds, False
             orders[job.claim_id or ""] = _orders(job)
-    if _make_room(db, policy) or any(each.preempt for each in orders.values()):
+    if _request_preemptions(db, policy) or any(each.preempt for each in orders.values()):
         return _orders_now(db, claim_ids)
     return orders
 
 
-def _make_room(db: Database, policy: Policy) -> int:
+def _request_preemptions(db: Database, policy: Policy) -> int:
     """How many were asked to leave. A fault in it costs no lease: they are renewed by then."""
     try:
         return preemption.look(db, policy=policy)

@@ -38,7 +38,7 @@ SHOWN = (
 """Columns of a job that an entry of the queue shows as they are."""
 
 
-def turns(session: Session, *, now: float, policy: Policy = USUAL) -> list[QueueEntry]:
+def queue_entries(session: Session, *, now: float, policy: Policy = USUAL) -> list[QueueEntry]:
     """The jobs that may be claimed now, first turn first: MAX_SHOWN or a little more where there are so many. Projects
     and classes that have less than their part of these leave it to the others."""
     shares = charging.shares_of_waiting(session, now=now, policy=policy)
@@ -48,7 +48,7 @@ def turns(session: Session, *, now: float, policy: Policy = USUAL) -> list[Queue
 
 
 def candidates(session: Session, *, now: float) -> list[Candidate]:
-    """Those that `turns` orders, in no order."""
+    """Those that `queue_entries` orders, in no order."""
     per_group = math.ceil(MAX_SHOWN / max(1, heads.num_groups(session)))
     while True:
         found = heads.waiting(session, heads.CandidateFilter(), now=now, per_group=per_group)
@@ -67,7 +67,7 @@ def snapshot(db: Database, *, project_id: str | None, policy: Policy = USUAL) ->
     """
     with db.read() as session:
         now = read_clock(session)
-        places = {turn.candidate.job_id: turn for turn in turns(session, now=now, policy=policy)}
+        places = {entry.candidate.job_id: entry for entry in queue_entries(session, now=now, policy=policy)}
         entries = [_entry(row, places.get(row.id), now=now) for row in _unfinished(session, project_id)]
         entries.sort(key=lambda entry: (entry["position"] is None, entry["position"] or 0))
         return {
@@ -88,7 +88,7 @@ def _unfinished(session: Session, project_id: str | None) -> Sequence[Row[*tuple
     return session.execute(rows.order_by(Job.created_at, Job.id).limit(MAX_SHOWN)).all()
 
 
-def _entry(row: Row[*tuple[Any, ...]], turn: QueueEntry | None, *, now: float) -> Json:
+def _entry(row: Row[*tuple[Any, ...]], entry: QueueEntry | None, *, now: float) -> Json:
     shown = {name: getattr(row, name) for name in SHOWN}
     return {
         **shown,
@@ -97,8 +97,8 @@ def _entry(row: Row[*tuple[Any, ...]], turn: QueueEntry | None, *, now: float) -
         "priority": PriorityClass(row.priority).name,
         "created_at": row.created_at,
         "waited_seconds": max(0.0, now - _waits_since(row)),
-        "position": turn.position if turn else None,
-        "reason": turn.reason if turn else None,
+        "position": entry.position if entry else None,
+        "reason": entry.reason if entry else None,
     }
 
 

@@ -66,28 +66,28 @@ def _pressing(session: Session, *, now: float, policy: Policy) -> list[tuple[Que
     """What `preempt.pressing` finds in the queue; of a project no more than it may begin."""
     urgent = candidates.waiting(session, candidates.CandidateFilter(priority=PRESSING), now=now, per_group=AT_ONCE)
     late = [job for job in urgent if now - job.queued_at >= policy.preempt_after_seconds]
-    if all(policy.is_making_room(job.room_asked_at, now) for job in late):
+    if all(policy.is_preempting(job.preemption_requested_at, now) for job in late):
         return []
     waiting = candidates.waiting(session, candidates.CandidateFilter(), now=now, per_group=AT_ONCE)
     shares, served = charging.shares_of_waiting(session, now=now, policy=policy), charging.served(session, now=now)
-    turns = order(waiting, now, shares=shares, served=served, policy=policy)
-    return _beginnable(session, preempt.pressing(turns, now=now, policy=policy), late)[:AT_ONCE]
+    entries = order(waiting, now, shares=shares, served=served, policy=policy)
+    return _beginnable(session, preempt.pressing(entries, now=now, policy=policy), late)[:AT_ONCE]
 
 
 def _beginnable(
     session: Session, found: Sequence[tuple[QueueEntry, list[Candidate]]], late: Collection[Candidate]
 ) -> list[tuple[QueueEntry, list[Candidate]]]:
     """Those that their projects' limits let begin beside the late ones for which room is being made already."""
-    again = {turn.candidate.job_id for turn, _ in found}
-    free = quotas.free_places(session, {turn.candidate.project_id for turn, _ in found}) if found else {}
+    again = {entry.candidate.job_id for entry, _ in found}
+    free = quotas.free_places(session, {entry.candidate.project_id for entry, _ in found}) if found else {}
     for job in late:
         if job.job_id not in again:
             free[job.project_id] = free.get(job.project_id, math.inf) - 1
     begun: list[tuple[QueueEntry, list[Candidate]]] = []
-    for turn, ahead in found:
-        project_id = turn.candidate.project_id
+    for entry, ahead in found:
+        project_id = entry.candidate.project_id
         free[project_id] = free.get(project_id, math.inf) - 1
-        begun += [(turn, ahead)] if free[project_id] >= 0 else []
+        begun += [(entry, ahead)] if free[project_id] >= 0 else []
     return begun
 
 
@@ -100,7 +100,7 @@ def _take_back(session: Session, *, now: float) -> None:
     for job in jobs.values():
         if job.preempted_for is None or _may_begin(session, job.preempted_for, now=now):
             continue
-        jobs[job.preempted_for].room_asked_at = None
+        jobs[job.preempted_for].preemption_requested_at = None
         job.preempted_for = None
         events.add(session, job.id, now=now, message="The room is not needed any more: the job may stay.")
 
@@ -115,11 +115,11 @@ def _decide(session: Session, *, now: float, policy: Policy) -> list[PreemptionR
     pressing = _pressing(session, now=now, policy=policy)
     holders = _holders(session, now=now, policy=policy) if pressing else []
     decided: list[PreemptionRequest] = []
-    for turn, ahead in pressing:
-        chosen = preempt.choose(turn, holders, ahead=ahead, now=now, policy=policy)
+    for entry, ahead in pressing:
+        chosen = preempt.choose(entry, holders, ahead=ahead, now=now, policy=policy)
         if chosen is None:
             continue
-        decided.append(PreemptionRequest(job=turn.candidate, preemption=chosen))
+        decided.append(PreemptionRequest(job=entry.candidate, preemption=chosen))
         holders = [_without(holder, chosen) for holder in holders]
     return [one for one in decided if one.preemption.victims]
 
@@ -143,7 +143,7 @@ def _ask(session: Session, decided: Sequence[PreemptionRequest], *, now: float, 
         is_as_seen = all(job.state == JobState.RUNNING and job.preempted_for is None for job in victims)
         if not is_as_seen or jobs[one.job.job_id].state != JobState.QUEUED:
             continue
-        jobs[one.job.job_id].room_asked_at = now
+        jobs[one.job.job_id].preemption_requested_at = now
         for job, victim in zip(victims, one.preemption.victims, strict=True):
             _ask_one(session, job, one, victim, now=now, policy=policy)
             number += 1
@@ -196,12 +196,12 @@ def _holder(
     num_devices: int,
     policy: Policy,
 ) -> Holder:
-    room, recomputes, can_load = views.room_told(worker), is_gpu(worker), quantizations_of(worker)
+    capacity, recomputes, can_load = views.reported_capacity(worker), is_gpu(worker), quantizations_of(worker)
     service = WorkerService(
         at={},
         memory_bytes=worker.memory_bytes,
         recomputes=recomputes,
-        group=views.room_of(worker).group,
+        group=views.empty_capacity(worker).group,
         can_load=can_load,
     )
     num_jobs = Counter(job.project_id for job, _ in held)
@@ -230,8 +230,8 @@ def _holder(
         pack_key=key or held[0][0].pack_key,
         service=service,
         jobs=tuple(training(job, attempt) for job, attempt in held),
-        memory_bytes_free=room.memory_bytes_free,
-        places=room.max_jobs,
-        holding=room.holding,
+        memory_bytes_free=capacity.memory_bytes_free,
+        places=capacity.max_jobs,
+        holding=capacity.holding,
         has_suspect=any(is_suspect(job.counted_attempts, job.lost_attempts) for job, _ in held),
     )

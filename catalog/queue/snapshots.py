@@ -35,23 +35,23 @@ def snapshot_of(
     worker: Worker | None,
     *,
     trainer_id: str,
-    room: Capacity,
+    capacity: Capacity,
     live_key: str | None,
     now: float,
     policy: Policy,
 ) -> QueueSnapshot:
     """What `decide` needs for a worker with this capacity. `live_key`: the pack key of the jobs that train in its
     trainer `trainer_id`; None: no job trains there yet."""
-    worker_bytes = worker.memory_bytes if worker else room.memory_bytes_free
-    if room.memory_bytes_when_empty is not None:
-        worker_bytes = min(worker_bytes, room.memory_bytes_when_empty)
+    worker_bytes = worker.memory_bytes if worker else capacity.memory_bytes_free
+    if capacity.memory_bytes_when_empty is not None:
+        worker_bytes = min(worker_bytes, capacity.memory_bytes_when_empty)
     shares = charging.shares_of_waiting(session, now=now, policy=policy)
     snapshot = QueueSnapshot(
         now=now,
         candidates=(),
         shares=shares,
         served=charging.served(session, now=now),
-        room=room,
+        capacity=capacity,
         live_key=live_key,
         worker_bytes=worker_bytes,
         has_suspect=live_key is not None and _has_suspect(session, trainer_id),
@@ -61,9 +61,9 @@ def snapshot_of(
         return snapshot  # the decision is to wait, whatever else there is
     can_load = views.quantizations_of(worker) if worker is not None else frozenset({"none"})
     snapshot = _with_candidates(snapshot, _first_jobs(session, snapshot, can_load))
-    loaded_key = live_key or room.resident_key
+    loaded_key = live_key or capacity.resident_key
     if loaded_key is not None:
-        found = _jobs_of_key(session, snapshot, loaded_key, room.memory_bytes_free, holding=room.holding)
+        found = _jobs_of_key(session, snapshot, loaded_key, capacity.memory_bytes_free, holding=capacity.holding)
         snapshot = _with_candidates(snapshot, found)
     return with_packmates(session, snapshot, policy)
 
@@ -74,13 +74,13 @@ def with_packmates(session: Session, snapshot: QueueSnapshot, policy: Policy) ->
     Each round reads the first jobs that fit into what the chosen ones leave, until a round finds no new one. So a
     larger job that is ahead of them in the queue does not hide them.
     """
-    for _ in range(snapshot.room.max_jobs if snapshot.room.max_jobs > 1 else 0):
+    for _ in range(snapshot.capacity.max_jobs if snapshot.capacity.max_jobs > 1 else 0):
         choices = decide(snapshot, policy).action.choices
-        if not choices or len(choices) >= snapshot.room.max_jobs or choices[0].turn.candidate.is_suspect:
+        if not choices or len(choices) >= snapshot.capacity.max_jobs or choices[0].entry.candidate.is_suspect:
             break
-        anchor = choices[0].turn.candidate
-        holding = snapshot.room.holding if snapshot.live_key is not None else snapshot.room.holding_for(anchor)
-        spare = spare_bytes(choices, snapshot.room)
+        anchor = choices[0].entry.candidate
+        holding = snapshot.capacity.holding if snapshot.live_key is not None else snapshot.capacity.holding_for(anchor)
+        spare = spare_bytes(choices, snapshot.capacity)
         found = _jobs_of_key(session, snapshot, anchor.pack_key, spare, is_packmate=True, holding=holding)
         known = {candidate.job_id for candidate in snapshot.candidates}
         if all(candidate.job_id in known for candidate in found):
@@ -100,22 +100,22 @@ def _first_jobs(session: Session, snapshot: QueueSnapshot, can_load: Collection[
     the free memory: the others only take their place in the order. And each needs more than one decision uses, because
     other workers claim some meanwhile.
     """
-    room, is_live = snapshot.room, snapshot.live_key is not None
+    capacity, is_live = snapshot.capacity, snapshot.live_key is not None
     missing = tuple(name for name in get_args(Quantization) if name not in can_load)
-    wanted = CandidateFilter(alone=True, recomputes=room.recomputes, not_held_as=missing)
+    wanted = CandidateFilter(alone=True, recomputes=capacity.recomputes, not_held_as=missing)
 
     def read(per_group: int, num_bytes: int) -> list[Candidate]:
         return candidates.waiting(
-            session, wanted, now=snapshot.now, per_group=per_group, num_bytes=num_bytes, group=room.group
+            session, wanted, now=snapshot.now, per_group=per_group, num_bytes=num_bytes, group=capacity.group
         )
 
     per_group = snapshot.per_group or 1
     if is_live:
-        return read(max(room.max_jobs + 1, per_group), snapshot.worker_bytes)
-    found = read(per_group, max(snapshot.worker_bytes, room.memory_bytes_free))
-    if all(room.alone(candidate) <= room.memory_bytes_free for candidate in found):
+        return read(max(capacity.max_jobs + 1, per_group), snapshot.worker_bytes)
+    found = read(per_group, max(snapshot.worker_bytes, capacity.memory_bytes_free))
+    if all(capacity.alone(candidate) <= capacity.memory_bytes_free for candidate in found):
         return found
-    return [*found, *read(per_group, room.memory_bytes_free)]
+    return [*found, *read(per_group, capacity.memory_bytes_free)]
 
 
 def _jobs_of_key(
@@ -129,12 +129,14 @@ def _jobs_of_key(
 ) -> list[Candidate]:
     """Of each project and class the first jobs of this pack key that fit into `num_bytes`, as many as the trainer can
     take: next to other jobs, or as its first. `holding`: how the trainer holds the base model."""
-    room = snapshot.room
+    capacity = snapshot.capacity
     is_alone = snapshot.live_key is None and not is_packmate
-    wanted = CandidateFilter(alike=True, alone=is_alone, recomputes=room.recomputes, holding=holding)
-    per_group = room.max_jobs + len(snapshot.taken) if is_packmate else max(room.max_jobs, snapshot.per_group or 1)
+    wanted = CandidateFilter(alike=True, alone=is_alone, recomputes=capacity.recomputes, holding=holding)
+    per_group = (
+        capacity.max_jobs + len(snapshot.taken) if is_packmate else max(capacity.max_jobs, snapshot.per_group or 1)
+    )
     return candidates.waiting(
-        session, wanted, now=snapshot.now, key=key, per_group=per_group, num_bytes=num_bytes, group=room.group
+        session, wanted, now=snapshot.now, key=key, per_group=per_group, num_bytes=num_bytes, group=capacity.group
     )
 
 

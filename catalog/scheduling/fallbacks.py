@@ -19,7 +19,7 @@ MAX_FALLBACKS = 32
 
 
 def fallback_order(
-    snapshot: QueueSnapshot, turns: Sequence[QueueEntry], first: QueueEntry, policy: Policy
+    snapshot: QueueSnapshot, entries: Sequence[QueueEntry], first: QueueEntry, policy: Policy
 ) -> tuple[str, ...]:
     """Ids of `first`, which was chosen first, of the job that would probably be chosen without it, and so on.
 
@@ -27,7 +27,7 @@ def fallback_order(
     """
     found: list[str] = []
     read: Counter[tuple[str, int]] = Counter()
-    for job in _alternatives(snapshot, turns, first, policy):
+    for job in _alternatives(snapshot, entries, first, policy):
         found.append(job.job_id)
         read[job.project_id, job.priority] += 1
         if len(found) == MAX_FALLBACKS or read[job.project_id, job.priority] == snapshot.per_group:
@@ -45,20 +45,20 @@ def snapshot_without(snapshot: QueueSnapshot, passed: Collection[str]) -> QueueS
             share, num_running=share.num_running + 1, devices_held=share.devices_held + 1.0
         )
         served[job.project_id, job.priority] = snapshot.now
-    recomputes, whole = snapshot.room.recomputes, max(snapshot.worker_bytes, snapshot.room.memory_bytes_free)
-    given = WorkerService(at=served, memory_bytes=whole, recomputes=recomputes, group=snapshot.room.group)
+    recomputes, whole = snapshot.capacity.recomputes, max(snapshot.worker_bytes, snapshot.capacity.memory_bytes_free)
+    given = WorkerService(at=served, memory_bytes=whole, recomputes=recomputes, group=snapshot.capacity.group)
     return replace(snapshot, shares=shares, served=(*snapshot.served, given), taken=passed)
 
 
 def _alternatives(
-    snapshot: QueueSnapshot, turns: Sequence[QueueEntry], first: QueueEntry, policy: Policy
+    snapshot: QueueSnapshot, entries: Sequence[QueueEntry], first: QueueEntry, policy: Policy
 ) -> Iterable[Candidate]:
     """`first`, and the jobs after it that could be chosen first in its place."""
-    room, key = snapshot.room, snapshot.live_key
+    capacity, key = snapshot.capacity, snapshot.live_key
     if key is not None:
-        after = (turn.candidate for turn in turns[first.position - 1 :])
-        fit = (job for job in after if room.cost(job, num_before=room.num_jobs) <= room.memory_bytes_free)
-        return (job for job in fit if job.pack_key == key and not job.is_suspect and room.may_join(job))
-    fitting = [turn for turn in turns if room.alone(turn.candidate) <= room.memory_bytes_free]
-    loaded = for_what_is_loaded(fitting, room, patience_seconds=policy.patience_seconds)
-    return (turn.candidate for turn in loaded or fitting)
+        after = (entry.candidate for entry in entries[first.position - 1 :])
+        fit = (job for job in after if capacity.cost(job, num_before=capacity.num_jobs) <= capacity.memory_bytes_free)
+        return (job for job in fit if job.pack_key == key and not job.is_suspect and capacity.may_join(job))
+    fitting = [entry for entry in entries if capacity.alone(entry.candidate) <= capacity.memory_bytes_free]
+    loaded = for_what_is_loaded(fitting, capacity, patience_seconds=policy.patience_seconds)
+    return (entry.candidate for entry in loaded or fitting)

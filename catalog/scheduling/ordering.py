@@ -40,7 +40,7 @@ class QueueEntry:
     effective_level: float
     """With what its class adds or subtracts: the lowest goes first."""
     reason: str
-    is_made_room_for: bool
+    is_preempting: bool
     """Others leave so that it can train: nobody behind it takes what they leave."""
 
 
@@ -90,7 +90,7 @@ def order(
         standing = of_project(jobs, now, served=served, policy=policy)
         ranked += _ranked(standing, share, policy)
     ranked.sort(key=lambda row: row.key)
-    return [_turn(row, position, now=now, policy=policy) for position, row in enumerate(ranked, start=1)]
+    return [_queue_entry(row, position, now=now, policy=policy) for position, row in enumerate(ranked, start=1)]
 
 
 def first_to_prepare(waiting: Collection[Unprepared], now: float, *, policy: Policy = USUAL) -> Unprepared:
@@ -130,7 +130,7 @@ def of_project(
         classes[job.priority].append(job)
     found: list[_Standing] = []
     for priority, of_class in classes.items():
-        since = max(min(job.queued_at for job in of_class), _last_turn(of_class[0], served, now))
+        since = max(min(job.queued_at for job in of_class), _last_served_at(of_class[0], served, now))
         risen = _promoted(priority, now - since, policy)
         found += (
             _Standing(job=job, effective_priority=priority if number else risen, num_before_in_class=number)
@@ -159,12 +159,12 @@ def _ranked(standing: Sequence[_Standing], share: Share, policy: Policy) -> Iter
         )
 
 
-def _last_turn(job: Candidate, served: Collection[WorkerService], now: float) -> float:
+def _last_served_at(job: Candidate, served: Collection[WorkerService], now: float) -> float:
     """Of the job's class in its project, on a worker that holds it. A clock that was set back leaves times that say
     nothing."""
     group = job.project_id, job.priority
-    turns = (service.at[group] for service in served if group in service.at and service.holds(job))
-    return max((at for at in turns if at <= now), default=-math.inf)
+    times = (service.at[group] for service in served if group in service.at and service.holds(job))
+    return max((at for at in times if at <= now), default=-math.inf)
 
 
 def _promoted(priority: int, waited_seconds: float, policy: Policy) -> int:
@@ -177,7 +177,7 @@ def _promoted(priority: int, waited_seconds: float, policy: Policy) -> int:
     return priority - math.floor(max(0.0, waited_seconds) / policy.priority_aging_seconds)
 
 
-def _turn(row: _Ranked, position: int, *, now: float, policy: Policy) -> QueueEntry:
+def _queue_entry(row: _Ranked, position: int, *, now: float, policy: Policy) -> QueueEntry:
     job = row.standing.job
     waited = max(0.0, now - job.queued_at)
     parts = (_class(row.standing), _of_its_project(row.share.num_running, row.num_before), *_used(row.share))
@@ -191,7 +191,7 @@ def _turn(row: _Ranked, position: int, *, now: float, policy: Policy) -> QueueEn
         level=row.level,
         effective_level=row.effective_level,
         reason="; ".join((*parts, f"waited {waited:.0f} s")),
-        is_made_room_for=policy.is_making_room(job.room_asked_at, now),
+        is_preempting=policy.is_preempting(job.preemption_requested_at, now),
     )
 
 

@@ -79,17 +79,17 @@ class Preemption:
     """At stake, of all of them."""
 
 
-def pressing(turns: Iterable[QueueEntry], *, now: float, policy: Policy) -> list[tuple[QueueEntry, list[Candidate]]]:
+def pressing(entries: Iterable[QueueEntry], *, now: float, policy: Policy) -> list[tuple[QueueEntry, list[Candidate]]]:
     """Urgent jobs that have waited for long enough and for which no room is being made, first turn first; and the jobs
     of other projects ahead of each that can't have room made for them, since they are not urgent."""
     found: list[tuple[QueueEntry, list[Candidate]]] = []
     before: list[Candidate] = []
-    for turn in turns:
-        job = turn.candidate
+    for entry in entries:
+        job = entry.candidate
         if job.priority != PriorityClass.urgent:
             before.append(job)
-        elif now - job.queued_at >= policy.preempt_after_seconds and not turn.is_made_room_for:
-            found.append((turn, [other for other in before if other.project_id != job.project_id]))
+        elif now - job.queued_at >= policy.preempt_after_seconds and not entry.is_preempting:
+            found.append((entry, [other for other in before if other.project_id != job.project_id]))
     return found
 
 
@@ -99,15 +99,15 @@ def level_if_it_left(share: Share, *, priority: int, devices_left: float, policy
 
 
 def choose(
-    turn: QueueEntry, holders: Iterable[Holder], *, ahead: Collection[Candidate] = (), now: float, policy: Policy
+    entry: QueueEntry, holders: Iterable[Holder], *, ahead: Collection[Candidate] = (), now: float, policy: Policy
 ) -> Preemption | None:
-    """Which jobs leave for the urgent job of `turn`; None where that would not help.
+    """Which jobs leave for the urgent job of `entry`; None where that would not help.
 
     ahead: jobs of other projects that go before it: no room is made on a worker that could hold one of them. Among
     workers, where the highest of those who leave stands lowest; then where least is at stake.
     """
     able = (holder for holder in holders if not any(holder.service.holds(other) for other in ahead))
-    found = [option for holder in able if (option := _at(holder, turn, now=now, policy=policy)) is not None]
+    found = [option for holder in able if (option := _at(holder, entry, now=now, policy=policy)) is not None]
     return min(found, key=_price, default=None)
 
 
@@ -131,27 +131,30 @@ def told(job: Candidate, preemption: Preemption, victim: Training, *, now: float
     }
 
 
-def _at(holder: Holder, turn: QueueEntry, *, now: float, policy: Policy) -> Preemption | None:
-    job = turn.candidate
+def _at(holder: Holder, entry: QueueEntry, *, now: float, policy: Policy) -> Preemption | None:
+    job = entry.candidate
     if not holder.service.holds(job):
         return None
     staying = [each for each in holder.jobs if not _leaves_by_itself(each, policy)]
-    is_alike = holder.pack_key == job.pack_key and holder.service.room.trains(job, holding=holder.holding)
+    is_alike = holder.pack_key == job.pack_key and holder.service.capacity.trains(job, holding=holder.holding)
     may_join = is_alike and not job.is_suspect and not holder.has_suspect
-    beside = _beside(holder, turn, staying, now=now, policy=policy) if may_join else None
+    beside = _beside(holder, entry, staying, now=now, policy=policy) if may_join else None
     if beside is not None:
         return beside
-    victims = tuple(each for each in staying if _may_go(each, turn, now=now, policy=policy))
+    victims = tuple(each for each in staying if _may_go(each, entry, now=now, policy=policy))
     return _of(holder, victims, "a trainer", now=now) if len(victims) == len(staying) else None
 
 
 def _beside(
-    holder: Holder, turn: QueueEntry, staying: list[Training], *, now: float, policy: Policy
+    holder: Holder, entry: QueueEntry, staying: list[Training], *, now: float, policy: Policy
 ) -> Preemption | None:
     """The cheapest first, until there is room; then without those that turned out to be needless."""
-    job, gone = turn.candidate, [each for each in holder.jobs if each not in staying]
+    job, gone = entry.candidate, [each for each in holder.jobs if each not in staying]
     missing = (
-        holder.service.room.own(job) + job.slice_bytes - holder.memory_bytes_free - sum(each.own_bytes for each in gone)
+        holder.service.capacity.own(job)
+        + job.slice_bytes
+        - holder.memory_bytes_free
+        - sum(each.own_bytes for each in gone)
     )
     lacks_place = not holder.places and not gone
 
@@ -162,7 +165,7 @@ def _beside(
     for each in sorted(staying, key=lambda each: _dearness(each, now)):
         if suffice(victims):
             break
-        if _may_go(each, turn, now=now, policy=policy):
+        if _may_go(each, entry, now=now, policy=policy):
             victims.append(each)
     if not suffice(victims):
         return None
@@ -191,9 +194,9 @@ def _leaves_by_itself(job: Training, policy: Policy) -> bool:
     return job.is_leaving or (job.seconds_left is not None and job.seconds_left <= policy.preempt_after_seconds)
 
 
-def _may_go(victim: Training, turn: QueueEntry, *, now: float, policy: Policy) -> bool:
-    job = turn.candidate
+def _may_go(victim: Training, entry: QueueEntry, *, now: float, policy: Policy) -> bool:
+    job = entry.candidate
     is_own = victim.project_id == job.project_id
-    is_lower = victim.effective_priority > job.priority and (is_own or victim.effective_level > turn.effective_level)
+    is_lower = victim.effective_priority > job.priority and (is_own or victim.effective_level > entry.effective_level)
     has_had_time = now - victim.began_at >= policy.spared_seconds
     return is_lower and has_had_time and victim.num_preemptions < policy.max_preemptions

@@ -51,52 +51,56 @@ class Decision:
 
     action: Action
     trace: Json
-    in_turn: tuple[str, ...] = ()
+    claim_order: tuple[str, ...] = ()
     """Ids of the anchor and of its replacements, in order, for when other workers claim it first (fallbacks.py)."""
 
     def why(self, choice: Choice) -> Json:
         """The reasons for one chosen job, as stored with its attempt and shown by `…/why`."""
-        turn = choice.turn
+        entry = choice.entry
         return {
             "role": choice.role,
             "reason": choice.reason,
-            "position": turn.position,
-            "turn": turn.reason,
-            "waited_seconds": turn.waited_seconds,
-            "effective_priority": turn.effective_priority,
-            "normalized_usage": turn.level,
-            "effective_level": turn.effective_level,
-            "share": self.trace["shares"][turn.candidate.project_id],
+            "position": entry.position,
+            "position_reason": entry.reason,
+            "waited_seconds": entry.waited_seconds,
+            "effective_priority": entry.effective_priority,
+            "normalized_usage": entry.level,
+            "effective_level": entry.effective_level,
+            "share": self.trace["shares"][entry.candidate.project_id],
             **{name: value for name, value in self.trace.items() if name != "shares"},
         }
 
 
 def anchor_of(snapshot: QueueSnapshot, policy: Policy) -> QueueEntry | None:
     """The anchor that `decide` would choose for a new trainer. The caller loads its packmates before it decides."""
-    anchor = choose_anchor(ordered(snapshot, policy), snapshot.room, patience_seconds=policy.patience_seconds)
-    return None if anchor is None else anchor.turn
+    anchor = choose_anchor(ordered(snapshot, policy), snapshot.capacity, patience_seconds=policy.patience_seconds)
+    return None if anchor is None else anchor.entry
 
 
 def decide(snapshot: QueueSnapshot, policy: Policy) -> Decision:
     """The action of the worker whose capacity `snapshot` has."""
-    turns = ordered(snapshot, policy)
-    action, waits_for = _action(snapshot, policy, turns)
-    room = snapshot.room
+    entries = ordered(snapshot, policy)
+    action, waits_for = _action(snapshot, policy, entries)
+    capacity = snapshot.capacity
     trace: Json = {
         "as_of": snapshot.now,
-        "looked_at": len(turns),
-        "room": {"max_jobs": room.max_jobs, "memory_bytes_free": room.memory_bytes_free, "num_jobs": room.num_jobs},
-        "resident_key": room.resident_key,
+        "looked_at": len(entries),
+        "capacity": {
+            "max_jobs": capacity.max_jobs,
+            "memory_bytes_free": capacity.memory_bytes_free,
+            "num_jobs": capacity.num_jobs,
+        },
+        "resident_key": capacity.resident_key,
         "is_draining_for_other_base": waits_for is not None and waits_for.waited_seconds >= policy.patience_seconds,
-        "is_preempting": waits_for is not None and waits_for.is_made_room_for,
+        "is_preempting": waits_for is not None and waits_for.is_preempting,
         "policy": asdict(policy),
         "shares": {
             project_id: ordering.describe_share(snapshot.shares, project_id, policy)
-            for project_id in {choice.turn.candidate.project_id for choice in action.choices}
+            for project_id in {choice.entry.candidate.project_id for choice in action.choices}
         },
     }
-    after = fallback_order(snapshot, turns, action.choices[0].turn, policy) if action.choices else ()
-    return Decision(action=action, trace=trace, in_turn=after)
+    after = fallback_order(snapshot, entries, action.choices[0].entry, policy) if action.choices else ()
+    return Decision(action=action, trace=trace, claim_order=after)
 
 
 def ordered(snapshot: QueueSnapshot, policy: Policy) -> list[QueueEntry]:
@@ -105,26 +109,26 @@ def ordered(snapshot: QueueSnapshot, policy: Policy) -> list[QueueEntry]:
     return order(once.values(), snapshot.now, shares=snapshot.shares, served=snapshot.served, policy=policy)
 
 
-def _action(snapshot: QueueSnapshot, policy: Policy, turns: list[QueueEntry]) -> tuple[Action, QueueEntry | None]:
+def _action(snapshot: QueueSnapshot, policy: Policy, entries: list[QueueEntry]) -> tuple[Action, QueueEntry | None]:
     """Returns the action, and the job for which nothing more joins, if there is one."""
     if snapshot.has_suspect:
         return Wait(reason="a job in the trainer ended badly twice and trains alone"), None
     patience = policy.patience_seconds
     if snapshot.live_key is None:
-        chosen = choose_pack(turns, snapshot.room, patience_seconds=patience)
-        return (Start(choices=tuple(chosen)) if chosen else _nothing(turns)), None
+        chosen = choose_pack(entries, snapshot.capacity, patience_seconds=patience)
+        return (Start(choices=tuple(chosen)) if chosen else _nothing(entries)), None
     chosen, waits_for = choose_joiners(
-        turns, snapshot.room, snapshot.live_key, worker_bytes=snapshot.worker_bytes, patience_seconds=patience
+        entries, snapshot.capacity, snapshot.live_key, worker_bytes=snapshot.worker_bytes, patience_seconds=patience
     )
     if chosen:
         return Join(choices=tuple(chosen)), waits_for
     if waits_for is not None:
         reason = "a job that can't join has waited too long: the trainer is let run empty"
-        if waits_for.is_made_room_for:
+        if waits_for.is_preempting:
             reason = "room is being made for a job, and nobody joins before it"
         return Wait(reason=reason), waits_for
-    return _nothing(turns), None
+    return _nothing(entries), None
 
 
-def _nothing(turns: list[QueueEntry]) -> Wait:
-    return Wait(reason="none of the jobs that wait fits" if turns else "no job waits")
+def _nothing(entries: list[QueueEntry]) -> Wait:
+    return Wait(reason="none of the jobs that wait fits" if entries else "no job waits")

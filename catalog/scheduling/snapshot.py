@@ -74,9 +74,9 @@ class Policy:
         """How many device-seconds are charged for each one that a job of this class trains."""
         return self.urgent_multiple if priority == PriorityClass.urgent else 1.0
 
-    def is_making_room(self, room_asked_at: float | None, now: float) -> bool:
+    def is_preempting(self, preemption_requested_at: float | None, now: float) -> bool:
         """Whether it counts that others were asked then to leave for a job."""
-        return room_asked_at is not None and now - room_asked_at < self.ask_again_seconds
+        return preemption_requested_at is not None and now - preemption_requested_at < self.ask_again_seconds
 
 
 USUAL = Policy()
@@ -109,8 +109,8 @@ class Candidate:
     """What each of them then needs beside its share."""
     is_suspect: bool = False
     """Trainers or workers have ended with it: it trains alone, so that no packmate is blamed or hurt."""
-    room_asked_at: float | None = None
-    """When others were last asked to leave for it; see Policy.is_making_room."""
+    preemption_requested_at: float | None = None
+    """When others were last asked to leave for it; see Policy.is_preempting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,10 +217,10 @@ class WorkerService:
     def holds(self, job: Candidate) -> bool:
         """Whether the job could have had that turn. One that could not was passed over, and waits on."""
         is_loadable = self.can_load is None or packing.quantization_of(job.pack_key) in self.can_load
-        return is_loadable and self.room.alone(job) <= self.memory_bytes
+        return is_loadable and self.capacity.alone(job) <= self.memory_bytes
 
     @property
-    def room(self) -> Capacity:
+    def capacity(self) -> Capacity:
         """Of it, with nothing in it."""
         return Capacity(max_jobs=1, memory_bytes_free=self.memory_bytes, recomputes=self.recomputes, group=self.group)
 
@@ -235,7 +235,7 @@ class QueueSnapshot:
     """By project, of all that wait; one that is not there has weight 1 and has had nothing."""
     served: Collection[WorkerService]
     """What each worker that lives has served."""
-    room: Capacity
+    capacity: Capacity
     live_key: str | None = None
     """Pack key of a trainer that has jobs and may take more; None: the decision is about a trainer's first jobs."""
     worker_bytes: int = 0

@@ -150,7 +150,7 @@ def _check_addable(session: Session, upload: Upload, content: Blob, settings: Se
     of_upload = select(UploadPart).where(UploadPart.upload_id == upload.id)
     there = session.scalar(of_upload.where(UploadPart.digest == content.digest))
     if there is None:
-        _check_room(session, upload, content, settings)
+        _check_size(session, upload, content, settings)
     return there
 
 
@@ -381,7 +381,7 @@ def _leaving(upload: Upload, name: OpenLimit, *, now: float) -> list[tuple[int, 
     return [(max(0, upload.num_bytes - upload.part_bytes), upload.expires_at), parts] if is_open else [parts]
 
 
-def _check_room(session: Session, upload: Upload, content: Blob, settings: Settings) -> None:
+def _check_size(session: Session, upload: Upload, content: Blob, settings: Settings) -> None:
     """All parts of an upload together, those included that will not be named at its end."""
     num_parts = session.scalar(select(func.count()).where(UploadPart.upload_id == upload.id)) or 0
     if num_parts >= MAX_PARTS:

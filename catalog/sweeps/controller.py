@@ -131,15 +131,15 @@ def _go_on(session: Session, sweep: Sweep, next_round: _Round, *, now: float) ->
         if not _makes_trials(sweep):
             return
         limit = sweep.requested.get("max_concurrent") or sweep.num_trials
-        room = min(AT_ONCE, limit - unfinished)
-        if room > 0:
-            sweep.due_at = _make(session, sweep, next_round, room, now=now)
+        max_trials = min(AT_ONCE, limit - unfinished)
+        if max_trials > 0:
+            sweep.due_at = _make(session, sweep, next_round, max_trials, now=now)
     elif not unfinished:
         _finish(session, sweep, now=now)
 
 
-def _make(session: Session, sweep: Sweep, next_round: _Round, room: int, *, now: float) -> float | None:
-    """Make up to `room` trials. Returns when the sweep needs its next step; None: when a trial of it has finished.
+def _make(session: Session, sweep: Sweep, next_round: _Round, max_trials: int, *, now: float) -> float | None:
+    """Make up to `max_trials` trials. Returns when the sweep needs its next step; None: when a trial has finished.
 
     Where no more can be made, for example because the base model was deleted, the trials that exist continue, and the
     sweep records why. Where the project has reached a limit, the sweep tries again later.
@@ -149,7 +149,7 @@ def _make(session: Session, sweep: Sweep, next_round: _Round, room: int, *, now:
         validity.close(session, sweep, error, now=now)
         return now
     try:
-        num_made = _make_drafted(session, sweep, next_round, room, now=now)
+        num_made = _make_drafted(session, sweep, next_round, max_trials, now=now)
     except TargetsOutdated:
         session.refresh(sweep, with_for_update=True)
         return now + OUTDATED_SECONDS
@@ -163,14 +163,14 @@ def _make(session: Session, sweep: Sweep, next_round: _Round, room: int, *, now:
         return now
     if sweep.num_created == sweep.num_trials:
         return None
-    is_limited = num_made == room < AT_ONCE  # by max_concurrent
+    is_limited = num_made == max_trials < AT_ONCE  # by max_concurrent
     return None if is_limited else now
 
 
-def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, room: int, *, now: float) -> int:
-    """Up to `room` trials of those that were drafted and no other process has made. Returns how many."""
+def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, max_trials: int, *, now: float) -> int:
+    """Up to `max_trials` trials of those that were drafted and no other process has made. Returns how many."""
     precision = views.auto_precision(session, now=now)
-    for num_made in range(min(room, sweep.num_trials - sweep.num_created)):
+    for num_made in range(min(max_trials, sweep.num_trials - sweep.num_created)):
         draft = next_round.drafts.of(sweep.num_created)
         if draft is None:
             if next_round.error is not None:
@@ -179,7 +179,7 @@ def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, room: int,
         with ledger.savepoint(session):
             targets = next_round.drafts.targets
             make_trial(session, _caller(sweep), sweep, draft, targets, now=now, auto_precision=precision)
-    return room
+    return max_trials
 
 
 def _finish(session: Session, sweep: Sweep, *, now: float) -> None:

@@ -113,7 +113,7 @@ class Job(Leased, Table):
     """Id of the urgent job, of whichever project, for which this one is asked to leave."""
     num_preemptions: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     """Times that it has left for others."""
-    room_asked_at: Mapped[float | None]
+    preemption_requested_at: Mapped[float | None]
     """When others were last asked to leave so that it can train."""
 
     started_at: Mapped[float | None]

@@ -115,7 +115,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
             "reason",
             "result_file",
             "resumed_at",
-            "room_asked_at",
+            "preemption_requested_at",
             "run_after",
             "saved_bytes",
             "slice_bytes",

@@ -79,7 +79,7 @@ def create(
         usual = max(PriorityClass.normal, caller.highest_priority)
         key.highest_priority = usual if highest is None else PriorityClass[highest]
         key.idempotency_key = idempotency_key
-        _check_room(session, project_id, now=now)
+        _check_num_keys(session, project_id, now=now)
         authentication.add(session, key, created_by=caller.api_key_id)
     return key, secret
 
@@ -137,7 +137,7 @@ def rotate(
             key.highest_priority = max(old.highest_priority, caller.highest_priority)
         old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
         session.flush()
-        _check_room(session, old.project_id, now=now)
+        _check_num_keys(session, old.project_id, now=now)
         authentication.add(session, key, created_by=caller.api_key_id)
         old.replaced_by = key.id
         authentication.note(
@@ -183,7 +183,7 @@ def _begin(session: Session, caller: Caller) -> float:
     return now
 
 
-def _check_room(session: Session, project_id: str, *, now: float) -> None:
+def _check_num_keys(session: Session, project_id: str, *, now: float) -> None:
     """Raises Conflict."""
     valid = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
     count = select(func.count()).select_from(ApiKey).where(ApiKey.project_id == project_id, *valid)

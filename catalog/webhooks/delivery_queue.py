@@ -69,8 +69,8 @@ class DeliveryResult:
         return self.status_code is not None and 200 <= self.status_code < 300
 
 
-def claim(db: Database, *, pepper: Pepper, room: int, in_flight: Collection[Outgoing]) -> list[Outgoing]:
-    """Up to `room` deliveries that are due, a few of each endpoint. `in_flight`: those that this process sends now: a
+def claim(db: Database, *, pepper: Pepper, limit: int, in_flight: Collection[Outgoing]) -> list[Outgoing]:
+    """Up to `limit` deliveries that are due, a few of each endpoint. `in_flight`: those that this process sends now: a
     slow endpoint holds up only itself, and a project has at most OF_PROJECT.
 
     The project that has the fewest comes next; of equals, that whose first delivery has been due for longest.
@@ -84,15 +84,15 @@ def claim(db: Database, *, pepper: Pepper, room: int, in_flight: Collection[Outg
         now = read_clock(session)
         if session.scalar(_any_due(now, full, full_projects)) is None:
             return []
-        turns = _turns(now, full, full_projects, busy=list(by_endpoint))
-        for endpoint_id, project_id, is_failing in session.execute(turns):
+        due_endpoints = _due_endpoints(now, full, full_projects, busy=list(by_endpoint))
+        for endpoint_id, project_id, is_failing in session.execute(due_endpoints):
             waiting.setdefault(project_id, deque()).append((endpoint_id, is_failing))
     found: list[Outgoing] = []
-    while waiting and len(found) < room:
+    while waiting and len(found) < limit:
         project_id = min(waiting, key=lambda one: by_project[one])
         endpoint_id, is_failing = waiting[project_id].popleft()
         free = (1 if is_failing else AT_ONCE) - by_endpoint[endpoint_id]
-        number = min(free, OF_PROJECT - by_project[project_id], room - len(found))
+        number = min(free, OF_PROJECT - by_project[project_id], limit - len(found))
         claimed = _claim_of(db, endpoint_id, number, pepper=pepper) if number > 0 else []
         found += claimed
         by_project[project_id] += len(claimed)
@@ -176,16 +176,16 @@ def is_due(now: float) -> ColumnElement[bool]:
     return and_(WebhookDelivery.next_try_at <= now, lease.is_free(WebhookDelivery, now=now))
 
 
-def _turns(now: float, full: list[str], full_projects: list[str], *, busy: list[str]) -> Select[str, str, bool]:
+def _due_endpoints(now: float, full: list[str], full_projects: list[str], *, busy: list[str]) -> Select[str, str, bool]:
     """Endpoints that something is due for, with their project, the one that waits longest first, and whether they fail:
     one that does takes no turn while something is sent to it."""
     due = (WebhookDelivery.endpoint_id == WebhookEndpoint.id, is_due(now))
     first = select(func.min(WebhookDelivery.next_try_at)).where(*due).scalar_subquery()
     is_failing = WebhookEndpoint.failing_since.is_not(None)
-    turns = select(WebhookEndpoint.id, WebhookEndpoint.project_id, is_failing).where(first.is_not(None))
-    turns = turns.where(or_(~is_failing, WebhookEndpoint.id.not_in(busy)))
+    due_endpoints = select(WebhookEndpoint.id, WebhookEndpoint.project_id, is_failing).where(first.is_not(None))
+    due_endpoints = due_endpoints.where(or_(~is_failing, WebhookEndpoint.id.not_in(busy)))
     is_open = (WebhookEndpoint.id.not_in(full), WebhookEndpoint.project_id.not_in(full_projects))
-    return turns.where(*is_open).order_by(first)
+    return due_endpoints.where(*is_open).order_by(first)
 
 
 def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: Pepper) -> list[Outgoing]:

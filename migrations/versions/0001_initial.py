@@ -350,7 +350,7 @@ def _create_jobs() -> None:
         sa.Column("pause_requested", sa.Boolean(), nullable=False),
         sa.Column("preempted_for", sa.String(length=255), nullable=True),
         sa.Column("num_preemptions", sa.Integer(), server_default="0", nullable=False),
-        sa.Column("room_asked_at", sa.Float(precision=53), nullable=True),
+        sa.Column("preemption_requested_at", sa.Float(precision=53), nullable=True),
         sa.Column("started_at", sa.Float(precision=53), nullable=True),
         sa.Column("finished_at", sa.Float(precision=53), nullable=True),
         sa.Column("trained_tokens", sa.BigInteger(), nullable=True),

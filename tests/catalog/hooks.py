@@ -33,7 +33,7 @@ class Hooks:
         return {**self.owner, "endpoint_id": self.row.id}
 
     def claim(self, in_flight: Sequence[Outgoing] = ()) -> list[Outgoing]:
-        return delivery_queue.claim(self.db, pepper=PEPPER, room=100, in_flight=in_flight)
+        return delivery_queue.claim(self.db, pepper=PEPPER, limit=100, in_flight=in_flight)
 
     def end_job(self) -> str:
         job = self.world.submit()

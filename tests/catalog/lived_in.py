@@ -167,7 +167,7 @@ def owner(world: World) -> dict[str, Any]:
 
 
 def send(world: World, *, status_code: int) -> None:
-    for claimed in delivery_queue.claim(world.db, pepper=PEPPER, room=9, in_flight=[]):
+    for claimed in delivery_queue.claim(world.db, pepper=PEPPER, limit=9, in_flight=[]):
         delivery_queue.record(
             world.db, claimed, delivery_queue.DeliveryResult(started_at=1.0, seconds=0.1, status_code=status_code)
         )

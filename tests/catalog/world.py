@@ -52,7 +52,7 @@ def claim_import_of(db: Database, name: str) -> str:
 
 
 class Clock:
-    """Seconds since 1970, a millisecond on at every look; `turn` is the hand on it."""
+    """Seconds since 1970, a millisecond on at every look; `entry` is the hand on it."""
 
     def __init__(self) -> None:
         self.now = 1_800_000_000.0
@@ -61,7 +61,7 @@ class Clock:
         self.now += 0.001
         return self.now
 
-    def turn(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += seconds
 
 
@@ -176,9 +176,11 @@ class World:
         with self.db.write() as session:
             session.execute(insert(table).from_select(list(copied), copies))
 
-    def claim(self, worker_id: str = "w1", room: Capacity = WIDE, *, lease: float = LEASE, **given: Any) -> list[Claim]:
+    def claim(
+        self, worker_id: str = "w1", capacity: Capacity = WIDE, *, lease: float = LEASE, **given: Any
+    ) -> list[Claim]:
         given = {"trainer_id": f"trainer-{worker_id}", **given}
-        return claiming.claim_pack(self.db, worker_id=worker_id, room=room, lease_seconds=lease, **given)
+        return claiming.claim_pack(self.db, worker_id=worker_id, capacity=capacity, lease_seconds=lease, **given)
 
     def running(self, **fields: Any) -> Claim:
         self.queued(**fields)
@@ -207,7 +209,7 @@ class World:
         """Time in which the database answers all along, and these claims are renewed."""
         while seconds > 0:
             step = min(10.0, seconds)
-            self.clock.turn(step)
+            self.clock.advance(step)
             self.beat(*beating, worker_id="observer")
             seconds -= step
 

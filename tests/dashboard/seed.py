@@ -166,9 +166,9 @@ def claim(seeded: Seeded, *, trainer_id: str = TRAINER, max_jobs: int = 16) -> d
     base = base_models.get(seeded.db, BASE)
     assert base.digest is not None
     key = pack_key(base.digest, "bfloat16")
-    room = Capacity(max_jobs=max_jobs, memory_bytes_free=12 * 2**30, resident_key=key)
+    capacity = Capacity(max_jobs=max_jobs, memory_bytes_free=12 * 2**30, resident_key=key)
     taken = claiming.claim_pack(
-        seeded.db, worker_id=WORKER, trainer_id=trainer_id, room=room, lease_seconds=LEASE_SECONDS
+        seeded.db, worker_id=WORKER, trainer_id=trainer_id, capacity=capacity, lease_seconds=LEASE_SECONDS
     )
     for one in taken:
         claims.started(seeded.db, one.claim_id, trainer_id=trainer_id, resumed_from_step=None)

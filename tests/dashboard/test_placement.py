@@ -92,7 +92,7 @@ def test_a_job_that_has_ended_is_on_no_devices(filled: Service, visit: Visit) ->
 
 def test_a_worker_of_several_devices_tells_how_it_holds_bases(fresh: Service, visit: Visit) -> None:
     seed.register(fresh.seeded.db, seed.gpus(4, bytes_of_each=EACH), bytes_of_each=EACH)
-    report = {"room": {"max_jobs": 3, "memory_bytes_free": 10**8, "holding": "offloaded"}}
+    report = {"capacity": {"max_jobs": 3, "memory_bytes_free": 10**8, "holding": "offloaded"}}
     digest = base_models.get(fresh.seeded.db, seed.BASE).digest
     workers.worker_beat(fresh.seeded.db, seed.WORKER, resident_base=digest, trainer_id=seed.TRAINER, report=report)
     visitor = visit(fresh)

@@ -80,14 +80,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> S
     world.prepare_all()
     (lost,) = world.claim()
     claims.end(db, lost.claim_id, reason=EndReason.INFRA_LOST, detail="")
-    clock.turn(60)
+    clock.advance(60)
     (claim,) = world.claim()
     saved = manifest("checkpoint", kind="checkpoint")
     recording.record_checkpoint(db, claim.claim_id, step=5, artifact=saved)
     world.complete(claim.claim_id)
     other = world.queued()
     commands.cancel(db, **world.of(other.id))
-    sent = delivery_queue.claim(db, pepper=PEPPER, room=10, in_flight=[])
+    sent = delivery_queue.claim(db, pepper=PEPPER, limit=10, in_flight=[])
     for outgoing in sent:
         delivery_queue.record(
             db, outgoing, delivery_queue.DeliveryResult(started_at=clock.now, seconds=0.1, status_code=204)

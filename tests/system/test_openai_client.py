@@ -81,8 +81,8 @@ def train(db: Database, store: ArtifactStore, folder: Path) -> None:
     workers.register_worker(
         db, worker_id="w", host="h", pid=1, devices=[{"kind": "cpu"}], version="1", memory_bytes=10**12
     )
-    room = Capacity(max_jobs=8, memory_bytes_free=10**12)
-    for claim in claiming.claim_pack(db, worker_id="w", trainer_id="t", room=room, lease_seconds=60):
+    capacity = Capacity(max_jobs=8, memory_bytes_free=10**12)
+    for claim in claiming.claim_pack(db, worker_id="w", trainer_id="t", capacity=capacity, lease_seconds=60):
         claims.started(db, claim.claim_id, trainer_id="t", resumed_from_step=0)
         points = [{"kind": "train", "step": step, "loss": 2.0 / step, "token_accuracy": 0.5} for step in (1, 2)]
         recording.record_metrics(db, claim.claim_id, points)

@@ -175,7 +175,7 @@ def test_an_attempt_that_ends_badly_is_a_failed_span_and_the_next_is_in_the_same
     job = site.queued()
     pack = site.loading_session(first := claim_one(site))
     pack.end_all(End(reason=EndReason.TRAINER_CRASHED, detail="boom"))
-    site.world.clock.turn(60)
+    site.world.clock.advance(60)
     second = claim_one(site)
     site.context.spans.ended(second.claim_id, EndReason.DRAINED)
 

@@ -78,8 +78,8 @@ class PackSite:
         token_cache.put(self.db, job.train_prepared, **of_project, artifact=manifest, report={"usable_rows": 1})
         return job
 
-    def claim_all(self, trainer_id: str = "trainer-1", room: Capacity = WIDE) -> list[Claim]:
-        found = self.world.claim("w1", room, trainer_id=trainer_id)
+    def claim_all(self, trainer_id: str = "trainer-1", capacity: Capacity = WIDE) -> list[Claim]:
+        found = self.world.claim("w1", capacity, trainer_id=trainer_id)
         self.context.heartbeat.hold((claim.claim_id for claim in found), since=float("inf"))
         return found
 

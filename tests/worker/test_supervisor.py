@@ -126,7 +126,7 @@ def test_a_trainer_that_no_signal_ends_is_left_behind_and_its_worker_takes_nothi
     assert site.held() == set()
     assert cordon is not None
     assert (cordon["by"], cordon["reason"]) == ("service", TrainerEnd.UNKILLABLE.value.detail)
-    site.world.clock.turn(3600)
+    site.world.clock.advance(3600)
     assert site.world.claim("w1") == []
 
 
@@ -171,7 +171,7 @@ def test_a_cancel_and_a_drain_are_said_while_nothing_can_be_recorded(
 def test_a_worker_that_waits_tells_what_it_has_free(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> None:
     assert run(loads_for_ever) == []
 
-    assert site.context.heartbeat.status["report"]["room"]["memory_bytes_free"] == 10**12
+    assert site.context.heartbeat.status["report"]["capacity"]["memory_bytes_free"] == 10**12
 
 
 def test_nobody_joins_a_suspect_that_an_empty_trainer_took_in(
@@ -247,9 +247,9 @@ def test_a_base_that_still_loads_is_not_free_for_those_who_join(
     session = site.loading_session(claim)
     monkeypatch.setattr(devices, "free_bytes", lambda _: 10**9)
 
-    room: Capacity = free_capacity(site.context, session)
+    capacity: Capacity = free_capacity(site.context, session)
 
-    assert room.memory_bytes_free == 10**9 - session.bytes_to_come() < 10**9 - 1000
+    assert capacity.memory_bytes_free == 10**9 - session.bytes_to_come() < 10**9 - 1000
 
 
 def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
@@ -281,9 +281,9 @@ def test_the_base_of_an_empty_trainer_is_free_for_what_comes_next(
     session.ready = {**session.ready, "memory": {"base_bytes": 500}}
     monkeypatch.setattr(devices, "free_bytes", lambda _: 1000)
 
-    room: Capacity = free_capacity(site.context, session)
+    capacity: Capacity = free_capacity(site.context, session)
 
-    assert (room.memory_bytes_free, room.resident_key) == (1500, session.pack_key)
+    assert (capacity.memory_bytes_free, capacity.resident_key) == (1500, session.pack_key)
 
 
 def test_a_worker_outlives_a_full_disk(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:

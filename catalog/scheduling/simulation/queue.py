@@ -43,7 +43,7 @@ class SimulatedRun:
     num_preemptions: int = 0
     waits_since: float = 0.0
     """When it last came into the queue."""
-    room_asked_at: float | None = None
+    preemption_requested_at: float | None = None
     """When others were last asked to leave so that it can train."""
 
     @property
@@ -107,5 +107,5 @@ def as_candidate(record: SimulatedRun) -> Candidate:
         queued_at=record.waits_since,
         own_bytes=1,
         trainer_bytes=1,
-        room_asked_at=record.room_asked_at,
+        preemption_requested_at=record.preemption_requested_at,
     )

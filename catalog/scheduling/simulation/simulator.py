@@ -125,7 +125,7 @@ class Simulation:
         policy = self.cluster.policy
         chosen = self._preemption(record)
         if chosen is not None and chosen.victims:
-            record.room_asked_at = self.now
+            record.preemption_requested_at = self.now
             worker = self._workers[int(chosen.worker_id)]
             self._advance(worker)
             for victim in chosen.victims:
@@ -139,11 +139,11 @@ class Simulation:
         firsts = list(self._queue.firsts(preemption.AT_ONCE, None, 0))
         if all(job.job_id != record.job_id for job in firsts):
             return None
-        turns = order(firsts, self.now, shares=self._shares(), served=(self._served,), policy=policy)
-        for turn, ahead in preemption.pressing(turns, now=self.now, policy=policy):
-            if turn.candidate.job_id == record.job_id:
+        entries = order(firsts, self.now, shares=self._shares(), served=(self._served,), policy=policy)
+        for entry, ahead in preemption.pressing(entries, now=self.now, policy=policy):
+            if entry.candidate.job_id == record.job_id:
                 holders = [self._holder(number, worker) for number, worker in enumerate(self._workers) if worker.jobs]
-                return preemption.choose(turn, holders, ahead=ahead, now=self.now, policy=policy)
+                return preemption.choose(entry, holders, ahead=ahead, now=self.now, policy=policy)
         return None
 
     def _send_back(self, worker: _Worker, record: SimulatedRun) -> None:
@@ -229,14 +229,16 @@ class Simulation:
             self._take(worker, action.choices)
 
     def _picture(self, worker: _Worker, places: int) -> QueueSnapshot:
-        room = Capacity(max_jobs=places, memory_bytes_free=PLENTY, resident_key=worker.key, num_jobs=len(worker.jobs))
+        capacity = Capacity(
+            max_jobs=places, memory_bytes_free=PLENTY, resident_key=worker.key, num_jobs=len(worker.jobs)
+        )
         live = worker.key if worker.jobs else None
         snapshot = QueueSnapshot(
             now=self.now,
             candidates=tuple(self._queue.firsts(places + 1 if live else 1, worker.key, places)),
             shares=self._shares(),
             served=(self._served,),
-            room=room,
+            capacity=capacity,
             live_key=live,
             worker_bytes=PLENTY,
         )
@@ -262,9 +264,9 @@ class Simulation:
         return {"num_running": self._running[project], "devices_held": sum(parts)}
 
     def _take(self, worker: _Worker, choices: Sequence[Choice]) -> None:
-        chosen = [choice.turn.candidate for choice in choices]
+        chosen = [choice.entry.candidate for choice in choices]
         counted = {
-            choice.turn.candidate.job_id: min(choice.turn.effective_priority, choice.turn.candidate.priority)
+            choice.entry.candidate.job_id: min(choice.entry.effective_priority, choice.entry.candidate.priority)
             for choice in choices
         }
         self._advance(worker)
@@ -272,8 +274,8 @@ class Simulation:
             worker.key, worker.num_loads = chosen[0].pack_key, worker.num_loads + 1
             worker.as_of = self.now + self.cluster.load_seconds
         for choice in choices:
-            if choice.turn.is_first_of_class:
-                job = choice.turn.candidate
+            if choice.entry.is_first_of_class:
+                job = choice.entry.candidate
                 self._served_at[job.project_id, job.priority] = self.now
         for candidate in chosen:
             record = self._queue.take(candidate.job_id)

@@ -74,7 +74,7 @@ function ofSeveral({ devices, resident_base, report }) {
   if (gang) return [["Gang", gang], ["Holds bases", wanted("replicated")]];
   if (!(number > 1)) return [];
   const library = strategy?.startsWith("zero3") ? "zero3" : "fsdp2";
-  const now = { replicated: "replicated", sharded: library, offloaded: `${library}_offload` }[report?.room?.holding];
+  const now = { replicated: "replicated", sharded: library, offloaded: `${library}_offload` }[report?.capacity?.holding];
   return [["Holds bases", wanted(strategy)], ["Base held now", resident_base && now ? held({ strategy: now, number, kind }) : null]];
 }
 

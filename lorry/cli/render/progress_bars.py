@@ -70,7 +70,7 @@ def how_to_resume(job: Job) -> str:
     return f"paused; go on with: lorry jobs resume {job.id}"
 
 
-def facts(job: Job, *, room: int | None = None) -> str:
+def facts(job: Job, *, max_width: int | None = None) -> str:
     """What stands beside a bar. Where there is no room for all, the least go first; room: in cells."""
     progress = job.progress
     moves = not job.is_final and job.status != "paused"  # else what was measured last is no news of now
@@ -85,7 +85,7 @@ def facts(job: Job, *, room: int | None = None) -> str:
         parts.append((4, f"{progress.tokens_per_second:,.0f} tokens/s"))
     if progress.seconds_left is not None and moves:
         parts.append((3, f"{output.duration(progress.seconds_left)} left"))
-    while room is not None and len(_joined(parts)) > room and max(parts)[0] > 0:
+    while max_width is not None and len(_joined(parts)) > max_width and max(parts)[0] > 0:
         parts.remove(max(parts))
     return _joined(parts)
 
@@ -176,8 +176,8 @@ def _bars() -> Progress:
 def _draw(progress: Progress, bar: TaskID, job: Job) -> None:
     steps, width = job.progress, progress.console.width
     total = steps.num_steps or (1 if job.is_final else None)
-    room = width - len(job.id) - 1 - (_BAR_CELLS + 1 if _has_room_for_bars(width) else 0)
-    progress.update(bar, completed=steps.step, total=total, facts=output.clean(facts(job, room=room)))
+    max_width = width - len(job.id) - 1 - (_BAR_CELLS + 1 if _has_room_for_bars(width) else 0)
+    progress.update(bar, completed=steps.step, total=total, facts=output.clean(facts(job, max_width=max_width)))
 
 
 def _has_room_for_bars(width: int) -> bool:

@@ -36,7 +36,7 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, empty:
     return None
 
 
-def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> dict[int, int]:
+def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], max_width: int) -> dict[int, int]:
     """Of each column that is shown, by its index."""
     from rich.cells import cell_len
 
@@ -46,11 +46,11 @@ def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int
     }
     least = {index: min(width, columns[index].narrowest or width) for index, width in widths.items()}
     going = sorted((i for i in widths if i and columns[i].goes), key=lambda i: columns[i].goes, reverse=True)
-    while going and _total(least) > room:
+    while going and _total(least) > max_width:
         dropped = going.pop(0)
         del widths[dropped], least[dropped]
     for index in sorted(widths, key=lambda i: widths[i] - least[i], reverse=True):
-        excess = _total(widths) - room
+        excess = _total(widths) - max_width
         if index and excess > 0:
             widths[index] = max(least[index], widths[index] - excess)
     return widths

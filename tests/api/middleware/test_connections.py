@@ -54,7 +54,7 @@ class ManualLoop:
         work.close()
         return Unstarted()
 
-    def turn(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         end = self.now + seconds
         while due := [timer for timer in self.timers if timer.at <= end and not timer.is_cancelled]:
             timer = min(due, key=lambda each: each.at)
@@ -110,7 +110,7 @@ class Wire:
         loop = cast(asyncio.AbstractEventLoop, self.loop)
         self.connection = HttpConnection(config=config, server_state=ServerState(), app_state={}, _loop=loop)
         self.connection.connection_made(cast(asyncio.Transport, self.transport))
-        self.receive, self.turn = self.connection.data_received, self.loop.turn
+        self.receive, self.advance = self.connection.data_received, self.loop.advance
 
     @property
     def end(self) -> str | None:
@@ -126,10 +126,10 @@ LIMITS = Timeouts()
 
 
 def test_a_connection_that_sends_nothing_is_closed(wire: Wire) -> None:
-    wire.turn(LIMITS.header_seconds - 1)
+    wire.advance(LIMITS.header_seconds - 1)
     assert wire.end is None
 
-    wire.turn(1)
+    wire.advance(1)
 
     assert (wire.end, wire.transport.sent) == ("closed", b"")
 
@@ -137,7 +137,7 @@ def test_a_connection_that_sends_nothing_is_closed(wire: Wire) -> None:
 def test_headers_that_trickle_in_are_answered_with_408(wire: Wire) -> None:
     wire.receive(HEAD)
     for _ in range(20):
-        wire.turn(LIMITS.header_seconds / 20)
+        wire.advance(LIMITS.header_seconds / 20)
         if wire.end is None:
             wire.receive(b"X-More: 1\r\n")
 
@@ -153,11 +153,11 @@ def test_a_body_that_makes_no_progress_ends_the_connection_and_one_that_does_may
         wire.connection.flow.resume_reading()  # as the route does that reads it
         wire.receive(b"x" * MIN_BODY_BYTES)
         wire.connection.cycle.body.clear()
-        wire.turn(LIMITS.body_seconds)
+        wire.advance(LIMITS.body_seconds)
     assert wire.end is None
 
     wire.receive(b"x" * (MIN_BODY_BYTES - 1))
-    wire.turn(LIMITS.body_seconds)
+    wire.advance(LIMITS.body_seconds)
 
     assert wire.end == "aborted"
 
@@ -165,7 +165,7 @@ def test_a_body_that_makes_no_progress_ends_the_connection_and_one_that_does_may
 def test_a_body_that_the_server_does_not_read_is_not_the_clients_delay(wire: Wire) -> None:
     wire.receive(POST + b"x" * 100_000)  # more than uvicorn keeps: it stops reading
 
-    wire.turn(10 * LIMITS.body_seconds)
+    wire.advance(10 * LIMITS.body_seconds)
 
     assert wire.end is None
 
@@ -173,7 +173,7 @@ def test_a_body_that_the_server_does_not_read_is_not_the_clients_delay(wire: Wir
 def test_a_whole_request_may_be_worked_on_for_long(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
 
-    wire.turn(3600)
+    wire.advance(3600)
 
     assert wire.end is None
 
@@ -193,10 +193,10 @@ def drain(wire: Wire, num_waiting: int) -> None:
 def test_a_response_of_which_nothing_is_taken_ends_the_connection(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
     refill(wire, 100_000)
-    wire.turn(LIMITS.send_seconds - 1)
+    wire.advance(LIMITS.send_seconds - 1)
     assert wire.end is None
 
-    wire.turn(1)
+    wire.advance(1)
 
     assert wire.end == "aborted"
 
@@ -204,10 +204,10 @@ def test_a_response_of_which_nothing_is_taken_ends_the_connection(wire: Wire) ->
 def test_a_client_that_takes_a_byte_a_minute_is_disconnected(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
     refill(wire, 100_000)
-    wire.turn(LIMITS.send_seconds / 2)
+    wire.advance(LIMITS.send_seconds / 2)
     wire.transport.num_waiting -= 1
 
-    wire.turn(LIMITS.send_seconds / 2)
+    wire.advance(LIMITS.send_seconds / 2)
 
     assert wire.end == "aborted"
 
@@ -218,7 +218,7 @@ def test_a_slow_download_goes_on_at_whatever_fill_level_it_is_checked(wire: Wire
     seconds = LIMITS.send_seconds / 5
     refill(wire, 100_000)
     for _ in range(100):
-        wire.turn(seconds)
+        wire.advance(seconds)
         drain(wire, 10_000)
         refill(wire, 150_000)
     assert wire.end is None
@@ -229,7 +229,7 @@ def test_a_client_that_takes_just_enough_to_resume_the_response_is_disconnected(
     for _ in range(3):
         if wire.end is None:
             refill(wire, 65_537)
-            wire.turn(LIMITS.send_seconds * 0.9)
+            wire.advance(LIMITS.send_seconds * 0.9)
             drain(wire, 16_384)
 
     assert wire.end == "aborted"
@@ -239,9 +239,9 @@ def test_time_in_which_the_server_produces_nothing_is_not_the_clients_delay(wire
     wire.receive(HEAD + b"\r\n")
     for _ in range(20):
         refill(wire, 70_000)
-        wire.turn(1)
+        wire.advance(1)
         drain(wire, 10_000)
-        wire.turn(LIMITS.send_seconds)
+        wire.advance(LIMITS.send_seconds)
 
     assert wire.end is None
 
@@ -251,11 +251,11 @@ def test_a_client_that_takes_the_minimum_in_each_period_is_not_disconnected(wire
     refill(wire, 20 * MIN_RESPONSE_BYTES)
     for _ in range(10):
         wire.transport.num_waiting -= MIN_RESPONSE_BYTES
-        wire.turn(LIMITS.send_seconds)
+        wire.advance(LIMITS.send_seconds)
     assert wire.end is None
 
     wire.transport.num_waiting -= MIN_RESPONSE_BYTES - 1
-    wire.turn(LIMITS.send_seconds)
+    wire.advance(LIMITS.send_seconds)
 
     assert wire.end == "aborted"
 
@@ -268,7 +268,7 @@ def test_the_end_of_a_response_must_be_taken_too(wire: Wire) -> None:
     asyncio.run(wire.connection.cycle.send({"type": "http.response.body", "body": b"", "more_body": False}))
     drain(wire, 10_000)
 
-    wire.turn(LIMITS.send_seconds)
+    wire.advance(LIMITS.send_seconds)
 
     assert wire.transport.ends[-1] == "aborted"
 
@@ -280,12 +280,12 @@ def test_time_before_the_next_response_is_not_the_clients_delay(wire: Wire) -> N
     asyncio.run(wire.connection.cycle.send({"type": "http.response.body", "body": b"", "more_body": False}))
     wire.transport.num_waiting = 0  # the client takes it, and asyncio calls nothing
     wire.receive(HEAD + b"\r\n")
-    wire.turn(LIMITS.send_seconds - 3)  # the server works on it
+    wire.advance(LIMITS.send_seconds - 3)  # the server works on it
     refill(wire, 100_000)
 
-    wire.turn(LIMITS.send_seconds - 1)
+    wire.advance(LIMITS.send_seconds - 1)
     assert wire.end is None
-    wire.turn(1)
+    wire.advance(1)
 
     assert wire.end == "aborted"
 
@@ -296,7 +296,7 @@ def test_a_finished_response_that_is_not_taken_ends_the_connection(wire: Wire) -
     asyncio.run(wire.connection.cycle.send({"type": "http.response.start", "status": 204, "headers": []}))
     asyncio.run(wire.connection.cycle.send({"type": "http.response.body", "body": b"", "more_body": False}))
 
-    wire.turn(LIMITS.send_seconds)
+    wire.advance(LIMITS.send_seconds)
 
     assert wire.transport.ends == ["closed", "aborted"]  # uvicorn's wait for a further request, and then ours
 
@@ -306,7 +306,7 @@ def test_a_live_stream_whose_client_waits_for_news_goes_on(wire: Wire) -> None:
     wire.connection.pause_writing()  # nothing waits any more
     wire.connection.resume_writing()
 
-    wire.turn(24 * 3600)
+    wire.advance(24 * 3600)
 
     assert wire.end is None
 

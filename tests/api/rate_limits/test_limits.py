@@ -45,7 +45,7 @@ class Hand:
     def __call__(self) -> float:
         return self.now
 
-    def turn(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += seconds
 
 
@@ -77,7 +77,7 @@ def test_every_answer_tells_what_is_left_and_one_too_many_is_refused(client: Tes
     assert "3 requests a minute" in error["message"]
     assert "Try again in 20s" in error["message"]
     assert (answers[3].headers["retry-after"], answers[3].headers["retry-after-ms"]) == ("20", "20000")
-    hand.turn(20)
+    hand.advance(20)
     assert client.get("/v1/files").status_code == 200
 
 
@@ -94,7 +94,7 @@ def test_requests_beyond_a_keys_limit_are_refused_without_asking_the_database(
     monkeypatch.setattr(authentication, "authenticate", counted)
 
     statuses = [client.get("/v1/files").status_code for _ in range(9)]
-    hand.turn(20)
+    hand.advance(20)
     statuses.append(client.get("/v1/files").status_code)
 
     assert statuses == [200] * 3 + [429] * 6 + [200]
@@ -115,9 +115,9 @@ def test_each_trial_of_a_sweep_counts_as_a_request(
 
     left = [answer.headers["x-ratelimit-remaining-requests"] for answer in (made, again, another)]
     assert left == ["9", "8", "0"]
-    hand.turn(MAX_DEBT_SECONDS)
+    hand.advance(MAX_DEBT_SECONDS)
     assert client.get("/v1/files").status_code == 429
-    hand.turn(1)
+    hand.advance(1)
     assert client.get("/v1/files").status_code == 200
 
 
@@ -249,7 +249,7 @@ def test_an_address_that_sends_many_wrong_keys_is_refused_before_they_are_checke
     assert error_of(refused[0])["code"] == "too_many_failed_authentications"
     assert refused[0].headers["retry-after"] == "1"
     monkeypatch.undo()
-    guesser.hand.turn(1)
+    guesser.hand.advance(1)
     assert guesser.get("lorry_key-1_x").status_code == 401
 
 
@@ -391,7 +391,7 @@ def test_the_openai_client_waits_as_long_as_it_is_told(site: Site, hand: Hand, m
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
-        hand.turn(seconds)
+        hand.advance(seconds)
 
     monkeypatch.setattr("openai._base_client.time", SimpleNamespace(sleep=sleep, time=time.time))
     with openai.OpenAI(base_url=f"{site.url}/v1", api_key=site.key) as client:
@@ -410,12 +410,12 @@ def test_the_sdk_waits_as_long_as_it_is_told_and_not_for_hours(site: Site, hand:
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
-        hand.turn(seconds)
+        hand.advance(seconds)
 
     with Lorry(site.url, site.key, sleep=sleep) as lorry:
         for _ in range(4):
             list(lorry.files.list())
-        hand.turn(60)
+        hand.advance(60)
         for seed in range(2):
             lorry.jobs.create(model="smol", training_file=world.file_id, seed=seed)
         with pytest.raises(RateLimited, match="2 jobs a day"):

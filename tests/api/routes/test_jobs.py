@@ -379,7 +379,7 @@ def test_the_estimated_finish_stands_still_between_two_reports_of_progress(clien
     path = f"{JOBS}/{claim.job.id}"
 
     first = client.get(path).json()
-    world.clock.turn(50)
+    world.clock.advance(50)
     second = client.get(path).json()
 
     assert first["estimated_finish"] == second["estimated_finish"]

@@ -38,11 +38,11 @@ class Names:
 def settled() -> Coroutine[Any, Any, None]:
     """Every task has come as far as it can."""
 
-    async def turn() -> None:
+    async def entry() -> None:
         for _ in range(20):
             await asyncio.sleep(0)
 
-    return turn()
+    return entry()
 
 
 def test_names_that_are_never_answered_hold_up_their_own_project_alone() -> None:

@@ -181,7 +181,7 @@ def test_events_are_found_by_what_they_are_by_whom_about_whose_and_when(world: W
     start = world.clock.now
     with audit.coming_from(Origin(actor=MINE)):
         job = world.submit()
-    world.clock.turn(1)
+    world.clock.advance(1)
     middle = world.clock.now
     world.submit()
     everybody = an_operator(world)

@@ -62,7 +62,7 @@ def test_processes_that_race_get_different_rows(db: Database) -> None:
 
 def test_an_expired_lease_is_taken_over_and_its_late_holder_changes_nothing(db: Database, clock: Clock) -> None:
     late = take(db, limit=len(NAMES))["b0"]
-    clock.turn(LEASE + 1)
+    clock.advance(LEASE + 1)
     holder = take(db, limit=1)["b0"]
 
     assert not write(db, late, "late")
@@ -73,7 +73,7 @@ def test_an_expired_lease_is_taken_over_and_its_late_holder_changes_nothing(db: 
 
 def test_a_lease_that_nobody_took_over_is_still_its_holders(db: Database, clock: Clock) -> None:
     claim_id = take(db)["b0"]
-    clock.turn(2 * LEASE)
+    clock.advance(2 * LEASE)
 
     assert lease.renew(db, BaseModelRow, claim_id, lease_seconds=LEASE)
 
@@ -83,13 +83,13 @@ def test_a_lease_that_nobody_took_over_is_still_its_holders(db: Database, clock:
 
 def test_a_lease_that_is_renewed_is_kept_until_its_new_end(db: Database, clock: Clock) -> None:
     claim_id = take(db, limit=len(NAMES))["b0"]
-    clock.turn(LEASE - 1)
+    clock.advance(LEASE - 1)
     assert lease.renew(db, BaseModelRow, claim_id, lease_seconds=LEASE)
 
-    clock.turn(LEASE - 1)
+    clock.advance(LEASE - 1)
     assert "b0" not in take(db, limit=len(NAMES))
 
-    clock.turn(2)
+    clock.advance(2)
     assert list(take(db)) == ["b0"]
 
 

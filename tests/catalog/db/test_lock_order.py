@@ -121,7 +121,7 @@ def test_leases_are_extended_after_an_outage_without_holding_the_workers_row(wor
     mine = world.running()
     world.queued()
     (other,) = world.claim("w2")
-    world.clock.turn(LEASE)
+    world.clock.advance(LEASE)
 
     with ThreadPoolExecutor(1) as pool:
         with world.db.write() as session:

@@ -193,7 +193,7 @@ ACTS: dict[str, Act] = {
     "deadlines that can't be met": lambda w, _: deadlines.tell_late(w.db),
     "a look for whom to preempt": lambda w, _: (
         w.queued(priority="urgent"),
-        w.clock.turn(60),
+        w.clock.advance(60),
         preemption.look(w.db, policy=USUAL),
     ),
     "a claim of one that joins": lambda w, ids: w.claim("w1", ONE, pack_key=w.job(ids["running"]).pack_key),
@@ -202,7 +202,7 @@ ACTS: dict[str, Act] = {
     ),
     "a claim": lambda w, _: w.claim("w2"),
     "leases that are past": lambda w, _: recovery.expire(w.db, lease_seconds=LEASE),
-    "leases after an outage": lambda w, _: (w.clock.turn(10 * LEASE), recovery.expire(w.db, lease_seconds=LEASE)),
+    "leases after an outage": lambda w, _: (w.clock.advance(10 * LEASE), recovery.expire(w.db, lease_seconds=LEASE)),
     "a worker that left": lambda w, _: workers.end_worker(w.db, "w2"),
     "a worker that is lost": lambda w, _: workers.declare_lost(w.db, "w1"),
     "a page of the audit log": lambda w, _: log.list_page(w.db, caller=w.caller, filters=Filters()),
@@ -235,14 +235,14 @@ ACTS: dict[str, Act] = {
     ),
     "a replay": lambda w, ids: delivery_log.replay(w.db, **owner(w), delivery_id=ids["delivery"]),
     "deliveries that are due, and a try": lambda w, _: send(w, status_code=503),
-    "whether a delivery is due": lambda w, _: delivery_queue.claim(w.db, pepper=PEPPER, room=9, in_flight=[]),
+    "whether a delivery is due": lambda w, _: delivery_queue.claim(w.db, pepper=PEPPER, limit=9, in_flight=[]),
     "replays since a time": lambda w, ids: delivery_log.replay_failed(
         w.db, **owner(w), endpoint_id=ids["hook"], since=w.clock.now
     ),
     "exports that are due, and what is written": lambda w, _: export(w),
     "a look for exports": lambda w, _: tracker_exports.claim(w.db, types=["tensorboard"], limit=9),
     "a repeated submission": lambda w, _: (
-        w.clock.turn(3600),
+        w.clock.advance(3600),
         submission.made_before(w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True),
     ),
     "a repeated sweep": lambda w, _: creation.made_before(

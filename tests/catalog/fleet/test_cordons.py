@@ -176,7 +176,7 @@ def test_of_several_workers_at_one_place_as_many_stay_cordoned_as_were(world: Wo
         world.worker(worker_id)
     cordons.cordon(world.db, "w2", reason="Its fan is loud.")
     for worker_id in ("w2", "w1", "w3"):
-        world.clock.turn(1)
+        world.clock.advance(1)
         workers.end_worker(world.db, worker_id)
 
     for worker_id in ("w4", "w5", "w6"):
@@ -193,12 +193,12 @@ def test_of_several_workers_at_one_place_as_many_stay_cordoned_as_were(world: Wo
 def test_who_follows_a_killed_worker_at_once_is_cordoned_as_soon_as_that_one_counts_as_gone(world: World) -> None:
     world.worker("old")
     cordons.cordon(world.db, "old", reason="Its fan is loud.")
-    world.clock.turn(1)
+    world.clock.advance(1)
     world.worker("new")
     world.worker("gpu", kind="cuda")
 
     def is_cordoned_after(seconds: float) -> bool:
-        world.clock.turn(seconds)
+        world.clock.advance(seconds)
         for worker_id in ("new", "gpu"):
             workers.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None)
         return row(world, "new").cordon is not None
@@ -258,7 +258,7 @@ def test_a_node_that_fails_three_jobs_running_is_cordoned_with_the_evidence(worl
     assert (noted.type, noted.object_id, noted.actor_type) == ("worker.cordoned", "w1", "server")
     assert sorted(noted.details["jobs"]) == sorted(failed)
     assert all("failed on it one after the other" in messages(world, job_id)[-1] for job_id in failed)
-    world.clock.turn(60)
+    world.clock.advance(60)
     world.beat(worker_id="w1")
     assert world.claim() == []
     world.worker("w2")
@@ -297,7 +297,7 @@ def test_a_poison_job_and_those_beside_it_are_no_fault_of_the_node(world: World)
     for _ in range(2):  # until each of them is suspect, and trains alone
         for claim in world.claim(trainer_id=f"t{world.clock()}"):
             queue_claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
-        world.clock.turn(60)
+        world.clock.advance(60)
 
     (poison,) = world.claim(trainer_id="alone")
     queue_claims.end(world.db, poison.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
@@ -347,7 +347,7 @@ def test_a_job_that_crashes_together_with_anothers_is_no_second_witness(world: W
         for claim in held:
             reason = EndReason.TRAINER_CRASHED if is_crash else EndReason.DRAINED
             queue_claims.end(world.db, claim.claim_id, reason=reason, detail="")
-        world.clock.turn(60)
+        world.clock.advance(60)
         world.beat()
 
     assert row(world).cordon is None
@@ -358,7 +358,7 @@ def test_failed_jobs_of_one_project_that_progress_elsewhere_cordon_the_worker_th
     busy_stranger(world)
     failed = [fail(world, trainer=name) for name in ("t1", "t2", "t3")]
     world.worker("w2", host="there")
-    world.clock.turn(3600)
+    world.clock.advance(3600)
     for claim in world.claim("w2"):
         world.complete(claim.claim_id, content=claim.job.id)
     assert {world.job(job_id).state for job_id in failed} == {JobState.SUCCEEDED}
@@ -375,7 +375,7 @@ def test_jobs_that_ran_out_of_memory_and_fit_elsewhere_are_no_evidence(world: Wo
     for name in ("t1", "t2", "t3"):
         fail(world, trainer=name, reason=EndReason.CUDA_OOM)
     world.worker("w2", host="there")
-    world.clock.turn(3600)
+    world.clock.advance(3600)
     for claim in world.claim("w2"):
         world.complete(claim.claim_id, content=claim.job.id)
 
@@ -484,7 +484,7 @@ def test_a_bad_node_is_found_before_any_of_three_jobs_has_used_up_its_attempts(w
     waiting = [world.queued().id for _ in range(3)]
     world.worker()
     for number in range(100):
-        held = world.claim(trainer_id=f"trainer-{number}", room=ALONE)
+        held = world.claim(trainer_id=f"trainer-{number}", capacity=ALONE)
         world.pass_time(seconds_each if held else 1, *(claim.claim_id for claim in held))
         for claim in held:
             queue_claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="It ended.")

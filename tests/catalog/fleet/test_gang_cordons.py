@@ -41,7 +41,7 @@ def test_what_succeeded_with_a_member_clears_it(world: World) -> None:
     for number in range(2):
         fail_of_gang(world, f"trainer-{number}", blamed="w2")
     workers.register_trainer(world.db, trainer_id="good", worker_id="w1", base_digest="", pack_key="", report=OF_GANG)
-    world.clock.turn(3600)
+    world.clock.advance(3600)
     for claim in world.claim("w1", trainer_id="good"):
         world.complete(claim.claim_id)
 

@@ -111,7 +111,7 @@ def test_ranks_follow_from_how_many_processes_each_has(world: World) -> None:
 @pytest.mark.parametrize("why", ["silent", "ended", "cordoned", "leaving", "no member"])
 def test_none_is_called_where_one_can_not_be(gang: Gang, clock: Clock, why: str) -> None:
     gang.lead("w1")
-    clock.turn(SILENT + 1)
+    clock.advance(SILENT + 1)
     gang.beat("w1", *([] if why == "silent" else ["w2"]))
     if why == "ended":
         workers.end_worker(gang.world.db, "w2")
@@ -131,7 +131,7 @@ def test_none_starts_where_one_is_lost_between_joining_and_the_start(gang: Gang,
     gang.lead("w1")
     led = gang.open("w1", "w2")
     gangs.join(gang.place("w2"), led.round_id)
-    clock.turn(SILENT + 1 if why != "late" else JOIN + 1)
+    clock.advance(SILENT + 1 if why != "late" else JOIN + 1)
     gang.beat("w1", *([] if why == "silent" else ["w2"]))
     if why == "ended":
         workers.declare_lost(gang.world.db, "w2")
@@ -150,7 +150,7 @@ def test_none_starts_where_one_is_lost_between_joining_and_the_start(gang: Gang,
 def test_who_joins_too_late_or_a_round_that_is_over_is_told(gang: Gang, clock: Clock) -> None:
     gang.lead("w1")
     first = gang.open("w1", "w2")
-    clock.turn(JOIN + 1)
+    clock.advance(JOIN + 1)
     gang.beat("w1", "w2")
     late = refuses(lambda: gangs.join(gang.place("w2"), first.round_id))
 
@@ -166,7 +166,7 @@ def test_the_lead_goes_to_another_when_the_leader_is_gone_and_its_round_is_over(
     gang.lead("w1")
     led = gang.open("w1", "w2")
     gangs.join(gang.place("w2"), led.round_id)
-    clock.turn(SILENT + 1)
+    clock.advance(SILENT + 1)
     gang.beat("w2")
 
     assert gang.lead("w2")
@@ -198,7 +198,7 @@ def test_the_leader_learns_who_has_ended_and_who_is_lost(gang: Gang, clock: Cloc
     gang.lead("w1")
     led = gang.open("w1", "w2", "w3")
     gangs.leave(gang.place("w2"), led.round_id, end=KILLED)
-    clock.turn(SILENT + 1)
+    clock.advance(SILENT + 1)
     gang.beat("w1", "w2")
 
     found = gangs.progress(gang.place("w1"), led.round_id)
@@ -273,10 +273,10 @@ def test_a_database_whose_clock_is_set_loses_no_member_and_keeps_none_that_died(
     led = gang.open("w1", "w2")
     place = replace(gang.place("w1"), heard=heard)
     for _ in range(2):
-        clock.turn(10)
+        clock.advance(10)
         gang.beat("w1", "w2")
         gangs.progress(place, led.round_id)
-    clock.turn(hours * 3600)
+    clock.advance(hours * 3600)
 
     at_once = gangs.progress(place, led.round_id).lost
     own[0] += SILENT / 2
@@ -305,7 +305,7 @@ def test_a_job_is_told_how_many_of_its_gang_are_there(gang: Gang, clock: Clock) 
     job = gang.world.queued()
     gang.lead("w1")
     with_both = explain(gang.world.db, **gang.world.of(job.id))
-    clock.turn(SILENT + 1)
+    clock.advance(SILENT + 1)
     gang.beat("w1")
 
     alone = explain(gang.world.db, **gang.world.of(job.id))
@@ -363,7 +363,7 @@ class Course:
             gangs.end_round(self.gang.place(who), led.round_id)
 
     def wait(self, _: str) -> None:
-        self.clock.turn(SILENT + 1)
+        self.clock.advance(SILENT + 1)
         self.gang.beat(*(name for name in NAMES if name not in self.dead))
 
     def die(self, who: str) -> None:

@@ -76,12 +76,12 @@ def test_every_state_class_and_reason_is_told_before_there_is_any(world: World) 
 def test_the_oldest_wait_is_of_its_class_and_ends_when_it_is_claimed(world: World) -> None:
     world.worker()
     world.queued(priority="urgent")
-    world.clock.turn(50)
+    world.clock.advance(50)
     world.queued(priority="normal")
     held = world.submit(priority="batch")
     position.hold(world.db, **world.of(held.id))
     world.prepare_all()
-    world.clock.turn(100)
+    world.clock.advance(100)
 
     waits = read(world).oldest_wait_seconds
 
@@ -153,7 +153,7 @@ def test_two_workers_of_one_host_are_told_apart_by_their_devices(
 
 
 def test_webhooks_that_wait_and_how_long_the_first_was_due(world: World) -> None:
-    world.clock.turn(0)
+    world.clock.advance(0)
     now = world.clock.now
     with world.db.write() as session:
         about: dict[str, Any] = {"name": "n", "url": "u", "event_types": [], "salt": "s", "ending": "e"}

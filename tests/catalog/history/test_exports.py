@@ -80,7 +80,7 @@ def test_a_worker_that_dies_leaves_the_run_to_the_next_where_it_was(world: World
     (first,) = claim(world)
     tracker_exports.record(world.db, first, tracker_exports.look(world.db, first), run_id="r")
 
-    world.clock.turn(tracker_exports.LEASE_SECONDS + 1)
+    world.clock.advance(tracker_exports.LEASE_SECONDS + 1)
     (second,) = claim(world)
     late = tracker_exports.record(world.db, first, tracker_exports.look(world.db, first), run_id="r")
 
@@ -95,7 +95,7 @@ def test_a_job_that_is_paused_lets_its_runs_sleep_until_it_trains_again(world: W
     claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.PAUSED_BY_USER, detail="")
 
     _, follows = tracker_exports.record(world.db, export, tracker_exports.look(world.db, export), run_id="r")
-    world.clock.turn(10 * tracker_exports.LEASE_SECONDS)
+    world.clock.advance(10 * tracker_exports.LEASE_SECONDS)
     asleep = claim(world)
     commands.resume(world.db, **world.of(job.id))
     world.claim()
@@ -121,7 +121,7 @@ def test_the_end_is_told_after_the_last_point_with_the_adapters_figures(world: W
     assert (last.end["status"], last.end["adapter"]) == ("succeeded", adapter.name)
     assert last.end["numbers"] == {"final.trained_tokens": 5}
     assert done is Follows.DONE
-    world.clock.turn(10 * tracker_exports.LEASE_SECONDS)
+    world.clock.advance(10 * tracker_exports.LEASE_SECONDS)
     assert claim(world) == []
 
 
@@ -148,7 +148,7 @@ def test_a_failure_is_told_once_tried_again_later_and_given_up_in_the_end(world:
         tracker_exports.fail(world.db, export, "No such host.")
         failed_at = world.clock.now
         while not (found := claim(world)) and world.clock.now < failed_at + 3 * 3600:
-            world.clock.turn(10)
+            world.clock.advance(10)
         waits.append(world.clock.now - failed_at)
         for one in found:
             tracker_exports.release(world.db, one)

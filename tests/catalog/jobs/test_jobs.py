@@ -65,7 +65,7 @@ def test_an_identical_body_is_the_same_job_only_as_a_retry_and_only_for_ten_minu
 
     second = world.send(body)
     retry = world.send(body, is_client_retry=True)
-    world.clock.turn(601)
+    world.clock.advance(601)
     late = world.send(body, is_client_retry=True)
 
     assert len({first.id, second.id, late.id}) == 3

@@ -34,9 +34,9 @@ def test_a_claim_reads_a_part_of_the_queue(world: World) -> None:
     world.worker()
     held, first, submitted = world.running().job, world.queued(), world.submit()
     looks = {
-        "a new trainer": lambda: world.claim(room=ONE),
-        "a trainer that is loaded": lambda: world.claim(room=replace(ONE, resident_key=held.pack_key)),
-        "jobs that join": lambda: world.claim(pack_key=held.pack_key, room=ONE),
+        "a new trainer": lambda: world.claim(capacity=ONE),
+        "a trainer that is loaded": lambda: world.claim(capacity=replace(ONE, resident_key=held.pack_key)),
+        "jobs that join": lambda: world.claim(pack_key=held.pack_key, capacity=ONE),
         "files to prepare": lambda: preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE),
     }
 
@@ -55,7 +55,7 @@ def test_a_claim_reads_no_job_many_times_before_the_database_has_looked_at_its_t
     world = World(db, clock)
     world.flood(world.queued(), 300)
 
-    number = rows_scanned(db, lambda: world.claim(room=ONE))
+    number = rows_scanned(db, lambda: world.claim(capacity=ONE))
     db.close()
 
     assert 0 < number < 20 * 300
@@ -63,11 +63,11 @@ def test_a_claim_reads_no_job_many_times_before_the_database_has_looked_at_its_t
 
 def test_a_project_with_more_jobs_than_are_ever_looked_at_hides_nobody(world: World) -> None:
     world.flood(world.queued(), listing.MAX_SHOWN + 10)
-    world.claim(room=ONE)
+    world.claim(capacity=ONE)
     other = theirs(world)
 
     shown = listing.snapshot(world.db, project_id=world.stranger.project_id)["jobs"]
-    (claim,) = world.claim("w2", room=ONE)
+    (claim,) = world.claim("w2", capacity=ONE)
 
     assert [(entry["job_id"], entry["position"]) for entry in shown] == [(other.id, 1)]
     assert claim.job.id == other.id
@@ -78,7 +78,7 @@ def test_jobs_that_are_too_large_do_not_hide_the_one_behind_them(world: World) -
     world.flood(world.queued(model="large"), 40)
     small = world.queued()
 
-    claimed = world.claim(room=Capacity(max_jobs=2, memory_bytes_free=10**10))
+    claimed = world.claim(capacity=Capacity(max_jobs=2, memory_bytes_free=10**10))
 
     assert [claim.job.id for claim in claimed] == [small.id]
 
@@ -91,7 +91,9 @@ def test_a_worker_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit
     looks = {
         "a new trainer": lambda: world.claim("w2", full),
         "a trainer that is loaded": lambda: world.claim("w2", replace(full, resident_key=held.pack_key)),
-        "jobs that join": lambda: world.claim(pack_key=held.pack_key, room=replace(full, memory_bytes_when_empty=1)),
+        "jobs that join": lambda: world.claim(
+            pack_key=held.pack_key, capacity=replace(full, memory_bytes_when_empty=1)
+        ),
     }
 
     found = {name: rows_read(world.db, look) for name, look in looks.items()}
@@ -104,12 +106,12 @@ def test_smaller_packmates_are_seen_behind_more_that_do_not_fit_than_there_are_p
     first = world.queued()
     world.flood(world.queued(lora={"rank": 32}), 20)
     small = world.queued()
-    room = Capacity(
+    capacity = Capacity(
         max_jobs=3, memory_bytes_free=alone(world, first) + alone(world, small) - (first.trainer_bytes or 0)
     )
 
-    claimed = world.claim(room=room)
-    more = world.claim("w2", pack_key=first.pack_key, room=replace(room, memory_bytes_free=own(world, first)))
+    claimed = world.claim(capacity=capacity)
+    more = world.claim("w2", pack_key=first.pack_key, capacity=replace(capacity, memory_bytes_free=own(world, first)))
 
     assert [claim.job.id for claim in claimed] == [first.id, small.id]
     assert more == []
@@ -130,7 +132,7 @@ def test_a_job_that_a_worker_of_an_older_version_left_in_the_queue_as_it_took_it
         session.get_one(Job, ghost.job.id).queued_at = 1.0
     job = world.queued()
 
-    claimed = world.claim(pack_key=ghost.job.pack_key, room=ONE)
+    claimed = world.claim(pack_key=ghost.job.pack_key, capacity=ONE)
 
     assert [claim.job.id for claim in claimed] == [job.id]
 
@@ -141,10 +143,10 @@ def test_a_trainer_is_not_let_run_empty_for_a_job_that_would_not_even_then_fit(w
     live = world.running().job.pack_key
     world.queued(model="large")
     mate = world.queued()
-    world.clock.turn(2 * PATIENCE_SECONDS)
+    world.clock.advance(2 * PATIENCE_SECONDS)
 
-    stopped = world.claim(pack_key=live, room=ONE)
-    joined = world.claim(pack_key=live, room=replace(ONE, memory_bytes_when_empty=10**9))
+    stopped = world.claim(pack_key=live, capacity=ONE)
+    joined = world.claim(pack_key=live, capacity=replace(ONE, memory_bytes_when_empty=10**9))
 
     assert (stopped, [claim.job.id for claim in joined]) == ([], [mate.id])
 
@@ -171,7 +173,7 @@ def test_packmates_are_found_however_deep_they_stand(world: World) -> None:
     world.flood(world.queued(model="other"), 60)
     mate = world.queued()
 
-    claimed = world.claim(room=Capacity(max_jobs=4, memory_bytes_free=10**12))
+    claimed = world.claim(capacity=Capacity(max_jobs=4, memory_bytes_free=10**12))
 
     assert [claim.job.id for claim in claimed] == [first.id, mate.id]
 
@@ -217,8 +219,8 @@ def test_a_job_that_was_prepared_before_its_needs_were_kept_is_claimed_by_what_i
         old.own_bytes = old.saved_bytes = old.trainer_bytes = old.slice_bytes = None
     enough = (needed.own_bytes or 0) + (needed.trainer_bytes or 0)
 
-    assert world.claim(room=Capacity(max_jobs=1, memory_bytes_free=enough - 1)) == []
-    assert len(world.claim(room=Capacity(max_jobs=1, memory_bytes_free=enough))) == 1
+    assert world.claim(capacity=Capacity(max_jobs=1, memory_bytes_free=enough - 1)) == []
+    assert len(world.claim(capacity=Capacity(max_jobs=1, memory_bytes_free=enough))) == 1
 
 
 def test_waiting_is_reckoned_from_the_last_time_that_a_job_came_into_the_queue(world: World) -> None:
@@ -249,7 +251,7 @@ def test_a_job_that_lost_its_worker_keeps_its_place_among_its_projects_jobs(worl
 
     claims.end(world.db, drained.claim_id, reason=EndReason.DRAINED, detail="")
 
-    (again,) = world.claim(room=ONE)
+    (again,) = world.claim(capacity=ONE)
     assert again.job.id == drained.job.id
 
 
@@ -276,7 +278,7 @@ def test_a_class_that_waits_to_be_prepared_rises(world: World) -> None:
         return found.job.id
 
     first = next_one()
-    world.clock.turn(3 * PROMOTE_AFTER_SECONDS)
+    world.clock.advance(3 * PROMOTE_AFTER_SECONDS)
     second, third = next_one(), next_one()
 
     assert first == pressing.id

@@ -15,9 +15,11 @@ from tests.catalog.world import World
 ALONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
 
 
-def load(world: World, worker_id: str, name: str, *, is_ready: bool = False, room: Capacity = ALONE) -> claiming.Claim:
+def load(
+    world: World, worker_id: str, name: str, *, is_ready: bool = False, capacity: Capacity = ALONE
+) -> claiming.Claim:
     """Claim the next job for a trainer of that name, which gets ready or not."""
-    (claim,) = world.claim(worker_id, room, trainer_id=name)
+    (claim,) = world.claim(worker_id, capacity, trainer_id=name)
     key, digest = claim.job.pack_key, claim.job.base_digest
     report = {"group": {}, **({"memory": {"base_bytes": 1}} if is_ready else {})}
     named = {"trainer_id": name, "worker_id": worker_id, "base_digest": digest, "pack_key": key}

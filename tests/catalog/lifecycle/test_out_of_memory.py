@@ -19,7 +19,7 @@ OOM = sorted(failures.OF_MEMORY)
 
 def short(world: World, claim: Claim, reason: EndReason = EndReason.CUDA_OOM) -> JobState:
     state = claims.end(world.db, claim.claim_id, reason=reason, detail="The GPU ran out of memory.")
-    world.clock.turn(31)
+    world.clock.advance(31)
     return state
 
 
@@ -59,11 +59,11 @@ def test_after_a_shortage_come_smaller_ticks_then_a_trainer_to_itself_then_the_e
 
 
 def test_what_would_fit_is_told_of_a_job_that_is_given_up(world: World) -> None:
-    room = on(world, 2, 17)
+    capacity = on(world, 2, 17)
     job = queued_large(world)
 
     for _ in range(MAX_COUNTED_ATTEMPTS):
-        (claim,) = world.claim(room=room)
+        (claim,) = world.claim(capacity=capacity)
         short(world, claim)
 
     assert world.job(job.id).state == JobState.FAILED
@@ -78,11 +78,11 @@ def test_what_would_fit_is_told_of_a_job_that_is_given_up(world: World) -> None:
 
 def test_what_a_node_with_more_memory_than_the_reckoning_lacked_is_not_said_to_fit(world: World) -> None:
     """Its device has 50 GB where about 20 were reckoned: no card of 48 GB is told."""
-    room = on(world, 1, 50)
+    capacity = on(world, 1, 50)
     job = queued_large(world)
 
     for _ in range(MAX_COUNTED_ATTEMPTS):
-        (claim,) = world.claim(room=room)
+        (claim,) = world.claim(capacity=capacity)
         short(world, claim)
 
     message = (world.job(job.id).error or {})["message"]

@@ -22,7 +22,7 @@ ONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
 
 def order(world: World) -> list[str]:
     with world.db.read() as session:
-        return [turn.candidate.job_id for turn in listing.turns(session, now=world.clock())]
+        return [entry.candidate.job_id for entry in listing.queue_entries(session, now=world.clock())]
 
 
 def move(world: World, job: Job, **target: Any) -> Job:
@@ -40,7 +40,7 @@ def test_a_job_is_moved_before_and_behind_others_and_to_both_ends(world: World) 
     ):
         move(world, d, **target)
         assert order(world) == [job.id for job in expected]
-    (claim,) = world.claim(room=ONE)
+    (claim,) = world.claim(capacity=ONE)
     assert claim.job.id == a.id
     assert "stand after" in str([event.message for event in queries.events_since(world.db, **world.of(d.id), seq=0)])
 
@@ -76,7 +76,7 @@ def test_a_move_names_one_job_of_the_project_that_waits_in_the_same_class(world:
         move(world, job, before=foreign.id)
     with pytest.raises(NotFound):
         position.move_to(world.db, **world.of(foreign.id), target=MoveTarget(to="first"))
-    (claim,) = world.claim(room=ONE)
+    (claim,) = world.claim(capacity=ONE)
     with pytest.raises(Conflict) as refusal:
         move(world, claim.job, to="last")
     assert (refusal.value.code, refusal.value.remedy) == ("job_not_waiting", "A running job can be paused.")
@@ -102,7 +102,9 @@ def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> 
 
     assert world.job(job.id).state == "queued"
     assert order(world) == [behind.id]
-    assert [claim.job.id for claim in world.claim(room=Capacity(max_jobs=4, memory_bytes_free=10**12))] == [behind.id]
+    assert [claim.job.id for claim in world.claim(capacity=Capacity(max_jobs=4, memory_bytes_free=10**12))] == [
+        behind.id
+    ]
     assert world.claim(pack_key=job.pack_key) == []
     assert not pending.has_work(world.db)
     why = explanation.explain(world.db, **world.of(job.id))
@@ -110,11 +112,11 @@ def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> 
         True,
         "It is held, and isn't chosen before it is released: lorry jobs release.",
     )
-    world.clock.turn(100)
+    world.clock.advance(100)
     for _ in range(2):
         assert position.release(world.db, **world.of(job.id)).queued_at == world.job(job.id).queued_at
     assert explanation.explain(world.db, **world.of(job.id))["waited_seconds"] < 1
-    (claim,) = world.claim(room=ONE)
+    (claim,) = world.claim(capacity=ONE)
     assert claim.job.id == job.id
 
 
@@ -163,7 +165,7 @@ def test_a_job_that_cannot_meet_its_deadline_is_told_so_once_and_goes_on(world: 
     job, other = world.queued(deadline=int(world.clock.now) + 60), world.queued()
     assert deadlines.tell_late(world.db) == 0
 
-    world.clock.turn(100)
+    world.clock.advance(100)
     told = [deadlines.tell_late(world.db) for _ in range(2)]
 
     assert told == [1, 0]
@@ -184,7 +186,7 @@ def test_a_running_job_is_told_by_what_it_says_is_left(world: World) -> None:
 def test_a_job_that_comes_back_keeps_its_place(world: World) -> None:
     first, second = world.queued(), world.queued()
     move(world, second, to="first")
-    (claim,) = world.claim(room=ONE)
+    (claim,) = world.claim(capacity=ONE)
 
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
 

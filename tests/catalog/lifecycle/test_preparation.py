@@ -39,7 +39,7 @@ def test_preparation_goes_to_one_worker_and_can_be_given_back(world: World) -> N
     )
 
     assert preparation.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE) is None
-    world.clock.turn(6)
+    world.clock.advance(6)
     second = preparation.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
     assert second is not None
     assert second.job.id == job.id

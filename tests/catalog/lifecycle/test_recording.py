@@ -22,7 +22,7 @@ def test_a_new_checkpoint_forgives_bad_ends_and_a_replayed_one_does_not(world: W
         nonlocal claim
         recording.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"))
         state = claims.end(world.db, claim.claim_id, reason=EndReason.HOST_OOM, detail="")
-        world.clock.turn(31)
+        world.clock.advance(31)
         claim = next(iter(world.claim()), claim)
         return state
 
@@ -122,21 +122,21 @@ def test_the_seconds_of_a_job_are_those_under_a_claim(world: World) -> None:
         return round(queries.seconds_running(world.db, [job_id]).get(job_id, 0.0))
 
     claim = world.running()
-    world.clock.turn(10)
+    world.clock.advance(10)
     assert seconds(claim.job.id) == 10
 
     commands.pause(world.db, **world.of(claim.job.id))
     claims.end(world.db, claim.claim_id, reason=EndReason.PAUSED_BY_USER, detail="")
-    world.clock.turn(1000)
+    world.clock.advance(1000)
     assert seconds(claim.job.id) == 10
 
     commands.resume(world.db, **world.of(claim.job.id))
-    world.clock.turn(1000)
+    world.clock.advance(1000)
     (again,) = world.claim()
-    world.clock.turn(5)
+    world.clock.advance(5)
     assert seconds(claim.job.id) == 15
 
     world.complete(again.claim_id)
-    world.clock.turn(100)
+    world.clock.advance(100)
     assert seconds(claim.job.id) == 15
     assert queries.seconds_running(world.db, []) == {}

@@ -55,7 +55,7 @@ def test_a_late_heartbeat_before_recovery_saves_the_claim(world: World) -> None:
 def test_after_an_outage_every_lease_gets_one_lease_of_grace(world: World) -> None:
     alive, dead = world.queued(), world.queued()
     by_job = {claim.job.id: claim.claim_id for claim in world.claim()}
-    world.clock.turn(600)  # nobody can look, nobody can beat
+    world.clock.advance(600)  # nobody can look, nobody can beat
 
     first_look = recovery.expire(world.db, lease_seconds=LEASE)
     world.pass_time(LEASE - 1, by_job[alive.id])
@@ -73,7 +73,7 @@ def test_looks_that_are_far_apart_still_recover_a_job_by_the_second(world: World
     found = 0
 
     for _ in range(2):
-        world.clock.turn(5 * LEASE)
+        world.clock.advance(5 * LEASE)
         found += recovery.expire(world.db, lease_seconds=LEASE)
 
     assert found == 1
@@ -82,7 +82,7 @@ def test_looks_that_are_far_apart_still_recover_a_job_by_the_second(world: World
 @pytest.mark.parametrize("hours", [1, -1])
 def test_a_clock_that_is_turned_by_an_hour_reaps_nothing_and_strands_nothing(world: World, hours: int) -> None:
     claim = world.running()
-    world.clock.turn(hours * 3600)
+    world.clock.advance(hours * 3600)
 
     assert recovery.expire(world.db, lease_seconds=LEASE) == 0
     world.pass_time(LEASE / 2, claim.claim_id)
@@ -94,7 +94,7 @@ def test_a_clock_that_is_turned_by_an_hour_reaps_nothing_and_strands_nothing(wor
 def test_a_clock_that_was_set_back_does_not_strand_the_job_of_a_dead_worker(world: World) -> None:
     world.running()
     world.beat()
-    world.clock.turn(-3600)
+    world.clock.advance(-3600)
 
     world.pass_time(LEASE + 15)
 
@@ -145,7 +145,7 @@ def test_lost_workers_are_counted_anew_after_a_checkpoint_and_after_any_other_en
     (claim,) = world.claim()
     saved = manifest("checkpoint", kind="checkpoint")
     recording.record_checkpoint(world.db, claim.claim_id, step=5, artifact=saved)
-    world.clock.turn(1)
+    world.clock.advance(1)
     claims.end(world.db, claim.claim_id, reason=EndReason.INFRA_LOST, detail="")
     world.pass_time(31)
     after_checkpoint = world.job(job.id).state
@@ -292,7 +292,7 @@ def test_claiming_recovers_first(world: World) -> None:
 def test_a_heartbeat_does_not_wait_for_another_that_notes_the_pulse(world: World, seconds: float) -> None:
     claim = world.running()
     world.beat()
-    world.clock.turn(seconds)
+    world.clock.advance(seconds)
 
     with ThreadPoolExecutor(1) as pool, world.db.write() as session:
         session.get_one(DatabaseHeartbeat, 1, with_for_update=True)
@@ -307,7 +307,7 @@ def test_rows_are_locked_in_one_order_the_workers_then_its_jobs_by_id(world: Wor
     claim = world.running()
     world.queued()
     world.claim()
-    world.clock.turn(600)  # after a gap a heartbeat extends every lease
+    world.clock.advance(600)  # after a gap a heartbeat extends every lease
     statements: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:

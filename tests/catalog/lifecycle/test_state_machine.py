@@ -93,8 +93,8 @@ class Service(RuleBasedStateMachine):
 
     @rule(target=held, worker_id=WORKERS, max_jobs=st.integers(1, 3))
     def claim(self, worker_id: str, max_jobs: int) -> Any:
-        room = Capacity(max_jobs=max_jobs, memory_bytes_free=10**12)
-        return multiple(*(claim.claim_id for claim in self.world.claim(worker_id, room)))
+        capacity = Capacity(max_jobs=max_jobs, memory_bytes_free=10**12)
+        return multiple(*(claim.claim_id for claim in self.world.claim(worker_id, capacity)))
 
     @rule(claim_id=held, worker_id=WORKERS)
     def beat(self, claim_id: str, worker_id: str) -> None:
@@ -120,7 +120,7 @@ class Service(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1, 9, 35, 70, 3600, -3600]))
     def time_passes(self, seconds: int) -> None:
-        self.clock.turn(seconds)
+        self.clock.advance(seconds)
 
     @rule()
     def recover(self) -> None:
@@ -179,7 +179,7 @@ class Service(RuleBasedStateMachine):
         """One good worker is left, and people let their paused jobs go on."""
         self.world.worker("last")
         for _ in range(40):
-            self.clock.turn(LEASE * 3)
+            self.clock.advance(LEASE * 3)
             recovery.expire(self.db, lease_seconds=LEASE)
             with self.db.read() as session:
                 paused = list(session.scalars(select(Job.id).where(Job.state == JobState.PAUSED)))

@@ -30,7 +30,7 @@ def anchored(world: World, objects: Objects) -> list[str]:
         projects.create(world.db, f"day-{number}")
         chain.seal(world.db, pepper=PEPPER.current)
         assert audit_anchors.anchor(world.db, objects, pepper=PEPPER.current)
-        world.clock.turn(DAY)
+        world.clock.advance(DAY)
     return sorted(entry.key for entry in objects.list_all(audit_anchors.PREFIX))
 
 
@@ -52,7 +52,7 @@ def test_a_day_has_one_anchor_and_an_empty_chain_has_none(world: World, objects:
 
     names = anchored(world, objects)
 
-    world.clock.turn(-DAY)
+    world.clock.advance(-DAY)
     assert not audit_anchors.anchor(world.db, objects, pepper=PEPPER.current)
     assert names == [f"audit/anchors/2027-01-{day}.json" for day in (15, 16, 17)]
     assert verified(world, objects) is None
@@ -107,7 +107,7 @@ def test_each_part_of_the_chain_is_verified_with_its_own_anchors_and_reads_few_o
         projects.create(world.db, f"day-{number}")
         chain.seal(world.db, pepper=PEPPER.current)
         audit_anchors.anchor(world.db, objects, pepper=PEPPER.current)
-        world.clock.turn(DAY)
+        world.clock.advance(DAY)
     num_reads: list[int] = []
     read = objects.read
     monkeypatch.setattr(objects, "read", lambda key: (num_reads.append(1), read(key))[1])

@@ -49,9 +49,9 @@ def test_the_last_checkpoints_of_a_job_go_a_week_after_its_end(world: World) -> 
     )
     world.complete(ended.claim_id)
 
-    world.clock.turn(garbage_collection.CHECKPOINT_SECONDS - 60)
+    world.clock.advance(garbage_collection.CHECKPOINT_SECONDS - 60)
     before = live(world)
-    world.clock.turn(120)
+    world.clock.advance(120)
     after = live(world)
 
     assert of_ended | of_running <= before
@@ -97,11 +97,11 @@ def listed(world: World) -> set[str]:
 
 def test_a_file_past_its_time_is_gone_as_if_it_were_deleted(world: World) -> None:
     file_id = expiring(world)
-    world.clock.turn(3590)
+    world.clock.advance(3590)
     assert file_id in listed(world)
     assert files.get(world.db, project_id=world.caller.project_id, file_id=file_id)
 
-    world.clock.turn(20)
+    world.clock.advance(20)
 
     assert file_id not in listed(world)
     with pytest.raises(NotFound):
@@ -117,7 +117,7 @@ def test_a_file_past_its_time_is_gone_as_if_it_were_deleted(world: World) -> Non
 def test_a_file_past_its_time_stays_while_a_job_that_has_not_ended_reads_it(world: World) -> None:
     training, validation = expiring(world), expiring(world)
     claim = world.running(training_file=training, validation_file=validation)
-    world.clock.turn(4000)
+    world.clock.advance(4000)
 
     kept = live(world)
 
@@ -136,7 +136,7 @@ def test_a_file_past_its_time_stays_while_a_job_that_has_not_ended_reads_it(worl
 def test_a_file_that_a_submission_holds_is_not_let_go(world: World) -> None:
     """It was in time when it was looked at, and its job is on record a moment later."""
     file_id = expiring(world)
-    world.clock.turn(4000)
+    world.clock.advance(4000)
     with world.db.write() as session:
         session.get_one(File, file_id, with_for_update={"read": True})
 

@@ -123,7 +123,7 @@ def test_a_plan_whose_worker_fell_silent_is_taken_by_another_and_after_some_it_f
     for _ in range(MAX_LOST_PREPARATIONS):
         claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
         assert claim is not None
-        world.clock.turn(LEASE + 1)
+        world.clock.advance(LEASE + 1)
 
     assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
     assert look(world, row).state == "failed"
@@ -134,9 +134,9 @@ def test_a_lease_that_is_renewed_is_kept_and_a_plan_that_is_deleted_is_wanted_no
     row = plan(world)
     claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
     assert claim is not None
-    world.clock.turn(LEASE - 1)
+    world.clock.advance(LEASE - 1)
     assert lease.renew(world.db, Plan, claim.claim_id, lease_seconds=LEASE)
-    world.clock.turn(LEASE - 1)
+    world.clock.advance(LEASE - 1)
     assert plan_claims.claim(world.db, worker_id="w2", lease_seconds=LEASE) is None
 
     plans.delete(world.db, project_id=world.caller.project_id, plan_id=row.id)
@@ -222,7 +222,7 @@ def test_a_plan_of_a_file_that_was_deleted_makes_no_job_and_shows_no_rows(world:
 
 def test_a_plan_expires_and_its_row_goes(world: World) -> None:
     row = ready(world, validation_file=world.file())
-    world.clock.turn(PLAN_SECONDS + 1)
+    world.clock.advance(PLAN_SECONDS + 1)
 
     with pytest.raises(NotFound, match="No plan"):
         look(world, row)
@@ -256,7 +256,7 @@ def test_a_job_would_start_at_once_on_a_free_worker_and_after_those_ahead_else(w
 
     (claim,) = world.claim()
     queue_claims.started(world.db, claim.claim_id, trainer_id="trainer-w1", resumed_from_step=None)
-    world.clock.turn(30)
+    world.clock.advance(30)
     world.complete(claim.claim_id)
     world.queued()
     told = found(plan(world))["expected_start"]

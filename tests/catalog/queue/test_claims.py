@@ -78,7 +78,7 @@ def test_every_write_of_a_stale_claim_is_refused(world: World) -> None:
     stale = world.running()
     world.pass_time(LEASE + 1)
     recovery.expire(world.db, lease_seconds=LEASE)
-    world.clock.turn(3)
+    world.clock.advance(3)
     (fresh,) = world.claim("w2")
     before = world.job(stale.job.id)
     exported = recording.Exported(artifact=manifest("m"), lineage={}, lineage_id="l")
@@ -172,7 +172,7 @@ def test_an_attempt_that_crashed_is_tried_again_later_and_later(world: World) ->
         assert run_after is not None
         waits.append(round(run_after - world.clock.now))
         assert world.claim() == []
-        world.clock.turn(waits[-1] + 1)
+        world.clock.advance(waits[-1] + 1)
         (claim,) = world.claim()
 
     assert waits == [2, 8]
@@ -183,7 +183,7 @@ def test_three_bad_ends_with_no_new_checkpoint_put_the_job_aside_with_the_eviden
     state, claimed = None, [claim]
     for attempt in range(3):
         state = claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail=f"signal {attempt}")
-        world.clock.turn(31)
+        world.clock.advance(31)
         claimed = world.claim()
         claim = claimed[0] if claimed else claim
 
@@ -205,7 +205,7 @@ def test_a_trainer_that_ended_before_it_had_begun_the_job_counts_for_nothing_unt
         crash = EndReason.TRAINER_CRASHED
         states.append(claims.end(world.db, claim.claim_id, reason=crash, detail="signal 9", is_bystander=True))
         counted = world.job(claim.job.id).counted_attempts
-        world.clock.turn(31)
+        world.clock.advance(31)
         claimed = world.claim()
         claim = claimed[0] if claimed else claim
 
@@ -232,7 +232,7 @@ def test_the_reason_of_a_claim_is_kept_on_its_attempt(world: World) -> None:
     why = [queries.attempts(world.db, **world.of(job.id))[0].why for job in (first, second)]
     assert [each["role"] for each in why if each] == ["anchor", "packmate"]
     assert why[0] is not None
-    assert why[0]["room"]["max_jobs"] == 16
+    assert why[0]["capacity"]["max_jobs"] == 16
     assert queries.packmates(world.db, **world.of(first.id)) == {anchor.claim_id: [mate.job.id]}
 
 
@@ -259,7 +259,7 @@ def test_a_project_that_trains_already_lets_another_go_first(world: World) -> No
     theirs = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     world.prepare_all()
 
-    (next_one,) = world.claim(room=Capacity(max_jobs=1, memory_bytes_free=10**12))
+    (next_one,) = world.claim(capacity=Capacity(max_jobs=1, memory_bytes_free=10**12))
 
     assert next_one.job.id == theirs.id
 
@@ -280,10 +280,10 @@ def test_only_jobs_of_its_pack_key_join_a_live_trainer(world: World) -> None:
 def test_a_suspect_trains_alone(world: World) -> None:
     suspect = world.running()
     claims.end(world.db, suspect.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
-    world.clock.turn(31)
+    world.clock.advance(31)
     (suspect,) = world.claim()
     claims.end(world.db, suspect.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
-    world.clock.turn(31)
+    world.clock.advance(31)
     world.queued()
 
     (alone,) = world.claim()
@@ -377,7 +377,7 @@ def test_a_job_that_is_too_large_for_the_room_is_passed_over(world: World) -> No
     world.queued(model="large")
     small = world.queued()
 
-    claimed = world.claim(room=Capacity(max_jobs=WIDE.max_jobs, memory_bytes_free=10**10))
+    claimed = world.claim(capacity=Capacity(max_jobs=WIDE.max_jobs, memory_bytes_free=10**10))
 
     assert [claim.job.id for claim in claimed] == [small.id]
     assert claimed[0].job.base_digest == sha("smol")

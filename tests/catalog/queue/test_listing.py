@@ -33,7 +33,7 @@ def test_the_queue_is_shown_in_the_order_in_which_it_is_claimed(world: World) ->
     assert [entry["job_id"] for entry in seen["jobs"]] == [urgent.id, normal.id, batch.id, validating.id]
     assert [entry["position"] for entry in seen["jobs"]] == [1, 2, 3, None]
     assert seen["counts"] == {"queued": 3, "validating_files": 1}
-    order = [world.claim(room=Capacity(max_jobs=1, memory_bytes_free=10**12))[0].job.id for _ in range(3)]
+    order = [world.claim(capacity=Capacity(max_jobs=1, memory_bytes_free=10**12))[0].job.id for _ in range(3)]
     assert order == [urgent.id, normal.id, batch.id]
 
 
@@ -72,7 +72,7 @@ def test_a_job_far_behind_is_told_how_many_of_its_own_stand_before_it(
     world.worker()
     monkeypatch.setattr(listing, "MAX_SHOWN", 10)
     world.flood(world.queued(), 30)
-    world.clock.turn(1)
+    world.clock.advance(1)
     last = world.queued()
 
     why = explanation.explain(world.db, **world.of(last.id))
@@ -94,7 +94,7 @@ def test_whether_there_is_work_is_whether_anything_can_be_claimed_now(world: Wor
     assert not pending.has_work(world.db)
     claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
     assert not pending.has_work(world.db)
-    world.clock.turn(3)
+    world.clock.advance(3)
     assert pending.has_work(world.db)
 
     commands.cancel(world.db, **world.of(job.id))
@@ -197,8 +197,8 @@ def test_a_job_of_another_precision_does_not_go_first_for_the_sake_of_its_base(w
     why = explained(world, precise.id)["explanation"]
     world.complete(held.claim_id)
 
-    room = Capacity(max_jobs=1, memory_bytes_free=10**12, resident_key=held.job.pack_key)
-    (first,) = world.claim(room=room)
+    capacity = Capacity(max_jobs=1, memory_bytes_free=10**12, resident_key=held.job.pack_key)
+    (first,) = world.claim(capacity=capacity)
 
     assert first.job.id == head.id
     assert "1 job is ahead of it. Its base is loaded in bfloat16; it asks for float32, so it can't join" in why
@@ -208,7 +208,10 @@ def test_a_job_with_dropout_is_counted_with_its_mask(world: World) -> None:
     plain, dropping = world.queued(), world.queued(lora={"dropout": 0.1})
 
     with world.db.read() as session:
-        own = {turn.candidate.job_id: turn.candidate.own_bytes for turn in listing.turns(session, now=world.clock())}
+        own = {
+            entry.candidate.job_id: entry.candidate.own_bytes
+            for entry in listing.queue_entries(session, now=world.clock())
+        }
 
     assert own[plain.id] == (16 + 2 + 8) * plain.adapter_parameters  # with a copy in bf16, and two further slices
     assert own[dropping.id] == own[plain.id] + 1024 * (2 * 64 + 2 * 64)
@@ -218,11 +221,11 @@ def test_the_first_in_the_queue_is_told_of_none_before_it(world: World) -> None:
     world.running()
     first, second = world.queued(), world.queued()
 
-    turns = [explained(world, job.id) for job in (first, second)]
+    reasons = [explained(world, job.id) for job in (first, second)]
 
-    assert [why["position"] for why in turns] == [1, 2]
-    assert "1 of its project's jobs runs, none waits before it;" in turns[0]["turn"]
-    assert "1 of its project's jobs runs and 1 waits before it;" in turns[1]["turn"]
+    assert [why["position"] for why in reasons] == [1, 2]
+    assert "1 of its project's jobs runs, none waits before it;" in reasons[0]["position_reason"]
+    assert "1 of its project's jobs runs and 1 waits before it;" in reasons[1]["position_reason"]
 
 
 def test_a_job_that_fits_no_worker_says_so(world: World) -> None:
@@ -241,7 +244,7 @@ def test_a_job_that_no_empty_worker_has_free_says_what_it_needs_and_what_there_i
 
     def why(*free: int | None) -> str:
         for worker_id, free_bytes in zip(("w1", "w2"), free, strict=True):
-            report = None if free_bytes is None else {"room": {"max_jobs": 4, "memory_bytes_free": free_bytes}}
+            report = None if free_bytes is None else {"capacity": {"max_jobs": 4, "memory_bytes_free": free_bytes}}
             workers.worker_beat(world.db, worker_id, **told, report=report)
         return explained(world, job.id)["explanation"]
 
@@ -273,10 +276,10 @@ def test_a_job_that_waits_after_a_bad_end_says_how_long(world: World) -> None:
     assert explained(world, claim.job.id)["explanation"] == (
         "It waits 2 s after a bad end (trainer_crashed) before it is tried again."
     )
-    world.clock.turn(3)
+    world.clock.advance(3)
     (claim,) = world.claim()
     claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
-    world.clock.turn(9)
+    world.clock.advance(9)
     world.worker()
     assert "it waits for a worker to itself" in explained(world, claim.job.id)["explanation"]
 
@@ -366,7 +369,10 @@ def test_a_job_that_begins_with_the_base_is_counted_with_its_start(world: World)
     begun = world.queued(lora={"init_lora_weights": "pissa"}, precision="float32")
 
     with world.db.read() as session:
-        own = {turn.candidate.job_id: turn.candidate.own_bytes for turn in listing.turns(session, now=world.clock())}
+        own = {
+            entry.candidate.job_id: entry.candidate.own_bytes
+            for entry in listing.queue_entries(session, now=world.clock())
+        }
 
     assert own[begun.id] == own[plain.id] + 2 * 4 * begun.adapter_parameters
 

@@ -40,16 +40,16 @@ def test_an_urgent_job_that_waits_has_a_lower_one_leave_for_it(world: World, bat
     urgent = world.queued(priority="urgent")
     assert not world.beat(batch.claim_id)[batch.claim_id].preempt, "it has not waited yet"
 
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     orders = world.beat(batch.claim_id)
     state = claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="Saved at step 5.")
-    (next_one,) = world.claim(room=ONE)
+    (next_one,) = world.claim(capacity=ONE)
 
     assert orders[batch.claim_id].preempt
     assert (state, next_one.job.id) == ("queued", urgent.id)
     left = world.job(batch.job.id)
     assert (left.counted_attempts, left.num_preemptions, left.preempted_for) == (0, 1, None)
-    assert world.job(urgent.id).room_asked_at is None
+    assert world.job(urgent.id).preemption_requested_at is None
 
 
 @pytest.mark.parametrize(("step_fraction", "is_asked"), [(0.9, True), (1.1, False)])
@@ -68,7 +68,7 @@ def test_an_urgent_job_of_a_project_above_its_share_waits_for_its_turn(
         charged = SPARED + step_fraction * USUAL.class_step_seconds
         had = {"device_seconds": charged, "as_of": world.clock.now}
         session.add(ProjectUsage(project_id=world.stranger.project_id, slot=0, **had))
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
 
     assert world.beat(mine.claim_id)[mine.claim_id].preempt == is_asked
 
@@ -83,25 +83,25 @@ def test_no_room_is_made_for_an_urgent_job_while_another_projects_job_is_ahead_o
     with world.db.write() as session:
         had = {"device_seconds": 2 * USUAL.class_step_seconds, "as_of": world.clock.now}
         session.add(ProjectUsage(project_id=world.caller.project_id, slot=99, **had))
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
 
     assert not world.beat(batch.claim_id)[batch.claim_id].preempt
     with world.db.write() as session:
         session.delete(session.get_one(ProjectUsage, (world.caller.project_id, 99)))
     assert world.beat(batch.claim_id)[batch.claim_id].preempt
-    assert world.job(urgent.id).room_asked_at is not None
+    assert world.job(urgent.id).preemption_requested_at is not None
 
 
 def test_what_was_made_free_for_one_is_not_given_to_a_later_one_whose_base_is_loaded(
     world: World, batch: Claim
 ) -> None:
     urgent = world.queued(model=world.base("another"), priority="urgent")
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     assert world.beat(batch.claim_id)[batch.claim_id].preempt
     world.queued(priority="urgent")
     claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="")
 
-    (claim,) = world.claim(room=replace(ONE, resident_key=batch.job.pack_key))
+    (claim,) = world.claim(capacity=replace(ONE, resident_key=batch.job.pack_key))
 
     assert claim.job.id == urgent.id
 
@@ -109,11 +109,11 @@ def test_what_was_made_free_for_one_is_not_given_to_a_later_one_whose_base_is_lo
 def test_it_goes_back_to_its_place_among_its_projects_jobs(world: World, batch: Claim) -> None:
     world.queued(priority="batch")
     urgent = world.queued(priority="urgent")
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     world.beat(batch.claim_id)
     claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="")
 
-    order = [claim.job.id for _ in range(2) for claim in world.claim(room=ONE)]
+    order = [claim.job.id for _ in range(2) for claim in world.claim(capacity=ONE)]
 
     assert order == [urgent.id, batch.job.id]
 
@@ -121,7 +121,7 @@ def test_it_goes_back_to_its_place_among_its_projects_jobs(world: World, batch: 
 def test_why_and_events_tell_both_what_was_decided_and_name_no_other_project(world: World, batch: Claim) -> None:
     foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), priority="urgent")
     world.prepare_all()
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     world.beat(batch.claim_id)
 
     asked = explanation.explain(world.db, **world.of(batch.job.id))
@@ -158,7 +158,7 @@ def test_those_behind_it_are_told_that_room_is_being_made(world: World, batch: C
         return explanation.explain(world.db, **world.of(job.id))["explanation"]
 
     before = told(urgent), told(behind)
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     world.beat(batch.claim_id)
     meanwhile = told(urgent), told(behind)
 
@@ -175,20 +175,20 @@ def test_for_one_job_no_more_are_asked_while_the_first_leave(world: World, batch
     both = (batch.claim_id, other.claim_id)
     world.pass_time(SPARED, *both)
     world.queued(priority="urgent")
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     for worker_id in ("w1", "w2"):
         world.beat(worker_id=worker_id)
 
     for _ in range(3):
         world.beat(*both)
-        world.clock.turn(1)
+        world.clock.advance(1)
 
     assert sum(order.preempt for order in world.beat(*both).values()) == 1
 
 
 def test_who_was_asked_may_stay_once_the_urgent_job_has_found_room_elsewhere(world: World, batch: Claim) -> None:
     urgent = world.queued(priority="urgent")
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     preemption.look(world.db, policy=USUAL)
     world.worker("w2")
     (claim,) = world.claim("w2", ONE)
@@ -204,7 +204,7 @@ def test_who_was_asked_may_stay_once_the_urgent_job_may_not_begin_and_then_no_ro
     world: World, batch: Claim, kept_back: str
 ) -> None:
     urgent = world.queued(model=world.base("another"), priority="urgent")
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     assert preemption.look(world.db, policy=USUAL) == 1
 
     keep_back(world, urgent, kept_back)
@@ -212,10 +212,10 @@ def test_who_was_asked_may_stay_once_the_urgent_job_may_not_begin_and_then_no_ro
     let_begin(world, urgent, kept_back)
 
     joiner = world.queued()
-    joined = world.claim(room=replace(ONE, num_jobs=1), pack_key=batch.job.pack_key)
+    joined = world.claim(capacity=replace(ONE, num_jobs=1), pack_key=batch.job.pack_key)
     assert [claim.job.id for claim in joined] == [joiner.id]
     world.complete(joined[0].claim_id)
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     assert world.beat(batch.claim_id)[batch.claim_id].preempt, "it is asked for again before the two minutes are over"
 
 
@@ -226,7 +226,7 @@ def test_for_a_project_no_more_room_is_made_than_it_may_use(
     limit(world, concurrent_jobs=may_train)
     for _ in range(2):
         world.queued(priority="urgent")
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
 
     found = [num_pressing(world)]
     world.beat(batch.claim_id)
@@ -244,16 +244,16 @@ def test_what_one_of_several_leaves_is_not_taken_by_who_joins(world: World) -> N
     world.pass_time(SPARED, *(claim.claim_id for claim in held))
     urgent = world.queued(priority="urgent")
     world.queued()
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     world.beat(*(claim.claim_id for claim in held))
     free_so_far = Capacity(max_jobs=1, memory_bytes_free=urgent.own_bytes or 0, num_jobs=1)
     with world.db.write() as session:
         session.get_one(Job, urgent.id).own_bytes = free_so_far.memory_bytes_free + 1
 
-    assert world.claim(room=free_so_far, pack_key=key) == []
+    assert world.claim(capacity=free_so_far, pack_key=key) == []
     with world.db.write() as session:
-        session.get_one(Job, urgent.id).room_asked_at = None
-    assert len(world.claim(room=free_so_far, pack_key=key)) == 1
+        session.get_one(Job, urgent.id).preemption_requested_at = None
+    assert len(world.claim(capacity=free_so_far, pack_key=key)) == 1
 
 
 @pytest.mark.parametrize("fault", [Unavailable("Away.", code="database_unavailable", remedy=""), RuntimeError("odd")])
@@ -269,7 +269,7 @@ def test_a_fault_in_asking_costs_nobody_his_lease(
 
     monkeypatch.setattr(preemption, "look", fail)
     before = world.job(batch.job.id).lease_expires_at
-    world.clock.turn(10)
+    world.clock.advance(10)
 
     orders = world.beat(batch.claim_id)
 
@@ -282,7 +282,7 @@ def test_a_job_is_asked_only_so_often_and_trains_on(world: World, batch: Claim) 
     held = batch
     for _ in range(USUAL.max_preemptions):
         assert leaves(world, held)
-        (held,) = world.claim(room=ONE)
+        (held,) = world.claim(capacity=ONE)
         assert held.job.id == batch.job.id
         world.pass_time(SPARED, held.claim_id)
 
@@ -293,11 +293,11 @@ def leaves(world: World, held: Claim) -> bool:
     """Whether the job is asked to leave for an urgent one; if so, it does, and the urgent one trains and ends."""
     urgent = world.queued(priority="urgent")
     world.beat(held.claim_id)
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     if not world.beat(held.claim_id)[held.claim_id].preempt:
         return False
     claims.end(world.db, held.claim_id, reason=EndReason.PREEMPTED, detail="")
-    (claim,) = world.claim(room=ONE)
+    (claim,) = world.claim(capacity=ONE)
     assert claim.job.id == urgent.id
     world.complete(claim.claim_id, claim.claim_id)
     return True
@@ -306,18 +306,18 @@ def leaves(world: World, held: Claim) -> bool:
 def test_what_has_risen_is_not_asked_by_the_class_above_which_it_rose(world: World) -> None:
     world.worker()
     world.queued(priority="batch")
-    world.clock.turn(3 * USUAL.priority_aging_seconds)
-    (risen,) = world.claim(room=ONE)
+    world.clock.advance(3 * USUAL.priority_aging_seconds)
+    (risen,) = world.claim(capacity=ONE)
     world.pass_time(SPARED, risen.claim_id)
     world.queued(priority="urgent")
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
 
     assert not world.beat(risen.claim_id)[risen.claim_id].preempt
 
 
 def test_an_operator_may_have_nobody_preempted(world: World, batch: Claim) -> None:
     world.queued(priority="urgent")
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
 
     assert preemption.look(world.db, policy=replace(USUAL, max_preemptions=0)) == 0
     assert preemption.look(world.db, policy=USUAL) == 1
@@ -325,7 +325,7 @@ def test_an_operator_may_have_nobody_preempted(world: World, batch: Claim) -> No
 
 def test_what_a_person_asks_for_goes_before_a_preemption(world: World, batch: Claim) -> None:
     world.queued(priority="urgent")
-    world.clock.turn(LATE)
+    world.clock.advance(LATE)
     world.beat(batch.claim_id)
     commands.pause(world.db, **world.of(batch.job.id))
 

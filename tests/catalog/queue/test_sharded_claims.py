@@ -37,26 +37,26 @@ def group(number: int, gigabytes: float, wanted: Wanted = "auto") -> Capacity:
 
 def on(world: World, number: int, gigabytes: float, wanted: Wanted = "auto") -> Capacity:
     """The room of a worker that has registered so."""
-    room = group(number, gigabytes, wanted)
-    register(world, room)
-    return room
+    capacity = group(number, gigabytes, wanted)
+    register(world, capacity)
+    return capacity
 
 
 def on_gpus(world: World, gigabytes: float, wanted: Wanted = "auto", *, host: float = 18) -> Capacity:
     """Of a worker with two, beside what CUDA and NCCL take of each. host: gigabytes of its memory for a base."""
     pair = DeviceGroup(kind="cuda", num_devices=2, bytes_of_each=0, wanted=wanted, host_bytes=int(host * GB))
     pair = replace(pair, bytes_of_each=int(gigabytes * GB) + pair.reserve_bytes)
-    room = Capacity(max_jobs=4, memory_bytes_free=pair.bytes_of_each, recomputes=True, group=pair)
-    register(world, room)
-    return room
+    capacity = Capacity(max_jobs=4, memory_bytes_free=pair.bytes_of_each, recomputes=True, group=pair)
+    register(world, capacity)
+    return capacity
 
 
-def register(world: World, room: Capacity, *, worker_id: str = "w1") -> None:
-    group = room.group
+def register(world: World, capacity: Capacity, *, worker_id: str = "w1") -> None:
+    group = capacity.group
     said = {"num_processes": group.num_devices, "strategy": group.wanted, "host_bytes": group.host_bytes}
     devices = [{"kind": group.kind, **said}]
     about: dict[str, Any] = {"host": "here", "pid": 1, "devices": devices, "version": "1"}
-    workers.register_worker(world.db, worker_id=worker_id, memory_bytes=room.memory_bytes_free, **about)
+    workers.register_worker(world.db, worker_id=worker_id, memory_bytes=capacity.memory_bytes_free, **about)
 
 
 def queued_large(world: World, **fields: Any) -> Job:
@@ -82,10 +82,10 @@ def queued_large(world: World, **fields: Any) -> Job:
 def test_a_job_is_taken_where_its_share_fits(
     world: World, number: int, gigabytes: float, wanted: Wanted, is_taken: bool
 ) -> None:
-    room = on(world, number, gigabytes, wanted)
+    capacity = on(world, number, gigabytes, wanted)
     job = queued_large(world)
 
-    assert [claim.job.id for claim in world.claim(room=room)] == ([job.id] if is_taken else [])
+    assert [claim.job.id for claim in world.claim(capacity=capacity)] == ([job.id] if is_taken else [])
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def test_a_job_is_taken_where_its_share_fits(
 def test_a_job_is_taken_where_the_host_holds_the_base(
     world: World, gigabytes: float, wanted: Wanted, host: float, is_taken: bool
 ) -> None:
-    room = on_gpus(world, gigabytes, wanted, host=host)
+    capacity = on_gpus(world, gigabytes, wanted, host=host)
     job = queued_large(world)
 
-    assert [claim.job.id for claim in world.claim(room=room)] == ([job.id] if is_taken else [])
+    assert [claim.job.id for claim in world.claim(capacity=capacity)] == ([job.id] if is_taken else [])
 
 
 def test_a_job_that_the_host_has_no_room_for_waits_with_a_sentence(world: World) -> None:
@@ -122,13 +122,13 @@ def test_a_job_that_the_host_has_no_room_for_waits_with_a_sentence(world: World)
 
 def test_who_joins_an_offloaded_base_would_have_it_so_alone(world: World) -> None:
     small, large = queued_large(world), world.queued(model="large", precision="bfloat16", lora={"rank": 256})
-    room = on_gpus(world, (divided_bytes(large) - 1) / GB)
-    ways = [room.group.strategy(requirements.demand(job, {}, recomputes=True)) for job in (small, large)]
+    capacity = on_gpus(world, (divided_bytes(large) - 1) / GB)
+    ways = [capacity.group.strategy(requirements.demand(job, {}, recomputes=True)) for job in (small, large)]
     assert ways == ["fsdp2", "fsdp2_offload"]
 
     def joined(holding: ShardingStrategy) -> list[str]:
-        beside = replace(room, holding=holding, num_jobs=1, memory_bytes_free=GB)
-        found = world.claim(room=beside, pack_key=large.pack_key)
+        beside = replace(capacity, holding=holding, num_jobs=1, memory_bytes_free=GB)
+        found = world.claim(capacity=beside, pack_key=large.pack_key)
         for claim in found:
             claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
         return [claim.job.id for claim in found]
@@ -144,46 +144,46 @@ def divided_bytes(job: Job) -> int:
 
 
 def test_many_that_fit_nowhere_whole_hide_nobody(world: World) -> None:
-    room = on(world, 2, 17)
+    capacity = on(world, 2, 17)
     world.flood(queued_large(world, lora={"use_dora": True}), 40)
     plain = world.queued(model="large", precision="bfloat16")
 
-    assert [claim.job.id for claim in world.claim(room=room)] == [plain.id]
+    assert [claim.job.id for claim in world.claim(capacity=capacity)] == [plain.id]
 
 
 def test_a_job_with_dora_waits_with_a_sentence_and_is_taken_where_the_whole_base_fits(world: World) -> None:
-    room = on(world, 2, 17)
+    capacity = on(world, 2, 17)
     job = queued_large(world, lora={"use_dora": True})
 
-    assert world.claim(room=room) == []
+    assert world.claim(capacity=capacity) == []
     told = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
     assert "It needs about 20.0 GB and the largest worker has 17.0 GB. DoRA reads the base's weights" in told
     assert "It would fit one GPU of 24 GB." in told
 
     roomy = on(world, 2, 21)
-    assert [claim.job.id for claim in world.claim(room=roomy)] == [job.id]
+    assert [claim.job.id for claim in world.claim(capacity=roomy)] == [job.id]
 
 
 def test_a_worker_that_divides_every_base_takes_no_job_that_needs_whole_weights(world: World) -> None:
-    room = on(world, 2, 100, "fsdp2")
+    capacity = on(world, 2, 100, "fsdp2")
     job = queued_large(world, lora={"init_lora_weights": "pissa"})
 
-    assert world.claim(room=room) == []
+    assert world.claim(capacity=capacity) == []
     told = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
     assert "divides every base among its devices (LORRY_STRATEGY is fsdp2). pissa decomposes" in told
 
 
 def test_who_joins_a_divided_base_would_have_it_divided_alone(world: World) -> None:
     small, large = queued_large(world), world.queued(model="large", precision="bfloat16", lora={"rank": 256})
-    room = on(world, 2, (whole_bytes(large) - 1) / GB)
-    assert whole_bytes(small) < room.memory_bytes_free
+    capacity = on(world, 2, (whole_bytes(large) - 1) / GB)
+    assert whole_bytes(small) < capacity.memory_bytes_free
 
-    divided = replace(room, holding="sharded", num_jobs=1, memory_bytes_free=GB)
-    joined = world.claim(room=divided, pack_key=large.pack_key)
+    divided = replace(capacity, holding="sharded", num_jobs=1, memory_bytes_free=GB)
+    joined = world.claim(capacity=divided, pack_key=large.pack_key)
     assert [claim.job.id for claim in joined] == [large.id]
     claims.end(world.db, joined[0].claim_id, reason=EndReason.DRAINED, detail="")
     whole = replace(divided, holding="replicated")
-    assert [claim.job.id for claim in world.claim(room=whole, pack_key=large.pack_key)] == [small.id]
+    assert [claim.job.id for claim in world.claim(capacity=whole, pack_key=large.pack_key)] == [small.id]
 
 
 @pytest.mark.parametrize("wanted", ["auto", "fsdp2"])
@@ -196,9 +196,9 @@ def test_a_group_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit(
         replace(full, memory_bytes_when_empty=1, holding="sharded"),
     )
     looks = {
-        "a new trainer": lambda: world.claim(room=full),
-        "a trainer that is loaded": lambda: world.claim(room=loaded),
-        "jobs that join": lambda: world.claim(room=replace(live, memory_bytes_free=1), pack_key=first.pack_key),
+        "a new trainer": lambda: world.claim(capacity=full),
+        "a trainer that is loaded": lambda: world.claim(capacity=loaded),
+        "jobs that join": lambda: world.claim(capacity=replace(live, memory_bytes_free=1), pack_key=first.pack_key),
     }
 
     found = {name: rows_read(world.db, look) for name, look in looks.items()}
@@ -213,10 +213,10 @@ def test_what_was_prepared_before_shares_were_reckoned_is_divided_all_the_same(w
     with world.db.write() as session:
         row = session.get_one(Job, job.id)
         row.shardable_bytes = row.gathered_bytes = row.least_divided_bytes = 0
-    room = on(world, 2, 17, "fsdp2")
+    capacity = on(world, 2, 17, "fsdp2")
 
-    (claim,) = world.claim(room=room)
-    assert room.group.holding(requirements.demand(claim.job, LARGE, recomputes=False)) == "sharded"
+    (claim,) = world.claim(capacity=capacity)
+    assert capacity.group.holding(requirements.demand(claim.job, LARGE, recomputes=False)) == "sharded"
     assert requirements.demand(claim.job, LARGE, recomputes=False).shardable_bytes == held[0] > 0
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
 
@@ -230,8 +230,8 @@ def test_a_base_whose_blocks_are_counted_later_is_divided_from_then_on(world: Wo
     running = world.queued(model="large", precision="bfloat16")
     world.claim()
     waiting = world.queued(model="large", precision="bfloat16")
-    room = on(world, 2, 17, "fsdp2")
-    assert world.claim(room=room) == []
+    capacity = on(world, 2, 17, "fsdp2")
+    assert world.claim(capacity=capacity) == []
     told = explanation.explain(world.db, project_id=waiting.project_id, job_id=waiting.id)["explanation"]
     assert "The base was imported before its blocks were counted, which a worker that has its files" in told
 
@@ -241,7 +241,7 @@ def test_a_base_whose_blocks_are_counted_later_is_divided_from_then_on(world: Wo
     assert not base_models.note_blocks(world.db, "large", digest=digest, blocks={"count": 1})
 
     assert [row.name for row in base_models.uncounted(world.db)] == ["smol"]
-    assert [claim.job.id for claim in world.claim(room=room)] == [waiting.id]
+    assert [claim.job.id for claim in world.claim(capacity=capacity)] == [waiting.id]
     assert world.job(running.id).shardable_bytes == 18 * GB
 
 
@@ -309,9 +309,9 @@ def test_a_job_that_needs_whole_weights_is_told_of_no_group_that_would_divide_th
 
 
 def test_a_running_job_is_told_how_its_base_is_held_whatever_it_was_asked(world: World) -> None:
-    room = on(world, 2, 17)
+    capacity = on(world, 2, 17)
     job = queued_large(world)
-    world.claim(room=room)
+    world.claim(capacity=capacity)
 
     told = told_of(world, job)
     (placement,) = told["placements"]

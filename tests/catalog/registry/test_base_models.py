@@ -83,12 +83,12 @@ def test_one_worker_imports_a_base_and_another_takes_over_when_it_falls_silent(w
     ((row, claim_id),) = claimed
     assert row.name == "b"
 
-    world.clock.turn(50)
+    world.clock.advance(50)
     assert lease.renew(world.db, BaseModelRow, claim_id, lease_seconds=60)
-    world.clock.turn(50)
+    world.clock.advance(50)
     assert base_models.claim_import(world.db, lease_seconds=60) is None
 
-    world.clock.turn(20)
+    world.clock.advance(20)
     assert base_models.claim_import(world.db, lease_seconds=60) is not None
 
 
@@ -119,7 +119,7 @@ def test_a_worker_that_lost_its_lease_changes_nothing_about_the_base(world: Worl
     told = {"manifest": {"files": []}, "description": {}}
     base_models.add(world.db, name="b", kind="hub", source="org/b")
     late = _claim(world)
-    world.clock.turn(61)
+    world.clock.advance(61)
     holder = _claim(world)
 
     assert not base_models.finish_import(world.db, late, digest=sha("changed"), **told)

@@ -107,10 +107,10 @@ def test_checkpoints_expire_a_week_after_the_end_of_their_job(world: World) -> N
     (name,) = save(world, claim, 5)
     world.complete(claim.claim_id)
 
-    world.clock.turn(garbage_collection.CHECKPOINT_SECONDS - 60)
+    world.clock.advance(garbage_collection.CHECKPOINT_SECONDS - 60)
     garbage_collection.let_go(world.db)
     assert get(world, name).adapter.name == name
-    world.clock.turn(120)
+    world.clock.advance(120)
     garbage_collection.let_go(world.db)
 
     with pytest.raises(NoLongerKept):

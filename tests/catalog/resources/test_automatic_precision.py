@@ -40,6 +40,6 @@ def test_while_no_worker_lives_the_one_that_was_seen_last_settles_an_automatic_p
         given = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**12}
         devices = [{"kind": "cpu", "has_bfloat16": has}]
         workers.register_worker(world.db, worker_id=f"w{index}", devices=devices, **given)
-        world.clock.turn(3600)
+        world.clock.advance(3600)
 
     assert world.submit().spec["precision"] == expected

@@ -25,12 +25,12 @@ def other(job_id: str, created_at: float = 0, priority: int = 1, trainer_bytes: 
     )
 
 
-def turns(*candidates: Candidate, now: float = 10) -> list[QueueEntry]:
+def entries(*candidates: Candidate, now: float = 10) -> list[QueueEntry]:
     return order(candidates, now)
 
 
-def packed(*candidates: Candidate, room: Capacity = ROOM, now: float = 10) -> list[str]:
-    return [choice.turn.candidate.job_id for choice in choose_pack(turns(*candidates, now=now), room)]
+def packed(*candidates: Candidate, capacity: Capacity = ROOM, now: float = 10) -> list[str]:
+    return [choice.entry.candidate.job_id for choice in choose_pack(entries(*candidates, now=now), capacity)]
 
 
 def test_a_device_that_computes_blocks_again_takes_what_it_does_without() -> None:
@@ -38,14 +38,16 @@ def test_a_device_that_computes_blocks_again_takes_what_it_does_without() -> Non
     roomy = replace(ROOM, recomputes=True)
 
     assert packed(long, short) == ["short"]
-    assert packed(long, short, room=roomy) == ["long", "short"]
-    assert joined(long, room=replace(ROOM, memory_bytes_free=90)) == []
-    assert joined(long, room=replace(roomy, memory_bytes_free=35)) == ["long"]
+    assert packed(long, short, capacity=roomy) == ["long", "short"]
+    assert joined(long, capacity=replace(ROOM, memory_bytes_free=90)) == []
+    assert joined(long, capacity=replace(roomy, memory_bytes_free=35)) == ["long"]
 
 
-def joined(*candidates: Candidate, room: Capacity = ROOM, now: float = 10, worker_bytes: int = 100) -> list[str]:
-    chosen, _ = choose_joiners(turns(*candidates, now=now), room, "b:bfloat16:causal-lm", worker_bytes=worker_bytes)
-    return [choice.turn.candidate.job_id for choice in chosen]
+def joined(*candidates: Candidate, capacity: Capacity = ROOM, now: float = 10, worker_bytes: int = 100) -> list[str]:
+    chosen, _ = choose_joiners(
+        entries(*candidates, now=now), capacity, "b:bfloat16:causal-lm", worker_bytes=worker_bytes
+    )
+    return [choice.entry.candidate.job_id for choice in chosen]
 
 
 def test_the_first_in_the_queue_is_the_anchor_and_its_like_fill_the_rest() -> None:
@@ -56,9 +58,9 @@ def test_no_more_jobs_than_there_is_room_for() -> None:
     waiting = [candidate(f"j{i}", i) for i in range(9)]
 
     assert packed(*waiting) == ["j0", "j1", "j2", "j3"]
-    assert packed(*waiting, room=Capacity(max_jobs=0, memory_bytes_free=100)) == []
-    assert packed(*waiting, room=Capacity(max_jobs=4, memory_bytes_free=12)) == ["j0", "j1"]
-    assert packed(*waiting, room=Capacity(max_jobs=4, memory_bytes_free=10)) == []
+    assert packed(*waiting, capacity=Capacity(max_jobs=0, memory_bytes_free=100)) == []
+    assert packed(*waiting, capacity=Capacity(max_jobs=4, memory_bytes_free=12)) == ["j0", "j1"]
+    assert packed(*waiting, capacity=Capacity(max_jobs=4, memory_bytes_free=10)) == []
 
 
 def test_a_packmate_that_does_not_fit_leaves_its_place_to_a_smaller_one() -> None:
@@ -68,12 +70,12 @@ def test_a_packmate_that_does_not_fit_leaves_its_place_to_a_smaller_one() -> Non
 
 
 def test_a_resident_base_goes_first_only_within_its_class_and_only_for_so_long() -> None:
-    room = Capacity(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
+    capacity = Capacity(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
     resident = candidate("resident", 5)
 
-    assert packed(other("x"), resident, room=room, now=10) == ["resident"]
-    assert packed(other("x"), resident, room=room, now=PATIENCE_SECONDS) == ["x"]
-    assert packed(other("x", priority=0), resident, room=room, now=10) == ["x"]
+    assert packed(other("x"), resident, capacity=capacity, now=10) == ["resident"]
+    assert packed(other("x"), resident, capacity=capacity, now=PATIENCE_SECONDS) == ["x"]
+    assert packed(other("x", priority=0), resident, capacity=capacity, now=10) == ["x"]
 
 
 def test_a_job_for_the_resident_trainer_still_needs_its_tick() -> None:
@@ -81,8 +83,8 @@ def test_a_job_for_the_resident_trainer_still_needs_its_tick() -> None:
     needs_eleven = candidate("a", trainer_bytes=10, own_bytes=1)
 
     def taken(memory_bytes_free: int) -> list[str]:
-        room = Capacity(max_jobs=1, memory_bytes_free=memory_bytes_free, resident_key=needs_eleven.pack_key)
-        return packed(needs_eleven, room=room)
+        capacity = Capacity(max_jobs=1, memory_bytes_free=memory_bytes_free, resident_key=needs_eleven.pack_key)
+        return packed(needs_eleven, capacity=capacity)
 
     assert taken(11) == ["a"]
     assert taken(10) == []
@@ -90,14 +92,14 @@ def test_a_job_for_the_resident_trainer_still_needs_its_tick() -> None:
 
 def test_a_trainer_of_the_same_base_in_another_dtype_is_not_resident() -> None:
     """Five bytes are free and the bfloat16 base holds ten: that base in float32 with its tick needs 22."""
-    room = Capacity(max_jobs=1, memory_bytes_free=15, resident_key="b:bfloat16:causal-lm")
+    capacity = Capacity(max_jobs=1, memory_bytes_free=15, resident_key="b:bfloat16:causal-lm")
     large = candidate("large", 5, pack_key="b:float32:causal-lm", trainer_bytes=22)
     small = candidate("small", 5, pack_key="b:float32:causal-lm", trainer_bytes=10)
 
-    assert packed(large, room=room) == []
-    assert packed(small, room=room) == ["small"]
-    assert packed(other("x"), small, room=room, now=10) == ["x"]
-    assert packed(other("x"), candidate("same", 5), room=room, now=10) == ["same"]
+    assert packed(large, capacity=capacity) == []
+    assert packed(small, capacity=capacity) == ["small"]
+    assert packed(other("x"), small, capacity=capacity, now=10) == ["x"]
+    assert packed(other("x"), candidate("same", 5), capacity=capacity, now=10) == ["same"]
 
 
 def test_a_suspect_neither_has_nor_becomes_a_packmate() -> None:
@@ -121,40 +123,40 @@ def test_a_job_that_could_never_fit_this_worker_does_not_hold_its_trainer_up() -
 
 def test_a_job_that_waits_too_long_for_room_in_a_live_trainer_is_not_passed_for_ever_by_smaller_ones() -> None:
     large = candidate("large", own_bytes=80)
-    room = Capacity(max_jobs=4, memory_bytes_free=50)
+    capacity = Capacity(max_jobs=4, memory_bytes_free=50)
 
-    assert joined(large, candidate("a", 1), room=room) == ["a"]
-    assert joined(large, candidate("a", 1), room=room, now=PATIENCE_SECONDS + 1) == []
-    assert joined(candidate("a"), large, room=room, now=PATIENCE_SECONDS + 1) == ["a"]
-    assert joined(large, candidate("a", 1), room=room, now=PATIENCE_SECONDS + 1, worker_bytes=60) == ["a"]
+    assert joined(large, candidate("a", 1), capacity=capacity) == ["a"]
+    assert joined(large, candidate("a", 1), capacity=capacity, now=PATIENCE_SECONDS + 1) == []
+    assert joined(candidate("a"), large, capacity=capacity, now=PATIENCE_SECONDS + 1) == ["a"]
+    assert joined(large, candidate("a", 1), capacity=capacity, now=PATIENCE_SECONDS + 1, worker_bytes=60) == ["a"]
 
 
 def test_nobody_joins_into_the_room_that_is_being_made_for_another() -> None:
     urgent = candidate("urgent", 5, priority=0, own_bytes=80)
-    asked = replace(urgent, room_asked_at=8)
-    room = Capacity(max_jobs=4, memory_bytes_free=50)
+    asked = replace(urgent, preemption_requested_at=8)
+    capacity = Capacity(max_jobs=4, memory_bytes_free=50)
 
-    assert joined(urgent, candidate("a"), room=room) == ["a"]
-    assert joined(asked, candidate("a"), room=room) == []
-    assert joined(asked, candidate("a"), room=room, worker_bytes=60) == ["a"]
-    assert joined(asked, candidate("a"), room=replace(room, memory_bytes_free=90)) == ["urgent", "a"]
+    assert joined(urgent, candidate("a"), capacity=capacity) == ["a"]
+    assert joined(asked, candidate("a"), capacity=capacity) == []
+    assert joined(asked, candidate("a"), capacity=capacity, worker_bytes=60) == ["a"]
+    assert joined(asked, candidate("a"), capacity=replace(capacity, memory_bytes_free=90)) == ["urgent", "a"]
 
 
 def test_nobody_goes_before_one_for_which_room_is_being_made_because_his_base_is_loaded() -> None:
-    room = Capacity(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
+    capacity = Capacity(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
     urgent, resident = other("urgent", priority=0), candidate("resident", 5, priority=0)
-    asked = replace(urgent, room_asked_at=8)
+    asked = replace(urgent, preemption_requested_at=8)
     third = replace(other("third", priority=0), place=-1, queued_at=-1, pack_key="d:bfloat16:causal-lm")
 
-    assert packed(urgent, resident, room=room) == ["resident"]
-    assert packed(asked, resident, room=room) == ["urgent"]
-    assert packed(third, asked, resident, room=room) == ["third"]
-    assert packed(third, candidate("first", -0.5, priority=0), asked, room=room) == ["first"]
-    assert packed(replace(asked, trainer_bytes=1000), resident, room=room) == ["resident"]
+    assert packed(urgent, resident, capacity=capacity) == ["resident"]
+    assert packed(asked, resident, capacity=capacity) == ["urgent"]
+    assert packed(third, asked, resident, capacity=capacity) == ["third"]
+    assert packed(third, candidate("first", -0.5, priority=0), asked, capacity=capacity) == ["first"]
+    assert packed(replace(asked, trainer_bytes=1000), resident, capacity=capacity) == ["resident"]
 
 
 def test_a_choice_says_why() -> None:
-    waiting = turns(candidate("a"), candidate("b", 1))
+    waiting = entries(candidate("a"), candidate("b", 1))
 
     reasons = [(choice.role, choice.reason) for choice in choose_pack(waiting, ROOM)]
 
@@ -187,7 +189,7 @@ def test_a_wider_tick_of_a_gpu_is_counted_slice_by_slice_until_it_has_its_size()
     def sizes(memory_bytes_free: int) -> tuple[int, int]:
         cpu = Capacity(max_jobs=12, memory_bytes_free=memory_bytes_free)
         gpu = Capacity(max_jobs=12, memory_bytes_free=memory_bytes_free, tick_tokens=TICK_TOKENS["cuda"])
-        return len(packed(*waiting, room=cpu)), len(packed(*waiting, room=gpu))
+        return len(packed(*waiting, capacity=cpu)), len(packed(*waiting, capacity=gpu))
 
     assert TICK_TOKENS == {"cpu": JOB_TOKENS, "cuda": 8 * JOB_TOKENS}
     assert sizes(10) == (0, 0)
@@ -201,7 +203,7 @@ def test_what_is_in_the_trainer_already_counts_for_the_size_of_its_tick() -> Non
     waiting = [candidate(f"j{i}", i, own_bytes=1, slice_bytes=5) for i in range(4)]
 
     def joiners(num_jobs: int) -> int:
-        room = Capacity(max_jobs=4, memory_bytes_free=8, num_jobs=num_jobs, tick_tokens=TICK_TOKENS["cuda"])
-        return len(joined(*waiting, room=room))
+        capacity = Capacity(max_jobs=4, memory_bytes_free=8, num_jobs=num_jobs, tick_tokens=TICK_TOKENS["cuda"])
+        return len(joined(*waiting, capacity=capacity))
 
     assert [joiners(num_jobs) for num_jobs in (0, 1, 7, 8)] == [2, 1, 3, 4]

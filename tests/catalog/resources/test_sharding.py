@@ -301,8 +301,8 @@ def sized(job_id: str, created_at: float = 0, *, own: int, divisible: int = 40) 
     return candidate(job_id, created_at, **sizes)
 
 
-def packed(*jobs: Candidate, room: Capacity = ROOM) -> list[str]:
-    return [choice.turn.candidate.job_id for choice in choose_pack(order(jobs, 10), room)]
+def packed(*jobs: Candidate, capacity: Capacity = ROOM) -> list[str]:
+    return [choice.entry.candidate.job_id for choice in choose_pack(order(jobs, 10), capacity)]
 
 
 def test_jobs_train_together_whose_base_is_held_in_the_same_way() -> None:
@@ -311,7 +311,7 @@ def test_jobs_train_together_whose_base_is_held_in_the_same_way() -> None:
     assert packed(wide, narrow, other) == ["wide"], "whole it would need 110, divided 95: with 5 left nobody joins"
     assert packed(narrow, other, sized("wide", 3, own=50)) == ["narrow", "other"]
     roomy = replace(ROOM, memory_bytes_free=1000)
-    assert packed(wide, narrow, sized("wide too", 3, own=45), room=roomy) == ["wide", "wide too"]
+    assert packed(wide, narrow, sized("wide too", 3, own=45), capacity=roomy) == ["wide", "wide too"]
 
 
 def test_a_job_that_needs_whole_weights_is_not_put_on_a_divided_base() -> None:
@@ -319,22 +319,22 @@ def test_a_job_that_needs_whole_weights_is_not_put_on_a_divided_base() -> None:
     assert packed(dora) == []
     assert packed(sized("dora", own=5, divisible=0)) == ["dora"]
     forced = replace(ROOM, group=replace(PAIR, wanted="fsdp2"))
-    assert packed(sized("dora", own=5, divisible=0), sized("plain", 1, own=5), room=forced) == ["plain"]
+    assert packed(sized("dora", own=5, divisible=0), sized("plain", 1, own=5), capacity=forced) == ["plain"]
     joining = replace(forced, holding="sharded", num_jobs=1)
-    turns = order([sized("dora", own=5, divisible=0), sized("plain", 1, own=5)], 10)
-    chosen, _ = choose_joiners(turns, joining, "b:bfloat16:causal-lm", worker_bytes=100)
-    assert [choice.turn.candidate.job_id for choice in chosen] == ["plain"]
+    entries = order([sized("dora", own=5, divisible=0), sized("plain", 1, own=5)], 10)
+    chosen, _ = choose_joiners(entries, joining, "b:bfloat16:causal-lm", worker_bytes=100)
+    assert [choice.entry.candidate.job_id for choice in chosen] == ["plain"]
 
 
 def test_a_live_trainer_takes_only_jobs_that_would_have_its_base_so() -> None:
     wider = sized("wider", own=60)  # divided it would need 105
-    turns = order([sized("wide", own=50), sized("narrow", 1, own=5), wider], 10)
+    entries = order([sized("wide", own=50), sized("narrow", 1, own=5), wider], 10)
     group = replace(PAIR, host_bytes=40)
 
     def joined(holding: ShardingStrategy) -> list[str]:
-        room = replace(ROOM, memory_bytes_free=60, num_jobs=1, holding=holding, group=group)
-        chosen, _ = choose_joiners(turns, room, "b:bfloat16:causal-lm", worker_bytes=100)
-        return [choice.turn.candidate.job_id for choice in chosen]
+        capacity = replace(ROOM, memory_bytes_free=60, num_jobs=1, holding=holding, group=group)
+        chosen, _ = choose_joiners(entries, capacity, "b:bfloat16:causal-lm", worker_bytes=100)
+        return [choice.entry.candidate.job_id for choice in chosen]
 
     assert joined("replicated") == ["narrow"]
     assert joined("sharded") == ["wide"]
@@ -358,8 +358,8 @@ def test_for_an_urgent_job_room_is_made_beside_others_only_where_the_base_is_hel
     )
 
     def makes(holder: Holder) -> str:
-        (turn,) = order([urgent], 10_000)
-        chosen = choose_who_leaves(turn, [holder], now=10_000, policy=Policy())
+        (entry,) = order([urgent], 10_000)
+        chosen = choose_who_leaves(entry, [holder], now=10_000, policy=Policy())
         assert chosen is not None
         return chosen.makes
 

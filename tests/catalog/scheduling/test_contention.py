@@ -39,8 +39,8 @@ HAD = st.fixed_dictionaries(
 def one_after_the_other(whole: QueueSnapshot) -> list[str]:
     """Who is chosen first, each time without those before."""
     found: list[str] = []
-    while in_turn := decide(snapshot_without(whole, found), USUAL).in_turn:
-        found.append(in_turn[0])
+    while claim_order := decide(snapshot_without(whole, found), USUAL).claim_order:
+        found.append(claim_order[0])
     return found
 
 
@@ -49,31 +49,31 @@ def test_who_would_be_next_is_known_ahead(
     queue: list[Candidate], had: dict[str, Share], resident: str | None, now: int
 ) -> None:
     """Where none or all have waited too long for a base that is loaded to be preferred."""
-    room = Capacity(max_jobs=1, memory_bytes_free=100, resident_key=resident)
-    whole = snapshot(*queue, shares=had, now=now, room=room)
+    capacity = Capacity(max_jobs=1, memory_bytes_free=100, resident_key=resident)
+    whole = snapshot(*queue, shares=had, now=now, capacity=capacity)
 
-    told = list(decide(whole, USUAL).in_turn)
+    told = list(decide(whole, USUAL).claim_order)
 
     assert told == one_after_the_other(whole)[: len(told)]
-    assert resident is not None or len(told) == sum(room.alone(job) <= 100 for job in queue)
+    assert resident is not None or len(told) == sum(capacity.alone(job) <= 100 for job in queue)
 
 
 @given(QUEUE, HAD, st.integers(1, 4))
 def test_nothing_is_told_of_turns_between_which_an_unread_job_may_stand(
     queue: list[Candidate], had: dict[str, Share], per_group: int
 ) -> None:
-    room = Capacity(max_jobs=1, memory_bytes_free=100)
-    fitting = [job for job in queue if room.alone(job) <= 100]
+    capacity = Capacity(max_jobs=1, memory_bytes_free=100)
+    fitting = [job for job in queue if capacity.alone(job) <= 100]
     read: Counter[tuple[str, int]] = Counter()
     part: list[Candidate] = []
     for job in sorted(fitting, key=lambda each: (each.place, each.job_id)):
         read[job.project_id, job.priority] += 1
         part += [job] if read[job.project_id, job.priority] <= per_group else []
-    whole = snapshot(*fitting, shares=had, now=100, room=room)
+    whole = snapshot(*fitting, shares=had, now=100, capacity=capacity)
 
-    told = decide(replace(whole, candidates=tuple(part), per_group=per_group), USUAL).in_turn
+    told = decide(replace(whole, candidates=tuple(part), per_group=per_group), USUAL).claim_order
 
-    assert told == decide(whole, USUAL).in_turn[: len(told)]
+    assert told == decide(whole, USUAL).claim_order[: len(told)]
     assert bool(told) == bool(fitting)
 
 
@@ -99,12 +99,12 @@ def test_of_workers_that_claim_at_once_projects_have_what_one_after_the_other_wo
     world: World, max_jobs: int
 ) -> None:
     flooded(world, 40)
-    start, room = Barrier(8), replace(WIDE, max_jobs=max_jobs)
+    start, capacity = Barrier(8), replace(WIDE, max_jobs=max_jobs)
 
     def work(number: int) -> list[list[Job]]:
         world.worker(f"w{number}")
         start.wait(60)
-        each = (world.claim(f"w{number}", room, trainer_id=f"t{number}-{turn}") for turn in range(3))
+        each = (world.claim(f"w{number}", capacity, trainer_id=f"t{number}-{turn}") for turn in range(3))
         return [[claim.job for claim in some] for some in each]
 
     with ThreadPoolExecutor(8) as pool:
@@ -142,7 +142,7 @@ def test_who_lost_what_it_chose_takes_what_is_left_at_its_first_look_and_tells_w
 ) -> None:
     flooded(world, 20)
     world.worker()
-    room = replace(WIDE, max_jobs=max_jobs)
+    capacity = replace(WIDE, max_jobs=max_jobs)
     taken: list[str] = []
     looks = racing(
         world,
@@ -150,7 +150,7 @@ def test_who_lost_what_it_chose_takes_what_is_left_at_its_first_look_and_tells_w
         lambda: taken.extend(c.job.id for n in range(5) for c in world.claim("quicker", ONE, trainer_id=f"t{n}")),
     )
 
-    mine = world.claim(room=room)
+    mine = world.claim(capacity=capacity)
 
     assert len(looks) == 1
     assert len({*taken, *(claim.job.id for claim in mine)}) == 5 + max_jobs
@@ -174,7 +174,7 @@ def test_who_joins_and_lost_what_it_chose_takes_what_is_left(world: World, monke
         world, monkeypatch, lambda: [world.claim("quicker", ONE, trainer_id=f"t{number}") for number in range(4)]
     )
 
-    mine = world.claim(room=replace(WIDE, max_jobs=2), pack_key=held.pack_key)
+    mine = world.claim(capacity=replace(WIDE, max_jobs=2), pack_key=held.pack_key)
 
     assert (len(mine), len(looks)) == (2, 1)
 
@@ -189,7 +189,7 @@ def test_where_more_were_taken_than_are_known_ahead_it_looks_again(
         lambda: [world.claim("quicker", ONE, trainer_id=f"t{number}") for number in range(MAX_FALLBACKS + 1)],
     )
 
-    assert len(world.claim(room=ONE)) == 1
+    assert len(world.claim(capacity=ONE)) == 1
     assert len(looks) == 2
 
 
@@ -200,7 +200,7 @@ def test_a_limit_that_others_reached_meanwhile_is_kept(world: World, monkeypatch
     )
     looks = racing(world, monkeypatch, lambda: [world.claim("quicker", ONE, trainer_id=f"t{n}") for n in range(2)])
 
-    (claim,) = world.claim(room=ONE)
+    (claim,) = world.claim(capacity=ONE)
 
     assert claim.job.project_id == world.caller.project_id
     assert len(looks) == 2
@@ -210,8 +210,8 @@ def test_people_are_told_whether_a_trainer_starts_or_has_the_base_already(world:
     world.worker()
     first, second = world.queued(), world.queued()
 
-    world.claim(room=ONE)
-    world.claim(room=replace(ONE, resident_key=second.pack_key))
+    world.claim(capacity=ONE)
+    world.claim(capacity=replace(ONE, resident_key=second.pack_key))
 
     for job, told in ((first, "in a trainer that starts for it"), (second, "in the trainer that has its base loaded")):
         messages = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]

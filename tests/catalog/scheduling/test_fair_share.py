@@ -40,8 +40,8 @@ def test_what_was_used_counts_half_after_a_half_life_whenever_one_looks(
     assert ordering.decay(amount, -5, half_life_seconds=DAY) == amount
 
 
-def firsts(turns: list[QueueEntry]) -> list[str]:
-    return [turn.candidate.job_id for turn in turns]
+def firsts(entries: list[QueueEntry]) -> list[str]:
+    return [entry.candidate.job_id for entry in entries]
 
 
 def test_who_has_had_less_for_its_weight_goes_first() -> None:
@@ -74,9 +74,9 @@ def test_within_a_project_a_class_goes_first_whatever_it_has_had() -> None:
 
 def test_a_turn_tells_what_its_project_has_had_and_that_its_waiting_counts() -> None:
     had = {"p": Share(device_seconds=1234, weight=2)}
-    (turn,) = order([candidate("old", priority=2)], 2 * P, shares=had)
+    (entry,) = order([candidate("old", priority=2)], 2 * P, shares=had)
 
-    assert turn.reason == (
+    assert entry.reason == (
         "priority batch, as if urgent in its project because its class has waited; none of its project's jobs runs or "
         "waits before it; its project was charged 1234 device-seconds recently, at weight 2; waited 7200 s"
     )
@@ -88,10 +88,10 @@ def test_batch_is_passed_by_what_is_urgent_in_its_project_only_for_so_long() -> 
         return firsts(order(waiting, now, **given))[0]
 
     assert [first(2 * P - 1), first(2 * P)] == ["new", "old"]
-    turn = WorkerService(at={("p", 2): 1.0}, memory_bytes=11)
-    assert first(2 * P, served=[turn]) == "new", "its class had a turn since it came"
-    assert first(2 * P, served=[replace(turn, at={("other", 2): 1.0})]) == "old", "that was another project's turn"
-    assert first(2 * P, served=[replace(turn, memory_bytes=10)]) == "old", "on a worker that can't hold it"
+    entry = WorkerService(at={("p", 2): 1.0}, memory_bytes=11)
+    assert first(2 * P, served=[entry]) == "new", "its class had a turn since it came"
+    assert first(2 * P, served=[replace(entry, at={("other", 2): 1.0})]) == "old", "that was another project's turn"
+    assert first(2 * P, served=[replace(entry, memory_bytes=10)]) == "old", "on a worker that can't hold it"
     ahead = WorkerService(at={("p", 2): 2 * P + 9}, memory_bytes=11)
     assert first(2 * P, served=[ahead]) == "old", "by a clock that was set back"
 

@@ -20,7 +20,7 @@ def candidate(job_id: str, created_at: float = 0, project_id: str = "p", priorit
 
 def ids(candidates: list[Candidate], now: float = 100, **running: int) -> list[str]:
     shares = {project_id: Share(num_running=number, devices_held=number) for project_id, number in running.items()}
-    return [turn.candidate.job_id for turn in order(candidates, now, shares=shares)]
+    return [entry.candidate.job_id for entry in order(candidates, now, shares=shares)]
 
 
 def test_priority_comes_before_age() -> None:
@@ -39,10 +39,10 @@ def test_what_a_project_has_running_counts() -> None:
 
 
 def test_a_turn_explains_itself() -> None:
-    turn = order([candidate("a", 40)], 100)[0]
+    entry = order([candidate("a", 40)], 100)[0]
 
-    assert (turn.position, turn.waited_seconds) == (1, 60)
-    assert turn.reason == "priority normal; none of its project's jobs runs or waits before it; waited 60 s"
+    assert (entry.position, entry.waited_seconds) == (1, 60)
+    assert entry.reason == "priority normal; none of its project's jobs runs or waits before it; waited 60 s"
 
 
 WAITING = st.builds(
@@ -60,18 +60,18 @@ def test_the_order_is_total_and_does_not_depend_on_how_the_jobs_were_listed(jobs
     random.shuffle(shuffled)
 
     assert ids(jobs) == ids(shuffled)
-    turns = order(jobs, 100)
-    assert [turn.position for turn in turns] == list(range(1, len(jobs) + 1))
-    assert [turn.candidate.priority for turn in turns] == sorted(c.priority for c in jobs)
+    entries = order(jobs, 100)
+    assert [entry.position for entry in entries] == list(range(1, len(jobs) + 1))
+    assert [entry.candidate.priority for entry in entries] == sorted(c.priority for c in jobs)
 
 
 @given(st.lists(WAITING, max_size=20, unique_by=lambda c: c.job_id))
 def test_within_a_project_and_class_age_decides(jobs: list[Candidate]) -> None:
-    turns = order(jobs, 100)
+    entries = order(jobs, 100)
 
-    for turn, later in pairwise(turns):
-        same = (turn.candidate.project_id, turn.candidate.priority) == (
+    for entry, later in pairwise(entries):
+        same = (entry.candidate.project_id, entry.candidate.priority) == (
             later.candidate.project_id,
             later.candidate.priority,
         )
-        assert not same or turn.candidate.place <= later.candidate.place
+        assert not same or entry.candidate.place <= later.candidate.place

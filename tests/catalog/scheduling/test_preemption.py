@@ -29,13 +29,13 @@ def holder(*jobs: Training, worker_id: str = "w1", key: str = KEY, memory_bytes:
     return Holder(worker_id=worker_id, pack_key=key, service=service, jobs=jobs, **more)
 
 
-def turn_of(job: Candidate, shares: dict[str, Share] | None = None) -> QueueEntry:
-    (turn,) = order([job], NOW, shares=shares)
-    return turn
+def entry_of(job: Candidate, shares: dict[str, Share] | None = None) -> QueueEntry:
+    (entry,) = order([job], NOW, shares=shares)
+    return entry
 
 
 def leaving(*holders: Holder, job: Any = URGENT, policy: Policy = POLICY) -> list[str] | None:
-    chosen = choose(turn_of(job), holders, now=NOW, policy=policy)
+    chosen = choose(entry_of(job), holders, now=NOW, policy=policy)
     return None if chosen is None else sorted(victim.job_id for victim in chosen.victims)
 
 
@@ -105,13 +105,13 @@ def test_a_job_of_another_project_leaves_only_where_it_would_stand_behind_the_ur
         level = level_if_it_left(share, priority=1, devices_left=1, policy=POLICY)
         return training("foreign", project_id="q", effective_level=level)
 
-    turn = turn_of(URGENT, {"p": Share(device_seconds=10_000)})
+    entry = entry_of(URGENT, {"p": Share(device_seconds=10_000)})
     least = 10_000 - POLICY.class_step_seconds
 
-    found = [choose(turn, [holder(victim(had))], now=NOW, policy=POLICY) for had in (least, least + 1)]
+    found = [choose(entry, [holder(victim(had))], now=NOW, policy=POLICY) for had in (least, least + 1)]
 
     assert [chosen is not None for chosen in found] == [False, True]
-    own = choose(turn, [holder(training("own", effective_level=-1e9))], now=NOW, policy=POLICY)
+    own = choose(entry, [holder(training("own", effective_level=-1e9))], now=NOW, policy=POLICY)
     assert own is not None
 
 
@@ -120,10 +120,10 @@ def test_no_room_is_made_before_a_job_of_another_project_that_stands_ahead_and_f
     small, large = candidate("small", 0, "q"), candidate("large", 0, "q", own_bytes=500)
 
     def chosen(*others: Candidate) -> bool:
-        turns = order([URGENT, *others], NOW, shares=shares)
-        ((turn, ahead),) = pressing(turns, now=NOW, policy=POLICY)
+        entries = order([URGENT, *others], NOW, shares=shares)
+        ((entry, ahead),) = pressing(entries, now=NOW, policy=POLICY)
         batch = training("batch", effective_priority=2)
-        return choose(turn, [holder(batch)], ahead=ahead, now=NOW, policy=POLICY) is not None
+        return choose(entry, [holder(batch)], ahead=ahead, now=NOW, policy=POLICY) is not None
 
     assert [chosen(), chosen(large), chosen(small)] == [True, True, False]
     assert chosen(replace(small, project_id="p", place=0)), "its own project's jobs are in the order of their classes"
@@ -152,7 +152,7 @@ HOLDERS = st.builds(
 
 @given(st.lists(HOLDERS, max_size=3))
 def test_who_leaves_may_be_asked_and_is_needed(holders: list[Holder]) -> None:
-    chosen = choose(turn_of(URGENT), holders, now=NOW, policy=POLICY)
+    chosen = choose(entry_of(URGENT), holders, now=NOW, policy=POLICY)
 
     if chosen is None or not chosen.victims:
         return

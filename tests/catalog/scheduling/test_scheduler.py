@@ -17,13 +17,13 @@ LIVE = "b:bfloat16:causal-lm"
 
 
 def snapshot(*candidates: Candidate, now: float = 10, max_jobs: int = 4, **given: Any) -> QueueSnapshot:
-    room = Capacity(max_jobs=max_jobs, memory_bytes_free=100)
-    told: dict[str, Any] = {"shares": {}, "served": (), "room": room, "worker_bytes": 100, **given}
+    capacity = Capacity(max_jobs=max_jobs, memory_bytes_free=100)
+    told: dict[str, Any] = {"shares": {}, "served": (), "capacity": capacity, "worker_bytes": 100, **given}
     return QueueSnapshot(now=now, candidates=candidates, **told)
 
 
 def chosen(decision: Decision) -> list[str]:
-    return [choice.turn.candidate.job_id for choice in decision.action.choices]
+    return [choice.entry.candidate.job_id for choice in decision.action.choices]
 
 
 def test_a_new_trainer_starts_with_the_first_and_its_like() -> None:
@@ -46,13 +46,16 @@ def test_jobs_join_a_live_trainer_until_one_that_can_not_has_waited_too_long() -
 
 
 def test_what_was_made_free_for_a_job_starts_it_and_not_one_whose_base_is_loaded() -> None:
-    asked, resident = replace(other("asked", priority=0), room_asked_at=30.0), candidate("resident", 40, priority=0)
+    asked, resident = (
+        replace(other("asked", priority=0), preemption_requested_at=30.0),
+        candidate("resident", 40, priority=0),
+    )
     emptied = Capacity(max_jobs=4, memory_bytes_free=100, resident_key=LIVE)
     patient = replace(USUAL, patience_seconds=1000)
     over = 30 + USUAL.ask_again_seconds
 
     def first(policy: Policy, now: float) -> list[str]:
-        return chosen(decide(snapshot(asked, resident, room=emptied, now=now), policy))
+        return chosen(decide(snapshot(asked, resident, capacity=emptied, now=now), policy))
 
     assert first(USUAL, 45) == ["asked"]
     assert [first(patient, now) for now in (over - 1, over)] == [["asked"], ["resident"]]
@@ -60,7 +63,7 @@ def test_what_was_made_free_for_a_job_starts_it_and_not_one_whose_base_is_loaded
 
 def test_that_room_is_being_made_is_told_apart_from_a_trainer_that_is_let_run_empty() -> None:
     urgent, joins = other("urgent", 2, priority=0), candidate("joins", 1, priority=0)
-    asked = replace(urgent, room_asked_at=5.0)
+    asked = replace(urgent, preemption_requested_at=5.0)
     late = PATIENCE_SECONDS + 2
 
     def told(job: Candidate, now: float) -> tuple[bool, bool]:
@@ -99,9 +102,9 @@ def test_why_has_every_input_of_the_decision_and_nothing_of_another_project() ->
     why = decision.why(decision.action.choices[1])
 
     assert (why["role"], why["position"], why["looked_at"]) == ("packmate", 2, 2)
-    assert why["turn"].startswith("priority normal; 1 of its project's jobs runs")
+    assert why["position_reason"].startswith("priority normal; 1 of its project's jobs runs")
     assert (why["share"]["num_projects"], why["share"]["projects_ahead"], why["share"]["num_running"]) == (2, 0, 1)
-    assert why["room"] == {"max_jobs": 4, "memory_bytes_free": 100, "num_jobs": 0}
+    assert why["capacity"] == {"max_jobs": 4, "memory_bytes_free": 100, "num_jobs": 0}
     assert why["policy"]["patience_seconds"] == PATIENCE_SECONDS
     assert "theirs" not in str(why)
     assert "foreign" not in str(why)
@@ -148,12 +151,12 @@ def test_packmates_never_decide_whether_or_when_the_anchor_starts(jobs: list[Can
 
 @given(QUEUE)
 def test_what_is_taken_fits(jobs: list[Candidate]) -> None:
-    room = Capacity(max_jobs=4, memory_bytes_free=100)
+    capacity = Capacity(max_jobs=4, memory_bytes_free=100)
 
-    taken = [choice.turn.candidate for choice in decide(snapshot(*jobs, now=100), USUAL).action.choices]
+    taken = [choice.entry.candidate for choice in decide(snapshot(*jobs, now=100), USUAL).action.choices]
 
     assert len(taken) <= 4
-    assert sum(room.own(job) for job in taken) + (taken[0].trainer_bytes if taken else 0) <= 100
+    assert sum(capacity.own(job) for job in taken) + (taken[0].trainer_bytes if taken else 0) <= 100
 
 
 @given(QUEUE, st.integers(1, 4))

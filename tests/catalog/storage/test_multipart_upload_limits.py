@@ -41,7 +41,7 @@ def test_a_project_has_so_many_uploads_open_at_once_and_so_many_bytes(sender: Se
     sender.project_id = sender.world.stranger.project_id
     sender.begin(200)
     sender.project_id = sender.world.caller.project_id
-    sender.world.clock.turn(3601)
+    sender.world.clock.advance(3601)
     sender.begin(500)
 
 
@@ -54,7 +54,7 @@ def test_parts_count_until_they_are_cleaned_whatever_became_of_their_upload(send
     sender.part(expired, b"z" * 150)
     sender.cancel(cancelled)
     sender.complete(done, named)
-    sender.world.clock.turn(multipart_uploads.OPEN_SECONDS)
+    sender.world.clock.advance(multipart_uploads.OPEN_SECONDS)
 
     with pytest.raises(QuotaExceeded) as refused:
         sender.begin(301)
@@ -64,7 +64,7 @@ def test_parts_count_until_they_are_cleaned_whatever_became_of_their_upload(send
     garbage_collection.let_go(sender.world.db)
     with pytest.raises(QuotaExceeded):
         sender.begin(301)
-    sender.world.clock.turn(multipart_uploads.KEPT_SECONDS)
+    sender.world.clock.advance(multipart_uploads.KEPT_SECONDS)
     garbage_collection.let_go(sender.world.db)
     sender.begin(1_000)
 
@@ -95,9 +95,9 @@ def test_a_refusal_tells_when_enough_leaves_by_itself(sender: Sender) -> None:
     over = sender.begin(400)
     sender.part(over, b"x" * 400)
     sender.cancel(over)
-    sender.world.clock.turn(60)
+    sender.world.clock.advance(60)
     sender.part(sender.begin(300), b"y" * 100)
-    sender.world.clock.turn(60)
+    sender.world.clock.advance(60)
     sender.begin(300)
 
     assert [resets_at(sender, num_bytes) for num_bytes in (200, 201, 500, 501, 900, 901, 1_001)] == [
@@ -112,7 +112,7 @@ def test_a_refusal_tells_when_enough_leaves_by_itself(sender: Sender) -> None:
     sender.settings = sender.settings.model_copy(update={"max_open_uploads": 1})
     assert resets_at(sender, 1) == start + 120 + hour, "of two that are open both must end"
     sender.settings = sender.settings.model_copy(update={"max_open_uploads": 9})
-    sender.world.clock.turn(cleaned)
+    sender.world.clock.advance(cleaned)
     assert resets_at(sender, 900) is None, "nothing was cleaned in its time"
 
 

@@ -88,7 +88,7 @@ def test_an_upload_that_is_over_takes_nothing_more(sender: Sender, end: str) -> 
     elif end == "cancelled":
         assert sender.cancel(upload_id).status == "cancelled"
     else:
-        sender.world.clock.turn(multipart_uploads.OPEN_SECONDS)
+        sender.world.clock.advance(multipart_uploads.OPEN_SECONDS)
 
     verbs: list[Callable[[], object]] = [
         lambda: sender.part(upload_id, b"more"),
@@ -282,7 +282,7 @@ def test_a_disk_that_fills_up_while_the_parts_are_joined_keeps_nothing(sender: S
 def test_a_file_of_parts_goes_by_itself_so_long_after_it_was_completed(sender: Sender) -> None:
     upload_id = sender.begin(len(ONE), lifetime_seconds=7200)
     part = sender.part(upload_id, ONE)
-    sender.world.clock.turn(3000)
+    sender.world.clock.advance(3000)
 
     file = sender.complete(upload_id, part).file
 
@@ -302,11 +302,11 @@ def test_cleaning_keeps_the_parts_of_open_uploads_and_drops_those_of_others(send
     garbage_collection.clean(sender.world.db, sender.store, grace_seconds=-60)
 
     assert blobs(sender) == {sha(b"open"), sha(ONE)}
-    sender.world.clock.turn(multipart_uploads.OPEN_SECONDS)
+    sender.world.clock.advance(multipart_uploads.OPEN_SECONDS)
     garbage_collection.clean(sender.world.db, sender.store, grace_seconds=-60)
     assert blobs(sender) == {sha(ONE)}
     assert (rows(sender, UploadPart), rows(sender, Upload)) == (0, 3)
-    sender.world.clock.turn(multipart_uploads.KEPT_SECONDS)
+    sender.world.clock.advance(multipart_uploads.KEPT_SECONDS)
     garbage_collection.let_go(sender.world.db)
     assert rows(sender, Upload) == 0
     assert len(sender.made()) == 1

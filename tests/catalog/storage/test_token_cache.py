@@ -146,7 +146,7 @@ def test_a_project_creates_so_many_plans_a_day(world: World) -> None:
 
     with pytest.raises(QuotaExceeded) as refusal:
         plan(world)
-    world.clock.turn(refusal.value.retry_after_seconds)
+    world.clock.advance(refusal.value.retry_after_seconds)
 
     assert refusal.value.quota | {"resets_at": 0} == {"name": "plans_per_day", "limit": 2, "used": 2, "resets_at": 0}
     assert plan(world).state == "computing"

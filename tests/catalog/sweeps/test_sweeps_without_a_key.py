@@ -61,7 +61,7 @@ def test_a_sweep_whose_key_was_revoked_is_closed_before_its_next_trials(world: W
 def test_a_sweep_whose_key_has_expired_is_closed(world: World) -> None:
     caller = holder(world, expires_at=world.clock.now + HOUR)
     sweep_id = sweep_of(world, caller)
-    world.clock.turn(HOUR)
+    world.clock.advance(HOUR)
 
     advance(world)
 
@@ -88,7 +88,7 @@ def test_a_rotation_keeps_the_sweeps_of_the_key_that_it_ends(world: World, num_r
     for _ in range(num_rotations):
         given: dict[str, Any] = {"overlap_seconds": HOUR, "pepper": PEPPER}
         key_id = api_keys.rotate(world.db, caller=world.caller, api_key_id=key_id, **given)[0].id
-        world.clock.turn(HOUR)
+        world.clock.advance(HOUR)
 
     advance(world)
 

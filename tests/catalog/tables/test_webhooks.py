@@ -114,7 +114,7 @@ def test_no_secret_is_stored(hooks: Hooks, world: World) -> None:
 def test_with_another_pepper_nothing_is_signed_wrongly(hooks: Hooks, world: World) -> None:
     hooks.end_job()
 
-    (claimed,) = delivery_queue.claim(world.db, pepper=Pepper(current=b"another" * 5), room=9, in_flight=[])
+    (claimed,) = delivery_queue.claim(world.db, pepper=Pepper(current=b"another" * 5), limit=9, in_flight=[])
 
     assert claimed.signed_with == []
     with pytest.raises(Conflict, match="can't be made any more"):
@@ -128,7 +128,7 @@ def test_during_a_rotation_messages_are_signed_by_both_secrets_and_then_by_the_n
     _, repeated = endpoints.rotate(world.db, **hooks.ident, overlap_seconds=3600, pepper=PEPPER, is_client_retry=True)
     hooks.end_job()
     (both,) = hooks.claim()
-    world.clock.turn(3600)
+    world.clock.advance(3600)
     hooks.end_job()
     after = [one for one in hooks.claim() if one.message_id != both.message_id]
     endpoints.rotate(world.db, **hooks.ident, overlap_seconds=0, pepper=PEPPER)
@@ -144,7 +144,7 @@ def test_who_dies_while_sending_leaves_the_message_to_the_next_with_the_same_id(
     (first,) = hooks.claim()
     meanwhile = hooks.claim()
 
-    world.clock.turn(delivery_queue.LEASE_SECONDS)
+    world.clock.advance(delivery_queue.LEASE_SECONDS)
     (second,) = hooks.claim()
     delivery_queue.record(world.db, first, BAD)  # not dead, but late
     delivery_queue.record(world.db, second, OK)
@@ -197,9 +197,9 @@ def test_a_failing_endpoint_that_is_being_sent_to_takes_no_others_turn(hooks: Ho
     delivery_queue.record(world.db, held[0], BAD)
     other, _ = hooks.more()
     hooks.end_job()
-    world.clock.turn(delivery_queue.LEASE_SECONDS)
+    world.clock.advance(delivery_queue.LEASE_SECONDS)
 
-    (claimed,) = delivery_queue.claim(world.db, pepper=PEPPER, room=1, in_flight=held[1:])
+    (claimed,) = delivery_queue.claim(world.db, pepper=PEPPER, limit=1, in_flight=held[1:])
 
     assert claimed.endpoint_id == other.id
 
@@ -243,15 +243,15 @@ def test_an_endpoint_that_is_gone_is_disabled_at_once_and_the_others_are_told(ho
 
 def test_an_endpoint_that_fails_for_days_is_disabled_and_one_that_recovers_is_not(hooks: Hooks, world: World) -> None:
     for days in (0, 3, 3):
-        world.clock.turn(days * DAY)
+        world.clock.advance(days * DAY)
         hooks.end_job()
         delivery_queue.record(world.db, hooks.claim()[0], BAD)
         if days == 0:
-            world.clock.turn(6)
+            world.clock.advance(6)
             delivery_queue.record(world.db, hooks.claim()[0], OK)
     assert hooks.endpoint().disabled_at is None
 
-    world.clock.turn(3 * DAY)
+    world.clock.advance(3 * DAY)
     delivery_queue.record(world.db, hooks.claim()[0], BAD)
 
     assert hooks.endpoint().disabled_reason == "failing"
@@ -360,7 +360,7 @@ def test_the_log_is_kept_for_a_month_and_what_waits_for_longer(hooks: Hooks, wor
     gone, _ = hooks.more()
     endpoints.delete(world.db, **hooks.owner, endpoint_id=gone.id)
 
-    world.clock.turn(31 * DAY)
+    world.clock.advance(31 * DAY)
     delivery_log.forget(world.db)
 
     assert [row.status for row in hooks.all()] == ["pending"]

@@ -44,7 +44,7 @@ def test_a_new_key_can_do_what_was_asked_for_and_no_more(world: World) -> None:
     assert holder.scopes == set(wanted)
     assert secret.endswith(row.ending or "?")
     assert not holder.is_operator
-    world.clock.turn(HOUR)
+    world.clock.advance(HOUR)
     assert not opens(world, secret)
 
 
@@ -105,12 +105,12 @@ def test_both_keys_are_good_while_a_rotation_overlaps(world: World) -> None:
 
     assert (new.name, new.scopes, new.expires_at) == (old.name, ["jobs:read", "keys:write"], None)
     assert api_keys.get(world.db, caller=world.caller, api_key_id=old.id).replaced_by == new.id
-    world.clock.turn(HOUR - 1)
+    world.clock.advance(HOUR - 1)
     assert opens(world, secret)
     assert opens(world, new_secret)
     with pytest.raises(Conflict) as again:
         rotate(world, world.caller, old.id)
-    world.clock.turn(1)
+    world.clock.advance(1)
     assert not opens(world, secret)
     assert opens(world, new_secret)
     with pytest.raises(Conflict) as late:
@@ -178,7 +178,7 @@ def test_the_last_operators_key_is_not_revoked(world: World) -> None:
     operator = caller(world, is_operator=True)
     caller(world, is_operator=True, scopes=["jobs:read"])
     caller(world, is_operator=True, expires_at=world.clock.now + 1)
-    world.clock.turn(2)
+    world.clock.advance(2)
 
     def revoke(key_id: str) -> ApiKey:
         return revocation.revoke(world.db, caller=operator, api_key_id=key_id).key
@@ -310,7 +310,7 @@ def test_a_project_has_so_many_valid_keys(world: World, monkeypatch: pytest.Monk
             beyond()
         assert refusal.value.code == "too_many_keys"
     kept = rotate(kept, 0)
-    world.clock.turn(200)
+    world.clock.advance(200)
     create()
     with pytest.raises(Conflict):
         create()

@@ -72,7 +72,7 @@ def test_a_key_that_is_expired_or_revoked_is_refused(world: World) -> None:
     link = authentication.create_sign_in_link(world.db, api_key_id=revoked.id, pepper=PEPPER)
     browser = authentication.exchange_sign_in(world.db, token=link, pepper=PEPPER)
 
-    world.clock.turn(11)
+    world.clock.advance(11)
     end_key(world.db, revoked.id)
 
     for refused in (expiring, secret):
@@ -86,7 +86,7 @@ def test_last_use_is_noted_once_a_minute(world: World) -> None:
     key, secret = new_key(world)
 
     def used_after(seconds: float) -> float | None:
-        world.clock.turn(seconds)
+        world.clock.advance(seconds)
         authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
         with world.db.read() as session:
             return session.scalar(select(ApiKey.last_used_at).where(ApiKey.id == key.id))
@@ -151,14 +151,14 @@ def test_a_sign_in_link_opens_one_browser_session_once(world: World) -> None:
 
 def test_links_and_browser_sessions_expire(world: World) -> None:
     late = authentication.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER, seconds=900)
-    world.clock.turn(901)
+    world.clock.advance(901)
     with pytest.raises(Unauthorized) as refusal:
         authentication.exchange_sign_in(world.db, token=late, pepper=PEPPER)
     assert "python -m api sign-in-link" in refusal.value.remedy
 
     link = authentication.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER)
     browser = authentication.exchange_sign_in(world.db, token=link, pepper=PEPPER)
-    world.clock.turn(12 * 3600 + 1)
+    world.clock.advance(12 * 3600 + 1)
     with pytest.raises(Unauthorized):
         authentication.authenticate_browser(world.db, secret=browser, pepper=PEPPER)
 

@@ -56,9 +56,9 @@ def world(world: World) -> World:
 def test_a_days_device_seconds_are_those_that_its_jobs_were_charged(world: World) -> None:
     world.worker()
     claim = world.running()
-    world.clock.turn(10)
+    world.clock.advance(10)
     world.beat(claim.claim_id)
-    world.clock.turn(7)
+    world.clock.advance(7)
     world.complete(claim.claim_id)
 
     used = only(told(world, project_ids=["ours"]))
@@ -70,7 +70,7 @@ def test_a_days_device_seconds_are_those_that_its_jobs_were_charged(world: World
 
 def test_jobs_are_counted_on_the_day_of_their_creation_and_by_how_they_ended(world: World) -> None:
     claim, failing, waiting = world.running(), world.running(), world.submit()
-    world.clock.turn(DAY_SECONDS)
+    world.clock.advance(DAY_SECONDS)
     world.beat(claim.claim_id, failing.claim_id)
     world.complete(claim.claim_id)
     claims.end(world.db, failing.claim_id, reason=EndReason.USER_ERROR, detail="no")
@@ -110,7 +110,7 @@ def test_bytes_are_those_of_files_adapters_and_token_caches(world: World) -> Non
 
     files.delete(world.db, project_id=mine, file_id=gone)
     adapters.delete(world.db, project_id=mine, name=adapter.id)
-    world.clock.turn(10)
+    world.clock.advance(10)
     garbage_collection.let_go(world.db)
 
     curves = _size(world, world.job(adapter.job_id).result_file)
@@ -128,10 +128,10 @@ def _prepared_bytes(world: World) -> int:
 
 def test_stored_bytes_are_told_for_the_end_of_each_day(world: World) -> None:
     _upload(world, 100)
-    world.clock.turn(2 * DAY_SECONDS)
+    world.clock.advance(2 * DAY_SECONDS)
     _upload(world, 20)
     _upload(world, 3)
-    world.clock.turn(DAY_SECONDS)
+    world.clock.advance(DAY_SECONDS)
 
     days = told(world, project_ids=["ours"], end_time=MIDNIGHT + 6 * DAY_SECONDS)
 
@@ -182,7 +182,7 @@ def test_a_project_sees_its_own_use_and_another_is_as_none(world: World) -> None
 
 
 def test_days_come_in_pages(world: World) -> None:
-    world.clock.turn(9 * DAY_SECONDS)
+    world.clock.advance(9 * DAY_SECONDS)
     asked = UsageQuery(start_time=MIDNIGHT + 5, num_days=4)
 
     page = usage_report.report(world.db, caller=world.caller, asked=asked)

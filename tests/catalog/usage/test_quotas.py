@@ -108,7 +108,7 @@ def test_jobs_of_a_day_are_counted_by_the_database_and_begin_anew_at_midnight(wo
 def test_a_key_is_held_to_its_jobs_of_the_last_day_by_what_is_stored(world: World) -> None:
     caller = replace(world.caller, service_jobs_per_day=2)
     world.submit(caller=caller)
-    world.clock.turn(3600)
+    world.clock.advance(3600)
     world.submit(caller=caller)
 
     with pytest.raises(RateLimited, match="2 jobs a day") as refusal:
@@ -117,7 +117,7 @@ def test_a_key_is_held_to_its_jobs_of_the_last_day_by_what_is_stored(world: Worl
     assert refusal.value.retry_after_seconds == pytest.approx(DAY_SECONDS - 3600, abs=1)
     world.submit(caller=replace(caller, jobs_per_day=3))
     world.submit(caller=replace(caller, jobs_per_day=0))
-    world.clock.turn(DAY_SECONDS)
+    world.clock.advance(DAY_SECONDS)
     world.submit(caller=caller)
 
 
@@ -136,7 +136,7 @@ def test_a_month_that_is_used_up_refuses_new_jobs_and_holds_those_that_wait(worl
     claim, waiting = world.running(), world.queued()
     world.pass_time(30, claim.claim_id)
     world.beat(claim.claim_id)
-    world.clock.turn(20)
+    world.clock.advance(20)
     world.complete(claim.claim_id)
 
     error = refused(world)
@@ -211,7 +211,7 @@ def test_what_was_deleted_fills_the_disk_once_more_at_most_until_it_is_cleaned(w
     assert "anew" not in refusal.value.message
     assert refusal.value.remedy.startswith("Wait for the daily cleaning: by ")
     assert 0 < refusal.value.retry_after_seconds <= stored_quota.LEAVING_SECONDS
-    world.clock.turn(stored_quota.LEAVING_SECONDS)
+    world.clock.advance(stored_quota.LEAVING_SECONDS)
     upload(world, 400)
 
 

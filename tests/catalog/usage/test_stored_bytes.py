@@ -133,7 +133,7 @@ class StoredService(Service):
 
     @rule(seconds=st.sampled_from([0.0, 8 * 86_400.0, 31 * 86_400.0]))
     def clean(self, seconds: float) -> None:
-        self.clock.turn(seconds)
+        self.clock.advance(seconds)
         garbage_collection.let_go(self.db)
 
     @invariant()

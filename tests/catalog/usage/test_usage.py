@@ -44,7 +44,7 @@ def operator(world: World) -> Caller:
 
 def train(world: World, seconds: float, claim: claiming.Claim) -> None:
     while seconds > 0:
-        world.clock.turn(min(seconds, LEASE))
+        world.clock.advance(min(seconds, LEASE))
         world.beat(claim.claim_id)
         seconds -= LEASE
 
@@ -55,10 +55,10 @@ def test_those_that_train_together_are_charged_their_parts_of_each_device(world:
     theirs(world)
     held = world.claim()
 
-    world.clock.turn(20)
+    world.clock.advance(20)
     world.beat(*(claim.claim_id for claim in held))
     world.complete(held[0].claim_id)
-    world.clock.turn(20)
+    world.clock.advance(20)
     world.beat(held[1].claim_id)
 
     assert used(world) == {"ours": 10, "theirs": 30}
@@ -69,7 +69,7 @@ def test_a_device_second_of_an_urgent_job_is_charged_twice_to_its_project_and_on
     world.worker()
     claim = world.running(priority="urgent")
     train(world, 40, claim)
-    world.clock.turn(10)
+    world.clock.advance(10)
     world.complete(claim.claim_id)
 
     assert used(world)["ours"] == USUAL.urgent_multiple * 50 == 100
@@ -101,7 +101,7 @@ def test_a_group_of_gpus_is_charged_as_so_many_and_a_cpu_as_one(
         shares = charging.shares_of_waiting(session, now=world.clock.now, policy=USUAL)
     assert shares[world.caller.project_id].devices_held == expected
 
-    world.clock.turn(20)
+    world.clock.advance(20)
     world.beat(held.claim_id)
 
     assert used(world)["ours"] == 20 * expected
@@ -115,7 +115,7 @@ def test_who_trains_on_a_gang_is_charged_for_all_of_its_devices(world: World) ->
     leader = gangs.GangMember(db=world.db, worker_id="w1", gang="pair", silent_seconds=LEASE)
     assert gangs.lead(leader)
     world.queued()
-    [held] = world.claim(room=ONE)
+    [held] = world.claim(capacity=ONE)
     led = gangs.open_round(leader, members=["w1", "w2"], task={}, seconds=60)
 
     world.queued()
@@ -123,12 +123,12 @@ def test_who_trains_on_a_gang_is_charged_for_all_of_its_devices(world: World) ->
         shares = charging.shares_of_waiting(session, now=world.clock.now, policy=USUAL)
     assert shares[world.caller.project_id].devices_held == 8
 
-    world.clock.turn(20)
+    world.clock.advance(20)
     world.beat(held.claim_id)
     assert used(world)["ours"] == pytest.approx(160, abs=1)
 
     gangs.end_round(leader, led.round_id)
-    world.clock.turn(20)
+    world.clock.advance(20)
     world.beat(held.claim_id)
     assert used(world)["ours"] == pytest.approx(180, abs=1)
 
@@ -137,10 +137,10 @@ def test_the_last_seconds_are_charged_with_the_end(world: World) -> None:
     world.worker()
     claim = world.running()
     train(world, 20, claim)
-    world.clock.turn(5)
+    world.clock.advance(5)
 
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
-    world.clock.turn(50)
+    world.clock.advance(50)
     (again,) = world.claim()
     train(world, 5, again)
 
@@ -153,10 +153,10 @@ def test_what_is_charged_with_the_end_is_as_of_the_end(world: World) -> None:
     claim = world.running()
     train(world, 40, claim)
     world.complete(claim.claim_id)
-    world.clock.turn(HALF_LIFE_SECONDS)
+    world.clock.advance(HALF_LIFE_SECONDS)
 
     again = world.running()
-    world.clock.turn(40)
+    world.clock.advance(40)
     claims.end(world.db, again.claim_id, reason=EndReason.DRAINED, detail="")
 
     assert used(world)["ours"] == pytest.approx(40 / 2 + 40, abs=0.1)
@@ -166,13 +166,13 @@ def test_each_second_is_divided_among_those_who_were_there(world: World) -> None
     """Though one joins and another leaves between two heartbeats."""
     world.worker()
     first = world.running()
-    world.clock.turn(20)
+    world.clock.advance(20)
     theirs(world)
 
     (joined,) = world.claim(pack_key=first.job.pack_key, trainer_id="trainer-w1")
-    world.clock.turn(20)
+    world.clock.advance(20)
     claims.end(world.db, first.claim_id, reason=EndReason.DRAINED, detail="")
-    world.clock.turn(10)
+    world.clock.advance(10)
     world.beat(joined.claim_id)
 
     assert used(world) == {"ours": 30, "theirs": 20}
@@ -183,7 +183,7 @@ def test_a_clock_that_jumps_ahead_charges_no_more_than_a_lease(world: World) -> 
     claim = world.running()
     train(world, 10, claim)
 
-    world.clock.turn(10 * HALF_LIFE_SECONDS)
+    world.clock.advance(10 * HALF_LIFE_SECONDS)
     world.beat(claim.claim_id)
 
     assert used(world)["ours"] == pytest.approx(LEASE, abs=0.1)
@@ -196,13 +196,13 @@ def test_a_packmate_takes_no_turn_of_its_class(world: World) -> None:
     patient = world.queued(model="rare", priority="batch")
     world.flood(world.queued(), 10)
     world.flood(world.queued(priority="batch"), 10)
-    live = world.claim(room=ONE)[0].job.pack_key
+    live = world.claim(capacity=ONE)[0].job.pack_key
 
     for _ in range(3):
-        world.clock.turn(PROMOTE_AFTER_SECONDS)
+        world.clock.advance(PROMOTE_AFTER_SECONDS)
         world.beat()
-        world.claim(room=Capacity(max_jobs=4, memory_bytes_free=10**12), pack_key=live)
-    (claim,) = world.claim("w2", room=ONE)
+        world.claim(capacity=Capacity(max_jobs=4, memory_bytes_free=10**12), pack_key=live)
+    (claim,) = world.claim("w2", capacity=ONE)
 
     assert claim.job.id == patient.id
 
@@ -217,16 +217,16 @@ def test_a_turn_on_a_worker_that_could_not_hold_a_job_was_none_of_that_job(world
     world.flood(rides, 10)
     small = Capacity(max_jobs=1, memory_bytes_free=10**9)
 
-    world.clock.turn(3 * PROMOTE_AFTER_SECONDS - 60)
+    world.clock.advance(3 * PROMOTE_AFTER_SECONDS - 60)
     for worker_id in ("small", "wide"):
         world.beat(worker_id=worker_id)
-    assert [claim.job.id for claim in world.claim("wide", room=ONE)] == [pressing.id]
-    (first,) = world.claim("small", room=small)
-    world.clock.turn(120)
+    assert [claim.job.id for claim in world.claim("wide", capacity=ONE)] == [pressing.id]
+    (first,) = world.claim("small", capacity=small)
+    world.clock.advance(120)
     for worker_id in ("small", "wide"):
         world.beat(worker_id=worker_id)
-    assert world.claim("small", room=small)[0].job.priority == 2, "its class has risen there as well"
-    (claim,) = world.claim("wide", room=ONE)
+    assert world.claim("small", capacity=small)[0].job.priority == 2, "its class has risen there as well"
+    (claim,) = world.claim("wide", capacity=ONE)
 
     assert (first.job.priority, claim.job.id) == (0, patient.id)
 
@@ -247,7 +247,7 @@ def test_what_was_used_long_ago_counts_less(world: World) -> None:
     world.worker()
     train(world, 50, world.running())
 
-    world.clock.turn(HALF_LIFE_SECONDS)
+    world.clock.advance(HALF_LIFE_SECONDS)
 
     assert used(world)["ours"] == pytest.approx(25, abs=0.1)
 
@@ -261,10 +261,10 @@ def test_the_project_that_has_had_less_for_its_weight_goes_first(world: World) -
 
     def first() -> str:
         with world.db.read() as session:
-            return listing.turns(session, now=world.clock())[0].candidate.job_id
+            return listing.queue_entries(session, now=world.clock())[0].candidate.job_id
 
     assert first() == foreign.id
-    (claim,) = world.claim(room=ONE)
+    (claim,) = world.claim(capacity=ONE)
     assert claim.job.id == foreign.id
     theirs(world)
     assert first() == ours.id, "the one that runs counts for 300 device-seconds"
@@ -290,12 +290,12 @@ def test_batch_is_claimed_though_there_is_always_something_urgent(world: World) 
     world.flood(pressing, 20)
 
     def claimed() -> str:
-        (claim,) = world.claim(room=ONE)
+        (claim,) = world.claim(capacity=ONE)
         world.complete(claim.claim_id, claim.claim_id)
         return claim.job.id
 
     assert claimed() == pressing.id
-    world.clock.turn(3 * PROMOTE_AFTER_SECONDS)
+    world.clock.advance(3 * PROMOTE_AFTER_SECONDS)
     world.beat()
     first_two = [claimed(), claimed()]
     world.flood(world.queued(priority="batch"), 1)
@@ -329,7 +329,7 @@ def test_why_tells_the_shares_in_a_sentence_and_as_data_and_names_nobody(world: 
     assert why["policy"]["priority_aging_seconds"] == PROMOTE_AFTER_SECONDS
     for secret in (foreign.id, world.stranger.project_id, "theirs"):
         assert secret not in str(why)
-    (claim,) = world.claim(room=ONE)
+    (claim,) = world.claim(capacity=ONE)
     assert claim.job.id == foreign.id
     (attempt,) = queries.attempts(world.db, project_id=world.stranger.project_id, job_id=foreign.id)
     assert attempt.why is not None

@@ -32,12 +32,12 @@ def test_one_project_takes_a_quarter_of_the_slots_and_the_others_share_the_rest(
     noisy, quiet = world.caller.project_id, world.stranger.project_id
     add_endpoints(world, noisy, endpoints.MAX_ENDPOINTS)
     add_events(world, noisy, 10)
-    world.clock.turn(60)
+    world.clock.advance(60)
     add_endpoints(world, quiet, 1)
     add_events(world, quiet, 10)
 
-    claimed = delivery_queue.claim(world.db, pepper=PEPPER, room=64, in_flight=[])
-    more = delivery_queue.claim(world.db, pepper=PEPPER, room=64 - len(claimed), in_flight=claimed)
+    claimed = delivery_queue.claim(world.db, pepper=PEPPER, limit=64, in_flight=[])
+    more = delivery_queue.claim(world.db, pepper=PEPPER, limit=64 - len(claimed), in_flight=claimed)
 
     with world.db.read() as session:
         owners = {row.id: row.project_id for row in session.scalars(select(WebhookEndpoint))}
@@ -50,12 +50,12 @@ def test_the_last_free_slot_goes_to_the_project_with_the_fewest_deliveries(world
     noisy, quiet = world.caller.project_id, world.stranger.project_id
     add_endpoints(world, noisy, 5)
     add_events(world, noisy, 2)
-    held = delivery_queue.claim(world.db, pepper=PEPPER, room=3, in_flight=[])
-    world.clock.turn(60)
+    held = delivery_queue.claim(world.db, pepper=PEPPER, limit=3, in_flight=[])
+    world.clock.advance(60)
     add_endpoints(world, quiet, 1)
     add_events(world, quiet, 1)
 
-    (last,) = delivery_queue.claim(world.db, pepper=PEPPER, room=1, in_flight=held)
+    (last,) = delivery_queue.claim(world.db, pepper=PEPPER, limit=1, in_flight=held)
 
     assert {outgoing.project_id for outgoing in held} == {noisy}
     assert last.project_id == quiet
@@ -67,7 +67,7 @@ def test_a_failure_for_which_the_resolver_is_to_blame_disables_no_endpoint(world
     for _ in range(2):
         hooks.end_job()
         hooks.fail_until_it_ends(blameless)
-        world.clock.turn(FAILING_SECONDS)
+        world.clock.advance(FAILING_SECONDS)
 
     assert hooks.endpoint().disabled_at is None
     assert hooks.endpoint().failing_since is None

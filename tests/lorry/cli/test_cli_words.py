@@ -202,7 +202,7 @@ def test_watching_tells_the_loss_on_held_out_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "told"),
+    ("max_width", "told"),
     [
         (70, "running  step 3/9  loss 1.500  held-out 1.750  480 tokens/s  1:01 left"),
         (69, "running  step 3/9  loss 1.500  held-out 1.750  1:01 left"),
@@ -211,10 +211,10 @@ def test_watching_tells_the_loss_on_held_out_data() -> None:
         (5, "running  step 3/9"),
     ],
 )
-def test_beside_a_bar_the_least_is_left_out_where_it_is_narrow(room: int, told: str) -> None:
+def test_beside_a_bar_the_least_is_left_out_where_it_is_narrow(max_width: int, told: str) -> None:
     job = Job.of({**JOB, "progress": {**JOB["progress"], "valid_loss": 1.75}})
 
-    assert progress_bars.facts(job, room=room) == told
+    assert progress_bars.facts(job, max_width=max_width) == told
 
 
 def test_the_list_of_models_says_briefly_why_one_failed_and_showing_it_says_all(service: Script, run: Run) -> None:

@@ -113,7 +113,7 @@ def test_where_the_store_does_not_answer_the_plan_waits_and_is_tried_again(
 
     assert look(site, row).state == "computing"
     assert claims.claim(site.db, worker_id="w1", lease_seconds=60) is None, "not yet"
-    site.world.clock.turn(tokenization.RETRY_SECONDS + 1)
+    site.world.clock.advance(tokenization.RETRY_SECONDS + 1)
     assert claims.claim(site.db, worker_id="w1", lease_seconds=60) is not None
 
 
@@ -133,9 +133,9 @@ def test_a_plan_whose_files_crash_what_reads_them_is_tried_again_and_fails_in_th
         assert look(site, row).state == "computing"
         with pytest.raises(tokenization.Hindered):
             plan_inputs.compute_next(site.context)
-        site.world.clock.turn(longer(tokenization.RETRY_SECONDS, number) - 1)
+        site.world.clock.advance(longer(tokenization.RETRY_SECONDS, number) - 1)
         assert not plan_inputs.compute_next(site.context), "not yet"
-        site.world.clock.turn(2)
+        site.world.clock.advance(2)
 
     assert look(site, row).state == "failed"
     assert (look(site, row).error or {})["code"] == "preparation_failed"
@@ -153,7 +153,7 @@ def test_tokens_that_are_damaged_when_a_plan_compares_them_are_made_again(
         with pytest.raises(tokenization.Hindered):
             plan_inputs.compute_next(site.context)
     assert token_cache.get(site.db, row.train_prepared) is None
-    site.world.clock.turn(tokenization.RETRY_SECONDS + 1)
+    site.world.clock.advance(tokenization.RETRY_SECONDS + 1)
 
     assert plan_inputs.compute_next(site.context)
 

@@ -126,7 +126,7 @@ def test_what_one_machine_can_not_prepare_waits_for_another(
 
     assert site.world.job(job_id).state == "validating_files"
     assert not tokenization.prepare_next(site.context), "not yet"
-    site.world.clock.turn(tokenization.RETRY_SECONDS + 1)
+    site.world.clock.advance(tokenization.RETRY_SECONDS + 1)
     sound()
     assert tokenization.prepare_next(site.context)
     assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("queued", 0)
@@ -143,7 +143,7 @@ def test_what_can_be_prepared_nowhere_fails_after_some_tries_each_of_which_waits
         with pytest.raises(Hindered):
             tokenization.prepare_next(site.context)
         waits.append((site.world.job(job_id).run_after or 0.0) - site.world.clock.now)
-        site.world.clock.turn(longer(tokenization.RETRY_SECONDS, MAX_LOST_PREPARATIONS))
+        site.world.clock.advance(longer(tokenization.RETRY_SECONDS, MAX_LOST_PREPARATIONS))
 
     job = site.world.job(job_id)
     assert (job.state, job.reason, (job.error or {})["code"]) == ("failed", EndReason.INFRA_LOST, hindrance)
@@ -186,6 +186,6 @@ def test_a_full_disk_counts_against_no_job(
     for _ in range(MAX_LOST_PREPARATIONS + 1):
         with pytest.raises(Hindered):
             tokenization.prepare_next(site.context)
-        site.world.clock.turn(tokenization.RETRY_SECONDS + 1)
+        site.world.clock.advance(tokenization.RETRY_SECONDS + 1)
 
     assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("validating_files", 0)

@@ -30,7 +30,7 @@ def run(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> Run:
 
     def run_and_wait(script: Script) -> None:
         run(script)
-        site.world.clock.turn(31)
+        site.world.clock.advance(31)
         site.world.beat(worker_id="w1")
 
     return run_and_wait

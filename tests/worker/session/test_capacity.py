@@ -83,9 +83,13 @@ def test_of_several_gpus_what_they_talk_through_is_set_aside_until_it_is_taken(
     assert free_capacity(divided.context, session).memory_bytes_free == 10**11 - to_come
     say(session, READY | {"memory": {"base_bytes": 12_000}})
     session.read_events()
-    room = free_capacity(divided.context, session)
-    assert room.memory_bytes_free == 10**11 + 12_000 + reserve, "who comes next counts both again"
-    assert capacity_report(room) == {"max_jobs": 4, "memory_bytes_free": room.memory_bytes_free, "holding": "sharded"}
+    capacity = free_capacity(divided.context, session)
+    assert capacity.memory_bytes_free == 10**11 + 12_000 + reserve, "who comes next counts both again"
+    assert capacity_report(capacity) == {
+        "max_jobs": 4,
+        "memory_bytes_free": capacity.memory_bytes_free,
+        "holding": "sharded",
+    }
 
 
 def test_a_trainer_that_is_empty_is_no_trainer_for_a_job_whose_base_is_held_otherwise(divided: PackSite) -> None:

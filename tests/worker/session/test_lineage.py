@@ -21,7 +21,7 @@ def attempt(site: PackSite, number: int, word: str, *, from_step: int = 0, saves
     """One more attempt, on a trainer of its own: it resumes from a step, and stores a checkpoint or the adapter."""
     trainer_id = f"trainer-{number}"
     workers.register_trainer(site.db, trainer_id=trainer_id, worker_id="w1", base_digest="d", pack_key="k")
-    (claim,) = site.claim_all(trainer_id, room=Capacity(max_jobs=1, memory_bytes_free=10**12))
+    (claim,) = site.claim_all(trainer_id, capacity=Capacity(max_jobs=1, memory_bytes_free=10**12))
     session = site.session(claim, trainer_id=trainer_id, invariance=word, from_step=from_step)
     if saves is not None:
         tell(session, claim, "checkpointed", step=saves, folder=site.checkpoint(session, claim, saves))

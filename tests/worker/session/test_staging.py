@@ -64,7 +64,7 @@ def test_the_parents_files_are_brought_at_each_attempt(site: PackSite, parent: A
 
 def _again(site: PackSite, claim: Claim) -> Claim:
     claims.end(site.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
-    (again,) = site.claim_all(room=Capacity(max_jobs=1, memory_bytes_free=10**12))
+    (again,) = site.claim_all(capacity=Capacity(max_jobs=1, memory_bytes_free=10**12))
     return again
 
 
@@ -112,7 +112,7 @@ def test_a_job_that_is_put_aside_for_its_damaged_parent_is_told_what_to_do_about
     for number in range(MAX_LOSSES):
         (claim,) = site.claim_all(f"trainer-{number}")
         site.loading_session(claim, trainer_id=f"trainer-{number}")
-        site.world.clock.turn(BACK_OFF_SECONDS[-1] + 1)
+        site.world.clock.advance(BACK_OFF_SECONDS[-1] + 1)
 
     error = site.world.job(job.id).error or {}
     assert (error["code"], site.world.job(job.id).state) == ("quarantined", JobState.FAILED)
@@ -182,7 +182,7 @@ def test_a_trainer_is_told_how_often_memory_ran_out_for_a_job(site: PackSite) ->
         with site.db.write() as db_session:
             db_session.get_one(Job, claim.job.id).run_after = None
         if attempt < 2:
-            (claim,) = site.claim_all(room=Capacity(max_jobs=1, memory_bytes_free=10**12))
+            (claim,) = site.claim_all(capacity=Capacity(max_jobs=1, memory_bytes_free=10**12))
 
     assert told == [0, 1, 2]
     assert commands.get(site.db, project_id=claim.job.project_id, job_id=claim.job.id).state == JobState.FAILED

@@ -144,20 +144,20 @@ def test_jobs_that_ran_at_the_backup_are_recovered_by_their_leases(service: Serv
     service.finish(claim, "ended after the backup")
     restore(elsewhere, service.place)
     world = service.world
-    world.clock.turn(10 * LEASE)
+    world.clock.advance(10 * LEASE)
     db = Database(elsewhere.resolved_database_url(), clock=world.clock)
 
     assert recovery.expire(db, lease_seconds=LEASE) == 0, "nobody could have renewed: a lease of grace"
     for _ in range(9):
-        world.clock.turn(LEASE / 4)
+        world.clock.advance(LEASE / 4)
         recovery.expire(db, lease_seconds=LEASE)
 
     with db.read() as session:
         job = session.get_one(Job, claim.job.id)
         assert (job.state, job.claim_id) == (JobState.QUEUED, None)
     workers.register_worker(db, worker_id="w2", host="there", pid=1, devices=[], version="1", memory_bytes=10**12)
-    room = {"room": world_room(), "lease_seconds": LEASE}
-    (again,) = claiming.claim_pack(db, worker_id="w2", trainer_id="trainer-2", **room)
+    arguments = {"capacity": world_capacity(), "lease_seconds": LEASE}
+    (again,) = claiming.claim_pack(db, worker_id="w2", trainer_id="trainer-2", **arguments)
     assert (again.job.id, again.attempt) == (claim.job.id, 2)
     db.close()
 
@@ -167,7 +167,7 @@ def kept(service: Service, text: str) -> Any:
     return manifest(text, kind="checkpoint")
 
 
-def world_room() -> Any:
+def world_capacity() -> Any:
     from tests.catalog.world import WIDE
 
     return WIDE

@@ -176,7 +176,7 @@ def test_anchors_of_events_that_a_restore_lost_are_moved_away_and_named(
     keeps = with_the_old_store(service, elsewhere)
     kept = anchored(world, objects, "before")
     record = service.backup()
-    world.clock.turn(DAY)
+    world.clock.advance(DAY)
     lost = anchored(world, objects, "after")
 
     restored = restore(keeps, service.place)
@@ -207,7 +207,7 @@ def test_an_anchor_of_before_the_backup_that_does_not_fit_is_still_reported(
         session.execute(delete(AuditEvent).where(AuditEvent.link == head.link))
         cut, head.link = head.link, head.link - 1
         head.digest = session.scalar(select(AuditEvent.digest).where(AuditEvent.link == head.link)) or ""
-    world.clock.turn(1.0)
+    world.clock.advance(1.0)
     service.backup()
 
     restored = restore(keeps, service.place)
