@@ -54,7 +54,7 @@ class JobEvaluated:
 class JobFinished:
     """All steps and the last evaluation are done; the job stays resident until it is evicted.
 
-    `kept_step`: the step whose weights the row holds now. `stopped_early`: the sentence why the job ended before
+    `kept_step`: the step whose weights the adapter holds now. `stopped_early`: the sentence why the job ended before
     its last step; None where it didn't.
     """
 
@@ -67,7 +67,7 @@ class JobFinished:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobDiverged:
     """A loss, a gradient or an update was not finite, or a gradient was exactly zero and its loss was not
-    (lora_core/engine/early_stopping.py); the row holds the last completed `step`. Evict the job.
+    (lora_core/engine/early_stopping.py); the adapter holds the last completed `step`. Evict the job.
 
     `good_step`: the newest whose weights are known to be good, for losses and gradient computed with them were finite,
     and the gradient was alive. It is `step` where the update alone was not finite; else the one before, and None where

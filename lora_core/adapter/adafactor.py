@@ -1,8 +1,8 @@
 # pyright: basic
-"""Adafactor (arXiv 1804.04235) over one flat row, with the numbers that torch.optim.Adafactor has.
+"""Adafactor (arXiv 1804.04235) over one flat adapter, with the numbers that torch.optim.Adafactor has.
 
-Letters: n by k is one matrix of the row. It remembers the mean squares of its rows and of its columns, n + k numbers
-where Adam has n · k twice; a vector remembers each square. There is no momentum. A block of the row, matrix or
+Letters: n by k is one matrix of the adapter. It remembers the mean squares of its rows and its columns, n + k numbers
+where Adam has n · k twice; a vector remembers each square. There is no momentum. A block of the adapter, matrix or
 vector, moves by a share of its own size, so a rate says how large a share and not how far.
 """
 

@@ -2,7 +2,7 @@
 """The part of one job in one linear with DoRA (arXiv 2402.09353): W's rows keep their direction, and learn a length.
 
 y = b + c·(W x + scale·B A x), with c = m / ‖W + scale·B A‖ by output. The norm is a constant to the gradient
-(section 4.3) and is taken once a step, by the row. Dropout, as in PEFT, is before all that training changes:
+(section 4.3) and is taken once a step, by the adapter. Dropout, as in PEFT, is before all that training changes:
 y = b + W x + (c - 1)·W d + c·scale·B A d, with d = dropout(x). Letters as in lora_linear.py.
 """
 
@@ -47,7 +47,7 @@ def add_magnitude(
 
 
 def add_magnitude_gradient(dy_tO: Tensor, branch: MagnitudeBranch, magnitude: MagnitudeViews) -> Tensor:
-    """Accumulate dm = Σ dy·v / ‖W + scale·B A‖ into the row. Returns c·dy, what v receives."""
+    """Accumulate dm = Σ dy·v / ‖W + scale·B A‖ into the adapter. Returns c·dy, what v receives."""
     products_tO = dy_tO.to(magnitude.factor_O.dtype) * branch.v_tO
     magnitude.grad_O.add_(products_tO.sum(0) / magnitude.norm_O)
     return (dy_tO * magnitude.factor_O).to(dy_tO.dtype)

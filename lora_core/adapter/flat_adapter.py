@@ -1,7 +1,7 @@
 # pyright: basic
-"""One adapter as one flat row: every A and B of a job are views of four contiguous fp32 vectors.
+"""One adapter in flat form: every A and B of a job are views of four contiguous fp32 vectors.
 
-Letters: N numbers of the row, R rank, D features in, O features out. A row is all A, then all B, then the
+Letters: N numbers of the adapter, R rank, D features in, O features out. An adapter is all A, then all B, then the
 magnitudes of DoRA, then what is trained in full, so that what has a rate of its own is one contiguous part.
 Clip, optimizer, finite check, checkpoint and eviction are each one operation on one vector, and rows of different
 jobs share no memory.
@@ -31,8 +31,8 @@ class AdaptedModule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MagnitudeViews:
-    """DoRA of one linear, all fp32 [O]: the length m of each output's weights and its gradient, views of the row;
-    the norm ‖W + scale·B A‖ and the factor m / norm, which the row renews with every step."""
+    """DoRA of one linear, all fp32 [O]: the length m of each output's weights and its gradient, views of the adapter;
+    the norm ‖W + scale·B A‖ and the factor m / norm, which the adapter renews with every step."""
 
     m_O: Tensor
     grad_O: Tensor
@@ -42,7 +42,7 @@ class MagnitudeViews:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteViews:
-    """One adapted linear: weights in the compute dtype, gradients in fp32; all are views of the row.
+    """One adapted linear: weights in the compute dtype, gradients in fp32; all are views of the adapter.
 
     Where the start is subtracted the weights are of rank 2R: A over the frozen A₀, and B beside -B₀, so that
     their product is B A - B₀ A₀. The gradients are of A and B alone.
@@ -195,8 +195,8 @@ class FlatAdapter:
 
     def starting(self, seed: int) -> Iterator[int]:
         """A and B as initialization.py says, keyed by (seed, name), piece by piece: after each target the
-        multiplications that it took, about. To decompose all weights of a large base takes minutes. The row is ready at
-        the end.
+        multiplications that it took, about. To decompose all weights of a large base takes minutes. The adapter is
+        ready at the end.
 
         A magnitude is the length that the weights have; what is trained in full begins as it says.
         """
@@ -291,7 +291,7 @@ def _bit_sum(vector: Tensor) -> int:
 
 
 def _joint(sites: Sequence[tuple[int, SiteViews]]) -> JointViews | None:
-    """None without sites, with DoRA or a start that is subtracted, and where A don't follow each other in the row."""
+    """None without sites, with DoRA or a start that is subtracted, and where A don't follow each other."""
     views = [site for _, site in sites]
     if not views or any(site.magnitude is not None or len(site.a_RD) != len(site.grad_a_RD) for site in views):
         return None

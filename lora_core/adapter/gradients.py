@@ -1,8 +1,8 @@
 # pyright: basic
 """Gradients of a job's slices that are computed side by side: each slice adds to a vector of its own.
 
-The row's gradient is the sum of its slices' in their order, whatever process, lane or tick each was computed in. So
-the bits don't tell how many there are. The first slice of a step finds the row's vector at zero and may use it itself.
+The adapter's gradient is the sum of its slices' in their order, whatever process, lane or tick each was computed in. So
+the bits don't tell how many there are. The first slice of a step finds the adapter's vector at zero and may use it.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ class SliceGradients:
     """Lends a twin of `row` to each slice but the first. An idle one keeps its views and none of its memory: there
     are as many as slices in the widest tick so far, and a resident job that is not in the tick pays for none."""
 
-    row: FlatAdapter
+    adapter: FlatAdapter
     ranks: Ranks = ALONE
     holder: int | None = None
     """The rank that has the sum so far; None before the first slice of a step, and once everybody has it."""
     lent: dict[int, FlatAdapter] = field(default_factory=dict)
     idle: list[FlatAdapter] = field(default_factory=list)
 
-    def row_of(self, slice_index: int) -> FlatAdapter:
+    def adapter_of(self, slice_index: int) -> FlatAdapter:
         """Where the gradient of this slice goes; asking twice gives the same one."""
         if slice_index == 0:
-            return self.row
+            return self.adapter
         if slice_index not in self.lent:
-            self.lent[slice_index] = _filled(self.idle.pop()) if self.idle else with_own_gradient(self.row)
+            self.lent[slice_index] = _filled(self.idle.pop()) if self.idle else with_own_gradient(self.adapter)
         return self.lent[slice_index]
 
     def collect(self, first: int, ranks_of_slices: Sequence[int]) -> None:
@@ -45,18 +45,18 @@ class SliceGradients:
             parts.append((rank, None if twin is None else twin.g))
             if twin is not None:
                 self.idle.append(twin)
-        self.holder = self.ranks.carry(self.row.g, holder=self.holder, parts=parts)
+        self.holder = self.ranks.carry(self.adapter.g, holder=self.holder, parts=parts)
         for twin in self.idle:
             twin.g.untyped_storage().resize_(0)
 
     def complete(self) -> None:
         """Every rank has the sum of the whole step."""
-        self.ranks.spread(self.row.g, holder=self.holder)
+        self.ranks.spread(self.adapter.g, holder=self.holder)
         self.holder = None
 
     def drop(self) -> None:
-        """Forget all gradients, those in the row as well, and give the memory back."""
-        self.row.g.zero_()
+        """Forget all gradients, those in the adapter as well, and give the memory back."""
+        self.adapter.g.zero_()
         self.holder = None
         self.lent.clear()
         self.idle.clear()
@@ -72,13 +72,13 @@ def _filled(twin: FlatAdapter) -> FlatAdapter:
     return twin
 
 
-def with_own_gradient(row: FlatAdapter) -> FlatAdapter:
+def with_own_gradient(adapter: FlatAdapter) -> FlatAdapter:
     """A row with the same weights in the same memory, and a gradient apart, which is zero."""
-    twin = copy(row)
-    twin.g = torch.zeros_like(row.g)
+    twin = copy(adapter)
+    twin.g = torch.zeros_like(adapter.g)
     twin.joints = {}
-    twin.sites = {name: _moved(views, row.g, twin.g) for name, views in row.sites.items()}
-    twin.tensors = {name: _moved(views, row.g, twin.g) for name, views in row.tensors.items()}
+    twin.sites = {name: _moved(views, adapter.g, twin.g) for name, views in adapter.sites.items()}
+    twin.tensors = {name: _moved(views, adapter.g, twin.g) for name, views in adapter.tensors.items()}
     return twin
 
 

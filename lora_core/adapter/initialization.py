@@ -3,7 +3,7 @@
 
 PiSSA (arXiv 2404.02948): W's r largest singular values and vectors, scale·B A = U_r S_r V_rᵀ. OLoRA (arXiv
 2406.01775): the first r columns and rows of W = Q R. Those begin with an update that is not zero, which is
-subtracted from the base model: flat_adapter.py keeps it next to the row. Letters as in flat_adapter.py.
+subtracted from the base model: flat_adapter.py keeps it next to the adapter. Letters as in flat_adapter.py.
 """
 
 import numpy as np

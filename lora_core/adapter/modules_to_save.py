@@ -1,7 +1,7 @@
 # pyright: basic
 """What a job trains beside A and B: a whole output head of its own, and the embeddings of chosen tokens.
 
-Both are copies that begin as the base model has them and lie in the job's row; the base stays as it is. The names
+Both are copies that begin as the base model has them and lie in the job's adapter; the base stays as it is. The names
 are those of PEFT's files: `modules_to_save`, and `trainable_token_indices`.
 """
 
@@ -32,7 +32,7 @@ class TrainedTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorViews:
-    """Numbers in the compute dtype, gradient in fp32; both are views of the row."""
+    """Numbers in the compute dtype, gradient in fp32; both are views of the adapter."""
 
     value: Tensor
     grad: Tensor

@@ -1,8 +1,8 @@
 # pyright: basic
-"""The optimizers, over one flat row: one norm, one clip, one update of each part that has a rate of its own (of
+"""The optimizers, over one flat adapter: one norm, one clip, one update of each part that has a rate of its own (of
 Adafactor, of each matrix: adafactor.py).
 
-The rate is a pure function of the step. What an optimizer remembers lies in the row's m and v, whichever it is.
+The rate is a pure function of the step. What an optimizer remembers lies in the adapter's m and v, whichever it is.
 """
 
 import math
@@ -37,22 +37,22 @@ def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> flo
     return peak * (1 - progress)
 
 
-def gradient_norm(row: FlatAdapter) -> float:
+def gradient_norm(adapter: FlatAdapter) -> float:
     """Euclidean norm of the whole gradient; not finite if any element isn't."""
-    return float(torch.linalg.vector_norm(row.g))
+    return float(torch.linalg.vector_norm(adapter.g))
 
 
-def stays_finite(row: FlatAdapter, config: OptimizerConfig, *, learning_rate: float, norm: float) -> bool:
-    """Whether the next step can overflow no number of the row, nor one on the way there, nor a factor in fp32."""
+def stays_finite(adapter: FlatAdapter, config: OptimizerConfig, *, learning_rate: float, norm: float) -> bool:
+    """Whether the next step can overflow no number of the adapter, nor one on the way there, nor a factor in fp32."""
     highest = learning_rate * max(1.0, config.lora_plus_ratio)
-    largest = float(row.p.abs().max())
+    largest = float(adapter.p.abs().max())
     bounds = {"adamw": _adamw_bounds, "sgd": _sgd_bounds, "adafactor": _adafactor_bounds}[config.kind]
-    numbers = (norm, *bounds(row, config, largest=largest, highest=highest, norm=norm))
+    numbers = (norm, *bounds(adapter, config, largest=largest, highest=highest, norm=norm))
     return all(number < FLOAT32.max for number in numbers)  # false of what is not a number, too
 
 
 def _adamw_bounds(
-    row: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+    adapter: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
 ) -> tuple[float, ...]:
     """Of a weight after the step, of what decay leaves of it, and of rate · m̂, which is multiplied out before √v̂
     divides it.
@@ -64,62 +64,66 @@ def _adamw_bounds(
     rate = highest / (1 - config.beta1)
     momentum = math.inf if config.max_grad_norm is None else config.max_grad_norm
     if not rate * momentum < FLOAT32.max:  # clipping does not vouch for it: look
-        momentum = max(norm, float(row.m.abs().max()))
+        momentum = max(norm, float(adapter.m.abs().max()))
     return largest * max(1.0, kept) + highest * divided, kept, rate, rate * momentum
 
 
 def _sgd_bounds(
-    row: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+    adapter: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
 ) -> tuple[float, ...]:
     """Of a momentum and of a weight after the step, no element exceeding the norm of its vector; and the factors."""
-    velocity = config.momentum * float(row.m.abs().max()) + norm + config.weight_decay * largest
+    velocity = config.momentum * float(adapter.m.abs().max()) + norm + config.weight_decay * largest
     return velocity, largest + highest * velocity, highest, config.weight_decay
 
 
 def _adafactor_bounds(
-    row: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+    adapter: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
 ) -> tuple[float, ...]:
-    largest_block = max(math.prod(block.shape) for block in row.blocks)
+    largest_block = max(math.prod(block.shape) for block in adapter.blocks)
     return adafactor_bounds(config, largest_block=largest_block, largest=largest, highest=highest, norm=norm)
 
 
-def optimizer_step(row: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float) -> None:
+def optimizer_step(
+    adapter: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float
+) -> None:
     """Clip, apply one step, clear the gradient. `step` counts from 1; `norm` is that of the gradient."""
     if config.max_grad_norm is not None:
-        row.g.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))
+        adapter.g.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))
     if config.kind == "sgd":
-        _sgd_step(row, config, learning_rate=learning_rate)
+        _sgd_step(adapter, config, learning_rate=learning_rate)
     elif config.kind == "adafactor":
-        rated = _rated_blocks(row, config, learning_rate=learning_rate)
-        adafactor_step(row.p, row.g, row.v, rated, config, step=step)
+        rated = _rated_blocks(adapter, config, learning_rate=learning_rate)
+        adafactor_step(adapter.p, adapter.g, adapter.v, rated, config, step=step)
     else:
-        _adamw_step(row, config, step=step, learning_rate=learning_rate)
-    row.g.zero_()
-    row.refresh_compute()
+        _adamw_step(adapter, config, step=step, learning_rate=learning_rate)
+    adapter.g.zero_()
+    adapter.refresh_compute()
 
 
-def _adamw_step(row: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float) -> None:
+def _adamw_step(adapter: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float) -> None:
     """arXiv 1711.05101, algorithm 2."""
-    p, g, m, v = row.p, row.g, row.m, row.v
+    p, g, m, v = adapter.p, adapter.g, adapter.m, adapter.v
     m.lerp_(g, 1 - config.beta1)
     v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
     denominator = torch.sqrt(v, out=g).div_(math.sqrt(1 - config.beta2**step)).add_(config.eps)
-    for part, factor in row.parts(config.lora_plus_ratio):
+    for part, factor in adapter.parts(config.lora_plus_ratio):
         rate = learning_rate * factor
         p[part].mul_(1 - rate * config.weight_decay)
         p[part].addcdiv_(m[part], denominator[part], value=-rate / (1 - config.beta1**step))
 
 
-def _sgd_step(row: FlatAdapter, config: OptimizerConfig, *, learning_rate: float) -> None:
+def _sgd_step(adapter: FlatAdapter, config: OptimizerConfig, *, learning_rate: float) -> None:
     """As torch.optim.SGD: decay joins the gradient, m ← momentum · m + gradient is the update; v stays zero."""
-    row.m.mul_(config.momentum).add_(row.g).add_(row.p, alpha=config.weight_decay)
-    for part, factor in row.parts(config.lora_plus_ratio):
-        row.p[part].add_(row.m[part], alpha=-learning_rate * factor)
+    adapter.m.mul_(config.momentum).add_(adapter.g).add_(adapter.p, alpha=config.weight_decay)
+    for part, factor in adapter.parts(config.lora_plus_ratio):
+        adapter.p[part].add_(adapter.m[part], alpha=-learning_rate * factor)
 
 
-def _rated_blocks(row: FlatAdapter, config: OptimizerConfig, *, learning_rate: float) -> Iterator[tuple[Block, float]]:
+def _rated_blocks(
+    adapter: FlatAdapter, config: OptimizerConfig, *, learning_rate: float
+) -> Iterator[tuple[Block, float]]:
     """No block lies in two parts."""
-    for part, factor in row.parts(config.lora_plus_ratio):
-        for block in row.blocks:
+    for part, factor in adapter.parts(config.lora_plus_ratio):
+        for block in adapter.blocks:
             if part.start <= block.numbers.start < part.stop:
                 yield block, learning_rate * factor

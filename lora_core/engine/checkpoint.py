@@ -1,7 +1,7 @@
 # pyright: basic
 """Exact resume: the flat row and a few numbers, as of the last completed optimizer step. Never pickle.
 
-Where a job keeps its best weights, they are a vector beside those of the row.
+Where a job keeps its best weights, they are a vector beside those of the adapter.
 """
 
 import hashlib
@@ -54,13 +54,13 @@ def save_checkpoint(job: TrainingJob, base: BaseModel, directory: Path) -> None:
 
 
 def _write(job: TrainingJob, base: BaseModel, directory: Path) -> None:
-    row_file = directory / "row.safetensors"
-    vectors = {name: getattr(job.row, name).cpu() for name in VECTORS}
+    vectors_file = directory / "row.safetensors"
+    vectors = {name: getattr(job.adapter, name).cpu() for name in VECTORS}
     if job.best is not None:
         vectors[BEST] = job.best.cpu()
-    if job.row.lora.subtracts_start:
-        vectors[START] = job.row.start().cpu()
-    save_file(vectors, row_file)
+    if job.adapter.lora.subtracts_start:
+        vectors[START] = job.adapter.start().cpu()
+    save_file(vectors, vectors_file)
     epoch, position = divmod(job.step * job.config.batch_size, job.num_examples)
     state = {
         "format": FORMAT,
@@ -68,13 +68,15 @@ def _write(job: TrainingJob, base: BaseModel, directory: Path) -> None:
         "epoch": epoch,
         "position_in_epoch": position,
         **belonging(base, job.config, data_digest=job.data_digest, parent_sha256=job.parent_sha256),
-        "targets": [target.name for target in job.row.targets],
-        "row_sha256": hashlib.sha256(row_file.read_bytes()).hexdigest(),
+        "targets": [target.name for target in job.adapter.targets],
+        "row_sha256": hashlib.sha256(vectors_file.read_bytes()).hexdigest(),
     }
     write_json(directory / "state.json", state)
 
 
-def load_checkpoint(directory: Path, *, row: FlatAdapter, best: Tensor | None, expected: Belonging) -> TrainingProgress:
+def load_checkpoint(
+    directory: Path, *, adapter: FlatAdapter, best: Tensor | None, expected: Belonging
+) -> TrainingProgress:
     """Fill `row`, and `best` where the job keeps its best weights, and return the progress. `expected`: what it must
     belong to.
 
@@ -83,9 +85,9 @@ def load_checkpoint(directory: Path, *, row: FlatAdapter, best: Tensor | None, e
     """
     try:
         state = json.loads((directory / "state.json").read_text())
-        _check_state(state, expected, [target.name for target in row.targets])
+        _check_state(state, expected, [target.name for target in adapter.targets])
         progress = TrainingProgress(**state["progress"] | {"selection": Selection(**state["progress"]["selection"])})
-        _load_row(directory / "row.safetensors", row, best, state["row_sha256"])
+        _load_vectors(directory / "row.safetensors", adapter, best, state["row_sha256"])
     except (OSError, ValueError, TypeError, KeyError, UnsafeFile) as error:
         if isinstance(error, BadCheckpoint):
             raise
@@ -114,23 +116,23 @@ def _foreign(name: str, *, was: object, value: str | None) -> BadCheckpoint:
     return _bad(f"belongs to another job: its {name} differs")
 
 
-def _load_row(path: Path, row: FlatAdapter, best: Tensor | None, sha256: str) -> None:
-    vectors = {name: getattr(row, name) for name in VECTORS} | ({} if best is None else {BEST: best})
-    if row.lora.subtracts_start:
-        vectors[START] = row.start()
+def _load_vectors(path: Path, adapter: FlatAdapter, best: Tensor | None, sha256: str) -> None:
+    vectors = {name: getattr(adapter, name) for name in VECTORS} | ({} if best is None else {BEST: best})
+    if adapter.lora.subtracts_start:
+        vectors[START] = adapter.start()
     expected = {name: (DTYPES[vector.dtype], tuple(vector.shape)) for name, vector in vectors.items()}
     if read_header(path) != expected:
         raise _bad(f"doesn't hold the vectors {', '.join(vectors)} of this adapter")
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise _bad("is damaged: the row's digest differs")
+        raise _bad("is damaged: the adapter's digest differs")
     for name, vector in load_file(path).items():
         if not torch.isfinite(vector).all():
             raise _bad(f"holds numbers in {name} that are not finite")
         vectors[name].copy_(vector)
-    if row.lora.subtracts_start:
-        row.keep_start(vectors[START])
-    row.g.zero_()
-    row.refresh_compute()
+    if adapter.lora.subtracts_start:
+        adapter.keep_start(vectors[START])
+    adapter.g.zero_()
+    adapter.refresh_compute()
 
 
 def _bad(reason: str, remedy: str = "Resume from an older checkpoint, or start again.") -> BadCheckpoint:

@@ -18,7 +18,7 @@ LEAST_LOSS = 1e-3
 
 
 def is_dead(
-    row: FlatAdapter,
+    adapter: FlatAdapter,
     objective: ObjectiveConfig,
     dataset: TokenDataset,
     slices: Iterable[tuple[int, ...]],
@@ -31,7 +31,7 @@ def is_dead(
     The slope of a cross-entropy, or of a square, is zero where the loss is. That of a preference need not be: KTO's
     saturates at a loss of 1, and what pulls equal answers apart cancels out. Those are never called dead.
     """
-    if norm > 0 or loss <= LEAST_LOSS or objective.is_preference or bool(row.g.any()):
+    if norm > 0 or loss <= LEAST_LOSS or objective.is_preference or bool(adapter.g.any()):
         return False  # (the norm is 0 also where the squares are too small for fp32)
     return any(_chooses(dataset, index) for part in slices for index in part)
 

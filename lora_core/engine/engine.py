@@ -124,7 +124,7 @@ class Engine:
                 self.base, job, config, train, valid, resume_from=resume_from, parent=parent, ranks=self.ranks
             )
             with shortage_of(job):
-                admitted.entry_block = self._prefixes.entry_block(admitted.row)
+                admitted.entry_block = self._prefixes.entry_block(admitted.adapter)
             with shortage_of(job, part="start"):
                 admitted.go_on_starting(START_WORK)
         admitted.served, admitted.shortages = self._least_served(), shortages
@@ -313,13 +313,13 @@ class Engine:
         """
         in_passes = shortage_in_pass(is_sharded=self.base.is_sharded and has_evidence)
         with in_passes, shortage_of(job), told_at_linears(self.base, between):
-            row = self._started(job).row
-            return export_adapter(self.base, row, directory, base_name=base_name, has_evidence=has_evidence)
+            adapter = self._started(job).adapter
+            return export_adapter(self.base, adapter, directory, base_name=base_name, has_evidence=has_evidence)
 
     def generation(self, prompts: Mapping[str, Prompts]) -> Generation:
         """Greedy answers to each job's prompts, by its current weights. No job of them may be ticked before the answers
         are complete. Training does not change. Raises ConfigError, BadCheckpoint."""
-        rows = {job: (self._started(job).row, own) for job, own in prompts.items()}
+        rows = {job: (self._started(job).adapter, own) for job, own in prompts.items()}
         return Generation(self.base, rows, token_budget=self.config.token_budget)
 
     def compare_ranks(self, job: str) -> None:
@@ -357,7 +357,7 @@ class Engine:
 
     def num_parameters(self, job: str) -> int:
         """Trained parameters of the adapter."""
-        return self._jobs[job].row.num_parameters
+        return self._jobs[job].adapter.num_parameters
 
     def trained_tokens(self, job: str) -> int:
         """Tokens of all completed steps, those before a resume included. Evaluations do not count."""

@@ -166,10 +166,10 @@ def _synthetic_slice(base: BaseModel, index: int) -> SliceInput:
     assert base.attachment is not None
     lora = LoraConfig(rank=RANKS[index], alpha=8)
     targets = choose_targets(representative_linears(base.attachment), lora)
-    row = FlatAdapter(targets, lora, dtype=base.dtype, device=base.device, trained=placeholder_head(base))
-    numbers = uniform("invariance", index, count=row.num_parameters) - 0.5
-    row.p.copy_(torch.from_numpy(numbers.astype(np.float32) * 0.05))
-    row.refresh_compute()
+    adapter = FlatAdapter(targets, lora, dtype=base.dtype, device=base.device, trained=placeholder_head(base))
+    numbers = uniform("invariance", index, count=adapter.num_parameters) - 0.5
+    adapter.p.copy_(torch.from_numpy(numbers.astype(np.float32) * 0.05))
+    adapter.refresh_compute()
     sequences = []
     for length in LENGTHS[index]:
         mask = np.ones(length, np.uint8)
@@ -179,7 +179,7 @@ def _synthetic_slice(base: BaseModel, index: int) -> SliceInput:
     if base.task != "causal-lm":
         num_labels = len(sequences)
     return SliceInput(
-        row=row,
+        adapter=adapter,
         sequences=tuple(sequences),
         label_weight=1 / num_labels,
         dropout=None,
@@ -195,9 +195,9 @@ def _ids(base: BaseModel, *key: int | str, count: int) -> np.ndarray:
 def _gradients(base: BaseModel, slices: list[SliceInput]) -> list[torch.Tensor]:
     scores: list[SliceScores] = run_training(base, build_pack(slices, device=base.device))
     gradients = [
-        torch.cat([part.row.g.cpu(), torch.tensor([score.loss_sum])])
+        torch.cat([part.adapter.g.cpu(), torch.tensor([score.loss_sum])])
         for part, score in zip(slices, scores, strict=True)
     ]
     for part in slices:
-        part.row.g.zero_()
+        part.adapter.g.zero_()
     return gradients

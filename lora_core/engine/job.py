@@ -54,11 +54,11 @@ class TrainingProgress:
 class TrainingJob:
     """`served` is the engine's account of tokens, for turns; `pending` events are due at the next tick.
 
-    `best`: the weights of the best evaluation so far, fp32 like the row's p; None where the last ones are kept.
+    `best`: the weights of the best evaluation so far, fp32 like the adapter's p; None where the last ones are kept.
     `reference_point`: KTO's, of the unit that is computed; no checkpoint has it, since it follows from the weights.
     `entry_block`: where its sequences may enter the base (prefix_cache.py); 0 where nothing is kept of them.
     `shortages`: attempts of it that memory has ended before; ticks are smaller while it is resident (fair_queue.py).
-    `is_torn`: an update broke off half way; nothing may be made of the row.
+    `is_torn`: an update broke off half way; nothing may be made of the adapter.
     `reference`: what the objective compares with, where it does. `parent_sha256`: of the weights that it began with.
     """
 
@@ -67,7 +67,7 @@ class TrainingJob:
         name: str,
         config: JobConfig,
         *,
-        row: FlatAdapter,
+        adapter: FlatAdapter,
         train: TokenDataset,
         valid: TokenDataset | None,
         progress: TrainingProgress,
@@ -77,21 +77,21 @@ class TrainingJob:
         parent_sha256: str | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """is_started: the row is filled; else `starting` fills it, in pieces, and is None at its end."""
+        """is_started: the adapter is filled; else `starting` fills it, in pieces, and is None at its end."""
         self.name = name
         self.config = config
-        self.row = row
+        self.adapter = adapter
         self.train = train
         self.valid = valid
         self.progress = progress
         self.served = self.shortages = 0
         self.best = best
-        self.starting = None if is_started else row.starting(config.seed)
+        self.starting = None if is_started else adapter.starting(config.seed)
         self.entry_block = 0
         self.reference = reference
         self.parent_sha256 = parent_sha256
         self.is_torn = False
-        self._gradients = SliceGradients(row=row, ranks=ranks)
+        self._gradients = SliceGradients(adapter=adapter, ranks=ranks)
         self.unit: Unit | None = None
         self.tally = RunningMean()
         self.reference_point: float | None = None
@@ -112,7 +112,7 @@ class TrainingJob:
 
     @property
     def evaluated_step(self) -> int | None:
-        """The step of the row's weights, where they were evaluated; at the end that of the weights that are kept."""
+        """The step of the adapter's weights, where they were evaluated; at the end that of the kept weights."""
         progress = self.progress
         if progress.last_evaluated_step != progress.step:
             return None
@@ -125,7 +125,7 @@ class TrainingJob:
     def num_bytes(self) -> int:
         best_bytes = 0 if self.best is None else self.best.nbytes
         reference_bytes = 0 if self.reference is None else self.reference.num_bytes
-        return self.row.num_bytes + self._gradients.num_bytes + best_bytes + reference_bytes
+        return self.adapter.num_bytes + self._gradients.num_bytes + best_bytes + reference_bytes
 
     def go_on_starting(self, work: int) -> None:
         """Pieces of the start, until they have taken about `work` multiplications; then `starting` may be None."""
@@ -133,7 +133,9 @@ class TrainingJob:
             try:
                 piece = next(self.starting, None)
             except BaseException:
-                self.starting = self.row.starting(self.config.seed)  # the one that broke off would be taken to be done
+                self.starting = self.adapter.starting(
+                    self.config.seed
+                )  # the one that broke off would be taken to be done
                 raise
             if piece is None:
                 self.starting = None
@@ -159,7 +161,7 @@ class TrainingJob:
         key = DropoutKey(probability=dropout, seed=self.config.seed, step=self.step, slice_index=index)
         sequences = tuple(unit.dataset.row(row) for row in unit.slices[index])
         return SliceInput(
-            row=self._gradients.row_of(index) if training else self.row,
+            adapter=self._gradients.adapter_of(index) if training else self.adapter,
             sequences=sequences,
             label_weight=1 / unit.num_terms if training else 0.0,
             dropout=key if dropout else None,
@@ -219,17 +221,17 @@ class TrainingJob:
         config, step = self.config.optimizer, self.step + 1
         rate = learning_rate_at(step, peak=config.learning_rate, schedule=self.config.schedule)
         self._gradients.complete()
-        norm = gradient_norm(self.row)
+        norm = gradient_norm(self.adapter)
         if not math.isfinite(norm):
             return self._diverge(f"The gradient of step {step} is not finite.")
         loss = self.tally.loss_sum / unit.num_terms
-        if is_dead(self.row, self.config.objective, unit.dataset, unit.slices, norm=norm, loss=loss):
+        if is_dead(self.adapter, self.config.objective, unit.dataset, unit.slices, norm=norm, loss=loss):
             stands = f"exactly zero at a loss of {loss:.4g}: no step from these weights can lower it"
             return self._diverge(f"The gradient of step {step} is {stands}.")
-        if not stays_finite(self.row, config, learning_rate=rate, norm=norm):
+        if not stays_finite(self.adapter, config, learning_rate=rate, norm=norm):
             return self._diverge(f"The update of step {step} is not finite.", is_good=True)
         try:
-            optimizer_step(self.row, config, step=step, learning_rate=rate, norm=norm)
+            optimizer_step(self.adapter, config, step=step, learning_rate=rate, norm=norm)
         except BaseException:
             self.quarantine()
             self.is_torn = True  # half an update can be neither undone nor completed
@@ -269,7 +271,7 @@ class TrainingJob:
         rule = self.config.early_stopping
         is_best = self.progress.selection.book(step=self.step, loss=loss, min_delta=rule.min_delta if rule else 0.0)
         if is_best and self.best is not None:
-            self.best.copy_(self.row.p)
+            self.best.copy_(self.adapter.p)
 
     def _rewards(self, unit: Unit) -> Rewards | None:
         if not self.config.objective.is_preference:
@@ -289,13 +291,14 @@ class TrainingJob:
         )
 
     def quarantine(self) -> None:
-        """Compute nothing more; the row holds the last completed step, save where an update broke off."""
+        """Compute nothing more; the adapter holds the last completed step, save where an update broke off."""
         self.unit = self.starting = None
         self._gradients.drop()
 
     def _diverge(self, message: str, *, is_good: bool = False) -> list[Event]:
-        """is_good: the weights that the row has gave finite losses and a gradient to go on by, as those of the steps
-        before did. Where they did not they would again, for a step is computed in one way: nobody can go on from them.
+        """is_good: the weights that the adapter has gave finite losses and a gradient to go on by, as those of the
+        steps before did. Where they did not, they would again, for a step is computed in one way: nobody can go on
+        from them.
         """
         self.quarantine()
         good_step = self.step if is_good else self.step - 1 if self.step else None
@@ -328,10 +331,10 @@ class TrainingJob:
         return make_unit(kind, dataset, examples, self.config)
 
     def _finish(self) -> JobFinished:
-        """The row ends with the weights that are kept. Done again after a resume, it changes nothing."""
+        """The adapter ends with the weights that are kept. Done again after a resume, it changes nothing."""
         if self.best is not None:
-            self.row.p.copy_(self.best)
-            self.row.refresh_compute()
+            self.adapter.p.copy_(self.best)
+            self.adapter.refresh_compute()
         is_early = self.step < self.config.num_steps
         reason = self._reason_to_stop() if is_early else None
         return JobFinished(job=self.name, step=self.step, kept_step=self._kept_step(), stopped_early=reason)

@@ -36,20 +36,20 @@ def job_on(
     if parent is not None:
         refuse_other_start(config.lora)
     with shortage_of(name):
-        row, parent_sha256, progress = _new_row(base, config), None, TrainingProgress()
+        adapter, parent_sha256, progress = _new_adapter(base, config), None, TrainingProgress()
         if parent is not None:
-            row.begin_in_full(config.seed)
-            parent_sha256 = begin_from(row, Path(parent), base)
-        reference = _reference(base, row, config, has_parent=parent is not None)
-        best = torch.zeros_like(row.p) if config.keep == "best" else None
+            adapter.begin_in_full(config.seed)
+            parent_sha256 = begin_from(adapter, Path(parent), base)
+        reference = _reference(base, adapter, config, has_parent=parent is not None)
+        best = torch.zeros_like(adapter.p) if config.keep == "best" else None
         if resume_from is not None:
             data = data_digest(train, valid)
             expected = checkpoint.belonging(base, config, data_digest=data, parent_sha256=parent_sha256)
-            progress = checkpoint.load_checkpoint(Path(resume_from), row=row, best=best, expected=expected)
+            progress = checkpoint.load_checkpoint(Path(resume_from), adapter=adapter, best=best, expected=expected)
         return TrainingJob(
             name,
             config,
-            row=row,
+            adapter=adapter,
             train=train,
             valid=valid,
             progress=progress,
@@ -61,7 +61,7 @@ def job_on(
         )
 
 
-def _new_row(base: BaseModel, config: JobConfig, *, is_trained: bool = True) -> FlatAdapter:
+def _new_adapter(base: BaseModel, config: JobConfig, *, is_trained: bool = True) -> FlatAdapter:
     assert base.attachment is not None
     linears = base.attachment.linears
     targets = choose_targets(linears, config.lora)
@@ -77,14 +77,14 @@ def _new_row(base: BaseModel, config: JobConfig, *, is_trained: bool = True) -> 
     )
 
 
-def _reference(base: BaseModel, row: FlatAdapter, config: JobConfig, *, has_parent: bool) -> FlatAdapter | None:
+def _reference(base: BaseModel, adapter: FlatAdapter, config: JobConfig, *, has_parent: bool) -> FlatAdapter | None:
     """What the objective compares with: the adapter that `row` begins with, or none on the base model."""
     if not config.objective.needs_reference:
         return None
     if not has_parent:
         return FlatAdapter((), config.lora, dtype=base.dtype, device=base.device, is_trained=False)
-    reference = _new_row(base, config, is_trained=False)
-    reference.p.copy_(row.p)
+    reference = _new_adapter(base, config, is_trained=False)
+    reference.p.copy_(adapter.p)
     reference.refresh_compute()
     return reference
 

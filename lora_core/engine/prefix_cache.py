@@ -73,11 +73,11 @@ class Prefixes:
         self._lock = threading.Lock()
         self._computed_tokens = self._reused_tokens = 0
 
-    def entry_block(self, row: FlatAdapter) -> int:
+    def entry_block(self, adapter: FlatAdapter) -> int:
         """The lowest block that the job adapts; 0 where the base can't be entered there, or it isn't worth it."""
-        if not self._is_on or row.trained.token_ids:
+        if not self._is_on or adapter.trained.token_ids:
             return 0
-        block = min((self._blocks.number_of(name) for name in row.sites), default=0)
+        block = min((self._blocks.number_of(name) for name in adapter.sites), default=0)
         if block < LEAST_SHARE * len(self._blocks.modules) or block == 0:
             return 0
         if block not in self._enterable:
@@ -242,8 +242,8 @@ def _probe_slice(base: BaseModel) -> SliceInput:
         words = random_words("entrance", length, count=length)
         mask = np.zeros(length, np.uint8)
         sequences.append(((words % np.uint64(base.vocab_size)).astype(np.int32), mask))
-    row = FlatAdapter((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device)
-    return SliceInput(row=row, sequences=tuple(sequences), label_weight=0.0, dropout=None)
+    adapter = FlatAdapter((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device)
+    return SliceInput(adapter=adapter, sequences=tuple(sequences), label_weight=0.0, dropout=None)
 
 
 class CacheBudget:

@@ -71,7 +71,7 @@ def agree(ranks: Ranks, outcomes: Sequence[StepOutcome], activations: Activation
 def require_equal_weights(ranks: Ranks, job: TrainingJob) -> None:
     """Raises RanksDiffer, on all ranks, unless all of them have the same bits in the job's vectors."""
     if ranks.size > 1 and not job.is_torn:
-        _require_equal(ranks.numbers(job.row.bit_sums()))
+        _require_equal(ranks.numbers(job.adapter.bit_sums()))
 
 
 def _give_up(outcome: StepOutcome, *, is_shared: bool) -> None:

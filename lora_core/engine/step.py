@@ -135,7 +135,7 @@ class Passes:
         mask[-1] = 1
         return [
             SliceInput(
-                row=nothing,
+                adapter=nothing,
                 sequences=((ids, mask),),
                 label_weight=0.0,
                 dropout=None,

@@ -40,14 +40,14 @@ def trained_tensors(base: BaseModel, config: JobConfig) -> TrainedTensors:
     return choose_trained(base.model, config.lora, head_path=head.path, head=tensors)
 
 
-def head_alone(base: BaseModel, row: FlatAdapter) -> TrainedTensors:
+def head_alone(base: BaseModel, adapter: FlatAdapter) -> TrainedTensors:
     """The head of a row as it is now, for a row that has nothing else; nothing on a base without one."""
     head = task_head_of(base.model)
     if head is None:
         return TrainedTensors()
     tensors = [
-        replace(tensor, start=lambda _seed, name=tensor.name: row.tensors[name].value)
-        for tensor in row.trained.tensors
+        replace(tensor, start=lambda _seed, name=tensor.name: adapter.tensors[name].value)
+        for tensor in adapter.trained.tensors
         if tensor.name.startswith(f"{head.path}.")
     ]
     return TrainedTensors(tensors=tuple(tensors), modules=(head.path,))
@@ -69,15 +69,15 @@ def run_task_training(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> list[
     scores: list[SliceScores] = []
     heads: list[tuple[FlatAdapter, torch.nn.Module]] = []
     for segment in pack.segments:
-        head = head_module(base, segment.row)
+        head = head_module(base, segment.adapter)
         logits_nC = class_logits(base.model, head, h_PD[segment.graded.first : segment.graded.last])
         loss, score = score_segment(logits_nC, segment.graded)
         losses.append(loss * segment.graded.weight)
         scores.append(score)
-        heads.append((segment.row, head))
+        heads.append((segment.adapter, head))
     torch.stack(losses).sum().backward()
-    for row, head in heads:
-        _accumulate(base, row, head)
+    for adapter, head in heads:
+        _accumulate(base, adapter, head)
     return scores
 
 
@@ -88,7 +88,7 @@ def run_task_evaluation(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> lis
 
 def _logits(base: BaseModel, segment: BatchSegment, h_PD: Tensor) -> Tensor:
     part_nD = h_PD[segment.graded.first : segment.graded.last]
-    return class_logits(base.model, head_module(base, segment.row), part_nD)
+    return class_logits(base.model, head_module(base, segment.adapter), part_nD)
 
 
 def head_inputs(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> Tensor:
@@ -102,18 +102,18 @@ def head_inputs(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> Tensor:
         return between(base.model, h_PD)
 
 
-def head_module(base: BaseModel, row: FlatAdapter) -> torch.nn.Module:
+def head_module(base: BaseModel, adapter: FlatAdapter) -> torch.nn.Module:
     head = task_head_of(base.model)
     assert head is not None
-    return own_head(base.model, row.tensors, path=head.path)
+    return own_head(base.model, adapter.tensors, path=head.path)
 
 
-def _accumulate(base: BaseModel, row: FlatAdapter, head: torch.nn.Module) -> None:
+def _accumulate(base: BaseModel, adapter: FlatAdapter, head: torch.nn.Module) -> None:
     found = task_head_of(base.model)
     assert found is not None
     for name, parameter in head.named_parameters():
         if parameter.grad is not None:
-            row.tensors[f"{found.path}.{name}"].grad.add_(parameter.grad)
+            adapter.tensors[f"{found.path}.{name}"].grad.add_(parameter.grad)
 
 
 def score_segment(logits_nC: Tensor, graded: Graded) -> tuple[Tensor, SliceScores]:

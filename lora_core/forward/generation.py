@@ -145,7 +145,7 @@ class Generation:
         for segment in pack.segments:
             h_lD = h_SD[segment.graded.first : segment.graded.last]
             filler = -len(h_lD) % LABEL_MULTIPLE
-            logits_lV = head_of(self._base.head(), segment.row).logits(F.pad(h_lD, (0, 0, 0, filler)))
+            logits_lV = head_of(self._base.head(), segment.adapter).logits(F.pad(h_lD, (0, 0, 0, filler)))
             found.append(logits_lV[: len(h_lD)].argmax(dim=-1).tolist())
         for kept, (_, answer) in zip(pack.kept, growing, strict=True):
             kept.num_tokens = answer.num_tokens
@@ -162,7 +162,7 @@ class Generation:
         """Of each answer what its keys are not kept of, at its place in the answer."""
         slices = [
             SliceInput(
-                row=self._asked[job][0],
+                adapter=self._asked[job][0],
                 sequences=tuple(_new_tokens(answer) for answer in self._open(job)),
                 label_weight=0.0,
                 dropout=None,

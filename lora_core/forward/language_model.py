@@ -33,7 +33,7 @@ def hidden_states(base: BaseModel, pack: PackedBatch) -> Tensor:
 def run_training(base: BaseModel, pack: PackedBatch) -> list[SliceScores]:
     """Forward and backward: gradients are added to the rows, the scores of each segment returned.
 
-    The loss is a sum over disjoint adapters on a frozen base, so each row receives its own gradient exactly.
+    The loss is a sum over disjoint adapters on a frozen base, so each adapter receives its own gradient exactly.
     """
     if base.task != "causal-lm":
         with torch.enable_grad():
@@ -79,7 +79,7 @@ def _answers_of_segments(
         labels = labels_of(segment)
         losses_l = h_LD.new_zeros(0)
         if segment.compared is not None:
-            losses_l = score_labels(h_LD[labels], head_of(base.head(), segment.row), pack.labels_L[labels]).losses_L
+            losses_l = score_labels(h_LD[labels], head_of(base.head(), segment.adapter), pack.labels_L[labels]).losses_L
         found.append(_score_segment(segment, losses_l, reference_L))
     return found
 

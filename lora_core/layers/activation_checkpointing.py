@@ -2,7 +2,7 @@
 """Gradient checkpointing: a tick may keep only what enters each block, and compute the block again in its backward.
 
 All blocks of a tick or none, decided by memory: a second forward costs a quarter to a third more time. Both ways give
-the same bits, for a row's gradient is added to by backwards alone, and those run once.
+the same bits, for an adapter's gradient is added to by backwards alone, and those run once.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -53,13 +53,13 @@ def forward_embedding_watched(
 def token_pieces(pack: PackedBatch, name: str, *, padding: int | None) -> tuple[TokenPiece, ...]:
     pieces: list[TokenPiece] = []
     for segment in pack.segments:
-        trained = segment.row.trained
+        trained = segment.adapter.trained
         if not trained.token_ids or trained.embedding != name:
             continue
         ids_t = pack.input_ids[0, segment.start : segment.stop]
         known_K = torch.tensor(trained.token_ids, device=ids_t.device)
         places_P, rows_P = (ids_t[:, None] == known_K).nonzero(as_tuple=True)
-        views = segment.row.tensors[trained.tokens_name]
+        views = segment.adapter.tensors[trained.tokens_name]
         learns_P = known_K[rows_P] != (-1 if padding is None else padding)
         pieces.append(TokenPiece(places_P=places_P + segment.start, rows_P=rows_P, learns_P=learns_P, views=views))
     return tuple(pieces)

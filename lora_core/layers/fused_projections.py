@@ -2,7 +2,7 @@
 """Linears that read the same input (q, k and v; gate and up), computed as one node of autograd on a CPU.
 
 The input's gradient is summed within the products instead of in passes of its own, and the A of one job, which
-lie side by side in its row, are one matrix: three thin products become one. The first of the siblings computes
+lie side by side in its adapter, are one matrix: three thin products become one. The first of the siblings computes
 them all, and the others take theirs from the pass. Letters: T tokens, t of a segment, D features in, O out, S the
 sum of ranks.
 """
@@ -105,7 +105,7 @@ def shares_of(pack: PackedBatch, modules: tuple[str, ...]) -> Shares:
     joint: list[JointPiece] = []
     alone: list[BatchSegment] = []
     for segment in pack.segments:
-        views = segment.row.joint(modules) if segment.dropout is None else None
+        views = segment.adapter.joint(modules) if segment.dropout is None else None
         if views is None:
             alone.append(segment)
         else:
@@ -155,7 +155,7 @@ def _add_joint(outputs: list[Tensor], x_TD: Tensor, piece: JointPiece) -> Tensor
 def _add_joint_gradients(
     dx_TD: Tensor | None, gradients: list[Tensor], x_TD: Tensor, h_tS: Tensor, piece: JointPiece
 ) -> None:
-    """Accumulate dA and dB into the row, and the LoRA part of dx in place where dx is wanted."""
+    """Accumulate dA and dB into the adapter, and the LoRA part of dx in place where dx is wanted."""
     dh_tS = torch.empty_like(h_tS)
     for index, ranks, views in piece.joint.parts:
         dy_tO = gradients[index][piece.rows]

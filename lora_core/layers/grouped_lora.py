@@ -110,7 +110,7 @@ def _accumulate(gradients: list[Tensor | None], products_GRN: Tensor) -> None:
 class GroupedLora:
     """Divides the pieces of a linear between the loop and runs. One belongs to each attached model.
 
-    Padded weights are kept from tick to tick until the row's weights change or other jobs are in the pack.
+    Padded weights are kept from tick to tick until the adapter's weights change or other jobs are in the pack.
     """
 
     def __init__(self, kernel: Literal["loop", "grouped_mm"]) -> None:
@@ -163,7 +163,7 @@ class _Source:
     """Weights as they are now: equal to another only where it is of the same tensors, unchanged since."""
 
     def __init__(self, views: SiteViews | None) -> None:
-        self._tensors = () if views is None else (ref(views.a_RD), ref(views.b_OR))  # an evicted row is let go
+        self._tensors = () if views is None else (ref(views.a_RD), ref(views.b_OR))  # an evicted adapter is let go
         self._versions = () if views is None else (views.a_RD._version, views.b_OR._version)
 
     def __eq__(self, other: object) -> bool:

@@ -19,7 +19,7 @@ from lora_core.packing.packed_batch import BatchSegment, PackedBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedHead(Head):
-    """A head whose weight, and bias where it has one, lie in a job's row."""
+    """A head whose weight, and bias where it has one, lie in a job's adapter."""
 
     weight: TensorViews
     bias: TensorViews | None
@@ -50,18 +50,18 @@ class TokenRowsHead(Head):
         return through_table_CV @ self.weight_VD + dz_CK @ self.rows.value
 
 
-def head_of(head: Head, row: FlatAdapter) -> Head:
+def head_of(head: Head, adapter: FlatAdapter) -> Head:
     """The output head of a job: `head`, which is the base's, unless the job trains one, or its rows."""
-    trained = row.trained
+    trained = adapter.trained
     options = {field.name: getattr(head, field.name) for field in fields(Head)}
     if trained.modules:
         (path,) = trained.modules
-        weight, bias = row.tensors[f"{path}.weight"], row.tensors.get(f"{path}.bias")
+        weight, bias = adapter.tensors[f"{path}.weight"], adapter.tensors.get(f"{path}.bias")
         options |= {"weight_VD": weight.value, "bias_V": None if bias is None else bias.value}
         return SavedHead(**options, weight=weight, bias=bias)
     if trained.is_tied:
         ids_K = torch.tensor(trained.token_ids, device=head.weight_VD.device)
-        return TokenRowsHead(**options, ids_K=ids_K, rows=row.tensors[trained.tokens_name])
+        return TokenRowsHead(**options, ids_K=ids_K, rows=adapter.tensors[trained.tokens_name])
     return head
 
 
@@ -103,7 +103,7 @@ def loss_by_head(h_LD: Tensor, head: Head, pack: PackedBatch, weights_L: Tensor)
 
 def _groups(head: Head, pack: PackedBatch) -> list[HeadGroup]:
     """Jobs with the base's head in one group, then each other one with its own."""
-    heads = [head_of(head, segment.row) for segment in pack.segments]
+    heads = [head_of(head, segment.adapter) for segment in pack.segments]
     shared = tuple(index for index, own in enumerate(heads) if own is head)
     if len(shared) == len(heads):
         return [HeadGroup(head=head, places=slice(None), segments=shared)]

@@ -2,7 +2,7 @@
 """The linear layer of a packed step: one GEMM of the frozen weight over all tokens, LoRA by segment.
 
 Letters: T tokens, t tokens of a segment, D features in, O features out, R rank. Gradients of A and B go
-straight into each job's row, not through autograd; the gradient of the frozen weight is never computed.
+straight into each job's adapter, not through autograd; the gradient of the frozen weight is never computed.
 """
 
 from collections.abc import Sequence
@@ -55,12 +55,12 @@ def pieces_of(segments: Sequence[BatchSegment], module: str) -> tuple[Piece, ...
         Piece(
             start=segment.start,
             stop=segment.stop,
-            views=segment.row.sites[module],
+            views=segment.adapter.sites[module],
             module=module,
             dropout=segment.dropout,
         )
         for segment in segments
-        if module in segment.row.sites
+        if module in segment.adapter.sites
     )
 
 
@@ -120,7 +120,7 @@ def add_lora_gradients(
 
 
 def received_by_lora(dy_TO: Tensor, branches: list[Branch], pieces: tuple[Piece, ...]) -> list[Tensor]:
-    """dy of each piece; with DoRA times its factor, and the magnitude's gradient is accumulated into the row."""
+    """dy of each piece; with DoRA times its factor, and the magnitude's gradient is accumulated into the adapter."""
     received: list[Tensor] = []
     for piece, branch in zip(pieces, branches, strict=True):
         dy_tO, magnitude = dy_TO[piece.start : piece.stop], piece.views.magnitude

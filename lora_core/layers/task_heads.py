@@ -2,7 +2,7 @@
 """Classification heads: which module of a family's model is the head, what it reads, and one of each job's own.
 
 Letters: T tokens, P sequences of the tick, D features, n sequences of a segment, C classes (1: a number).
-A head lies in its job's row, with as many classes as the job has; what is between the last hidden states and the
+A head lies in its job's adapter, with as many classes as the job has; what is between the last hidden states and the
 head (a pooler, a dense layer) belongs to the base, and may have adapters.
 """
 

@@ -91,13 +91,13 @@ class KeptKeys:
     def extended(self, k_KnE: Tensor, v_KnE: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens, the new ones among them."""
         if self._next_call == len(self._of_calls):
-            rooms = (part.new_empty(len(part), self.capacity, part.shape[2]) for part in (k_KnE, v_KnE))
-            self._of_calls.append((next(rooms), next(rooms)))
+            buffers = (part.new_empty(len(part), self.capacity, part.shape[2]) for part in (k_KnE, v_KnE))
+            self._of_calls.append((next(buffers), next(buffers)))
         kept = self._of_calls[self._next_call]
         self._next_call += 1
         stop = self.num_tokens + k_KnE.shape[1]
-        for room, new in zip(kept, (k_KnE, v_KnE), strict=True):
-            room[:, self.num_tokens : stop] = new
+        for buffer, new in zip(kept, (k_KnE, v_KnE), strict=True):
+            buffer[:, self.num_tokens : stop] = new
         return kept[0][:, :stop], kept[1][:, :stop]
 
 
@@ -148,7 +148,7 @@ class SliceInput:
     without a `reference_point` (nats) the slice is one of those that measure it.
     """
 
-    row: FlatAdapter
+    adapter: FlatAdapter
     sequences: tuple[tuple[np.ndarray, np.ndarray], ...]  # (input_ids, loss_mask) each
     label_weight: float
     dropout: DropoutKey | None
@@ -193,7 +193,7 @@ class BatchSegment:
 
     start: int
     stop: int
-    row: FlatAdapter
+    adapter: FlatAdapter
     dropout: DropoutKey | None
     label_start: int
     label_stop: int
@@ -243,7 +243,7 @@ class PackedBatch:
 def build_pack(slices: Sequence[SliceInput], *, device: str) -> PackedBatch:
     """Concatenate slices in the order given, and fill up to a multiple of 16 tokens."""
     compared = [
-        replace(part, row=part.reference, dropout=None, noise=None) for part in slices if part.reference is not None
+        replace(part, adapter=part.reference, dropout=None, noise=None) for part in slices if part.reference is not None
     ]
     reference = _concatenated(compared, _segments(compared), device=device) if compared else None
     return replace(_concatenated(slices, _segments(slices), device=device), reference=reference)
@@ -309,7 +309,7 @@ def _segments(slices: Sequence[SliceInput]) -> tuple[BatchSegment, ...]:
             BatchSegment(
                 start=start,
                 stop=stop,
-                row=part.row,
+                adapter=part.adapter,
                 dropout=part.dropout,
                 label_start=label_start,
                 label_stop=label_stop,

@@ -36,18 +36,18 @@ class LinearsReport:
     worst_error: float
 
 
-def evidence(base: BaseModel, row: FlatAdapter) -> dict[str, Tensor]:
+def evidence(base: BaseModel, adapter: FlatAdapter) -> dict[str, Tensor]:
     """scale·B A x of each adapted linear as the engine computes it, [N, O] in the base's dtype.
 
     With DoRA [2 N, O]: that, and as many with the magnitude at work, for in a large B A it hides the scale of B A.
     """
-    return {f"{PREFIX}{name}": _added_by_engine(base, row, name) for name in row.sites}
+    return {f"{PREFIX}{name}": _added_by_engine(base, adapter, name) for name in adapter.sites}
 
 
 @torch.no_grad()
-def _added_by_engine(base: BaseModel, row: FlatAdapter, name: str) -> Tensor:
+def _added_by_engine(base: BaseModel, adapter: FlatAdapter, name: str) -> Tensor:
     assert base.attachment is not None
-    views, plain = row.sites[name], plain_weight(base.attachment.linears[name])
+    views, plain = adapter.sites[name], plain_weight(base.attachment.linears[name])
     x_ND = inputs(name, views.a_RD.shape[1]).to(base.device, base.dtype)
     parts = [replace(views, magnitude=None), *([views] if views.magnitude is not None else [])]
     added: list[Tensor] = []

@@ -24,23 +24,23 @@ HEAD, TIED_ROWS, EMBEDDINGS, TOKENS = "head", "tied_rows", "embeddings", "token_
 
 
 @torch.no_grad()
-def evidence(base: BaseModel, row: FlatAdapter) -> dict[str, Tensor]:
+def evidence(base: BaseModel, adapter: FlatAdapter) -> dict[str, Tensor]:
     """Of a base of causal language: z = W x of the inputs for each token [N, V], if the job trains the head; if it
     trains embeddings, e·x of each [K, N], and z [N, K] where they are rows of the head as well.
 
     A head for sequences has a row a class, which the logits show as they are.
     """
-    trained, found = row.trained, {}
+    trained, found = adapter.trained, {}
     if base.task != "causal-lm" or not trained.tensors:
         return {}
     x_ND = _inputs(base.head().weight_VD)
-    scores_NV = head_of(replace(base.head(), exact=None), row).product(x_ND)  # by the product that PEFT will take
+    scores_NV = head_of(replace(base.head(), exact=None), adapter).product(x_ND)  # by the product that PEFT will take
     if trained.modules:
         found[HEAD] = scores_NV
     if trained.token_ids:
         ids_K = torch.tensor(trained.token_ids, device=x_ND.device)
         table: Any = base.model.get_input_embeddings()
-        rows_KD = row.tensors[trained.tokens_name].value
+        rows_KD = adapter.tensors[trained.tokens_name].value
         scale = torch.as_tensor(getattr(table, "embed_scale", 1.0)).to(rows_KD)
         found |= {TOKENS: ids_K, EMBEDDINGS: _projected(rows_KD * scale)}
         if trained.is_tied:

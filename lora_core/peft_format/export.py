@@ -49,27 +49,29 @@ class ExportReport:
 
 
 def export_adapter(
-    base: BaseModel, row: FlatAdapter, directory: Path, *, base_name: str, has_evidence: bool = True
+    base: BaseModel, adapter: FlatAdapter, directory: Path, *, base_name: str, has_evidence: bool = True
 ) -> ExportReport:
     """Write adapter_config.json, adapter_model and probe.safetensors; `directory` must not exist.
 
     has_evidence: false leaves the probe out, which costs passes: of a checkpoint, which nobody verifies.
     """
-    probe = _probe(base, row) if has_evidence else None  # all passes before any writing, which may fail on one rank
-    write_directory(directory, lambda temporary: _write(base, row, temporary, base_name, probe))
+    probe = _probe(base, adapter) if has_evidence else None  # all passes before any writing, which may fail on one rank
+    write_directory(directory, lambda temporary: _write(base, adapter, temporary, base_name, probe))
     content = (directory / "adapter_model.safetensors").read_bytes()
     return ExportReport(
-        num_parameters=row.num_parameters,
+        num_parameters=adapter.num_parameters,
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
-        dtype=str(row.dtype).removeprefix("torch."),
+        dtype=str(adapter.dtype).removeprefix("torch."),
         quantization=base.quantization,
     )
 
 
-def _write(base: BaseModel, row: FlatAdapter, directory: Path, base_name: str, probe: dict[str, Tensor] | None) -> None:
-    save_file(adapter_tensors(row), directory / "adapter_model.safetensors", metadata=_metadata(base))
-    write_json(directory / "adapter_config.json", peft_config(base, row, base_name))
+def _write(
+    base: BaseModel, adapter: FlatAdapter, directory: Path, base_name: str, probe: dict[str, Tensor] | None
+) -> None:
+    save_file(adapter_tensors(adapter), directory / "adapter_model.safetensors", metadata=_metadata(base))
+    write_json(directory / "adapter_config.json", peft_config(base, adapter, base_name))
     if probe is not None:
         save_file(probe, directory / "probe.safetensors")
 
@@ -82,30 +84,30 @@ def _metadata(base: BaseModel) -> dict[str, str]:
     return {"format": "pt", "base_quantization_config": json.dumps(how, sort_keys=True)}
 
 
-def adapter_tensors(row: FlatAdapter) -> dict[str, Tensor]:
+def adapter_tensors(adapter: FlatAdapter) -> dict[str, Tensor]:
     """PEFT's names: lora_A.weight [R, D] and lora_B.weight [O, R] under each module's path; DoRA's magnitude [O];
     what is trained in full as the module itself names it.
 
     Where the start is subtracted they are of twice the rank, [A; A₀] and [B, -B₀], for the unchanged base model.
     """
     tensors: dict[str, Tensor] = {}
-    for name, views in row.sites.items():
+    for name, views in adapter.sites.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = views.a_RD.cpu().clone()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = views.b_OR.cpu().clone()
         if views.magnitude is not None:
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = views.magnitude.m_O.cpu().clone()
-    for name, trained in row.tensors.items():
+    for name, trained in adapter.tensors.items():
         tensors[f"{PREFIX}{name}"] = trained.value.cpu().clone()
     return tensors
 
 
-def peft_config(base: BaseModel, row: FlatAdapter, base_name: str) -> dict[str, object]:
+def peft_config(base: BaseModel, adapter: FlatAdapter, base_name: str) -> dict[str, object]:
     conv1d = any(type(module).__name__ == "Conv1D" for module in base.model.modules())
-    names, layers = target_names(base, row)
-    lora = row.lora
+    names, layers = target_names(base, adapter)
+    lora = adapter.lora
     times, alpha_times = (2, math.sqrt(2) if lora.use_rslora else 2) if lora.subtracts_start else (1, 1)
-    ranks: dict[str, float] = {name: times * lora.rank_of(name) for name in row.sites}
-    alphas: dict[str, float] = {name: alpha_times * lora.alpha_of(name) for name in row.sites}
+    ranks: dict[str, float] = {name: times * lora.rank_of(name) for name in adapter.sites}
+    alphas: dict[str, float] = {name: alpha_times * lora.alpha_of(name) for name in adapter.sites}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if base.task == "causal-lm" else "SEQ_CLS",
@@ -121,8 +123,8 @@ def peft_config(base: BaseModel, row: FlatAdapter, base_name: str) -> dict[str, 
         "layers_to_transform": layers,
         "fan_in_fan_out": conv1d,
         "bias": "none",
-        "modules_to_save": list(row.trained.modules) or None,
-        "trainable_token_indices": list(row.trained.token_ids) or None,
+        "modules_to_save": list(adapter.trained.modules) or None,
+        "trainable_token_indices": list(adapter.trained.token_ids) or None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -144,44 +146,44 @@ def exceptions(values: dict[str, float], usual: float) -> dict[str, float]:
     }
 
 
-def target_names(base: BaseModel, row: FlatAdapter) -> tuple[list[str], list[int] | None]:
+def target_names(base: BaseModel, adapter: FlatAdapter) -> tuple[list[str], list[int] | None]:
     """(names, layers) for PEFT: short names if they match exactly the adapted modules, as servers expect.
 
     Short names in the job's layers_to_transform, if those do, are next; full paths otherwise.
     """
-    short = sorted({_short(name) for name in row.sites})
+    short = sorted({_short(name) for name in adapter.sites})
     matched = {name for name in base.linear_names() if any(matches(name, suffix) for suffix in short)}
-    if matched == row.sites.keys():
+    if matched == adapter.sites.keys():
         return short, None
-    layers = row.lora.layers_to_transform
-    if layers is not None and {name for name in matched if layer_of(name) in layers} == row.sites.keys():
+    layers = adapter.lora.layers_to_transform
+    if layers is not None and {name for name in matched if layer_of(name) in layers} == adapter.sites.keys():
         return short, sorted(layers)
-    return sorted(row.sites), None
+    return sorted(adapter.sites), None
 
 
 def _short(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _probe(base: BaseModel, row: FlatAdapter) -> dict[str, Tensor]:
+def _probe(base: BaseModel, adapter: FlatAdapter) -> dict[str, Tensor]:
     """Pseudo-random ids, the engine's logits with and without the adapter, what each linear adds, and what is trained
     in full gives."""
-    ids = with_tokens(pseudo_random_ids(base, "probe", PROBE_SEED), _trained_tokens(base, row))
-    bare = FlatAdapter((), row.lora, dtype=base.dtype, device=base.device, trained=head_alone(base, row))
+    ids = with_tokens(pseudo_random_ids(base, "probe", PROBE_SEED), _trained_tokens(base, adapter))
+    bare = FlatAdapter((), adapter.lora, dtype=base.dtype, device=base.device, trained=head_alone(base, adapter))
     bare.initialize(0)
     return {
         "input_ids": torch.from_numpy(ids),
-        "logits": packed_logits(base, row, ids),
+        "logits": packed_logits(base, adapter, ids),
         "base_logits": packed_logits(base, bare, ids),
-        **evidence_linears.evidence(base, row),
-        **evidence_modules.evidence(base, row),
+        **evidence_linears.evidence(base, adapter),
+        **evidence_modules.evidence(base, adapter),
     }
 
 
-def _trained_tokens(base: BaseModel, row: FlatAdapter) -> list[int]:
+def _trained_tokens(base: BaseModel, adapter: FlatAdapter) -> list[int]:
     """Those whose embeddings the job trains; the padding token has no gradient, and may end a sequence."""
     padding = getattr(base.model.get_input_embeddings(), "padding_idx", None)
-    return [token for token in row.trained.token_ids if token != padding]
+    return [token for token in adapter.trained.token_ids if token != padding]
 
 
 def with_tokens(ids: np.ndarray, tokens: list[int]) -> np.ndarray:
@@ -203,17 +205,19 @@ def pseudo_random_ids(base: BaseModel, purpose: str, seed: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def packed_logits(base: BaseModel, row: FlatAdapter, ids: np.ndarray) -> Tensor:
+def packed_logits(base: BaseModel, adapter: FlatAdapter, ids: np.ndarray) -> Tensor:
     """fp32 [rows, 2, V]: what the engine's own path gives at the last two positions of each row.
 
     Of a base that classifies: [rows, 1, C], once for each row, from the job's own head.
     """
     no_labels = np.zeros(ids.shape[1], np.uint8)
     sequences = tuple((row_ids.astype(np.int32), no_labels) for row_ids in ids)
-    pack = build_pack([SliceInput(row=row, sequences=sequences, label_weight=0.0, dropout=None)], device=base.device)
+    pack = build_pack(
+        [SliceInput(adapter=adapter, sequences=sequences, label_weight=0.0, dropout=None)], device=base.device
+    )
     if base.task != "causal-lm":
         h_PD = head_inputs(base, pack, hidden_states(base, pack))[: len(ids)]
-        return class_logits(base.model, head_module(base, row), h_PD)[:, None].cpu()
+        return class_logits(base.model, head_module(base, adapter), h_PD)[:, None].cpu()
     hidden = hidden_states(base, pack)[: ids.size].view(*ids.shape, -1)
     last = hidden[:, -PROBE_POSITIONS:]
-    return head_of(base.head(), row).logits(last.flatten(0, 1)).float().view(len(ids), PROBE_POSITIONS, -1).cpu()
+    return head_of(base.head(), adapter).logits(last.flatten(0, 1)).float().view(len(ids), PROBE_POSITIONS, -1).cpu()

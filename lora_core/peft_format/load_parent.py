@@ -67,7 +67,7 @@ def refuse_other_start(lora: LoraConfig) -> None:
         )
 
 
-def begin_from(row: FlatAdapter, directory: Path, base: BaseModel) -> str:
+def begin_from(adapter: FlatAdapter, directory: Path, base: BaseModel) -> str:
     """Fill a new row with the weights of the adapter in `directory`; returns the sha256 of its weights' file.
 
     What the job trains in full and the parent didn't stays as it is. Raises BadParent for a folder that can't be
@@ -75,15 +75,15 @@ def begin_from(row: FlatAdapter, directory: Path, base: BaseModel) -> str:
     """
     parent = _read(directory)
     _require_same_base(parent, base)
-    _require_same_function(row, parent)
-    masters = row.masters()
-    _require_shapes(parent, {name: tuple(master.shape) for name, master in masters.items()}, row)
+    _require_same_function(adapter, parent)
+    masters = adapter.masters()
+    _require_shapes(parent, {name: tuple(master.shape) for name, master in masters.items()}, adapter)
     with (directory / WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     for name, tensor in load_file(directory / WEIGHTS).items():
         masters[name.removeprefix(PREFIX)].copy_(tensor)
-    row.refresh_compute()
-    if not (torch.isfinite(row.p).all() and torch.isfinite(row.compute).all()):
+    adapter.refresh_compute()
+    if not (torch.isfinite(adapter.p).all() and torch.isfinite(adapter.compute).all()):
         raise _bad("it holds numbers that are not finite in the dtype of training", remedy="Give another adapter.")
     return digest
 
@@ -234,13 +234,13 @@ def _require_same_base(parent: Parent, base: BaseModel) -> None:
         )
 
 
-def _require_same_function(row: FlatAdapter, parent: Parent) -> None:
+def _require_same_function(adapter: FlatAdapter, parent: Parent) -> None:
     """Raises ConfigError, which names the field."""
-    lora, theirs = row.lora, parent.lora
+    lora, theirs = adapter.lora, parent.lora
     if lora.use_dora != theirs.use_dora:
         raise _differs("use_dora", lora.use_dora, theirs.use_dora)
-    for path in sorted(row.sites.keys() ^ set(parent.paths)):
-        has, hasnt = ("the job", "its parent") if path in row.sites else ("the parent", "the job")
+    for path in sorted(adapter.sites.keys() ^ set(parent.paths)):
+        has, hasnt = ("the job", "its parent") if path in adapter.sites else ("the parent", "the job")
         raise _other("target_modules", f"{has} adapts {path}, which {hasnt} doesn't")
     for path in parent.paths:
         if lora.rank_of(path) != theirs.rank_of(path):
@@ -253,7 +253,7 @@ def _require_same_function(row: FlatAdapter, parent: Parent) -> None:
         raise _other("trainable_token_indices", f"the parent trained {list(tokens)!r:.80}, in this order")
 
 
-def _require_shapes(parent: Parent, wanted: dict[str, tuple[int, ...]], row: FlatAdapter) -> None:
+def _require_shapes(parent: Parent, wanted: dict[str, tuple[int, ...]], adapter: FlatAdapter) -> None:
     """Every tensor of the folder has a place in the job, and every adapted layer of the job a tensor in the folder."""
     for name, shape in parent.shapes.items():
         if name not in wanted:
@@ -261,7 +261,7 @@ def _require_shapes(parent: Parent, wanted: dict[str, tuple[int, ...]], row: Fla
         if shape != wanted[name]:
             reason = f"its {name} has the shape {list(shape)}, and this base model or job needs {list(wanted[name])}"
             raise _bad(reason, remedy=OTHER_BASE_REMEDY)
-    in_full = {tensor.name for tensor in row.trained.tensors}
+    in_full = {tensor.name for tensor in adapter.trained.tensors}
     for name in sorted(wanted.keys() - parent.shapes.keys() - in_full):
         raise _bad(f"its {name} is missing")
 

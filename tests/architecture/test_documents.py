@@ -18,8 +18,8 @@ from tests.architecture.source_files import ROOT
 DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "client/README.md", *(ROOT / "docs").rglob("*.md")]
 ARROW = re.compile(r"^\s*(\S+) --> (\S+?)(?:: (\w+))?\s*$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
-WORDS = """base model, adapter, job, attempt, claim, lease, worker, trainer, pack, tick, slice, row, plan, sweep, trial,
-artifact, manifest, lineage, project, API key"""
+WORDS = """base model, adapter, job, attempt, claim, lease, worker, trainer, pack, tick, slice, plan, sweep, trial,
+flat adapter, artifact, manifest, lineage, project, API key"""
 
 EACH = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 

@@ -160,7 +160,7 @@ def differ(base: BaseModel, ranks: Ranks) -> list[str]:
         except RanksDiffer as error:
             said.append(str(error))
         if ranks.rank == 1:
-            engine._jobs["one"].row.m.view(torch.int32)[7] ^= 1
+            engine._jobs["one"].adapter.m.view(torch.int32)[7] ^= 1
     return said
 
 
@@ -191,7 +191,7 @@ def _said_of_one(base: BaseModel, ranks: Ranks, *, breaks: Set[int] = frozenset(
                 if isinstance(event, JobDiverged):
                     return f"diverged: {event.message}"
             if ranks.rank in breaks:
-                engine._jobs["one"].row.p.fill_(math.nan)
+                engine._jobs["one"].adapter.p.fill_(math.nan)
     except RanksDiffer as error:
         return str(error)
     return "well"

@@ -292,12 +292,12 @@ class Outcome:
 
 
 def state_bytes(engine: Engine, job: str) -> bytes:
-    row = engine._jobs[job].row
-    return b"".join(vector.numpy().tobytes() for vector in (row.p, row.m, row.v))
+    adapter = engine._jobs[job].adapter
+    return b"".join(vector.numpy().tobytes() for vector in (adapter.p, adapter.m, adapter.v))
 
 
 def weights(engine: Engine, job: str) -> Tensor:
-    return engine._jobs[job].row.p
+    return engine._jobs[job].adapter.p
 
 
 def run_alone(base: BaseModel, submission: Submission, *, token_budget: int = 4096, **options) -> Outcome:

@@ -28,19 +28,19 @@ HEAD = TrainedTensors(
 USUAL = OptimizerConfig(kind="adafactor", learning_rate=0.05, max_grad_norm=None)
 
 
-def new_row(*, use_dora: bool = True, rank: int = 3) -> FlatAdapter:
+def new_adapter(*, use_dora: bool = True, rank: int = 3) -> FlatAdapter:
     frozen = {target.name: torch.randn(target.out_features, target.in_features) for target in TARGETS}
     lora = LoraConfig(rank=rank, alpha=6, use_dora=use_dora)
-    row = FlatAdapter(
+    adapter = FlatAdapter(
         TARGETS, lora, dtype=torch.float32, device="cpu", frozen=frozen, trained=HEAD, optimizer="adafactor"
     )
-    row.initialize(1)
-    return row
+    adapter.initialize(1)
+    return adapter
 
 
-def parameters(row: FlatAdapter) -> list[torch.nn.Parameter]:
+def parameters(adapter: FlatAdapter) -> list[torch.nn.Parameter]:
     """Each tensor of the row by itself, as a person's own loop would hold them."""
-    return [torch.nn.Parameter(row.p[block.numbers].view(block.shape).clone()) for block in row.blocks]
+    return [torch.nn.Parameter(adapter.p[block.numbers].view(block.shape).clone()) for block in adapter.blocks]
 
 
 def flat(tensors: list[torch.nn.Parameter]) -> torch.Tensor:
@@ -61,9 +61,9 @@ def flat(tensors: list[torch.nn.Parameter]) -> torch.Tensor:
 @pytest.mark.parametrize("rank", [1, 3])
 def test_steps_equal_torch_adafactor_with_a_rate_for_each_part(options, gradient_size, rank):
     torch.manual_seed(0)
-    row = new_row(rank=rank)
+    adapter = new_adapter(rank=rank)
     numbers = replace(USUAL, lora_plus_ratio=4, **options)
-    tensors = parameters(row)
+    tensors = parameters(adapter)
     ratios = [1.0] * 2 + [4.0] * 4 + [1.0] * 2  # two A, two B, two magnitudes, head and bias
     groups = [
         {"params": [tensor], "lr": numbers.learning_rate * ratio} for tensor, ratio in zip(tensors, ratios, strict=True)
@@ -76,29 +76,29 @@ def test_steps_equal_torch_adafactor_with_a_rate_for_each_part(options, gradient
         weight_decay=numbers.weight_decay,
     )
     for step in range(1, 8):
-        row.g.copy_(torch.randn(row.num_parameters) * gradient_size * step)
-        for tensor, block in zip(tensors, row.blocks, strict=True):
-            tensor.grad = row.g[block.numbers].view(block.shape).clone()
-        norm = gradient_norm(row)
-        assert stays_finite(row, numbers, learning_rate=numbers.learning_rate, norm=norm)
-        optimizer_step(row, numbers, step=step, learning_rate=numbers.learning_rate, norm=norm)
+        adapter.g.copy_(torch.randn(adapter.num_parameters) * gradient_size * step)
+        for tensor, block in zip(tensors, adapter.blocks, strict=True):
+            tensor.grad = adapter.g[block.numbers].view(block.shape).clone()
+        norm = gradient_norm(adapter)
+        assert stays_finite(adapter, numbers, learning_rate=numbers.learning_rate, norm=norm)
+        optimizer_step(adapter, numbers, step=step, learning_rate=numbers.learning_rate, norm=norm)
         if numbers.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(tensors, numbers.max_grad_norm)
         reference.step()
-        torch.testing.assert_close(row.p, flat(tensors), rtol=2e-5, atol=1e-6)
-        assert not row.g.any()
-    assert not torch.equal(flat(parameters(new_row(rank=rank))), row.p)
+        torch.testing.assert_close(adapter.p, flat(tensors), rtol=2e-5, atol=1e-6)
+        assert not adapter.g.any()
+    assert not torch.equal(flat(parameters(new_adapter(rank=rank))), adapter.p)
 
 
 def test_a_matrix_remembers_its_rows_and_columns_a_vector_each_number_and_there_is_no_momentum():
-    row = new_row()
+    adapter = new_adapter()
 
     matrices = (3 + 12) + (3 + 4) + (8 + 3) + (20 + 3) + (5 + 8)
     vectors = 8 + 20 + 5
-    assert row.v.numel() == matrices + vectors
-    assert row.m.numel() == 0
+    assert adapter.v.numel() == matrices + vectors
+    assert adapter.m.numel() == 0
     norms_and_factors = 2 * (8 + 20)
-    assert row.num_bytes == 4 * (2 * row.num_parameters + row.v.numel() + norms_and_factors)
+    assert adapter.num_bytes == 4 * (2 * adapter.num_parameters + adapter.v.numel() + norms_and_factors)
 
 
 @pytest.mark.parametrize(
@@ -107,35 +107,35 @@ def test_a_matrix_remembers_its_rows_and_columns_a_vector_each_number_and_there_
     ids=["a factor of decay", "a step of its whole size"],
 )
 def test_adafactor_that_would_overflow_is_seen_before_the_step(options):
-    row = new_row(use_dora=False)
-    row.p.fill_(1e36)
-    row.g[::7] = -1.0  # a part of each matrix, whose updates are above the mean
+    adapter = new_adapter(use_dora=False)
+    adapter.p.fill_(1e36)
+    adapter.g[::7] = -1.0  # a part of each matrix, whose updates are above the mean
     numbers = replace(USUAL, clip_threshold=20.0, **options)
-    norm = gradient_norm(row)
+    norm = gradient_norm(adapter)
 
-    assert not stays_finite(row, numbers, learning_rate=numbers.learning_rate, norm=norm)
+    assert not stays_finite(adapter, numbers, learning_rate=numbers.learning_rate, norm=norm)
     for _ in range(3):
-        row.g[::7] = -1.0
-        optimizer_step(row, numbers, step=1, learning_rate=numbers.learning_rate, norm=norm)
-    assert not torch.isfinite(row.p).all()
+        adapter.g[::7] = -1.0
+        optimizer_step(adapter, numbers, step=1, learning_rate=numbers.learning_rate, norm=norm)
+    assert not torch.isfinite(adapter.p).all()
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-9, 1e9, 1e17])
 def test_no_gradient_that_has_a_norm_is_lost_to_overflow_on_the_way(size):
     """The direction is kept: at 1e10 the product of rows and columns alone would be infinite, and the step none."""
-    row = new_row(use_dora=False)
-    before = row.p.clone()
-    row.g.copy_(torch.randn(row.num_parameters) * size)
-    signs = row.g.sign()
-    norm = gradient_norm(row)
+    adapter = new_adapter(use_dora=False)
+    before = adapter.p.clone()
+    adapter.g.copy_(torch.randn(adapter.num_parameters) * size)
+    signs = adapter.g.sign()
+    norm = gradient_norm(adapter)
 
-    assert stays_finite(row, USUAL, learning_rate=0.05, norm=norm)
-    optimizer_step(row, USUAL, step=1, learning_rate=0.05, norm=norm)
+    assert stays_finite(adapter, USUAL, learning_rate=0.05, norm=norm)
+    optimizer_step(adapter, USUAL, step=1, learning_rate=0.05, norm=norm)
 
-    assert torch.isfinite(row.p).all()
-    assert torch.isfinite(row.v).all()
+    assert torch.isfinite(adapter.p).all()
+    assert torch.isfinite(adapter.v).all()
     if size >= 1e-9:
-        assert torch.equal((before - row.p).sign()[row.num_ab :], signs[row.num_ab :])
+        assert torch.equal((before - adapter.p).sign()[adapter.num_ab :], signs[adapter.num_ab :])
 
 
 def job() -> Submission:

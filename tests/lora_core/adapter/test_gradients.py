@@ -29,7 +29,7 @@ def trained(base, job: Submission, *, job_tokens: int, num_lanes: int) -> tuple[
     events = []
     while not engine.idle:
         events += engine.tick()
-    return engine._jobs["job"].row.arena.clone(), [event.loss for event in events if hasattr(event, "loss")]
+    return engine._jobs["job"].adapter.arena.clone(), [event.loss for event in events if hasattr(event, "loss")]
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -51,31 +51,31 @@ def test_lanes_and_ticks_of_one_job_cannot_be_seen_in_its_row(load, monkeypatch,
 
 def test_gradients_of_slices_add_up_in_their_order_and_leave_their_vectors_empty():
     lora = LoraConfig(rank=2, alpha=2)
-    row = FlatAdapter(
+    adapter = FlatAdapter(
         (AdaptedModule(name="a", in_features=3, out_features=4),), lora, dtype=torch.float32, device="cpu"
     )
-    gradients = SliceGradients(row=row)
+    gradients = SliceGradients(adapter=adapter)
     parts = [1e8, 1.0, -1e8, 1.0]
 
     for index in (3, 1, 0, 2):
-        gradients.row_of(index).sites["a"].grad_b_OR.fill_(parts[index])
+        gradients.adapter_of(index).sites["a"].grad_b_OR.fill_(parts[index])
     gradients.collect(0, [0])
     gradients.collect(1, [0, 0, 0])
 
-    assert torch.all(row.sites["a"].grad_b_OR == ((parts[0] + parts[2]) + 1.0))
-    assert torch.all(row.sites["a"].grad_a_RD == 0)
+    assert torch.all(adapter.sites["a"].grad_b_OR == ((parts[0] + parts[2]) + 1.0))
+    assert torch.all(adapter.sites["a"].grad_a_RD == 0)
     assert gradients.num_bytes == 0
 
-    again = gradients.row_of(1)
-    assert again.sites["a"].a_RD.data_ptr() == row.sites["a"].a_RD.data_ptr()
+    again = gradients.adapter_of(1)
+    assert again.sites["a"].a_RD.data_ptr() == adapter.sites["a"].a_RD.data_ptr()
     assert not again.g.any()
     again.sites["a"].grad_b_OR.fill_(2.0)
     assert again.g.sum() == 2.0 * 8
-    assert gradients.num_bytes == row.g.nbytes
+    assert gradients.num_bytes == adapter.g.nbytes
 
     gradients.drop()
     assert gradients.num_bytes == 0
-    assert not row.g.any()
+    assert not adapter.g.any()
 
 
 def test_further_slices_are_dealt_out_in_turn_while_there_is_room():

@@ -33,23 +33,26 @@ TARGET = AdaptedModule(name="w", in_features=40, out_features=48)
 def started(init: str, weight_OD: torch.Tensor | None = None, **options) -> FlatAdapter:
     lora = LoraConfig(rank=8, alpha=12, init_lora_weights=init, **options)
     frozen = None if weight_OD is None else {"w": weight_OD}
-    row = FlatAdapter((TARGET,), lora, dtype=torch.float32, device="cpu", frozen=frozen)
-    row.initialize(1)
-    return row
+    adapter = FlatAdapter((TARGET,), lora, dtype=torch.float32, device="cpu", frozen=frozen)
+    adapter.initialize(1)
+    return adapter
 
 
-def product(row: FlatAdapter) -> torch.Tensor:
+def product(adapter: FlatAdapter) -> torch.Tensor:
     """scale·B A of the row itself, without what is subtracted."""
-    a_RD, b_OR = (row.p[span].view(shape) for span, shape in ((row.spans["w"].a, (8, 40)), (row.spans["w"].b, (48, 8))))
-    return row.sites["w"].scale * b_OR @ a_RD
+    a_RD, b_OR = (
+        adapter.p[span].view(shape)
+        for span, shape in ((adapter.spans["w"].a, (8, 40)), (adapter.spans["w"].b, (48, 8)))
+    )
+    return adapter.sites["w"].scale * b_OR @ a_RD
 
 
 def test_gaussian_has_the_deviation_of_peft_and_no_update():
-    row = started("gaussian")
+    adapter = started("gaussian")
 
-    assert float(row.p[: row.num_a].std()) == pytest.approx(1 / 8, rel=0.15)
-    assert abs(float(row.p[: row.num_a].mean())) < 0.03
-    assert not row.p[row.num_a :].any()
+    assert float(adapter.p[: adapter.num_a].std()) == pytest.approx(1 / 8, rel=0.15)
+    assert abs(float(adapter.p[: adapter.num_a].mean())) < 0.03
+    assert not adapter.p[adapter.num_a :].any()
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -58,10 +61,12 @@ def test_pissa_begins_with_the_best_matrix_of_its_rank(init, use_rslora):
     weight_OD = torch.randn(48, 40, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(weight_OD, full_matrices=False)
 
-    row = started(init, weight_OD, use_rslora=use_rslora)
+    adapter = started(init, weight_OD, use_rslora=use_rslora)
 
-    torch.testing.assert_close(product(row), u[:, :8] * s[:8] @ v[:8], rtol=0, atol=2e-2 if "niter" in init else 1e-4)
-    assert started(init, weight_OD, use_rslora=use_rslora).p.equal(row.p)
+    torch.testing.assert_close(
+        product(adapter), u[:, :8] * s[:8] @ v[:8], rtol=0, atol=2e-2 if "niter" in init else 1e-4
+    )
+    assert started(init, weight_OD, use_rslora=use_rslora).p.equal(adapter.p)
 
 
 def test_more_iterations_come_closer_to_the_exact_decomposition():
@@ -109,11 +114,11 @@ def test_losses_equal_those_of_peft_which_changes_its_base(load, family, init, t
 
     assert losses == pytest.approx(expected, rel=1e-5)
     assert losses[-1] < losses[0] - 0.02
-    row = engine._jobs["job"].row
-    for name, spans in row.spans.items():
+    adapter = engine._jobs["job"].adapter
+    for name, spans in adapter.spans.items():
         a_RD = trained[f"base_model.model.{name}.lora_A.weight"]
         b_OR = trained[f"base_model.model.{name}.lora_B.weight"]
-        ours = row.p[spans.b].view(-1, spans.rank) @ row.p[spans.a].view(spans.rank, -1)
+        ours = adapter.p[spans.b].view(-1, spans.rank) @ adapter.p[spans.a].view(spans.rank, -1)
         torch.testing.assert_close(ours, b_OR @ a_RD, rtol=1e-4, atol=1e-4)
 
 

@@ -141,9 +141,9 @@ def test_the_base_stays_as_it_is_and_a_packmate_sees_the_base(load, fields):
 
     for name, parameter in base.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
-    row = engine._jobs["job"].row
-    for tensor in row.trained.tensors:
-        moved = (row.tensors[tensor.name].value != tensor.start(0)).any()
+    adapter = engine._jobs["job"].adapter
+    for tensor in adapter.trained.tensors:
+        moved = (adapter.tensors[tensor.name].value != tensor.start(0)).any()
         assert moved, tensor.name
     engine.evict("job")
     with base.untouched() as model, torch.no_grad():
@@ -153,14 +153,14 @@ def test_the_base_stays_as_it_is_and_a_packmate_sees_the_base(load, fields):
 def test_only_chosen_tokens_that_occur_get_another_embedding(load):
     engine = trained(load("llama"), job_with({"trainable_token_indices": (*TOKENS, 7)}))
     job = engine._jobs["job"]
-    (tensor,) = job.row.trained.tensors
+    (tensor,) = job.adapter.trained.tensors
     decay = 0.01 * 1e-2 * 6  # of the weights themselves, at most
 
-    change = (job.row.tensors[tensor.name].value - tensor.start(0)).abs().amax(1)
+    change = (job.adapter.tensors[tensor.name].value - tensor.start(0)).abs().amax(1)
 
     lasts = job.train.row_offsets[1:] - 1  # nothing follows them, so they have no gradient
     occurring = set(np.delete(job.train.input_ids, lasts).tolist())
-    for token, largest in zip(job.row.trained.token_ids, change.tolist(), strict=True):
+    for token, largest in zip(job.adapter.trained.token_ids, change.tolist(), strict=True):
         assert (largest > 1e-3) == (token in occurring), token
         assert token in occurring or largest < decay
 

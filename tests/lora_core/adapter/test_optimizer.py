@@ -22,47 +22,47 @@ TARGETS = (
 )
 
 
-def new_row(dtype: torch.dtype = torch.float32) -> FlatAdapter:
-    row = FlatAdapter(TARGETS, LoraConfig(rank=3, alpha=6), dtype=dtype, device="cpu")
-    row.initialize(1)
-    return row
+def new_adapter(dtype: torch.dtype = torch.float32) -> FlatAdapter:
+    adapter = FlatAdapter(TARGETS, LoraConfig(rank=3, alpha=6), dtype=dtype, device="cpu")
+    adapter.initialize(1)
+    return adapter
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e6])
 def test_steps_equal_torch_adamw_with_clipping(max_grad_norm):
     torch.manual_seed(0)
-    row = new_row()
+    adapter = new_adapter()
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, max_grad_norm=max_grad_norm)
-    parameter = torch.nn.Parameter(row.p.clone())
+    parameter = torch.nn.Parameter(adapter.p.clone())
     reference = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1)
     for step in range(1, 6):
-        gradient = torch.randn(row.num_parameters)
-        row.g.copy_(gradient)
-        norm = gradient_norm(row)
-        optimizer_step(row, config, step=step, learning_rate=0.1, norm=norm)
+        gradient = torch.randn(adapter.num_parameters)
+        adapter.g.copy_(gradient)
+        norm = gradient_norm(adapter)
+        optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=norm)
 
         parameter.grad = gradient
         if max_grad_norm is not None:
             expected_norm = torch.nn.utils.clip_grad_norm_([parameter], max_grad_norm)
             assert norm == pytest.approx(float(expected_norm))
         reference.step()
-        torch.testing.assert_close(row.p, parameter.detach(), rtol=1e-5, atol=1e-6)
-        assert not row.g.any()
+        torch.testing.assert_close(adapter.p, parameter.detach(), rtol=1e-5, atol=1e-6)
+        assert not adapter.g.any()
 
 
 def test_steps_of_lora_plus_equal_torch_adamw_with_two_groups():
     torch.manual_seed(0)
-    row = new_row()
+    adapter = new_adapter()
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, max_grad_norm=None, lora_plus_ratio=16)
-    a, b = (torch.nn.Parameter(part.clone()) for part in (row.p[: row.num_a], row.p[row.num_a :]))
+    a, b = (torch.nn.Parameter(part.clone()) for part in (adapter.p[: adapter.num_a], adapter.p[adapter.num_a :]))
     reference = torch.optim.AdamW([{"params": [a]}, {"params": [b], "lr": 1.6}], lr=0.1, weight_decay=0.1)
     for step in range(1, 6):
-        row.g.copy_(torch.randn(row.num_parameters))
-        a.grad, b.grad = row.g[: row.num_a].clone(), row.g[row.num_a :].clone()
-        optimizer_step(row, config, step=step, learning_rate=0.1, norm=gradient_norm(row))
+        adapter.g.copy_(torch.randn(adapter.num_parameters))
+        a.grad, b.grad = adapter.g[: adapter.num_a].clone(), adapter.g[adapter.num_a :].clone()
+        optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=gradient_norm(adapter))
         reference.step()
-    assert row.num_a == 3 * (12 + 4)
-    torch.testing.assert_close(row.p, torch.cat([a, b]).detach(), rtol=1e-5, atol=1e-6)
+    assert adapter.num_a == 3 * (12 + 4)
+    torch.testing.assert_close(adapter.p, torch.cat([a, b]).detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_with_lora_plus_magnitudes_have_the_rate_of_b_and_what_is_trained_in_full_that_of_a():
@@ -74,7 +74,7 @@ def test_with_lora_plus_magnitudes_have_the_rate_of_b_and_what_is_trained_in_ful
         ),
         modules=("head",),
     )
-    row = FlatAdapter(
+    adapter = FlatAdapter(
         TARGETS,
         LoraConfig(rank=3, alpha=6, use_dora=True),
         dtype=torch.float32,
@@ -82,29 +82,29 @@ def test_with_lora_plus_magnitudes_have_the_rate_of_b_and_what_is_trained_in_ful
         frozen={target.name: torch.randn(target.out_features, target.in_features) for target in TARGETS},
         trained=trained,
     )
-    row.initialize(1)
+    adapter.initialize(1)
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, max_grad_norm=None, lora_plus_ratio=16)
     sizes = [3 * (12 + 4), 3 * (8 + 20), 8 + 20, 5 * 8 + 5]
-    a, b, magnitudes, in_full = (torch.nn.Parameter(part.clone()) for part in row.p.split(sizes))
+    a, b, magnitudes, in_full = (torch.nn.Parameter(part.clone()) for part in adapter.p.split(sizes))
     reference = torch.optim.AdamW(
         [{"params": [a, in_full]}, {"params": [b, magnitudes], "lr": 1.6}], lr=0.1, weight_decay=0.1
     )
 
     for step in range(1, 6):
-        row.g.copy_(torch.randn(row.num_parameters))
-        for parameter, gradient in zip((a, b, magnitudes, in_full), row.g.clone().split(sizes), strict=True):
+        adapter.g.copy_(torch.randn(adapter.num_parameters))
+        for parameter, gradient in zip((a, b, magnitudes, in_full), adapter.g.clone().split(sizes), strict=True):
             parameter.grad = gradient
-        optimizer_step(row, config, step=step, learning_rate=0.1, norm=gradient_norm(row))
+        optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=gradient_norm(adapter))
         reference.step()
 
-    torch.testing.assert_close(row.p, torch.cat([a, b, magnitudes, in_full]).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(adapter.p, torch.cat([a, b, magnitudes, in_full]).detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 def test_steps_of_sgd_equal_torch_sgd_with_a_rate_for_each_part(momentum, max_grad_norm):
     torch.manual_seed(0)
-    row = new_row()
+    adapter = new_adapter()
     config = OptimizerConfig(
         kind="sgd",
         learning_rate=0.1,
@@ -113,20 +113,20 @@ def test_steps_of_sgd_equal_torch_sgd_with_a_rate_for_each_part(momentum, max_gr
         max_grad_norm=max_grad_norm,
         lora_plus_ratio=4,
     )
-    a, b = (torch.nn.Parameter(part.clone()) for part in (row.p[: row.num_a], row.p[row.num_a :]))
+    a, b = (torch.nn.Parameter(part.clone()) for part in (adapter.p[: adapter.num_a], adapter.p[adapter.num_a :]))
     reference = torch.optim.SGD(
         [{"params": [a]}, {"params": [b], "lr": 0.4}], lr=0.1, momentum=momentum, weight_decay=0.1
     )
     for step in range(1, 6):
-        row.g.copy_(torch.randn(row.num_parameters))
-        a.grad, b.grad = row.g[: row.num_a].clone(), row.g[row.num_a :].clone()
-        optimizer_step(row, config, step=step, learning_rate=0.1, norm=gradient_norm(row))
+        adapter.g.copy_(torch.randn(adapter.num_parameters))
+        a.grad, b.grad = adapter.g[: adapter.num_a].clone(), adapter.g[adapter.num_a :].clone()
+        optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=gradient_norm(adapter))
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_([a, b], max_grad_norm)
         reference.step()
-        torch.testing.assert_close(row.p, torch.cat([a, b]).detach(), rtol=1e-5, atol=1e-6)
-        assert not row.g.any()
-    assert not row.v.any()
+        torch.testing.assert_close(adapter.p, torch.cat([a, b]).detach(), rtol=1e-5, atol=1e-6)
+        assert not adapter.g.any()
+    assert not adapter.v.any()
 
 
 @pytest.mark.parametrize(
@@ -138,15 +138,15 @@ def test_steps_of_sgd_equal_torch_sgd_with_a_rate_for_each_part(momentum, max_gr
     ],
 )
 def test_sgd_that_would_overflow_a_weight_or_its_momentum_is_seen_before_the_step(options):
-    row = new_row()
-    row.p.fill_(100)
-    row.g.fill_(1e18)
+    adapter = new_adapter()
+    adapter.p.fill_(100)
+    adapter.g.fill_(1e18)
     config = OptimizerConfig(kind="sgd", max_grad_norm=None, **options)
-    norm = gradient_norm(row)
+    norm = gradient_norm(adapter)
 
-    assert not stays_finite(row, config, learning_rate=config.learning_rate, norm=norm)
-    optimizer_step(row, config, step=1, learning_rate=config.learning_rate, norm=norm)
-    assert not (torch.isfinite(row.p).all() and torch.isfinite(row.m).all())
+    assert not stays_finite(adapter, config, learning_rate=config.learning_rate, norm=norm)
+    optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=norm)
+    assert not (torch.isfinite(adapter.p).all() and torch.isfinite(adapter.m).all())
 
 
 @pytest.mark.parametrize(
@@ -160,57 +160,57 @@ def test_sgd_that_would_overflow_a_weight_or_its_momentum_is_seen_before_the_ste
     ids=["a product on the way", "a clip too high to help", "a factor of decay", "squares that are 0"],
 )
 def test_adamw_that_would_overflow_anything_is_seen_before_the_step(gradient, options):
-    row = new_row()
-    row.g.fill_(gradient)
+    adapter = new_adapter()
+    adapter.g.fill_(gradient)
     config = OptimizerConfig(**options)
-    norm = gradient_norm(row)
+    norm = gradient_norm(adapter)
 
-    assert not stays_finite(row, config, learning_rate=config.learning_rate, norm=norm)
-    optimizer_step(row, config, step=1, learning_rate=config.learning_rate, norm=norm)
-    assert not torch.isfinite(row.p).all()
+    assert not stays_finite(adapter, config, learning_rate=config.learning_rate, norm=norm)
+    optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=norm)
+    assert not torch.isfinite(adapter.p).all()
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": 1e39}, {"learning_rate": 1e-40, "weight_decay": 1e39}])
 def test_a_factor_that_fp32_does_not_hold_is_seen_before_sgd_takes_it(options):
-    row = new_row()
-    row.p.fill_(1e-20)
-    row.g.fill_(1e-20)
+    adapter = new_adapter()
+    adapter.p.fill_(1e-20)
+    adapter.g.fill_(1e-20)
     config = OptimizerConfig(kind="sgd", **options)
-    norm = gradient_norm(row)
+    norm = gradient_norm(adapter)
 
-    assert not stays_finite(row, config, learning_rate=config.learning_rate, norm=norm)
+    assert not stays_finite(adapter, config, learning_rate=config.learning_rate, norm=norm)
     with pytest.raises(RuntimeError, match="without overflow"):
-        optimizer_step(row, config, step=1, learning_rate=config.learning_rate, norm=norm)
+        optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=norm)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0, 1e38])
 def test_adamw_at_a_usual_rate_stays_finite_with_a_large_gradient_however_it_is_clipped(max_grad_norm):
-    row = new_row()
-    row.g.fill_(1e18)
+    adapter = new_adapter()
+    adapter.g.fill_(1e18)
     config = OptimizerConfig(learning_rate=1e-3, max_grad_norm=max_grad_norm)
-    assert stays_finite(row, config, learning_rate=1e-3, norm=gradient_norm(row))
+    assert stays_finite(adapter, config, learning_rate=1e-3, norm=gradient_norm(adapter))
 
 
 def test_sgd_at_a_usual_rate_stays_finite_with_a_large_gradient():
-    row = new_row()
-    row.g.fill_(1e18)
+    adapter = new_adapter()
+    adapter.g.fill_(1e18)
     config = OptimizerConfig(kind="sgd", learning_rate=0.1, momentum=0.9, max_grad_norm=None)
-    assert stays_finite(row, config, learning_rate=0.1, norm=gradient_norm(row))
+    assert stays_finite(adapter, config, learning_rate=0.1, norm=gradient_norm(adapter))
 
 
 def test_the_compute_copy_follows_the_master():
-    row = new_row(torch.bfloat16)
-    row.g.fill_(1)
-    optimizer_step(row, OptimizerConfig(learning_rate=0.1), step=1, learning_rate=0.1, norm=gradient_norm(row))
-    assert torch.equal(row.compute, row.p.bfloat16())
-    assert row.sites["b"].a_RD.dtype == torch.bfloat16
+    adapter = new_adapter(torch.bfloat16)
+    adapter.g.fill_(1)
+    optimizer_step(adapter, OptimizerConfig(learning_rate=0.1), step=1, learning_rate=0.1, norm=gradient_norm(adapter))
+    assert torch.equal(adapter.compute, adapter.p.bfloat16())
+    assert adapter.sites["b"].a_RD.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_a_gradient_that_is_not_finite_or_overflows_is_seen_in_its_norm(value):
-    row = new_row()
-    row.g[7] = value
-    assert not stays_finite(row, OptimizerConfig(learning_rate=0.1), learning_rate=0.1, norm=gradient_norm(row))
+    adapter = new_adapter()
+    adapter.g[7] = value
+    assert not stays_finite(adapter, OptimizerConfig(learning_rate=0.1), learning_rate=0.1, norm=gradient_norm(adapter))
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 3])
@@ -252,17 +252,17 @@ def test_wsd_keeps_the_peak_and_then_goes_down_in_a_line_to_zero_one_step_past_t
 
 
 def test_a_row_is_one_vector_of_exact_size_and_starts_as_peft_starts():
-    row = new_row()
-    assert row.num_parameters == 3 * (12 + 8) + 3 * (4 + 20)
-    assert float(row.sites["a"].a_RD.abs().max()) <= 12**-0.5
-    assert float(row.sites["a"].a_RD.std()) == pytest.approx(12**-0.5 / 3**0.5, rel=0.3)
-    assert not row.sites["a"].b_OR.any()
-    assert row.sites["a"].grad_b_OR.data_ptr() == row.g[3 * (12 + 4) :].data_ptr()
+    adapter = new_adapter()
+    assert adapter.num_parameters == 3 * (12 + 8) + 3 * (4 + 20)
+    assert float(adapter.sites["a"].a_RD.abs().max()) <= 12**-0.5
+    assert float(adapter.sites["a"].a_RD.std()) == pytest.approx(12**-0.5 / 3**0.5, rel=0.3)
+    assert not adapter.sites["a"].b_OR.any()
+    assert adapter.sites["a"].grad_b_OR.data_ptr() == adapter.g[3 * (12 + 4) :].data_ptr()
 
 
 def test_initial_weights_depend_on_seed_and_module_name_alone():
     alone = FlatAdapter(TARGETS[1:], LoraConfig(rank=3, alpha=6), dtype=torch.float32, device="cpu")
     alone.initialize(1)
-    assert torch.equal(alone.sites["b"].a_RD, new_row().sites["b"].a_RD)
+    assert torch.equal(alone.sites["b"].a_RD, new_adapter().sites["b"].a_RD)
     alone.initialize(2)
-    assert not torch.equal(alone.sites["b"].a_RD, new_row().sites["b"].a_RD)
+    assert not torch.equal(alone.sites["b"].a_RD, new_adapter().sites["b"].a_RD)

@@ -130,20 +130,20 @@ def test_a_pass_without_gradients_leaves_the_gradients_of_later_ones_as_they_wer
     base = load(base_dirs, "llama", kind)
     engine = Engine(base, EngineConfig())
     admit(engine, "job", JOB)
-    row = engine._jobs["job"].row
-    row.p.add_(0.01)
-    row.refresh_compute()
-    part = SliceInput(row=row, sequences=(JOB.train.row(1),), label_weight=1.0, dropout=None)
+    adapter = engine._jobs["job"].adapter
+    adapter.p.add_(0.01)
+    adapter.refresh_compute()
+    part = SliceInput(adapter=adapter, sequences=(JOB.train.row(1),), label_weight=1.0, dropout=None)
     pack = build_pack([part], device="cpu")
     run_training(base, pack)
-    before = row.g.clone()
-    row.g.zero_()
+    before = adapter.g.clone()
+    adapter.g.zero_()
 
     run_evaluation(base, pack)
     run_training(base, pack)
 
-    assert all(views.grad_a_RD.any() for views in row.sites.values())
-    assert torch.equal(row.g, before)
+    assert all(views.grad_a_RD.any() for views in adapter.sites.values())
+    assert torch.equal(adapter.g, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)

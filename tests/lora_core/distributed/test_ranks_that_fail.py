@@ -144,10 +144,10 @@ def test_a_bit_of_what_passes_read_changes_the_sums_of_a_row(load, subtracts_sta
     engine = Engine(load("llama", "bfloat16"), EngineConfig())
     admit(engine, "one", job)
     engine._started("one")
-    row = engine._jobs["one"].row
-    read = row.paired if subtracts_start else row.compute
-    before = row.bit_sums()
+    adapter = engine._jobs["one"].adapter
+    read = adapter.paired if subtracts_start else adapter.compute
+    before = adapter.bit_sums()
 
     read.view(torch.int16)[5] ^= 1
 
-    assert row.bit_sums() != before
+    assert adapter.bit_sums() != before

@@ -36,7 +36,7 @@ def an_infinite_gradient(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     """In the fourth step alone."""
     usual = job_module.gradient_norm
     patch.setattr(
-        job_module, "gradient_norm", lambda row: float("inf") if engine.progress("bad")[0] == 3 else usual(row)
+        job_module, "gradient_norm", lambda adapter: float("inf") if engine.progress("bad")[0] == 3 else usual(adapter)
     )
 
 
@@ -90,7 +90,7 @@ def with_a_checkpoint_of_each_step(engine: Engine, folder: Path) -> list[Event]:
 def test_a_job_whose_first_loss_is_not_finite_has_no_good_weights(load, is_evaluated):
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "bad", EVALUATED if is_evaluated else JOB)
-    engine._jobs["bad"].row.p.fill_(float("nan"))
+    engine._jobs["bad"].adapter.p.fill_(float("nan"))
 
     events = engine.tick()
 

@@ -54,7 +54,7 @@ def test_a_job_that_stops_early_ends_with_the_weights_it_keeps_and_says_why(load
         step = engine.progress("job")[0]
         if not engine.idle:
             seen[step] = weights(engine, "job").clone()
-            logits[step] = packed_logits(base, engine._jobs["job"].row, ids)
+            logits[step] = packed_logits(base, engine._jobs["job"].adapter, ids)
 
     finished = events[-1]
     assert isinstance(finished, JobFinished)
@@ -67,7 +67,7 @@ def test_a_job_that_stops_early_ends_with_the_weights_it_keeps_and_says_why(load
     assert finished.kept_step == (best if keep == "best" else finished.step)
     if keep == "best":
         assert weights(engine, "job").equal(seen[best])
-        assert packed_logits(base, engine._jobs["job"].row, ids).equal(logits[best])
+        assert packed_logits(base, engine._jobs["job"].adapter, ids).equal(logits[best])
     else:
         assert not weights(engine, "job").equal(seen[best])
 

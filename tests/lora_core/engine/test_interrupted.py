@@ -75,7 +75,7 @@ def ticked_to_the_end(engine: Engine, error: type[BaseException]) -> tuple[list[
         except error:
             num_broken += 1
             assert num_broken < 10, "a tick breaks off for ever"
-            assert not any(job.row.g.any() for job in engine._jobs.values())
+            assert not any(job.adapter.g.any() for job in engine._jobs.values())
     return events, num_broken
 
 
@@ -125,13 +125,13 @@ def test_a_job_whose_update_breaks_off_gives_nothing_more_and_no_packmate_can_te
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "bad", replace(SHORT, config=replace(SHORT.config, seed=7)))
     admit(engine, "short", SHORT)
-    bad, update = engine._jobs["bad"].row, job_module.optimizer_step
+    bad, update = engine._jobs["bad"].adapter, job_module.optimizer_step
 
-    def limited(row, *arguments, **options):
-        if row is bad:
-            row.m.fill_(1.0)
+    def limited(adapter, *arguments, **options):
+        if adapter is bad:
+            adapter.m.fill_(1.0)
             raise Failure
-        update(row, *arguments, **options)
+        update(adapter, *arguments, **options)
 
     monkeypatch.setattr(job_module, "optimizer_step", limited)
     events, num_broken = ticked_to_the_end(engine, Failure)

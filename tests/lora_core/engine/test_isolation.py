@@ -43,13 +43,13 @@ def scaled(**options) -> Submission:
 
 
 def with_weights_of_nan(engine: Engine) -> None:
-    row = engine._jobs["bad"].row
-    row.p[7] = float("nan")
-    row.refresh_compute()  # in bf16 passes read the rounded weights
+    adapter = engine._jobs["bad"].adapter
+    adapter.p[7] = float("nan")
+    adapter.refresh_compute()  # in bf16 passes read the rounded weights
 
 
 def with_an_infinite_gradient(engine: Engine) -> None:
-    engine._jobs["bad"].row.g[7] = float("inf")
+    engine._jobs["bad"].adapter.g[7] = float("inf")
 
 
 def as_it_is(engine: Engine) -> None:
@@ -260,11 +260,11 @@ def test_a_job_whose_update_does_not_fit_ends_alone_and_no_event_of_a_packmate_i
     engine = Engine(load("llama"), EngineConfig(token_budget=4096))
     for name in ("large", "good") if position == "first" else ("good", "large"):
         admit(engine, name, GOOD)
-    large = engine._jobs["large"].row
+    large = engine._jobs["large"].adapter
     update = job_module.optimizer_step
 
-    def limited(row, *arguments, **options):
-        return out_of_memory() if row is large else update(row, *arguments, **options)
+    def limited(adapter, *arguments, **options):
+        return out_of_memory() if adapter is large else update(adapter, *arguments, **options)
 
     monkeypatch.setattr(job_module, "optimizer_step", limited)
     events, errors = [], []

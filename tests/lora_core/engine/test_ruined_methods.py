@@ -31,9 +31,9 @@ from tests.lora_core.scenarios import (
 
 NAN = float("nan")
 PLACES: dict[str, Callable[[FlatAdapter], slice]] = {
-    "A": lambda row: slice(7, 8),
-    "magnitudes": lambda row: slice(row.num_ab, row.num_ab + 1),
-    "in full": lambda row: slice(row.num_lora, row.num_parameters),
+    "A": lambda adapter: slice(7, 8),
+    "magnitudes": lambda adapter: slice(adapter.num_ab, adapter.num_ab + 1),
+    "in full": lambda adapter: slice(adapter.num_lora, adapter.num_parameters),
 }
 WHERE = {"dora": "magnitudes", "head": "in full", "tokens": "in full", "kto": "A", "three": "in full", "reward": "A"}
 ABSURD = OptimizerConfig(learning_rate=1e30, weight_decay=0.1)
@@ -41,9 +41,9 @@ ABSURD = OptimizerConfig(learning_rate=1e30, weight_decay=0.1)
 
 def spoil(engine: Engine, place: str) -> None:
     """One number, or all of a tensor, of a kind that the method has, where forward and backward read it."""
-    row = engine._jobs["bad"].row
-    row.p[PLACES[place](row)] = NAN
-    row.refresh_compute()
+    adapter = engine._jobs["bad"].adapter
+    adapter.p[PLACES[place](adapter)] = NAN
+    adapter.refresh_compute()
 
 
 def at_an_absurd_rate(job: Submission) -> Submission:

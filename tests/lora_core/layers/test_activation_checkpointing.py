@@ -43,7 +43,7 @@ def trained(base: BaseModel, mode: str, kernels: Kernels | None = None) -> tuple
     steps: list[JobStepped] = []
     while not engine.idle:
         steps += [event for event in engine.tick() if isinstance(event, JobStepped)]
-    weights = {name: job.row.p.clone() for name, job in engine._jobs.items()}
+    weights = {name: job.adapter.p.clone() for name, job in engine._jobs.items()}
     base.attachment.detach()
     return weights, sorted(steps, key=lambda step: (step.job, step.step))
 

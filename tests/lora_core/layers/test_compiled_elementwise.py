@@ -80,9 +80,9 @@ def test_outside_a_pack_each_part_computes_exactly_what_it_did_before(
 
 def whole(ids: torch.Tensor) -> SliceInput:
     """One sequence, of nobody."""
-    row = FlatAdapter((), LoraConfig(rank=1, alpha=1), dtype=torch.float32, device="cpu")
+    adapter = FlatAdapter((), LoraConfig(rank=1, alpha=1), dtype=torch.float32, device="cpu")
     sequence = ids[0].numpy().astype(np.int32), np.zeros(ids.shape[1], np.uint8)
-    return SliceInput(row=row, sequences=(sequence,), label_weight=0.0, dropout=None)
+    return SliceInput(adapter=adapter, sequences=(sequence,), label_weight=0.0, dropout=None)
 
 
 def gradients(base: BaseModel, ids: torch.Tensor) -> torch.Tensor:

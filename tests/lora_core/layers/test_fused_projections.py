@@ -87,7 +87,7 @@ def test_gradients_of_input_and_adapters_pass_gradcheck_in_float64():
     assert torch.autograd.gradcheck(lambda *given: ThroughAutograd.apply(linears, *given), inputs)
 
 
-def row_of(**options) -> FlatAdapter:
+def adapter_of(**options) -> FlatAdapter:
     targets = tuple(AdaptedModule(name=name, in_features=8, out_features=6) for name in MODULES)
     frozen = {name: torch.randn(6, 8) for name in MODULES}
     return FlatAdapter(
@@ -96,19 +96,19 @@ def row_of(**options) -> FlatAdapter:
 
 
 def test_the_joint_views_of_a_row_lie_in_its_vectors_and_those_of_a_twin_in_its_own_gradient():
-    row = row_of(rank_pattern=((r"k_proj", 4),), alpha_pattern=((r"k_proj", 8),))
-    twin = with_own_gradient(row)
-    row.compute.copy_(torch.arange(row.num_parameters))
+    adapter = adapter_of(rank_pattern=((r"k_proj", 4),), alpha_pattern=((r"k_proj", 8),))
+    twin = with_own_gradient(adapter)
+    adapter.compute.copy_(torch.arange(adapter.num_parameters))
 
-    joint, of_twin = row.joint(MODULES), twin.joint(MODULES)
+    joint, of_twin = adapter.joint(MODULES), twin.joint(MODULES)
 
     assert joint is not None
     assert of_twin is not None
-    assert torch.equal(joint.a_SD.flatten(), row.compute[: 6 * 8])
+    assert torch.equal(joint.a_SD.flatten(), adapter.compute[: 6 * 8])
     joint.grad_a_SD.fill_(1)
     of_twin.grad_a_SD.fill_(2)
-    assert row.g[: row.num_a].eq(1).all()
-    assert twin.g[: row.num_a].eq(2).all()
+    assert adapter.g[: adapter.num_a].eq(1).all()
+    assert twin.g[: adapter.num_a].eq(2).all()
     assert [ranks for _, ranks, _ in joint.parts] == [slice(0, 2), slice(2, 6)]
 
 
@@ -118,7 +118,7 @@ def test_the_joint_views_of_a_row_lie_in_its_vectors_and_those_of_a_twin_in_its_
     ids=["another norm", "a start that is subtracted", "other scales"],
 )
 def test_what_no_common_matrix_can_express_goes_linear_by_linear(options):
-    assert row_of(**options).joint(MODULES) is None
+    assert adapter_of(**options).joint(MODULES) is None
 
 
 def test_only_whole_sets_of_plain_linears_are_siblings():

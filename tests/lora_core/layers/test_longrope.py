@@ -116,7 +116,7 @@ def packed_states(base: BaseModel, rows: list[np.ndarray]) -> list[Tensor]:
     engine = Engine(base, EngineConfig())
     admit(engine, "any", Submission(config=config(), train=dataset(1, [5])))
     pairs = tuple((row, np.zeros(len(row), np.uint8)) for row in rows)
-    part = SliceInput(row=engine._jobs["any"].row, sequences=pairs, label_weight=0.0, dropout=None)
+    part = SliceInput(adapter=engine._jobs["any"].adapter, sequences=pairs, label_weight=0.0, dropout=None)
     pack = bare_pack([part], device="cpu")
     with torch.no_grad():
         return list(hidden_states(base, pack).split(list(pack.sequence_lengths)))[: len(rows)]

@@ -199,7 +199,9 @@ def test_a_head_begins_by_the_seed_of_its_job(folders):
     for name, seed in {"one": 1, "same": 1, "other": 2}.items():
         job = config(seed=seed, objective=THREE)
         engine.admit(name, job, classified(1, [5, 6], num_labels=3))
-    one, same, other = (engine._jobs[name].row.tensors["classifier.out_proj.weight"].value for name in engine.jobs())
+    one, same, other = (
+        engine._jobs[name].adapter.tensors["classifier.out_proj.weight"].value for name in engine.jobs()
+    )
 
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -215,7 +217,7 @@ def test_the_loss_of_rewards_is_that_of_trl(folders, center):
     job = Submission(config=config(num_steps=1, objective=objective, seed=5), train=pairs)
     engine = Engine(base, EngineConfig())
     admit(engine, "job", job)
-    head = engine._jobs["job"].row.tensors["score.weight"].value.clone()
+    head = engine._jobs["job"].adapter.tensors["score.weight"].value.clone()
     (stepped,) = [event for event in engine.tick() if isinstance(event, JobStepped)]
 
     with base.untouched() as model, torch.no_grad():

@@ -268,14 +268,14 @@ def test_a_step_on_rewards_moves_adapter_and_head_by_trls_gradient_through_peft(
     while engine.progress("job")[0] < 1:
         engine.tick()
     engine.export("job", tmp_path / "adapter", base_name="tiny")
-    row = engine._jobs["job"].row
+    adapter = engine._jobs["job"].adapter
     gradients: list[dict[str, Tensor]] = []
 
     def note(_unit):
-        found = {f"{target.name}.lora_A": row.sites[target.name].grad_a_RD for target in row.targets}
-        found |= {f"{target.name}.lora_B": row.sites[target.name].grad_b_OR for target in row.targets}
+        found = {f"{target.name}.lora_A": adapter.sites[target.name].grad_a_RD for target in adapter.targets}
+        found |= {f"{target.name}.lora_B": adapter.sites[target.name].grad_b_OR for target in adapter.targets}
         gradients.append(
-            {name: part.clone() for name, part in (found | {"score": row.tensors["score.weight"].grad}).items()}
+            {name: part.clone() for name, part in (found | {"score": adapter.tensors["score.weight"].grad}).items()}
         )
         return []
 

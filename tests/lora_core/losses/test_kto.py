@@ -173,7 +173,7 @@ def test_a_step_moves_the_adapter_by_the_gradient_of_autograd_through_peft(load,
     found: list[tuple[Tensor, Rewards | None, float]] = []
 
     def note(unit: Unit) -> list[Event]:
-        found.append((job.row.g.clone(), job._rewards(unit), job.tally.loss_sum / unit.num_terms))
+        found.append((job.adapter.g.clone(), job._rewards(unit), job.tally.loss_sum / unit.num_terms))
         return []
 
     job._finish_step = note
@@ -201,8 +201,8 @@ def test_a_step_moves_the_adapter_by_the_gradient_of_autograd_through_peft(load,
     assert z0 > 0.01
     assert rewards.kl == pytest.approx(z0, rel=1e-4)
     assert loss_found == pytest.approx(float(loss.detach()), rel=1e-4)
-    for target in job.row.targets:
-        site = job.row.spans[target.name]
+    for target in job.adapter.targets:
+        site = job.adapter.spans[target.name]
         prefix = f"base_model.model.{target.name}.lora_"
         for span, name in ((site.a, "A"), (site.b, "B")):
             other = expected[f"{prefix}{name}.default.weight"].flatten()

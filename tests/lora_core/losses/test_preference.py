@@ -105,9 +105,9 @@ def test_a_step_moves_the_adapter_by_the_gradient_of_autograd_through_peft(load,
     admit(engine, "job", job)
     engine.tick()
     engine.export("job", tmp_path / "adapter", base_name="tiny")
-    row = engine._jobs["job"].row
+    adapter = engine._jobs["job"].adapter
     gradients: list[Tensor] = []
-    engine._jobs["job"]._finish_step = lambda unit: gradients.append(row.g.clone()) or []  # pyright: ignore
+    engine._jobs["job"]._finish_step = lambda unit: gradients.append(adapter.g.clone()) or []  # pyright: ignore
     engine.tick()
 
     lengths = torch.tensor([[int(train.row(2 * pair + side)[1].sum()) for side in (0, 1)] for pair in (0, 1)])
@@ -120,8 +120,8 @@ def test_a_step_moves_the_adapter_by_the_gradient_of_autograd_through_peft(load,
         loss.backward()
         expected = {key: part.grad.clone() for key, part in adapted.named_parameters() if part.grad is not None}
         adapted.unload()
-    for target in row.targets:
-        site = row.sites[target.name]
+    for target in adapter.targets:
+        site = adapter.sites[target.name]
         prefix = f"base_model.model.{target.name}.lora_"
         torch.testing.assert_close(site.grad_a_RD, expected[f"{prefix}A.default.weight"], rtol=2e-3, atol=1e-5)
         torch.testing.assert_close(site.grad_b_OR, expected[f"{prefix}B.default.weight"], rtol=2e-3, atol=1e-5)

@@ -241,7 +241,7 @@ def test_the_exported_weights_are_those_that_training_computed_with(load, tmp_pa
 
 
 def ordered(tensors, engine):
-    names = [target.name for target in engine._jobs["job"].row.targets]
+    names = [target.name for target in engine._jobs["job"].adapter.targets]
     return [tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB" for name in names]
 
 

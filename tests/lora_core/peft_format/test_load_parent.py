@@ -39,7 +39,7 @@ from tests.lora_core.scenarios import (
 
 def logits(engine: Engine, job: str = "job") -> torch.Tensor:
     ids = pseudo_random_ids(engine.base, "test", 1)
-    return packed_logits(engine.base, engine._jobs[job].row, ids)
+    return packed_logits(engine.base, engine._jobs[job].adapter, ids)
 
 
 def begun(base, job: Submission) -> Engine:
@@ -62,8 +62,8 @@ def test_before_its_first_step_a_child_is_its_parent(load, tmp_path, monkeypatch
 
     assert torch.equal(logits(child), logits(parent))
     assert not torch.allclose(logits(child), logits(begun(base, parent_job("lora"))), atol=1e-4)
-    row = child._jobs["job"].row
-    assert not any(state.any() for state in (row.g, row.m, row.v)), "the optimizer's state starts at zero"
+    adapter = child._jobs["job"].adapter
+    assert not any(state.any() for state in (adapter.g, adapter.m, adapter.v)), "the optimizer's state starts at zero"
 
 
 @pytest.mark.parametrize("method", ["lora", "patterns", "dora", "in_full", "tokens"])
@@ -264,7 +264,7 @@ def test_a_folder_of_half_precision_begins_with_the_numbers_that_it_holds(load, 
     path = "model.layers.1.self_attn.q_proj"
     theirs = adapted.get_base_model().get_submodule(path).lora_B.default.weight
     assert theirs.dtype == torch.float16
-    assert torch.equal(child._jobs["job"].row.sites[path].b_OR, theirs.float())
+    assert torch.equal(child._jobs["job"].adapter.sites[path].b_OR, theirs.float())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -280,7 +280,7 @@ def test_a_classifier_of_peft_is_continued_with_its_head(base_dirs, tmp_path):
     ids = torch.from_numpy(pseudo_random_ids(base, "test", 1)).clamp(min=3)
     with torch.no_grad():
         theirs = adapted(input_ids=ids).logits
-    ours = packed_logits(base, child._jobs["job"].row, ids.numpy())[:, 0]
+    ours = packed_logits(base, child._jobs["job"].adapter, ids.numpy())[:, 0]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

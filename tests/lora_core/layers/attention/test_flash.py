@@ -35,10 +35,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return made
 
 
-def pack_of(lengths: tuple[int, ...], row: FlatAdapter | None = None) -> PackedBatch:
-    row = row or FlatAdapter((), LoraConfig(rank=1, alpha=1), dtype=torch.bfloat16, device="cpu")
+def pack_of(lengths: tuple[int, ...], adapter: FlatAdapter | None = None) -> PackedBatch:
+    adapter = adapter or FlatAdapter((), LoraConfig(rank=1, alpha=1), dtype=torch.bfloat16, device="cpu")
     sequences = tuple((np.arange(length, dtype=np.int32), np.zeros(length, np.uint8)) for length in lengths)
-    return build_pack([SliceInput(row=row, sequences=sequences, label_weight=0.0, dropout=None)], device="cpu")
+    return build_pack([SliceInput(adapter=adapter, sequences=sequences, label_weight=0.0, dropout=None)], device="cpu")
 
 
 def attended(inputs: list[Tensor], choice: Kernels, **options: Any) -> list[Tensor]:
