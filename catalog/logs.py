@@ -47,7 +47,7 @@ class RedactedJson(logging.Formatter):
     """One object a line. Each text in it is redacted by itself, for quotes that are escaped hide what is a secret."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told = {
+        entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -55,10 +55,10 @@ class RedactedJson(logging.Formatter):
             **subjects(),
         }
         if record.exc_info:
-            told["exception"] = self.formatException(record.exc_info)
+            entry["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
-            told["stack"] = self.formatStack(record.stack_info)
-        return json.dumps({name: redact(text) for name, text in told.items()}, ensure_ascii=False)
+            entry["stack"] = self.formatStack(record.stack_info)
+        return json.dumps({name: redact(text) for name, text in entry.items()}, ensure_ascii=False)
 
 
 def redact(text: str) -> str:
@@ -68,8 +68,8 @@ def redact(text: str) -> str:
 def redact_handlers(logger: logging.Logger) -> None:
     """Of a library that has set up its own."""
     for handler in logger.handlers:
-        told = handler.formatter
-        handler.setFormatter(_formatter(told._fmt if told else None))
+        formatter = handler.formatter
+        handler.setFormatter(_formatter(formatter._fmt if formatter else None))
 
 
 def configure(level: str) -> None:
@@ -82,9 +82,9 @@ def configure(level: str) -> None:
 
 
 @contextmanager
-def about(told: Subjects) -> Generator[None]:
+def about(subjects: Subjects) -> Generator[None]:
     """What the lines of this block are about, in its thread and in those that requests are handed to."""
-    token = _about.set({**(_about.get() or {}), **told})
+    token = _about.set({**(_about.get() or {}), **subjects})
     try:
         yield
     finally:
@@ -92,13 +92,13 @@ def about(told: Subjects) -> Generator[None]:
 
 
 @contextmanager
-def all_about(told: Mapping[Subject, str]) -> Generator[None]:
+def all_about(subjects: Mapping[Subject, str]) -> Generator[None]:
     """What every line of this process is about meanwhile, whatever thread it is of."""
-    _process.update(told)
+    _process.update(subjects)
     try:
         yield
     finally:
-        for name in told:
+        for name in subjects:
             _process.pop(name, None)
 
 

@@ -75,53 +75,53 @@ class _Driver:
         self._pruned: set[int] = set()
 
     def run(self, trials: int, at_once: int, *, pause: Callable[[], None]) -> None:
-        num_asked = 0
-        while num_asked < trials or self._under_way:
-            while num_asked < trials and len(self._under_way) < at_once:
+        num_trials = 0
+        while num_trials < trials or self._under_way:
+            while num_trials < trials and len(self._under_way) < at_once:
                 self._ask()
-                num_asked += 1
+                num_trials += 1
             for number in list(self._under_way):
                 self._look(number)
             if self._under_way:
                 pause()
 
     def _ask(self) -> None:
-        asked = self._study.ask()
-        made = self._lorry.sweeps.add_trial(self._sweep_id, self._choose(asked))
-        self._under_way[made.number] = (asked, made.id)
+        trial = self._study.ask()
+        made = self._lorry.sweeps.add_trial(self._sweep_id, self._choose(trial))
+        self._under_way[made.number] = (trial, made.id)
 
     def _look(self, number: int) -> None:
         found = self._lorry.sweeps.trial(self._sweep_id, number)
-        asked, job_id = self._under_way[number]
+        trial, job_id = self._under_way[number]
         if found.is_final:
             del self._under_way[number]
-            self._tell(asked, found)
+            self._tell(trial, found)
             return
         is_new = found.step is not None and found.step > self._reported.get(number, 0)
         if is_new and number not in self._pruned:
-            self._report(number, asked, job_id)
+            self._report(number, trial, job_id)
 
-    def _report(self, number: int, asked: optuna.Trial, job_id: str) -> None:
+    def _report(self, number: int, trial: optuna.Trial, job_id: str) -> None:
         """Each evaluation since the last look; then the pruner is asked."""
         for point in self._lorry.jobs.metrics(job_id, kind=self._kind):
             step, value = int(point["step"]), _value(point, self._metric)
             if step > self._reported.get(number, 0) and value is not None:
-                asked.report(value, step)
+                trial.report(value, step)
                 self._reported[number] = step
-        if asked.should_prune():
+        if trial.should_prune():
             self._pruned.add(number)
             with suppress(Conflict):  # it has ended meanwhile
                 self._lorry.sweeps.stop_trial(self._sweep_id, number)
 
-    def _tell(self, asked: optuna.Trial, found: Trial) -> None:
+    def _tell(self, trial: optuna.Trial, found: Trial) -> None:
         from optuna.trial import TrialState
 
-        asked.set_user_attr("job_id", found.id)
-        asked.set_user_attr("fine_tuned_model", found.fine_tuned_model)
+        trial.set_user_attr("job_id", found.id)
+        trial.set_user_attr("fine_tuned_model", found.fine_tuned_model)
         if found.status == "succeeded" and found.value is not None:
-            self._study.tell(asked, found.value)
+            self._study.tell(trial, found.value)
         else:
-            self._study.tell(asked, state=TrialState.PRUNED if found.reason == "pruned" else TrialState.FAIL)
+            self._study.tell(trial, state=TrialState.PRUNED if found.reason == "pruned" else TrialState.FAIL)
 
 
 def _value(point: Mapping[str, Any], metric: str) -> float | None:

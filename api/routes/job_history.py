@@ -172,7 +172,7 @@ async def stream_job(
     seen = last_event_id(last_seen)
     start = partial(JobWatch.start, use.db, caller=caller, job_id=job_id, last_seen=seen)
     watch, first = await run_route(caller.project_id, start)
-    if seen is not None and first.is_last and not watch.told_events:
+    if seen is not None and first.is_last and not watch.num_events:
         return Response(status_code=204)
     key = (caller.project_id, job_id)
     listener = Subscription(source=use.job_source, key=key, look=watch.look, signed=recheck.who)

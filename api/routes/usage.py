@@ -43,7 +43,7 @@ def get_usage(
     if start_time is None:
         with use.db.read() as session:
             start_time = max(0, int(end_time or read_clock(session)) - (USUAL_DAYS - 1) * DAY_SECONDS)
-    asked = UsageQuery(
+    query = UsageQuery(
         start_time=start_time if page is None else max(start_time, int(page) * DAY_SECONDS),
         end_time=end_time,
         group_by=group_by or ("project_id",),
@@ -52,4 +52,4 @@ def get_usage(
         models=models or (),
         num_days=limit,
     )
-    return usage_page(usage_report.report(use.db, caller=caller, asked=asked))
+    return usage_page(usage_report.report(use.db, caller=caller, query=query))

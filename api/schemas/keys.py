@@ -12,7 +12,7 @@ from catalog.states import Priority, PriorityClass
 from catalog.sweeps.revocation import Revocation
 from catalog.tables.tenancy import ApiKey
 from catalog.tenancy.authentication import is_live
-from catalog.tenancy.scopes import SCOPES, Scope, held
+from catalog.tenancy.scopes import SCOPES, Scope, granted
 
 LAST_SECOND = 253402300799
 """The end of the year 9999."""
@@ -186,7 +186,7 @@ def _fields(row: ApiKey, now: float) -> dict[str, Any]:
         "redacted_value": f"lorry_{row.id}_…{row.ending or ''}",
         "project_id": row.project_id,
         "status": "active" if is_live(row, now) else ended,
-        "scopes": sorted(held(row.scopes, is_operator=row.is_operator)),
+        "scopes": sorted(granted(row.scopes, is_operator=row.is_operator)),
         "is_operator": row.is_operator,
         "created_at": int(row.created_at),
         "created_by": row.created_by,

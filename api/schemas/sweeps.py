@@ -145,8 +145,8 @@ class SweepObject(BaseModel):
 
 def sweep_object(view: SweepView) -> SweepObject:
     row, best = view.sweep, view.best
-    asked: dict[str, Any] = row.requested
-    objective = Objective.model_validate(asked.get("objective") or {})
+    requested: dict[str, Any] = row.requested
+    objective = Objective.model_validate(requested.get("objective") or {})
     rungs: dict[str, Any] = row.rungs or {"min_steps": None, "reduction_factor": None, "max_rungs": None}
     is_kept = row.finished_at is not None and view.best_adapter is not None
     return SweepObject.model_validate(
@@ -155,19 +155,19 @@ def sweep_object(view: SweepView) -> SweepObject:
             "created_at": int(row.created_at),
             "finished_at": None if row.finished_at is None else int(row.finished_at),
             "status": row.state,
-            **{name: asked.get(name) for name in ("model", "suffix", "training_file", "validation_file")},
-            "parameters": asked.get("parameters") or {},
-            "search": {"type": asked["search"]["type"], "trials": row.num_trials, "seed": row.seed, **rungs},
+            **{name: requested.get(name) for name in ("model", "suffix", "training_file", "validation_file")},
+            "parameters": requested.get("parameters") or {},
+            "search": {"type": requested["search"]["type"], "trials": row.num_trials, "seed": row.seed, **rungs},
             "objective": {"metric": objective.metric, "goal": objective.resolved_goal()},
-            "keep_adapters": asked.get("keep_adapters") or "all",
-            "max_concurrent": asked.get("max_concurrent"),
+            "keep_adapters": requested.get("keep_adapters") or "all",
+            "max_concurrent": requested.get("max_concurrent"),
             **{name: getattr(row, name) for name in ("num_trials", "num_created", "is_closed", "cancel_requested")},
             "counts": view.counts,
             "best_trial": None if best is None else trial_object(best),
             "best_adapter": view.best_adapter if is_kept else None,
             "fine_tuned_model": best.job.adapter_name if is_kept and best is not None else None,
             "error": row.error,
-            "requested": asked,
+            "requested": requested,
         }
     )
 

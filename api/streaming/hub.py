@@ -24,7 +24,7 @@ MAX_STREAM_SECONDS = 3600.0
 """A stream ends after this long; the client comes back with its key and its Last-Event-ID."""
 RECHECK_SECONDS = 30.0
 """A key that is revoked, or a browser that signed out, is looked for this often while a stream is open."""
-MAX_HELD_BYTES = 2**20
+MAX_PENDING_BYTES = 2**20
 """Of messages that a listener has not taken: it reads too slowly, and its stream ends. It can come back."""
 MAX_SHARE = 0.5
 """Of the time, that looks may take: where they take long, they come more rarely."""
@@ -48,7 +48,7 @@ class Found:
     """Messages by number, in order."""
     view: object = None
     """How the thing itself looks, to compare; None: as before."""
-    told_view: bytes = b""
+    view_message: bytes = b""
     has_more: bool = False
     """The next look goes on at once."""
     is_last: bool = False
@@ -58,8 +58,8 @@ class Found:
     def after(self, seq: int, view: object) -> bytes:
         """The messages for one who has seen so much already."""
         told = [message for number, message in self.parts if number > seq]
-        if self.told_view and (view is None or view != self.view):
-            told.append(self.told_view)
+        if self.view_message and (view is None or view != self.view):
+            told.append(self.view_message)
         return b"".join(told)
 
 
@@ -98,23 +98,23 @@ class Subscription:
     seq: int = 0
     view: object = None
     """As it was told by its own looks; None once it goes with its topic."""
-    held: list[bytes] = field(default_factory=list[bytes])
-    num_held: int = 0
+    pending: list[bytes] = field(default_factory=list[bytes])
+    num_pending_bytes: int = 0
     ended: bool = False
     is_behind: bool = False
     """Its last page was full."""
-    told_at: float = 0.0
+    last_sent_at: float = 0.0
     ends_at: float = 0.0
     _waiter: asyncio.Future[None] | None = None
 
     def give(self, messages: bytes) -> None:
         if self.ended or not messages:
             return
-        self.held.append(messages)
-        self.num_held += len(messages)
-        if self.num_held > MAX_HELD_BYTES:
+        self.pending.append(messages)
+        self.num_pending_bytes += len(messages)
+        if self.num_pending_bytes > MAX_PENDING_BYTES:
             log.warning("stream code=too_slow")
-            self.held.clear()  # it hears all of that again when it comes back
+            self.pending.clear()  # it hears all of that again when it comes back
             self.end()
         self._wake()
 
@@ -125,13 +125,13 @@ class Subscription:
 
     async def take(self) -> bytes:
         """What there is, once there is anything; nothing at the end."""
-        if not self.held and not self.ended:
+        if not self.pending and not self.ended:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        taken = self.held[0] if len(self.held) == 1 else b"".join(self.held)
-        self.held.clear()
-        self.num_held = 0
-        self.told_at = time.monotonic()
+        taken = self.pending[0] if len(self.pending) == 1 else b"".join(self.pending)
+        self.pending.clear()
+        self.num_pending_bytes = 0
+        self.last_sent_at = time.monotonic()
         return taken
 
     def _wake(self) -> None:
@@ -165,7 +165,7 @@ class Feed:
     def enter(self, listener: Subscription, first: Found, identify: Callable[[], object]) -> None:
         """It is counted, and has what its first look brought. `identify` raises Unauthorized once it may not listen."""
         now = time.monotonic()
-        listener.told_at, listener.ends_at = now, now + MAX_STREAM_SECONDS
+        listener.last_sent_at, listener.ends_at = now, now + MAX_STREAM_SECONDS
         self._listeners.add(listener)
         signed = self._signed.setdefault(listener.signed, _Signed(identify=identify, checked_at=now))
         signed.listeners.add(listener)
@@ -226,7 +226,7 @@ class Feed:
         listener.seq, listener.is_behind = found.seq, found.has_more
         if found.view is not None:
             listener.view = found.view
-        listener.give(b"".join([*(message for _, message in found.parts), found.told_view]))
+        listener.give(b"".join([*(message for _, message in found.parts), found.view_message]))
         if found.is_last:
             listener.end()
 
@@ -274,7 +274,7 @@ class Feed:
             for listener in list(self._listeners):
                 if now >= listener.ends_at:
                     listener.end()
-                elif now - listener.told_at >= self._heartbeat_seconds and not listener.held:
+                elif now - listener.last_sent_at >= self._heartbeat_seconds and not listener.pending:
                     listener.give(COMMENT)
 
 

@@ -28,7 +28,7 @@ class JobWatch:
         self._caller = caller
         self._mark = mark
         self._shown: FineTuningJob | None = None
-        self.told_events = 0
+        self.num_events = 0
 
     @classmethod
     def start(cls, db: Database, *, caller: Caller, job_id: str, last_seen: int | None) -> tuple[JobWatch, Found]:
@@ -41,7 +41,7 @@ class JobWatch:
         """Points and events as they were written, then the job if it has changed: a final job comes after all that
         led to it, and who has an event's id has the points that were written before it."""
         news = watching.look(self._db, self._mark)
-        self.told_events += len(news.events)
+        self.num_events += len(news.events)
         parts = _messages(news.items)
         if news.has_more:
             return Found(seq=self._mark.seq, parts=parts, has_more=True)
@@ -50,7 +50,7 @@ class JobWatch:
             self._shown = shown
             told = _whole(self._db, [news.job], self._caller)[news.job.id]
         is_last = news.job.state in FINAL_STATES
-        return Found(seq=self._mark.seq, parts=parts, view=shown, told_view=told, is_last=is_last)
+        return Found(seq=self._mark.seq, parts=parts, view=shown, view_message=told, is_last=is_last)
 
 
 class JobSource:
@@ -81,7 +81,7 @@ class JobSource:
                 mark=change.seen,
                 parts=_messages(change.items),
                 view=views.get(change.job.id),
-                told_view=told.get(change.job.id, b""),
+                view_message=told.get(change.job.id, b""),
                 is_last=not change.has_more and change.job.state in FINAL_STATES,
             )
         return found

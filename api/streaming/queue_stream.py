@@ -58,7 +58,7 @@ class QueueSource:
         snapshot = listing.snapshot(self._db, project_id=project_id, policy=self._policy)
         told = message("queue", QueueObject.model_validate(snapshot).model_dump_json())
         gist = json.dumps(_without_clock(snapshot), sort_keys=True)
-        return Found(view=gist, told_view=told, mark=_Looked(newest))
+        return Found(view=gist, view_message=told, mark=_Looked(newest))
 
 
 class _Looked:

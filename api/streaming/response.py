@@ -30,10 +30,10 @@ class LiveStream(Response):
         watch = asyncio.create_task(_end_with_the_client(receive, listener))
         try:
             is_current = False
-            while not (listener.ended and not listener.held):
+            while not (listener.ended and not listener.pending):
                 if not is_current:
                     is_current = await self._feed.catch_up(listener)
-                if is_current or listener.held:
+                if is_current or listener.pending:
                     await send({"type": "http.response.body", "body": await listener.take(), "more_body": True})
         finally:
             watch.cancel()
@@ -44,5 +44,5 @@ class LiveStream(Response):
 async def _end_with_the_client(receive: Receive, listener: Subscription) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    listener.held.clear()
+    listener.pending.clear()
     listener.end()

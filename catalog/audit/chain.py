@@ -59,7 +59,7 @@ class ChainCheck:
 def content(event: AuditEvent) -> Json:
     """An event as the API returns it and as its digest covers it: everything except the digest."""
     actor = {"type": event.actor_type, "id": event.actor_id, "name": event.actor_name}
-    told = {
+    fields = {
         "object": "audit_event",
         "id": event.id,
         "type": event.type,
@@ -73,17 +73,17 @@ def content(event: AuditEvent) -> Json:
         "link": event.link,
         "previous": event.previous,
     }
-    return cast(Json, _within_json(told))
+    return cast(Json, _within_json(fields))
 
 
-def seal_of(told: Mapping[str, Any], key: bytes) -> str:
+def seal_of(fields: Mapping[str, Any], key: bytes) -> str:
     """HMAC-SHA256 over the RFC 8785 form, without what is null: a field that is added later changes no digest."""
-    return hmac.new(key, rfc8785.dumps(_without_nulls(told)), hashlib.sha256).hexdigest()
+    return hmac.new(key, rfc8785.dumps(_without_nulls(fields)), hashlib.sha256).hexdigest()
 
 
-def is_sealed(told: Mapping[str, Any], seal: object, keys: Iterable[ChainKey], *, at: tuple[int, str]) -> bool:
+def is_sealed(fields: Mapping[str, Any], seal: object, keys: Iterable[ChainKey], *, at: tuple[int, str]) -> bool:
     """Whether the seal was made with one of the keys that cover the event at this place, with this digest."""
-    return any(key.covers(*at) and hmac.compare_digest(str(seal), seal_of(told, key.key)) for key in keys)
+    return any(key.covers(*at) and hmac.compare_digest(str(seal), seal_of(fields, key.key)) for key in keys)
 
 
 def seal(db: Database, *, pepper: bytes, at_most: int | None = None) -> int:
@@ -136,11 +136,11 @@ def check_export(events: Iterable[Json], *, peppers: Sequence[bytes]) -> ChainCh
             rows.append(event)
             continue
         keys = derived_keys.chain_keys(rows, peppers) if keys is None else keys
-        told = {name: value for name, value in event.items() if name != "digest"}
+        fields = {name: value for name, value in event.items() if name != "digest"}
         link, previous = event.get("link"), event.get("previous")
         if number == 0 and isinstance(link, int) and link > 1:
             walk = _Walk(link=link - 1, digest=str(previous))
-        fault = _fault(told, event.get("digest"), walk, keys)
+        fault = _fault(fields, event.get("digest"), walk, keys)
         if fault is not None:
             ident = None if fault == "missing" else event.get("id")
             walk = replace(walk, misfit=Misfit(link=walk.link + 1, id=ident, fault=fault))
@@ -211,16 +211,16 @@ def _walk(session: Session, keys: Sequence[ChainKey], *, after: int, limit: int)
     return walk
 
 
-def _fault(told: Json, digest: object, before: _Walk, keys: Sequence[ChainKey]) -> Fault | None:
-    if told.get("link") != before.link + 1:
+def _fault(fields: Json, digest: object, before: _Walk, keys: Sequence[ChainKey]) -> Fault | None:
+    if fields.get("link") != before.link + 1:
         return "missing"
     try:
-        is_whole = not keys or is_sealed(told, digest, keys, at=(before.link + 1, str(digest)))
+        is_whole = not keys or is_sealed(fields, digest, keys, at=(before.link + 1, str(digest)))
     except (ValueError, AttributeError, TypeError):  # no form of an event was ever sealed that has no canonical form
         is_whole = False
     if not is_whole:
         return "changed"
-    return None if told.get("previous") == before.digest else "misplaced"
+    return None if fields.get("previous") == before.digest else "misplaced"
 
 
 def _against_head(session: Session, walk: _Walk, end: int, noted: str, *, is_whole: bool) -> Misfit | None:
@@ -244,9 +244,9 @@ def _sealed(session: Session, *, after: int, limit: int) -> list[AuditEvent]:
     return list(session.scalars(beyond.order_by(AuditEvent.link).limit(limit)))
 
 
-def _without_nulls(told: Mapping[str, Any]) -> Json:
+def _without_nulls(fields: Mapping[str, Any]) -> Json:
     """Of an event and of its actor; `details` stay as they are."""
-    kept = {name: value for name, value in told.items() if value is not None}
+    kept = {name: value for name, value in fields.items() if value is not None}
     if "actor" in kept:
         kept["actor"] = {name: value for name, value in kept["actor"].items() if value is not None}
     return kept

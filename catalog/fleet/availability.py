@@ -18,7 +18,7 @@ def open_ones(residents: Sequence[LoadedTrainer]) -> list[LoadedTrainer]:
 def facts(residents: Sequence[LoadedTrainer]) -> list[Json]:
     """Of each that takes nothing new: worker_id, and by and reason of its cordon, where it has one."""
     closed = (resident for resident in residents if resident.takes_nothing_new)
-    return [{"worker_id": one.worker_id, **_told(one.cordon)} for one in closed]
+    return [{"worker_id": one.worker_id, **_cordon_summary(one.cordon)} for one in closed]
 
 
 def where_all_are(residents: Sequence[LoadedTrainer]) -> str | None:
@@ -54,5 +54,5 @@ def _sentence(resident: LoadedTrainer) -> str:
     return f"Worker {resident.worker_id} is cordoned{f': {reason}' if reason else '.'}".rstrip(".") + "."
 
 
-def _told(cordon: Json | None) -> Json:
+def _cordon_summary(cordon: Json | None) -> Json:
     return {} if cordon is None else {"by": cordon["by"], "reason": cordon["reason"]}

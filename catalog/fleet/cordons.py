@@ -58,7 +58,7 @@ class Ended:
 def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker:
     """It takes nothing new from now on. One that is cordoned stays as it is. Raises NotFound, Conflict."""
     with db.write() as session:
-        worker = _held(session, worker_id)
+        worker = _locked_worker(session, worker_id)
         if worker.ended_at is not None:
             raise ended(worker_id, "cordon")
         if worker.cordon is None:
@@ -80,7 +80,7 @@ def uncordon(db: Database, worker_id: str) -> Worker:
     """It takes jobs again, and what failed on it before counts no more. One that has gone keeps its successor's place
     free of a cordon. Raises NotFound."""
     with db.write() as session:
-        worker = _held(session, worker_id)
+        worker = _locked_worker(session, worker_id)
         if worker.cordon is not None:
             now = read_clock(session)
             details = {"was": {name: worker.cordon[name] for name in ("by", "reason", "at")}}
@@ -94,7 +94,7 @@ def drain(db: Database, worker_id: str) -> Worker:
     """Ask a worker to end: it releases its jobs at their last step and takes no more, and nor does who comes in its
     place. Raises NotFound, Conflict."""
     with db.write() as session:
-        worker = _held(session, worker_id)
+        worker = _locked_worker(session, worker_id)
         if worker.ended_at is not None:
             raise ended(worker_id, "drain")
         if not worker.drain_requested:
@@ -382,7 +382,7 @@ def _put(worker: Worker, *, by: By, reason: str | None, now: float, evidence: Se
     worker.cordon = {"by": by, "reason": reason, "at": now, "evidence": list(evidence)}
 
 
-def _held(session: Session, worker_id: str) -> Worker:
+def _locked_worker(session: Session, worker_id: str) -> Worker:
     worker = session.get(Worker, worker_id, with_for_update=True)
     if worker is None:
         raise NotFound("worker", worker_id, remedy="`lorry workers` shows those that there are.")

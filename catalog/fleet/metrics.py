@@ -93,9 +93,9 @@ def read(db: Database) -> Numbers:
             workers_cordoned=cordons.count(session),
             trainers=Counter(_name(view.base_names) for view in live if view.worker.resident_base),
             trainer_jobs=_jobs_of_bases(session),
-            tokens_per_second=_told_by_trainers(live, "tokens_per_second"),
-            predicted_bytes=_told_by_trainers(live, "predicted_bytes"),
-            peak_bytes=_told_by_trainers(live, "peak_bytes"),
+            tokens_per_second=_reported_by_trainers(live, "tokens_per_second"),
+            predicted_bytes=_reported_by_trainers(live, "predicted_bytes"),
+            peak_bytes=_reported_by_trainers(live, "peak_bytes"),
             devices=_devices(live),
             webhooks_pending=pending,
             webhooks_overdue_seconds=0.0 if due_at is None else now - due_at,
@@ -144,7 +144,7 @@ def _name(names: list[str]) -> str:
     return min(names, default=NAMELESS)
 
 
-def _told_by_trainers(live: Iterable[WorkerView], name: str) -> dict[Device, float]:
+def _reported_by_trainers(live: Iterable[WorkerView], name: str) -> dict[Device, float]:
     found: defaultdict[Device, float] = defaultdict(float)
     for view in live:
         value: Any = (view.worker.report or {}).get(name)

@@ -23,7 +23,7 @@ from catalog.tables.table import Json
 def of_running(session: Session, job: Job) -> list[Json]:
     """One; none where its worker is not known any more."""
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
-    return [] if worker is None else [_told(session, job, views.empty_capacity(worker).group)]
+    return [] if worker is None else [_placement(session, job, views.empty_capacity(worker).group)]
 
 
 def of_waiting(session: Session, job: Job, *, now: float, lenders: Collection[str] = ()) -> list[Json]:
@@ -32,11 +32,11 @@ def of_waiting(session: Session, job: Job, *, now: float, lenders: Collection[st
     quantization = packing.quantization_of(job.pack_key)
     capacities = views.empty_capacities(session, now=now, quantization=quantization, without=lenders)
     alike = Counter(capacity.group for capacity in capacities)
-    told = [_told(session, job, group, num_workers=number) for group, number in alike.items()]
+    told = [_placement(session, job, group, num_workers=number) for group, number in alike.items()]
     return [one for one in told if one["needed_bytes"] <= one["memory_bytes"]]
 
 
-def _told(session: Session, job: Job, group: DeviceGroup, *, num_workers: int = 1) -> Json:
+def _placement(session: Session, job: Job, group: DeviceGroup, *, num_workers: int = 1) -> Json:
     description = session.get_one(BaseModelRow, job.base_model).description or {}
     demand = requirements.demand(job, description, recomputes=group.kind == "cuda")
     needed_bytes = group.needed_bytes(demand)

@@ -13,7 +13,7 @@ from catalog.db.database import Database, read_clock
 from catalog.fleet import gangs
 from catalog.fleet.workers import list_workers
 from catalog.registry import base_models
-from catalog.resources.sharding import group_told
+from catalog.resources.sharding import reported_group
 from catalog.scheduling.snapshot import Capacity
 from catalog.spec.job import Precision
 from catalog.tables.fleet import SILENT_SECONDS, Gang, GangSeat, Trainer, Worker, has_gpu, is_live, quantizations_on
@@ -146,7 +146,7 @@ def empty_capacities(
 def empty_capacity(worker: Worker, smallest: Worker | None = None) -> Capacity:
     """With nothing in it. smallest: of its gang, if what the others have is to count."""
     held = worker.memory_bytes if smallest is None else smallest.memory_bytes
-    group = group_told(worker.devices, held)
+    group = reported_group(worker.devices, held)
     if smallest is not None:
         group = replace(group, smallest=smallest.id)
     return Capacity(max_jobs=1, memory_bytes_free=held, recomputes=is_gpu(worker), group=group)
@@ -167,7 +167,7 @@ def reported_capacity(worker: Worker) -> Capacity:
     )
 
 
-def told_when_empty(session: Session, worker_ids: Collection[str]) -> list[tuple[str, Capacity]]:
+def reported_when_empty(session: Session, worker_ids: Collection[str]) -> list[tuple[str, Capacity]]:
     """Of those of these workers that said what they have free: by their ids, and what that is."""
     found = session.scalars(select(Worker).where(Worker.id.in_(worker_ids)).order_by(Worker.id))
     return [
@@ -212,5 +212,5 @@ def count_devices(worker_id: str | None, devices: Sequence[Mapping[str, Any]] | 
     """devices: as on the worker's record; None where there is none any more. At least one. Pure."""
     if worker_id is not None and worker_id in lent_to:
         return lent_to[worker_id]
-    group = group_told(devices or (), 0)
+    group = reported_group(devices or (), 0)
     return group.num_devices if group.kind == "cuda" else 1

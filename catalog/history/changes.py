@@ -99,8 +99,8 @@ def look(db: Database, mark: Mark) -> JobChanges:
     """What is new, and `mark` moved on past it."""
     with db.read() as session:
         job = find(session, mark.project_id, mark.job_id)  # before the events: a final job comes after all of its
-        is_told = or_(JobEvent.type != "metrics", JobEvent.seq > mark.quiet_until)
-        newer = select(JobEvent).where(JobEvent.job_id == mark.job_id, JobEvent.seq > mark.seq, is_told)
+        is_shown = or_(JobEvent.type != "metrics", JobEvent.seq > mark.quiet_until)
+        newer = select(JobEvent).where(JobEvent.job_id == mark.job_id, JobEvent.seq > mark.seq, is_shown)
         events = list(session.scalars(newer.order_by(JobEvent.seq).limit(MAX_ROWS)))
         has_more = len(events) == MAX_ROWS
         told, known = max(mark.seq, mark.quiet_until), _last_of(events, mark.seq)

@@ -123,7 +123,7 @@ def record(db: Database, export: Export, news: RunUpdate, *, run_id: str) -> tup
     """Note what was written; the claim is renewed while the job trains."""
     with db.write() as session:
         now = read_clock(session)
-        row = _held(session, export)
+        row = _locked_export(session, export)
         if row is None:
             return export, Follows.STALE
         state = session.get_one(Job, export.job_id).state
@@ -144,7 +144,7 @@ def record(db: Database, export: Export, news: RunUpdate, *, run_id: str) -> tup
 def release(db: Database, export: Export) -> None:
     """The worker leaves; another may go on at once."""
     with db.write() as session:
-        row = _held(session, export)
+        row = _locked_export(session, export)
         if row is not None:
             lease.release(row)
 
@@ -152,7 +152,7 @@ def release(db: Database, export: Export) -> None:
 def fail(db: Database, export: Export, problem: str) -> None:
     """It is tried again, later and later, and given up in the end. The job's log says so, once each."""
     with db.write() as session:
-        row = _held(session, export)
+        row = _locked_export(session, export)
         if row is None:
             return
         now = read_clock(session)
@@ -180,7 +180,7 @@ def _export(row: JobExport, claim_id: str) -> Export:
     )
 
 
-def _held(session: Session, export: Export) -> JobExport | None:
+def _locked_export(session: Session, export: Export) -> JobExport | None:
     """Locked, and before it the job: who lets that train again waits until this is done, and then wakes it."""
     session.get_one(Job, export.job_id, with_for_update=True)
     return lease.held(session, JobExport, export.claim_id)

@@ -40,7 +40,7 @@ class Stop:
     reason: EndReason
     flag: Literal["cancel_requested", "pause_requested"]
     done: str
-    asked: str
+    request_message: str
 
 
 CANCEL = Stop(
@@ -49,7 +49,7 @@ CANCEL = Stop(
     reason=EndReason.CANCELLED_BY_USER,
     flag="cancel_requested",
     done="The job was cancelled.",
-    asked="Cancellation was requested; the worker stops the job.",
+    request_message="Cancellation was requested; the worker stops the job.",
 )
 PRUNE = Stop(
     verb=Verb.CANCEL,
@@ -57,7 +57,7 @@ PRUNE = Stop(
     reason=EndReason.PRUNED,
     flag="cancel_requested",
     done="The trial was stopped.",
-    asked="The trial is to stop; the worker ends it.",
+    request_message="The trial is to stop; the worker ends it.",
 )
 PAUSE = Stop(
     verb=Verb.PAUSE,
@@ -65,7 +65,7 @@ PAUSE = Stop(
     reason=EndReason.PAUSED_BY_USER,
     flag="pause_requested",
     done="The job was paused.",
-    asked="A pause was requested; the worker stores a checkpoint first.",
+    request_message="A pause was requested; the worker stores a checkpoint first.",
 )
 
 
@@ -168,7 +168,7 @@ def stop(session: Session, job: Job, wish: Stop, *, now: float) -> None:
         move(session, job, wish.verb, now=now, message=wish.done, reason=wish.reason)
     else:
         setattr(job, wish.flag, True)
-        events.add(session, job.id, now=now, message=wish.asked)
+        events.add(session, job.id, now=now, message=wish.request_message)
 
 
 def _note(session: Session, type: AuditType, job: Job, *, now: float) -> None:  # noqa: A002

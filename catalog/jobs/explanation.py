@@ -87,10 +87,10 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
         return f"Worker {job.worker_id} is preparing its files.", facts
     if job.run_after is not None and job.run_after > now:
         return f"Its files are prepared again in {job.run_after - now:.0f} s.", facts
-    unheld = (Job.state == JobState.VALIDATING_FILES, Job.claim_id.is_(None))
+    unclaimed = (Job.state == JobState.VALIDATING_FILES, Job.claim_id.is_(None))
     is_earlier = or_(Job.priority < job.priority, and_(Job.priority == job.priority, Job.created_at < job.created_at))
-    own = select(func.count()).where(*unheld, Job.project_id == job.project_id, is_earlier)
-    others = select(Job.project_id).where(*unheld, Job.project_id != job.project_id).limit(1)
+    own = select(func.count()).where(*unclaimed, Job.project_id == job.project_id, is_earlier)
+    others = select(Job.project_id).where(*unclaimed, Job.project_id != job.project_id).limit(1)
     facts["ahead"] = session.scalar(own) or 0
     facts["is_shared_with_other_projects"] = session.scalar(others) is not None
     if not facts["live_workers"]:
@@ -244,7 +244,7 @@ def _precisions(residents: list[LoadedTrainer], base_digest: str) -> list[str]:
 
 def _queue_sentence(job: Job, mine: QueueEntry, ahead: list[QueueEntry], residents: list[LoadedTrainer]) -> str:
     if mine.candidate.is_suspect:
-        return f"{_ends_told(job)}: it waits for a worker to itself, so that no other job is hurt."
+        return f"{_ends_sentence(job)}: it waits for a worker to itself, so that no other job is hurt."
     place = f"{_jobs(len(ahead))} ahead of it." if ahead else "It is first in the queue."
     of_its_base = [resident for resident in residents if resident.base_digest == job.base_digest]
     takers = [resident for resident in of_its_base if resident.pack_key in (job.pack_key, None)]
@@ -257,7 +257,7 @@ def _queue_sentence(job: Job, mine: QueueEntry, ahead: list[QueueEntry], residen
     return f"{place} {_other_trainer(job, of_its_base)} {_patience(mine)}"
 
 
-def _ends_told(job: Job) -> str:
+def _ends_sentence(job: Job) -> str:
     if job.lost_attempts:
         number = job.counted_attempts + job.lost_attempts
         return f"{number} trainers or workers have ended with it since its last checkpoint"
@@ -311,7 +311,7 @@ def _too_large(session: Session, job: Job, mine: QueueEntry, *, now: float) -> s
 def _none_free(session: Session, mine: QueueEntry, residents: list[LoadedTrainer]) -> str | None:
     """Where workers wait for a job, and none of them has free what this one needs, though one has it in all."""
     empty = [resident.worker_id for resident in residents if resident.base_digest is None]
-    told = views.told_when_empty(session, empty)
+    told = views.reported_when_empty(session, empty)
     needed = [(capacity.alone(mine.candidate), worker_id, capacity) for worker_id, capacity in told]
     if len(told) < len(empty) or any(need <= capacity.memory_bytes_free for need, _, capacity in needed):
         return None

@@ -53,7 +53,7 @@ class CandidateFilter:
     """On a device that computes blocks again where memory is short."""
     priority: int | None = None
     """Of this class alone."""
-    not_held_as: tuple[str, ...] = ()
+    without_quantizations: tuple[str, ...] = ()
     """None whose base is to be quantized in one of these ways."""
     shards_when: ShardsWhen = "never"
     """Of the group that they are looked for."""
@@ -139,7 +139,7 @@ def _waiting(such: CandidateFilter, *, for_sqlite: bool) -> Select[*tuple[Any, .
         groups = _where_some_fit(groups, such)
     if such.tried_less:
         conditions += [job.counted_attempts <= bindparam("num_ends")]
-    conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.not_held_as]
+    conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.without_quantizations]
     names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
     names = (
         *names,
@@ -210,7 +210,7 @@ def _fits(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
     whole = own + job.trainer_bytes
     need, is_trained = (whole if such.alone else own), true()
     if such.shards_when != "never":
-        need_alone, is_trained = _held(job, such, whole)
+        need_alone, is_trained = _strategy_columns(job, such, whole)
         need = need_alone if such.alone else own
     return or_(_is_unknown(job, such), and_(is_trained, need <= bindparam("num_bytes")))
 
@@ -220,7 +220,7 @@ def _is_unknown(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
     return is_unprepared if such.shards_when == "never" else or_(is_unprepared, job.least_divided_bytes == 0)
 
 
-def _held(
+def _strategy_columns(
     job: type[Job], such: CandidateFilter, whole: ColumnElement[int]
 ) -> tuple[ColumnElement[int], ColumnElement[bool]]:
     """(What it needs alone where the group holds its base as `Group.holding` has it, whether it is trained so.)"""

@@ -19,15 +19,15 @@ def tell_late(db: Database) -> int:
     """An event for each unfinished job that can't meet its deadline any more. Returns for how many."""
     with db.read() as session:  # most looks find nothing, and keep nobody from writing
         now = read_clock(session)
-        found = [job.id for job in session.scalars(_untold()) if is_late(job, now)]
+        found = [job.id for job in session.scalars(_unannounced()) if is_late(job, now)]
     if not found:
         return 0
     with db.write() as session:
         now = read_clock(session)
         rows = select(Job).where(Job.id.in_(found)).order_by(Job.id).with_for_update()
-        late = [job for job in session.scalars(rows) if not job.is_told_late and is_late(job, now)]
+        late = [job for job in session.scalars(rows) if not job.is_late_announced and is_late(job, now)]
         for job in late:
-            job.is_told_late = True
+            job.is_late_announced = True
             message = f"The job can't meet its deadline any more. {sentence(job, now)} It goes on all the same."
             events.add(session, job.id, now=now, level="warn", message=message, data=facts(job, now))
         return len(late)
@@ -71,7 +71,7 @@ def _expected_end(job: Job, now: float) -> float:
     return now + max(0.0, deadline - (job.needed_start or deadline))
 
 
-def _untold() -> Select[Job]:
+def _unannounced() -> Select[Job]:
     """By the index of deadlines of jobs that have not ended."""
     unfinished = select(Job).where(Job.deadline > 0, Job.finished_at.is_(None)).order_by(Job.deadline)
-    return unfinished.where(Job.is_told_late.is_(False))
+    return unfinished.where(Job.is_late_announced.is_(False))

@@ -20,7 +20,7 @@ from catalog.lifecycle import candidates
 from catalog.lifecycle.candidates import CandidateFilter
 from catalog.resources import requirements, sharding
 from catalog.resources.memory import readable
-from catalog.resources.sharding import group_told
+from catalog.resources.sharding import reported_group
 from catalog.spec.job import Quantization
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, reasons
 from catalog.tables.fleet import Trainer, Worker, has_gpu, is_live, quantizations_on
@@ -42,11 +42,11 @@ def backoff_seconds(session: Session, job: Job, *, now: float) -> float:
     missing = tuple(name for name in get_args(Quantization) if name not in quantizations_on(worker.devices))
     others = candidates.waiting(
         session,
-        CandidateFilter(alone=True, recomputes=has_gpu(worker.devices), not_held_as=missing, tried_less=True),
+        CandidateFilter(alone=True, recomputes=has_gpu(worker.devices), without_quantizations=missing, tried_less=True),
         now=now + wait,
         per_group=1,
         num_bytes=worker.memory_bytes,
-        group=group_told(worker.devices, worker.memory_bytes),
+        group=reported_group(worker.devices, worker.memory_bytes),
         num_ends=job.counted_attempts,
     )
     return wait if others else 0.0
@@ -119,7 +119,7 @@ def _could_try(session: Session, worker: Worker, found: _Failures) -> bool:
     if worker.id in found.worker_ids or worker.takes_nothing_new or found.hosts[worker.host] >= ENOUGH:
         return False
     description = session.get_one(BaseModelRow, found.job.base_model).description or {}
-    group = sharding.group_told(worker.devices, worker.memory_bytes)
+    group = sharding.reported_group(worker.devices, worker.memory_bytes)
     demand = requirements.demand(found.job, description, recomputes=group.kind == "cuda")
     return group.needed_bytes(demand) <= group.bytes_of_each
 
@@ -201,7 +201,7 @@ def out_of_memory_text(session: Session, job: Job) -> str:
     if worker is None:
         return tried
     description = session.get_one(BaseModelRow, job.base_model).description or {}
-    group = sharding.group_told(worker.devices, worker.memory_bytes)
+    group = sharding.reported_group(worker.devices, worker.memory_bytes)
     demand = requirements.demand(job, description, recomputes=group.kind == "cuda")
     reckoned, held = group.needed_bytes(demand), group.bytes_of_each
     beyond = replace(demand, whole_bytes=demand.whole_bytes + max(0, held - reckoned) + 1)

@@ -93,7 +93,7 @@ def move_to(db: Database, *, project_id: str, job_id: str, target: MoveTarget) -
         if beside is not None:
             _check_alike(job, find(session, project_id, beside))
         job.place = _place(session, job, target)
-        _note(session, "job.moved", job, now=read_clock(session), message=_told(target))
+        _note(session, "job.moved", job, now=read_clock(session), message=_move_message(target))
         return job
 
 
@@ -164,7 +164,7 @@ def _check_alike(job: Job, other: Job) -> None:
     )
 
 
-def _told(target: MoveTarget) -> str:
+def _move_message(target: MoveTarget) -> str:
     if target.to is not None:
         return f"The job was moved to the {target.to} place of its project's jobs of its class."
     return f"The job was moved to stand {'before' if target.before else 'after'} {target.before or target.after}."

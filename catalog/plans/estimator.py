@@ -208,11 +208,11 @@ def _groups(session: Session, live: Sequence[Worker], *, now: float) -> dict[str
 def _fitting(live: Sequence[Worker], groups: Mapping[str, DeviceGroup], sizes: _Sizes) -> list[Worker]:
     """Smallest first."""
     held = {row.id: row for row in live}
-    fit = gpus.that_fit([_held(row, groups[row.id], sizes) for row in live])
+    fit = gpus.that_fit([_breakdown(row, groups[row.id], sizes) for row in live])
     return [held[device.worker_id] for device in fit]
 
 
-def _held(row: Worker, group: DeviceGroup, sizes: _Sizes) -> MemoryBreakdown:
+def _breakdown(row: Worker, group: DeviceGroup, sizes: _Sizes) -> MemoryBreakdown:
     demand = sizes.demand(group.kind)
     return MemoryBreakdown(
         worker_id=row.id,
@@ -249,7 +249,7 @@ def _devices(sizes: _Sizes, groups: Mapping[str, DeviceGroup], fitting: Sequence
         "groups": [
             {"num_devices": fit.num_devices, "host_bytes": fit.host_bytes, **asdict(fit.card)} for fit in of_several
         ],
-        "workers_that_fit": [asdict(_held(row, groups[row.id], sizes)) for row in fitting],
+        "workers_that_fit": [asdict(_breakdown(row, groups[row.id], sizes)) for row in fitting],
         "live_workers": len(groups),
     }
 

@@ -23,7 +23,7 @@ from catalog.db.database import Database, add_if_missing, read_clock
 from catalog.fleet import views
 from catalog.fleet.workers import SILENT_SECONDS
 from catalog.lifecycle import candidates
-from catalog.resources.sharding import group_told
+from catalog.resources.sharding import reported_group
 from catalog.scheduling import ordering
 from catalog.scheduling.snapshot import Policy, Share, WorkerService
 from catalog.states import JobState, PriorityClass
@@ -62,10 +62,10 @@ def settle(db: Database, trainer_id: str, *, policy: Policy) -> None:
     with db.write() as session:
         now = read_clock(session)
         running = (Job.state == JobState.RUNNING, Job.trainer_id == trainer_id)
-        beside = select(Job).where(Job.id.in_(_held_by(trainer_id)), *running)
-        held = list(session.scalars(beside.order_by(Job.id).with_for_update()))
-        if held:
-            charge_beat(session, held, session.get(Worker, held[0].worker_id), now=now, policy=policy)
+        beside = select(Job).where(Job.id.in_(_jobs_of_trainer(trainer_id)), *running)
+        jobs = list(session.scalars(beside.order_by(Job.id).with_for_update()))
+        if jobs:
+            charge_beat(session, jobs, session.get(Worker, jobs[0].worker_id), now=now, policy=policy)
 
 
 def charge_end(session: Session, job: Job, *, now: float, policy: Policy) -> None:
@@ -73,7 +73,7 @@ def charge_end(session: Session, job: Job, *, now: float, policy: Policy) -> Non
 
     Of a worker that is lost or leaves the seconds since its last heartbeat are not charged to anybody.
     """
-    num_jobs = session.scalar(select(func.count()).select_from(_held_by(job.trainer_id).subquery())) or 1
+    num_jobs = session.scalar(select(func.count()).select_from(_jobs_of_trainer(job.trainer_id).subquery())) or 1
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
     num_devices = _num_devices(session, worker)
     owed = _take_stock(session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy)
@@ -97,13 +97,13 @@ def _shares(session: Session, state: JobState, *, now: float, policy: Policy) ->
     used_by: defaultdict[str, float] = defaultdict(float)
     for row in standing:
         used_by[row.project_id] += 0.0 if row.as_of is None else _left(row, now=now, policy=policy)
-    running, held = _running(session, used_by)
+    running, devices_in_use = _running(session, used_by)
     return {
         row.project_id: Share(
             weight=row.weight,
             device_seconds=used_by[row.project_id],
             num_running=running[row.project_id],
-            devices_held=held[row.project_id],
+            devices_in_use=devices_in_use[row.project_id],
         )
         for row in standing
     }
@@ -122,7 +122,7 @@ def served(session: Session, *, now: float) -> list[WorkerService]:
         devices = json.loads(devices_json)
         can_load, recomputes = quantizations_on(devices), has_gpu(devices)
         service = WorkerService(at=latest_at, memory_bytes=memory_bytes, recomputes=recomputes, can_load=can_load)
-        found.append(replace(service, group=group_told(devices, memory_bytes)))
+        found.append(replace(service, group=reported_group(devices, memory_bytes)))
     return found
 
 
@@ -148,7 +148,7 @@ def _by_project_and_class(served_at: Json | None) -> Iterator[tuple[tuple[str, i
             )
 
 
-def _held_by(trainer_id: str | None) -> Select[str]:
+def _jobs_of_trainer(trainer_id: str | None) -> Select[str]:
     """Ids of the jobs that the trainer holds."""
     return select(Attempt.job_id).where(Attempt.trainer_id == trainer_id, Attempt.ended_at.is_(None))
 
@@ -160,13 +160,13 @@ def _running(session: Session, waiting: Collection[str]) -> tuple[Counter[str], 
     for row in rows:
         beside[row.trainer_id] += row.number
     running: Counter[str] = Counter()
-    held: defaultdict[str, float] = defaultdict(float)
+    devices_in_use: defaultdict[str, float] = defaultdict(float)
     for row in rows:
         if row.project_id in waiting:
             running[row.project_id] += row.number
             num_devices = views.count_devices(row.worker_id, row.devices, lent)
-            held[row.project_id] += num_devices * row.number / beside[row.trainer_id]
-    return running, held
+            devices_in_use[row.project_id] += num_devices * row.number / beside[row.trainer_id]
+    return running, devices_in_use
 
 
 def _num_devices(session: Session, worker: Worker | None) -> int:

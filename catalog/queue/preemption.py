@@ -155,7 +155,7 @@ def _ask_one(
     session: Session, job: Job, one: PreemptionRequest, victim: Training, *, now: float, policy: Policy
 ) -> None:
     job.preempted_for = one.job.job_id
-    data = preempt.told(one.job, one.preemption, victim, now=now, policy=policy)
+    data = preempt.preemption_record(one.job, one.preemption, victim, now=now, policy=policy)
     attempt = session.get(Attempt, job.claim_id)
     if attempt is not None:
         attempt.preemption = data

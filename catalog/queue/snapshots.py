@@ -102,7 +102,7 @@ def _first_jobs(session: Session, snapshot: QueueSnapshot, can_load: Collection[
     """
     capacity, is_live = snapshot.capacity, snapshot.live_key is not None
     missing = tuple(name for name in get_args(Quantization) if name not in can_load)
-    wanted = CandidateFilter(alone=True, recomputes=capacity.recomputes, not_held_as=missing)
+    wanted = CandidateFilter(alone=True, recomputes=capacity.recomputes, without_quantizations=missing)
 
     def read(per_group: int, num_bytes: int) -> list[Candidate]:
         return candidates.waiting(

@@ -85,8 +85,8 @@ def smallest_card(num_bytes: int) -> Card | None:
     return next((card for card in CARDS if card.memory_bytes >= num_bytes), None)
 
 
-def that_fit(held: Sequence[MemoryBreakdown]) -> list[MemoryBreakdown]:
+def that_fit(breakdowns: Sequence[MemoryBreakdown]) -> list[MemoryBreakdown]:
     """Smallest first. What a worker of one GPU is asked for when it claims leaves CUDA out, and looks at what is
     free."""
-    fitting = [device for device in held if device.needed_bytes <= device.memory_bytes]
+    fitting = [device for device in breakdowns if device.needed_bytes <= device.memory_bytes]
     return sorted(fitting, key=lambda device: (device.memory_bytes, device.worker_id))

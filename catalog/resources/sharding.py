@@ -98,7 +98,7 @@ class DeviceGroup:
             return "replicated" if when == "never" else "sharded" if when == "always" else "offloaded"
         if not demand.shardable_bytes or demand.whole_bytes <= self.usable_bytes:
             return "replicated"
-        fits_sharded = self.held_bytes(demand, "sharded") <= self.usable_bytes
+        fits_sharded = self.allocated_bytes(demand, "sharded") <= self.usable_bytes
         return "sharded" if fits_sharded or demand.shardable_bytes > self.host_limit_bytes else "offloaded"
 
     def strategy(self, demand: Demand) -> Strategy:
@@ -113,9 +113,9 @@ class DeviceGroup:
         is_barred = holding != "replicated" and not demand.shardable_bytes
         if is_barred or (holding == "offloaded" and demand.shardable_bytes > self.host_limit_bytes):
             return NEVER
-        return self.held_bytes(demand, holding) + self.reserve_bytes
+        return self.allocated_bytes(demand, holding) + self.reserve_bytes
 
-    def held_bytes(self, demand: Demand, holding: ShardingStrategy) -> int:
+    def allocated_bytes(self, demand: Demand, holding: ShardingStrategy) -> int:
         """Of that what the trainer's own is, where the base is held so."""
         if holding == "replicated":
             return demand.whole_bytes
@@ -143,7 +143,7 @@ class DeviceGroup:
 SINGLE = DeviceGroup()
 
 
-def group_told(devices: Sequence[Mapping[str, Any]], memory_bytes: int) -> DeviceGroup:
+def reported_group(devices: Sequence[Mapping[str, Any]], memory_bytes: int) -> DeviceGroup:
     """Of a worker's record; those of older workers say nothing of it, and hold whole bases."""
     first: Mapping[str, Any] = devices[0] if devices else {}
     return DeviceGroup(
@@ -214,7 +214,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _about(group: DeviceGroup, demand: Demand, holding: ShardingStrategy) -> str:
-    return _size(group.held_bytes(demand, holding) + group.reserve_bytes)
+    return _size(group.allocated_bytes(demand, holding) + group.reserve_bytes)
 
 
 def nowhere(found: Sequence[tuple[DeviceGroup, Demand]], hindrance: str | None) -> str | None:
@@ -245,7 +245,7 @@ def _why_not(group: DeviceGroup, demand: Demand) -> str:
     where = ", with the shares in the host's memory," if holding == "offloaded" else ""
     need = _about(group, demand, holding)
     told = f"{among}{where} it needs {need} on each, and the smallest of them has {held}."
-    would_fit = group.held_bytes(demand, "offloaded") <= group.usable_bytes
+    would_fit = group.allocated_bytes(demand, "offloaded") <= group.usable_bytes
     if group.shards_when == "needed" and holding == "sharded" and would_fit:
         fits = _about(group, demand, "offloaded")
         told += f" Held by the host it would need {fits} on each, and {_too_much_for_host(group, demand)}"
@@ -289,10 +289,10 @@ def would_fit_sentence(found: Sequence[Fit]) -> str:
     """Such as: It would fit one GPU of 141 GB, or a group of 2 of 80 GB."""
     if not found:
         return "No common GPU holds it, nor a group of 8."
-    return f"It would fit {', or '.join(map(_told, found))}."
+    return f"It would fit {', or '.join(map(_fit_text, found))}."
 
 
-def _told(fit: Fit) -> str:
+def _fit_text(fit: Fit) -> str:
     if fit.num_devices == 1:
         return f"one GPU of {fit.card.gigabytes} GB"
     with_host = f" with {readable(fit.host_bytes)} of the host's memory for the base" if fit.host_bytes else ""

@@ -42,7 +42,7 @@ def snapshot_without(snapshot: QueueSnapshot, passed: Collection[str]) -> QueueS
     for job in {job.job_id: job for job in snapshot.candidates if job.job_id in passed}.values():
         share = shares.get(job.project_id, Share())
         shares[job.project_id] = replace(
-            share, num_running=share.num_running + 1, devices_held=share.devices_held + 1.0
+            share, num_running=share.num_running + 1, devices_in_use=share.devices_in_use + 1.0
         )
         served[job.project_id, job.priority] = snapshot.now
     recomputes, whole = snapshot.capacity.recomputes, max(snapshot.worker_bytes, snapshot.capacity.memory_bytes_free)

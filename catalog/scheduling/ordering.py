@@ -299,7 +299,7 @@ def describe_share(shares: Mapping[str, Share], project_id: str, policy: Policy)
         "weight": mine.weight,
         "device_seconds": round(mine.device_seconds, 1),
         "num_running": mine.num_running,
-        "devices_held": round(mine.devices_held, 4),
+        "devices_in_use": round(mine.devices_in_use, 4),
         "normalized_usage": round(level, 1),
         "num_projects": 1 + len(others),
         "projects_ahead": sum(share.level(policy) < level for share in others),

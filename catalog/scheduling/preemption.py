@@ -111,7 +111,7 @@ def choose(
     return min(found, key=_price, default=None)
 
 
-def told(job: Candidate, preemption: Preemption, victim: Training, *, now: float, policy: Policy) -> Json:
+def preemption_record(job: Candidate, preemption: Preemption, victim: Training, *, now: float, policy: Policy) -> Json:
     """For the victim's record, and for who asks. The job for which it leaves may be another project's: no name."""
     return {
         "as_of": now,

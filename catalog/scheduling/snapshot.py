@@ -135,13 +135,13 @@ class Share:
     device_seconds: float = 0.0
     """Charged so far, decayed to now. Those of urgent jobs count `Policy.urgent_multiple` times."""
     num_running: int = 0
-    devices_held: float = 0.0
+    devices_in_use: float = 0.0
     """By its running jobs: of a device that several share each has its part, as it is charged."""
 
     def level(self, policy: Policy, *, num_before: float = 0) -> float:
         """Device-seconds for each unit of weight; the lowest goes first. num_before: its jobs that go before, or
         below 0 the devices that it would leave."""
-        in_advance = (self.devices_held + num_before) * policy.advance_seconds
+        in_advance = (self.devices_in_use + num_before) * policy.advance_seconds
         return (self.device_seconds + in_advance) / self.weight
 
 

@@ -144,7 +144,7 @@ def rungs(search: Search, design: Design, fewest: int | None) -> Rungs:
     return Rungs(min_steps=first, reduction_factor=factor, max_rungs=search.max_rungs)
 
 
-def told(parameters: Mapping[str, Any]) -> str:
+def parameters_text(parameters: Mapping[str, Any]) -> str:
     """For a sentence: `lora.rank = 8, optimizer.learning_rate = 0.001`."""
     text = ", ".join(f"{path} = {value!r}" for path, value in parameters.items())
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
@@ -237,7 +237,7 @@ def _refused(error: ValidationError, body: Json, parameters: Mapping[str, Any]) 
         for path, value in parameters.items()
         if f"{place}.".startswith(f"{path}.") or f"{path}.".startswith(f"{place}." if place else "")
     }
-    where = f"With {told(about)}" if about else "As it stands"
+    where = f"With {parameters_text(about)}" if about else "As it stands"
     reason, remedy = _reason(place, group)
     return InvalidRequest(
         f"{where}, a trial is refused: {reason}.",

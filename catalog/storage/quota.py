@@ -15,7 +15,7 @@ from catalog.tables.plans import Plan
 from catalog.tables.storage import File, Prepared
 from catalog.tables.tenancy import Project
 from catalog.usage.ledger import DAY_SECONDS
-from catalog.usage.quotas import QuotaStatus, enough_at, exceeded, project_of, refusal, standing_of, told_moment
+from catalog.usage.quotas import QuotaStatus, enough_at, exceeded, project_of, refusal, standing_of, utc_time
 
 LEAVING_SECONDS = 2 * DAY_SECONDS
 """So long after a deletion bytes may lie in the store: cleanings are a day apart, and spare what is younger."""
@@ -87,5 +87,5 @@ def _too_many_leaving(
         f"are on the disk still; it has {standing.used:,.0f} and {num_leaving:,} of deleted files and evicted tokens, "
         f"and this would be {num_more:,} more."
     )
-    by_when = "" if standing.resets_at is None else f": by {told_moment(standing.resets_at)} enough of them have left"
+    by_when = "" if standing.resets_at is None else f": by {utc_time(standing.resets_at)} enough of them have left"
     return refusal(project, standing, message, f"Wait for the daily cleaning{by_when}.", now=now)

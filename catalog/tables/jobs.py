@@ -83,7 +83,7 @@ class Job(Leased, Table):
     """When it should have ended. It is told where it can't; nothing ends it."""
     needed_start: Mapped[float | None]
     """When it must start for that, by what was known when its files were prepared."""
-    is_told_late: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    is_late_announced: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     claimed_at: Mapped[float | None]
     """When it was last claimed to train."""
     charged_at: Mapped[float | None]

@@ -20,7 +20,7 @@ from catalog.tables.table import Json
 from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import authentication, projects
 from catalog.tenancy.authentication import Caller, is_live, lasting_operators, new_key
-from catalog.tenancy.scopes import OPERATORS, held
+from catalog.tenancy.scopes import OPERATORS, granted
 
 MAX_VALID_KEYS = 100
 """Of one project. Each key has a request rate and downloads of its own."""
@@ -54,7 +54,7 @@ def create(
     Raises Conflict if the project has MAX_VALID_KEYS, and if the caller has created a key with this Idempotency-Key
     before: a repeated request must not create a second key, and the secret can't be repeated.
     """
-    able = held(None, is_operator=request.is_operator)
+    able = granted(None, is_operator=request.is_operator)
     wanted = frozenset(request.scopes) if request.scopes is not None else able & caller.scopes
     _check_kind(wanted, is_operator=request.is_operator)
     _check_rights(caller, wanted, is_operator=request.is_operator)
@@ -250,7 +250,7 @@ def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
             code="key_superseded",
             remedy="Use the key that took its place.",
         )
-    _check_rights(caller, held(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator)
+    _check_rights(caller, granted(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator)
     if key.scopes is None and caller.is_limited:
         raise _exceeds("have every scope", "scopes")
 

@@ -23,7 +23,7 @@ from catalog.pepper import Pepper
 from catalog.states import PriorityClass
 from catalog.tables.table import Json, new_id
 from catalog.tables.tenancy import ApiKey, Organization, Project, SignIn
-from catalog.tenancy.scopes import held
+from catalog.tenancy.scopes import granted
 
 ENDING_CHARACTERS = 4
 KEY_TEXT = re.compile(r"lorry_key-[0-9a-f]{24}_[\w-]{43}", re.ASCII)
@@ -105,9 +105,9 @@ def lasting_operators(session: Session, *, now: float) -> list[ApiKey]:
     """Operators' keys that carry the service: they open it, have every scope, never end, and none takes their place.
     Where none is like that, those that can make further keys."""
     keys = [key for key in session.scalars(_operators()) if is_live(key, now) and key.replaced_by is None]
-    every = held(None, is_operator=True)
-    lasting = [key for key in keys if key.expires_at is None and held(key.scopes, is_operator=True) == every]
-    return lasting or [key for key in keys if "keys:write" in held(key.scopes, is_operator=True)]
+    every = granted(None, is_operator=True)
+    lasting = [key for key in keys if key.expires_at is None and granted(key.scopes, is_operator=True) == every]
+    return lasting or [key for key in keys if "keys:write" in granted(key.scopes, is_operator=True)]
 
 
 def authenticate(db: Database, *, secret: str, pepper: Pepper) -> Caller:
@@ -278,7 +278,7 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
         organization_name=organization.name,
         is_operator=key.is_operator,
         name=key.name,
-        scopes=held(key.scopes, is_operator=key.is_operator),
+        scopes=granted(key.scopes, is_operator=key.is_operator),
         is_limited=key.scopes is not None,
         expires_at=key.expires_at,
         requests_per_minute=key.requests_per_minute,

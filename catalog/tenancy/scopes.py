@@ -42,7 +42,7 @@ OPERATORS: frozenset[Scope] = frozenset(
 """They reach beyond a project: only an operator's key can hold them."""
 
 
-def held(scopes: Collection[str] | None, *, is_operator: bool) -> frozenset[str]:
+def granted(scopes: Collection[str] | None, *, is_operator: bool) -> frozenset[str]:
     """What a key can do. `scopes` None: all that its kind can, and what is added to that later."""
     able = frozenset(SCOPES) if is_operator else frozenset(SCOPES) - OPERATORS
     return able if scopes is None else able & frozenset(scopes)

@@ -265,7 +265,7 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
     earliest = session.scalar(latest.offset(most - num_more).limit(1))
     if earliest is not None:
         again = earliest + DAY_SECONDS
-        remedy = f"Try again at {told_moment(again)}. {raised}"
+        remedy = f"Try again at {utc_time(again)}. {raised}"
         raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=again - now, headers={})
 
 
@@ -319,7 +319,7 @@ def _count(session: Session, project_id: str, *states: JobState, most: float | N
 def exceeded(project: Project, standing: QuotaStatus, *, now: float, num_more: int = 0) -> QuotaExceeded:
     used = f"{standing.used:,.4g}" if standing.name == "device_hours_per_month" else f"{standing.used:,.0f}"
     more = f", and this would be {num_more:,} more" if num_more else ""
-    resets = f" It begins anew at {told_moment(standing.resets_at)}." if standing.resets_at is not None else ""
+    resets = f" It begins anew at {utc_time(standing.resets_at)}." if standing.resets_at is not None else ""
     message = f"The project {project.name!r} may have {standing.said()}; it has {used}{more}.{resets}"
     return refusal(project, standing, message, REMEDIES[standing.name], now=now)
 
@@ -339,5 +339,5 @@ def refusal(project: Project, standing: QuotaStatus, message: str, remedy: str, 
     )
 
 
-def told_moment(seconds: float) -> str:
+def utc_time(seconds: float) -> str:
     return f"{datetime.fromtimestamp(math.ceil(seconds), UTC):%Y-%m-%d %H:%M:%S} UTC"

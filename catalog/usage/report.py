@@ -69,44 +69,44 @@ class Report:
     """Where the next page begins."""
 
 
-def report(db: Database, *, caller: Caller, asked: UsageQuery) -> Report:
+def report(db: Database, *, caller: Caller, query: UsageQuery) -> Report:
     """A page of days, the earliest first. Raises InvalidRequest for a time that ends before it begins."""
     with db.read() as session:
-        end_time = read_clock(session) if asked.end_time is None else asked.end_time
-        if end_time <= asked.start_time:
+        end_time = read_clock(session) if query.end_time is None else query.end_time
+        if end_time <= query.start_time:
             raise InvalidRequest(
                 f"The time ends at {end_time:.0f}, before it begins.",
                 code="invalid_value",
                 remedy="Give a start_time, in seconds since 1970, that is earlier than end_time.",
                 param="start_time",
             )
-        first, last = ledger.day_of(asked.start_time), ledger.day_of(end_time - 1e-6)
-        past = min(last + 1, first + asked.num_days)
-        seen = _seen(session, caller, asked)
-        days = _days(session, asked, seen, first, past)
+        first, last = ledger.day_of(query.start_time), ledger.day_of(end_time - 1e-6)
+        past = min(last + 1, first + query.num_days)
+        seen = _seen(session, caller, query)
+        days = _days(session, query, seen, first, past)
         return Report(days=days, next_day=past if past <= last else None)
 
 
-def _seen(session: Session, caller: Caller, asked: UsageQuery) -> dict[str, str]:
+def _seen(session: Session, caller: Caller, query: UsageQuery) -> dict[str, str]:
     """Ids of the projects that are asked for and that the caller may see, and of their organizations. Those that he
     may not are as none."""
     mine = select(Project.id, Project.organization_id)
     if not caller.is_operator:
         mine = mine.where(Project.id == caller.project_id)
-    if named := asked.project_ids:
+    if named := query.project_ids:
         mine = mine.where(Project.id.in_(named) | Project.name.in_(named))
-    if named := asked.organization_ids:
+    if named := query.organization_ids:
         mine = mine.join(Organization, Organization.id == Project.organization_id)
         mine = mine.where(Organization.id.in_(named) | Organization.name.in_(named))
     return {row[0]: row[1] for row in session.execute(mine.order_by(Project.id))}
 
 
-def _days(session: Session, asked: UsageQuery, seen: dict[str, str], first: int, past: int) -> list[Day]:
-    sums = _sums(session, asked, seen, first, past)
-    if "model" not in asked.group_by and not asked.models:
+def _days(session: Session, query: UsageQuery, seen: dict[str, str], first: int, past: int) -> list[Day]:
+    sums = _sums(session, query, seen, first, past)
+    if "model" not in query.group_by and not query.models:
         for (day, project_id), num_bytes in _stored(session, seen, first, past).items():
-            owner = seen[project_id] if "organization_id" in asked.group_by else None
-            key = (day, owner, project_id if "project_id" in asked.group_by else None, None)
+            owner = seen[project_id] if "organization_id" in query.group_by else None
+            key = (day, owner, project_id if "project_id" in query.group_by else None, None)
             nothing: dict[str, float] = dict.fromkeys(AMOUNTS, 0.0)
             used = sums.get(key) or Used(organization_id=owner, project_id=key[2], model=None, amounts=nothing)
             sums[key] = replace(used, stored_bytes=(used.stored_bytes or 0) + num_bytes)
@@ -116,13 +116,13 @@ def _days(session: Session, asked: UsageQuery, seen: dict[str, str], first: int,
     return [Day(day=day, used=found[day]) for day in range(first, past)]
 
 
-def _sums(session: Session, asked: UsageQuery, seen: Collection[str], first: int, past: int) -> dict[_Key, Used]:
-    columns = [column for name, column in _COLUMNS.items() if name in asked.group_by]
+def _sums(session: Session, query: UsageQuery, seen: Collection[str], first: int, past: int) -> dict[_Key, Used]:
+    columns = [column for name, column in _COLUMNS.items() if name in query.group_by]
     amounts = [func.sum(getattr(UsageDay, name)).label(name) for name in AMOUNTS]
     wanted = select(UsageDay.day, *columns, *amounts).join(Project, Project.id == UsageDay.project_id)
     wanted = wanted.where(UsageDay.project_id.in_(seen), UsageDay.day >= first, UsageDay.day < past)
-    if asked.models:
-        wanted = wanted.where(UsageDay.base_model.in_(asked.models))
+    if query.models:
+        wanted = wanted.where(UsageDay.base_model.in_(query.models))
     sums: dict[_Key, Used] = {}
     for row in session.execute(wanted.group_by(UsageDay.day, *columns)).mappings():
         owner, project_id, model = (row.get(name) for name in _COLUMNS)

@@ -25,12 +25,12 @@ def base_digest(base_dir: Path, paths: list[Path]) -> str:
     a few tokens, is not: all bytes of a base would take seconds to minutes at every start.
     """
     digest = hashlib.sha256(_canonical((base_dir / "config.json").read_bytes()))
-    for name, told in sorted(entry for path in paths for entry in _told(path)):
+    for name, told in sorted(entry for path in paths for entry in _tensor_digests(path)):
         digest.update(hashlib.sha256(name.encode()).digest() + told)
     return digest.hexdigest()
 
 
-def _told(path: Path) -> Iterator[tuple[str, bytes]]:
+def _tensor_digests(path: Path) -> Iterator[tuple[str, bytes]]:
     """(name, sha256 of what is read) of each tensor."""
     spans = tensor_spans(path)
     with path.open("rb", buffering=0) as file:

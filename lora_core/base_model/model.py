@@ -29,7 +29,7 @@ from lora_core.base_model.loading import (
 )
 from lora_core.base_model.patching import Attachment, find_linears, target_of
 from lora_core.base_model.quantization import Quantization, load_quantized, scale_bytes
-from lora_core.base_model.sharding import Strategy, bytes_held, shard, with_guests
+from lora_core.base_model.sharding import Strategy, allocated_bytes, shard, with_guests
 from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.errors import ConfigError, UnreachableSource
 from lora_core.kernels.selection import Kernels
@@ -80,7 +80,7 @@ class BaseModel:
     def num_bytes(self) -> int:
         """That this rank holds on its device: of a divided base its share, unless that is in the host's memory."""
         kind = torch.device(self.device).type
-        return sum(bytes_held(weight, kind) for weight in self.model.parameters()) + scale_bytes(self.model)
+        return sum(allocated_bytes(weight, kind) for weight in self.model.parameters()) + scale_bytes(self.model)
 
     @property
     def vocab_size(self) -> int:

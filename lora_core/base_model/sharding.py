@@ -82,7 +82,7 @@ def is_whole(weight: Tensor) -> bool:
     return not isinstance(weight, DTensor) and not (hasattr(weight, "ds_id") and weight.numel() == 0)
 
 
-def bytes_held(weight: Tensor, kind: str) -> int:
+def allocated_bytes(weight: Tensor, kind: str) -> int:
     """By this rank in memory of that kind ("cpu", "cuda"), while no block computes."""
     share = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
     return share.nbytes if share.device.type == kind else 0

@@ -33,7 +33,7 @@ class FellowFailure(RuntimeError):
 
 
 @contextmanager
-def told_to_all(ranks: Ranks) -> Iterator[None]:
+def broadcast_failures(ranks: Ranks) -> Iterator[None]:
     """What is raised within on one rank ends all of them. The first raises what it was, the others FellowFailure, where
     the first was not killed before it could tell."""
     if ranks.size == 1:

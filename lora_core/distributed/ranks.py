@@ -47,7 +47,7 @@ class Ranks:
         """Whether this is the one that decides, and that speaks to the outside."""
         return self.rank == 0
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The leader's `value`, JSON-able, on every rank; that of the others is not looked at."""
         if self.size == 1:
             return value
@@ -59,7 +59,7 @@ class Ranks:
         dist.broadcast(content, src=0)
         return value if self.leads else _decoded(content)
 
-    def told_bytes(self, content: bytearray) -> None:
+    def broadcast_bytes(self, content: bytearray) -> None:
         """The leader's content, on every rank; of the others what is written over, of the same length."""
         dist.broadcast(torch.frombuffer(content, dtype=torch.uint8), src=0)
 
@@ -95,7 +95,7 @@ class Ranks:
             yield
         except (LoraCoreError, OSError) as error:
             problem = error
-        found = {rank: told for rank, told in enumerate(self.gathered(_told(problem))) if told is not None}
+        found = {rank: told for rank, told in enumerate(self.gathered(_problem_fields(problem))) if told is not None}
         if problem is None and found:
             problem = LoraCoreError(**next(iter(found.values())))  # which one it was tells its code
         if isinstance(problem, LoraCoreError):
@@ -261,7 +261,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _told(problem: LoraCoreError | OSError | None) -> dict[str, str] | None:
+def _problem_fields(problem: LoraCoreError | OSError | None) -> dict[str, str] | None:
     if problem is None:
         return None
     if isinstance(problem, OSError):

@@ -45,7 +45,7 @@ from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint, ConfigError, LoraCoreError, OutOfMemory
 from lora_core.events import Event
 from lora_core.forward.generation import Generation, Prompts
-from lora_core.forward.progress_hooks import Between, silent, told_at_linears
+from lora_core.forward.progress_hooks import Between, calling_at_linears, silent
 from lora_core.layers.activation_checkpointing import ActivationMemory
 from lora_core.losses.preference import SliceScores
 from lora_core.peft_format.export import ExportReport, export_adapter
@@ -195,7 +195,7 @@ class Engine:
         ]
         if not waiting:
             return None
-        return TickPlan.of_json(self.ranks.told(self._own_plan(waiting).as_json() if self.ranks.leads else None))
+        return TickPlan.of_json(self.ranks.broadcast(self._own_plan(waiting).as_json() if self.ranks.leads else None))
 
     def _own_plan(self, waiting: list[ReadySlice]) -> TickPlan:
         shortages = max(job.shortages for job in self._jobs.values())
@@ -312,7 +312,7 @@ class Engine:
         OutOfMemory, OSError.
         """
         in_passes = shortage_in_pass(is_sharded=self.base.is_sharded and has_evidence)
-        with in_passes, shortage_of(job), told_at_linears(self.base, between):
+        with in_passes, shortage_of(job), calling_at_linears(self.base, between):
             adapter = self._started(job).adapter
             return export_adapter(self.base, adapter, directory, base_name=base_name, has_evidence=has_evidence)
 

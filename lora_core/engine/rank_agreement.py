@@ -53,7 +53,7 @@ def agree(ranks: Ranks, outcomes: Sequence[StepOutcome], activations: Activation
     RanksDiffer, on all ranks, if a job has not diverged on all of them in the same way and from the same weights.
     """
     # One exchange carries both, because each costs a round trip per tick.
-    own = activations.told() if ranks.size > 1 else (0, 0)
+    own = activations.own_memory() if ranks.size > 1 else (0, 0)
     of_ranks = ranks.numbers([*own, *(outcome.status for outcome in outcomes)])
     activations.heed(own, [(free_bytes, per_token) for free_bytes, per_token, *_ in of_ranks])
     errors: list[OutOfMemory] = []

@@ -65,9 +65,9 @@ class TickPlan:
         return asdict(self) | {"tokens": list(self.tokens.items())}
 
     @classmethod
-    def of_json(cls, told: dict[str, Any]) -> "TickPlan":
-        tokens = {job: tuple(sizes) for job, sizes in told["tokens"]}
-        return cls(**told | {"tokens": tokens, "ranks": tuple(told["ranks"])})
+    def of_json(cls, fields: dict[str, Any]) -> "TickPlan":
+        tokens = {job: tuple(sizes) for job, sizes in fields["tokens"]}
+        return cls(**fields | {"tokens": tokens, "ranks": tuple(fields["ranks"])})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +110,8 @@ class Passes:
         except torch.OutOfMemoryError as error:
             shortage = error
         own_lanes = [sum(costs[index] for index in lane if index < len(own)) for lane in lanes]
-        told = {"scores": [asdict(score) for score in scores], "cost": sum(costs), "lane": max(own_lanes, default=0)}
-        found = self._ranks.gathered(None if shortage else told)
+        fields = {"scores": [asdict(score) for score in scores], "cost": sum(costs), "lane": max(own_lanes, default=0)}
+        found = self._ranks.gathered(None if shortage else fields)
         if shortage is not None:
             raise shortage
         if None in found:
@@ -168,6 +168,6 @@ def _slices(plan: TickPlan, jobs: Mapping[str, TrainingJob], own: Sequence[int])
     return slices
 
 
-def _scores(told: dict[str, Any]) -> SliceScores:
-    rewards: dict[str, Any] | None = told.pop("rewards")
-    return SliceScores(**told, rewards=None if rewards is None else RewardSums(**rewards))
+def _scores(fields: dict[str, Any]) -> SliceScores:
+    rewards: dict[str, Any] | None = fields.pop("rewards")
+    return SliceScores(**fields, rewards=None if rewards is None else RewardSums(**rewards))

@@ -55,17 +55,19 @@ class Generation:
     is what their keys and values need memory for.
     """
 
-    def __init__(self, base: BaseModel, asked: Mapping[str, tuple[FlatAdapter, Prompts]], *, token_budget: int) -> None:
+    def __init__(
+        self, base: BaseModel, requests: Mapping[str, tuple[FlatAdapter, Prompts]], *, token_budget: int
+    ) -> None:
         """asked: by job. Raises ConfigError."""
-        for _, prompts in asked.values():
+        for _, prompts in requests.values():
             check_prompts(prompts, base)
         self._base = base
-        self._asked = dict(asked)
+        self._requests = dict(requests)
         self._token_budget = token_budget
         self._group: list[str] = []
         self._bounds = bounds_in(base.model)
         self._answers = {
-            job: [_Answer(prompt=prompt) for prompt in prompts.prompts] for job, (_, prompts) in asked.items()
+            job: [_Answer(prompt=prompt) for prompt in prompts.prompts] for job, (_, prompts) in requests.items()
         }
 
     @property
@@ -98,7 +100,7 @@ class Generation:
 
     def drop(self, job: str) -> None:
         """Answer that job no further."""
-        del self._asked[job], self._answers[job]
+        del self._requests[job], self._answers[job]
         self._group = [other for other in self._group if other != job]
 
     def answers(self) -> dict[str, list[tuple[int, ...]]]:
@@ -106,14 +108,14 @@ class Generation:
         return {job: [tuple(answer.ids) for answer in answers] for job, answers in self._answers.items()}
 
     def _growing(self) -> list[str]:
-        return [job for job in self._asked if self._open(job)]
+        return [job for job in self._requests if self._open(job)]
 
     def _open(self, job: str) -> list[_Answer]:
         return [answer for answer in self._answers[job] if not answer.is_complete]
 
     def _most_tokens(self, job: str) -> int:
         """Of all its answers that go on, with their prompts, when they are complete."""
-        return sum(len(answer.prompt) + self._asked[job][1].max_tokens for answer in self._open(job))
+        return sum(len(answer.prompt) + self._requests[job][1].max_tokens for answer in self._open(job))
 
     def _next_group(self) -> list[str]:
         """The first jobs that fit together; a job's own answers are never parted."""
@@ -138,7 +140,7 @@ class Generation:
         """The likeliest next token of each open answer, by job."""
         growing = [(job, answer) for job in jobs for answer in self._open(job)]
         for job, answer in growing:
-            self._make_ready(answer, capacity=len(answer.prompt) + self._asked[job][1].max_tokens)
+            self._make_ready(answer, capacity=len(answer.prompt) + self._requests[job][1].max_tokens)
         pack = self._pack(jobs)
         h_SD = hidden_states(self._base, pack)[pack.sequence_bounds_S[1:] - 1]
         found: list[list[int]] = []
@@ -162,7 +164,7 @@ class Generation:
         """Of each answer what its keys are not kept of, at its place in the answer."""
         slices = [
             SliceInput(
-                adapter=self._asked[job][0],
+                adapter=self._requests[job][0],
                 sequences=tuple(_new_tokens(answer) for answer in self._open(job)),
                 label_weight=0.0,
                 dropout=None,
@@ -177,7 +179,7 @@ class Generation:
         return replace(pack, kept=kept, position_ids=pack.position_ids + by_token.to(pack.position_ids.device))
 
     def _book(self, job: str, tokens: Sequence[int]) -> None:
-        prompts = self._asked[job][1]
+        prompts = self._requests[job][1]
         for answer, token in zip(self._open(job), tokens, strict=True):
             answer.ids.append(token)
             answer.is_complete = token in prompts.end_ids or len(answer.ids) == prompts.max_tokens

@@ -15,7 +15,7 @@ def silent() -> None:
 
 
 @contextmanager
-def told_at_linears(base: BaseModel, between: Between) -> Iterator[None]:
+def calling_at_linears(base: BaseModel, between: Between) -> Iterator[None]:
     """Within the block `between` is called whenever a linear of the base has computed, with or without an adapter.
 
     So it is silent for one product, not for a pass, which on a CPU takes a base of 8B parameters many seconds.

@@ -101,7 +101,7 @@ class ExactProducts:
         self.row_block = row_block
         self._is_exact: dict[tuple[Product, int, int], bool] = {}
         self._pieces: dict[tuple[tuple[Product, ...], int, int], tuple[int, ...]] = {}
-        self._num_asked: Counter[tuple[tuple[Product, ...], int, int]] = Counter()
+        self._num_calls: Counter[tuple[tuple[Product, ...], int, int]] = Counter()
         self._trying = Lock()  # a trial takes memory for a matrix: one at a time
 
     def run(
@@ -117,18 +117,18 @@ class ExactProducts:
 
     def pieces(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
         """The rows of each piece in which all these products give the bits of blocks; the last may be too many."""
-        asked = (products, num_rows, torch.get_num_threads())
-        if asked not in self._pieces and any(product.num_numbers > LARGE for product in products):
-            self._num_asked[asked] += 1
-            if self._num_asked[asked] <= UNTRIED_TIMES:
+        call = (products, num_rows, torch.get_num_threads())
+        if call not in self._pieces and any(product.num_numbers > LARGE for product in products):
+            self._num_calls[call] += 1
+            if self._num_calls[call] <= UNTRIED_TIMES:
                 return (self.row_block,) * -(-num_rows // self.row_block)
         return self._pieces_tried(products, num_rows)
 
     def _pieces_tried(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
-        asked = (products, num_rows, torch.get_num_threads())
-        found = self._pieces.get(asked)
+        call = (products, num_rows, torch.get_num_threads())
+        found = self._pieces.get(call)
         if found is None:
-            found = self._pieces[asked] = self._divided(products, num_rows)
+            found = self._pieces[call] = self._divided(products, num_rows)
         return found
 
     def _divided(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
@@ -154,11 +154,11 @@ class ExactProducts:
     def _keeps_its_bits(self, product: Product, num_rows: int) -> bool:
         if num_rows == self.row_block or not self._is_tried(product, num_rows):
             return num_rows == self.row_block
-        asked = (product, num_rows, torch.get_num_threads())
+        call = (product, num_rows, torch.get_num_threads())
         with self._trying:
-            if asked not in self._is_exact:
-                self._is_exact[asked] = product.gives_the_bits_of_blocks(num_rows, self.row_block)
-            return self._is_exact[asked]
+            if call not in self._is_exact:
+                self._is_exact[call] = product.gives_the_bits_of_blocks(num_rows, self.row_block)
+            return self._is_exact[call]
 
     def _is_tried(self, product: Product, num_rows: int) -> bool:
         is_large = product.num_numbers > LARGE

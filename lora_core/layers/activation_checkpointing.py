@@ -82,7 +82,7 @@ class ActivationMemory:
         free_bytes = _free_bytes(self._device) - self._lacking_bytes
         return num_tokens * max(self.bytes_per_token, self._others_bytes_per_token) > USABLE * free_bytes
 
-    def told(self) -> tuple[int, int]:
+    def own_memory(self) -> tuple[int, int]:
         """Of this rank, for the others: bytes that are free, and those that a token takes."""
         return (_free_bytes(self._device), int(self.bytes_per_token)) if self._measures else (0, 0)
 

@@ -40,13 +40,13 @@ class RotaryCall:
 def faster_rotations(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
     """The attention modules of `model` whose rotation can be replaced, and the forward of each."""
     found = [(module, own) for module in model.modules() if (own := _own_forward(module)) is not None]
-    asked: dict[tuple[Rotation, torch.dtype], RotaryCall] = {}
+    rotary_calls: dict[tuple[Rotation, torch.dtype], RotaryCall] = {}
     forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
     for module, own in found:
         original, like = own.__globals__[NAME], next(module.parameters())
-        if (original, like.dtype) not in asked:
-            asked[original, like.dtype] = _ask(original, like)
-        answer = asked[original, like.dtype]
+        if (original, like.dtype) not in rotary_calls:
+            rotary_calls[original, like.dtype] = _ask(original, like)
+        answer = rotary_calls[original, like.dtype]
         if answer.whole or answer.part:
             forwards.append((module, partial(_forward, module, _over_ours(own, answer))))
     return forwards
@@ -60,8 +60,8 @@ def _own_forward(module: nn.Module) -> FunctionType | None:
     return own if callable(own.__globals__.get(NAME)) and any(True for _ in module.parameters()) else None
 
 
-def _over_ours(own: FunctionType, asked: RotaryCall) -> FunctionType:
-    names = own.__globals__ | {NAME: partial(_rotated, asked)}
+def _over_ours(own: FunctionType, rotary_call: RotaryCall) -> FunctionType:
+    names = own.__globals__ | {NAME: partial(_rotated, rotary_call)}
     copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     copy.__kwdefaults__ = own.__kwdefaults__
     return copy
@@ -99,11 +99,11 @@ def _agrees(original: Rotation, like: Tensor, num_rotated: int) -> bool:
 
 
 def _rotated(
-    asked: RotaryCall, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+    rotary_call: RotaryCall, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    agrees = asked.whole if cos.shape[-1] == query.shape[-1] else asked.part
+    agrees = rotary_call.whole if cos.shape[-1] == query.shape[-1] else rotary_call.part
     if not agrees or args or kwargs.get("unsqueeze_dim", 1) != 1 or not _fits(query, key, cos, sin):
-        return asked.original(query, key, cos, sin, *args, **kwargs)
+        return rotary_call.original(query, key, cos, sin, *args, **kwargs)
     return Rotate.apply(query, key, cos, sin)
 
 

@@ -23,11 +23,11 @@ def faster_mlps(model: nn.Module) -> list[tuple[nn.Module, Callable[[Tensor], Te
     """The MLPs of `model` that can be replaced, and the forward of each. One of each kind is asked, for that reads all
     its weights."""
     found = [(module, kind_of(module)) for module in model.modules() if _is_ours(module)]
-    asked: dict[Hashable, bool] = {}
+    agrees: dict[Hashable, bool] = {}
     for module, kind in found:
-        if kind not in asked:
-            asked[kind] = _agrees(module)
-    return [(module, partial(forward_mlp, module)) for module, kind in found if asked[kind]]
+        if kind not in agrees:
+            agrees[kind] = _agrees(module)
+    return [(module, partial(forward_mlp, module)) for module, kind in found if agrees[kind]]
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -94,7 +94,7 @@ def merge_adapter(
     with _base_folder(base_source, dequantize=dequantize) as (base_dir, was_quantized):
         stored: Dtype = "float32" if read_config(base_dir).dtype == torch.float32 else "bfloat16"
         base = load_base(base_dir, dtype=dtype or stored, device="cpu")
-        _refuse_other_base(base if trained_on == "none" else _held_as(base_dir, trained_on, base), adapter_dir)
+        _refuse_other_base(base if trained_on == "none" else _loaded_as(base_dir, trained_on, base), adapter_dir)
         to_trained = None if trained_on == "none" else _diff_to_trained(base, adapter_dir)
         model = cast(nn.Module, base.model)
         ids = torch.from_numpy(pseudo_random_ids(base, "merge", PROBE_SEED))
@@ -208,7 +208,7 @@ def _refuse_other_base(base: BaseModel, adapter_dir: Path) -> None:
         raise _bad("on this base model it doesn't give the logits that training saw")
 
 
-def _held_as(base_dir: Path, quantization: Quantization, plain: BaseModel) -> BaseModel:
+def _loaded_as(base_dir: Path, quantization: Quantization, plain: BaseModel) -> BaseModel:
     """The base as training had it: what the adapter's evidence is of."""
     dtype = "float32" if plain.dtype == torch.float32 else "bfloat16"
     return load_base(base_dir, dtype=dtype, device="cpu", quantization=quantization)

@@ -48,7 +48,7 @@ class Parent:
     the prefix, and how its base was held in training."""
 
     lora: LoraConfig
-    held: Quantization
+    quantization: Quantization
     paths: tuple[str, ...]
     shapes: dict[str, tuple[int, ...]]
 
@@ -93,7 +93,7 @@ def _read(directory: Path) -> Parent:
     content = _read_config(directory)
     try:
         header = read_header(directory / WEIGHTS)
-        held = quantization_in_training(directory / WEIGHTS)
+        quantization = quantization_in_training(directory / WEIGHTS)
     except UnsafeFile as error:
         raise _bad(error.message.removesuffix(".")) from error
     for name, (dtype, _) in header.items():
@@ -113,7 +113,7 @@ def _read(directory: Path) -> Parent:
         if isinstance(error, BadParent):
             raise
         raise _bad(f"of what its adapter_config.json says, {error.message.removesuffix('.')}") from error
-    return Parent(lora=lora, held=held, paths=paths, shapes=shapes)
+    return Parent(lora=lora, quantization=quantization, paths=paths, shapes=shapes)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -227,10 +227,10 @@ def _require_same_base(parent: Parent, base: BaseModel) -> None:
     unknown = sorted(set(parent.paths) - set(base.linear_names()))
     if unknown:
         raise _bad(f"it adapts {unknown[0][:200]}, which this base model hasn't", remedy=OTHER_BASE_REMEDY)
-    if parent.held != base.quantization:
+    if parent.quantization != base.quantization:
         raise _bad(
-            f"it was trained on its base held as {parent.held}, and this base is held as {base.quantization}",
-            remedy=f"Continue it on the base model with the quantization {parent.held!r}.",
+            f"it was trained on its base held as {parent.quantization}, and this base is held as {base.quantization}",
+            remedy=f"Continue it on the base model with the quantization {parent.quantization!r}.",
         )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora_core.base_model.model import BaseModel
 from lora_core.errors import BadAdapter, OutOfMemory, UnsafeFile
-from lora_core.forward.progress_hooks import Between, silent, told_at_linears
+from lora_core.forward.progress_hooks import Between, calling_at_linears, silent
 from lora_core.layers.task_heads import own_head, task_head_of
 from lora_core.peft_format import evidence_linears, evidence_modules
 from lora_core.peft_format.evidence_linears import ROUNDING_FACTOR, LinearsReport
@@ -77,7 +77,7 @@ def verify_export(base: BaseModel, directory: Path, *, between: Between = silent
     directory, where PEFT's own pass doesn't fit the device, or BrokenPass where the base is divided.
     """
     try:
-        with shortage_in_pass(is_sharded=base.is_sharded), told_at_linears(base, between):
+        with shortage_in_pass(is_sharded=base.is_sharded), calling_at_linears(base, between):
             return _verify(base, directory)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(directory.name) from error
@@ -163,12 +163,12 @@ def _compare(
     passed = is_same_base and numbers["max_abs_diff"] <= tolerance and numbers["rms_diff"] <= rms_tolerance
     passed = passed and (proven or linears is None) and all(map(math.isfinite, numbers.values())) and largest > 0
     return VerifyReport(
-        **{name: _told(number) for name, number in numbers.items()},
+        **{name: _finite(number) for name, number in numbers.items()},
         passed=passed,
         num_positions=logits.shape[0] * logits.shape[1],
         num_linears=linears.num_linears if linears else 0,
         worst_linear=linears.worst_linear if linears else None,
-        worst_linear_error=_told(linears.worst_error) if linears else None,
+        worst_linear_error=_finite(linears.worst_error) if linears else None,
         explanation=_explained(linears, tolerance, factor=factor, magnified=tolerance / (factor * least), dtype=dtype)
         if largest > 0
         else ALL_ZERO,
@@ -178,7 +178,7 @@ def _compare(
 ALL_ZERO = "With this adapter every logit is zero: training has ruined it, and nothing can be told from its answers."
 
 
-def _told(number: float) -> float:
+def _finite(number: float) -> float:
     """JSON, and the databases that keep it, know neither infinity nor what is not a number."""
     return number if math.isfinite(number) else sys.float_info.max
 

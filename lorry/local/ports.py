@@ -39,10 +39,10 @@ def listen(host: str, port: int | None) -> socket.socket:
     )
 
 
-def moved(listening: socket.socket, asked: int | None) -> str | None:
+def moved(listening: socket.socket, requested: int | None) -> str | None:
     """The sentence for a user who finds the service at another port than usual; None if it is the usual one."""
     port = listening.getsockname()[1]
-    if asked is not None or port == DEFAULT_PORT:
+    if requested is not None or port == DEFAULT_PORT:
         return None
     return f"Port {DEFAULT_PORT} is in use by another program, perhaps another Lorry: this one listens on {port}."
 

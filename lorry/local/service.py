@@ -71,16 +71,16 @@ class LocalService:
         key = answer.get("api_key")
         return Bootstrapped(
             api_key=key if isinstance(key, str) else None,
-            identity_secret=_told(answer, "identity_secret", command="bootstrap"),
+            identity_secret=_field(answer, "identity_secret", command="bootstrap"),
         )
 
     def new_key(self) -> str:
         """Another operator key, for who has the data folder but no key."""
-        return _told(self._run("new-key", "--json", "--name", "lorry up"), "api_key", command="new-key")
+        return _field(self._run("new-key", "--json", "--name", "lorry up"), "api_key", command="new-key")
 
     def sign_in_link(self) -> str:
         """A link that works once."""
-        return _told(self._run("sign-in-link", "--json"), "url", command="sign-in-link")
+        return _field(self._run("sign-in-link", "--json"), "url", command="sign-in-link")
 
     def api(self) -> Child:
         inherited = self._listening.fileno()
@@ -141,7 +141,7 @@ def _environment(data_dir: Path, given: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-def _told(answer: Mapping[str, Any], name: str, *, command: str) -> str:
+def _field(answer: Mapping[str, Any], name: str, *, command: str) -> str:
     """A field of what a command printed. Raises LorryError where it lacks it."""
     value = answer.get(name)
     if not isinstance(value, str):

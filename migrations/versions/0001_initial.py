@@ -331,7 +331,7 @@ def _create_jobs() -> None:
         sa.Column("is_held", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column("deadline", sa.Float(precision=53), nullable=True),
         sa.Column("needed_start", sa.Float(precision=53), nullable=True),
-        sa.Column("is_told_late", sa.Boolean(), server_default=sa.false(), nullable=False),
+        sa.Column("is_late_announced", sa.Boolean(), server_default=sa.false(), nullable=False),
         sa.Column("claimed_at", sa.Float(precision=53), nullable=True),
         sa.Column("charged_at", sa.Float(precision=53), nullable=True),
         sa.Column("device_seconds", sa.Float(precision=53), server_default="0", nullable=False),

@@ -120,7 +120,7 @@ class FaultSite(WorkerSite):
         self.wait_until(condition)
         return time.monotonic() - began
 
-    def is_told(self, verb: str) -> bool:
+    def is_requested(self, verb: str) -> bool:
         """A trainer has a message that it has not read."""
         return bool(list(self.settings.work_dir().glob(f"trainers/*/inbox/*-{verb}.json")))
 
@@ -202,7 +202,7 @@ class FaultSite(WorkerSite):
         for job_id in job_ids:
             commands.cancel(self.db, project_id=self.caller.project_id, job_id=job_id)
 
-    def told(self, job_id: str) -> str:
+    def attempts_text(self, job_id: str) -> str:
         """How its attempts ended, in short."""
         told: list[str] = []
         for attempt in self.attempts(job_id):

@@ -21,7 +21,7 @@ import torch
 from lora_core.base_model.model import BaseModel, load_base
 from lora_core.base_model.sharding import Strategy
 from lora_core.distributed import ranks as distributed
-from lora_core.distributed.failure_broadcast import told_to_all
+from lora_core.distributed.failure_broadcast import broadcast_failures
 from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine import job as job_module
 from lora_core.engine import step as passes
@@ -209,7 +209,7 @@ def end(base: BaseModel, ranks: Ranks, way: str) -> str:
         "memory in answers": (generate, "hidden_states", 2, short),
     }
     try:
-        with told_to_all(ranks), failing(ranks, *failures[way]):
+        with broadcast_failures(ranks), failing(ranks, *failures[way]):
             goes_to_its_end(base, ranks, way)
     except Exception as error:  # noqa: BLE001  (which one is the question)
         return f"{type(error).__name__}: {error}"
@@ -224,7 +224,7 @@ def goes_to_its_end(base: BaseModel, ranks: Ranks, way: str) -> None:
     admit(engine, "one", JOBS["one"])
     if way == "memory in answers":
         generation = engine.generation({"one": Prompts(prompts=((1, 2, 3),), max_tokens=4)})
-        while not ranks.told(generation.is_complete):
+        while not ranks.broadcast(generation.is_complete):
             generation.advance()
         return
     while not engine.idle:

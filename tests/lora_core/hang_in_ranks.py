@@ -6,13 +6,13 @@ import threading
 
 from lora_core.distributed import failure_broadcast
 from lora_core.distributed import ranks as distributed
-from lora_core.distributed.failure_broadcast import told_to_all
+from lora_core.distributed.failure_broadcast import broadcast_failures
 
 
 def main() -> None:
     failure_broadcast.LOOK_SECONDS, failure_broadcast.GRACE_SECONDS = 0.05, 0.5
     ranks = distributed.join("cpu", silence_seconds=300)
-    with told_to_all(ranks):
+    with broadcast_failures(ranks):
         if ranks.leads:
             threading.Event().wait()
         raise ValueError("the number 7")

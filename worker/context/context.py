@@ -232,7 +232,7 @@ def _standby(context: WorkerContext) -> Generator[None]:
 
 
 def _trains_as(context: WorkerContext) -> Json:
-    """How this worker trains, for its row in the database. `catalog.resources.sharding.group_told` reads it."""
+    """How this worker trains, for its row in the database. `catalog.resources.sharding.reported_group` reads it."""
     group, gang = context.group, context.settings.gang
     own = {"num_processes": group.num_devices, "strategy": group.wanted, "host_bytes": group.host_bytes}
     return own if gang is None else own | {"gang": gang}

@@ -38,7 +38,7 @@ def free_capacity(context: WorkerContext, session: TrainerSession | None = None)
             recomputes=context.device.recomputes,
             group=group,
         )
-    when_empty = free_bytes + session.held_bytes()
+    when_empty = free_bytes + session.bytes_in_use()
     if session.ready is not None:
         when_empty += group.reserve_bytes
     if not len(session) and session.ready is not None:

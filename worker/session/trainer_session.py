@@ -147,12 +147,12 @@ class TrainerSession:
             total += slice_bytes if memory.widens_tick(number, tick_tokens=tick_tokens) else 0
         return total
 
-    def held_bytes(self) -> int:
+    def bytes_in_use(self) -> int:
         """Memory that unloading the trainer would free, by its last report. A GPU's allocator keeps the memory of its
         largest tick; a CPU's returns what it can."""
-        held = self._memory
-        whole = int(held.get("base_bytes", 0)) + int(held.get("rows_bytes", 0))
-        return max(whole, int(held.get("peak_bytes", 0))) if self._context.device.kind == "cuda" else whole
+        memory = self._memory
+        whole = int(memory.get("base_bytes", 0)) + int(memory.get("rows_bytes", 0))
+        return max(whole, int(memory.get("peak_bytes", 0))) if self._context.device.kind == "cuda" else whole
 
     def _trainer_bytes_to_come(self) -> int:
         """Of the base and the first tick, before any job is admitted. A trainer that is ready and empty needs none."""
@@ -168,7 +168,7 @@ class TrainerSession:
             return whole
         divisible, gathered = block_bytes(self._description, precision)
         demand = Demand(whole_bytes=whole, shardable_bytes=divisible, gathered_bytes=gathered)
-        return self._context.group.held_bytes(demand, self.holding)
+        return self._context.group.allocated_bytes(demand, self.holding)
 
     # To the trainer
 

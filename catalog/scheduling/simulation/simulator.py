@@ -253,15 +253,15 @@ class Simulation:
 
     def _share(self, project: str) -> Share:
         weight = self.cluster.weights.get(project, 1.0)
-        return Share(weight=weight, device_seconds=self._left_of(project), **self._held(project))
+        return Share(weight=weight, device_seconds=self._left_of(project), **self._in_use(project))
 
-    def _held(self, project: str) -> dict[str, Any]:
+    def _in_use(self, project: str) -> dict[str, Any]:
         parts = [
             sum(record.arrival.project == project for record in worker.jobs.values()) / len(worker.jobs)
             for worker in self._workers
             if worker.jobs
         ]
-        return {"num_running": self._running[project], "devices_held": sum(parts)}
+        return {"num_running": self._running[project], "devices_in_use": sum(parts)}
 
     def _take(self, worker: _Worker, choices: Sequence[Choice]) -> None:
         chosen = [choice.entry.candidate for choice in choices]

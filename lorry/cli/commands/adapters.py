@@ -336,7 +336,7 @@ def _source_of(lorry: Lorry, base_model: str) -> str | None:
 def _say_how_to_use(folder: Path, adapter: Adapter, source: str | None) -> None:
     """The base_model_name_or_path of adapter_config.json is Lorry's own name: Transformers can't load that."""
     output.say(f"PEFT loads it: PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
-    held = _how_held(adapter)
+    held = _sharding_text(adapter)
     if source is None:
         given = f", with {held}" if held else ""
         output.say(f"base is {adapter.base_model}, loaded by Transformers from its folder or its hub id{given}.")
@@ -345,7 +345,7 @@ def _say_how_to_use(folder: Path, adapter: Adapter, source: str | None) -> None:
         output.say(f"base is {adapter.base_model}: AutoModelForCausalLM.from_pretrained({source}{given})")
 
 
-def _how_held(adapter: Adapter) -> str | None:
+def _sharding_text(adapter: Adapter) -> str | None:
     """The arguments with which Transformers holds a base as training did; None for plain weights."""
     dtype = f"torch.{adapter.precision or 'bfloat16'}"
     how = {

@@ -43,7 +43,7 @@ def list_(
     """What was changed of late: of your project; for operators, of all."""
     started = None if since is None else time.time() - since
     found = client().audit.list(types=kind or (), actor_ids=actor or (), project_ids=project or (), since=started)
-    with _types_told(kind or []):
+    with _suggesting_types(kind or []):
         events = list(islice(found, limit))
     if as_json:
         return output.print_json([event.raw for event in events])
@@ -67,7 +67,7 @@ def verify(*, as_json: AsJson = False) -> None:
     elif found.misfit is None:
         output.say(f"{found.num_events} events are as they were sealed; {found.num_unsealed} are not sealed yet.")
     else:
-        output.say(_misfit_told(found))
+        output.say(_misfit_sentence(found))
     if not found.is_sound:
         raise typer.Exit(EXIT_REFUSED)
 
@@ -83,7 +83,7 @@ def export() -> None:
 
 
 @contextmanager
-def _types_told(typed: Sequence[str]) -> Generator[None]:
+def _suggesting_types(typed: Sequence[str]) -> Generator[None]:
     """A refusal that lists every type there is tells the nearest one instead, or those of the group that was typed."""
     try:
         yield
@@ -109,7 +109,7 @@ def _near(typed: str, known: Sequence[str]) -> str:
     return f"Types are named {told}. Those of one: lorry audit list --type {groups[0]}"
 
 
-def _misfit_told(found: AuditVerification) -> str:
+def _misfit_sentence(found: AuditVerification) -> str:
     assert found.misfit is not None
     if found.misfit.fault == "anchor_changed":
         return (

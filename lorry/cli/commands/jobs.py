@@ -115,31 +115,31 @@ def watch(
 @app.command()
 def cancel(job_id: JobId, _yes: YesTaken = False, as_json: AsJson = False) -> None:
     """End a job for good."""
-    _told(client().jobs.cancel(job_id), as_json=as_json)
+    _print_result(client().jobs.cancel(job_id), as_json=as_json)
 
 
 @app.command()
 def pause(job_id: JobId, as_json: AsJson = False) -> None:
     """Stop a job at its last checkpoint; `resume` goes on from there."""
-    _told(client().jobs.pause(job_id), as_json=as_json)
+    _print_result(client().jobs.pause(job_id), as_json=as_json)
 
 
 @app.command()
 def resume(job_id: JobId, as_json: AsJson = False) -> None:
     """Put a paused job back into the queue."""
-    _told(client().jobs.resume(job_id), as_json=as_json)
+    _print_result(client().jobs.resume(job_id), as_json=as_json)
 
 
 @app.command()
 def hold(job_id: JobId, as_json: AsJson = False) -> None:
     """Keep a job in the queue, and out of every trainer, until it is released."""
-    _told(client().jobs.hold(job_id), as_json=as_json)
+    _print_result(client().jobs.hold(job_id), as_json=as_json)
 
 
 @app.command()
 def release(job_id: JobId, as_json: AsJson = False) -> None:
     """Let a held job train when its turn comes."""
-    _told(client().jobs.release(job_id), as_json=as_json)
+    _print_result(client().jobs.release(job_id), as_json=as_json)
 
 
 @app.command()
@@ -156,7 +156,7 @@ def move(
     if sum((before is not None, after is not None, first, last)) != 1:
         raise typer.BadParameter("say one of --before JOB, --after JOB, --first and --last.")
     to = "first" if first else "last" if last else None
-    _told(client().jobs.move(job_id, before=before, after=after, to=to), as_json=as_json)
+    _print_result(client().jobs.move(job_id, before=before, after=after, to=to), as_json=as_json)
 
 
 @app.command()
@@ -256,7 +256,7 @@ def _usable_rows(lorry: Lorry, job: Job) -> int | None:
     return training.get("usable_rows")
 
 
-def _told(job: Job, *, as_json: bool) -> None:
+def _print_result(job: Job, *, as_json: bool) -> None:
     if as_json:
         output.print_json(job.raw)
     else:

@@ -187,7 +187,7 @@ def limit(
     )
     if as_json:
         return output.print_json(key.raw)
-    told = [_limit_told(key.requests_per_minute, "requests a minute"), _limit_told(key.jobs_per_day, "jobs a day")]
+    told = [_limit_text(key.requests_per_minute, "requests a minute"), _limit_text(key.jobs_per_day, "jobs a day")]
     told += [f"priority at most {key.highest_priority}"] if key.highest_priority else []
     return output.say(f"{key.id} ({key.name}): {', '.join(told)}.")
 
@@ -237,5 +237,5 @@ def _number(text: str | None) -> int | Literal["service"] | None:
     return int(text)
 
 
-def _limit_told(limit: int | None, what: str) -> str:
+def _limit_text(limit: int | None, what: str) -> str:
     return f"{what} as the service says" if limit is None else f"{limit} {what}" if limit else f"any {what}"

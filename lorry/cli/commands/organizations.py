@@ -23,7 +23,7 @@ def create_organization(
 ) -> None:
     """Make an organization (an operator's key only)."""
     made = client().organizations.create(name)
-    _told(
+    _print_result(
         made, f"{made.name} is made. Give it a project: lorry projects create NAME --organization {made.name}", as_json
     )
 
@@ -46,10 +46,10 @@ def rename_organization(
 ) -> None:
     """Give an organization another name (an operator's key only). Its projects keep theirs."""
     renamed = client().organizations.rename(organization, name)
-    _told(renamed, f"{output.clean(organization)} is {renamed.name} now.", as_json)
+    _print_result(renamed, f"{output.clean(organization)} is {renamed.name} now.", as_json)
 
 
-def _told(organization: Organization, sentence: str, as_json: bool) -> None:
+def _print_result(organization: Organization, sentence: str, as_json: bool) -> None:
     if as_json:
         output.print_json(organization.raw)
     else:

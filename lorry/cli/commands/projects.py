@@ -37,7 +37,8 @@ def create_project(
 ) -> None:
     """Make a project (an operator's key only)."""
     project = client().projects.create(name, organization=organization)
-    _told(project, f"{project.name} is made. Give it a key: lorry keys create NAME --project {project.name}", as_json)
+    sentence = f"{project.name} is made. Give it a key: lorry keys create NAME --project {project.name}"
+    _print_result(project, sentence, as_json)
 
 
 @app.command("list")
@@ -73,7 +74,7 @@ def rename_project(
 ) -> None:
     """Give a project another name (an operator's key only). Its adapters keep theirs."""
     renamed = client().projects.rename(project, name)
-    _told(renamed, f"{output.clean(project)} is {renamed.name} now.", as_json)
+    _print_result(renamed, f"{output.clean(project)} is {renamed.name} now.", as_json)
 
 
 @app.command("weigh")
@@ -84,7 +85,7 @@ def weigh_project(
 ) -> None:
     """Give a project its part of the devices, beside others whose jobs wait (an operator's key only)."""
     weighed = client().projects.weigh(project, weight)
-    _told(weighed, f"{weighed.name} has the weight {weighed.weight:g} now.", as_json)
+    _print_result(weighed, f"{weighed.name} has the weight {weighed.weight:g} now.", as_json)
 
 
 @app.command("archive")
@@ -96,14 +97,15 @@ def archive_project(
     """Put a project away (an operator's key only): its keys open nothing, and what it has stays."""
     output.confirm(f"Archive {project}, so that none of its keys opens anything?", yes=yes)
     archived = client().projects.archive(project)
-    _told(archived, f"{archived.name} is archived. Bring it back: lorry projects restore {archived.name}", as_json)
+    sentence = f"{archived.name} is archived. Bring it back: lorry projects restore {archived.name}"
+    _print_result(archived, sentence, as_json)
 
 
 @app.command("restore")
 def restore_project(project: ProjectName, _yes: YesTaken = False, as_json: AsJson = False) -> None:
     """Bring a project back (an operator's key only)."""
     restored = client().projects.restore(project)
-    _told(restored, f"{restored.name} is open again.", as_json)
+    _print_result(restored, f"{restored.name} is open again.", as_json)
 
 
 @app.command("limit")
@@ -142,7 +144,7 @@ def limit_project(
     return table([Column(title=title) for title in titles], rows, empty="It has no limits.")
 
 
-def _told(project: Project, sentence: str, as_json: bool) -> None:
+def _print_result(project: Project, sentence: str, as_json: bool) -> None:
     if as_json:
         output.print_json(project.raw)
     else:

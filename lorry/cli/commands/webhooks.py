@@ -145,7 +145,7 @@ def change(
 ) -> None:
     """Change an endpoint. What is left out stays as it is."""
     endpoint = client().webhooks.change(endpoint_id, url=url, name=name, event_types=events)
-    _told(endpoint, f"{endpoint.id} ({endpoint.name}) is sent {', '.join(endpoint.event_types)}.", as_json)
+    _print_result(endpoint, f"{endpoint.id} ({endpoint.name}) is sent {', '.join(endpoint.event_types)}.", as_json)
 
 
 @app.command()
@@ -153,14 +153,14 @@ def enable(endpoint_id: EndpointId, as_json: AsJson = False) -> None:
     """Send events again to an endpoint that is disabled."""
     endpoint = client().webhooks.change(endpoint_id, enabled=True)
     missed = f"lorry webhooks replay {endpoint.id} --failed-since 1d"
-    _told(endpoint, f"{endpoint.id} ({endpoint.name}) is enabled. Send what it has missed: {missed}", as_json)
+    _print_result(endpoint, f"{endpoint.id} ({endpoint.name}) is enabled. Send what it has missed: {missed}", as_json)
 
 
 @app.command()
 def disable(endpoint_id: EndpointId, _yes: YesTaken = False, as_json: AsJson = False) -> None:
     """Send nothing to an endpoint until it is enabled. Events are kept, to be replayed."""
     endpoint = client().webhooks.change(endpoint_id, enabled=False)
-    _told(
+    _print_result(
         endpoint, f"{endpoint.id} ({endpoint.name}) is sent nothing until: lorry webhooks enable {endpoint.id}", as_json
     )
 
@@ -183,7 +183,7 @@ def _show_once(endpoint: WebhookEndpoint, *, as_json: bool) -> None:
     return output.say(f"This is the secret of {endpoint.id} ({endpoint.name}). It is not shown again: keep it now.")
 
 
-def _told(endpoint: WebhookEndpoint, sentence: str, as_json: bool) -> None:
+def _print_result(endpoint: WebhookEndpoint, sentence: str, as_json: bool) -> None:
     if as_json:
         output.print_json(endpoint.raw)
     else:

@@ -81,14 +81,14 @@ def cordon(
     What starts in its place, on this host with these devices, takes nothing either.
     """
     worker = client().workers.cordon(worker_id, reason=reason)
-    _told(worker, f"It takes no new job. Take that back: lorry workers uncordon {worker.id}", as_json=as_json)
+    _print_result(worker, f"It takes no new job. Take that back: lorry workers uncordon {worker.id}", as_json=as_json)
 
 
 @app.command()
 def uncordon(worker_id: WorkerId, as_json: AsJson = False) -> None:
     """Let it take jobs again (an operator's key only)."""
     worker = client().workers.uncordon(worker_id)
-    _told(worker, f"{worker.id} takes jobs again.", as_json=as_json)
+    _print_result(worker, f"{worker.id} takes jobs again.", as_json=as_json)
 
 
 @app.command()
@@ -99,10 +99,10 @@ def drain(worker_id: WorkerId, as_json: AsJson = False) -> None:
     """
     worker = client().workers.drain(worker_id)
     told = "It saves what it holds and ends. What starts in its place is cordoned: lorry workers uncordon ID"
-    _told(worker, told, as_json=as_json)
+    _print_result(worker, told, as_json=as_json)
 
 
-def _told(worker: Worker, sentence: str, *, as_json: bool) -> None:
+def _print_result(worker: Worker, sentence: str, *, as_json: bool) -> None:
     if as_json:
         output.print_json(worker.raw)
     else:

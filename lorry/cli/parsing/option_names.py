@@ -77,7 +77,7 @@ def in_typed_words(error: APIError, typed: Mapping[str, str]) -> None:
     if error.param:
         said = _said(error.param, typed)
         words[error.param], error.param = said, said
-    error.message, error.remedy = _told(error.message, words), _told(error.remedy, words)
+    error.message, error.remedy = _with_option_names(error.message, words), _with_option_names(error.remedy, words)
 
 
 def _said(param: str, typed: Mapping[str, str]) -> str:
@@ -89,7 +89,7 @@ def _said(param: str, typed: Mapping[str, str]) -> str:
     return ", ".join(inside) or param
 
 
-def _told(text: str, words: Mapping[str, str]) -> str:
+def _with_option_names(text: str, words: Mapping[str, str]) -> str:
     """A field's name is one where it stands in quotes, or can be no other word. All in one look: what was typed for it
     may hold the name itself."""
     if not words:

@@ -82,7 +82,7 @@ def stay(lorry: Lorry, sweep_id: str, *, as_json: bool) -> None:
 def _watch(lorry: Lorry, sweep_id: str, *, as_json: bool) -> Sweep:
     if as_json:
         return _until_final(lorry, sweep_id)
-    sweep = _drawn(lorry, sweep_id) if sys.stderr.isatty() else _told(lorry, sweep_id)
+    sweep = _drawn(lorry, sweep_id) if sys.stderr.isatty() else _print_progress(lorry, sweep_id)
     print_board(sweep, list(lorry.sweeps.trials(sweep_id)))
     if sweep.fine_tuned_model:
         output.say(f"The best adapter is {sweep.fine_tuned_model}; get it with: lorry adapters pull {sweep.id}")
@@ -103,7 +103,7 @@ def _until_final(lorry: Lorry, sweep_id: str) -> Sweep:
     return lorry.sweeps.wait(sweep_id, on_progress=show, poll_seconds=POLL_SECONDS)
 
 
-def _told(lorry: Lorry, sweep_id: str) -> Sweep:
+def _print_progress(lorry: Lorry, sweep_id: str) -> Sweep:
     """For logs and pipes: a line when a count or the best has changed."""
     said: list[str] = []
 

@@ -65,11 +65,12 @@ def _worker_off(site: FaultSite, *, seconds: float) -> str:
     site.finish(theirs, ours)
 
     assert right.poll() is None, site.log()
-    assert site.reasons(theirs) == LOST_ONCE, site.told(theirs)
-    assert site.reasons(ours) == [EndReason.COMPLETED], site.told(ours)
+    assert site.reasons(theirs) == LOST_ONCE, site.attempts_text(theirs)
+    assert site.reasons(ours) == [EndReason.COMPLETED], site.attempts_text(ours)
     _assert_told_by_the_databases_clock(site, theirs, ours)
     return (
-        f"both kept their jobs for two leases; killed, its job was free {lost_after:.0f} s later: {site.told(theirs)}"
+        "both kept their jobs for two leases; "
+        f"killed, its job was free {lost_after:.0f} s later: {site.attempts_text(theirs)}"
     )
 
 
@@ -94,7 +95,7 @@ def _api_off(site: FaultSite, *, seconds: float) -> str:
 
     began = [site.attempts(job_id)[0].started_at for job_id in (first, second, third)]
     assert began == sorted(began), f"they began at {began}"
-    assert site.reasons(first) == LOST_ONCE, site.told(first)
+    assert site.reasons(first) == LOST_ONCE, site.attempts_text(first)
     _assert_told_by_the_databases_clock(site, first, second, third)
     return f"jobs began in the order in which they came; that of a killed worker was free {lost_after:.0f} s later"
 
@@ -119,7 +120,7 @@ def _assert_is_off(shifted: Path, *pids: int) -> None:
 def _assert_keep_their_jobs(site: FaultSite, *job_ids: str) -> None:
     site.wait_seconds(2 * site.settings.lease_seconds)
     for job_id in job_ids:
-        assert (site.job(job_id).state, len(site.attempts(job_id))) == (JobState.RUNNING, 1), site.told(job_id)
+        assert (site.job(job_id).state, len(site.attempts(job_id))) == (JobState.RUNNING, 1), site.attempts_text(job_id)
 
 
 def _lost_by_its_lease(site: FaultSite, worker: subprocess.Popen[bytes], job_id: str) -> float:

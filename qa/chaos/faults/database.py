@@ -38,9 +38,9 @@ def _restarted(site: FaultSite) -> str:
 
     told = _assert_unavailable(refused)
     site.wait_for_success(job_id)
-    assert site.reasons(job_id) == ONCE, site.told(job_id)
+    assert site.reasons(job_id) == ONCE, site.attempts_text(job_id)
     _accepts(site, _submit(site, file_id, "while-down"))
-    return f"{told}; then accepted. The running job: {site.told(job_id)}"
+    return f"{told}; then accepted. The running job: {site.attempts_text(job_id)}"
 
 
 def _killed_in_submission(site: FaultSite) -> str:
@@ -76,8 +76,8 @@ def _killed_in_completion(site: FaultSite) -> str:
 
     site.wait_for_success(job_id)
 
-    assert site.reasons(job_id) == ONCE, site.told(job_id)
-    return f"the worker completed it again: {site.told(job_id)}"
+    assert site.reasons(job_id) == ONCE, site.attempts_text(job_id)
+    return f"the worker completed it again: {site.attempts_text(job_id)}"
 
 
 def _locked(site: FaultSite) -> str:
@@ -95,9 +95,9 @@ def _locked(site: FaultSite) -> str:
 
     told = _assert_unavailable(answer) if answer.status_code != 200 else "the submission waited"
     site.wait_for_success(job_id)
-    assert site.reasons(job_id) == ONCE, site.told(job_id)
+    assert site.reasons(job_id) == ONCE, site.attempts_text(job_id)
     _accepts(site, _submit(site, file_id, "locked"))
-    return f"{told}. The running job: {site.told(job_id)}"
+    return f"{told}. The running job: {site.attempts_text(job_id)}"
 
 
 @contextmanager
@@ -132,9 +132,9 @@ def _read_only(site: FaultSite) -> str:
 
     site.wait_for_success(job_id)
 
-    assert site.reasons(job_id) == ONCE, site.told(job_id)
+    assert site.reasons(job_id) == ONCE, site.attempts_text(job_id)
     _accepts(site, _submit(site, file_id, "read-only"))
-    return f"{told}, reading goes on. The running job: {site.told(job_id)}"
+    return f"{told}, reading goes on. The running job: {site.attempts_text(job_id)}"
 
 
 def _set_read_only(site: FaultSite, is_read_only: bool) -> None:
@@ -169,9 +169,9 @@ def _away_for_two_leases(site: FaultSite) -> str:
 
     assert is_gone, "the trainer went on after its lease"
     site.wait_for_success(job_id)
-    assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.told(job_id)
-    assert site.attempts(job_id)[1].resumed_from_step == 10, site.told(job_id)
-    return f"trainer gone before its lease ended; {site.told(job_id)}"
+    assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.attempts_text(job_id)
+    assert site.attempts(job_id)[1].resumed_from_step == 10, site.attempts_text(job_id)
+    return f"trainer gone before its lease ended; {site.attempts_text(job_id)}"
 
 
 def _cut_off(site: FaultSite) -> str:
@@ -196,8 +196,8 @@ def _cut_off(site: FaultSite) -> str:
         assert [event.seq for event in site.events(job_id)] == before, "it wrote after it had lost its claim"
         cut_off.terminate()
         assert cut_off.wait(PATIENCE_SECONDS) == 0, site.log()
-    assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.told(job_id)
-    return f"trainer gone before its lease ended; {site.told(job_id)}; nothing written once healed"
+    assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.attempts_text(job_id)
+    return f"trainer gone before its lease ended; {site.attempts_text(job_id)}; nothing written once healed"
 
 
 def _submit(site: FaultSite, file_id: str, key: str) -> httpx.Response:

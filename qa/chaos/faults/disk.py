@@ -53,9 +53,9 @@ def _under_trainers(site: FaultSite) -> str:
     site.wait_for_success(job_id)
 
     attempts = site.attempts(job_id)
-    assert set(site.reasons(job_id)) <= {EndReason.NODE_FAILED, EndReason.COMPLETED}, site.told(job_id)
-    assert all((attempt.resumed_from_step or 0) >= 10 for attempt in attempts[1:]), site.told(job_id)
-    return f"“{_warnings(site, job_id)[0]}” {site.told(job_id)}"
+    assert set(site.reasons(job_id)) <= {EndReason.NODE_FAILED, EndReason.COMPLETED}, site.attempts_text(job_id)
+    assert all((attempt.resumed_from_step or 0) >= 10 for attempt in attempts[1:]), site.attempts_text(job_id)
+    return f"“{_warnings(site, job_id)[0]}” {site.attempts_text(job_id)}"
 
 
 def _under_store(site: FaultSite) -> str:
@@ -71,8 +71,8 @@ def _under_store(site: FaultSite) -> str:
 
     site.wait_for_success(job_id)
 
-    assert site.reasons(job_id) == [EndReason.COMPLETED], site.told(job_id)
-    return f"“{_warnings(site, job_id)[0]}” The adapter waited for room; {site.told(job_id)}"
+    assert site.reasons(job_id) == [EndReason.COMPLETED], site.attempts_text(job_id)
+    return f"“{_warnings(site, job_id)[0]}” The adapter waited for room; {site.attempts_text(job_id)}"
 
 
 def _under_database(site: FaultSite) -> str:
@@ -96,10 +96,10 @@ def _under_database(site: FaultSite) -> str:
     site.wait_for_success(job_id)
     site.wait_for_end(*later)
 
-    assert site.reasons(job_id) == [EndReason.COMPLETED], site.told(job_id)
+    assert site.reasons(job_id) == [EndReason.COMPLETED], site.attempts_text(job_id)
     refusal = f"507 {answer.json()['error']['code']}"
     told = f"{number} submissions had room, then {refusal}; accepted once there was room again"
-    return f"{told}. The running job: {site.told(job_id)}"
+    return f"{told}. The running job: {site.attempts_text(job_id)}"
 
 
 def _submit(site: FaultSite, file_id: str, number: int) -> httpx.Response:

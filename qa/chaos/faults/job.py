@@ -42,7 +42,7 @@ def _poison(site: FaultSite) -> str:
 
     job = site.job(poison)
     assert (job.state, (job.error or {}).get("code")) == (JobState.FAILED, "quarantined"), job.error
-    assert site.reasons(poison) == [EndReason.TRAINER_CRASHED] * 3, site.told(poison)
+    assert site.reasons(poison) == [EndReason.TRAINER_CRASHED] * 3, site.attempts_text(poison)
     assert len((job.error or {})["evidence"]) == 3
     return "quarantined after 3 attempts, with the evidence; 3 others succeeded"
 
@@ -63,7 +63,7 @@ def _bad_node(site: FaultSite) -> str:
     assert bad.wait(site.patience_seconds) == 0
     cordons.uncordon(site.db, cordoned.id)
     site.finish(*waiting)
-    return f"cordoned after {sum(map(len, ends))} bad ends of 3 jobs; on another: {site.told(waiting[0])}"
+    return f"cordoned after {sum(map(len, ends))} bad ends of 3 jobs; on another: {site.attempts_text(waiting[0])}"
 
 
 def _cordoned(site: FaultSite) -> list[Worker]:
@@ -83,7 +83,7 @@ def _diverged(site: FaultSite, *, fields: dict[str, Any], says: str) -> str:
     site.wait_for_success(good)
     site.wait_for_end(bad)
 
-    assert (site.job(bad).state, site.reasons(bad)) == (JobState.FAILED, [EndReason.DIVERGED]), site.told(bad)
+    assert (site.job(bad).state, site.reasons(bad)) == (JobState.FAILED, [EndReason.DIVERGED]), site.attempts_text(bad)
     assert says in site.attempts(bad)[0].detail, site.attempts(bad)[0].detail
     assert site.attempts(bad)[0].trainer_id == site.attempts(good)[0].trainer_id, "they did not ride together"
     return f"“{site.attempts(bad)[0].detail}” Its packmate's bytes are those of one left alone"
@@ -101,7 +101,7 @@ def _cancelled(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultSite
 
     def is_free() -> bool:
         is_ended = site.job(job_id).state == JobState.CANCELLED
-        if not is_ended and site.is_told("cancel"):
+        if not is_ended and site.is_requested("cancel"):
             site.gate("go").touch()
         return is_ended and not site.trainers_of(worker)
 

@@ -31,11 +31,11 @@ def _killed_by_the_kernel(site: FaultSite) -> str:
 
         site.wait_for_success(job_id)
 
-        assert site.reasons(job_id) == [EndReason.HOST_OOM, EndReason.COMPLETED], site.told(job_id)
+        assert site.reasons(job_id) == [EndReason.HOST_OOM, EndReason.COMPLETED], site.attempts_text(job_id)
         assert site.attempts(job_id)[1].resumed_from_step == 10
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(PATIENCE_SECONDS) == 0, site.log()
-    return f"{site.told(job_id)}: {site.attempts(job_id)[0].detail}"
+    return f"{site.attempts_text(job_id)}: {site.attempts(job_id)[0].detail}"
 
 
 ROWS = (

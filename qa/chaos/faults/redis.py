@@ -135,9 +135,10 @@ def _full(site: FaultSite) -> str:
     site.wait_for_success(*job_ids)
 
     allowed = (ONCE, [EndReason.INFRA_LOST, *ONCE])
-    assert all(site.reasons(job_id) in allowed for job_id in job_ids), [site.told(job_id) for job_id in job_ids]
+    attempts = [site.attempts_text(job_id) for job_id in job_ids]
+    assert all(site.reasons(job_id) in allowed for job_id in job_ids), attempts
     ended = f"Celery's worker ended with status {worker.poll()} and was started again" if has_ended else "it went on"
-    return f"submit 200 meanwhile; {ended}; the running job: {site.told(first)}; the queue drained after"
+    return f"submit 200 meanwhile; {ended}; the running job: {site.attempts_text(first)}; the queue drained after"
 
 
 def _flooded(site: FaultSite) -> str:
@@ -155,7 +156,7 @@ app.send_task("os.system", args=["true"])
     site.wait_for_success(job_id)
     with _client(site) as client:
         site.wait_until(lambda: client.llen("lorry:lorry") == 0)
-    assert site.reasons(job_id) == ONCE, site.told(job_id)
+    assert site.reasons(job_id) == ONCE, site.attempts_text(job_id)
     return "one attempt; the others were ignored"
 
 

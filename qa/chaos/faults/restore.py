@@ -62,10 +62,10 @@ def _finish_from_the_backup(site: FaultSite, job_id: str) -> str:
     site.finish(job_id)
 
     (first, second) = site.attempts(job_id)
-    assert [first.reason, second.reason] == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.told(job_id)
+    assert [first.reason, second.reason] == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.attempts_text(job_id)
     assert second.resumed_from_step == 10, "the checkpoint of step 20 was made after the backup"
     _command(site, "verify")
-    return site.told(job_id)
+    return site.attempts_text(job_id)
 
 
 def _crash(site: FaultSite, database: Path, left: list[Path]) -> None:

@@ -43,11 +43,11 @@ def _damaged(site: FaultSite, *, spoil: Callable[[FaultSite, Path], None]) -> st
 
     site.finish(job_id)
 
-    assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.told(job_id)
-    assert site.attempts(job_id)[1].resumed_from_step == 10, site.told(job_id)
+    assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.attempts_text(job_id)
+    assert site.attempts(job_id)[1].resumed_from_step == 10, site.attempts_text(job_id)
     warned = [event.message for event in site.events(job_id) if "can't be used" in event.message]
     assert len(warned) == 1, warned
-    return f"told, and resumed from step 10: {site.told(job_id)}"
+    return f"told, and resumed from step 10: {site.attempts_text(job_id)}"
 
 
 def _anothers(site: FaultSite, *, put: Callable[[FaultSite, str, str], None], says: str) -> str:
@@ -67,12 +67,12 @@ def _anothers(site: FaultSite, *, put: Callable[[FaultSite, str, str], None], sa
     site.finish(job_id)
     site.wait_for_success(other, is_small=False)
 
-    assert site.reasons(job_id)[-1] == EndReason.COMPLETED, site.told(job_id)
-    assert site.attempts(job_id)[-1].resumed_from_step == 10, site.told(job_id)
+    assert site.reasons(job_id)[-1] == EndReason.COMPLETED, site.attempts_text(job_id)
+    assert site.attempts(job_id)[-1].resumed_from_step == 10, site.attempts_text(job_id)
     assert site.weights_digest(other) != site.weights_digest(job_id), "one job has the other's bytes"
     (warned,) = [event.message for event in site.events(job_id) if "can't be used" in event.message]
     assert says in warned, warned
-    return f"“{warned}” {site.told(job_id)}"
+    return f"“{warned}” {site.attempts_text(job_id)}"
 
 
 def _put_files(site: FaultSite, job_id: str, other: str) -> None:
@@ -131,8 +131,8 @@ def _failing(
     told = also(site, site.under.store)
 
     site.wait_for_success(job_id)
-    assert site.reasons(job_id) == [EndReason.COMPLETED], site.told(job_id)
-    return f"{told}; {site.told(job_id)}"
+    assert site.reasons(job_id) == [EndReason.COMPLETED], site.attempts_text(job_id)
+    return f"{told}; {site.attempts_text(job_id)}"
 
 
 class Some:

@@ -28,9 +28,9 @@ def _signalled(site: FaultSite, *, number: signal.Signals) -> str:
 
     site.wait_for_success(job_id)
 
-    assert site.reasons(job_id) == CRASHED_ONCE, site.told(job_id)
+    assert site.reasons(job_id) == CRASHED_ONCE, site.attempts_text(job_id)
     assert site.attempts(job_id)[1].resumed_from_step == 10
-    return f"{site.told(job_id)}: {site.attempts(job_id)[0].detail}"
+    return f"{site.attempts_text(job_id)}: {site.attempts(job_id)[0].detail}"
 
 
 def _ended_as_if_well(site: FaultSite) -> str:
@@ -42,9 +42,9 @@ def _ended_as_if_well(site: FaultSite) -> str:
 
     job = site.job(job_id)
     assert (job.state, (job.error or {}).get("code")) == (JobState.FAILED, "quarantined"), job.error
-    assert site.reasons(job_id) == [EndReason.TRAINER_CRASHED] * 3, site.told(job_id)
+    assert site.reasons(job_id) == [EndReason.TRAINER_CRASHED] * 3, site.attempts_text(job_id)
     assert site.adapters() == []
-    return f"{site.told(job_id)}: {site.attempts(job_id)[0].detail}"
+    return f"{site.attempts_text(job_id)}: {site.attempts(job_id)[0].detail}"
 
 
 def _silent(site: FaultSite) -> str:
@@ -58,12 +58,12 @@ def _silent(site: FaultSite) -> str:
 
     site.finish(job_id)
 
-    assert site.attempts(job_id)[-1].resumed_from_step == 10, site.told(job_id)
+    assert site.attempts(job_id)[-1].resumed_from_step == 10, site.attempts_text(job_id)
     ranks = _stacks(site, job_id)
     assert ranks, "no log of the job's tells where its trainer stood"
     assert all(STANDS.search(text) for text in ranks.values()), ranks
     detail = site.attempts(job_id)[0].detail
-    return f"{site.told(job_id)}: {detail} The stacks of {len(ranks)} process are in its log"
+    return f"{site.attempts_text(job_id)}: {detail} The stacks of {len(ranks)} process are in its log"
 
 
 def _stacks(site: FaultSite, job_id: str) -> dict[int, str]:

@@ -31,10 +31,10 @@ def _kills_itself(site: FaultSite, *, failpoint: str, reasons: list[EndReason], 
 
     site.finish(job_id)
 
-    assert site.reasons(job_id) == reasons, site.told(job_id)
+    assert site.reasons(job_id) == reasons, site.attempts_text(job_id)
     _assert_resumed(site, job_id)
     gone = "there was no trainer yet" if failpoint in BEFORE_ANY_TRAINER else f"trainer gone {seconds:.1f} s later"
-    return f"{gone}; {site.told(job_id)}"
+    return f"{gone}; {site.attempts_text(job_id)}"
 
 
 def _killed_while(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultSite, str], None]) -> str:
@@ -50,9 +50,9 @@ def _killed_while(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultS
 
     site.finish(job_id)
 
-    assert site.reasons(job_id) == LOST_ONCE, site.told(job_id)
+    assert site.reasons(job_id) == LOST_ONCE, site.attempts_text(job_id)
     _assert_resumed(site, job_id)
-    return f"trainer gone {seconds:.1f} s later; {site.told(job_id)}"
+    return f"trainer gone {seconds:.1f} s later; {site.attempts_text(job_id)}"
 
 
 def _assert_resumed(site: FaultSite, job_id: str) -> None:
@@ -61,7 +61,7 @@ def _assert_resumed(site: FaultSite, job_id: str) -> None:
     told = [event for event in site.events(job_id) if event.message.startswith("Checkpoint created")]
     for lost, after in pairwise(attempts):
         there = [event.data["step"] for event in told if event.data and event.created_at <= lost.ended_at]
-        assert (after.resumed_from_step or 0) == max(there, default=0), site.told(job_id)
+        assert (after.resumed_from_step or 0) == max(there, default=0), site.attempts_text(job_id)
 
 
 def _is_loading(site: FaultSite, _job_id: str) -> None:
@@ -94,8 +94,8 @@ def _stopped_for_two_leases(site: FaultSite) -> str:
 
     assert stopped.wait(PATIENCE_SECONDS) == 0, site.log()
     assert [event.seq for event in site.events(job_id)] == before, "it wrote after it had lost its claim"
-    assert site.reasons(job_id) == LOST_ONCE, site.told(job_id)
-    return f"{site.told(job_id)}; the woken worker wrote nothing and left with status 0"
+    assert site.reasons(job_id) == LOST_ONCE, site.attempts_text(job_id)
+    return f"{site.attempts_text(job_id)}; the woken worker wrote nothing and left with status 0"
 
 
 def _stopped_amid_its_write(site: FaultSite) -> str:
@@ -114,8 +114,8 @@ def _stopped_amid_its_write(site: FaultSite) -> str:
 
     assert stopped.wait(PATIENCE_SECONDS) == 0, site.log()
     assert [event.seq for event in site.events(job_id)] == before, "it wrote after it had lost its claim"
-    assert site.reasons(job_id) == LOST_ONCE, site.told(job_id)
-    return f"{site.told(job_id)}; the woken worker wrote nothing and left with status 0"
+    assert site.reasons(job_id) == LOST_ONCE, site.attempts_text(job_id)
+    return f"{site.attempts_text(job_id)}; the woken worker wrote nothing and left with status 0"
 
 
 def _asked_to_leave(site: FaultSite, *, with_api: bool) -> str:
@@ -138,9 +138,9 @@ def _asked_to_leave(site: FaultSite, *, with_api: bool) -> str:
     job = site.job(job_id)
     assert (job.state, job.counted_attempts, job.claim_id) == (JobState.QUEUED, 0, None)
     site.finish(job_id)
-    assert site.reasons(job_id) == [EndReason.DRAINED, EndReason.COMPLETED], site.told(job_id)
+    assert site.reasons(job_id) == [EndReason.DRAINED, EndReason.COMPLETED], site.attempts_text(job_id)
     assert site.attempts(job_id)[1].resumed_from_step == 15
-    return f"gone {seconds:.1f} s later; {site.told(job_id)}; the first attempt is free"
+    return f"gone {seconds:.1f} s later; {site.attempts_text(job_id)}; the first attempt is free"
 
 
 ROWS = (

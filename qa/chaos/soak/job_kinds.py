@@ -150,7 +150,7 @@ def train_alone(site: FaultSite, every: list[Work]) -> Undisturbed:
         ids[work.name] = answer.json()["id"]
     site.work_until_done(LORRY_MAX_JOBS_PER_TRAINER="1", LORRY_IDLE_SECONDS="2")
     for name, job_id in ids.items():
-        assert site.reasons(job_id) == ["completed"], site.told(job_id)
+        assert site.reasons(job_id) == ["completed"], site.attempts_text(job_id)
         (attempt,) = site.attempts(job_id)
         found.digests[name] = site.weights_digest(job_id)
         found.seconds[name] = attempt.ended_at - attempt.started_at

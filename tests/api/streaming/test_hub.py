@@ -65,7 +65,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 def held(listener: Subscription) -> list[int]:
-    return [int(number) for number in b"".join(listener.held).split()]
+    return [int(number) for number in b"".join(listener.pending).split()]
 
 
 def test_listeners_that_join_at_any_time_are_told_all_once_and_a_topic_is_read_once() -> None:
@@ -162,13 +162,13 @@ def test_only_the_listeners_of_a_topic_are_woken_by_it() -> None:
         taken = await one.take()
         running.cancel()
 
-        assert (taken, other.held) == (b"2 ", [])
+        assert (taken, other.pending) == (b"2 ", [])
 
     asyncio.run(scenario())
 
 
 def test_one_that_reads_too_slowly_is_ended_and_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeds, "MAX_HELD_BYTES", 100)
+    monkeypatch.setattr(feeds, "MAX_PENDING_BYTES", 100)
 
     async def scenario() -> None:
         feed, log = a_feed(), Log()
@@ -184,7 +184,7 @@ def test_one_that_reads_too_slowly_is_ended_and_holds_nothing(monkeypatch: pytes
                 told += [int(number) for number in (await quick.take()).split()]
         running.cancel()
 
-        assert (slow.ended, slow.held, quick.ended) == (True, [], False)
+        assert (slow.ended, slow.pending, quick.ended) == (True, [], False)
         assert told == list(range(1, 42))
         feed.leave(slow)
         feed.leave(quick)
@@ -252,7 +252,7 @@ def test_other_work_has_its_turn_while_a_thousand_listeners_are_given_news() -> 
         num_given: set[int] = set()
         while not num_given or max(num_given) < len(listeners):
             await asyncio.sleep(0)
-            num_given.add(sum(bool(listener.held) for listener in listeners))
+            num_given.add(sum(bool(listener.pending) for listener in listeners))
         running.cancel()
 
         assert len(num_given) > len(listeners) / feeds.BATCH
@@ -273,7 +273,7 @@ def test_one_who_joins_between_two_batches_is_told_all_once(monkeypatch: pytest.
         began = Found(seq=1)
         running = asyncio.create_task(feed.run())
         log.write("topic")
-        while bool(first.held) == bool(second.held):
+        while bool(first.pending) == bool(second.pending):
             await asyncio.sleep(0)
         late.seq = 1
         feed.enter(late, began, welcome)  # its own look was before the news

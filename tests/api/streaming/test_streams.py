@@ -298,7 +298,7 @@ def test_a_look_that_brings_nothing_asks_for_nothing_beside_the_jobs_row(
     recording.record_progress(world.db, claim.claim_id, {"step": 1, "num_steps": 10, "loss": 2.5})
     news = watch.look()
 
-    assert (quiet.parts, quiet.told_view, news.parts) == ([], b"", [])
+    assert (quiet.parts, quiet.view_message, news.parts) == ([], b"", [])
     assert asked == [1, 1]
     shown = queries.seconds_running(world.db, [claim.job.id])[claim.job.id]
-    assert 0 < json.loads(news.told_view.decode().partition("data: ")[2])["seconds_running"] <= shown
+    assert 0 < json.loads(news.view_message.decode().partition("data: ")[2])["seconds_running"] <= shown

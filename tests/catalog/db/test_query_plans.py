@@ -215,10 +215,10 @@ ACTS: dict[str, Act] = {
     "sealing": lambda w, _: chain.seal(w.db, pepper=PEPPER.current),
     "a second sealing": lambda w, _: chain.seal(w.db, pepper=PEPPER.current),
     "what was used": lambda w, _: usage_report.report(
-        w.db, caller=w.caller, asked=usage_report.UsageQuery(start_time=w.clock.now - 9)
+        w.db, caller=w.caller, query=usage_report.UsageQuery(start_time=w.clock.now - 9)
     ),
     "what all used": lambda w, _: usage_report.report(
-        w.db, caller=_operator(w), asked=usage_report.UsageQuery(start_time=w.clock.now - 9, group_by=("model",))
+        w.db, caller=_operator(w), query=usage_report.UsageQuery(start_time=w.clock.now - 9, group_by=("model",))
     ),
     "a new upload": lambda w, _: add_parts(w),
     "files past their time": lambda w, _: _let_expire(w),

@@ -140,7 +140,7 @@ def test_who_joins_an_offloaded_base_would_have_it_so_alone(world: World) -> Non
 
 def divided_bytes(job: Job) -> int:
     pair = DeviceGroup(kind="cuda", num_devices=2)
-    return pair.held_bytes(requirements.demand(job, {}, recomputes=True), "sharded")
+    return pair.allocated_bytes(requirements.demand(job, {}, recomputes=True), "sharded")
 
 
 def test_many_that_fit_nowhere_whole_hide_nobody(world: World) -> None:

@@ -161,8 +161,8 @@ def test_the_parts_on_a_device_are_what_it_is_reckoned_to_need() -> None:
     assert divided == {"base_share": 17_113_088_000, "gathered_blocks": 5_133_926_400}
     # An eighth of a block of 1,711,308,800 bytes is on its way.
     assert offloaded == {"base_share": 0, "gathered_blocks": 5_133_926_400, "coming_share": 213_913_600}
-    assert rest + sum(divided.values()) == group.held_bytes(needs, "sharded")
-    assert rest + sum(offloaded.values()) == group.held_bytes(needs, "offloaded")
+    assert rest + sum(divided.values()) == group.allocated_bytes(needs, "sharded")
+    assert rest + sum(offloaded.values()) == group.allocated_bytes(needs, "offloaded")
 
 
 def test_a_base_may_take_of_its_host_what_is_left_beside_the_trainers() -> None:
@@ -285,10 +285,10 @@ def test_no_base_is_divided_over_nodes_whatever_the_leaders_own_group_is(wanted:
 
 def test_a_worker_is_known_by_what_it_said_and_an_older_one_holds_whole_bases() -> None:
     said = {"kind": "cuda", "indices": [0, 1], "num_processes": 2, "strategy": "auto", "host_bytes": 7}
-    assert sharding.group_told([said], 5) == DeviceGroup(kind="cuda", num_devices=2, bytes_of_each=5, host_bytes=7)
+    assert sharding.reported_group([said], 5) == DeviceGroup(kind="cuda", num_devices=2, bytes_of_each=5, host_bytes=7)
     old = {"kind": "cuda", "indices": [0, 1]}
-    assert sharding.group_told([old], 5).shards_when == "never"
-    assert sharding.group_told([], 5) == DeviceGroup(bytes_of_each=5, wanted="replicated")
+    assert sharding.reported_group([old], 5).shards_when == "never"
+    assert sharding.reported_group([], 5) == DeviceGroup(bytes_of_each=5, wanted="replicated")
 
 
 # Two devices of 100 bytes. A base of 60, of which 40 are blocks, and 5 gathered: divided it takes 20 + 20 + 5.

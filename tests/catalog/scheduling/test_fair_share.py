@@ -215,9 +215,9 @@ def test_what_a_project_is_told_of_shares_does_not_depend_on_others_weights_or_u
 
 
 def test_jobs_that_share_a_device_count_in_advance_as_one_device() -> None:
-    packed = Share(num_running=16, devices_held=1)
+    packed = Share(num_running=16, devices_in_use=1)
 
-    assert packed.level(POLICY) == Share(num_running=1, devices_held=1).level(POLICY) == POLICY.advance_seconds
+    assert packed.level(POLICY) == Share(num_running=1, devices_in_use=1).level(POLICY) == POLICY.advance_seconds
 
 
 BURSTS = st.lists(

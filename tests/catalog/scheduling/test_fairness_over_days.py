@@ -19,7 +19,7 @@ def candidate(job_id: str, created_at: float = 0, project_id: str = "p", priorit
 
 
 def ids(candidates: list[Candidate], now: float = 100, **running: int) -> list[str]:
-    shares = {project_id: Share(num_running=number, devices_held=number) for project_id, number in running.items()}
+    shares = {project_id: Share(num_running=number, devices_in_use=number) for project_id, number in running.items()}
     return [entry.candidate.job_id for entry in order(candidates, now, shares=shares)]
 
 

@@ -101,7 +101,7 @@ def test_among_workers_the_one_whose_victims_stand_lowest_and_stake_least() -> N
 
 def test_a_job_of_another_project_leaves_only_where_it_would_stand_behind_the_urgent_one() -> None:
     def victim(device_seconds: float) -> Training:
-        share = Share(device_seconds=device_seconds, devices_held=1)
+        share = Share(device_seconds=device_seconds, devices_in_use=1)
         level = level_if_it_left(share, priority=1, devices_left=1, policy=POLICY)
         return training("foreign", project_id="q", effective_level=level)
 

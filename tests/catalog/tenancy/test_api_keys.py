@@ -14,7 +14,7 @@ from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
 from catalog.tenancy.authentication import Caller
-from catalog.tenancy.scopes import OPERATORS, SCOPES, held
+from catalog.tenancy.scopes import OPERATORS, SCOPES, granted
 from tests.catalog.world import PEPPER, World, opens
 
 HOUR = 3600.0
@@ -54,7 +54,7 @@ def test_where_nothing_is_said_a_key_can_do_what_its_makers_can(world: World) ->
     made = [make(world, by)[0] for by in (world.caller, operator, limited)]
 
     assert [row.scopes for row in made] == [None, None, ["jobs:read", "keys:write"]]
-    assert held(None, is_operator=False) == frozenset(SCOPES) - OPERATORS
+    assert granted(None, is_operator=False) == frozenset(SCOPES) - OPERATORS
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_lesser_key_neither_rotates_nor_revokes_a_greater_one(world: World, ho
 
 
 def test_a_key_whose_scopes_were_named_does_not_get_hold_of_one_whose_scopes_grow(world: World) -> None:
-    named = caller(world, scopes=sorted(held(None, is_operator=False)))
+    named = caller(world, scopes=sorted(granted(None, is_operator=False)))
 
     with pytest.raises(Forbidden, match="every scope"):
         rotate(world, named, world.caller.api_key_id)

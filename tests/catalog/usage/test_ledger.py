@@ -36,7 +36,7 @@ MIDNIGHT = 1_800_057_600.0
 
 def told(world: World, **asked: Any) -> list[Day]:
     return usage_report.report(
-        world.db, caller=replace(world.caller, is_operator=True), asked=UsageQuery(**{"start_time": MIDNIGHT, **asked})
+        world.db, caller=replace(world.caller, is_operator=True), query=UsageQuery(**{"start_time": MIDNIGHT, **asked})
     ).days
 
 
@@ -175,7 +175,7 @@ def test_a_project_sees_its_own_use_and_another_is_as_none(world: World) -> None
 
     def seen(**asked: Any) -> list[Day]:
         asked = {"start_time": MIDNIGHT, **asked}
-        return usage_report.report(world.db, caller=world.stranger, asked=UsageQuery(**asked)).days
+        return usage_report.report(world.db, caller=world.stranger, query=UsageQuery(**asked)).days
 
     assert [day.used for day in seen()] == [[]]
     assert seen(project_ids=["ours"]) == seen(project_ids=["none"]) == seen()
@@ -185,15 +185,15 @@ def test_days_come_in_pages(world: World) -> None:
     world.clock.advance(9 * DAY_SECONDS)
     asked = UsageQuery(start_time=MIDNIGHT + 5, num_days=4)
 
-    page = usage_report.report(world.db, caller=world.caller, asked=asked)
-    last = usage_report.report(world.db, caller=world.caller, asked=replace(asked, num_days=31))
+    page = usage_report.report(world.db, caller=world.caller, query=asked)
+    last = usage_report.report(world.db, caller=world.caller, query=replace(asked, num_days=31))
 
     first = ledger.day_of(MIDNIGHT)
     assert [day.day for day in page.days] == list(range(first, first + 4))
     assert page.next_day == first + 4
     assert (last.days[-1].day, last.next_day) == (first + 9, None)
     with pytest.raises(InvalidRequest):
-        usage_report.report(world.db, caller=world.caller, asked=UsageQuery(start_time=5, end_time=5))
+        usage_report.report(world.db, caller=world.caller, query=UsageQuery(start_time=5, end_time=5))
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

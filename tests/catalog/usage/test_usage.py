@@ -99,7 +99,7 @@ def test_a_group_of_gpus_is_charged_as_so_many_and_a_cpu_as_one(
     world.queued()
     with world.db.read() as session:
         shares = charging.shares_of_waiting(session, now=world.clock.now, policy=USUAL)
-    assert shares[world.caller.project_id].devices_held == expected
+    assert shares[world.caller.project_id].devices_in_use == expected
 
     world.clock.advance(20)
     world.beat(held.claim_id)
@@ -121,7 +121,7 @@ def test_who_trains_on_a_gang_is_charged_for_all_of_its_devices(world: World) ->
     world.queued()
     with world.db.read() as session:
         shares = charging.shares_of_waiting(session, now=world.clock.now, policy=USUAL)
-    assert shares[world.caller.project_id].devices_held == 8
+    assert shares[world.caller.project_id].devices_in_use == 8
 
     world.clock.advance(20)
     world.beat(held.claim_id)

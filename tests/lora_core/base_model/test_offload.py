@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lora_core.base_model.sharding import EXACT_PINNING, _pin_exactly, bytes_held, offloads, shard
+from lora_core.base_model.sharding import EXACT_PINNING, _pin_exactly, allocated_bytes, offloads, shard
 from lora_core.distributed.ranks import Ranks
 from lora_core.errors import ConfigError
 from lora_core.peft_format import verify
@@ -12,13 +12,13 @@ from lora_core.peft_format import verify
 
 def test_bytes_are_counted_in_the_memory_that_they_are_in():
     weight = torch.zeros(3, 5)
-    assert (bytes_held(weight, "cpu"), bytes_held(weight, "cuda")) == (60, 0)
+    assert (allocated_bytes(weight, "cpu"), allocated_bytes(weight, "cuda")) == (60, 0)
 
 
 def test_a_base_that_is_emptied_counts_by_its_share():
     weight = torch.zeros(0)
     weight.ds_tensor = torch.zeros(7)  # pyright: ignore[reportAttributeAccessIssue]
-    assert bytes_held(weight, "cpu") == 28
+    assert allocated_bytes(weight, "cpu") == 28
 
 
 def test_memory_is_pinned_exactly_beside_what_else_is_set():

@@ -198,7 +198,7 @@ def test_what_torch_keeps_for_later_counts_as_free(monkeypatch) -> None:
 def test_the_rank_that_has_least_decides_for_all(monkeypatch) -> None:
     card = Card(monkeypatch, free=4 * GIB)
     memory = on_a_gpu()
-    own = memory.told()
+    own = memory.own_memory()
     assert own == (4 * GIB, int(memory.bytes_per_token))
     assert not memory.checkpoints(1_000_000)
 

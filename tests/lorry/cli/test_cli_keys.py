@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from catalog.tenancy.scopes import held
+from catalog.tenancy.scopes import granted
 from lorry import connection
 from lorry.cli.commands.keys import seconds
 from lorry.cli.commands.up import keep_key_good
@@ -104,7 +104,7 @@ def test_a_start_replaces_a_key_in_the_connection_file_that_opens_nothing(
 
 
 def test_a_key_that_may_do_all_is_listed_as_such(service: Script, run: Run) -> None:
-    able = [sorted(held(None, is_operator=is_operator)) for is_operator in (True, False)]
+    able = [sorted(granted(None, is_operator=is_operator)) for is_operator in (True, False)]
     operators = {**KEY, "name": "first", "is_operator": True, "scopes": able[0]}
     less = {**KEY, "name": "less", "is_operator": True, "scopes": able[1]}
     projects = {**KEY, "name": "second", "scopes": able[1]}

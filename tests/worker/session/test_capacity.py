@@ -15,7 +15,7 @@ from catalog.db.database import Database
 from catalog.errors import Unavailable
 from catalog.history import queries
 from catalog.resources import memory, requirements
-from catalog.resources.sharding import DeviceGroup, group_told, host_bytes
+from catalog.resources.sharding import DeviceGroup, host_bytes, reported_group
 from catalog.settings import Settings
 from catalog.tables.fleet import Worker
 from tests.catalog.world import DESCRIPTION
@@ -168,7 +168,7 @@ def test_what_a_worker_registers_tells_how_it_holds_bases(tmp_path: Path) -> Non
     Database(settings.resolved_database_url()).migrate()
     with open_worker(settings, device=device) as context, context.db.read() as session:
         row = session.get_one(Worker, context.worker_id)
-        assert group_told(row.devices, row.memory_bytes) == context.group
+        assert reported_group(row.devices, row.memory_bytes) == context.group
         assert context.group == DeviceGroup(num_devices=2, bytes_of_each=500, wanted="fsdp2")
 
 

@@ -84,7 +84,7 @@ def forget(directory: TrainerDirectory, claim_id: str, ranks: Ranks) -> None:
 
 
 def _bring(directory: TrainerDirectory, body: AdmitBody, ranks: Ranks) -> None:
-    found = ranks.told(ranks.by_leader(lambda: _files(directory, body)))
+    found = ranks.broadcast(ranks.by_leader(lambda: _files(directory, body)))
     end = _End()
     for name, num_bytes in found:
         _hand_on(directory.path, name, num_bytes, ranks, end)
@@ -107,7 +107,7 @@ def _hand_on(folder: Path, name: str, num_bytes: int, ranks: Ranks, end: _End) -
         content = bytearray(min(CHUNK_BYTES, num_bytes - start))
         if file is not None and ranks.leads:
             end.does(partial(file.readinto, content))
-        ranks.told_bytes(content)
+        ranks.broadcast_bytes(content)
         if file is not None and not ranks.leads:
             end.does(partial(file.write, content))
     if file is not None:

@@ -123,7 +123,7 @@ def train(handlers: MessageHandlers, *, busy_at: float, idle_seconds: float | No
             if not is_idle:
                 handlers.events.write({"type": "idle"})
                 is_idle = True
-            if idle_seconds is not None and engine.ranks.told(time.monotonic() - busy_at >= idle_seconds):
+            if idle_seconds is not None and engine.ranks.broadcast(time.monotonic() - busy_at >= idle_seconds):
                 handlers.is_leaving = True
             else:
                 time.sleep(POLL_SECONDS)

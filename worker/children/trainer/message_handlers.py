@@ -202,7 +202,7 @@ class MessageHandlers:
         generation = None
         if self._ranks.leads or self.engine.base.is_sharded:  # else the leader computes alone, and the others wait
             generation = self.engine.generation({job: prompts_of(request) for job, request in requests.items()})
-        while not self._ranks.told(generation is None or generation.is_complete):
+        while not self._ranks.broadcast(generation is None or generation.is_complete):
             if generation is not None:
                 self._advance(generation, step_of)
             self.read_inbox()

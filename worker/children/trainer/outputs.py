@@ -32,7 +32,7 @@ EVENT_TYPES = {JobStepped: "stepped", JobEvaluated: "evaluated", JobFinished: "f
 def taken(inbox: InboxReader, ranks: Ranks) -> list[TrainerMessage]:
     """What has come since, on every rank."""
     found = inbox.take() if ranks.leads else []
-    messages = ranks.told([[message.verb, message.body] for message in found])
+    messages = ranks.broadcast([[message.verb, message.body] for message in found])
     return [TrainerMessage(verb=verb, body=body) for verb, body in messages]
 
 

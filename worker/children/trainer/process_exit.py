@@ -14,7 +14,7 @@ from pathlib import Path
 
 from catalog.disk import is_full
 from lora_core.distributed import ranks as distributed
-from lora_core.distributed.failure_broadcast import told_to_all
+from lora_core.distributed.failure_broadcast import broadcast_failures
 from lora_core.distributed.ranks import Meeting, Ranks
 from worker.process.exit_status import DISK_FULL
 
@@ -32,7 +32,7 @@ def joined(device: str, *, meeting: Meeting | None = None, file: Path | None = N
     """
     ranks = distributed.join(device, silence_seconds=SILENCE_SECONDS, meeting=meeting, file=file)
     try:
-        with told_to_all(ranks):
+        with broadcast_failures(ranks):
             yield ranks
     except Exception as error:
         status = DISK_FULL if _is_of_full_disk(error) else 1
