@@ -232,7 +232,7 @@ def test_memory_that_ran_out_makes_a_tick_of_that_size_a_checkpointed_one(monkey
 def test_what_ticks_showed_is_forgotten_when_a_job_leaves(load: Callable[..., BaseModel], monkeypatch) -> None:
     card = Card(monkeypatch, free=GIB)
     engine, memory = Engine(load("llama"), EngineConfig()), on_a_gpu()
-    engine.activations = memory
+    engine._memory._activations = memory
     guessed = memory.bytes_per_token
     for name in ("dear", "other"):
         engine.admit(name, config(num_steps=1), dataset(1, [9, 14]))
