@@ -62,7 +62,10 @@ def import_next(context: WorkerContext) -> bool:
     try:
         manifest, description = _import(context, row, lost_lease(context, BaseModelRow, claim_id))
         digest = files_digest(manifest)
-        base_models.finish_import(context.db, claim_id, digest=digest, manifest=manifest, description=description)
+        if not base_models.finish_import(
+            context.db, claim_id, digest=digest, manifest=manifest, description=description
+        ):
+            log.warning("The base model %s was imported here, and is another worker's to import by now.", row.name)
     except ImportRefused as error:
         refusal = {"code": error.code, "message": error.message, "remedy": error.remedy}
         base_models.fail_import(context.db, claim_id, error=refusal)
@@ -131,6 +134,11 @@ def clean(context: WorkerContext) -> list[str]:
 
 def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[], bool]) -> tuple[Json, Json]:
     """(manifest, description); the files are in place under their digest afterwards."""
+
+    def check() -> None:
+        if context.draining or is_unwanted():
+            raise Abandoned
+
     with scratch_dirs.owned(context.settings.bases_dir() / f"tmp-{token_hex(8)}") as work:
         work.mkdir()
         target = work / "base"
@@ -148,7 +156,7 @@ def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[],
                 code="import_failed",
                 remedy="Look at the source, and at the versions of the worker's libraries.",
             )
-        files = [_digest_file(target, path) for path in sorted(target.rglob("*")) if path.is_file()]
+        files = [_digest_file(target, path, check=check) for path in sorted(target.rglob("*")) if path.is_file()]
         manifest: Json = {
             "files": [file.as_row() for file in files],
             "source": row.source,
@@ -299,11 +307,13 @@ def _crashed(row: BaseModelRow, returncode: int, log_path: Path) -> ImportRefuse
     )
 
 
-def _digest_file(root: Path, path: Path) -> ManifestFile:
+def _digest_file(root: Path, path: Path, *, check: Callable[[], None]) -> ManifestFile:
+    """check: called for each chunk, since to hash a large base takes longer than a lease. Raises Abandoned."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            check()
     name = path.relative_to(root).as_posix()
     return ManifestFile(path=name, digest=digest.hexdigest(), num_bytes=path.stat().st_size)
 

@@ -29,7 +29,7 @@ SLEEPER = [sys.executable, "-c", "import threading; threading.Event().wait()"]
 @pytest.fixture
 def context(tmp_path: Path) -> Iterator[Any]:
     """What worker/background/base_models.py uses of a worker's context."""
-    settings = Settings(data_dir=tmp_path, heartbeat_seconds=0.01)
+    settings = Settings(data_dir=tmp_path, heartbeat_seconds=1e-6)
     settings.bases_dir().mkdir(parents=True)
     db = Database(settings.resolved_database_url())
     db.migrate()
@@ -43,6 +43,54 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     yield child
     child.kill()
     child.wait()
+
+
+def test_a_lease_is_renewed_while_files_are_hashed(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    record.add(context.db, name="large", kind="folder", source="/source")
+    monkeypatch.setattr(base_models, "CHUNK_BYTES", 1)
+
+    def run_child(_context: Any, row: BaseModelRow, _work: Path, asked: Any, **_options: Any) -> tuple[Any, None]:
+        write_target(asked)
+        with context.db.write() as session:  # the child took nearly as long as a lease
+            session.get_one(BaseModelRow, row.name).lease_expires_at = 1.0
+        return {}, None
+
+    def rename(target: Path, final: Path) -> None:
+        assert record.claim_import(context.db, lease_seconds=60) is None, "no other worker may import it as well"
+        target.rename(final)
+
+    monkeypatch.setattr(base_models, "_run_child", run_child)
+    monkeypatch.setattr(base_models, "_rename", rename)
+
+    assert base_models.import_next(context)
+
+    assert record.get(context.db, "large").state == "ready"
+
+
+def test_an_import_that_another_worker_has_taken_is_abandoned_while_files_are_hashed(
+    context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record.add(context.db, name="large", kind="folder", source="/source")
+    monkeypatch.setattr(base_models, "CHUNK_BYTES", 1)
+
+    def run_child(_context: Any, row: BaseModelRow, _work: Path, asked: Any, **_options: Any) -> tuple[Any, None]:
+        write_target(asked)
+        with context.db.write() as session:
+            session.get_one(BaseModelRow, row.name).claim_id = "claim-of-another"
+        return {}, None
+
+    monkeypatch.setattr(base_models, "_run_child", run_child)
+
+    assert not base_models.import_next(context)
+
+    assert record.get(context.db, "large").claim_id == "claim-of-another"
+    assert list(context.settings.bases_dir().iterdir()) == []
+
+
+def write_target(asked: Any) -> None:
+    target = Path(asked["target_dir"])
+    target.mkdir()
+    (target / "config.json").write_bytes(bytes(100))
 
 
 def test_an_import_that_nobody_wants_any_more_is_abandoned(
