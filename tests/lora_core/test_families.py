@@ -69,7 +69,6 @@ def save(family: str, folder: Path, **options) -> Path:
     return folder
 
 
-@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_trains_packed_as_alone_and_its_adapter_serves_as_trained(tmp_path, family):
     base = load_base(save(family, tmp_path / "base", **FAMILIES[family]), dtype="float32", device="cpu")

@@ -83,7 +83,6 @@ def test_a_trainer_that_dies_three_times_without_progress_is_quarantined_with_th
     assert site.adapters() == []
 
 
-@pytest.mark.slow
 def test_resumed_equals_uninterrupted_when_the_trainer_is_killed_amid_joins_and_leaves(site: WorkerSite) -> None:
     rows, other_rows, held_out = site.upload(60), site.upload(40, seed=3), site.upload(12, seed=5)
     long = small_job(max_steps=40, checkpoint_every_steps=6)

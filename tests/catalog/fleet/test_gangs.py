@@ -289,6 +289,7 @@ def test_a_database_whose_clock_is_set_loses_no_member_and_keeps_none_that_died(
     assert (at_once, in_time, later) == ((), (), ("w2",))
 
 
+@pytest.mark.both_databases
 def test_of_several_that_would_lead_at_once_one_does(gang: Gang) -> None:
     gang.enter("w3", "w4")
     names = ["w1", "w2", "w3", "w4"]

@@ -48,6 +48,7 @@ def test_one_idempotency_key_makes_one_job(world: World) -> None:
     assert refusal.value.code == "idempotency_key_reused"
 
 
+@pytest.mark.both_databases
 @pytest.mark.parametrize("given", [{"idempotency_key": "k"}, {"is_client_retry": True}])
 def test_the_same_submission_many_times_at_once_is_one_job(world: World, given: dict[str, Any]) -> None:
     body = request(training_file=world.file_id)

@@ -72,6 +72,7 @@ def test_a_source_is_looked_at_once() -> None:
     assert [char for char in EDGES if re.match(before, char) and re.match(first, char)] == []
 
 
+@pytest.mark.both_databases
 def test_one_worker_imports_a_base_and_another_takes_over_when_it_falls_silent(world: World) -> None:
     base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None)
     with ThreadPoolExecutor(4) as pool:

@@ -94,6 +94,7 @@ def flooded(world: World, number: int) -> None:
     world.flood(job, number - 1)
 
 
+@pytest.mark.both_databases
 @pytest.mark.parametrize("max_jobs", [1, 3])
 def test_of_workers_that_claim_at_once_projects_have_what_one_after_the_other_would_have_given_them(
     world: World, max_jobs: int

@@ -157,6 +157,7 @@ def test_who_dies_while_sending_leaves_the_message_to_the_next_with_the_same_id(
     assert hooks.endpoint().failing_since is None
 
 
+@pytest.mark.both_databases
 def test_processes_that_look_at_once_send_each_message_once(hooks: Hooks) -> None:
     for _ in range(12):
         hooks.end_job()

@@ -42,8 +42,8 @@ def alone(load, solo_runs) -> Callable[[str, str], dict[str, Outcome]]:
 @pytest.mark.parametrize(
     ("family", "dtype", "token_budget"),
     [  # each pair of any two; test_engine_state_machine.py draws from all
-        ("llama", "float32", 1),
         ("llama", "bfloat16", 96),
+        ("llama", "float32", 1),
         ("llama", "bfloat16", 4096),
         ("gpt2", "float32", 96),
         ("gpt2", "float32", 4096),

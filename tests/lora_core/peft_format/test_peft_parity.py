@@ -106,7 +106,6 @@ def test_losses_and_adapter_equal_those_of_peft_with_a_plain_loop(load, tmp_path
     assert_equal_to_peft(load, family, JOB.config, tmp_path)
 
 
-@pytest.mark.slow_repetitions
 @pytest.mark.parametrize("method", ["lora", "rslora", "lora_plus", "dora", "patterns"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_fifty_steps_of_each_method_equal_those_of_peft(load, tmp_path, family, method):
