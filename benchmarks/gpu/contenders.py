@@ -95,7 +95,7 @@ class Lorry:
                 num_ticks += 1
             report = self._clock.stop()
         memory = self.engine.memory()
-        parts = {name: memory[name] for name in ("base_bytes", "rows_bytes")}
+        parts = {name: memory[name] for name in ("base_bytes", "adapter_bytes")}
         tokens = sum(event.num_tokens for event in stepped)
         return report | parts | {"tokens": tokens, "ticks": num_ticks, "loss": stepped[0].loss}
 

@@ -194,7 +194,7 @@ def _class_name(effective_priority: int) -> str:
 
 
 def _preempting_sentence(mine: QueueEntry) -> str | None:
-    if not mine.is_preempting:
+    if not mine.awaits_preemption:
         return None
     return "Jobs of lower classes were asked to make room for it: they save a checkpoint first."
 
@@ -265,7 +265,7 @@ def _ends_sentence(job: Job) -> str:
 
 
 def _joins(ahead: list[QueueEntry]) -> str:
-    if any(entry.is_preempting for entry in ahead):
+    if any(entry.awaits_preemption for entry in ahead):
         return "Its base is loaded, but room is being made for a job ahead of it, and nobody joins before that one."
     return "Its base is loaded: it joins as soon as there is room."
 
@@ -280,7 +280,7 @@ def _other_trainer(job: Job, of_its_base: list[LoadedTrainer]) -> str:
 
 
 def _patience(mine: QueueEntry) -> str:
-    if mine.is_preempting:
+    if mine.awaits_preemption:
         return "No job behind it joins what is loaded before it trains."
     if mine.waited_seconds < PATIENCE_SECONDS:
         return f"Jobs that can join what is loaded may go first for {PATIENCE_SECONDS:.0f} s at most."

@@ -1,6 +1,6 @@
 """The fence: a worker's write begins by locking the job row that its claim still holds, or it does not begin.
 
-Whoever locks several rows takes them in one order, so that nobody waits in a circle: the pulse or a worker, jobs by
+Whoever locks several rows takes them in one order, so that nobody waits in a circle: the beat or a worker, jobs by
 id, a job's attempt, an artifact, and then what refers to the artifact.
 """
 

@@ -1,9 +1,9 @@
 """What becomes of jobs whose holder fell silent: expired leases are ended, with one lease of grace after an outage.
 
-An outage shows as a gap in the pulse: nobody has looked, nobody has beaten. Then no lease could have been
-renewed, so silence proves nothing: every lease is extended once, to a full grace from now. A second
-extension needs a heartbeat in between, so a dead holder delays its jobs by one lease at most. A clock
-that was set back looks the same way and is treated alike.
+An outage shows as a gap in the heartbeat of the database (DatabaseHeartbeat). Then no lease could have been renewed, so
+silence proves nothing: the lease of every job is extended once, to a full lease from now. A second extension needs a
+heartbeat in between, so a dead holder delays its jobs by one lease at most. A clock that was set back looks the same
+way and is treated alike. Leases of other work (catalog/db/lease.py) are not extended: it is repeated at no loss.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from catalog.tables.fleet import DatabaseHeartbeat, Worker
 from catalog.tables.jobs import Job
 from catalog.usage import ledger
 
-LEASE_SECONDS = 60.0
 Work = Literal["training", "preparing"]
 CLAIMED = (Job.state.in_(CLAIMED_STATES), Job.claim_id.is_not(None))
 
 
-def expire(db: Database, *, lease_seconds: float = LEASE_SECONDS) -> int:
+def expire(db: Database, *, lease_seconds: float) -> int:
     """End or free every claim whose lease is past by the database's clock. Returns how many.
 
     lease_seconds: the length of a lease, by which an outage of the database extends all leases. Safe to call from
@@ -61,28 +60,28 @@ def observe(db: Database, *, lease_seconds: float) -> None:
     In a transaction of its own: it may wait for the rows of any job, and holds nothing that those wait for.
     """
     with db.read() as session:
-        pulse, now = session.get(DatabaseHeartbeat, 1), read_clock(session)
-        if pulse is not None and not _is_old(pulse.seen_at, now=now, lease_seconds=lease_seconds):
+        beat, now = session.get(DatabaseHeartbeat, 1), read_clock(session)
+        if beat is not None and not _is_old(beat.seen_at, now=now, lease_seconds=lease_seconds):
             return
     with db.write() as session:
         _observe(session, now=read_clock(session), lease_seconds=lease_seconds)
 
 
 def _observe(session: Session, *, now: float, lease_seconds: float) -> None:
-    pulse = session.get(DatabaseHeartbeat, 1)
-    if pulse is None:
+    beat = session.get(DatabaseHeartbeat, 1)
+    if beat is None:
         upsert(session, DatabaseHeartbeat, [{"id": 1, "seen_at": now}])
         return
-    if not _is_old(pulse.seen_at, now=now, lease_seconds=lease_seconds):
+    if not _is_old(beat.seen_at, now=now, lease_seconds=lease_seconds):
         return
     # Whoever holds the row notes the same. He is waited for only after a gap, since no lease may be missed then.
-    may_skip = not _is_gap(pulse, now=now, lease_seconds=lease_seconds)
-    pulse = session.get(DatabaseHeartbeat, 1, with_for_update={"skip_locked": may_skip}, populate_existing=True)
-    if pulse is None:
+    may_skip = not _is_gap(beat, now=now, lease_seconds=lease_seconds)
+    beat = session.get(DatabaseHeartbeat, 1, with_for_update={"skip_locked": may_skip}, populate_existing=True)
+    if beat is None:
         return
-    if _is_gap(pulse, now=now, lease_seconds=lease_seconds):
+    if _is_gap(beat, now=now, lease_seconds=lease_seconds):
         _extend_leases(session, now=now, lease_seconds=lease_seconds)
-    pulse.seen_at = now
+    beat.seen_at = now
 
 
 def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
@@ -107,12 +106,12 @@ def _leases(*, is_clock_given: bool) -> Select[float, float, bool]:
 
 
 def _is_old(seen_at: float | None, *, now: float, lease_seconds: float) -> bool:
-    """The pulse is written rarely."""
+    """The beat is written a few times per lease."""
     return seen_at is None or abs(now - seen_at) > min(5.0, lease_seconds / 20)
 
 
-def _is_gap(pulse: DatabaseHeartbeat, *, now: float, lease_seconds: float) -> bool:
-    return now - pulse.seen_at > lease_seconds / 2 or pulse.seen_at - now > lease_seconds / 10
+def _is_gap(beat: DatabaseHeartbeat, *, now: float, lease_seconds: float) -> bool:
+    return now - beat.seen_at > lease_seconds / 2 or beat.seen_at - now > lease_seconds / 10
 
 
 def _extend_leases(session: Session, *, now: float, lease_seconds: float) -> None:

@@ -32,8 +32,9 @@ OBSERVERS: tuple[Observer, ...] = (
     tracker_exports.on_transition,
     outbox.on_transition,
 )
-"""In this order: each locks rows, and all transactions lock them in the same order (tests/catalog/db/test_lock_order).
-A list rather than a registry: an observer whose module a process forgot to import would be left out silently."""
+"""`trials` locks the sweep, and then `tracker_exports` its row of the job: all transactions lock in this order. The
+other two lock nothing here. A list rather than a registry: an observer whose module a process forgot to import would be
+left out silently."""
 
 
 def begin(session: Session, job: Job, *, now: float, message: str) -> None:

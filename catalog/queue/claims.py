@@ -68,15 +68,15 @@ def heartbeat(
         now = read_clock(session)
         session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now))
         mine = select(Job).where(Job.claim_id.in_(claim_ids)).order_by(Job.id).with_for_update()
-        orders = dict.fromkeys(claim_ids, ClaimDirectives(stale=True))
+        directives = dict.fromkeys(claim_ids, ClaimDirectives(stale=True))
         held = list(session.scalars(mine))
         charging.charge_beat(session, held, session.get(Worker, worker_id), now=now, policy=policy)
         for job in held:
             job.lease_expires_at, job.lease_extended = now + lease_seconds, False
-            orders[job.claim_id or ""] = _orders(job)
-    if _request_preemptions(db, policy) or any(each.preempt for each in orders.values()):
-        return _orders_now(db, claim_ids)
-    return orders
+            directives[job.claim_id or ""] = _directives(job)
+    if _request_preemptions(db, policy) or any(each.preempt for each in directives.values()):
+        return _read_directives(db, claim_ids)
+    return directives
 
 
 def _request_preemptions(db: Database, policy: Policy) -> int:
@@ -90,15 +90,15 @@ def _request_preemptions(db: Database, policy: Policy) -> int:
     return 0
 
 
-def _orders_now(db: Database, claim_ids: Collection[str]) -> dict[str, ClaimDirectives]:
+def _read_directives(db: Database, claim_ids: Collection[str]) -> dict[str, ClaimDirectives]:
     with db.read() as session:
         held = session.scalars(select(Job).where(Job.claim_id.in_(claim_ids)))
         return dict.fromkeys(claim_ids, ClaimDirectives(stale=True)) | {
-            job.claim_id or "": _orders(job) for job in held
+            job.claim_id or "": _directives(job) for job in held
         }
 
 
-def _orders(job: Job) -> ClaimDirectives:
+def _directives(job: Job) -> ClaimDirectives:
     is_preempted = job.preempted_for is not None
     return ClaimDirectives(cancel=job.cancel_requested, pause=job.pause_requested, preempt=is_preempted)
 

@@ -66,7 +66,7 @@ def _pressing(session: Session, *, now: float, policy: Policy) -> list[tuple[Que
     """What `preempt.pressing` finds in the queue; of a project no more than it may begin."""
     urgent = candidates.waiting(session, candidates.CandidateFilter(priority=PRESSING), now=now, per_group=AT_ONCE)
     late = [job for job in urgent if now - job.queued_at >= policy.preempt_after_seconds]
-    if all(policy.is_preempting(job.preemption_requested_at, now) for job in late):
+    if all(policy.awaits_preemption(job.preemption_requested_at, now) for job in late):
         return []
     waiting = candidates.waiting(session, candidates.CandidateFilter(), now=now, per_group=AT_ONCE)
     shares, served = charging.shares_of_waiting(session, now=now, policy=policy), charging.served(session, now=now)

@@ -40,7 +40,7 @@ class QueueEntry:
     effective_level: float
     """With what its class adds or subtracts: the lowest goes first."""
     reason: str
-    is_preempting: bool
+    awaits_preemption: bool
     """Others leave so that it can train: nobody behind it takes what they leave."""
 
 
@@ -191,7 +191,7 @@ def _queue_entry(row: _Ranked, position: int, *, now: float, policy: Policy) -> 
         level=row.level,
         effective_level=row.effective_level,
         reason="; ".join((*parts, f"waited {waited:.0f} s")),
-        is_preempting=policy.is_preempting(job.preemption_requested_at, now),
+        awaits_preemption=policy.awaits_preemption(job.preemption_requested_at, now),
     )
 
 

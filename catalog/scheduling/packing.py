@@ -52,7 +52,7 @@ def for_what_is_loaded(
     head = fitting[0]
     if head.waited_seconds >= patience_seconds:
         return []
-    waits = (number for number, entry in enumerate(fitting, start=1) if entry.is_preempting)
+    waits = (number for number, entry in enumerate(fitting, start=1) if entry.awaits_preemption)
     before = fitting[: next(waits, None)]
     alike = (head.candidate.priority, capacity.resident_key)
     of_it = [entry for entry in before if (entry.candidate.priority, entry.candidate.pack_key) == alike]
@@ -116,6 +116,8 @@ def choose_joiners(
             left -= cost
             reason = "its base is loaded and there is room beside the rest"
             chosen.append(Choice(entry=entry, role="joiner", reason=reason))
-        elif capacity.alone(mate) <= worker_bytes and (entry.is_preempting or entry.waited_seconds >= patience_seconds):
+        elif capacity.alone(mate) <= worker_bytes and (
+            entry.awaits_preemption or entry.waited_seconds >= patience_seconds
+        ):
             return chosen, entry
     return chosen, None

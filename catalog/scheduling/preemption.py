@@ -88,7 +88,7 @@ def pressing(entries: Iterable[QueueEntry], *, now: float, policy: Policy) -> li
         job = entry.candidate
         if job.priority != PriorityClass.urgent:
             before.append(job)
-        elif now - job.queued_at >= policy.preempt_after_seconds and not entry.is_preempting:
+        elif now - job.queued_at >= policy.preempt_after_seconds and not entry.awaits_preemption:
             found.append((entry, [other for other in before if other.project_id != job.project_id]))
     return found
 

@@ -92,7 +92,7 @@ def decide(snapshot: QueueSnapshot, policy: Policy) -> Decision:
         },
         "resident_key": capacity.resident_key,
         "is_draining_for_other_base": waits_for is not None and waits_for.waited_seconds >= policy.patience_seconds,
-        "is_preempting": waits_for is not None and waits_for.is_preempting,
+        "awaits_preemption": waits_for is not None and waits_for.awaits_preemption,
         "policy": asdict(policy),
         "shares": {
             project_id: ordering.describe_share(snapshot.shares, project_id, policy)
@@ -124,7 +124,7 @@ def _action(snapshot: QueueSnapshot, policy: Policy, entries: list[QueueEntry]) 
         return Join(choices=tuple(chosen)), waits_for
     if waits_for is not None:
         reason = "a job that can't join has waited too long: the trainer is let run empty"
-        if waits_for.is_preempting:
+        if waits_for.awaits_preemption:
             reason = "room is being made for a job, and nobody joins before it"
         return Wait(reason=reason), waits_for
     return _nothing(entries), None

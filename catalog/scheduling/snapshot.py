@@ -74,7 +74,7 @@ class Policy:
         """How many device-seconds are charged for each one that a job of this class trains."""
         return self.urgent_multiple if priority == PriorityClass.urgent else 1.0
 
-    def is_preempting(self, preemption_requested_at: float | None, now: float) -> bool:
+    def awaits_preemption(self, preemption_requested_at: float | None, now: float) -> bool:
         """Whether it counts that others were asked then to leave for a job."""
         return preemption_requested_at is not None and now - preemption_requested_at < self.ask_again_seconds
 
@@ -110,7 +110,7 @@ class Candidate:
     is_suspect: bool = False
     """Trainers or workers have ended with it: it trains alone, so that no packmate is blamed or hurt."""
     preemption_requested_at: float | None = None
-    """When others were last asked to leave for it; see Policy.is_preempting."""
+    """When others were last asked to leave for it; see Policy.awaits_preemption."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -388,6 +388,6 @@ class Engine:
         """Bytes of the base model, of all jobs' vectors, and the peak of the device (on a CPU, of the process)."""
         return {
             "base_bytes": self.base.num_bytes,
-            "rows_bytes": sum(job.num_bytes for job in self._jobs.values()),
+            "adapter_bytes": sum(job.num_bytes for job in self._jobs.values()),
             "peak_bytes": self.activations.peak_bytes(),
         }

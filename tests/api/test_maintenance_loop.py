@@ -56,7 +56,7 @@ def test_a_job_whose_worker_was_lost_goes_back_to_the_queue_and_the_bell_rings(
 ) -> None:
     world.worker()
     claim = world.running()
-    recovery.expire(world.db)
+    recovery.expire(world.db, lease_seconds=60)
     with world.db.write() as session:
         job = session.get_one(Job, claim.job.id)
         job.lease_expires_at, job.lease_extended = 1.0, True

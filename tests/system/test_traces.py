@@ -100,7 +100,7 @@ def trained(site: PackSite, claim: Claim) -> None:
     pack = site.loading_session(claim)
     (admit,) = InboxReader(pack.directory).take()
     assert admit.body["trace"] == site.context.spans.of(claim.claim_id)
-    ready = {"type": "ready", "memory": {"base_bytes": 1, "rows_bytes": 0, "peak_bytes": 1}, "invariance": "bitwise"}
+    ready = {"type": "ready", "memory": {"base_bytes": 1, "adapter_bytes": 0, "peak_bytes": 1}, "invariance": "bitwise"}
     say(pack, ready | {"versions": {}, "spans": [ended("load", 1.0, 3.0)]})
     tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
     tell(pack, claim, "stepped", **step(1))

@@ -29,7 +29,7 @@ from worker.session.trainer_session import TrainerSession
 
 READY = {
     "type": "ready",
-    "memory": {"base_bytes": 1, "rows_bytes": 0, "peak_bytes": 1},
+    "memory": {"base_bytes": 1, "adapter_bytes": 0, "peak_bytes": 1},
     "invariance": "bitwise",
     "versions": {"lorry": "1"},
 }

@@ -151,7 +151,7 @@ class TrainerSession:
         """Memory that unloading the trainer would free, by its last report. A GPU's allocator keeps the memory of its
         largest tick; a CPU's returns what it can."""
         memory = self._memory
-        whole = int(memory.get("base_bytes", 0)) + int(memory.get("rows_bytes", 0))
+        whole = int(memory.get("base_bytes", 0)) + int(memory.get("adapter_bytes", 0))
         return max(whole, int(memory.get("peak_bytes", 0))) if self._context.device.kind == "cuda" else whole
 
     def _trainer_bytes_to_come(self) -> int:

@@ -30,7 +30,7 @@ export function WorkersPage() {
 
 const WORDS = { idle: "idle", busy: "training", draining: "draining", lost: "not heard of", ended: "stopped" };
 
-const REPORT = { base_bytes: "Base in memory", rows_bytes: "Adapters in memory", peak_bytes: "Peak memory" };
+const REPORT = { base_bytes: "Base in memory", adapter_bytes: "Adapters in memory", peak_bytes: "Peak memory" };
 
 function Worker({ worker, jobs, done }) {
   const isOperator = Boolean(useStore(person)?.is_operator);

@@ -103,7 +103,7 @@ def test_leases_are_told_while_they_are_held_when_they_are_past_and_once_they_ar
     world.pass_time(LEASE + 1)
 
     assert read(world).leases_overdue == 2
-    recovery.expire(world.db)
+    recovery.expire(world.db, lease_seconds=60)
     found = read(world)
     assert (found.leases_overdue, found.leases_expired) == (0, {"training": 1, "preparing": 1})
     assert found.leases == {"training": 0, "preparing": 0}

@@ -69,7 +69,7 @@ def test_that_room_is_being_made_is_told_apart_from_a_trainer_that_is_let_run_em
     def told(job: Candidate, now: float) -> tuple[bool, bool]:
         decision = decide(snapshot(joins, job, live_key=LIVE, now=now), USUAL)
         why = decision.why(decision.action.choices[0])
-        return why["is_preempting"], why["is_draining_for_other_base"]
+        return why["awaits_preemption"], why["is_draining_for_other_base"]
 
     assert [told(urgent, 10), told(asked, 10)] == [(False, False), (True, False)]
     assert [told(urgent, late), told(asked, late)] == [(False, True), (True, True)]

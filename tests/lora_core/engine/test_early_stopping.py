@@ -83,7 +83,7 @@ def test_a_job_that_keeps_its_best_weights_and_is_not_stopped_takes_all_its_step
 def test_memory_counts_the_best_weights(load):
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", EARLY)
-    assert engine.memory()["rows_bytes"] == 20 * engine.num_parameters("job")
+    assert engine.memory()["adapter_bytes"] == 20 * engine.num_parameters("job")
 
 
 @pytest.mark.parametrize("options", [{"keep": "best"}, {"early_stopping": EarlyStoppingConfig(patience=1)}])

@@ -321,8 +321,8 @@ def test_finished_jobs_stay_until_evicted_and_leave_the_engine_idle(load):
     assert events[-1] == JobFinished(job="job", step=6, kept_step=6)
     assert engine.jobs() == ("job",)
     assert engine.num_parameters("job") > 0
-    assert engine.memory()["rows_bytes"] == 16 * engine.num_parameters("job")
+    assert engine.memory()["adapter_bytes"] == 16 * engine.num_parameters("job")
     assert engine.tokens_per_second() > 0
     engine.evict("job")
     assert engine.jobs() == ()
-    assert engine.memory()["rows_bytes"] == 0
+    assert engine.memory()["adapter_bytes"] == 0

@@ -107,7 +107,7 @@ def spy_on_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = passes_module.run_training
 
     def spied(base: BaseModel, session: PackedBatch) -> list[SliceScores]:
-        held.append(engine.memory()["rows_bytes"])
+        held.append(engine.memory()["adapter_bytes"])
         return original(base, session)
 
     monkeypatch.setattr(passes_module, "run_training", spied)
