@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import inspect
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 import pytest
 
+from catalog.db import lease
 from catalog.errors import Unavailable
 from catalog.history import job_logs as history_job_logs
 from catalog.history.job_logs import MAX_BYTES, Line
@@ -113,13 +115,19 @@ def test_no_secret_and_no_name_of_anothers_job_is_told(site: PackSite, monkeypat
 
 
 def prefixes_of_ids() -> set[str]:
-    """The argument of every call of new_id in the source."""
-    found: set[str] = set()
+    """The argument of every call of new_id in the source; and of lease.acquire, which passes its own on."""
+    found: set[str] = {inspect.signature(lease.acquire).parameters["prefix"].default}
     for path in [path for package in ("catalog", "api", "worker") for path in (ROOT / package).rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "new_id":
-                (prefix,) = node.args
-                module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            if not isinstance(node, ast.Call):
+                continue
+            given: list[ast.expr] = []
+            if isinstance(node.func, ast.Name) and node.func.id == "new_id" and path.name != "lease.py":
+                given = node.args
+            elif ast.unparse(node.func) == "lease.acquire":
+                given = [keyword.value for keyword in node.keywords if keyword.arg == "prefix"]
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            for prefix in given:
                 named = isinstance(prefix, ast.Constant)
                 found.add(str(prefix.value if named else getattr(import_module(module), ast.unparse(prefix))))
     return found
@@ -135,7 +143,18 @@ def test_an_id_with_any_prefix_that_the_service_uses_is_redacted(site: PackSite)
     session.end_all(CRASH)
 
     text = "\n".join(told(site, claim.job.id))
-    assert {"ftckpt", "trainer", "prep", "upload", "delivery", "signin", "evt-test", "ftjob"} <= prefixes
+    assert {
+        "ftckpt",
+        "trainer",
+        "prep",
+        "upload",
+        "delivery",
+        "signin",
+        "evt-test",
+        "ftjob",
+        "claim",
+        "planning",
+    } <= prefixes
     assert [one for one in ids if one in text or one.rpartition("-")[2] in text] == []
 
 
