@@ -7,9 +7,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 from sqlalchemy import func, select
 
 from catalog.db.database import Database
@@ -195,7 +204,8 @@ class Service(RuleBasedStateMachine):
         raise AssertionError("a job is left that nothing ends")
 
 
-TestService = Service.TestCase
-TestService.settings = settings(
-    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+@pytest.mark.slow_repetitions
+@pytest.mark.parametrize("num_examples", [8, 50])
+def test_any_course_of_verbs_keeps_the_invariants_and_ends_every_job(num_examples: int) -> None:
+    bounded = settings(max_examples=num_examples, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow])
+    run_state_machine_as_test(Service, settings=bounded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, multiple, rule, run_state_machine_as_test
@@ -156,6 +157,8 @@ class StoredService(Service):
         self.world.put_tokens(key, file_digest=file_digest, artifact=tokens, report=REPORT, details=DETAILS)
 
 
-def test_the_counters_equal_a_recount_after_any_order_of_verbs() -> None:
-    few = settings(max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    run_state_machine_as_test(StoredService, settings=few)
+@pytest.mark.slow_repetitions
+@pytest.mark.parametrize("num_examples", [5, 40])
+def test_the_counters_equal_a_recount_after_any_order_of_verbs(num_examples: int) -> None:
+    bounded = settings(max_examples=num_examples, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
+    run_state_machine_as_test(StoredService, settings=bounded)
