@@ -21,7 +21,7 @@ from api.schemas.jobs import JOB_REQUEST_EXAMPLES, FineTuningJob, JobBody, JobMo
 from api.schemas.pagination import ListPage, page_of
 from catalog.caller import Caller
 from catalog.jobs import commands, submission
-from catalog.lifecycle import position
+from catalog.lifecycle import queue_position
 from catalog.tables.jobs import Job
 
 router = Router(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
@@ -104,13 +104,13 @@ def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
 @router.post("/{job_id}/hold", operation_id="hold_job", responses=errors(404, 409))
 def hold_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
     """Keep it in the queue and out of every trainer, until it is released. Its files are prepared meanwhile."""
-    return _shown(use, caller, position.hold(use.db, project_id=caller.project_id, job_id=job_id))
+    return _shown(use, caller, queue_position.hold(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/release", operation_id="release_job", responses=errors(404, 409))
 def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
     """Let a held job be chosen again, in its old place."""
-    job = position.release(use.db, project_id=caller.project_id, job_id=job_id)
+    job = queue_position.release(use.db, project_id=caller.project_id, job_id=job_id)
     use.doorbell.ring()
     return _shown(use, caller, job)
 
@@ -118,8 +118,10 @@ def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
 @router.post("/{job_id}/move", operation_id="move_job", responses=errors(404, 409))
 def move_job(job_id: str, body: JobMove, use: Use, caller: Signed) -> FineTuningJob:
     """Give it another place among the project's jobs of its class that wait. Other projects' turns stay as they are."""
-    target = position.MoveTarget(before=body.before, after=body.after, to=body.to)
-    return _shown(use, caller, position.move_to(use.db, project_id=caller.project_id, job_id=job_id, target=target))
+    target = queue_position.MoveTarget(before=body.before, after=body.after, to=body.to)
+    return _shown(
+        use, caller, queue_position.move_to(use.db, project_id=caller.project_id, job_id=job_id, target=target)
+    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, RowKind, kn
 from catalog.db.database import Database, get_once
 from catalog.errors import InvalidRequest, LorryError, NotFound
 from catalog.fleet import views
-from catalog.lifecycle import position
+from catalog.lifecycle import queue_position
 from catalog.registry import adapters, base_models
 from catalog.resources import memory
 from catalog.resources.pack_key import pack_key
@@ -157,7 +157,7 @@ def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by
         base_digest=base.digest,
         pack_key=pack_key(base.digest, spec.precision, spec.quantization),
         priority=PriorityClass[request.priority],
-        place=position.of_new(now, request.deadline),
+        place=queue_position.of_new(now, request.deadline),
         deadline=request.deadline,
         requested=request.model_dump(mode="json", exclude_unset=True),
         spec=spec.model_dump(mode="json"),

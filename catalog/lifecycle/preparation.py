@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from catalog.db import lease
 from catalog.db.database import Database, read_clock, serialize
 from catalog.history import events
-from catalog.lifecycle import candidates, position
+from catalog.lifecycle import candidates, queue_position
 from catalog.lifecycle.fencing import hold
 from catalog.lifecycle.transitions import move
 from catalog.resources import requirements
@@ -136,7 +136,7 @@ def prepared(
         job.longest_example = longest_example
         job.lost_preparations = 0
         requirements.note(session, job)
-        position.settle(session, job)
+        queue_position.settle(session, job)
         move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
         spec = JobSpec.model_validate(job.spec)
         if evaluation_schedule.decide(spec) and evaluation_schedule.come_too_late(spec, num_steps):

@@ -21,7 +21,7 @@ from catalog.lifecycle import candidates, recovery
 from catalog.lifecycle.recording import resumable
 from catalog.lifecycle.transitions import move
 from catalog.queue import charging
-from catalog.queue.snapshots import snapshot_of, with_packmates
+from catalog.queue.snapshot_reader import snapshot_of, with_packmates
 from catalog.scheduling.fallbacks import MAX_FALLBACKS, snapshot_without
 from catalog.scheduling.packing import Choice
 from catalog.scheduling.scheduler import Decision, Wait, decide

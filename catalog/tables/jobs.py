@@ -76,7 +76,7 @@ class Job(Leased, Table):
     queued_at: Mapped[float | None]
     """When it came into the queue, while it is there and not held: what its waiting is reckoned from."""
     place: Mapped[float] = mapped_column(default=0.0, server_default="0")
-    """Among its project's jobs of its class; the lowest goes first. See catalog/lifecycle/position.py."""
+    """Among its project's jobs of its class; the lowest goes first. See catalog/lifecycle/queue_position.py."""
     is_held: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     """It waits and isn't chosen, until it is released."""
     deadline: Mapped[float | None]

@@ -25,7 +25,7 @@ from lora_core.layers.lm_heads import head_of
 from lora_core.layers.task_heads import class_logits
 from lora_core.module_paths import layer_of, matches
 from lora_core.packing.packed_batch import SliceInput, build_pack
-from lora_core.peft_format import evidence_linears, evidence_modules
+from lora_core.peft_format import verification_linears, verification_modules
 from lora_core.runtime.counter_rng import random_words
 from lora_core.runtime.safetensors_io import write_directory, write_json
 
@@ -175,8 +175,8 @@ def _probe(base: BaseModel, adapter: FlatAdapter) -> dict[str, Tensor]:
         "input_ids": torch.from_numpy(ids),
         "logits": packed_logits(base, adapter, ids),
         "base_logits": packed_logits(base, bare, ids),
-        **evidence_linears.evidence(base, adapter),
-        **evidence_modules.evidence(base, adapter),
+        **verification_linears.evidence(base, adapter),
+        **verification_modules.evidence(base, adapter),
     }
 
 

@@ -1,7 +1,7 @@
 # pyright: basic
 """Served equals trained: an exported adapter, loaded by PEFT on the resident base, gives the engine's logits.
 
-Each adapted linear by itself, which knows every matrix to its rounding (evidence_linears.py), and the logits of all
+Each adapted linear by itself, which knows every matrix to its rounding (verification_linears.py), and the logits of all
 together, whose tolerance is measured, not guessed: `_compare` derives it.
 """
 
@@ -25,9 +25,9 @@ from lora_core.base_model.model import BaseModel
 from lora_core.errors import BadAdapter, OutOfMemory, UnsafeFile
 from lora_core.forward.progress_hooks import Between, calling_at_linears, silent
 from lora_core.layers.task_heads import own_head, task_head_of
-from lora_core.peft_format import evidence_linears, evidence_modules
-from lora_core.peft_format.evidence_linears import ROUNDING_FACTOR, LinearsReport
+from lora_core.peft_format import verification_linears, verification_modules
 from lora_core.peft_format.export import PREFIX, PROBE_POSITIONS
+from lora_core.peft_format.verification_linears import ROUNDING_FACTOR, LinearsReport
 from lora_core.runtime.device_errors import is_device_fault, is_shortage, shortage_in_pass
 from lora_core.runtime.safetensors_io import read_header
 
@@ -85,7 +85,7 @@ def verify_export(base: BaseModel, directory: Path, *, between: Between = silent
 
 def _verify(base: BaseModel, directory: Path) -> VerifyReport:
     probe = _load_probe(base, directory)
-    added, in_full = _evidence(probe, evidence_linears.PREFIX), _evidence(probe, evidence_modules.PREFIX)
+    added, in_full = _evidence(probe, verification_linears.PREFIX), _evidence(probe, verification_modules.PREFIX)
     linears = None
     with base.untouched() as model, _with_head(base, directory), torch.no_grad():
         ids = probe["input_ids"].to(base.device)
@@ -93,8 +93,8 @@ def _verify(base: BaseModel, directory: Path) -> VerifyReport:
         with _adapted(model, directory, device=base.device) as adapted:
             if added:
                 _check_same_linears(model, added)
-                more = evidence_modules.errors(model, in_full, dtype=base.dtype)
-                linears = evidence_linears.compare(model, added, dtype=base.dtype, more=more)
+                more = verification_modules.errors(model, in_full, dtype=base.dtype)
+                linears = verification_linears.compare(model, added, dtype=base.dtype, more=more)
             logits = _last_logits(adapted, ids)
             roundings += [_nudged_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
             if base.quantization == "int8":
@@ -112,7 +112,7 @@ def _evidence(probe: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _check_same_linears(model: torch.nn.Module, added: dict[str, Tensor]) -> None:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    shapes = {name: evidence_linears.shape_of(layer) for name, layer in layers.items()}
+    shapes = {name: verification_linears.shape_of(layer) for name, layer in layers.items()}
     found = {name: tuple(tensor.shape) for name, tensor in added.items()}
     if shapes != found:
         different = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
@@ -313,7 +313,7 @@ def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
         header = read_header(directory / "probe.safetensors")
     except UnsafeFile as error:
         raise _bad(error.message.removesuffix(".")) from error
-    named = {name for name in header if not name.startswith((evidence_linears.PREFIX, evidence_modules.PREFIX))}
+    named = {name for name in header if not name.startswith((verification_linears.PREFIX, verification_modules.PREFIX))}
     if named != {"input_ids", "logits", "base_logits"} or _is_foreign(base, header):
         raise _bad("probe.safetensors is of another base model or format")
     return load_file(directory / "probe.safetensors")

@@ -84,7 +84,7 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
         write_json(arguments, {**names, "in_pairs": in_pairs})
         num_bytes = sum(path.stat().st_size for path in paths.values())
         box = sandbox.tokenization(work, base_dir=None, num_bytes=num_bytes)
-        child = run_child("worker.children.file_overlap", str(arguments), log_path=work / "log.txt", box=box)
+        child = run_child("worker.children.data_overlap", str(arguments), log_path=work / "log.txt", box=box)
         base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, "Comparing the files"))
         if not result.exists():
             remedy = "Plan again without the validation file, and report this."

@@ -21,7 +21,7 @@ from catalog import failpoints, logs
 from worker.node import cgroup, devices
 from worker.process import sandbox
 from worker.process.clock import boot_seconds
-from worker.process.parent_watch import OPTION, SIGN, confined
+from worker.process.confined_child import OPTION, SIGN, confined
 from worker.process.sandbox import Sandbox
 from worker.protocol.mailbox import Json, TrainerDirectory
 from worker.protocol.rendezvous import RANKS_FILE

@@ -1,6 +1,6 @@
 """What a child process of the worker may reach, enforced by Linux: Landlock, seccomp and resource limits.
 
-`worker.process.parent_watch` applies a `Sandbox` to itself before it becomes the child. It holds for all processes
+`worker.process.confined_child` applies a `Sandbox` to itself before it becomes the child. It holds for all processes
 that the child starts, and needs no privilege. Without Landlock in the kernel the child runs, and the worker's log says
 so; where Landlock can't be applied, no child starts. It restricts no UDP and no reading of file attributes.
 """
@@ -87,7 +87,7 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108  (where torch's processes share tensors
 REFUSED = 115
 """Exit status of a child to which its sandbox could not be applied.
 
-worker.process.exit_status and worker.process.parent_watch define others.
+worker.process.exit_status and worker.process.confined_child define others.
 """
 REFUSAL = "The sandbox of this process could not be applied: "
 """What it prints, before the kernel's error."""

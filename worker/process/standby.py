@@ -18,7 +18,7 @@ from pathlib import Path
 from catalog.errors import OutOfSpace
 from lorry.local.parent_watch import LOST_PARENT
 from worker.node import devices, scratch_dirs
-from worker.process import parent_watch
+from worker.process import confined_child
 from worker.process.launcher import TrainerProcess, launch
 from worker.protocol.errors import print_handled
 from worker.protocol.mailbox import EventWriter, TrainerDirectory
@@ -124,7 +124,7 @@ def stand_by(directory: TrainerDirectory, warm_up: Callable[[Path], None]) -> No
             warm_up(directory.path / f"warm-up-{os.environ.get('LOCAL_RANK', '0')}")
         except Exception as error:  # noqa: BLE001  (whatever it is, it comes again with a real base, and is told of it)
             print_handled(error)
-    if parent_watch.is_first():
+    if confined_child.is_first():
         events = EventWriter(directory)
         events.write({"type": "standing_by"})
         events.close()

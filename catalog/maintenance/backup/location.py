@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from catalog.errors import InvalidRequest, NotFound
-from catalog.maintenance.backup.lease import RENEW_SECONDS, Lease
+from catalog.maintenance.backup.location_lease import RENEW_SECONDS, LocationLease
 from catalog.maintenance.backup.references import Keys, stored
 from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.object_storage import CHUNK_BYTES, NoSuchObject, Objects
@@ -59,9 +59,9 @@ class BackupPlace:
         self._root = Objects(url)
         self._backups = Objects(f"{url}/backups")
 
-    def lease(self, *, renew_seconds: float = RENEW_SECONDS) -> Lease:
+    def lease(self, *, renew_seconds: float = RENEW_SECONDS) -> LocationLease:
         """A context in which no other backup to this location runs."""
-        return Lease(self._root, self.url, renew_seconds=renew_seconds)
+        return LocationLease(self._root, self.url, renew_seconds=renew_seconds)
 
     def records(self) -> list[BackupRecord]:
         """Of whole backups, oldest first. Raises InvalidRequest where a newer version has written one."""

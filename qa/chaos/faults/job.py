@@ -10,7 +10,7 @@ from typing import Any
 from catalog.errors import Conflict
 from catalog.fleet import cordons, workers
 from catalog.jobs import commands
-from catalog.lifecycle import position
+from catalog.lifecycle import queue_position
 from catalog.states import EndReason, JobState
 from catalog.tables.fleet import Worker
 from qa.chaos.scenario import Row
@@ -130,7 +130,7 @@ def _cancelled_waiting(site: FaultSite) -> str:
     site.cancel(new)
     assert site.job(new).state == JobState.CANCELLED
     for job_id in (queued, paused):  # else it would be claimed before it could be cancelled
-        position.hold(site.db, project_id=site.caller.project_id, job_id=job_id)
+        queue_position.hold(site.db, project_id=site.caller.project_id, job_id=job_id)
     site.start_worker()
     site.wait_until(lambda: site.job(queued).state == site.job(paused).state == JobState.QUEUED)
     commands.pause(site.db, project_id=site.caller.project_id, job_id=paused)

@@ -21,7 +21,7 @@ from catalog.history import changes, job_logs, result_files, tracker_exports
 from catalog.history import queries as history_queries
 from catalog.jobs import commands as job_commands
 from catalog.jobs import explanation, submission
-from catalog.lifecycle import deadlines, position, recording, recovery
+from catalog.lifecycle import deadlines, queue_position, recording, recovery
 from catalog.maintenance import garbage_collection
 from catalog.plans import claims as plan_claims
 from catalog.plans import plans
@@ -187,9 +187,11 @@ ACTS: dict[str, Act] = {
     "a cancel at once": lambda w, ids: job_commands.cancel(w.db, **w.of(ids["first"])),
     "a pause": lambda w, ids: job_commands.pause(w.db, **w.of(ids["second"])),
     "a resume": lambda w, ids: job_commands.resume(w.db, **w.of(ids["second"])),
-    "a hold": lambda w, ids: position.hold(w.db, **w.of(ids["second"])),
-    "a release": lambda w, ids: position.release(w.db, **w.of(ids["second"])),
-    "a move": lambda w, ids: position.move_to(w.db, **w.of(ids["second"]), target=position.MoveTarget(to="last")),
+    "a hold": lambda w, ids: queue_position.hold(w.db, **w.of(ids["second"])),
+    "a release": lambda w, ids: queue_position.release(w.db, **w.of(ids["second"])),
+    "a move": lambda w, ids: queue_position.move_to(
+        w.db, **w.of(ids["second"]), target=queue_position.MoveTarget(to="last")
+    ),
     "deadlines that can't be met": lambda w, _: deadlines.tell_late(w.db),
     "a look for whom to preempt": lambda w, _: (
         w.queued(priority="urgent"),

@@ -14,7 +14,7 @@ from catalog.db.database import Database
 from catalog.fleet import metrics, workers
 from catalog.fleet.metrics import Numbers
 from catalog.jobs import commands
-from catalog.lifecycle import position, preparation, recovery
+from catalog.lifecycle import preparation, queue_position, recovery
 from catalog.queue import claims
 from catalog.registry import adapters
 from catalog.states import EndReason, JobState, PriorityClass
@@ -79,7 +79,7 @@ def test_the_oldest_wait_is_of_its_class_and_ends_when_it_is_claimed(world: Worl
     world.clock.advance(50)
     world.queued(priority="normal")
     held = world.submit(priority="batch")
-    position.hold(world.db, **world.of(held.id))
+    queue_position.hold(world.db, **world.of(held.id))
     world.prepare_all()
     world.clock.advance(100)
 

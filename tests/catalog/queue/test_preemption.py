@@ -11,7 +11,7 @@ from catalog.errors import Unavailable
 from catalog.fleet import workers
 from catalog.history import queries
 from catalog.jobs import commands, explanation
-from catalog.lifecycle import position
+from catalog.lifecycle import queue_position
 from catalog.queue import claims, preemption
 from catalog.queue.claiming import Claim
 from catalog.scheduling.snapshot import USUAL, Capacity
@@ -339,14 +339,14 @@ def test_what_a_person_asks_for_goes_before_a_preemption(world: World, batch: Cl
 
 def keep_back(world: World, job: Job, how: str) -> None:
     if how == "held":
-        position.hold(world.db, **world.of(job.id))
+        queue_position.hold(world.db, **world.of(job.id))
     else:
         limit(world, concurrent_jobs=1)
 
 
 def let_begin(world: World, job: Job, how: str) -> None:
     if how == "held":
-        position.release(world.db, **world.of(job.id))
+        queue_position.release(world.db, **world.of(job.id))
     else:
         limit(world, concurrent_jobs=9)
 

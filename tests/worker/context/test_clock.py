@@ -13,18 +13,18 @@ import pytest
 
 from lorry.local.parent_watch import LOST_PARENT
 from tests.worker.pack_site import PackSite
-from worker.process import parent_watch
+from worker.process import confined_child
 from worker.process.clock import boot_seconds
-from worker.process.parent_watch import SIGN
+from worker.process.confined_child import SIGN
 
 ROOT = Path(__file__).parents[3]
 NEEDS_BOOTTIME = pytest.mark.skipif(sys.platform != "linux", reason="Python reaches no such clock elsewhere")
 WAKES_UP = """
 import sys, threading, time
-from worker.process import parent_watch
+from worker.process import confined_child
 clock, asleep = time.clock_gettime, 0.0
 time.clock_gettime = lambda number: clock(number) + (asleep if number == time.CLOCK_BOOTTIME else 0.0)
-parent_watch.watch_pipe(sys.stdin.fileno(), silence_seconds=3600)
+confined_child.watch_pipe(sys.stdin.fileno(), silence_seconds=3600)
 asleep = 4000.0
 print("watching", flush=True)
 threading.Event().wait()
@@ -112,13 +112,13 @@ def test_a_trainer_that_was_starved_judges_its_worker_by_when_the_signs_of_life_
 
     monkeypatch.setattr(select, "select", selected)
     monkeypatch.setattr(os, "_exit", ended)
-    monkeypatch.setattr(parent_watch, "boot_seconds", lambda: 25.0)
+    monkeypatch.setattr(confined_child, "boot_seconds", lambda: 25.0)
     reader, writer = os.pipe()
     for sent_at in signs:
         os.write(writer, SIGN.pack(sent_at))
 
     with pytest.raises((SystemExit, Survived)) as outcome:
-        parent_watch._watch(reader, 10.0, 0.0)
+        confined_child._watch(reader, 10.0, 0.0)
 
     assert outcome.type is (SystemExit if is_ended else Survived)
     os.close(reader)

@@ -15,6 +15,7 @@ import pytest
 from lorry.local.parent_watch import LOST_PARENT, dying_with_parent
 from worker.node import devices
 from worker.process import launcher
+from worker.process.confined_child import OPTION, confined
 from worker.process.launcher import (
     NICENESS,
     TrainerProcess,
@@ -23,15 +24,14 @@ from worker.process.launcher import (
     trainer_argv,
     trainer_environment,
 )
-from worker.process.parent_watch import OPTION, confined
 from worker.process.sandbox import Sandbox
 from worker.protocol.mailbox import TrainerDirectory
 
 ROOT = Path(__file__).parents[3]
 GPU = devices.Device(kind="cuda", indices=(0,), name="GPU", memory_bytes=1)
 HOLDER = (
-    "import sys, threading; from worker.process import parent_watch; "
-    "parent_watch.hold_on(sys.argv); threading.Event().wait()"
+    "import sys, threading; from worker.process import confined_child; "
+    "confined_child.hold_on(sys.argv); threading.Event().wait()"
 )
 
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from catalog import failpoints
 from tests.worker.chat_bases import Base
-from worker.process import parent_watch, sandbox, seccomp
+from worker.process import confined_child, sandbox, seccomp
+from worker.process.confined_child import confined
 from worker.process.launcher import run_child
-from worker.process.parent_watch import confined
 from worker.process.sandbox import Sandbox, description, handled, landlock_abi, rules
 
 ROOT = Path(__file__).parents[3]
@@ -265,12 +265,12 @@ def test_a_child_whose_sandbox_can_not_be_applied_does_not_begin(monkeypatch: py
     def refused(_: Sandbox) -> None:
         raise OSError(errno.E2BIG, "Too many rules")
 
-    monkeypatch.setattr(parent_watch, "die_with_parent", lambda _: None)
+    monkeypatch.setattr(confined_child, "die_with_parent", lambda _: None)
     monkeypatch.setattr(os, "execv", lambda path, _: begun.append(path))
-    monkeypatch.setattr(parent_watch, "apply", refused)
+    monkeypatch.setattr(confined_child, "apply", refused)
 
     with pytest.raises(SystemExit) as ended:
-        parent_watch.main([str(os.getppid()), Sandbox(kind="trainer").as_argument(), "/bin/true"])
+        confined_child.main([str(os.getppid()), Sandbox(kind="trainer").as_argument(), "/bin/true"])
 
     assert (ended.value.code, begun) == (sandbox.REFUSED, [])
 

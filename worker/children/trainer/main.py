@@ -12,11 +12,11 @@ import sys
 import time
 
 from worker.node import devices
-from worker.process import parent_watch
+from worker.process import confined_child
 from worker.protocol import errors
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
-    parent_watch.hold_on(sys.argv)
+    confined_child.hold_on(sys.argv)
     errors.begin_rank_log(sys.argv[1])
     gc.disable()  # the imports allocate much and free nothing: collections take a quarter of their time
 

@@ -23,8 +23,8 @@ from catalog.lifecycle import recording, recovery
 from catalog.maintenance import garbage_collection
 from catalog.maintenance.backup import database_dump
 from catalog.maintenance.backup.commands import create, restore, verify
-from catalog.maintenance.backup.lease import LEASE_SECONDS
 from catalog.maintenance.backup.location import BackupPlace, BackupRecord, open_place
+from catalog.maintenance.backup.location_lease import LEASE_SECONDS
 from catalog.queue import claiming
 from catalog.registry import adapters
 from catalog.settings import Settings

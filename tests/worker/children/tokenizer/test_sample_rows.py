@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.worker.chat_bases import Base
-from worker.children import file_overlap
+from worker.children import data_overlap
 from worker.children.tokenizer.main import prepare
 from worker.children.tokenizer.preview import MAX_SHOWN, NUM_SAMPLES, ShownRows, ShownToken
 from worker.children.tokenizer.text_encoder import BaseText
@@ -114,11 +114,11 @@ def test_rows_of_a_held_out_file_that_training_has_are_counted_each_time(tmp_pat
     train = written(tmp_path / "train", [1, 2, 3], [4, 5], [6])
     valid = written(tmp_path / "valid", [4, 5], [1, 2], [3], [6], [4, 5])
 
-    assert file_overlap.count(train, valid, in_pairs=False) == (3, 5)
+    assert data_overlap.count(train, valid, in_pairs=False) == (3, 5)
 
 
 def test_pairs_are_the_same_where_both_answers_are(tmp_path: Path) -> None:
     train = written(tmp_path / "train", [1, 2], [3], [4], [5])
     valid = written(tmp_path / "valid", [1, 2], [3], [4], [6], [1], [2, 3])
 
-    assert file_overlap.count(train, valid, in_pairs=True) == (1, 3)
+    assert data_overlap.count(train, valid, in_pairs=True) == (1, 3)

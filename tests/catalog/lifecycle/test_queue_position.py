@@ -9,8 +9,8 @@ import pytest
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.history import queries
 from catalog.jobs import commands, explanation
-from catalog.lifecycle import deadlines, position, recording
-from catalog.lifecycle.position import MoveTarget
+from catalog.lifecycle import deadlines, queue_position, recording
+from catalog.lifecycle.queue_position import MoveTarget
 from catalog.queue import claims, listing, pending
 from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
@@ -26,7 +26,7 @@ def order(world: World) -> list[str]:
 
 
 def move(world: World, job: Job, **target: Any) -> Job:
-    return position.move_to(world.db, **world.of(job.id), target=MoveTarget(**target))
+    return queue_position.move_to(world.db, **world.of(job.id), target=MoveTarget(**target))
 
 
 def test_a_job_is_moved_before_and_behind_others_and_to_both_ends(world: World) -> None:
@@ -75,7 +75,7 @@ def test_a_move_names_one_job_of_the_project_that_waits_in_the_same_class(world:
     with pytest.raises(NotFound):
         move(world, job, before=foreign.id)
     with pytest.raises(NotFound):
-        position.move_to(world.db, **world.of(foreign.id), target=MoveTarget(to="first"))
+        queue_position.move_to(world.db, **world.of(foreign.id), target=MoveTarget(to="first"))
     (claim,) = world.claim(capacity=ONE)
     with pytest.raises(Conflict) as refusal:
         move(world, claim.job, to="last")
@@ -96,7 +96,7 @@ def test_moving_jobs_gives_a_project_no_other_projects_turn(world: World) -> Non
 
 def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> None:
     job = world.submit()
-    position.hold(world.db, **world.of(job.id))
+    queue_position.hold(world.db, **world.of(job.id))
     world.prepare_all()
     behind = world.queued()
 
@@ -114,7 +114,7 @@ def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> 
     )
     world.clock.advance(100)
     for _ in range(2):
-        assert position.release(world.db, **world.of(job.id)).queued_at == world.job(job.id).queued_at
+        assert queue_position.release(world.db, **world.of(job.id)).queued_at == world.job(job.id).queued_at
     assert explanation.explain(world.db, **world.of(job.id))["waited_seconds"] < 1
     (claim,) = world.claim(capacity=ONE)
     assert claim.job.id == job.id
@@ -123,10 +123,10 @@ def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> 
 def test_what_trains_or_has_ended_is_not_held_and_a_pause_ends_a_hold(world: World) -> None:
     claim = world.running()
     with pytest.raises(Conflict) as refusal:
-        position.hold(world.db, **world.of(claim.job.id))
+        queue_position.hold(world.db, **world.of(claim.job.id))
     assert refusal.value.code == "job_not_waiting"
     held = world.queued()
-    position.hold(world.db, **world.of(held.id))
+    queue_position.hold(world.db, **world.of(held.id))
     commands.pause(world.db, **world.of(held.id))
     commands.resume(world.db, **world.of(held.id))
 
@@ -192,4 +192,4 @@ def test_a_job_that_comes_back_keeps_its_place(world: World) -> None:
 
     assert claim.job.id == second.id
     assert order(world) == [second.id, first.id]
-    assert position.of_new(5.0, None) == 5.0
+    assert queue_position.of_new(5.0, None) == 5.0

@@ -1,6 +1,6 @@
 """How many rows of a held-out file are in the training file too: equal, token for token, as trained.
 
-Runs as a child, `python -m worker.children.file_overlap ARGUMENTS.json`, without torch. It uses eight bytes of memory
+Runs as a child, `python -m worker.children.data_overlap ARGUMENTS.json`, without torch. It uses eight bytes of memory
 for each row.
 """
 

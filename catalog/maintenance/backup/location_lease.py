@@ -25,7 +25,7 @@ RENEW_SECONDS = 60.0
 log = logging.getLogger("lorry.catalog")
 
 
-class Lease:
+class LocationLease:
     """A context. Raises Conflict where another backup runs, OutOfSpace, Unavailable."""
 
     def __init__(self, objects: Objects, where: str, *, renew_seconds: float = RENEW_SECONDS) -> None:
@@ -38,7 +38,7 @@ class Lease:
         self._stop = threading.Event()
         self._renewing = threading.Thread(target=self._renew, name="backup lease", daemon=True)
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> LocationLease:
         if not self.objects.create(KEY, self._content):
             self._refuse_if_held()
             with suppress(NoSuchObject):

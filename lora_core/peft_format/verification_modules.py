@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.layers.lm_heads import head_of
-from lora_core.peft_format.evidence_linears import ROUNDING_FACTOR, inputs
+from lora_core.peft_format.verification_linears import ROUNDING_FACTOR, inputs
 
 PREFIX = "in_full."
 """Before the name of a tensor in probe.safetensors."""

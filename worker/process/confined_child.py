@@ -1,7 +1,7 @@
 """A worker's children, and the two ways in which they end with it.
 
 The kernel kills a direct child whose worker dies (`lorry.local.parent_watch`); here such a child is confined as well:
-`python -m worker.process.parent_watch PARENT SANDBOX ARGV…` applies the sandbox and becomes ARGV. A trainer holds a
+`python -m worker.process.confined_child PARENT SANDBOX ARGV…` applies the sandbox and becomes ARGV. A trainer holds a
 lease besides: the read end of a pipe is its standard input, the only descriptor that launchers hand on. It exits when
 that closes, or when the worker sends no sign of life for too long.
 """
@@ -27,7 +27,7 @@ PIPE_BYTES = 2**16
 
 def confined(argv: Sequence[str], sandbox: Sandbox) -> list[str]:
     """`argv` as a command that the kernel kills when the calling thread ends, and confines to the sandbox."""
-    return [sys.executable, "-m", "worker.process.parent_watch", str(os.getpid()), sandbox.as_argument(), *argv]
+    return [sys.executable, "-m", "worker.process.confined_child", str(os.getpid()), sandbox.as_argument(), *argv]
 
 
 def hold_on(argv: Sequence[str]) -> None:
