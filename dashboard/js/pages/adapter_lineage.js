@@ -3,7 +3,7 @@
 import { html } from "../html.js";
 import { link } from "../router.js";
 import { useResource } from "../resource.js";
-import { held } from "../parts/holding.js";
+import { strategyText } from "../parts/sharding.js";
 import { Copy, Facts, Failure, Id, Panel } from "../parts/basics.js";
 import * as format from "../format.js";
 
@@ -46,7 +46,7 @@ function summary({ job, base, data, attempts, results, code, people }) {
 }
 
 /** Of a trainer of several processes, how they held the base. */
-const among = ({ num_processes: number, strategy, device }) => (number > 1 && strategy ? held({ strategy, number, kind: device?.startsWith("cuda") ? "cuda" : "cpu" }) : null);
+const among = ({ num_processes: number, strategy, device }) => (number > 1 && strategy ? strategyText({ strategy, number, kind: device?.startsWith("cuda") ? "cuda" : "cpu" }) : null);
 
 /** The record has the id alone, which stays; the name is there as long as the file is. */
 function FileName({ id }) {

@@ -1,7 +1,7 @@
 // Where a job trains, or could: how the devices there hold its base model, why so, and what it needs of each.
 import { html } from "../html.js";
 import { Facts, Panel } from "../parts/basics.js";
-import { devices, held, isOffloaded } from "../parts/holding.js";
+import { devices, isOffloaded, strategyText } from "../parts/sharding.js";
 import * as format from "../format.js";
 
 /** By the job's `why`; nothing where that knows of none, or is still that of its last state. */
@@ -20,7 +20,7 @@ function facts({ kind, num_devices, strategy, reason, needed_bytes, memory_bytes
   const where = num_devices > 1 ? "on each" : "in all";
   const whose = isOffloaded(strategy) ? "the host has for each device" : "each device has";
   return [
-    ["Base model", held({ strategy, number: num_devices, kind })],
+    ["Base model", strategyText({ strategy, number: num_devices, kind })],
     ["Why", reason],
     ["Blocks", blocks && `${format.count(blocks.count)}, in all ${format.bytes(blocks.bytes)}; ${whose} 1/${num_devices} of every one, ${format.bytes(blocks.share_bytes)}`],
     ["Blocks at work", blocks && `${format.bytes(blocks.gathered_bytes)} more on each, for those that are whole while they compute`],

@@ -3,7 +3,7 @@ import { html, useState } from "../html.js";
 import { link, replaceQuery, route } from "../router.js";
 import { Ago, Empty, FINAL, Failure, Loading, State, Until } from "../parts/basics.js";
 import { Bar, Sparkline, TOOK, done, epochDone, jobName, numSteps } from "../parts/progress.js";
-import { Bed } from "../parts/bed.js";
+import { PackedJobs } from "../parts/packed_jobs.js";
 import { Place } from "../parts/waiting.js";
 import { useResource } from "../resource.js";
 import { useJobs } from "../jobs_data.js";
@@ -70,7 +70,7 @@ function Aboard({ jobs }) {
   if (!trainers.size) return null;
   return html`<section class="beds" aria-labelledby="aboard">
     <h2 id="aboard" class="unseen">Training now</h2>
-    ${[...trainers].map(([id, aboard]) => html`<${Bed} key=${id} base=${aboard[0].model} jobs=${aboard} />`)}
+    ${[...trainers].map(([id, aboard]) => html`<${PackedJobs} key=${id} base=${aboard[0].model} jobs=${aboard} />`)}
   </section>`;
 }
 

@@ -5,7 +5,7 @@ import { useLive } from "../jobs_data.js";
 import { useResource } from "../resource.js";
 import { Ago, Empty, Failure, Loading, State } from "../parts/basics.js";
 import { Place } from "../parts/waiting.js";
-import { Bed } from "../parts/bed.js";
+import { PackedJobs } from "../parts/packed_jobs.js";
 import * as format from "../format.js";
 
 export function QueuePage() {
@@ -47,5 +47,5 @@ function Training({ jobs }) {
   if (!jobs.length) return null;
   const trainers = Map.groupBy(jobs, (job) => job.trainer_id || job.id);
   return html`<section class="beds after" aria-labelledby="training"><h2 id="training">Training now</h2>
-    ${[...trainers].map(([id, aboard]) => html`<${Bed} key=${id} base=${aboard[0].model} jobs=${aboard} />`)}</section>`;
+    ${[...trainers].map(([id, aboard]) => html`<${PackedJobs} key=${id} base=${aboard[0].model} jobs=${aboard} />`)}</section>`;
 }

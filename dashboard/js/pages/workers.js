@@ -5,8 +5,8 @@ import { useStore } from "../store.js";
 import { useJobs } from "../jobs_data.js";
 import { useResource } from "../resource.js";
 import { Ago, Empty, Facts, Failure, Id, Loading } from "../parts/basics.js";
-import { Bed } from "../parts/bed.js";
-import { held, wanted } from "../parts/holding.js";
+import { PackedJobs } from "../parts/packed_jobs.js";
+import { strategyText, wantedStrategyText } from "../parts/sharding.js";
 import { WorkerActions } from "./worker_actions.js";
 import * as format from "../format.js";
 
@@ -43,7 +43,7 @@ function Worker({ worker, jobs, done }) {
     <div class="panel-head"><h2 id=${`worker-${worker.id}`}>${title}</h2>
       <span class=${`state worker-${worker.state}`}><span class="dot" aria-hidden="true"></span>${stateWords(worker)}</span></div>
     ${worker.cordon && worker.state !== "ended" && html`<p class="cordon">${cordonWords(worker.cordon)}</p>`}
-    <${Bed} base=${worker.resident_base_names.join(", ") || (worker.resident_base ? format.short(worker.resident_base, 16) : isGone ? "nothing known, for it is gone" : "no base model resident")} jobs=${aboard} />
+    <${PackedJobs} base=${worker.resident_base_names.join(", ") || (worker.resident_base ? format.short(worker.resident_base, 16) : isGone ? "nothing known, for it is gone" : "no base model resident")} jobs=${aboard} />
     <${Facts} rows=${[
       ["Devices", worker.devices.map(device).join(", ")], ["Memory", worker.devices.some(memoryOf) ? null : format.bytes(worker.memory_bytes)],
       ...ofSeveral(worker),
@@ -71,11 +71,11 @@ function cordonWords(cordon) {
 /** Of several devices, its own or a gang's: how they hold bases, and the one that is there. */
 function ofSeveral({ devices, resident_base, report }) {
   const { kind, num_processes: number, strategy, gang } = devices[0] || {};
-  if (gang) return [["Gang", gang], ["Holds bases", wanted("replicated")]];
+  if (gang) return [["Gang", gang], ["Holds bases", wantedStrategyText("replicated")]];
   if (!(number > 1)) return [];
   const library = strategy?.startsWith("zero3") ? "zero3" : "fsdp2";
   const now = { replicated: "replicated", sharded: library, offloaded: `${library}_offload` }[report?.capacity?.holding];
-  return [["Holds bases", wanted(strategy)], ["Base held now", resident_base && now ? held({ strategy: now, number, kind }) : null]];
+  return [["Holds bases", wantedStrategyText(strategy)], ["Base held now", resident_base && now ? strategyText({ strategy: now, number, kind }) : null]];
 }
 
 const memoryOf = (one) => one?.memory_bytes ?? one?.total_bytes;

@@ -13,14 +13,14 @@ const how = (strategy) => `by ${BY[strategy] || "another library"} (${strategy})
 /** Devices of a group: its GPUs; on a CPU the processes that share it. */
 export const devices = (number, kind) => format.plural(number, ...(kind === "cuda" ? ["GPU"] : number === 1 ? ["CPU"] : ["process", "processes"]));
 
-export function held({ strategy, number, kind }) {
+export function strategyText({ strategy, number, kind }) {
   const group = devices(number, kind);
   if (strategy !== "replicated") return `divided among ${group}, ${how(strategy)}`;
   return number === 1 ? `whole, on ${group}` : `whole, on each of ${group}`;
 }
 
 /** What a worker was told of the bases that it is to hold. */
-export function wanted(strategy) {
+export function wantedStrategyText(strategy) {
   if (strategy === "auto") return AUTO;
   if (strategy === "replicated") return "always whole";
   return BY[strategy] ? `always divided, ${how(strategy)}` : strategy;

@@ -4,7 +4,7 @@ import * as format from "../format.js";
 import { link } from "../router.js";
 import { done, jobName } from "./progress.js";
 
-export function Bed({ base, jobs, heading = "h3", room }) {
+export function PackedJobs({ base, jobs, heading = "h3", room }) {
   const speed = jobs.reduce((sum, job) => sum + (job.progress?.tokens_per_second || 0), 0);
   return html`
     <div class="bed">
