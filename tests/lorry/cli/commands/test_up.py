@@ -206,7 +206,8 @@ def test_no_other_process_can_take_the_port_while_the_service_starts(tmp_path: P
 
     assert "authorization" not in heard.read_text().lower()
     assert heard.read_text().startswith("not taken: Address already in use")
-    assert json.loads(line)["url"] == f"http://127.0.0.1:{port}", errors
+    assert line, errors
+    assert json.loads(line)["url"] == f"http://127.0.0.1:{port}"
 
 
 def test_a_data_folder_that_can_not_be_is_a_sentence(tmp_path: Path) -> None:
