@@ -140,6 +140,7 @@ def test_after_a_lost_connection_file_a_new_key_is_made_and_works(data_dir: Path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("service_database")
 def test_a_first_start_that_was_cut_off_before_it_noted_its_key_is_made_good(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     data_dir.mkdir()
@@ -192,6 +193,7 @@ main()
 """`lorry up`, with another process that listens at the port as soon as it is chosen, if it can."""
 
 
+@pytest.mark.usefixtures("service_database")
 def test_no_other_process_can_take_the_port_while_the_service_starts(tmp_path: Path) -> None:
     port, heard, data_dir = free_port(), tmp_path / "heard", tmp_path / "data"
     up_arguments = [*UP[4:], "--data-dir", str(data_dir), "--port", str(port)]
