@@ -1,7 +1,7 @@
 """Schema revisions: the migration scripts, the revisions that they know, and the one that a database has.
 
-A revision is named after its file, such as `0001_initial`. A name that no script has belongs to a later version, unless
-it is a bare number: builds before the first release used those, and their databases cannot be upgraded.
+A revision is named after its file, such as `0001_first_release`. A name that no script has belongs to a later version,
+unless a build before the first release used it: their databases cannot be upgraded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from catalog.errors import Conflict
 SCRIPTS = Path(__file__).parents[2] / "migrations"
 """Every function reads it when it is called: a test can put scripts of its own in its place."""
 VERSIONS = table("alembic_version", column("version_num"))
-BARE_NUMBER = re.compile(r"\d{4}")
+UNRELEASED = re.compile(r"\d{4}|0001_initial")
+"""Revisions of builds before the first release. Add the newest one if its script is edited before that."""
 TOO_NEW = "Run this command with the version of Lorry that migrated the database, or with a later one."
 NOT_UPGRADABLE = (
     "Keep it for the build that made it. For this version, make a new database: name an empty one by "
@@ -57,7 +58,7 @@ def is_older(revision: str | None) -> bool:
 
 def is_unreleased(revision: str | None) -> bool:
     """Whether a build before the first release made the tables."""
-    return revision is not None and BARE_NUMBER.fullmatch(revision) is not None
+    return revision is not None and UNRELEASED.fullmatch(revision) is not None
 
 
 def check_known(connection: Connection) -> None:
