@@ -1,10 +1,9 @@
-"""The main job, end to end: a real base, real data, three adapters trained together, and the proof that they work.
+"""Trains three adapters together on a real base model and real data, and verifies them.
 
     make demo            or            python examples/demo.py
 
-KEEP=1 leaves the service running. LORRY_DEMO_DIR names another folder than .cache/demo. It can be run again
-at once: the base model and the service's data are kept there, and every run makes new jobs.
-The steps are in demo_parts/steps.py; here is only what must come before the imports.
+KEEP=1 keeps the service running. LORRY_DEMO_DIR replaces the folder .cache/demo, which keeps the base model and the
+service's data. Every run creates new jobs. The steps are in demo_parts/steps.py.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import sys
 
 
 def main() -> int:
-    """The exit status. The imports take seconds, and a KeyboardInterrupt amid them can come out as another error."""
+    """Return the exit status. A KeyboardInterrupt during the slow imports can surface as another error."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_at_once)
     from demo_parts import steps
@@ -24,7 +23,7 @@ def main() -> int:
 
 
 def _end_at_once(_number: int, _frame: object) -> None:
-    os.write(1, b"Interrupted before anything was started.\n")
+    os.write(1, b"Interrupted before the demo started anything.\n")
     os._exit(130)
 
 

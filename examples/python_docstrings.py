@@ -1,9 +1,9 @@
-"""Builds a real data set from the Python that runs this: a function's signature, and what its docstring says first.
+"""Builds a real data set from the running Python: a function's signature, and the first sentence of its docstring.
 
     python examples/python_docstrings.py TRAIN.jsonl HELD_OUT.jsonl
 
-Chat JSONL, the same bytes on the same Python. Whole modules are held out, so that no held-out function has
-a sibling in training that gives its answer away.
+The files are chat JSONL with the same bytes on the same Python. Each module goes to one file, so that no function of the
+validation file has a similar function of its module in the training file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import ModuleType
 TRAIN_ROWS = 600
 HELD_OUT_ROWS = 56
 HELD_OUT_PART = 8
-"""One module in so many is held out."""
+"""One module in HELD_OUT_PART goes to the validation file."""
 MOST_PER_MODULE = 24
 LONGEST_QUESTION_CHARS = 130
 ANSWER_CHARS = range(16, 121)
@@ -31,7 +31,7 @@ _IMPORT_SECONDS = 60
 _OF_THIS_MACHINE = (" at 0x", "environ(", sys.prefix, sys.base_prefix, sys.executable)
 
 SKIPPED = frozenset(
-    # On import these open a browser or a window, print, need a display, or are gone on some machines.
+    # On import, these open a browser or a window, print, need a display, or are missing on some machines.
     {"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "ensurepip", "distutils"}
     | {"pydoc_data", "msilib", "winreg", "nt", "ntpath", "__main__", "sitecustomize", "usercustomize"}
 )
@@ -54,32 +54,37 @@ class Function:
 
 
 def build(train: Path, held_out: Path) -> tuple[list[Function], list[Function]]:
-    """Writes both files; returns what is in them."""
+    """Write both files, and return the functions in them."""
     functions = harvest()
     to_train = [f for f in functions if not is_held_out(f.module)]
     known = {f.sentence for f in to_train}
     to_hold_out = [f for f in functions if is_held_out(f.module) and f.sentence not in known]
     parts = _sample(to_train, TRAIN_ROWS), _sample(to_hold_out, HELD_OUT_ROWS)
     for path, part in zip((train, held_out), parts, strict=True):
-        path.write_text("".join(json.dumps(f.row(), ensure_ascii=False) + "\n" for f in part), "utf-8")
+        write(path, part)
     return parts
 
 
+def write(path: Path, functions: Iterable[Function]) -> None:
+    """Write one row for each function, as chat JSONL."""
+    path.write_text("".join(json.dumps(f.row(), ensure_ascii=False) + "\n" for f in functions), "utf-8")
+
+
 def harvest() -> list[Function]:
-    """Every module is imported in a child process: what importing does stays there."""
+    """Import every module in a child process, which keeps the side effects of imports."""
     argv = [sys.executable, "-I", __file__, "--list"]
     listed = subprocess.run(argv, capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=True)
     return [Function(**json.loads(line)) for line in listed.stdout.splitlines()]
 
 
 def is_held_out(module: str) -> bool:
-    """By the name of the top-level module alone, so that it is the same on every machine."""
+    """Decide by the name of the top-level module only, so that every machine decides the same."""
     name = module.split(".", maxsplit=1)[0]
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT_PART == 0
 
 
 def functions_of(name: str, module: ModuleType) -> Iterator[Function]:
-    """The public functions defined in `module`, in the order of their names; at most MOST_PER_MODULE."""
+    """Yield the public functions defined in `module` by name, at most MOST_PER_MODULE."""
     found = 0
     for attribute in sorted(vars(module)):
         thing = vars(module)[attribute]
@@ -92,14 +97,14 @@ def functions_of(name: str, module: ModuleType) -> Iterator[Function]:
 
 
 def first_sentence(docstring: str) -> str:
-    """Of the first paragraph, on one line, without the markup of reStructuredText."""
+    """Return the first sentence of the first paragraph, on one line, without reStructuredText markup."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z(`'\"])", paragraph)[0]
     return re.sub(r"``?([^`]*)``?|:[a-z]+:`([^`]*)`", r"\1\2", sentence).strip()
 
 
 def _described(module: str, attribute: str, thing: object) -> Function | None:
-    """None where there is no signature, or no sentence of a fitting length that says more than the name."""
+    """Return None if there is no signature, or no sentence of an allowed length."""
     try:
         signature = str(inspect.signature(thing))  # type: ignore[arg-type]
     except (ValueError, TypeError):
@@ -113,13 +118,13 @@ def _described(module: str, attribute: str, thing: object) -> Function | None:
 
 
 def _sample(functions: list[Function], most: int) -> list[Function]:
-    """An even part of all, in an order that mixes the modules but is always the same; no sentence twice."""
+    """Return at most `most` functions in a fixed order that mixes the modules, each sentence once."""
     once = {f.sentence: f for f in functions}.values()
     return sorted(once, key=lambda f: hashlib.sha256(f.call.encode()).digest())[:most]
 
 
 def _module_names() -> Iterable[str]:
-    """The standard library's public modules and their public submodules, sorted."""
+    """Yield the public modules of the standard library and their public submodules, sorted."""
     import pkgutil
 
     for name in sorted(sys.stdlib_module_names - SKIPPED):
@@ -140,7 +145,7 @@ def _spec(name: str) -> list[str] | None:
 
 
 def _list() -> None:
-    """What the child does: one JSON line per function, on the real standard output alone."""
+    """In the child process: print one JSON line per function. The output of modules goes to stderr."""
     import importlib
     import os
     import warnings
@@ -151,16 +156,16 @@ def _list() -> None:
     for name in _module_names():
         try:
             module = importlib.import_module(name)
-        except (Exception, SystemExit):  # noqa: BLE001, S112 - a module for another system is no news
+        except (Exception, SystemExit):  # noqa: BLE001, S112 - a module for another system
             continue
         for f in functions_of(name, module):
             out.write(json.dumps({"module": f.module, "call": f.call, "sentence": f.sentence}) + "\n")
     out.flush()
-    os._exit(0)  # whatever the modules registered for the end shall not run
+    os._exit(0)  # skips the exit handlers that modules registered
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--list"]:
         _list()
     train_rows, held_out_rows = build(Path(sys.argv[1]), Path(sys.argv[2]))
-    print(f"{len(train_rows)} rows for training, {len(held_out_rows)} held out")
+    print(f"{len(train_rows)} training rows, {len(held_out_rows)} validation rows")

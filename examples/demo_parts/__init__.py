@@ -1,1 +1,1 @@
-"""The parts of the demo, one per step or two. Read ../demo.py first."""
+"""The steps of the demo. Read ../demo.py first."""

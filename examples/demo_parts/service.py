@@ -1,4 +1,4 @@
-"""Step 3: `lorry up` in a folder of its own, and the base model added to it."""
+"""Step 3: starts `lorry up` in the demo's own folder, and imports the base model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lorry import Lorry, LorryError, RetryPolicy
 from lorry.models.jobs import Model
 
 _STOP_SECONDS = 90
-_TOLD_LINES = 12
+_SHOWN_LINES = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Running:
-    """A client of the service, and whether the service outlives the demo."""
+    """A client of the service. `stays`: the service keeps running after the demo."""
 
     lorry: Lorry
     stays: bool
@@ -31,13 +31,13 @@ class Running:
 
 @contextmanager
 def running(data_dir: Path, log: Path, *, keep: bool) -> Generator[Running]:
-    """A service on `data_dir`: the one that runs there already, which stays, else a new one, ended unless `keep`."""
+    """Use the service that runs on `data_dir`, or start one, which stops at the end unless `keep`."""
     data_dir.mkdir(exist_ok=True)
     left = _left_running(data_dir)
     if left is not None:
-        console.print(f"A service that was kept runs at {left.url}")
+        console.print(f"The service of an earlier run is still running at {left.url}")
         with left:
-            console.print(f"Dashboard, signing in once: {left.sign_in_links.create()['url']}", soft_wrap=True)
+            console.print(f"Dashboard (this link works once): {left.sign_in_links.create()['url']}", soft_wrap=True)
             yield Running(lorry=left, stays=True)
         return
     process = _start(data_dir, log)
@@ -53,7 +53,7 @@ def running(data_dir: Path, log: Path, *, keep: bool) -> Generator[Running]:
 
 
 def add_base(lorry: Lorry, name: str, source: Source) -> Model:
-    """Imported once: on a data folder that has it, this is a look-up."""
+    """Import the base model, unless the data folder has it."""
     lorry.models.add(name, source.source, kind=source.kind, revision=source.revision)
     with waiting(f"Importing {name} (once)"):
         base = lorry.models.wait(name, timeout_seconds=600)
@@ -62,13 +62,13 @@ def add_base(lorry: Lorry, name: str, source: Source) -> Model:
 
 
 def farewell(running: Running, data_dir: Path) -> None:
-    """How to go on from here."""
+    """Print the next commands."""
     if not running.stays:
-        console.print(f"Stopping the service. Its jobs and adapters stay in {data_dir};", soft_wrap=True)
-        console.print("`make demo KEEP=1` leaves it running.")
+        console.print(f"The service stops now. Its jobs and adapters stay in {data_dir}.", soft_wrap=True)
+        console.print("`make demo KEEP=1` keeps the service running.")
         return
     lines = (
-        f"The service stays at {running.lorry.url}. Sign in to its dashboard, once, at",
+        f"The service keeps running at {running.lorry.url}. This link signs you in to the dashboard once:",
         f"  {running.lorry.sign_in_links.create()['url']}",
         "Use it:",
         "  unset LORRY_URL LORRY_API_KEY",
@@ -82,7 +82,7 @@ def farewell(running: Running, data_dir: Path) -> None:
 
 
 def _left_running(data_dir: Path) -> Lorry | None:
-    """A client of the service that answers for this folder now."""
+    """Return a client of the service that runs on this folder, or None."""
     try:
         with Lorry(data_dir=data_dir, retries=RetryPolicy(max_retries=0)) as probing:
             probing.queue.get()
@@ -92,32 +92,32 @@ def _left_running(data_dir: Path) -> Lorry | None:
 
 
 def _start(data_dir: Path, log: Path) -> subprocess.Popen[str]:
-    """Returns when it is ready: it says so in one line of JSON. In a session of its own, so that Ctrl-C is ours."""
+    """Return when the service is ready. Its own session keeps Ctrl-C from reaching it."""
     argv = [sys.executable, "-P", "-m", "lorry", "up", "--json", "--data-dir", str(data_dir)]
     with log.open("ab") as errors:
         begins = errors.seek(0, os.SEEK_END)
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
     try:
-        with waiting("Starting"):
+        with waiting("Starting the service"):
             line = process.stdout.readline() if process.stdout else ""
     except BaseException:
         _stop(process)
         raise
     if not line:
         _stop(process)
-        complaint = "\n".join(log.read_bytes()[begins:].decode("utf-8", "replace").splitlines()[-_TOLD_LINES:])
-        raise DemoFailed(f"The service did not start. `lorry up` says (all of it is in {log}):\n{complaint}")
+        complaint = "\n".join(log.read_bytes()[begins:].decode("utf-8", "replace").splitlines()[-_SHOWN_LINES:])
+        raise DemoFailed(f"The service did not start. The last lines of {log}:\n{complaint}")
     ready = json.loads(line)
     console.print(f"Lorry runs at {ready['url']}")
-    console.print(f"Dashboard, signing in once: {ready['sign_in_url']}", soft_wrap=True)
+    console.print(f"Dashboard (this link works once): {ready['sign_in_url']}", soft_wrap=True)
     return process
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Jobs save where they are first; a second Ctrl-C, or too long a wait, ends it at once."""
+    """Let jobs save a checkpoint first. A second Ctrl-C, or the timeout, kills the service."""
     process.terminate()
     try:
         process.wait(_STOP_SECONDS)
     except (KeyboardInterrupt, subprocess.TimeoutExpired):
-        process.terminate()  # the second signal: `lorry up` kills what it started
+        process.terminate()  # a second signal makes `lorry up` kill its processes
         process.wait()

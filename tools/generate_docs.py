@@ -1,0 +1,218 @@
+"""Writes the reference pages that are generated from the code: `make docs-generate`. `--check` compares instead."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import typer.main
+from pydantic import SecretStr
+from typer.cli import get_docs_for_click
+
+from api.app import create_app
+from api.settings import ApiSettings
+from catalog.db.database import Database
+from catalog.settings import Settings
+from lorry.cli.main import app
+from tools.error_catalog import error_messages
+
+ROOT = Path(__file__).parents[1]
+LIMITS = {
+    "minimum": "≥",
+    "exclusiveMinimum": ">",
+    "maximum": "≤",
+    "exclusiveMaximum": "<",
+    "minLength": "length ≥",
+    "maxLength": "length ≤",
+}
+METHODS = ("get", "post", "put", "patch", "delete")
+BENCHMARK_INTRODUCTION = """\
+# Benchmarks
+
+Each table is one file in `benchmarks/results/`. The file has every repeat, the versions of all packages and the machine.
+Contenders run in turns in one run, so that other load on the machine affects all of them. A ratio is the median of the
+ratios within a turn.
+
+All results are from CPUs with two cores. No result is from a GPU yet.
+"""
+
+
+def cli() -> str:
+    command = typer.main.get_command(app)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="lorry", title="Command line")
+    return text.rstrip() + "\n"
+
+
+def errors() -> str:
+    """One section for each code, so that `doc_url` can point to it."""
+    parts = [
+        "# Errors and warnings",
+        "",
+        "Every error response has `message`, `remedy`, `type`, `param`, `code` and `doc_url`. Program against `code`: "
+        "messages may change. `{name}` stands for a value. Plans and jobs return the warnings in `warnings`.",
+        "",
+    ]
+    for code, entries in groupby(error_messages(), key=lambda entry: entry.code):
+        parts += [f"## {code}", ""]
+        for message, remedy in dict.fromkeys((entry.message, entry.remedy) for entry in entries):
+            parts.append(f"- {_escape(message)}" + (f"  \n  *Fix:* {_escape(remedy)}" if remedy else ""))
+        parts.append("")
+    return "\n".join(parts)
+
+
+def api() -> str:
+    document = openapi()
+    operations = [
+        (operation.get("tags", ["other"])[0], path, method, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+        if method in METHODS
+    ]
+    parts = [
+        "# REST API",
+        "",
+        "The API server returns this description as `GET /openapi.json`. Send the API key as `Authorization: Bearer "
+        "lorry_…`. All [errors](errors.md) have one shape.",
+        "",
+    ]
+    for tag, entries in groupby(sorted(operations, key=lambda entry: entry[0]), key=lambda entry: entry[0]):
+        parts += [f"## {tag.capitalize()}", ""]
+        for _, path, method, operation in entries:
+            parts += _operation(path, method, operation)
+    parts += ["## Schemas", ""]
+    for name, schema in sorted(document["components"]["schemas"].items()):
+        parts += _fields(name, schema)
+    return "\n".join(parts)
+
+
+def openapi() -> dict[str, Any]:
+    """Return the OpenAPI document of the API server with default settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite:///{folder}/lorry.db"
+        Database(url).migrate()
+        settings = Settings(data_dir=Path(folder), database_url=SecretStr(url), pepper=SecretStr("0" * 64))
+        return create_app(settings, ApiSettings()).openapi()
+
+
+def _operation(path: str, method: str, operation: dict[str, Any]) -> Iterator[str]:
+    yield from (f"### {method.upper()} {path}", "")
+    yield from (operation.get("description") or operation.get("summary", ""), "")
+    parameters = [parameter for parameter in operation.get("parameters", []) if parameter["in"] in ("path", "query")]
+    if parameters:
+        yield from ("| Parameter | In | Type | Meaning |", "|---|---|---|---|")
+        for parameter in parameters:
+            schema = parameter["schema"]
+            meaning = parameter.get("description") or schema.get("description", "")
+            yield f"| `{parameter['name']}` | {parameter['in']} | {_type(schema)} | {_cell(meaning)} |"
+        yield ""
+    for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+        yield from (f"Request body: `{kind}`, {_type(content['schema'])}.", "")
+    for status, response in operation["responses"].items():
+        for kind, content in response.get("content", {}).items():
+            if status.startswith("2"):
+                yield from (f"Response {status}: `{kind}`, {_type(content.get('schema', {}))}.", "")
+
+
+def _fields(name: str, schema: dict[str, Any]) -> Iterator[str]:
+    yield from (f"### {name}", "", _cell(schema.get("description", "")), "")
+    properties = schema.get("properties", {})
+    if properties:
+        yield from ("| Field | Type | Meaning |", "|---|---|---|")
+        for field, inner in properties.items():
+            is_required = field in schema.get("required", [])
+            yield f"| `{field}`{' (required)' if is_required else ''} | {_type(inner)} | {_cell(_meaning(inner))} |"
+        yield ""
+
+
+def _meaning(schema: dict[str, Any]) -> str:
+    default = schema.get("default")
+    text = schema.get("description", "")
+    return text if default is None or "efault" in text else f"{text} Default: {json.dumps(default)}.".strip()
+
+
+def _type(schema: dict[str, Any]) -> str:
+    """Return a schema's type as Markdown; references become links to its section."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if alternatives := schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf"):
+        return " or ".join(_type(alternative) for alternative in alternatives)
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    if schema.get("type") == "array":
+        return f"array of {_type(schema.get('items', {}))}"
+    limits = [f"{LIMITS[key]} {schema[key]:g}" for key in LIMITS if key in schema]
+    return " ".join([schema.get("type", "any"), f"({', '.join(limits)})" if limits else ""]).strip()
+
+
+def benchmarks() -> str:
+    parts = [BENCHMARK_INTRODUCTION]
+    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        machine = result["machine"]
+        parts += [
+            f"## {result['theme'].replace('_', ' ').capitalize()}",
+            "",
+            f"Command: `{result['command']}`. Date: {result['date']}. Machine: {machine['cpu']}, {machine['cores']} cores. "
+            f"File: `{path.name}`.",
+            "",
+        ]
+        if result["note"]:
+            parts += [result["note"], ""]
+        parts += ["| Measurement | Result | Goal |", "|---|---|---|"]
+        parts += [_finding(finding) for finding in result["findings"]]
+        parts.append("")
+        for subject, reason in result["left_out"].items():
+            parts += [f"Not measured: {subject}. {reason}", ""]
+    return "\n".join(parts)
+
+
+def _finding(finding: dict[str, Any]) -> str:
+    goal = ""
+    if finding["goal"] is not None:
+        figure, limit = finding["figure"], finding["goal"]
+        is_met = figure <= limit if finding["is_limit"] else figure >= limit
+        goal = f"{'at most' if finding['is_limit'] else 'at least'} {limit:g}: {'met' if is_met else 'missed'}"
+    return f"| {_cell(finding['what'].strip())} | {finding['figure']:,g} {_cell(finding['unit'])} | {goal} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _escape(text: str) -> str:
+    return " ".join(text.split()).replace("<", "&lt;").replace("*", "\\*")
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "docs/reference/cli.md": cli,
+    "docs/reference/errors.md": errors,
+    "docs/reference/api.md": api,
+    "docs/benchmarks.md": benchmarks,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page differs from the code")
+    is_check = parser.parse_args().check
+    outdated: list[str] = []
+    for name, write in PAGES.items():
+        path, text = ROOT / name, write()
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        outdated.append(name)
+        if not is_check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    for name in outdated:
+        print(f"{name} does not match the code. Run: make docs" if is_check else f"wrote {name}")
+    return 1 if is_check and outdated else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
