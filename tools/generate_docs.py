@@ -33,7 +33,7 @@ METHODS = ("get", "post", "put", "patch", "delete")
 BENCHMARK_INTRODUCTION = """\
 # Benchmarks
 
-Each table is one file in `benchmarks/results/`. The file has every repeat, the versions of all packages and the machine.
+Each table is one file in `benchmarks/results/`. The file has every repeat, all package versions and the machine.
 Contenders run in turns in one run, so that other load on the machine affects all of them. A ratio is the median of the
 ratios within a turn.
 
@@ -157,8 +157,8 @@ def benchmarks() -> str:
         parts += [
             f"## {result['theme'].replace('_', ' ').capitalize()}",
             "",
-            f"Command: `{result['command']}`. Date: {result['date']}. Machine: {machine['cpu']}, {machine['cores']} cores. "
-            f"File: `{path.name}`.",
+            f"Command: `{result['command']}`. Date: {result['date']}. File: `{path.name}`. "
+            f"Machine: {machine['cpu']}, {machine['cores']} cores.",
             "",
         ]
         if result["note"]:

@@ -24,7 +24,7 @@ def sentence_lengths(markdown: str) -> list[int]:
         text = re.sub(r"^([-*>]|\d+\.)\s+", "", text)
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
         text = re.sub(r"`[^`]*`", "code", text)
-        words = [len(re.findall(r"\w[\w'’-]*", sentence)) for sentence in re.split(r"(?<=[.!?])\s+", text)]
+        words = [len(re.findall(r"\w[\w'-]*", sentence)) for sentence in re.split(r"(?<=[.!?])\s+", text)]
         lengths += [count for count in words if count >= FEWEST_WORDS]
     return lengths
 
