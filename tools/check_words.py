@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 WORDS = ROOT / "tools" / "words.toml"
 SUFFIXES = {".py", ".js", ".html", ".css", ".md", ".yml", ".yaml", ".toml", ".json", ".sh", ".txt", ".service", ".svg"}
 NAMES = {"Makefile", "Dockerfile", ".env.example"}
+F_STRING = re.compile("(?i:r?fr?)['\"]")
+"""Before Python 3.12, an f-string with the code in its braces is one token."""
 PROSE_TOKENS = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1)}
 
 
@@ -79,7 +81,8 @@ def prose(path: str, source: str) -> Iterator[tuple[int, str]]:
         return
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type in PROSE_TOKENS:
-            yield from enumerate(token.string.splitlines(), token.start[0])
+            text = re.sub(r"\{[^{}]*\}", "{}", token.string) if F_STRING.match(token.string) else token.string
+            yield from enumerate(text.splitlines(), token.start[0])
 
 
 def findings(path: str, source: str, config: Config) -> Iterator[Finding]:
@@ -107,7 +110,8 @@ def main() -> int:
     parser.add_argument("--count", action="store_true", help="print the number of findings for each word")
     arguments = parser.parse_args()
     config = Config.load(WORDS)
-    chosen = [path for path in text_files() if path.startswith(tuple(arguments.paths) or "")]
+    prefixes = tuple(path.removeprefix("./") for path in arguments.paths)
+    chosen = [path for path in text_files() if path.startswith(prefixes or "")]
     found = [
         finding
         for path in chosen
