@@ -252,7 +252,7 @@ def test_a_job_would_start_at_once_on_a_free_worker_and_after_those_ahead_else(w
     world.queued()
     told = found(plan(world))["expected_start"]
     assert told["seconds"] is None
-    assert "no job of the project has ended yet" in told["basis"]
+    assert "no job of the project has succeeded yet" in told["basis"]
 
     (claim,) = world.claim()
     queue_claims.started(world.db, claim.claim_id, trainer_id="trainer-w1", resumed_from_step=None)
