@@ -42,7 +42,7 @@ def test_a_job_is_moved_before_and_behind_others_and_to_both_ends(world: World) 
         assert order(world) == [job.id for job in expected]
     (claim,) = world.claim(capacity=ONE)
     assert claim.job.id == a.id
-    assert "stand after" in str([event.message for event in queries.events_since(world.db, **world.of(d.id), seq=0)])
+    assert "directly after" in str([event.message for event in queries.events_since(world.db, **world.of(d.id), seq=0)])
 
 
 def test_places_that_are_as_near_as_numbers_can_be_are_spread(world: World) -> None:

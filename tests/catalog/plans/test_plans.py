@@ -96,7 +96,7 @@ def test_a_file_that_cant_be_trained_on_fails_the_plan_with_the_jobs_error(world
         "message": "There is nothing. Give more.",
         "param": "training_file",
     }
-    with pytest.raises(Conflict, match="has failed"):
+    with pytest.raises(Conflict, match="failed: There is nothing"):
         submit(world, row)
 
 

@@ -403,6 +403,6 @@ def test_a_job_that_ended_early_has_succeeded_and_tells_why_and_whose_weights_it
     assert (job.progress or {})["kept_valid_loss"] == 1.5
     messages = "\n".join(event.message for event in queries.events_since(world.db, **world.of(claim.job.id), seq=0))
     assert "Training stopped early, at step 40" in messages
-    assert "The weights of step 20 are kept" in messages
+    assert "The adapter has the weights of step 20" in messages
     (attempt,) = queries.attempts(world.db, **world.of(claim.job.id))
     assert attempt.detail == course.stopped_early

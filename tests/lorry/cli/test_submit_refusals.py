@@ -152,11 +152,11 @@ def test_the_first_file_is_deleted_again_where_the_second_is_refused(
 
 
 def test_a_misspelt_model_costs_no_upload(service: Script, submit: Run) -> None:
-    service.on("GET", "/v1/models/n", refusal(404, "model", "There is no model 'n'. Available base models: m."))
+    service.on("GET", "/v1/models/n", refusal(404, "model", "There is no model 'n'. Base models here: m."))
 
     result = submit("n", "train.jsonl")
 
-    assert (result.exit_code, result.stderr) == (1, "Error: There is no model 'n'. Available base models: m. (at MODEL)\n")
+    assert (result.exit_code, result.stderr) == (1, "Error: There is no model 'n'. Base models here: m. (at MODEL)\n")
     assert [(request.method, request.path) for request in service.seen] == [("GET", "/v1/models/n")]
 
 

@@ -155,7 +155,7 @@ def test_the_restored_chain_must_end_as_the_backup_recorded(service: Service, el
     (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "audit_digest": "0" * 64}))
 
-    with pytest.raises(Conflict, match="audit chain has another event") as refused:
+    with pytest.raises(Conflict, match="of the audit chain differs") as refused:
         restore(elsewhere, service.place)
 
     assert refused.value.code == "restored_database_differs"
