@@ -1,7 +1,7 @@
-"""The jobs that a decision looks at: the first of each project and class, however many wait behind them.
+"""Queries for the candidates of a scheduling decision: the first jobs of each project and class.
 
-Each is found by an index. What is read grows with the projects that have something waiting, not with the queue. The
-questions are made once and kept, for making one takes longer than its answer.
+An index finds each of them. The number of rows read grows with the number of projects that have waiting jobs, not with
+the queue. Statements are built once and cached, because building one takes longer than executing it.
 """
 
 from __future__ import annotations
@@ -43,24 +43,25 @@ NEEDS = ("own_bytes", "saved_bytes", "trainer_bytes", "slice_bytes", "shardable_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CandidateFilter:
-    """Which jobs of the queue are looked for. With neither `alone` nor `alike`: any that may be claimed now."""
+    """Restricts the queued jobs that `waiting` returns. With neither `alone` nor `alike`, any claimable job matches."""
 
     alone: bool = False
-    """Those that fit with a trainer to themselves."""
+    """Jobs that fit if they have a trainer of their own."""
     alike: bool = False
-    """Of one pack key, those that fit beside others, or if `alone` by themselves; none that must train alone."""
+    """Jobs of one pack key that fit next to packmates or, with `alone`, without any. Excludes jobs that must train
+    alone."""
     recomputes: bool = False
-    """On a device that computes blocks again where memory is short."""
+    """The device uses activation checkpointing if memory is short."""
     priority: int | None = None
-    """Of this class alone."""
+    """Only jobs of this class."""
     without_quantizations: tuple[str, ...] = ()
-    """None whose base is to be quantized in one of these ways."""
+    """Excludes jobs that need their base model quantized in one of these ways."""
     shards_when: ShardsWhen = "never"
-    """Of the group that they are looked for."""
+    """When the device group shards the base model. `waiting` sets it."""
     tried_less: bool = False
-    """That have ended badly no oftener than so many times."""
+    """Only jobs with at most `num_ends` counted attempts."""
     holding: ShardingStrategy = "replicated"
-    """Alike ones: for a trainer that holds the base so."""
+    """With `alike`: how the trainer holds the base model."""
 
 
 def waiting(
@@ -74,8 +75,11 @@ def waiting(
     group: DeviceGroup = SINGLE,
     num_ends: int = 0,
 ) -> list[Candidate]:
-    """Of each project and class the first `per_group` jobs that may be claimed now and are such, in no order; none of a
-    project that has reached a limit. num_bytes: free on each device of the group. num_ends: of those tried less."""
+    """Return the first `per_group` claimable jobs of each project and class that match `such`, unsorted.
+
+    Skips projects that have reached a limit. num_bytes: free bytes on each device of the group. num_ends: the maximum
+    number of counted attempts if `such.tried_less` is set.
+    """
     such = replace(such, shards_when=group.shards_when)
     left = num_bytes - group.reserve_bytes if such.alone else num_bytes
     asked = {"now": now, "per_group": per_group, "num_bytes": left, "key": key, "num_ends": num_ends}
@@ -88,7 +92,7 @@ def waiting(
 
 
 def to_prepare(session: Session, *, now: float) -> list[Unprepared]:
-    """Of each project and class the first job whose files wait to be prepared, in no order."""
+    """Return the first job of each project and class whose files wait for preparation, unsorted."""
     rows = session.execute(_to_prepare(for_sqlite=is_sqlite(session)), {"now": now, "per_group": 1})
     names = ("job_id", "project_id", "priority", "created_at", "preparing_at")
     return [
@@ -102,23 +106,24 @@ def to_prepare(session: Session, *, now: float) -> list[Unprepared]:
 
 
 def is_unprepared(job: type[Job], now: float | ColumnElement[float]) -> tuple[ColumnElement[bool], ...]:
-    """Its files wait to be prepared, and nobody does so."""
-    is_free = func.coalesce(job.claim_id, "") == ""  # of an index of claims, SQLite would read all that have none
+    """Conditions for jobs whose files wait for preparation and are not leased to a worker."""
+    # `claim_id IS NULL` would make SQLite read all unclaimed jobs from the index of claims.
+    is_free = func.coalesce(job.claim_id, "") == ""
     return (job.state == JobState.VALIDATING_FILES, is_free, is_due(job, now))
 
 
 def is_due(job: type[Job], now: float | ColumnElement[float]) -> ColumnElement[bool]:
-    """It does not wait after a bad end."""
+    """Condition for jobs that are not in a back-off after a failed attempt."""
     return or_(job.run_after.is_(None), job.run_after <= now)
 
 
 def num_groups(session: Session) -> int:
-    """Projects with a class of which something is in the queue."""
+    """Return the number of (project, class) pairs that have a queued job."""
     return session.scalar(_num_groups()) or 0
 
 
 def projects(state: JobState) -> CTE:
-    """Those that have a job in `state`, and at the end a line that is null: one look at the index for each."""
+    """The ids of projects that have a job in `state`, and a last row that is NULL. Each costs one index lookup."""
     found = select(func.min(Job.project_id).label("project_id")).where(Job.state == state).cte("found", recursive=True)
     job = aliased(Job)
     following = select(func.min(job.project_id)).where(job.state == state, job.project_id > found.c.project_id)
@@ -175,29 +180,32 @@ def _num_groups() -> Select[int]:
 
 
 def _in_queue(job: type[Job]) -> tuple[ColumnElement[bool], ...]:
-    """Found by an index of those in the queue. A worker of an older version leaves jobs there that run; their state is
-    asked so that no index of states is thought to be a better one, and that it is known how many are in that state."""
+    """Conditions for queued jobs that use the index on `queued_at`.
+
+    A worker of an older version leaves running jobs in that index, so the state is checked too. The check is NOT IN:
+    the planner can't choose an index on states for it, but can estimate the number of queued jobs.
+    """
     others = [state for state in JobState if state is not JobState.QUEUED]
     return job.queued_at.is_not(None), job.state.not_in(others)
 
 
 def _where_some_fit(groups: CTE, such: CandidateFilter) -> CTE:
-    """Those of the groups whose smallest job fits: of the others, however many wait, one is read."""
+    """The groups whose smallest job fits. Each other group costs one row, however many of its jobs wait."""
     job = aliased(Job)
     mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority, job.queued_at.is_not(None))
     need, by = func.coalesce(job.least_bytes - job.trainer_bytes, 0), job.least_bytes
-    if such.alone:  # what a share comes to is in no index: it is taken to be none
+    if such.alone:  # no index contains the size of a shard, which therefore counts as 0 bytes
         need = by = job.least_bytes if such.shards_when == "never" else job.least_divided_bytes
     smallest = select(need).where(*mine).order_by(by).limit(1).correlate(groups)
     if such.alike:
         smallest = smallest.where(job.pack_key == bindparam("key"))
     fitting = select(groups).where(smallest.scalar_subquery() <= bindparam("num_bytes"))
-    # Known before the firsts of a group are looked for: PostgreSQL may think that it is cheaper the other way round.
+    # Materialized, because PostgreSQL may otherwise read the first jobs of all groups before it filters the groups.
     return fitting.cte("fitting_groups").prefix_with("MATERIALIZED", dialect="postgresql")
 
 
 def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) -> Select[str]:
-    """Of one of the groups, the ids of the first jobs of which all this is true."""
+    """The ids of the first jobs of one group that meet all conditions."""
     mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority)
     mine = (*mine, job.is_held == groups.c.is_held)
     firsts = select(job.id).where(*conditions, *mine).order_by(job.place, job.id)
@@ -205,7 +213,10 @@ def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) 
 
 
 def _fits(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
-    """What it needs may be not on its row yet: it is reckoned with the answer."""
+    """Condition for jobs that fit into `num_bytes`, or whose memory needs are not stored yet.
+
+    `_candidate` calculates the missing needs.
+    """
     own = job.own_bytes - job.saved_bytes if such.recomputes else job.own_bytes
     whole = own + job.trainer_bytes
     need, is_trained = (whole if such.alone else own), true()
@@ -223,7 +234,10 @@ def _is_unknown(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
 def _strategy_columns(
     job: type[Job], such: CandidateFilter, whole: ColumnElement[int]
 ) -> tuple[ColumnElement[int], ColumnElement[bool]]:
-    """(What it needs alone where the group holds its base as `Group.holding` has it, whether it is trained so.)"""
+    """(bytes that the job needs alone on each device under the group's strategy, whether the job can be trained so).
+
+    The group's strategy is the one that `DeviceGroup.holding` chooses.
+    """
     number, usable = bindparam("num_devices", type_=BigInteger), bindparam("usable_bytes", type_=BigInteger)
     share = (job.shardable_bytes + number - 1) // number
     rest = whole - job.shardable_bytes + job.gathered_bytes
@@ -242,8 +256,10 @@ def _strategy_columns(
 
 
 def _groups(state: JobState, only: int | None = None) -> CTE:
-    """Every class, or one, of every project that has a job in `state`; of the queue without those that are held, whose
-    files are prepared all the same."""
+    """Every class, or the class `only`, of every project that has a job in `state`.
+
+    Held jobs are excluded from the queue, but their files are prepared.
+    """
     found = projects(state)
     wanted = PriorityClass if only is None else (only,)
     ways = (False,) if state == JobState.QUEUED else (False, True)
@@ -259,7 +275,7 @@ def _groups(state: JobState, only: int | None = None) -> CTE:
 
 def _candidate(session: Session, row: Row[*tuple[Any, ...]]) -> Candidate:
     kept = {name: getattr(row, name) for name in NEEDS}
-    if row.own_bytes is None or not row.least_divided_bytes:  # prepared before that was kept
+    if row.own_bytes is None or not row.least_divided_bytes:  # prepared by a version that did not store the needs
         found = requirements.of(session, session.get_one(Job, row.id))
         kept = {name: getattr(found, name) for name in NEEDS}
     return Candidate(

@@ -1,4 +1,4 @@
-"""Whether jobs meet their deadlines. One that can't any more is told so, once; nobody is ever ended for it."""
+"""Predicts whether jobs meet their deadlines. A job that will miss its deadline gets one event, but is not stopped."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ UNFINISHED = (JobState.VALIDATING_FILES, JobState.QUEUED, JobState.RUNNING)
 
 
 def tell_late(db: Database) -> int:
-    """An event for each unfinished job that can't meet its deadline any more. Returns for how many."""
-    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+    """Write an event for each unfinished job that will miss its deadline. Returns their number."""
+    with db.read() as session:  # most checks find no job, and a read transaction blocks no writer
         now = read_clock(session)
         found = [job.id for job in session.scalars(_unannounced()) if is_late(job, now)]
     if not found:
@@ -28,18 +28,18 @@ def tell_late(db: Database) -> int:
         late = [job for job in session.scalars(rows) if not job.is_late_announced and is_late(job, now)]
         for job in late:
             job.is_late_announced = True
-            message = f"The job can't meet its deadline any more. {sentence(job, now)} It goes on all the same."
+            message = f"The job will miss its deadline. {sentence(job, now)} The job is not stopped."
             events.add(session, job.id, now=now, level="warn", message=message, data=facts(job, now))
         return len(late)
 
 
 def is_late(job: Job, now: float) -> bool:
-    """It can't meet its deadline, by what is known of how long it takes."""
+    """Whether the job will miss its deadline according to its expected duration."""
     return job.deadline is not None and job.state in UNFINISHED and _expected_end(job, now) > job.deadline
 
 
 def facts(job: Job, now: float) -> Json:
-    """{} where it has no deadline."""
+    """The deadline as data for API responses; {} for a job without a deadline."""
     if job.deadline is None:
         return {}
     return {
@@ -51,19 +51,20 @@ def facts(job: Job, now: float) -> Json:
 
 
 def sentence(job: Job, now: float) -> str | None:
+    """The deadline as a sentence for users. None for a job that has no deadline, is paused or has finished."""
     if job.deadline is None or job.state not in UNFINISHED:
         return None
     if job.state == JobState.RUNNING:
         word = "after" if is_late(job, now) else "before"
-        return f"It ends about {abs(_expected_end(job, now) - job.deadline):.0f} s {word} its deadline."
+        return f"The job finishes about {abs(_expected_end(job, now) - job.deadline):.0f} s {word} its deadline."
     left = (job.needed_start or job.deadline) - now
     if left < 0:
-        return f"It had to start {-left:.0f} s ago to meet its deadline."
-    return f"It has to start within {left:.0f} s to meet its deadline."
+        return f"To meet its deadline, the job needed to start {-left:.0f} s ago."
+    return f"To meet its deadline, the job must start within {left:.0f} s."
 
 
 def _expected_end(job: Job, now: float) -> float:
-    """At best: if it started, or goes on, now."""
+    """The earliest expected end: if the job starts now, or keeps running."""
     deadline = job.deadline or 0.0
     seconds_left = (job.progress or {}).get("seconds_left") if job.state == JobState.RUNNING else None
     if isinstance(seconds_left, int | float):
@@ -72,6 +73,6 @@ def _expected_end(job: Job, now: float) -> float:
 
 
 def _unannounced() -> Select[Job]:
-    """By the index of deadlines of jobs that have not ended."""
+    """Unfinished jobs with a deadline and without an event. Uses the index of unfinished jobs' deadlines."""
     unfinished = select(Job).where(Job.deadline > 0, Job.finished_at.is_(None)).order_by(Job.deadline)
     return unfinished.where(Job.is_late_announced.is_(False))

@@ -1,6 +1,6 @@
-"""What failed attempts mean for the next one: back-off, base models that can't be loaded, and out-of-memory handling.
+"""Consequences of failed attempts: back-off, base models that can't be loaded, and out-of-memory handling.
 
-- `backoff_seconds`: a job whose attempt failed lets others go first, so that a bad node is told from a bad job.
+- `backoff_seconds`: other jobs run before a job whose attempt failed, which distinguishes bad nodes from bad jobs.
 - `is_to_blame`: whether a base model can't be loaded anywhere, or only on this worker.
 - `memory_rung`: after out of memory, the next attempt uses smaller ticks, then runs alone with one slice per tick.
 """
@@ -33,8 +33,10 @@ MAX_BACKOFF_SECONDS = 600.0
 
 
 def backoff_seconds(session: Session, job: Job, *, now: float) -> float:
-    """Twice what the attempt took, for a trainer to start and end meanwhile; 0 where nothing else would be tried: no
-    job that ended badly no oftener, comes due by then, and fits the worker."""
+    """Return twice the duration of the attempt, so that a trainer with another job can start and end meanwhile.
+
+    Returns 0 if no other job could be tried: one that has no more counted attempts, is due by then and fits the worker.
+    """
     wait = min(MAX_BACKOFF_SECONDS, 2 * (now - (job.claimed_at or now)))
     worker = session.get(Worker, job.worker_id) if job.worker_id is not None else None
     if worker is None:
@@ -53,27 +55,31 @@ def backoff_seconds(session: Session, job: Job, *, now: float) -> float:
 
 
 LOOKED_AT = 10
-"""Latest trainers of one pack key."""
+"""Number of latest trainers of a pack key that are checked."""
 ENOUGH = 2
-"""Hosts that have failed to load a base, none having done so, before it is to blame; and workers of one host, which
-share its copy of the files, before none of the others there is waited for."""
+"""Number of hosts that must fail to load a base model, while none loads it, before the base model is at fault. Also the
+number of workers of one host after which its other workers are not tried, because they share the host's files."""
 OF_A_LOAD = reasons(lambda ending: ending.may_be_bases)
+"""End reasons that the base model can cause if the trainer was never ready."""
 
 
 def was_ready(report: Json | None) -> bool:
-    """By what a trainer has said of itself: its memory, once it has loaded its base."""
+    """Whether a trainer with this report was ready: it reports its memory once it has loaded its base model."""
     return "memory" in (report or {})
 
 
 def is_of_a_load(session: Session, job: Job) -> bool:
-    """Whether its trainer is known, and has not got ready."""
+    """Whether the job's trainer is known and was never ready."""
     trainer = _trainer(session, job)
     return trainer is not None and not was_ready(trainer.report)
 
 
 def is_base_suspect(session: Session, pack_key: str, worker_id: str, *, now: float) -> bool:
-    """Whether it is the base that fails, and not that worker with each that it tries: others have failed as well, or
-    the last trainer there of another base got ready."""
+    """Whether the base model is at fault for failed loads, and not this worker.
+
+    It is if other workers have failed too, or if no worker can load it and this worker's last trainer of another base
+    model was ready.
+    """
     found = _failures(session, pack_key)
     if found is None:
         return False
@@ -83,13 +89,15 @@ def is_base_suspect(session: Session, pack_key: str, worker_id: str, *, now: flo
 
 
 def has_been_loaded(session: Session, pack_key: str) -> bool:
-    """By one of the latest trainers."""
+    """Whether one of the latest trainers has loaded the base model."""
     return any(was_ready(trainer.report) for trainer in _latest(session, pack_key))
 
 
 def is_to_blame(session: Session, job: Job, reason: EndReason, *, now: float) -> bool:
-    """Whether the job's base is, and not the node, for an end of its trainer before that was ready: it fails
-    everywhere, or no worker is left that could try."""
+    """Whether the job's base model, and not the node, is at fault for the end of a trainer that was never ready.
+
+    It is if it fails on enough hosts, or if no worker is left that could try to load it.
+    """
     trainer = _trainer(session, job)
     if reason not in OF_A_LOAD or trainer is None or was_ready(trainer.report):
         return False
@@ -99,17 +107,17 @@ def is_to_blame(session: Session, job: Job, reason: EndReason, *, now: float) ->
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Failures:
-    """To load a base that none of its latest trainers has loaded."""
+    """The failed loads of a base model that none of its latest trainers has loaded."""
 
     worker_ids: set[str]
     hosts: Counter[str]
-    """Of how many of these workers."""
+    """Number of these workers on each host."""
     job: Job
-    """One of those that wanted it."""
+    """One of the jobs whose attempts failed."""
 
 
 def _fails(session: Session, found: _Failures, *, now: float) -> bool:
-    """Whether no worker loads it, as far as can be known: enough have failed, or no other is left that could try."""
+    """Whether probably no worker can load it: enough hosts have failed, or no other worker is left that could try."""
     return len(found.hosts) >= ENOUGH or not any(
         _could_try(session, worker, found) for worker in session.scalars(select(Worker).where(is_live(now=now)))
     )
@@ -140,12 +148,13 @@ def _latest(session: Session, pack_key: str) -> Sequence[Trainer]:
 
 
 def _failures(session: Session, pack_key: str) -> _Failures | None:
-    """Of trainers of this key that ended before they were ready; none where any of the latest got ready."""
+    """The failed loads by trainers of this key. None if any of the latest trainers was ready, or no load failed."""
     latest = _latest(session, pack_key)
     if any(was_ready(trainer.report) for trainer in latest):
         return None
     ended = (Attempt.trainer_id.in_([trainer.id for trainer in latest]), Attempt.reason.in_(OF_A_LOAD))
-    whose = func.coalesce(func.nullif(Attempt.blamed_worker_id, ""), Attempt.worker_id)  # of a gang the one to blame
+    # In a gang, the worker at fault may differ from the one that claimed the job.
+    whose = func.coalesce(func.nullif(Attempt.blamed_worker_id, ""), Attempt.worker_id)
     worker_ids = set(session.scalars(select(whose).where(*ended).distinct()))
     job = session.scalars(select(Job).join(Attempt, Attempt.job_id == Job.id).where(*ended).limit(1)).first()
     if job is None:
@@ -155,16 +164,20 @@ def _failures(session: Session, pack_key: str) -> _Failures | None:
 
 
 OF_MEMORY = reasons(lambda ending: ending.is_of_memory)
+"""End reasons that mean out of memory."""
 MAX_OUT_OF_MEMORY = 3
-"""The last of them alone and slice by slice: a job is not given up before that was tried."""
+"""Out-of-memory attempts before a job may fail. The last of them runs alone with one slice per tick."""
 ALONE = MAX_COUNTED_ATTEMPTS - 1
-"""Bad ends from which on a job trains alone."""
-SMALLER = "Its next attempt computes smaller ticks."
-SMALLEST = "Its next attempt is alone in its trainer, and computes slice by slice."
+"""Number of counted attempts from which on a job trains alone."""
+SMALLER = "To save memory, the next attempt computes smaller ticks."
+SMALLEST = "To save memory, the next attempt runs alone in its trainer and computes one slice (micro-batch) at a time."
 
 
 def num_out_of_memory(session: Session, job_id: str) -> int:
-    """Attempts of it that memory has ended, ever; but not while the base was loaded, for which its ticks can't help."""
+    """Return the number of all attempts of the job that ran out of memory.
+
+    Attempts whose trainer was still loading the base model are not counted, because smaller ticks would not help there.
+    """
     of_memory = (Attempt.job_id == job_id, Attempt.reason.in_(OF_MEMORY))
     ended = session.scalar(select(func.count()).select_from(Attempt).where(*of_memory)) or 0
     trainers = session.scalars(select(Trainer).join(Attempt, Attempt.trainer_id == Trainer.id).where(*of_memory))
@@ -172,31 +185,34 @@ def num_out_of_memory(session: Session, job_id: str) -> int:
 
 
 def num_out_of_memory_at_end(session: Session, job: Job, reason: EndReason) -> int:
-    """The same at the end of an attempt, which is among them; 0 where this end is none of them."""
+    """Return `num_out_of_memory` including the attempt that ends now, or 0 if this attempt is not one of them."""
     if reason not in OF_MEMORY or is_of_a_load(session, job):
         return 0
     return num_out_of_memory(session, job.id)
 
 
 def memory_rung(db: Database, job: Job) -> int:
-    """What its trainer is told: 0 for usual ticks, 1 for smaller ones, 2 for one slice at a time."""
+    """Return the memory-saving level for the job's trainer: 0 normal ticks, 1 smaller ticks, 2 one slice per tick."""
     with db.read() as session:
         return _memory_rung(num_out_of_memory(session, job.id), counted_attempts=job.counted_attempts)
 
 
 def _memory_rung(shortages: int, *, counted_attempts: int) -> int:
-    """Smaller ticks once and for all; slice by slice until there is a new checkpoint, while it is alone anyway."""
+    """Smaller ticks are permanent. One slice per tick lasts until the next checkpoint, while the job trains alone."""
     return min(shortages, max(1, min(ALONE, counted_attempts)))
 
 
 def next_attempt_text(shortages: int, *, counted_attempts: int) -> str:
-    """Of a job that is tried again, for people."""
+    """Explain to users how the next attempt of a retried job saves memory."""
     return SMALLEST if _memory_rung(shortages, counted_attempts=counted_attempts) == ALONE else SMALLER
 
 
 def out_of_memory_text(session: Session, job: Job) -> str:
-    """What was tried, and what would hold it: more than the device did on which memory ran out last."""
-    tried = "The last one was alone in its trainer, and computed slice by slice."
+    """Explain what was tried, and which devices would fit the job.
+
+    The job did not fit its last device, so it needs more than that, even if its estimate is lower.
+    """
+    tried = "The last attempt ran alone in its trainer and computed one slice (micro-batch) at a time."
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
     if worker is None:
         return tried
@@ -207,5 +223,5 @@ def out_of_memory_text(session: Session, job: Job) -> str:
     beyond = replace(demand, whole_bytes=demand.whole_bytes + max(0, held - reckoned) + 1)
     fits = sharding.would_fit_sentence(sharding.would_fit(beyond))
     where = "the device" if group.num_devices == 1 else f"the smallest of {group.num_devices} devices"
-    told = f"It was reckoned to need about {readable(reckoned)}, and {where} has {readable(held)}, which it shares"
-    return f"{tried} {told} with whatever else is there. {fits}"
+    told = f"The job was estimated to need about {readable(reckoned)}, and {where} has {readable(held)}"
+    return f"{tried} {told}, shared with other processes. {fits}"

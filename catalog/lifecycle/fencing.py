@@ -1,7 +1,7 @@
-"""The fence: a worker's write begins by locking the job row that its claim still holds, or it does not begin.
+"""Fencing: each write of a worker first locks the job row of its claim, and fails if the claim is no longer valid.
 
-Whoever locks several rows takes them in one order, so that nobody waits in a circle: the beat or a worker, jobs by
-id, a job's attempt, an artifact, and then what refers to the artifact.
+Transactions that lock several rows take them in one order, to prevent deadlocks: the database heartbeat or a worker,
+jobs by id, a job's attempt, an artifact, and then the rows that refer to the artifact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from catalog.tables.jobs import Job
 
 
 def hold(session: Session, claim_id: str, *, state: JobState = JobState.RUNNING) -> Job:
-    """The job that `claim_id` holds in `state`, locked until the transaction ends. Raises StaleClaim."""
+    """Return the job that `claim_id` holds in `state`, locked until the transaction ends. Raises StaleClaim."""
     mine = select(Job).where(Job.claim_id == claim_id, Job.state == state)
     job = session.scalar(mine.with_for_update(of=Job))
     if job is None:

@@ -1,4 +1,4 @@
-"""How an attempt's end becomes the job's next state: `decide` is pure, `end_attempt` writes what it says."""
+"""Maps the end of an attempt to the job's next state. `decide` is pure; `end_attempt` writes its decision."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from catalog.tables.table import Json
 from catalog.usage import ledger
 
 BACK_OFF_SECONDS = (2.0, 8.0, 30.0)
-"""Before the next attempt, by the number of bad ends so far; the last also for every further one."""
+"""Waits before the next attempt by the number of failed attempts so far. The last value also applies to later ones."""
 BAD = reasons(lambda ending: ending.is_bad)
-AGAIN = "submit the job again, or continue its newest checkpoint by a new one"
+AGAIN = "resubmit the job, or start a new job from its newest checkpoint"
 REMEDIES: dict[EndReason, str] = {
-    EndReason.CUDA_OOM: f"Lower max_length, the batch size or the rank, or ask for a larger GPU; then {AGAIN}.",
-    EndReason.HOST_OOM: f"Lower max_length or give smaller files, or ask for a machine with more memory; then {AGAIN}.",
-    EndReason.SHARDED_OOM: f"Lower max_length or the rank, or ask for a group of more or larger GPUs; then {AGAIN}.",
-    EndReason.TRAINER_CRASHED: f"Look into the job's logs for why, and show the operator; then {AGAIN}.",
-    EndReason.TIMEOUT: f"The job's logs tell where the trainer stood: show the operator; then {AGAIN}.",
-    EndReason.NODE_FAILED: f"The worker is at fault, not the job: tell the operator which; then {AGAIN}.",
-    EndReason.INFRA_LOST: f"Ask the operator why workers go away; then {AGAIN}.",
+    EndReason.CUDA_OOM: f"Lower max_length, the batch size or the rank, or use a larger GPU. Then {AGAIN}.",
+    EndReason.HOST_OOM: f"Lower max_length, use smaller files, or use a machine with more memory. Then {AGAIN}.",
+    EndReason.SHARDED_OOM: f"Lower max_length or the rank, or use a group of more or larger GPUs. Then {AGAIN}.",
+    EndReason.TRAINER_CRASHED: f"Check the job's logs for the cause and report it to the operator. Then {AGAIN}.",
+    EndReason.TIMEOUT: f"Report the job's logs, which show where the trainer hung, to the operator. Then {AGAIN}.",
+    EndReason.NODE_FAILED: f"Report the worker, which is at fault, to the operator. Then {AGAIN}.",
+    EndReason.INFRA_LOST: f"Ask the operator why workers are lost. Then {AGAIN}.",
 }
-"""What somebody can do whose job was put aside, by how it ended last: of each ending after which one may be."""
+"""Remedies for the owner of a quarantined job by its last end reason. Covers each reason that can quarantine a job."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptOutcome:
-    """What follows for the job."""
+    """The consequences for the job."""
 
     verb: Verb
     counted_attempts: int
@@ -55,17 +55,19 @@ def decide(
     num_shortages: int = 0,
     yields_seconds: float = 0.0,
 ) -> AttemptOutcome:
-    """The verb that the person's wishes, then ENDINGS give. A wish outlives a crash; only completing outruns it.
+    """Return the verb for the job: the user's pending request decides first, then ENDINGS.
 
-    is_bystander: its trainer ended before it had begun the job, whose base is not to blame. losses: bad ends in a row,
-    where the last one was not the job's doing. num_shortages: where memory has ended this attempt, how many it has with
-    this one. yields_seconds: how long a job that is tried again waits at least.
+    A request survives a crash; only a completion takes precedence over it.
+
+    is_bystander: the trainer exited before it had started the job, and the base model is not at fault. losses: bad ends
+    in a row, if the job did not cause the last one. num_shortages: the number of out-of-memory attempts including this
+    one, or 0 if this attempt did not run out of memory. yields_seconds: the minimum wait before a retry.
     """
     ending = ENDINGS[reason]
     is_loss = _is_loss(reason, is_bystander=is_bystander)
     counted = counted_attempts + int(ending.is_counted and not is_loss)
     if 0 < num_shortages < failures.MAX_OUT_OF_MEMORY:
-        counted = min(counted, failures.ALONE)  # it was not tried in the smallest way yet
+        counted = min(counted, failures.ALONE)  # one slice per tick was not tried yet
     wished = _wished(reason, cancel_requested=cancel_requested, pause_requested=pause_requested)
     if wished is not None:
         return AttemptOutcome(verb=wished, counted_attempts=counted)
@@ -81,13 +83,13 @@ def decide(
 
 
 def _is_loss(reason: EndReason, *, is_bystander: bool) -> bool:
-    """It was tried and is tried again, and what ended it was not its own doing."""
+    """Whether the attempt ended badly, but not because of the job. Such ends are limited by MAX_LOSSES."""
     ending = ENDINGS[reason]
     return reason is EndReason.INFRA_LOST or (is_bystander and ending.is_counted)
 
 
 def _wished(reason: EndReason, *, cancel_requested: bool, pause_requested: bool) -> Verb | None:
-    """What a person asked for, where this ending leaves the choice."""
+    """The verb for the user's pending request, or None if there is none or this end reason overrides it."""
     if reason in (EndReason.CANCELLED_BY_USER, EndReason.PRUNED):
         return Verb.APPLY_CANCEL
     is_pause = reason is EndReason.PAUSED_BY_USER
@@ -97,7 +99,7 @@ def _wished(reason: EndReason, *, cancel_requested: bool, pause_requested: bool)
         return Verb.APPLY_CANCEL
     if pause_requested:
         return Verb.APPLY_PAUSE
-    return Verb.RELEASE if is_pause else None  # a pause that was withdrawn meanwhile
+    return Verb.RELEASE if is_pause else None  # the pause was withdrawn in the meantime
 
 
 def end_attempt(
@@ -110,11 +112,12 @@ def end_attempt(
     is_bystander: bool = False,
     now: float,
 ) -> JobState:
-    """End the attempt that holds `job`, whose row this transaction has locked. Not for a completion.
+    """End the attempt that holds `job`, whose row this transaction has locked. Returns the job's next state.
 
-    is_bystander: its trainer ended before it had begun the job, which may be its base's doing all the same.
+    Not for completions. is_bystander: the trainer exited before it had started the job. The job's base model may still
+    be at fault.
     """
-    assert reason is not EndReason.COMPLETED, "a completion brings its adapter: claims.complete"
+    assert reason is not EndReason.COMPLETED, "use claims.complete, which also publishes the adapter"
     if reason is EndReason.CANCELLED_BY_USER:
         reason = ended_for(session, job, reason)
     close_attempt(session, job, reason=reason, detail=detail, now=now)
@@ -155,20 +158,22 @@ def end_attempt(
 
 
 def _losses(session: Session, job: Job) -> int:
-    """Attempts in a row that ended badly with no new checkpoint, the one that has just ended among them: of those since
-    somebody resumed the job, which begins anew."""
+    """Return the number of bad ends in a row without a new checkpoint, including the attempt that just ended.
+
+    Counts from the last time a user resumed the job.
+    """
     newest = session.scalar(select(func.max(Checkpoint.created_at)).where(Checkpoint.job_id == job.id)) or 0.0
     since = (Attempt.job_id == job.id, Attempt.ended_at > max(newest, job.resumed_at or 0.0))
-    since = (*since, Attempt.reason != EndReason.GANG_INCOMPLETE)  # nothing was tried: it says neither well nor badly
+    since = (*since, Attempt.reason != EndReason.GANG_INCOMPLETE)  # it never trained: ignored, does not break the row
     latest = select(Attempt.reason).where(*since).order_by(Attempt.number.desc()).limit(MAX_LOSSES)
     in_a_row = takewhile(lambda reason: reason in BAD, session.scalars(latest))
     return max(1, sum(1 for _ in in_a_row))
 
 
 def close_attempt(session: Session, job: Job, *, reason: EndReason, detail: str | None, now: float) -> None:
-    """Write the end on the attempt's own row."""
+    """Write the end to the attempt's row."""
     attempt = session.get(Attempt, job.claim_id)
-    assert attempt is not None, f"job {job.id} runs without an attempt"
+    assert attempt is not None, f"job {job.id} is running without an attempt"
     attempt.ended_at, attempt.reason, attempt.detail = now, reason, detail
     ledger.count(session, "attempts_ended", reason)
 
@@ -181,8 +186,10 @@ def _failed(reason: EndReason, detail: str, error: Json | None) -> Json:
 def _quarantined(
     session: Session, job: Job, reason: EndReason, detail: str, number: int, *, error: Json | None
 ) -> Json:
-    """The evidence: how each of the latest attempts ended, and where. error: of the last one, if any: it has its own
-    remedy, and no worker has gone away then."""
+    """The error of a quarantined job. Its evidence lists how and where each of the latest attempts ended.
+
+    error: the error of the last attempt, if any. It contains a remedy, and means that no worker was lost.
+    """
     ended = select(Attempt).where(Attempt.job_id == job.id, Attempt.ended_at.is_not(None))
     attempts = session.scalars(ended.order_by(Attempt.number.desc()).limit(number + 2))
     evidence = [
@@ -196,8 +203,8 @@ def _quarantined(
         for a in attempts
     ]
     message = (
-        f"The job was put aside: {number} attempts ended badly with no new checkpoint in between. "
-        f"The last one: {reason.value.replace('_', ' ')}."
+        f"The job was quarantined after {number} failed attempts without a new checkpoint. "
+        f"Last failure: {reason.value.replace('_', ' ')}."
     )
     is_smallest = job.counted_attempts >= MAX_COUNTED_ATTEMPTS and failures.num_out_of_memory_at_end(
         session, job, reason
@@ -218,14 +225,14 @@ def _message(job: Job, verdict: AttemptOutcome, reason: EndReason, detail: str, 
         case Verb.APPLY_CANCEL:
             return "The trial was stopped." if reason is EndReason.PRUNED else "The job was cancelled."
         case Verb.APPLY_PAUSE:
-            return "The job was paused; its last checkpoint is kept."
+            return "The job was paused. Its last checkpoint is kept."
         case Verb.RELEASE if reason is EndReason.PREEMPTED:
-            return f"The job made room for an urgent one and goes back to its place in the queue. {detail}".strip()
+            return f"An urgent job preempted this job, which returns to its position in the queue. {detail}".strip()
         case Verb.RELEASE:
-            return f"The job goes back to the queue ({why}). This attempt does not count."
+            return f"The job returns to the queue ({why}). This attempt does not count."
         case _:
-            so_far = f"{verdict.counted_attempts} of {MAX_COUNTED_ATTEMPTS} bad ends so far"
+            so_far = f"{verdict.counted_attempts} of {MAX_COUNTED_ATTEMPTS} failed attempts so far"
             return (
-                f"Attempt {job.attempt} ended ({why}). It is tried again in {verdict.wait_seconds:.0f} s "
+                f"Attempt {job.attempt} failed ({why}). The job is retried in {verdict.wait_seconds:.0f} s "
                 f"from its last checkpoint; {'this attempt does not count' if is_loss else so_far}."
             )

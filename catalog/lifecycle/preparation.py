@@ -1,4 +1,4 @@
-"""The worker verbs of a job whose files are still to be tokenized: leased like a claim, but no attempt."""
+"""Preparation: workers tokenize a job's files before it is queued. A preparation has a lease, but is no attempt."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from catalog.tables.tenancy import Project
 
 VALIDATING = JobState.VALIDATING_FILES
 MAX_LOST_PREPARATIONS = 5
-"""Files that take their worker down this often are refused, and those that so often can't be prepared for a reason that
-may be the worker's. (Such an end is no attempt.)"""
+"""Failed preparations after which the job fails: its worker was lost, or may be at fault for the failure. (They are not
+attempts.)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilesToPrepare:
-    """Of a job, or of a plan of one."""
+    """The files of a job or a plan."""
 
     project_id: str
     base: BaseModelRow
@@ -42,14 +42,14 @@ class FilesToPrepare:
     spec: JobSpec
     training: File
     train_key: str
-    """In `prepared`."""
+    """Key of the token cache in the table `prepared`."""
     validation: File | None
     valid_key: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizationClaim:
-    """A job to prepare, and what that takes."""
+    """A job whose files this worker prepares, with the inputs."""
 
     claim_id: str
     job: Job
@@ -75,11 +75,11 @@ class TokenizationClaim:
 def next_unprepared(
     db: Database, *, worker_id: str, lease_seconds: float, policy: Policy = USUAL
 ) -> TokenizationClaim | None:
-    """The first job whose files wait to be prepared, leased to this worker; None where there is none.
+    """Lease the first job whose files wait for preparation to this worker. Returns None if there is none.
 
-    Renew the lease with `claims.heartbeat`, as any other.
+    `claims.heartbeat` renews the lease, like that of a claim.
     """
-    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+    with db.read() as session:  # most polls find no job, and a read transaction blocks no writer
         if not candidates.to_prepare(session, now=read_clock(session)):
             return None
     with db.write() as session:
@@ -99,7 +99,7 @@ def next_unprepared(
         training = session.get_one(File, job.training_file)
         validation = session.get_one(File, job.validation_file) if job.validation_file else None
         base, spec = session.get_one(BaseModelRow, job.base_model), JobSpec.model_validate(job.spec)
-        if job.train_prepared is None:  # an earlier version accepted the job
+        if job.train_prepared is None:  # an older version accepted the job without it
             job.train_prepared = caches.key_of(job.project_id, base, training, spec)
             job.valid_prepared = validation and caches.key_of(job.project_id, base, validation, spec)
         return TokenizationClaim(
@@ -108,7 +108,10 @@ def next_unprepared(
 
 
 def _take_first(session: Session, *, now: float, policy: Policy) -> Job | None:
-    """Locked. Only people can be quicker here: what they cancel or pause is passed over."""
+    """Return the first job to prepare, locked. Skips jobs that users cancel or pause at the same time.
+
+    The caller serializes workers, so only users can interfere.
+    """
     while found := candidates.to_prepare(session, now=now):
         first = first_to_prepare(found, now, policy=policy)
         job = session.scalar(
@@ -128,7 +131,7 @@ def prepared(
     num_steps: int,
     longest_example: int | None = None,
 ) -> None:
-    """The files' token caches are stored: the job is queued. longest_example: in tokens, where it is known."""
+    """Queue a job whose token caches are stored. longest_example: in tokens, if known."""
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
         now = read_clock(session)
@@ -140,7 +143,7 @@ def prepared(
         move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
         spec = JobSpec.model_validate(job.spec)
         if evaluation_schedule.decide(spec) and evaluation_schedule.come_too_late(spec, num_steps):
-            # Fewer rows are usable than were thought at submission, or it would have been refused.
+            # Fewer rows are usable than estimated at submission, which would have rejected the job otherwise.
             events.add(session, job.id, now=now, level="warn", message=evaluation_schedule.too_late(spec, num_steps))
         if (few := job_warnings.few_steps(spec, num_steps)) is not None:
             events.add(session, job.id, now=now, level="warn", message=few.sentence())
@@ -149,9 +152,9 @@ def prepared(
 def refused(
     db: Database, *, claim_id: str, error: Json, train_key: str | None = None, valid_key: str | None = None
 ) -> None:
-    """The files can't be trained on: `error` holds code, message (with its remedy) and param.
+    """Fail a job whose files can't be trained on. `error` has code, message (with its remedy) and param.
 
-    The keys lead to what preparation found in the files, as far as it got.
+    The keys refer to the results of the preparation, as far as it got.
     """
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
@@ -163,45 +166,51 @@ def refused(
 
 
 def release_preparation(db: Database, *, claim_id: str, detail: str, wait_seconds: float = 0) -> None:
-    """The worker gives the job back unprepared: it drains, or the store did not answer."""
+    """Release a job without preparing it, because the worker drains or the store did not answer."""
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
         now = read_clock(session)
         free(job)
         job.run_after = now + wait_seconds if wait_seconds else None
-        events.add(session, job.id, now=now, level="warn", message=f"The files will be prepared again: {detail}")
+        events.add(session, job.id, now=now, level="warn", message=f"Preparing the files will be retried: {detail}")
 
 
 def fail_preparation(
     db: Database, *, claim_id: str, error: Json, wait_seconds: float, train_key: str, valid_key: str | None
 ) -> None:
-    """It came to nothing by the files' doing, the base's or the worker's, which can't be told apart: another may do
-    better. error: code, message (with its remedy) and param, of which the job fails in the end. wait_seconds: after the
-    first time; see `longer`. The keys are those of `refused`."""
+    """Release a job whose preparation failed because of the files, the base model or the worker.
+
+    These causes can't be distinguished, so another worker retries. After MAX_LOST_PREPARATIONS the job fails.
+
+    error: code, message (with its remedy) and param, with which the job then fails. wait_seconds: the wait after the
+    first failure; see `longer`. The keys are those of `refused`.
+    """
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
         now = read_clock(session)
         job.lost_preparations += 1
         if job.lost_preparations >= MAX_LOST_PREPARATIONS:
-            message = f"Its files could not be prepared {job.lost_preparations} times. {error['message']}"
+            message = f"Preparing the files failed {job.lost_preparations} times. {error['message']}"
             job.train_prepared, job.valid_prepared = train_key, valid_key
             _give_up(session, job, {**error, "message": message}, now=now)
             return
         free(job)
         job.run_after = now + longer(wait_seconds, job.lost_preparations)
         events.add(
-            session, job.id, now=now, level="warn", message=f"The files will be prepared again: {error['message']}"
+            session, job.id, now=now, level="warn", message=f"Preparing the files will be retried: {error['message']}"
         )
 
 
 def longer(wait_seconds: float, number: int) -> float:
-    """Before the next try, after so many that came to nothing: else one bad worker, which is free again at once, would
-    use up all of them while good ones are busy."""
+    """Return the wait before the next attempt after `number` failed ones. It triples each time.
+
+    Without it, one bad worker, which is idle again immediately, would use up all attempts while good ones are busy.
+    """
     return wait_seconds * 3 ** (number - 1)
 
 
 def lose_preparation(session: Session, job: Job, *, now: float) -> None:
-    """Whoever prepared the job, whose row is locked, was not heard from any more: it is free for another."""
+    """Release a job whose preparing worker was lost, or fail it after MAX_LOST_PREPARATIONS. Its row is locked."""
     job.lost_preparations += 1
     if job.lost_preparations < MAX_LOST_PREPARATIONS:
         free(job)
@@ -211,7 +220,7 @@ def lose_preparation(session: Session, job: Job, *, now: float) -> None:
 
 
 def lost(number: int) -> str:
-    return f"The files could not be prepared {number} times: the last time the worker that did so was lost."
+    return f"Preparing the files failed {number} times. The last time, its worker was lost."
 
 
 def _give_up(session: Session, job: Job, error: Json, *, now: float) -> None:
@@ -221,6 +230,6 @@ def _give_up(session: Session, job: Job, error: Json, *, now: float) -> None:
 
 
 def free(job: Job) -> None:
-    """Whoever prepared the job, whose row is locked, does so no more."""
+    """Release the preparation lease of the job, whose row is locked."""
     lease.release(job)
     job.worker_id, job.lease_extended = None, False

@@ -1,6 +1,6 @@
-"""The order of one project's jobs of one class, which is the project's own business: places, deadlines, holds.
+"""The order of a project's jobs of the same class, which the project itself controls: places, deadlines and holds.
 
-A place is a number on the job's row; the lowest goes first. What is here writes no state.
+A place is a number on the job's row; the lowest goes first. This module never changes a job's state.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from catalog.states import FINAL_STATES, JobState
 from catalog.tables.jobs import Job
 
 BEFORE_ALL = 1e10
-"""Taken from a time it gives a place before those of all jobs without a deadline."""
+"""Subtracted from a time, gives a place ahead of all jobs without a deadline."""
 WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
 LATEST_JOBS = 50
-"""Of a project, among which those are looked for that tell how long a step takes."""
+"""Number of a project's latest jobs from which the duration of a step is estimated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoveTarget:
-    """Where a job is to stand: exactly one of these."""
+    """The requested position of a job. Exactly one field is set."""
 
     before: str | None = None
     after: str | None = None
@@ -38,12 +38,15 @@ class MoveTarget:
 
 
 def of_new(now: float, deadline: float | None) -> float:
-    """The place of a job that is submitted: by its needed start where it has a deadline, and else behind all."""
+    """Return the place of a new job: by its deadline if it has one, and else behind all other jobs."""
     return now if deadline is None else deadline - BEFORE_ALL
 
 
 def settle(session: Session, job: Job) -> None:
-    """Note when the job must start to meet its deadline, now that its steps are known. One that was moved stays."""
+    """Store when the job must start to meet its deadline, once its number of steps is known.
+
+    Also updates its place, unless a user has moved the job.
+    """
     if job.deadline is None:
         return
     was_moved = job.place != (of_new(job.created_at, job.deadline) if job.needed_start is None else _due(job))
@@ -53,19 +56,19 @@ def settle(session: Session, job: Job) -> None:
 
 
 def hold(db: Database, *, project_id: str, job_id: str) -> Job:
-    """Keep the job in the queue, and out of every trainer, until it is released. Twice is once."""
+    """Hold a waiting job: it is not scheduled until it is released. Idempotent."""
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
         _check_waits(job, "held")
         if not job.is_held:
             now = read_clock(session)
             job.is_held, job.queued_at = True, None
-            _note(session, "job.held", job, now=now, message="The job is held: it waits to be released.")
+            _note(session, "job.held", job, now=now, message="The job is held. It does not start until it is released.")
         return job
 
 
 def release(db: Database, *, project_id: str, job_id: str) -> Job:
-    """Let a held job be chosen again: its waiting counts from now, its place is what it was. Twice is once."""
+    """Release a held job for scheduling. Its waiting time restarts now, but it keeps its place. Idempotent."""
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
         _check_waits(job, "released")
@@ -78,13 +81,13 @@ def release(db: Database, *, project_id: str, job_id: str) -> Job:
 
 
 def move_to(db: Database, *, project_id: str, job_id: str, target: MoveTarget) -> Job:
-    """Give the job another place among its project's jobs of its class that wait. Others' turns stay what they are."""
+    """Move the job among its project's waiting jobs of the same class. Other projects' jobs are not affected."""
     beside = target.before or target.after
     if sum(value is not None for value in (target.before, target.after, target.to)) != 1 or beside == job_id:
         raise InvalidRequest(
-            "A move names one place.",
+            "The move needs exactly one of `before`, `after` and `to`, and can't refer to the moved job itself.",
             code="invalid_place",
-            remedy="Give `before` or `after` with the id of another of the project's jobs, or `to`: first or last.",
+            remedy="Set `before` or `after` to the id of another job of the project, or `to` to first or last.",
         )
     with db.write() as session:
         serialize(session, f"places of {project_id}")
@@ -104,14 +107,15 @@ def _note(session: Session, type: AuditType, job: Job, *, now: float, message: s
 
 def _place(session: Session, job: Job, target: MoveTarget) -> float:
     found = _between(session, job, target)
-    if found is None:  # neighbors whose places are as near as numbers can be
+    if found is None:  # no number lies between the places of the neighbors
         _spread(session, job)
         found = _between(session, job, target)
-    assert found is not None, "spread places have room between them"
+    assert found is not None, "spread places have gaps between them"
     return found
 
 
 def _between(session: Session, job: Job, target: MoveTarget) -> float | None:
+    """Return a free place at the target, or None if there is no gap."""
     others = (*_others(job), Job.id != job.id)
     if target.to is not None or (beside := target.before or target.after) is None:
         furthest = func.min(Job.place) if target.to == "first" else func.max(Job.place)
@@ -129,7 +133,7 @@ def _between(session: Session, job: Job, target: MoveTarget) -> float | None:
 
 
 def _spread(session: Session, job: Job) -> None:
-    """Give all that wait places with room between them, in their order."""
+    """Renumber the places of all waiting jobs with gaps between them, and keep their order."""
     waiting = list(session.scalars(select(Job).where(*_others(job)).order_by(Job.id).with_for_update()))
     waiting.sort(key=lambda each: (each.place, each.id))
     first = waiting[0].place
@@ -145,11 +149,11 @@ def _others(job: Job) -> tuple[ColumnElement[bool], ...]:
 def _check_waits(job: Job, done: str) -> None:
     if job.state in WAITING:
         return
-    remedy = "A running job can be paused." if job.state == JobState.RUNNING else "Look at its state."
+    remedy = "Pause the running job instead." if job.state == JobState.RUNNING else "Check the job's state."
     if job.state == JobState.PAUSED:
-        remedy = "Resume it first; a paused job isn't chosen either."
+        remedy = "Resume the job first. A paused job is not scheduled either."
     if job.state in FINAL_STATES:
-        remedy = "It has ended; create a new one to train again."
+        remedy = "Create a new job to train again. This one has finished."
     raise Conflict(f"Job {job.id} is {job.state} and can't be {done}.", code="job_not_waiting", remedy=remedy)
 
 
@@ -157,17 +161,17 @@ def _check_alike(job: Job, other: Job) -> None:
     if other.state in WAITING and other.priority == job.priority:
         return
     raise Conflict(
-        f"Job {other.id} doesn't wait in the same class as {job.id}.",
+        f"Job {other.id} is not queued with the same priority as job {job.id}.",
         code="not_in_same_queue",
-        remedy="Name another of the project's jobs that waits and has the same `priority`.",
+        remedy="Use the id of a waiting job of the project that has the same `priority`.",
         param="before",
     )
 
 
 def _move_message(target: MoveTarget) -> str:
     if target.to is not None:
-        return f"The job was moved to the {target.to} place of its project's jobs of its class."
-    return f"The job was moved to stand {'before' if target.before else 'after'} {target.before or target.after}."
+        return f"The job was moved to the {target.to} position among its project's jobs of the same priority."
+    return f"The job was moved directly {'before' if target.before else 'after'} {target.before or target.after}."
 
 
 def _due(job: Job) -> float:
@@ -175,8 +179,11 @@ def _due(job: Job) -> float:
 
 
 def _expected_seconds(session: Session, job: Job) -> float:
-    """How long it is going to train: by what it said itself when it trained last, or by what a step took the project's
-    latest jobs on that base; 0 where there is nothing to go by."""
+    """Return the estimated duration of the training in seconds.
+
+    Uses the job's own estimate from its last attempt. Else uses the median step time of the project's latest jobs on
+    the same base model, or 0 if there is none.
+    """
     left = (job.progress or {}).get("seconds_left")
     if isinstance(left, int | float):
         return float(left)

@@ -1,4 +1,4 @@
-"""What a running job leaves behind: events, curve points, progress and checkpoints, all fenced by its claim."""
+"""Records the events, curve points, progress and checkpoints of a running job. Each write is fenced by its claim."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from catalog.tables.jobs import Job
 from catalog.tables.table import Json, new_id
 
 KEPT_CHECKPOINTS = 2
-"""Those whose files are kept: the newest, and one to fall back on."""
+"""Number of checkpoints whose files are kept: the newest one and a fallback."""
 EVALUATED = ("valid_loss", "best_valid_loss")
-"""What of a job's progress comes from its evaluations on held-out data."""
+"""Fields of a job's progress that come from evaluations on its validation file."""
 _OPTIONAL = ("token_accuracy", "learning_rate", "grad_norm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Course:
-    """How a completed job's training went."""
+    """Summary of a completed job's training."""
 
     steps: int
     kept_step: int
-    """Whose weights the adapter has."""
+    """Step from which the adapter's weights are."""
     stopped_early: str | None
-    """The sentence why it ended before its last step."""
+    """Sentence that explains why training stopped before the last step."""
 
 
 def record_event(
@@ -46,10 +46,10 @@ def record_event(
     message: str,
     data: Json | None = None,
     *,
-    type: events.EventType = "message",  # noqa: A002  (the wire's word)
+    type: events.EventType = "message",  # noqa: A002  (the API's name)
 ) -> None:
-    """Say something to the people who watch the job."""
-    assert type != "transition", "a transition is written by the move that it records"
+    """Write an event for the users who watch the job."""
+    assert type != "transition", "only transitions.move writes events of type transition"
     with db.write() as session:
         job = hold(session, claim_id)
         now = read_clock(session)
@@ -57,7 +57,7 @@ def record_event(
 
 
 def record_progress(db: Database, claim_id: str, progress: Json) -> None:
-    """Replace the latest step, loss, tokens_per_second, seconds_left; what was evaluated stays."""
+    """Replace step, loss, tokens_per_second and seconds_left of the job's progress. Evaluation results stay."""
     with db.write() as session:
         job = hold(session, claim_id)
         evaluated = {name: value for name, value in (job.progress or {}).items() if name in EVALUATED}
@@ -65,12 +65,12 @@ def record_progress(db: Database, claim_id: str, progress: Json) -> None:
 
 
 def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> bool:
-    """Points of the curves: kind (train, valid), step, loss, and where known token_accuracy, learning_rate,
-    grad_norm, num_tokens, rewards (chosen, rejected, margin, accuracy). A replayed step overwrites. A point whose
-    loss is not finite is left out.
+    """Store points of the job's curves. Returns True if the job is a pruned trial of a sweep and must stop.
 
-    One event of type `metrics` is written for the last point of each kind. True where the job is to stop, as a trial
-    that its sweep is better without; the next heartbeats say so too.
+    A point has kind (train, valid), step, loss, and if known token_accuracy, learning_rate, grad_norm, num_tokens and
+    rewards (chosen, rejected, margin, accuracy). A replayed step overwrites the earlier point. Points whose loss is not
+    finite are skipped. The last point of each kind is also written as an event of type `metrics`. The next heartbeats
+    repeat the instruction to stop.
     """
     with db.write() as session:
         job = hold(session, claim_id)
@@ -83,7 +83,7 @@ def record_metrics(db: Database, claim_id: str, points: Sequence[Json]) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exported:
-    """The weights of a checkpoint as an adapter's stored files, with the record of where they come from."""
+    """The weights of a checkpoint, stored as an adapter, with their lineage record."""
 
     artifact: Manifest
     lineage: Json
@@ -93,11 +93,10 @@ class Exported:
 def record_checkpoint(
     db: Database, claim_id: str, *, step: int, artifact: Manifest, exported: Exported | None = None
 ) -> list[str]:
-    """A checkpoint whose files are stored. Returns the manifests that nothing needs any more.
+    """Record a checkpoint whose files are stored. Returns the digests of the manifests that are now unused.
 
-    exported: what it is used by as a model; None where that could not be written.
-
-    One that is further than any before is progress: bad ends are counted from 0 again.
+    exported: the same weights as a model; None if they could not be exported. A checkpoint at a later step than all
+    earlier ones counts as progress and resets the counts of failed attempts.
     """
     with db.write() as session:
         job = hold(session, claim_id)
@@ -113,7 +112,7 @@ def record_checkpoint(
 
 
 def record_checkpoint_model(db: Database, claim_id: str, *, step: int, exported: Exported) -> None:
-    """What a checkpoint on record is used by as a model; nothing where that one could not be stored."""
+    """Add the exported model to a recorded checkpoint. Does nothing if that checkpoint was not stored."""
     with db.write() as session:
         job = hold(session, claim_id)
         checkpoint = session.scalar(_of_step(job, step).where(Checkpoint.artifact.is_not(None)))
@@ -122,7 +121,10 @@ def record_checkpoint_model(db: Database, claim_id: str, *, step: int, exported:
 
 
 def distrust_checkpoint(db: Database, claim_id: str, *, checkpoint_id: str, problem: str) -> None:
-    """A checkpoint's files are damaged or gone, or its weights are ruined: it is never resumed from again."""
+    """Mark a checkpoint as unusable, because its files are damaged or missing or its weights are not finite.
+
+    No attempt resumes from it again.
+    """
     with db.write() as session:
         job = hold(session, claim_id)
         checkpoint = session.get(Checkpoint, checkpoint_id, with_for_update=True)
@@ -138,14 +140,14 @@ def distrust_checkpoint(db: Database, claim_id: str, *, checkpoint_id: str, prob
 
 
 def record_course(session: Session, job: Job, course: Course, *, now: float) -> None:
-    """How training went, onto the job's progress; what a person wouldn't expect, as events as well."""
+    """Write the summary of the training to the job's progress, and its surprising parts as events too."""
     of_all = f"{course.steps} of {job.num_steps}" if job.num_steps else f"{course.steps}"
     data: Json = {"step": course.steps, "total_steps": job.num_steps, "kept_step": course.kept_step}
     if course.stopped_early is not None:
-        message = f"Training ended early, at step {of_all}. {course.stopped_early}"
+        message = f"Training stopped early, at step {of_all}. {course.stopped_early}"
         events.add(session, job.id, now=now, message=message, data=data)
     if course.kept_step != course.steps:
-        message = f"The weights of step {course.kept_step} are kept, whose held-out loss was the lowest"
+        message = f"The adapter has the weights of step {course.kept_step}, whose validation loss was the lowest"
         events.add(session, job.id, now=now, message=message, data=data)
     progress: Json = {"step": course.steps, "kept_step": course.kept_step, "stopped_early": course.stopped_early}
     kept = metric_store.at(session, job.id, "valid", [course.kept_step]).get(course.kept_step)
@@ -154,19 +156,19 @@ def record_course(session: Session, job: Job, course: Course, *, now: float) -> 
 
 
 def held_out_point(session: Session, job: Job, step: int) -> Json | None:
-    """What was measured on held-out data at this step."""
+    """The evaluation on the validation file at this step, or None."""
     point = metric_store.at(session, job.id, "valid", [step]).get(step)
     return None if point is None else point._asdict()
 
 
 def resumable(session: Session, job_id: str) -> tuple[Checkpoint, ...]:
-    """The checkpoints that have their files, newest first."""
+    """The checkpoints whose files are stored, newest first."""
     kept = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.artifact.is_not(None))
     return tuple(session.scalars(kept.order_by(Checkpoint.step.desc())))
 
 
 def _measured(point: Json, now: float) -> Point:
-    """Numbered once its event is."""
+    """The point without values that are not finite. `_keep` sets its `seq` once its event has a number."""
     assert point["kind"] in ("train", "valid")
     known = {name: value for name in _OPTIONAL if (value := point.get(name)) is not None and math.isfinite(value)}
     rewards: Json | None = point.get("rewards")
@@ -184,7 +186,7 @@ def _measured(point: Json, now: float) -> Point:
 
 
 def _keep(session: Session, job: Job, measured: Sequence[Point], *, now: float) -> None:
-    """Onto the curves, with the events that tell of them."""
+    """Add the points to the curves, and write their events."""
     told = [_tell(session, job, point, now=now) for point in {point.kind: point for point in measured}.values()]
     session.flush()  # numbers the events
     seq = min(event.seq for event in told)
@@ -197,13 +199,16 @@ def _keep(session: Session, job: Job, measured: Sequence[Point], *, now: float) 
 
 
 def _show_evaluation(session: Session, job: Job, loss: float) -> None:
-    """The best is read from the curve: a point that was trained again after a resume counts as it is now."""
+    """Update the evaluation fields of the progress.
+
+    The best loss is read from the curve, because steps that are repeated after a resume replace their points.
+    """
     best = metric_store.least_loss(session, job.id, "valid")
     job.progress = {**(job.progress or {}), "valid_loss": loss, "best_valid_loss": best}
 
 
 def _tell(session: Session, job: Job, point: Point, *, now: float) -> JobEvent:
-    """The same words and data that watchers of the OpenAI API know."""
+    """Write a `metrics` event in the wording and data format of the OpenAI API."""
     kind, step, loss = point.kind, point.step, point.loss
     of_all = f"{step}/{job.num_steps}" if job.num_steps else f"{step}"
     data: Json = {"step": step, "total_steps": job.num_steps, f"{kind}_loss": loss}
@@ -229,7 +234,7 @@ def _put_checkpoint(session: Session, job: Job, *, step: int, artifact: Manifest
 
 
 def _of_step(job: Job, step: int) -> Select[Checkpoint]:
-    """Locked: somebody may delete its model meanwhile."""
+    """The checkpoint of this step, locked because a user may delete its model concurrently."""
     return select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step == step).with_for_update()
 
 

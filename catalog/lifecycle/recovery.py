@@ -1,9 +1,10 @@
-"""What becomes of jobs whose holder fell silent: expired leases are ended, with one lease of grace after an outage.
+"""Ends the claims of jobs whose lease has expired. After an outage of the database, leases get one extension.
 
-An outage shows as a gap in the heartbeat of the database (DatabaseHeartbeat). Then no lease could have been renewed, so
-silence proves nothing: the lease of every job is extended once, to a full lease from now. A second extension needs a
-heartbeat in between, so a dead holder delays its jobs by one lease at most. A clock that was set back looks the same
-way and is treated alike. Leases of other work (catalog/db/lease.py) are not extended: it is repeated at no loss.
+An outage shows as a gap in the heartbeat of the database (DatabaseHeartbeat). No worker could renew a lease during it,
+so an expired lease does not prove that its worker is dead: the lease of every job is extended once, to a full lease
+from now. A second extension needs a heartbeat in between, so a dead worker delays its jobs by at most one lease. A
+clock that was set back looks like an outage and is treated as one. Leases of other work (catalog/db/lease.py) are not
+extended, because that work can be repeated without loss.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ CLAIMED = (Job.state.in_(CLAIMED_STATES), Job.claim_id.is_not(None))
 
 
 def expire(db: Database, *, lease_seconds: float) -> int:
-    """End or free every claim whose lease is past by the database's clock. Returns how many.
+    """End or release every claim whose lease has expired by the database's clock. Returns their number.
 
-    lease_seconds: the length of a lease, by which an outage of the database extends all leases. Safe to call from
-    anywhere, at any time, as often as one likes.
+    lease_seconds: the length of a lease, to which leases are extended after an outage of the database. Any process may
+    call this at any time.
     """
-    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+    with db.read() as session:  # most checks find no expired lease, and a read transaction blocks no writer
         if not _is_needed(session, lease_seconds=lease_seconds):
             return 0
     with db.write() as session:
         now = read_clock(session)
         _observe(session, now=now, lease_seconds=lease_seconds)
-        # First by the index of leases, which is not in the order of ids.
+        # A first query uses the index of leases. The second one locks in the order of ids, which that index lacks.
         is_past = (*CLAIMED, Job.lease_expires_at <= now)
         past = list(session.scalars(select(Job.id).where(*is_past)))
         locked = skip_locked(select(Job).where(Job.id.in_(past), *is_past).order_by(Job.id))
@@ -50,14 +51,14 @@ def expire(db: Database, *, lease_seconds: float) -> int:
 
 
 def work_of(job: Job) -> Work:
-    """What a job that is held is held for."""
+    """Return the kind of work for which the job is claimed."""
     return "training" if job.state == JobState.RUNNING else "preparing"
 
 
 def observe(db: Database, *, lease_seconds: float) -> None:
-    """Note that the database answers; after a gap, extend the leases that nobody could renew.
+    """Record that the database answers. After a gap, extend the leases that no worker could renew.
 
-    In a transaction of its own: it may wait for the rows of any job, and holds nothing that those wait for.
+    Opens its own transaction: it may wait for the row of any job, and must not hold locks that their holders wait for.
     """
     with db.read() as session:
         beat, now = session.get(DatabaseHeartbeat, 1), read_clock(session)
@@ -74,7 +75,7 @@ def _observe(session: Session, *, now: float, lease_seconds: float) -> None:
         return
     if not _is_old(beat.seen_at, now=now, lease_seconds=lease_seconds):
         return
-    # Whoever holds the row notes the same. He is waited for only after a gap, since no lease may be missed then.
+    # The process that holds the row writes the same time. Wait for it only after a gap, when no lease may be missed.
     may_skip = not _is_gap(beat, now=now, lease_seconds=lease_seconds)
     beat = session.get(DatabaseHeartbeat, 1, with_for_update={"skip_locked": may_skip}, populate_existing=True)
     if beat is None:
@@ -85,7 +86,7 @@ def _observe(session: Session, *, now: float, lease_seconds: float) -> None:
 
 
 def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
-    """Its process is known to be gone: end or free at once what it held."""
+    """End or release all claims of a worker whose process is known to be gone. Returns their number."""
     held = select(Job).where(*CLAIMED, Job.worker_id == worker_id)
     return _lose(session, session.scalars(held.order_by(Job.id).with_for_update()), now=now)
 
@@ -98,7 +99,7 @@ def _is_needed(session: Session, *, lease_seconds: float) -> bool:
 
 @cache
 def _leases(*, is_clock_given: bool) -> Select[float, float, bool]:
-    """The time, when the database was last seen to answer, and whether a lease is past."""
+    """The current time, the time of the last database heartbeat, and whether a lease has expired."""
     moment = select(clock_column(is_given=is_clock_given).label("now")).cte("moment")
     seen_at = select(DatabaseHeartbeat.seen_at).where(DatabaseHeartbeat.id == 1).scalar_subquery()
     past = exists().where(*CLAIMED, Job.lease_expires_at <= select(moment.c.now).scalar_subquery())
@@ -106,7 +107,7 @@ def _leases(*, is_clock_given: bool) -> Select[float, float, bool]:
 
 
 def _is_old(seen_at: float | None, *, now: float, lease_seconds: float) -> bool:
-    """The beat is written a few times per lease."""
+    """Whether the database heartbeat must be written again. It is written a few times per lease."""
     return seen_at is None or abs(now - seen_at) > min(5.0, lease_seconds / 20)
 
 
@@ -126,8 +127,7 @@ def _extend_leases(session: Session, *, now: float, lease_seconds: float) -> Non
 
 
 def in_lock_order(held: Iterable[Job]) -> list[Job]:
-    """In the order in which several are ended: each end locks the sweep of a trial, and two who end some at once may
-    meet there."""
+    """Sort jobs that end in one transaction. Each end of a trial locks its sweep: a fixed order prevents deadlocks."""
     return sorted(held, key=lambda job: (job.sweep_id or "", job.id))
 
 
@@ -135,7 +135,7 @@ def _lose(session: Session, held: Iterable[Job], *, now: float) -> int:
     jobs = in_lock_order(held)
     for job in jobs:
         if job.state == JobState.RUNNING:
-            detail = f"Worker {job.worker_id} was not heard from any more."
+            detail = f"Worker {job.worker_id} stopped sending heartbeats."
             end_attempt(session, job, reason=EndReason.INFRA_LOST, detail=detail, now=now)
         else:
             lose_preparation(session, job, now=now)

@@ -1,7 +1,7 @@
-"""The one place that writes a job's state: by the table of transitions, with an event in the same transaction.
+"""The only code that writes a job's state: it applies the table of transitions and writes an event with each change.
 
-Whatever else depends on a job's state is an observer (OBSERVERS). Callers: users' actions (catalog/jobs, position.py),
-claiming and claims (catalog/queue), preparation.py and outcomes.py.
+Other code that depends on a job's state is an observer (OBSERVERS). Callers: users' actions (catalog/jobs), claiming
+and claims (catalog/queue), preparation.py and outcomes.py.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ OBSERVERS: tuple[Observer, ...] = (
     tracker_exports.on_transition,
     outbox.on_transition,
 )
-"""`trials` locks the sweep, and then `tracker_exports` its row of the job: all transactions lock in this order. The
-other two lock nothing here. A list rather than a registry: an observer whose module a process forgot to import would be
-left out silently."""
+"""`trials` locks the sweep, and then `tracker_exports` locks its row of the job: all transactions lock in this order.
+The other two take no locks here. A list rather than a registry: a registry would silently skip an observer whose module
+was not imported in a process."""
 
 
 def begin(session: Session, job: Job, *, now: float, message: str) -> None:
@@ -43,7 +43,7 @@ def begin(session: Session, job: Job, *, now: float, message: str) -> None:
     assert after is not None
     job.state = after
     session.add(job)
-    session.flush()  # what is told of it names it
+    session.flush()  # rows that the observers write refer to it
     _record(session, job, Verb.CREATE, before=None, now=now, message=message)
 
 
@@ -57,14 +57,14 @@ def move(
     reason: EndReason | None = None,
     level: events.Level = "info",
 ) -> JobState:
-    """Take the job where `verb` leads from its state. Raises Conflict where the table has no such move."""
+    """Apply `verb` to the job and return its new state. Raises Conflict if the table has no such transition."""
     before = JobState(job.state)
     after = next_state(before, verb)
     if after is None:
         raise Conflict(
-            f"A job that is {before} can't {verb.value.replace('_', ' ')}.",
+            f"A job in the state {before} doesn't allow the action '{verb.value.replace('_', ' ')}'.",
             code="invalid_transition",
-            remedy="Look at its state and at its events.",
+            remedy="Check the job's state and its events.",
         )
     job.state = after
     job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)
@@ -98,7 +98,7 @@ def _record(
 
 
 def _let_go(job: Job, after: JobState) -> None:
-    """Whoever held the job writes nothing more. A finished job keeps the names of where it trained last."""
+    """Release the claim, so that its worker can't write any more. A finished job keeps its worker and trainer ids."""
     lease.release(job)
     job.lease_extended = False
     job.run_after = None

@@ -1,8 +1,8 @@
-"""Anchors of the audit chain: each day's head, in the artifact store, sealed like an event.
+"""Anchors of the audit chain: the head of the chain on each day, kept in the artifact store and sealed like an event.
 
-Who can write to the database but has no pepper can't forge a digest; he can delete the newest events and set back the
-head. An anchor outside the database shows that: the chain must still have its event, with its digest. So what was
-deleted more than a day after it was written is noticed.
+An attacker who can write to the database but lacks the pepper can't forge a digest, but can delete the newest events
+and set back the head. An anchor outside the database reveals that, because the chain must still contain its event with
+its digest. A deletion more than a day after the event was written is therefore detected.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from catalog.tables.table import Json
 
 PREFIX = "audit/anchors"
 SUPERSEDED_PREFIX = "audit/superseded"
-"""Anchors that a restore has moved away, in a folder for each restore."""
+"""Anchors that restores have moved away, in one folder per restore."""
 MAX_BYTES = 4096
-"""An anchor has some 250; a larger object is none."""
+"""A larger object is not an anchor: an anchor has about 250 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Anchor:
-    """Place and digest of the event that was the last of the chain when the anchor was written."""
+    """Link number and digest of the event that was last in the chain when the anchor was written."""
 
     link: int
     digest: str
@@ -43,22 +43,23 @@ class Anchor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Superseded:
-    """An anchor of events that a restore has lost: its object, and the place of its event."""
+    """An anchor of events that a restore has lost: its object, and the link number of its event."""
 
     key: str
     link: int
 
 
 def anchor(db: Database, objects: Objects, *, pepper: bytes) -> bool:
-    """Write the anchor of this day (UTC) where there is none and the chain has an event. Returns whether it did.
+    """Write today's anchor (UTC) if it does not exist and the chain has an event. Returns whether it was written.
 
-    Of several API servers that write at once the last one's stays: each of them is right. Raises Unavailable,
-    PepperReplaced.
+    If several API servers write at the same time, the last one wins; each of their anchors is correct. Raises
+    Unavailable, PepperReplaced.
     """
     with db.read() as session:
         now = read_clock(session)
         link, digest = chain.head(session)
-        derived_keys.check_current(session, pepper)  # after the head: a key covers what preceded its retirement
+        # After the head is read, because a key is valid for events that precede its retirement.
+        derived_keys.check_current(session, pepper)
     key = _key(now)
     if link == 0 or _exists(objects, key):
         return False
@@ -76,8 +77,10 @@ def verify(
     after: int = 0,
     limit: int = chain.CHECKED_AT_ONCE,
 ) -> ChainCheck:
-    """As audit_chain.check, and the anchors of this part of the chain. At the end of the chain, these are all anchors
-    behind `after`. Raises Unavailable."""
+    """Check a part of the chain like `chain.check`, and the anchors of this part. Raises Unavailable.
+
+    At the end of the chain, all anchors behind `after` are checked.
+    """
     found = chain.check(db, peppers=peppers, after=after, limit=limit)
     if found.misfit is not None:
         return found
@@ -90,10 +93,10 @@ def verify(
 
 
 def contradicting(db: Database, objects: Objects, *, peppers: Sequence[bytes], since: float) -> list[Superseded]:
-    """Anchors since that time (seconds since 1970) which don't fit the chain. Raises Unavailable.
+    """Return the anchors written after `since` (seconds since 1970) that don't match the chain. Raises Unavailable.
 
-    After a restore of a backup of that time they are expected: what they anchored came later and is lost. Anchors of
-    before the backup, and those that were changed, are not among them: verification goes on to report these.
+    They are expected after a restore of a backup from that time, because their events came later and are lost. Anchors
+    that are older than the backup and modified anchors are not included: verification continues to report them.
     """
     anchors, found = _Anchors(db, objects, peppers), list[Superseded]()
     for key in anchors.keys[bisect_left(anchors.keys, _key(since)) :]:
@@ -107,14 +110,14 @@ def contradicting(db: Database, objects: Objects, *, peppers: Sequence[bytes], s
 
 
 def supersede(objects: Objects, anchors: Iterable[Superseded], *, at: float) -> None:
-    """Move them to where verification does not look. Raises Unavailable."""
+    """Move the anchors to a prefix that verification ignores. Raises Unavailable."""
     folder = datetime.fromtimestamp(at, UTC).strftime("%Y%m%dT%H%M%SZ")
     for anchor in anchors:
         objects.move(anchor.key, f"{SUPERSEDED_PREFIX}/{folder}/{anchor.key.rpartition('/')[2]}")
 
 
 class _ChangedAnchor(Exception):
-    """No API server has written this object."""
+    """An anchor object that no API server has written."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -122,7 +125,7 @@ class _ChangedAnchor(Exception):
 
 
 class _Anchors:
-    """The stored anchors, by day. Each is read once."""
+    """The stored anchors by day. Caches each anchor that is read."""
 
     def __init__(self, db: Database, objects: Objects, peppers: Sequence[bytes]) -> None:
         self._db, self._objects = db, objects
@@ -132,8 +135,11 @@ class _Anchors:
         self._found: dict[str, Anchor] = {}
 
     def first_misfit(self, *, after: int, last: int | None) -> Misfit | None:
-        """Of the anchors behind `after`, up to `last`. The chain only grows, so their places are in the order of their
-        days: of the others, a binary search reads a few. Raises _ChangedAnchor."""
+        """Return the first anchor behind `after`, up to `last`, that does not match the chain. Raises _ChangedAnchor.
+
+        The chain only grows, so the anchors' links are in the order of their days. A binary search for the first anchor
+        reads only a few of those up to `after`.
+        """
         first = bisect_right(self.keys, after, key=lambda key: self.read(key).link)
         for key in self.keys[first:]:
             anchor = self.read(key)
@@ -144,6 +150,7 @@ class _Anchors:
         return None
 
     def misfit(self, anchor: Anchor) -> Misfit | None:
+        """How the anchor's event in the chain differs from the anchor, or None."""
         with self._db.read() as session:
             event = select(AuditEvent.id, AuditEvent.digest).where(AuditEvent.link == anchor.link)
             row = session.execute(event).first()
@@ -152,7 +159,7 @@ class _Anchors:
         return None if row.digest == anchor.digest else Misfit(link=anchor.link, id=row.id, fault="changed")
 
     def read(self, key: str) -> Anchor:
-        """Raises _ChangedAnchor."""
+        """Return the anchor of this object. Raises _ChangedAnchor."""
         if key not in self._found:
             anchor = _read(self._objects, key, self._chain_keys)
             if anchor is None:
@@ -162,7 +169,7 @@ class _Anchors:
 
 
 def _read(objects: Objects, key: str, keys: Sequence[ChainKey]) -> Anchor | None:
-    """None where it is not what an API server has written. Where no pepper is known it is taken at its word."""
+    """Return the anchor, or None if no API server has written it. Without a known pepper, the seal is not checked."""
     try:
         if objects.head(key).num_bytes > MAX_BYTES:
             return None
@@ -170,7 +177,7 @@ def _read(objects: Objects, key: str, keys: Sequence[ChainKey]) -> Anchor | None
         content = {name: value for name, value in told.items() if name != "mac"}
         if keys and not chain.is_sealed(content, told["mac"], keys, at=(told["link"], told["digest"])):
             return None
-        if key != _key(told["anchored_at"]):  # a valid older one, put here under a newer name
+        if key != _key(told["anchored_at"]):  # a valid older anchor, copied to a newer name
             return None
         return Anchor(link=int(told["link"]), digest=str(told["digest"]), anchored_at=float(told["anchored_at"]))
     except (NoSuchObject, ValueError, KeyError, AttributeError, TypeError, OverflowError, OSError):
@@ -178,7 +185,7 @@ def _read(objects: Objects, key: str, keys: Sequence[ChainKey]) -> Anchor | None
 
 
 def _key(anchored_at: float) -> str:
-    """The object's name: its day (UTC)."""
+    """The object's key, which contains its day (UTC)."""
     return f"{PREFIX}/{datetime.fromtimestamp(anchored_at, UTC).date().isoformat()}.json"
 
 

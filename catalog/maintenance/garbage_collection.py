@@ -1,6 +1,6 @@
-"""Which stored bytes are still wanted, by the record; the rest is deleted once it is old enough.
+"""Deletes stored objects that the database no longer refers to, once they are old enough.
 
-Run it now and then, from any one process. What is being stored meanwhile is young, and so is safe.
+Runs periodically in any process. Objects that are being stored at the same time are young, and therefore safe.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from catalog.tables.storage import Artifact, File, Prepared, UploadPart
 from catalog.usage import ledger, stored_bytes
 
 EXPIRED_AT_ONCE = 10_000
-"""Files past their time that one cleaning deletes; the next takes the rest, which nobody sees either."""
+"""Maximum number of expired files that one run deletes. The next run deletes the rest, which are already hidden."""
 CHECKPOINT_SECONDS = 7 * 24 * 3600.0
-"""The last checkpoints of a job are kept this long after it has ended."""
+"""How long the last checkpoints of a job are kept after it has finished."""
 
 
 def clean(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SECONDS) -> int:
-    """Delete blobs and manifests that nothing names. Returns how many. Raises Unavailable, OutOfSpace."""
+    """Delete unreferenced blobs and manifests. Returns their number. Raises Unavailable, OutOfSpace."""
     let_go(db)
     stored_bytes.reconcile(db)
     return store.delete_unreferenced(live_digests(db), grace_seconds=grace_seconds)
 
 
 def let_go(db: Database) -> None:
-    """Hide what nobody needs: files past their time, parts of uploads that are over, checkpoints of jobs that ended a
-    week ago, what was printed for those that ended a month ago, tokens of deleted files, plans past their time, deleted
-    adapters."""
+    """Remove references to objects that are no longer needed, so that `clean` can delete them.
+
+    These are expired files, parts of finished uploads, checkpoints of jobs that finished a week ago, logs of jobs that
+    finished a month ago, token caches of deleted files, expired plans and deleted adapters.
+    """
     with db.write() as session:
-        serialize(session, "clean")  # two at once would lock the same rows, each in its own order
+        serialize(session, "clean")  # two concurrent runs would lock the same rows in different orders
         now = read_clock(session)
         _let_expire(session, now=now)
         multipart_uploads.forget(session, now=now)
@@ -57,8 +59,7 @@ def let_go(db: Database) -> None:
 
 
 def live_digests(db: Database) -> set[str]:
-    """Manifests that are visible and the files that they name, files that are not deleted or that a job still needs,
-    what trainers printed, and parts of uploads."""
+    """Return the digests of all objects in use: visible manifests and their files, and `wanted_files`."""
     with db.read() as session:
         artifacts = session.execute(select(Artifact.digest, Artifact.files)).all()
         files_of_artifacts = {file["digest"] for artifact in artifacts for file in artifact.files}
@@ -66,15 +67,20 @@ def live_digests(db: Database) -> set[str]:
 
 
 def wanted_files(session: Session) -> set[str]:
-    """Digests of files that are not deleted or that a job still needs, of what trainers printed, and of parts of
-    uploads."""
+    """Return the digests of files in use, of trainer logs and of upload parts.
+
+    A file is in use if it is not deleted or an unfinished job needs it.
+    """
     wanted = session.scalars(select(File.digest).where(_is_wanted()))
     printed = session.scalars(select(JobOutput.digest))
     return {*wanted, *printed, *session.scalars(select(UploadPart.digest))}
 
 
 def _let_expire(session: Session, *, now: float) -> None:
-    """Passed over: what a submission has just locked, and what a job reads once the rows are locked here."""
+    """Mark expired files as deleted.
+
+    Skips files that a submission has locked, and files that a job has started to use before they were locked here.
+    """
     past = select(File.id).where(File.deleted_at.is_(None), File.expires_at <= now, ~files.is_read())
     locked = list(session.scalars(skip_locked(past.order_by(File.expires_at).limit(EXPIRED_AT_ONCE))))
     gone = update(File).where(File.id.in_(locked), ~files.is_read()).values(deleted_at=now)
@@ -84,7 +90,7 @@ def _let_expire(session: Session, *, now: float) -> None:
 
 
 def _drop_checkpoints(session: Session, *, now: float) -> None:
-    """Those of jobs that ended long ago: nobody resumes from them."""
+    """Drop the checkpoints of jobs that finished more than CHECKPOINT_SECONDS ago: no attempt resumes from them."""
     ended = select(Job.id).where(Job.finished_at < now - CHECKPOINT_SECONDS)
     kept = (Checkpoint.artifact.is_not(None), Checkpoint.job_id.in_(ended))
     held = select(Job.project_id, func.sum(Artifact.num_bytes)).select_from(Checkpoint)
@@ -96,7 +102,7 @@ def _drop_checkpoints(session: Session, *, now: float) -> None:
 
 
 def _drop_prepared(session: Session, *, now: float) -> None:
-    """What was found in files that their project has no more, unless an unfinished job or plan needs it."""
+    """Drop the preparation results of deleted files, unless an unfinished job or plan needs them."""
     of_file = (File.project_id == Prepared.project_id, File.digest == Prepared.file_digest)
     is_of_file = exists().where(*of_file, _is_wanted())
     gone = delete(Prepared).where(~is_of_file, ~token_cache.is_needed())
@@ -107,5 +113,5 @@ def _drop_prepared(session: Session, *, now: float) -> None:
 
 
 def _is_wanted() -> ColumnElement[bool]:
-    """The file is not deleted, or a job that has not ended reads it."""
+    """Condition for files that are not deleted or that an unfinished job reads."""
     return or_(File.deleted_at.is_(None), files.is_read())

@@ -1,1 +1,1 @@
-"""Plans: estimates of memory, time and cost of a job before it is submitted, and its warnings."""
+"""Plans: dry runs that estimate a job's memory, duration and start, and list warnings, before it is submitted."""

@@ -1,4 +1,4 @@
-"""The worker's verbs on plans: claim one that waits, and conclude, fail or release it."""
+"""A worker's operations on plans: claim a waiting plan, and conclude, fail or release it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from catalog.tables.table import Json
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanClaim:
-    """A plan to compute."""
+    """A plan that this worker computes."""
 
     claim_id: str
     plan_id: str
@@ -31,8 +31,8 @@ class PlanClaim:
 
 
 def claim(db: Database, *, worker_id: str, lease_seconds: float) -> PlanClaim | None:
-    """The oldest plan that waits, leased to this worker; None where none does."""
-    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+    """Lease the oldest waiting plan to this worker. Returns None if no plan waits."""
+    with db.read() as session:  # most polls find no plan, and a read transaction blocks no writer
         if session.scalar(pending.first_plan(now=read_clock(session))) is None:
             return None
     with db.write() as session:
@@ -52,7 +52,7 @@ def claim(db: Database, *, worker_id: str, lease_seconds: float) -> PlanClaim | 
 
 
 def record_overlap(db: Database, *, train_key: str, valid_key: str, num_rows: int, of_rows: int) -> None:
-    """Of two prepared files, for every plan of both."""
+    """Store how many rows two prepared files have in common. Every plan with these files uses it."""
     row = {"train_key": train_key, "valid_key": valid_key, "num_rows": num_rows, "of_rows": of_rows}
     with db.write() as session:
         upsert(session, FileOverlap, [row])
@@ -64,7 +64,10 @@ def find_overlap(db: Database, *, train_key: str, valid_key: str) -> FileOverlap
 
 
 def conclude(db: Database, claim_id: str, *, settings: Settings) -> None:
-    """All that the plan needs is on record; where it went away meanwhile, the plan waits again. Raises StaleClaim."""
+    """Compute the plan from the stored preparation results. Raises StaleClaim.
+
+    If a result was deleted in the meantime, the plan is released and waits again.
+    """
     retried(lambda: _conclude(db, claim_id, settings=settings))
 
 
@@ -80,8 +83,11 @@ def _conclude(db: Database, claim_id: str, *, settings: Settings) -> None:
 
 
 def fail(db: Database, claim_id: str, *, error: Json, wait_seconds: float) -> None:
-    """It came to nothing, and another worker may do better: so often and no more. error: code, message, param.
-    wait_seconds: after the first time. Raises StaleClaim."""
+    """Release a plan that this worker could not compute, so that another retries. Raises StaleClaim.
+
+    After MAX_LOST_PREPARATIONS failures the plan fails with `error`: code, message, param. wait_seconds: the wait after
+    the first failure; it grows with each one.
+    """
     with db.write() as session:
         plan = _hold(session, claim_id)
         plan.num_lost += 1
@@ -92,7 +98,7 @@ def fail(db: Database, claim_id: str, *, error: Json, wait_seconds: float) -> No
 
 
 def release(db: Database, claim_id: str, *, wait_seconds: float = 0) -> None:
-    """The worker gives it back: it leaves, or the store did not answer. Raises StaleClaim."""
+    """Release the plan, because the worker exits or the store did not answer. Raises StaleClaim."""
     with db.write() as session:
         plan = _hold(session, claim_id)
         _release(plan, run_after=read_clock(session) + wait_seconds if wait_seconds else None)
@@ -114,16 +120,16 @@ def _claim(session: Session, plan: Plan, claim_id: str) -> PlanClaim:
 
 
 def _hindrance(session: Session, plan: Plan) -> Json | None:
-    """Why it can't be computed any more."""
+    """The error of a plan that can no longer be computed, or None."""
     if plan.num_lost >= MAX_LOST_PREPARATIONS:
         return {"code": "preparation_lost", "message": lost(plan.num_lost), "param": "training_file"}
     base = session.get_one(BaseModelRow, plan.base_model)
     if base.state != "ready" or base.digest != plan.base_digest:
-        message = f"The base model {base.name!r} is not there any more as it was when the plan was made."
+        message = f"The base model {base.name!r} was changed or deleted after the plan was created."
         return {"code": "base_changed", "message": message, "param": "model"}
     for file_id, param in ((plan.training_file, "training_file"), (plan.validation_file, "validation_file")):
         if file_id is not None and session.get_one(File, file_id).deleted_at is not None:
-            return {"code": "file_not_found", "message": f"The file {file_id} was deleted.", "param": param}
+            return {"code": "file_not_found", "message": f"File {file_id} was deleted.", "param": param}
     return None
 
 

@@ -1,4 +1,4 @@
-"""How long a job would train, and when it would start: each with the basis of the number, or without a number. Pure."""
+"""Estimates how long a job would train and when it would start, each with the basis of the estimate. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from catalog.spec.methods import MethodType, compares_with_start
 BasisKind = Literal["measured", "scaled", "guess", "none"]
 BEST_FIRST: tuple[BasisKind, ...] = ("measured", "scaled", "guess")
 FLOPS_PER_PARAMETER = 4
-"""Of a token: 2 forward, 2 backward, for the base's weights have no gradient of their own."""
+"""FLOPs per token and parameter: 2 forward and 2 backward, because the base model's weights need no gradient."""
 PEAK_TFLOPS: Mapping[str, float] = {
     "T4": 65, "V100": 125, "A10": 125, "L4": 121, "A40": 150, "A100": 312, "L40": 362, "RTX 3090": 71,
     "RTX 4090": 165, "RTX 5090": 210, "RTX A6000": 155, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
 }  # fmt: skip
-"""Dense 16-bit matrix products of a card, by a part of its name, from NVIDIA's data sheets."""
+"""Peak of dense 16-bit matmuls by a part of the GPU's name, from NVIDIA's data sheets."""
 REACHED_ON_GPU = 0.3
-"""Of that peak: what a job by itself may reach. A guess."""
+"""Fraction of the peak that a job that trains alone may reach. A guess."""
 CPU_TFLOPS = 0.2
-"""Of a core, as training reached on one with AVX-512; half of it without. A guess elsewhere."""
+"""TFLOP/s per core, measured in training on a core with AVX-512. A core without it reached half. A guess for others."""
 EVALUATIONS = 10
-"""Over a job that names no number, beside those at its start and its end."""
+"""Default number of evaluations during a job, in addition to the one at its start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingWork:
-    """What there is to compute."""
+    """The amount of computation of a job."""
 
     num_steps: int
     tokens_per_step: float
     valid_tokens: int
-    """Read at each evaluation."""
+    """Tokens per evaluation."""
     num_evaluations: int
     num_parameters: int
-    """Of the base."""
+    """Parameters of the base model."""
     method: MethodType = "supervised"
 
     @property
     def tokens(self) -> float:
-        """As many tokens of training as take about as long: a pass without a backward counts half."""
+        """The equivalent number of training tokens. A forward pass without a backward pass counts half."""
         reference = 0.5 if compares_with_start(self.method) else 0.0
         trained = self.num_steps * self.tokens_per_step * (1 + reference)
         return trained + 0.5 * self.num_evaluations * self.valid_tokens * (1 + reference)
@@ -51,7 +51,7 @@ class TrainingWork:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What a worker's trainer of some base has learnt."""
+    """The speeds that a worker's trainer has measured with a base model."""
 
     worker_id: str
     base_name: str
@@ -65,18 +65,18 @@ class Runner:
 
     worker_id: str
     device: str
-    """Its name."""
+    """Name of its device."""
     kind: str
     num_cores: int | None
     same: Measured | None = None
-    """Of the same base in the same form."""
+    """Speeds with the same base model in the same precision and quantization."""
     other: Measured | None = None
-    """Of another one."""
+    """Speeds with another base model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """`seconds` None: there is no telling, and `basis` says why."""
+    """An estimate with its basis. If `seconds` is None, no estimate is possible, and `basis` explains why."""
 
     seconds: float | None
     basis_kind: BasisKind
@@ -88,7 +88,10 @@ class Estimate:
 def work_of(
     spec: JobSpec, *, num_steps: int, tokens: int, usable_rows: int, valid_tokens: int | None, num_parameters: int
 ) -> TrainingWork:
-    """tokens, usable_rows: of the training file. valid_tokens: of the held-out file; None without one."""
+    """Return the amount of computation of a job.
+
+    tokens, usable_rows: of the training file. valid_tokens: of the validation file; None without one.
+    """
     between = EVALUATIONS
     if spec.evaluate_every_steps is not None:
         between = num_steps // spec.evaluate_every_steps
@@ -103,11 +106,13 @@ def work_of(
 
 
 def training_time(work: TrainingWork, runners: Sequence[Runner]) -> Estimate:
-    """Alone, without waiting, loading the base and verifying. The best basis there is decides; of equal ones the
-    fastest worker."""
+    """Estimate the training time of a job that trains alone, without waiting, loading the base model and verification.
+
+    Uses the best available basis. Among workers with an equally good basis, the fastest one decides.
+    """
     found = [estimate for runner in runners if (estimate := _on(work, runner)).seconds is not None]
     if not found:
-        basis = "no worker that fits it is running" if not runners else "nothing is known of the devices' speed"
+        basis = "no running worker fits the job" if not runners else "the speed of the devices is unknown"
         return Estimate(seconds=None, basis_kind="none", basis=f"No estimate: {basis}.")
     return min(found, key=lambda one: (BEST_FIRST.index(one.basis_kind), one.seconds or 0.0))
 
@@ -115,13 +120,13 @@ def training_time(work: TrainingWork, runners: Sequence[Runner]) -> Estimate:
 def _on(work: TrainingWork, runner: Runner) -> Estimate:
     slice_tokens = max(1.0, work.tokens_per_step)
     if runner.same is not None and (rate := rate_alone(runner.same.speeds, slice_tokens)):
-        basis = f"Measured on worker {runner.worker_id} ({runner.device}) with this base"
+        basis = f"Measured on worker {runner.worker_id} ({runner.device}) with this base model"
         return _estimate(work, runner, rate, "measured", basis)
     if runner.other is not None and (rate := rate_alone(runner.other.speeds, slice_tokens)):
         scaled = rate * runner.other.num_parameters / max(1, work.num_parameters)
         basis = (
-            f"Measured on worker {runner.worker_id} ({runner.device}) with the base {runner.other.base_name}, and "
-            "scaled by the bases' parameters"
+            f"Measured on worker {runner.worker_id} ({runner.device}) with the base model {runner.other.base_name}, "
+            "and scaled by the number of parameters"
         )
         return _estimate(work, runner, scaled, "scaled", basis)
     tflops = _reached_tflops(runner)
@@ -129,8 +134,8 @@ def _on(work: TrainingWork, runner: Runner) -> Estimate:
         return Estimate(seconds=None, basis_kind="none", basis="")
     rate = tflops * 1e12 / (FLOPS_PER_PARAMETER * work.num_parameters)
     basis = (
-        f"A guess, and it may take several times as long: nothing has trained on worker {runner.worker_id} "
-        f"({runner.device}) yet, so {FLOPS_PER_PARAMETER} FLOPs are reckoned for each parameter and token, at "
+        f"A rough guess, because no job has trained on worker {runner.worker_id} ({runner.device}) yet: training may "
+        f"take several times as long. It assumes {FLOPS_PER_PARAMETER} FLOPs per parameter and token, at "
         f"{tflops:.3g} TFLOP/s"
     )
     return _estimate(work, runner, rate, "guess", basis)
@@ -140,13 +145,14 @@ def _estimate(work: TrainingWork, runner: Runner, rate: float, kind: BasisKind, 
     return Estimate(
         seconds=work.tokens / rate,
         basis_kind=kind,
-        basis=f"{basis}. Beside other jobs it takes longer; loading the base and verifying come on top.",
+        basis=f"{basis}. With packmates, training takes longer. Loading the base model and verification are extra.",
         tokens_per_second=rate,
         worker_id=runner.worker_id,
     )
 
 
 def _reached_tflops(runner: Runner) -> float | None:
+    """The assumed TFLOP/s of a worker on which no job has trained yet, or None for an unknown device."""
     if runner.kind == "cpu":
         return None if runner.num_cores is None else CPU_TFLOPS * runner.num_cores
     known = [name for name in PEAK_TFLOPS if name in runner.device]
@@ -155,62 +161,64 @@ def _reached_tflops(runner: Runner) -> float | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpectedStart:
-    """Where the job would stand, and who is before it."""
+    """The inputs for the estimate of a job's start."""
 
     ahead: int
-    """Jobs of the queue that have their turn before it."""
+    """Number of queued jobs ahead of it."""
     typical_seconds: float | None
-    """How long the project's jobs trained lately, in the median; None where none has ended."""
+    """Median training time of the project's recent jobs; None if none has succeeded."""
     num_typical: int
+    """Number of these jobs."""
     fitting: tuple[Occupied, ...]
-    """Workers that it fits."""
+    """Workers that can train the job."""
     num_live: int
+    """Number of live workers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Occupied:
-    """A worker as it is now."""
+    """The current load of a worker."""
 
     worker_id: str
     seconds_left: tuple[float | None, ...]
-    """Of each job that it trains; None where one has not said yet."""
+    """Remaining seconds of each of its jobs; None if a job has not reported them yet."""
     takes_it_now: bool
-    """It has this base loaded, in this form, and room."""
+    """Its trainer has this base model loaded, in the required form, and accepts more jobs."""
 
 
 def expected_start(place: ExpectedStart) -> Estimate:
-    """Seconds from now until a worker would take it, once its files are prepared."""
+    """Estimate the seconds from now until a worker would start the job, if its files are prepared."""
     if not place.fitting:
-        why = "no worker is running" if not place.num_live else "no worker that runs has the memory for it"
-        return Estimate(seconds=None, basis_kind="none", basis=f"It would not start: {why}.")
+        why = "no worker is running" if not place.num_live else "no running worker has enough memory"
+        return Estimate(seconds=None, basis_kind="none", basis=f"The job would not start: {why}.")
     if not place.ahead and any(not worker.seconds_left or worker.takes_it_now for worker in place.fitting):
         free = next(worker for worker in place.fitting if not worker.seconds_left or worker.takes_it_now)
-        what = "has the base loaded and room" if free.takes_it_now else "is free"
+        what = "has the base model loaded and accepts jobs" if free.takes_it_now else "is idle"
         return Estimate(
-            seconds=0.0, basis_kind="measured", basis=f"At once: worker {free.worker_id} {what}, and no job is ahead."
+            seconds=0.0, basis_kind="measured", basis=f"Now: worker {free.worker_id} {what}, and no job is ahead."
         )
     return _after_others(place)
 
 
 def _after_others(place: ExpectedStart) -> Estimate:
-    """As if each of the jobs ahead took a worker for itself, for as long as jobs lately did."""
+    """Simulate that each job ahead occupies a whole worker, for the median time of the project's recent jobs."""
     ahead = "No job is" if not place.ahead else "1 job is" if place.ahead == 1 else f"{place.ahead} jobs are"
     unknown = place.typical_seconds is None and (place.ahead or _has_unknown(place.fitting))
     if unknown:
-        basis = f"{ahead} ahead, and no job of the project has ended yet, so there is no telling how long they take."
+        basis = f"{ahead} ahead. No estimate is possible, because no job of the project has succeeded yet."
         return Estimate(seconds=None, basis_kind="none", basis=basis)
     usual = place.typical_seconds or 0.0
     free_at = sorted(_frees(worker, usual) for worker in place.fitting)
     for _ in range(min(place.ahead, 10_000)):
         free_at[0] += usual
         free_at.sort()
-    basis = f"{ahead} ahead on {len(free_at)} worker{'s' if len(free_at) > 1 else ''} that it fits"
+    basis = f"{ahead} ahead on {len(free_at)} suitable worker{'s' if len(free_at) > 1 else ''}"
     if place.typical_seconds is not None:
         basis += (
-            f"; each is taken to train as long as the project's last {place.num_typical} did in the median "
-            f"({place.typical_seconds:.0f} s), one after another"
+            f"; jobs are assumed to train one after another for {place.typical_seconds:.0f} s each, the median of the "
+            f"project's last {place.num_typical}"
         )
-    return Estimate(seconds=free_at[0], basis_kind="guess", basis=f"{basis}. Packed together they go faster.")
+    return Estimate(seconds=free_at[0], basis_kind="guess", basis=f"{basis}. Packed jobs start earlier.")
 
 
 def _has_unknown(workers: Iterable[Occupied]) -> bool:
@@ -218,7 +226,10 @@ def _has_unknown(workers: Iterable[Occupied]) -> bool:
 
 
 def _frees(worker: Occupied, usual: float) -> float:
-    """When the first of its jobs has ended, if it takes this one then; else when all have."""
+    """Seconds until the worker could start the job.
+
+    A trainer with the same base model can start it when one of its jobs finishes, others when all have finished.
+    """
     left = [usual if seconds is None else seconds for seconds in worker.seconds_left]
     return max(left, default=0.0) if not worker.takes_it_now else min(left, default=0.0)
 

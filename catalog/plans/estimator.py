@@ -1,6 +1,6 @@
-"""What a job would come to, of what is known now: asks the record, and leaves the arithmetic to planning/.
+"""Computes the results of a plan: reads the inputs from the database, and delegates the estimates to other modules.
 
-The job is a row that was never stored, so that what is reckoned of it is reckoned as of any other.
+The job is represented by a row that is never stored, so that its estimates use the same code as those of real jobs.
 """
 
 from __future__ import annotations
@@ -37,31 +37,32 @@ from catalog.tables.table import Json
 from catalog.tables.tenancy import Project
 
 NUM_RECENT = 20
-"""Jobs of each class, the project's last that succeeded, that tell how long jobs take."""
+"""Number of the project's last succeeded jobs, per class, from which a typical training time is estimated."""
 NUM_TRAINERS = 5
-"""The last of a base in one form, that tell how fast it trains."""
+"""Number of latest trainers of a pack key whose measured speeds are used."""
 CORES = re.compile(r"CPU, (\d+) cores")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizedData:
-    """What preparation found in the files."""
+    """Reports of the preparation of the files."""
 
     training: Json
     validation: Json | None
     overlap: tuple[int, int] | None
-    """Rows of the validation file that training has too, and all of its rows."""
+    """(rows of the validation file that the training file contains too, all rows of the validation file)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sizes:
-    """Bytes by what they are for, by kind of device, which holds the whole base."""
+    """The memory needs of a job in bytes."""
 
     parts: dict[str, dict[str, int]]
+    """Bytes by purpose, by kind of device, with a replicated base model."""
     shardable_bytes: int
     gathered_bytes: int
     hindrance: str | None
-    """Why the base can't be divided for the job."""
+    """Reason why the base model can't be sharded for the job, or None."""
 
     def total(self, kind: str) -> int:
         return gpus.total(self.parts[kind], kind=kind)
@@ -74,7 +75,7 @@ class _Sizes:
         )
 
     def on(self, group: DeviceGroup) -> dict[str, int]:
-        """The parts on each device of a group that divides the base."""
+        """The bytes by purpose on each device of a group that shards the base model."""
         whole, demand = self.parts[group.kind], self.demand(group.kind)
         held = {"undivided": whole["base"] - self.shardable_bytes}
         held |= group.block_parts(demand, group.holding(demand))
@@ -91,7 +92,10 @@ def foretell(
     now: float,
     settings: Settings,
 ) -> Json:
-    """job: of `acceptance.job_row`, in no session. targets: the layers that it adapts."""
+    """Return the results of the plan.
+
+    job: a row from `accept.job_row`, in no session. targets: the layers that the job adapts.
+    """
     spec, description = accepted.spec, accepted.base.description or {}
     num_steps = spec.num_steps(int(data.training["usable_rows"]))
     found = [int(report.get("longest_example") or 0) for report in (data.training, data.validation) if report]
@@ -161,14 +165,14 @@ def _sizes(job: Job, description: Json) -> _Sizes:
 def _memory(sizes: _Sizes, kind: str) -> Json:
     parts = _listed(sizes.parts[kind])
     if kind == "cuda":
-        told = "CUDA itself, about"
+        told = "CUDA context (approximate)"
         parts.append({"part": "cuda", "bytes": gpus.CUDA_BYTES, "description": told})
     one = {"num_devices": 1, "strategy": "replicated"}
     return {"kind": kind, **one, "total_bytes": sizes.total(kind), "parts": parts}
 
 
 def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, DeviceGroup]) -> list[Json]:
-    """Of each device of the groups that would divide the base, each kind of group once."""
+    """The memory needs per device for groups that would shard the base model. Lists each kind of group once."""
     found: dict[tuple[str, int, str], Json] = {}
     for group in dict.fromkeys(groups.values()):
         demand = sizes.demand(group.kind)
@@ -177,7 +181,7 @@ def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, DeviceGroup]) -> list[
             continue
         parts = _listed(sizes.on(group))
         if group.reserve_bytes:
-            told = "CUDA itself and what the GPUs talk through, about"
+            told = "CUDA context and communication buffers (approximate)"
             parts.append({"part": "cuda", "bytes": group.reserve_bytes, "description": told})
         about = (group.kind, group.num_devices, group.strategy(demand))
         told = dict(zip(("kind", "num_devices", "strategy"), about, strict=True))
@@ -191,7 +195,10 @@ def _listed(parts: dict[str, int]) -> list[Json]:
 
 
 def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
-    """Workers that take jobs, and can hold the base as it is to be. Those that lend their devices take none."""
+    """Live workers that accept jobs and support the base model's quantization.
+
+    Excludes gang members that do not lead, because they claim no jobs.
+    """
     quantization = packing.quantization_of(job.pack_key)
     lenders = gangs.lending_workers(gangs.gang_views(session, now=now))
     live = session.scalars(select(Worker).where(is_live(now=now)).order_by(Worker.id))
@@ -200,13 +207,13 @@ def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
 
 
 def _groups(session: Session, live: Sequence[Worker], *, now: float) -> dict[str, DeviceGroup]:
-    """By worker: what its trainers run on, with no more memory than the smallest worker of its gang has."""
+    """The device group of each worker, with the memory of the smallest worker of its gang."""
     smallest = gangs.smallest_members(session, now=now)
     return {row.id: views.empty_capacity(row, smallest.get(row.id)).group for row in live}
 
 
 def _fitting(live: Sequence[Worker], groups: Mapping[str, DeviceGroup], sizes: _Sizes) -> list[Worker]:
-    """Smallest first."""
+    """The workers that can train the job, smallest first."""
     held = {row.id: row for row in live}
     fit = gpus.that_fit([_breakdown(row, groups[row.id], sizes) for row in live])
     return [held[device.worker_id] for device in fit]
@@ -232,12 +239,12 @@ def _device(row: Worker) -> str:
 def _fits_nowhere(groups: Mapping[str, DeviceGroup], sizes: _Sizes) -> Caution:
     found = [(group, sizes.demand(group.kind)) for group in groups.values()]
     message = sharding.nowhere(found, sizes.hindrance)
-    assert message is not None, "it fits none"
+    assert message is not None, "the caller has checked that no worker fits"
     fits = sharding.would_fit_sentence(sharding.would_fit(sizes.demand("cuda")))
     return Caution(
         code="fits_no_worker",
         message=message,
-        remedy=f"{fits} Add such a worker, or use a lower rank, a quantized or a smaller base.",
+        remedy=f"{fits} Add such a worker, or use a lower rank or a quantized or smaller base model.",
     )
 
 
@@ -277,7 +284,7 @@ def _training_time(
 
 
 def _runner(session: Session, row: Worker, same: dict[str, Measured], pack_key: str) -> Runner:
-    """What its own trainer says now goes before what earlier ones said."""
+    """The worker with its measured speeds. Its live trainer takes precedence over earlier trainers."""
     cores = CORES.search(_device(row))
     own = _of_live_trainer(session, row)
     is_same = own is not None and own[0] == pack_key
@@ -292,7 +299,7 @@ def _runner(session: Session, row: Worker, same: dict[str, Measured], pack_key: 
 
 
 def _of_live_trainer(session: Session, row: Worker) -> tuple[str, Measured] | None:
-    """(pack key, what it learnt)"""
+    """(pack key, measured speeds) of the worker's live trainer."""
     trainer = session.get(Trainer, row.trainer_id) if row.trainer_id else None
     speeds = (row.report or {}).get("tick_speeds")
     if trainer is None or not speeds:
@@ -302,7 +309,7 @@ def _of_live_trainer(session: Session, row: Worker) -> tuple[str, Measured] | No
 
 
 def _measured(session: Session, pack_key: str) -> dict[str, Measured]:
-    """By worker and by name of its device, what the last trainers of this base in this form had learnt at their end."""
+    """The final speeds of the latest trainers of this pack key, by worker id and by device name."""
     rows = select(Trainer).where(Trainer.pack_key == pack_key).order_by(Trainer.started_at.desc()).limit(NUM_TRAINERS)
     found: dict[str, Measured] = {}
     for trainer in session.scalars(rows):
@@ -346,7 +353,7 @@ def _expected_start(
 
 
 def _num_ahead(session: Session, job: Job, *, now: float, policy: Policy) -> int:
-    """Jobs of the queue that would have their turn before it, if it came into the queue now."""
+    """Return the number of jobs that would be ahead of the job if it entered the queue now."""
     wanted = requirements.of(session, job)
     mine = Candidate(
         job_id=job.id,
@@ -376,7 +383,7 @@ def _num_running(session: Session, project_id: str) -> int:
 
 
 def _recent_seconds(session: Session, project_id: str) -> list[float]:
-    """How long the project's last jobs trained that have succeeded."""
+    """The training times of the project's last succeeded jobs."""
     took: list[float] = []
     for priority in PriorityClass:
         ended = (Job.state == JobState.SUCCEEDED, Job.project_id == project_id, Job.priority == int(priority))

@@ -1,4 +1,4 @@
-"""A job that is created from a plan: just as planned, or refused."""
+"""Creates jobs from plans. A job that would differ from its plan is rejected."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from catalog.tables.plans import Plan
 from catalog.tenancy.authentication import Caller
 
 WHOLE = frozenset({"metadata", "lora.rank_pattern", "lora.alpha_pattern", "evaluation.samples"})
-"""Fields that are objects and one value."""
-PLAN_AGAIN = "Make a plan anew, and look at what it says; POST /v1/plans takes a job's body."
+"""Fields whose value is an object and is compared as a whole."""
+PLAN_AGAIN = "Create a new plan and check its results. POST /v1/plans accepts a job's body."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgreedPlan:
-    """A plan that a job is to be created from, whose request and numbers never change."""
+    """A plan from which a job is created. Its request and spec never change."""
 
     plan: str
-    """Its id."""
+    """Id of the plan."""
     request: JobRequest
     spec: JobSpec
 
 
 def agree(db: Database, caller: Caller, body: PlannedJob) -> AgreedPlan:
-    """Read the plan that the body names, outside of the transaction that accepts the job: parsing it compiles patterns.
+    """Read the plan that the body names.
 
-    Raises NotFound; Conflict where the body says otherwise than the plan; pydantic's ValidationError for fields that a
-    job doesn't have.
+    Call it outside the transaction that accepts the job, because parsing the request compiles patterns. Raises
+    NotFound, Conflict if the body differs from the plan, and pydantic's ValidationError for fields that a job lacks.
     """
     plan = plans.get(db, project_id=caller.project_id, plan_id=body.plan)
     request, spec = JobRequest.model_validate(plan.requested), JobSpec.model_validate(plan.spec)
@@ -44,21 +44,21 @@ def agree(db: Database, caller: Caller, body: PlannedJob) -> AgreedPlan:
 
 
 def accept_planned(session: Session, caller: Caller, agreed: AgreedPlan, *, now: float) -> Accepted:
-    """Raises what `accept` does; Conflict where the plan has failed or holds no more."""
+    """Accept the job of a plan. Raises what `accept` raises, and Conflict if the plan has failed or is out of date."""
     plan = plans.find(session, project_id=caller.project_id, plan_id=agreed.plan)
     request, spec = agreed.request, agreed.spec
     if plan.state == "failed":
         raise Conflict(
-            f"The plan {plan.id} has failed: {(plan.error or {}).get('message', '')}".strip(),
+            f"Plan {plan.id} failed: {(plan.error or {}).get('message', '')}".strip(),
             code="plan_failed",
-            remedy="A job would fail in the same way. Mend that, and plan again.",
+            remedy="Fix the problem and create a new plan. A job would fail in the same way.",
             param="plan",
         )
     accepted = accept(session, caller, request, now=now, seed=spec.seed, auto_precision=spec.precision)
     if accepted.base.digest != plan.base_digest:
-        raise _outdated(plan, f"the base model {plan.base_model!r} is another one by now")
+        raise _outdated(plan, f"the base model {plan.base_model!r} has changed since it was created")
     if accepted.spec != spec:
-        raise _outdated(plan, "the same request comes to other numbers by now")
+        raise _outdated(plan, "the same request now resolves to a different job configuration")
     return accepted
 
 
@@ -71,15 +71,15 @@ def _check_agrees(body: PlannedJob, plan: Plan, request: JobRequest, spec: JobSp
             continue
         if path not in planned or planned[path] != value:
             raise Conflict(
-                f"{path} is {value!r}, and the plan {plan.id} has {planned.get(path)!r}.",
+                f"{path} is {value!r}, but plan {plan.id} has {planned.get(path)!r}.",
                 code="differs_from_plan",
-                remedy=f"Leave {path} out, or plan anew with it: a job from a plan is just as planned.",
+                remedy=f"Omit {path}, or create a new plan with it. A job can't differ from its plan.",
                 param=path,
             )
 
 
 def _leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """By dotted path."""
+    """Yield (dotted path, value) of each field."""
     for name, value in fields.items():
         path = f"{prefix}{name}"
         if isinstance(value, dict) and path not in WHOLE:
@@ -89,4 +89,4 @@ def _leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _outdated(plan: Plan, why: str) -> Conflict:
-    return Conflict(f"The plan {plan.id} holds no more: {why}.", code="plan_outdated", remedy=PLAN_AGAIN, param="plan")
+    return Conflict(f"Plan {plan.id} is out of date: {why}.", code="plan_outdated", remedy=PLAN_AGAIN, param="plan")

@@ -1,7 +1,7 @@
-"""Plans: what a job would come to, before it is submitted. A person's verbs; a worker's are in plan_claims.
+"""Plans: dry runs of jobs. This module has the operations of users; claims.py has those of workers.
 
-A plan is accepted as a job is, and then waits for what preparation finds in its files. It has no state machine: it is
-computed once, and then it stands until it expires.
+A plan is accepted like a job, and then waits for the preparation results of its files. It has no state machine: it is
+computed once and then kept until it expires.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from catalog.tenancy.authentication import Caller
 from catalog.usage import ledger, quotas
 
 PLAN_SECONDS = 7 * 24 * 3600.0
-"""A plan stands for so long."""
+"""Lifetime of a plan."""
 MAX_COMPUTING = 16
-"""Plans of one project that wait to be computed."""
+"""Maximum number of a project's plans that wait to be computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileDetails:
-    """What a file's rows are like. None where it isn't prepared, or the file is gone: its rows go with it."""
+    """Details of the rows of a plan's files. None if a file is not prepared or was deleted, because it quotes rows."""
 
     training: Json | None
     validation: Json | None
 
 
 def create(db: Database, *, caller: Caller, request: JobRequest, settings: Settings) -> Plan:
-    """Refused as a job would be; ready at once where the project has the files prepared.
+    """Create a plan. It is rejected like a job would be, and is ready at once if its files are already prepared.
 
-    Raises InvalidRequest, NotFound; Forbidden where a worker would have to prepare the files and the key lacks
-    jobs:write; QuotaExceeded; Conflict where the project has too many that wait.
+    Raises InvalidRequest, NotFound, QuotaExceeded, Forbidden if a worker must prepare the files and the key lacks
+    jobs:write, and Conflict if the project has too many waiting plans.
     """
     return retried(lambda: _create(db, caller, request, settings=settings))
 
@@ -75,13 +75,13 @@ def _create(db: Database, caller: Caller, request: JobRequest, *, settings: Sett
 
 
 def get(db: Database, *, project_id: str, plan_id: str) -> Plan:
-    """Raises NotFound, also for one that has expired."""
+    """Return the plan. Raises NotFound, also for an expired plan."""
     with db.read() as session:
         return find(session, project_id=project_id, plan_id=plan_id)
 
 
 def list_page(db: Database, *, project_id: str, after: str | None = None, limit: int = 20) -> Page[Plan]:
-    """Newest first."""
+    """Return a page of the project's plans, newest first."""
     scope = select(Plan).where(Plan.project_id == project_id)
     with db.read() as session:
         visible = (Plan.expires_at > read_clock(session),)
@@ -91,13 +91,13 @@ def list_page(db: Database, *, project_id: str, after: str | None = None, limit:
 
 
 def delete(db: Database, *, project_id: str, plan_id: str) -> None:
-    """Jobs that were made from it stay. Raises NotFound."""
+    """Delete the plan. Jobs that were created from it stay. Raises NotFound."""
     with db.write() as session:
         session.delete(find(session, project_id=project_id, plan_id=plan_id, lock=True))
 
 
 def details(db: Database, plan: Plan) -> FileDetails:
-    """Sample rows, and the lines of odd ones."""
+    """Return sample rows of the plan's files, and the line numbers of unusual rows."""
     with db.read() as session:
         return FileDetails(
             training=_details(session, plan.training_file, plan.train_prepared),
@@ -106,17 +106,20 @@ def details(db: Database, plan: Plan) -> FileDetails:
 
 
 def find(session: Session, *, project_id: str, plan_id: str, lock: bool = False) -> Plan:
-    """Within a transaction. Raises NotFound."""
+    """Return the plan within a transaction. Raises NotFound."""
     owned = select(Plan).where(Plan.id == plan_id, Plan.project_id == project_id)
     plan = session.scalar(owned.with_for_update(of=Plan) if lock else owned)
     if plan is None or plan.expires_at <= read_clock(session):
-        remedy = f"Plans stand for {PLAN_SECONDS / 86400:.0f} days. Make a new one; POST /v1/plans takes a job's body."
+        remedy = f"Create a new plan with POST /v1/plans. Plans expire after {PLAN_SECONDS / 86400:.0f} days."
         raise NotFound("plan", plan_id, param="plan", remedy=remedy)
     return plan
 
 
 def resolve_plan(plan: Plan, base: BaseModelRow) -> tuple[JobRequest, Targets]:
-    """What `conclude` needs and no transaction may wait for: the plan's request, parsed, and the layers of its job."""
+    """Return the inputs of `conclude`: the plan's parsed request and the layers of its job.
+
+    Call it outside a transaction, which must not wait for this computation.
+    """
     targets = Targets()
     targets.resolve(base, JobSpec.model_validate(plan.spec).lora)
     return JobRequest.model_validate(plan.requested), targets
@@ -125,9 +128,9 @@ def resolve_plan(plan: Plan, base: BaseModelRow) -> tuple[JobRequest, Targets]:
 def conclude(
     session: Session, plan: Plan, request: JobRequest, targets: Targets, *, now: float, settings: Settings
 ) -> bool:
-    """Ready or failed, where all that it needs is known. Returns whether it was. request, targets: of `resolve_plan`.
+    """Set the plan to ready or failed if its files are prepared. Returns whether they are.
 
-    Raises TargetsOutdated if the base model has changed since.
+    request, targets: from `resolve_plan`. Raises TargetsOutdated if the base model has changed since.
     """
     error = _refusal(session, plan.train_prepared, "training_file") or _refusal(
         session, plan.valid_prepared, "validation_file"
@@ -147,7 +150,7 @@ def conclude(
 
 
 def _recall(session: Session, plan: Plan, request: JobRequest) -> Accepted:
-    """What was accepted when the plan was made, of the rows as they are now."""
+    """Rebuild the accepted job of the plan from the current rows."""
     spec = JobSpec.model_validate(plan.spec)
     training = session.get_one(File, plan.training_file)
     validation = session.get_one(File, plan.validation_file) if plan.validation_file else None
@@ -162,8 +165,10 @@ def _recall(session: Session, plan: Plan, request: JobRequest) -> Accepted:
 
 
 def is_known(row: Prepared | None) -> bool:
-    """Whether a plan can be made of it: the file was prepared or refused, and there are details. (The tokens may have
-    been evicted since.)"""
+    """Whether the preparation result is sufficient for a plan: the file was prepared or rejected, with details.
+
+    The tokens may have been evicted since.
+    """
     return row is not None and row.details is not None
 
 
@@ -192,10 +197,10 @@ def _row(accepted: Accepted, caller: Caller, *, now: float) -> Plan:
 def _check_scope(caller: Caller) -> None:
     if "jobs:write" not in caller.scopes:
         raise Forbidden(
-            f"A worker has to prepare the files for this plan, and the API key {caller.name!r} lacks the scope "
-            "jobs:write.",
+            f"The API key {caller.name!r} lacks the scope jobs:write, which is required because a worker must prepare "
+            "the plan's files.",
             code="missing_scope",
-            remedy="Use a key that has jobs:write. A key with jobs:read gets plans of files that are prepared already.",
+            remedy="Use a key that has jobs:write. A key with jobs:read can only plan with files that are prepared.",
         )
 
 
@@ -203,14 +208,14 @@ def _check_num_plans(session: Session, project_id: str) -> None:
     waiting = select(func.count()).where(Plan.state == "computing", Plan.project_id == project_id)
     if (session.scalar(waiting) or 0) >= MAX_COMPUTING:
         raise Conflict(
-            f"{MAX_COMPUTING} plans of this project are being computed.",
+            f"The project already has {MAX_COMPUTING} plans that are being computed.",
             code="too_many_plans",
-            remedy="Wait until one is ready, or delete one: GET /v1/plans shows them.",
+            remedy="Wait until one is ready, or delete one. GET /v1/plans lists them.",
         )
 
 
 def _refusal(session: Session, key: str | None, param: str) -> Json | None:
-    """In the form of a job's error."""
+    """The rejection of a file as a job's error, or None."""
     row = session.get(Prepared, key) if key else None
     if row is None or not is_known(row) or "refusal" not in row.report:
         return None
@@ -219,7 +224,7 @@ def _refusal(session: Session, key: str | None, param: str) -> Json | None:
 
 
 def _data(session: Session, plan: Plan) -> TokenizedData | None:
-    """None where something isn't known yet."""
+    """The preparation results of the plan's files, or None if some are missing."""
     train = session.get(Prepared, plan.train_prepared)
     if train is None or not is_known(train):
         return None

@@ -1,6 +1,6 @@
-"""Where the adapter of a job can be used once it is trained: by PEFT, by vLLM, and merged into its base. Pure.
+"""Predicts how a job's adapter can be used: with PEFT, with vLLM, and merged into its base model. Pure functions.
 
-A rule is one line of a table: where it applies, what it means, what to do. Their sources stand beside them.
+A rule is one entry of a table: when it applies, its verdict and its explanation. Comments name the source of each rule.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ Server = Literal["peft", "vllm", "merge"]
 WORST: tuple[Servability, ...] = ("no", "with_settings", "yes")
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What --max-lora-rank may be: MaxLoRARanks of vllm/config/lora.py (v0.10 to v0.27)."""
+"""Allowed values of --max-lora-rank: MaxLoRARanks in vllm/config/lora.py (v0.10 to v0.27)."""
 VLLM_USUAL_RANK = 16
-"""Its default."""
+"""Default of --max-lora-rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServingTarget:
-    """What there will be to serve."""
+    """The adapter to be served."""
 
     spec: JobSpec
     ranks: tuple[int, ...]
-    """Of the adapted layers, as exported: one that began with a part of the base has twice the rank."""
+    """Ranks of the adapted layers as exported. A PiSSA or OLoRA initialization doubles the exported rank."""
     trains_head: bool = False
-    """A head or embeddings of its own, PEFT's modules_to_save. No job can ask for one yet."""
+    """The job trains a head or embeddings (PEFT's modules_to_save). Jobs can't request that yet."""
 
     @property
     def highest_rank(self) -> int:
@@ -46,14 +46,14 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """Of one server: the worst verdict of those rules that apply, and what they all say."""
+    """The answer for one server: the worst verdict of the rules that apply, and the reasons of all of them."""
 
     verdict: Servability
     reasons: tuple[str, ...]
 
 
 def of_job(spec: JobSpec, ranks: Collection[int]) -> dict[Server, Answer]:
-    """ranks: of each adapted layer, as it is trained."""
+    """Return the answers for a job. ranks: the rank of each adapted layer during training."""
     times = 2 if spec.lora.begins_with_the_base else 1
     return judge(ServingTarget(spec=spec, ranks=tuple(times * rank for rank in ranks)))
 
@@ -73,61 +73,63 @@ def _answer(server: Server, made: ServingTarget) -> Answer:
 
 def _vllm_rank(made: ServingTarget) -> str:
     wanted = next((rank for rank in VLLM_RANKS if rank >= made.highest_rank), VLLM_RANKS[-1])
-    return f"Its rank is {made.highest_rank}: start vLLM with --max-lora-rank {wanted} (its default is 16)."
+    return f"The adapter has rank {made.highest_rank}: start vLLM with --max-lora-rank {wanted} (default: 16)."
 
 
 def _ranks_differ(made: ServingTarget) -> bool:
-    """One scale for all layers is then not what was trained, whichever number differs."""
+    """Whether layers may have different scales: then one scale for all layers is wrong."""
     return len(set(made.ranks)) > 1 or bool(made.spec.lora.alpha_pattern) or bool(made.spec.lora.rank_pattern)
 
 
 RULES: tuple[Rule, ...] = (
-    # PEFT loads what is exported before a job succeeds: it is what the export is verified with.
+    # Each export is verified with PEFT before its job succeeds.
     Rule(
         server="peft",
         verdict="yes",
         applies=lambda made: True,
-        reason=lambda made: "The export is in PEFT's layout, and a job succeeds only after PEFT has loaded it back.",
+        reason=lambda made: "The export has PEFT's layout, and a job succeeds only after PEFT has loaded the export.",
     ),
     Rule(
         server="peft",
         verdict="with_settings",
         applies=lambda made: made.spec.quantization != "none",
         reason=lambda made: (
-            f"It is trained on the base as {made.spec.quantization}: load the base so (bitsandbytes), "
-            "or the outputs differ by the quantization's error."
+            f"The adapter is trained on a base model quantized to {made.spec.quantization}. Load the base model the "
+            "same way (bitsandbytes), or the outputs differ by the quantization error."
         ),
     ),
-    # PEFTHelper of vllm/lora/peft_helper.py refuses use_dora ("vLLM does not yet support DoRA") and modules_to_save.
+    # PEFTHelper in vllm/lora/peft_helper.py rejects use_dora ("vLLM does not yet support DoRA") and modules_to_save.
     Rule(
         server="vllm",
         verdict="no",
         applies=lambda made: made.spec.lora.use_dora,
-        reason=lambda made: "vLLM does not support DoRA. Merge the adapter and serve that, or leave use_dora out.",
+        reason=lambda made: "vLLM does not support DoRA. Serve the merged model, or omit use_dora.",
     ),
     Rule(
         server="vllm",
         verdict="no",
         applies=lambda made: made.trains_head,
         reason=lambda made: (
-            "vLLM loads no adapter that has whole modules of its own (PEFT's modules_to_save). Merge it."
+            "vLLM does not load adapters that contain whole modules (PEFT's modules_to_save). Merge the adapter."
         ),
     ),
-    # PEFTHelper reads r, lora_alpha and use_rslora and neither of the patterns: each layer gets the one scale.
+    # PEFTHelper reads r, lora_alpha and use_rslora, but neither pattern: all layers get the same scale.
     Rule(
         server="vllm",
         verdict="no",
         applies=_ranks_differ,
         reason=lambda made: (
-            "vLLM does not read rank_pattern and alpha_pattern: it would load the adapter and scale "
-            "those layers wrongly. Merge it, or use one rank and one alpha."
+            "vLLM ignores rank_pattern and alpha_pattern: it would load the adapter, but scale "
+            "these layers wrongly. Merge the adapter, or use one rank and one alpha."
         ),
     ),
     Rule(
         server="vllm",
         verdict="no",
         applies=lambda made: made.highest_rank > VLLM_RANKS[-1],
-        reason=lambda made: f"Its rank is {made.highest_rank}, and vLLM takes {VLLM_RANKS[-1]} at most. Merge it.",
+        reason=lambda made: (
+            f"The adapter has rank {made.highest_rank}, but vLLM supports at most {VLLM_RANKS[-1]}. Merge the adapter."
+        ),
     ),
     Rule(
         server="vllm",
@@ -135,14 +137,14 @@ RULES: tuple[Rule, ...] = (
         applies=lambda made: VLLM_USUAL_RANK < made.highest_rank <= VLLM_RANKS[-1],
         reason=_vllm_rank,
     ),
-    # vLLM's examples/offline_inference/lora_with_quantization_inference.py; on the fly it quantizes to nf4 alone.
+    # vLLM's examples/offline_inference/lora_with_quantization_inference.py. On the fly, vLLM quantizes only to nf4.
     Rule(
         server="vllm",
         verdict="with_settings",
         applies=lambda made: made.spec.quantization == "nf4",
         reason=lambda made: (
-            "It is trained on the base as nf4: start vLLM with --quantization bitsandbytes, or the outputs differ by "
-            "the quantization's error."
+            "The adapter is trained on a base model quantized to nf4. Start vLLM with --quantization bitsandbytes, or "
+            "the outputs differ by the quantization error."
         ),
     ),
     Rule(
@@ -150,8 +152,8 @@ RULES: tuple[Rule, ...] = (
         verdict="with_settings",
         applies=lambda made: made.spec.quantization == "int8",
         reason=lambda made: (
-            "It is trained on the base as int8, and vLLM would hold the base otherwise: the outputs differ by the "
-            "quantization's error."
+            "The adapter is trained on a base model quantized to int8, but vLLM loads the base model in another form: "
+            "the outputs differ by the quantization error."
         ),
     ),
     Rule(
@@ -159,7 +161,7 @@ RULES: tuple[Rule, ...] = (
         verdict="yes",
         applies=lambda made: True,
         reason=lambda made: (
-            "vLLM must know the base's architecture and its layers (SupportsLoRA): start it with --enable-lora."
+            "Start vLLM with --enable-lora. It must support LoRA for the base model's architecture (SupportsLoRA)."
         ),
     ),
     # lora_core/model_files/merge.py computes the sum in fp32, rounds it once, and measures the rounding error.
@@ -168,25 +170,25 @@ RULES: tuple[Rule, ...] = (
         verdict="with_settings",
         applies=lambda made: made.spec.quantization != "none",
         reason=lambda made: (
-            f"It is trained on the base as {made.spec.quantization}, and merged only into the plain "
-            "weights, with --dequantize: the result differs from what was trained by the quantization's error, which "
-            "the merge measures."
+            f"The adapter is trained on a base model quantized to {made.spec.quantization}, but can only be merged "
+            "into the unquantized weights (--dequantize). The merged model differs from the trained one by the "
+            "quantization error, which the merge measures."
         ),
     ),
     Rule(
         server="merge",
         verdict="yes",
         applies=lambda made: made.spec.precision == "float32" and made.spec.quantization == "none",
-        reason=lambda made: "W + BA is summed in fp32, and nothing is lost where it is stored as that.",
+        reason=lambda made: "W + BA is computed in fp32. A merged model that is stored in fp32 has no rounding error.",
     ),
     Rule(
         server="merge",
         verdict="yes",
         applies=lambda made: made.spec.precision != "float32" and made.spec.quantization == "none",
         reason=lambda made: (
-            "W + BA is summed in fp32 and rounded once to the base's dtype; the merge measures what "
-            "rounding took, and refuses where that shows."
+            "W + BA is computed in fp32 and rounded once to the base model's dtype. The merge measures the rounding "
+            "error, and fails if it is significant."
         ),
     ),
 )
-"""Of each server any number may apply."""
+"""Several rules may apply to one server."""

@@ -1,1 +1,1 @@
-"""How workers get jobs: snapshot, claim, charge, preempt, notify."""
+"""Gives jobs to workers: snapshot of the queue, claims, usage charging, preemption and notifications."""

@@ -1,8 +1,8 @@
-"""What projects have used of devices, and what each is due: charged while jobs train, read to decide who trains next.
+"""Charges device time to projects while their jobs train, and reads each project's usage for fair-share scheduling.
 
-What was used long ago counts less: see catalog/scheduling/ordering.py. Of a project there are SLOTS rows, so that
-workers who charge it at one time don't wait for each other; a row a worker would do as well, but each start of one has
-a new id.
+Usage decays over time: see catalog/scheduling/ordering.py. Each project has SLOTS usage rows, so that workers that
+charge it concurrently don't wait for each other's row lock. One row per worker would also avoid that, but a worker has
+a new id at each start, so the table would grow without limit.
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ from catalog.tables.tenancy import Project, ProjectUsage
 from catalog.usage import ledger
 
 SLOTS = 16
+"""Usage rows per project."""
 
 
 def charge_beat(session: Session, jobs: Iterable[Job], worker: Worker | None, *, now: float, policy: Policy) -> None:
-    """Charge jobs that train, whose rows are locked, from the last charge until now: all that their trainers hold."""
+    """Charge each running job for the time since its last charge. Other jobs are skipped.
+
+    The caller has locked the rows of `jobs`, which include every job of each trainer.
+    """
     training = [job for job in jobs if job.state == JobState.RUNNING]
     beside = Counter(job.trainer_id for job in training)
     num_devices = _num_devices(session, worker) if training else 1
@@ -47,17 +51,17 @@ def charge_beat(session: Session, jobs: Iterable[Job], worker: Worker | None, *,
         num_jobs = beside[job.trainer_id]
         taken = _take_stock(session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy)
         owed[job.project_id] += taken * policy.multiple(job.priority)
-    for project_id in sorted(owed):  # in one order, so that nobody waits in a circle
+    for project_id in sorted(owed):  # a fixed lock order prevents deadlocks
         row = _locked(session, project_id, worker, now=now)
         row.device_seconds = _left(row, now=now, policy=policy) + owed[project_id]
         row.as_of = now
 
 
 def settle(db: Database, trainer_id: str, *, policy: Policy) -> None:
-    """Charge all that the trainer holds until now: before one joins or leaves, so that each second is divided among
-    those who were there.
+    """Charge all jobs of the trainer up to now.
 
-    In a transaction of its own: it locks the jobs by id, as a heartbeat does.
+    Call it before a job joins or leaves, so that each second is charged to the jobs that shared the trainer during it.
+    Opens its own transaction, because it locks the jobs in the order of their ids, as a heartbeat does.
     """
     with db.write() as session:
         now = read_clock(session)
@@ -69,9 +73,9 @@ def settle(db: Database, trainer_id: str, *, policy: Policy) -> None:
 
 
 def charge_end(session: Session, job: Job, *, now: float, policy: Policy) -> None:
-    """Charge a job whose attempt is about to end, and whose row is locked, for what is left since `settle`.
+    """Charge a job whose attempt is about to end for the time since `settle`. The caller has locked its row.
 
-    Of a worker that is lost or leaves the seconds since its last heartbeat are not charged to anybody.
+    If a worker is lost or exits, the seconds since its last heartbeat are not charged to any project.
     """
     num_jobs = session.scalar(select(func.count()).select_from(_jobs_of_trainer(job.trainer_id).subquery())) or 1
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
@@ -83,12 +87,12 @@ def charge_end(session: Session, job: Job, *, now: float, policy: Policy) -> Non
 
 
 def shares_of_waiting(session: Session, *, now: float, policy: Policy) -> dict[str, Share]:
-    """The share of each project that has something in the queue."""
+    """The fair-share state of each project that has a queued job."""
     return _shares(session, JobState.QUEUED, now=now, policy=policy)
 
 
 def shares_of_training(session: Session, *, now: float, policy: Policy) -> dict[str, Share]:
-    """The share of each project whose jobs train."""
+    """The fair-share state of each project that has a running job."""
     return _shares(session, JobState.RUNNING, now=now, policy=policy)
 
 
@@ -110,12 +114,15 @@ def _shares(session: Session, state: JobState, *, now: float, policy: Policy) ->
 
 
 def served(session: Session, *, now: float) -> list[WorkerService]:
-    """What workers that live have served: of those alike as one, and of those that have served nothing none."""
+    """The classes that live workers have served, and when.
+
+    Workers with the same devices and memory are merged into one entry. Workers that have served no class are skipped.
+    """
     latest: defaultdict[tuple[int, str], dict[tuple[str, int], float]] = defaultdict(dict)
     for memory_bytes, devices_json, served_at in session.execute(_services(), {"since": now - SILENT_SECONDS}):
         latest_at = latest[memory_bytes, devices_json]
         for group, at in _by_project_and_class(served_at):
-            if at <= now:  # later ones are of a clock that was set back
+            if at <= now:  # a time in the future was written before the clock was set back
                 latest_at[group] = max(at, latest_at.get(group, at))
     found: list[WorkerService] = []
     for (memory_bytes, devices_json), latest_at in latest.items():
@@ -127,9 +134,10 @@ def served(session: Session, *, now: float) -> list[WorkerService]:
 
 
 def record_service(worker: Worker, groups: Iterable[tuple[str, int]], *, now: float, policy: Policy) -> None:
-    """The worker, whose row is locked, has claimed the first job of each of these projects and classes.
+    """Record that the worker has claimed the first job of each of these (project, class) pairs. Its row is locked.
 
-    What is so long ago that every class has risen above `urgent` since then is dropped: it decides nothing any more.
+    Drops times that are so old that priority aging has since raised every class above `urgent`: they no longer affect
+    a decision.
     """
     kept: Json = {}
     oldest = now - (len(PriorityClass) + 1) * policy.priority_aging_seconds
@@ -140,7 +148,7 @@ def record_service(worker: Worker, groups: Iterable[tuple[str, int]], *, now: fl
 
 
 def _by_project_and_class(served_at: Json | None) -> Iterator[tuple[tuple[str, int], float]]:
-    """A worker of the version before has written times by class alone: they are passed over."""
+    """The times by (project, class). Workers of an older version wrote times by class only: those are skipped."""
     for project_id, classes in (served_at or {}).items():
         if isinstance(classes, dict):
             yield from (
@@ -149,12 +157,12 @@ def _by_project_and_class(served_at: Json | None) -> Iterator[tuple[tuple[str, i
 
 
 def _jobs_of_trainer(trainer_id: str | None) -> Select[str]:
-    """Ids of the jobs that the trainer holds."""
+    """Ids of the trainer's jobs whose attempt has not ended."""
     return select(Attempt.job_id).where(Attempt.trainer_id == trainer_id, Attempt.ended_at.is_(None))
 
 
 def _running(session: Session, waiting: Collection[str]) -> tuple[Counter[str], defaultdict[str, float]]:
-    """Of those projects: how many jobs run, and of how many devices they have their part."""
+    """The number of running jobs of each of these projects, and the (fractional) number of devices they use."""
     rows, lent = session.execute(_packs()).all(), views.lent_devices(session)
     beside: Counter[str | None] = Counter()
     for row in rows:
@@ -174,7 +182,7 @@ def _num_devices(session: Session, worker: Worker | None) -> int:
 
 
 def _take_stock(session: Session, job: Job, *, num_devices: int, num_jobs: int, now: float, policy: Policy) -> float:
-    """The device-seconds that the job has had since it was charged last; noted on its row."""
+    """The device-seconds that the job owes since its last charge. Adds them to its row and to the ledger."""
     since = now if job.charged_at is None else job.charged_at
     elapsed = min(now - since, policy.lease_seconds)
     owed = ordering.charge(elapsed, num_devices=num_devices, num_jobs=num_jobs)
@@ -184,7 +192,7 @@ def _take_stock(session: Session, job: Job, *, num_devices: int, num_jobs: int, 
 
 
 def _locked(session: Session, project_id: str, worker: Worker | None, *, now: float) -> ProjectUsage:
-    """The project's row that this worker adds to."""
+    """The locked usage row of the project to which this worker adds. Creates a missing row."""
     key = {"project_id": project_id, "slot": zlib.crc32(worker.id.encode()) % SLOTS if worker else 0}
     row = session.get(ProjectUsage, key, with_for_update=True, populate_existing=True)
     if row is None:
@@ -194,10 +202,12 @@ def _locked(session: Session, project_id: str, worker: Worker | None, *, now: fl
 
 
 def _left(row: Any, *, now: float, policy: Policy) -> float:
+    """The device-seconds of a usage row, decayed until now."""
     return ordering.decay(row.device_seconds, now - row.as_of, half_life_seconds=policy.half_life_seconds)
 
 
 def used(session: Session, project_ids: Collection[str], *, now: float, policy: Policy) -> defaultdict[str, float]:
+    """The decayed device-seconds of each of these projects."""
     found: defaultdict[str, float] = defaultdict(float)
     for row in session.scalars(select(ProjectUsage).where(ProjectUsage.project_id.in_(project_ids))):
         found[row.project_id] += _left(row, now=now, policy=policy)
@@ -206,7 +216,7 @@ def used(session: Session, project_ids: Collection[str], *, now: float, policy: 
 
 @cache
 def _standings(state: JobState) -> Select[*tuple[Any, ...]]:
-    """Each project that has a job in `state`, its weight, and what it has had: a line for each of its rows."""
+    """One row per usage row of each project that has a job in `state`: project id, weight, usage."""
     found = candidates.projects(state)
     had = (ProjectUsage.device_seconds, ProjectUsage.as_of)
     standing = select(Project.id.label("project_id"), Project.weight, *had)
@@ -216,7 +226,7 @@ def _standings(state: JobState) -> Select[*tuple[Any, ...]]:
 
 @cache
 def _packs() -> Select[*tuple[Any, ...]]:
-    """How many jobs each project has in each trainer."""
+    """The number of running jobs of each project in each trainer, with the devices of its worker."""
     number = func.count().label("number")
     packs = select(Job.project_id, Job.trainer_id, Job.worker_id, number).where(Job.state == JobState.RUNNING)
     found = packs.group_by(Job.project_id, Job.trainer_id, Job.worker_id).subquery()
@@ -225,6 +235,6 @@ def _packs() -> Select[*tuple[Any, ...]]:
 
 @cache
 def _services() -> Select[int, str, Json | None]:
-    """Memory and devices of workers that live, and the turns that they have given."""
+    """Memory and devices of live workers, and the times at which they last served each class."""
     live = (Worker.ended_at.is_(None), Worker.heartbeat_at > bindparam("since"), Worker.served_at.is_not(None))
     return select(Worker.memory_bytes, cast(Worker.devices, Text), Worker.served_at).where(*live)

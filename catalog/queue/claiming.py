@@ -1,8 +1,11 @@
-"""How a worker claims jobs. `claim_pack` does it in five steps, which comments there number:
+"""Claims queued jobs for a worker. `claim_pack` has five steps, which its comments number:
 
-1. End expired leases (recovery.py). 2. Read a snapshot of the queue, without locks (snapshots.py). 3. Decide
-(scheduler.py). 4. Lock the chosen jobs in a fixed order; where other workers were faster, fall back to the next in
-`Decision.claim_order`. 5. Write claim id, lease and attempt.
+1. End expired leases (recovery.py).
+2. Read a snapshot of the queue without locks (snapshot_reader.py).
+3. Decide (scheduler.py).
+4. Lock the chosen jobs in a fixed order. If another worker was faster, fall back to the next job in
+   `Decision.claim_order`.
+5. Write claim id, lease and attempt.
 """
 
 from __future__ import annotations
@@ -34,21 +37,21 @@ from catalog.tables.tenancy import Project
 from catalog.usage import ledger, quotas
 
 MAX_RACES = 3
-"""Times that one call decides while other workers claim what it has chosen."""
+"""Maximum number of lock-free decisions per call, while other workers claim the chosen jobs first."""
 MAX_TRIES = 5
-"""Times after those that it decides under the exclusive lock, while users cancel or pause what it has chosen."""
+"""Maximum number of further decisions, under the exclusive lock, while users cancel or pause the chosen jobs."""
 CLAIM_LOCK = "take jobs off the queue"
-"""Of PostgreSQL. Workers that claim what they have chosen share it. A worker that decides and claims in one transaction
-has it alone."""
+"""Name of an advisory lock of PostgreSQL. Workers that claim jobs chosen earlier hold it in shared mode. A worker that
+decides and claims in one transaction holds it exclusively."""
 
 PLACE_OF_ROLE = {
-    "anchor": "in a trainer that starts for it",
-    "packmate": "with the job that a trainer starts for",
-    "joiner": "in a trainer that runs already",
+    "anchor": "in a new trainer",
+    "packmate": "as a packmate in a new trainer",
+    "joiner": "in a running trainer",
 }
-"""For the event of the claim."""
-LOADED_PLACE = "in the trainer that has its base loaded"
-"""Of an anchor, if there is such a trainer."""
+"""The part of the claim event that describes where the job trains, by its role."""
+LOADED_PLACE = "in a trainer that has its base model loaded"
+"""Replaces the text for an anchor if the worker's idle trainer already has the job's base model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +62,9 @@ class Claim:
     claim_id: str
     attempt: int
     waited_since: float
-    """When it was queued, in seconds since 1970."""
+    """When the job entered the queue, in seconds since 1970."""
     resume_candidates: tuple[Checkpoint, ...]
-    """Checkpoints to continue from, the newest first. An older one is used if a newer one is damaged."""
+    """Checkpoints to resume from, newest first. An older one is used if a newer one is damaged."""
 
     @property
     def resume_from(self) -> Checkpoint | None:
@@ -82,7 +85,7 @@ class _ClaimRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Selection:
-    """A decision with the snapshot from which it was made; without one, if the worker may claim nothing."""
+    """A decision and its snapshot. A worker that may not claim jobs has no snapshot."""
 
     decision: Decision
     snapshot: QueueSnapshot | None = None
@@ -93,8 +96,8 @@ class _Selection:
 
 
 _Rows = dict[str, tuple[Job, bool]]
-"""Locked jobs by id, and whether the project limits how many of its jobs train at the same time."""
-CLOSED = _Selection(decision=Decision(action=Wait(reason="the worker is cordoned or to leave"), trace={}))
+"""Locked jobs by id, and whether the project limits its number of concurrent jobs."""
+CLOSED = _Selection(decision=Decision(action=Wait(reason="the worker is cordoned or draining"), trace={}))
 
 
 def claim_pack(
@@ -107,10 +110,10 @@ def claim_pack(
     pack_key: str | None = None,
     policy: Policy = USUAL,
 ) -> list[Claim]:
-    """Claim jobs to train, the first in the queue first. Returns [] if none fits.
+    """Claim jobs to train, in queue order. Returns [] if no job fits.
 
-    `pack_key` None: an anchor and its packmates, for a new trainer. Else: jobs that join the live trainer `trainer_id`,
-    which has this pack key. `capacity`: what the worker has free.
+    pack_key: None claims an anchor and its packmates for a new trainer. Otherwise the jobs join the live trainer
+    `trainer_id`, which has this pack key. capacity: the worker's free memory and job slots.
     """
     recovery.expire(db, lease_seconds=lease_seconds)  # 1.
     request = _ClaimRequest(
@@ -122,7 +125,7 @@ def claim_pack(
         policy=policy,
     )
     for race in range(MAX_RACES):
-        with db.read() as session:  # most calls find nothing to claim, and a read transaction blocks no writer
+        with db.read() as session:  # most calls find no job, and a read transaction blocks no writer
             chosen = _choose(session, request)  # 2. and 3.
         if not chosen.choices:
             return []
@@ -133,7 +136,7 @@ def claim_pack(
             serialize(session, CLAIM_LOCK, shared=True)
             if claims := _claim(session, chosen, request):  # 4. and 5.
                 return claims
-    for _ in range(MAX_TRIES):  # other workers were faster; with the exclusive lock only users can interfere
+    for _ in range(MAX_TRIES):  # other workers were faster; under the exclusive lock only users can interfere
         with db.write() as session:
             serialize(session, CLAIM_LOCK)
             chosen = _choose(session, request)
@@ -162,9 +165,9 @@ def _choose(session: Session, request: _ClaimRequest) -> _Selection:
 def _claim(session: Session, chosen: _Selection, request: _ClaimRequest, *, is_alone: bool = False) -> list[Claim]:
     """Lock the chosen jobs, skip those that were claimed or stopped in the meantime, and claim the rest.
 
-    Without its anchor a pack is not claimed; the caller chooses again. The worker's row is locked, and a worker that
-    was cordoned or drained since the choice claims nothing. is_alone: no other worker claims at the same time, so this
-    waits for locked rows instead of skipping them.
+    A pack without its anchor is not claimed: the caller then decides again. Locks the worker's row first, so a worker
+    that was cordoned or drained since the decision claims no job. is_alone: no other worker claims concurrently, so
+    this waits for locked rows instead of skipping them.
     """
     now, worker = _worker(session, request.worker_id, is_to_lock=True)
     if chosen.snapshot is None or not chosen.choices or (worker is not None and worker.takes_nothing_new):
@@ -191,13 +194,13 @@ def _claim(session: Session, chosen: _Selection, request: _ClaimRequest, *, is_a
 def _lock_first_left(
     session: Session, decision: Decision, snapshot: QueueSnapshot, policy: Policy, now: float
 ) -> tuple[Decision, _Rows]:
-    """The decision without the jobs that other workers have claimed, and its locked jobs.
+    """Return the decision without the jobs that other workers have claimed, and its locked jobs.
 
-    The statement locks the first unlocked job of `decision.claim_order`. So of workers that decide at the same time
-    each gets another anchor, and none waits. Packmates are chosen again for that anchor.
+    Locks the first job of `decision.claim_order` that no other transaction has locked. Workers that decide at the same
+    time therefore get different anchors without waiting. Packmates are then chosen again for that anchor.
     """
     ids = decision.claim_order
-    padded = [*ids, *ids[-1:] * (MAX_FALLBACKS - len(ids))]  # so that the statement is always the same
+    padded = [*ids, *ids[-1:] * (MAX_FALLBACKS - len(ids))]  # a fixed length keeps the statement cacheable
     given = {"ids": padded, "claim_order": f",{','.join(ids)},", "now": now}
     first = session.execute(_first_unlocked(), given).first()
     if first is None:
@@ -205,7 +208,7 @@ def _lock_first_left(
     passed = ids[: ids.index(first.Job.id)]
     snapshot = snapshot_without(snapshot, passed) if passed else snapshot
     found = {first.Job.id: _row(first)}
-    for _ in range(MAX_RACES):  # packmates may be claimed by other workers while this one locks them
+    for _ in range(MAX_RACES):  # other workers may claim packmates while this one locks them
         if snapshot.taken:
             decision = decide(with_packmates(session, snapshot, policy), policy)
             if decision.claim_order[:1] != (first.Job.id,):
@@ -257,12 +260,12 @@ def _write(
     ledger.count(session, "claims")
     is_loaded = choice.role == "anchor" and request.capacity.resident_key == choice.entry.candidate.pack_key
     place = LOADED_PLACE if is_loaded else PLACE_OF_ROLE[choice.role]
-    move(session, job, Verb.CLAIM, now=now, message=f"Attempt {job.attempt} begins on worker {job.worker_id}, {place}")
+    move(session, job, Verb.CLAIM, now=now, message=f"Attempt {job.attempt} started on worker {job.worker_id} {place}")
 
 
 def _claim_of(session: Session, job: Job, *, waited_since: float) -> Claim:
     assert job.claim_id is not None
-    checkpoints = resumable(session, job.id) if job.attempt > 1 else ()  # before its first attempt a job has none
+    checkpoints = resumable(session, job.id) if job.attempt > 1 else ()  # a first attempt has no checkpoints
     return Claim(
         job=job,
         claim_id=job.claim_id,
@@ -273,7 +276,7 @@ def _claim_of(session: Session, job: Job, *, waited_since: float) -> Claim:
 
 
 def _worker(session: Session, worker_id: str, *, is_to_lock: bool = False) -> tuple[float, Worker | None]:
-    """The database's time, and the worker's row."""
+    """Return the database's time and the worker's row, if it exists."""
     given = clock_given(session)
     asked = _time_and_worker(is_clock_given=bool(given), is_to_lock=is_to_lock)
     found = session.execute(asked, {**given, "worker_id": worker_id}).first()
@@ -289,7 +292,7 @@ def _time_and_worker(*, is_clock_given: bool, is_to_lock: bool) -> Select[float,
 
 @cache
 def _waiting() -> Select[Job, int | None]:
-    """Those of the jobs `ids` that may be claimed, with the limit of jobs that their project trains at a time."""
+    """The claimable jobs among `ids`, each with its project's limit of concurrent jobs."""
     waits = (Job.state == JobState.QUEUED, Job.is_held.is_(False), candidates.is_due(Job, bindparam("now")))
     found = select(Job, Project.max_concurrent_jobs).join(Project, Project.id == Job.project_id)
     named = Job.id.in_(bindparam("ids", expanding=True))
@@ -298,6 +301,6 @@ def _waiting() -> Select[Job, int | None]:
 
 @cache
 def _first_unlocked() -> Select[Job, int | None]:
-    """Of those the first in `claim_order` that no other transaction has locked. It is locked then."""
+    """Locks the first claimable job in `claim_order` that no other transaction has locked."""
     place = find_in(bindparam("claim_order"), literal(",") + Job.id + literal(","))
     return skip_locked(_waiting().order_by(place).limit(1), of=Job)

@@ -1,8 +1,8 @@
-"""What a worker does with a claim: renew, start, release, end and complete it.
+"""A worker's operations on a claim: renew, start, end and complete it. claiming.py creates claims.
 
-A claim gives one job to one worker, and its id is the fencing token of every later write. If no job has that id,
-StaleClaim is raised: another attempt has the job, and this worker writes nothing more. claiming.py makes claims;
-catalog/lifecycle has preparation.py and recording.py, under the same fence.
+A claim gives one job to one worker, and its id is the fencing token of every later write. If no job has that id, the
+write raises StaleClaim, because another attempt may have the job, and the worker writes nothing more. The modules
+preparation.py and recording.py in catalog/lifecycle use the same fence.
 """
 
 from __future__ import annotations
@@ -48,21 +48,23 @@ log = logging.getLogger("lorry.catalog")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClaimDirectives:
-    """What to do about one claim."""
+    """Instructions for the worker about the job of one claim."""
 
     cancel: bool = False
     pause: bool = False
     preempt: bool = False
-    """Save it and give it back: an urgent job needs the room."""
+    """Save a checkpoint and release the job, because an urgent job needs its memory."""
     stale: bool = False
-    """The job is another's now: stop, and write nothing."""
+    """The claim is no longer valid: stop the job and write nothing."""
 
 
 def heartbeat(
     db: Database, *, worker_id: str, claim_ids: Collection[str], lease_seconds: float, policy: Policy = USUAL
 ) -> dict[str, ClaimDirectives]:
-    """Renew the leases of those claims that are still held, of training or preparing, charge what has trained, and tell
-    what is asked; then see whether anybody is to make room."""
+    """Renew the leases of the claims that are still valid, for training and preparation, and return their directives.
+
+    Also charges the running jobs, and then checks whether jobs must be preempted.
+    """
     recovery.observe(db, lease_seconds=lease_seconds)
     with db.write() as session:
         now = read_clock(session)
@@ -80,12 +82,12 @@ def heartbeat(
 
 
 def _request_preemptions(db: Database, policy: Policy) -> int:
-    """How many were asked to leave. A fault in it costs no lease: they are renewed by then."""
+    """Return the number of preempted jobs. A failure here loses no lease, because the leases are already renewed."""
     try:
         return preemption.look(db, policy=policy)
     except LorryError as error:
         log.warning("preemption code=%s", error.code)
-    except Exception:  # the next heartbeat tries again
+    except Exception:  # the next heartbeat retries
         log.exception("crash in preemption")
     return 0
 
@@ -111,7 +113,10 @@ def started(
     resumed_from_step: int | None,
     strategy: tuple[str, Json] | None = None,
 ) -> None:
-    """The trainer has admitted the job. strategy: how it holds the base, as an event: (message, data)."""
+    """Record that the trainer has admitted the job.
+
+    strategy: how the trainer holds the base model, as an event: (message, data).
+    """
     with db.write() as session:
         job = hold(session, claim_id)
         now = read_clock(session)
@@ -143,9 +148,9 @@ def complete(
     lineage_id: str,
     policy: Policy = USUAL,
 ) -> Adapter:
-    """The job has succeeded: its adapter becomes visible in the same transaction. A cancel that came later lost.
+    """Complete the job and publish its adapter in one transaction. A cancel request that is still pending is ignored.
 
-    curves: the stored content of its result file, which becomes visible too.
+    curves: the stored content of the job's result file, which is published too.
     """
     _settle(db, claim_id, policy)
     with db.write() as session:
@@ -197,9 +202,9 @@ def end(
     blamed_worker_id: str | None = None,
     policy: Policy = USUAL,
 ) -> JobState:
-    """The attempt ended without an adapter. What follows is decided by ENDINGS, and returned.
+    """End an attempt that produced no adapter. Returns the job's next state, which ENDINGS determines.
 
-    is_bystander: the trainer ended before it had begun the job, which counts the end for nothing then.
+    is_bystander: the trainer exited before it had started the job, so the end does not count against the job.
     blamed_worker_id: see Attempt.
     """
     _settle(db, claim_id, policy)
@@ -215,7 +220,7 @@ def end(
 
 
 def _settle(db: Database, claim_id: str, policy: Policy) -> None:
-    """Who trained beside the job pays for his part until now, before he is one of fewer."""
+    """Charge the trainer's jobs up to now, before one of them leaves and the others' fractions grow."""
     with db.read() as session:
         trainer_id = session.scalar(select(Attempt.trainer_id).where(Attempt.claim_id == claim_id))
     if trainer_id is not None:
@@ -223,7 +228,7 @@ def _settle(db: Database, claim_id: str, policy: Policy) -> None:
 
 
 def _adapter_name(session: Session, job: Job) -> str:
-    """`ft:BASE:PROJECT:SUFFIX:ID`; the id is the job's own, so that a reader finds one from the other."""
+    """A free adapter name, `ft:BASE:PROJECT:SUFFIX:ID`. ID is the end of the job's id, unless that name is in use."""
     project = session.get_one(Project, job.project_id)
     stem = f"ft:{job.base_model}:{project.name}:{job.suffix or ''}"
     name = f"{stem}:{job.id[-8:]}"

@@ -1,4 +1,4 @@
-"""What waits and in which order: for claims to choose from, for people to look at."""
+"""The queue in its order: the list from which claims choose, and the view that users see."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from catalog.tables.table import Json
 from catalog.tables.tenancy import Project
 
 MAX_SHOWN = 5000
-"""Jobs that people are shown, and that the place of one of them is reckoned from."""
+"""Maximum number of jobs that are listed, and from which queue positions are calculated."""
 SHOWN = (
     "state",
     "base_model",
@@ -35,12 +35,15 @@ SHOWN = (
     "suffix",
     "is_held",
 )
-"""Columns of a job that an entry of the queue shows as they are."""
+"""Columns of a job that its queue entry returns unchanged."""
 
 
 def queue_entries(session: Session, *, now: float, policy: Policy = USUAL) -> list[QueueEntry]:
-    """The jobs that may be claimed now, first turn first: MAX_SHOWN or a little more where there are so many. Projects
-    and classes that have less than their part of these leave it to the others."""
+    """The claimable jobs in queue order, at most about MAX_SHOWN.
+
+    The limit is split evenly among the classes of all projects. A class with fewer jobs leaves its remainder to the
+    others.
+    """
     shares = charging.shares_of_waiting(session, now=now, policy=policy)
     return order(
         candidates(session, now=now), now, shares=shares, served=charging.served(session, now=now), policy=policy
@@ -48,7 +51,7 @@ def queue_entries(session: Session, *, now: float, policy: Policy = USUAL) -> li
 
 
 def candidates(session: Session, *, now: float) -> list[Candidate]:
-    """Those that `queue_entries` orders, in no order."""
+    """The jobs that `queue_entries` sorts, unsorted."""
     per_group = math.ceil(MAX_SHOWN / max(1, heads.num_groups(session)))
     while True:
         found = heads.waiting(session, heads.CandidateFilter(), now=now, per_group=per_group)
@@ -61,9 +64,9 @@ def candidates(session: Session, *, now: float) -> list[Candidate]:
 
 
 def snapshot(db: Database, *, project_id: str | None, policy: Policy = USUAL) -> Json:
-    """The queue as people see it: counts, the waiting in order, the running. `project_id` None: every project's.
+    """The queue as users see it: counts, waiting jobs in order, then running jobs. `project_id` None: all projects.
 
-    Positions are those in the whole queue, so a project sees how many stand before it, not who.
+    Positions refer to the whole queue: a project sees how many jobs are ahead of its own, but not whose they are.
     """
     with db.read() as session:
         now = read_clock(session)
@@ -103,4 +106,5 @@ def _entry(row: Row[*tuple[Any, ...]], entry: QueueEntry | None, *, now: float) 
 
 
 def _waits_since(row: Row[*tuple[Any, ...]]) -> float:
+    """When a queued job last entered the queue. For other jobs, when they were created."""
     return row.queued_at if row.state == JobState.QUEUED and row.queued_at is not None else row.created_at

@@ -1,8 +1,8 @@
-"""How a waiting worker learns that there is work, sooner than by its next look. Never a promise.
+"""Notifies idle workers of new work, so that they need not wait for their next poll. Delivery is not guaranteed.
 
-A message names no job: losing one costs seconds, a duplicate nothing. `ring` neither waits nor fails, whatever
-the broker does: a thread of its own sends, and holds at most one ring. The API servers ring again, periodically, for
-as long as work waits (api/maintenance_loop.py).
+A notification names no job: a lost one costs seconds, and a duplicate costs nothing. Sending never blocks or fails,
+whatever the broker does: a background thread sends, and merges pending notifications into one. While work waits, the
+API servers repeat the notification periodically (api/maintenance_loop.py).
 """
 
 from __future__ import annotations
@@ -18,60 +18,62 @@ from catalog.settings import Settings
 QUEUE = "lorry"
 TASK = "lorry.work"
 TRANSPORT_OPTIONS: dict[str, Any] = {
-    # Redis gives out again what was not acknowledged for so long. Rings are acknowledged on receipt, so only one whose
-    # worker died at that moment comes again: it could come sooner, and who needs it has looked by himself by then.
+    # After this time (seconds) a message that was not acknowledged is redelivered. Workers acknowledge on receipt, so
+    # only a message whose worker died at that moment is affected. A shorter time has no benefit: workers poll anyway.
     "visibility_timeout": 3600,
-    "health_check_interval": 10,  # notices a peer that vanished without a word
-    "socket_timeout": 10,  # a Redis that hangs is one that is away; ten times what a worker waits for a message
-    "socket_connect_timeout": 2,  # a host that is off never answers: a signal to leave waits no longer than this
-    "socket_keepalive": True,  # a firewall forgets a connection on which nothing comes
-    "global_keyprefix": "lorry:",  # others may use the same Redis
+    "health_check_interval": 10,  # detects a peer that vanished without closing the connection
+    "socket_timeout": 10,  # a Redis that hangs counts as unavailable; ten times as long as a worker waits for a message
+    "socket_connect_timeout": 2,  # a host that is down never answers, and a stop signal must not wait longer than this
+    "socket_keepalive": True,  # a firewall drops idle connections
+    "global_keyprefix": "lorry:",  # other applications may use the same Redis
 }
-"""Of sender and receiver: they must agree on the prefix."""
+"""Celery options of sender and receiver, which must agree on the prefix."""
 MAX_QUEUED = 64
-"""Messages that may wait in Redis; no sender adds one to so many. While every worker trains, none reads them, and each
-API server goes on ringing. Workers beyond this number find work by polling."""
+"""Maximum number of messages in Redis. While all workers train, no worker reads messages, but the API servers keep
+sending. If more workers than this are idle, the others find work by polling."""
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
 CLOSE_SECONDS = 3.0
-"""How long a process that ends waits for its last ring."""
+"""How long a process that exits waits for its last notification to be sent."""
 
 log = logging.getLogger("lorry.doorbell")
 
 
 class Doorbell(Protocol):
-    """Rung after a commit that makes work."""
+    """Notifies workers after a commit that creates work."""
 
     def ring(self) -> None:
-        """Say that there may be work. Returns at once; never raises."""
+        """Notify workers that there may be work. Returns immediately and never raises."""
         ...
 
     def close(self) -> None:
-        """Send a ring that still waits, if that can be done soon."""
+        """Send a pending notification, unless that takes longer than CLOSE_SECONDS."""
         ...
 
 
 def open_doorbell(settings: Settings) -> Doorbell:
-    """Redis where the settings name one; else the file that workers on this data folder look at."""
+    """Open a notifier for Redis if the settings name one, else for the file that this data folder's workers poll."""
     redis_url = settings.resolved_redis_url()
     return RedisDoorbell(redis_url) if redis_url else FileDoorbell(settings.bell_path())
 
 
 class FileDoorbell:
-    """For one machine: a file whose time of change says when it was last rung. Who waits looks at it often, for a
-    look costs microseconds, and at the database seldom."""
+    """A notifier for one machine: a file whose modification time is the time of the last notification.
+
+    Idle workers check the file often, which costs microseconds, and poll the database rarely.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._heard = self._rung_at()
 
     def ring(self) -> None:
-        with suppress(OSError):  # a full disk, say: work is found by the next look at the database
+        with suppress(OSError):  # for example a full disk: workers find the work at their next database poll
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.touch()
 
     def has_rung(self) -> bool:
-        """Since the last call of this, or since this object was made."""
+        """Whether there was a notification since the last call, or since this object was created."""
         before, self._heard = self._heard, self._rung_at()
         return self._heard != before
 
@@ -79,7 +81,7 @@ class FileDoorbell:
         return
 
     def _rung_at(self) -> int:
-        """Nanoseconds; 0 before the first ring."""
+        """The time of the last notification in nanoseconds, or 0 before the first one."""
         try:
             return self._path.stat().st_mtime_ns
         except OSError:
@@ -87,8 +89,10 @@ class FileDoorbell:
 
 
 class RedisDoorbell:
-    """Sends `lorry.work` through Celery. Rings that come while one is being sent become one; none is sent while
-    MAX_QUEUED messages wait."""
+    """Sends the task `lorry.work` through Celery.
+
+    Notifications that arrive while one is being sent are merged. None is sent while MAX_QUEUED messages wait.
+    """
 
     def __init__(self, redis_url: str, *, first_wait_seconds: float = FIRST_WAIT_SECONDS) -> None:
         self._redis_url = redis_url
@@ -104,7 +108,7 @@ class RedisDoorbell:
                 return
             self._rung = True
             self._changed.notify()
-            if self._thread is None:  # at the first ring: a process that forks after opening keeps its own
+            if self._thread is None:  # started at the first notification, so that a process may fork before it
                 self._thread = threading.Thread(target=self._relay, name="lorry-doorbell", daemon=True)
                 self._thread.start()
 
@@ -121,31 +125,32 @@ class RedisDoorbell:
         while self._take():
             try:
                 with app.producer_or_acquire() as producer:
-                    # kombu prefixes the key as it does when it sends
+                    # kombu adds the key prefix to llen, as it does when it sends
                     if producer.channel.client.llen(QUEUE) < MAX_QUEUED:
                         app.send_task(TASK, producer=producer, queue=QUEUE, retry=False, ignore_result=True)
                 wait_seconds = self._first_wait_seconds
-            except Exception as error:  # noqa: BLE001  (whatever it is, a later look finds the work)
-                log.warning("The broker took no ring (%s). They find work by looking.", type(error).__name__)
+            except Exception as error:  # noqa: BLE001  (whatever failed, workers find the work by polling)
+                log.warning("Sending a notification to Redis failed (%s). Workers poll for work.", type(error).__name__)
                 self._put_back(wait_seconds)
                 wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
         app.close()
 
     def _take(self) -> bool:
-        """Wait for a ring and take it; False when it is time to end and none is left."""
+        """Wait for a notification and consume it. Returns False when closing and no notification is left."""
         with self._changed:
             self._changed.wait_for(lambda: self._rung or self._closing)
             taken, self._rung = self._rung, False
             return taken
 
     def _put_back(self, wait_seconds: float) -> None:
+        """Wait before the retry, and restore the notification. A notifier that is closing drops it."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing, timeout=wait_seconds)
             self._rung = not self._closing
 
 
 def _sender(redis_url: str) -> Any:
-    # late: a process that never rings never loads it
+    # A late import: a process that never sends a notification does not load Celery.
     from celery import Celery  # pyright: ignore[reportMissingTypeStubs]
 
     app: Any = Celery("lorry-doorbell", broker=redis_url, set_as_current=False)

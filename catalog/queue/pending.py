@@ -1,4 +1,4 @@
-"""Whether work waits for a worker: base models to import, files to tokenize, plans to compute, jobs to train."""
+"""Checks for waiting work: base models to import, files to tokenize, plans to compute, jobs to train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from catalog.tables.plans import Plan
 
 
 def has_work(db: Database) -> bool:
-    """Whether an idle worker would find anything to do now."""
+    """Whether there is work that an idle worker could start now."""
     with db.read() as session:
         now = read_clock(session)
         is_due = or_(Job.run_after.is_(None), Job.run_after <= now)

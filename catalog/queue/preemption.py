@@ -1,7 +1,7 @@
-"""Room for what is urgent: jobs that train are asked to leave, by the rule of catalog/scheduling/preemption.py.
+"""Preempts running jobs for urgent jobs, by the rules of catalog/scheduling/preemption.py.
 
-A look costs one question while nothing urgent waits. Who is asked is told by its worker's next heartbeat, saves a
-checkpoint at a tick's boundary and goes back to its place in the queue.
+While no urgent job waits, a check costs one query. The next heartbeat of its worker notifies a preempted job's trainer,
+which saves a checkpoint at the end of a tick. The job then returns to its position in the queue.
 """
 
 from __future__ import annotations
@@ -33,29 +33,32 @@ from catalog.usage import quotas
 PRESSING = PriorityClass.urgent
 ASKING = "ask jobs to leave"
 IS_ASKED = and_(Job.state == JobState.RUNNING, Job.preempted_for.is_not(None))
-"""To leave, and trains still."""
+"""Condition for jobs whose preemption was requested and that are still running."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreemptionRequest:
-    """For whom somebody is asked to leave."""
+    """An urgent job, and the preemption that frees memory for it."""
 
     job: Candidate
     preemption: Preemption
 
 
 def look(db: Database, *, policy: Policy) -> int:
-    """Ask whom it takes to leave; take it back of those who are not needed any more. Returns how many were asked."""
+    """Request the preemptions that urgent jobs need, and revoke those that are no longer needed.
+
+    Returns the number of jobs whose preemption was requested now.
+    """
     if not policy.max_preemptions:
         return 0
-    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+    with db.read() as session:  # most checks find no work, and a read transaction blocks no writer
         now = read_clock(session)
         if not _decide(session, now=now, policy=policy) and not list(session.scalars(select(Job.id).where(IS_ASKED))):
             return 0
     with db.write() as session:
         serialize(session, ASKING)
         _take_back(session, now=read_clock(session))
-    with db.write() as session:  # one transaction for both would lock jobs twice, not in one order
+    with db.write() as session:  # one transaction for both steps would lock jobs twice, in different orders
         serialize(session, ASKING)
         now = read_clock(session)
         decided = _decide(session, now=now, policy=policy)
@@ -63,7 +66,10 @@ def look(db: Database, *, policy: Policy) -> int:
 
 
 def _pressing(session: Session, *, now: float, policy: Policy) -> list[tuple[QueueEntry, list[Candidate]]]:
-    """What `preempt.pressing` finds in the queue; of a project no more than it may begin."""
+    """The jobs that `preempt.pressing` finds in the queue, limited to those that their projects may start.
+
+    Each comes with the jobs of other projects that are ahead of it.
+    """
     urgent = candidates.waiting(session, candidates.CandidateFilter(priority=PRESSING), now=now, per_group=AT_ONCE)
     late = [job for job in urgent if now - job.queued_at >= policy.preempt_after_seconds]
     if all(policy.awaits_preemption(job.preemption_requested_at, now) for job in late):
@@ -77,7 +83,7 @@ def _pressing(session: Session, *, now: float, policy: Policy) -> list[tuple[Que
 def _beginnable(
     session: Session, found: Sequence[tuple[QueueEntry, list[Candidate]]], late: Collection[Candidate]
 ) -> list[tuple[QueueEntry, list[Candidate]]]:
-    """Those that their projects' limits let begin beside the late ones for which room is being made already."""
+    """The jobs that their projects' limits allow, in addition to `late` jobs that already await a preemption."""
     again = {entry.candidate.job_id for entry, _ in found}
     free = quotas.free_places(session, {entry.candidate.project_id for entry, _ in found}) if found else {}
     for job in late:
@@ -92,8 +98,10 @@ def _beginnable(
 
 
 def _take_back(session: Session, *, now: float) -> None:
-    """Of those whose urgent job has found room elsewhere, waits no more, is held, or has a project that has reached a
-    limit: no room is being made for that one any more. Who has been told already leaves."""
+    """Revoke preemptions for urgent jobs that can't start: no longer queued, held, or in a project at a limit.
+
+    A victim that has already received the directive still leaves its trainer.
+    """
     named = union(select(Job.id).where(IS_ASKED), select(Job.preempted_for).where(IS_ASKED))
     locked = select(Job).where(Job.id.in_(named)).order_by(Job.id).with_for_update()
     jobs = {job.id: job for job in session.scalars(locked)}
@@ -102,7 +110,7 @@ def _take_back(session: Session, *, now: float) -> None:
             continue
         jobs[job.preempted_for].preemption_requested_at = None
         job.preempted_for = None
-        events.add(session, job.id, now=now, message="The room is not needed any more: the job may stay.")
+        events.add(session, job.id, now=now, message="Preemption revoked: no job needs the memory any more.")
 
 
 def _may_begin(session: Session, job_id: str | None, *, now: float) -> bool:
@@ -125,7 +133,7 @@ def _decide(session: Session, *, now: float, policy: Policy) -> list[PreemptionR
 
 
 def _without(holder: Holder, chosen: Preemption) -> Holder:
-    """Its room is spoken for: the next job needs others to leave."""
+    """The holder without the memory and jobs that `chosen` uses up: the next urgent job needs other victims."""
     if holder.worker_id != chosen.worker_id:
         return holder
     gone = {victim.job_id for victim in chosen.victims}
@@ -159,19 +167,19 @@ def _ask_one(
     attempt = session.get(Attempt, job.claim_id)
     if attempt is not None:
         attempt.preemption = data
-    message = "An urgent job needs the room: this one saves a checkpoint and goes back to its place in the queue."
+    message = "An urgent job preempts this job, which saves a checkpoint and returns to its position in the queue."
     events.add(session, job.id, now=now, message=message, data=data)
 
 
 def _tell_who_waits(session: Session, one: PreemptionRequest, *, now: float) -> None:
     number = len(one.preemption.victims)
-    jobs = "1 job of a lower class is" if number == 1 else f"{number} jobs of lower classes are"
+    jobs = "1 lower-priority job is" if number == 1 else f"{number} lower-priority jobs are"
     data = {"worker_id": one.preemption.worker_id, "num_leaving": number, "makes": one.preemption.makes}
-    events.add(session, one.job.job_id, now=now, message=f"{jobs} asked to make room for this one.", data=data)
+    events.add(session, one.job.job_id, now=now, message=f"{jobs} being preempted for this job.", data=data)
 
 
 def _holders(session: Session, *, now: float, policy: Policy) -> list[Holder]:
-    """Workers that live, take jobs and hold some."""
+    """Live workers that accept jobs and have running ones."""
     running = select(Job, Attempt).join(Attempt, Attempt.claim_id == Job.claim_id)
     held: defaultdict[str | None, list[tuple[Job, Attempt]]] = defaultdict(list)
     for job, attempt in session.execute(running.where(Job.state == JobState.RUNNING)):

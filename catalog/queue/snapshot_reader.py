@@ -1,7 +1,7 @@
 """Reads the `QueueSnapshot` of a worker from the database, without locks. claiming.py decides from it and claims jobs.
 
-What is read does not grow with the queue: of each project and priority class only the first jobs, by an index
-(candidates.py).
+The number of rows read does not grow with the queue: candidates.py finds the first jobs of each project and priority
+class by an index.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def snapshot_of(
     now: float,
     policy: Policy,
 ) -> QueueSnapshot:
-    """What `decide` needs for a worker with this capacity. `live_key`: the pack key of the jobs that train in its
-    trainer `trainer_id`; None: no job trains there yet."""
+    """The input of `decide` for a worker with this capacity.
+
+    live_key: the pack key of the jobs in its trainer `trainer_id`, or None if no job trains there yet.
+    """
     worker_bytes = worker.memory_bytes if worker else capacity.memory_bytes_free
     if capacity.memory_bytes_when_empty is not None:
         worker_bytes = min(worker_bytes, capacity.memory_bytes_when_empty)
@@ -58,7 +60,7 @@ def snapshot_of(
         per_group=math.ceil(MAX_FALLBACKS / max(1, len(shares))),
     )
     if snapshot.has_suspect:
-        return snapshot  # the decision is to wait, whatever else there is
+        return snapshot  # the decision is to wait, whatever the queue contains
     can_load = views.quantizations_of(worker) if worker is not None else frozenset({"none"})
     snapshot = _with_candidates(snapshot, _first_jobs(session, snapshot, can_load))
     loaded_key = live_key or capacity.resident_key
@@ -69,10 +71,10 @@ def snapshot_of(
 
 
 def with_packmates(session: Session, snapshot: QueueSnapshot, policy: Policy) -> QueueSnapshot:
-    """The snapshot with the packmates of the anchor that `decide` chooses from it.
+    """Return the snapshot with packmates for the anchor that `decide` chooses from it.
 
-    Each round reads the first jobs that fit into what the chosen ones leave, until a round finds no new one. So a
-    larger job that is ahead of them in the queue does not hide them.
+    Each iteration reads the first jobs that fit into the memory that the chosen jobs leave, until it finds no new one.
+    A larger job that is ahead of them in the queue therefore does not hide them.
     """
     for _ in range(snapshot.capacity.max_jobs if snapshot.capacity.max_jobs > 1 else 0):
         choices = decide(snapshot, policy).action.choices
@@ -94,11 +96,11 @@ def _with_candidates(snapshot: QueueSnapshot, found: list[Candidate]) -> QueueSn
 
 
 def _first_jobs(session: Session, snapshot: QueueSnapshot, can_load: Collection[str]) -> list[Candidate]:
-    """Of each project and class the first jobs that the worker can train alone, with the pack key of any base model.
+    """The first jobs of each project and class that the worker can train alone, of any pack key.
 
-    A live trainer needs as many as may be ahead of a job that joins. A new trainer also needs the first that fit into
-    the free memory: the others only take their place in the order. And each needs more than one decision uses, because
-    other workers claim some meanwhile.
+    A live trainer needs as many as can be ahead of a joiner. A new trainer also needs the first jobs that fit into the
+    free memory: the others only determine the order. Both read more jobs than one decision uses, because other workers
+    claim some of them in the meantime.
     """
     capacity, is_live = snapshot.capacity, snapshot.live_key is not None
     missing = tuple(name for name in get_args(Quantization) if name not in can_load)
@@ -127,8 +129,11 @@ def _jobs_of_key(
     holding: ShardingStrategy,
     is_packmate: bool = False,
 ) -> list[Candidate]:
-    """Of each project and class the first jobs of this pack key that fit into `num_bytes`, as many as the trainer can
-    take: next to other jobs, or as its first. `holding`: how the trainer holds the base model."""
+    """The first jobs of each project and class that have this pack key and fit into `num_bytes`.
+
+    Returns as many as the trainer can take, as packmates of other jobs or as its first jobs. holding: how the trainer
+    holds the base model.
+    """
     capacity = snapshot.capacity
     is_alone = snapshot.live_key is None and not is_packmate
     wanted = CandidateFilter(alike=True, alone=is_alone, recomputes=capacity.recomputes, holding=holding)

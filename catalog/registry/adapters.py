@@ -1,6 +1,6 @@
-"""Trained adapters as people read them. `complete` in claims makes them; here they are found, listed and hidden.
+"""Finds, lists and deletes trained adapters. `complete` in catalog/queue/claims.py creates them.
 
-A checkpoint that can be used as a model is found by its name or id as well, and so is what is shared with the project.
+Checkpoints that can be used as models are also found by name or id, and so are models that are shared with the project.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from catalog.tables.tenancy import ModelPermission
 from catalog.usage import ledger
 
 MAX_MODELS = 1000
-"""Adapters, and checkpoints, in the list of all models, which has no pages."""
+"""Maximum number of adapters, and of checkpoints, in the list of all models, which has no pages."""
 MODEL_COLUMNS = (
     Adapter.id,
     Adapter.name,
@@ -35,13 +35,15 @@ MODEL_COLUMNS = (
     Adapter.base_model,
     Adapter.artifact,
 )
-LIST_THEM = "lorry adapters list, or GET /v1/adapters, shows those of the key's project."
-LIST_CHECKPOINTS = "lorry jobs checkpoints ID, or GET /v1/fine_tuning/jobs/ID/checkpoints, shows those of a job."
+LIST_THEM = "List the adapters of the key's project with `lorry adapters list` or GET /v1/adapters."
+LIST_CHECKPOINTS = (
+    "List the checkpoints of a job with `lorry jobs checkpoints ID` or GET /v1/fine_tuning/jobs/ID/checkpoints."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterView:
-    """An adapter with what it takes to show it."""
+    """An adapter with related data for API responses."""
 
     adapter: Adapter
     artifact: Artifact
@@ -50,7 +52,7 @@ class AdapterView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointModel:
-    """A checkpoint whose files are kept, as a model. project_id and base_model: of its job."""
+    """A checkpoint that can be used as a model. project_id and base_model are those of its job."""
 
     name: str
     created_at: float
@@ -62,7 +64,10 @@ class CheckpointModel:
 def list_page(
     db: Database, *, project_id: str, after: str | None = None, limit: int = 20, shared: bool = False
 ) -> Page[AdapterView]:
-    """Newest first: the project's own, or those that others share with it, by when that was allowed."""
+    """Return a page of the project's adapters, newest first.
+
+    shared: returns the adapters that other projects share with it instead, by the time of the permission.
+    """
     own = select(Adapter).where(Adapter.project_id == project_id)
     scope, created, ident = own, Adapter.created_at, Adapter.id
     if shared:
@@ -78,8 +83,10 @@ def list_page(
 
 
 def list_models(db: Database, *, project_id: str, limit: int = MAX_MODELS) -> Page[Adapter]:
-    """The newest adapters of the project, then those that are shared with it, with the columns of MODEL_COLUMNS alone:
-    lineage records are large."""
+    """Return the project's newest adapters, then those that are shared with it.
+
+    Loads only MODEL_COLUMNS, because lineage records are large.
+    """
     mine = select(Adapter).where(Adapter.project_id == project_id)
     newest_first = Adapter.created_at.desc(), Adapter.id
     found: list[Adapter] = []
@@ -91,18 +98,21 @@ def list_models(db: Database, *, project_id: str, limit: int = MAX_MODELS) -> Pa
 
 
 def get(db: Database, *, project_id: str, name: str) -> AdapterView:
-    """By id or by name, or by the id of a sweep that has ended: its best. Raises NotFound, and NoLongerKept for a
-    checkpoint."""
+    """Return the adapter with this id or name, or the best adapter of the finished sweep with this id.
+
+    Raises NotFound, and NoLongerKept for a checkpoint.
+    """
     with db.read() as session:
         return _view(session, find(session, project_id, _named(session, project_id, name)))
 
 
 def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = False) -> Adapter:
-    """Hide the adapter. Its row stays, for the records of what was made from it. Of a checkpoint its files go.
+    """Delete an adapter of the project, or the model of a checkpoint.
 
-    is_client_retry: the client says that it sends this again, having had no reply; then one that is deleted is its
-    answer. Raises Conflict while a job that has not ended continues it: its files are read at each attempt. What is
-    shared with the project is not for it to delete, and not found.
+    An adapter is only hidden: its row stays for the lineage of adapters that continue it. Raises NotFound, also for a
+    model that another project shares with this one. Raises Conflict while an unfinished job continues the adapter,
+    because each attempt reads its files. is_client_retry: the client repeats a request without a reply, so a deleted
+    adapter is returned.
     """
     with db.write() as session:
         if checkpoints.is_named(name):
@@ -115,12 +125,14 @@ def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = 
         )
         if child is not None:
             by = (
-                f"the job {child.id}" if child.project_id == project_id else "a job of a project that it is shared with"
+                f"the job {child.id}"
+                if child.project_id == project_id
+                else "a job of a project with which it is shared"
             )
             raise Conflict(
-                f"The adapter {adapter.name!r} is continued by {by}, which has not ended.",
+                f"The adapter {adapter.name!r} is in use by {by}, which has not finished.",
                 code="adapter_in_use",
-                remedy="Wait until the job ends, or cancel it; then delete the adapter.",
+                remedy="Wait until the job has finished, or cancel it. Then delete the adapter.",
                 param="adapter",
             )
         adapter.deleted_at = now = read_clock(session)
@@ -130,7 +142,7 @@ def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = 
 
 
 def ids_by_job(db: Database, job_ids: Collection[str]) -> dict[str, str]:
-    """The id of each job's adapter, where it has one that is kept."""
+    """Return the adapter id of each job whose adapter exists and is not deleted."""
     if not job_ids:
         return {}
     of_jobs = select(Adapter.job_id, Adapter.id).where(Adapter.job_id.in_(job_ids), Adapter.deleted_at.is_(None))
@@ -139,7 +151,7 @@ def ids_by_job(db: Database, job_ids: Collection[str]) -> dict[str, str]:
 
 
 def list_checkpoint_models(db: Database, *, project_id: str, limit: int = MAX_MODELS) -> Page[CheckpointModel]:
-    """The newest checkpoints that can be used as models: of the project's jobs, then those shared with it."""
+    """Return the newest checkpoints that can be used as models: of the project's jobs, then those shared with it."""
     own = checkpoints.kept().where(Job.project_id == project_id)
     newest_first = Checkpoint.created_at.desc(), Checkpoint.id
     columns = Checkpoint.name, Checkpoint.created_at, Job.project_id, Job.base_model, Checkpoint.adapter
@@ -159,9 +171,9 @@ def list_checkpoint_models(db: Database, *, project_id: str, limit: int = MAX_MO
 
 
 def find(session: Session, project_id: str, name: str, *, locked: bool = False, param: str | None = None) -> Adapter:
-    """What the project may read by that name or id: its adapter, its checkpoint's, or one that is shared with it.
+    """Return the model with this name or id that the project may read: an adapter or checkpoint, own or shared.
 
-    `locked` keeps it from being deleted until the transaction ends. Raises NotFound, NoLongerKept.
+    locked: prevents its deletion until the transaction ends. Raises NotFound, NoLongerKept.
     """
     if checkpoints.is_named(name):
         is_visible = permissions.may_read_checkpoint(project_id)
@@ -178,7 +190,7 @@ def find(session: Session, project_id: str, name: str, *, locked: bool = False, 
 
 
 def children(db: Database, *, project_id: str, name: str) -> list[Adapter]:
-    """The adapters that continue one, the oldest first. Raises NotFound for it."""
+    """Return the project's adapters that continue this one, oldest first. Raises NotFound."""
     with db.read() as session:
         parent = find(session, project_id, name)
         made = select(Adapter).join(Job, Job.id == Adapter.job_id).where(Job.parent_adapter == parent.id)
@@ -187,19 +199,19 @@ def children(db: Database, *, project_id: str, name: str) -> list[Adapter]:
 
 
 def _named(session: Session, project_id: str, name: str) -> str:
-    """The adapter's own name, of a sweep's that of its best trial."""
+    """Resolve the id of a sweep to the id of its best adapter. Other names are returned unchanged."""
     if not name.startswith("sweep-"):
         return name
     mine = select(Adapter.id).join(Sweep, Sweep.best_job == Adapter.job_id)
     found = session.scalar(mine.where(Sweep.id == name, Sweep.project_id == project_id, Adapter.deleted_at.is_(None)))
     if found is None:
-        remedy = "A sweep has one once all its trials have ended and one has succeeded: GET /v1/sweeps/{id} tells."
+        remedy = "Wait until all trials of the sweep have finished and one has succeeded: see GET /v1/sweeps/{id}."
         raise NotFound("adapter", name, remedy=remedy)
     return found
 
 
 def _own(session: Session, project_id: str, name: str, *, even_deleted: bool = False) -> Adapter:
-    """Locked, which keeps new jobs from continuing it."""
+    """Return the project's adapter, locked. The lock prevents new jobs from continuing it."""
     named = or_(Adapter.id == name, Adapter.name == name)
     mine = select(Adapter).where(named, Adapter.project_id == project_id)
     if not even_deleted:

@@ -1,4 +1,4 @@
-"""Base models by name: added by an operator, imported once by a worker, then fixed by the digest of their files."""
+"""Base models by name. An operator adds one, a worker imports it once, and the digest of its files identifies it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from catalog.tables.table import Json
 
 KINDS = ("hub", "folder", "gguf")
 SOURCE_PATTERN = r"^[^\x00-\x1f\x7f\S]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$"
-"""Not blank, and without control characters. The first that is no space is where the middle matches: nothing is tried
-twice."""
+"""Not blank and without control characters. The middle matches the first non-space character, which avoids
+backtracking."""
 IS_THERE: ColumnElement[bool] = BaseModelRow.state != "deleted"
 
 
 def add(db: Database, *, name: str, kind: str, source: str, revision: str | None = None) -> BaseModelRow:
-    """Name a base model; a worker imports it.
+    """Add a base model under a name, so that a worker imports it.
 
-    The same again changes nothing, save that a failed import is retried. A base that was never ready gives its
-    name up to another source: nothing was trained on it.
+    Adding the same model again has no effect, except that a failed import is retried. A model whose import failed is
+    replaced if another source is added under its name.
     """
     _check(name, kind, source)
     with db.write() as session:
@@ -48,7 +48,7 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
             _begin(session, row, kind=kind, source=source, revision=revision)
         elif is_another:
             raise Conflict(
-                f"There is another base model named {name!r}, from {row.source}.",
+                f"The base model {name!r} already exists, from {row.source}.",
                 code="model_exists",
                 remedy=f"Add this one under another name, or delete the other first: lorry models delete {name}.",
                 param="name",
@@ -63,13 +63,14 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
 
 
 def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
-    """Free the name, whatever state the base is in. Raises NotFound; Conflict while an unfinished job names it.
+    """Delete the base model in any state and free its name. Raises NotFound, and Conflict if an unfinished job uses it.
 
-    What was trained on it stays as it is: an adapter has its own files, and its lineage those of the base by
-    digest. The row stays too, since finished jobs refer to it, until another base is added under the name. An
-    import that runs meanwhile is ended by its worker, and what it finds is not recorded. The base's files on
-    each node (`bases_dir/DIGEST`) go with the worker's next cleaning: see `deleted`. is_client_retry: the client says
-    that it sends this again, having had no reply; then a name that is free again is its answer.
+    Adapters that were trained on it stay unchanged: they have their own files, and their lineage records refer to the
+    base model by digest. The row also stays, because finished jobs refer to it, until another base model is added under
+    the name. A worker stops a running import, and its result is not recorded. Each worker deletes the model's files
+    (`bases_dir/DIGEST`) at its next cleanup: see `deleted`.
+
+    is_client_retry: the client repeats a request without a reply, so a deleted model is no error.
     """
     with db.write() as session:
         row = session.get(BaseModelRow, name, with_for_update=True)
@@ -79,9 +80,9 @@ def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
         user = session.scalar(select(Job.id).where(Job.base_model == name, Job.state.in_(UNFINISHED_STATES)).limit(1))
         if user is not None:
             raise Conflict(
-                f"The base model {name!r} is used by the job {user}, which has not ended.",
+                f"The base model {name!r} is in use by the job {user}, which has not finished.",
                 code="model_in_use",
-                remedy="Wait until every job on it ends, or cancel them; then delete the model.",
+                remedy="Wait until all jobs on it have finished, or cancel them. Then delete the model.",
                 param="model",
             )
         _note(session, "model.deleted", name, details={"digest": row.digest})
@@ -91,10 +92,10 @@ def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
 
 
 def deleted(db: Database, digests: Collection[str]) -> set[str]:
-    """Those of `digests` that were a base here, and are none any more.
+    """Return those of `digests` that belong to deleted base models and that no unfinished job needs.
 
-    What this database has never heard of isn't among them: a worker that was pointed at a wrong or an empty one
-    must not take every base away.
+    Digests that this database does not know are not included: a worker that is connected to a wrong or empty database
+    must not delete all base models.
     """
     with db.read() as session:
         of_bases = select(BaseModelRow.digest).where(BaseModelRow.digest.in_(digests))
@@ -106,14 +107,14 @@ def deleted(db: Database, digests: Collection[str]) -> set[str]:
 
 
 def list_all(db: Database) -> list[BaseModelRow]:
-    """By name, without their manifests."""
+    """Return all base models sorted by name, without their manifests."""
     with db.read() as session:
         there = select(BaseModelRow).where(IS_THERE).options(defer(BaseModelRow.manifest, raiseload=True))
         return list(session.scalars(there.order_by(BaseModelRow.name)))
 
 
 def get(db: Database, name: str) -> BaseModelRow:
-    """Raises NotFound with the names there are."""
+    """Return the base model. Raises NotFound, which lists the available names."""
     with db.read() as session:
         return find(session, name)
 
@@ -124,7 +125,7 @@ def exists(db: Database, name: str) -> bool:
 
 
 def find(session: Session, name: str, *, lock: Literal["share", "update"] | None = None) -> BaseModelRow:
-    """`get`, within a transaction. `lock`: "share" keeps it from being deleted until the transaction ends."""
+    """Like `get`, within a transaction. lock: "share" prevents its deletion until the transaction ends."""
     row = get_once(session, BaseModelRow, name, lock=lock)
     if row is None or row.state == "deleted":
         raise NotFound("model", name, param="model", remedy=_known(session, name))
@@ -132,20 +133,20 @@ def find(session: Session, name: str, *, lock: Literal["share", "update"] | None
 
 
 def _known(session: Session, wanted: str) -> str:
-    """What could have been meant: bases that can be trained on, or will be able to. A name with a slash is a hub's."""
+    """The remedy for an unknown name. Lists the usable base models. A name with a slash is taken for a hub id."""
     usable = select(BaseModelRow).where(BaseModelRow.state.in_(("ready", "importing"))).order_by(BaseModelRow.name)
     known = [row.name if row.state == "ready" else f"{row.name} (importing)" for row in session.scalars(usable)]
-    told = f"Base models here: {', '.join(known)}." if known else ""
+    told = f"Available base models: {', '.join(known)}." if known else ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", wanted):
         short = wanted.rpartition("/")[2].lower()[:64]
-        how = f"A hub's model gets a name here from an operator: lorry models add {short} {wanted}."
+        how = f"Ask an operator to add the hub's model: lorry models add {short} {wanted}."
         return f"{how} {told}".rstrip()
-    return told or "Add one first: lorry models add NAME SOURCE."
+    return told or "Add a base model first: lorry models add NAME SOURCE."
 
 
 def claim_import(db: Database, *, lease_seconds: float) -> tuple[BaseModelRow, str] | None:
-    """A base that waits for its import, and the claim id of its lease; None where none does."""
-    with db.read() as session:  # most looks find nothing, and keep nobody from writing
+    """Lease a base model that waits for its import. Returns it and the claim id, or None if none waits."""
+    with db.read() as session:  # most polls find no import, and a read transaction blocks no writer
         if session.scalar(first_to_import(now=read_clock(session))) is None:
             return None
     with db.write() as session:
@@ -157,13 +158,13 @@ def claim_import(db: Database, *, lease_seconds: float) -> tuple[BaseModelRow, s
 
 
 def first_to_import(*, now: float) -> Select[BaseModelRow]:
-    """The base that waits for its import longest."""
+    """The base model that has waited longest for its import."""
     waiting = (BaseModelRow.state == "importing", lease.is_free(BaseModelRow, now=now))
     return select(BaseModelRow).where(*waiting).order_by(BaseModelRow.created_at).limit(1)
 
 
 def finish_import(db: Database, claim_id: str, *, digest: str, manifest: Json, description: Json) -> bool:
-    """The base is ready. False, and nothing is written, if another worker imports it now or it was deleted."""
+    """Mark the base model as ready. Returns False without a write if the claim is stale or the model was deleted."""
     with db.write() as session:
         row = lease.held(session, BaseModelRow, claim_id)
         if row is not None:
@@ -173,13 +174,15 @@ def finish_import(db: Database, claim_id: str, *, digest: str, manifest: Json, d
 
 
 def uncounted(db: Database) -> list[BaseModelRow]:
-    """Those that are ready, and were imported before blocks were counted. By name."""
+    """Return the ready base models that an older version imported without counting their blocks, sorted by name."""
     return [row for row in list_all(db) if row.state == "ready" and "blocks" not in (row.description or {})]
 
 
 def note_blocks(db: Database, name: str, *, digest: str, blocks: Json) -> bool:
-    """Add to the description of a base what was missing of it, and to what its jobs need. digest: of the files that
-    were looked at. False where the base is another now, or has it already."""
+    """Add the missing block counts to the description of a base model, and update the needs of its jobs.
+
+    digest: of the files that were inspected. Returns False if the base model has changed or already has them.
+    """
     with db.write() as session:
         row = session.get(BaseModelRow, name, with_for_update=True)
         if row is None or row.state != "ready" or row.digest != digest or "blocks" in (row.description or {}):
@@ -190,7 +193,7 @@ def note_blocks(db: Database, name: str, *, digest: str, blocks: Json) -> bool:
 
 
 def fail_import(db: Database, claim_id: str, *, error: Json) -> None:
-    """The import can't be done: `error` holds code, message and remedy. Adding the same again retries."""
+    """Mark the import as failed. `error` has code, message and remedy. Adding the model again retries the import."""
     with db.write() as session:
         row = lease.held(session, BaseModelRow, claim_id)
         if row is not None:
@@ -199,7 +202,7 @@ def fail_import(db: Database, claim_id: str, *, error: Json) -> None:
 
 
 def _note(session: Session, type: AuditType, name: str, *, details: Json) -> None:  # noqa: A002
-    """A base model is of no project."""
+    """Write an audit event. It has no project, because base models belong to none."""
     log.note(session, type, now=read_clock(session), object_id=name, project_id=None, details=details)
 
 
@@ -211,22 +214,22 @@ def _begin(session: Session, row: BaseModelRow, *, kind: str, source: str, revis
 def _check(name: str, kind: str, source: str) -> None:
     if not LABEL.match(name):
         raise InvalidRequest(
-            f"{name!r} cannot be a model's name.",
+            f"{name!r} is not a valid model name.",
             code="invalid_name",
-            remedy="Use letters, digits, dot, underscore and hyphen; at most 64, the first a letter or digit.",
+            remedy="Use at most 64 letters, digits, dots, underscores and hyphens. Start with a letter or digit.",
             param="name",
         )
     if kind not in KINDS:
         raise InvalidRequest(
-            f"{kind!r} is no kind of source.",
+            f"{kind!r} is not a kind of source.",
             code="invalid_kind",
             remedy="Use hub (a Hugging Face id), folder (of safetensors) or gguf (one file).",
             param="kind",
         )
     if not re.fullmatch(SOURCE_PATTERN, source):
         raise InvalidRequest(
-            "The source of the base model is blank, or has a control character in it.",
+            "The source of the base model is blank or contains a control character.",
             code="invalid_source",
-            remedy="Give a hub id such as org/name, a folder, or a GGUF file.",
+            remedy="Set it to a hub id such as org/name, a folder, or a GGUF file.",
             param="source",
         )

@@ -1,6 +1,6 @@
-"""Checkpoints as models: their weights in PEFT's layout, read like an adapter while they are kept.
+"""Checkpoints as models: while its files are kept, a checkpoint's weights can be read like an adapter.
 
-An adapter of a checkpoint was not loaded by PEFT before it is shown: that is done at a job's end alone.
+These weights are in PEFT's layout, but are not verified with PEFT: only a job's final adapter is.
 """
 
 from __future__ import annotations
@@ -24,22 +24,28 @@ MARK = ":ckpt-step-"
 ID_PREFIX = "ftckpt-"
 NOT_VERIFIED: dict[str, Any] = {
     "passed": None,
-    "explanation": "PEFT has not loaded it: only the adapter that a job ends with is verified.",
+    "explanation": "Not verified with PEFT: only the final adapter of a job is verified.",
 }
 
 
 def is_named(name: str) -> bool:
-    """Whether it is the form of a checkpoint's name, or of its id."""
+    """Whether `name` has the form of a checkpoint's name or id."""
     return MARK in name or name.startswith(ID_PREFIX)
 
 
 def shown_name(job: Job, checkpoint: Checkpoint, *, project_name: str) -> str:
-    """The wire's fine_tuned_model_checkpoint. Some of before have none on record, and no files either."""
+    """The checkpoint's name for the API (fine_tuned_model_checkpoint).
+
+    Some checkpoints of older versions have no stored name. They have no files either.
+    """
     return checkpoint.name or f"{job.adapter_name or _stem(job, project_name)}{MARK}{checkpoint.step}"
 
 
 def new_name(session: Session, job: Job, *, step: int) -> str:
-    """The name that its job's adapter will have, and the step; with other last characters where that is another's."""
+    """Return a name for a checkpoint: the expected name of its job's adapter, and the step.
+
+    If another job's checkpoint has that name, the last characters of the adapter's name are random.
+    """
     stem, mark = _stem(job, session.get_one(Project, job.project_id).name), f"{MARK}{step}"
     name = f"{stem}{mark}"
     while session.scalar(select(Checkpoint.id).where(Checkpoint.name == name, Checkpoint.job_id != job.id).limit(1)):
@@ -48,20 +54,20 @@ def new_name(session: Session, job: Job, *, step: int) -> str:
 
 
 def row(session: Session, is_visible: ColumnElement[bool], name: str, *, locked: bool = False) -> Checkpoint | None:
-    """By name or id, of those of which `is_visible` holds, which may ask about Job too."""
+    """Return the checkpoint with this name or id if `is_visible` holds, which may refer to Job too."""
     is_it = Checkpoint.id == name if name.startswith(ID_PREFIX) else Checkpoint.name == name
     found = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id).where(is_it, is_visible)
     return session.scalar(found.with_for_update(of=Checkpoint) if locked else found)
 
 
 def as_adapter(session: Session, checkpoint: Checkpoint, *, param: str | None = None) -> Adapter:
-    """What reads adapters reads it too; the row is of no table. Raises NoLongerKept."""
+    """Represent the checkpoint as an Adapter, which is not stored. Raises NoLongerKept."""
     if checkpoint.adapter is None or checkpoint.lineage is None or checkpoint.name is None:
         raise NoLongerKept(
             "checkpoint",
             checkpoint.name or checkpoint.id,
-            remedy="Those of a job's newest two are kept, until seven days after the job's end or until somebody "
-            "deletes them. Use the job's adapter, or another of GET /v1/fine_tuning/jobs/ID/checkpoints.",
+            remedy="Use the job's adapter, or another checkpoint of GET /v1/fine_tuning/jobs/ID/checkpoints. A job's "
+            "newest two checkpoints are kept until seven days after it has finished, or until a user deletes them.",
             param=param,
         )
     job = session.get_one(Job, checkpoint.job_id)
@@ -84,7 +90,7 @@ def as_adapter(session: Session, checkpoint: Checkpoint, *, param: str | None = 
 
 
 def step_of(adapter: Adapter) -> int | None:
-    """Of a checkpoint's; None of what a job ended with."""
+    """Return the step of a checkpoint's adapter, or None for a job's final adapter."""
     return int(adapter.name.rpartition(MARK)[2]) if adapter.id.startswith(ID_PREFIX) else None
 
 
@@ -94,7 +100,7 @@ def kept() -> Select[Checkpoint, Job]:
 
 
 def is_continued() -> ColumnElement[bool]:
-    """A job that has not ended begins with it: its files are read at each attempt."""
+    """Condition for checkpoints that an unfinished job continues. Each of its attempts reads their files."""
     child = Job.__table__.alias("child")
     return exists().where(child.c.parent_adapter == Checkpoint.id, child.c.state.in_(UNFINISHED_STATES))
 
@@ -102,8 +108,10 @@ def is_continued() -> ColumnElement[bool]:
 def assign(
     session: Session, checkpoint: Checkpoint, field: Literal["artifact", "adapter"], digest: str | None, *, now: float
 ) -> None:
-    """Set what a job resumes from (`artifact`), or the checkpoint's weights as a model (`adapter`), of a row that is
-    locked. The job's project is charged the difference in bytes."""
+    """Set the files from which a job resumes (`artifact`), or the weights as a model (`adapter`), of a locked row.
+
+    Charges the difference in stored bytes to the job's project.
+    """
     before: str | None = getattr(checkpoint, field)
     if digest != before:
         project_id = session.get_one(Job, checkpoint.job_id).project_id
@@ -117,12 +125,13 @@ def _num_bytes(session: Session, digest: str | None) -> int:
 
 
 def let_go(session: Session, checkpoint: Checkpoint) -> str | None:
-    """Forget its adapter, unless a job that has not ended continues it. Returns the digest that it had.
+    """Remove the checkpoint's model, unless an unfinished job continues it. Returns the removed digest, or None.
 
-    Its record stays where some job ever began with it: that job's record names it.
+    The lineage record stays if any job has ever continued the checkpoint, because that job's record refers to it.
     """
     session.flush()
-    session.refresh(checkpoint, with_for_update=True)  # a job that begins with it holds it until that can be seen
+    # The submission of a job that continues the checkpoint locks the row until the job is committed.
+    session.refresh(checkpoint, with_for_update=True)
     digest = checkpoint.adapter
     if digest is None or session.scalar(select(Checkpoint.id).where(Checkpoint.id == checkpoint.id, is_continued())):
         return None
@@ -133,19 +142,22 @@ def let_go(session: Session, checkpoint: Checkpoint) -> str | None:
 
 
 def delete(session: Session, checkpoint: Checkpoint) -> None:
-    """As an adapter is deleted. What its job goes on from stays. Raises Conflict while a job continues it."""
+    """Delete the checkpoint's model. The files from which its job resumes stay.
+
+    Raises Conflict while an unfinished job continues it.
+    """
     if checkpoint.adapter is not None and let_go(session, checkpoint) is None:
         raise Conflict(
-            f"The checkpoint {checkpoint.name!r} is continued by a job that has not ended.",
+            f"The checkpoint {checkpoint.name!r} is in use by a job that has not finished.",
             code="checkpoint_in_use",
-            remedy="Wait until the job ends, or cancel it; then delete the checkpoint.",
+            remedy="Wait until the job has finished, or cancel it. Then delete the checkpoint.",
             param="model",
         )
     session.flush()
 
 
 def expire(session: Session) -> None:
-    """Let go of those that their jobs don't keep any more, and that nobody continues."""
+    """Remove the models of checkpoints whose job no longer keeps them and that no unfinished job continues."""
     due = select(Checkpoint).where(Checkpoint.adapter.is_not(None), Checkpoint.artifact.is_(None))
     for checkpoint in session.scalars(due.order_by(Checkpoint.id)).all():
         let_go(session, checkpoint)

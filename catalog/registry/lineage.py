@@ -1,8 +1,8 @@
-"""What an adapter came from, as one canonical record: enough to check it, compare it and make it again.
+"""Lineage records: the origin of an adapter as one canonical record, sufficient to verify, compare and reproduce it.
 
-Pure: `build` takes rows and plain values and reads nothing. A record's id is the sha256 of its RFC 8785 form.
-It never holds a row of data, a secret or a path of a host, nor what is its project's alone: whoever an adapter is
-shared with reads the whole record, since a part of it has no id.
+`build` is pure: it takes rows and plain values. A record's id is the SHA-256 of its RFC 8785 form. A record never
+contains training data, secrets, host paths or data that is private to its project. All projects with which an adapter
+is shared read the whole record, because a part of it would have no id.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ MAX_SAFE_INTEGER = 2**53 - 1
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 HOST_PATH = re.compile(r"(?:^|[\s'\"(=:,])(?:file:/+|~?/[\w.-]+/|[A-Za-z]:\\|\\\\\w)")
 PRIVATE = frozenset({"metadata", "tags", "integrations", "samples"})
-"""What a request or a spec holds that made no difference to the adapter; `samples` within a request's evaluation."""
+"""Fields of a request or spec that don't affect the adapter. `samples` is a field of a request's evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSource:
-    """One file that was read, and how it became tokens."""
+    """A training or validation file and its tokenization."""
 
     role: Literal["training", "validation"]
     file: File
     tokens: str
     """Digest of the token cache's manifest."""
     report: Json
-    """What worker.children.tokenizer.main said of it: rows, tokens, digests of tokenizer and template, format."""
+    """Report of worker.children.tokenizer.main: rows, tokens, digests of tokenizer and template, format."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptRecord:
-    """One attempt, with where it ran and which other jobs were in the trainer with it."""
+    """An attempt with its trainer and packmates."""
 
     attempt: Attempt
     trainer: Json
-    """What the trainer said of itself: device, dtype, versions, how exact its arithmetic is."""
+    """Report of the trainer: device, dtype, versions, numeric determinism."""
     packmates: Sequence[str] = ()
 
 
@@ -66,12 +66,11 @@ def build(
     parents: Sequence[str] = (),
     finished_at: float | None = None,
 ) -> Json:
-    """The record of an adapter.
+    """Build the lineage record of an adapter. Raises ValueError if a value has no canonical form.
 
-    attempts: all of the job's, in order; the last made the adapter, and ends at finished_at (None: it goes on, and
-    the adapter is a checkpoint's). results: final step,
-    tokens, evaluation, verification, digest of the loss log. code: versions by name. parents: ids of the
-    records of adapters that this one continues. Raises ValueError where a value has no canonical form.
+    attempts: all attempts of the job, in order. The last one made the adapter and ends at finished_at (None: it is
+    still running, and the adapter is a checkpoint's). results: final step, tokens, evaluation, verification, digest of
+    the loss log. code: versions by name. parents: record ids of the adapters that this one continues.
     """
     record: Json = {
         "format": FORMAT,
@@ -92,17 +91,18 @@ def build(
 
 
 def canonical(record: Json) -> bytes:
-    """The record's RFC 8785 form. Raises ValueError naming the place of a value that has none."""
+    """Return the record's RFC 8785 form. Raises ValueError with the path of a value that has none."""
     _check(record, "record")
     return rfc8785.dumps(record)
 
 
 def lineage_id(record: Json) -> str:
+    """Return the record's id: the SHA-256 of its canonical form."""
     return sha256(canonical(record)).hexdigest()
 
 
 def verify(record: Json, lineage_id: str, manifest: Manifest) -> list[str]:
-    """Whether the record is the one with this id and tells of this adapter: what is wrong, in sentences."""
+    """Check that the record has this id and describes this adapter. Returns problems as sentences."""
     try:
         found = sha256(canonical(record)).hexdigest()
     except ValueError as error:
@@ -111,11 +111,11 @@ def verify(record: Json, lineage_id: str, manifest: Manifest) -> list[str]:
     if found != lineage_id:
         problems.append(f"The record has changed: its id is {found}, not {lineage_id}.")
     if record.get("format") != FORMAT:
-        return [*problems, f"The record has the format {record.get('format')!r}, and {FORMAT!r} is understood."]
+        return [*problems, f"The record has the format {record.get('format')!r}, but only {FORMAT!r} is supported."]
     try:
         return problems + _compare_files(record["outputs"], manifest) + _check_base(record["base"])
     except (KeyError, TypeError, AttributeError) as error:
-        return [*problems, f"The record lacks a part ({error})."]
+        return [*problems, f"The record is incomplete ({error})."]
 
 
 def _outputs(adapter: Manifest, num_parameters: int) -> Json:
@@ -159,7 +159,7 @@ def _data(source: DataSource) -> Json:
 
 
 def _attempt(entry: AttemptRecord, finished_at: float | None, *, is_last: bool) -> Json:
-    """Not `detail`, which may quote a log; packmates are counted, not named."""
+    """The record of an attempt. It omits `detail`, which may quote a log, and only counts packmates."""
     attempt = entry.attempt
     completes = is_last and attempt.ended_at is None and finished_at is not None
     return {
@@ -200,7 +200,7 @@ def _without(values: Json, keys: frozenset[str]) -> Json:
 
 
 def _without_paths(value: Any) -> Any:
-    """Drop each text that names a place on a host: it says nothing elsewhere, and something about its owner."""
+    """Drop strings that contain a host path. They are meaningless on other hosts, but reveal details of this one."""
     if isinstance(value, Mapping):
         items = cast(Mapping[str, Any], value).items()
         return {key: _without_paths(item) for key, item in items if not (_is_path(item) or _is_path(key))}
@@ -217,7 +217,7 @@ def _check(value: Any, place: str) -> None:
     if isinstance(value, dict):
         for key, item in cast(dict[Any, Any], value).items():
             if not isinstance(key, str):
-                raise ValueError(f"{place} has the key {key!r}, which is not text")
+                raise ValueError(f"{place} has the key {key!r}, which is not a string")
             _check(item, f"{place}.{key}")
     elif isinstance(value, list):
         for index, item in enumerate(cast(list[Any], value)):
@@ -239,15 +239,15 @@ def _compare_files(outputs: Json, manifest: Manifest) -> list[str]:
     problems += [f"The file {path} of the record is missing." for path in recorded if path not in stored]
     problems += [f"The file {path} is not in the record." for path in stored if path not in recorded]
     problems += [
-        f"The file {path} is not the recorded one: its digest is {stored[path]}, not {digest}."
+        f"The file {path} differs from the record: its digest is {stored[path]}, not {digest}."
         for path, digest in recorded.items()
         if stored.get(path, digest) != digest
     ]
     if outputs["artifact"] != manifest.digest:
-        problems.append(f"The record tells of the artifact {outputs['artifact']}, not of {manifest.digest}.")
+        problems.append(f"The record belongs to the artifact {outputs['artifact']}, not to {manifest.digest}.")
     return problems
 
 
 def _check_base(base: Json) -> list[str]:
     found = sha256(rfc8785.dumps(base["files"])).hexdigest()
-    return [] if found == base["digest"] else ["The base's digest is not that of the base's files in the record."]
+    return [] if found == base["digest"] else ["The base model's digest does not match its files in the record."]

@@ -1,7 +1,7 @@
-"""Who else may read an adapter or a checkpoint: permissions for other projects of its organization, given by operators.
+"""Permissions by which operators share an adapter or a checkpoint with other projects of its organization.
 
-Whoever has one may download the model and continue it, and sees nothing else of its job. What it has begun with it goes
-on when the permission is taken back.
+A project with a permission may download and continue the model, but can't see anything else of its job. Its jobs that
+continue the model keep running when the permission is revoked.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from catalog.tenancy.authentication import Caller
 
 
 def may_read_adapter(project_id: str) -> ColumnElement[bool]:
-    """Of Adapter: it is the project's own, or shared with it."""
+    """Condition for adapters that the project owns or that are shared with it."""
     return or_(Adapter.project_id == project_id, _is_shared(Adapter.id, project_id))
 
 
 def may_read_checkpoint(project_id: str) -> ColumnElement[bool]:
-    """Of Checkpoint, with its Job: as `may_read_adapter`."""
+    """Like `may_read_adapter`, for queries of Checkpoint joined with Job."""
     return or_(Job.project_id == project_id, _is_shared(Checkpoint.id, project_id))
 
 
 def grant(db: Database, *, caller: Caller, model: str, projects_named: Sequence[str]) -> list[ModelPermission]:
-    """Let these projects, by id or name, read the model. One that may already keeps its permission.
+    """Let these projects, named by id or name, read the model. An existing permission is kept.
 
-    Raises NotFound for a model or a project, one of another organization too, InvalidRequest for the model's own
-    project; then none is given.
+    Raises NotFound for the model or for a project, also for one of another organization, and InvalidRequest for the
+    model's own project. After an error, no permission is granted.
     """
     with db.write() as session:
         shared = _model(session, model, locked=True)
@@ -49,9 +49,9 @@ def grant(db: Database, *, caller: Caller, model: str, projects_named: Sequence[
         for reader in readers:
             if reader.id == shared.project_id:
                 raise InvalidRequest(
-                    f"The model belongs to the project {reader.name!r} itself.",
+                    f"The project {reader.name!r} owns the model and needs no permission.",
                     code="own_model",
-                    remedy="Name other projects; it has every right already.",
+                    remedy="Name only other projects.",
                     param="project_ids",
                 )
         now = read_clock(session)
@@ -68,7 +68,7 @@ def list_page(
     limit: int = 10,
     order: Order = "desc",
 ) -> Page[ModelPermission]:
-    """Who may read the model. project_id: only that one's."""
+    """Return a page of the model's permissions. project_id: returns only the permission of this project."""
     with db.read() as session:
         scope = select(ModelPermission).where(ModelPermission.model_id == _model(session, model).id)
         if project_id is not None:
@@ -78,24 +78,25 @@ def list_page(
 
 
 def revoke(db: Database, *, model: str, permission_id: str, is_client_retry: bool = False) -> None:
-    """Raises NotFound; not where the client sends this again, having had no reply."""
+    """Revoke a permission. Raises NotFound, unless is_client_retry: the client repeats a request without a reply."""
     with db.write() as session:
         shared, row = _model(session, model), session.get(ModelPermission, permission_id)
         if row is not None and row.model_id == shared.id:
             session.delete(row)
             _note(session, "permission.deleted", row, shared, now=read_clock(session))
         elif not is_client_retry:
-            remedy = "GET /v1/fine_tuning/checkpoints/MODEL/permissions shows those that there are."
+            remedy = "List the permissions with GET /v1/fine_tuning/checkpoints/MODEL/permissions."
             raise NotFound("permission", permission_id, param="permission_id", remedy=remedy)
 
 
 def shared_with(project_id: str) -> Select[Adapter]:
-    """Adapters of others that the project may read, deleted ones too."""
+    """Adapters of other projects that the project may read, including deleted ones."""
     given = ModelPermission.model_id == Adapter.id, ModelPermission.project_id == project_id
     return select(Adapter).join(ModelPermission, and_(*given))
 
 
 def checkpoints_shared_with(project_id: str) -> Select[Checkpoint, Job]:
+    """Checkpoints of other projects that the project may read, with their jobs."""
     given = ModelPermission.model_id == Checkpoint.id, ModelPermission.project_id == project_id
     return checkpoints.kept().join(ModelPermission, and_(*given))
 
@@ -105,7 +106,7 @@ def _is_shared(model_id: Any, project_id: str) -> ColumnElement[bool]:
 
 
 def _model(session: Session, name: str, *, locked: bool = False) -> Adapter:
-    """Whosever it is: for operators. Raises NotFound, NoLongerKept."""
+    """Return the model of any project, for operators. Raises NotFound, NoLongerKept."""
     if checkpoints.is_named(name):
         checkpoint = checkpoints.row(session, true(), name, locked=locked)
         if checkpoint is None:
@@ -114,13 +115,13 @@ def _model(session: Session, name: str, *, locked: bool = False) -> Adapter:
     named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name), Adapter.deleted_at.is_(None))
     adapter = session.scalar(named.with_for_update() if locked else named)
     if adapter is None:
-        remedy = "Give the name of an adapter, as in a job's fine_tuned_model, or of a checkpoint."
+        remedy = "Use the name of an adapter, as in a job's fine_tuned_model, or of a checkpoint."
         raise NotFound("adapter", name, param="fine_tuned_model_checkpoint", remedy=remedy)
     return adapter
 
 
 def _give(session: Session, shared: Adapter, reader_id: str, *, caller: Caller, now: float) -> ModelPermission:
-    """The model's row is locked: nobody else gives one for it meanwhile."""
+    """Return the project's permission, or create it. The model's row is locked, which prevents duplicates."""
     same = select(ModelPermission).where(ModelPermission.model_id == shared.id, ModelPermission.project_id == reader_id)
     found = session.scalar(same)
     if found is None:

@@ -92,8 +92,8 @@ def test_a_base_that_a_job_needs_is_kept_and_the_page_says_why(fresh: Service, v
     visitor.page.get_by_role("button", name="Delete the model").click()
 
     alert = visitor.page.get_by_role("alert")
-    expect(alert).to_contain_text(f"used by the job {job.id}")
-    expect(alert).to_contain_text("Wait until every job on it ends")
+    expect(alert).to_contain_text(f"in use by the job {job.id}")
+    expect(alert).to_contain_text("Wait until all jobs on it have finished")
     assert [base.name for base in base_models.list_all(fresh.seeded.db)] == [seed.BASE]
 
 

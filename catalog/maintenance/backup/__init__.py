@@ -1,4 +1,4 @@
-"""Backups of a service's database and store, and restoring one.
+"""Backup and restore of a service's database and artifact store.
 
-docs/OPERATIONS.md says why a backup is consistent although it is made while the service writes.
+docs/OPERATIONS.md explains why a backup is consistent although the service keeps writing during it.
 """

@@ -1,4 +1,7 @@
-"""Making a backup while the service works: files, then the database, then the files that came meanwhile."""
+"""Creates, verifies and restores backups while the service runs.
+
+A backup copies objects, then dumps the database, then copies the objects that were stored in the meantime.
+"""
 
 from __future__ import annotations
 
@@ -32,23 +35,25 @@ from catalog.tables.table import Json
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backup:
-    """A backup, and what was copied for it."""
+    """The result of `create`."""
 
     record: BackupRecord
     num_copied: int
-    """Objects that no earlier backup at this place had."""
+    """Number of objects that no earlier backup at this location had."""
     forgotten: list[str]
-    """Names of the backups that were deleted for it."""
+    """Names of the old backups that were deleted."""
 
 
 def create(
     db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: Path, keep: int | None = None
 ) -> Backup:
-    """Copy the database and all that it names. keep: so many backups stay at the place, this one among them.
+    """Back up the database and all objects that it refers to.
 
-    An object that the store does not have, or whose content has changed, is reported in the record's `problems`; all
-    others are copied. Raises Conflict where another backup to the place is running, InvalidRequest where the database
-    can't be dumped, Unavailable and OutOfSpace.
+    keep: the number of backups to keep at the location, including this one; older ones are deleted.
+
+    Objects that are missing or whose content has changed are reported in the record's `problems`; all others are
+    copied. Raises Conflict if another backup to the location is running, InvalidRequest if the database can't be
+    dumped, Unavailable and OutOfSpace.
     """
     with place.lease() as lease:
         made = _copy(db, store, place, work_dir=work_dir)
@@ -61,7 +66,7 @@ def create(
 
 
 def _copy(db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: Path) -> Backup:
-    """All of a backup except its record, without which it is none."""
+    """Store all parts of a backup except its record, without which it does not count as a backup."""
     there = references.stored(place.store)
     num_before = len(there)
     with db.read() as session:
@@ -70,7 +75,7 @@ def _copy(db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: P
         work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="backup-", dir=work_dir) as folder:
         copier = references.Copier(source=store.objects, target=place.store, there=there, spool_dir=Path(folder))
-        copier.copy(keys)  # most of it; what can't be copied was let go since, or is told the second time
+        copier.copy(keys)  # most objects; an object that fails was deleted since, or is reported by the second copy
         dumped = Path(folder) / "database"
         with full_disk_named():
             snapshot = database_dump.take(db, dumped)
@@ -93,7 +98,7 @@ def _copy(db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: P
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackupCheck:
-    """What was read and computed anew."""
+    """The result of `verify`."""
 
     num_artifacts: int
     num_objects: int
@@ -102,10 +107,10 @@ class BackupCheck:
 
 
 def verify(db: Database, store: ArtifactStore, *, peppers: Sequence[bytes]) -> BackupCheck:
-    """Read every object that the record names, and verify the audit chain and its anchors. Raises Unavailable.
+    """Read every object that the database refers to, and verify the audit chain and its anchors. Raises Unavailable.
 
-    peppers: where none is known, of the chain only the order is verified.
-    Where the database is damaged, that alone is reported: what it says of anything else can't be trusted.
+    peppers: without any, only the order of the chain is verified. If the database is damaged, only the damage is
+    reported, because its other content can't be trusted.
     """
     if damage := integrity.damage(db):
         return BackupCheck(num_artifacts=0, num_objects=0, num_audit_events=0, problems=damage)
@@ -129,11 +134,11 @@ def _of_artifacts(session: Session, artifacts: list[Artifact], damaged: Mapping[
     names = {row.artifact: row.name for row in session.execute(select(Adapter.artifact, Adapter.name))}
     problems: list[str] = []
     for row in artifacts:
-        name = names.get(row.digest) or f"The artifact {row.digest} ({row.kind})"
+        name = names.get(row.digest) or f"Artifact {row.digest} ({row.kind})"
         keys = [*(blob_key(file["digest"]) for file in row.files), manifest_key(row.digest)]
         problems += [f"{name}: {damaged[key]}" for key in keys if key in damaged]
         if not _is_itself(row):
-            problems.append(f"{name}: its row names other files than its manifest.")
+            problems.append(f"{name}: its database row and its manifest list different files.")
     return problems
 
 
@@ -150,37 +155,37 @@ def _of_files(session: Session, damaged: Mapping[str, str]) -> list[str]:
 
 
 def _of_chain(db: Database, store: ArtifactStore, peppers: Sequence[bytes]) -> tuple[int, list[str]]:
-    """How many sealed events there are, and what doesn't fit."""
+    """Return the number of sealed events up to the first fault, and that fault as a sentence."""
     num_events = 0
     while True:
         found = audit_anchors.verify(db, store.objects, peppers=peppers, after=num_events)
         num_events += found.num_events
         if found.misfit is not None:
             of = f" ({found.misfit.id})" if found.misfit.id else ""
-            return num_events, [f"The audit chain does not fit at {found.misfit.link}{of}: {found.misfit.fault}."]
+            return num_events, [f"The audit chain is broken at link {found.misfit.link}{of}: {found.misfit.fault}."]
         if not found.has_more:
             return num_events, []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Restored:
-    """A backup that is a service's database and store again."""
+    """The result of `restore`."""
 
     record: BackupRecord
     num_copied: int
-    """Objects that the store did not have."""
+    """Number of objects that the store did not have."""
     superseded_anchors: list[str]
-    """Objects of anchors of the audit chain that came after the backup: their events are lost."""
+    """Objects of the audit anchors that were written after the backup: their events are lost."""
     checked: BackupCheck
-    """Also what could not be copied, as far as the record names it."""
+    """Also reports objects that could not be copied, if the database refers to them."""
 
 
 def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) -> Restored:
-    """Into the database and the store that the settings name; the database must have no tables. Then check all of it.
+    """Restore a backup into the configured database and store, and verify the result.
 
-    name: the newest backup where it is None. What this version has for newer tables is migrated. Raises NotFound,
-    Conflict, InvalidRequest, DamagedArtifact, Unavailable, OutOfSpace: then the database is as it was, except after
-    the Conflict `restored_database_differs`.
+    The database must have no tables. It is migrated to the schema of this version. name: None restores the newest
+    backup. Raises NotFound, Conflict, InvalidRequest, DamagedArtifact, Unavailable and OutOfSpace. After an error the
+    database is unchanged, except after the Conflict `restored_database_differs`.
     """
     record = place.find(name)
     url = settings.resolved_database_url()
@@ -216,9 +221,9 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
 
 
 def _check_same(db: Database, record: BackupRecord) -> None:
-    """The database is sound, and has the revision, the rows and the end of the audit chain that the backup recorded.
+    """Check that the database is intact, and has the revision, row counts and audit chain head of the backup's record.
 
-    Call it before any migration: a migration may change each of them.
+    Call it before any migration, which may change each of them. Raises Conflict.
     """
     problems = integrity.damage(db) or [
         *integrity.differences(db, recorded_revision=record.revision, recorded_counts=record.row_counts),
@@ -226,27 +231,27 @@ def _check_same(db: Database, record: BackupRecord) -> None:
     ]
     if problems:
         raise Conflict(
-            f"The restored database is not the one in the backup {record.name}. {' '.join(problems)}",
+            f"The restored database differs from the backup {record.name}. {' '.join(problems)}",
             code="restored_database_differs",
-            remedy="Do not start the service on it. Drop the database, or move its file with the -wal and -shm files "
-            "away. Then restore this backup again, or an earlier one with --backup NAME.",
+            remedy="Do not start the service on it. Drop the database, or move its file away together with its -wal "
+            "and -shm files. Then restore this backup again, or an earlier one with --backup NAME.",
         )
 
 
 def _differences_of_chain(db: Database, record: BackupRecord) -> list[str]:
-    if record.audit_link == 0:  # nothing was sealed, or the version of the backup had no audit log
+    if record.audit_link == 0:  # no event was sealed, or the backup's version had no audit log
         return []
     with db.read() as session:
         digest = session.scalar(select(AuditEvent.digest).where(AuditEvent.link == record.audit_link))
     if digest == record.audit_digest:
         return []
-    return [f"The audit chain has another event at {record.audit_link} than the backup recorded."]
+    return [f"The event at link {record.audit_link} of the audit chain differs from the one that the backup recorded."]
 
 
 def _record_restore(db: Database, record: BackupRecord, superseded: Sequence[Superseded]) -> float:
-    """Readers of the log learn that what came after the backup is not in it. Returns the time, in seconds since 1970.
+    """Write an audit event, which shows that events after the backup are lost. Returns its time in seconds since 1970.
 
-    It precedes the move of the anchors: so none was moved without an event that names it.
+    Call it before the anchors are moved, so that no anchor is moved without an event that names it.
     """
     with db.write() as session:
         now = read_clock(session)
@@ -267,21 +272,21 @@ def _record_restore(db: Database, record: BackupRecord, superseded: Sequence[Sup
 def _check_fits(record: BackupRecord, url: str) -> None:
     if database_dump.kind_of(url) != record.database:
         raise Conflict(
-            f"The backup {record.name} is of a {record.database} database, and LORRY_DATABASE_URL names another kind.",
+            f"Backup {record.name} is of a {record.database} database, but LORRY_DATABASE_URL names another kind.",
             code="backup_of_another_database",
-            remedy=f"Name an empty {record.database} database.",
+            remedy=f"Set LORRY_DATABASE_URL to an empty {record.database} database.",
         )
     if revisions.is_unreleased(record.revision):
         raise InvalidRequest(
-            f"The tables of the backup {record.name} are of a build before the first release ({record.revision}): they "
-            "cannot be upgraded.",
+            f"Backup {record.name} was made by a build before the first release ({record.revision}) and can't be "
+            "upgraded.",
             code="backup_not_upgradable",
-            remedy="Restore it by the build that made it. For this version, make a new database: python -m api "
+            remedy="Restore it with the build that made it. For this version, create a new database: python -m api "
             "bootstrap.",
         )
     if record.revision not in revisions.known():
         raise InvalidRequest(
-            f"The tables of the backup {record.name} are of a newer version ({record.revision}) than this one.",
+            f"Backup {record.name} was made by a newer version of Lorry (revision {record.revision}).",
             code="backup_of_a_newer_version",
-            remedy="Restore it by that version of Lorry, or by a later one.",
+            remedy="Restore it with that version of Lorry or a later one.",
         )

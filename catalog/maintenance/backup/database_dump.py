@@ -1,7 +1,7 @@
-"""The database as one file, and back: SQLite's online backup, PostgreSQL's pg_dump and pg_restore.
+"""Dumps the database to one file and restores it: SQLite's online backup, PostgreSQL's pg_dump and pg_restore.
 
-What a dump names, and how many rows it has, is read from the state that it holds. A restore creates a database and
-never writes into an existing one, nor next to files that SQLite would replay into it.
+The referenced objects and the row counts are read from the same state that the dump contains. A restore creates a
+database. It never writes into an existing one, or next to files that SQLite would replay into it.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ from catalog.tables.audit import AuditHead
 
 DEBIAN = Path("/usr/lib/postgresql")
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
-"""Variables that PostgreSQL's programs see, beside its own, PG…."""
+"""Environment variables that are passed to PostgreSQL's programs, in addition to its own (PG…)."""
 SIDE_FILES = ("-wal", "-shm", "-journal")
-"""What SQLite keeps next to a database. It replays a log into any file of the matching name, even that of another
-database."""
+"""Suffixes of the files that SQLite keeps next to a database. It replays a log into any database file with the matching
+name, even into another database."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """What the record said at the moment of which the dump is."""
+    """The state of the database that the dump contains."""
 
     taken_at: float
     """Seconds since 1970 by the database's clock."""
     revision: str
-    """Of the tables, by alembic."""
+    """Alembic revision of the tables."""
     row_counts: dict[str, int]
-    """By table."""
+    """Number of rows by table."""
     keys: Keys
     audit_link: int
     audit_digest: str
-    """Where the audit chain ended; 0 and empty where nothing was sealed."""
+    """Head of the audit chain: link 0 and an empty digest if no event was sealed."""
 
 
 def kind_of(url: str) -> str:
-    """sqlite or postgresql."""
+    """Return "sqlite" or "postgresql"."""
     return make_url(url).get_backend_name()
 
 
 def take(db: Database, into: Path) -> Snapshot:
-    """Write one state of the database to `into`, while others write on. Raises InvalidRequest, Unavailable."""
+    """Dump one state of the database to `into` without blocking writers. Raises InvalidRequest, Unavailable."""
     return _sqlite_take(db, into) if db.is_sqlite else _postgresql_take(db, into)
 
 
 def put_back(dump: Path, url: str) -> None:
-    """Make the database at `url`, which must have no tables, what it was: whole or not at all."""
+    """Restore the dump atomically into the database at `url`, which must have no tables."""
     if kind_of(url) == "sqlite":
         _sqlite_put_back(dump, Path(make_url(url).database or ""))
     else:
@@ -71,7 +71,7 @@ def put_back(dump: Path, url: str) -> None:
 
 
 def check_empty(url: str) -> None:
-    """Raises Conflict where the database exists, or where files of an earlier SQLite database are in its place."""
+    """Raise Conflict if the database has tables, or if files of a SQLite database exist at its path."""
     parsed = make_url(url)
     if kind_of(url) == "sqlite":
         if parsed.database:
@@ -85,26 +85,29 @@ def check_empty(url: str) -> None:
         db.close()
     if has_tables:
         raise Conflict(
-            f"There are tables already in the database {parsed.render_as_string()}.",
+            f"The database {parsed.render_as_string()} already has tables.",
             code="database_not_empty",
             remedy="Set LORRY_DATABASE_URL to an empty database. A restore never overwrites a database.",
         )
 
 
 def _check_no_files(path: Path) -> None:
-    """Raises Conflict that names the database and the files next to it, as far as they exist."""
+    """Raise Conflict if the database file or one of its side files exists. The message lists them."""
     names = [str(path), *(f"{path}{suffix}" for suffix in SIDE_FILES)]
     if found := [name for name in names if os.path.lexists(name)]:
         raise Conflict(
-            f"Files of another database are already in the place of the restored one: {', '.join(found)}.",
+            f"Files of another database already exist at the path of the restored one: {', '.join(found)}.",
             code="database_not_empty",
-            remedy="Move all of them together to another folder, and then restore again; or set LORRY_DATA_DIR to an "
-            "empty folder. A restore never overwrites a database, and SQLite would replay a leftover log into it.",
+            remedy="Move all of them together to another folder and restore again, or set LORRY_DATA_DIR to an empty "
+            "folder. A restore never overwrites a database, and SQLite would replay a leftover log into it.",
         )
 
 
 def _sqlite_take(db: Database, into: Path) -> Snapshot:
-    """All pages in one step: a reader's transaction, which keeps no writer waiting, and which none makes begin anew."""
+    """Dump a SQLite database.
+
+    Copies all pages in one step, in a read transaction: it blocks no writer, and writes don't restart it.
+    """
     path = str(db.engine.url.database)
     with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as source, closing(sqlite3.connect(into)) as copy:
         source.backup(copy)
@@ -115,7 +118,7 @@ def _sqlite_take(db: Database, into: Path) -> Snapshot:
     finally:
         copied.close()
     with closing(sqlite3.connect(into)) as copy:
-        copy.execute("PRAGMA journal_mode=DELETE")  # one file, and not one with a log beside it
+        copy.execute("PRAGMA journal_mode=DELETE")  # a single file without a log file
         found = copy.execute("PRAGMA integrity_check").fetchone()
     if found != ("ok",):
         raise integrity.refusal(str(found[0]))
@@ -123,7 +126,7 @@ def _sqlite_take(db: Database, into: Path) -> Snapshot:
 
 
 def _postgresql_take(db: Database, into: Path) -> Snapshot:
-    """pg_dump reads what this transaction sees, so it is open until that has ended: as pg_dump's own is."""
+    """Dump a PostgreSQL database. pg_dump reads this transaction's snapshot, so it stays open until pg_dump exits."""
     frozen = db.engine.execution_options(isolation_level="REPEATABLE READ")
     with translated(), Session(frozen) as session, session.begin():
         session.execute(text("set local idle_in_transaction_session_timeout = 0"))
@@ -136,7 +139,7 @@ def _postgresql_take(db: Database, into: Path) -> Snapshot:
 
 
 def _exclusion(relation: str) -> str:
-    """Quoted, so that pg_dump takes no character for part of a pattern."""
+    """The pg_dump option that excludes a relation. Quotes keep pg_dump from interpreting the name as a pattern."""
     quoted = relation.replace('"', '""')
     return f'--exclude-table="{quoted}"'
 
@@ -154,10 +157,14 @@ def _look(session: Session) -> Snapshot:
 
 
 def _sqlite_put_back(dump: Path, path: Path) -> None:
-    """The name appears once the content is on the disk, and a service that started meanwhile is not overwritten."""
+    """Restore a SQLite database.
+
+    The file appears under its name only after its content is synced to disk. It never overwrites the database of a
+    service that was started in the meantime.
+    """
     durable.make_folder(path.parent)
     draft = path.with_name(f".{path.name}-restored")
-    draft.unlink(missing_ok=True)  # left by a restore that was killed, it may be a second name of a live database
+    draft.unlink(missing_ok=True)  # a draft left by a killed restore may be a hard link to a live database
     try:
         shutil.copyfile(dump, draft)
         durable.sync(draft)
@@ -172,7 +179,7 @@ def _sqlite_put_back(dump: Path, path: Path) -> None:
 
 
 def _analyze(url: str) -> None:
-    """A dump has no statistics, without which PostgreSQL plans as if all tables were small."""
+    """Run ANALYZE: a dump has no statistics, and without them PostgreSQL plans as if all tables were small."""
     db = Database(url)
     try:
         with translated(), db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -182,7 +189,7 @@ def _analyze(url: str) -> None:
 
 
 def program(name: str) -> Path | None:
-    """One of PostgreSQL's: on PATH, else the newest where Debian keeps several."""
+    """Find a PostgreSQL program: on PATH, or else the newest of the versions that Debian installs side by side."""
     if found := shutil.which(name):
         return Path(found)
     kept = sorted(DEBIAN.glob(f"*/bin/{name}"), key=lambda path: float(path.parts[-3]))
@@ -190,23 +197,26 @@ def program(name: str) -> Path | None:
 
 
 def _run(name: str, url: URL, options: Sequence[str]) -> None:
-    """Secrets of the URL go into the environment: every user of the machine can read a command line."""
+    """Run a PostgreSQL program. Raises InvalidRequest.
+
+    The URL's password is passed in the environment, because all users of the machine can read command lines.
+    """
     found = program(name)
     if found is None:
         raise InvalidRequest(
-            f"{name} is not on this machine, and a PostgreSQL database is copied by it alone.",
+            f"{name} is not installed, but is required to back up or restore a PostgreSQL database.",
             code="pg_dump_missing",
-            remedy="Install PostgreSQL's client programs, of the server's version or later (Debian: "
-            "postgresql-client), or copy by hand as docs/OPERATIONS.md says.",
+            remedy="Install PostgreSQL's client programs of the server's version or later (Debian: postgresql-client), "
+            "or copy the database manually as described in docs/OPERATIONS.md.",
         )
     query = dict(url.query)
     password = query.pop("password", url.password)
     if "sslpassword" in query:
         raise InvalidRequest(
-            f"{name} would show the database URL's sslpassword to every user of this machine, on its command line.",
+            f"{name} would expose the database URL's sslpassword to all users of this machine on its command line.",
             code="secret_on_command_line",
-            remedy="Use a client key without a password, in a file that only this user can read, and take sslpassword "
-            "out of LORRY_DATABASE_URL.",
+            remedy="Use a client key without a password, in a file that only this user can read, and remove "
+            "sslpassword from LORRY_DATABASE_URL.",
         )
     address = URL.create(
         "postgresql", username=url.username, host=url.host, port=url.port, database=url.database, query=query
@@ -219,7 +229,7 @@ def _run(name: str, url: URL, options: Sequence[str]) -> None:
     if done.returncode != 0:
         said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
         raise InvalidRequest(
-            f"{name} did not copy the database: {said}",
+            f"{name} failed: {said}",
             code="pg_dump_failed",
-            remedy="Nothing was kept. Do what it says, then try again.",
+            remedy="Fix the reported problem and try again. Nothing was kept.",
         )

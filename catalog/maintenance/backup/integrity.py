@@ -1,6 +1,7 @@
-"""Whether a database is sound: its structure, its foreign keys, and the number of rows that a backup recorded.
+"""Checks the integrity of a database: its structure, its foreign keys, and the row counts that a backup recorded.
 
-SQLite checks itself. For PostgreSQL, every row is read, and every foreign key is compared with the rows it refers to.
+SQLite has its own checks. For PostgreSQL, every row is read, and every foreign key is compared with the rows that it
+refers to.
 """
 
 from __future__ import annotations
@@ -31,19 +32,21 @@ FOREIGN_RELATIONS = """
 
 
 def row_counts(session: Session) -> dict[str, int]:
-    """Rows by table, of every table of Lorry's in the database, alembic's too."""
+    """Return the number of rows of each of Lorry's tables, including alembic's."""
     names = _table_names(session.connection())
     return {name: session.scalar(select(func.count()).select_from(table(name))) or 0 for name in names}
 
 
 def foreign_relations(connection: Connection) -> list[str]:
-    """Tables, views and sequences in the schema that belong to another PostgreSQL role than Lorry's tables: the role
-    of this process may not be allowed to read them."""
+    """Return the tables, views and sequences in the schema whose owner differs from that of Lorry's tables.
+
+    The role of this process may not be allowed to read them.
+    """
     return [] if connection.dialect.name == "sqlite" else list(connection.scalars(text(FOREIGN_RELATIONS)))
 
 
 def damage(db: Database) -> list[str]:
-    """Sentences about unreadable pages, rows and indexes. Where there are any, no other result can be trusted.
+    """Return sentences about unreadable pages, rows and indexes. If there are any, no other result can be trusted.
 
     Reads the whole database. Raises Unavailable.
     """
@@ -58,33 +61,36 @@ def damage(db: Database) -> list[str]:
 
 
 def orphans(db: Database) -> list[str]:
-    """Sentences about rows that refer to missing rows. Raises Unavailable."""
+    """Return sentences about rows that refer to missing rows. Raises Unavailable."""
     with translated(), db.engine.connect() as connection:
         found = _sqlite_orphans(connection) if db.is_sqlite else _postgresql_orphans(connection)
     return [_orphan_sentence(child, parent, number) for (child, parent), number in sorted(found.items())]
 
 
 def differences(db: Database, *, recorded_revision: str, recorded_counts: Mapping[str, int] | None) -> list[str]:
-    """Sentences about what differs from a backup's record. recorded_counts None: the backup recorded none."""
+    """Return sentences about differences from a backup's record. recorded_counts None: the backup recorded none."""
     with db.read() as session:
         found_revision, found = revisions.read(session), row_counts(session)
     problems: list[str] = []
     if found_revision != recorded_revision:
-        problems.append(f"Its tables have revision {found_revision}, and the backup recorded {recorded_revision}.")
+        problems.append(f"The tables have revision {found_revision}, but the backup recorded {recorded_revision}.")
     for name in sorted({*found, *recorded_counts} if recorded_counts is not None else ()):
         expected = (recorded_counts or {}).get(name, 0)
         if found.get(name, 0) != expected:
-            problems.append(f"{name} has {found.get(name, 0)} rows, and the backup recorded {expected}.")
+            problems.append(f"Table {name} has {found.get(name, 0)} rows, but the backup recorded {expected}.")
     return problems
 
 
 def means_damage(error: DatabaseError) -> bool:
-    """SQLite reports a malformed file by the base class itself, PostgreSQL by its class XX."""
+    """Whether the error reports a damaged database.
+
+    SQLite reports a malformed file as the base class itself, PostgreSQL as an error of its class XX.
+    """
     return type(error) is DatabaseError or isinstance(error, InternalError)
 
 
 def refusal(problem: str) -> Conflict:
-    """The error of a command that can't work with a damaged database."""
+    """Return the error of a command that can't work with a damaged database."""
     return Conflict(
         f"The database is damaged: {problem}.",
         code="database_damaged",
@@ -111,7 +117,7 @@ def _sqlite_orphans(connection: Connection) -> dict[tuple[str, str], int]:
 
 
 def _postgresql_damage(connection: Connection) -> list[str]:
-    """Each row is turned into text, so that its out-of-line values are read too."""
+    """Read every row and check the indexes. Rows are cast to text, so that out-of-line values are read too."""
     for name in _table_names(connection):
         whole_row = text(f"length({connection.dialect.identifier_preparer.quote(name)}::text)")
         connection.execute(select(func.count(whole_row)).select_from(table(name)))
@@ -137,4 +143,4 @@ def _postgresql_orphans(connection: Connection) -> dict[tuple[str, str], int]:
 
 def _orphan_sentence(child: str, parent: str, number: int) -> str:
     rows = "1 row that refers" if number == 1 else f"{number} rows that refer"
-    return f"{child} has {rows} to a missing row of {parent}."
+    return f"Table {child} has {rows} to a missing row of {parent}."

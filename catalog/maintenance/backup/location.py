@@ -1,8 +1,9 @@
-"""Where backups lie: a folder or a bucket, with one store for all of them, so that each adds what is new.
+"""The location of backups: a folder or a bucket. Its backups share one store, so each adds only new objects.
 
-`store/` holds objects by digest, as the service's own store does. `backups/NAME/` holds `database`, `objects.txt`, the
-keys of the objects that it names, and `backup.json`, which is written last: what has none is no backup. `lease.json` is
-there while a backup runs.
+- `store/` contains objects by digest, like the service's own store.
+- `backups/NAME/` contains `database` (the dump), `objects.txt` (the keys of its objects) and `backup.json` (the
+  record), which is written last: a folder without it is not a backup.
+- `lease.json` exists while a backup runs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RECORD, DUMP, OBJECTS = "backup.json", "database", "objects.txt"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackupRecord:
-    """What is known of one backup."""
+    """Metadata of one backup."""
 
     name: str
     taken_at: float
@@ -44,14 +45,14 @@ class BackupRecord:
     audit_link: int
     audit_digest: str
     problems: list[str]
-    """Objects that the record names, and that could not be copied."""
+    """Sentences about objects that the database refers to and that could not be copied."""
     row_counts: dict[str, int] | None
-    """By table; None in a backup of format 1."""
+    """Number of rows by table; None in a backup of format 1."""
     format: int = FORMAT
 
 
 class BackupPlace:
-    """Backups by name. Raises Unavailable and OutOfSpace."""
+    """A location of backups. Its methods raise Unavailable and OutOfSpace."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -60,25 +61,25 @@ class BackupPlace:
         self._backups = Objects(f"{url}/backups")
 
     def lease(self, *, renew_seconds: float = RENEW_SECONDS) -> LocationLease:
-        """A context in which no other backup to this location runs."""
+        """Return a context manager that excludes other backups to this location."""
         return LocationLease(self._root, self.url, renew_seconds=renew_seconds)
 
     def records(self) -> list[BackupRecord]:
-        """Of whole backups, oldest first. Raises InvalidRequest where a newer version has written one."""
+        """Return the records of complete backups, oldest first. Raises InvalidRequest if a newer version wrote one."""
         keys = [entry.key for entry in self._backups.list_all("") if entry.key.endswith(f"/{RECORD}")]
         return sorted((_record(b"".join(self._backups.read(key))) for key in keys), key=lambda record: record.taken_at)
 
     def find(self, name: str | None) -> BackupRecord:
-        """The newest where no name is said. Raises NotFound."""
+        """Return the record with this name, or the newest one if `name` is None. Raises NotFound."""
         records = self.records()
         for record in reversed(records):
             if name in (None, record.name):
                 return record
         names = ", ".join(record.name for record in records) or "none"
-        raise NotFound("backup", name or "any", remedy=f"Backups at {self.url}: {names}.")
+        raise NotFound("backup", name or "any", remedy=f"Use one of the backups at {self.url}: {names}.")
 
     def put(self, name: str, dump: Path, keys: Keys) -> dict[str, Any]:
-        """Keep a dump and the keys that it names; what of that stands in the backup's record."""
+        """Store a dump and the keys of its objects. Returns their fields of the backup's record."""
         listed = "".join(f"{key}\n" for key in keys).encode()
         digest, num_bytes = sha256(), 0
         for chunk in _chunks(dump):
@@ -92,26 +93,28 @@ class BackupPlace:
         }
 
     def finish(self, record: BackupRecord) -> None:
-        """From now on it is a backup."""
+        """Store the record, which completes the backup."""
         self._backups.put(f"{record.name}/{RECORD}", json.dumps(asdict(record), indent=1).encode())
 
     def keys(self, record: BackupRecord) -> Keys:
-        """Raises DamagedArtifact."""
+        """Return the keys of the backup's objects. Raises DamagedArtifact."""
         return b"".join(self._read(record, OBJECTS, record.objects_digest)).decode().splitlines()
 
     def fetch_dump(self, record: BackupRecord, into: Path) -> None:
-        """Raises DamagedArtifact."""
+        """Write the dump of the backup to the new file `into`. Raises DamagedArtifact."""
         with into.open("xb") as out:
             for chunk in self._read(record, DUMP, record.dump_digest):
                 out.write(chunk)
 
     def forget_all_but(self, keep: int) -> list[str]:
-        """Delete the oldest backups, and objects that none of the others names. Returns their names. The caller holds
-        the lease: an object that a running backup counts as present must not be deleted."""
+        """Delete the backups except the newest `keep`, and their unshared objects. Returns the deleted backups' names.
+
+        The caller holds the lease, because an object that a running backup counts as present must not be deleted.
+        """
         records = self.records()
         old, kept = records[:-keep], records[-keep:]
         for record in old:
-            for part in (RECORD, OBJECTS, DUMP):  # the record first: from then on it is no backup
+            for part in (RECORD, OBJECTS, DUMP):  # the record first, so that no incomplete backup is listed
                 self._backups.delete(f"{record.name}/{part}")
         if old:
             live = {key for record in kept for key in self.keys(record)}
@@ -124,18 +127,23 @@ class BackupPlace:
         try:
             return verified(self._backups.read(f"{record.name}/{part}"), digest)
         except NoSuchObject as error:
-            raise DamagedArtifact(f"The backup {record.name} has no {part} any more.") from error
+            raise DamagedArtifact(f"Backup {record.name} is incomplete: {part} is missing.") from error
 
 
 def open_place(where: str, *, is_new: bool = False) -> BackupPlace:
-    """Of a folder's path, or of a URL as LORRY_STORE_URL's. is_new: a folder may be made, for its owner alone."""
+    """Open the location at a folder's path, or at a URL of the form of LORRY_STORE_URL. Raises NotFound.
+
+    is_new: creates a missing folder, with permissions for its owner only.
+    """
     if "://" in where:
         return BackupPlace(where.rstrip("/"))
     folder = Path(where).expanduser().absolute()
     if is_new:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not folder.is_dir():
-        raise NotFound("backup", where, remedy="Name the folder, or the s3://…, that `python -m api backup` wrote to.")
+        raise NotFound(
+            "backup", where, remedy="Pass the folder or the s3://… URL that `python -m api backup` wrote to."
+        )
     return BackupPlace(folder.as_uri())
 
 
@@ -143,7 +151,7 @@ def _record(content: bytes) -> BackupRecord:
     fields = cast("dict[str, Any]", json.loads(content))
     if fields.get("format") not in READABLE:
         raise InvalidRequest(
-            f"The backup {fields.get('name')} has the format {fields.get('format')}. This version reads the formats "
+            f"Backup {fields.get('name')} has format {fields.get('format')}, but this version reads the formats "
             f"{READABLE[0]} to {FORMAT}.",
             code="backup_of_another_version",
             remedy="Restore it with the version that made it, and then migrate.",

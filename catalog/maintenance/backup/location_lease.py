@@ -1,8 +1,9 @@
-"""One backup at a time at a location: a lease object that is created only where there is none, and renewed meanwhile.
+"""Ensures that only one backup at a time writes to a location, by a lease object.
 
-A backup that is killed leaves it behind. It has expired once it was not renewed for LEASE_SECONDS by the location's
-clock; then the next backup takes over. Two that take over in the same moment may both believe that they hold it, until
-one of them asks again: `check` does, before anything is finished or deleted.
+A backup creates the object only if none exists, and renews it while it runs. A killed backup leaves the object behind:
+it expires LEASE_SECONDS after its last renewal by the location's clock, and the next backup takes over. Two backups
+that take over at the same moment may both believe that they hold the lease. `check` detects that, before anything is
+finished or deleted.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ log = logging.getLogger("lorry.catalog")
 
 
 class LocationLease:
-    """A context. Raises Conflict where another backup runs, OutOfSpace, Unavailable."""
+    """Context manager of the lease. Raises Conflict if another backup is running, OutOfSpace, Unavailable."""
 
     def __init__(self, objects: Objects, where: str, *, renew_seconds: float = RENEW_SECONDS) -> None:
-        """where: the location, for messages."""
+        """where: the name of the location in messages."""
         self.objects = objects
         self._where = where
         self._renew_seconds = renew_seconds
@@ -51,22 +52,23 @@ class LocationLease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._renewing.join()
-        with suppress(NoSuchObject, Unavailable):  # otherwise it expires
+        with suppress(NoSuchObject, Unavailable):  # if the deletion fails, the lease expires
             if self._is_ours():
                 self.objects.delete(KEY)
 
     def check(self) -> None:
-        """Raises Conflict where another backup has taken over."""
+        """Raise Conflict if another backup has taken over."""
         if not self._is_ours():
             raise Conflict(
                 f"Another backup to {self._where} has taken over, because this one did not renew its lease for "
                 f"{LEASE_SECONDS:.0f} s.",
                 code="backup_lease_lost",
-                remedy="This backup was not finished and deleted nothing. Back up again once the other has ended.",
+                remedy="Start the backup again after the other one has finished. This one was not finished and deleted "
+                "nothing.",
             )
 
     def _refuse_if_held(self) -> None:
-        with suppress(NoSuchObject):  # it has ended meanwhile
+        with suppress(NoSuchObject):  # the other backup has finished in the meantime
             if self.objects.now() - self.objects.head(KEY).written_at < LEASE_SECONDS:
                 raise self._running()
 
@@ -78,8 +80,8 @@ class LocationLease:
             f"Another backup to {self._where} is running: process {holder.get('pid', '?')} on "
             f"{holder.get('host', '?')}.",
             code="backup_running",
-            remedy=f"Wait until it has ended. If it was killed, its lease expires {LEASE_SECONDS:.0f} s after the last "
-            "renewal.",
+            remedy=f"Wait until it has finished. If it was killed, its lease expires {LEASE_SECONDS:.0f} s after the "
+            "last renewal.",
         )
 
     def _renew(self) -> None:

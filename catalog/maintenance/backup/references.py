@@ -1,4 +1,4 @@
-"""Which objects of the store the record names, and copying them: each is read by its digest on the way."""
+"""Lists the objects that the database refers to, and copies them between stores. Each copy verifies the digest."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from catalog.storage.store import blob_key, manifest_key, read_stored, verified
 from catalog.tables.storage import Artifact
 
 AT_ONCE = 8
-"""Objects that are read or copied at once: what a bucket takes to answer is waited for side by side."""
+"""Number of objects that are read or copied concurrently, to hide the latency of a bucket."""
 Keys = list[str]
-"""Of objects in the store: blobs, then manifests, for what names others is written last."""
+"""Keys of objects in the store: blobs first, then the manifests that refer to them."""
 
 
 def named(session: Session) -> Keys:
-    """Objects of all that is visible, and of the files and parts of uploads that are still wanted."""
+    """Return the keys of all objects in use: visible artifacts with their manifests, files, logs and upload parts."""
     artifacts = session.execute(select(Artifact.digest, Artifact.files)).all()
     blobs = garbage_collection.wanted_files(session)
     blobs.update(file["digest"] for artifact in artifacts for file in artifact.files)
@@ -34,27 +34,27 @@ def named(session: Session) -> Keys:
 
 
 def digest_of(key: str) -> str:
-    """The sha256 that an object's content must have."""
+    """Return the SHA-256 digest that the object's content must have."""
     return key.rpartition("/")[2].removesuffix(".json")
 
 
 def stored(objects: Objects) -> set[str]:
-    """Keys of all objects that a store holds."""
+    """Return the keys of all objects in a store."""
     return {entry.key for prefix in ("blobs", "manifests") for entry in objects.list_all(prefix)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copier:
-    """From one store to another, by way of `spool_dir` where an object is large."""
+    """Copies objects from one store to another. Large objects are spooled in `spool_dir`."""
 
     source: Objects
     target: Objects
     there: set[str]
-    """Keys that the target has: it gets those that were copied."""
+    """Keys of the objects in the target. `copy` adds to it."""
     spool_dir: Path
 
     def copy(self, keys: Keys) -> dict[str, str]:
-        """Copy those that are not there. Returns what is wrong, by key: those objects are not copied.
+        """Copy the objects that the target lacks. Returns problems by key; these objects are not copied.
 
         Raises Unavailable and OutOfSpace.
         """
@@ -63,7 +63,7 @@ class Copier:
         return blobs | _each([key for key in missing if not key.startswith("blobs/")], self._copy_one)
 
     def _copy_one(self, key: str) -> None:
-        """Whole before it is written: the library can't read one object while it writes another."""
+        """Copy one object. It is read completely first: the library can't read one object while it writes another."""
         with full_disk_named(), SpooledTemporaryFile(max_size=CHUNK_BYTES, dir=str(self.spool_dir)) as spool:
             for chunk in verified(read_stored(self.source, key), digest_of(key)):
                 spool.write(chunk)
@@ -73,7 +73,7 @@ class Copier:
 
 
 def damaged(keys: Keys, objects: Objects) -> dict[str, str]:
-    """Read all of them. What is wrong, by key. Raises Unavailable."""
+    """Read all of these objects, and return problems by key. Raises Unavailable."""
 
     def one(key: str) -> None:
         for _ in verified(read_stored(objects, key), digest_of(key)):
@@ -83,6 +83,8 @@ def damaged(keys: Keys, objects: Objects) -> dict[str, str]:
 
 
 def _each(keys: Iterable[str], act: Callable[[str], None]) -> dict[str, str]:
+    """Call `act` for all keys in threads. Returns problems (missing or changed objects) by key."""
+
     def tried(key: str) -> tuple[str, str | None]:
         try:
             act(key)

@@ -279,4 +279,4 @@ def test_a_hubs_id_in_a_models_place_tells_how_it_is_added(operator: TestClient,
     for error in refused:
         assert error["code"] == "model_not_found"
         assert "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M." in error["remedy"]
-        assert "Base models here: smol." in error["remedy"]
+        assert "Available base models: smol." in error["remedy"]

@@ -66,7 +66,7 @@ def test_a_failed_model_is_not_offered_and_one_that_comes_is_marked(world: World
     with pytest.raises(NotFound) as refusal:
         world.submit(model="gpt-9")
 
-    assert refusal.value.remedy == "Base models here: coming (importing), smol."
+    assert refusal.value.remedy == "Available base models: coming (importing), smol."
 
 
 def with_rates(multiplier: float | str | None, rate: float | str | None) -> dict[str, Any]:

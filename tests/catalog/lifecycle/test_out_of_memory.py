@@ -70,8 +70,8 @@ def test_what_would_fit_is_told_of_a_job_that_is_given_up(world: World) -> None:
     error = world.job(job.id).error or {}
     assert error["code"] == "quarantined"
     assert len(error["evidence"]) == MAX_COUNTED_ATTEMPTS
-    assert "alone in its trainer, and computed slice by slice" in error["message"]
-    assert "reckoned to need about 16.4 GB, and the smallest of 2 devices has 17.0 GB" in error["message"]
+    assert "alone in its trainer and computed one slice" in error["message"]
+    assert "estimated to need about 16.4 GB, and the smallest of 2 devices has 17.0 GB" in error["message"]
     assert "It would fit one GPU of 24 GB, or a group of 2 of " not in error["message"], "no smaller card than failed"
     assert "It would fit one GPU of " in error["message"]
 
@@ -132,7 +132,7 @@ def test_memory_that_ended_while_a_base_was_loaded_makes_no_ticks_smaller(world:
     assert failures.SMALLER not in after_one[1]
     ended = world.job(job.id)
     assert ended.state == JobState.FAILED, "a base that no worker can load is tried for ever"
-    assert "slice by slice" not in (ended.error or {})["message"]
+    assert "one slice" not in (ended.error or {})["message"]
 
 
 @pytest.mark.parametrize("counted", range(MAX_COUNTED_ATTEMPTS))

@@ -42,7 +42,7 @@ def test_a_job_is_moved_before_and_behind_others_and_to_both_ends(world: World) 
         assert order(world) == [job.id for job in expected]
     (claim,) = world.claim(capacity=ONE)
     assert claim.job.id == a.id
-    assert "stand after" in str([event.message for event in queries.events_since(world.db, **world.of(d.id), seq=0)])
+    assert "directly after" in str([event.message for event in queries.events_since(world.db, **world.of(d.id), seq=0)])
 
 
 def test_places_that_are_as_near_as_numbers_can_be_are_spread(world: World) -> None:
@@ -79,7 +79,7 @@ def test_a_move_names_one_job_of_the_project_that_waits_in_the_same_class(world:
     (claim,) = world.claim(capacity=ONE)
     with pytest.raises(Conflict) as refusal:
         move(world, claim.job, to="last")
-    assert (refusal.value.code, refusal.value.remedy) == ("job_not_waiting", "A running job can be paused.")
+    assert (refusal.value.code, refusal.value.remedy) == ("job_not_waiting", "Pause the running job instead.")
 
 
 def test_moving_jobs_gives_a_project_no_other_projects_turn(world: World) -> None:
@@ -158,7 +158,7 @@ def test_the_start_that_a_job_needs_is_reckoned_from_what_a_step_took_its_projec
     assert job.needed_start == pytest.approx(deadline - 50, abs=1)
     why = explanation.explain(world.db, **world.of(job.id))
     assert (why["deadline"], why["is_late"]) == (deadline, False)
-    assert "It has to start within 9" in why["explanation"]
+    assert "the job must start within 9" in why["explanation"]
 
 
 def test_a_job_that_cannot_meet_its_deadline_is_told_so_once_and_goes_on(world: World) -> None:
@@ -170,7 +170,7 @@ def test_a_job_that_cannot_meet_its_deadline_is_told_so_once_and_goes_on(world: 
 
     assert told == [1, 0]
     warnings = [event for event in queries.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"]
-    assert [event.message[:52] for event in warnings] == ["The job can't meet its deadline any more. It had to "]
+    assert [event.message[:52] for event in warnings] == ["The job will miss its deadline. To meet its deadline"]
     assert explanation.explain(world.db, **world.of(job.id))["is_late"]
     assert [claim.job.id for claim in world.claim()] == [job.id, other.id]
 

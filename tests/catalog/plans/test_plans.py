@@ -96,7 +96,7 @@ def test_a_file_that_cant_be_trained_on_fails_the_plan_with_the_jobs_error(world
         "message": "There is nothing. Give more.",
         "param": "training_file",
     }
-    with pytest.raises(Conflict, match="has failed"):
+    with pytest.raises(Conflict, match="failed: There is nothing"):
         submit(world, row)
 
 
@@ -252,7 +252,7 @@ def test_a_job_would_start_at_once_on_a_free_worker_and_after_those_ahead_else(w
     world.queued()
     told = found(plan(world))["expected_start"]
     assert told["seconds"] is None
-    assert "no job of the project has ended yet" in told["basis"]
+    assert "no job of the project has succeeded yet" in told["basis"]
 
     (claim,) = world.claim()
     queue_claims.started(world.db, claim.claim_id, trainer_id="trainer-w1", resumed_from_step=None)

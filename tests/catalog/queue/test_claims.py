@@ -192,7 +192,7 @@ def test_three_bad_ends_with_no_new_checkpoint_put_the_job_aside_with_the_eviden
     assert job.error is not None
     assert job.error["code"] == "quarantined"
     assert [each["detail"] for each in job.error["evidence"]] == ["signal 2", "signal 1", "signal 0"]
-    assert "The last one: trainer crashed. signal 2 Look into the job's logs" in job.error["message"]
+    assert "Last failure: trainer crashed. signal 2 Check the job's logs" in job.error["message"]
 
 
 def test_a_trainer_that_ended_before_it_had_begun_the_job_counts_for_nothing_until_it_was_ten_in_a_row(
@@ -402,7 +402,7 @@ def test_a_job_that_ended_early_has_succeeded_and_tells_why_and_whose_weights_it
     assert told.items() <= (job.progress or {}).items()
     assert (job.progress or {})["kept_valid_loss"] == 1.5
     messages = "\n".join(event.message for event in queries.events_since(world.db, **world.of(claim.job.id), seq=0))
-    assert "Training ended early, at step 40" in messages
-    assert "The weights of step 20 are kept" in messages
+    assert "Training stopped early, at step 40" in messages
+    assert "The adapter has the weights of step 20" in messages
     (attempt,) = queries.attempts(world.db, **world.of(claim.job.id))
     assert attempt.detail == course.stopped_early

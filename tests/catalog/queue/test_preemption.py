@@ -141,8 +141,8 @@ def test_why_and_events_tell_both_what_was_decided_and_name_no_other_project(wor
     assert told["trained_seconds"] > SPARED
     events = queries.events_since(world.db, **world.of(batch.job.id), seq=0)
     assert [event.message for event in events][-2:] == [
-        "An urgent job needs the room: this one saves a checkpoint and goes back to its place in the queue.",
-        "The job made room for an urgent one and goes back to its place in the queue. Saved at step 5.",
+        "An urgent job preempts this job, which saves a checkpoint and returns to its position in the queue.",
+        "An urgent job preempted this job, which returns to its position in the queue. Saved at step 5.",
     ]
     for secret in (foreign.id, world.stranger.project_id, "theirs"):
         assert secret not in str((asked, left, [(event.message, event.data) for event in events]))

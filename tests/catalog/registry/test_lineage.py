@@ -230,9 +230,9 @@ def test_other_weights_are_named() -> None:
     problems = lineage.verify(made, lineage.lineage_id(made), manifest("other weights"))
 
     assert problems == [
-        "The file adapter_model.safetensors is not the recorded one: its digest is "
+        "The file adapter_model.safetensors differs from the record: its digest is "
         f"{digest('other weights')}, not {digest('weights')}.",
-        f"The record tells of the artifact {manifest().digest}, not of {manifest('other weights').digest}.",
+        f"The record belongs to the artifact {manifest().digest}, not to {manifest('other weights').digest}.",
     ]
 
 
@@ -255,7 +255,7 @@ def test_another_base_in_the_record_is_noticed_even_with_a_new_id() -> None:
 
     problems = lineage.verify(made, lineage.lineage_id(made), manifest())
 
-    assert problems == ["The base's digest is not that of the base's files in the record."]
+    assert problems == ["The base model's digest does not match its files in the record."]
 
 
 def every_place(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

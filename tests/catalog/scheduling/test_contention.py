@@ -214,6 +214,6 @@ def test_people_are_told_whether_a_trainer_starts_or_has_the_base_already(world:
     world.claim(capacity=ONE)
     world.claim(capacity=replace(ONE, resident_key=second.pack_key))
 
-    for job, told in ((first, "in a trainer that starts for it"), (second, "in the trainer that has its base loaded")):
+    for job, told in ((first, "in a new trainer"), (second, "in a trainer that has its base model loaded")):
         messages = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]
-        assert messages[-1] == f"Attempt 1 begins on worker w1, {told}"
+        assert messages[-1] == f"Attempt 1 started on worker w1 {told}"

@@ -200,7 +200,7 @@ def test_an_audit_log_that_was_changed_is_told(service: Service, elsewhere: Sett
         ident = first.id
 
     problems = verify(db, service.store, peppers=PEPPER.all()).problems
-    assert problems == [f"The audit chain does not fit at 1 ({ident}): changed."]
+    assert problems == [f"The audit chain is broken at link 1 ({ident}): changed."]
     db.close()
 
 
@@ -293,7 +293,7 @@ def test_a_backup_without_its_record_is_none(service: Service, elsewhere: Settin
     with pytest.raises(NotFound) as refused:
         restore(elsewhere, service.place)
 
-    assert refused.value.remedy == f"Backups at {service.place.url}: none."
+    assert refused.value.remedy == f"Use one of the backups at {service.place.url}: none."
 
 
 def test_a_backup_that_was_changed_is_refused_and_nothing_is_made(service: Service, elsewhere: Settings) -> None:

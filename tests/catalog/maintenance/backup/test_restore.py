@@ -155,7 +155,7 @@ def test_the_restored_chain_must_end_as_the_backup_recorded(service: Service, el
     (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "audit_digest": "0" * 64}))
 
-    with pytest.raises(Conflict, match="audit chain has another event") as refused:
+    with pytest.raises(Conflict, match="of the audit chain differs") as refused:
         restore(elsewhere, service.place)
 
     assert refused.value.code == "restored_database_differs"
@@ -190,7 +190,7 @@ def test_anchors_of_events_that_a_restore_lost_are_moved_away_and_named(
         told = session.scalars(select(AuditEvent).where(AuditEvent.type == "service.restored")).one()
         assert told.details["superseded_anchors"] == [{"key": lost, "link": record.audit_link + 1}]
         session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one().actor_name = "somebody else"
-    assert "does not fit at 1 " in str(verify(db, service.store, peppers=PEPPER.all()).problems)
+    assert "is broken at link 1 " in str(verify(db, service.store, peppers=PEPPER.all()).problems)
     db.close()
 
 
@@ -212,7 +212,7 @@ def test_an_anchor_of_before_the_backup_that_does_not_fit_is_still_reported(
 
     restored = restore(keeps, service.place)
 
-    assert restored.checked.problems == [f"The audit chain does not fit at {cut}: missing."]
+    assert restored.checked.problems == [f"The audit chain is broken at link {cut}: missing."]
     assert restored.superseded_anchors == []
     assert [entry.key for entry in objects.list_all(audit_anchors.PREFIX)] == [name]
 
@@ -247,7 +247,7 @@ def test_restore_reports_a_database_that_differs_from_what_the_backup_recorded(
         restore(elsewhere, service.place)
 
     assert refused.value.code == "restored_database_differs"
-    assert "projects has 2 rows, and the backup recorded 3." in refused.value.message
+    assert "projects has 2 rows, but the backup recorded 3." in refused.value.message
     assert "Do not start the service" in refused.value.remedy
 
 
