@@ -145,7 +145,8 @@ class Settings(BaseSettings):
         size = info.data.get("gang_size", 64)
         if fewest is not None and fewest > size:
             raise ValueError(
-                f"LORRY_GANG_SIZE is {size}: no trainer could start with a larger minimum. Set at most {size}, or unset it."
+                f"LORRY_GANG_SIZE is {size}: no trainer could start with a larger minimum. "
+                f"Set at most {size}, or unset it."
             )
         return fewest
 
