@@ -105,7 +105,7 @@ class Filters:
     actor_ids: Sequence[str] = ()
     project_ids: Sequence[str] = ()
     after: float | None = None
-    """Exclusive lower limit. `since` is an inclusive one; `before` and `until` are exclusive and inclusive upper ones."""
+    """Exclusive lower limit. `since` is inclusive, `before` an exclusive upper limit, `until` an inclusive one."""
     since: float | None = None
     before: float | None = None
     until: float | None = None

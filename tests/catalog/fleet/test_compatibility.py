@@ -61,7 +61,7 @@ def beat(world: World, worker_id: str) -> bool:
     [
         (OLDER, "database_too_old", "Migrate it with this version"),
         (LATER, "worker_too_old", "Install the service's version"),
-        (UNRELEASED, "database_not_upgradable", "make a new database"),
+        (UNRELEASED, "database_not_upgradable", "create a new database"),
     ],
 )
 def test_a_worker_of_another_revision_is_refused_with_what_to_do_and_writes_nothing(
@@ -132,7 +132,7 @@ def test_a_service_refuses_tables_of_a_build_before_the_first_release(restored: 
         compatibility.check_tables(session)
 
     assert refused.value.code == "database_not_upgradable"
-    assert "make a new database" in refused.value.remedy
+    assert "create a new database" in refused.value.remedy
 
 
 def test_every_revision_but_the_newest_is_older(next_migration: Path) -> None:
