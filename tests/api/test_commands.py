@@ -150,7 +150,7 @@ def test_on_tables_of_an_older_version_a_command_ends_with_the_remedy(
     failed = run(tmp_path, *arguments, check=False, scripts=next_migration)
 
     assert failed.returncode == 1
-    assert f"it is at {OLDER}, an older one" in failed.stderr
+    assert f"it is at {OLDER}, which is older" in failed.stderr
     assert remedy in failed.stderr
     assert "Traceback" not in failed.stderr
     assert failed.stdout == ""
