@@ -104,7 +104,7 @@ def attempts(db: Database, *, project_id: str, job_id: str) -> list[Attempt]:
 
 
 def seconds_running(db: Database, job_ids: Collection[str]) -> dict[str, float]:
-    """Return the seconds that workers have held a claim on each job, over all attempts. A running one counts until now."""
+    """Return the seconds under a worker's claim of each job, over all attempts. A running attempt counts until now."""
     if not job_ids:
         return {}
     with db.read() as session:

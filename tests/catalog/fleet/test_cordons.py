@@ -122,7 +122,7 @@ def test_who_asks_why_a_job_waits_is_told_of_the_cordon(world: World) -> None:
     world.worker("w2")
 
     told = why(world, waiting.id)["explanation"]
-    assert told.startswith("It is first in the queue and waits for a worker to have room.")
+    assert told.startswith("It is first in the queue and waits for a worker with free capacity.")
     assert told.endswith("accepts no new jobs. Worker w1 is cordoned: Its fan is loud.")
     cordons.drain(world.db, "w2")
     told = why(world, waiting.id)["explanation"]

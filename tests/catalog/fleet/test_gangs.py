@@ -311,7 +311,7 @@ def test_a_job_is_told_how_many_of_its_gang_are_there(gang: Gang, clock: Clock) 
 
     alone = explain(gang.world.db, **gang.world.of(job.id))
 
-    assert with_both["explanation"].startswith("It is first in the queue and waits for a worker to have room.")
+    assert with_both["explanation"].startswith("It is first in the queue and waits for a worker with free capacity.")
     assert alone["explanation"] == "It waits for missing workers of a gang. 1 of 2 workers of pair is available."
     assert [one["workers"] for one in alone["gangs"]] == [["w1"]]
 
