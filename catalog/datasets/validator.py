@@ -124,7 +124,7 @@ def _check_first(number: int, line: bytes) -> None:
     elif kind is None and start != b"{":
         kind = "CSV or plain text"
     if kind is not None:
-        remedy = f"Write JSON Lines: on each line one object, {FORMS}."
+        remedy = f"Write JSON Lines, with one object per line: {FORMS}."
         raise _refuse([(number, BadRow("not_jsonl", f"this looks like {kind}, not JSON Lines", remedy))])
 
 

@@ -62,7 +62,7 @@ class LiveMember:
     """The worker is neither cordoned nor draining."""
     versions: str = ""
     num_missed: int = 0
-    """See GangSeat."""
+    """Missed rounds since the last started one; see GangSeat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
