@@ -1,4 +1,4 @@
-"""The system of record and its rules: what a job may ask for, what happens next, and what happened.
+"""The system of record and its rules: valid job requests, scheduling decisions, and history.
 
-It knows nothing of HTTP, of the delivery of messages, or of tensors. docs/ARCHITECTURE.md shows its packages as layers.
+It does not depend on HTTP, message delivery or tensors. docs/ARCHITECTURE.md shows its packages as layers.
 """

@@ -1,4 +1,4 @@
-"""Who asks, as authentication finds it. Finding it is in keys."""
+"""The authenticated caller of a request. Authentication itself is in catalog.tenancy.authentication."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from catalog.states import PriorityClass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
-    """Who asks, and what they may see."""
+    """The API key or browser session behind a request, with its project, scopes and limits."""
 
     api_key_id: str
     project_id: str
@@ -19,17 +19,17 @@ class Caller:
     is_operator: bool
     name: str
     scopes: frozenset[str] = frozenset()
-    """What the key may do; see catalog.tenancy.scopes."""
+    """Permissions of the key; see catalog.tenancy.scopes."""
     is_limited: bool = False
-    """Its scopes were named, so that none is added to them later."""
+    """The key was created with explicit scopes: scopes of later versions are not added to them."""
     expires_at: float | None = None
-    """Of a browser session, its own end."""
+    """For a browser session, the time at which the session ends."""
     is_browser: bool = False
-    """Asks by the cookie of a browser session."""
+    """The request is authenticated by the cookie of a browser session."""
     requests_per_minute: int | None = None
     jobs_per_day: int | None = None
-    """Of both: None: the service's; 0: without limit."""
+    """For both limits, None means the service's default and 0 means unlimited."""
     highest_priority: int = PriorityClass.normal
-    """The highest class that the key's jobs may have; its project's holds as well."""
+    """Highest priority class for jobs of the key. The project's own limit applies as well."""
     service_jobs_per_day: int = 0
-    """What the service says; 0: without limit."""
+    """The service's default limit; 0 means unlimited."""

@@ -1,4 +1,4 @@
-"""A full disk, named: whoever writes a file under the data folder does it inside `full_disk_named`."""
+"""Detection of a full disk. Code that writes files under the data folder does so inside `full_disk_named`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from catalog.errors import OutOfSpace
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _IN_TEXT = re.compile(rf"(os error |\[Errno )({errno.ENOSPC}|{errno.EDQUOT})\b")
-"""How a library that is not Python's tells it, and Python."""
+"""Matches the error texts of Rust libraries ("os error 28") and of Python ("[Errno 28]")."""
 
 
 @contextmanager
 def full_disk_named() -> Generator[None]:
-    """Raises OutOfSpace for an OSError that means a full disk or quota; lets all others pass."""
+    """Raises OutOfSpace for an OSError that means a full disk or quota. Other errors propagate unchanged."""
     try:
         yield
     except OSError as error:
@@ -30,13 +30,13 @@ def is_full(error: BaseException) -> bool:
 
 
 def tells_of_full(text: str) -> bool:
-    """Whether a process's last words do."""
+    """Return whether the last output of a process reports a full disk or quota."""
     return _IN_TEXT.search(text) is not None
 
 
 def out_of_space() -> OutOfSpace:
     return OutOfSpace(
-        "The disk, or the quota on it, is full.",
+        "The disk or its quota is full.",
         code="out_of_space",
-        remedy="Nothing was kept. Free space under the data folder, then try again.",
+        remedy="Nothing was saved. Free space under the data folder, then try again.",
     )

@@ -1,4 +1,4 @@
-"""Files and folders that survive a power cut: fsync of what was written, and of every folder that holds its name."""
+"""Files and folders that survive a power failure: fsync of the file, and of each folder that contains its name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path, *, mode: int = 0o777) -> None:
-    """Create a folder and its missing parents. After the return, a power cut loses none of them. Raises OSError.
+    """Create a folder and its missing parents. They survive a power failure after the return. Raises OSError.
 
-    mode: of the folder itself. Its parents get the default mode, as with `Path.mkdir`.
+    mode: mode of the folder itself. Its parents get the default mode, as with `Path.mkdir`.
     """
     missing = [folder for folder in (path.absolute(), *path.absolute().parents) if not folder.exists()]
     path.mkdir(mode=mode, parents=True, exist_ok=True)

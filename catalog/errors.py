@@ -1,6 +1,6 @@
-"""What can go wrong for a person: a code to program against, a sentence to read, a remedy to try.
+"""Errors that users and operators can act on: a code for programs, a message, and a remedy.
 
-The api turns these into the OpenAI error shape; the CLI prints them. Our own mistakes are asserts.
+The API server converts them to OpenAI's error format; the CLI prints them. Bugs in Lorry itself are asserts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 
 class LorryError(Exception):
-    """A refusal that somebody can act on. `param` names the field or place that is at fault."""
+    """Base class of errors that the user can act on. `param` names the invalid field or parameter."""
 
     status: ClassVar[int] = 400
     type: ClassVar[str] = "invalid_request_error"
@@ -22,20 +22,20 @@ class LorryError(Exception):
         self.param = param
 
     def sentence(self) -> str:
-        """The message and the remedy, as one text for a person."""
+        """Return the message and the remedy as one text."""
         return f"{self.message} {self.remedy}".strip()
 
     def as_job_error(self) -> dict[str, str | None]:
-        """As the `error` of a job, a plan or a sweep holds it."""
+        """Return the error in the format of the `error` field of jobs, plans and sweeps."""
         return {"code": self.code, "message": self.sentence(), "param": self.param}
 
 
 class InvalidRequest(LorryError):
-    """The request says something that cannot be done as it stands."""
+    """The request is invalid and fails again if it is repeated unchanged."""
 
 
 class NotFound(LorryError):
-    """No such thing, or it belongs to another project: the two look the same on purpose."""
+    """The object does not exist or belongs to another project. The two cases are indistinguishable on purpose."""
 
     status = 404
 
@@ -49,7 +49,7 @@ class NotFound(LorryError):
 
 
 class NoLongerKept(LorryError):
-    """It was there, and the caller might see it; its files are gone, as the remedy says."""
+    """The object existed and was visible to the caller, but its files are no longer kept. The remedy explains why."""
 
     status = 404
 
@@ -59,13 +59,13 @@ class NoLongerKept(LorryError):
 
 
 class Conflict(LorryError):
-    """The thing exists but is not in a state in which this can be done."""
+    """The object exists, but its current state does not allow the operation."""
 
     status = 409
 
 
 class UnfitWorker(Conflict):
-    """A worker of another version than the service can work with: it claims nothing."""
+    """The worker's version is incompatible with the service, so it claims nothing."""
 
 
 RejectionReason = Literal[
@@ -74,10 +74,10 @@ RejectionReason = Literal[
 
 
 class Unauthorized(LorryError):
-    """No valid API key or browser session came with the request.
+    """The request has no valid API key or browser session.
 
-    `reason` and `api_key_id` are for logs and metrics. A client is not told whether a key is unknown, expired or
-    revoked. `api_key_id` is set only if the whole key was right once.
+    `reason` and `api_key_id` are for logs and metrics. The response does not reveal whether a key is unknown, expired
+    or revoked. `api_key_id` is set only if the complete key is or was valid.
     """
 
     status = 401
@@ -98,20 +98,23 @@ class Unauthorized(LorryError):
 
 
 class Forbidden(LorryError):
-    """The key is valid but may not do this."""
+    """The key is valid but lacks the permission for this operation."""
 
     status = 403
     type = "permission_error"
 
 
 class TooLarge(LorryError):
-    """More bytes than the limit."""
+    """The request body or file exceeds its size limit."""
 
     status = 413
 
 
 class RateLimited(LorryError):
-    """Too much at once. `retry_after_seconds` is infinite where waiting doesn't help; `headers` go with the answer."""
+    """A rate limit is exceeded. `retry_after_seconds` is infinite if waiting does not help.
+
+    `headers` are added to the response.
+    """
 
     status = 429
     type = "rate_limit_error"
@@ -125,7 +128,7 @@ class RateLimited(LorryError):
 
 
 class QuotaExceeded(RateLimited):
-    """A project has what it may have. `quota` tells name, limit, used and resets_at; waiting helps only after that."""
+    """A project has used up a quota. `quota` has name, limit, used and resets_at; a retry before that time fails."""
 
     def __init__(
         self, message: str, *, code: str, remedy: str, retry_after_seconds: float, quota: dict[str, Any]
@@ -135,14 +138,14 @@ class QuotaExceeded(RateLimited):
 
 
 class OutOfSpace(LorryError):
-    """The disk under the data folder is full. Nothing of the request was kept."""
+    """The disk under the data folder is full. Nothing of the request was saved."""
 
     status = 507
     type = "server_error"
 
 
 class Unavailable(LorryError):
-    """The database or the store does not answer now. Retry after `retry_after_seconds`."""
+    """The database or the store does not respond. Retry after `retry_after_seconds`."""
 
     status = 503
     type = "server_error"
@@ -150,4 +153,4 @@ class Unavailable(LorryError):
 
 
 class StaleClaim(Exception):
-    """Another worker holds this job now. Whoever gets this stops work on the job and writes nothing more."""
+    """The claim is no longer valid; another worker may hold the job. The caller stops work on it and writes nothing."""

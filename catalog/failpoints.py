@@ -1,8 +1,13 @@
-"""Faults on demand: FAILPOINT=NAME:ACTION makes this process fail where it passes that name.
+"""Fault injection for tests: FAILPOINT=NAME:ACTION makes the process fail at the failpoint NAME.
 
-ACTION is kill, hang, raise, exit (with status 0), wait=PATH (goes on once PATH exists), take=BYTES (of memory, for
-good) or kill-if=PATH (takes PATH away and kills whoever found it: one process each time that it is made). Entries are
-separated by commas; NAME@K is for process K of a trainer alone. Without the variable nothing happens.
+Actions:
+- kill, hang, raise, exit (with status 0).
+- wait=PATH: wait until PATH exists.
+- take=BYTES: allocate memory and never free it.
+- kill-if=PATH: delete PATH, and kill the process that deleted it. Each time that the file is created, it kills one
+  process.
+
+Commas separate entries. NAME@K applies to process K of a trainer only. Without the variable, failpoints do nothing.
 """
 
 from __future__ import annotations
@@ -13,17 +18,17 @@ import time
 from pathlib import Path
 
 VARIABLE = "FAILPOINT"
-"""Names in it: in the api submit_before_commit, submit_after_commit; in a worker before_claim, after_claim, uploading,
-before_complete, in_complete, after_complete; in its trainer loading, step_K, in_checkpoint, verifying."""
+"""Failpoints in the API server: submit_before_commit, submit_after_commit. In a worker: before_claim, after_claim,
+uploading, before_complete, in_complete, after_complete. In its trainer: loading, step_K, in_checkpoint, verifying."""
 _taken: list[bytes] = []
 
 
 class Failure(RuntimeError):
-    """Raised by a failpoint that says `raise`."""
+    """Raised by a failpoint with the action `raise`."""
 
 
 def pass_by(name: str) -> None:
-    """Fail here if the environment asks for it."""
+    """Run the actions that the environment sets for this failpoint."""
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return
@@ -35,7 +40,7 @@ def pass_by(name: str) -> None:
 
 
 def folders() -> list[str]:
-    """Of the files that failpoints of the environment delete (kill-if): a sandbox must let its process reach them."""
+    """Return the folders of the files that kill-if deletes: a sandbox must give its process access to them."""
     actions = [entry.partition(":")[2].partition("=") for entry in os.environ.get(VARIABLE, "").split(",")]
     return [str(Path(path).absolute().parent) for verb, _, path in actions if verb == "kill-if"]
 
@@ -55,7 +60,7 @@ def _fail(name: str, action: str) -> None:
         _kill_if(Path(path))
         return
     known = "kill, kill-if=PATH, hang, raise, exit, wait=PATH, take=BYTES"
-    assert verb in ("hang", "wait"), f"{VARIABLE}: {action!r} is none of {known}"
+    assert verb in ("hang", "wait"), f"{VARIABLE}: {action!r} is not one of {known}"
     while verb == "hang" or not Path(path).exists():
         time.sleep(0.02)
 

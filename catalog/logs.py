@@ -1,7 +1,7 @@
-"""What the api, the workers and their trainers say on stderr, with whatever looks like a secret taken out of it.
+"""Logging of API servers, workers and trainers to stderr, with secrets redacted.
 
-As text for people; by LORRY_LOG_FORMAT=json a line is an object that names what it is about: request, API key, project,
-client address, job, claim, trainer, worker and trace, where there is one.
+Lines are plain text by default. With LORRY_LOG_FORMAT=json, each line is a JSON object with the ids that apply to it:
+request, API key, project, client address, job, claim, trainer, worker and trace.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ SECRETS = re.compile(
 FORMAT = "LORRY_LOG_FORMAT"
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 Subject = Literal["request", "job", "claim", "trainer", "worker", "trace", "key", "project", "address"]
-"""Each names an id, and `address` the client's network address. A secret is never a subject."""
+"""Kinds of ids in log lines; `address` is the client's network address. A secret is never a subject."""
 Subjects = Mapping[Subject, str | None]
 _process: dict[Subject, str] = {}
-"""What every line of this process is about."""
+"""Subjects of all lines of this process."""
 _about: ContextVar[Subjects | None] = ContextVar("about", default=None)
 
 
 class Redacted(logging.Formatter):
-    """The last thing that happens to a line, tracebacks included."""
+    """Redacts the finished line, including its traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 class RedactedJson(logging.Formatter):
-    """One object a line. Each text in it is redacted by itself, for quotes that are escaped hide what is a secret."""
+    """Writes one JSON object per line. Each value is redacted before encoding: escaped quotes would hide secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -66,24 +66,24 @@ def redact(text: str) -> str:
 
 
 def redact_handlers(logger: logging.Logger) -> None:
-    """Of a library that has set up its own."""
+    """Replace the formatters of handlers that a library has set up itself."""
     for handler in logger.handlers:
         formatter = handler.formatter
         handler.setFormatter(_formatter(formatter._fmt if formatter else None))
 
 
 def configure(level: str) -> None:
-    """One handler, for us and for the libraries. Ends the program where LORRY_LOG_FORMAT says something else."""
+    """Set up one handler for Lorry and its libraries. Raises SystemExit if LORRY_LOG_FORMAT is not json or text."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # It would tell each address, and a webhook's may hold a secret.
+    # httpx logs each URL at INFO, and the URL of a webhook may contain a secret.
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 @contextmanager
 def about(subjects: Subjects) -> Generator[None]:
-    """What the lines of this block are about, in its thread and in those that requests are handed to."""
+    """Add subjects to the log lines of this block, in its thread and in threads that copy its context."""
     token = _about.set({**(_about.get() or {}), **subjects})
     try:
         yield
@@ -93,7 +93,7 @@ def about(subjects: Subjects) -> Generator[None]:
 
 @contextmanager
 def all_about(subjects: Mapping[Subject, str]) -> Generator[None]:
-    """What every line of this process is about meanwhile, whatever thread it is of."""
+    """Add subjects to the log lines of all threads of this process for the duration of the block."""
     _process.update(subjects)
     try:
         yield
@@ -103,16 +103,16 @@ def all_about(subjects: Mapping[Subject, str]) -> Generator[None]:
 
 
 def subjects() -> dict[str, str]:
-    """What a line is about here and now."""
+    """Return the subjects of a line that is logged in the current context."""
     found: Subjects = {"trace": tracing.trace_id(tracing.current()), **_process, **(_about.get() or {})}
     return {name: text for name, text in found.items() if text is not None}
 
 
 def _formatter(text: str | None) -> logging.Formatter:
-    """text: the form of a line that is for people."""
+    """text: format string of plain-text lines."""
     wanted = os.environ.get(FORMAT, "").strip().lower() or "text"
     if wanted == "json":
         return RedactedJson()
     if wanted != "text":
-        raise SystemExit(f"{FORMAT} is {wanted!r}. Set it to json, or to text.")
+        raise SystemExit(f"{FORMAT} is {wanted!r}. Set it to json or text.")
     return Redacted(text)

@@ -1,7 +1,7 @@
-"""The pepper: the secret key of the HMACs over API keys, and the source of webhook secrets. It is not in the database.
+"""The pepper: the secret key for HMACs of API keys. Webhook secrets are derived from it. It is not in the database.
 
-During a rotation there are two. New digests and secrets are made with the current one; those of the previous one stay
-valid. A pepper is created only while there are no API keys: a new one would silently invalidate all of them.
+During a rotation there are two peppers. New digests and secrets use the current one; those of the previous one stay
+valid. A pepper is created only while no API keys exist, because a new one would invalidate all of them.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ NEW = "LORRY_PEPPER=$(openssl rand -hex 32)"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pepper:
-    """`previous` is None except during a rotation. Neither is in the repr."""
+    """The current and the previous pepper. `previous` is None except during a rotation. The repr shows neither."""
 
     current: bytes = field(repr=False)
     previous: bytes | None = field(default=None, repr=False)
 
     def digest(self, secret: str) -> str:
-        """HMAC-SHA256 by the current pepper, in hex: what a row keeps of a secret."""
+        """HMAC-SHA256 of a secret under the current pepper, in hex. The database stores it in place of the secret."""
         return self.digests(secret)[0]
 
     def digests(self, secret: str) -> list[str]:
-        """The digests by which a secret may be known, that of the current pepper first."""
+        """The digests under which a secret may be stored, that of the current pepper first."""
         content = secret.encode("utf-8", "surrogatepass")
         return [hmac.new(pepper, content, hashlib.sha256).hexdigest() for pepper in self.all()]
 
@@ -51,10 +51,10 @@ class Pepper:
 
 
 def load(settings: Settings, db: Database) -> Pepper:
-    """From the settings, or from files in the data folder. The current one is created where there are no API keys yet.
+    """Load the pepper from the settings or from files in the data folder. Create it if no API keys exist yet.
 
-    Raises InvalidRequest for a pepper that is too weak, Conflict where it is missing and there are keys, OutOfSpace,
-    and Unavailable.
+    Raises InvalidRequest if the pepper is too weak or damaged, and Conflict if it is missing and API keys exist.
+    Raises OutOfSpace and Unavailable.
     """
     previous = _previous(settings)
     if settings.pepper is not None:
@@ -69,7 +69,7 @@ def load(settings: Settings, db: Database) -> Pepper:
 
 
 def known(settings: Settings) -> list[bytes]:
-    """Those under which the audit chain may be sealed. Empty where this machine has none; none is created.
+    """Return the peppers under which the audit chain may be sealed. Empty if this machine has none; creates none.
 
     Raises InvalidRequest as `load` does.
     """
@@ -81,7 +81,7 @@ def known(settings: Settings) -> list[bytes]:
 
 
 def _previous(settings: Settings) -> bytes | None:
-    """Exactly as it was: older versions accepted peppers that are too short now, and keys must move away from them."""
+    """Return the previous pepper unchecked: older versions accepted shorter peppers, and rotation must replace them."""
     if settings.previous_pepper is not None and (named := settings.previous_pepper.get_secret_value()):
         return named.encode()
     path = settings.data_dir / PREVIOUS_FILE_NAME
@@ -89,13 +89,13 @@ def _previous(settings: Settings) -> bytes | None:
 
 
 def _checked(text: str) -> bytes:
-    remedy = f"Set a random one: {NEW}. API keys and webhook secrets that were made with the old one stay valid if "
+    remedy = f"Set a random value: {NEW}. Existing API keys and webhook secrets stay valid if "
     remedy += "LORRY_PREVIOUS_PEPPER is set to exactly the old value."
     if text != text.strip():
         raise InvalidRequest("LORRY_PEPPER begins or ends with white space.", code="weak_pepper", remedy=remedy)
     if (num_bytes := len(text.encode())) < MIN_BYTES:
         raise InvalidRequest(
-            f"LORRY_PEPPER is {num_bytes} bytes long. It must have at least {MIN_BYTES}.",
+            f"LORRY_PEPPER is {num_bytes} bytes long: at least {MIN_BYTES} are required.",
             code="weak_pepper",
             remedy=remedy,
         )
@@ -106,9 +106,9 @@ def _read(path: Path) -> bytes:
     pepper = path.read_bytes()
     if len(pepper) < MIN_BYTES:
         raise InvalidRequest(
-            f"The pepper in {path} is damaged: it has {len(pepper)} bytes, and must have at least {MIN_BYTES}.",
+            f"The pepper in {path} is damaged: it has {len(pepper)} bytes, and at least {MIN_BYTES} are required.",
             code="pepper_damaged",
-            remedy="Restore the file from your copy of it. Without it, no API key is valid.",
+            remedy="Restore the file from a backup. Without it, no API key is valid.",
         )
     return pepper
 
@@ -116,19 +116,18 @@ def _read(path: Path) -> bytes:
 def _check_no_keys(db: Database, path: Path) -> None:
     with db.read() as session:
         has_keys = session.scalar(select(ApiKey.id).limit(1)) is not None
-    if has_keys and not path.exists():  # another process may have made both since: the pepper first, then the key
+    if has_keys and not path.exists():  # another process may have created both since: first the pepper, then the key
         raise Conflict(
-            f"There are API keys, and the pepper that they were made with is missing: there is no {path}, and "
-            "LORRY_PEPPER is not set.",
+            f"The pepper of the existing API keys is missing: {path} does not exist, and LORRY_PEPPER is not set.",
             code="pepper_missing",
-            remedy="Restore the file, or set LORRY_PEPPER to the old value. If it is lost, set a new one "
-            f"({NEW}): then every API key and webhook secret is invalid, and `python -m api new-key` makes the first "
-            "new key.",
+            remedy="Restore the file, or set LORRY_PEPPER to the old value. If the value is lost, set a new one "
+            f"({NEW}). This invalidates every API key and webhook secret; `python -m api new-key` then creates the "
+            "first new key.",
         )
 
 
 def _create_once(path: Path, content: bytes) -> None:
-    """Of several processes that create it at the same time, all use the file of the first."""
+    """Create the file, or keep the one that another process has created at the same time."""
     durable.make_folder(path.parent)
     draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

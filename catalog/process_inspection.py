@@ -1,4 +1,4 @@
-"""Processes that hold secrets are closed to other processes of the same user."""
+"""Protection of processes that hold secrets from other processes of the same user."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ PR_SET_DUMPABLE = 4
 
 
 def deny_inspection() -> None:
-    """Make this process, and those that it forks, unreadable to all but root: its environment (/proc/PID/environ), its
-    memory and its open files. It leaves no core dump either. A program that it starts is readable again. Linux only.
-    Raises OSError."""
+    """Make this process and its forks unreadable for every user except root.
+
+    This covers the environment (/proc/PID/environ), memory and open files, and disables core dumps. A program that
+    the process executes is readable again. Linux only. Raises OSError.
+    """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:

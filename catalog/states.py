@@ -15,7 +15,7 @@ Priority = Literal["urgent", "normal", "batch"]
 
 
 class PriorityClass(IntEnum):
-    """Stored order: the lower trains first."""
+    """Priority class of a job, as stored. Lower values train first."""
 
     urgent = 0
     normal = 1
@@ -23,33 +23,33 @@ class PriorityClass(IntEnum):
 
 
 class JobState(StrEnum):
-    """Where a job is. Cancel and pause are flags on a running job until its worker has obeyed."""
+    """State of a job. For a running job, cancel and pause are flags until its worker has applied them."""
 
     VALIDATING_FILES = "validating_files"
     """Accepted; a worker tokenizes its files. Enters: create. Leaves: prepared, failed, cancelled, paused."""
     QUEUED = "queued"
-    """Ready to train and waiting for room. A retry is `queued` with `run_after` in the future."""
+    """Ready to train and waiting for a trainer. A retry is `queued` with `run_after` in the future."""
     RUNNING = "running"
-    """Held by one claim. Leaves by the verbs of that claim, or by recovery when its lease has expired."""
+    """Held by one claim. Leaves: verbs of that claim, or recovery after its lease has expired."""
     PAUSED = "paused"
-    """Stopped by a person, with its last checkpoint kept. Leaves: resume, cancel."""
+    """Stopped by a user, with its last checkpoint kept. Leaves: resume, cancel."""
     SUCCEEDED = "succeeded"
-    """Its adapter is stored, and PEFT gave the logits that training saw."""
+    """Its adapter is stored, and PEFT has reproduced the logits of training with it."""
     FAILED = "failed"
-    """Ended for the reason on its record."""
+    """Failed for the reason in its row."""
     CANCELLED = "cancelled"
-    """Ended by a person, or as a trial that its sweep has stopped."""
+    """Cancelled by a user, or stopped as a trial by its sweep."""
 
 
 FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 UNFINISHED_STATES = frozenset(JobState) - FINAL_STATES
-"""Asked for by name they are found by an index; all that aren't final would be looked for among all there ever were."""
+"""Queries name these states, so that an index finds the rows. A query for "not final" would scan all jobs."""
 CLAIMED_STATES = frozenset({JobState.VALIDATING_FILES, JobState.RUNNING})
-"""Of a job that somebody holds: only in these has it a claim."""
+"""The only states in which a job can have a claim."""
 
 
 class Verb(StrEnum):
-    """What moves a job. Users call the first four; workers and recovery call the others."""
+    """Actions that change a job's state. Users call the first four; workers and recovery call the others."""
 
     CREATE = "create"
     CANCEL = "cancel"
@@ -84,12 +84,12 @@ TRANSITIONS: dict[tuple[JobState | None, Verb], JobState] = {
     (JobState.PAUSED, Verb.RESUME): JobState.VALIDATING_FILES,
     (JobState.PAUSED, Verb.CANCEL): JobState.CANCELLED,
 }
-"""Every move there is. A pair that is not here is refused. (A resumed job passes through
-`validating_files` again: where its files are prepared already, that is one look-up.)"""
+"""All allowed transitions; any other pair is rejected. A resumed job passes through `validating_files` again, which
+is a single lookup if its files are already prepared."""
 
 
 class EndReason(StrEnum):
-    """Why an attempt ended."""
+    """Reason why an attempt ended."""
 
     COMPLETED = "completed"
     CANCELLED_BY_USER = "cancelled_by_user"
@@ -112,31 +112,32 @@ class EndReason(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """What an EndReason means for the job, and of whom it tells."""
+    """Consequences of an EndReason for the job, and its possible causes."""
 
     state: JobState
     retryable: bool = False
-    """The job goes back to the queue instead, while it has attempts left."""
+    """While the job has attempts left, it returns to the queue instead of taking `state`."""
     counts: bool = True
-    """The attempt counts towards quarantine. A drain, a preemption or a pause is nobody's fault. Nor is a lost worker,
-    as long as it is not one after the other: MAX_LOSSES."""
+    """The attempt counts towards quarantine. Drains, preemptions and pauses do not count. A lost worker does not count
+    either, but MAX_LOSSES limits how many a job may lose in a row."""
     is_bad: bool = False
-    """Nobody had asked for it, and the job is tried again."""
+    """The end was a failure, not requested by a user or operator, and the job is retried."""
     may_be_nodes: bool = False
-    """It may be the node's doing. Not `infra_lost`: in an outage of the database every worker is lost. Nor
-    `sharded_oom`: a base is divided where memory is scarce, and a pack too large for it is no device's fault."""
+    """The node may be at fault. This excludes `infra_lost`, because a database outage loses every worker. It also
+    excludes `sharded_oom`: a base model is sharded if memory is scarce, so a pack that is too large is not a device
+    fault."""
     may_be_bases: bool = False
-    """It may be the base's doing, where its trainer never got ready."""
+    """The base model may be at fault if the trainer never became ready."""
     is_of_memory: bool = False
 
     @property
     def is_counted(self) -> bool:
-        """It brings the job nearer to quarantine."""
+        """The attempt counts towards the limit at which the job is quarantined."""
         return self.retryable and self.counts
 
 
 _again = partial(Ending, state=JobState.FAILED, retryable=True)
-"""`failed` only after there have been too many such ends."""
+"""An ending after which the job is retried; it becomes `failed` only after too many of them."""
 
 ENDINGS: dict[EndReason, Ending] = {
     EndReason.COMPLETED: Ending(state=JobState.SUCCEEDED),
@@ -160,26 +161,27 @@ ENDINGS: dict[EndReason, Ending] = {
 
 
 def reasons(which: Callable[[Ending], bool]) -> frozenset[EndReason]:
-    """Those whose ending is such."""
+    """Return the reasons whose ending satisfies `which`."""
     return frozenset(reason for reason, ending in ENDINGS.items() if which(ending))
 
 
 MAX_COUNTED_ATTEMPTS = 3
-"""A job that ends its trainer this often without a new checkpoint in between is quarantined as `failed`."""
+"""A job with this many counted attempts since its last new checkpoint is quarantined as `failed`."""
 MAX_LOSSES = 10
-"""So is one that ended badly this often in a row by no doing of its own, as far as can be seen: its worker went away,
-or its trainer ended before it had begun the job. It would go round for ever."""
+"""A job is also quarantined after this many failures in a row that are not attributed to it: its worker was lost, or
+its trainer exited before it had started the job. Without this limit, the job would be retried forever."""
 
 
 MAX_ENDS_IN_COMPANY = 2
-"""A job with which so many trainers or workers have ended since its last new checkpoint trains alone from then on."""
+"""A job trains alone after this many trainers or workers have failed while they held it, counted since its last new
+checkpoint."""
 
 
 def is_suspect(counted_attempts: int, lost_attempts: int) -> bool:
-    """Whether a job trains alone, so that no packmate is hurt or blamed."""
+    """Return whether a job must train alone, so that its failures affect no packmate and are not attributed to one."""
     return counted_attempts + lost_attempts >= MAX_ENDS_IN_COMPANY
 
 
 def next_state(state: JobState | None, verb: Verb) -> JobState | None:
-    """Where `verb` takes a job that is in `state`; None if it may not be done."""
+    """Return the state after `verb`; None if the verb is not allowed in `state`."""
     return TRANSITIONS.get((state, verb))

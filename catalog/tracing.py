@@ -1,8 +1,8 @@
-"""Traces by OpenTelemetry, from the request that submits a job to the adapter that is published.
+"""OpenTelemetry traces, from the request that submits a job to the published adapter.
 
-Off unless the standard OTEL_ variables name a collector; while off, nothing of its SDK is imported. What travels is
-the W3C traceparent: on the job's row, and in the message that admits it to a trainer. An attribute holds ids, numbers
-and words of ours, never what people have written.
+Tracing is off unless the standard OTEL_ variables set a collector; while it is off, the SDK is not imported. The W3C
+traceparent is stored in the job's row and sent to the trainer with the job. Attributes contain only ids, numbers and
+Lorry's own terms, never text from users.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger("lorry.tracing")
 Service = Literal["api", "worker", "trainer"]
 Value = str | int | float | bool
 About = Mapping[str, Value | None]
-"""Attributes by name; what is None is left out."""
+"""Attributes by name. None values are omitted."""
 NOTHING: About = {}
 PARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
 REMEDY = "Install it (pip install 'lorry-server[telemetry]'), or set OTEL_SDK_DISABLED=true."
@@ -44,7 +44,7 @@ _current: ContextVar[str | None] = ContextVar("traceparent", default=None)
 
 @dataclass(kw_only=True, slots=True)
 class _Tracing:
-    """What this process has started."""
+    """Tracing state of this process."""
 
     service: Service
     processor: SpanProcessor
@@ -55,11 +55,11 @@ _on: _Tracing | None = None
 
 
 class Span:
-    """One that was begun. Where tracing is off it only carries its parent on."""
+    """A started span. While tracing is off, it only passes its parent on."""
 
     def __init__(self, traceparent: str | None, span: OtelSpan | None = None) -> None:
         self.traceparent = traceparent
-        """What its children name as their parent."""
+        """Parent of this span's children."""
         self._span = span
 
     def note(self, about: About) -> None:
@@ -71,28 +71,28 @@ class Span:
             self._span.update_name(name)
 
     def fail(self, why: str) -> None:
-        """why: a word of ours, such as an EndReason."""
+        """Mark the span as failed. why: one of Lorry's own terms, such as an EndReason; never text from users."""
         if self._span is not None:
             from opentelemetry.trace import Status, StatusCode
 
             self._span.set_status(Status(StatusCode.ERROR, why))
 
     def end(self, *, at: float | None = None) -> None:
-        """at: seconds since 1970; now by default. A second end does nothing."""
+        """End the span. at: seconds since 1970; now by default. A second call does nothing."""
         span, self._span = self._span, None
         if span is not None:
             span.end(None if at is None else _nanoseconds(at))
 
 
 def start(service: Service, *, exporter: SpanExporter | None = None) -> None:
-    """Begin to trace, where the environment asks for it or an exporter is given, to which each span goes at once."""
-    global _on  # noqa: PLW0603  (one per process, as of OpenTelemetry itself)
+    """Start tracing if the environment enables it or an exporter is given. Spans go to a given exporter immediately."""
+    global _on  # noqa: PLW0603  (one per process, as in OpenTelemetry itself)
     processor = _processor(exporter) if exporter is not None or _is_wanted(os.environ) else None
     _on = None if processor is None else _Tracing(service=service, processor=processor)
 
 
 def stop() -> None:
-    """Send what is left, for some seconds at most."""
+    """Stop tracing, and send the remaining spans for at most FLUSH_MILLISECONDS."""
     global _on
     tracing, _on = _on, None
     if tracing is not None:
@@ -109,8 +109,11 @@ def begin(
     is_server: bool = False,
     about: About = NOTHING,
 ) -> Span:
-    """A span that its `end` ends. at: when it began, in seconds since 1970; now by default. parent None: a new trace.
-    service: whose it is, where not this process's."""
+    """Start a span; the caller calls `end` on it.
+
+    parent: None starts a new trace. at: start time in seconds since 1970; now by default. service: the service that
+    the span belongs to; this process's by default.
+    """
     if _on is None:
         return Span(_undecided(parent) if is_server else parent)
     from opentelemetry.trace import SpanKind, format_span_id, format_trace_id
@@ -136,14 +139,16 @@ def record(
     service: Service | None = None,
     about: About = NOTHING,
 ) -> None:
-    """A span that is over."""
+    """Record a span that has already ended."""
     begin(name, parent=parent, at=began_at, service=service, about=about).end(at=max(began_at, ended_at))
 
 
 @contextmanager
 def span(name: str, *, parent: str | None, is_server: bool = False, about: About = NOTHING) -> Generator[Span]:
-    """Around what is done in the block, for which it is `current`. What is raised there makes it a failure, by the
-    name of its class alone."""
+    """Open a span around the block, in which it is `current`. An exception marks it as failed.
+
+    Only the name of the exception's class is recorded.
+    """
     begun = begin(name, parent=parent, is_server=is_server, about=about)
     token = _current.set(begun.traceparent)
     try:
@@ -157,18 +162,21 @@ def span(name: str, *, parent: str | None, is_server: bool = False, about: About
 
 
 def current() -> str | None:
-    """The traceparent of what is being done here; None where nobody has named one."""
+    """Return the traceparent of the current context; None if there is none."""
     return _current.get()
 
 
 def well_formed(traceparent: str | None) -> str | None:
-    """What came from outside, if it is one of version 00."""
+    """Return a traceparent from outside if it is a valid one of version 00; None otherwise."""
     return traceparent if traceparent is not None and PARENT.fullmatch(traceparent) else None
 
 
 def of_job(job_id: str, trace: str | None) -> str:
-    """The parent of a job's spans. Of one that came with none, such as a sweep's trial, it is made of its id: so that
-    those of all processes are in one trace."""
+    """Return the parent of a job's spans.
+
+    For a job without one, such as a trial of a sweep, it is derived from the job's id, so that the spans of all
+    processes are in one trace.
+    """
     if trace is not None:
         return trace
     digest = hashlib.sha256(job_id.encode()).hexdigest()
@@ -176,38 +184,36 @@ def of_job(job_id: str, trace: str | None) -> str:
 
 
 def trace_id(traceparent: str | None) -> str | None:
-    """32 hexadecimal digits, for a line of a log."""
+    """Return the trace id for log lines: 32 hexadecimal digits."""
     found = PARENT.fullmatch(traceparent or "")
     return found[1] if found else None
 
 
 def _is_wanted(environ: Mapping[str, str]) -> bool:
-    """As OpenTelemetry's specification of environment variables says, but off where no collector is named."""
+    """Apply OpenTelemetry's specification of environment variables, except that tracing is off without a collector."""
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return False
     named = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
     if named not in ("", "otlp", "none"):
-        log.warning(
-            "OTEL_TRACES_EXPORTER=%s is not known here: there are no traces. Set it to otlp, or to none.", named
-        )
+        log.warning("OTEL_TRACES_EXPORTER=%s is not supported: tracing is disabled. Set it to otlp or none.", named)
         return False
     endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
     return named == "otlp" or (named == "" and any(environ.get(name) for name in endpoints))
 
 
 def _processor(exporter: SpanExporter | None) -> SpanProcessor | None:
-    """None, and a line in the log, where what is needed is not installed."""
+    """Return the span processor; log a warning and return None if OpenTelemetry is not installed."""
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
     except ImportError:
-        log.warning("There are no traces: OpenTelemetry is not installed. %s", REMEDY)
+        log.warning("Tracing is disabled: OpenTelemetry is not installed. %s", REMEDY)
         return None
     if exporter is not None:
         return SimpleSpanProcessor(exporter)
     protocols = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
     if any(os.environ.get(name) == "grpc" for name in protocols):
-        log.warning("Traces are sent by http/protobuf, not by grpc: name the collector's port for that, 4318.")
+        log.warning("Traces are sent by http/protobuf, not by grpc: set the collector's port for http/protobuf, 4318.")
     return BatchSpanProcessor(OTLPSpanExporter())
 
 
@@ -227,8 +233,10 @@ def _tracer(tracing: _Tracing, service: Service) -> Tracer:
 
 
 def own_decision(sampler: Sampler) -> Sampler:
-    """The sampler, which decides about each request to the server as if it began a trace. Else anyone who can send a
-    request would decide, by the flag or by the id of its traceparent, what is sampled."""
+    """Wrap the sampler so that it treats each request to the server as the start of a new trace.
+
+    Otherwise any client could force or prevent sampling with the flag or the id of its traceparent.
+    """
     from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
     from opentelemetry.sdk.trace.sampling import Sampler, SamplingResult
     from opentelemetry.trace import SpanKind
@@ -256,7 +264,7 @@ def own_decision(sampler: Sampler) -> Sampler:
 
 
 def _undecided(parent: str | None) -> str | None:
-    """While this process records nothing: the ids of a client's parent, with the flag that a trace of ours has."""
+    """Return a client's traceparent with the sampled flag set, for use while this process records no spans."""
     return None if parent is None else f"{parent[:-2]}01"
 
 
@@ -273,7 +281,7 @@ def _context(parent: str | None):
 
 
 def _named(about: About) -> dict[str, Value]:
-    """Lorry's own, but for those that OpenTelemetry has names for."""
+    """Prefix attribute names with "lorry.", except those that OpenTelemetry's conventions define."""
     return {STANDARD.get(name, f"lorry.{name}"): value for name, value in about.items() if value is not None}
 
 

@@ -1,6 +1,6 @@
-"""Whether this thread holds a write transaction: work whose duration clients decide must not run inside one.
+"""Guard against slow work in a write transaction: work whose duration clients control must not run inside one.
 
-On SQLite a write transaction holds the only write lock, so that heartbeats of all workers wait for it.
+On SQLite, a write transaction holds the only write lock, so the heartbeats of all workers wait for it.
 `catalog.db.database` marks each write transaction here. Code that compiles or matches user-supplied patterns calls
 `check_outside`.
 """
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class _Depth(threading.local):
-    """Write transactions that this thread has open, on any database."""
+    """Number of write transactions that this thread has open, on any database."""
 
     num_open = 0
 
@@ -32,10 +32,10 @@ def entered() -> Generator[None]:
 
 
 class WithinTransaction(RuntimeError):
-    """A mistake in Lorry's own code. Not an AssertionError: pydantic would report it as an invalid request."""
+    """A bug in Lorry. Not an AssertionError, because pydantic would report that as an invalid request."""
 
 
 def check_outside(what: str) -> None:
     """Raises WithinTransaction if this thread holds a write transaction. what: the work that is to start, a gerund."""
     if _depth.num_open:
-        raise WithinTransaction(f"{what} within a write transaction: do it before, and compare what it depends on")
+        raise WithinTransaction(f"{what} within a write transaction: do it before, then check that no input changed")

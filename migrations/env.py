@@ -1,4 +1,4 @@
-"""Run by Alembic: on the connection that catalog.db.database opened, or by hand on the database of the settings."""
+"""Alembic environment. It uses the connection of catalog.db.database, or the settings' database if run manually."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _configured_url() -> str:
 def _configure(**place: Any) -> None:
     context.configure(
         target_metadata=Table.metadata,
-        render_as_batch=True,  # SQLite changes a table by making it anew
+        render_as_batch=True,  # most schema changes in SQLite recreate the table
         compare_type=True,
         compare_server_default=True,
         transaction_per_migration=False,
@@ -33,11 +33,11 @@ def _run(connection: Connection) -> None:
     with context.begin_transaction():
         context.run_migrations()
         if context.get_context().get_current_revision() == context.script.get_current_head():
-            privileges.apply(connection)  # they name every table of this version
+            privileges.apply(connection)  # needs every table of this version to exist
 
 
 def run() -> None:
-    """Offline: print the SQL. Online: change the tables, in one transaction."""
+    """Offline: print the SQL. Online: migrate the tables in one transaction."""
     if context.is_offline_mode():
         _configure(url=_configured_url(), literal_binds=True, dialect_opts={"paramstyle": "named"})
         with context.begin_transaction():

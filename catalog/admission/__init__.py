@@ -1,1 +1,1 @@
-"""Whether a submission is acceptable: resolved against files, base models and quotas."""
+"""Validation of submitted jobs against files, base models and quotas."""

@@ -1,4 +1,4 @@
-"""What a job's request comes to, and every refusal that needs the database: of a job and of a plan of one alike."""
+"""Validation of job requests against the database, and their resolved configuration. Jobs and plans share it."""
 
 from __future__ import annotations
 
@@ -36,36 +36,38 @@ from catalog.tenancy.authentication import Caller
 
 PURPOSE = "fine-tune"
 NO_USUAL_RATE = {
-    "sgd": ("SGD", "ten to a thousand times that of adamw is common"),
+    "sgd": ("SGD", "10 to 1,000 times the rate for AdamW is common"),
     "adafactor": (
         "Adafactor",
-        "it is the largest share of its own size by which a matrix moves in a step: 0.1 to 1 suits adapters",
+        "it is the maximum change of a matrix per step, relative to the matrix itself: 0.1 to 1 suits adapters",
     ),
 }
-"""By the type of the optimizer: its name, and what helps to choose."""
+"""Optimizers without a default learning rate, by type: name, and a hint for choosing the rate."""
 _READS: dict[DataKind | None, tuple[str, str]] = {
-    None: ("does not learn from these", "a file of neither pairs nor labeled answers"),
-    "preference": ("learns from pairs of answers", f"a file of pairs: on each line {PREFERENCE.form}"),
-    "unpaired": ("learns from answers with labels", f"a file of those: on each line {UNPAIRED.form}"),
+    None: ("does not train on these", "a file without pairs or labeled answers"),
+    "preference": ("requires pairs of answers", f"a file of pairs, one per line: {PREFERENCE.form}"),
+    "unpaired": ("requires answers with labels", f"a file of labeled answers, one per line: {UNPAIRED.form}"),
 }
-"""By what a method compares: how it reads, and which file would do."""
-INSTALL_QUANT = "Install it where a worker runs (pip install 'lorry-server[quant]'), and start that worker again."
-"""The remedy where no worker has bitsandbytes."""
+"""By the kind of answers that a method compares: what it requires, and the matching kind of file."""
+INSTALL_QUANT = "Install bitsandbytes on a worker (pip install 'lorry-server[quant]'), then restart that worker."
+"""Remedy if no worker has bitsandbytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accepted:
-    """A request that can be done, and what it comes to. What it names is locked against deletion until the transaction
-    ends."""
+    """An accepted request and its resolved configuration.
+
+    The objects that it refers to are locked against deletion until the transaction ends.
+    """
 
     request: JobRequest
-    """As it was asked."""
+    """The request as the client sent it."""
     spec: JobSpec
     base: BaseModelRow
     training: File
     validation: File | None
     surprises: tuple[Caution, ...]
-    """What is done as it was asked, and hardly meant so."""
+    """Warnings about settings that are valid but probably unintended."""
 
 
 def accept(
@@ -77,9 +79,11 @@ def accept(
     seed: int,
     auto_precision: Precision | None = None,
 ) -> Accepted:
-    """seed: where the request names none. auto_precision: None: what suits the workers there are.
+    """Validate a request and resolve its configuration.
 
-    Raises InvalidRequest, NotFound.
+    seed: used if the request sets none. auto_precision: None selects a precision that suits the live workers.
+
+    Raises InvalidRequest and NotFound.
     """
     asked, parent = request, parent_of(session, request, project_id=caller.project_id)
     base = _usable_base(session, caller, _base_name(request, parent))
@@ -114,9 +118,9 @@ def accept(
 
 
 def resolve_targets(db: Database, caller: Caller, requests: Iterable[JobRequest]) -> Targets:
-    """The layers of jobs that `job_row` will need, before the transaction that accepts them.
+    """Resolve the target layers that `job_row` needs, before the transaction that accepts the jobs.
 
-    A request that can't be accepted raises nothing here: the transaction rejects it, for a reason that holds then.
+    An invalid request raises nothing here: the transaction rejects it, with the error that applies at that time.
     """
     shapes: list[tuple[BaseModelRow, LoraSpec]] = []
     with db.read() as session:
@@ -130,7 +134,7 @@ def resolve_targets(db: Database, caller: Caller, requests: Iterable[JobRequest]
 
 
 def _shape(session: Session, caller: Caller, request: JobRequest) -> tuple[BaseModelRow, LoraSpec]:
-    """As `accept` will find it."""
+    """Return the base model and the adapter shape that `accept` will resolve."""
     parent = parent_of(session, request, project_id=caller.project_id)
     base = _usable_base(session, caller, _base_name(request, parent))
     if parent is not None:
@@ -139,10 +143,10 @@ def _shape(session: Session, caller: Caller, request: JobRequest) -> tuple[BaseM
 
 
 def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by: str, now: float) -> Job:
-    """A job as it is before it has a state.
+    """Return the row of a new job, without a state.
 
-    Raises InvalidRequest for layers that the base model doesn't have; TargetsOutdated if it has changed since
-    `resolve_targets`.
+    Raises InvalidRequest for layers that the base model doesn't have, and TargetsOutdated if the base model has changed
+    since `resolve_targets`.
     """
     request, spec, base, validation = accepted.request, accepted.spec, accepted.base, accepted.validation
     assert base.digest is not None
@@ -180,17 +184,17 @@ def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by
 
 
 def surprises(request: JobRequest, spec: JobSpec, training: File, validation: File | None) -> Iterator[Caution]:
-    """What is done as it was asked, and hardly meant so."""
+    """Yield warnings about settings that are valid but probably unintended."""
     if validation is not None and validation.digest == training.digest:
         message = (
-            "The validation file and the training file hold the same rows: the held-out loss tells nothing about "
-            "data that the job doesn't learn from"
+            "The validation file and the training file contain the same rows: the validation loss does not measure "
+            "performance on unseen data."
         )
         yield Caution(code="validation_is_training", message=message)
     if request.max_length != "auto" and spec.max_length < request.max_length:
         message = (
-            f"max_length is {spec.max_length} tokens, the most that the base model was made for, and not the "
-            f"{request.max_length} that were asked for"
+            f"max_length is lowered to {spec.max_length} tokens, the maximum of the base model, from the requested "
+            f"{request.max_length}."
         )
         yield Caution(code="max_length_lowered", message=message)
     num_steps = evaluation_schedule.most_steps(spec, training.num_rows or 0)
@@ -204,13 +208,13 @@ def _base_name(request: JobRequest, parent: Adapter | None) -> str:
 
 
 def _usable_base(session: Session, caller: Caller, name: str) -> BaseModelRow:
-    """Locked against deletion until the job that names it exists."""
+    """Return the base model, locked against deletion until the job that refers to it exists."""
     base = base_models.find(session, name, lock="share")
     if base.state == "importing":
         raise InvalidRequest(
             f"The base model {name!r} is still being imported.",
             code="model_not_ready",
-            remedy="Submit the job again once the model's state is ready; GET /v1/models shows it.",
+            remedy="Submit the job again when the model's state is ready; GET /v1/models shows it.",
             param="model",
         )
     if base.state != "ready":
@@ -219,10 +223,10 @@ def _usable_base(session: Session, caller: Caller, name: str) -> BaseModelRow:
 
 
 def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
-    """Its message and remedy are for operators: they may quote folders and logs of a machine."""
+    """Build the error. Only operators see the import's own message and remedy, which may quote folders and logs."""
     error = base.error or {}
     reason = error.get("code", "import_failed")
-    remedy = "Have an operator look at its error in GET /v1/models and add it again, or choose another model."
+    remedy = "Ask an operator to check its error in GET /v1/models and import it again, or choose another model."
     if is_operator:
         reason = f"{reason}: {error.get('message', '')}".rstrip(": .")
         remedy = f"{told} Or choose another model." if (told := error.get("remedy")) else "Choose another model."
@@ -235,13 +239,13 @@ def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
 
 
 def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, now: float) -> File:
-    """Locked against deletion until the job that uses it exists."""
+    """Return the file, locked against deletion until the job that uses it exists."""
     file = get_once(session, File, file_id, lock="share")
     if file is None or file.project_id != caller.project_id or file.deleted_at is not None:
         remedy = "Upload it with this project's key, and use the id that the upload returned."
         raise NotFound("file", file_id, param=param, remedy=remedy)
     if files.has_expired(file, now=now):
-        remedy = "It has expired, as its expires_after said. Upload it again."
+        remedy = "The file has expired (expires_after). Upload it again."
         raise NotFound("file", file_id, param=param, remedy=remedy)
     if file.purpose != PURPOSE:
         raise InvalidRequest(
@@ -261,14 +265,14 @@ def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, 
 
 
 def _check_kind(file: File, method: MethodType, param: str) -> None:
-    """A method learns from pairs of answers, from answers with labels, or from rows that are neither."""
+    """Raise InvalidRequest if the method can't train on the file's kind of rows: pairs, labeled answers, or neither."""
     kind, wanted = row_kind(known_kind(file.kind)), compared_kind(method)
     if wanted == _compared(kind):
         return
     reads, instead = _READS[wanted]
     methods = [name for name in get_args(MethodType) if compared_kind(name) == _compared(kind)]
     raise InvalidRequest(
-        f"Each row of the file {file.id} is {kind.noun}, and the method {method} {reads}.",
+        f"Each row of the file {file.id} is {kind.noun}, but the method {method} {reads}.",
         code="wrong_file_kind",
         remedy=f"Use method {' or '.join(', '.join(methods).rsplit(', ', 1))}, or {instead}.",
         param=param,
@@ -280,36 +284,39 @@ def _compared(kind: RowKind) -> DataKind | None:
 
 
 def _check_quantization(session: Session, request: JobRequest, *, now: float) -> None:
-    """Where no worker lives, the job waits for one that can."""
+    """Raise InvalidRequest if no live worker can load the base model so. Without live workers, the job is accepted."""
     if request.quantization == "none":
         return
     if request.lora.use_dora:
         raise InvalidRequest(
-            "DoRA reads the base's weights as plain numbers, which a quantized base does not have.",
+            "DoRA needs the unquantized weights of the base model.",
             code="dora_unsupported_with_quantization",
-            remedy="Leave out lora.use_dora or quantization.",
+            remedy="Omit lora.use_dora or quantization.",
             param="lora.use_dora",
         )
     if begins_with_the_base(request.lora.init_lora_weights):
         raise InvalidRequest(
-            f"{request.lora.init_lora_weights} decomposes the base's weights, which a quantized base does not have.",
+            f"{request.lora.init_lora_weights} needs the unquantized weights of the base model.",
             code="init_unsupported_with_quantization",
-            remedy="Leave out lora.init_lora_weights or quantization.",
+            remedy="Omit lora.init_lora_weights or quantization.",
             param="lora.init_lora_weights",
         )
     found = views.quantizations(session, now=now)
     if found is None or request.quantization in found:
         return
     raise InvalidRequest(
-        f"No worker can hold a base model as {request.quantization}: none has bitsandbytes.",
+        f"No worker can load a base model in {request.quantization}: none has bitsandbytes.",
         code="quantization_unavailable",
-        remedy=f"{INSTALL_QUANT} Or leave out quantization.",
+        remedy=f"{INSTALL_QUANT} Or omit quantization.",
         param="quantization",
     )
 
 
 def _check_integrations(session: Session, request: JobRequest, *, now: float) -> None:
-    """Where no worker lives, the job waits for one, and its curves for one that can write them."""
+    """Raise InvalidRequest if no live worker can write to a requested tracker.
+
+    Without live workers, the job is accepted, and its curves wait for a worker that can write them.
+    """
     if not request.integrations:
         return
     found = views.integrations(session, now=now)
@@ -318,43 +325,46 @@ def _check_integrations(session: Session, request: JobRequest, *, now: float) ->
             raise InvalidRequest(
                 f"No worker can write to {one.type}.",
                 code="integration_unavailable",
-                remedy=f"{INSTALL} Or leave it out.",
+                remedy=f"{INSTALL} Or omit this integration.",
                 param=f"integrations.{number}.type",
             )
         if one.wandb is not None and one.wandb.entity is not None:
             raise InvalidRequest(
-                "A job can't choose the entity of Weights & Biases: every project would reach all that the service's "
-                "account reaches.",
+                "A job can't set the Weights & Biases entity: it would give every project access to all entities of "
+                "the service's account.",
                 code="integration_entity_not_allowed",
-                remedy="Leave out wandb.entity. The operator sets it, by WANDB_ENTITY on the workers.",
+                remedy="Omit wandb.entity. The operator sets it with WANDB_ENTITY on the workers.",
                 param=f"integrations.{number}.wandb.entity",
             )
 
 
 def _check_rates(request: JobRequest) -> None:
-    """The rate may be given twice where both say the same, as in a copy of a job's own numbers."""
+    """Raise InvalidRequest if the learning rate is missing or contradictory.
+
+    Both fields may be set if they agree, as in a copy of a job's resolved values.
+    """
     multiplier, rate = request.method_hyperparameters().learning_rate_multiplier, request.optimizer.learning_rate
     optimizer = request.optimizer.type
     if optimizer in NO_USUAL_RATE and multiplier == "auto" and rate == "auto":
         name, hint = NO_USUAL_RATE[optimizer]
         raise InvalidRequest(
-            f"{name} has no usual learning rate.",
+            f"{name} has no default learning rate.",
             code="learning_rate_required",
-            remedy=f"Give optimizer.learning_rate; {hint}.",
+            remedy=f"Set optimizer.learning_rate; {hint}.",
             param="optimizer.learning_rate",
         )
     if multiplier == "auto" or rate == "auto" or math.isclose(rate, BASE_LEARNING_RATE * multiplier, rel_tol=1e-6):
         return
     raise InvalidRequest(
-        f"The learning rate is given twice: {rate:g}, and {multiplier:g} times {BASE_LEARNING_RATE:g}.",
+        f"The learning rate is set twice: {rate:g}, and {multiplier:g} times {BASE_LEARNING_RATE:g}.",
         code="conflicting_learning_rates",
-        remedy="Give either optimizer.learning_rate or learning_rate_multiplier; leave the other out, or say 'auto'.",
+        remedy="Set either optimizer.learning_rate or learning_rate_multiplier; omit the other, or set it to 'auto'.",
         param="optimizer.learning_rate",
     )
 
 
 def _check_held_out(request: JobRequest) -> None:
-    """What evaluations decide needs a file to evaluate on."""
+    """Raise InvalidRequest if a field depends on evaluations and the job has no validation file."""
     if request.validation_file is not None:
         return
     for field, is_asked in (
@@ -365,23 +375,26 @@ def _check_held_out(request: JobRequest) -> None:
     ):
         if is_asked:
             raise InvalidRequest(
-                f"{field} belongs to evaluations on held-out data, and the job has none.",
+                f"{field} needs a validation file, but the job has none.",
                 code="validation_file_required",
-                remedy=f"Give a validation_file, or leave {field} out.",
+                remedy=f"Set validation_file, or omit {field}.",
                 param=field,
             )
 
 
 NAME_PREFIX = "ft:"
-"""Of an adapter's name; a base model's holds no colon."""
+"""Prefix of adapter names. Names of base models contain no colon."""
 OF_TRAINING = frozenset({"dropout"})
-"""Fields of `lora` that say nothing about an adapter's numbers."""
+"""Fields of `lora` that affect only training, not the shape or scale of the adapter."""
 
 
 def parent_of(session: Session, request: JobRequest, *, project_id: str) -> Adapter | None:
-    """The adapter that the request continues, by `parent_adapter` or as its `model`, locked against deletion until
-    the job that names it exists. It may be a checkpoint, or shared by another project. Raises NotFound, also for what
-    the project may not read; NoLongerKept for a checkpoint; InvalidRequest where the two differ."""
+    """Return the adapter that the request continues, from `parent_adapter` or `model`; None if there is none.
+
+    The adapter is locked against deletion until the job that refers to it exists. It may be a checkpoint, or shared by
+    another project. Raises NotFound, also for adapters that the project may not read; NoLongerKept for a checkpoint;
+    InvalidRequest if both fields name different adapters.
+    """
     named = None
     if request.model.startswith(NAME_PREFIX):
         named = adapters.find(session, project_id, request.model, locked=True, param="model")
@@ -390,22 +403,22 @@ def parent_of(session: Session, request: JobRequest, *, project_id: str) -> Adap
     parent = adapters.find(session, project_id, request.parent_adapter, locked=True, param="parent_adapter")
     if named is not None and named.id != parent.id:
         raise InvalidRequest(
-            f"The model is the adapter {named.name!r}, and parent_adapter is {parent.name!r}: a job continues one.",
+            f"model is the adapter {named.name!r}, but parent_adapter is {parent.name!r}: a job can continue only one.",
             code="two_parents",
-            remedy="Give one of the two; the model may then be the base model's name.",
+            remedy="Set only one of them to an adapter; model may also be the name of the base model.",
             param="parent_adapter",
         )
     return parent
 
 
 def check_parent_base(parent: Adapter, base: BaseModelRow) -> None:
-    """Two names of one digest are one base."""
+    """Raise InvalidRequest if the digests differ. Two names with the same digest are the same base model."""
     if parent.base_digest == base.digest:
         return
     raise InvalidRequest(
-        f"The adapter {parent.name!r} was trained on another base model than {base.name!r} is now.",
+        f"The adapter {parent.name!r} was not trained on the current base model {base.name!r}.",
         code="parent_of_another_base",
-        remedy=f"Its base model was {parent.base_model!r}, with the digest {parent.base_digest}.",
+        remedy=f"Use the adapter's own base model, {parent.base_model!r} with the digest {parent.base_digest}.",
         param="parent_adapter",
     )
 
@@ -415,7 +428,7 @@ def parent_spec(parent: Adapter) -> ParentSpec:
 
 
 def complete_from_parent(session: Session, request: JobRequest, parent: Adapter) -> JobRequest:
-    """The request with what is the parent's filled in. Raises InvalidRequest for what it says otherwise."""
+    """Fill in the settings that the request inherits from the parent. Raises InvalidRequest for conflicting values."""
     trained = JobSpec.model_validate(session.get_one(Job, parent.job_id).spec)
     lora = exported_shape(trained.lora)
     _check_lora(request, lora)
@@ -428,7 +441,11 @@ def complete_from_parent(session: Session, request: JobRequest, parent: Adapter)
 
 
 def exported_shape(lora: LoraSpec) -> LoraSpec:
-    """The shape of the adapter's files: one that began with a part of the base is a plain one of twice the rank."""
+    """Return the shape of the exported adapter.
+
+    An adapter that was initialized from the base model's weights (PiSSA, OLoRA) is exported as a plain adapter of twice
+    the rank.
+    """
     if not lora.begins_with_the_base:
         return lora.model_copy(update={"init_lora_weights": "default"})
     times = math.sqrt(2) if lora.use_rslora else 2
@@ -452,17 +469,17 @@ def _check_lora(request: JobRequest, theirs: LoraSpec) -> None:
 
 
 def _differs(field: str, given: object, theirs: object) -> InvalidRequest:
-    reason = f"{field} is {given!r}, and the parent adapter has {theirs!r}."
+    reason = f"{field} is {given!r}, but the parent adapter has {theirs!r}."
     if field == "lora.init_lora_weights":
-        reason = f"{field} is {given!r}, and a job that continues an adapter begins with its weights."
+        reason = f"{field} is {given!r}, but a job that continues an adapter starts with the adapter's weights."
     return InvalidRequest(
         reason,
         code="differs_from_parent",
-        remedy=f"Leave {field} out, and it is the parent's; or train without a parent.",
+        remedy=f"Omit {field} to inherit the parent's value, or train without a parent.",
         param=field,
     )
 
 
 def _plain(value: Any) -> Any:
-    """The order of names and of numbers of blocks says nothing."""
+    """Sort lists: the order of names and of block numbers has no meaning."""
     return sorted(set(cast("list[Any]", value))) if isinstance(value, list) else value

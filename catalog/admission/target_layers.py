@@ -1,8 +1,8 @@
-"""The layers that jobs are to adapt, resolved before the transaction that accepts the jobs.
+"""Target layers of jobs, resolved before the transaction that accepts the jobs.
 
 Patterns come from clients and may take a tenth of a second to match; a write transaction must not wait for that. The
-transaction then asks for the layers by the base model's digest and the adapter's shape. If one of them has changed
-since, the layers are resolved again.
+transaction looks the layers up by the base model's digest and the adapter's shape. If one of them has changed since,
+the layers are resolved again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from catalog.spec.target_modules import Adapted, Matcher, adapted
 from catalog.tables.storage import BaseModelRow
 
 MAX_ATTEMPTS = 3
-"""To resolve the layers and use them before the base model changes."""
+"""Attempts to resolve the layers and to use them before the base model changes."""
 Result = TypeVar("Result")
 
 
@@ -26,7 +26,7 @@ class TargetsOutdated(Conflict):
 
     def __init__(self, base_name: str) -> None:
         super().__init__(
-            f"The base model {base_name!r} changed while the request was checked.",
+            f"The base model {base_name!r} changed while the request was being checked.",
             code="model_changed",
             remedy="Send the request again.",
             param="model",
@@ -34,14 +34,14 @@ class TargetsOutdated(Conflict):
 
 
 class Targets:
-    """Layers by base model and adapter shape. All patterns together have one time limit: see `linears.Matcher`."""
+    """Layers by base model and adapter shape. All patterns share one time limit: see `target_modules.Matcher`."""
 
     def __init__(self) -> None:
         self._matcher = Matcher()
         self._found: dict[tuple[str, str | None, str], list[Adapted] | InvalidRequest] = {}
 
     def resolve(self, base: BaseModelRow, lora: LoraSpec) -> None:
-        """Find the layers, or the reason for which the shape is invalid. Never within a write transaction."""
+        """Find the layers, or the reason why the shape is invalid. Do not call it within a write transaction."""
         key = _key(base, lora)
         if key in self._found:
             return
@@ -51,7 +51,7 @@ class Targets:
             self._found[key] = error
 
     def of(self, base: BaseModelRow, lora: LoraSpec) -> list[Adapted]:
-        """Raises InvalidRequest for a shape that the base model can't have; TargetsOutdated if it was not resolved."""
+        """Return the resolved layers. Raises InvalidRequest if the shape is invalid, TargetsOutdated if unresolved."""
         found = self._found.get(_key(base, lora))
         if found is None:
             raise TargetsOutdated(base.name)
@@ -61,7 +61,7 @@ class Targets:
 
 
 def retried(act: Callable[[], Result]) -> Result:
-    """Call `act`, which resolves layers and uses them in a transaction, again each time that they are outdated.
+    """Call `act`, which resolves layers and uses them in a transaction. Retry it if the layers are outdated by then.
 
     Raises TargetsOutdated after MAX_ATTEMPTS.
     """

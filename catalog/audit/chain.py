@@ -1,8 +1,9 @@
-"""The audit log as a chain: each event's digest covers the event before it, under a key that only API servers have.
+"""The hash chain of the audit log: each event's digest covers the previous event, under a key of the API servers.
 
-The key is derived from the pepper, so that a database password alone can't forge a digest. That events are missing at
-the end shows by the anchors (audit_anchors). The API servers seal events in batches, not as they are written: writers
-would wait for each other. Until then an event is in the table, and not yet in the chain.
+The key is derived from the pepper, so a database password is not enough to forge a digest. Anchors
+(catalog.maintenance.audit_anchors) reveal events that are missing at the end. API servers seal events in batches
+rather than in the writing transactions, because writers would wait for each other. An unsealed event is in the table
+but not yet in the chain.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from catalog.tables.audit import AuditEvent, AuditHead, RetiredKey
 from catalog.tables.table import Json
 
 GENESIS = "0" * 64
-"""What the first event has for the digest of the one before."""
+"""The previous digest of the first event."""
 LARGEST = 2**53 - 1
-"""Of RFC 8785's whole numbers."""
+"""Largest integer of RFC 8785."""
 SEALED_AT_ONCE = 500
-"""Events in one transaction."""
+"""Maximum number of events that one transaction seals."""
 CHECKED_AT_ONCE = 5_000
 Fault = Literal["changed", "missing", "misplaced", "anchor_changed"]
-"""changed: not what was sealed, or sealed under an unknown pepper. anchor_changed: the same of an anchor."""
+"""changed: the event differs from the sealed one, or its pepper is unknown. anchor_changed: the same for an anchor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Misfit:
-    """The first event that doesn't fit, by its place in the chain; `id` None where it isn't there."""
+    """The first event that breaks the chain, by its link number. `id` is None if the event is missing."""
 
     link: int
     id: str | None
@@ -46,7 +47,7 @@ class Misfit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChainCheck:
-    """What the verification of a part of the chain found."""
+    """Result of verifying a part of the chain."""
 
     num_events: int
     last_link: int
@@ -57,7 +58,7 @@ class ChainCheck:
 
 
 def content(event: AuditEvent) -> Json:
-    """An event as the API returns it and as its digest covers it: everything except the digest."""
+    """Return an event as the API returns it, without the digest. The digest covers this content."""
     actor = {"type": event.actor_type, "id": event.actor_id, "name": event.actor_name}
     fields = {
         "object": "audit_event",
@@ -77,23 +78,23 @@ def content(event: AuditEvent) -> Json:
 
 
 def seal_of(fields: Mapping[str, Any], key: bytes) -> str:
-    """HMAC-SHA256 over the RFC 8785 form, without what is null: a field that is added later changes no digest."""
+    """Return the HMAC-SHA256 of the RFC 8785 form without nulls, so that fields added later change no digest."""
     return hmac.new(key, rfc8785.dumps(_without_nulls(fields)), hashlib.sha256).hexdigest()
 
 
 def is_sealed(fields: Mapping[str, Any], seal: object, keys: Iterable[ChainKey], *, at: tuple[int, str]) -> bool:
-    """Whether the seal was made with one of the keys that cover the event at this place, with this digest."""
+    """Return whether the seal was made with one of the keys that are valid for this link and digest."""
     return any(key.covers(*at) and hmac.compare_digest(str(seal), seal_of(fields, key.key)) for key in keys)
 
 
 def seal(db: Database, *, pepper: bytes, at_most: int | None = None) -> int:
-    """Append unsealed events to the chain, in the order of writing. Returns how many.
+    """Append unsealed events to the chain, in the order in which they were written. Returns their number.
 
-    at_most: end after about so many, and leave the others to the next call. Raises PepperReplaced.
+    at_most: stop after about this number; the next call seals the others. Raises PepperReplaced.
     """
     num_sealed = 0
     while at_most is None or num_sealed < at_most:
-        with db.read() as session:  # usually nothing is unsealed: then no writer has to wait
+        with db.read() as session:  # usually every event is sealed: then no writer has to wait
             if session.scalar(select(AuditEvent.seq).where(AuditEvent.link.is_(None)).limit(1)) is None:
                 break
         with db.write() as session:
@@ -102,16 +103,16 @@ def seal(db: Database, *, pepper: bytes, at_most: int | None = None) -> int:
 
 
 def check(db: Database, *, peppers: Sequence[bytes], after: int = 0, limit: int = CHECKED_AT_ONCE) -> ChainCheck:
-    """Verify at most `limit` digests of the chain behind the place `after`.
+    """Verify at most `limit` digests of the chain after the link `after`.
 
-    peppers: the current one first. With it, events that were sealed under replaced peppers are verified too
-    (derived_keys). Where none is known, only whether each event follows the one before is verified.
+    peppers: the current one first. It also verifies events that were sealed under replaced peppers (derived_keys).
+    Without any pepper, only the references from each event to the previous one are verified.
     """
     with db.read() as session:
         end, noted = head(session)
         keys = derived_keys.chain_keys(derived_keys.wire_rows(session), peppers)
         walk = _walk(session, keys, after=after, limit=limit)
-        if walk.link > end:  # sealed meanwhile, or the head was set back
+        if walk.link > end:  # events were sealed in the meantime, or the head was set back
             end, noted = head(session)
         return ChainCheck(
             num_events=walk.link - after,
@@ -124,7 +125,7 @@ def check(db: Database, *, peppers: Sequence[bytes], after: int = 0, limit: int 
 
 
 def check_export(events: Iterable[Json], *, peppers: Sequence[bytes]) -> ChainCheck:
-    """Verify exported events in their order. An export that begins in the middle is taken at its word there.
+    """Verify exported events in their order. In a partial export, the first event's previous digest is trusted.
 
     The rows of retired keys precede the events, if there are any.
     """
@@ -157,7 +158,7 @@ def check_export(events: Iterable[Json], *, peppers: Sequence[bytes]) -> ChainCh
 
 
 def lines(db: Database) -> Iterator[Json]:
-    """The rows of retired keys, then every sealed event with its digest, in the order of the chain; read in pages."""
+    """Yield the rows of retired keys, then every sealed event with its digest, in chain order. Reads in pages."""
     with db.read() as session:
         rows = derived_keys.wire_rows(session)
     yield from rows
@@ -190,7 +191,7 @@ def _seal_some(session: Session, pepper: bytes) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Walk:
-    """How far the chain fits."""
+    """Progress of a verification: the last verified link and its digest."""
 
     link: int
     digest: str
@@ -216,7 +217,7 @@ def _fault(fields: Json, digest: object, before: _Walk, keys: Sequence[ChainKey]
         return "missing"
     try:
         is_whole = not keys or is_sealed(fields, digest, keys, at=(before.link + 1, str(digest)))
-    except (ValueError, AttributeError, TypeError):  # no form of an event was ever sealed that has no canonical form
+    except (ValueError, AttributeError, TypeError):  # not canonicalizable, so it was never sealed in this form
         is_whole = False
     if not is_whole:
         return "changed"
@@ -224,7 +225,7 @@ def _fault(fields: Json, digest: object, before: _Walk, keys: Sequence[ChainKey]
 
 
 def _against_head(session: Session, walk: _Walk, end: int, noted: str, *, is_whole: bool) -> Misfit | None:
-    """Whether the chain ends where the last sealing left it."""
+    """Return the misfit if the chain does not end at the recorded head."""
     if walk.link < end:
         return None if is_whole else Misfit(link=walk.link + 1, id=None, fault="missing")
     if walk.link > end or walk.digest != noted:
@@ -234,7 +235,7 @@ def _against_head(session: Session, walk: _Walk, end: int, noted: str, *, is_who
 
 
 def head(session: Session) -> tuple[int, str]:
-    """Place and digest of the last sealed event; place 0: none is."""
+    """Return the link and digest of the last sealed event; link 0 if no event is sealed."""
     row = session.execute(select(AuditHead.link, AuditHead.digest)).first()
     return (row.link, row.digest) if row is not None else (0, GENESIS)
 
@@ -245,7 +246,7 @@ def _sealed(session: Session, *, after: int, limit: int) -> list[AuditEvent]:
 
 
 def _without_nulls(fields: Mapping[str, Any]) -> Json:
-    """Of an event and of its actor; `details` stay as they are."""
+    """Remove nulls from the event and from its actor. `details` stay unchanged."""
     kept = {name: value for name, value in fields.items() if value is not None}
     if "actor" in kept:
         kept["actor"] = {name: value for name, value in kept["actor"].items() if value is not None}
@@ -253,8 +254,10 @@ def _without_nulls(fields: Mapping[str, Any]) -> Json:
 
 
 def _within_json(value: Any) -> Any:
-    """As text what RFC 8785 has no form for: large numbers, NaN and infinities, and halves of a surrogate pair. So
-    whatever was written can be sealed, and what follows it."""
+    """Convert values that RFC 8785 can't represent to text: large integers, NaN, infinities, unpaired surrogates.
+
+    Every event can therefore be sealed, and blocks no later one.
+    """
     if isinstance(value, dict):
         return {_well_formed(name): _within_json(inner) for name, inner in cast(Json, value).items()}
     if isinstance(value, list):

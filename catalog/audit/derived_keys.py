@@ -1,9 +1,9 @@
-"""Keys that are derived from the pepper, and those of replaced peppers: what they sealed and signed stays verifiable.
+"""Keys derived from the current pepper and from replaced ones, so that old seals and signatures stay verifiable.
 
-A row of `retired_keys` has the audit chain's key and the public lineage key of one replaced pepper, and where the chain
-ended when it was replaced. The row is encrypted under the current pepper (AES-256-GCM): someone who has only the
-database can neither read nor add a key. A retired chain key is accepted up to that end only, so its holder can't forge
-later events. Earlier ones neither, because they would lead to another end.
+A row of `retired_keys` holds the audit chain's key and the public lineage key of one replaced pepper, and the end of
+the chain at the time of replacement. The row is encrypted under the current pepper (AES-256-GCM): access to the
+database alone is not enough to read or add a key. A retired chain key is accepted only up to that end, so its holder
+can't forge later events. Forged earlier events would lead to a different end.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from catalog.tables.audit import AuditHead, RetiredKey
 from catalog.tables.table import Json
 
 CHAIN = "audit chain"
-"""Names the lock of everything that appends to the chain."""
+"""Name of the lock that every writer of the chain takes."""
 CHAIN_PURPOSE = b"lorry: audit chain"
-"""Separates this key from others that are derived from the pepper."""
+"""Separates this key from other keys that are derived from the pepper."""
 ID_PURPOSE = b"lorry: id of an audit chain key"
 ROW_PURPOSE = b"lorry: retired keys"
 NONCE_BYTES = 12
@@ -42,28 +42,31 @@ log = logging.getLogger("lorry.catalog")
 
 
 class PepperReplaced(Conflict):
-    """This process still has the old pepper."""
+    """This process still uses a replaced pepper."""
 
     def __init__(self) -> None:
         super().__init__(
-            "This API server has a pepper that was replaced: it seals no audit events.",
+            "This API server uses a replaced pepper, so it seals no audit events.",
             code="pepper_replaced",
-            remedy="Restart it with the new LORRY_PEPPER. To go back to the old pepper instead, set LORRY_PEPPER to it "
-            "and LORRY_PREVIOUS_PEPPER to the new one on every API server.",
+            remedy="Restart it with the new LORRY_PEPPER. To return to the old pepper instead, set LORRY_PEPPER to the "
+            "old one and LORRY_PREVIOUS_PEPPER to the new one on every API server.",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChainKey:
-    """A key of the audit chain. Of a retired key, `last_link` and `last_digest` are the end of the chain at that time;
-    0: the chain was empty."""
+    """A key of the audit chain.
+
+    For a retired key, `last_link` and `last_digest` are the end of the chain at the time of replacement; `last_link` is
+    0 if the chain was empty.
+    """
 
     key: bytes = field(repr=False)
     last_link: int | None = None
     last_digest: str = ""
 
     def covers(self, link: int, digest: str) -> bool:
-        """Whether the event at this place may have been sealed with this key."""
+        """Return whether the event with this link and digest may have been sealed with this key."""
         if self.last_link is None or link < self.last_link:
             return True
         return link == self.last_link and digest == self.last_digest
@@ -75,7 +78,7 @@ class Retired:
 
     chain_key: ChainKey
     public_key: Json
-    """A JSON Web Key of lineage_signatures."""
+    """A JSON Web Key; see lineage_signatures."""
     retired_at: float
 
 
@@ -84,10 +87,10 @@ def chain_key(pepper: bytes) -> bytes:
 
 
 def retire(db: Database, pepper: Pepper) -> bool:
-    """Keep the keys of the previous pepper, and encrypt under the current one those of peppers before it.
+    """Store the keys of the previous pepper, and re-encrypt the keys of older peppers under the current one.
 
-    Call it when an API server starts. Returns whether anything was written. Once the previous pepper's row is there, no
-    row that is encrypted under the previous pepper is accepted any more: its holder may have made it.
+    Call it when an API server starts. Returns whether anything was written. Once the previous pepper's row exists, rows
+    that are encrypted under the previous pepper are no longer accepted: its holder may have forged them.
     """
     if pepper.previous is None or pepper.previous == pepper.current:
         return False
@@ -100,13 +103,13 @@ def retire(db: Database, pepper: Pepper) -> bool:
         if previous_id in rows and _opened(rows[previous_id].id, rows[previous_id].sealed, pepper.current):
             return False
         for row in rows.values():
-            if row.id == _key_id(pepper.current):  # the operator went back to this pepper
+            if row.id == _key_id(pepper.current):  # the operator returned to this pepper
                 session.delete(row)
                 continue
             found = _opened(row.id, row.sealed, pepper.previous)
             if found is not None and (found.chain_key.last_link or 0) <= ended[0]:
                 row.sealed = _sealed(row.id, found, pepper.current)
-            elif row.id != previous_id:  # or it claims events that are not there yet: no server wrote it
+            elif row.id != previous_id:  # unreadable, or it covers events that do not exist yet: no server wrote it
                 log.warning("retired key not kept id=%s", row.id)
         key = ChainKey(key=chain_key(pepper.previous), last_link=ended[0], last_digest=ended[1])
         public_key = lineage_signatures.public_key(pepper.previous)
@@ -116,21 +119,22 @@ def retire(db: Database, pepper: Pepper) -> bool:
 
 
 def check_current(session: Session, pepper: bytes) -> None:
-    """Raises PepperReplaced where another server has retired this pepper's keys: new seals with them are invalid."""
+    """Raises PepperReplaced if another server has retired this pepper's keys: new seals with them are invalid."""
     if session.get(RetiredKey, _key_id(pepper)) is not None:
         raise PepperReplaced
 
 
 def wire_rows(session: Session) -> list[Json]:
-    """The rows as an export of the audit log holds them: a holder of the pepper can read them."""
+    """Return the rows in the format of an audit log export. Only a holder of the pepper can decrypt them."""
     rows = session.scalars(select(RetiredKey).order_by(RetiredKey.id))
     return [{"object": RetiredKey.WIRE_OBJECT, "id": row.id, "sealed": row.sealed} for row in rows]
 
 
 def chain_keys(rows: Iterable[Mapping[str, Any]], peppers: Sequence[bytes]) -> list[ChainKey]:
-    """With which the audit chain may be sealed, the current one first; empty where no pepper is known.
+    """Return the keys that may have sealed the audit chain, the current one first. Empty if no pepper is known.
 
-    rows: of `wire_rows`. peppers: the current one first. A previous pepper that no server has retired yet has no limit.
+    rows: the result of `wire_rows`. peppers: the current one first. The key of a previous pepper that no server has
+    retired yet is valid for every link.
     """
     retired, unretired = _known(rows, peppers)
     keys = [ChainKey(key=chain_key(pepper)) for pepper in (*peppers[:1], *unretired)]
@@ -138,8 +142,10 @@ def chain_keys(rows: Iterable[Mapping[str, Any]], peppers: Sequence[bytes]) -> l
 
 
 def key_set(db: Database, peppers: Sequence[bytes]) -> Json:
-    """The public keys of lineage signatures as a JSON Web Key Set: the current one, then previous ones. Those that were
-    retired have `retired_at`, the newest first."""
+    """Return the public keys of lineage signatures as a JSON Web Key Set: the current one, then previous ones.
+
+    Retired keys have `retired_at` and are sorted from newest to oldest.
+    """
     with db.read() as session:
         retired, unretired = _known(wire_rows(session), peppers)
     retired.sort(key=lambda each: each.retired_at, reverse=True)
@@ -148,7 +154,7 @@ def key_set(db: Database, peppers: Sequence[bytes]) -> Json:
 
 
 def _known(rows: Iterable[Mapping[str, Any]], peppers: Sequence[bytes]) -> tuple[list[Retired], list[bytes]]:
-    """What the peppers open, and the previous peppers that are not among it."""
+    """Return the retired keys that the peppers decrypt, and the previous peppers that are not retired yet."""
     sealed = {str(row.get("id")): str(row.get("sealed")) for row in rows}
     if not peppers:
         return [], []
@@ -166,12 +172,12 @@ def _all_opened(sealed: Mapping[str, str], pepper: bytes) -> dict[str, Retired]:
 
 
 def _key_id(pepper: bytes) -> str:
-    """Names the keys of a pepper; nobody can compute a key from it."""
+    """Return an id for the keys of a pepper. The keys can't be computed from it."""
     return hmac.new(chain_key(pepper), ID_PURPOSE, hashlib.sha256).hexdigest()[:32]
 
 
 def _sealed(ident: str, retired: Retired, pepper: bytes) -> str:
-    """Bound to the row's id."""
+    """Encrypt the keys for a row. The row's id is authenticated, so the text can't be moved to another row."""
     told = {
         "key": retired.chain_key.key.hex(),
         "link": retired.chain_key.last_link,
@@ -184,13 +190,13 @@ def _sealed(ident: str, retired: Retired, pepper: bytes) -> str:
 
 
 def _opened(ident: str, sealed: str, pepper: bytes) -> Retired | None:
-    """None where it was not sealed under this pepper."""
+    """Decrypt a row; None if it was not encrypted under this pepper."""
     try:
         content = base64.b64decode(sealed, validate=True)
         opened = _cipher(pepper).decrypt(content[:NONCE_BYTES], content[NONCE_BYTES:], ident.encode())
     except (InvalidTag, binascii.Error, ValueError):
         return None
-    try:  # a holder of a replaced pepper may have written the content
+    try:  # the content is untrusted: a holder of a replaced pepper may have written it
         told: Any = json.loads(opened)
         key = ChainKey(key=bytes.fromhex(told["key"]), last_link=int(told["link"]), last_digest=str(told["digest"]))
         return Retired(chain_key=key, public_key=dict(told["public_key"]), retired_at=float(told["retired_at"]))

@@ -1,7 +1,7 @@
-"""Audit events for downloads: who read a data file, an adapter, or the audit log itself.
+"""Audit events for downloads of data files, adapters and the audit log itself.
 
-Repeated downloads of one object by one key from one address are one event in REPEAT_SECONDS, so that a client that
-polls does not fill the audit log. Each API process remembers this for itself.
+Repeated downloads of one object by one key from one address are recorded once per REPEAT_SECONDS, so that a polling
+client does not fill the audit log. Each API server process tracks this separately.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from catalog.tables.table import Json
 
 REPEAT_SECONDS = 600.0
 MAX_REMEMBERED = 10_000
-"""Downloads that are remembered. Of more, the oldest is forgotten, and its repetition is recorded again."""
+"""Maximum number of remembered downloads. Beyond it, the oldest is forgotten, and its next repetition is recorded."""
 ReadType = Literal["file.downloaded", "adapter.downloaded", "audit.exported"]
 log = logging.getLogger("lorry.audit")
 
 
 class ReadAudit:
-    """Thread-safe. One for each API process."""
+    """Records downloads in the audit log. Thread-safe; one instance per API server process."""
 
     def __init__(self, db: Database, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """clock: seconds that only grow."""
+        """clock: monotonic seconds."""
         self._db = db
         self._clock = clock
         self._recorded_at: OrderedDict[tuple[str, ...], float] = OrderedDict()
@@ -44,9 +44,9 @@ class ReadAudit:
         object_id: str | None = None,
         details: Json | None = None,
     ) -> None:
-        """Adds one event of the caller's project, unless the same download was recorded a short time ago.
+        """Add one event for the caller's project, unless the same download was recorded recently.
 
-        While the database can't be written, the download goes on: the log then has a warning in place of the event.
+        If the database can't be written, the download continues, and a logged warning replaces the event.
         """
         download = (type, caller.api_key_id, object_id or "", audit.client_address() or "")
         if not self._is_new(download):

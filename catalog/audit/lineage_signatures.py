@@ -24,7 +24,7 @@ _KEY_PURPOSE = b"lorry lineage signing key, Ed25519, version 1"
 
 
 def sign_lineage(*, lineage_id: str, artifact: str, pepper: bytes) -> Json:
-    """The DSSE envelope for one adapter.
+    """Return the DSSE envelope for one adapter.
 
     lineage_id: sha256 of the lineage record's RFC 8785 form. artifact: sha256 of the adapter's manifest. The caller has
     checked that both belong to the record (lineage.verify). Equal arguments give equal bytes.
@@ -46,14 +46,14 @@ def sign_lineage(*, lineage_id: str, artifact: str, pepper: bytes) -> Json:
 
 
 def public_key(pepper: bytes) -> Json:
-    """As a JSON Web Key (RFC 8037)."""
+    """Return the public key as a JSON Web Key (RFC 8037)."""
     public = _public_bytes(_private_key(pepper))
     encoded = base64.urlsafe_b64encode(public).rstrip(b"=").decode()
     return {"kty": "OKP", "crv": "Ed25519", "use": "sig", "alg": "EdDSA", "kid": _key_id(public), "x": encoded}
 
 
 def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
-    """PAE of DSSE v1: the bytes that are signed."""
+    """Return the PAE of DSSE v1: the bytes that are signed."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
@@ -68,5 +68,5 @@ def _public_bytes(key: Ed25519PrivateKey) -> bytes:
 
 
 def _key_id(public: bytes) -> str:
-    """Names a key; it is no proof of anything."""
+    """Return an id for a key. It identifies the key but proves nothing."""
     return hashlib.sha256(public).hexdigest()[:32]

@@ -1,7 +1,7 @@
-"""The audit log: who changed what, noted in the same transaction as the change. Sealing it is in audit_chain, and
-downloads are in read_audit.
+"""The audit log: actor and object of each requested change, written in the same transaction as the change.
 
-What a job goes through by itself is in its own events, transitions included; here is what somebody asked for.
+Sealing is in `chain`, and downloads are in `downloads`. Changes that the service makes to a job, such as transitions,
+are in the job's own events; the audit log holds changes that a client or operator requested.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ AuditType = Literal[
 ]
 AUDIT_TYPES: tuple[AuditType, ...] = get_args(AuditType)
 ActorType = Literal["api_key", "browser", "server"]
-"""server: nobody came over the API; somebody used a command on the machine itself."""
+"""server: the change did not come through the API, for example from a command on the machine itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Actor:
-    """Who did it: a key by its id and label."""
+    """The API key that made a change, by its id and label."""
 
     type: ActorType
     id: str | None = None
@@ -90,7 +90,7 @@ SERVER = Actor(type="server")
 
 @dataclass(kw_only=True, slots=True)
 class Origin:
-    """Where a change comes from. `actor` is known only once the request's key is."""
+    """Origin of a change. `actor` is set once the request is authenticated."""
 
     request_id: str | None = None
     address: str | None = None
@@ -99,13 +99,13 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Filters:
-    """Which events: of any of these, where something is named, and within these times."""
+    """Filters for events: any of the listed values for each non-empty field, within the time limits."""
 
     types: Sequence[str] = ()
     actor_ids: Sequence[str] = ()
     project_ids: Sequence[str] = ()
     after: float | None = None
-    """Later than this; the next three: not before, before, not after."""
+    """Exclusive lower limit. `since` is inclusive, `before` an exclusive upper limit, `until` an inclusive one."""
     since: float | None = None
     before: float | None = None
     until: float | None = None
@@ -116,7 +116,7 @@ _here: ContextVar[Origin | None] = ContextVar("origin_of_changes", default=None)
 
 @contextmanager
 def coming_from(origin: Origin) -> Generator[Origin]:
-    """Changes in this block, and in threads that it waits for, are this origin's."""
+    """Attribute changes in this block, and in threads that copy its context, to this origin."""
     token = _here.set(origin)
     try:
         yield origin
@@ -125,27 +125,27 @@ def coming_from(origin: Origin) -> Generator[Origin]:
 
 
 def actor_is(actor: Actor) -> None:
-    """Whose request this is turns out only when its key was looked at."""
+    """Set the actor of the current origin, after the request's key has been authenticated."""
     origin = _here.get()
     if origin is not None:
         origin.actor = actor
 
 
 def actor_id() -> str | None:
-    """The key by which what happens now is done."""
+    """Return the id of the API key behind the current request, if any."""
     origin = _here.get()
     return origin.actor.id if origin is not None else None
 
 
 def client_address() -> str | None:
-    """Network address of the client whose request is being answered."""
+    """Return the network address of the client that sent the current request, if any."""
     origin = _here.get()
     return origin.address if origin is not None else None
 
 
 def note(
     session: Session,
-    type: AuditType,  # noqa: A002  (the wire's word)
+    type: AuditType,  # noqa: A002  (the API's field name)
     *,
     now: float,
     object_id: str | None,
@@ -153,13 +153,13 @@ def note(
     details: Json | None = None,
     actor: Actor | None = None,
 ) -> None:
-    """Append one event. `details` hold no secret, and nothing that grows with what was sent.
+    """Append one event. `details` must not contain secrets or data of unbounded size.
 
-    actor: of a request that says itself whose it is; else the origin's.
+    actor: the actor, if it differs from the origin's.
     """
     origin = _here.get() or Origin()
     actor = actor or origin.actor
-    # Not by the ORM, which names every column and reads `seq` back: roles may write these alone.
+    # The ORM would name every column and read `seq` back, but database roles may only insert these columns.
     event = insert(cast("Table", AuditEvent.__table__)).values(
         id=new_id("audit"),
         type=type,
@@ -179,7 +179,7 @@ def note(
 def list_page(
     db: Database, *, caller: Caller, filters: Filters, after: str | None = None, limit: int = 20
 ) -> Page[AuditEvent]:
-    """Newest first: of the caller's project, and for operators of all."""
+    """Return a page of events, newest first: those of the caller's project, or all for operators."""
     scope = select(AuditEvent)
     if not caller.is_operator:
         scope = scope.where(AuditEvent.project_id == caller.project_id)

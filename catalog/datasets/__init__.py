@@ -1,1 +1,1 @@
-"""Whether a file is a valid data set of its kind. Pure: no database."""
+"""Validation of data sets. Pure: no database."""

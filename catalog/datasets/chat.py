@@ -1,7 +1,7 @@
-"""One line of a chat data set: what it may hold, and a reason and a remedy where it holds something else.
+"""Validation of one line of a chat data set, with a reason and a remedy for each error.
 
-Strict on purpose: JSON's loose ends (duplicate keys, NaN, numbers without end) mean different things to
-different readers, so none is let in. A message is never quoted in a refusal.
+It is strict on purpose: JSON parsers disagree on duplicate keys, NaN and very long numbers, so these are rejected.
+Error messages never quote the content of a chat message.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ MESSAGE_KEYS = frozenset({"role", "content", "weight", "name", "tool_call_id"})
 UNSUPPORTED = frozenset({"tools", "parallel_tool_calls", "functions", "tool_calls", "function_call", "audio"})
 PART_FORM = 'Write {"type": "text", "text": "..."}.'
 MAX_DIGITS = 19
-"""As many as a 64-bit integer has."""
+"""Number of decimal digits of the largest 64-bit integer."""
 MAX_NAMED_CHARS = 40
 
 
 class ChatMessage(TypedDict):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: str
     content: str
     weight: NotRequired[int]
-    """0: the turn is read but not learnt. Only on assistant turns."""
+    """0: the model reads the message but does not train on it. Only for assistant messages."""
     name: NotRequired[str]
     tool_call_id: NotRequired[str]
 
 
 class BadRow(Exception):
-    """What is wrong with one row: `reason` begins in lower case, `remedy` is a sentence."""
+    """An invalid row. `reason` begins in lower case, `remedy` is a sentence."""
 
     def __init__(self, code: str, reason: str, remedy: str) -> None:
         super().__init__(reason)
@@ -41,7 +41,7 @@ class BadRow(Exception):
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """One line of JSON, of whatever kind. Raises BadRow, whatever the bytes are."""
+    """Parse one line of any kind of data set. Raises BadRow, and nothing else, for arbitrary bytes."""
     row = _parse_json(line)
     if not isinstance(row, dict):
         reason = f"the row is {kind_of(row)}, not an object"
@@ -50,12 +50,12 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def is_supervised(messages: list[ChatMessage]) -> bool:
-    """Something in the row is learnt."""
+    """Return whether the row has tokens to train on."""
     return any(m["role"] == "assistant" and m["content"].strip() and m.get("weight", 1) for m in messages)
 
 
 def only_last_learnt(messages: list[ChatMessage]) -> list[ChatMessage]:
-    """The same, with weight 0 on every answer but the last one."""
+    """Return the messages with weight 0 on every answer except the last one."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     earlier = set(answers[:-1])
     return [ChatMessage({**turn, "weight": 0}) if index in earlier else turn for index, turn in enumerate(messages)]
@@ -71,14 +71,14 @@ def _parse_json(line: bytes) -> Any:
         reason = f"byte {error.start + 1} is not valid UTF-8"
         raise BadRow("invalid_utf8", reason, "Save the file as UTF-8.") from error
     except UnicodeEncodeError as error:
-        remedy = "Write characters outside the basic plane as they are, or as a pair of \\u escapes."
-        raise BadRow("lone_surrogate", "an escape \\ud… stands without its other half", remedy) from error
+        remedy = "Write characters outside the Basic Multilingual Plane directly, or as a pair of \\u escapes."
+        raise BadRow("lone_surrogate", "unpaired surrogate escape \\ud…", remedy) from error
     except json.JSONDecodeError as error:
         reason = f"not valid JSON at column {error.colno}: {error.msg.lower().removesuffix(' at')}"
-        raise BadRow("invalid_json", reason, "Write each row with a JSON library, on one line.") from error
+        raise BadRow("invalid_json", reason, "Write each row on one line, with a JSON library.") from error
     except RecursionError as error:
-        remedy = "A row needs no more than five levels: object, list of messages, message, list of parts, part."
-        raise BadRow("json_too_deep", "the JSON is nested too deep", remedy) from error
+        remedy = "Use at most five levels: object, list of messages, message, list of parts, part."
+        raise BadRow("json_too_deep", "the JSON is nested too deeply", remedy) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -91,13 +91,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> Any:
-    raise BadRow("number_not_finite", f"{name} is not a JSON number", "Leave the value out, or give a number.")
+    raise BadRow("number_not_finite", f"{name} is not a JSON number", "Omit the value, or write a number.")
 
 
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise BadRow("number_not_finite", "a number is too large to be finite", "Give a number below 1e308.")
+        raise BadRow("number_not_finite", "a number is too large", "Write a number below 1e308.")
     return value
 
 
@@ -112,7 +112,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant,
 
 
 def check_chat(row: dict[str, Any]) -> list[ChatMessage]:
-    """The messages of one row. Raises BadRow."""
+    """Return the messages of one row. Raises BadRow."""
     if row.keys() != {"messages"}:
         _check_row_keys(row)
     messages = row["messages"]
@@ -124,22 +124,25 @@ def check_chat(row: dict[str, Any]) -> list[ChatMessage]:
     checked = cast(list[ChatMessage], messages)
     if not any(m["role"] == "assistant" and m["content"].strip() for m in checked):
         reason = "the chat has no assistant message with text"
-        raise BadRow("no_assistant_turn", reason, "Add the answer that the model is to learn, or remove the row.")
+        raise BadRow("no_assistant_turn", reason, "Add the answer to train on, or remove the row.")
     return checked
 
 
 def _check_row_keys(row: dict[str, Any]) -> None:
     for key in row:
         if key in UNSUPPORTED:
-            raise BadRow("tools_unsupported", f"{key!r} is not supported", "Train on text alone: remove it.")
+            raise BadRow("tools_unsupported", f"{key!r} is not supported", "Remove it: only text is supported.")
         if key != "messages":
-            remedy = 'A row has the one key "messages". Remove the other, or correct its spelling.'
+            remedy = 'Remove the key, or correct its spelling: "messages" is the only key of a row.'
             raise BadRow("unknown_key", f"the key {quoted(key)} is unknown", remedy)
     raise BadRow("messages_missing", 'the key "messages" is missing', 'Write {"messages": [...]}.')
 
 
 def check_message(place: str, message: Any) -> None:
-    """`place` is how a refusal names it. Content in parts of text becomes one text. Raises BadRow."""
+    """Validate a message, and join content that is given as parts of text. `place` is its name in error messages.
+
+    Raises BadRow.
+    """
     if not isinstance(message, dict):
         reason = f"{place} is {kind_of(message)}, not an object"
         raise BadRow("message_not_object", reason, 'Write {"role": ..., "content": ...}.')
@@ -154,16 +157,16 @@ def check_message(place: str, message: Any) -> None:
         fields["content"] = _joined(f"{place}.content", fields["content"])
     if not isinstance(fields.get("content"), str):
         given = kind_of(fields["content"]) if "content" in fields else "missing"
-        remedy = 'Give text as one string, or as parts: [{"type": "text", "text": "..."}].'
+        remedy = 'Write text as one string, or as parts: [{"type": "text", "text": "..."}].'
         raise BadRow("content_not_text", f"{place}.content is {given}", remedy)
     if len(fields) > 2:
         _check_extras(place, role, fields)
 
 
 def _joined(place: str, parts: list[Any]) -> str:
-    """Parts of text, one after the other with nothing between: as a template would write them. Raises BadRow."""
+    """Join parts of text without a separator, as a chat template does. Raises BadRow."""
     if not parts:
-        raise BadRow("content_not_text", f"{place} is an empty list", "Give a string, or one part of text at least.")
+        raise BadRow("content_not_text", f"{place} is an empty list", "Write a string, or at least one part of text.")
     for index, part in enumerate(parts):
         where = f"{place}[{index}]"
         if not isinstance(part, dict):
@@ -172,7 +175,7 @@ def _joined(place: str, parts: list[Any]) -> str:
         kind = fields.get("type")
         if kind != "text":
             told = quoted(kind) if isinstance(kind, str) else "missing" if kind is None else kind_of(kind)
-            remedy = f"Only text is learnt: take images, audio and files out. {PART_FORM}"
+            remedy = f"Remove images, audio and files: only text is supported. {PART_FORM}"
             raise BadRow("content_not_text", f"{where}.type is {told}", remedy)
         if fields.keys() != {"type", "text"} or not isinstance(fields["text"], str):
             raise BadRow("content_not_text", f"{where} is not a part of text", PART_FORM)
@@ -181,8 +184,8 @@ def _joined(place: str, parts: list[Any]) -> str:
 
 def _refuse_key(place: str, key: str) -> None:
     if key in UNSUPPORTED:
-        raise BadRow("tools_unsupported", f"{place}.{key} is not supported", "Train on text alone: remove it.")
-    remedy = f"A message has the keys {', '.join(sorted(MESSAGE_KEYS))}."
+        raise BadRow("tools_unsupported", f"{place}.{key} is not supported", "Remove it: only text is supported.")
+    remedy = f"Use only the keys {', '.join(sorted(MESSAGE_KEYS))}."
     raise BadRow("unknown_key", f"{place} has the unknown key {quoted(key)}", remedy)
 
 
@@ -190,20 +193,22 @@ def _check_extras(place: str, role: str, fields: dict[str, Any]) -> None:
     if "weight" in fields:
         weight = fields["weight"]
         if role != "assistant" or type(weight) is not int or weight not in (0, 1):
-            reason = f"{place}.weight must be 0 or 1, and stand on an assistant message"
-            raise BadRow("invalid_weight", reason, "Use 0 for a turn that is read but not learnt; leave others out.")
+            reason = f"{place}.weight must be 0 or 1, on an assistant message"
+            raise BadRow(
+                "invalid_weight", reason, "Use 0 for an answer that is not trained on, and omit other weights."
+            )
     for key in ("name", "tool_call_id"):
         if key in fields and not isinstance(fields[key], str):
-            raise BadRow("invalid_name", f"{place}.{key} is {kind_of(fields[key])}", "Give a string, or leave it out.")
+            raise BadRow("invalid_name", f"{place}.{key} is {kind_of(fields[key])}", "Write a string, or omit it.")
 
 
 def quoted(text: str) -> str:
-    """A key or a role as a person wrote it, short, and with nothing that a terminal would act on."""
+    """Return a key or role for an error message: shortened, quoted, and without control characters."""
     return ascii(text if len(text) <= MAX_NAMED_CHARS else text[:MAX_NAMED_CHARS] + "...")
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, for a refusal."""
+    """Return the name of a JSON value's type for an error message."""
     if value is None:
         return "null"
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}

@@ -1,7 +1,7 @@
-"""The check of a data set in a process of its own, so that it does not hold up the threads of the API server.
+"""The check of a data set in a separate process, so that it does not block the threads of the API server.
 
-`python -m catalog.datasets.check_process PATH MAX_LINE_BYTES MAX_ROWS` writes one JSON object: what the file is, or
-why it is rejected. It exits when its standard input ends, and so with the process that started it.
+`python -m catalog.datasets.check_process PATH MAX_LINE_BYTES MAX_ROWS` writes one JSON object: the properties of the
+file, or the reason why it is rejected. It exits when its standard input closes, and thus with its parent process.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ from catalog.datasets.validator import DatasetCheck
 from catalog.errors import InvalidRequest, Unavailable
 
 POLL_SECONDS = 0.1
-"""Between two questions whether the result is still wanted."""
+"""Interval at which the parent checks whether the result is still needed."""
 NICENESS = 10
-"""Above the API server's own: requests come first."""
+"""Added to the API server's own niceness, so that requests take precedence."""
 LOST_PARENT = 113
-"""Exit status of a check whose parent has gone."""
+"""Exit status of a check whose parent has exited."""
 ALLOWED = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
-"""The environment of the check: no password or key is among it."""
+"""Environment variables that the check inherits. They contain no passwords or keys."""
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "catalog.datasets.check_process")
 log = logging.getLogger("lorry.catalog")
 
 
 class CheckCrashed(Unavailable):
-    """The process that checks the file ended without a result, for lack of memory perhaps."""
+    """The process that checks the file exited without a result, for example because it ran out of memory."""
 
 
 class CheckStopped(Unavailable):
-    """Nobody waits for the result any more: the client has gone, or the API server stops."""
+    """The result is no longer needed: the client has disconnected, or the API server is shutting down."""
 
 
 def inspect(
     path: Path, *, max_line_bytes: int, max_rows: int, is_abandoned: Callable[[], bool] = lambda: False
 ) -> DatasetCheck:
-    """As datasets.inspect, for a file. `is_abandoned` is asked several times a second; then the check is killed.
+    """Run `validator.inspect` on a file in a separate process.
 
-    Raises InvalidRequest for a file that is rejected, CheckStopped, and CheckCrashed.
+    is_abandoned: called several times a second; the check is killed once it returns True.
+
+    Raises InvalidRequest for a rejected file, CheckStopped and CheckCrashed.
     """
     command = [*COMMAND, str(path), str(max_line_bytes), str(max_rows)]
     environment = {name: os.environ[name] for name in ALLOWED if name in os.environ}
@@ -61,7 +63,7 @@ def inspect(
         try:
             _wait(process, is_abandoned)
         finally:
-            process.kill()  # nothing, once it has ended
+            process.kill()  # does nothing if the process has exited
         output.seek(0)
         errors.seek(0)
         if process.returncode != 0:
@@ -91,14 +93,14 @@ def _crashed(status: int, errors: bytes) -> CheckCrashed:
     lines = errors.decode("utf-8", "replace").splitlines() or ["no output"]
     log.error("the check of a data set failed: status=%d %s", status, lines[-1][:300])
     return CheckCrashed(
-        f"The process that checks the file ended with exit status {status}.",
+        f"The process that checks the file failed with exit status {status}.",
         code="dataset_check_failed",
         remedy="Try again. If it fails again, ask the operator whether the API server's machine has enough memory.",
     )
 
 
 def main(path: str, max_line_bytes: str, max_rows: str) -> None:
-    """The check itself."""
+    """Run the check, and write its result to stdout."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     if hasattr(os, "nice"):
         os.nice(NICENESS)
@@ -113,7 +115,7 @@ def main(path: str, max_line_bytes: str, max_rows: str) -> None:
 
 
 def _exit_with_parent() -> None:
-    os.read(0, 1)  # not sys.stdin, whose lock would be held at exit
+    os.read(0, 1)  # sys.stdin would hold its lock at exit
     os._exit(LOST_PARENT)
 
 

@@ -1,6 +1,6 @@
-"""The kinds of rows that a data set may have. This table is the one place that tells them apart.
+"""The kinds of rows that a data set may have. Only this table distinguishes them.
 
-A kind is told by a row's keys; all rows of a file are of the kind of its first.
+The keys of a row determine its kind. All rows of a file must have the kind of its first row.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ DataKind = Literal["chat", "completion", "text", "preference", "unpaired"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowKind:
-    """One kind of rows."""
+    """One kind of row."""
 
     name: DataKind
     keys: tuple[str, ...]
-    """A row with any of them is of this kind, or meant to be. An answer with a label is told by `_is_labeled`."""
+    """A row with any of these keys is of this kind. `_is_labeled` detects answers with a label."""
     noun: str
     form: str
     check: Callable[[dict[str, Any]], Any]
-    """The row, if it is right. Raises BadRow."""
+    """Return the validated row. Raises BadRow."""
     is_supervised: Callable[[Any], bool]
-    """Something is learnt from what `check` returned."""
+    """Return whether the result of `check` has tokens to train on."""
 
 
 PREFERENCE = RowKind(
@@ -92,7 +92,7 @@ FORMS = f"{', '.join(kind.form for kind in KINDS[:-1])} or {KINDS[-1].form}"
 
 
 def known_kind(recorded: str | None) -> DataKind:
-    """A data set's kind as its row in the database has it: before kinds were kept, all were chats."""
+    """Return a data set's kind from its database row. Rows without a kind are older; their data sets are chats."""
     return _BY_NAME.get(recorded or "chat", "chat")
 
 
@@ -101,7 +101,7 @@ def row_kind(name: DataKind) -> RowKind:
 
 
 def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:
-    """The row's kind. before: that of the rows before it, None at the first. Raises BadRow."""
+    """Return the row's kind. before: kind of the previous rows, None for the first row. Raises BadRow."""
     refuse_foreign(row)
     found = next((kind for kind in KINDS if any(key in row for key in kind.keys)), before)
     if found is None:
@@ -109,19 +109,19 @@ def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:
     if found is COMPLETION and _is_labeled(row, before):
         found = UNPAIRED
     if before is not None and found is not before:
-        reason = f"the row is {found.noun}, and those before it are each {before.noun}"
-        raise BadRow("mixed_kinds", reason, "Put rows of each kind into a file of their own.")
+        reason = f"the row is {found.noun}, but each previous row is {before.noun}"
+        raise BadRow("mixed_kinds", reason, "Put rows of each kind into a separate file.")
     return found
 
 
 def _is_labeled(row: dict[str, Any], before: RowKind | None) -> bool:
-    """Of a prompt with an answer. Among labeled ones it is meant to be, and lacks its label."""
+    """Return whether a prompt with an answer is a labeled one. After labeled rows, its label is missing."""
     return LABEL in row or before is UNPAIRED
 
 
 def _unknown(row: dict[str, Any]) -> BadRow:
     if row:
-        reason = f"the key {quoted(next(iter(row)))} is of no kind of row"
+        reason = f"the key {quoted(next(iter(row)))} belongs to no kind of row"
         return BadRow("unknown_key", reason, f"Write {FORMS}, or correct the key's spelling.")
     return BadRow("row_empty", "the object is empty", f"Write {FORMS}.")
 
@@ -131,23 +131,23 @@ PAIR = (
     '"preferred_output": [{"role": "assistant", "content": CHOSEN}], '
     '"non_preferred_output": [{"role": "assistant", "content": REJECTED}]}'
 )
-PAIR_REMEDY = f"Write each pair in OpenAI's form: {PAIR}."
+PAIR_REMEDY = f"Write each pair in OpenAI's format: {PAIR}."
 SHARED_PROMPT_REMEDY = (
-    f"{PAIR_REMEDY} Without a key of its own, the prompt is what chosen and rejected begin with alike."
+    f"{PAIR_REMEDY} If there is no prompt key, the prompt is the common beginning of chosen and rejected."
 )
 ALPACA_REMEDY = (
-    'Write {"prompt": INSTRUCTION, "completion": OUTPUT}, with the text of input, where there is any, '
-    "after the instruction in the prompt."
+    'Write {"prompt": INSTRUCTION, "completion": OUTPUT}. If input has text, append it to the instruction '
+    "in the prompt."
 )
-SHAREGPT_REMEDY = 'Write {"messages": [...]}: from becomes role (human: user, gpt: assistant), and value content.'
+SHAREGPT_REMEDY = 'Write {"messages": [...]}: rename from to role (human: user, gpt: assistant), and value to content.'
 
 
 def refuse_foreign(row: dict[str, Any]) -> None:
-    """Raises BadRow for a row of pairs in TRL's form, of instructions in Alpaca's, and of turns in ShareGPT's."""
+    """Raises BadRow for preference pairs in TRL's format, and for rows in the formats of Alpaca and ShareGPT."""
     if "chosen" in row or "rejected" in row:
         remedy = PAIR_REMEDY if "prompt" in row else SHARED_PROMPT_REMEDY
-        raise BadRow("trl_pair", "the row is a pair of answers in TRL's form, chosen and rejected", remedy)
+        raise BadRow("trl_pair", "the row is a pair of answers in TRL's format (chosen, rejected)", remedy)
     if "instruction" in row and "output" in row:
-        raise BadRow("alpaca_row", "the row is in Alpaca's form, instruction, input and output", ALPACA_REMEDY)
+        raise BadRow("alpaca_row", "the row is in Alpaca's format (instruction, input, output)", ALPACA_REMEDY)
     if "conversations" in row and "messages" not in row:
-        raise BadRow("sharegpt_row", "the row is in ShareGPT's form, conversations", SHAREGPT_REMEDY)
+        raise BadRow("sharegpt_row", "the row is in ShareGPT's format (conversations)", SHAREGPT_REMEDY)

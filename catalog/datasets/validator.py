@@ -1,7 +1,7 @@
-"""The structural check of a data set: JSON Lines, read once and line by line, no tokenizer.
+"""Structural validation of a data set in JSON Lines, in one pass, line by line and without a tokenizer.
 
-Every refusal has a code, the line and a remedy. What one line may hold is told by `row_kinds`, beside this file.
-Memory is bounded by `max_line_bytes`, however long a line is.
+Every error has a code, the line number and a remedy. `formats` defines the valid lines. Memory use is bounded by
+`max_line_bytes`, however long a line is.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from catalog.datasets.formats import FORMS, DataKind, RowKind, kind_of_row
 from catalog.errors import InvalidRequest
 
 MAX_LISTED = 5
-"""Bad lines named in one refusal; reading stops at the last of them."""
+"""Maximum number of bad lines in one error; reading stops at the last of them."""
 SKIP_BYTES = 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Some editors put it before UTF-8. It says nothing there, and is skipped."""
-MASKED = "as on all lines before, every assistant message has weight 0, so there is nothing to learn"
-NOTHING_TO_LEARN = "Give at least one assistant message a weight other than 0, or none."
+"""Some editors write it before UTF-8. It has no meaning there and is skipped."""
+MASKED = "every assistant message has weight 0, so there are no tokens to train on"
+NOTHING_TO_LEARN = "Set the weight of at least one assistant message to 1, or omit it."
 
 MAGICS = {
     b"PK\x03\x04": "a ZIP archive or a spreadsheet",
@@ -35,14 +35,14 @@ MAGICS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetCheck:
-    """What a data set that passed is."""
+    """Properties of a valid data set."""
 
     num_rows: int
     kind: DataKind = "chat"
 
 
 def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetCheck:
-    """Read a whole file from its current position. Raises InvalidRequest naming up to 5 bad lines."""
+    """Validate a file from its current position to its end. Raises InvalidRequest with up to MAX_LISTED bad lines."""
     problems: list[tuple[int, BadRow]] = []
     num_rows = num_supervised = last = 0
     kind: RowKind | None = None
@@ -63,17 +63,17 @@ def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetC
     if problems:
         raise _refuse(problems)
     if num_rows == 0:
-        raise _refuse([(1, BadRow("file_empty", "the file holds no rows", "Write one JSON object on each line."))])
+        raise _refuse([(1, BadRow("file_empty", "the file has no rows", "Write one JSON object on each line."))])
     if num_supervised == 0:
         raise _refuse(
-            [(last, BadRow("only_masked_rows", "on this line and all before it " + MASKED, NOTHING_TO_LEARN))]
+            [(last, BadRow("only_masked_rows", "on this line and all before it, " + MASKED, NOTHING_TO_LEARN))]
         )
     assert kind is not None
     return DatasetCheck(num_rows=num_rows, kind=kind.name)
 
 
 def read_rows(lines: IO[bytes], *, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """(line number, line) of a file that `inspect` let pass. Raises InvalidRequest where it would not."""
+    """Yield (line number, line) for a file that `inspect` accepted. Raises InvalidRequest for an invalid line."""
     for number, line in _read_lines(lines, max_line_bytes=max_line_bytes):
         if isinstance(line, BadRow):
             raise _refuse([(number, line)])
@@ -81,7 +81,7 @@ def read_rows(lines: IO[bytes], *, max_line_bytes: int) -> Iterator[tuple[int, b
 
 
 def _read_lines(lines: IO[bytes], *, max_line_bytes: int) -> Iterator[tuple[int, bytes | BadRow]]:
-    """Number from 1 and content of each line; blank lines at the end are passed over."""
+    """Yield the number, from 1, and the content of each line. Blank lines at the end are skipped."""
     number, blank = 0, 0
     while line := lines.readline(max_line_bytes + 2 + (0 if number else len(BYTE_ORDER_MARK))):
         number += 1
@@ -112,7 +112,7 @@ def _parse_line(line: bytes | BadRow) -> dict[str, Any]:
 
 
 def _check_first(number: int, line: bytes) -> None:
-    """The whole file is of another kind: say so once, rather than line by line."""
+    """Detect a file in another format, to report one error instead of one for each line."""
     kind = next((name for magic, name in MAGICS.items() if line.startswith(magic)), None)
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise _refuse([(number, BadRow("invalid_utf8", "the text is UTF-16", "Save the file as UTF-8."))])
@@ -124,32 +124,32 @@ def _check_first(number: int, line: bytes) -> None:
     elif kind is None and start != b"{":
         kind = "CSV or plain text"
     if kind is not None:
-        remedy = f"Write JSON Lines: on each line one object, {FORMS}."
+        remedy = f"Write JSON Lines, with one object per line: {FORMS}."
         raise _refuse([(number, BadRow("not_jsonl", f"this looks like {kind}, not JSON Lines", remedy))])
 
 
 def _refuse(problems: list[tuple[int, BadRow]]) -> InvalidRequest:
-    """Each line with its own remedy; one that all share is said once, at the end."""
+    """Build one error for all bad lines. A remedy that all lines share appears once, at the end."""
     code, remedies = problems[0][1].code, {problem.remedy for _, problem in problems}
     if len(remedies) == 1:
         sentences = [f"Line {number}: {problem.reason}." for number, problem in problems]
         remedy = remedies.pop()
     else:
         sentences = [f"Line {number}: {problem.reason}. {problem.remedy}" for number, problem in problems]
-        remedy = "Correct these lines and upload the file again."
+        remedy = "Correct these lines, then upload the file again."
     if len(problems) == MAX_LISTED:
-        sentences.append(f"Reading stopped at the {MAX_LISTED}th bad line: there may be more.")
+        sentences.append(f"Reading stopped at the {MAX_LISTED}th bad line; there may be more.")
     return InvalidRequest(" ".join(sentences), code=code, remedy=remedy, param="file")
 
 
 def _blank(first: int, last: int) -> BadRow:
-    """Lines `first` to `last`, between two rows."""
-    reason = "the line is blank" if first == last else f"the line is blank, and so are those up to line {last}"
+    """Return the error for the blank lines `first` to `last` between two rows."""
+    reason = "the line is blank" if first == last else f"the line is blank, as are all lines up to line {last}"
     return BadRow("blank_line", reason, "Delete blank lines between rows.")
 
 
 def _too_long(max_line_bytes: int) -> BadRow:
-    remedy = "Split the row, or remove what does not belong in it."
+    remedy = "Split the row, or shorten it."
     return BadRow("line_too_long", f"the line is longer than {max_line_bytes:,} bytes", remedy)
 
 

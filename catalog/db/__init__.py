@@ -1,1 +1,1 @@
-"""Engine, sessions, the database clock, and the errors of drivers. Imports only `tables`."""
+"""Engine, sessions, the database clock, and the translation of driver errors. Imports only `tables`."""

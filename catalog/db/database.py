@@ -1,8 +1,8 @@
-"""Engines, transactions, the clock, locked rows. Only this package and catalog/maintenance/backup distinguish SQLite
-from PostgreSQL.
+"""Engines, transactions, the database clock and row locks.
 
-A transaction is short: never hold one across a file, a process, a network call, or work whose duration a client
-decides (write_guard). Writers of SQLite queue (write_queue).
+Only this package and catalog/maintenance/backup distinguish SQLite from PostgreSQL. Transactions are short: never hold
+one during file access, a subprocess, a network call, or work whose duration a client controls (write_guard). Writers of
+SQLite wait in a queue (write_queue).
 """
 
 from __future__ import annotations
@@ -58,20 +58,20 @@ log = logging.getLogger("lorry.database")
 BUSY_SECONDS = 30
 BRIEF_MILLISECONDS = 100
 POOL = {"pool_size": 10, "max_overflow": 30, "pool_timeout": 10}
-"""Connections of a process: more than the API server has threads for routes, the check of keys and slow work (36), so
-that background tasks find one."""
+"""Connection pool of a process. It exceeds the API server's 36 threads (routes, key checks and slow work), so that
+background tasks also get a connection."""
 STUCK_SECONDS = 30
-"""PostgreSQL ends a transaction whose client says nothing for so long: stopped or cut off amid a write, it would hold
-its rows for hours. No transaction of ours is open across anything slow."""
+"""PostgreSQL aborts a transaction whose client is idle for longer. Otherwise a client that is stopped or disconnected
+during a write would keep its row locks for hours. Lorry keeps no transaction open during slow work."""
 LONG_WRITE_SECONDS = 1.0
-"""A write transaction that is open for longer is logged, with the function that opened it. It is not aborted: the work
-is done by then, and on a slow machine a retry would hold the lock for as long again."""
+"""A write transaction that is open for longer is logged, with the function that opened it. It is not aborted: its work
+is already done, and on a slow machine a retry would hold the lock for as long again."""
 IDLE_SECONDS = 1.0
-"""A connection that was not used for so long is tried before it is."""
+"""A connection that was idle for longer is tested before use."""
 LAST = "last"
-"""In a session's `info`: see `at_the_end`."""
+"""Key in a session's `info`: see `at_the_end`."""
 ROWS = "rows"
-"""In a session's `info`: see `get_once`."""
+"""Key in a session's `info`: see `get_once`."""
 TableT = TypeVar("TableT", bound=DeclarativeBase)
 SelectT = TypeVar("SelectT", bound="Select[*tuple[Any, ...]]")
 
@@ -95,7 +95,7 @@ def _postgresql_now(element: Any, compiler: Any, **_: Any) -> str:
 
 
 class find_in(GenericFunction[int]):  # noqa: N801
-    """Where in a text another begins, from 1."""
+    """Position of the second text within the first, from 1; 0 if it does not occur."""
 
     name = "lorry_find_in"
     type = Integer()
@@ -113,17 +113,17 @@ def _postgresql_find_in(element: Any, compiler: Any, **given: Any) -> str:
 
 
 class Database:
-    """A place to open short transactions in."""
+    """A database, with methods that open short transactions."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] | None = None) -> None:
-        """`clock` stands in for the database's own, in seconds since 1970: for tests that turn it."""
+        """clock: replaces the database's clock in tests; returns seconds since 1970."""
         self.url = url
         self.num_long_writes = 0
-        """Write transactions of this process that were open for longer than LONG_WRITE_SECONDS."""
+        """Number of this process's write transactions that were open for longer than LONG_WRITE_SECONDS."""
         self.engine = _engine(url)
         info = {"clock": clock}
         writing = self.engine.execution_options(lorry_immediate=True)
-        # At READ COMMITTED each statement sees what is committed by then, in a transaction or not.
+        # At READ COMMITTED, each statement sees the latest committed data, so a read transaction would add nothing.
         reading = self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._readers = sessionmaker(reading, expire_on_commit=False, info=info)
         self._writers = sessionmaker(writing, expire_on_commit=False, info=info)
@@ -132,16 +132,18 @@ class Database:
 
     @contextmanager
     def read(self) -> Generator[Session]:
-        """To write nothing: on SQLite a transaction, on PostgreSQL statements each on its own, which saves two ways to
-        the server. Rows stay usable after it has closed."""
+        """Open a session for reading. Its rows stay usable after it has closed.
+
+        SQLite uses a transaction. PostgreSQL runs each statement in autocommit mode, which saves two round trips.
+        """
         with translated(), self._readers.begin() as session:
             yield session
 
     @contextmanager
     def write(self) -> Generator[Session]:
-        """A transaction that takes SQLite's write lock at once, so that it never fails half way.
+        """Open a write transaction. It takes SQLite's write lock immediately, so that it never fails halfway.
 
-        Raises Unavailable where the database does not answer or stays locked for 30 s.
+        Raises Unavailable if the database does not respond or stays locked for 30 s.
         """
         with self._writing(BUSY_SECONDS) as session:
             yield session
@@ -150,7 +152,7 @@ class Database:
 
     @contextmanager
     def write_briefly(self) -> Generator[Session]:
-        """As `write`, for what may as well be left out: waits for no lock longer than a tenth of a second."""
+        """Open a write transaction for optional writes: it waits for a lock for at most a tenth of a second."""
         with self._writing(BRIEF_MILLISECONDS / 1000) as session:
             if not self.is_sqlite:
                 session.execute(text(f"set local lock_timeout = {BRIEF_MILLISECONDS}"))
@@ -158,10 +160,10 @@ class Database:
 
     @contextmanager
     def _writing(self, seconds: float) -> Generator[Session]:
-        """A write transaction, which on SQLite waits for the lock for at most `seconds`. Raises Unavailable then."""
+        """Open a write transaction. On SQLite, raises Unavailable if it does not get the lock within `seconds`."""
         deadline = time.monotonic() + seconds
         with self._holding_write_lock(seconds), translated(), self._writers.begin() as session:
-            session.connection(execution_options={"lorry_deadline": deadline})  # begins now, not at the first statement
+            session.connection(execution_options={"lorry_deadline": deadline})  # begin now, not at the first statement
             began = time.monotonic()
             with write_guard.entered():
                 yield session
@@ -169,7 +171,7 @@ class Database:
 
     @contextmanager
     def _holding_write_lock(self, seconds: float) -> Generator[None]:
-        """Threads of one process queue for SQLite's write lock, and take no connection meanwhile."""
+        """Queue for SQLite's write lock among the threads of this process. Waiting threads hold no connection."""
         if not self.is_sqlite:
             yield
             return
@@ -190,14 +192,14 @@ class Database:
         return self.engine.dialect.name == "sqlite"
 
     def close(self) -> None:
-        """Connections that are in use end when they are given back."""
+        """Close all idle connections. Connections in use are closed when they return to the pool."""
         event.listen(self.engine.pool, "checkin", _end)
         self.engine.dispose()
 
     def migrate(self, revision: str = "head") -> None:
-        """Bring the tables to `revision`. Safe to call from several processes at once.
+        """Migrate the tables to `revision`. Safe to call from several processes at once.
 
-        Raises Conflict where the database has a revision that this code does not know.
+        Raises Conflict if the database has a revision that this code does not know.
         """
         config = revisions.alembic_config(self.url)
         with translated(), self.schema_connection() as connection:
@@ -207,10 +209,10 @@ class Database:
 
     @contextmanager
     def schema_connection(self) -> Generator[Connection]:
-        """A transaction for changing tables, one process at a time."""
+        """Open a transaction for schema changes. Only one process at a time can hold it."""
         with self.engine.connect().execution_options(lorry_immediate=True) as connection:
             if self.is_sqlite:
-                # A table is changed by making it anew; its rows' children must not go with the old one.
+                # A batch migration recreates the table. Dropping the old one must not delete referencing rows.
                 _foreign_keys(connection, enforced=False)
             try:
                 with connection.begin():
@@ -223,9 +225,9 @@ class Database:
 
 
 def skip_locked(statement: SelectT, of: type[DeclarativeBase] | None = None) -> SelectT:
-    """Lock the rows that `statement` finds, of one table or of all, and pass over those that another transaction holds.
+    """Make `statement` lock the rows that it finds, and skip rows that another transaction has locked.
 
-    SQLite has one writer at a time and ignores it.
+    of: lock only rows of this table. SQLite ignores row locks, because it has one writer at a time.
     """
     return statement.with_for_update(skip_locked=True, of=of)
 
@@ -237,11 +239,11 @@ def is_sqlite(session: Session) -> bool:
 def each_of(
     groups: FromClause, ids: Select[Any], job: Any, names: Sequence[str], *, for_sqlite: bool
 ) -> Select[*tuple[Any, ...]]:
-    """Columns of the rows whose ids the query `ids` of `job`, an alias of a table, finds for each line of `groups`.
+    """Select columns of the rows that the limited query `ids` finds for each row of `groups`.
 
-    The query is limited. PostgreSQL asks it for a line by a lateral join, which gives the columns at once: to find the
-    rows by their ids afterwards is planned as a look at all there are where nothing was analyzed yet. SQLite knows no
-    such join; there it is asked by `in`.
+    `job` is an alias of a table, and `ids` selects ids from it. PostgreSQL uses a lateral join, which returns the
+    columns directly: before the tables are analyzed, a separate lookup by id would be planned as a full scan. SQLite
+    has no lateral joins and uses `in`.
     """
     if for_sqlite:
         table: Any = inspect(job).mapper.class_
@@ -251,35 +253,36 @@ def each_of(
 
 
 def read_clock(session: Session) -> float:
-    """The database's time, in seconds since 1970."""
+    """Return the database's time, in seconds since 1970."""
     clock: Callable[[], float] | None = session.info.get("clock")
     return clock() if clock else session.scalar(select(now())) or 0.0
 
 
 def clock_of(session: Session) -> ColumnElement[float]:
-    """The database's time as a column, to read it with something else."""
+    """Return the database's time as a column, for use in a larger statement."""
     clock: Callable[[], float] | None = session.info.get("clock")
     return literal(clock(), Float(53)) if clock else now()
 
 
 def clock_given(session: Session) -> dict[str, float]:
-    """What a statement with `clock_column` is to be told: the time, where a test's clock stands in."""
+    """Return the parameters of a statement that uses `clock_column`: the time if a test replaces the clock."""
     clock: Callable[[], float] | None = session.info.get("clock")
     return {"clock": clock()} if clock else {}
 
 
 def clock_column(*, is_given: bool) -> ColumnElement[float]:
-    """The database's time, in a statement that is made once. is_given: by `clock_given`."""
+    """Return the database's time as a column of a cached statement. is_given: `clock_given` supplies the time."""
     return bindparam("clock", type_=Float(53)) if is_given else now()
 
 
 def get_once(
     session: Session, table: type[TableT], key: str, *, lock: Literal["share", "update"] | None = None
 ) -> TableT | None:
-    """The row with that primary key, None if there is none. A transaction queries and locks each row once, because a
-    sweep creates many jobs of the same project, file and base model. (By itself, a session forgets unused rows.)
+    """Return the row with this primary key; None if there is none.
 
-    Until this transaction ends, "share" keeps others from changing the row, "update" from locking it too.
+    A transaction queries and locks each row only once, because a sweep creates many jobs of the same project, file and
+    base model. (A session on its own keeps only weak references to rows.) Until the transaction ends, a "share" lock
+    prevents others from changing the row, and an "update" lock also from locking it.
     """
     rows: dict[tuple[type[DeclarativeBase], str, str | None], Any] = session.info.setdefault(ROWS, {})
     row = rows.get((table, key, lock))
@@ -292,20 +295,23 @@ def get_once(
 
 
 def _forget_rows(session: Session, _: SessionTransaction) -> None:
-    """PostgreSQL releases at a savepoint's rollback what was locked since."""
+    """Discard the rows of `get_once`: rolling back to a savepoint releases PostgreSQL's row locks taken since."""
     session.info.pop(ROWS, None)
 
 
 def serialize(session: Session, name: str, *, shared: bool = False) -> None:
-    """Until this transaction ends, others that name the same thing wait; those that share it wait only for one that
-    does not. SQLite has one writer anyway. Within `read` it holds nothing: PostgreSQL's statements are alone there."""
+    """Take a named lock until this transaction ends. Shared holders wait only for an exclusive one.
+
+    SQLite needs no lock, because it has one writer at a time. Do not use it within `read`: on PostgreSQL, each
+    statement is a transaction of its own there, so the lock is released at once.
+    """
     if not is_sqlite(session):
         lock = "pg_advisory_xact_lock_shared" if shared else "pg_advisory_xact_lock"
         session.execute(text(f"select {lock}(:number)"), {"number": _number(name)})
 
 
 def serialized_at(session: Session, name: str) -> float:
-    """As `serialize`, and the database's time once nobody is waited for."""
+    """Take an exclusive lock as `serialize` does, and return the database's time after the wait."""
     if is_sqlite(session):
         return read_clock(session)
     locked = select(func.pg_advisory_xact_lock(_number(name))).cte("locked")
@@ -317,7 +323,7 @@ def _number(name: str) -> int:
 
 
 def upsert(session: Session, table: type[DeclarativeBase], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert the rows; one whose primary key exists takes the place of what was there."""
+    """Insert the rows. A row whose primary key exists replaces the existing values."""
     if not rows:
         return
     key = [column.name for column in table.__mapper__.primary_key]
@@ -332,15 +338,17 @@ def upsert(session: Session, table: type[DeclarativeBase], rows: Sequence[Mappin
 
 
 def at_the_end(session: Session, name: str, act: Callable[[Session], None]) -> None:
-    """Call `act` with the session before this writing transaction ends well, once for each name: in the order of the
-    names, so that all transactions write what they end with in one order."""
+    """Register `act` to be called with the session just before this write transaction commits, once for each name.
+
+    The calls are sorted by name, so that all transactions lock rows in the same order.
+    """
     session.info.setdefault(LAST, {})[name] = act
 
 
 def add_to(
     session: Session, table: type[DeclarativeBase], key: Mapping[str, Any], amounts: Mapping[str, float]
 ) -> None:
-    """Add the amounts, not all of them 0, to the row with this primary key, which is made where there is none."""
+    """Add the amounts to the row with this primary key, and create it if it is missing. One amount is not 0."""
     added = tuple(name for name, amount in amounts.items() if amount)
     session.execute(_adding(cast("Table", table.__table__), tuple(key), added, is_sqlite(session)), {**key, **amounts})
 
@@ -352,21 +360,21 @@ def add_all_to(
     added: tuple[str, ...],
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """As `add_to`, for many rows at once, in their order."""
+    """Add amounts to many rows as `add_to` does, in the given order."""
     statement = _adding(cast("Table", table.__table__), key, added, is_sqlite(session))
     session.execute(statement, [dict(row) for row in rows])
 
 
 @cache
 def _adding(table: Table, key: tuple[str, ...], added: tuple[str, ...], for_sqlite: bool) -> Executable:
-    """Kept, for making it takes longer than its answer."""
+    """Build the statement. It is cached because building it takes longer than executing it."""
     insert = sqlite.insert(table) if for_sqlite else postgresql.insert(table)
     sums = {name: table.c[name] + insert.excluded[name] for name in added}
     return insert.on_conflict_do_update(index_elements=list(key), set_=sums)
 
 
 def add_if_missing(session: Session, table: type[DeclarativeBase], row: Mapping[str, Any]) -> None:
-    """Insert the row, unless one with its primary key is there or is being inserted: that is waited for."""
+    """Insert the row unless its primary key exists. Waits for a concurrent insert of the same key."""
     module = sqlite if is_sqlite(session) else postgresql
     session.execute(module.insert(table).values(dict(row)).on_conflict_do_nothing())
 
@@ -377,7 +385,7 @@ def _engine(url: str) -> Engine:
         if parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         turnstile = Turnstile(Path(parsed.database)) if parsed.database else None
-        pool = POOL if parsed.database else {}  # one in memory has a single connection
+        pool = POOL if parsed.database else {}  # an in-memory database has a single connection
         engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, **pool)
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", partial(_begin_sqlite, turnstile))
@@ -400,25 +408,26 @@ def _note_use(_connection: Any, record: Any) -> None:
 
 
 def _try_idle(dialect: Dialect, connection: Any, record: Any, _proxy: Any) -> None:
-    """The pool's own `pool_pre_ping` tries before each use: one way to the server more for each request."""
+    """Test a connection that was idle. SQLAlchemy's `pool_pre_ping` would add a round trip to every request."""
     if time.monotonic() - record.info.get("used_at", math.inf) < IDLE_SECONDS:
         return
     try:
         dialect.do_ping(connection)
-    except Exception as error:  # whatever it is: all that are open may be as dead, and the pool opens others
+    except Exception as error:  # all open connections may be broken: the pool replaces them
         raise InvalidatePoolError from error
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # pysqlite must not begin transactions by itself
+    connection.isolation_level = None  # pysqlite must not begin transactions implicitly
     _use_wal(connection)
-    # FULL: what was accepted outlives a power cut.
+    # FULL: committed data survives a power failure.
     for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _prepare_postgresql(connection: Any, _record: Any) -> None:
-    """Compiled, a question takes 0.3 s longer; in a large database it looks worth that, and never is."""
+    """Configure a connection. JIT compilation adds 0.3 s to a query: the planner chooses it for large tables, but it
+    never pays off for Lorry's queries."""
     connection.autocommit = True
     connection.execute("set jit = off")
     connection.execute(f"set idle_in_transaction_session_timeout = '{STUCK_SECONDS}s'")
@@ -426,7 +435,7 @@ def _prepare_postgresql(connection: Any, _record: Any) -> None:
 
 
 def _use_wal(connection: Any) -> None:
-    """SQLite does not wait for the lock here: of several who make one file at once, all but one are turned away."""
+    """Enable WAL mode, with retries: SQLite does not wait for the lock if several processes create the file at once."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -471,7 +480,7 @@ def _has_begun(driver: sqlite3.Connection) -> bool:
 
 
 def _opener() -> str:
-    """The function whose `with` statement has just closed a transaction."""
+    """Return the name of the function whose `with` statement has just closed a transaction."""
     own = (__name__, "contextlib")
     frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_globals["__name__"] not in own)
     return next((f"{frame.f_globals['__name__']}.{frame.f_code.co_name}" for frame in frames), "unknown")

@@ -1,4 +1,4 @@
-"""A database's errors in a person's words: an outage, a full disk, a value that can't be stored. Others are ours."""
+"""Translation of database errors that users can act on: outages, full disks, invalid values. Others are bugs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from catalog.errors import InvalidRequest, LorryError, OutOfSpace, Unavailable
 
 NO_SUCH_TABLE, DENIED, READ_ONLY, INTERVENED = "42P01", "42501", "25006", "57"
-"""SQLSTATEs of PostgreSQL; 57 is the class of what its operator does, such as shutting it down."""
+"""SQLSTATEs of PostgreSQL. 57 is the class of operator interventions, such as a shutdown."""
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def translated() -> Generator[None]:
 
 
 def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowError) -> LorryError | None:
-    """What a person is told; None where the fault is ours."""
+    """Return the error to report to the user; None if it is a bug in Lorry."""
     if "disk is full" in str(error) or "No space left" in str(error):
         return disk_full()
     sqlstate = str(getattr(error.orig, "sqlstate", None)) if isinstance(error, DBAPIError) else ""
@@ -34,20 +34,20 @@ def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowErro
         return Unavailable(
             "The database has not been set up.",
             code="database_not_set_up",
-            remedy="Make its tables: python -m api bootstrap.",
+            remedy="Create its tables: python -m api bootstrap.",
         )
     if sqlstate == DENIED:
         return Unavailable(
-            "The database role of this process lacks a right that the process needs.",
+            "The database role of this process lacks a required privilege.",
             code="database_permission_denied",
-            remedy="Check which role LORRY_DATABASE_URL names. `python -m api bootstrap`, as the owner of the tables, "
-            "grants each role its rights.",
+            remedy="Check the role in LORRY_DATABASE_URL. To grant each role its privileges, run "
+            "`python -m api bootstrap` as the owner of the tables.",
         )
     if isinstance(error, DataError | UnicodeEncodeError | OverflowError):
         return InvalidRequest(
-            "The request holds a value that can't be stored: a NUL or half a character, or a number that is too large.",
+            "The request has a value that can't be stored: a NUL, an unpaired surrogate, or a number out of range.",
             code="unstorable_value",
-            remedy="Leave that character or number out.",
+            remedy="Remove that character, or use a smaller number.",
         )
     if isinstance(error, DBAPIError):
         is_outage = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
@@ -69,5 +69,5 @@ def silent() -> Unavailable:
     return Unavailable(
         "The database does not answer.",
         code="database_unavailable",
-        remedy="Try again in a few seconds; with an Idempotency-Key nothing is done twice.",
+        remedy="Try again in a few seconds. An Idempotency-Key prevents a request from being applied twice.",
     )

@@ -1,8 +1,9 @@
-"""Leases: a row of a `Leased` table belongs to one process for a while. catalog/lifecycle/recovery.py frees jobs.
+"""Leases: exclusive claims of a process on a row of a `Leased` table, for a limited time.
 
-The process that acquires a row gets a claim id, which was never used before, and names it in every later write. If
-another process has taken the row since, `held` finds nothing, and the late process writes nothing. A lease that has
-expired frees the row for others, but its holder keeps the row until one of them takes it.
+The process that acquires a row gets a new claim id (a fencing token) and passes it with every later write. If another
+process has acquired the row since, `held` finds nothing, and the late process writes nothing. After a lease has
+expired, other processes may acquire the row; until one does, the claim of its holder stays valid.
+catalog/lifecycle/recovery.py releases expired claims on jobs.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ LeasedT = TypeVar("LeasedT", bound=Leased)
 
 
 def is_free(table: type[Leased], *, now: float) -> ColumnElement[bool]:
-    """In a query: no process has a valid lease on the row. Whoever wants to acquire it uses `skip_locked` as well."""
+    """Return the condition that no process has a valid lease on the row. To acquire the row, also use `skip_locked`."""
     return or_(table.lease_expires_at.is_(None), table.lease_expires_at <= now)
 
 
 def acquire(row: Leased, *, now: float, lease_seconds: float, prefix: str = "claim") -> str:
-    """Lease a free row, which is locked. Returns the claim id."""
+    """Lease a free row. The caller has locked it. Returns the claim id."""
     row.claim_id = claim_id = new_id(prefix)
     row.lease_expires_at = now + lease_seconds
     return claim_id
 
 
 def held(session: Session, table: type[LeasedT], claim_id: str) -> LeasedT | None:
-    """The row that the claim holds, locked until the transaction ends. None if it is another's, or nobody's, now."""
+    """Return the row that the claim holds, locked until the transaction ends; None if the claim has lost it."""
     return session.scalar(select(table).where(table.claim_id == claim_id).with_for_update())
 
 
 def renew(db: Database, table: type[Leased], claim_id: str, *, lease_seconds: float) -> bool:
-    """The work goes on. False if nobody wants its result: the row was released or deleted, or another has it."""
+    """Extend the lease. Returns False if the claim is stale: the row was released, deleted or acquired by another."""
     with db.write() as session:
         row = held(session, table, claim_id)
         if row is not None:
@@ -45,5 +46,5 @@ def renew(db: Database, table: type[Leased], claim_id: str, *, lease_seconds: fl
 
 
 def release(row: Leased) -> None:
-    """The row, which is locked, is free."""
+    """Release a row. The caller has locked it."""
     row.claim_id = row.lease_expires_at = None

@@ -1,4 +1,4 @@
-"""Pages of a list, by keyset on (created_at, id): never OFFSET, so a page costs the same wherever it is."""
+"""Keyset pagination on (created_at, id). Without OFFSET, every page costs the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Order = Literal["asc", "desc"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Page(Generic[T]):
-    """Some rows of a list, and whether more follow."""
+    """One page of a list, and whether more rows follow."""
 
     items: list[T]
     has_more: bool
@@ -33,10 +33,10 @@ def paginate(
     order: Order = "desc",
     visible: tuple[ColumnElement[bool], ...] = (),
 ) -> Page[T]:
-    """The page of `scope` that follows the row `after`.
+    """Return the page of `scope` that follows the row `after`.
 
-    The cursor may be any row of `scope`, the items only those that are also `visible`: a row deleted
-    since the last page still says where that page ended.
+    The items are the rows of `scope` that are also `visible`. The cursor may be any row of `scope`: a row that was
+    deleted since the last page still marks its end.
     """
     statement = scope.where(*visible)
     if after is not None:
@@ -50,7 +50,7 @@ def unknown_cursor(after: str) -> InvalidRequest:
     return InvalidRequest(
         f"The list has no item with the id {after!r} to continue after.",
         code="unknown_cursor",
-        remedy="Take `after` from the last item of the page before, or leave it out to begin at the start.",
+        remedy="Set `after` to the id of the last item of the previous page, or omit it to start at the beginning.",
         param="after",
     )
 

@@ -1,7 +1,7 @@
-"""Schema revisions: the migration scripts, the revisions that they know, and the one that a database has.
+"""Schema revisions: those of the migration scripts, and the revision of a database.
 
-A revision is named after its file, such as `0001_first_release`. A name that no script has belongs to a later version,
-unless a build before the first release used it: their databases cannot be upgraded.
+A revision is named after its file, such as `0001_first_release`. An unknown revision belongs to a later version, unless
+a build before the first release used it: the databases of such builds cannot be upgraded.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from sqlalchemy.orm import Session
 from catalog.errors import Conflict
 
 SCRIPTS = Path(__file__).parents[2] / "migrations"
-"""Every function reads it when it is called: a test can put scripts of its own in its place."""
+"""Functions read this at call time, so that tests can replace it with their own scripts."""
 VERSIONS = table("alembic_version", column("version_num"))
 UNRELEASED = re.compile(r"\d{4}|0001_initial")
-"""Revisions of builds before the first release. Add the newest one if its script is edited before that."""
+"""Revisions of builds before the first release. If the newest script is edited before the release, add its revision."""
 TOO_NEW = "Run this command with the version of Lorry that migrated the database, or with a later one."
 NOT_UPGRADABLE = (
-    "Keep it for the build that made it. For this version, make a new database: name an empty one by "
-    "LORRY_DATABASE_URL and an empty folder by LORRY_DATA_DIR, then run: python -m api bootstrap."
+    "Keep it for the build that created it. For this version, create a new database: set LORRY_DATABASE_URL to an "
+    "empty database and LORRY_DATA_DIR to an empty folder, then run: python -m api bootstrap."
 )
 
 
 def alembic_config(url: str) -> Config:
-    """Alembic's configuration for `url`."""
+    """Return Alembic's configuration for `url`."""
     config = Config()
     config.set_main_option("script_location", str(SCRIPTS))
     config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
@@ -38,7 +38,7 @@ def alembic_config(url: str) -> Config:
 
 
 def known() -> tuple[str, ...]:
-    """All revisions of this code, oldest first."""
+    """Return all revisions of this code, oldest first."""
     return _known(SCRIPTS)
 
 
@@ -47,22 +47,22 @@ def newest() -> str:
 
 
 def read(session: Session | Connection) -> str | None:
-    """The database's."""
+    """Return the revision of the database; None if it has none."""
     return session.scalar(select(VERSIONS.c.version_num))
 
 
 def is_older(revision: str | None) -> bool:
-    """Whether a migration of this code leads from it to the newest."""
+    """Return whether this code can migrate the revision to the newest one."""
     return revision is None or revision in known()[:-1]
 
 
 def is_unreleased(revision: str | None) -> bool:
-    """Whether a build before the first release made the tables."""
+    """Return whether a build before the first release created the tables."""
     return revision is not None and UNRELEASED.fullmatch(revision) is not None
 
 
 def check_known(connection: Connection) -> None:
-    """Before a migration. Raises Conflict where no script leads from the database's revision to this code's."""
+    """Call it before a migration. Raises Conflict if no script leads from the database's revision to this code's."""
     if not inspect(connection).has_table(VERSIONS.name):
         return
     theirs = read(connection)
@@ -70,7 +70,7 @@ def check_known(connection: Connection) -> None:
         raise not_upgradable(theirs)
     if theirs is not None and theirs not in known():
         raise Conflict(
-            f"The database is at revision {theirs}, of a later version of Lorry than this one.",
+            f"The database is at revision {theirs}, which belongs to a later version of Lorry.",
             code="database_too_new",
             remedy=TOO_NEW,
         )
@@ -78,7 +78,7 @@ def check_known(connection: Connection) -> None:
 
 def not_upgradable(theirs: str | None) -> Conflict:
     return Conflict(
-        f"The database is at revision {theirs}, of a build before the first release: it cannot be upgraded.",
+        f"The database is at revision {theirs} of a build before the first release and cannot be upgraded.",
         code="database_not_upgradable",
         remedy=NOT_UPGRADABLE,
     )

@@ -1,9 +1,9 @@
-"""Fair access to SQLite's write lock: SQLite has no queue, so a process that writes without a pause starves others.
+"""Fair access to SQLite's write lock: SQLite has no queue, so a process that writes continuously starves others.
 
-Threads of one process write in the order in which they ask. Processes take turns by a turnstile: a lock on a file next
-to the database, held only from the moment at which a process is next until its transaction has begun. A process that
-has just written must pass the turnstile again, and so can't overtake the one that waits in it. The kernel releases the
-lock when a process dies.
+Threads of one process write in FIFO order. Processes alternate by means of a turnstile: a lock on a file next to the
+database, held from the time at which a process is next until its transaction has begun. A process that has just
+written must pass the turnstile again, so it can't overtake the process that waits in it. The kernel releases the lock
+if a process dies.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from catalog.db.errors import disk_full, silent
 from catalog.errors import OutOfSpace, Unavailable
 
 POLL_SECONDS = 0.001
-"""Between two attempts to pass the turnstile, and of the one process in it to begin its transaction."""
+"""Interval between attempts to pass the turnstile, and of the process in it to begin its transaction."""
 SUFFIX = "-turnstile"
-"""Of the file's name, after the database's. It is empty, and may be deleted while no process runs."""
+"""Appended to the database's file name. The file is empty, and may be deleted while no process runs."""
 
 
 class FairLock:
-    """A lock that threads acquire in the order in which they ask for it."""
+    """A lock that threads acquire in FIFO order."""
 
     def __init__(self) -> None:
         self._guard = Lock()
@@ -39,7 +39,7 @@ class FairLock:
         return len(self._waiting)
 
     def acquire(self, seconds: float) -> bool:
-        """False where the lock was not free within `seconds`."""
+        """Acquire the lock. Returns False if it does not become free within `seconds`."""
         with self._guard:
             if not self._is_held:
                 self._is_held = True
@@ -57,7 +57,7 @@ class FairLock:
         return not self._withdraw(mine)
 
     def release(self) -> None:
-        """Hand the lock to the thread that has waited longest."""
+        """Release the lock, or pass it to the thread that has waited longest."""
         with self._guard:
             if self._waiting:
                 self._waiting.popleft().release()
@@ -65,7 +65,7 @@ class FairLock:
                 self._is_held = False
 
     def _withdraw(self, mine: Lock) -> bool:
-        """Stop waiting. False where the lock was handed over at the last moment."""
+        """Stop waiting. Returns False if the lock was handed over in the meantime."""
         with self._guard, suppress(ValueError):
             self._waiting.remove(mine)
             return True
@@ -73,14 +73,14 @@ class FairLock:
 
 
 class Turnstile:
-    """Lets one process at a time wait for the write lock of a database; the others wait for the turnstile."""
+    """Admits one process at a time to wait for a database's write lock. Other processes wait for the turnstile."""
 
     def __init__(self, database: Path) -> None:
         self._path = database.with_name(database.name + SUFFIX)
 
     @contextmanager
     def held(self, deadline: float) -> Generator[None]:
-        """deadline: monotonic seconds. Raises Unavailable where the turnstile was not free by then."""
+        """Hold the turnstile. deadline: monotonic seconds. Raises Unavailable if it is not free by then."""
         descriptor = self._open()
         try:
             while not _try_lock(descriptor):
@@ -90,8 +90,10 @@ class Turnstile:
             os.close(descriptor)  # releases the lock
 
     def _open(self) -> int:
-        """Opened for each use, so that no forked child shares the lock. Only the owner can open it, so no other user of
-        the machine can block writers."""
+        """Open the file for a single use, so that no forked child shares the lock.
+
+        Only the file's owner can open it, so other users of the machine can't block writers.
+        """
         try:
             return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -99,7 +101,7 @@ class Turnstile:
 
 
 def wait_until_next_poll(deadline: float) -> None:
-    """Raises Unavailable after the deadline, in monotonic seconds."""
+    """Sleep for POLL_SECONDS. Raises Unavailable after the deadline, in monotonic seconds."""
     if time.monotonic() >= deadline:
         raise silent()
     time.sleep(POLL_SECONDS)

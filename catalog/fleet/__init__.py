@@ -1,1 +1,1 @@
-"""Workers, gangs, cordons, compatibility and placement."""
+"""Workers, gangs, cordons, version compatibility and placement."""

@@ -1,4 +1,4 @@
-"""Workers that take nothing new, in sentences for who asks where a job is. Pure; who they are is in cordons."""
+"""Sentences about workers that accept no new jobs, for explanations of a job's state. Pure: no database."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from catalog.fleet.views import LoadedTrainer
 from catalog.tables.fleet import Worker
 from catalog.tables.table import Json
 
-REMEDY = "An operator lets one take jobs again: lorry workers uncordon ID."
+REMEDY = "An operator can make one available again: lorry workers uncordon ID."
 
 
 def open_ones(residents: Sequence[LoadedTrainer]) -> list[LoadedTrainer]:
@@ -16,40 +16,40 @@ def open_ones(residents: Sequence[LoadedTrainer]) -> list[LoadedTrainer]:
 
 
 def facts(residents: Sequence[LoadedTrainer]) -> list[Json]:
-    """Of each that takes nothing new: worker_id, and by and reason of its cordon, where it has one."""
+    """Return worker_id, and by and reason of the cordon if there is one, of each worker that accepts no new jobs."""
     closed = (resident for resident in residents if resident.takes_nothing_new)
     return [{"worker_id": one.worker_id, **_cordon_summary(one.cordon)} for one in closed]
 
 
 def where_all_are(residents: Sequence[LoadedTrainer]) -> str | None:
-    """Why nothing is taken, where workers live and none takes anything new."""
+    """Return the reason why no job starts if every live worker rejects new jobs; None otherwise."""
     if not residents or open_ones(residents):
         return None
     if len(residents) == 1:
-        return f"{_sentence(residents[0])} It is the only worker that runs. {REMEDY}"
+        return f"{_sentence(residents[0])} It is the only running worker. {REMEDY}"
     told = next((one for one in residents if one.cordon is not None), residents[0])
-    none = f"None of the {len(residents)} workers that run takes new jobs: all are cordoned or leaving."
+    none = f"None of the {len(residents)} running workers accepts new jobs: all are cordoned or draining."
     return f"{none} {_sentence(told)} {REMEDY}"
 
 
 def where_its_base_is(residents: Sequence[LoadedTrainer], base_digest: str) -> str | None:
-    """Why it can't join where its base is loaded."""
+    """Return the reason why a job can't join a loaded trainer of its base model; None if there is no such trainer."""
     held = [one for one in residents if one.takes_nothing_new and one.base_digest == base_digest]
-    return f"Its base is loaded elsewhere too, but: {_sentence(held[0])}" if held else None
+    return f"Its base model is also loaded on a worker that accepts no new jobs. {_sentence(held[0])}" if held else None
 
 
 def around(worker: Worker | None) -> str | None:
-    """Of the worker that trains a job."""
+    """Return a sentence about the drain or cordon of the worker that trains a job; None if there is neither."""
     if worker is None or worker.ended_at is not None:
         return None
     if worker.drain_requested:
-        return "That worker was asked to leave: the job is saved and goes on elsewhere."
-    return "That worker is cordoned: it finishes this job and takes no new one." if worker.cordon else None
+        return "That worker is draining: the job saves a checkpoint and continues on another worker."
+    return "That worker is cordoned: it finishes this job and accepts no new one." if worker.cordon else None
 
 
 def _sentence(resident: LoadedTrainer) -> str:
     if resident.cordon is None:
-        return f"Worker {resident.worker_id} was asked to leave."
+        return f"Worker {resident.worker_id} is draining."
     reason = resident.cordon.get("reason")
     return f"Worker {resident.worker_id} is cordoned{f': {reason}' if reason else '.'}".rstrip(".") + "."
 

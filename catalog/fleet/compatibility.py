@@ -1,9 +1,9 @@
-"""Whether this code and the service of its database are of versions that can work together.
+"""Compatibility checks between this code's version and the service that owns the database.
 
-A worker registers with the database's own revision and with a protocol number in the window that the service has
-announced. The revision is looked at first: only where it is the same are the tables those that this code knows. The
-api goes on with newer tables, for a migration takes nothing away that the release before it uses; with older ones it
-would look for columns that are not there.
+A worker may register only if its schema revision equals the database's and its protocol number is within the window
+that the service has announced. The revision is checked first: the tables match this code only if it is equal. API
+servers also run on newer tables, because a migration removes nothing that the previous release uses. On older tables,
+columns would be missing.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from catalog.errors import Conflict, UnfitWorker
 from catalog.tables.fleet import Service
 
 PROTOCOL = 1
-"""Of this code's workers. One more where the record or the files that workers read and write change their meaning."""
+"""Protocol of this code's workers. Increment it if data or files that workers read and write change their meaning."""
 OLDEST_PROTOCOL = 1
-"""Workers below this can't go on beside a service of this code: they are drained."""
-MIGRATE = "Migrate it with this version, which what runs now goes on beside: python -m api bootstrap."
+"""Oldest protocol that a service of this code supports. Workers with an older one are drained."""
+MIGRATE = "Migrate it with this version, while running services continue: python -m api bootstrap."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """The protocols that the service takes, both ends included, and its own version."""
+    """The protocols that the service supports, both ends included, and the version of the service."""
 
     oldest: int
     newest: int
@@ -39,7 +39,7 @@ class Window:
 
 
 def announce(db: Database) -> None:
-    """By whoever has migrated the database: what its service takes of workers from now on."""
+    """Store the supported protocols and this version. Call it after migrating the database."""
     with db.write() as session:
         row = session.get(Service, 1, with_for_update=True) or Service(id=1)
         row.oldest_protocol, row.newest_protocol = OLDEST_PROTOCOL, PROTOCOL
@@ -48,8 +48,10 @@ def announce(db: Database) -> None:
 
 
 def check(db: Database, *, protocol: int | None = None) -> None:
-    """Before a worker writes anything. protocol: this code's own where None. Raises UnfitWorker, or Unavailable where
-    the database has no tables yet."""
+    """Check a worker before it writes anything. protocol: this code's own if None.
+
+    Raises UnfitWorker, and Unavailable if the database has no tables yet.
+    """
     with db.read() as session:
         check_in(session, protocol=PROTOCOL if protocol is None else protocol)
 
@@ -64,16 +66,19 @@ def check_in(session: Session, *, protocol: int) -> None:
 
 
 def check_tables(session: Session, *, remedy: str = MIGRATE) -> None:
-    """Before an api answers anybody. Raises Conflict where the tables are older than this code; newer ones it takes."""
+    """Check the tables before an API server accepts requests. Newer tables are accepted.
+
+    Raises Conflict if the tables are older than this code.
+    """
     theirs = revisions.read(session)
     if revisions.is_unreleased(theirs):
         raise revisions.not_upgradable(theirs)
     if revisions.is_older(theirs):
-        raise Conflict(f"{_needs('This program', theirs)}, an older one.", code="database_too_old", remedy=remedy)
+        raise Conflict(f"{_needs('This program', theirs)}, which is older.", code="database_too_old", remedy=remedy)
 
 
 def window_of(session: Session) -> Window:
-    """This code's own where nothing was announced."""
+    """Return the announced window, or this code's own if none was announced."""
     row = session.get(Service, 1)
     if row is None:
         return Window(oldest=OLDEST_PROTOCOL, newest=PROTOCOL, version=lorry_version())
@@ -94,23 +99,23 @@ def _of_another_revision(theirs: str | None) -> UnfitWorker:
         return UnfitWorker(refusal.message, code=refusal.code, remedy=refusal.remedy)
     who = _needs("This worker", theirs)
     if revisions.is_older(theirs):
-        return UnfitWorker(f"{who}, an older one.", code="database_too_old", remedy=MIGRATE)
-    remedy = "Install the service's version of Lorry on this node, then start the worker again."
-    return UnfitWorker(f"{who}, a newer one.", code="worker_too_old", remedy=remedy)
+        return UnfitWorker(f"{who}, which is older.", code="database_too_old", remedy=MIGRATE)
+    remedy = "Install the service's version of Lorry on this node, then restart the worker."
+    return UnfitWorker(f"{who}, which is newer.", code="worker_too_old", remedy=remedy)
 
 
 def _needs(who: str, theirs: str | None) -> str:
-    return f"{who} (Lorry {lorry_version()}) needs the database at revision {revisions.newest()}, and it is at {theirs}"
+    return f"{who} (Lorry {lorry_version()}) needs the database at revision {revisions.newest()}, but it is at {theirs}"
 
 
 def _of_another_protocol(protocol: int, window: Window) -> UnfitWorker:
     taken = f"{window.oldest}" if window.oldest == window.newest else f"{window.oldest} to {window.newest}"
     message = (
-        f"This worker (Lorry {lorry_version()}) speaks protocol {protocol}, and the service (Lorry {window.version}) "
-        f"takes workers of protocol {taken}."
+        f"This worker (Lorry {lorry_version()}) uses protocol {protocol}, but the service (Lorry {window.version}) "
+        f"supports protocol {taken}."
     )
     if protocol < window.oldest:
-        remedy = "Install the service's version of Lorry on this node, then start the worker again."
+        remedy = "Install the service's version of Lorry on this node, then restart the worker."
         return UnfitWorker(message, code="worker_too_old", remedy=remedy)
-    remedy = "Upgrade the service first: python -m api bootstrap of this version, then its api."
+    remedy = "Upgrade the service first: run `python -m api bootstrap` of this version, then upgrade the API servers."
     return UnfitWorker(message, code="worker_too_new", remedy=remedy)

@@ -1,7 +1,7 @@
-"""Which workers take nothing new: those that a person cordoned, and those that failed one job after another.
+"""Cordons: workers that accept no new jobs, because an operator requested it or because several jobs failed on them.
 
-A worker finishes what it holds. Its cordon is of its place, a host and the devices on it: who registers there next
-is cordoned as well, so that a restart makes no bad node good. Only a person takes it back.
+A cordoned worker finishes its current jobs. The cordon applies to a host and its devices: the next worker that
+registers there inherits it, so that a restart does not return a bad node to service. Only an operator removes it.
 """
 
 from __future__ import annotations
@@ -30,33 +30,35 @@ from catalog.tables.tenancy import ProjectUsage
 
 log = logging.getLogger("lorry.catalog")
 MAX_FAILED_RUNNING = 3
-"""Jobs that a node may fail one after the other before it is cordoned."""
+"""Number of jobs that must fail in a row on a node before it is cordoned."""
 AT_FAULT = reasons(lambda ending: ending.may_be_nodes)
 MAX_LOOKED_AT = 100
-"""Ended attempts of one worker, and earlier workers of one host."""
-OF_THE_SERVICE = f"{MAX_FAILED_RUNNING} jobs failed on it one after the other."
+"""Maximum number of rows to read: ended attempts of one worker, and earlier workers of one host."""
+OF_THE_SERVICE = f"{MAX_FAILED_RUNNING} jobs in a row failed on it."
 OUT_OF_MEMORY = reasons(lambda ending: ending.is_of_memory)
 USED_SECONDS = 86_400.0
-BEFORE_ANY_JOB = f"It failed {MAX_FAILED_RUNNING} times in a row, before a job had begun."
+BEFORE_ANY_JOB = f"It failed {MAX_FAILED_RUNNING} times in a row before a job had started."
 OF_A_DRAIN = "It was drained."
 By = Literal["operator", "service"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ended:
-    """How one attempt ended."""
+    """The end of one attempt."""
 
     job_id: str
     trainer_id: str | None
     reason: str
     culprit: str | None = None
-    """What may be to blame if not the node. None: the job. Else, where the trainer never got ready, its base, by pack
-    key, if that is known to fail (catalog/lifecycle/failures.py); or neither: the trainer's id, which no other
-    trainer shares."""
+    """Possible cause of the failure other than the node.
+
+    None: the job. If the trainer never became ready: the pack key of its base model if that base model is known to
+    fail to load (catalog/lifecycle/failures.py). If neither can be the cause: the trainer's id, which is unique.
+    """
 
 
 def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker:
-    """It takes nothing new from now on. One that is cordoned stays as it is. Raises NotFound, Conflict."""
+    """Cordon a worker on request of an operator. An existing cordon is kept. Raises NotFound, Conflict."""
     with db.write() as session:
         worker = _locked_worker(session, worker_id)
         if worker.ended_at is not None:
@@ -65,20 +67,21 @@ def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker
             now = read_clock(session)
             _put(worker, by="operator", reason=reason, now=now)
             _note(session, "worker.cordoned", worker, now=now, details={"reason": reason} if reason else None)
-            _tell_jobs(session, worker, "was cordoned: it finishes what it holds, this job too.", now=now)
+            _tell_jobs(session, worker, "was cordoned: it finishes its current jobs, including this one.", now=now)
         return worker
 
 
 def cordon_own(db: Database, worker_id: str, *, reason: str) -> None:
-    """The worker itself has seen that its node needs somebody's look: it takes nothing new, and nor does who comes in
-    its place."""
+    """Cordon a worker that has found a fault of its own node. Its successor inherits the cordon."""
     with db.write() as session:
         close(session, worker_id, reason=reason)
 
 
 def uncordon(db: Database, worker_id: str) -> Worker:
-    """It takes jobs again, and what failed on it before counts no more. One that has gone keeps its successor's place
-    free of a cordon. Raises NotFound."""
+    """Remove a worker's cordon, and ignore earlier failures on it from now on.
+
+    It also works for a worker that has stopped: its successor then inherits no cordon. Raises NotFound.
+    """
     with db.write() as session:
         worker = _locked_worker(session, worker_id)
         if worker.cordon is not None:
@@ -86,13 +89,15 @@ def uncordon(db: Database, worker_id: str) -> Worker:
             details = {"was": {name: worker.cordon[name] for name in ("by", "reason", "at")}}
             worker.cordon, worker.uncordoned_at = None, now
             _note(session, "worker.uncordoned", worker, now=now, details=details)
-            _tell_jobs(session, worker, "takes new jobs again.", now=now)
+            _tell_jobs(session, worker, "accepts new jobs again.", now=now)
         return worker
 
 
 def drain(db: Database, worker_id: str) -> Worker:
-    """Ask a worker to end: it releases its jobs at their last step and takes no more, and nor does who comes in its
-    place. Raises NotFound, Conflict."""
+    """Ask a worker to stop after it has saved and released its jobs. The worker and its successor are cordoned.
+
+    Raises NotFound, Conflict.
+    """
     with db.write() as session:
         worker = _locked_worker(session, worker_id)
         if worker.ended_at is not None:
@@ -103,29 +108,38 @@ def drain(db: Database, worker_id: str) -> Worker:
             if worker.cordon is None:
                 _put(worker, by="operator", reason=OF_A_DRAIN, now=now)
             _note(session, "worker.drained", worker, now=now)
-            told = "was asked to leave: it saves this job, which goes on elsewhere. The attempt does not count."
+            told = "is draining: it saves this job, which continues on another worker. The attempt does not count."
             _tell_jobs(session, worker, told, now=now)
         return worker
 
 
 def retire(session: Session, worker: Worker, version: str, *, now: float) -> None:
-    """Ask a worker to leave that the service, since it was upgraded to that version, can't work with any more. Its
-    row is locked. Who comes in its place is cordoned by nobody."""
+    """Drain a worker whose protocol the upgraded service no longer supports, without a cordon for its successor.
+
+    version: version of the upgraded service. The caller has locked the row.
+    """
     worker.drain_requested = True
-    details = {"reason": f"Lorry {version} takes no worker of protocol {worker.protocol}."}
+    details = {"reason": f"Lorry {version} does not support workers of protocol {worker.protocol}."}
     _note(session, "worker.drained", worker, now=now, details=details, actor=SERVER)
-    told = f"is too old for Lorry {version}: it saves this job, which goes on elsewhere. The attempt does not count."
+    told = f"is too old for Lorry {version}: it saves this job for another worker. The attempt does not count."
     _tell_jobs(session, worker, told, now=now)
 
 
 def ended(worker_id: str, verb: str) -> Conflict:
-    return Conflict(f"Worker {worker_id} has ended.", code="worker_ended", remedy=f"There is nothing to {verb}.")
+    return Conflict(
+        f"Worker {worker_id} has stopped.",
+        code="worker_ended",
+        remedy=f"Choose a running worker to {verb}: `lorry workers` lists them.",
+    )
 
 
 def inherit(session: Session, worker: Worker, *, is_live_after: float) -> None:
-    """A worker has the cordon of one that was at its place before and has gone: it moves, so that of several workers at
-    one place as many are cordoned as were. is_live_after: who was heard from later and has not ended is there still,
-    and keeps its cordon to itself. Both rows are locked after it."""
+    """Move the cordon of a former worker with the same host and devices to this worker.
+
+    The cordon moves rather than being copied, so that the number of cordoned workers on the same devices stays equal.
+    is_live_after: a worker with a later heartbeat that has not stopped is still live and keeps its cordon. Both rows
+    are locked afterwards.
+    """
     before = (Worker.host == worker.host, Worker.id != worker.id, Worker.heartbeat_at <= worker.started_at)
     latest = select(Worker).where(*before).order_by(Worker.heartbeat_at.desc()).limit(MAX_LOOKED_AT)
     gone = (row for row in session.scalars(latest) if row.ended_at is not None or row.heartbeat_at <= is_live_after)
@@ -137,15 +151,17 @@ def inherit(session: Session, worker: Worker, *, is_live_after: float) -> None:
 
 
 def inherit_late(session: Session, worker: Worker, *, now: float, silent_seconds: float) -> None:
-    """At a heartbeat, as who was killed is known to have gone only after it has been silent for so long. Nothing
-    happens once the worker is older than twice that, or an operator has uncordoned it."""
+    """Inherit a cordon at a heartbeat: a killed predecessor counts as gone only after `silent_seconds`.
+
+    Does nothing if the worker is older than twice that time, or if an operator has uncordoned it.
+    """
     is_new = now < worker.started_at + 2 * silent_seconds
     if is_new and worker.cordon is None and worker.uncordoned_at is None:
         inherit(session, worker, is_live_after=now - silent_seconds)
 
 
 def place(devices: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """What tells the devices of one worker from those of another on the same host: as written, and as read back."""
+    """Return a key that identifies a worker's devices on its host. It survives storage as JSON unchanged."""
     return [
         (one.get("kind"), one.get("index"), *(one.get("indices") or ()), *("core", *(one.get("cores") or ())))
         for one in devices
@@ -153,13 +169,15 @@ def place(devices: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 
 def look(db: Database, worker_id: str | None) -> bool:
-    """Cordon the worker if what ended on it lately says that the node is bad. True where it was. A fault in it costs
-    nobody anything: the next bad end looks again."""
+    """Cordon the worker if its recent attempts show that the node is bad. Returns whether it was cordoned.
+
+    Exceptions are logged and ignored: the next failed attempt triggers another check.
+    """
     try:
         return bool(worker_id) and _look(db, worker_id)
     except LorryError as error:
         log.warning("cordon code=%s", error.code)
-    except Exception:  # an attempt's end is on record by now, and must stay so
+    except Exception:  # the end of the attempt is already stored, and must not fail because of this check
         log.exception("crash in cordoning")
     return False
 
@@ -180,21 +198,21 @@ def _look(db: Database, worker_id: str) -> bool:
         if not _is_beyond_one_project(session, worker_id, found, blamed, now=now):
             return False
         if not _may_cordon_another(session, now=now):
-            log.warning("cordon limit: worker=%s failed jobs, but a third of the fleet is cordoned already", worker_id)
+            log.warning("cordon limit: worker=%s failed jobs, but a third of the fleet is already cordoned", worker_id)
             return False
         jobs = sorted({attempt.job_id for attempt in found})
         evidence, told = [_evidence(one) for one in found], {"jobs": jobs[:MAX_FAILED_RUNNING]}
         is_of_jobs = len(jobs) >= MAX_FAILED_RUNNING
         reason = OF_THE_SERVICE if is_of_jobs else BEFORE_ANY_JOB
-        why = "this job and others failed on it one after the other" if is_of_jobs else "it failed time and again"
+        why = "this job and others failed on it in a row" if is_of_jobs else "it failed repeatedly"
         _put_by_service(session, worker, reason, now=now, evidence=evidence, details=told)
-        told = f"was cordoned, for {why}: {_what_next()}"
+        told = f"was cordoned because {why}; {_what_next()}"
         _tell(session, worker, jobs, told, now=now)
         return True
 
 
 def close(session: Session, worker_id: str, *, reason: str, evidence: Sequence[Json] = ()) -> None:
-    """By the service, which has seen what is told as evidence. One that is cordoned stays as it is."""
+    """Cordon a worker on behalf of the service. An existing cordon is kept."""
     worker = session.get(Worker, worker_id, with_for_update=True)
     if worker is not None and worker.cordon is None and worker.ended_at is None:
         now = read_clock(session)
@@ -217,8 +235,11 @@ def _put_by_service(
 
 
 def _of_node(session: Session, worker_id: str, *, since: float) -> list[Attempt]:
-    """The ends that tell of it, newest first: of its own attempts but for those that are laid to another of its gang,
-    those of others that are laid to it, and what has succeeded on it."""
+    """Return the ended attempts that show the state of the worker's node, newest first.
+
+    They are its own attempts, except those attributed to another member of its gang, attempts of other members that
+    are attributed to it, and attempts that succeeded with its participation.
+    """
     latest = select(Attempt).order_by(Attempt.ended_at.desc(), Attempt.claim_id).limit(MAX_LOOKED_AT)
     is_own = func.coalesce(Attempt.blamed_worker_id, worker_id) == worker_id
     own = session.scalars(latest.where(Attempt.worker_id == worker_id, Attempt.ended_at > since, is_own)).all()
@@ -229,7 +250,7 @@ def _of_node(session: Session, worker_id: str, *, since: float) -> list[Attempt]
 
 
 def _succeeded_with(session: Session, worker_id: str, laid: Sequence[Attempt]) -> list[Attempt]:
-    """Of those who led it: the latest of what has succeeded in a trainer that it had a part in."""
+    """Return the latest successful attempts of its gang leaders in trainers in which the worker participated."""
     leaders, oldest = {one.worker_id for one in laid}, min(one.ended_at or 0.0 for one in laid)
     theirs = (Attempt.worker_id.in_(leaders), Attempt.ended_at > oldest, Attempt.reason == EndReason.COMPLETED)
     found = select(Attempt, Trainer).join(Trainer, Trainer.id == Attempt.trainer_id).where(*theirs)
@@ -238,17 +259,18 @@ def _succeeded_with(session: Session, worker_id: str, laid: Sequence[Attempt]) -
 
 
 def _lent_to(trainer: Trainer) -> list[str]:
-    """The workers that lent their devices to it, its own among them."""
+    """Return the workers whose devices the trainer used, including its own worker."""
     return (trainer.report or {}).get("gang", {}).get("workers", [])
 
 
 def failed_running(ends: Sequence[Ended]) -> list[Ended]:
-    """The bad ends, newest first, for which a node is to blame; [] where it may be its jobs. Pure.
+    """Return the failures that are attributed to the node, newest first; [] if its jobs may be the cause. Pure.
 
-    ends: newest first; they count back to the last job that succeeded. A job that ends its trainer takes those with it
-    that trained beside it: so the node is to blame only where no two jobs could be, because each trainer that ended
-    badly held one of them. Of a base that fails to load everywhere it is the base, and not each of its jobs: else one
-    node would be cordoned after the other. Where the node failed before any job had begun, no job could be.
+    ends: newest first; only those after the last successful job count. A job that crashes its trainer also fails its
+    packmates. The node is therefore at fault only if no two jobs explain all failures, that is, if no two jobs were in
+    all failed trainers between them. A base model that fails to load everywhere counts as one cause, rather than each
+    of its jobs: otherwise it would get one node after another cordoned. If the node failed before any job had started,
+    no job can be the cause.
     """
     bad: list[Ended] = []
     for end in ends:
@@ -265,10 +287,10 @@ def failed_running(ends: Sequence[Ended]) -> list[Ended]:
 def _is_beyond_one_project(
     session: Session, worker_id: str, attempts: Sequence[Attempt], blamed: Sequence[Ended], *, now: float
 ) -> bool:
-    """Whether the jobs of one project cannot explain the failures, so that no tenant can have nodes cordoned.
+    """Return whether the jobs of a single project can't explain the failures. No project can get nodes cordoned alone.
 
-    They cannot if a trainer failed without a job of that project, if enough of the failed jobs have progressed on
-    another worker since, or if no other project uses the service. attempts: those of `blamed`.
+    They can't if a trainer failed without a job of that project, if enough of the failed jobs have since progressed on
+    another worker, or if no other project uses the service. attempts: the attempts of these failures.
     """
     whose = select(Job.id, Job.project_id).where(Job.id.in_({end.job_id for end in blamed}))
     project_of = {row.id: row.project_id for row in session.execute(whose)}
@@ -283,9 +305,9 @@ def _is_beyond_one_project(
 
 
 def _progressed_elsewhere(session: Session, worker_id: str, attempts: Sequence[Attempt]) -> set[str]:
-    """Jobs that failed here, and then completed or wrote a checkpoint on another worker: they crash no trainer.
+    """Return jobs that failed here and later completed or saved a checkpoint on another worker: they crash no trainer.
 
-    Out of memory does not count: such a job may fit the other worker's larger devices only.
+    Out-of-memory failures are excluded: such a job may fit only on the other worker's larger devices.
     """
     failed_at = {one.job_id: one.ended_at or 0.0 for one in attempts if one.reason not in OUT_OF_MEMORY}
     newest = select(Checkpoint.job_id, func.max(Checkpoint.created_at).label("at")).where(
@@ -302,7 +324,7 @@ def _progressed_elsewhere(session: Session, worker_id: str, attempts: Sequence[A
 
 
 def _is_used_by_others(session: Session, project_ids: Collection[str], *, now: float) -> bool:
-    """Whether any other project has a job in the queue, or has used a device within a day."""
+    """Return whether another project has a queued job, or has used a device within the last day."""
     used = (ProjectUsage.project_id.not_in(project_ids), ProjectUsage.as_of > now - USED_SECONDS)
     if session.scalar(select(ProjectUsage.project_id).where(*used).limit(1)) is not None:
         return True
@@ -311,14 +333,14 @@ def _is_used_by_others(session: Session, project_ids: Collection[str], *, now: f
 
 
 def _may_cordon_another(session: Session, *, now: float) -> bool:
-    """At most a third of the live workers, and always one, are cordoned because of failed jobs."""
+    """Return whether the limit allows another cordon for failed jobs: a third of the live workers, but at least one."""
     live = list(session.scalars(select(Worker).where(is_live(now=now))))
     cordoned = sum((worker.cordon or {}).get("reason") in (OF_THE_SERVICE, BEFORE_ANY_JOB) for worker in live)
     return cordoned < max(1, len(live) // 3)
 
 
 def _could_be_to_blame(packs: Collection[set[str]], number: int) -> bool:
-    """Whether so many jobs are enough for each pack to hold one of them."""
+    """Return whether some set of `number` jobs has a member in every pack."""
     if len(packs) <= number:
         return True
     jobs = sorted(set[str]().union(*packs))
@@ -341,9 +363,11 @@ def _ended(session: Session, attempts: Sequence[Attempt], worker_id: str, *, now
 
 
 def _culprits(session: Session, attempts: Sequence[Attempt], worker_id: str, *, now: float) -> dict[str, str]:
-    """By claim, of trainers since the last that got ready there. Neither job nor base can be to blame where the node
-    failed before either came in, nor where others have loaded that base of late; and hardly the bases where several
-    fail. Where one base fails that nobody has loaded yet, it may be the base or the node, and each job is a witness.
+    """Return `Ended.culprit` by claim, for attempts since the last trainer that became ready on the worker.
+
+    The node is the only possible cause if it failed before the job and the base model were involved, or if other
+    workers have recently loaded the base model. It is the likely cause if several base models fail. If a single base
+    model fails that no worker has loaded yet, either may be the cause, and each failed job counts as evidence.
 
     attempts: newest first.
     """
@@ -385,13 +409,13 @@ def _put(worker: Worker, *, by: By, reason: str | None, now: float, evidence: Se
 def _locked_worker(session: Session, worker_id: str) -> Worker:
     worker = session.get(Worker, worker_id, with_for_update=True)
     if worker is None:
-        raise NotFound("worker", worker_id, remedy="`lorry workers` shows those that there are.")
+        raise NotFound("worker", worker_id, remedy="Run `lorry workers` to list the workers.")
     return worker
 
 
 def _note(
     session: Session,
-    type: AuditType,  # noqa: A002  (the wire's word)
+    type: AuditType,  # noqa: A002  (the API's field name)
     worker: Worker,
     *,
     now: float,
@@ -403,7 +427,7 @@ def _note(
 
 
 def _tell_jobs(session: Session, worker: Worker, what: str, *, now: float) -> None:
-    """In the events of those that it holds."""
+    """Add an event to each job that the worker holds."""
     held = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker.id, Job.claim_id.is_not(None))
     _tell(session, worker, session.scalars(select(Job.id).where(*held).order_by(Job.id)).all(), what, now=now)
 
@@ -415,10 +439,10 @@ def _tell(session: Session, worker: Worker, job_ids: Sequence[str], what: str, *
 
 
 def _what_next() -> str:
-    return "it takes no new job before an operator has looked at it."
+    return "it accepts no new jobs until an operator uncordons it."
 
 
 def count(session: Session) -> int:
-    """Of the workers that have not ended."""
+    """Return the number of cordoned workers that have not stopped."""
     cordoned = (Worker.cordon.is_not(None), Worker.ended_at.is_(None))
     return session.scalar(select(func.count()).select_from(Worker).where(*cordoned)) or 0

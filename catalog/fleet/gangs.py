@@ -1,7 +1,8 @@
-"""Gangs: workers of several nodes lend their devices to one of them, which claims jobs for all. All join, or none.
+"""Gangs: workers on several nodes that train as one. One member leads and claims jobs; the others provide devices.
 
-A round is one trainer over some members: opened by the leader, joined by each, started once all have, and over for
-all at once. Every verb locks the gang's row first and names its round: who names another is told NotGathered.
+A round is one trainer across several members. The leader opens it, each member joins, and it starts once all have
+joined; if one can't, none starts. It ends for all members at the same time. Every operation locks the gang's row first
+and passes the id of its round; an outdated id raises NotGathered.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from catalog.tables.fleet import SILENT_SECONDS, Gang, GangSeat, Worker
 from catalog.tables.table import Json, new_id
 
 MAX_FAILED = 3
-"""Rounds in which a member may have no part for a reason of its own, with none in between that began."""
-OF_FAILED = f"It could not take part in {MAX_FAILED} trainers of its gang running."
-SINGLE = "There is nothing to do: it is tried again with those that are there."
+"""A member is cordoned after this many rounds that it failed to join through its own fault, with no started round in
+between."""
+OF_FAILED = f"It failed to join its gang's trainer {MAX_FAILED} times in a row."
+SINGLE = "No action is needed: the gang tries again with the available workers."
 
 
 class NotGathered(Conflict):
-    """A round can't begin without one of its members, or is over."""
+    """A round lacks one of its members, or has ended."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="gang_incomplete", remedy=SINGLE)
@@ -36,20 +38,20 @@ class NotGathered(Conflict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GangMember:
-    """Who asks: a worker, as a member of its gang."""
+    """The calling worker, as a member of its gang."""
 
     db: Database
     worker_id: str
     gang: str
     silent_seconds: float
-    """Who was not heard from for so long lives no more."""
+    """A worker without a heartbeat for this long is not live."""
     heard: LivenessTracker | None = None
-    """By one that looks again and again: where the database's clock is set, who lives is not taken for dead."""
+    """Set by members that poll: with it, a change of the database's clock does not make live workers appear lost."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LiveMember:
-    """A worker of the gang that lives."""
+    """A live worker of the gang."""
 
     worker_id: str
     host: str
@@ -57,22 +59,22 @@ class LiveMember:
     num_processes: int
     free_bytes: int
     is_open: bool
-    """It is neither cordoned nor to leave."""
+    """The worker is neither cordoned nor draining."""
     versions: str = ""
     num_missed: int = 0
-    """See GangSeat."""
+    """Missed rounds since the last started one; see GangSeat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """The round that a member is called to, and its part of it."""
+    """The round that a member is called to, and its part in it."""
 
     round_id: str
     first_rank: int
     task: Json
     has_joined: bool
     port: int | None
-    """Of the leader's trainer, once the round has started."""
+    """Port of the leader's trainer; None before the round has started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,22 +82,22 @@ class GangState:
     """A gang as one of its members sees it."""
 
     leader_id: str | None
-    """None where nobody leads who lives."""
+    """None if there is no live leader."""
     members: tuple[LiveMember, ...]
-    """Those that live, the eldest first."""
+    """Live members, the longest-running first."""
     call: Call | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """One that its leader has opened."""
+    """A round that its leader has opened."""
 
     round_id: str
     num_ranks: int
-    """Processes of all its trainers together."""
+    """Total number of processes on all members."""
     workers: list[str]
     first_ranks: list[int]
-    """Of each of them the number of its first process."""
+    """Rank of the first process of each worker."""
 
     def worker_of(self, rank: int) -> str:
         return self.workers[bisect_right(self.first_ranks, rank) - 1]
@@ -103,24 +105,24 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundState:
-    """Of a round, for its leader."""
+    """The progress of a round, for its leader."""
 
     num_others: int
-    """Members of it beside the leader."""
+    """Number of members without the leader."""
     not_joined: tuple[str, ...]
     lost: tuple[str, ...]
-    """Members that have ended, or were not heard from for too long."""
+    """Members that have stopped, or have missed heartbeats for too long."""
     ended: dict[str, Json]
-    """How the parts of members have ended, by worker; see GangSeat."""
+    """Results of members whose part has ended, by worker; see GangSeat."""
     is_anyone_leaving: bool
     is_late: bool
-    """Its time for gathering is over."""
+    """The time limit for joining has passed."""
 
 
 def enter(
     place: GangMember, *, size: int, min_size: int, kind: str, num_processes: int, free_bytes: int, versions: str = ""
 ) -> None:
-    """A worker that has registered takes its seat. Seats of workers that have ended go."""
+    """Add a registered worker to its gang, and delete the seats of stopped workers."""
     with place.db.write() as session:
         add_if_missing(session, Gang, {"name": place.gang, "size": size, "min_size": min_size})
         row = _locked(session, place.gang)
@@ -135,7 +137,7 @@ def enter(
 
 
 def tell(place: GangMember, *, free_bytes: int) -> None:
-    """How much memory each process of a trainer could take on this member now."""
+    """Report the memory that each process of a trainer could use on this member now."""
     with place.db.write() as session:
         seat = session.get(GangSeat, place.worker_id, with_for_update=True)
         if seat is not None:
@@ -143,6 +145,7 @@ def tell(place: GangMember, *, free_bytes: int) -> None:
 
 
 def standing(place: GangMember) -> GangState:
+    """Return the gang's current state for this member."""
     with place.db.read() as session:
         row = session.get_one(Gang, place.gang)
         members = tuple(_member(seat, worker) for seat, worker in _live(session, place))
@@ -151,8 +154,11 @@ def standing(place: GangMember) -> GangState:
 
 
 def lead(place: GangMember) -> bool:
-    """Take the lead where nobody has it who lives, and may begin something or has; what its last leader had begun is
-    over. True for who has it."""
+    """Try to become the leader. Returns whether this member leads.
+
+    It succeeds if there is no live leader, or if the leader is cordoned or draining and has no open round. A round of
+    the previous leader ends.
+    """
     with place.db.write() as session:
         row = _locked(session, place.gang)
         members = [_member(seat, worker) for seat, worker in _live(session, place)]
@@ -164,15 +170,17 @@ def lead(place: GangMember) -> bool:
 
 
 def open_round(place: GangMember, *, members: Sequence[str], task: Json, seconds: float) -> Round:
-    """Call these members, of whom the leader is one. Another round of the leader's is over by that. seconds: within
-    which all have to join. Raises NotGathered where one can't be called; then none is."""
+    """Open a round with these members, which include the leader. An earlier round of the leader ends.
+
+    seconds: time limit for all members to join. Raises NotGathered if a member is not available; then none is called.
+    """
     with place.db.write() as session:
         row = _led(session, place)
         _clear(row)
         live = {seat.worker_id: seat for seat, worker in _live(session, place) if not _is_closed(seat, worker)}
         missing = [member for member in members if member not in live]
         if missing:
-            raise NotGathered(f"{_named(missing)} can't be called now.")
+            raise NotGathered(f"{_named(missing)} can't join a trainer now.")
         round_id, first_rank, first_ranks = new_id("round"), 0, list[int]()
         in_order = [place.worker_id, *(member for member in members if member != place.worker_id)]
         for member in in_order:
@@ -186,18 +194,21 @@ def open_round(place: GangMember, *, members: Sequence[str], task: Json, seconds
 
 
 def join(place: GangMember, round_id: str) -> None:
-    """The member has all that it needs. Raises NotGathered."""
+    """Join the round: the member has everything that it needs to start. Raises NotGathered."""
     with place.db.write() as session:
         row, seat = _of_round(session, place, round_id)
         now = read_clock(session)
         if row.expires_at is not None and now >= row.expires_at:
-            raise NotGathered(f"{_named([place.worker_id])} came too late.")
+            raise NotGathered(f"{_named([place.worker_id])} joined too late.")
         seat.joined_at = now
 
 
 def start(place: GangMember, round_id: str, *, port: int) -> None:
-    """All have joined, and meet at this port of the leader's address. Raises NotGathered where one has not, is lost or
-    has ended, or the time is over: then none starts."""
+    """Start the round: all members connect to this port of the leader's address.
+
+    Raises NotGathered if a member has not joined, is lost or has ended its part, or if the time limit has passed. Then
+    no member starts.
+    """
     with place.db.write() as session:
         row = _led(session, place)
         if row.round_id != round_id:
@@ -209,7 +220,7 @@ def start(place: GangMember, round_id: str, *, port: int) -> None:
 
 
 def progress(place: GangMember, round_id: str) -> RoundState:
-    """For the leader. Raises NotGathered where the round is over, or another leads."""
+    """Return the round's progress for its leader. Raises NotGathered if the round has ended or another member leads."""
     with place.db.read() as session:
         row = session.get_one(Gang, place.gang)
         if row.round_id != round_id or row.leader_id != place.worker_id:
@@ -218,23 +229,24 @@ def progress(place: GangMember, round_id: str) -> RoundState:
 
 
 def hindrance_of(found: RoundState) -> str | None:
-    """Why the round can't start now; None where it can. Pure."""
+    """Return the reason why the round can't start now; None if it can. Pure."""
     if found.ended:
         worker_id, end = min(found.ended.items())
-        return f"{_named([worker_id])} could not take part: {end['detail']}"
+        return f"{_named([worker_id])} could not participate: {end['detail']}"
     if found.lost:
-        return f"{_named(found.lost)} was not heard from any more."
+        return f"{_named(found.lost)} stopped sending heartbeats."
     if found.not_joined:
         return f"{_named(found.not_joined)} had not joined."
     if found.is_late:
-        return "The gang took too long to begin."
-    return "A worker of the gang is to leave." if found.is_anyone_leaving else None
+        return "The gang did not start within its time limit."
+    return "A worker of the gang is draining." if found.is_anyone_leaving else None
 
 
 def leave(place: GangMember, round_id: str, *, end: Json) -> bool:
-    """The member's part of the round has ended: reason, detail, is_echo. False where the round is over anyway.
+    """Report the end of the member's part in the round. Returns False if the round has already ended.
 
-    One that could not take part for a reason of its own is cordoned at the third time since a round of it began.
+    end: reason, detail and is_echo. A member that fails to participate MAX_FAILED times through its own fault, with no
+    started round in between, is cordoned.
     """
     with place.db.write() as session:
         try:
@@ -252,7 +264,7 @@ def leave(place: GangMember, round_id: str, *, end: Json) -> bool:
 
 
 def missed(place: GangMember, round_id: str, worker_ids: Collection[str]) -> None:
-    """By the leader: the round came to nothing for the sake of these members. Others are called first next time."""
+    """Record, as the leader, that the round failed because of these members. Other members are preferred next time."""
     with place.db.write() as session:
         if _led(session, place).round_id == round_id:
             theirs = (GangSeat.round_id == round_id, GangSeat.worker_id.in_(worker_ids))
@@ -260,7 +272,7 @@ def missed(place: GangMember, round_id: str, worker_ids: Collection[str]) -> Non
 
 
 def ask_to_leave(place: GangMember) -> None:
-    """The member is to leave: its leader saves the jobs first."""
+    """Announce that the member is draining. Its leader saves the jobs first."""
     with place.db.write() as session:
         seat = session.get(GangSeat, place.worker_id, with_for_update=True)
         if seat is not None:
@@ -268,7 +280,7 @@ def ask_to_leave(place: GangMember) -> None:
 
 
 def end_round(place: GangMember, round_id: str) -> None:
-    """Everybody is free. Nothing happens where the round is over already, or another leads."""
+    """End the round for all members. Does nothing if it has already ended, or if another member leads."""
     with place.db.write() as session:
         row = _locked(session, place.gang)
         if row.round_id == round_id and row.leader_id == place.worker_id:
@@ -296,7 +308,7 @@ def _locked(session: Session, gang: str) -> Gang:
 def _led(session: Session, place: GangMember) -> Gang:
     row = _locked(session, place.gang)
     if row.leader_id != place.worker_id:
-        raise NotGathered(f"The gang {row.name} is led by {row.leader_id} now.")
+        raise NotGathered(f"The gang {row.name} is now led by {row.leader_id}.")
     return row
 
 
@@ -314,12 +326,12 @@ def _is_led(row: Gang, members: Sequence[LiveMember]) -> bool:
 
 
 def _clear(row: Gang) -> None:
-    """Nobody is called any more. Seats keep how their parts ended until they are called again."""
+    """End the round. Seats keep the results of their parts until they are called again."""
     row.round_id = row.task = row.expires_at = row.port = None
 
 
 def _live(session: Session, place: GangMember) -> Sequence[tuple[GangSeat, Worker]]:
-    """The eldest first."""
+    """Return the live members of the gang, the longest-running first."""
     now = read_clock(session)
     heard = place.heard or LivenessTracker(silent_seconds=place.silent_seconds)
     of_gang = (GangSeat.gang == place.gang, Worker.ended_at.is_(None))
@@ -346,7 +358,7 @@ def _member(seat: GangSeat, worker: Worker) -> LiveMember:
 
 
 def _call(row: Gang, seat: GangSeat | None) -> Call | None:
-    """None where it is called to nothing, leads itself, or has had its part."""
+    """Return the call to this member; None if it has no call, leads the round, or has ended its part."""
     if seat is None or row.round_id is None or seat.round_id != row.round_id or row.leader_id == seat.worker_id:
         return None
     if seat.ended is not None:
@@ -367,11 +379,11 @@ def _named(worker_ids: Sequence[str]) -> str:
 
 
 def _is_over() -> NotGathered:
-    return NotGathered("That round of the gang is over.")
+    return NotGathered("That trainer of the gang has already ended.")
 
 
 class LivenessTracker:
-    """By one worker, of others. A heartbeat that is another one than before has just come, whatever time it bears."""
+    """Tracks which other workers are live. A heartbeat that has changed counts as recent, whatever its timestamp is."""
 
     def __init__(self, *, silent_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._silent_seconds = silent_seconds
@@ -380,8 +392,11 @@ class LivenessTracker:
         self._moved_at: dict[str, float] = {}
 
     def is_live(self, worker_id: str, heartbeat_at: float, *, now: float) -> bool:
-        """now: by the clock that the heartbeat bears. Where that was set, what was seen to beat still counts; of one
-        that was not seen to beat yet, the time of its heartbeat."""
+        """Return whether the worker is live. now: time of the clock that also provides `heartbeat_at`.
+
+        An observed change of the heartbeat counts even if that clock was set. Before the first observed change, the
+        timestamp decides.
+        """
         before = self._latest.get(worker_id)
         self._latest[worker_id] = heartbeat_at
         if before is not None and before != heartbeat_at:
@@ -399,9 +414,9 @@ class GangView:
     size: int
     min_size: int
     workers: tuple[str, ...]
-    """Those that live and take something new, or train."""
+    """Live members that are neither cordoned nor draining."""
     has_trainer: bool
-    """Those that are there have begun."""
+    """The leader has a trainer."""
 
     @property
     def is_short(self) -> bool:
@@ -409,7 +424,7 @@ class GangView:
 
 
 def gang_views(session: Session, *, now: float, silent_seconds: float = SILENT_SECONDS) -> list[GangView]:
-    """Those of which anybody lives, by name."""
+    """Return the gangs that have live members, sorted by name."""
     live = (Worker.ended_at.is_(None), Worker.heartbeat_at > now - silent_seconds)
     found = select(Gang, GangSeat, Worker).join(GangSeat, GangSeat.gang == Gang.name)
     rows = session.execute(found.join(Worker, Worker.id == GangSeat.worker_id).where(*live).order_by(Worker.id)).all()
@@ -432,15 +447,17 @@ def gang_views(session: Session, *, now: float, silent_seconds: float = SILENT_S
 
 
 def lending_workers(found: Iterable[GangView]) -> set[str]:
-    """Workers that claim nothing themselves: they lend their devices to another that lives."""
+    """Return the workers that claim no jobs themselves, because they provide devices to a live leader."""
     return {worker for gang in found if gang.leader_id in gang.workers for worker in gang.workers} - {
         gang.leader_id for gang in found if gang.leader_id is not None
     }
 
 
 def smallest_members(session: Session, *, now: float) -> dict[str, Worker]:
-    """Of each worker of a gang that lives: whose memory decides what fits the gang. Of more than train together the
-    smaller ones stand by, as far as may be known."""
+    """Return, for each live gang member, the worker whose memory limits the gang.
+
+    If the gang has more workers than train together, the smaller ones are assumed not to train.
+    """
     limits: dict[str, Worker] = {}
     for gang in gang_views(session, now=now):
         rows = session.scalars(select(Worker).where(Worker.id.in_(gang.workers))).all()
@@ -454,17 +471,17 @@ def gang_view_facts(found: Iterable[GangView]) -> list[Json]:
 
 
 def why_all_wait(found: Sequence[GangView], open_ids: Collection[str]) -> str | None:
-    """Why nothing begins, where every worker that takes jobs is of a gang that is not complete."""
+    """Return the reason why no job starts if every available worker belongs to an incomplete gang; None otherwise."""
     short = [gang for gang in found if gang.is_short and not gang.has_trainer]
     if not open_ids or not set(open_ids) <= {worker for gang in short for worker in gang.workers}:
         return None
     told = [_wait_sentence(gang) for gang in short]
-    return f"It waits for others of a gang of workers. {' '.join(told)}"
+    return f"It waits for missing workers of a gang. {' '.join(told)}"
 
 
 def _wait_sentence(gang: GangView) -> str:
     num_there = len(gang.workers)
-    told = f"Of {gang.name} {num_there} of the {gang.size} workers {'is' if num_there == 1 else 'are'} there"
+    told = f"{num_there} of {gang.size} workers of {gang.name} {'is' if num_there == 1 else 'are'} available"
     if num_there >= gang.min_size:
-        return f"{told}; they begin without the others when these have been away for a while."
+        return f"{told}; after a waiting time, training starts without the others."
     return f"{told}."

@@ -1,6 +1,7 @@
-"""What the whole fleet is doing, in numbers for whoever watches it: read at once, and as fast with a million jobs as
-with ten. What would have to be counted is kept (catalog/usage/ledger.py) or read from an index of what is
-unfinished."""
+"""Metrics of the whole service, for monitoring. Reading them takes the same time with ten jobs and with a million.
+
+Totals come from counters (catalog/usage/ledger.py); other values come from indexes of unfinished jobs.
+"""
 
 from __future__ import annotations
 
@@ -25,54 +26,54 @@ from catalog.usage import ledger
 from catalog.webhooks import delivery_queue
 
 MAX_COUNTED = 10_000
-"""Of deliveries that wait: more are told as so many."""
+"""Upper limit of the reported number of pending deliveries."""
 HELD_IN: dict[Work, JobState] = {"training": JobState.RUNNING, "preparing": JobState.VALIDATING_FILES}
 NAMELESS = "unnamed"
-"""A base that lost its name while it is loaded."""
+"""Name for a loaded base model whose name was deleted."""
 Device = tuple[str, str]
-"""Host, and cpu, cpu:0-3 (some of its cores), cuda:0, or cuda:0+1 (a group)."""
+"""Host and device: cpu, cpu:0-3 (some of its cores), cuda:0, or cuda:0+1 (a group)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Numbers:
-    """All of the whole service, and of now."""
+    """Current metrics of the whole service."""
 
     jobs: Mapping[tuple[JobState, PriorityClass], int]
-    """Every pair is there."""
+    """Contains every pair."""
     oldest_wait_seconds: Mapping[PriorityClass, float]
-    """0 where none is in the queue; those that are held don't wait."""
+    """0 if no job is queued. Held jobs are not included."""
     claims: int
     attempts_ended: Mapping[EndReason, int]
     leases: Mapping[Work, int]
     leases_overdue: int
-    """Past, and nobody has ended them yet."""
+    """Expired leases that have not been reclaimed yet."""
     leases_expired: Mapping[Work, int]
     trained_tokens: int
-    """Of jobs that succeeded."""
+    """Trained tokens of succeeded jobs."""
     adapters: int
     events: int
-    """The last number that was given to one."""
+    """Number of the last event."""
     workers: Mapping[WorkerState, int]
-    """Of those seen in the last hour."""
+    """Workers with a heartbeat within the last hour."""
     workers_cordoned: int
-    """Of those that have not ended."""
+    """Cordoned workers that have not stopped."""
     trainers: Mapping[str, int]
-    """By name of the base model that is loaded."""
+    """Trainers by name of the loaded base model."""
     trainer_jobs: Mapping[str, int]
-    """Jobs that train, by name of their base model."""
+    """Running jobs by name of their base model."""
     tokens_per_second: Mapping[Device, float]
-    """What trainers said last: of several on one device the sum, as of their memory."""
+    """Last values that trainers reported, summed by device. The memory values are summed in the same way."""
     predicted_bytes: Mapping[Device, float]
     peak_bytes: Mapping[Device, float]
     devices: Mapping[Device, Mapping[str, float]]
-    """As worker/node/utilization.py told it; what a device doesn't tell is left out."""
+    """As reported by worker/node/utilization.py. Metrics that a device does not report are omitted."""
     webhooks_pending: int
     """At most MAX_COUNTED."""
     webhooks_overdue_seconds: float
 
 
 def read(db: Database) -> Numbers:
-    """Raises Unavailable."""
+    """Read the metrics. Raises Unavailable."""
     views = fleet.workers(db)
     live = [view for view in views if view.state not in ("lost", "ended")]
     with db.read() as session:
@@ -103,7 +104,7 @@ def read(db: Database) -> Numbers:
 
 
 def _oldest_waits(session: Session, *, now: float) -> dict[PriorityClass, float]:
-    """Each from the beginning of an index."""
+    """Return the longest wait by class. Each class reads only the first entry of an index."""
     first = {
         each: select(func.min(Job.queued_at)).where(Job.priority == int(each), Job.queued_at.is_not(None))
         for each in PriorityClass
@@ -121,13 +122,13 @@ def _num_leases(session: Session, state: JobState, *, until: float | None = None
 
 
 def _jobs_of_bases(session: Session) -> Counter[str]:
-    """By the names under which they were asked for."""
+    """Count running jobs by the name of the base model in their request."""
     running = select(Job.base_model, func.count()).where(Job.state == JobState.RUNNING).group_by(Job.base_model)
     return Counter({row[0]: row[1] for row in session.execute(running)})
 
 
 def _webhooks(session: Session, *, now: float) -> tuple[int, float | None]:
-    """How many wait, and when the first of them was due."""
+    """Return the number of pending deliveries, and the time at which the first due one was due."""
     waiting = select(WebhookDelivery.next_try_at).where(WebhookDelivery.next_try_at.is_not(None))
     some = waiting.limit(MAX_COUNTED).subquery()
     first = select(func.min(WebhookDelivery.next_try_at)).where(delivery_queue.is_due(now))
@@ -135,7 +136,7 @@ def _webhooks(session: Session, *, now: float) -> tuple[int, float | None]:
 
 
 def _by_state(views: Iterable[WorkerView]) -> dict[WorkerState, int]:
-    """Every state is there."""
+    """Count workers by state. The result contains every state."""
     found = Counter(view.state for view in views)
     return {state: found[state] for state in get_args(WorkerState)}
 
@@ -163,7 +164,7 @@ def _devices(live: Iterable[WorkerView]) -> dict[Device, dict[str, float]]:
 
 
 def _device(view: WorkerView) -> Device:
-    """A worker has one."""
+    """Return the worker's device; a device group counts as one device."""
     devices: list[dict[str, Any]] = view.worker.devices or [{}]
     first = devices[0]
     kind, cores = str(first.get("kind", "cpu")), first.get("cores") or ()

@@ -1,6 +1,6 @@
-"""Where one job trains, or could: how the device groups of workers that run hold its base, and what each device needs.
+"""Possible placements of a job: how device groups of live workers hold its base model, and the memory per device.
 
-By the rule of catalog/resources/sharding.py; nothing is decided here.
+catalog/resources/sharding.py defines the rules; this module makes no decisions.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from catalog.tables.table import Json
 
 
 def of_running(session: Session, job: Job) -> list[Json]:
-    """One; none where its worker is not known any more."""
+    """Return the placement of a running job; [] if its worker is no longer known."""
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
     return [] if worker is None else [_placement(session, job, views.empty_capacity(worker).group)]
 
 
 def of_waiting(session: Session, job: Job, *, now: float, lenders: Collection[str] = ()) -> list[Json]:
-    """Of workers that take new jobs, can load the base as the job asks and have the memory; groups that are alike
-    once. lenders: workers of gangs that claim nothing themselves."""
+    """Return the possible placements of a queued job, one for each kind of device group.
+
+    They cover workers that accept new jobs, support the job's quantization and have enough memory. lenders: gang
+    members that claim no jobs themselves.
+    """
     quantization = packing.quantization_of(job.pack_key)
     capacities = views.empty_capacities(session, now=now, quantization=quantization, without=lenders)
     alike = Counter(capacity.group for capacity in capacities)

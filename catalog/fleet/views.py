@@ -1,4 +1,4 @@
-"""Workers as people see them, and what the live ones hold."""
+"""Views of workers for users, and the trainers and capacities of live workers."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ class WorkerView:
     worker: Worker
     state: WorkerState
     base_names: list[str]
-    """Names of the base that it holds."""
+    """Names of the base model that the worker has loaded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedTrainer:
-    """What one live worker holds."""
+    """The loaded trainer of one live worker."""
 
     base_digest: str | None
-    """None: it has no trainer."""
+    """None if the worker has no trainer."""
     pack_key: str | None
-    """None where the trainer has not said yet."""
+    """None if the trainer has not been registered yet."""
     saturation: Any = None
-    """What its worker last said of how near to its plateau it is; see catalog/resources/throughput.py."""
+    """How close the trainer is to its throughput plateau, as last reported; see catalog/resources/throughput.py."""
     worker_id: str = ""
     takes_nothing_new: bool = False
     cordon: Json | None = None
 
 
 def workers(db: Database) -> list[WorkerView]:
-    """Those that live, and those that ended or fell silent lately; newest first."""
+    """Return live workers, and those that stopped or were lost recently; newest first."""
     return _views(db, list_workers(db))
 
 
 def view(db: Database, worker: Worker) -> WorkerView:
-    """Of one."""
+    """Return the view of one worker."""
     return _views(db, [worker])[0]
 
 
@@ -73,7 +73,7 @@ def _views(db: Database, rows: list[Worker]) -> list[WorkerView]:
 
 
 def state_of(worker: Worker, *, is_training: bool, now: float) -> WorkerState:
-    """is_training: it holds a job that is running. A base that stays loaded for the next job is no work."""
+    """Return the worker's state. is_training: it holds a running job. A base model that is only loaded is not work."""
     if worker.ended_at is not None:
         return "ended"
     if worker.heartbeat_at <= now - SILENT_SECONDS:
@@ -84,7 +84,7 @@ def state_of(worker: Worker, *, is_training: bool, now: float) -> WorkerState:
 
 
 def residents(session: Session, *, now: float) -> list[LoadedTrainer]:
-    """Of every live worker, by its id."""
+    """Return the loaded trainer of every live worker, ordered by worker id."""
     held = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
     return [
         LoadedTrainer(
@@ -100,8 +100,11 @@ def residents(session: Session, *, now: float) -> list[LoadedTrainer]:
 
 
 def auto_precision(session: Session, *, now: float) -> Precision:
-    """float32 where none of the workers' devices multiplies bfloat16 in hardware, for which it takes 25 times as long;
-    else bfloat16. Where no worker lives, as while a service starts, the one that was seen last stands for all."""
+    """Return bfloat16, or float32 if no device of the live workers supports bfloat16 matmuls in hardware.
+
+    Without hardware support, bfloat16 is 25 times slower. If no worker is live, for example while the service starts,
+    the worker with the latest heartbeat decides.
+    """
     live = select(Worker.devices).where(is_live(now=now))
     last = select(Worker.devices).order_by(Worker.heartbeat_at.desc()).limit(1)
     rows = session.scalars(live).all() or session.scalars(last).all()
@@ -111,32 +114,37 @@ def auto_precision(session: Session, *, now: float) -> Precision:
 
 
 def quantizations(session: Session, *, now: float, only_open: bool = False) -> frozenset[str] | None:
-    """Those that some live worker can load a base in; None where no worker lives. only_open: that takes new jobs."""
+    """Return the quantizations that live workers support; None if no worker is live.
+
+    only_open: include only workers that accept new jobs.
+    """
     live = _live(session, now=now, only_open=only_open)
     return frozenset[str]().union(*(quantizations_of(worker) for worker in live)) if live else None
 
 
 def quantizations_of(worker: Worker) -> frozenset[str]:
-    """none, and what else the worker said at its start; older workers say nothing."""
+    """Return "none" and the quantizations that the worker reported when it started. Older workers report none."""
     return quantizations_on(worker.devices)
 
 
 def integrations(session: Session, *, now: float) -> frozenset[str] | None:
-    """Trackers that some live worker can write to; None where no worker lives."""
+    """Return the trackers that live workers can write to; None if no worker is live."""
     live = list(session.scalars(select(Worker.integrations).where(is_live(now=now))))
     return frozenset[str]().union(*(found or () for found in live)) if live else None
 
 
 def count_live(session: Session, *, now: float) -> int:
-    """Workers."""
+    """Return the number of live workers."""
     return session.scalar(select(func.count()).select_from(Worker).where(is_live(now=now))) or 0
 
 
 def empty_capacities(
     session: Session, *, now: float, quantization: str = "none", without: Collection[str] = ()
 ) -> list[Capacity]:
-    """Of each live worker that takes new jobs and can load a base so, with nothing in it: in a gang as much as its
-    smallest worker has. without: ids of others."""
+    """Return the capacity, without any jobs, of each live worker that accepts new jobs and supports the quantization.
+
+    For a gang member, the memory of the gang's smallest worker counts. without: ids of excluded workers.
+    """
     smallest = gangs.smallest_members(session, now=now)
     live = [worker for worker in _live(session, now=now, only_open=True) if worker.id not in without]
     able = [worker for worker in live if quantization in quantizations_of(worker)]
@@ -144,7 +152,7 @@ def empty_capacities(
 
 
 def empty_capacity(worker: Worker, smallest: Worker | None = None) -> Capacity:
-    """With nothing in it. smallest: of its gang, if what the others have is to count."""
+    """Return the worker's capacity without any jobs. smallest: the gang member whose memory limits the capacity."""
     held = worker.memory_bytes if smallest is None else smallest.memory_bytes
     group = reported_group(worker.devices, held)
     if smallest is not None:
@@ -158,7 +166,7 @@ def _live(session: Session, *, now: float, only_open: bool) -> list[Worker]:
 
 
 def reported_capacity(worker: Worker) -> Capacity:
-    """What it had free beside its jobs when it last looked; none where it did not say."""
+    """Return the free capacity in addition to current jobs, as last reported; zero if the worker reported none."""
     told: Json = (worker.report or {}).get("capacity") or {}
     return Capacity(
         max_jobs=int(told.get("max_jobs", 0)),
@@ -168,7 +176,7 @@ def reported_capacity(worker: Worker) -> Capacity:
 
 
 def reported_when_empty(session: Session, worker_ids: Collection[str]) -> list[tuple[str, Capacity]]:
-    """Of those of these workers that said what they have free: by their ids, and what that is."""
+    """Return worker ids with their reported free memory. Workers without a report are omitted."""
     found = session.scalars(select(Worker).where(Worker.id.in_(worker_ids)).order_by(Worker.id))
     return [
         (worker.id, replace(empty_capacity(worker), memory_bytes_free=reported_capacity(worker).memory_bytes_free))
@@ -182,7 +190,7 @@ def is_gpu(worker: Worker) -> bool:
 
 
 def _training(session: Session) -> set[str]:
-    """Ids of the workers that hold a running job."""
+    """Return the ids of workers that hold a running job."""
     return set(session.scalars(select(Attempt.worker_id).where(Attempt.ended_at.is_(None)).distinct()))
 
 
@@ -197,11 +205,11 @@ def _names(session: Session, digests: set[str]) -> dict[str, list[str]]:
 
 
 LentDevices = Mapping[str, int]
-"""By worker: devices of all members of the round that it leads, its own among them."""
+"""Number of devices of a whole round, including the leader's own, by the id of its leader."""
 
 
 def lent_devices(session: Session) -> LentDevices:
-    """Processes on a CPU share it: it is one device. Of workers that lead no round nothing is told."""
+    """Return the number of devices of each open round. A CPU counts as one device, whatever its number of processes."""
     number = func.sum(case((GangSeat.kind == "cuda", GangSeat.num_processes), else_=1))
     called = select(Gang.leader_id, number).join(GangSeat, GangSeat.round_id == Gang.round_id)
     rows = session.execute(called.where(Gang.leader_id.is_not(None)).group_by(Gang.leader_id))
@@ -209,7 +217,10 @@ def lent_devices(session: Session) -> LentDevices:
 
 
 def count_devices(worker_id: str | None, devices: Sequence[Mapping[str, Any]] | None, lent_to: LentDevices) -> int:
-    """devices: as on the worker's record; None where there is none any more. At least one. Pure."""
+    """Return the number of devices that a worker trains on, at least one. Pure.
+
+    devices: from the worker's row; None if it no longer exists.
+    """
     if worker_id is not None and worker_id in lent_to:
         return lent_to[worker_id]
     group = reported_group(devices or (), 0)

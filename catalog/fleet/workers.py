@@ -1,4 +1,4 @@
-"""Workers and their trainers: who is there, what each holds, who was asked to drain."""
+"""Registration, heartbeats and ends of workers and their trainers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from catalog.tables.table import Json
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerOrders:
-    """What the worker is asked to do."""
+    """Orders for a worker, returned by its heartbeat."""
 
     drain: bool
 
@@ -39,10 +39,10 @@ def register_worker(
     integrations: Sequence[str] = (),
     protocol: int | None = None,
 ) -> Worker:
-    """A worker has started. One that had the same id before is gone: what it held is freed at once.
+    """Register a worker that has started. Jobs of an earlier worker with the same id are released immediately.
 
-    protocol: this code's own where None. Raises UnfitWorker where it can't work with the service; then nothing is
-    written.
+    protocol: this code's own if None. Raises UnfitWorker if the worker is incompatible with the service; then nothing
+    is written.
     """
     protocol = compatibility.PROTOCOL if protocol is None else protocol
     with db.write() as session:
@@ -69,8 +69,10 @@ def register_worker(
 def worker_beat(
     db: Database, worker_id: str, *, resident_base: str | None, trainer_id: str | None, report: Json | None
 ) -> WorkerOrders:
-    """The worker lives, and holds this. A worker that was ended in the meantime is told to drain, and so is one whose
-    protocol an upgraded service takes no more."""
+    """Record a heartbeat, and return orders.
+
+    A worker that was declared stopped, or whose protocol an upgraded service no longer supports, is ordered to drain.
+    """
     with db.write() as session:
         worker = session.get(Worker, worker_id, with_for_update=True)
         if worker is None or worker.ended_at is not None:
@@ -86,7 +88,7 @@ def worker_beat(
 
 
 def end_worker(db: Database, worker_id: str) -> None:
-    """The worker leaves in good order: what it still holds is released, and does not count."""
+    """Record a clean shutdown of a worker. Its remaining jobs are released, and their attempts do not count."""
     with db.write() as session:
         now = read_clock(session)
         worker = session.get(Worker, worker_id, with_for_update=True)
@@ -98,14 +100,14 @@ def end_worker(db: Database, worker_id: str) -> None:
         locked = session.scalars(select(Job).where(*held).order_by(Job.id).with_for_update())
         for job in recovery.in_lock_order(locked):
             if job.state == JobState.RUNNING:
-                end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} left.", now=now)
+                end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} shut down.", now=now)
             else:
                 free(job)
         _close_trainers(session, worker_id, now=now)
 
 
 def declare_lost(db: Database, worker_id: str) -> int:
-    """Its process is known to have died: what it held is freed now, not at the end of its leases. Returns how much."""
+    """Release the jobs of a worker whose process has died, without waiting for its leases. Returns their number."""
     with db.write() as session:
         now = read_clock(session)
         worker = session.get(Worker, worker_id, with_for_update=True)
@@ -118,7 +120,7 @@ def declare_lost(db: Database, worker_id: str) -> int:
 
 
 def list_workers(db: Database, *, ended_within_seconds: float = 3600) -> list[Worker]:
-    """Those that live, and those that ended or fell silent lately; newest first."""
+    """Return live workers, and those that stopped or were lost recently; newest first."""
     with db.read() as session:
         since = read_clock(session) - ended_within_seconds
         recent = select(Worker).where(Worker.heartbeat_at >= since)
@@ -128,7 +130,7 @@ def list_workers(db: Database, *, ended_within_seconds: float = 3600) -> list[Wo
 def register_trainer(
     db: Database, *, trainer_id: str, worker_id: str, base_digest: str, pack_key: str, report: Json | None = None
 ) -> Trainer:
-    """A base is being loaded on a device group."""
+    """Register a trainer that loads a base model on a device group."""
     with db.write() as session:
         trainer = Trainer(id=trainer_id, worker_id=worker_id, base_digest=base_digest, pack_key=pack_key)
         trainer.started_at, trainer.report = read_clock(session), report
@@ -137,7 +139,7 @@ def register_trainer(
 
 
 def end_trainer(db: Database, trainer_id: str, *, report: Json | None = None) -> None:
-    """The trainer has unloaded or died; `report` is added to what it said at the start."""
+    """Record the end of a trainer, clean or not. `report` is merged into the trainer's earlier report."""
     with db.write() as session:
         trainer = session.get(Trainer, trainer_id, with_for_update=True)
         if trainer is None:
@@ -148,7 +150,7 @@ def end_trainer(db: Database, trainer_id: str, *, report: Json | None = None) ->
 
 
 def report_trainer(db: Database, trainer_id: str, *, report: Json) -> None:
-    """What a live trainer says of itself: dtype, device, determinism class, versions, memory."""
+    """Merge a live trainer's report: dtype, device, determinism class, versions, memory."""
     with db.write() as session:
         trainer = session.get(Trainer, trainer_id, with_for_update=True)
         if trainer is not None:

@@ -1,7 +1,8 @@
-"""What is new about jobs since the last look: for streams, which look again and again.
+"""Changes of jobs since the last poll, for streams.
 
-Whoever writes an event or points holds the job's row: what is written of a job is committed in the order of its
-numbers, so that "after this number" misses nothing. Between jobs there is no such order, and none is relied on.
+Writers of events and points hold the lock of the job's row. Events of one job are therefore committed in the order of
+their numbers, and a query for "after this number" misses nothing. Between jobs there is no such order, and this module
+does not rely on one.
 """
 
 from __future__ import annotations
@@ -22,34 +23,34 @@ from catalog.tables.history import JobEvent
 from catalog.tables.jobs import Job
 
 RECENT_SECONDS = 10.0
-"""Metrics from so long ago are told to a watcher that is new."""
+"""A new watcher receives the metrics of this many past seconds."""
 MAX_ROWS = 1000
-"""Events in one look; the next goes on."""
+"""Maximum number of events per poll; the next poll continues after them."""
 JOBS_A_QUESTION, JOBS_OF_EVENTS = 500, 20
-"""Of which one question asks how they look, and for their events."""
+"""Maximum numbers of jobs in one query: for their rows, and for their events."""
 UNSEEN = frozenset({"requested", "spec", "body_digest", "labels", "lease_expires_at", "charged_at", "device_seconds"})
-"""Columns of a job in which nothing changes, or what does is not for watchers."""
+"""Columns of a job that never change, or whose changes are not shown to watchers."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Mark:
-    """How far one watcher has got."""
+    """Position of one watcher."""
 
     project_id: str
     job_id: str
     seq: int
-    """The last event told, and of what is not told the last that was passed over."""
+    """Number of the last event that was sent or skipped."""
     quiet_until: int = 0
-    """Metrics (events and points) up to this number are not told: they are of the time before the watcher came."""
+    """Metrics (events and points) up to this number are skipped: they are older than the watcher."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobChanges:
     job: Job
     items: list[JobEvent | Point]
-    """In the order in which they were written: the points of a write, then its events."""
+    """In the order in which they were written. The points of a write precede its events."""
     has_more: bool
-    """There was more than fits one look."""
+    """The limit of one poll was reached, so there may be more."""
 
     @property
     def events(self) -> list[JobEvent]:
@@ -62,7 +63,7 @@ class JobChanges:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WatchedJob:
-    """What is known of a job that several watch: how far its events were told, and how its row looked."""
+    """State of a watched job at the last poll: the number of its last event, and its row."""
 
     seq: int
     row: tuple[Any, ...] | None = None
@@ -70,7 +71,7 @@ class WatchedJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """What is new about one of many jobs."""
+    """Changes of one of many watched jobs."""
 
     seen: WatchedJob
     job: Job
@@ -79,11 +80,11 @@ class Change:
 
 
 def start(db: Database, *, project_id: str, job_id: str, last_seen: int | None) -> Mark:
-    """Begin to watch after the event `last_seen`, or at the job's first event.
+    """Start to watch a job after the event `last_seen`, or at its first event.
 
-    A watcher that comes back is told what was committed after that event, and nothing again. One that is new is told
-    the messages from the first, and metrics (events and points) from a few seconds ago: it reads the whole curve for
-    itself once. Raises NotFound.
+    A returning watcher receives what was committed after that event, without repetitions. A new watcher receives all
+    messages, but only the metrics (events and points) of the last few seconds: it reads the complete curve once
+    separately. Raises NotFound.
     """
     with db.read() as session:
         find(session, project_id, job_id)
@@ -96,9 +97,9 @@ def start(db: Database, *, project_id: str, job_id: str, last_seen: int | None) 
 
 
 def look(db: Database, mark: Mark) -> JobChanges:
-    """What is new, and `mark` moved on past it."""
+    """Return the changes since `mark`, and advance it."""
     with db.read() as session:
-        job = find(session, mark.project_id, mark.job_id)  # before the events: a final job comes after all of its
+        job = find(session, mark.project_id, mark.job_id)  # before the events: a final job then has all of its events
         is_shown = or_(JobEvent.type != "metrics", JobEvent.seq > mark.quiet_until)
         newer = select(JobEvent).where(JobEvent.job_id == mark.job_id, JobEvent.seq > mark.seq, is_shown)
         events = list(session.scalars(newer.order_by(JobEvent.seq).limit(MAX_ROWS)))
@@ -113,9 +114,9 @@ def look(db: Database, mark: Mark) -> JobChanges:
 
 
 def look_at_many(db: Database, seen: Mapping[tuple[str, str], WatchedJob]) -> dict[tuple[str, str], Change | None]:
-    """By (project, job), of those about which anything is new. None: there is no such job.
+    """Return the changed jobs by (project, job). The value is None if the job does not exist.
 
-    What it asks for doesn't grow with how many watch; a job about which nothing is new costs no question of its own.
+    The number of queries does not depend on the number of watchers, and unchanged jobs need no query of their own.
     """
     changes: dict[tuple[str, str], Change | None] = {}
     keys = list(seen)
@@ -126,8 +127,11 @@ def look_at_many(db: Database, seen: Mapping[tuple[str, str], WatchedJob]) -> di
 
 
 def newest_event(db: Database) -> int:
-    """Of any job: another number means that something has happened. One with a lower number may be seen later, for
-    transactions end in any order: whoever waits for it looks now and then all the same."""
+    """Return the number of the newest event of any job. A different number means that something has changed.
+
+    Transactions commit in any order, so an event with a lower number may become visible later. Watchers must also poll
+    from time to time for this reason.
+    """
     with db.read() as session:
         return session.scalar(select(func.max(JobEvent.seq))) or 0
 
@@ -138,7 +142,7 @@ def _changes(session: Session, seen: Mapping[tuple[str, str], WatchedJob]) -> di
     moved = {key: row for key, row in found.items() if row is not None and row != seen[key].row}
     jobs = _jobs(session, [job_id for _, job_id in moved])
     since = {job_id: seen[project_id, job_id].seq for project_id, job_id in moved}
-    # A job that ended after the first question has its last events since then: nobody looks again.
+    # A job may have finished after the first query. Its last events must be read now: there is no later poll.
     asked = {id_: seq for id_, seq in since.items() if rows[id_][1] > seq or jobs[id_].state in FINAL_STATES}
     events, cut = _events(session, asked)
     known = {job_id: _last_of(events.get(job_id, []), seq) for job_id, seq in since.items()}
@@ -150,7 +154,7 @@ def _changes(session: Session, seen: Mapping[tuple[str, str], WatchedJob]) -> di
     for key, row in moved.items():
         job_id = key[1]
         changes[key] = Change(
-            # What was left over is looked for again: the row will look new.
+            # row=None makes the next poll see the job as changed, and read the remaining events.
             seen=WatchedJob(seq=known[job_id], row=None if job_id in cut else row),
             job=jobs[job_id],
             items=_in_order(events.get(job_id, []), points.get(job_id, [])),
@@ -163,21 +167,21 @@ _COLUMNS = [column for name, column in Job.__table__.columns.items() if name not
 
 
 def _rows(session: Session, job_ids: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """How each job looks, all of it comparable: its project, the number of its last event, what watchers may see."""
+    """Return comparable rows by job id: project, number of the last event, and the columns visible to watchers."""
     last = select(func.max(JobEvent.seq)).where(JobEvent.job_id == Job.id).scalar_subquery()
     shown = select(Job.id, Job.project_id, func.coalesce(last, 0), *_COLUMNS).where(Job.id.in_(job_ids))
     return {row[0]: tuple(row[1:]) for row in session.execute(shown)}
 
 
 def _jobs(session: Session, job_ids: Sequence[str]) -> dict[str, Job]:
-    """Read before the events, as in `look`."""
+    """Return jobs by id. They are read before the events, as in `look`."""
     if not job_ids:
         return {}
     return {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(job_ids)))}
 
 
 def _events(session: Session, after: Mapping[str, int]) -> tuple[dict[str, list[JobEvent]], set[str]]:
-    """By job: the next of those after its number; and the jobs that may have more."""
+    """Return the next events after each job's number, by job, and the ids of jobs that may have more."""
     found: dict[str, list[JobEvent]] = {}
     cut: set[str] = set()
     pairs = list(after.items())
@@ -198,7 +202,7 @@ def _last_of(events: Sequence[JobEvent], otherwise: int) -> int:
 
 
 def _in_order(events: Sequence[JobEvent], points: Sequence[Point]) -> list[JobEvent | Point]:
-    """A point's number is that of the first event it came with, and is told before it."""
+    """Merge events and points. A point has the number of the first event of its write, and precedes that event."""
     items: list[JobEvent | Point] = [*events, *points]
     return sorted(items, key=_place)
 

@@ -1,4 +1,4 @@
-"""A job's events: what a person reads. Written inside the transaction of what they tell of."""
+"""Events of a job, for users. An event is written in the transaction of the change that it describes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from catalog.tables.table import Json
 Level = Literal["info", "warn", "error"]
 EventType = Literal["message", "metrics", "transition"]
 ShownType = Literal["message", "metrics"]
-"""As people are told: a transition is a message."""
+"""Event types of the API: transitions are shown as messages."""
 
 
 def add(
@@ -24,17 +24,17 @@ def add(
     now: float,
     message: str,
     level: Level = "info",
-    type: EventType = "message",  # noqa: A002  (the wire's word)
+    type: EventType = "message",  # noqa: A002  (the API's field name)
     data: Json | None = None,
 ) -> JobEvent:
-    """Append one event to the job's log. It has its number once the session is flushed."""
+    """Append one event to the job's log. Its number is assigned when the session is flushed."""
     event = JobEvent(job_id=job_id, created_at=now, level=level, type=type, message=message, data=data)
     session.add(event)
     return event
 
 
 def answered_steps(db: Database, job_id: str) -> list[int]:
-    """Steps at which the job's prompts were answered, by what its events hold."""
+    """Return the steps at which the job's sample prompts were answered, from its events."""
     wanted = JobEvent.job_id == job_id, JobEvent.type == "message", JobEvent.data.is_not(None)
     with db.read() as session:
         found = session.scalars(select(JobEvent.data).where(*wanted)).all()

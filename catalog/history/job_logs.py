@@ -1,7 +1,8 @@
-"""What trainers printed: one stored text for each attempt of a job and each process of its trainer, read by the line.
+"""Output of trainers: one stored text for each attempt of a job and each process of its trainer, read line by line.
 
-A worker stores what may be shown (see worker/session/job_logs.py). Each attempt has its own texts, which only its
-worker writes. In a gang, each member writes those of its own processes. So a stale worker overwrites no other's text.
+A worker stores the output that users may see (see worker/session/job_logs.py). Only the worker of an attempt writes
+the attempt's texts; in a gang, each member writes those of its own processes. A stale worker therefore can't overwrite
+the text of another worker.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from catalog.tables.jobs import Job
 from catalog.usage import ledger
 
 MAX_BYTES = 512 * 2**10
-"""Of one process in one attempt."""
+"""Maximum stored output of one process in one attempt."""
 KEPT_SECONDS = 30 * 24 * 3600.0
-"""After its job has ended."""
+"""Retention time after the job has finished."""
 LATE_SECONDS = 60.0
-"""Between the time that an attempt's end has, and when others see it, at most."""
+"""Maximum delay between the recorded end of an attempt and the commit that makes it visible."""
 CURSOR = re.compile(r"(\d{1,9})-(\d{1,9})-(\d{1,9})", re.ASCII)
 
 
@@ -35,9 +36,9 @@ CURSOR = re.compile(r"(\d{1,9})-(\d{1,9})-(\d{1,9})", re.ASCII)
 class Line:
     attempt: int
     rank: int
-    """Which of the trainer's processes printed it; 0 where there is one."""
+    """Process of the trainer that printed the line; 0 if there is only one."""
     number: int
-    """In what is kept of that process, from 1."""
+    """Line number in the stored text of that process, from 1."""
     text: str
 
     @property
@@ -46,8 +47,10 @@ class Line:
 
 
 def record(db: Database, claim_id: str, *, worker_id: str, rank: int, content: Blob) -> None:
-    """What that process has printed for the attempt so far. worker_id: whose attempt it is, which of a gang is its
-    leader's. Raises StaleClaim where it is another's."""
+    """Store the output of a process for the attempt so far.
+
+    worker_id: worker that holds the attempt; in a gang, the leader. Raises StaleClaim if another worker holds it.
+    """
     with db.write() as session:
         attempt = session.get(Attempt, claim_id)
         if attempt is None or attempt.worker_id != worker_id:
@@ -69,13 +72,15 @@ def record(db: Database, claim_id: str, *, worker_id: str, rank: int, content: B
 
 
 def attempts_of(db: Database, trainer_id: str, *, ended_after: float) -> tuple[list[tuple[Attempt, Job]], float]:
-    """What the trainer holds, and has held until later than that, with the jobs, the first first. And the clock, by
-    which the next look asks: all that ends from now on has ended later, but for LATE_SECONDS."""
+    """Return the trainer's current attempts and those that ended after `ended_after`, oldest first, with their jobs.
+
+    Also returns the database's time. The next call passes it, minus LATE_SECONDS, as `ended_after` and misses nothing.
+    """
     asked = select(Attempt, Job).join(Job, Job.id == Attempt.job_id).where(Attempt.trainer_id == trainer_id)
     found: dict[str, tuple[Attempt, Job]] = {}
     with db.read() as session:
         now = read_clock(session)
-        for times in (Attempt.ended_at.is_(None), Attempt.ended_at > ended_after):  # each by the index
+        for times in (Attempt.ended_at.is_(None), Attempt.ended_at > ended_after):  # each query uses the index
             found |= {attempt.claim_id: (attempt, job) for attempt, job in session.execute(asked.where(times))}
     return sorted(found.values(), key=lambda one: one[0].started_at), now
 
@@ -92,9 +97,11 @@ def lines(
     after: str | None = None,
     limit: int = 100,
 ) -> Page[Line]:
-    """By attempt, process and number, those that hold the text `contains` in whichever case. after: the id of a line.
+    """Return a page of lines, ordered by attempt, process and number.
 
-    Raises NotFound, InvalidRequest; Unavailable or DamagedArtifact of the store.
+    contains: only lines with this text, ignoring case. after: the id of a line.
+
+    Raises NotFound and InvalidRequest, and Unavailable or DamagedArtifact from the store.
     """
     begun = _place(after)
     with db.read() as session:
@@ -116,7 +123,7 @@ def lines(
 
 
 def let_go(session: Session, *, now: float) -> None:
-    """Forget what was printed for jobs that ended long ago; the store's cleaning may then delete it."""
+    """Delete the output of jobs that finished long ago. The store's garbage collection then deletes the texts."""
     ended = select(Job.id).where(Job.finished_at < now - KEPT_SECONDS)
     held = select(Job.project_id, func.sum(JobOutput.num_bytes)).join(Job, Job.id == JobOutput.job_id)
     for project_id, num_bytes in session.execute(held.where(Job.id.in_(ended)).group_by(Job.project_id)):

@@ -1,7 +1,7 @@
-"""Points of a job's curves, and how many of them are packed into one value of bytes. Pure.
+"""Points of a job's curves, and their packed format. Pure: no database.
 
-A packed value is compressed columns: each number is as it was, bit for bit, and a column that nobody measured takes
-nothing. No number says what code to run: what is read is numbers and JSON.
+A packed value contains compressed columns. Each number keeps all of its bits, and an unmeasured column takes no space.
+Unpacking reads only numbers and JSON, so it executes no code from the data (unlike pickle).
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any, NamedTuple, TypeVar
 Json = dict[str, Any]
 VERSION = 1
 HEAD = struct.Struct("<BBI")
-"""Version, which of OPTIONAL are there (bit by bit), how many points."""
+"""Version, bit mask of the present OPTIONAL columns, number of points."""
 OPTIONAL = ("token_accuracy", "learning_rate", "grad_norm", "num_tokens", "rewards")
 NO_NUMBER = -(2**63)
 FAST = 1
-"""zlib's level: others take longer and save little."""
+"""zlib level: higher levels take longer and save little."""
 
 
 class Point(NamedTuple):
-    """What was measured at one step."""
+    """The measurements of one step."""
 
     kind: str
     """train or valid."""
     step: int
     seq: int
-    """Number of the first event of the write that it came with: later points have greater ones. 0: of before that was
-    kept."""
+    """Number of the first event of the same write, so later points have greater numbers. 0 for points of versions that
+    did not store it."""
     created_at: float
     loss: float
     token_accuracy: float | None = None
@@ -40,11 +40,11 @@ class Point(NamedTuple):
     grad_norm: float | None = None
     num_tokens: int | None = None
     rewards: Json | None = None
-    """Of a job that learns from pairs: chosen, rejected, margin, accuracy."""
+    """For preference training: chosen, rejected, margin, accuracy."""
 
 
 def pack(points: Sequence[Point]) -> bytes:
-    """At least one point, of one kind, by step. The kind is not kept."""
+    """Pack at least one point. All points have the same kind, which is not stored, and are sorted by step."""
     count = len(points)
     _, steps, seqs, times, losses, *optional = zip(*points, strict=True)
     measured = [any(value is not None for value in column) for column in optional]
@@ -88,7 +88,7 @@ def unpack(kind: str, packed: bytes) -> list[Point]:
 
 
 def _gaps(values: Sequence[int]) -> list[int]:
-    """The first, and by how much each is more than the one before: nearly always the same, and so packed to nothing."""
+    """Return the first value and the differences. These are nearly always equal, so they compress to almost nothing."""
     return [values[0], *(after - before for before, after in pairwise(values))]
 
 
@@ -104,9 +104,10 @@ T = TypeVar("T")
 
 
 def thin(points: Sequence[T], max_points: int, *, value: Callable[[T], float]) -> list[T]:
-    """At most `max_points` (4 at least) of the points, in their order.
+    """Return at most `max_points` of the points (but at least 4), in their order.
 
-    The first and the last are kept; the rest are cut into equal buckets, of each the lowest and the highest.
+    The first and the last are kept. The rest are split into equal buckets, and the lowest and highest point of each
+    are kept.
     """
     max_points = max(4, max_points)
     if len(points) <= max_points:

@@ -1,8 +1,8 @@
-"""A job's curves as they are stored: in blocks of points, which are read and written within a caller's transaction.
+"""Storage of a job's curves in blocks of points. Blocks are read and written within the caller's transaction.
 
-The last block of a curve is open: points are appended to it. One that is full changes only where steps are trained
-again, and holds two smaller pictures of itself, so that a long curve is drawn without reading all of its points.
-Whoever writes holds the job's row.
+The last block of a curve is open: new points are appended to it. A full block changes only if steps are trained again.
+It also stores two thinned versions of its points, so that a long curve can be drawn without reading all of them. The
+writer holds the lock of the job's row.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from catalog.tables.history import MetricBlock
 BLOCK_POINTS = 256
 OUTLINE_POINTS, SKETCH_POINTS = 32, 8
 BLOCKS_A_LOOK = 64
-"""Blocks that are read and unpacked at once where a whole curve is walked through."""
+"""Number of blocks to read and unpack at once while iterating over a whole curve."""
 
 
 def put(session: Session, job_id: str, kind: str, points: Sequence[Point]) -> None:
-    """Points of one curve, of steps that rise. A step that is there already is overwritten."""
+    """Store points of one curve, sorted by step. The point of an existing step is overwritten."""
     if not points:
         return
     old = _blocks_to_change(session, job_id, kind, points)
@@ -39,7 +39,7 @@ def put(session: Session, job_id: str, kind: str, points: Sequence[Point]) -> No
 
 
 def walk(session: Session, job_id: str, kind: str) -> Iterator[Point]:
-    """Every point, by step."""
+    """Yield every point, ordered by step."""
     last_step = -1
     while points := some(session, job_id, kind, after_step=last_step):
         yield from points
@@ -47,14 +47,17 @@ def walk(session: Session, job_id: str, kind: str) -> Iterator[Point]:
 
 
 def some(session: Session, job_id: str, kind: str, *, after_step: int) -> list[Point]:
-    """The points of the next blocks after a step: memory holds so many, however long the job. None at the end."""
+    """Return the points of the next blocks after a step; [] at the end. This bounds memory use for long jobs."""
     later = _packed(job_id, kind).where(MetricBlock.last_step > after_step).limit(BLOCKS_A_LOOK)
     found = (point for block in session.execute(later).all() for point in unpack(kind, block.points))
     return [point for point in found if point.step > after_step]
 
 
 def thinned(session: Session, job_id: str, kind: str, max_points: int) -> list[Point]:
-    """At most so many points, the first, the last and the peaks among them; of a long curve only pictures are read."""
+    """Return at most `max_points` points, including the first, the last and the peaks.
+
+    For a long curve, only the thinned versions of the blocks are read.
+    """
     counted = select(func.count(), func.sum(MetricBlock.num_points)).where(*_of(job_id, kind))
     num_blocks, num_points = session.execute(counted).one()
     if num_blocks == 0:
@@ -66,7 +69,7 @@ def thinned(session: Session, job_id: str, kind: str, max_points: int) -> list[P
 
 
 def at(session: Session, job_id: str, kind: str, steps: Collection[int]) -> dict[int, Point]:
-    """By step, of those steps at which something was measured. Reads the blocks that hold them."""
+    """Return points by step. Steps without a measurement are omitted. Reads only the blocks that contain the steps."""
     found: dict[int, Point] = {}
     for some in _some(sorted(set(steps))):
         held = or_(*((MetricBlock.first_step <= step) & (MetricBlock.last_step >= step) for step in some))
@@ -85,7 +88,7 @@ def least_loss(session: Session, job_id: str, kind: str) -> float | None:
 
 
 def written(session: Session, after: Mapping[str, int]) -> list[tuple[str, Point]]:
-    """By job: the points that came with events after that number, as (job, point)."""
+    """Return (job id, point) for the points that were written with events after each job's number."""
     found: list[tuple[str, Point]] = []
     for some in _some(list(after.items())):
         newer = or_(*((MetricBlock.job_id == job_id) & (MetricBlock.last_seq > seq) for job_id, seq in some))
@@ -96,7 +99,7 @@ def written(session: Session, after: Mapping[str, int]) -> list[tuple[str, Point
 
 
 def _blocks_to_change(session: Session, job_id: str, kind: str, points: Sequence[Point]) -> list[Any]:
-    """The open block, where the points follow it; else all that hold steps between the first of them and the last."""
+    """Return the open block if the points follow it; else all blocks that overlap the range of their steps."""
     first_step, last_step = points[0].step, points[-1].step
     columns = (MetricBlock.first_step, MetricBlock.last_step, MetricBlock.num_points, MetricBlock.points)
     of_curve = select(*columns).where(*_of(job_id, kind))
@@ -130,7 +133,7 @@ def _picture(points: Sequence[Point], num_points: int) -> bytes:
 
 
 def _coarsest(num_blocks: int, num_points: int, max_points: int) -> ColumnElement[bytes]:
-    """The smallest picture of the blocks that has as many points as are wanted."""
+    """Return the column with the most thinned version of the blocks that still has enough points."""
     pictures: tuple[tuple[int, InstrumentedAttribute[Any]], ...] = (
         (SKETCH_POINTS, MetricBlock.sketch),
         (OUTLINE_POINTS, MetricBlock.outline),
@@ -146,11 +149,11 @@ def _of(job_id: str, kind: str) -> tuple[ColumnElement[bool], ColumnElement[bool
 
 
 def _packed(job_id: str, kind: str) -> Select[int, bytes]:
-    """By step: the last step and the points of each block."""
+    """Select the last step and the points of each block, ordered by step."""
     packed = select(MetricBlock.last_step, MetricBlock.points)
     return packed.where(*_of(job_id, kind)).order_by(MetricBlock.first_step)
 
 
 def _some(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """As many as one question may name."""
+    """Split the items into parts of at most 50, the maximum for one query."""
     return (items[i : i + 50] for i in range(0, len(items), 50))

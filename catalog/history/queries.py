@@ -1,4 +1,4 @@
-"""What a person reads of a job: events, checkpoints, curves, attempts. Another project's job is not found."""
+"""Queries for users on a job: events, checkpoints, curves, attempts. Jobs of other projects raise NotFound."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from catalog.tables.jobs import Job
 
 
 def find(session: Session, project_id: str, job_id: str, *, locked: bool = False) -> Job:
-    """The project's job, within a transaction."""
+    """Return the project's job, within a transaction. Raises NotFound."""
     owned = select(Job).where(Job.id == job_id, Job.project_id == project_id)
     job = session.scalar(owned.with_for_update(of=Job) if locked else owned)
     if job is None:
@@ -33,9 +33,9 @@ def events_page(
     job_id: str,
     after: int | None = None,
     limit: int = 20,
-    type: ShownType | None = None,  # noqa: A002  (the wire's word)
+    type: ShownType | None = None,  # noqa: A002  (the API's field name)
 ) -> Page[JobEvent]:
-    """Newest first; `after` is the `seq` of the last event of the page before. `type`: only messages, or metrics."""
+    """Return a page of events, newest first. after: `seq` of the previous page's last event. type: only this type."""
     with db.read() as session:
         find(session, project_id, job_id)
         events = select(JobEvent).where(JobEvent.job_id == job_id)
@@ -51,7 +51,7 @@ def events_page(
 
 
 def events_since(db: Database, *, project_id: str, job_id: str, seq: int, limit: int = 500) -> list[JobEvent]:
-    """Oldest first, from after `seq`: for a stream that goes on where it broke off."""
+    """Return events after `seq`, oldest first, for a stream that resumes where it was interrupted."""
     with db.read() as session:
         find(session, project_id, job_id)
         newer = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq)
@@ -61,7 +61,7 @@ def events_since(db: Database, *, project_id: str, job_id: str, seq: int, limit:
 def checkpoints_page(
     db: Database, *, project_id: str, job_id: str, after: str | None = None, limit: int = 10
 ) -> Page[Checkpoint]:
-    """Newest first, those without their files too."""
+    """Return a page of checkpoints, newest first. Checkpoints whose files were deleted are included."""
     with db.read() as session:
         find(session, project_id, job_id)
         scope = select(Checkpoint).where(Checkpoint.job_id == job_id)
@@ -69,7 +69,7 @@ def checkpoints_page(
 
 
 def points_at(db: Database, *, project_id: str, job_id: str, steps: Collection[int]) -> dict[tuple[str, int], Point]:
-    """What was measured at these steps, by kind (`train` or `valid`) and step."""
+    """Return the points at these steps, by kind (`train` or `valid`) and step."""
     with db.read() as session:
         find(session, project_id, job_id)
         return {
@@ -80,7 +80,7 @@ def points_at(db: Database, *, project_id: str, job_id: str, steps: Collection[i
 
 
 def metrics(db: Database, *, project_id: str, job_id: str, kind: str, max_points: int | None = None) -> list[Point]:
-    """A curve (`train` or `valid`) by step, thinned to `max_points` with its peaks kept."""
+    """Return a curve (`train` or `valid`), ordered by step and thinned to `max_points`. Thinning keeps the peaks."""
     with db.read() as session:
         find(session, project_id, job_id)
         if max_points is None:
@@ -89,7 +89,7 @@ def metrics(db: Database, *, project_id: str, job_id: str, kind: str, max_points
 
 
 def first_step(db: Database, *, project_id: str, job_id: str) -> tuple[int, float] | None:
-    """(step, loss) of the first training step on record, whichever attempt took it."""
+    """Return (step, loss) of the first recorded training step of any attempt."""
     with db.read() as session:
         find(session, project_id, job_id)
         found = metric_store.first(session, job_id, "train")
@@ -97,14 +97,14 @@ def first_step(db: Database, *, project_id: str, job_id: str) -> tuple[int, floa
 
 
 def attempts(db: Database, *, project_id: str, job_id: str) -> list[Attempt]:
-    """Every attempt, the first first."""
+    """Return all attempts, oldest first."""
     with db.read() as session:
         find(session, project_id, job_id)
         return list(session.scalars(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.number)))
 
 
 def seconds_running(db: Database, job_ids: Collection[str]) -> dict[str, float]:
-    """Seconds under a worker's claim, over all attempts of each job; one that runs counts until now."""
+    """Return the seconds under a worker's claim of each job, over all attempts. A running attempt counts until now."""
     if not job_ids:
         return {}
     with db.read() as session:
@@ -114,7 +114,7 @@ def seconds_running(db: Database, job_ids: Collection[str]) -> dict[str, float]:
 
 
 def packmates(db: Database, *, project_id: str, job_id: str) -> dict[str, list[str]]:
-    """By claim id of each attempt: the project's other jobs that were in the same trainer at the same time."""
+    """Return packmates of each attempt, by its claim id: only jobs of the same project."""
     with db.read() as session:
         find(session, project_id, job_id)
         mine = list(session.scalars(select(Attempt).where(Attempt.job_id == job_id)))

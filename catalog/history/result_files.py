@@ -1,6 +1,6 @@
-"""What a job's `result_files` names: its curves as a CSV file with OpenAI's columns.
+"""Result files of jobs: the curves as a CSV file with OpenAI's columns.
 
-A worker writes and stores the content; the file's row comes in the transaction in which the job succeeds.
+A worker writes and stores the content. The file's row is created in the transaction in which the job succeeds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from catalog.tables.storage import File
 from catalog.tables.table import new_id
 
 PURPOSE = "fine-tune-results"
-"""OpenAI's, of files that nobody uploads."""
+"""OpenAI's purpose for files that the service creates."""
 NAME = "step_metrics.csv"
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 NOT_MEASURED = (None, None)
@@ -32,7 +32,7 @@ Point = tuple[int, str, float, float | None]
 
 
 def store_curves(db: Database, store: ArtifactStore, *, job_id: str, path: Path) -> Blob:
-    """Write the job's curves to `path`, and store that. Raises OutOfSpace, Unavailable."""
+    """Write the job's curves to `path`, and store the file. Raises OutOfSpace, Unavailable."""
     write(db, job_id, path)
     return store.put_file(path)
 
@@ -45,7 +45,7 @@ def write(db: Database, job_id: str, path: Path) -> None:
 
 
 def lines(db: Database, job_id: str) -> Iterator[tuple[float | None, ...]]:
-    """One for each step at which something was measured; what was not is None."""
+    """Yield one line for each step with a measurement. Missing values are None."""
     points = heapq.merge(_curve(db, job_id, "train"), _curve(db, job_id, "valid"))
     for step, at_step in itertools.groupby(points, key=itemgetter(0)):
         measured = {kind: (loss, accuracy) for _, kind, loss, accuracy in at_step}
@@ -53,7 +53,7 @@ def lines(db: Database, job_id: str) -> Iterator[tuple[float | None, ...]]:
 
 
 def record(session: Session, job: Job, content: Blob, *, now: float) -> File:
-    """The file of the job's project, and its id on the job."""
+    """Create the file's row in the job's project, and set its id on the job."""
     file = File(
         id=new_id("file"),
         project_id=job.project_id,
@@ -71,7 +71,7 @@ def record(session: Session, job: Job, content: Blob, *, now: float) -> File:
 
 
 def _curve(db: Database, job_id: str, kind: str) -> Iterator[Point]:
-    """By step. Only the claim's holder, who asks, writes points: they stay as they are between two looks."""
+    """Yield points by step, in several transactions. The points can't change meanwhile: only the caller writes them."""
     last_step = -1
     while True:
         with db.read() as session:

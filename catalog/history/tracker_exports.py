@@ -1,7 +1,7 @@
-"""What of a job's curves its trackers have, and what is to be written next. The record is read, never the trainer: so
-an export holds nobody up, loses nothing, and goes on where another worker stopped.
+"""Progress of exporting a job's curves to its trackers.
 
-A worker has the lease for as long as it has the run open, and renews it with what it writes.
+Exports read the database, not the trainer. They therefore delay no training, lose nothing, and continue where another
+worker stopped. A worker holds the lease while it has the tracker's run open, and renews it with each write.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from catalog.tables.tenancy import Project
 LEASE_SECONDS = 120.0
 MAX_POINTS = 500
 MAX_FAILURES = 8
-"""In a row; with the waits between them some two hours."""
+"""Consecutive failures after which an export is abandoned: about two hours with the waits in between."""
 FIRST_WAIT_SECONDS = 30.0
 FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens")
 
 
 class Follows(Enum):
-    """What becomes of an open run."""
+    """Next step for an open run."""
 
-    GO_ON = "go on"
+    GO_ON = "keep open"
     SLEEP = "sleep"
-    """The job doesn't train now: it is woken when it does."""
+    """Close the run: the job is not training. The export is due again when it trains."""
     DONE = "done"
     STALE = "stale"
-    """Another worker has it."""
+    """Another worker holds the export."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """One that this worker writes."""
+    """An export that this worker has claimed."""
 
     job_id: str
     type: str
@@ -59,13 +59,13 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunUpdate:
-    """What is to be written of a job now."""
+    """The data to write to the tracker next."""
 
     run: Json
-    """Of the job: id, project, model, options, config."""
+    """Description of the job: id, project, options, config."""
     points: list[Json] = field(default_factory=list[Json])
     end: Json | None = None
-    """How the job ended, once all of its points are among these or written."""
+    """Result of the job; set once all of its points are written or included here."""
     has_more: bool = False
 
 
@@ -75,19 +75,20 @@ def add(session: Session, job: Job, integrations: Sequence[Integration]) -> None
 
 
 def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
-    """When the job trains, or has ended, its exports are due."""
+    """Make the job's exports due if it starts to train or reaches a final state."""
     if job.state == JobState.RUNNING or job.state in FINAL_STATES:
         wake(session, job, now=now)
 
 
 def wake(session: Session, job: Job, *, now: float) -> None:
+    """Make the job's unclaimed, unfinished exports due now."""
     if job.requested.get("integrations"):
         asleep = (JobExport.job_id == job.id, JobExport.finished_at.is_(None), JobExport.claim_id.is_(None))
         session.execute(update(JobExport).where(*asleep).values(next_at=now))
 
 
 def claim(db: Database, *, types: Collection[str], limit: int) -> list[Export]:
-    """Exports that are due, of the types that this worker can write."""
+    """Claim due exports of the types that this worker can write."""
     with db.read() as session:
         now = read_clock(session)
         if limit <= 0 or session.scalar(_due(types, now=now, limit=1)) is None:
@@ -104,10 +105,10 @@ def _due(types: Collection[str], *, now: float, limit: int) -> Select[JobExport]
 
 
 def look(db: Database, export: Export) -> RunUpdate:
-    """What the record has beyond what was written."""
+    """Return the data in the database that is not exported yet."""
     with db.read() as session:
         job = session.get_one(Job, export.job_id)
-        is_final = job.state in FINAL_STATES  # read before the points: so none comes after
+        is_final = job.state in FINAL_STATES  # read before the points, so that a final job has no later ones
         points = [
             *_points(session, job.id, "train", export.train_step),
             *_points(session, job.id, "valid", export.valid_step),
@@ -120,7 +121,7 @@ def look(db: Database, export: Export) -> RunUpdate:
 
 
 def record(db: Database, export: Export, news: RunUpdate, *, run_id: str) -> tuple[Export, Follows]:
-    """Note what was written; the claim is renewed while the job trains."""
+    """Record the exported data, and renew the claim while the job trains."""
     with db.write() as session:
         now = read_clock(session)
         row = _locked_export(session, export)
@@ -142,7 +143,7 @@ def record(db: Database, export: Export, news: RunUpdate, *, run_id: str) -> tup
 
 
 def release(db: Database, export: Export) -> None:
-    """The worker leaves; another may go on at once."""
+    """Release the export, for example at a worker's shutdown. Another worker can continue immediately."""
     with db.write() as session:
         row = _locked_export(session, export)
         if row is not None:
@@ -150,7 +151,10 @@ def release(db: Database, export: Export) -> None:
 
 
 def fail(db: Database, export: Export, problem: str) -> None:
-    """It is tried again, later and later, and given up in the end. The job's log says so, once each."""
+    """Record a failure. Retries use exponential back-off, up to MAX_FAILURES.
+
+    The first failure and the end of all retries each add one event to the job's log.
+    """
     with db.write() as session:
         row = _locked_export(session, export)
         if row is None:
@@ -159,12 +163,12 @@ def fail(db: Database, export: Export, problem: str) -> None:
         row.num_failures += 1
         lease.release(row)
         row.next_at = now + FIRST_WAIT_SECONDS * 2 ** (row.num_failures - 1)
-        told = f"The integration {row.type} could not be written: {problem}"
+        told = f"Writing to the integration {row.type} failed: {problem}"
         if row.num_failures >= MAX_FAILURES:
             row.finished_at, row.next_at = now, None
-            events.add(session, row.job_id, now=now, level="warn", message=f"{told} It was given up")
+            events.add(session, row.job_id, now=now, level="warn", message=f"{told} The export was stopped.")
         elif row.error is None:
-            message = f"{told} Training goes on, and it is tried again"
+            message = f"{told} Training continues, and the export is retried."
             events.add(session, row.job_id, now=now, level="warn", message=message)
         row.error = row.error or problem
 
@@ -181,7 +185,10 @@ def _export(row: JobExport, claim_id: str) -> Export:
 
 
 def _locked_export(session: Session, export: Export) -> JobExport | None:
-    """Locked, and before it the job: who lets that train again waits until this is done, and then wakes it."""
+    """Return the locked export if the claim is still valid. Locks the job first.
+
+    A transaction that makes the job train again waits for this lock, and wakes the export afterwards.
+    """
     session.get_one(Job, export.job_id, with_for_update=True)
     return lease.held(session, JobExport, export.claim_id)
 
@@ -215,7 +222,7 @@ def _run(session: Session, job: Job, wanted: str) -> Json:
 
 
 def _flat(value: Json, prefix: str = "") -> Json:
-    """{"lora.rank": 16, …}, without what is None."""
+    """Flatten nested objects to {"lora.rank": 16, …}, without None values."""
     found: Json = {}
     for name, inner in value.items():
         if isinstance(inner, dict):
@@ -226,7 +233,7 @@ def _flat(value: Json, prefix: str = "") -> Json:
 
 
 def _end(session: Session, job: Job) -> Json:
-    """The state, and the figures of an adapter."""
+    """Return the job's result: its state, and the metrics of its adapter."""
     adapter = session.scalar(select(Adapter).where(Adapter.job_id == job.id))
     figures: Json = {"trained_tokens": job.trained_tokens, **((adapter.evaluation or {}) if adapter else {})}
     numbers = {name: value for name, value in _flat(figures, "final.").items() if isinstance(value, int | float)}

@@ -1,1 +1,1 @@
-"""A person's actions on a job: submit, cancel, pause, explain."""
+"""User actions on a job: submit, cancel, pause, resume, explain."""

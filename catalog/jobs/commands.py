@@ -1,6 +1,6 @@
-"""The user's verbs on jobs. What belongs to another project does not exist for the caller.
+"""User commands on jobs. Jobs of other projects raise NotFound.
 
-Accepting is in submission, reading in job_records, "why does it wait" in explanation; they are re-exported here.
+Submission is in `submission`, and explanations of a job's state are in `explanation`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from catalog.usage import quotas
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stop:
-    """A wish that a job stops: how it is done at once, and how its worker is asked."""
+    """A kind of request to stop a job: how to stop it immediately, and how to ask its worker."""
 
     verb: Verb
     audited: AuditType
@@ -57,7 +57,7 @@ PRUNE = Stop(
     reason=EndReason.PRUNED,
     flag="cancel_requested",
     done="The trial was stopped.",
-    request_message="The trial is to stop; the worker ends it.",
+    request_message="A stop of the trial was requested; the worker stops it.",
 )
 PAUSE = Stop(
     verb=Verb.PAUSE,
@@ -65,12 +65,12 @@ PAUSE = Stop(
     reason=EndReason.PAUSED_BY_USER,
     flag="pause_requested",
     done="The job was paused.",
-    request_message="A pause was requested; the worker stores a checkpoint first.",
+    request_message="A pause was requested; the worker saves a checkpoint first.",
 )
 
 
 def get(db: Database, *, project_id: str, job_id: str) -> Job:
-    """Raises NotFound."""
+    """Return the project's job. Raises NotFound."""
     with db.read() as session:
         return find(session, project_id, job_id)
 
@@ -84,8 +84,11 @@ def list_page(
     metadata: dict[str, str] | None = None,
     tags: Sequence[str] = (),
 ) -> Page[Job]:
-    """Newest first. `metadata`: only jobs whose metadata hold all these pairs; {} means those without any. `tags`: only
-    jobs with all of these. `after` is then one of the chosen jobs."""
+    """Return a page of jobs, newest first.
+
+    metadata: only jobs whose metadata contain all of these pairs; {} selects jobs without metadata. tags: only jobs
+    with all of these tags. after: the id of a job that matches these filters.
+    """
     wanted = label_digests(metadata or {}, tags)
     scope, created, ident = select(Job).where(Job.project_id == project_id), Job.created_at, Job.id
     if wanted:
@@ -96,9 +99,10 @@ def list_page(
 
 
 def cancel(db: Database, *, project_id: str, job_id: str, is_client_retry: bool = False) -> Job:
-    """End the job: at once where no worker trains it, else as soon as its worker obeys.
+    """Cancel the job: immediately if no worker trains it, otherwise as soon as its worker has stopped it.
 
-    is_client_retry: the client says that it sends this again, having had no reply. Then a cancelled job is its answer.
+    is_client_retry: the client marks the request as a retry after a lost response. Then a job that is already cancelled
+    is returned without an error.
     """
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
@@ -108,14 +112,14 @@ def cancel(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
 
 
 def pause(db: Database, *, project_id: str, job_id: str) -> Job:
-    """Stop the job, to go on later from where it is. Pausing twice is pausing once."""
+    """Pause the job, to continue later from its last checkpoint. Pausing a paused job does nothing."""
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
         if job.cancel_requested:
             raise Conflict(
-                f"Job {job.id} is being cancelled.",
+                f"Job {job.id} is being cancelled and can't be paused.",
                 code="job_canceling",
-                remedy="It can't be paused any more. Create a new job to train again.",
+                remedy="Create a new job to train again.",
             )
         if job.state != JobState.PAUSED:
             stop(session, job, PAUSE, now=read_clock(session))
@@ -123,9 +127,9 @@ def pause(db: Database, *, project_id: str, job_id: str) -> Job:
 
 
 def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool = False) -> Job:
-    """Let a paused job go on; where its files are prepared, it is queued at once.
+    """Resume a paused job. It is queued immediately if its files are already prepared.
 
-    is_client_retry: as of `cancel`. Then a job that goes on is its answer.
+    is_client_retry: see `cancel`. Then a job that is already resumed is returned without an error.
     """
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
@@ -143,7 +147,7 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
             raise Conflict(
                 f"Job {job.id} is {job.state}, not paused.",
                 code="job_not_paused",
-                remedy="Only a paused job can be resumed.",
+                remedy="Pause the job first: only a paused job can be resumed.",
             )
         quotas.check_resumption(session, job.project_id, now=now)
         _note(session, "job.resumed", job, now=now)
@@ -158,7 +162,10 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
 
 
 def stop(session: Session, job: Job, wish: Stop, *, now: float) -> None:
-    """At once where no worker trains the job; else its worker is asked, once. Raises Conflict where it has ended."""
+    """Stop the job immediately if no worker trains it; otherwise ask its worker, once.
+
+    Raises Conflict if the job is in a final state.
+    """
     if job.state in FINAL_STATES:
         raise _already_final(job)
     if job.state == JobState.RUNNING and getattr(job, wish.flag):
@@ -185,7 +192,7 @@ def _already_final(job: Job) -> Conflict:
     return Conflict(
         f"Job {job.id} is already {job.state}.",
         code="job_already_final",
-        remedy="A finished job does not change any more. Create a new one to train again.",
+        remedy="Create a new job to train again: a finished job can't be changed.",
     )
 
 
@@ -193,20 +200,20 @@ MAX_TAGS = 16
 
 
 def label_digests(metadata: Mapping[str, str], tags: Sequence[str]) -> list[str]:
-    """One for each label: equal for equal ones, whichever job has them."""
+    """Return one digest per label. Equal labels of different jobs have equal digests."""
     labels = [["metadata", key, value] for key, value in metadata.items()]
     labels += [["tag", tag] for tag in tags]
     return list(dict.fromkeys(hashlib.sha256(json.dumps(label).encode()).hexdigest() for label in labels))
 
 
 def index_labels(session: Session, job: Job) -> None:
-    """Put the labels of a new job, whose row is stored, into the index."""
+    """Add the labels of a new job to the index. The job's row is already stored."""
     for label in label_digests(job.labels or {}, job.tags or []):
         session.add(JobLabel(job_id=job.id, label=label, project_id=job.project_id, created_at=job.created_at))
 
 
 def jobs_with_labels(project_id: str, wanted: Sequence[str]) -> Select[Job]:
-    """The project's jobs that have all these labels, found by the first."""
+    """Select the project's jobs that have all of these labels. The first label is looked up in the index."""
     first, *others = wanted
     found = select(Job).join(JobLabel, JobLabel.job_id == Job.id)
     found = found.where(JobLabel.project_id == project_id, JobLabel.label == first)

@@ -1,4 +1,4 @@
-"""What preparation found in a file, for those who may read the file or the job."""
+"""Data reports: the results of preparing a file, for callers that may read the file or the job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from catalog.tables.table import Json
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobReports:
-    """None for a file that there is not, or that is not prepared yet."""
+    """The data reports of a job; None for a file that does not exist or is not prepared yet."""
 
     training: Json | None
     validation: Json | None
@@ -33,7 +33,10 @@ def of_job(db: Database, *, project_id: str, job_id: str) -> JobReports:
 
 
 def of_file(db: Database, *, project_id: str, file_id: str, model: str) -> Json | None:
-    """As the latest of the project's jobs on `model` that read the file has it; None where none was prepared."""
+    """Return the file's report from the project's latest job on `model` that has one; None if there is none.
+
+    Only the latest 20 jobs that use the file are examined.
+    """
     with db.read() as session:
         files.find(session, project_id=project_id, file_id=file_id)
         base_models.find(session, model)

@@ -1,4 +1,4 @@
-"""Why a job is where it is: one sentence for a person, and the facts it was made from."""
+"""Explanation of a job's current state: a text for users, and the facts behind it."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ from catalog.usage import quotas
 from catalog.usage.quotas import QuotaStatus
 
 MAX_NAMED = 20
-"""Jobs that are named of those ahead."""
+"""Maximum number of jobs ahead that are listed by id."""
 NOTHING = Capacity(max_jobs=1, memory_bytes_free=0)
 ON_A_GPU = Capacity(max_jobs=1, memory_bytes_free=0, recomputes=True)
 
 
 def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUAL, sees_all: bool = False) -> Json:
-    """`explanation` (a sentence), `state`, and facts that depend on the state. sees_all: other projects' weights and
-    use too, which are an operator's business."""
+    """Return `explanation` (a text), `state`, and facts that depend on the state.
+
+    sees_all: include the weights and usage of other projects, for operators only.
+    """
     with db.read() as session:
         job = find(session, project_id, job_id)
         now = read_clock(session)
@@ -52,7 +54,7 @@ def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUA
             case JobState.RUNNING:
                 sentence, facts = _running(session, job, now=now)
             case JobState.PAUSED:
-                sentence, facts = "It is paused. Resume it to let it go on from its last checkpoint.", {}
+                sentence, facts = "It is paused. Resume it to continue from its last checkpoint.", {}
             case JobState.SUCCEEDED:
                 sentence, facts = f"It has succeeded: its adapter is {job.adapter_name}.", {"adapter": job.adapter_name}
             case JobState.FAILED:
@@ -86,7 +88,7 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     if job.claim_id is not None:
         return f"Worker {job.worker_id} is preparing its files.", facts
     if job.run_after is not None and job.run_after > now:
-        return f"Its files are prepared again in {job.run_after - now:.0f} s.", facts
+        return f"The preparation of its files is retried in {job.run_after - now:.0f} s.", facts
     unclaimed = (Job.state == JobState.VALIDATING_FILES, Job.claim_id.is_(None))
     is_earlier = or_(Job.priority < job.priority, and_(Job.priority == job.priority, Job.created_at < job.created_at))
     own = select(func.count()).where(*unclaimed, Job.project_id == job.project_id, is_earlier)
@@ -97,7 +99,7 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
         return "Its files wait to be prepared, but no worker is running. Start one.", facts
     if (closed := availability.where_all_are(residents)) is not None:
         return f"Its files wait to be prepared. {closed}", facts
-    shared = " in its project, which takes turns with others" if facts["is_shared_with_other_projects"] else ""
+    shared = " in its project, which alternates with others" if facts["is_shared_with_other_projects"] else ""
     return f"Its files wait to be prepared; {_jobs(facts['ahead']).lower()} ahead of it{shared}.", facts
 
 
@@ -159,18 +161,18 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
 
 
 def _kept_back(session: Session, job: Job, *, now: float) -> tuple[str, Json] | None:
-    """Why the job is not looked at, wherever it stands."""
+    """Return the reason why the job can't be claimed at any queue position; None if it can."""
     if job.is_held:
-        return "It is held, and isn't chosen before it is released: lorry jobs release.", {}
+        return "It is held and does not start until it is released: lorry jobs release.", {}
     if job.run_after is not None and job.run_after > now:
         wait = job.run_after - now
-        return f"It waits {wait:.0f} s after a bad end ({job.reason}) before it is tried again.", {}
+        return f"It waits {wait:.0f} s after a failed attempt ({job.reason}) before it is retried.", {}
     reached = quotas.holds(session, now=now, project_ids=[job.project_id]).get(job.project_id)
     return None if reached is None else (_limited(reached), {"quota": asdict(reached)})
 
 
 def _last_preemption(session: Session, job: Job) -> Json:
-    """How its last attempt made room for another job, where it did."""
+    """Return the details of the preemption if the job's last attempt was preempted."""
     last = select(Attempt).where(Attempt.job_id == job.id).order_by(Attempt.number.desc()).limit(1)
     attempt = session.scalar(last) if job.reason == EndReason.PREEMPTED else None
     preemption = attempt.preemption if attempt is not None else None
@@ -178,14 +180,14 @@ def _last_preemption(session: Session, job: Job) -> Json:
 
 
 def _left_for(preemption: Json | None) -> str | None:
-    """A sentence of what was decided; the job for which it left may be another project's."""
+    """Return a sentence about the preemption. It does not name the urgent job, which may belong to another project."""
     if preemption is None:
         return None
     above = PriorityClass(preemption["for_class"]).name
     return (
-        f"It made room for a job of the class {above} that had waited for {preemption['for_waited_seconds']:.0f} s: "
-        f"itself it had trained for {preemption['trained_seconds']:.0f} s, counted as "
-        f"{_class_name(preemption['effective_priority'])}. It goes on from the checkpoint that it saved."
+        f"It was preempted by a job of class {above} that had waited for {preemption['for_waited_seconds']:.0f} s. "
+        f"It had trained for {preemption['trained_seconds']:.0f} s, with effective class "
+        f"{_class_name(preemption['effective_priority'])}. It continues from the checkpoint that it saved."
     )
 
 
@@ -196,11 +198,11 @@ def _class_name(effective_priority: int) -> str:
 def _preempting_sentence(mine: QueueEntry) -> str | None:
     if not mine.awaits_preemption:
         return None
-    return "Jobs of lower classes were asked to make room for it: they save a checkpoint first."
+    return "Jobs of lower classes are being preempted for it: they save a checkpoint first."
 
 
 def _own_ahead(session: Session, job: Job) -> int:
-    """Of its project and class."""
+    """Return the number of jobs of the same project and class that are ahead of the job."""
     is_before = or_(Job.place < job.place, and_(Job.place == job.place, Job.id < job.id))
     alike = (Job.project_id == job.project_id, Job.priority == job.priority)
     mine = (Job.state == job.state, *alike, Job.is_held.is_(False))
@@ -210,19 +212,19 @@ def _own_ahead(session: Session, job: Job) -> int:
 def _far_behind(facts: Json) -> str:
     own = _jobs(facts["ahead_of_this_project_in_all"]).lower()
     return (
-        f"It stands far behind: more than {facts['ahead_at_least']} jobs are ahead of it. "
-        f"Of its own project and class {own} ahead of it."
+        f"It is far behind in the queue: more than {facts['ahead_at_least']} jobs are ahead of it. "
+        f"In its own project and class, {own} ahead of it."
     )
 
 
 def _limited(quota: QuotaStatus) -> str:
-    ends = {"concurrent_jobs": "It waits until one of them has ended"}
-    until = ends.get(quota.name, "It waits until the month is over")
-    return f"Its project may have {quota.said()}, and has them. {until}, or an operator raises the limit."
+    ends = {"concurrent_jobs": "It waits until one of them has finished"}
+    until = ends.get(quota.name, "It waits until the end of the month")
+    return f"Its project has reached its limit of {quota.said()}. {until}, or until an operator raises the limit."
 
 
 def _place(mine: QueueEntry, ahead: list[QueueEntry], job: Job) -> Json:
-    """Jobs of other projects are counted, not named."""
+    """Return the facts about the job's queue position. Jobs of other projects are counted but not listed."""
     own = [entry.candidate.job_id for entry in ahead if entry.candidate.project_id == job.project_id]
     return {
         "position": mine.position,
@@ -237,14 +239,14 @@ def _place(mine: QueueEntry, ahead: list[QueueEntry], job: Job) -> Json:
 
 
 def _precisions(residents: list[LoadedTrainer], base_digest: str) -> list[str]:
-    """In which the job's own base is loaded."""
+    """Return the precisions in which the job's base model is loaded."""
     keys = {resident.pack_key for resident in residents if resident.base_digest == base_digest}
     return sorted(packing.precision_of(key) for key in keys if key)
 
 
 def _queue_sentence(job: Job, mine: QueueEntry, ahead: list[QueueEntry], residents: list[LoadedTrainer]) -> str:
     if mine.candidate.is_suspect:
-        return f"{_ends_sentence(job)}: it waits for a worker to itself, so that no other job is hurt."
+        return f"{_ends_sentence(job)}: it waits for a worker of its own, so that no other job is affected."
     place = f"{_jobs(len(ahead))} ahead of it." if ahead else "It is first in the queue."
     of_its_base = [resident for resident in residents if resident.base_digest == job.base_digest]
     takers = [resident for resident in of_its_base if resident.pack_key in (job.pack_key, None)]
@@ -253,45 +255,45 @@ def _queue_sentence(job: Job, mine: QueueEntry, ahead: list[QueueEntry], residen
         why = near_plateau[0] if all(near_plateau) else None
         return f"{place} {why or _joins(ahead)}"
     if any(resident.base_digest is None for resident in residents):
-        return place if ahead else "It is first in the queue and waits for a worker to have room."
+        return place if ahead else "It is first in the queue and waits for a worker with free capacity."
     return f"{place} {_other_trainer(job, of_its_base)} {_patience(mine)}"
 
 
 def _ends_sentence(job: Job) -> str:
     if job.lost_attempts:
         number = job.counted_attempts + job.lost_attempts
-        return f"{number} trainers or workers have ended with it since its last checkpoint"
-    return f"It has ended badly {job.counted_attempts} times of {MAX_COUNTED_ATTEMPTS}"
+        return f"{number} trainers or workers have failed with it since its last checkpoint"
+    return f"{job.counted_attempts} of {MAX_COUNTED_ATTEMPTS} attempts have failed"
 
 
 def _joins(ahead: list[QueueEntry]) -> str:
     if any(entry.awaits_preemption for entry in ahead):
-        return "Its base is loaded, but room is being made for a job ahead of it, and nobody joins before that one."
-    return "Its base is loaded: it joins as soon as there is room."
+        return "Its base model is loaded, but jobs are being preempted for a job ahead of it, which joins first."
+    return "Its base model is loaded: it joins as soon as there is free capacity."
 
 
 def _other_trainer(job: Job, of_its_base: list[LoadedTrainer]) -> str:
-    """Why no trainer that is loaded takes the job."""
+    """Return the reason why the job can't join a loaded trainer."""
     if not of_its_base:
-        return "Workers hold another base now."
+        return "Workers currently have other base models loaded."
     loaded = " and ".join(sorted({packing.weights_of(held.pack_key) for held in of_its_base if held.pack_key}))
     wanted = packing.weights_of(job.pack_key)
-    return f"Its base is loaded in {loaded}; it asks for {wanted}, so it can't join and waits for a trainer of its own."
+    return f"Its base model is loaded in {loaded}, but it needs {wanted}: it can't join and waits for its own trainer."
 
 
 def _patience(mine: QueueEntry) -> str:
     if mine.awaits_preemption:
-        return "No job behind it joins what is loaded before it trains."
+        return "No job behind it joins a loaded trainer before it trains."
     if mine.waited_seconds < PATIENCE_SECONDS:
-        return f"Jobs that can join what is loaded may go first for {PATIENCE_SECONDS:.0f} s at most."
-    return "No job behind it joins what is loaded any more: its turn comes when the jobs in there have ended."
+        return f"Jobs that can join a loaded trainer may start first, for at most {PATIENCE_SECONDS:.0f} s."
+    return "No job behind it joins a loaded trainer any more: it starts when the current jobs there have finished."
 
 
 def _unquantized(session: Session, job: Job, *, now: float) -> str | None:
     wanted, found = packing.quantization_of(job.pack_key), views.quantizations(session, now=now, only_open=True)
     if found is None or wanted in found:
         return None
-    return f"It asks for its base as {wanted}, and no worker that runs has bitsandbytes. {INSTALL_QUANT}"
+    return f"It needs its base model in {wanted}, but no running worker has bitsandbytes. {INSTALL_QUANT}"
 
 
 def _too_large(session: Session, job: Job, mine: QueueEntry, *, now: float) -> str | None:
@@ -305,11 +307,11 @@ def _too_large(session: Session, job: Job, mine: QueueEntry, *, now: float) -> s
     if nowhere is None:
         return None
     fits = sharding.would_fit_sentence(sharding.would_fit(ON_A_GPU.demand(mine.candidate)))
-    return f"{nowhere} {fits} Add such a worker, or cancel it and use a lower rank or a smaller base."
+    return f"{nowhere} {fits} Add such a worker, or cancel the job and use a lower rank or a smaller base model."
 
 
 def _none_free(session: Session, mine: QueueEntry, residents: list[LoadedTrainer]) -> str | None:
-    """Where workers wait for a job, and none of them has free what this one needs, though one has it in all."""
+    """Return a sentence if idle workers have the total memory for the job, but other processes use too much of it."""
     empty = [resident.worker_id for resident in residents if resident.base_digest is None]
     told = views.reported_when_empty(session, empty)
     needed = [(capacity.alone(mine.candidate), worker_id, capacity) for worker_id, capacity in told]
@@ -321,8 +323,8 @@ def _none_free(session: Session, mine: QueueEntry, residents: list[LoadedTrainer
     need, worker_id, capacity = max(found, key=lambda one: one[2].memory_bytes_free - one[0])
     free, whole = readable(capacity.memory_bytes_free), readable(capacity.group.bytes_of_each)
     return (
-        f"It needs about {readable(need)}. Worker {worker_id} holds nothing, and has {free} of its {whole} free: "
-        "others take the rest. Free it there, or add a worker that has it."
+        f"It needs about {readable(need)}. Worker {worker_id} is idle, but only {free} of its {whole} are free: "
+        "other processes use the rest. Free memory there, or add a worker with enough free memory."
     )
 
 
@@ -342,14 +344,14 @@ def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     if job.cancel_requested:
         return f"Its worker {job.worker_id} was asked to stop it.", facts
     if job.pause_requested:
-        return f"Its worker {job.worker_id} was asked to store a checkpoint and pause it.", facts
+        return f"Its worker {job.worker_id} was asked to save a checkpoint and pause it.", facts
     if job.preempted_for is not None:
-        told = "to store a checkpoint and to make room for an urgent job"
-        return f"Its worker {job.worker_id} was asked {told}; it goes back to its place in the queue.", facts
+        told = "to save a checkpoint and release it for an urgent job"
+        return f"Its worker {job.worker_id} was asked {told}; it returns to its position in the queue.", facts
     around = availability.around(session.get(Worker, job.worker_id) if job.worker_id else None)
-    begun = f"It trains on worker {job.worker_id}, attempt {job.attempt}."
+    begun = f"It is training on worker {job.worker_id}, attempt {job.attempt}."
     if job.started_at is None:
-        begun = f"Worker {job.worker_id} has it, attempt {job.attempt}, and its trainer loads the base model."
+        begun = f"Worker {job.worker_id} has claimed it, attempt {job.attempt}; its trainer is loading the base model."
     among_several = placed[0]["reason"] if placed and placed[0]["num_devices"] > 1 else None
     told = (begun, among_several, around, deadlines.sentence(job, now))
     return " ".join(filter(None, told)), facts

@@ -1,4 +1,4 @@
-"""Submitting a job: accepted (catalog/admission/accept.py), it is one row. The same submission twice is one job."""
+"""Submission of jobs, validated by catalog/admission/accept.py. A repeated submission returns the existing job."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from catalog.tenancy.authentication import Caller, check_valid
 from catalog.usage import ledger, quotas
 
 CLIENT_RETRY_SECONDS = 600
-"""An identical body, marked by the client as a retry, is the same submission for so long."""
+"""For this long, an identical body that the client marks as a retry counts as the same submission."""
 MAX_KEY_CHARS = 255
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sent:
-    """How a submission is recognized when it is repeated. The fields are arguments of `create`."""
+    """Identification of a repeated submission. The fields are arguments of `create`."""
 
     idempotency_key: str | None
     body_digest: str
@@ -47,10 +47,10 @@ def create(
     body_digest: str,
     is_client_retry: bool = False,
 ) -> Job:
-    """Accept a job, or return the one that this same submission made before.
+    """Create a job, or return the job that the same submission has already created.
 
-    idempotency_key: one per submission, for ever; with another body it is a Conflict. is_client_retry: the
-    client says that it sends this again, having had no reply.
+    idempotency_key: unique per submission, without expiry. Raises Conflict if it was used with another body.
+    is_client_retry: the client marks the request as a retry after a lost response.
     """
     check_idempotency_key(idempotency_key)
     sent = _Sent(idempotency_key=idempotency_key, body_digest=body_digest, is_client_retry=is_client_retry)
@@ -59,7 +59,7 @@ def create(
 
 
 def _create(db: Database, caller: Caller, request: JobRequest | AgreedPlan, sent: _Sent) -> Job:
-    """Raises TargetsOutdated."""
+    """Create a job in one transaction. Raises TargetsOutdated."""
     idempotency_key, body_digest = sent.idempotency_key, sent.body_digest
     targets = resolve_targets(db, caller, [request.request if isinstance(request, AgreedPlan) else request])
     with db.write() as session:
@@ -73,7 +73,7 @@ def _create(db: Database, caller: Caller, request: JobRequest | AgreedPlan, sent
         if idempotency_key is not None:
             key = IdempotencyKey(project_id=caller.project_id, key=idempotency_key, job_id=job.id)
             key.body_digest, key.created_at = body_digest, now
-            session.flush()  # the job's row goes first: the key refers to it
+            session.flush()  # insert the job's row first: the key references it
             session.add(key)
         failpoints.pass_by("submit_before_commit")
     failpoints.pass_by("submit_after_commit")
@@ -83,7 +83,7 @@ def _create(db: Database, caller: Caller, request: JobRequest | AgreedPlan, sent
 def made_before(
     db: Database, *, caller: Caller, idempotency_key: str | None, body_digest: str, is_client_retry: bool
 ) -> Job | None:
-    """The job of an earlier, equal submission. Raises Conflict if the key came with another body."""
+    """Return the job of an earlier, equal submission. Raises Conflict if the key was used with another body."""
     if idempotency_key is None and not is_client_retry:
         return None  # no submission can repeat an earlier one, so this needs no transaction
     with db.read() as session:
@@ -96,16 +96,16 @@ def check_idempotency_key(key: str | None) -> None:
         raise InvalidRequest(
             f"The Idempotency-Key has {len(key)} characters.",
             code="invalid_idempotency_key",
-            remedy=f"Use between 1 and {MAX_KEY_CHARS}, for example a UUID.",
+            remedy=f"Use 1 to {MAX_KEY_CHARS} characters, for example a UUID.",
             param="Idempotency-Key",
         )
 
 
 def key_reused(key: str, made: str) -> Conflict:
     return Conflict(
-        f"The Idempotency-Key {key!r} was used for another request.",
+        f"The Idempotency-Key {key!r} was already used for another request.",
         code="idempotency_key_reused",
-        remedy=f"It made {made}. Use a new key for another one.",
+        remedy=f"Use a new key: this one created {made}.",
     )
 
 
@@ -148,11 +148,11 @@ def submit(
     is_promised: bool = False,
     auto_precision: Precision | None = None,
 ) -> Job:
-    """Accept a job within a transaction.
+    """Create a job within a transaction.
 
-    targets: of `resolve_targets`, from before the transaction. body_digest: None for a job that no client repeats by
-    itself. is_promised: it was counted with its sweep. auto_precision: as of `accept`. Raises what `accept` and
-    `job_row` do.
+    targets: the result of `resolve_targets`, called before the transaction. body_digest: None if clients do not retry
+    the submission on their own. is_promised: the quota already counts the job as part of its sweep. auto_precision: see
+    `accept`. Raises the errors of `accept` and `job_row`.
     """
     quotas.check_submission(session, caller, now=now, is_promised=is_promised)
     if isinstance(request, AgreedPlan):
@@ -173,7 +173,7 @@ def submit(
     log.note(session, "job.created", now=now, object_id=job.id, project_id=job.project_id, details=told)
     tracker_exports.add(session, job, accepted.request.integrations or ())
     if isinstance(request, AgreedPlan):
-        events.add(session, job.id, now=now, message=f"It is just as {request.plan} has planned it.")
+        events.add(session, job.id, now=now, message=f"The job was created from {request.plan} without changes.")
     for surprise in accepted.surprises:
         events.add(session, job.id, now=now, level="warn", message=surprise.sentence())
     return job

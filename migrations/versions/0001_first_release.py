@@ -1,4 +1,4 @@
-"""The first schema: every table and index."""
+"""Initial schema: every table and index."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ TABLES = (
     "audit_head",
     "retired_keys",
 )
-"""Each after those that it refers to."""
+"""Tables in dependency order: each table follows the tables that it references."""
 
 
 def upgrade() -> None:
@@ -80,7 +80,7 @@ def downgrade() -> None:
 
 
 def _where(condition: str) -> dict[str, Any]:
-    """Of a partial index, on both databases."""
+    """Return the condition of a partial index as arguments for both databases."""
     return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
 
 

@@ -150,7 +150,7 @@ def test_on_tables_of_an_older_version_a_command_ends_with_the_remedy(
     failed = run(tmp_path, *arguments, check=False, scripts=next_migration)
 
     assert failed.returncode == 1
-    assert f"it is at {OLDER}, an older one" in failed.stderr
+    assert f"it is at {OLDER}, which is older" in failed.stderr
     assert remedy in failed.stderr
     assert "Traceback" not in failed.stderr
     assert failed.stdout == ""
@@ -166,7 +166,7 @@ def test_on_tables_of_an_unreleased_build_a_command_ends_with_the_remedy(tmp_pat
 
     assert (failed.returncode, failed.stdout) == (1, "")
     assert f"The database is at revision {UNRELEASED}" in failed.stderr
-    assert "make a new database" in failed.stderr
+    assert "create a new database" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 
@@ -176,7 +176,7 @@ def test_an_older_versions_bootstrap_leaves_newer_tables_alone_and_tells_the_rem
     failed = run(tmp_path, "bootstrap", check=False)
 
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert f"The database is at revision {LATER}, of a later version" in failed.stderr
+    assert f"The database is at revision {LATER}, which belongs to a later version" in failed.stderr
     assert "or with a later one" in failed.stderr
     assert "Traceback" not in failed.stderr
 

@@ -130,5 +130,5 @@ def test_a_line_of_json_is_redacted_with_its_traceback(json_lines: tuple[logging
 def test_a_form_that_is_not_known_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_LOG_FORMAT", "xml")
 
-    with pytest.raises(SystemExit, match=r"'xml'\. Set it to json, or to text"):
+    with pytest.raises(SystemExit, match=r"'xml'\. Set it to json or text"):
         configure("info")

@@ -107,10 +107,10 @@ def test_a_refused_file_is_told_line_by_line_and_the_field_has_the_focus(
     expect(alert.get_by_role("listitem")).to_have_text(
         [
             "Line 2: messages is a string, not a list. Write a list of {role, content} objects.",
-            re.compile(r"Line 3: the key 'prompt' is unknown\. A row has the one key .*"),
+            re.compile(r"Line 3: the key 'prompt' is unknown\. Remove the key, or correct .*"),
         ]
     )
-    expect(alert.get_by_role("paragraph").last).to_have_text("Correct these lines and upload the file again.")
+    expect(alert.get_by_role("paragraph").last).to_have_text("Correct these lines, then upload the file again.")
     expect(visitor.page.get_by_label("File", exact=True)).to_be_focused()
     assert _description(visitor.page) == "upload-error"
     assert _names(fresh) == _names_at_first(fresh)

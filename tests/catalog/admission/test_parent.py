@@ -80,7 +80,7 @@ def test_an_adapter_may_be_the_model_as_at_openai(world: World, parent: Adapter)
 def test_two_parents_are_one_too_many(world: World, parent: Adapter) -> None:
     other = trained(world, "other", model=BASE, seed=9)
 
-    with pytest.raises(InvalidRequest, match="a job continues one") as refused:
+    with pytest.raises(InvalidRequest, match="a job can continue only one") as refused:
         submitted(world, model=parent.name, parent_adapter=other.id)
 
     assert refused.value.code == "two_parents"
@@ -91,12 +91,12 @@ def test_what_is_said_again_may_not_be_said_otherwise(world: World, parent: Adap
     assert spec_of(submitted(world, parent_adapter=parent.id, lora=again)).lora.alpha == 12
 
     for name, value in {"rank": 8, "alpha": 8, "use_dora": True, "target_modules": "all-linear"}.items():
-        with pytest.raises(InvalidRequest, match="and the parent adapter has") as refused:
+        with pytest.raises(InvalidRequest, match="but the parent adapter has") as refused:
             submitted(world, parent_adapter=parent.id, lora={name: value})
         assert (refused.value.code, refused.value.param) == ("differs_from_parent", f"lora.{name}")
-    with pytest.raises(InvalidRequest, match="begins with its weights"):
+    with pytest.raises(InvalidRequest, match="starts with the adapter's weights"):
         submitted(world, parent_adapter=parent.id, lora={"init_lora_weights": "pissa"})
-    with pytest.raises(InvalidRequest, match="quantization is 'nf4', and the parent adapter has 'none'"):
+    with pytest.raises(InvalidRequest, match="quantization is 'nf4', but the parent adapter has 'none'"):
         submitted(world, parent_adapter=parent.id, quantization="nf4")
 
 
@@ -124,7 +124,7 @@ def test_another_projects_adapter_is_not_there(world: World, parent: Adapter) ->
 def test_a_child_is_of_its_parents_base(world: World, parent: Adapter) -> None:
     world.base("other")
 
-    with pytest.raises(InvalidRequest, match="trained on another base model than 'other'") as refused:
+    with pytest.raises(InvalidRequest, match="not trained on the current base model 'other'") as refused:
         submitted(world, model="other", parent_adapter=parent.id)
 
     assert refused.value.code == "parent_of_another_base"

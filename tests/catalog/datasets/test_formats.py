@@ -113,7 +113,7 @@ def test_a_file_of_masked_completions_has_nothing_to_learn() -> None:
     ("row", "code", "form", "named"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "trl_pair", "TRL", ("preferred_output", "input")),
-        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "trl_pair", "TRL", ("begin with alike",)),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "trl_pair", "TRL", ("common beginning",)),
         ({"instruction": "a", "input": "", "output": "b"}, "alpaca_row", "Alpaca", ('"prompt"', '"completion"')),
         ({"instruction": "a", "output": "b"}, "alpaca_row", "Alpaca", ('"prompt"', '"completion"')),
         ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt_row", "ShareGPT", ('"messages"', "role")),

@@ -164,7 +164,7 @@ def test_five_bad_lines_are_listed_and_reading_stops() -> None:
     problem = refusal((row() + b"{}\n") * 50)
 
     assert [line for line in range(1, 101) if f"Line {line}:" in problem.message] == [2, 4, 6, 8, 10]
-    assert problem.message.endswith("Reading stopped at the 5th bad line: there may be more.")
+    assert problem.message.endswith("Reading stopped at the 5th bad line; there may be more.")
 
 
 def test_each_kind_of_problem_brings_its_remedy() -> None:
@@ -175,7 +175,7 @@ def test_each_kind_of_problem_brings_its_remedy() -> None:
         'Line 2: the key "messages" is missing. Write {"messages": [...]}. '
         "Line 3: messages is a number, not a list. Write a list of {role, content} objects."
     )
-    assert problem.remedy == "Correct these lines and upload the file again."
+    assert problem.remedy == "Correct these lines, then upload the file again."
 
 
 def test_a_remedy_that_all_bad_lines_share_is_said_once() -> None:
@@ -190,11 +190,11 @@ def test_every_run_of_blank_lines_between_rows_is_told_once_with_its_extent() ->
     problem = refusal(row() + b"\n \n\n" + row() + b"\n" + row())
 
     assert problem.code == "blank_line"
-    assert problem.message == "Line 2: the line is blank, and so are those up to line 4. Line 6: the line is blank."
+    assert problem.message == "Line 2: the line is blank, as are all lines up to line 4. Line 6: the line is blank."
     assert problem.remedy == "Delete blank lines between rows."
     many = refusal((row() + b"\n\n") * 3 + b"{}\n")
     assert many.message.startswith(
-        "Line 2: the line is blank, and so are those up to line 3. Delete blank lines between rows. Line 5: "
+        "Line 2: the line is blank, as are all lines up to line 3. Delete blank lines between rows. Line 5: "
     )
 
 
@@ -304,4 +304,4 @@ def test_what_is_no_text_in_a_message_is_told_with_its_place() -> None:
         check_chat({"messages": [{"role": "user", "content": image}]})
 
     assert raised.value.reason == "messages[0].content[1].type is 'image_url'"
-    assert "take images" in raised.value.remedy
+    assert "Remove images" in raised.value.remedy

@@ -148,9 +148,9 @@ def test_alembic_check_finds_tables_that_the_code_does_not_have(older_url: str) 
     ("revision", "code", "remedy"),
     [
         (LATER, "database_too_new", "with a later one"),
-        (UNRELEASED, "database_not_upgradable", "make a new database"),
-        ("0001_initial", "database_not_upgradable", "make a new database"),
-        ("0001", "database_not_upgradable", "make a new database"),  # alembic takes it for short for 0001_first_release
+        (UNRELEASED, "database_not_upgradable", "create a new database"),
+        ("0001_initial", "database_not_upgradable", "create a new database"),
+        ("0001", "database_not_upgradable", "create a new database"),  # alembic takes it for 0001_first_release
     ],
 )
 def test_a_database_at_a_revision_without_a_script_is_not_migrated_and_the_remedy_is_told(

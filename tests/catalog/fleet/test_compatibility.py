@@ -61,7 +61,7 @@ def beat(world: World, worker_id: str) -> bool:
     [
         (OLDER, "database_too_old", "Migrate it with this version"),
         (LATER, "worker_too_old", "Install the service's version"),
-        (UNRELEASED, "database_not_upgradable", "make a new database"),
+        (UNRELEASED, "database_not_upgradable", "create a new database"),
     ],
 )
 def test_a_worker_of_another_revision_is_refused_with_what_to_do_and_writes_nothing(
@@ -93,7 +93,7 @@ def test_a_worker_outside_the_window_of_protocols_is_refused_with_what_to_do(
 ) -> None:
     announced(world, 4, 5, monkeypatch)
 
-    with pytest.raises(UnfitWorker, match="takes workers of protocol 4 to 5") as refused:
+    with pytest.raises(UnfitWorker, match="supports protocol 4 to 5") as refused:
         register(world, "w1", protocol)
 
     assert (refused.value.code, remedy in refused.value.remedy) == (code, True)
@@ -119,7 +119,7 @@ def test_a_service_takes_newer_tables_than_its_own_and_no_older_ones(restored: W
 
     at_revision(world, OLDER)
 
-    with pytest.raises(Conflict, match=f"it is at {OLDER}, an older one") as refused, world.db.read() as session:
+    with pytest.raises(Conflict, match=f"it is at {OLDER}, which is older") as refused, world.db.read() as session:
         compatibility.check_tables(session)
     assert refused.value.code == "database_too_old"
     assert "python -m api bootstrap" in refused.value.remedy
@@ -132,7 +132,7 @@ def test_a_service_refuses_tables_of_a_build_before_the_first_release(restored: 
         compatibility.check_tables(session)
 
     assert refused.value.code == "database_not_upgradable"
-    assert "make a new database" in refused.value.remedy
+    assert "create a new database" in refused.value.remedy
 
 
 def test_every_revision_but_the_newest_is_older(next_migration: Path) -> None:

@@ -94,9 +94,9 @@ def test_a_job_is_told_what_becomes_of_its_worker(world: World) -> None:
         act(world.db, "w1")
 
     assert messages(world, held.job.id)[-3:] == [
-        "Worker w1 was cordoned: it finishes what it holds, this job too.",
-        "Worker w1 takes new jobs again.",
-        "Worker w1 was asked to leave: it saves this job, which goes on elsewhere. The attempt does not count.",
+        "Worker w1 was cordoned: it finishes its current jobs, including this one.",
+        "Worker w1 accepts new jobs again.",
+        "Worker w1 is draining: it saves this job, which continues on another worker. The attempt does not count.",
     ]
 
 
@@ -109,8 +109,8 @@ def test_who_asks_why_a_job_waits_is_told_of_the_cordon(world: World) -> None:
     cordons.cordon(world.db, "w1", reason="Its fan is loud.")
 
     only = (
-        "Worker w1 is cordoned: Its fan is loud. It is the only worker that runs. "
-        "An operator lets one take jobs again: lorry workers uncordon ID."
+        "Worker w1 is cordoned: Its fan is loud. It is the only running worker. "
+        "An operator can make one available again: lorry workers uncordon ID."
     )
     assert why(world, waiting.id)["explanation"] == only
     assert why(world, unprepared.id)["explanation"] == f"Its files wait to be prepared. {only}"
@@ -122,11 +122,11 @@ def test_who_asks_why_a_job_waits_is_told_of_the_cordon(world: World) -> None:
     world.worker("w2")
 
     told = why(world, waiting.id)["explanation"]
-    assert told.startswith("It is first in the queue and waits for a worker to have room.")
-    assert told.endswith("Its base is loaded elsewhere too, but: Worker w1 is cordoned: Its fan is loud.")
+    assert told.startswith("It is first in the queue and waits for a worker with free capacity.")
+    assert told.endswith("accepts no new jobs. Worker w1 is cordoned: Its fan is loud.")
     cordons.drain(world.db, "w2")
     told = why(world, waiting.id)["explanation"]
-    assert "None of the 2 workers that run takes new jobs" in told
+    assert "None of the 2 running workers accepts new jobs" in told
     assert "Worker w1 is cordoned: Its fan is loud." in told or "Worker w2 is cordoned" in told
 
 
@@ -257,7 +257,7 @@ def test_a_node_that_fails_three_jobs_running_is_cordoned_with_the_evidence(worl
     assert noted is not None
     assert (noted.type, noted.object_id, noted.actor_type) == ("worker.cordoned", "w1", "server")
     assert sorted(noted.details["jobs"]) == sorted(failed)
-    assert all("failed on it one after the other" in messages(world, job_id)[-1] for job_id in failed)
+    assert all("failed on it in a row" in messages(world, job_id)[-1] for job_id in failed)
     world.clock.advance(60)
     world.beat(worker_id="w1")
     assert world.claim() == []

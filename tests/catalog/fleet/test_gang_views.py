@@ -76,5 +76,5 @@ def test_a_job_waits_for_room_and_for_no_others_where_fewer_of_a_gang_train(worl
 
     workers.worker_beat(world.db, "w1", resident_base=None, trainer_id="trainer-1", report=None)
 
-    assert before.startswith("It waits for others of a gang of workers.")
-    assert told(world, job).startswith("It is first in the queue and waits for a worker to have room.")
+    assert before.startswith("It waits for missing workers of a gang.")
+    assert told(world, job).startswith("It is first in the queue and waits for a worker with free capacity.")

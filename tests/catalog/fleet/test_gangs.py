@@ -122,7 +122,7 @@ def test_none_is_called_where_one_can_not_be(gang: Gang, clock: Clock, why: str)
 
     refused = refuses(lambda: gang.open("w1", "w3" if why == "no member" else "w2"))
 
-    assert "can't be called now" in refused
+    assert "can't join a trainer now" in refused
     assert gang.called("w2") is None
 
 
@@ -221,7 +221,7 @@ def test_a_member_that_can_not_take_part_is_called_after_others_and_cordoned_at_
 
     assert missed == [0, 1, 2]
     assert worker.cordon is not None
-    assert worker.cordon["reason"] == "It could not take part in 3 trainers of its gang running."
+    assert worker.cordon["reason"] == "It failed to join its gang's trainer 3 times in a row."
     assert worker.cordon["evidence"] == [FULL]
     assert not gang.member("w2").is_open
     assert gang.member("w3").is_open
@@ -311,8 +311,8 @@ def test_a_job_is_told_how_many_of_its_gang_are_there(gang: Gang, clock: Clock) 
 
     alone = explain(gang.world.db, **gang.world.of(job.id))
 
-    assert with_both["explanation"].startswith("It is first in the queue and waits for a worker to have room.")
-    assert alone["explanation"] == "It waits for others of a gang of workers. Of pair 1 of the 2 workers is there."
+    assert with_both["explanation"].startswith("It is first in the queue and waits for a worker with free capacity.")
+    assert alone["explanation"] == "It waits for missing workers of a gang. 1 of 2 workers of pair is available."
     assert [one["workers"] for one in alone["gangs"]] == [["w1"]]
 
 

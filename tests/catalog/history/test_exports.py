@@ -154,8 +154,8 @@ def test_a_failure_is_told_once_tried_again_later_and_given_up_in_the_end(world:
             tracker_exports.release(world.db, one)
 
     first, last = warnings(world, job)
-    assert "tensorboard could not be written: No such host. Training goes on" in first
-    assert "given up" in last
+    assert "Writing to the integration tensorboard failed: No such host. Training continues" in first
+    assert "The export was stopped." in last
     assert waits == sorted(waits)
     assert world.job(job.id).state == "running"
 

@@ -292,5 +292,5 @@ def test_a_submission_says_that_projects_take_turns_where_others_have_files_to_p
     job = world.submit()
 
     assert explanation.explain(world.db, **world.of(job.id))["explanation"] == (
-        "Its files wait to be prepared; no job is ahead of it in its project, which takes turns with others."
+        "Its files wait to be prepared; no job is ahead of it in its project, which alternates with others."
     )

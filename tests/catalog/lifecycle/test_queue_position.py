@@ -110,7 +110,7 @@ def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> 
     why = explanation.explain(world.db, **world.of(job.id))
     assert (why["is_held"], why["explanation"]) == (
         True,
-        "It is held, and isn't chosen before it is released: lorry jobs release.",
+        "It is held and does not start until it is released: lorry jobs release.",
     )
     world.clock.advance(100)
     for _ in range(2):

@@ -181,7 +181,7 @@ def test_a_job_from_a_plan_is_just_as_planned(world: World) -> None:
     assert (job.requested, job.suffix, job.labels) == (row.requested, "mine", {"team": "a"})
     assert job.state == "validating_files"
     said = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]
-    assert f"It is just as {row.id} has planned it." in said
+    assert f"The job was created from {row.id} without changes." in said
 
 
 def test_fields_beside_a_plan_must_say_what_it_says(world: World) -> None:

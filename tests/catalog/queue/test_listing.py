@@ -79,7 +79,8 @@ def test_a_job_far_behind_is_told_how_many_of_its_own_stand_before_it(
 
     assert (why["ahead_at_least"], why["ahead_of_this_project_in_all"]) == (10, 31)
     assert why["explanation"] == (
-        "It stands far behind: more than 10 jobs are ahead of it. Of its own project and class 31 jobs are ahead of it."
+        "It is far behind in the queue: more than 10 jobs are ahead of it. "
+        "In its own project and class, 31 jobs are ahead of it."
     )
 
 
@@ -116,7 +117,7 @@ def test_a_job_that_validates_tells_what_it_waits_for(world: World) -> None:
     assert claimed is not None
     assert explained(world, first.id)["explanation"] == "Worker w1 is preparing its files."
     preparation.release_preparation(world.db, claim_id=claimed.claim_id, detail="", wait_seconds=9)
-    assert explained(world, first.id)["explanation"] == "Its files are prepared again in 9 s."
+    assert explained(world, first.id)["explanation"] == "The preparation of its files is retried in 9 s."
 
 
 def test_a_queued_job_tells_what_stands_before_it(world: World) -> None:
@@ -126,16 +127,16 @@ def test_a_queued_job_tells_what_stands_before_it(world: World) -> None:
 
     world.worker()
     assert explained(world, first.id)["explanation"] == (
-        "It is first in the queue and waits for a worker to have room."
+        "It is first in the queue and waits for a worker with free capacity."
     )
     assert explained(world, second.id)["explanation"] == "1 job is ahead of it."
 
     workers.worker_beat(world.db, "w1", resident_base=sha("smol"), trainer_id="t", report=None)
     held = explained(world, second.id)
     assert held["resident_bases"] == [sha("smol")]
-    assert "Workers hold another base now" in held["explanation"]
+    assert "Workers currently have other base models loaded" in held["explanation"]
     workers.worker_beat(world.db, "w1", resident_base=sha("other"), trainer_id="t", report=None)
-    assert "Its base is loaded: it joins as soon as there is room." in explained(world, second.id)["explanation"]
+    assert "Its base model is loaded: it joins as soon as there is" in explained(world, second.id)["explanation"]
 
 
 def test_a_job_that_waits_for_others_to_keep_their_speed_says_so(world: World) -> None:
@@ -156,7 +157,9 @@ def test_a_job_that_waits_for_others_to_keep_their_speed_says_so(world: World) -
         "most 3.6 times as slow as alone, one more would make that 4.5, and LORRY_MAX_SLOWDOWN is 4. It joins when one "
         "of them ends."
     )
-    assert "it joins as soon as there is room" in told(Speeds(), num_jobs=16), "no speed keeps a seventeenth out"
+    assert "it joins as soon as there is free capacity" in told(Speeds(), num_jobs=16), (
+        "no speed keeps a seventeenth out"
+    )
 
 
 def test_a_job_of_another_precision_says_why_it_does_not_join_its_base(world: World) -> None:
@@ -169,18 +172,18 @@ def test_a_job_of_another_precision_says_why_it_does_not_join_its_base(world: Wo
     same, other = world.queued(), world.queued(precision="float32")
 
     assert explained(world, same.id)["explanation"] == (
-        "It is first in the queue. Its base is loaded: it joins as soon as there is room."
+        "It is first in the queue. Its base model is loaded: it joins as soon as there is free capacity."
     )
     why = explained(world, other.id)
     assert (why["precision"], why["resident_precisions"]) == ("float32", ["bfloat16"])
     assert why["explanation"] == (
-        "1 job is ahead of it. Its base is loaded in bfloat16; it asks for float32, so it can't join and waits for a "
-        "trainer of its own. Jobs that can join what is loaded may go first for 60 s at most."
+        "1 job is ahead of it. Its base model is loaded in bfloat16, but it needs float32: it can't join and waits for "
+        "its own trainer. Jobs that can join a loaded trainer may start first, for at most 60 s."
     )
     world.pass_time(61)
     workers.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
     assert explained(world, other.id)["explanation"].endswith(
-        "No job behind it joins what is loaded any more: its turn comes when the jobs in there have ended."
+        "No job behind it joins a loaded trainer any more: it starts when the current jobs there have finished."
     )
 
 
@@ -201,7 +204,7 @@ def test_a_job_of_another_precision_does_not_go_first_for_the_sake_of_its_base(w
     (first,) = world.claim(capacity=capacity)
 
     assert first.job.id == head.id
-    assert "1 job is ahead of it. Its base is loaded in bfloat16; it asks for float32, so it can't join" in why
+    assert "1 job is ahead of it. Its base model is loaded in bfloat16, but it needs float32: it can't join" in why
 
 
 def test_a_job_with_dropout_is_counted_with_its_mask(world: World) -> None:
@@ -248,7 +251,7 @@ def test_a_job_that_no_empty_worker_has_free_says_what_it_needs_and_what_there_i
             workers.worker_beat(world.db, worker_id, **told, report=report)
         return explained(world, job.id)["explanation"]
 
-    sentence = "Worker w1 holds nothing, and has 1.0 MB of its 10.0 GB free"
+    sentence = "Worker w1 is idle, but only 1.0 MB of its 10.0 GB are free"
     assert sentence in why(10**6, 10**6)
     assert sentence not in why(10**10, 10**6)
     assert sentence not in why(10**6, None), "w2 has not said yet"
@@ -274,14 +277,14 @@ def test_a_job_that_waits_after_a_bad_end_says_how_long(world: World) -> None:
     claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
 
     assert explained(world, claim.job.id)["explanation"] == (
-        "It waits 2 s after a bad end (trainer_crashed) before it is tried again."
+        "It waits 2 s after a failed attempt (trainer_crashed) before it is retried."
     )
     world.clock.advance(3)
     (claim,) = world.claim()
     claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
     world.clock.advance(9)
     world.worker()
-    assert "it waits for a worker to itself" in explained(world, claim.job.id)["explanation"]
+    assert "it waits for a worker of its own" in explained(world, claim.job.id)["explanation"]
 
 
 def test_every_other_state_has_its_sentence(world: World) -> None:
@@ -306,15 +309,15 @@ def test_every_other_state_has_its_sentence(world: World) -> None:
 
     assert sentences == {
         "cancelled": "It was cancelled.",
-        "paused": "It is paused. Resume it to let it go on from its last checkpoint.",
+        "paused": "It is paused. Resume it to continue from its last checkpoint.",
         "failed": "It failed. Too long.",
         "succeeded": f"It has succeeded: its adapter is {world.job(succeeded.job.id).adapter_name}.",
-        "running": "Worker w1 has it, attempt 1, and its trainer loads the base model.",
+        "running": "Worker w1 has claimed it, attempt 1; its trainer is loading the base model.",
     }
     claims.started(world.db, running.claim_id, trainer_id="trainer-w1", resumed_from_step=None)
-    assert explained(world, running.job.id)["explanation"] == "It trains on worker w1, attempt 1."
+    assert explained(world, running.job.id)["explanation"] == "It is training on worker w1, attempt 1."
     commands.pause(world.db, job_id=running.job.id, **verb)
-    assert "asked to store a checkpoint" in explained(world, running.job.id)["explanation"]
+    assert "asked to save a checkpoint" in explained(world, running.job.id)["explanation"]
     commands.cancel(world.db, job_id=running.job.id, **verb)
     assert "asked to stop it" in explained(world, running.job.id)["explanation"]
     assert explained(world, running.job.id)["why"]["role"] == "anchor"
@@ -328,12 +331,14 @@ def test_a_job_on_a_quantized_base_waits_for_a_worker_that_can_hold_it_and_says_
     why = explained(world, job.id)
     assert why["quantization"] == "nf4"
     assert why["explanation"] == (
-        "It asks for its base as nf4, and no worker that runs has bitsandbytes. Install it where a worker runs "
-        "(pip install 'lorry-server[quant]'), and start that worker again."
+        "It needs its base model in nf4, but no running worker has bitsandbytes. Install bitsandbytes on a worker "
+        "(pip install 'lorry-server[quant]'), then restart that worker."
     )
 
     world.worker("able", quantizations=("nf4", "int8"))
-    assert explained(world, job.id)["explanation"] == "It is first in the queue and waits for a worker to have room."
+    assert (
+        explained(world, job.id)["explanation"] == "It is first in the queue and waits for a worker with free capacity."
+    )
     assert [claim.job.id for claim in world.claim("able")] == [job.id]
 
 
@@ -388,7 +393,10 @@ def test_jobs_on_one_base_that_is_held_differently_do_not_train_together(world: 
     )
     workers.worker_beat(world.db, "w1", resident_base=held.base_digest, trainer_id="t", report=None)
 
-    assert "Its base is loaded in bfloat16; it asks for nf4 with bfloat16," in explained(world, nf4.id)["explanation"]
+    assert (
+        "Its base model is loaded in bfloat16, but it needs nf4 with bfloat16:"
+        in explained(world, nf4.id)["explanation"]
+    )
     assert world.claim(pack_key=held.pack_key, trainer_id="t") == []
     assert [[claim.job.id for claim in world.claim()] for _ in range(2)] == [[nf4.id], [int8.id]]
 

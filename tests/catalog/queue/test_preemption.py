@@ -130,11 +130,11 @@ def test_why_and_events_tell_both_what_was_decided_and_name_no_other_project(wor
     left = explanation.explain(world.db, **world.of(batch.job.id))
 
     assert asked["explanation"] == (
-        "Its worker w1 was asked to store a checkpoint and to make room for an urgent job; "
-        "it goes back to its place in the queue."
+        "Its worker w1 was asked to save a checkpoint and release it for an urgent job; "
+        "it returns to its position in the queue."
     )
-    assert "Jobs of lower classes were asked to make room for it" in waiting["explanation"]
-    assert left["explanation"].startswith("It made room for a job of the class urgent that had waited for 31 s")
+    assert "Jobs of lower classes are being preempted for it" in waiting["explanation"]
+    assert left["explanation"].startswith("It was preempted by a job of class urgent that had waited for 31 s")
     told = left["preemption"]
     assert (told["for_class"], told["makes"], told["num_leaving"], told["effective_priority"]) == (0, "a place", 1, 2)
     assert (told["num_preemptions_before"], told["policy"]["max_preemptions"]) == (0, USUAL.max_preemptions)
@@ -162,10 +162,10 @@ def test_those_behind_it_are_told_that_room_is_being_made(world: World, batch: C
     world.beat(batch.claim_id)
     meanwhile = told(urgent), told(behind)
 
-    assert "Jobs that can join what is loaded may go first for 60 s at most." in before[0]
-    assert "Its base is loaded: it joins as soon as there is room." in before[1]
-    assert "No job behind it joins what is loaded before it trains. Jobs of lower classes were asked" in meanwhile[0]
-    assert "room is being made for a job ahead of it, and nobody joins before that one." in meanwhile[1]
+    assert "Jobs that can join a loaded trainer may start first, for at most 60 s." in before[0]
+    assert "Its base model is loaded: it joins as soon as there is free capacity." in before[1]
+    assert "No job behind it joins a loaded trainer before it trains. Jobs of lower classes are" in meanwhile[0]
+    assert "jobs are being preempted for a job ahead of it, which joins first." in meanwhile[1]
 
 
 def test_for_one_job_no_more_are_asked_while_the_first_leave(world: World, batch: Claim) -> None:

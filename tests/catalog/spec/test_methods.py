@@ -106,10 +106,14 @@ def test_a_file_that_does_not_fit_the_method_is_refused(
 @pytest.mark.parametrize(
     ("name", "kind", "remedy"),
     [
-        ("kto", "completion", 'Use method supervised, or a file of those: on each line {"prompt": ..., "completion"'),
-        ("supervised", "unpaired", "Use method kto, or a file of neither pairs nor labeled answers."),
-        ("supervised", "preference", "Use method dpo, orpo or simpo, or a file of neither"),
-        ("dpo", "unpaired", "Use method kto, or a file of pairs: on each line"),
+        (
+            "kto",
+            "completion",
+            'Use method supervised, or a file of labeled answers, one per line: {"prompt": ..., "com',
+        ),
+        ("supervised", "unpaired", "Use method kto, or a file without pairs or labeled answers."),
+        ("supervised", "preference", "Use method dpo, orpo or simpo, or a file without"),
+        ("dpo", "unpaired", "Use method kto, or a file of pairs, one per line: "),
     ],
 )
 def test_the_remedy_names_the_method_that_reads_the_file_and_the_file_that_the_method_reads(

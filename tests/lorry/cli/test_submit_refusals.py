@@ -187,8 +187,8 @@ def test_a_field_that_came_by_set_is_blamed_on_set(
         (
             ("--patience", "3"),
             "early_stopping",
-            "early_stopping is about data. Give a validation_file, or leave early_stopping out.",
-            "--patience is about data. Give a --valid, or leave --patience out.",
+            "early_stopping is about data. Set validation_file, or omit early_stopping.",
+            "--patience is about data. Set --valid, or omit --patience.",
         ),
         (
             ("--decay", "0.2"),

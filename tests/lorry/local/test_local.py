@@ -303,7 +303,7 @@ def test_the_remedy_for_a_database_of_an_unreleased_build_is_shown(tmp_path: Pat
         database.execute("create table alembic_version (version_num text)")
         database.execute("insert into alembic_version values (?)", [UNRELEASED])
 
-    with socket.socket() as listening, pytest.raises(LorryError, match="make a new database") as refused:
+    with socket.socket() as listening, pytest.raises(LorryError, match="create a new database") as refused:
         service.LocalService(tmp_path, host="127.0.0.1", listening=listening).bootstrap()
 
     assert f"at revision {UNRELEASED}" in refused.value.message

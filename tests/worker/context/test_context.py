@@ -87,7 +87,7 @@ def test_a_worker_that_comes_up_before_its_database_waits_for_it(
     ("revision", "remedy"),
     [
         (revisions.newest(), "Migrate it with this version"),
-        (UNRELEASED, "make a new database"),
+        (UNRELEASED, "create a new database"),
     ],
 )
 def test_a_worker_that_does_not_fit_ends_with_a_sentence_and_has_written_nothing(

@@ -279,7 +279,7 @@ def test_a_celery_worker_that_does_not_fit_ends_before_it_takes_a_message(tmp_pa
         worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
 
         assert worker.wait(WAIT_SECONDS) == UNFIT, site.log()
-        assert f"it is at {LATER}, a newer one. Install the service's version" in site.log()
+        assert f"it is at {LATER}, which is newer. Install the service's version" in site.log()
         assert workers.list_workers(site.db, ended_within_seconds=0) == []
 
 

@@ -228,7 +228,7 @@ def test_a_tracker_that_is_away_costs_a_line_in_the_jobs_log_and_the_other_goes_
 
     told = [one.message for one in queries.events_since(world.db, **world.of(job_id), seq=0) if one.level == "warn"]
     assert len(told) == 1
-    assert "tensorboard could not be written" in told[0]
+    assert "Writing to the integration tensorboard failed" in told[0]
     assert world.job(job_id).state == "running"
 
 
