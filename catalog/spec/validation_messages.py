@@ -91,7 +91,7 @@ def expectation(group: Sequence[Problem]) -> str:
     for problem in group:
         if problem["type"] == "value_error":
             text = str(problem.get("ctx", {}).get("error", problem["msg"])).rstrip(".")
-            return text if text.startswith("must") else f"is refused: {text}"
+            return text if text.startswith("must") else f"is invalid: {text}"
     phrases = dict.fromkeys(_phrase(problem) for problem in group)
     return "must be " + " or ".join(phrases)
 
