@@ -272,7 +272,7 @@ def test_a_plan_of_a_job_that_needs_whole_weights_says_so(world: World) -> None:
     row = ready(world, model="large", precision="bfloat16", lora={"use_dora": True})
 
     (warning,) = [warning for warning in found(row)["warnings"] if warning["code"] == "fits_no_worker"]
-    assert "DoRA reads the base's weights" in warning["message"]
+    assert "DoRA needs the full weights" in warning["message"]
     assert "one GPU with 24 GB" in warning["remedy"]
     assert all(memory["strategy"] == "replicated" for memory in found(row)["memory"])
 

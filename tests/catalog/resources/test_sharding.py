@@ -195,7 +195,7 @@ def test_what_would_hold_a_job_is_told_by_number_and_size() -> None:
 
 def test_a_job_that_fits_nowhere_is_told_why() -> None:
     large = demand(SEVENTY, own=5 * GB)
-    whole, bar = replace(large, shardable_bytes=0), "DoRA reads the base's weights"
+    whole, bar = replace(large, shardable_bytes=0), "DoRA needs the full weights"
 
     assert sharding.nowhere([(gpus(1, 80), large), (gpus(8, 80), large)], None) is None
     told = sharding.nowhere([(gpus(1, 80), large)], None)
