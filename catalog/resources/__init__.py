@@ -1,1 +1,1 @@
-"""What a job needs of a device: memory, sharding, throughput. Pure but for `requirements`."""
+"""Resource requirements of jobs: memory, sharding, throughput. All modules except `requirements` are pure."""

@@ -1,4 +1,4 @@
-"""What a job takes of a device's memory, by what it is for, and the smallest device that it fits. Pure; bytes."""
+"""Parts of a job's device memory, and the smallest common GPU that has enough. Pure; all sizes in bytes."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from dataclasses import dataclass
 
 GIB, MIB = 2**30, 2**20
 CUDA_BYTES = 600 * MIB
-"""That CUDA's context, its libraries and torch's own rounding take of a GPU, beside what is reckoned: 450 to 600 MiB
-on cards of the last generations."""
+"""GPU memory for CUDA's context, its libraries and torch's rounding, in addition to the estimate of the job: 450 to
+600 MiB on cards of the last generations."""
 
 PARTS: Mapping[str, str] = {
     "base": "the frozen base model",
-    "undivided": "what every device holds of the base: embeddings, head, norms",
-    "base_share": "its share of the base's blocks",
-    "coming_share": "its share of a block, as it comes from the host's memory",
-    "gathered_blocks": "blocks of the base that are whole while they compute",
-    "activations": "activations of one tick, until its backward",
+    "undivided": "replicated layers of a sharded base model: embeddings, head, norms",
+    "base_share": "the device's shard of the base model's blocks",
+    "coming_share": "the device's shard of one block, during the copy from host memory",
+    "gathered_blocks": "base model blocks that are gathered for computation",
+    "activations": "activations of one tick, until its backward pass",
     "logits": "one chunk of logits, with its gradient",
-    "restored_weights": "the largest quantized weight, restored for a product",
-    "row": "the adapter's weights, gradient and what the optimizer remembers",
-    "best_weights": "the best weights so far",
-    "parent": "the adapter that it continues, to compare with",
-    "dora": "lengths of DoRA",
-    "subtracted_start": "the start that is subtracted from the base",
-    "slice_gradients": "gradients of further slices",
-    "beyond_a_slice": "its longest row, its start or its samples, beyond a usual slice",
+    "restored_weights": "the largest quantized weight, dequantized for a matmul",
+    "row": "adapter weights, gradients and optimizer state",
+    "best_weights": "copy of the best weights so far",
+    "parent": "parent adapter, as the reference of the loss",
+    "dora": "weight norms and scaling factors of DoRA",
+    "subtracted_start": "initial PiSSA or OLoRA weights, subtracted from the base model",
+    "slice_gradients": "gradients of additional slices",
+    "beyond_a_slice": "longest row, initialization or samples, beyond the size of a usual slice",
 }
-"""What each part is, in the order in which they are shown."""
+"""Descriptions of the parts, in the order in which they are shown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
-    """A common size of GPU, with the least memory that its driver reports on one of that size."""
+    """A common GPU size, with the least memory that the driver reports for a GPU of that size."""
 
     gigabytes: int
     memory_bytes: int
@@ -51,42 +51,44 @@ CARDS: tuple[Card, ...] = (
     Card(gigabytes=141, memory_bytes=143156 * MIB, examples="H200"),
     Card(gigabytes=180, memory_bytes=182642 * MIB, examples="B200"),
 )
-"""Smallest first. The bytes are what nvidia-smi shows of them as total, of variants with ECC the least."""
+"""Smallest first. The bytes are the total memory in nvidia-smi; the least of several variants, for example with ECC."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryBreakdown:
-    """A worker's device."""
+    """The memory of a worker's devices, and the memory that a job needs there."""
 
     worker_id: str
     name: str
     kind: str
     memory_bytes: int
-    """Of each of its devices."""
+    """Memory of each device."""
     num_devices: int
     strategy: str
-    """How its trainer would hold the base: see sharding.py."""
+    """How its trainer would hold the base model; see sharding.py."""
     needed_bytes: int
-    """On each device."""
+    """Memory that the job needs on each device."""
 
 
 def total(parts: Mapping[str, int], *, kind: str) -> int:
-    """On a device of that kind."""
+    """Return the sum of the parts, and on a GPU of CUDA_BYTES."""
     return sum(parts.values()) + (CUDA_BYTES if kind == "cuda" else 0)
 
 
 def listed(parts: Mapping[str, int]) -> list[tuple[str, int, str]]:
-    """(part, bytes, what it is) of those that take anything."""
+    """Return (part, bytes, description) of the parts that are not empty."""
     return [(name, parts[name], told) for name, told in PARTS.items() if parts.get(name)]
 
 
 def smallest_card(num_bytes: int) -> Card | None:
-    """num_bytes: `total` on cuda. None: none holds it."""
+    """Return the smallest GPU that holds `num_bytes`, a `total` for cuda; None if none is large enough."""
     return next((card for card in CARDS if card.memory_bytes >= num_bytes), None)
 
 
 def that_fit(breakdowns: Sequence[MemoryBreakdown]) -> list[MemoryBreakdown]:
-    """Smallest first. What a worker of one GPU is asked for when it claims leaves CUDA out, and looks at what is
-    free."""
+    """Return the devices with enough total memory, smallest first.
+
+    A claim is more precise: for a worker with one GPU it omits CUDA_BYTES and compares with the free memory.
+    """
     fitting = [device for device in breakdowns if device.needed_bytes <= device.memory_bytes]
     return sorted(fitting, key=lambda device: (device.memory_bytes, device.worker_id))

@@ -1,4 +1,4 @@
-"""Byte arithmetic for placing jobs: what an adapter's row, a base and a tick occupy. Pure; all results in bytes."""
+"""Memory estimates for placing jobs: adapter state, base model and tick. Pure; all results in bytes."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from catalog.spec.lora import begins_with_the_base
 from catalog.spec.target_modules import Adapted, linears_of
 
 VECTORS_PER_ROW = 4
-"""Parameters, gradient and the two moments of AdamW, all fp32. SGD's row is as large, and Adafactor's about half."""
+"""Parameters, gradient and the two moments of AdamW, all fp32. SGD needs as much, and Adafactor about half of it."""
 ACTIVATIONS_PER_FEATURE = 2
-"""Numbers kept for the backward per input feature of a linear: its input, and what norms and activations keep.
-The mask of a job's dropout is beside these: see MASK_BYTES_PER_FEATURE."""
+"""Values kept for the backward pass per input feature of a linear layer: its input, and what norms and activations
+keep. A job with dropout also needs MASK_BYTES_PER_FEATURE."""
 MASK_BYTES_PER_FEATURE = 1
-"""What dropout kept of each input feature of a linear, per token of its job, until the backward."""
+"""Dropout mask per input feature of a linear layer and per token of the job, kept until the backward pass."""
 PASSING_NUMBERS_PER_FEATURE = 6
-"""Numbers that a pass without backward has at one time, a token, per feature of the widest linear: a gated
-feed-forward's inputs and outputs, and the residual stream with what a norm makes of it."""
+"""Values that a pass without backward holds at one time, per token and feature of the widest linear layer: inputs and
+outputs of a gated feed-forward layer, the residual stream and its norm."""
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
 NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
-"""Weights that share a scale of one byte, and scales that share one of four (QLoRA, arXiv 2305.14314)."""
+"""Weights that share a one-byte scale, and scales that share a four-byte scale (QLoRA, arXiv 2305.14314)."""
 NF4_TABLE_BYTES = 4 * (16 + 256 + 1)
-"""A matrix's two code books and the offset of its scales, as bitsandbytes keeps them."""
+"""The two code books of a matrix and the offset of its scales, as bitsandbytes stores them."""
 JOB_TOKENS = 1024
-"""What one job puts into a tick; more only where a single row is longer."""
+"""Tokens of one job in a tick; more only if a single row is longer."""
 SLICE_TOKENS = 512
-"""Of one slice: half of what a job puts into a tick, so that one by itself has work for two cores. Where a step is cut
-decides how its gradients are rounded, so this is in the digest of a job's configuration."""
+"""Tokens of one slice: half of JOB_TOKENS, so that a job alone in a trainer uses two cores. The slices of a step affect
+the rounding of its gradients, so this value is in the digest of a job's configuration."""
 TICK_TOKENS = {"cpu": 1024, "cuda": 8192}
-"""What a tick grows to with the pack, by kind of device; of a CPU, for each core. Past these a larger tick gained
-nothing where it was measured (CPU) or is expected to (GPU)."""
+"""Maximum tokens of a tick, by kind of device; for a CPU per core. A larger tick gave no higher throughput in
+measurements (CPU), or is not expected to (GPU)."""
 FURTHER_SLICES = 2
-"""Of a job, in one tick: any two that follow each other are longer than one may be, so three fit into JOB_TOKENS."""
+"""Additional slices of a job in one tick. Two consecutive slices are together longer than SLICE_TOKENS, so at most
+three fit into JOB_TOKENS."""
 LOGIT_CHUNK_ROWS = 256
-"""Positions whose logits exist at one time."""
+"""Number of positions whose logits exist at one time."""
 
 Shapes = Mapping[str, Any]
-"""{"q_proj": [[out_features, in_features], count], …}, as lora_core describes a base."""
+"""{"q_proj": [[out_features, in_features], count], …}, as lora_core describes a base model."""
 
 
 def adapter_parameters(targets: Iterable[Adapted], *, use_dora: bool) -> int:
-    """Numbers in A (rank x in) and B (out x rank) over every target, and in DoRA's magnitudes (out)."""
+    """Return the parameters of A (rank x in) and B (out x rank) of all targets, and of DoRA's magnitudes (out)."""
     return sum(
         target.rank * (target.linear.out_features + target.linear.in_features)
         + (target.linear.out_features if use_dora else 0)
@@ -52,12 +53,12 @@ def adapter_parameters(targets: Iterable[Adapted], *, use_dora: bool) -> int:
 
 
 def row_bytes(num_parameters: int, precision: str, *, optimizer: str = "adamw", lowest_rank: int = 1) -> int:
-    """One job's row with its gradient and what its optimizer remembers; on a base that is not fp32 also the weights in
-    its dtype.
+    """Return the bytes of a job's adapter state: weights, gradient and optimizer state, all fp32.
 
-    Adafactor remembers in + out + 2r numbers for the r · (in + out) of a layer, and with DoRA out more; r is no larger
-    than half of in + out where it makes sense, so 3/r of the parameters is enough: a row of rank 16 takes 9 bytes a
-    parameter and not 16, beside that copy. lowest_rank: of the job's layers.
+    If the base model is not fp32, a copy of the weights in its dtype is included. Adafactor stores in + out + 2r values
+    for the r · (in + out) parameters of a layer, and out more with DoRA. A useful r is at most half of in + out, so 3/r
+    of the parameters is enough: rank 16 takes 9 bytes per parameter instead of 16, plus the copy. `lowest_rank`: the
+    lowest rank of the job's layers.
     """
     copy_bytes = 0 if precision == "float32" else BYTES_PER_NUMBER[precision]
     vectors = 4 * num_parameters * VECTORS_PER_ROW
@@ -67,7 +68,7 @@ def row_bytes(num_parameters: int, precision: str, *, optimizer: str = "adamw", 
 
 
 def lowest_rank(lora: Mapping[str, Any]) -> int:
-    """Of a job's record, pattern or not."""
+    """Return the lowest rank in a job's resolved `lora`, including `rank_pattern`."""
     by_pattern: Mapping[str, int] = lora.get("rank_pattern") or {}
     return min([int(lora["rank"]), *by_pattern.values()])
 
@@ -89,19 +90,22 @@ def own_parts(
     lowest_rank: int = 1,
     recomputes: bool = False,
 ) -> dict[str, int]:
-    """What a job takes wherever it trains, beside its part of a tick, by what it is for. precision: the base's.
+    """Return the memory of a job itself on any device, without its part of a tick, by part (see `gpus.PARTS`).
 
-    Its row; the best weights where it keeps them; with DoRA norm and factor of each output, as if of every linear;
-    the start that PiSSA and OLoRA subtract, in the base's precision; where a step may have two slices or more, the
-    gradient that each but the first adds to. And whatever is the most beyond a slice of JOB_TOKENS, for these come
-    one after another: what its start is computed with, what its largest slice keeps (with dropout the masks and
-    with DoRA the products that it scales, as if of every linear), and the pass of its samples.
+    - `row`: the adapter state.
+    - `best_weights`: a copy of the weights, if the job keeps the best ones.
+    - `dora`: a norm and a factor of each output, for all linear layers of the base model (an upper bound).
+    - `subtracted_start`: the initial weights that PiSSA and OLoRA subtract, in the precision of the base model.
+    - `slice_gradients`: gradient buffers of the slices after the first, if a step may have more than one slice.
+    - `beyond_a_slice`: the largest of three phases that never overlap, minus a slice of JOB_TOKENS: the computation of
+      the initial weights, the largest slice (with dropout masks and the outputs that DoRA scales, for all linear
+      layers), and the pass for the samples.
 
-    keeps_parent: whether it is compared with the adapter that it continues, whose weights then stand beside its own.
-    longest_example: tokens of its longest row or pair of rows, which is never cut; None where it isn't known. A
-    preference's pass of what it compares with keeps nothing for a backward and is over before its own begins.
-    recomputes: on a device that computes blocks again in the backward where memory is short, as an engine does on a
-    GPU; there a long row keeps what enters the blocks, one block at a time, and what DoRA and dropout keep even so.
+    `precision`: of the base model. `keeps_parent`: whether the loss compares with the parent adapter, whose weights are
+    then in memory too. `longest_example`: tokens of its longest row or pair of rows, which is never split; None if
+    unknown. The reference pass of a preference loss keeps nothing for a backward pass and is over before the job's own
+    pass begins. `recomputes`: whether the engine recomputes activations when memory is short, as it does on a GPU. A
+    long row then keeps the inputs of the blocks, one block at a time, and still the values of DoRA and dropout.
     """
     shapes: Shapes = description.get("linear_shapes", {})
     width, subtracts_start = BYTES_PER_NUMBER[precision], begins_with_the_base(init_lora_weights)
@@ -126,10 +130,10 @@ def own_parts(
 
 
 def samples_bytes(description: Mapping[str, Any], precision: str, samples: Mapping[str, Any] | None) -> int:
-    """What the answers to a job's prompts take at one time: all in one pass that keeps nothing for a backward, and the
-    keys and values of all tokens: of a family whose keys have no linear by that name, as many as hidden features.
+    """Return the memory of one pass that answers all sample prompts, and of the keys and values of all its tokens.
 
-    A prompt has no more tokens than characters, but for those by which a chat template surrounds it.
+    The pass keeps nothing for a backward pass. If no linear layer is named `k_proj`, keys have `hidden_size` features.
+    A prompt is assumed to have at most one token per character; tokens of the chat template are not counted.
     """
     if samples is None:
         return 0
@@ -142,14 +146,16 @@ def samples_bytes(description: Mapping[str, Any], precision: str, samples: Mappi
 
 
 def _start_bytes(description: Mapping[str, Any], precision: str) -> int:
-    """To decompose the largest weight: in fp32, with the copy that LAPACK overwrites, both factors, and its work."""
+    """Return the memory to decompose the largest weight: in fp32, with the copy that LAPACK overwrites, both factors
+    and its workspace."""
     cast = 0 if precision == "float32" else 1
     sizes = ((2 + cast) * rows * columns + min(rows, columns) ** 2 for rows, columns in _matrices(description))
     return 4 * max(sizes, default=0)
 
 
 def base_bytes(description: Mapping[str, Any], precision: str, quantization: str = "none") -> int:
-    """The frozen weights. Quantized are the linears that an adapter may be on; embeddings, norms and head are not."""
+    """Return the bytes of the frozen weights. Quantization covers the linear layers that an adapter may target, but not
+    embeddings, norms and the head."""
     num_parameters, width = int(description.get("num_parameters", 0)), BYTES_PER_NUMBER[precision]
     if quantization == "none":
         return num_parameters * width
@@ -161,29 +167,29 @@ def base_bytes(description: Mapping[str, Any], precision: str, quantization: str
 
 
 def _matrices(description: Mapping[str, Any]) -> Counter[tuple[int, int]]:
-    """(out_features, in_features) of what quantization takes, and how many of each."""
+    """Count the linear layers that quantization covers, by (out_features, in_features)."""
     return Counter((linear.out_features, linear.in_features) for linear in linears_of(description))
 
 
 def _nf4_bytes(out_features: int, in_features: int) -> int:
-    """Half a byte a weight, with double quantization: about 0.516 in all where the matrix is large."""
+    """Return half a byte per weight and the double-quantized scales: about 0.516 bytes per weight of a large matrix."""
     blocks = math.ceil(out_features * in_features / NF4_BLOCK)
     scales = blocks + 4 * math.ceil(blocks / NF4_SCALE_BLOCK)
     return math.ceil(out_features * in_features / 2) + scales + NF4_TABLE_BYTES
 
 
 def _int8_bytes(out_features: int, in_features: int) -> int:
-    """A byte a weight, and a scale a row."""
+    """Return one byte per weight, and four bytes per row for its scale."""
     return out_features * in_features + 4 * out_features
 
 
 def activation_bytes_per_token(shapes: Shapes, precision: str) -> int:
-    """What one token of a tick keeps until its backward."""
+    """Return the activations that one token of a tick keeps until its backward pass."""
     return _input_features(shapes) * ACTIVATIONS_PER_FEATURE * BYTES_PER_NUMBER[precision]
 
 
 def _recomputed_bytes_per_token(description: Mapping[str, Any], precision: str) -> int:
-    """What one token keeps where each block is computed again: what enters the blocks, and all of one of them."""
+    """Return the activations per token with recomputation: the inputs of all blocks, and all activations of one."""
     num_layers = max(1, int(description.get("num_layers", 1)))
     of_all = activation_bytes_per_token(description.get("linear_shapes", {}), precision)
     entering = num_layers * int(description.get("hidden_size", 0)) * BYTES_PER_NUMBER[precision]
@@ -193,9 +199,9 @@ def _recomputed_bytes_per_token(description: Mapping[str, Any], precision: str) 
 def tick_parts(
     description: Mapping[str, Any], precision: str, quantization: str = "none", *, num_tokens: int
 ) -> dict[str, int]:
-    """Activations and one chunk of logits (fp32, with their gradient) of a tick of `num_tokens`.
+    """Return the parts of a tick of `num_tokens`: activations, and one chunk of logits (fp32, with their gradient).
 
-    Of a quantized base also one linear's weights in the dtype: they are restored for each product.
+    For a quantized base model also the weights of its largest linear layer, which are dequantized for each matmul.
     """
     shapes: Shapes = description.get("linear_shapes", {})
     restored = 0
@@ -210,35 +216,41 @@ def tick_parts(
 
 
 def tick_bytes(description: Mapping[str, Any], precision: str, quantization: str = "none", *, num_tokens: int) -> int:
-    """All of `tick_parts`."""
+    """Return the sum of `tick_parts`."""
     return sum(tick_parts(description, precision, quantization, num_tokens=num_tokens).values())
 
 
 def slice_bytes(description: Mapping[str, Any], precision: str) -> int:
-    """Activations that a further job brings into a tick that has not reached its size yet."""
+    """Return the activations that one more job adds to a tick that is below its maximum size."""
     return JOB_TOKENS * activation_bytes_per_token(description.get("linear_shapes", {}), precision)
 
 
 def tick_tokens(kind: str, *, num_lanes: int) -> int:
-    """What a tick grows to. kind: of the device; num_lanes: cores of a CPU, each of which computes its own slices."""
+    """Return the maximum tokens of a tick.
+
+    `kind`: of the device. `num_lanes`: cores of a CPU, each of which computes its own slices.
+    """
     return TICK_TOKENS[kind] * (num_lanes if kind == "cpu" else 1)
 
 
 def widens_tick(num_before: int, *, tick_tokens: int) -> bool:
-    """Whether a job beside `num_before` others brings a slice of its own; the first one's is in `trainer_bytes`."""
+    """Return whether a job that joins `num_before` others adds a slice to the tick.
+
+    The slice of the first job is part of `trainer_bytes`.
+    """
     return 0 < num_before < tick_tokens // JOB_TOKENS
 
 
 def trainer_bytes(
     description: Mapping[str, Any], precision: str, quantization: str = "none", *, num_tokens: int = JOB_TOKENS
 ) -> int:
-    """A trainer before its first job: base and one tick, in which a job alone has one slice on any device."""
+    """Return the memory of a trainer before its first job: the base model and one tick with the tokens of one job."""
     base = base_bytes(description, precision, quantization)
     return base + tick_bytes(description, precision, quantization, num_tokens=num_tokens)
 
 
 def readable(num_bytes: float) -> str:
-    """For a sentence, in decimal units as everywhere else: 1.5 GB."""
+    """Return a size in decimal units for a sentence: `1.5 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
@@ -247,10 +259,10 @@ def readable(num_bytes: float) -> str:
 
 
 def _output_features(shapes: Shapes) -> int:
-    """Of all linears together."""
+    """Return the sum over all linear layers."""
     return sum(out_features * count for (out_features, _), count in shapes.values())
 
 
 def _input_features(shapes: Shapes) -> int:
-    """Of all linears together."""
+    """Return the sum over all linear layers."""
     return sum(in_features * count for (_, in_features), count in shapes.values())

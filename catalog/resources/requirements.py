@@ -1,4 +1,4 @@
-"""What a job and a trainer of its base take of memory: reckoned once, when its files are prepared, and kept on its row.
+"""Memory requirements of a job and of a trainer of its base model, stored on the job's row when its files are prepared.
 
 The arithmetic is in memory.py.
 """
@@ -23,24 +23,24 @@ from catalog.tables.table import Json
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryRequirements:
-    """In bytes."""
+    """Memory requirements of a job, in bytes."""
 
     own_bytes: int
-    """What it takes wherever it trains, beside its part of a tick."""
+    """Memory of the job itself on any device, without its part of a tick."""
     saved_bytes: int
-    """What it does without of that on a device that computes blocks again."""
+    """The part of `own_bytes` that activation recomputation saves."""
     trainer_bytes: int
-    """What a trainer of its base needs before its first job."""
+    """Memory of a trainer of its base model before the first job."""
     slice_bytes: int
-    """What it adds to a tick beside other jobs, where the tick has not reached its size."""
+    """Memory that the job adds to a tick with other jobs, while the tick is below its maximum size."""
     shardable_bytes: int
-    """What several devices can divide of what its trainer needs; 0 of a job that reads whole weights."""
+    """The part of `trainer_bytes` that can be sharded across devices. 0: the job needs full weights on each device."""
     gathered_bytes: int
-    """What each of them then needs beside its share."""
+    """Memory that each device then needs for gathered blocks, in addition to its shard."""
 
 
 def note(session: Session, job: Job) -> None:
-    """Keep on the job's row what it needs, once its longest example is known."""
+    """Store the requirements on the job's row. The job's longest example must be known."""
     needs = of(session, job)
     job.own_bytes, job.saved_bytes = needs.own_bytes, needs.saved_bytes
     job.trainer_bytes, job.slice_bytes = needs.trainer_bytes, needs.slice_bytes
@@ -50,13 +50,19 @@ def note(session: Session, job: Job) -> None:
 
 
 def note_all(db: Database, *, batch: int = 500) -> int:
-    """Of those in the queue since before needs were kept, in short transactions. Returns how many there were."""
+    """Store the requirements of queued jobs that lack them, because an older version queued them.
+
+    Works in short transactions. Returns the number of such jobs.
+    """
     is_unknown = or_(Job.own_bytes.is_(None), Job.least_bytes == 0, Job.least_divided_bytes == 0)
     return _note_each(db, (Job.state == JobState.QUEUED, is_unknown), batch=batch)
 
 
 def note_base(db: Database, name: str, *, batch: int = 500) -> int:
-    """Of all on a base of which more is known now, in short transactions. Returns how many there were."""
+    """Update the requirements of the unfinished jobs on a base model whose description has changed.
+
+    Works in short transactions. Returns the number of such jobs.
+    """
     on_it = (Job.base_model == name, Job.state.in_(UNFINISHED_STATES), Job.own_bytes.is_not(None))
     return _note_each(db, on_it, batch=batch)
 
@@ -74,7 +80,7 @@ def _note_each(db: Database, wanted: tuple[ColumnElement[bool], ...], *, batch: 
 
 
 def of(session: Session, job: Job) -> MemoryRequirements:
-    """As reckoned now."""
+    """Return the requirements as calculated now."""
     description = session.get_one(BaseModelRow, job.base_model).description or {}
     precision, quantization = packing.precision_of(job.pack_key), packing.quantization_of(job.pack_key)
     own = own_bytes(job, description)
@@ -90,8 +96,10 @@ def of(session: Session, job: Job) -> MemoryRequirements:
 
 
 def shardable_bytes(job: Job, description: Json) -> tuple[int, int]:
-    """What devices can divide of its trainer's base, and what each then holds beside its share; 0 where the job needs
-    whole weights."""
+    """Return the bytes of its base model that can be sharded, and the bytes of gathered blocks on each device.
+
+    Both are 0 if the job needs full weights.
+    """
     quantization = packing.quantization_of(job.pack_key)
     if sharding.hindrance(job.spec["lora"], quantization, description) is not None:
         return 0, 0
@@ -99,8 +107,10 @@ def shardable_bytes(job: Job, description: Json) -> tuple[int, int]:
 
 
 def demand(job: Job, description: Json, *, recomputes: bool) -> Demand:
-    """What it needs of a device with a trainer to itself, as its row has it. recomputes: the device. description: the
-    base's, from which is reckoned what the row has not."""
+    """Return what the job needs on a device, alone in a trainer: from its row, or calculated if the row lacks it.
+
+    `description`: of the base model. `recomputes`: whether the device uses activation recomputation.
+    """
     if job.own_bytes is None:
         precision, quantization = packing.precision_of(job.pack_key), packing.quantization_of(job.pack_key)
         whole = memory.trainer_bytes(description, precision, quantization)
@@ -114,12 +124,15 @@ def demand(job: Job, description: Json, *, recomputes: bool) -> Demand:
 
 
 def own_bytes(job: Job, description: Json, *, recomputes: bool = False) -> int:
-    """What the job takes in its trainer, beside its part of a tick. description: the base's. recomputes: the device."""
+    """Return the bytes of the job itself in its trainer, without its part of a tick.
+
+    `description`: of the base model. `recomputes`: whether the device uses activation recomputation.
+    """
     return sum(own_parts(job, description, recomputes=recomputes).values())
 
 
 def own_parts(job: Job, description: Json, *, recomputes: bool = False) -> dict[str, int]:
-    """The same by what it is for."""
+    """Return `own_bytes` by part; see `gpus.PARTS`."""
     spec = job.spec
     lora = spec["lora"]
     return memory.own_parts(

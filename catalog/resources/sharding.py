@@ -1,8 +1,8 @@
-"""How the devices of a group hold a base model: each the whole of it, or a share of every block, on the device or in
-its host's memory. Pure; bytes of one device.
+"""Strategies by which a device group holds a base model: replicated, sharded, or sharded in host memory. Pure; bytes of
+one device.
 
-Which it is follows from the job and the group alone, never from what is free or who else trains: so what a job ends
-with tells neither. lora_core/base_model/sharding.py divides.
+The strategy depends only on the job and the group, never on free memory or on other jobs, so neither affects the result
+of a job. lora_core/base_model/sharding.py implements the sharding.
 """
 
 from __future__ import annotations
@@ -18,58 +18,60 @@ from catalog.spec.lora import begins_with_the_base
 
 Strategy = Literal["replicated", "fsdp2", "zero3", "fsdp2_offload", "zero3_offload"]
 Wanted = Literal["auto", "replicated", "fsdp2", "zero3", "fsdp2_offload", "zero3_offload"]
-"""What an operator has set for a worker."""
+"""LORRY_STRATEGY of a worker, as set by the operator."""
 ShardingStrategy = Literal["replicated", "sharded", "offloaded"]
-"""On each device all of the base; or of each block a share, there or in the memory of its host."""
+"""Each device holds a full replica of the base model, or a shard of each block on the device or in host memory."""
 ShardsWhen = Literal["never", "needed", "always", "offloaded"]
-"""The last: always, with the shares in the host's memory."""
+"""`offloaded`: always, with the shards in host memory."""
 
 GATHERED_BLOCKS = 3
-"""Blocks that a device holds whole at one time: the one that computes, and the next one twice, as it comes from the
-others and as it is laid out."""
+"""Gathered blocks on a device at one time: the block that computes, and two copies of the next one, as received from
+the other devices and as unpacked."""
 NCCL_BYTES = 2**30
-"""Buffers by which the GPUs of a group talk: supposed, not measured here."""
+"""NCCL's communication buffers on each GPU of a group. An assumption, not measured."""
 HOST_PART = 0.9
-"""Of the host's memory that shares may be in, beside what processes of trainers take; the rest is for all else."""
+"""Fraction of host memory for shards and trainer processes; the rest is for everything else."""
 HOST_PROCESS_BYTES = 2**32
-"""That a process of a trainer on a GPU takes of its host: supposed, not measured here."""
+"""Host memory of a trainer process on a GPU. An assumption, not measured."""
 NEVER = 2**62
-"""Bytes of what a group can't train at all."""
+"""Memory requirement of a job that a group can't train at all."""
 COUNTS = (1, 2, 4, 8)
-"""GPUs of a machine, as they are sold and rented."""
+"""Common numbers of GPUs in a machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demand:
-    """What a job needs of a device that holds the whole base, with a trainer to itself."""
+    """Memory that a job needs alone in a trainer, on a device with a full replica of the base model."""
 
     whole_bytes: int
     shardable_bytes: int = 0
-    """Of that, the blocks, of which each of several devices may have a share. 0: the job needs them whole."""
+    """The part for blocks, which can be sharded across devices. 0: the job needs full weights on each device."""
     gathered_bytes: int = 0
-    """Blocks that a device then holds whole at one time beside its share."""
+    """Gathered blocks on each device at one time, in addition to its shard."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceGroup:
-    """The devices that the trainers of one worker run on, with a process on each."""
+    """The devices on which the trainers of a worker run, with one process per device."""
 
     kind: str = "cpu"
     num_devices: int = 1
     bytes_of_each: int = 0
-    """Of the smallest."""
+    """Memory of the smallest device."""
     wanted: Wanted = "auto"
     gang: str | None = None
-    """That the worker is of: its trainers run on the devices of others too."""
+    """Gang of the worker, whose trainers then also run on the devices of other workers."""
     smallest: str | None = None
-    """Worker of that gang whose memory the bytes are, where others were looked at."""
+    """Worker of that gang that `bytes_of_each` belongs to, if other workers were compared."""
     host_bytes: int = 0
-    """Of a base that may be in the memory of its host. 0 of a CPU, whose memory that is already."""
+    """Host memory that shards of a base model may use. 0 for a CPU group, whose device memory is the host memory."""
 
     @property
     def shards_when(self) -> ShardsWhen:
-        """One device has nobody to divide with, and over nodes no base is divided: a job would be held in another way
-        where another one leads."""
+        """When the group shards a base model.
+
+        A single device can't shard. A gang never shards, because the strategy of a job would depend on its leader.
+        """
         if self.gang is not None or self.num_devices == 1 or self.wanted == "replicated":
             return "never"
         if self.wanted == "auto":
@@ -78,7 +80,7 @@ class DeviceGroup:
 
     @property
     def reserve_bytes(self) -> int:
-        """That CUDA and NCCL take of each of several GPUs. Of one what is free is looked at, as ever."""
+        """Memory for CUDA and NCCL on each of several GPUs. 0 for a single GPU, whose free memory is measured."""
         are_several = self.num_devices > 1 or self.gang is not None
         return CUDA_BYTES + NCCL_BYTES if self.kind == "cuda" and are_several else 0
 
@@ -88,11 +90,11 @@ class DeviceGroup:
 
     @property
     def host_limit_bytes(self) -> int:
-        """Of a CPU none where an operator has it offload: the shares stay in the memory that they were in."""
+        """Maximum host memory for shards. No limit for a CPU that always offloads: its shards stay where they were."""
         return NEVER if self.kind == "cpu" and self.shards_when == "offloaded" else self.host_bytes
 
     def holding(self, demand: Demand) -> ShardingStrategy:
-        """How the base is held for such a job: in the first of the three ways in which it fits."""
+        """Return how the group holds the base model for a job: the first of the three ways that has enough memory."""
         when = self.shards_when
         if when != "needed":
             return "replicated" if when == "never" else "sharded" if when == "always" else "offloaded"
@@ -108,7 +110,7 @@ class DeviceGroup:
         return cast(Strategy, told)
 
     def needed_bytes(self, demand: Demand) -> int:
-        """On each device, by the way in which the job is trained there. NEVER where it can't be."""
+        """Return the memory that the job needs on each device; NEVER if the group can't train it."""
         holding = self.holding(demand)
         is_barred = holding != "replicated" and not demand.shardable_bytes
         if is_barred or (holding == "offloaded" and demand.shardable_bytes > self.host_limit_bytes):
@@ -116,14 +118,16 @@ class DeviceGroup:
         return self.allocated_bytes(demand, holding) + self.reserve_bytes
 
     def allocated_bytes(self, demand: Demand, holding: ShardingStrategy) -> int:
-        """Of that what the trainer's own is, where the base is held so."""
+        """Return `needed_bytes` for `holding`, without the reserve for CUDA and NCCL."""
         if holding == "replicated":
             return demand.whole_bytes
         return demand.whole_bytes - demand.shardable_bytes + sum(self.block_parts(demand, holding).values())
 
     def block_parts(self, demand: Demand, holding: ShardingStrategy) -> dict[str, int]:
-        """What a device holds of the blocks of a base that is not whole. From the host a block's share comes to the
-        device before all gather it."""
+        """Return the memory of a device for the blocks of a sharded base model, by part.
+
+        An offloaded shard of a block is copied from host memory to the device before the devices gather the block.
+        """
         share, gathered = self.share_bytes(demand), demand.gathered_bytes
         if holding == "sharded":
             return {"base_share": share, "gathered_blocks": gathered}
@@ -131,12 +135,12 @@ class DeviceGroup:
         return {"base_share": share * self.keeps_shares, "gathered_blocks": gathered, "coming_share": coming}
 
     def share_bytes(self, demand: Demand) -> int:
-        """Of the blocks, that is of each device all the time."""
+        """Return the size of a device's shard of all blocks."""
         return math.ceil(demand.shardable_bytes / self.num_devices)
 
     @property
     def keeps_shares(self) -> bool:
-        """Its devices and their host have one memory."""
+        """Whether offloaded shards still use device memory, because a CPU's device memory is the host memory."""
         return self.kind == "cpu"
 
 
@@ -144,7 +148,7 @@ SINGLE = DeviceGroup()
 
 
 def reported_group(devices: Sequence[Mapping[str, Any]], memory_bytes: int) -> DeviceGroup:
-    """Of a worker's record; those of older workers say nothing of it, and hold whole bases."""
+    """Return the device group that a worker reported. Older workers report no strategy, and replicate."""
     first: Mapping[str, Any] = devices[0] if devices else {}
     return DeviceGroup(
         kind=first.get("kind", "cpu"),
@@ -157,12 +161,13 @@ def reported_group(devices: Sequence[Mapping[str, Any]], memory_bytes: int) -> D
 
 
 def host_bytes(memory_bytes: int, *, num_processes: int) -> int:
-    """Of a base that may be in the memory of a host. memory_bytes: of the host's memory the part of these processes."""
+    """Return the host memory that shards may use. `memory_bytes`: the part of host memory for these processes."""
     return max(0, int(HOST_PART * memory_bytes) - num_processes * HOST_PROCESS_BYTES)
 
 
 def block_bytes(description: Mapping[str, Any], precision: str) -> tuple[int, int]:
-    """(All blocks, of which each device may have a share; those that one holds whole at one time beside its share).
+    """Return the bytes of all blocks, which can be sharded, and of the gathered blocks on a device at one time.
+
     Embeddings, head and final norm are in no block.
     """
     blocks, width = description["blocks"], BYTES_PER_NUMBER[precision]
@@ -170,43 +175,43 @@ def block_bytes(description: Mapping[str, Any], precision: str) -> tuple[int, in
 
 
 def hindrance(lora: Mapping[str, Any], quantization: str, description: Mapping[str, Any]) -> str | None:
-    """Why a job can't be trained on a divided base; the beginning of a sentence. None where it can."""
+    """Return why a job can't be trained on a sharded base model, as a sentence without its period; None if it can."""
     if quantization != "none":
-        return f"A base held as {quantization} is not divided"
+        return f"A base model quantized to {quantization} can't be sharded"
     if lora.get("use_dora"):
-        return "DoRA reads the base's weights, of which each device of several would hold a share"
+        return "DoRA needs the full weights of the base model on each device, so the base model can't be sharded"
     start = lora.get("init_lora_weights")
     if begins_with_the_base(start):
-        return f"{start} decomposes the base's weights, of which each device of several would hold a share"
+        return f"{start} decomposes the full weights of the base model, so the base model can't be sharded"
     if "blocks" not in description:
-        return "The base was imported before its blocks were counted, which a worker that has its files is still to do"
+        return "The base model can't be sharded until a worker that has its files has counted its blocks"
     if not description["blocks"]["count"]:
-        return "The base has no list of blocks that could be divided"
+        return "The base model has no list of blocks, so it can't be sharded"
     return None
 
 
 def reason(group: DeviceGroup, demand: Demand) -> str:
-    """Why a group holds the base of such a job as it does."""
+    """Return a sentence that explains how the group holds the base model of such a job."""
     if group.gang is not None:
-        return f"Each device of the gang {group.gang} holds the whole base: over nodes it is not divided."
+        return f"Each device of gang {group.gang} holds a full replica of the base model: gangs do not shard."
     if group.num_devices == 1:
-        return "There is one device, which holds the whole base."
+        return "The worker has one device, which holds the full base model."
     holding, is_auto = group.holding(demand), group.wanted == "auto"
     there = f"the smallest of {group.num_devices} devices has {readable(group.bytes_of_each)}"
     whole = _about(group, demand, "replicated")
     if holding == "replicated":
         if not is_auto:
-            return f"LORRY_STRATEGY is replicated: each of {group.num_devices} devices holds the whole base."
-        return f"Each device holds the whole base: the job needs {whole}, and {there}."
-    told = f"With the whole base the job would need {whole} on each device, and {there}"
+            return f"LORRY_STRATEGY is replicated: each of {group.num_devices} devices holds a full replica."
+        return f"Each device holds a full replica of the base model: the job needs {whole} per device, and {there}."
+    told = f"A full replica of the base model would need {whole} per device, and {there}"
     if holding == "offloaded":
         divided = _about(group, demand, "sharded")
-        told = f"With a share of every block the job would need {divided} on each device, and {there}"
+        told = f"Sharding the base model across the devices would need {divided} per device, and {there}"
     if not is_auto:
         told = f"LORRY_STRATEGY is {group.wanted}"
-    where = f" in the host's memory, {_size(demand.shardable_bytes)} in all" if holding == "offloaded" else ""
+    where = f" with shards in host memory ({_size(demand.shardable_bytes)} in total)" if holding == "offloaded" else ""
     need = _about(group, demand, holding)
-    return f"{told}: each of {group.num_devices} devices holds a share of every block{where}, and needs {need}."
+    return f"{told}. Sharding across {group.num_devices} devices{where} needs {need} per device."
 
 
 def _size(num_bytes: int) -> str:
@@ -218,7 +223,7 @@ def _about(group: DeviceGroup, demand: Demand, holding: ShardingStrategy) -> str
 
 
 def nowhere(found: Sequence[tuple[DeviceGroup, Demand]], hindrance: str | None) -> str | None:
-    """Why such a job fits none of these groups; None where it fits one. hindrance: what bars it from a divided base."""
+    """Return why such a job fits none of these groups; None if it fits one. `hindrance`: see `hindrance()`."""
     if any(group.needed_bytes(demand) <= group.bytes_of_each for group, demand in found):
         return None
     group, demand = max(found, key=lambda pair: pair[0].bytes_of_each)
@@ -229,47 +234,49 @@ def nowhere(found: Sequence[tuple[DeviceGroup, Demand]], hindrance: str | None) 
 
 
 def _why_not(group: DeviceGroup, demand: Demand) -> str:
-    """Why it doesn't fit the largest worker."""
+    """Return why the job does not fit the largest worker."""
     holding, held = group.holding(demand), readable(group.bytes_of_each)
     if holding == "replicated":
         need = _about(group, demand, holding)
         if group.smallest is not None:
-            smallest = f"the smallest worker of the gang {group.gang}, {group.smallest}, has {held}"
-            return f"It needs {need} on each device, and {smallest}."
-        return f"It needs {need} and the largest worker has {held}."
+            smallest = f"the smallest worker of gang {group.gang}, {group.smallest}, has {held}"
+            return f"The job needs {need} per device, but {smallest}."
+        return f"The job needs {need}, but the largest worker has {held}."
     if not demand.shardable_bytes:
-        return f"The largest worker divides every base among its devices (LORRY_STRATEGY is {group.wanted})."
-    among = f"Divided among the {group.num_devices} devices of the largest worker"
+        return f"The largest worker always shards base models across its devices (LORRY_STRATEGY is {group.wanted})."
+    among = f"Sharding across the {group.num_devices} devices of the largest worker"
     if holding == "offloaded" and demand.shardable_bytes > group.host_limit_bytes:
-        return f"{among} it would need {_too_much_for_host(group, demand)}"
-    where = ", with the shares in the host's memory," if holding == "offloaded" else ""
+        return f"{among} would need {_too_much_for_host(group, demand)}"
+    where = ", with shards in host memory," if holding == "offloaded" else ""
     need = _about(group, demand, holding)
-    told = f"{among}{where} it needs {need} on each, and the smallest of them has {held}."
+    told = f"{among}{where} needs {need} per device, but the smallest device has {held}."
     would_fit = group.allocated_bytes(demand, "offloaded") <= group.usable_bytes
     if group.shards_when == "needed" and holding == "sharded" and would_fit:
         fits = _about(group, demand, "offloaded")
-        told += f" Held by the host it would need {fits} on each, and {_too_much_for_host(group, demand)}"
+        told += f" With shards in host memory it would need {fits} per device and {_too_much_for_host(group, demand)}"
     return told
 
 
 def _too_much_for_host(group: DeviceGroup, demand: Demand) -> str:
     of_host = readable(group.host_limit_bytes)
-    return f"{_size(demand.shardable_bytes)} of the host's memory, where a base may take {of_host}."
+    return f"{_size(demand.shardable_bytes)} of host memory, of which a base model may use {of_host}."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """What a job could be trained on."""
+    """GPUs on which a job could be trained."""
 
     num_devices: int
     card: Card
     host_bytes: int = 0
-    """Of the host's memory, for the shares of the base."""
+    """Host memory for the shards of the base model."""
 
 
 def would_fit(demand: Demand) -> list[Fit]:
-    """The smallest common GPU that such a job could be trained on, groups of smaller ones, and at last two that are
-    enough where the shares are in the host's memory: more of those need hardly less each."""
+    """Return the smallest common GPU on which such a job could be trained, and groups of smaller GPUs.
+
+    The last group is two GPUs with the shards in host memory. More GPUs would need hardly less memory each.
+    """
     found: list[Fit] = []
     ways = [(count, 0) for count in COUNTS] + [(2, demand.shardable_bytes)]
     for count, host_bytes in ways if demand.shardable_bytes else ways[:1]:
@@ -286,14 +293,14 @@ def _fits(demand: Demand, count: int, card: Card, host_bytes: int) -> bool:
 
 
 def would_fit_sentence(found: Sequence[Fit]) -> str:
-    """Such as: It would fit one GPU of 141 GB, or a group of 2 of 80 GB."""
+    """Return a sentence such as: It would fit on one GPU with 141 GB, or on 2 GPUs with 80 GB each."""
     if not found:
-        return "No common GPU holds it, nor a group of 8."
+        return "It would fit on no common GPU, and on no group of up to 8 GPUs."
     return f"It would fit {', or '.join(map(_fit_text, found))}."
 
 
 def _fit_text(fit: Fit) -> str:
     if fit.num_devices == 1:
-        return f"one GPU of {fit.card.gigabytes} GB"
-    with_host = f" with {readable(fit.host_bytes)} of the host's memory for the base" if fit.host_bytes else ""
-    return f"a group of {fit.num_devices} of {fit.card.gigabytes} GB{with_host}"
+        return f"on one GPU with {fit.card.gigabytes} GB"
+    with_host = f" and {readable(fit.host_bytes)} of host memory for the base model" if fit.host_bytes else ""
+    return f"on {fit.num_devices} GPUs with {fit.card.gigabytes} GB each{with_host}"

@@ -1,7 +1,7 @@
-"""How many jobs a trainer takes: until each would be slowed down by more than was promised. Pure.
+"""The number of jobs that a trainer accepts, limited by the slowdown of each job (LORRY_MAX_SLOWDOWN). Pure.
 
-Jobs of a trainer get equal shares of its tokens a second. A larger tick is faster, up to a plateau: below it a
-further job costs the others little, beyond it every job slows all of them.
+Jobs of a trainer share its tokens per second equally. A larger tick has a higher throughput, up to a plateau. Below the
+plateau one more job costs the others little; beyond it every job slows down all of them.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any, cast
 from catalog.settings import Settings
 
 Point = tuple[float, float]
-"""(tokens of a tick, tokens a second)"""
+"""(tokens of a tick, tokens per second)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speeds:
-    """What a trainer has learnt of its ticks: those of one job, and those of several; by size."""
+    """The measured speeds of a trainer's ticks by size: of ticks with one job, and with several."""
 
     alone: tuple[Point, ...] = ()
     together: tuple[Point, ...] = ()
 
     @classmethod
     def of_report(cls, report: Any) -> Speeds:
-        """A trainer's `tick_speeds`; nothing is known where it says none."""
+        """Return the speeds of a trainer's `tick_speeds`; empty if the trainer reported none."""
         if not isinstance(report, dict):
             return cls()
         told = cast(dict[str, list[list[float]]], report)
@@ -37,12 +37,11 @@ UNKNOWN = Speeds()
 
 
 def slowdown(num_jobs: int, speeds: Speeds) -> float:
-    """By how much each of `num_jobs` is slower than alone: of those sizes that were seen, that of the job which has
-    most to lose.
+    """Return how many times longer each of `num_jobs` takes than alone: an upper bound.
 
-    Beyond the largest tick that was seen no further gain is counted on, and before any was, none at all: then a job
-    among n has an n-th of its speed. So what is predicted is the most that it can be, and each job that joins lets
-    the trainer learn of a larger tick.
+    It is calculated for the tick size at which a job alone was fastest, because such a job loses the most. No gain is
+    assumed beyond the largest tick that was measured. Without measurements each of n jobs has an nth of its speed. Each
+    job that joins lets the trainer measure a larger tick.
     """
     if num_jobs <= 1 or not speeds.alone:
         return float(max(1, num_jobs))
@@ -52,14 +51,16 @@ def slowdown(num_jobs: int, speeds: Speeds) -> float:
 
 
 def rate_alone(speeds: Speeds, num_tokens: float) -> float | None:
-    """Tokens a second of one job whose step has so many tokens; None where no tick of one job was seen yet."""
+    """Return the tokens per second of one job with `num_tokens` per step; None if no tick of one job was measured."""
     known = sorted(speeds.alone)
     return _rate_at(max(num_tokens, known[0][0]), known) if known else None
 
 
 def free_places(num_jobs: int, speeds: Speeds, *, max_slowdown: float, at_most: int) -> int:
-    """Jobs that may join `num_jobs` others, at most `at_most`, so that none is slower than `max_slowdown` times. The
-    first always may."""
+    """Return how many jobs, at most `at_most`, may join `num_jobs` others within `max_slowdown`.
+
+    The first job of a trainer always fits, because its slowdown is 1.
+    """
     places = 0
     while places < at_most and slowdown(num_jobs + places + 1, speeds) <= max_slowdown:
         places += 1
@@ -67,7 +68,7 @@ def free_places(num_jobs: int, speeds: Speeds, *, max_slowdown: float, at_most: 
 
 
 def described(num_jobs: int, speeds: Speeds, settings: Settings, places: int) -> dict[str, Any]:
-    """What a worker says of its trainer: for explanations, and for people who look at the worker."""
+    """Return the saturation of a trainer, as its worker reports it for explanations and for operators."""
     is_full = places == 0 and num_jobs < settings.max_jobs_per_trainer
     return {
         "num_jobs": num_jobs,
@@ -79,19 +80,20 @@ def described(num_jobs: int, speeds: Speeds, settings: Settings, places: int) ->
 
 
 def explained(saturation: Any) -> str | None:
-    """A sentence, where a worker's report says that its trainer takes no job because of the others' speed."""
+    """Return a sentence if a worker reports that its trainer is full because of LORRY_MAX_SLOWDOWN, else None."""
     if not isinstance(saturation, dict) or not cast(dict[str, Any], saturation).get("is_full"):
         return None
     found = cast(dict[str, Any], saturation)
     return (
-        f"Its base is loaded, and the trainer is near its plateau: with {found['num_jobs']} jobs each is at most "
-        f"{found['slowdown']:g} times as slow as alone, one more would make that {found['slowdown_with_one_more']:g}, "
-        f"and LORRY_MAX_SLOWDOWN is {found['max_slowdown']:g}. It joins when one of them ends."
+        f"Its base model is loaded, but the trainer is full: with {found['num_jobs']} jobs, each takes up to "
+        f"{found['slowdown']:g} times as long as alone. One more job would raise this to "
+        f"{found['slowdown_with_one_more']:g}, and LORRY_MAX_SLOWDOWN is {found['max_slowdown']:g}. "
+        "The job joins when one of them finishes."
     )
 
 
 def _rate_at(tokens: float, known: Sequence[Point]) -> float:
-    """On the line between the two sizes around it; beyond the last that of the last."""
+    """Interpolate linearly between the two nearest sizes; beyond the largest size, return its rate."""
     for (fewer, slower), (more, faster) in pairwise(known):
         if tokens <= more:
             return slower + (faster - slower) * (tokens - fewer) / (more - fewer)

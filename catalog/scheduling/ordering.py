@@ -1,8 +1,9 @@
-"""The order of the queue. Projects take turns by what they have had for their weight; a project's own jobs go by class.
+"""The order of the queue: fair share between projects, priority classes within a project.
 
-A project's jobs: class, then its own order; a class that waits rises, see `_promoted`. Between projects: the level, to
-which a class adds or subtracts a bounded amount (`Policy.handicap`). So no choice of classes moves shares by more than
-`shares.largest_loss`. Every turn explains itself.
+The jobs of a project are ordered by class and then by position; priority aging promotes a class that waits (see
+`_promoted`). Projects are ordered by normalized usage (`level`), to which a class adds or subtracts a bounded amount
+(`Policy.handicap`). No choice of classes can therefore change fair shares by more than `largest_loss`. Each entry
+explains its position.
 """
 
 from __future__ import annotations
@@ -22,31 +23,29 @@ NUM_CLASSES = len(PriorityClass)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueueEntry:
-    """A candidate's place in the queue, from 1, and why it has it."""
+    """A candidate's position in the queue, from 1, and the reason for it."""
 
     candidate: Candidate
     position: int
     waited_seconds: float
     project_rank: int
-    """Jobs of its project that run, and those that wait before it."""
+    """Number of its project's jobs that run or are ahead of it."""
     effective_priority: int
-    """The class in which it stands among its project's jobs: its own or, of the first of a class that has waited, a
-    higher one, which may be above `urgent`."""
+    """Its class among its project's jobs. Priority aging can promote the first job of a class, even above `urgent`."""
     is_first_of_class: bool
-    """Where it is claimed, its class has had its turn in its project; jobs that are let in beside or before it take
-    none."""
+    """A claim of this job counts as service of its class in its project. Claims of other jobs of the class do not."""
     level: float
-    """Of its project, with those of its jobs that go before: device-seconds for each unit of weight."""
+    """Normalized usage of its project, including its jobs that are ahead: device-seconds per unit of weight."""
     effective_level: float
-    """With what its class adds or subtracts: the lowest goes first."""
+    """`level` plus the handicap of its class. The lowest is first."""
     reason: str
     awaits_preemption: bool
-    """Others leave so that it can train: nobody behind it takes what they leave."""
+    """Whether jobs are being preempted for it. No job behind it may take the memory that they free."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Standing:
-    """A candidate within its project."""
+    """A candidate among the jobs of its project."""
 
     job: Candidate
     effective_priority: int
@@ -58,7 +57,7 @@ class _Ranked:
     standing: _Standing
     share: Share
     num_before: int
-    """Jobs of its project that go before it."""
+    """Jobs of its project that are ahead of it."""
     level: float
     effective_level: float
 
@@ -75,11 +74,11 @@ def order(
     served: Collection[WorkerService] = (),
     policy: Policy = USUAL,
 ) -> list[QueueEntry]:
-    """The queue, first turn first.
+    """Return the queue in order.
 
-    The project goes first that has had the least for its weight. A job that runs or goes before counts in advance, so
-    where nobody has had anything yet, projects take turns, however many jobs one brings. Of one project and class,
-    jobs keep their places. served: what workers have served; of these count, for a job, those that hold it.
+    The project with the lowest normalized usage is first. Jobs that run or are ahead count in advance, so projects
+    without usage alternate, however many jobs each submits. Jobs of one project and class keep their positions.
+    `served`: the service of each worker; for a job, only workers that can hold it count.
     """
     by_project: defaultdict[str, list[Candidate]] = defaultdict(list)
     for job in candidates:
@@ -94,10 +93,10 @@ def order(
 
 
 def first_to_prepare(waiting: Collection[Unprepared], now: float, *, policy: Policy = USUAL) -> Unprepared:
-    """Whose files are prepared next, of the first of each project and class.
+    """Return the job whose files are prepared next. `waiting`: the first jobs of each project and class.
 
-    The project goes first that had none prepared for the longest, whatever the classes of its jobs are. Its own jobs
-    go by class, and a class that waits rises here as it does there.
+    The project that has waited longest for a preparation is first, whatever the classes of its jobs. Its jobs are
+    ordered by class, with priority aging as in the queue.
     """
     projects: defaultdict[str, dict[int, Unprepared]] = defaultdict(dict)
     for one in sorted(waiting, key=lambda one: (one.created_at, one.job_id)):
@@ -112,11 +111,11 @@ def first_to_prepare(waiting: Collection[Unprepared], now: float, *, policy: Pol
 
 
 def most_before(priority: int, policy: Policy = USUAL) -> tuple[float, int]:
-    """The bound on a class's waiting within a project: (seconds, jobs). Once the project's jobs of it have waited for
-    so long without a turn on any worker that holds the first of them, no more of its jobs than these go before that
-    one there: one of each other class.
+    """Return the bound on the waiting of a class within a project: (seconds, jobs).
 
-    When the project has its turns, its share decides: see `shares.longest_wait`.
+    Consider a class that was not served for these seconds by any worker that can hold its first job. On such a worker
+    at most these jobs of the project then go before that job: one of each other class. When the project itself is
+    served depends on its share; see `longest_wait`.
     """
     return (priority + 1) * policy.priority_aging_seconds, NUM_CLASSES - 1
 
@@ -124,7 +123,7 @@ def most_before(priority: int, policy: Policy = USUAL) -> tuple[float, int]:
 def of_project(
     jobs: Iterable[Candidate], now: float, *, served: Collection[WorkerService], policy: Policy
 ) -> list[_Standing]:
-    """A project's own order: by class, of which the first job may have risen, and then by place."""
+    """Return the order within a project: by class, with priority aging of the first job of a class, then by `place`."""
     classes: defaultdict[int, list[Candidate]] = defaultdict(list)
     for job in sorted(jobs, key=lambda job: (job.place, job.job_id)):
         classes[job.priority].append(job)
@@ -140,13 +139,16 @@ def of_project(
 
 
 def _within_project(standing: _Standing) -> tuple[int, int, float, str]:
-    """Of those that count as one class, the one first that has waited longer, and then their seconds."""
+    """Sort key within a project. First jobs of a class are ahead of further ones; then the waiting time decides."""
     return standing.effective_priority, standing.num_before_in_class, standing.job.queued_at, standing.job.job_id
 
 
 def _ranked(standing: Sequence[_Standing], share: Share, policy: Policy) -> Iterator[_Ranked]:
-    """With the levels of each. That a class has risen gains a project nothing over others; but a job that has risen
-    above a higher class takes the place of one of those."""
+    """Yield the jobs of a project with their levels.
+
+    Priority aging gives a project no advantage over other projects: the job at each position has the highest original
+    class among itself and the jobs behind it.
+    """
     highest = list(accumulate((each.job.priority for each in reversed(standing)), min))[::-1]
     for num_before, (each, priority) in enumerate(zip(standing, highest, strict=True)):
         level = share.level(policy, num_before=num_before)
@@ -160,19 +162,21 @@ def _ranked(standing: Sequence[_Standing], share: Share, policy: Policy) -> Iter
 
 
 def _last_served_at(job: Candidate, served: Collection[WorkerService], now: float) -> float:
-    """Of the job's class in its project, on a worker that holds it. A clock that was set back leaves times that say
-    nothing."""
+    """Return when the job's class in its project was last served by a worker that can hold the job.
+
+    Times in the future are ignored: the clock was set back after them.
+    """
     group = job.project_id, job.priority
     times = (service.at[group] for service in served if group in service.at and service.holds(job))
     return max((at for at in times if at <= now), default=-math.inf)
 
 
 def _promoted(priority: int, waited_seconds: float, policy: Policy) -> int:
-    """What the first of a project's class counts as: a class higher for each `priority_aging_seconds` since the oldest
-    of the class came, or since the class had its turn.
+    """Return the effective class of the first job of a class in a project (priority aging).
 
-    There is no highest class, so of two that have both risen, the one goes first that was served earlier. Only one
-    job rises at a time.
+    It is one class higher for each `priority_aging_seconds` since the class was last served, or since its oldest job
+    was queued. There is no highest class, so of two promoted classes the one that was served earlier is first. Only one
+    job of a class is promoted at a time.
     """
     return priority - math.floor(max(0.0, waited_seconds) / policy.priority_aging_seconds)
 
@@ -200,11 +204,11 @@ def _class(standing: _Standing) -> str:
     if standing.effective_priority == standing.job.priority:
         return name
     above = (
-        f"as if {PriorityClass(standing.effective_priority).name}"
+        f"promoted to {PriorityClass(standing.effective_priority).name}"
         if standing.effective_priority >= 0
-        else "above urgent"
+        else "promoted above urgent"
     )
-    return f"{name}, {above} in its project because its class has waited"
+    return f"{name}, {above} within its project by priority aging"
 
 
 def _used(share: Share) -> Iterator[str]:
@@ -213,7 +217,7 @@ def _used(share: Share) -> Iterator[str]:
 
 
 def _of_its_project(num_running: int, num_before: int) -> str:
-    """Those that run are no longer in the queue: a job may be first in it and have many of them."""
+    """Running jobs are no longer in the queue, so the first job in the queue may have many of them before it."""
     run = "run" if num_running != 1 else "runs"
     wait = "wait" if num_before != 1 else "waits"
     if num_running and num_before:
@@ -226,12 +230,12 @@ def _of_its_project(num_running: int, num_before: int) -> str:
 
 
 def decay(amount: float, age_seconds: float, *, half_life_seconds: float) -> float:
-    """What is left of it. A clock that was set back takes nothing away and adds nothing."""
+    """Return the amount after exponential decay. A negative age, after the clock was set back, changes nothing."""
     return amount * 0.5 ** (max(0.0, age_seconds) / half_life_seconds)
 
 
 def charge(elapsed_seconds: float, *, num_devices: int, num_jobs: int) -> float:
-    """Device-seconds that one of `num_jobs` jobs of a trainer is charged."""
+    """Return the device-seconds that are charged for one of the `num_jobs` jobs of a trainer."""
     return max(0.0, elapsed_seconds) * max(1, num_devices) / max(1, num_jobs)
 
 
@@ -244,12 +248,14 @@ def longest_wait(
     policy: Policy,
     jobs_per_device: int = 1,
 ) -> float:
-    """The most seconds that a project waits while all devices train other projects' jobs, whatever their classes are.
+    """Return the maximum seconds that a project waits while all devices train jobs of other projects, of any class.
 
-    level: its own at first. of_others: the weights of the projects that wait or train. longest_job: in device-seconds.
-    When a job of another project starts, that project's level is at most this one's plus `most_ahead`, so all others
-    have W · (level + most ahead) + n · D · j · longest_job at the end, decayed as the level is; and no less than what
-    the devices gave, D · h / ln 2 · (1 - 2^(-t/h)). Both give t. Infinite where jobs are as long as half-lives.
+    `level`: of the project at the start. `of_others`: weights of the projects that wait or train. `longest_job`: in
+    device-seconds. When a job of another project starts, the level of that project is at most this project's level plus
+    `max_usage_lead`. At the end, all n other projects have therefore used at most
+    W · (level + max_usage_lead) + n · D · j · longest_job, decayed as the level is. W is the sum of their weights, D
+    the number of devices, j the jobs per device, and h the half-life. They have used at least what the devices
+    provided, D · h / ln 2 · (1 - 2^(-t/h)). Both together give t. Infinite if jobs are about as long as the half-life.
     """
     full = num_devices * policy.half_life_seconds / math.log(2)
     spare = full - len(of_others) * num_devices * jobs_per_device * longest_job
@@ -269,13 +275,14 @@ def largest_loss(
     policy: Policy,
     jobs_per_device: int = 1,
 ) -> float:
-    """The most device-seconds by which a project that always has jobs waiting stays below its share of a window.
+    """Return the maximum device-seconds by which a project that always has queued jobs stays below its fair share.
 
-    The window begins at equal levels and lasts `seconds`; the devices are busy; every job fits every device. The bound
-    holds whatever classes, number and times of jobs the other projects choose, as long as the project itself submits
-    nothing `urgent`. At any time another project of weight w has had, decayed, at most w · (own level + `most_ahead` +
-    advance · D / own weight) + D · j · longest_job: its last job started below that level, and those that train then
-    go on to their end. The last factor turns the decayed sum into the plain one.
+    The window starts at equal levels and lasts `seconds`; all devices are busy; every job fits every device. The bound
+    holds for all classes, numbers and times of jobs of the other projects, if the project itself submits no `urgent`
+    job. At any time another project of weight w has a decayed usage of at most
+    w · (own level + max_usage_lead + advance · D / own weight) + D · j · longest_job: its last job started below that
+    level, and the jobs that train then run to their end. D is the number of devices, j the jobs per device. The last
+    factor converts the decayed sum into the plain sum.
     """
     held = num_devices * policy.advance_seconds / weight
     running = len(of_others) * num_devices * jobs_per_device * longest_job
@@ -285,13 +292,15 @@ def largest_loss(
 
 
 def max_usage_lead(policy: Policy) -> float:
-    """The most by which the level of a project may exceed another's, and its jobs still go first by their class."""
+    """Return the maximum by which a project's level may exceed another's while its jobs are still first by class."""
     return policy.handicap(max(PriorityClass)) - policy.handicap(min(PriorityClass))
 
 
 def describe_share(shares: Mapping[str, Share], project_id: str, policy: Policy) -> dict[str, Any]:
-    """A project's own share as data; of the others whose jobs wait only how many there are, and how many have a lower
-    level."""
+    """Return a project's share as data.
+
+    Of the other projects with queued jobs it contains only their number, and how many have a lower normalized usage.
+    """
     mine = shares.get(project_id, Share())
     others = [share for name, share in shares.items() if name != project_id]
     level = mine.level(policy)
@@ -307,7 +316,7 @@ def describe_share(shares: Mapping[str, Share], project_id: str, policy: Policy)
 
 
 def all_shares(shares: Mapping[str, Share], policy: Policy) -> list[dict[str, Any]]:
-    """For an operator: the share of each project whose jobs wait, and what it is due of all, the lowest level first."""
+    """Return the share of each project with queued jobs, lowest normalized usage first. For operators only."""
     weights = sum(share.weight for share in shares.values())
     used = sum(share.device_seconds for share in shares.values())
     rows = [
@@ -323,11 +332,11 @@ def all_shares(shares: Mapping[str, Share], policy: Policy) -> list[dict[str, An
 
 
 def share_sentence(share: Mapping[str, Any]) -> str | None:
-    """For who asks why a job waits; None where no other project's job waits."""
+    """Return a sentence about the share for explanations; None if no other project has queued jobs."""
     if share["num_projects"] < 2:
         return None
-    among = f"Of the {share['num_projects']} projects whose jobs wait"
+    among = f"{share['num_projects']} projects have queued jobs"
     if not share["projects_ahead"]:
-        return f"{among}, none was charged less for its weight recently."
+        return f"{among}: none was recently charged less, relative to its weight."
     were = "was" if share["projects_ahead"] == 1 else "were"
-    return f"{among}, {share['projects_ahead']} {were} charged less for the weight recently."
+    return f"{among}: {share['projects_ahead']} {were} recently charged less, relative to weight."

@@ -1,4 +1,4 @@
-"""Which jobs train together: the anchor is whose turn it is, packmates fill what it leaves."""
+"""Selection of jobs that train together: the anchor is the next eligible job, and packmates fill the free memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from catalog.scheduling.snapshot import PATIENCE_SECONDS, Capacity
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """A job that is let in, and why."""
+    """A job that is chosen for a trainer, and the reason."""
 
     entry: QueueEntry
     role: str
@@ -22,7 +22,7 @@ class Choice:
 def choose_pack(
     entries: Sequence[QueueEntry], capacity: Capacity, *, patience_seconds: float = PATIENCE_SECONDS
 ) -> list[Choice]:
-    """A new trainer's first jobs: an anchor and its packmates; [] where nothing fits."""
+    """Return the first jobs of a new trainer: an anchor and its packmates; [] if no job fits."""
     anchor = choose_anchor(entries, capacity, patience_seconds=patience_seconds)
     return [] if anchor is None else [anchor, *choose(anchor, entries, capacity)]
 
@@ -30,7 +30,7 @@ def choose_pack(
 def choose_anchor(
     entries: Sequence[QueueEntry], capacity: Capacity, *, patience_seconds: float = PATIENCE_SECONDS
 ) -> Choice | None:
-    """Whose turn it is, or the first that goes before for the sake of what is loaded."""
+    """Return the first eligible job, or a job for the loaded base model that may go before it; None if no job fits."""
     if capacity.max_jobs < 1:
         return None
     fitting = [entry for entry in entries if capacity.alone(entry.candidate) <= capacity.memory_bytes_free]
@@ -38,17 +38,20 @@ def choose_anchor(
         return None
     head, loaded = fitting[0], for_what_is_loaded(fitting, capacity, patience_seconds=patience_seconds)
     if not loaded:
-        return Choice(entry=head, role="anchor", reason="first in the queue of those that fit this worker")
+        return Choice(entry=head, role="anchor", reason="first job in the queue that fits this worker")
     is_head = loaded[0] is head
-    why = "first in the queue" if is_head else "first of its class for the base and dtype that are loaded"
+    why = "first in the queue" if is_head else "first job of its class for the loaded base model and dtype"
     return Choice(entry=loaded[0], role="anchor", reason=why)
 
 
 def for_what_is_loaded(
     fitting: Sequence[QueueEntry], capacity: Capacity, *, patience_seconds: float
 ) -> list[QueueEntry]:
-    """Jobs for the resident trainer, of the class of the head of the queue, which go before it while it has not waited
-    long. None goes before a job for which room is being made: who began would take it."""
+    """Return the jobs for the resident trainer that may start before the head of the queue.
+
+    They have the class of the head, and the head has waited less than `patience_seconds`. No job starts before a job
+    that waits for preempted jobs to leave, because it would take the memory that they free.
+    """
     head = fitting[0]
     if head.waited_seconds >= patience_seconds:
         return []
@@ -60,7 +63,7 @@ def for_what_is_loaded(
 
 
 def choose(anchor: Choice, candidates: Sequence[QueueEntry], capacity: Capacity) -> list[Choice]:
-    """Packmates for the anchor, in their own order. A suspect neither has nor becomes one."""
+    """Return packmates for the anchor, in queue order. An isolated job (`is_suspect`) neither has nor is a packmate."""
     if anchor.entry.candidate.is_suspect:
         return []
     left = capacity.memory_bytes_free - capacity.alone(anchor.entry.candidate)
@@ -75,13 +78,14 @@ def choose(anchor: Choice, candidates: Sequence[QueueEntry], capacity: Capacity)
         cost = capacity.cost(mate, num_before=len(chosen) + 1)
         if cost <= left and capacity.trains(mate, holding=holding):
             left -= cost
-            reason = "same base and dtype as the anchor, and fits beside it"  # it may be another project's: no name
+            # The reason does not name the anchor, which may belong to another project.
+            reason = "same base model and dtype as the anchor, and fits next to it"
             chosen.append(Choice(entry=entry, role="packmate", reason=reason))
     return chosen
 
 
 def spare_bytes(choices: Sequence[Choice], capacity: Capacity) -> int:
-    """Of its own that one more job of their kind may have beside all these; below 0: none fits, however small."""
+    """Return the maximum `own_bytes` of one more job with the same pack key; below 0 if no further job fits."""
     jobs = [choice.entry.candidate for choice in choices]
     num_before = capacity.num_jobs if choices[0].role == "joiner" else 0
     used = sum(capacity.cost(job, num_before=number) for number, job in enumerate(jobs, start=num_before))
@@ -99,11 +103,11 @@ def choose_joiners(
     worker_bytes: int,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> tuple[list[Choice], QueueEntry | None]:
-    """Jobs that may join a live trainer of pack key `key`, and the one for whose sake no further ones do.
+    """Return the jobs that may join a live trainer of pack key `key`, and the job that keeps further jobs out, if any.
 
-    None joins that stands behind a job which can't, would fit the worker (`worker_bytes` in all) and has waited past
-    the patience: the trainer is let run empty then, and that job is the next anchor. Nor behind one for which room is
-    being made: who joined would take it.
+    A job keeps all jobs behind it out if it can't join, fits the worker when it is empty (`worker_bytes` in total), and
+    has waited for `patience_seconds`: the trainer then drains, and this job is the next anchor. A job that waits for
+    preempted jobs to leave keeps them out too, because they would take the memory that is freed.
     """
     left = capacity.memory_bytes_free
     chosen: list[Choice] = []
@@ -114,7 +118,7 @@ def choose_joiners(
         cost = capacity.cost(mate, num_before=capacity.num_jobs + len(chosen))
         if mate.pack_key == key and not mate.is_suspect and cost <= left and capacity.may_join(mate):
             left -= cost
-            reason = "its base is loaded and there is room beside the rest"
+            reason = "its base model is loaded, and it fits next to the other jobs"
             chosen.append(Choice(entry=entry, role="joiner", reason=reason))
         elif capacity.alone(mate) <= worker_bytes and (
             entry.awaits_preemption or entry.waited_seconds >= patience_seconds

@@ -1,8 +1,9 @@
-"""Which jobs leave so that an urgent job can train: a pure function of the queue and of what each worker holds.
+"""Selection of the jobs that are preempted for an urgent job: a pure function of the queue and the workers' jobs.
 
-No job leaves for less than room for that job, or if it has just begun, has left too often or counts as urgent itself. A
-job of another project leaves only where it would stand behind the urgent job in the queue, and no worker makes room
-before the jobs of other projects that stand ahead: so fair share holds whatever is preempted.
+Jobs are preempted only if that makes the urgent job fit. A job that has just started, was preempted too often or counts
+as urgent itself is never preempted. A job of another project is preempted only if it would be behind the urgent job in
+the queue. A worker that could hold a job of another project that is ahead preempts nothing. Preemption therefore does
+not change fair share.
 """
 
 from __future__ import annotations
@@ -19,32 +20,32 @@ from catalog.states import PriorityClass
 Json = dict[str, Any]
 
 AT_ONCE = 8
-"""Urgent jobs of a project that are looked at, and for which room is made in one look."""
+"""Maximum number of urgent jobs of a project that are considered, and for which jobs are preempted, at one time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """A job that a trainer holds."""
+    """A job in a trainer."""
 
     job_id: str
     project_id: str
     effective_priority: int
-    """The class in which it was let in: its own, or a higher one, for which the waiting of its class was counted."""
+    """The class with which it started: its own, or a higher one because of priority aging."""
     effective_level: float
-    """As of a turn: what it would have if it waited, and its project's other jobs on the worker too."""
+    """The `effective_level` that it would have if it and its project's other jobs on the worker were queued."""
     own_bytes: int
-    """That are free without it, its part of a tick among them."""
+    """Bytes that are free without it, including its part of a tick."""
     began_at: float
     num_beside: int
-    """Jobs of its trainer, itself among them."""
+    """Jobs of its trainer, including itself."""
     num_preemptions: int = 0
     is_leaving: bool = False
-    """Somebody has asked for it already."""
+    """Whether it was already asked to leave: cancelled, paused or preempted."""
     seconds_left: float | None = None
-    """Until it ends by itself, where that is known."""
+    """Time until it finishes, if known."""
 
     def at_stake(self, now: float) -> float:
-        """Device-seconds of this attempt: the most that could be lost, were its checkpoint not written."""
+        """Return the device-seconds of this attempt: the most that is lost if its checkpoint is not written."""
         return max(0.0, now - self.began_at) / max(1, self.num_beside)
 
 
@@ -55,33 +56,36 @@ class Holder:
     worker_id: str
     pack_key: str
     service: WorkerService
-    """What it could hold."""
+    """The jobs that the worker could hold."""
     jobs: tuple[Training, ...]
     memory_bytes_free: int = 0
-    """As the worker last said; beside what it holds."""
+    """Free memory next to its jobs, as last reported."""
     places: int = 0
-    """Jobs that it would let join now, as it last said."""
+    """Number of jobs that could join now, as last reported."""
     has_suspect: bool = False
-    """Nobody may join it."""
+    """Whether a job in the trainer is isolated, so that no other job may join."""
     holding: ShardingStrategy = "replicated"
-    """Its trainer holds a share of the base on each device."""
+    """How its trainer holds the base model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preemption:
-    """Those who leave one worker; none where room comes by itself."""
+    """The jobs to preempt on one worker; none if the worker will have enough memory without preemption."""
 
     worker_id: str
     victims: tuple[Training, ...]
     makes: str
-    """a place: beside those that stay. a trainer: all leave, for another base."""
+    """`a place`: the urgent job joins the jobs that stay. `a trainer`: all jobs leave, and a new trainer starts."""
     device_seconds: float
-    """At stake, of all of them."""
+    """Device-seconds at stake, of all victims."""
 
 
 def pressing(entries: Iterable[QueueEntry], *, now: float, policy: Policy) -> list[tuple[QueueEntry, list[Candidate]]]:
-    """Urgent jobs that have waited for long enough and for which no room is being made, first turn first; and the jobs
-    of other projects ahead of each that can't have room made for them, since they are not urgent."""
+    """Return the urgent jobs for which other jobs may be preempted now, in queue order.
+
+    Such a job has waited for `preempt_after_seconds`, and no preemption for it is in progress. Each comes with the jobs
+    of other projects that are ahead of it and not urgent, for which no job is preempted.
+    """
     found: list[tuple[QueueEntry, list[Candidate]]] = []
     before: list[Candidate] = []
     for entry in entries:
@@ -94,17 +98,18 @@ def pressing(entries: Iterable[QueueEntry], *, now: float, policy: Policy) -> li
 
 
 def level_if_it_left(share: Share, *, priority: int, devices_left: float, policy: Policy) -> float:
-    """The effective level of a job that trains if it and those that leave with it waited; see Training."""
+    """Return the effective level that a training job would have if it and the jobs that leave with it were queued."""
     return share.level(policy, num_before=-devices_left) + policy.handicap(priority)
 
 
 def choose(
     entry: QueueEntry, holders: Iterable[Holder], *, ahead: Collection[Candidate] = (), now: float, policy: Policy
 ) -> Preemption | None:
-    """Which jobs leave for the urgent job of `entry`; None where that would not help.
+    """Return the jobs to preempt for the urgent job of `entry`; None if no preemption makes it fit.
 
-    ahead: jobs of other projects that go before it: no room is made on a worker that could hold one of them. Among
-    workers, where the highest of those who leave stands lowest; then where least is at stake.
+    `ahead`: jobs of other projects ahead of it. No job is preempted on a worker that could hold one of them. Among the
+    other workers, the one is chosen whose highest-priority victim has the lowest priority; ties go to the fewest
+    device-seconds at stake.
     """
     able = (holder for holder in holders if not any(holder.service.holds(other) for other in ahead))
     found = [option for holder in able if (option := _at(holder, entry, now=now, policy=policy)) is not None]
@@ -112,7 +117,10 @@ def choose(
 
 
 def preemption_record(job: Candidate, preemption: Preemption, victim: Training, *, now: float, policy: Policy) -> Json:
-    """For the victim's record, and for who asks. The job for which it leaves may be another project's: no name."""
+    """Return the inputs of the decision, for the victim's attempt and for explanations.
+
+    They do not name the urgent job, which may belong to another project.
+    """
     return {
         "as_of": now,
         "for_class": job.priority,
@@ -148,7 +156,10 @@ def _at(holder: Holder, entry: QueueEntry, *, now: float, policy: Policy) -> Pre
 def _beside(
     holder: Holder, entry: QueueEntry, staying: list[Training], *, now: float, policy: Policy
 ) -> Preemption | None:
-    """The cheapest first, until there is room; then without those that turned out to be needless."""
+    """Return the cheapest jobs to preempt so that the urgent job can join those that stay; None if that is impossible.
+
+    Victims are added from the cheapest on until the urgent job fits, and those that are not needed are then removed.
+    """
     job, gone = entry.candidate, [each for each in holder.jobs if each not in staying]
     missing = (
         holder.service.capacity.own(job)
@@ -190,7 +201,7 @@ def _dearness(job: Training, now: float) -> tuple[int, float, str]:
 
 
 def _leaves_by_itself(job: Training, policy: Policy) -> bool:
-    """Soon enough to be waited for."""
+    """Return whether the job leaves soon enough without preemption."""
     return job.is_leaving or (job.seconds_left is not None and job.seconds_left <= policy.preempt_after_seconds)
 
 

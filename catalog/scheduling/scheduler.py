@@ -112,7 +112,7 @@ def ordered(snapshot: QueueSnapshot, policy: Policy) -> list[QueueEntry]:
 def _action(snapshot: QueueSnapshot, policy: Policy, entries: list[QueueEntry]) -> tuple[Action, QueueEntry | None]:
     """Returns the action, and the job for which nothing more joins, if there is one."""
     if snapshot.has_suspect:
-        return Wait(reason="a job in the trainer ended badly twice and trains alone"), None
+        return Wait(reason="a job in the trainer failed twice and trains alone"), None
     patience = policy.patience_seconds
     if snapshot.live_key is None:
         chosen = choose_pack(entries, snapshot.capacity, patience_seconds=patience)
@@ -123,12 +123,12 @@ def _action(snapshot: QueueSnapshot, policy: Policy, entries: list[QueueEntry]) 
     if chosen:
         return Join(choices=tuple(chosen)), waits_for
     if waits_for is not None:
-        reason = "a job that can't join has waited too long: the trainer is let run empty"
+        reason = "a job that can't join has waited too long, so the trainer drains"
         if waits_for.awaits_preemption:
-            reason = "room is being made for a job, and nobody joins before it"
+            reason = "jobs are being preempted for another job, and no job joins before it"
         return Wait(reason=reason), waits_for
     return _nothing(entries), None
 
 
 def _nothing(entries: list[QueueEntry]) -> Wait:
-    return Wait(reason="none of the jobs that wait fits" if entries else "no job waits")
+    return Wait(reason="no queued job fits" if entries else "no job is queued")

@@ -1,5 +1,4 @@
-"""What a decision is made from: the jobs that wait, what their projects have had, what a worker has free; and Policy,
-the numbers of the rules."""
+"""Inputs of a scheduling decision: queued jobs, usage of their projects, free capacity of a worker; and the Policy."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from catalog.settings import (
 from catalog.states import PriorityClass
 
 PATIENCE_SECONDS = 60.0
-"""How long a job for another base may be passed over for the sake of a base that is loaded already."""
+"""How long jobs for the loaded base model may be preferred to a job for another base model."""
 ADVANCE_SECONDS = 300.0
 CLASS_STEP_SECONDS = 7200.0
 URGENT_MULTIPLE = 2.0
@@ -29,30 +28,31 @@ URGENT_MULTIPLE = 2.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """The numbers of the rules: an operator's, the same in every process."""
+    """The parameters of the scheduling rules, set by the operator and equal in every process."""
 
     patience_seconds: float = PATIENCE_SECONDS
     half_life_seconds: float = HALF_LIFE_SECONDS
-    """After so long, what a project has used counts half."""
+    """Half-life of the recorded usage of a project."""
     priority_aging_seconds: float = PROMOTE_AFTER_SECONDS
-    """For each such time that a class has waited without its turn, its first job counts as a class higher."""
+    """Priority aging: the first job of a class is promoted one class each time the class waits this long unserved."""
     advance_seconds: float = ADVANCE_SECONDS
-    """Device-seconds that a job which goes before counts for, and a device that is held, beside what is charged: so
-    that two workers who ask at once don't both serve one project."""
+    """Device-seconds that are added to a project's usage for each of its jobs ahead in the queue, and for each device
+    in use, so that two workers that poll at the same time don't both serve one project."""
     class_step_seconds: float = CLASS_STEP_SECONDS
-    """Between projects, each priority class is worth so many device-seconds for each unit of weight, and no more."""
+    """Value of one priority class between projects, in device-seconds per unit of weight."""
     urgent_multiple: float = URGENT_MULTIPLE
-    """A device-second of an urgent job is charged to its project as so many."""
+    """Charged device-seconds for each device-second of an urgent job."""
     preempt_after_seconds: float = PREEMPT_AFTER_SECONDS
-    """How long an urgent job waits before others are asked to leave for it."""
+    """How long an urgent job waits before other jobs are preempted for it."""
     spared_seconds: float = SPARED_SECONDS
-    """Who trains for less is not asked to leave."""
+    """A job that has trained for less time is not preempted."""
     max_preemptions: int = MAX_PREEMPTIONS
-    """Nor who has left so often; 0: nobody is."""
+    """A job that was preempted this often is not preempted again; 0: no job is preempted."""
     ask_again_seconds: float = 120.0
-    """So long a job waits for those who were asked before others are."""
+    """How long a job waits for preempted jobs to leave before more jobs are preempted for it."""
     lease_seconds: float = LEASE_SECONDS
-    """No more is charged at a time, for nobody trains longer without a heartbeat: a clock that jumps costs no more."""
+    """The longest time that is charged at once. No job trains longer without a heartbeat, so a clock that jumps can't
+    cost more."""
 
     @classmethod
     def of(cls, settings: Settings) -> Policy:
@@ -66,16 +66,16 @@ class Policy:
         )
 
     def handicap(self, priority: int) -> float:
-        """What is added to a project's level to rank a job of this class among other projects' jobs: below 0 for
-        `urgent`, above 0 for `batch`."""
+        """Return the amount that is added to a project's level to rank a job of this class among other projects' jobs:
+        below 0 for `urgent`, above 0 for `batch`."""
         return (priority - PriorityClass.normal) * self.class_step_seconds
 
     def multiple(self, priority: int) -> float:
-        """How many device-seconds are charged for each one that a job of this class trains."""
+        """Return the charged device-seconds for each device-second of a job of this class."""
         return self.urgent_multiple if priority == PriorityClass.urgent else 1.0
 
     def awaits_preemption(self, preemption_requested_at: float | None, now: float) -> bool:
-        """Whether it counts that others were asked then to leave for a job."""
+        """Return whether a job still waits for the jobs that were preempted for it at that time."""
         return preemption_requested_at is not None and now - preemption_requested_at < self.ask_again_seconds
 
 
@@ -84,7 +84,7 @@ USUAL = Policy()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A queued job, as far as deciding needs it."""
+    """The scheduling-relevant fields of a queued job."""
 
     job_id: str
     project_id: str
@@ -92,30 +92,25 @@ class Candidate:
     pack_key: str
     priority: int
     place: float
-    """Among its project's jobs of its class."""
+    """Sort key among its project's jobs of the same class."""
     queued_at: float
-    """What its waiting is reckoned from."""
+    """Start of its waiting time."""
     own_bytes: int
-    """What it takes wherever it trains: its row, and the mask of its dropout."""
+    """This and the next five: see `requirements.MemoryRequirements`."""
     trainer_bytes: int
-    """What a trainer of its base needs before its first job."""
     saved_bytes: int = 0
-    """What it does without of that on a device that computes blocks again."""
     slice_bytes: int = 0
-    """What it adds to a tick, beside other jobs, where the tick has not reached its size."""
     shardable_bytes: int = 0
-    """What several devices can divide of what its trainer needs; 0: it needs the base whole."""
     gathered_bytes: int = 0
-    """What each of them then needs beside its share."""
     is_suspect: bool = False
-    """Trainers or workers have ended with it: it trains alone, so that no packmate is blamed or hurt."""
+    """Whether trainers or workers have failed with this job. It then trains alone, so that it affects no packmate."""
     preemption_requested_at: float | None = None
-    """When others were last asked to leave for it; see Policy.awaits_preemption."""
+    """When other jobs were last preempted for it; see Policy.awaits_preemption."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unprepared:
-    """A job whose files wait to be prepared: the first of its project and class."""
+    """A job whose files are not prepared yet: the first of its project and class."""
 
     job_id: str
     project_id: str
@@ -129,50 +124,52 @@ class Unprepared:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """What a project is due, and what it has had of late."""
+    """The fair-share weight of a project and its recent usage."""
 
     weight: float = 1.0
     device_seconds: float = 0.0
-    """Charged so far, decayed to now. Those of urgent jobs count `Policy.urgent_multiple` times."""
+    """Charged usage, decayed to now. Device-seconds of urgent jobs count `Policy.urgent_multiple` times."""
     num_running: int = 0
     devices_in_use: float = 0.0
-    """By its running jobs: of a device that several share each has its part, as it is charged."""
+    """Devices of its running jobs. Jobs that share a device count as fractions of it, as for charges."""
 
     def level(self, policy: Policy, *, num_before: float = 0) -> float:
-        """Device-seconds for each unit of weight; the lowest goes first. num_before: its jobs that go before, or
-        below 0 the devices that it would leave."""
+        """Return the normalized usage: device-seconds per unit of weight. The lowest is scheduled first.
+
+        `num_before`: jobs of the project that are ahead; a negative number stands for devices that it would release.
+        """
         in_advance = (self.devices_in_use + num_before) * policy.advance_seconds
         return (self.device_seconds + in_advance) / self.weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capacity:
-    """What a worker has free."""
+    """The free capacity of a worker."""
 
     max_jobs: int
-    """Jobs that it can take now."""
+    """Number of jobs that it can start now."""
     memory_bytes_free: int
-    """On the device. The base of an empty trainer is counted: a job needs it, or it is unloaded for another."""
+    """Free memory of the device. The base model of an empty trainer counts as free: a job uses it or it is unloaded."""
     memory_bytes_when_empty: int | None = None
-    """What would be free were its trainer gone. None: all that its worker has."""
+    """Free memory without its trainer. None: the total memory of the worker."""
     resident_key: str | None = None
-    """Pack key of its trainer, if it has one. A trainer holds its base in one dtype and takes no job of another."""
+    """Pack key of its trainer, if it has one. The trainer accepts no job with another key."""
     num_jobs: int = 0
-    """Jobs that are in its trainer already."""
+    """Number of jobs in its trainer."""
     tick_tokens: int = TICK_TOKENS["cpu"]
-    """What a tick grows to on its device."""
+    """Maximum tokens of a tick on its device."""
     recomputes: bool = False
-    """Whether its device computes blocks again where memory is short."""
+    """Whether its device uses activation recomputation when memory is short."""
     group: DeviceGroup = SINGLE
     holding: ShardingStrategy = "replicated"
-    """How its trainer holds the base."""
+    """How its trainer holds the base model."""
 
     def own(self, job: Candidate) -> int:
-        """Bytes that the job takes beside its part of a tick."""
+        """Return the bytes of the job itself, without its part of a tick."""
         return job.own_bytes - (job.saved_bytes if self.recomputes else 0)
 
     def alone(self, job: Candidate) -> int:
-        """Bytes that the job takes of each device with a trainer to itself."""
+        """Return the bytes of each device that the job needs alone in a trainer."""
         return self.group.needed_bytes(self.demand(job))
 
     def demand(self, job: Candidate) -> Demand:
@@ -183,66 +180,66 @@ class Capacity:
         )
 
     def holding_for(self, job: Candidate) -> ShardingStrategy:
-        """How the base is held for it alone."""
+        """Return how the group holds the base model if the job trains alone."""
         return self.group.holding(self.demand(job))
 
     def trains(self, job: Candidate, *, holding: ShardingStrategy) -> bool:
-        """Whether a trainer that holds the base so trains the job as one for it alone would."""
+        """Return whether a trainer with this `holding` trains the job in the same way as a trainer for it alone."""
         return self.holding_for(job) == holding and (job.shardable_bytes > 0 or holding == "replicated")
 
     def may_join(self, job: Candidate) -> bool:
-        """Whether its trainer holds the base as it would for the job alone; how much is free is another matter."""
+        """Return whether its trainer holds the base model as for the job alone. Free memory is not checked."""
         return self.trains(job, holding=self.holding)
 
     def cost(self, job: Candidate, *, num_before: int) -> int:
-        """Bytes of a job that joins `num_before` others: its row, and its slice while the tick still grows.
+        """Return the bytes of a job that joins `num_before` others: its own, and its slice while the tick can grow.
 
-        The first job's slice is in what its trainer needs.
+        The slice of the first job is part of `trainer_bytes`.
         """
         return self.own(job) + (job.slice_bytes if widens_tick(num_before, tick_tokens=self.tick_tokens) else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerService:
-    """When a worker last gave each class of each project its turn."""
+    """When a worker last served each class of each project, and which jobs it can hold."""
 
     at: Mapping[tuple[str, int], float]
-    """By project and class: when the first of these jobs was claimed, of those that the worker holds."""
+    """By project and class: when the worker last claimed the first of these jobs that it can hold."""
     memory_bytes: int
     recomputes: bool = False
     group: DeviceGroup = SINGLE
     can_load: Collection[str] | None = None
-    """How it can hold a base; None: in every way."""
+    """Quantizations that it can load; None: all."""
 
     def holds(self, job: Candidate) -> bool:
-        """Whether the job could have had that turn. One that could not was passed over, and waits on."""
+        """Return whether the worker can hold the job when empty. A job that it can't hold is skipped there."""
         is_loadable = self.can_load is None or packing.quantization_of(job.pack_key) in self.can_load
         return is_loadable and self.capacity.alone(job) <= self.memory_bytes
 
     @property
     def capacity(self) -> Capacity:
-        """Of it, with nothing in it."""
+        """The capacity of the worker when empty."""
         return Capacity(max_jobs=1, memory_bytes_free=self.memory_bytes, recomputes=self.recomputes, group=self.group)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueueSnapshot:
-    """All that one decision looks at. Candidates stand in no order, and may stand there twice."""
+    """All inputs of one decision. Candidates are in no order, and may occur twice."""
 
     now: float
     candidates: tuple[Candidate, ...]
     shares: Mapping[str, Share]
-    """By project, of all that wait; one that is not there has weight 1 and has had nothing."""
+    """By project, for all projects with queued jobs. A project that is missing has weight 1 and no usage."""
     served: Collection[WorkerService]
-    """What each worker that lives has served."""
+    """One entry for each live worker."""
     capacity: Capacity
     live_key: str | None = None
-    """Pack key of a trainer that has jobs and may take more; None: the decision is about a trainer's first jobs."""
+    """Pack key of a trainer that has jobs and may accept more; None: the decision is about a trainer's first jobs."""
     worker_bytes: int = 0
-    """What could be held there, once the trainer has gone."""
+    """Memory of the worker once the trainer has exited."""
     has_suspect: bool = False
-    """A job in the live trainer is to train alone."""
+    """Whether a job in the live trainer must train alone."""
     per_group: int | None = None
-    """Of a project and class, the first so many that fit are here, or all; None: all are."""
+    """Maximum number of candidates for each project and class: the first ones that fit. None: all."""
     taken: Collection[str] = ()
-    """Ids of candidates that others have taken since."""
+    """Ids of candidates that other workers have claimed since."""

@@ -1,1 +1,1 @@
-"""What a sweep searches: its specification, search space, design and successive halving."""
+"""Hyperparameter search: specification, search space, design and successive halving of a sweep."""

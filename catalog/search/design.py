@@ -1,6 +1,7 @@
-"""A sweep as it was designed: what each trial asks for. Every refusal that needs no database; pure.
+"""The design of a sweep: the job request of each trial. Contains all checks that need no database; pure.
 
-Each trial's whole request is checked before any job exists, so that none of them fails by a value of the sweep's.
+The complete request of each trial is checked before any job exists, so no trial can fail because of a value of the
+sweep.
 """
 
 from __future__ import annotations
@@ -23,34 +24,34 @@ from catalog.spec.validation_messages import Problem, by_field, expectation, fie
 EVERY_STEPS = "evaluation.every_steps"
 MAX_SHOWN = 160
 GROUP_WANTED = frozenset({"dict_type", "model_type", "model_attributes_type"})
-"""What pydantic says where a value stands for an object."""
+"""pydantic's error types for a value in place of an object."""
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Design:
-    """All that its trials follow from."""
+    """Everything that determines the trials of a sweep."""
 
     template: Json
-    """The body of a job that all trials share."""
+    """The fields that all trials share, as the body of a job."""
     dimensions: tuple[Dimension, ...]
     search: SearchType
     seed: int
     num_trials: int
-    """Of ask_tell: at most."""
+    """Number of trials; for ask_tell the maximum."""
     metric: Metric
     goal: Goal
     rungs: Rungs | None = None
     """None: no trial is stopped."""
 
     def parameters_of(self, number: int) -> Json:
-        """Of a trial that the client does not choose."""
+        """Return the parameters of a trial. Not for ask_tell, where the client sets them."""
         if self.search == "grid":
             return grid_point(self.dimensions, number)
         return random_point(self.dimensions, seed=self.seed, number=number)
 
     def request_of(self, parameters: Mapping[str, Any]) -> JobRequest:
-        """The job that a trial with these parameters is. Raises InvalidRequest that names what is at fault."""
+        """Return the job request of a trial with these parameters. Raises InvalidRequest with the invalid field."""
         body = with_values({"seed": self.seed, **self.template}, parameters)
         is_free = value_at(body, EVERY_STEPS) in (None, "auto")
         if self.rungs is not None and self.metric.startswith("valid") and is_free:
@@ -62,9 +63,9 @@ class Design:
 
 
 def designed(request: SweepRequest, *, seed: int) -> Design:
-    """All but its rungs, which the length of its data decides: see `with_rungs`. Raises InvalidRequest.
+    """Return the design without its rungs, which depend on the length of the data; see `rungs`. Raises InvalidRequest.
 
-    seed: used where the request names none.
+    `seed`: used if the request sets none.
     """
     for path, parameter in request.parameters.items():
         check_path(path, param=f"parameters.{path}")
@@ -84,7 +85,10 @@ def designed(request: SweepRequest, *, seed: int) -> Design:
 
 
 def checked(design: Design) -> list[JobRequest]:
-    """Of every trial that is known beforehand; first each limit of each range by itself. Raises InvalidRequest."""
+    """Check both limits of each range, then return the requests of all trials that are known in advance.
+
+    For ask_tell, only the shared fields are checked. Raises InvalidRequest.
+    """
     if design.search == "ask_tell":
         design.request_of({})
         return []
@@ -96,14 +100,14 @@ def checked(design: Design) -> list[JobRequest]:
 
 
 def check_given(parameters: Mapping[str, Any]) -> None:
-    """Of a trial that the client chooses: that each is a field that may vary. Raises InvalidRequest."""
+    """Check that the client's parameters of an ask_tell trial are fields that may vary. Raises InvalidRequest."""
     for path in parameters:
         check_path(path, param=f"parameters.{path}")
     _check_overlap(list(parameters))
 
 
 def fewest_steps(requests: Sequence[JobRequest], *, num_rows: int) -> int | None:
-    """That a trial can have at most, over a training file of so many rows; None where nothing bounds them."""
+    """Return the maximum steps of the shortest trial, for a training file of `num_rows`; None if there is no bound."""
     known: list[int] = []
     for request in requests:
         spec = resolve(request, num_rows=num_rows, max_positions=None, seed=0)
@@ -114,38 +118,40 @@ def fewest_steps(requests: Sequence[JobRequest], *, num_rows: int) -> int | None
 
 
 def rungs(search: Search, design: Design, fewest: int | None) -> Rungs:
-    """Of an asha sweep. fewest: steps that the shortest of its trials has. Raises InvalidRequest where no trial
-    could come to a rung before its end."""
+    """Return the rungs of an asha sweep. `fewest`: steps of its shortest trial.
+
+    Raises InvalidRequest if the first rung is not at an evaluation, or not before the last step of the shortest trial.
+    """
     factor = search.reduction_factor or USUAL_FACTOR
     said = value_at(design.template, EVERY_STEPS)
     every = said if isinstance(said, int) and not isinstance(said, bool) else 1
     if search.min_steps is None and fewest is None:
         raise InvalidRequest(
-            "How many steps the trials have is not known before their texts are split.",
+            "The number of steps of the trials is unknown until their texts are split.",
             code="min_steps_required",
-            remedy="Give search.min_steps, or max_steps.",
+            remedy="Set search.min_steps or max_steps.",
             param="search.min_steps",
         )
     first = search.min_steps or usual_min_steps(fewest or 1, reduction_factor=factor, multiple_of=every)
     if first % every:
         raise InvalidRequest(
-            f"Trials are evaluated every {every} steps, and the first rung is at {first}.",
+            f"The first rung is at step {first}, but trials are evaluated every {every} steps.",
             code="rung_without_evaluation",
-            remedy=f"Leave {EVERY_STEPS} out, or make search.min_steps a multiple of it.",
+            remedy=f"Remove {EVERY_STEPS}, or set search.min_steps to a multiple of it.",
             param="search.min_steps",
         )
     if fewest is not None and first >= fewest:
         raise InvalidRequest(
-            f"The first rung is at step {first}, and a trial has {fewest} steps at most: none would be stopped.",
+            f"The first rung is at step {first}, but a trial has at most {fewest} steps, so it would never be stopped.",
             code="no_rung_in_time",
-            remedy="Lower search.min_steps, train for longer, or search by random.",
+            remedy="Lower search.min_steps, train for more steps, or set search.type to random.",
             param="search.min_steps",
         )
     return Rungs(min_steps=first, reduction_factor=factor, max_rungs=search.max_rungs)
 
 
 def parameters_text(parameters: Mapping[str, Any]) -> str:
-    """For a sentence: `lora.rank = 8, optimizer.learning_rate = 0.001`."""
+    """Return the parameters for a sentence: `lora.rank = 8, optimizer.learning_rate = 0.001`."""
     text = ", ".join(f"{path} = {value!r}" for path, value in parameters.items())
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
@@ -153,44 +159,44 @@ def parameters_text(parameters: Mapping[str, Any]) -> str:
 def _check_objective(request: SweepRequest) -> None:
     if request.objective.metric.startswith("valid") and request.validation_file is None:
         raise InvalidRequest(
-            f"{request.objective.metric} is measured on held-out data, and the sweep has none.",
+            f"The metric {request.objective.metric} requires a validation file.",
             code="validation_file_required",
-            remedy="Give a validation_file, or compare trials by objective.metric train_loss.",
+            remedy="Set validation_file, or set objective.metric to train_loss.",
             param="validation_file",
         )
     if "reward" in request.objective.metric and request.method_type == "supervised":
         raise InvalidRequest(
-            f"The method supervised has no {request.objective.metric}: it compares no answers.",
+            f"The metric {request.objective.metric} is not available for the method supervised.",
             code="metric_of_another_method",
-            remedy="Choose objective.metric valid_loss, or a method that compares answers.",
+            remedy="Set objective.metric to valid_loss, or choose another method.",
             param="objective.metric",
         )
 
 
 def _check_range(path: str, parameter: Parameter, search: SearchType) -> None:
-    """That a range is of numbers, whole ones for a whole number; and of a grid, cut into points."""
+    """Check that a range is of a numeric field, has whole limits for whole numbers, and has points only in a grid."""
     param = f"parameters.{path}"
     if search == "asha" and path == EVERY_STEPS:
         raise InvalidRequest(
-            "The rungs of asha decide when trials are evaluated.",
+            "In an asha sweep, the rungs determine the evaluation interval.",
             code="fixed_in_a_sweep",
-            remedy=f"Leave {EVERY_STEPS} out of parameters.",
+            remedy=f"Remove {EVERY_STEPS} from parameters.",
             param=param,
         )
     if parameter.values is not None:
         return
     each = dimension(path, parameter)
     if each.kind == "other":
-        problem, remedy = f"{path!r} is not a number", "Give its values as a list, in `values`."
+        problem, remedy = f"{path!r} can't be a range, because it is not a number", "List its values in `values`."
     elif each.kind == "integer" and not (each.low.is_integer() and each.high.is_integer()):
-        problem, remedy = f"{path!r} is a whole number", "Give min and max as whole numbers."
+        problem, remedy = f"{path!r} must be a whole number", "Set min and max to whole numbers."
     elif search == "grid" and parameter.points is None:
-        problem, remedy = f"{path!r} has no end of values", "Give `points`, or list its `values`."
+        problem, remedy = f"the range of {path!r} requires points", "Set `points`, or list its `values`."
     elif search != "grid" and parameter.points is not None:
-        problem, remedy = f"points of {path!r} belong to a grid", "Leave `points` out."
+        problem, remedy = f"the range of {path!r} can't have points", "Remove `points`."
     else:
         return
-    raise InvalidRequest(f"In a {search} sweep {problem}.", code="invalid_value", remedy=remedy, param=param)
+    raise InvalidRequest(f"In a sweep of type {search}, {problem}.", code="invalid_value", remedy=remedy, param=param)
 
 
 def _check_overlap(paths: Sequence[str]) -> None:
@@ -198,9 +204,9 @@ def _check_overlap(paths: Sequence[str]) -> None:
         outer = next((other for other in paths if path.startswith(f"{other}.")), None)
         if outer is not None:
             raise InvalidRequest(
-                f"{path!r} lies within {outer!r}, and both are to vary.",
+                f"Parameters {outer!r} and {path!r} overlap.",
                 code="overlapping_parameters",
-                remedy="Vary one of them.",
+                remedy="Vary only one of them.",
                 param=f"parameters.{path}",
             )
 
@@ -214,7 +220,7 @@ def _num_trials(search: Search, dimensions: Sequence[Dimension]) -> int:
         raise InvalidRequest(
             f"The grid has {size:,} combinations; at most {MAX_TRIALS:,} are allowed.",
             code="grid_too_large",
-            remedy="Give fewer values or points, or search by random with as many trials as you want.",
+            remedy="Set fewer values or points, or set search.type to random and search.trials to the number you want.",
             param="parameters",
         )
     return size
@@ -228,7 +234,7 @@ def _ends(dimension: Dimension) -> tuple[Any, ...]:
 
 
 def _refused(error: ValidationError, body: Json, parameters: Mapping[str, Any]) -> InvalidRequest:
-    """The job's own refusal, with the parameters that it is about; the template itself may be at fault too."""
+    """Return the job's validation error, with the parameters at fault. If none is, the shared fields are invalid."""
     problems = cast(list[Problem], error.errors(include_url=False))
     grouped = by_field((_place(problem, body), problem) for problem in problems)
     place, group = next(iter(grouped.items()))
@@ -237,10 +243,10 @@ def _refused(error: ValidationError, body: Json, parameters: Mapping[str, Any]) 
         for path, value in parameters.items()
         if f"{place}.".startswith(f"{path}.") or f"{path}.".startswith(f"{place}." if place else "")
     }
-    where = f"With {parameters_text(about)}" if about else "As it stands"
+    where = f"With {parameters_text(about)}" if about else "As submitted"
     reason, remedy = _reason(place, group)
     return InvalidRequest(
-        f"{where}, a trial is refused: {reason}.",
+        f"{where}, a trial is invalid: {reason}.",
         code="invalid_value" if group[0]["type"] != "extra_forbidden" else "unknown_parameter",
         remedy=remedy,
         param=f"parameters.{next(iter(about))}" if about else place or None,
@@ -252,9 +258,9 @@ def _place(problem: Problem, body: Json) -> str:
 
 
 def _reason(place: str, group: Sequence[Problem]) -> tuple[str, str]:
-    """What is wrong there, and what to do about it."""
+    """Return what is wrong at `place`, and the remedy."""
     kind = group[0]["type"]
-    usual = "Leave that value out, or change what the sweep gives every trial."
+    usual = "Remove that value, or change the fields that all trials share."
     if kind in GROUP_WANTED and (inner := fields_in(place)):
         return f"{place!r} is a group of fields", f"Vary fields in it, such as {', '.join(map(repr, inner[:3]))}."
     if kind == "missing":
@@ -262,5 +268,5 @@ def _reason(place: str, group: Sequence[Problem]) -> tuple[str, str]:
     if kind == "extra_forbidden":
         return f"there is no field {place!r}", usual
     text = expectation(group)
-    whole = text.removeprefix("is refused: ")
+    whole = text.removeprefix("is invalid: ")
     return f"{place!r} {text}" if place and whole == text else whole, usual

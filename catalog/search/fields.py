@@ -1,4 +1,4 @@
-"""The fields of a job that a sweep may vary, by dotted path, and what kind of number each holds. Pure."""
+"""The job fields that a sweep may vary, by dotted path, and the kind of number that each contains. Pure."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from catalog.spec.job import JobRequest
 
 Kind = Literal["integer", "number", "other"]
 FIXED: dict[str, str] = {
-    "model": "the trials of a sweep train on one base model",
-    "training_file": "the trials of a sweep are compared on the same data",
-    "validation_file": "the trials of a sweep are compared on the same data",
-    "suffix": "it names adapters, and changes none",
-    "metadata": "it labels jobs, and changes none",
-    "integrations": "they change no adapter",
-    "priority": "it decides when a job trains, and changes no adapter",
+    "model": "all trials of a sweep train on the same base model",
+    "training_file": "all trials of a sweep are compared on the same data",
+    "validation_file": "all trials of a sweep are compared on the same data",
+    "suffix": "it only names adapters",
+    "metadata": "it only labels jobs",
+    "integrations": "they do not affect the adapter",
+    "priority": "it only affects when a job trains",
 }
-"""What a sweep can't vary, and why."""
+"""Fields that a sweep can't vary, and the reasons."""
 OTHER_NAMES = {"lr": "learning_rate", "epochs": "n_epochs", "r": "rank", "target": "target_modules"}
-"""Last names that people use, and the fields' own."""
+"""Common other names of fields, and the last part of the field's path."""
 ALIKE = 0.7
 MAX_SHOWN = 80
-"""Characters of a path that nobody knows; it may be any text of any length."""
+"""Maximum number of characters of an unknown path in a message."""
 
 
 def check_path(path: str, *, param: str) -> None:
-    """Raises InvalidRequest where no field of a job has the path, or it is one that all trials share."""
+    """Raises InvalidRequest if no job field has the path, or if all trials must share the field."""
     shown, param = path[:MAX_SHOWN], param[: MAX_SHOWN + len(param) - len(path)]
     reason = FIXED.get(path.split(".", 1)[0])
     if path in VARIABLE:
@@ -40,32 +40,32 @@ def check_path(path: str, *, param: str) -> None:
         raise InvalidRequest(
             f"A sweep can't vary {shown!a}: {reason}.",
             code="fixed_in_a_sweep",
-            remedy="Give it once, beside `parameters`; or make a sweep for each.",
+            remedy="Set it once, outside `parameters`, or create one sweep for each value.",
             param=param,
         )
     near = _nearest(shown, VARIABLE)
     raise InvalidRequest(
         f"A job has no field {shown!a}.",
         code="unknown_parameter",
-        remedy=f"Did you mean {near!r}?" if near else "Name a field of a job by its dotted path, as 'lora.rank'.",
+        remedy=f"Did you mean {near!r}?" if near else "Use the dotted path of a job field, for example 'lora.rank'.",
         param=param,
     )
 
 
 def kind_of(path: str) -> Kind:
-    """Of a path that exists: what its numbers are; `other` where it holds none."""
+    """Return the kind of number of an existing path; `other` if it does not contain a number."""
     annotation = dict(_fields(JobRequest))[path]
     plain = set(_plain_types(annotation))
     return "number" if float in plain else "integer" if int in plain else "other"
 
 
 def fields_in(path: str) -> list[str]:
-    """Of a group; none of any other field."""
+    """Return the paths of the fields in a group; empty for any other field."""
     return [inner for inner, _ in _fields(JobRequest) if inner.rpartition(".")[0] == path]
 
 
 def with_values(body: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a job's body in which each path has its value; what was not there around it is made."""
+    """Return a copy of a job's body in which each path has its value. Missing groups are created."""
     changed = dict(body)
     for path, value in values.items():
         *groups, name = path.split(".")
@@ -80,7 +80,7 @@ def with_values(body: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
 
 
 def value_at(body: Mapping[str, Any], path: str) -> Any:
-    """None where nothing is said."""
+    """Return the value at the path; None if the body does not set it."""
     found: Any = body
     for name in path.split("."):
         found = cast(Mapping[str, Any], found).get(name) if isinstance(found, Mapping) else None
@@ -88,7 +88,7 @@ def value_at(body: Mapping[str, Any], path: str) -> Any:
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted paths with their annotations, those of an object before those in it."""
+    """Yield dotted paths with their annotations, a group before its fields."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}", field.annotation
         for inner in _models_in(field.annotation):
@@ -100,7 +100,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _plain_types(annotation: Any) -> Iterator[Any]:
-    """The parts of a union, without what they are annotated with. What lists and objects hold is not looked at."""
+    """Yield the members of a union without their annotations. The items of lists and objects are not included."""
     if get_origin(annotation) is Annotated:
         yield from _plain_types(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, types.UnionType):
@@ -111,7 +111,7 @@ def _plain_types(annotation: Any) -> Iterator[Any]:
 
 
 def _nearest(path: str, known: list[str]) -> str | None:
-    """The same last name wherever it belongs, else the most alike, as a whole or in its last name."""
+    """Return a known path with the same last part, else the most similar path; None if none is similar enough."""
     name = path.rpartition(".")[2].lstrip("-").replace("-", "_")
     name = OTHER_NAMES.get(name, name)
     same = next((item for item in known if _last(item) == name), None)

@@ -1,6 +1,6 @@
-"""Which parameters a trial has: pure functions of the sweep's parameters, its seed and the trial's number alone.
+"""The parameters of a trial: pure functions of the sweep's parameters, its seed and the number of the trial.
 
-So a trial can be made at any time, by anyone, and is always the same.
+A trial therefore always has the same parameters, no matter when and by which process it is created.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from catalog.search.fields import Kind, kind_of
 from catalog.search.spec import Parameter
 
 DIGITS = 6
-"""Significant ones of a drawn number: enough to search by, and few enough to read."""
+"""Significant digits of a sampled number: enough for a search, and few enough to read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dimension:
-    """What one field may be."""
+    """The possible values of a field."""
 
     path: str
     kind: Kind
     values: tuple[Any, ...] | None = None
-    """None: numbers from low to high, of the kind."""
+    """None: numbers of this kind from low to high."""
     low: float = 0.0
     high: float = 0.0
     scale: Literal["linear", "log"] = "linear"
@@ -48,7 +48,7 @@ def dimension(path: str, parameter: Parameter) -> Dimension:
 
 
 def grid_values(dimension: Dimension) -> tuple[Any, ...]:
-    """Each once, in order. Of whole numbers there may be fewer than points."""
+    """Return the distinct values in order. For whole numbers there may be fewer than `points`."""
     if dimension.values is not None:
         return dimension.values
     assert dimension.points is not None
@@ -61,7 +61,7 @@ def grid_size(dimensions: Sequence[Dimension]) -> int:
 
 
 def grid_point(dimensions: Sequence[Dimension], number: int) -> dict[str, Any]:
-    """The combination of this number, from 0; the last parameter changes first."""
+    """Return the combination with this number, from 0. The last parameter changes fastest."""
     point: dict[str, Any] = {}
     for each in reversed(dimensions):
         values = grid_values(each)
@@ -72,12 +72,12 @@ def grid_point(dimensions: Sequence[Dimension], number: int) -> dict[str, Any]:
 
 
 def random_point(dimensions: Sequence[Dimension], *, seed: int, number: int) -> dict[str, Any]:
-    """What one parameter is does not depend on which others there are."""
+    """Return the parameters of a trial. The value of a parameter does not depend on the other parameters."""
     return {each.path: _drawn(each, _uniform(seed, number, each.path)) for each in dimensions}
 
 
 def _uniform(seed: int, number: int, path: str) -> float:
-    """From 0 to below 1, with 53 bits."""
+    """Return a number from 0 to below 1 with 53 random bits."""
     digest = hashlib.sha256(f"{seed}/{number}/{path}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
@@ -87,14 +87,14 @@ def _drawn(dimension: Dimension, part: float) -> Any:
         return dimension.values[int(part * len(dimension.values))]
     if dimension.kind != "integer":
         return _between(dimension, part)
-    # Each whole number has the part of the scale that is nearest to it.
+    # Each whole number gets the interval of the scale that is nearest to it.
     low, high = dimension.low - 0.5, dimension.high + 0.5
     drawn = _on_scale(low, high, part, dimension.scale)
     return int(min(dimension.high, max(dimension.low, math.floor(drawn + 0.5))))
 
 
 def _between(dimension: Dimension, part: float) -> Any:
-    """part: 0 is low, 1 is high."""
+    """Return the number at `part` of the range: 0 is low, 1 is high."""
     number = _on_scale(dimension.low, dimension.high, part, dimension.scale)
     if dimension.kind == "integer":
         return math.floor(number + 0.5)

@@ -1,6 +1,6 @@
-"""What a person may ask of a sweep (`SweepRequest`, the wire body): a job, what varies of it, and how it is searched.
+"""The body of a sweep request (`SweepRequest`): a job, the fields that vary, and the search method.
 
-Units and limits stand at the fields. docs/SWEEPS.md tells what they mean together.
+Each field states its unit and limits. docs/SWEEPS.md explains them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_TRIALS = 1000
 MAX_PARAMETERS = 32
 MAX_VALUES = 200
 LARGEST = 1e12
-"""Of a bound: beyond what any field takes, and far from what a float can't hold."""
+"""Maximum magnitude of a bound: larger than the limits of all fields, and far below the largest float."""
 
 SearchType = Literal["grid", "random", "asha", "ask_tell"]
 Metric = Literal[
@@ -37,89 +37,94 @@ OWN_FIELDS: dict[SearchType, tuple[str, ...]] = {
     "asha": ("trials", "reduction_factor", "min_steps", "max_rungs"),
     "ask_tell": ("trials",),
 }
-"""Of each way to search, what it reads beside the seed."""
+"""The fields that each search method uses, in addition to the seed."""
 Bound = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 
 
 class Parameter(Strict):
-    """What a field may be: one of `values`, or a number from `min` to `max`."""
+    """The possible values of a field: a list of `values`, or a range from `min` to `max`."""
 
     values: Annotated[list[Any], Field(min_length=1, max_length=MAX_VALUES)] | None = None
     min: Bound | None = None
     max: Bound | None = None
     scale: Literal["linear", "log"] = Field(
-        default="linear", description="log: every factor is as likely as another of its size."
+        default="linear", description="Scale of the range. log: equal ratios are equally likely; min must be above 0."
     )
     points: Annotated[int, Field(ge=2, le=MAX_TRIALS)] | None = Field(
-        default=None, description="Of a grid: so many numbers from min to max, evenly on the scale."
+        default=None, description="Number of values from min to max, evenly spaced on the scale (grid only)."
     )
 
     @model_validator(mode="after")
     def _values_or_a_range(self) -> Parameter:
         is_range = self.min is not None or self.max is not None
         if (self.values is not None) == is_range:
-            raise ValueError("give either values, or min and max")
+            raise ValueError("set either values, or min and max")
         if self.values is not None:
             if self.points is not None or self.scale != "linear":
-                raise ValueError("scale and points belong to min and max: leave them out beside values")
+                raise ValueError("scale and points can't be combined with values: remove them, or set min and max")
             return self
         if self.min is None or self.max is None:
-            raise ValueError("give both min and max")
+            raise ValueError("set both min and max")
         if not self.min < self.max:
-            raise ValueError("min must be below max; for a single value, give it in values")
+            raise ValueError("min must be less than max; to set a single value, use values")
         if self.scale == "log" and self.min <= 0:
-            raise ValueError("a log scale begins above 0")
+            raise ValueError("min must be greater than 0 for a log scale")
         return self
 
 
 class Search(Strict):
-    """How parameters are chosen, and whether bad trials are stopped."""
+    """The search method: how parameters are chosen, and whether bad trials are stopped early."""
 
     type: SearchType = Field(
         description=(
-            "grid: every combination. random: as many as `trials`, each drawn by itself. asha: drawn the same way, and "
-            "stopped at rungs (asynchronous successive halving, arXiv 1810.05934). ask_tell: the client gives each "
-            "trial its parameters."
+            "grid: every combination. random: `trials` independent samples. asha: random, with early stopping at rungs "
+            "(asynchronous successive halving, arXiv 1810.05934). ask_tell: the client sets the parameters of each "
+            "trial."
         )
     )
     trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = Field(
-        default=None, description="How many, of ask_tell at most. A grid has as many as it has combinations."
+        default=None,
+        description="Number of trials; for ask_tell the maximum. A grid has one trial per combination.",
     )
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
         default=None,
-        description="Of what is drawn, and of each trial whose job names none. null: drawn once, and shown.",
+        description="Seed for sampling, and for trials whose job sets none. null: chosen at random and returned.",
     )
     reduction_factor: Annotated[int, Field(ge=2, le=100)] | None = Field(
-        default=None, description="Of asha: at each rung the best of so many go on. null: 3."
+        default=None, description="At each rung, the best 1 of this many trials continues (asha only). null: 3."
     )
     min_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
-        default=None, description="Of asha: the first rung; each further one is at reduction_factor times the steps."
+        default=None,
+        description=(
+            "Optimizer steps before the first rung (asha only). Each further rung is at reduction_factor times the "
+            "steps. null: chosen so that three rungs come before the last step."
+        ),
     )
     max_rungs: Annotated[int, Field(ge=1, le=20)] | None = Field(
-        default=None, description="Of asha: rungs at most. null: as many as come before the last step."
+        default=None, description="Maximum number of rungs (asha only). null: all rungs before the last step."
     )
 
     @model_validator(mode="after")
     def _fields_of_its_type(self) -> Search:
         for name in OWN_FIELDS["asha"]:
             if name not in OWN_FIELDS[self.type] and getattr(self, name) is not None:
-                raise ValueError(f"{self.type} has no {name}: leave it out")
+                raise ValueError(f"{self.type} has no {name}: remove it")
         if self.trials is None and self.type != "grid":
-            raise ValueError(f"{self.type} needs trials: say how many")
+            raise ValueError(f"{self.type} requires trials: set the number of trials")
         return self
 
 
 class Objective(Strict):
-    """What tells good trials from bad ones."""
+    """The metric by which trials are compared."""
 
     metric: Metric = Field(
         default="valid_loss",
         description=(
-            "As measured last, and at the end of the adapter itself. Of train_… the mean of the last ten steps; "
-            "valid_reward_… are of methods that compare answers."
+            "Metric of a trial: its latest value, and after training the value of the adapter. train_… metrics are "
+            "means over the last 10 steps. valid_reward_… metrics are not available for the method supervised."
         ),
     )
-    goal: Goal | Literal["auto"] = Field(default="auto", description="auto: a loss is minimized, all else maximized.")
+    goal: Goal | Literal["auto"] = Field(default="auto", description="auto: minimize a loss, maximize other metrics.")
 
     def resolved_goal(self) -> Goal:
         if self.goal != "auto":
@@ -128,34 +133,34 @@ class Objective(Strict):
 
 
 class SweepRequest(JobRequest):
-    """The body of POST /v1/sweeps: a job's fields, which all trials share, and what varies."""
+    """The body of POST /v1/sweeps: the job fields that all trials share, and the parameters that vary."""
 
     parameters: Annotated[dict[str, Parameter], Field(max_length=MAX_PARAMETERS)] = Field(
         default={},
-        description="By the dotted path of a job's field, such as lora.rank.",
+        description="The fields that vary, by dotted path, for example lora.rank. Empty for ask_tell.",
         json_schema_extra={"propertyNames": {"enum": [*VARIABLE]}},
     )
     search: Search
     objective: Objective = Objective()
     keep_adapters: Literal["all", "best"] = Field(
-        default="all", description="best: when all trials have ended, the others' adapters are deleted."
+        default="all", description="best: once all trials have finished, delete all adapters except the best one."
     )
     max_concurrent: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = Field(
-        default=None, description="Trials that are unfinished at one time, at most. null: any number."
+        default=None, description="Maximum number of unfinished trials at one time. null: no limit."
     )
     priority: Priority = "batch"
 
     @model_validator(mode="after")
     def _parameters_of_its_search(self) -> SweepRequest:
         if self.search.type == "ask_tell" and self.parameters:
-            raise ValueError("an ask_tell sweep has no parameters: each of its trials is given its own")
+            raise ValueError("an ask_tell sweep has no parameters: set them when you create each trial")
         if self.search.type == "ask_tell" and self.max_concurrent is not None:
-            raise ValueError("an ask_tell sweep has no max_concurrent: its client decides how many it asks for")
+            raise ValueError("an ask_tell sweep has no max_concurrent: the client decides when it creates trials")
         if self.search.type != "ask_tell" and not self.parameters:
-            raise ValueError("a sweep needs parameters: say what varies")
+            raise ValueError("a sweep requires parameters: set the fields that vary")
         return self
 
     def template(self) -> dict[str, Any]:
-        """What all trials share, as the body of a job."""
+        """Return the fields that all trials share, as the body of a job."""
         own = SweepRequest.model_fields.keys() - JobRequest.model_fields.keys()
         return {"priority": self.priority, **self.model_dump(mode="json", exclude_unset=True, exclude=own)}

@@ -1,7 +1,7 @@
-"""What the trials of a sweep measure, taken in where it is recorded: in the transaction of the metric itself.
+"""Scores of the trials of a sweep, recorded in the transaction that records the metric itself.
 
-So whether a trial goes on is decided by the record, whatever has become of any api. What is decided here is only
-written down as a wish; whoever holds the job obeys it as it obeys a person's.
+The decision whether a trial continues therefore needs only the database, and no running API server. A decision to stop
+is stored as a cancel request. The worker that holds the job applies it like a user's request.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from catalog.tables.jobs import Job
 from catalog.tables.sweeps import RungValue, Sweep, Trial
 
 RECENT_STEPS = 10
-"""Whose mean a metric of training is: one batch by itself may be a hard one."""
+"""Steps over which a training metric is averaged, because a single batch may be unusually hard."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measure:
-    """Which number of a point of the curves a sweep compares by."""
+    """The value of a curve point by which a sweep compares its trials."""
 
     kind: str
     field: str
     reward: str | None
     direction: float
-    """1 where less is better, else -1."""
+    """1 if lower is better, else -1."""
 
     def score(self, point: Mapping[str, Any]) -> float | None:
-        """Less is better; None where the point has no such number. point: as records keeps it."""
+        """Return the score, of which lower is better; None if the point has no such finite value."""
         if point["kind"] != self.kind:
             return None
         rewards: Mapping[str, Any] = point["rewards"] or {}
@@ -58,7 +58,7 @@ def measure_of(sweep: Sweep) -> Measure:
 
 
 def observe(session: Session, job: Job, points: Sequence[Mapping[str, Any]], *, now: float) -> bool:
-    """Take in the points of a trial, whose job is locked, and whether it is to stop. Of any other job: False."""
+    """Record the points of a trial, whose job is locked. Return whether it must stop; False if the job is no trial."""
     trial = trial_of(session, job)
     if trial is None:
         return False
@@ -66,7 +66,7 @@ def observe(session: Session, job: Job, points: Sequence[Mapping[str, Any]], *, 
     measure, rungs = measure_of(sweep), rungs_of(sweep)
     for point in sorted(points, key=lambda point: point["step"]):
         score = measure.score(point)
-        if score is None or point["step"] == 0:  # what the base has is nobody's merit
+        if score is None or point["step"] == 0:  # step 0 measures the base model, not the trial
             continue
         trial.step, trial.score = point["step"], _smoothed(trial, measure, point["step"], score)
         if rungs is not None and job.num_steps is not None and trial.stopped is None:
@@ -77,31 +77,34 @@ def observe(session: Session, job: Job, points: Sequence[Mapping[str, Any]], *, 
 
 
 def stop(session: Session, job: Job, trial: Trial, why: str, *, now: float) -> None:
-    """A wish that its worker obeys; once. It ends as `pruned`, unless it was being cancelled before."""
+    """Request that the worker stops the trial, which then finishes as `pruned`.
+
+    Nothing happens if it was already stopped or cancelled.
+    """
     if trial.stopped is None and not job.cancel_requested:
         trial.stopped, job.cancel_requested = why, True
-        events.add(session, job.id, now=now, message=f"The trial is stopped. {why}", data={"step": trial.step})
+        events.add(session, job.id, now=now, message=f"Trial stopped. {why}", data={"step": trial.step})
 
 
 def completed(session: Session, job: Job, point: Mapping[str, Any] | None) -> None:
-    """A trial's value at its end is that of its adapter. point: of the held-out curve, at the step that it keeps."""
+    """Set the final score of a trial to that of its adapter. `point`: the evaluation at the step that it keeps."""
     trial = trial_of(session, job)
     if trial is None:
         return
-    trial.stopped = None  # it was done before its worker heard of it
+    trial.stopped = None  # it succeeded before its worker applied the stop request
     score = None if point is None else measure_of(session.get_one(Sweep, trial.sweep_id)).score(point)
     if score is not None and point is not None:
         trial.step, trial.score = point["step"], score
 
 
 def ended_for(session: Session, job: Job, reason: EndReason) -> EndReason:
-    """Why a job really ended that was cancelled, whoever or whatever made it end then."""
+    """Return the end reason of a cancelled job: `PRUNED` if it was stopped as a trial, else `reason`."""
     trial = trial_of(session, job)
     return EndReason.PRUNED if trial is not None and trial.stopped is not None else reason
 
 
 def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
-    """When a trial has ended its sweep may go on, or be at its end."""
+    """Mark the sweep of a finished trial as due: it may create further trials, or be finished itself."""
     if job.sweep_id is not None and job.state in FINAL_STATES:
         sweep = get_once(session, Sweep, job.sweep_id, lock="update")
         assert sweep is not None
@@ -123,8 +126,10 @@ def _smoothed(trial: Trial, measure: Measure, step: int, score: float) -> float:
 
 
 def _goes_on(session: Session, trial: Trial, rung: int, rungs: Rungs) -> bool:
-    """By what the others had that have come to the rung. A step that is trained again after a resume decides nothing
-    anew."""
+    """Record the trial's score at the rung, and compare it with the trials that have reached the rung.
+
+    A step that is repeated after a resume does not change the earlier decision.
+    """
     if session.get(RungValue, (trial.job_id, rung)) is not None:
         return True
     session.add(RungValue(job_id=trial.job_id, rung=rung, sweep_id=trial.sweep_id, score=trial.score))
@@ -137,18 +142,18 @@ def _goes_on(session: Session, trial: Trial, rung: int, rungs: Rungs) -> bool:
 
 def _at_a_rung(sweep: Sweep, rung: int, step: int) -> str:
     factor = (sweep.rungs or {})["reduction_factor"]
-    return f"At rung {rung}, step {step}, it was not among the best 1 of {factor} that have come so far"
+    return f"At rung {rung}, step {step}, it was not among the best 1/{factor} of the trials that have reached it"
 
 
 def design_of(sweep: Sweep) -> Design:
-    """Raises Conflict for one that an older version took and this one doesn't understand."""
+    """Return the design of a stored sweep. Raises Conflict if it is from an older version and is not valid any more."""
     try:
         request = SweepRequest.model_validate(sweep.requested)
     except ValidationError as error:
         raise Conflict(
-            f"The sweep {sweep.id} was made by an older version, and makes no further trials: {_first(error)}.",
+            f"Sweep {sweep.id} was created by an older version and can't create further trials: {_first(error)}.",
             code="sweep_outdated",
-            remedy="Make a new sweep for the trials that are missing.",
+            remedy="Create a new sweep for the missing trials.",
         ) from error
     return replace(designed(request, seed=sweep.seed), rungs=rungs_of(sweep))
 
@@ -163,7 +168,10 @@ def rungs_of(sweep: Sweep) -> Rungs | None:
 
 
 def find_sweep(session: Session, project_id: str, sweep_id: str, *, locked: bool = False) -> Sweep:
-    """Raises NotFound. locked: no trial is made or added meanwhile; jobs are locked before it, never after."""
+    """Return a sweep of the project. Raises NotFound.
+
+    `locked`: no other transaction can create or add a trial meanwhile. Lock jobs before the sweep, never after it.
+    """
     mine = select(Sweep).where(Sweep.id == sweep_id, Sweep.project_id == project_id)
     sweep = session.scalar(mine.with_for_update(of=Sweep) if locked else mine)
     if sweep is None:
@@ -172,7 +180,7 @@ def find_sweep(session: Session, project_id: str, sweep_id: str, *, locked: bool
 
 
 def find_trial(session: Session, sweep: Sweep, number: int) -> Trial:
-    """Raises NotFound."""
+    """Return the trial with this number. Raises NotFound."""
     mine = select(Trial).where(Trial.sweep_id == sweep.id, Trial.number == number)
     trial = session.scalar(mine) if 0 <= number < sweep.num_created else None
     if trial is None:

@@ -1,1 +1,1 @@
-"""What a job may ask for, and the resolved specification that a worker trains. Pure: no database."""
+"""The job request, and the resolved specification that a worker trains. Pure: no database."""

@@ -1,4 +1,4 @@
-"""What of a data file's rows is learnt, and what becomes of a row that is too long."""
+"""Options for data files: which tokens are trained on, and how rows that are too long are handled."""
 
 from __future__ import annotations
 
@@ -15,42 +15,45 @@ Overflow = Literal["truncate", "drop", "split"]
 
 
 class DataRequest(Strict):
-    """How the rows of both files are read."""
+    """How the rows of the training file and the validation file are used."""
 
     loss: Loss = Field(
         default="assistant",
-        description="Of a chat, learn every answer of weight other than 0, or only the last assistant message.",
+        description=(
+            "Trained tokens of a chat. assistant: every assistant message whose weight is not 0. last_turn: only the "
+            "last assistant message (chats only)."
+        ),
     )
     overflow: Overflow = Field(
         default="truncate",
         description=(
-            "A row of more than max_length tokens: keep its start, leave it out, or (plain texts only) cut it into "
-            "consecutive pieces of max_length tokens."
+            "Handling of rows with more than max_length tokens. truncate: keep the start. drop: skip the row. split: "
+            "split the row into consecutive pieces of max_length tokens (plain texts only)."
         ),
     )
 
 
 class DataSpec(Strict):
-    """The same, as a job's record has it. The defaults are what records of before it was asked for mean."""
+    """The resolved data options of a job. The defaults apply to specs that are older than the options."""
 
     loss: Loss = "assistant"
     overflow: Overflow = "truncate"
 
 
 def check_data(data: DataRequest, kind: DataKind, *, file_id: str) -> None:
-    """Raises InvalidRequest where the rows are not of a kind that this can be asked of."""
+    """Raises InvalidRequest if the options do not apply to this kind of rows."""
     if data.loss == "last_turn" and kind != "chat":
         raise InvalidRequest(
-            f"The loss 'last_turn' is for chats, and the rows of {file_id} are of the kind {kind!r}.",
+            f"The loss 'last_turn' requires chats, but the rows of {file_id} are of kind {kind!r}.",
             code="loss_needs_chat",
-            remedy="Leave data.loss out: of other rows what is learnt follows from their kind.",
+            remedy="Remove data.loss. For other rows, their kind determines the trained tokens.",
             param="data.loss",
         )
     if data.overflow == "split" and kind != "text":
         raise InvalidRequest(
-            f"Only plain texts can be split, and the rows of {file_id} are of the kind {kind!r}.",
+            f"The overflow 'split' requires plain texts, but the rows of {file_id} are of kind {kind!r}.",
             code="split_needs_text",
-            remedy="Say 'truncate' or 'drop', raise max_length, or shorten the rows: a later piece of a conversation "
-            "would lack what its answers are to.",
+            remedy="Set data.overflow to 'truncate' or 'drop', raise max_length, or shorten the rows. Later pieces of "
+            "a conversation would lack their context.",
             param="data.overflow",
         )

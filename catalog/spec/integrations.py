@@ -1,6 +1,6 @@
-"""Where a job's curves may go beside the record: which trackers there are, and what a job may say to each.
+"""Experiment trackers that a job's curves can be written to, and the options of each tracker.
 
-Where a tracker lives, and by which account it is written, is the operator's to say and never a job's.
+The address and the account of a tracker are set by the operator, never by a job.
 """
 
 from __future__ import annotations
@@ -13,48 +13,52 @@ from catalog.spec.strict import Label, Strict
 
 IntegrationType = Literal["wandb", "mlflow", "tensorboard", "trackio"]
 INTEGRATION_TYPES: tuple[IntegrationType, ...] = get_args(IntegrationType)
-INSTALL = "On a worker: pip install 'lorry-server[integrations]'; docs/INTEGRATIONS.md tells what else each one needs."
+INSTALL = "On a worker, run: pip install 'lorry-server[integrations]'. docs/INTEGRATIONS.md lists further requirements."
 NAME_PATTERN = r"^[^\x00-\x1f\x7f/\\#?%:]+$"
-"""What Weights & Biases takes for the name of a project."""
+"""Pattern of project names that Weights & Biases accepts."""
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=NAME_PATTERN)]
 Tags = Annotated[dict[Name, Name], Field(max_length=16, json_schema_extra={"additionalProperties": False})]
-"""By name. Of names that the pattern doesn't fit a schema says nothing by itself."""
+"""Values by name. `additionalProperties` is false because a JSON schema otherwise allows names that do not match."""
 
 
 class Wandb(Strict):
-    """Weights & Biases, in OpenAI's form."""
+    """Weights & Biases, in OpenAI's format."""
 
-    project: Name = Field(description="The W&B project, after the name of Lorry's project and ' - '.")
-    name: Name | None = Field(default=None, description="Of the run; by itself the job's id.")
+    project: Name = Field(description="W&B project. The name of the Lorry project and ' - ' are added in front.")
+    name: Name | None = Field(default=None, description="Name of the run. Default: the job id.")
     entity: Name | None = Field(
         default=None, description="Rejected: the operator sets the team or user (`WANDB_ENTITY` on the workers)."
     )
-    tags: Annotated[list[Name], Field(max_length=16)] | None = Field(default=None, description="Of the run.")
+    tags: Annotated[list[Name], Field(max_length=16)] | None = Field(default=None, description="Tags of the run.")
 
 
 class Mlflow(Strict):
     """MLflow."""
 
-    experiment: Name = Field(default="lorry", description="Behind the project's name and a slash.")
-    run_name: Name | None = Field(default=None, description="By itself the job's id.")
-    tags: Tags | None = Field(default=None, description="Of the run.")
+    experiment: Name = Field(
+        default="lorry", description="Experiment. The name of the Lorry project and '/' are added in front."
+    )
+    run_name: Name | None = Field(default=None, description="Name of the run. Default: the job id.")
+    tags: Tags | None = Field(default=None, description="Tags of the run.")
 
 
 class TensorBoard(Strict):
-    """A folder of TensorBoard's event files."""
+    """A directory of TensorBoard event files."""
 
-    name: Label | None = Field(default=None, description="Beginning of the run's folder, before the job's id.")
+    name: Label | None = Field(default=None, description="Prefix of the run's directory, before the job id.")
 
 
 class Trackio(Strict):
-    """Trackio, on this service's own machines."""
+    """Trackio, on the machines of this service."""
 
-    project: Name = Field(default="lorry", description="Behind the project's name and a hyphen.")
-    name: Name | None = Field(default=None, description="Of the run, before the job's id.")
+    project: Name = Field(
+        default="lorry", description="Trackio project. The name of the Lorry project and '-' are added in front."
+    )
+    name: Name | None = Field(default=None, description="Prefix of the run's name, before the job id.")
 
 
 class Integration(Strict):
-    """A tracker, and what is said to it under its own name."""
+    """A tracker type, and its options under the name of the type."""
 
     type: IntegrationType
     wandb: Wandb | None = None
@@ -66,13 +70,13 @@ class Integration(Strict):
     def _says_what_is_of_its_type(self) -> Integration:
         others = [name for name in INTEGRATION_TYPES if name != self.type and getattr(self, name) is not None]
         if others:
-            raise ValueError(f"its type is '{self.type}': say so with '{others[0]}', or leave '{others[0]}' out")
+            raise ValueError(f"its type is '{self.type}': set the type to '{others[0]}', or remove '{others[0]}'")
         if self.type == "wandb" and self.wandb is None:
-            raise ValueError("the type 'wandb' needs 'wandb' with its 'project'")
+            raise ValueError("the type 'wandb' requires 'wandb' with its 'project'")
         return self
 
     def options(self) -> Strict:
-        """Of its type, with every default."""
+        """Return the options of its type, with all defaults."""
         given: Strict | None = getattr(self, self.type)
         return given if given is not None else DEFAULTS[self.type]()
 
@@ -85,8 +89,8 @@ DEFAULTS: dict[IntegrationType, type[Mlflow | TensorBoard | Trackio]] = {
 
 
 def checked(integrations: list[Integration] | None) -> list[Integration] | None:
-    """Of each type one at most. Raises ValueError."""
+    """Check that each type occurs at most once. Raises ValueError."""
     types = [one.type for one in integrations or ()]
     if len(types) != len(set(types)):
-        raise ValueError("has a type twice: name each once")
+        raise ValueError("must contain each type at most once")
     return integrations

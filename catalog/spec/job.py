@@ -1,4 +1,4 @@
-"""What a user may ask for (`JobRequest`, the body of the API request) and what a worker trains (`JobSpec`).
+"""The job request (`JobRequest`, the body of the API request) and the resolved job that a worker trains (`JobSpec`).
 
 `resolve` replaces every default and every `auto` by a value; docs/CONFIGURATION.md lists the rules. Each field states
 its unit and limits. A limit that a validator checks is a constant, because its field must state it in OpenAPI too.
@@ -46,11 +46,11 @@ Default = TypeVar("Default")
 SPEC_VERSION = 1
 Precision = Literal["bfloat16", "float32"]
 Quantization = Literal["none", "nf4", "int8"]
-"""A label: letters, digits, dot, underscore, hyphen; 64 at most; no slash, space or control character."""
+"""Quantization of the base model's linear layers."""
 MAX_PAIRS, MAX_KEY_LENGTH, MAX_VALUE_LENGTH = 16, 64, 512
-"""Of `metadata`; lengths in characters, as OpenAI limits them."""
+"""Limits of `metadata`, the same as OpenAI's; lengths in characters."""
 MIN_LENGTH, MAX_LENGTH = 8, 131_072
-"""Of a row, in tokens."""
+"""Limits of `max_length`, in tokens."""
 AUTO_LENGTH, AUTO_CHECKPOINT_STEPS = 4096, 50
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Id = Annotated[str, Field(min_length=1, max_length=64, json_schema_extra=WITHOUT_NUL)]
@@ -61,16 +61,18 @@ ModelName = Annotated[str, Field(min_length=1, max_length=256, json_schema_extra
 
 
 class ResourcesRequest(Strict):
-    """What a job may say of devices. Its memory is reckoned from what it trains, and needn't be said."""
+    """Devices of a job. Its memory is estimated from the other fields."""
 
-    devices: int = Field(default=1, description="1: every job trains on one device.", json_schema_extra={"enum": [1]})
-    strategy: Literal["auto", "single"] = Field(default="auto", description="auto: single.")
+    devices: int = Field(default=1, description="Number of devices. Must be 1.", json_schema_extra={"enum": [1]})
+    strategy: Literal["auto", "single"] = Field(
+        default="auto", description="Distribution across devices. auto: single."
+    )
 
     @field_validator("devices")
     @classmethod
     def _one_device(cls, value: int) -> int:
         if value != 1:
-            raise ValueError("must be 1: a job trains on one device, which others may share")
+            raise ValueError("must be 1: a job trains on one device, which it may share with other jobs")
         return value
 
 
@@ -78,15 +80,15 @@ class JobRequest(Strict):
     """The body of POST /v1/fine_tuning/jobs: OpenAI's fields, then Lorry's."""
 
     model: ModelName = Field(
-        description="A base model's name; or an adapter's, ft:…, to continue that, as parent_adapter does."
+        description="Name of a base model, or of an adapter (ft:…) to continue, which is the same as parent_adapter."
     )
     training_file: Id
     validation_file: Id | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = Field(
-        default=None, description="Deprecated by OpenAI; the same as method's."
+        default=None, description="Deprecated by OpenAI. Use the hyperparameters of `method` instead."
     )
-    suffix: Label | None = Field(default=None, description="Becomes part of the adapter's name.")
+    suffix: Label | None = Field(default=None, description="Part of the adapter's name.")
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: dict[str, Annotated[str, Field(json_schema_extra={"maxLength": MAX_VALUE_LENGTH})]] | None = Field(
         default=None,
@@ -96,18 +98,18 @@ class JobRequest(Strict):
         },
     )
     integrations: Annotated[list[Integration], Field(max_length=len(INTEGRATION_TYPES))] | None = Field(
-        default=None, description="Trackers that the job's curves are written to, beside the record."
+        default=None, description="Trackers to which the job's curves are written, each at most once. null: none."
     )
 
     tags: Annotated[list[Tag], Field(max_length=16)] | None = Field(
-        default=None, description="What jobs are found by, beside metadata: GET /v1/fine_tuning/jobs?tag=NAME."
+        default=None, description="Tags for finding jobs, like metadata: GET /v1/fine_tuning/jobs?tag=NAME."
     )
-    resources: ResourcesRequest | None = Field(default=None, description="Where it trains: on one device.")
+    resources: ResourcesRequest | None = Field(default=None, description="Devices of the job: one device.")
     parent_adapter: ModelName | None = Field(
         default=None,
         description=(
-            "Id or name of an adapter of the same base model that the job begins with. What `lora` and `quantization` "
-            "leave out is then the parent's, and what they say must be so; lora.dropout is the job's own."
+            "Id or name of an adapter of the same base model to continue from. Its weights are copied. `lora` and "
+            "`quantization` are inherited; a different value is an error, except lora.dropout, which is not inherited."
         ),
     )
     lora: LoraRequest = LoraRequest()
@@ -116,35 +118,37 @@ class JobRequest(Strict):
     evaluation: EvaluationRequest = EvaluationRequest()
     data: DataRequest = DataRequest()
     early_stopping: EarlyStopping | None = Field(
-        default=None, description="End before the last step where the held-out loss falls no more; null: never."
+        default=None, description="Stop early when the validation loss no longer improves. null: train all steps."
     )
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
-        description="The base's dtype; auto: bfloat16, or float32 where workers live and none's device has it.",
+        description="dtype of the base model. auto: bfloat16, or float32 if there are workers but none has bfloat16.",
     )
     quantization: Quantization = Field(
         default="none",
         description=(
-            "How the base's linear layers are held while training: nf4 (4 bits, as in QLoRA, arXiv 2305.14314) or int8 "
-            "(arXiv 2208.07339, without outlier columns), by bitsandbytes; none: as they are, in `precision`. The "
-            "adapter is verified on the base so held."
+            "Quantization of the base model's linear layers during training, by bitsandbytes: nf4 (4 bits, as in "
+            "QLoRA, arXiv 2305.14314) or int8 (arXiv 2208.07339, without outlier columns). none: the layers have the "
+            "dtype `precision`. The adapter is verified on the quantized base model."
         ),
     )
     max_length: Annotated[int, Field(json_schema_extra={"minimum": MIN_LENGTH, "maximum": MAX_LENGTH})] | Auto = Field(
-        default="auto", description=f"Tokens of a row that are kept. auto: the base's, at most {AUTO_LENGTH}."
+        default="auto",
+        description=f"Maximum tokens of a row (see data.overflow). auto: the base model's, at most {AUTO_LENGTH}.",
     )
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = Field(
-        default=None, description="End after so many steps."
+        default=None, description="Maximum number of optimizer steps. null: all epochs."
     )
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = Field(
-        default="auto", description=f"auto: {AUTO_CHECKPOINT_STEPS}."
+        default="auto", description=f"Optimizer steps between checkpoints. auto: {AUTO_CHECKPOINT_STEPS}."
     )
     priority: Priority = "normal"
     deadline: Annotated[int, Field(ge=0, le=253_402_300_799)] | None = Field(
         default=None,
         description=(
-            "When the job should have ended, in seconds since 1970. Of the project's jobs of its class, those with a "
-            "deadline go first, that first which must start first; one that can't meet it is told so and goes on."
+            "Time by which the job should finish, in seconds since 1970. Among the project's jobs of the same class, "
+            "jobs with a deadline go first, ordered by latest start. A job that can't meet its deadline gets a warning "
+            "event and keeps running. null: no deadline."
         ),
     )
 
@@ -154,9 +158,11 @@ class JobRequest(Strict):
         if value is None:
             return None
         if len(value) > MAX_PAIRS:
-            raise ValueError(f"at most {MAX_PAIRS} pairs")
+            raise ValueError(f"must have at most {MAX_PAIRS} pairs")
         if any(not 1 <= len(key) <= MAX_KEY_LENGTH or len(text) > MAX_VALUE_LENGTH for key, text in value.items()):
-            raise ValueError(f"a key has 1 to {MAX_KEY_LENGTH} characters and a value at most {MAX_VALUE_LENGTH}")
+            raise ValueError(
+                f"must have keys of 1 to {MAX_KEY_LENGTH} and values of at most {MAX_VALUE_LENGTH} characters"
+            )
         return value
 
     @field_validator("integrations")
@@ -174,11 +180,11 @@ class JobRequest(Strict):
     @model_validator(mode="after")
     def _one_place_for_hyperparameters(self) -> JobRequest:
         if self.method is not None and self.hyperparameters is not None:
-            raise ValueError(f"give hyperparameters once: in method.{self.method.type}, not at the top as well")
+            raise ValueError(f"set hyperparameters only once: in method.{self.method.type} or at the top level")
         return self
 
     def method_hyperparameters(self) -> Hyperparameters:
-        """OpenAI's three and the method's own, from the field where they were given."""
+        """Return OpenAI's three hyperparameters and the method's own, from the field that the request uses."""
         if self.method is not None:
             return self.method.hyperparameters()
         return self.hyperparameters or Hyperparameters()
@@ -189,20 +195,20 @@ class JobRequest(Strict):
 
 
 class PlannedJob(Strict):
-    """The other body of POST /v1/fine_tuning/jobs: the job that a plan has planned. Other fields must say the same."""
+    """The alternative body of POST /v1/fine_tuning/jobs: the job of a plan. Other fields must match the plan."""
 
     model_config = ConfigDict(
-        extra="allow",  # they are read with the plan, and refused there as anywhere
+        extra="allow",  # validated later, together with the plan
         json_schema_extra={"propertyNames": {"enum": ["plan", *JobRequest.model_fields]}},
     )
-    plan: Id = Field(description="A plan's id.")
+    plan: Id = Field(description="Id of a plan.")
 
 
 # The resolved job: what a worker trains
 
 
 class ParentSpec(Strict):
-    """The adapter that a job begins with: its id and name, the digest of its files, and its lineage record's id."""
+    """The adapter that a job continues: its id, its name, the digest of its files, and the id of its lineage record."""
 
     adapter: str
     name: str
@@ -219,9 +225,9 @@ class JobSpec(Strict):
     version: Literal[1] = SPEC_VERSION
     method: MethodType = "supervised"
     supervised: SupervisedSpec | None = None
-    """Of the method supervised. None in records that are older than its hyperparameters."""
+    """Hyperparameters of the method supervised. None in specs that are older than these hyperparameters."""
     preference: PreferenceSpec | None = None
-    """Of the methods that compare answers, in pairs or by their labels."""
+    """Hyperparameters of the preference methods: dpo, orpo, simpo, kto."""
     parent: ParentSpec | None = None
     lora: LoraSpec
     optimizer: OptimizerSpec
@@ -232,7 +238,7 @@ class JobSpec(Strict):
     learning_rate_multiplier: float
     max_length: int
     evaluate_every_steps: int | None
-    """None: ten times, evenly over the job."""
+    """None: ten evaluations, evenly spaced over the job."""
     keep: Literal["last", "best"] = "last"
     early_stopping: EarlyStopping | None = None
     checkpoint_every_steps: int
@@ -244,7 +250,7 @@ class JobSpec(Strict):
 
     @property
     def method_hyperparameters(self) -> SupervisedSpec | PreferenceSpec:
-        """The method's own, without OpenAI's three."""
+        """The method's own hyperparameters, without OpenAI's three."""
         return self.preference or self.supervised or SupervisedSpec()
 
     def num_steps(self, num_rows: int) -> int:
@@ -268,8 +274,8 @@ def resolve(
     """Replace every `auto` and every default by a value.
 
     `num_rows`: rows of the training file, as counted at upload. `max_positions`: the longest sequence of the base
-    model, in tokens. `seed`: of a request without one. `auto_precision`: the one that suits the workers. `parent`: the
-    adapter that the job continues; catalog/admission/parent.py has then completed the request.
+    model, in tokens. `seed`: used if the request has none. `auto_precision`: the dtype that the workers support.
+    `parent`: the adapter that the job continues; catalog/admission/parent.py has then completed the request.
     """
     hyperparameters = request.method_hyperparameters()
     preference = resolve_preference(hyperparameters)
@@ -308,7 +314,8 @@ def _given(value: T | Auto, *, auto: Default) -> T | Default:
 
 
 def _resolve_rate(rate: float | Auto, multiplier: float | Auto, *, auto_multiplier: float) -> tuple[float, float]:
-    """(peak learning rate, the multiplier that gives the same). If both were given they agree: admission checks it."""
+    """Return (peak learning rate, equivalent multiplier). If the request sets both, admission has checked that they
+    agree."""
     if rate == "auto":
         factor = auto_multiplier if multiplier == "auto" else multiplier
         return BASE_LEARNING_RATE * factor, factor
@@ -316,5 +323,5 @@ def _resolve_rate(rate: float | Auto, multiplier: float | Auto, *, auto_multipli
 
 
 def auto_batch_size(num_rows: int) -> int:
-    """About 0.5% of the rows, a power of two between 4 and 32."""
+    """Return about 0.5% of the rows, as a power of two from 4 to 32."""
     return min(32, max(4, 2 ** round(math.log2(max(1.0, num_rows * 0.005)))))

@@ -1,4 +1,4 @@
-"""What a person would want to be told before a job is paid for: each with a code, a sentence and a remedy. Pure."""
+"""Warnings about a job, before any training: each has a code, a message and a remedy. Pure."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from catalog.spec.target_modules import Adapted
 from catalog.spec.training import BASE_LEARNING_RATE
 
 FEW_STEPS = 30
-"""Of fewer optimizer steps a schedule has hardly risen before it falls, and an adapter has hardly moved."""
+"""With fewer optimizer steps, the learning rate decays right after warm-up, and the adapter barely changes."""
 MOST_EPOCHS = 100
-"""That a job may ask for."""
+"""Maximum of `n_epochs`."""
 UNUSUAL_RATE = 10.0
-"""Times the usual rate, or that part of it."""
+"""Factor above or below the usual learning rate."""
 LOWEST_ADAFACTOR = 0.05
-"""Below it a B that begins at zero hardly moves; docs/CONFIGURATION.md says why."""
+"""Below this learning rate, a B that starts at zero barely changes; see docs/CONFIGURATION.md."""
 LITTLE_LEARNT = 0.05
-"""Share of a file's tokens that have loss."""
+"""Fraction of a file's tokens that are trained on."""
 MUCH_CUT = 0.05
-"""Share of a file's rows that are too long."""
+"""Fraction of a file's rows that are too long."""
 MANY_TWICE = 0.01
-"""Share of a file's rows that equal an earlier one."""
+"""Fraction of a file's rows that equal an earlier row."""
 USUAL_RANK = 16
 PARAMETERS_PER_TOKEN = 20
-"""Some two bits fit into a parameter of an adapter, and a token of an answer brings about one (LoRA Without Regret,
-Thinking Machines 2025): with so many parameters for each token that is learnt, rank is no bound by far."""
+"""An adapter parameter stores about two bits, and a token of an answer contains about one (LoRA Without Regret,
+Thinking Machines 2025). With this many parameters per trained token, the rank is far from being a limit."""
 Report = Mapping[str, Any]
 
 
@@ -44,113 +44,116 @@ class Caution:
 
 
 def few_steps(spec: JobSpec, num_steps: int) -> Caution | None:
-    """num_steps: as they are once the files are prepared."""
+    """Return a warning if the job has few steps. `num_steps`: the final number, once the files are prepared."""
     if num_steps >= FEW_STEPS:
         return None
     steps = "1 optimizer step" if num_steps == 1 else f"{num_steps} optimizer steps"
-    message = f"The job has {steps}: fewer than {FEW_STEPS} seldom change a model much."
+    message = f"The job has only {steps}: fewer than {FEW_STEPS} rarely change a model much."
     return Caution(code="few_steps", message=message, remedy=_more_steps(spec, num_steps))
 
 
 def of_course(spec: JobSpec, *, num_steps: int, has_held_out: bool) -> Iterator[Caution]:
-    """What holds whatever the rows are."""
+    """Yield the warnings that do not depend on the rows."""
     if (few := few_steps(spec, num_steps)) is not None:
         yield few
     yield from _rate(spec)
     if not has_held_out:
         yield Caution(
             code="no_validation_file",
-            message="There is no validation file, so nothing will tell whether the adapter learns or memorises.",
-            remedy="Hold back some rows, and give them as validation_file.",
+            message="There is no validation file, so overfitting will not be visible.",
+            remedy="Move some rows to a separate file, and set it as validation_file.",
         )
 
 
 def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
-    """role: training or validation, as the sentences say. report: a DatasetReport of a file that can be used."""
+    """Yield the warnings about a file. `role`: training or validation. `report`: DatasetReport of a usable file."""
     rows, usable, tokens = int(report["rows"]), int(report["usable_rows"]), int(report["tokens"])
     learnt = int(report["supervised_tokens"])
     if role == "training" and spec.batch_size > usable:
         yield Caution(
             code="batch_exceeds_data",
-            message=f"A batch has {spec.batch_size} rows and the training file has {usable} that can be used: every "
-            "step sees some of them more than once.",
-            remedy=f"Use a batch_size of {max(1, usable // 8)} or so.",
+            message=f"The batch size is {spec.batch_size}, but the training file has only {usable} usable rows: every "
+            "step trains on some rows more than once.",
+            remedy=f"Set batch_size to about {max(1, usable // 8)}.",
         )
     if tokens and learnt < LITTLE_LEARNT * tokens:
         yield Caution(
             code="low_trained_fraction",
-            message=f"Of the {tokens:,} tokens of the {role} file {learnt:,} have loss ({learnt / tokens:.1%}): most "
-            "of the time goes into reading prompts.",
-            remedy="Look at the sample rows: is what you want learnt what has loss? Shorter prompts cost less.",
+            message=f"The {role} file has {tokens:,} tokens, of which {learnt:,} are trained on "
+            f"({learnt / tokens:.1%}): most of the time is spent on prompts.",
+            remedy="Check the sample rows: are the trained tokens the ones you want? Shorter prompts cost less.",
         )
     yield from _cut(spec, report, rows=rows, role=role)
     if empty := int(report["empty_rows"]):
         yield Caution(
             code="empty_rows",
-            message=f"{_rows(empty)} of the {role} file {_have(empty)} nothing that is learnt, and {_are(empty)} left "
-            "out.",
-            remedy="Look at their lines: an answer of weight 0, or one that begins beyond max_length.",
+            message=f"{_rows(empty)} of the {role} file {_have(empty)} no trainable tokens and {_are(empty)} skipped.",
+            remedy="Check these lines for answers with weight 0, and for answers that start after max_length tokens.",
         )
     twice = int(report["duplicate_rows"])
     if twice and twice >= MANY_TWICE * rows:
         yield Caution(
             code="duplicate_rows",
-            message=f"{_rows(twice)} of the {role} file {_are(twice)} there before ({twice / rows:.1%}), and counted "
-            "again each time.",
-            remedy="Remove them, unless they are to weigh more.",
+            message=f"{_rows(twice)} of the {role} file {_are(twice)} equal to an earlier row ({twice / rows:.1%}). "
+            "Every copy is used.",
+            remedy="Remove the copies, unless these rows should have a higher weight.",
         )
 
 
 def of_overlap(num_rows: int, *, of_rows: int) -> Caution | None:
-    """num_rows: of the validation file, that training sees too; of_rows: that it has."""
+    """Return a warning if validation rows are trained on.
+
+    `num_rows`: rows of the validation file that are also in the training file. `of_rows`: all rows of the validation
+    file.
+    """
     if not num_rows:
         return None
     return Caution(
         code="overlap",
-        message=f"{_rows(num_rows)} of {of_rows} of the validation file {_are(num_rows)} in the training file too, so "
-        "the held-out loss will look better than it is.",
-        remedy="Remove them from one of the two.",
+        message=f"{_rows(num_rows)} of {of_rows} in the validation file {_are(num_rows)} also in the training file, so "
+        "the validation loss will look better than it is.",
+        remedy="Remove them from one of the two files.",
     )
 
 
 def of_rank(spec: JobSpec, targets: list[Adapted], *, num_parameters: int, supervised_tokens: int) -> Iterator[Caution]:
-    """supervised_tokens: of the training file, once."""
+    """Yield the warnings about the rank. `supervised_tokens`: trained tokens in one epoch."""
     above = [target for target in targets if target.rank > min(target.linear.out_features, target.linear.in_features)]
     if above:
         linear = above[0].linear
         yield Caution(
             code="rank_above_layer",
-            message=f"The rank {above[0].rank} is above the smaller side of {linear.path}, which is "
-            f"{linear.out_features} by {linear.in_features}: what is above it can't change anything.",
-            remedy="Lower lora.rank, or give that layer a lower one by lora.rank_pattern.",
+            message=f"Rank {above[0].rank} is higher than the smaller side of {linear.path}, which is "
+            f"{linear.out_features} by {linear.in_features}: the additional rank has no effect.",
+            remedy="Lower lora.rank, or set a lower rank for this layer in lora.rank_pattern.",
         )
     if spec.lora.rank > USUAL_RANK and num_parameters > PARAMETERS_PER_TOKEN * supervised_tokens:
         yield Caution(
             code="rank_beyond_need",
-            message=f"Rank {spec.lora.rank} has {num_parameters:,} parameters, and {supervised_tokens:,} tokens are "
-            "learnt.",
-            remedy=f"Rank {USUAL_RANK} or less would do, and takes less memory.",
+            message=f"Rank {spec.lora.rank} has {num_parameters:,} parameters, but only {supervised_tokens:,} tokens "
+            "are trained on.",
+            remedy=f"Use rank {USUAL_RANK} or lower, which is sufficient and needs less memory.",
         )
 
 
 def _more_steps(spec: JobSpec, num_steps: int) -> str:
     if spec.max_steps is not None and num_steps >= spec.max_steps:
-        return "Raise max_steps, or leave it out."
+        return "Raise max_steps, or remove it."
     n_epochs = math.ceil(spec.n_epochs * FEW_STEPS / num_steps)
     if n_epochs <= MOST_EPOCHS:
-        return f"{n_epochs} epochs would make that many; or use a smaller batch_size, or more rows."
-    return "Use a smaller batch_size, or more rows."
+        return f"Use {n_epochs} epochs, a smaller batch_size, or more rows."
+    return "Use a smaller batch_size or more rows."
 
 
 def _rate(spec: JobSpec) -> Iterator[Caution]:
-    """SGD has no usual rate."""
+    """Yield a warning if the learning rate is unusual. SGD has no usual learning rate."""
     rate, kind = spec.optimizer.learning_rate, spec.optimizer.type
     if kind == "adafactor" and rate < LOWEST_ADAFACTOR:
         yield Caution(
             code="unusual_learning_rate",
-            message=f"The learning rate {rate:g} is low for Adafactor, of which it is the share of its own size by "
-            "which a matrix moves: adapters hardly change at it.",
-            remedy="0.1 to 1 suits them.",
+            message=f"The learning rate {rate:g} is low for Adafactor, which scales updates by the size of the matrix: "
+            "the adapter will barely change.",
+            remedy="Set a learning rate from 0.1 to 1.",
         )
     if kind != "adamw":
         return
@@ -158,17 +161,17 @@ def _rate(spec: JobSpec) -> Iterator[Caution]:
     if usual / UNUSUAL_RATE <= rate <= usual * UNUSUAL_RATE:
         return
     far = f"{rate / usual:,.0f} times" if rate > usual else f"1/{usual / rate:,.0f} of"
-    follows = "training will hardly survive it" if rate > usual else "little will be learnt"
+    follows = "training will probably diverge" if rate > usual else "the adapter will learn little"
     yield Caution(
         code="unusual_learning_rate",
-        message=f"The learning rate {rate:g} is {far} what is usual for {spec.method} ({usual:g}): {follows}.",
-        remedy="Leave it out, or try two short jobs beside each other.",
+        message=f"The learning rate {rate:g} is {far} the usual value for {spec.method} ({usual:g}): {follows}.",
+        remedy="Remove it to use the default, or compare two short jobs first.",
     )
 
 
 def _cut(spec: JobSpec, report: Report, *, rows: int, role: str) -> Iterator[Caution]:
     longest = f"Raise max_length (the longest row has {int(report['longest_row']):,} tokens), or shorten the rows."
-    for field, what in (("truncated_rows", "what is beyond is cut off"), ("dropped_rows", "such rows are left out")):
+    for field, what in (("truncated_rows", "longer rows are truncated"), ("dropped_rows", "longer rows are dropped")):
         number = int(report.get(field, 0))
         if number and number >= MUCH_CUT * rows:
             yield Caution(

@@ -1,7 +1,7 @@
-"""The adapter's shape as a person may ask for it (`LoraRequest`), and as it comes to (`LoraSpec`).
+"""The adapter configuration as requested (`LoraRequest`) and with all defaults resolved (`LoraSpec`).
 
-Patterns are objects, as in PEFT, but the keys of a JSON object have no order: submission refuses two keys
-that give one layer different values (target_modules.py), so the order never matters.
+Patterns are objects, as in PEFT, but the keys of a JSON object have no order. Admission rejects two keys that set
+different values for one layer (target_modules.py), so the order never matters.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ MAX_PATTERN_CHARS = 256
 MAX_MODULES = 64
 MAX_LAYERS = 1024
 MAX_KEYS = 32
-"""Of one pattern: each is tried on each linear layer of a base."""
+"""Maximum keys of one pattern, because each key is matched with each linear layer of a base model."""
 
 
 def _expression(text: str) -> str:
-    """Counted repetition is refused: a nested one takes gigabytes to compile."""
+    """Validate a regular expression. Counted repetition is rejected, because nested ones take gigabytes to compile."""
     write_guard.check_outside("compiling a pattern")
     if "{" in text:
-        raise ValueError("must be a regular expression without counted repetition, '{…}'")
+        raise ValueError("must be a regular expression without counted repetition ('{…}')")
     try:
         regex.compile(text)
         re.compile(text)
     except (regex.error, re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"must be a regular expression; this is none ({error})") from error
+        raise ValueError(f"must be a valid regular expression ({error})") from error
     return text
 
 
@@ -57,42 +57,42 @@ _FEW_KEYS: JsonDict = {
     "maxProperties": MAX_KEYS,
     "propertyNames": {"minLength": 1, "maxLength": MAX_PATTERN_CHARS, "format": "regex", "pattern": r"^[^{]+$"},
 }
-"""Limits that are checked with words of their own, as the OpenAPI document tells them."""
+"""OpenAPI schema of limits that validators check with their own messages."""
 
 
 class LoraRequest(Strict):
-    """The adapter's shape."""
+    """The adapter configuration."""
 
-    rank: int = Field(default=16, ge=1, le=MAX_RANK, description="Rank r of B·A.")
-    alpha: PositiveFloat | Auto = Field(default="auto", description="The update is scaled by alpha/rank. auto: 2·rank.")
-    dropout: float = Field(default=0.0, ge=0, le=0.9, description="Probability of dropping an input of A.")
+    rank: int = Field(default=16, ge=1, le=MAX_RANK, description="Rank r of the update B·A.")
+    alpha: PositiveFloat | Auto = Field(default="auto", description="Scales the update by alpha/rank. auto: 2·rank.")
+    dropout: float = Field(default=0.0, ge=0, le=0.9, description="Dropout probability of the inputs of A.")
     target_modules: Literal["all-linear"] | TargetExpression | Modules = Field(
         default="all-linear",
         description=(
-            "Names of the linear layers to adapt, 're:' and a regular expression of their whole paths, or all but the "
-            "output head."
+            "Linear layers to adapt: a list of layer names or ends of paths, 're:' and a regular expression that "
+            "matches whole paths, or all-linear for all layers except the output head."
         ),
     )
     layers_to_transform: Layers | None = Field(
-        default=None, description="Only in the blocks of these numbers, from 0; null: in all."
+        default=None, description="Numbers of the blocks to adapt, from 0. null: all blocks."
     )
     rank_pattern: dict[PatternKey, Annotated[int, Field(ge=1, le=MAX_RANK)]] = Field(
         default={},
-        description="Other ranks by layer: a path's end, or a regular expression for it, and the rank.",
+        description="Ranks of individual layers. The key is a path, the end of a path, or a regular expression.",
         json_schema_extra=_FEW_KEYS,
     )
     alpha_pattern: dict[PatternKey, PositiveFloat] = Field(
-        default={}, description="Other alphas, in the same way.", json_schema_extra=_FEW_KEYS
+        default={}, description="Alphas of individual layers; keys as in rank_pattern.", json_schema_extra=_FEW_KEYS
     )
-    use_rslora: bool = Field(default=False, description="Scale by alpha/sqrt(rank) (arXiv 2312.03732).")
+    use_rslora: bool = Field(default=False, description="rsLoRA: scale by alpha/sqrt(rank) (arXiv 2312.03732).")
     use_dora: bool = Field(
-        default=False, description="Learn the length of each output's weights beside A and B (arXiv 2402.09353)."
+        default=False, description="DoRA: also train a magnitude for each output (arXiv 2402.09353)."
     )
     init_lora_weights: InitialWeights = Field(
         default="default",
         description=(
-            "Where A and B begin: default (Kaiming-uniform A, B of zeros), gaussian, pissa (arXiv 2404.02948), "
-            "pissa_niter_N, or olora (arXiv 2406.01775)."
+            "Initialization of A and B: default (Kaiming-uniform A, zero B), gaussian, pissa (arXiv 2404.02948), "
+            "pissa_niter_N with N from 1 to 99, or olora (arXiv 2406.01775)."
         ),
     )
 
@@ -100,14 +100,14 @@ class LoraRequest(Strict):
     @classmethod
     def _some_targets(cls, value: str | list[str]) -> str | list[str]:
         if isinstance(value, list) and not 1 <= len(value) <= MAX_MODULES:
-            raise ValueError(f"name between 1 and {MAX_MODULES} modules, or say 'all-linear'")
+            raise ValueError(f"must be a list of 1 to {MAX_MODULES} layer names, or 'all-linear'")
         return value
 
     @field_validator("layers_to_transform")
     @classmethod
     def _some_layers(cls, value: list[int] | None) -> list[int] | None:
         if value is not None and not 1 <= len(value) <= MAX_LAYERS:
-            raise ValueError(f"must be between 1 and {MAX_LAYERS} numbers of blocks, or null")
+            raise ValueError(f"must be a list of 1 to {MAX_LAYERS} block numbers, or null")
         return value
 
     @field_validator("rank_pattern", "alpha_pattern")
@@ -120,12 +120,15 @@ class LoraRequest(Strict):
     @model_validator(mode="after")
     def _one_choice_of_layers(self) -> LoraRequest:
         if self.layers_to_transform is not None and str(self.target_modules).startswith(REGEX_PREFIX):
-            raise ValueError("say the layers in the regular expression of target_modules, not in layers_to_transform")
+            raise ValueError("layers_to_transform can't be combined with a regular expression in target_modules")
         return self
 
 
 class LoraSpec(Strict):
-    """Every default resolved. Fields with a default were added later, and the default is what was done before."""
+    """The configuration with all defaults resolved.
+
+    Fields with a default were added later. The default is the behavior of specs that lack the field.
+    """
 
     rank: int
     alpha: float
@@ -140,12 +143,12 @@ class LoraSpec(Strict):
 
     @property
     def begins_with_the_base(self) -> bool:
-        """Whether A and B begin with a part of each weight, which is then subtracted from the base model."""
+        """Whether A and B are initialized from the weights, and that part is then subtracted from the base model."""
         return begins_with_the_base(self.init_lora_weights)
 
     @property
     def target_expression(self) -> str | None:
-        """The regular expression of `target_modules`; None where those are names."""
+        """The regular expression of `target_modules`; None if they are names."""
         wanted = self.target_modules
         if not isinstance(wanted, str) or not wanted.startswith(REGEX_PREFIX):
             return None
@@ -153,7 +156,7 @@ class LoraSpec(Strict):
 
 
 def begins_with_the_base(init_lora_weights: str | None) -> bool:
-    """None: a spec of before there was a choice."""
+    """Return whether A and B are initialized from the base model's weights. None: a spec older than the field."""
     return init_lora_weights not in (None, "default", "gaussian")
 
 

@@ -1,8 +1,7 @@
-"""What a job learns by: from answers (`supervised`), from pairs of them (`dpo`, `orpo`, `simpo`), or from answers that
-were called desirable or not (`kto`).
+"""Training methods: answers (`supervised`), pairs of answers (`dpo`, `orpo`, `simpo`), or labeled answers (`kto`).
 
-OpenAI's form: a type, and under the type's name its numbers. `resolve_supervised` and `resolve_preference` make every
-`auto` a number.
+The format is OpenAI's: a type, and its hyperparameters under the name of the type. `resolve_supervised` and
+`resolve_preference` replace every `auto` by a value.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from catalog.spec.strict import Auto, Strict
 from catalog.spec.training import BASE_LEARNING_RATE, HIGHEST_RATE
 
 PREFERENCE_MULTIPLIER = 0.1
-"""What `auto` multiplies it by where answers are compared: a rate of 2e-5. At rates that suit plain answers, a few
-steps of DPO are enough to make both answers unlikely."""
+"""`auto` learning_rate_multiplier of preference methods, for a learning rate of 2e-5. At the usual learning rate of
+supervised training, a few steps of DPO make both answers unlikely."""
 
 AUTO_EPOCHS = 3
 Json = dict[str, Any]
@@ -27,56 +26,66 @@ Weight = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 
 
 class Hyperparameters(Strict):
-    """OpenAI's three numbers."""
+    """OpenAI's three hyperparameters."""
 
     batch_size: Annotated[int, Field(ge=1, le=1024)] | Auto = Field(
-        default="auto", description="Sequences, or pairs of them, per optimizer step."
+        default="auto",
+        description="Rows per optimizer step. auto: about 0.5% of the rows, as a power of two from 4 to 32.",
     )
     learning_rate_multiplier: (
         Annotated[float, Field(gt=0, le=HIGHEST_RATE / BASE_LEARNING_RATE, allow_inf_nan=False)] | Auto
-    ) = Field(default="auto", description=f"auto: 1, or {PREFERENCE_MULTIPLIER} where answers are compared.")
-    n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field(default="auto", description=f"auto: {AUTO_EPOCHS}.")
+    ) = Field(
+        default="auto",
+        description=f"Factor on the default rate. auto: 1, or {PREFERENCE_MULTIPLIER} if not supervised.",
+    )
+    n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = Field(
+        default="auto", description=f"Passes over the training file. auto: {AUTO_EPOCHS}."
+    )
 
 
 class SupervisedHyperparameters(Hyperparameters):
-    """Cross-entropy of the answers."""
+    """Cross-entropy loss of the answers."""
 
     label_smoothing: float = Field(
         default=0.0,
         ge=0,
         lt=0.5,
-        description="Part of each label's probability that is spread evenly over the vocabulary, in training alone.",
+        description="Fraction of the label probability that is spread over the vocabulary. Training loss only.",
     )
     neftune_alpha: float = Field(
         default=0.0,
         ge=0,
         le=1000,
-        description="Scale of the noise on input embeddings in training (NEFTune, arXiv 2310.05914). 0: none.",
+        description="NEFTune noise scale on input embeddings in training (arXiv 2310.05914). 0: off.",
     )
 
 
 class DpoHyperparameters(Hyperparameters):
     """Direct preference optimization (arXiv 2305.18290)."""
 
-    beta: Beta | Auto = Field(default="auto", description="How closely the base is held to. auto: 0.1.")
+    beta: Beta | Auto = Field(
+        default="auto", description="Strength of the penalty for differing from the reference model. auto: 0.1."
+    )
     loss_type: Literal["sigmoid", "ipo"] = Field(
-        default="sigmoid", description="ipo: the squared loss of arXiv 2310.12036, over means of log ratios."
+        default="sigmoid", description="ipo: squared loss (arXiv 2310.12036) of the mean log ratios."
     )
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="Part of the pairs taken to be swapped; only with sigmoid."
+        default=0.0, ge=0, lt=0.5, description="Assumed fraction of mislabeled pairs (sigmoid only)."
     )
 
     @model_validator(mode="after")
     def _smoothing_is_of_the_sigmoid(self) -> DpoHyperparameters:
         if self.loss_type == "ipo" and self.label_smoothing:
-            raise ValueError("ipo has no label_smoothing: leave it out, or use loss_type sigmoid")
+            raise ValueError("ipo has no label_smoothing: remove it, or set loss_type to sigmoid")
         return self
 
 
 class OrpoHyperparameters(Hyperparameters):
     """Odds ratio preference optimization (arXiv 2403.07691)."""
 
-    beta: Beta | Auto = Field(default="auto", description="Weight of the odds ratio, the paper's lambda. auto: 0.1.")
+    beta: Beta | Auto = Field(
+        default="auto", description="Weight of the odds ratio loss (lambda in the paper). auto: 0.1."
+    )
 
 
 class SimpoHyperparameters(Hyperparameters):
@@ -84,7 +93,7 @@ class SimpoHyperparameters(Hyperparameters):
 
     beta: Beta | Auto = Field(default="auto", description="Scale of the mean log probabilities. auto: 2.")
     gamma: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | Auto = Field(
-        default="auto", description="Margin by which the preferred answer is to win. auto: half of beta."
+        default="auto", description="Target margin between the two answers. auto: half of beta."
     )
 
 
@@ -92,11 +101,17 @@ class KtoHyperparameters(Hyperparameters):
     """Kahneman-Tversky optimization (arXiv 2402.01306)."""
 
     batch_size: Annotated[int, Field(ge=2, le=1024)] | Auto = Field(
-        default="auto", description="Answers per optimizer step: each is also put to another's prompt, so 2 at least."
+        default="auto",
+        description=(
+            "Answers per optimizer step, at least 2 because each is also paired with the prompt of another. auto: "
+            "about 0.5% of the rows, as a power of two from 4 to 32."
+        ),
     )
-    beta: Beta | Auto = Field(default="auto", description="How closely the base is held to. auto: 0.1.")
-    desirable_weight: Weight = Field(default=1.0, description="Of the loss of answers with the label true.")
-    undesirable_weight: Weight = Field(default=1.0, description="Of the loss of answers with the label false.")
+    beta: Beta | Auto = Field(
+        default="auto", description="Strength of the penalty for differing from the reference model. auto: 0.1."
+    )
+    desirable_weight: Weight = Field(default=1.0, description="Loss weight of answers with the label true.")
+    undesirable_weight: Weight = Field(default=1.0, description="Loss weight of answers with the label false.")
 
 
 class SupervisedMethod(Strict):
@@ -120,7 +135,7 @@ class KtoMethod(Strict):
 
 
 class Method(Strict):
-    """A type, and its numbers under its own name."""
+    """A method type, and its hyperparameters under the name of the type."""
 
     type: MethodType = "supervised"
     supervised: SupervisedMethod | None = None
@@ -133,11 +148,11 @@ class Method(Strict):
     def _numbers_are_of_the_type(self) -> Method:
         others = [name for name in get_args(MethodType) if name != self.type and getattr(self, name) is not None]
         if others:
-            raise ValueError(f"its type is '{self.type}': say so with '{others[0]}', or leave '{others[0]}' out")
+            raise ValueError(f"its type is '{self.type}': set the type to '{others[0]}', or remove '{others[0]}'")
         return self
 
     def hyperparameters(self) -> Hyperparameters:
-        """Those of its type: OpenAI's three and its own."""
+        """Return the hyperparameters of its type: OpenAI's three and the method's own."""
         of_type: SupervisedMethod | DpoMethod | OrpoMethod | SimpoMethod | KtoMethod | None = getattr(self, self.type)
         return HYPERPARAMETERS[self.type]() if of_type is None else of_type.hyperparameters
 
@@ -152,14 +167,14 @@ HYPERPARAMETERS: dict[MethodType, type[Hyperparameters]] = {
 
 
 class SupervisedSpec(Strict):
-    """The numbers of learning from answers. The defaults are what records of before they could be asked for mean."""
+    """Hyperparameters of the method supervised. The defaults apply to specs that are older than the fields."""
 
     label_smoothing: float = 0.0
     neftune_alpha: float = 0.0
 
 
 class PreferenceSpec(Strict):
-    """The numbers of a loss that compares answers; those that its method lacks have the value that changes nothing."""
+    """Hyperparameters of a preference loss. A field that the method lacks has a value without effect."""
 
     beta: float
     gamma: float = 0.0
@@ -170,12 +185,15 @@ class PreferenceSpec(Strict):
 
 
 def compares_with_start(method: str) -> bool:
-    """Whether its loss compares with what the job begins with: the base, or the parent adapter on it."""
+    """Return whether the loss compares with a reference model: the base model, with the parent adapter if any."""
     return method in ("dpo", "kto")
 
 
 def resolve_supervised(given: Hyperparameters) -> SupervisedSpec | None:
-    """None where answers are compared. At their older place given are OpenAI's three alone."""
+    """Return the hyperparameters of the method supervised; None for a preference method.
+
+    The deprecated top-level field contains only OpenAI's three hyperparameters.
+    """
     match given:
         case SupervisedHyperparameters():
             return SupervisedSpec(**given.model_dump(include=set(SupervisedSpec.model_fields)))
@@ -186,7 +204,7 @@ def resolve_supervised(given: Hyperparameters) -> SupervisedSpec | None:
 
 
 def resolve_preference(given: Hyperparameters) -> PreferenceSpec | None:
-    """None where answers are learnt as they are."""
+    """Return the hyperparameters of a preference method; None for the method supervised."""
     match given:
         case DpoHyperparameters():
             beta = 0.1 if given.beta == "auto" else given.beta
@@ -204,14 +222,16 @@ def resolve_preference(given: Hyperparameters) -> PreferenceSpec | None:
 
 
 def compared_kind(method: MethodType) -> DataKind | None:
-    """The kind of rows that it compares, which its files must hold and other methods' may not; None where answers are
-    learnt as they are."""
+    """Return the kind of rows that a preference method requires, and that other methods reject.
+
+    None for the method supervised.
+    """
     if method == "supervised":
         return None
     return "unpaired" if method == "kto" else "preference"
 
 
 def method_object(method: MethodType, shared: Json, own: SupervisedSpec | PreferenceSpec) -> Json:
-    """The method as the API shows it, resolved. `shared`: OpenAI's three hyperparameters. `own`: the method's own."""
+    """Return the resolved method as the API shows it. `shared`: OpenAI's three hyperparameters. `own`: the method's."""
     known = own.model_dump(include=set(HYPERPARAMETERS[method].model_fields))
     return {"type": method, method: {"hyperparameters": {**shared, **known}}}

@@ -1,4 +1,4 @@
-"""What every part of a request and of a spec is made of."""
+"""The base class and common types of requests and specs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 Auto = Literal["auto"]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 WITHOUT_NUL: dict[str, Any] = {"pattern": r"^[^\x00]*$"}
-"""For the OpenAPI document, of a text that names something: a database may not take one that has a NUL."""
+"""For the OpenAPI schema of names and ids: PostgreSQL can't store a NUL character."""
 LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""A name that a person chooses: of a base model, a project, an organization, or part of an adapter's name."""
+"""Pattern of user-defined names: base models, projects, organizations, and part of an adapter's name."""
 LABEL = re.compile(LABEL_PATTERN.replace("$", r"\Z"))
 Label = Annotated[str, StringConstraints(pattern=LABEL_PATTERN)]
 EXACT = 2**53
-"""Below it a float holds every whole number."""
+"""Floats represent all whole numbers up to this value exactly."""
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused, and no value is coerced, save that a whole number may stand for any number, and 3.0
-    for 3, which JSON does not tell apart."""
+    """Base model that rejects unknown fields and coerces no values.
+
+    Exceptions: a whole number is accepted for any number, and 3.0 for 3, because JSON does not distinguish them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -32,7 +34,7 @@ class Strict(BaseModel):
 
 
 def _whole(value: Any) -> Any:
-    """Floats without a fraction as integers; a field that takes any number makes floats of them again."""
+    """Convert floats without a fraction to integers. A field for any number converts them back to floats."""
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < EXACT else value
     if isinstance(value, dict):

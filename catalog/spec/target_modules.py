@@ -1,8 +1,8 @@
-"""The linear layers of a base, and which of them a job's adapter is on.
+"""Selection of the linear layers of a base model that a job's adapter targets.
 
-The rules are PEFT's. lora_core.base_model.patching has them too, because the API server has no torch; a test compares
-the two. Patterns come from users: all matching of one submission has a time limit. No pattern is matched within a
-write transaction: see catalog/admission/target_layers.py.
+The rules are PEFT's. lora_core.base_model.patching implements them too, because the API server has no torch; a test
+compares both. Patterns come from users, so all matching of one submission has a time limit. No pattern is matched in a
+write transaction; see catalog/admission/target_layers.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from catalog.errors import InvalidRequest
 from catalog.spec.lora import LoraSpec
 
 MATCH_SECONDS = 0.1
-"""Of processor time, for all patterns of a submission on all layers. Sound ones take milliseconds."""
+"""Maximum processor time, in seconds, for all patterns of a submission on all layers. Usual ones take milliseconds."""
 MAX_LISTED = 12
 LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
@@ -31,7 +31,7 @@ Description = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
-    """`path`: of the module in the base model; in a description of old its name alone."""
+    """A linear layer. `path`: of the module in the base model; only its name if the description is old."""
 
     path: str
     out_features: int
@@ -43,7 +43,7 @@ class Linear:
 
     @property
     def layer(self) -> int | None:
-        """The number of the block that it is in."""
+        """The number of its block; None if it is in no block."""
         found = LAYER.match(self.path)
         return int(found[1]) if found else None
 
@@ -55,7 +55,7 @@ class Adapted:
 
 
 def linears_of(description: Description) -> list[Linear]:
-    """Every linear layer that an adapter may change, as lora_core describes a base."""
+    """Return all linear layers that an adapter may target. `description`: of the base model, by lora_core."""
     if not _has_paths(description):
         shapes: Mapping[str, Any] = description.get("linear_shapes", {})
         return [
@@ -71,7 +71,7 @@ def linears_of(description: Description) -> list[Linear]:
 
 
 class Matcher:
-    """Matches patterns on paths, each pair once, for MATCH_SECONDS of processor time in all."""
+    """Matches patterns with paths, each pair once, within MATCH_SECONDS of processor time in total."""
 
     def __init__(self) -> None:
         self._left = MATCH_SECONDS
@@ -79,7 +79,7 @@ class Matcher:
         self._known: dict[tuple[str, str], bool] = {}
 
     def matches(self, expression: str, path: str, param: str) -> bool:
-        """Whether the whole path matches. Raises InvalidRequest when the time is up."""
+        """Return whether the whole path matches. Raises InvalidRequest when the time is used up."""
         write_guard.check_outside("matching a pattern")
         known = self._known.get((expression, path))
         if known is None:
@@ -96,9 +96,9 @@ class Matcher:
             return self._compiled[expression].fullmatch(path, timeout=self._left) is not None
         except TimeoutError as error:
             raise InvalidRequest(
-                f"The patterns of {param} take too long to match the paths of the layers.",
+                f"The patterns of {param} take too long to match.",
                 code="pattern_too_slow",
-                remedy="Write them without nested repetitions, such as (a+)+, or give names.",
+                remedy="Remove nested repetitions, such as (a+)+, or use layer names.",
                 param=param,
             ) from error
         finally:
@@ -106,10 +106,10 @@ class Matcher:
 
 
 def adapted(description: Description, lora: LoraSpec, *, base_name: str, matcher: Matcher) -> list[Adapted]:
-    """The layers that `lora` names, with their ranks. matcher: may be shared by several shapes, and its time then too.
+    """Return the layers that `lora` targets, with their ranks.
 
-    Raises InvalidRequest for a name, a number or a pattern that matches nothing, and for two keys of a pattern
-    that give one layer different values.
+    `matcher`: several configurations may share it, and then also its time. Raises InvalidRequest for a name, a number
+    or a pattern that matches nothing, and for two keys of a pattern that set different values for one layer.
     """
     linears = linears_of(description)
     _check_known(description, lora, linears, base_name)
@@ -134,7 +134,7 @@ def _paths(group: Mapping[str, Any]) -> list[str]:
 def _check_known(description: Description, lora: LoraSpec, linears: list[Linear], base_name: str) -> None:
     if not linears:
         raise InvalidRequest(
-            f"{base_name} has no linear layers that an adapter could go on.",
+            f"{base_name} has no linear layers that an adapter can target.",
             code="no_target_modules",
             remedy="Choose another base model.",
             param="model",
@@ -142,9 +142,9 @@ def _check_known(description: Description, lora: LoraSpec, linears: list[Linear]
     by_path = lora.target_expression is not None or lora.layers_to_transform is not None
     if not _has_paths(description) and (by_path or lora.rank_pattern or lora.alpha_pattern):
         raise InvalidRequest(
-            f"{base_name} was imported before Lorry kept the paths of its layers, so that patterns can't be checked.",
+            f"{base_name} was imported before Lorry stored the paths of layers, so patterns can't be checked.",
             code="model_without_layer_paths",
-            remedy="Have an operator add it again under another name, or name target_modules and nothing more.",
+            remedy="Ask an operator to add it again under another name, or set only target_modules, to layer names.",
             param="lora",
         )
 
@@ -156,8 +156,8 @@ def _targeted(linears: list[Linear], lora: LoraSpec, matcher: Matcher, base_name
     if expression is not None:
         found = [linear for linear in linears if matcher.matches(expression, linear.path, "lora.target_modules")]
         if not found:
-            sentence = f"The regular expression {expression!r} matches the path of no linear layer of {base_name}."
-            raise _unknown(sentence, f"One is {linears[-1].path}. {_existing(linears)}")
+            sentence = f"The regular expression {expression!r} matches no linear layer of {base_name}."
+            raise _unknown(sentence, f"Match a whole path, for example {linears[-1].path}. {_existing(linears)}")
         return found
     names = [wanted] if isinstance(wanted, str) else wanted
     missing = [name for name in names if not any(_ends(linear.path, name) for linear in linears)]
@@ -174,16 +174,16 @@ def _in_layers(linears: list[Linear], layers: list[int] | None, base_name: str) 
     missing = [layer for layer in layers if layer not in existing]
     if missing:
         raise InvalidRequest(
-            f"{base_name} has no targeted linear layers in the blocks {', '.join(map(str, missing))}.",
+            f"{base_name} has no targeted linear layers in blocks {', '.join(map(str, missing))}.",
             code="unknown_layers",
-            remedy=f"Use numbers {_span(existing)}, or leave it out." if existing else "Leave it out.",
+            remedy=f"Use numbers {_span(existing)}, or remove the field." if existing else "Remove the field.",
             param="lora.layers_to_transform",
         )
     return [linear for linear in linears if linear.layer in layers]
 
 
 def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matcher: Matcher, param: str) -> list[Value]:
-    """The value of each path."""
+    """Return the value of each path."""
     matched: set[str] = set()
     values: list[Value] = []
     for path in paths:
@@ -196,9 +196,9 @@ def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matche
         if key not in matched:
             names = sorted({path.rpartition(".")[2] for path in paths})
             raise InvalidRequest(
-                f"{param} names {key!r}, which matches none of the adapted layers.",
+                f"The key {key!r} of {param} matches none of the targeted layers.",
                 code="unknown_pattern_key",
-                remedy=f"{_nearest([key], names)}The adapted layers are named {', '.join(names)}; one is {paths[-1]}.",
+                remedy=f"{_nearest([key], names)}Use layers named {', '.join(names)}, or a path such as {paths[-1]}.",
                 param=param,
             )
     return values
@@ -208,10 +208,10 @@ def _check_ranks(linears: list[Linear], ranks: list[int], init_lora_weights: str
     for linear, rank in zip(linears, ranks, strict=True):
         if rank > min(linear.out_features, linear.in_features):
             raise InvalidRequest(
-                f"{init_lora_weights} has nothing to begin with for rank {rank} of {linear.path}, which is "
+                f"{init_lora_weights} can't initialize rank {rank} on {linear.path}, which is "
                 f"{linear.out_features} by {linear.in_features}.",
                 code="rank_too_high",
-                remedy="Give it no higher rank than its smaller side, by lora.rank or lora.rank_pattern.",
+                remedy="Lower lora.rank to the smaller side, or set a lower rank for this layer in lora.rank_pattern.",
                 param="lora.rank",
             )
 
@@ -227,9 +227,9 @@ def _unknown(sentence: str, remedy: str) -> InvalidRequest:
 def _ambiguous(path: str, values: Mapping[str, float], param: str) -> InvalidRequest:
     told = " and ".join(f"{value:g} by {key!r}" for key, value in sorted(values.items()))
     return InvalidRequest(
-        f"{param} gives {path} different values: {told}.",
+        f"{param} sets different values for {path}: {told}.",
         code="ambiguous_pattern",
-        remedy="Write the keys so that one alone matches each layer: the keys of a JSON object have no order.",
+        remedy="Change the keys so that only one matches each layer: the keys of a JSON object have no order.",
         param=param,
     )
 
@@ -242,11 +242,11 @@ def _nearest(wanted: list[str], names: Sequence[str]) -> str:
 def _existing(linears: list[Linear]) -> str:
     names = sorted({linear.name for linear in linears})
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return f"It has: {', '.join(names[:MAX_LISTED])}{more}. Or say 'all-linear'."
+    return f"Existing names: {', '.join(names[:MAX_LISTED])}{more}. To target all layers, use 'all-linear'."
 
 
 def _span(numbers: list[int]) -> str:
-    """'from 0 to 31', or all of them where there are gaps."""
+    """Return 'from 0 to 31', or a list of all numbers if there are gaps."""
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"from {numbers[0]} to {numbers[-1]}"
     return f"among {', '.join(map(str, numbers))}"

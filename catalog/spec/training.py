@@ -1,6 +1,6 @@
-"""What a person may ask for about the course of training: optimizer, learning rate, evaluations, an early end.
+"""Options for training: optimizer, learning rate schedule, evaluations and early stopping.
 
-Like lora.py a part of spec.py: requests, and the same with every number known.
+Each part has a request model, and a spec model with all values resolved.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from catalog.spec.strict import Auto, PositiveFloat, Strict
 
 BASE_LEARNING_RATE = 2e-4
-"""What a learning_rate_multiplier multiplies: the usual rate for LoRA with AdamW."""
+"""Default learning rate, which learning_rate_multiplier multiplies: the usual learning rate for LoRA with AdamW."""
 HIGHEST_RATE = 1.0
 MAX_EVERY_STEPS = 1_000_000
 DEFAULT_DECAY_RATIO = 0.2
-"""Of wsd: where arXiv 2405.18392 finds it as good as a cosine."""
+"""Default of decay_ratio: with it, arXiv 2405.18392 finds wsd as good as cosine."""
 
 OptimizerType = Literal["adamw", "sgd", "adafactor"]
 OWN_NUMBERS: dict[OptimizerType, tuple[str, ...]] = {
@@ -24,46 +24,51 @@ OWN_NUMBERS: dict[OptimizerType, tuple[str, ...]] = {
     "sgd": ("momentum",),
     "adafactor": ("beta2_decay", "clip_threshold", "scale_floor"),
 }
-"""Of each type, what no other reads."""
+"""Fields that only one optimizer type uses."""
 ScheduleType = Literal["constant", "linear", "cosine", "wsd"]
 Keep = Literal["last", "best"]
 
 
 class OptimizerRequest(Strict):
-    """AdamW (arXiv 1711.05101), or SGD with momentum or Adafactor (arXiv 1804.04235) as torch has them."""
+    """AdamW (arXiv 1711.05101), SGD with momentum, or Adafactor (arXiv 1804.04235), as implemented by torch."""
 
     type: OptimizerType = "adamw"
     learning_rate: Annotated[float, Field(gt=0, le=HIGHEST_RATE, allow_inf_nan=False)] | Auto = Field(
         default="auto",
         description=(
-            f"Peak rate. auto: {BASE_LEARNING_RATE} times learning_rate_multiplier; sgd and adafactor need one of them."
+            f"Peak learning rate. auto: {BASE_LEARNING_RATE} times learning_rate_multiplier. sgd and adafactor require "
+            "one of the two fields."
         ),
     )
     lora_plus_ratio: PositiveFloat = Field(
-        default=1.0, description="Rate of B, and of DoRA's magnitudes, over that of A (LoRA+, arXiv 2402.12354)."
+        default=1.0,
+        description="LoRA+: learning rate of B and of DoRA's magnitudes, divided by that of A (arXiv 2402.12354).",
     )
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="Of adamw.")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="Of adamw.")
-    eps: float = Field(default=1e-8, ge=1e-37, le=1e37, description="Of adamw; what fp32 holds with all its digits.")
-    momentum: float = Field(default=0.0, ge=0, lt=1, description="Of sgd.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the first moment (adamw only).")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of the second moment (adamw only).")
+    eps: float = Field(default=1e-8, ge=1e-37, le=1e37, description="Added to the denominator (adamw only).")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="Momentum (sgd only).")
     beta2_decay: float = Field(
-        default=-0.8, ge=-10, le=0, description="Of adafactor: step s gives its squares the weight s^beta2_decay."
+        default=-0.8,
+        ge=-10,
+        le=0,
+        description="Step s weights its squared gradients by s^beta2_decay (adafactor only).",
     )
     clip_threshold: float = Field(
-        default=1.0, ge=1, le=1e6, description="Of adafactor: an update is held to this root mean square (torch's d)."
+        default=1.0, ge=1, le=1e6, description="Maximum root mean square of an update (adafactor only; d in torch)."
     )
     scale_floor: PositiveFloat = Field(
         default=1e-3,
         description=(
-            "Of adafactor: the root mean square that a matrix is taken to have at least (torch's epsilon2). B begins "
-            "at zero, and moves by no more than the rate times this until it has grown."
+            "Lower bound for the root mean square of a matrix (adafactor only; epsilon2 in torch). B starts at zero; "
+            "until it has grown, a step changes it by at most the learning rate times this value."
         ),
     )
     weight_decay: float = Field(
-        default=0.0, ge=0, le=1, description="Of sgd a part of the gradient, of the others apart from it."
+        default=0.0, ge=0, le=1, description="Weight decay: added to the gradient for sgd, decoupled for the others."
     )
     max_grad_norm: PositiveFloat | None = Field(
-        default=1.0, description="Clip the job's gradient to this norm; null: never."
+        default=1.0, description="Clip the gradient of the job to this norm. null: no clipping."
     )
 
     @model_validator(mode="after")
@@ -71,56 +76,56 @@ class OptimizerRequest(Strict):
         for owner, names in OWN_NUMBERS.items():
             for name in names if owner != self.type else ():
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{self.type} has no {name}: leave it out, or choose type '{owner}'")
+                    raise ValueError(f"{self.type} has no {name}: remove it, or set type to '{owner}'")
         return self
 
 
 class ScheduleRequest(Strict):
-    """The learning rate over the steps of the job."""
+    """The learning rate schedule over the steps of the job."""
 
     type: ScheduleType = Field(
-        default="cosine", description="wsd: warm-up, then the peak rate, then a line to zero (arXiv 2405.18392)."
+        default="cosine", description="wsd: warm-up, peak learning rate, linear decay to zero (arXiv 2405.18392)."
     )
     warmup_ratio: float = Field(
         default=0.03,
         ge=0,
         lt=1,
         description=(
-            "Part of all n steps in which the rate rises. w = min(⌈ratio·n⌉, n - 1) steps warm up, and step s of them "
-            "has s/(w + 1) of the peak rate."
+            "Fraction of all n steps for warm-up. The first w = min(⌈ratio·n⌉, n - 1) steps warm up: step s uses "
+            "s/(w + 1) of the peak learning rate."
         ),
     )
     decay_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
         description=(
-            f"Of wsd: part of all n steps in which the rate goes down, ⌈ratio·n⌉ of them. null: {DEFAULT_DECAY_RATIO}."
+            f"Fraction of all n steps for the decay, which are ⌈ratio·n⌉ steps (wsd only). null: {DEFAULT_DECAY_RATIO}."
         ),
     )
 
     @model_validator(mode="after")
     def _decay_of_wsd(self) -> ScheduleRequest:
         if self.decay_ratio is not None and self.type != "wsd":
-            raise ValueError(f"{self.type} has no decay_ratio: leave it out, or choose type 'wsd'")
+            raise ValueError(f"{self.type} has no decay_ratio: remove it, or set type to 'wsd'")
         if self.type == "wsd" and self.warmup_ratio + (self.decay_ratio or DEFAULT_DECAY_RATIO) > 1:
-            raise ValueError("warmup_ratio and decay_ratio must not exceed 1 together")
+            raise ValueError("the sum of warmup_ratio and decay_ratio must not exceed 1")
         return self
 
 
 class EvaluationRequest(Strict):
-    """When the validation file is read, and what follows. It always is at the start (the base's loss) and the end."""
+    """Evaluations on the validation file. A job is always evaluated before its first step and at its end."""
 
     every_steps: Annotated[int, Field(json_schema_extra={"minimum": 1, "maximum": MAX_EVERY_STEPS})] | Auto = Field(
-        default="auto", description="auto: ten times over the job."
+        default="auto", description="Optimizer steps between evaluations. auto: ten evaluations over the job."
     )
     keep: Keep | Auto = Field(
         default="auto",
         description=(
-            "Whose weights become the adapter: the last step's, or those of the evaluation with the lowest held-out "
-            "loss. auto: best with early_stopping, else last."
+            "Weights that become the adapter. last: those of the last step. best: those of the evaluation with the "
+            "lowest validation loss. auto: best with early_stopping, else last."
         ),
     )
 
-    samples: Samples | None = Field(default=None, description="Prompts to answer at each evaluation.")
+    samples: Samples | None = Field(default=None, description="Prompts that are answered at each evaluation.")
 
     @field_validator("every_steps")
     @classmethod
@@ -131,10 +136,14 @@ class EvaluationRequest(Strict):
 
 
 class EarlyStopping(Strict):
-    """The job succeeds before its last step, where the held-out loss has stopped falling."""
+    """Early stopping: the job succeeds before its last step if the validation loss no longer improves."""
 
-    patience: int = Field(ge=1, le=1000, description="Evaluations in a row without a fall, after which it ends.")
-    min_delta: float = Field(default=0.0, ge=0, le=1e6, description="What counts as a fall is more than this, in nats.")
+    patience: int = Field(
+        ge=1, le=1000, description="Consecutive evaluations without improvement before the job stops."
+    )
+    min_delta: float = Field(
+        default=0.0, ge=0, le=1e6, description="An improvement lowers the validation loss by more than this, in nats."
+    )
 
 
 class OptimizerSpec(Strict):
@@ -156,7 +165,7 @@ class ScheduleSpec(Strict):
     type: ScheduleType
     warmup_ratio: float
     decay_ratio: float | None = None
-    """None where the type has none."""
+    """None unless the type is wsd."""
 
 
 def resolve_optimizer(request: OptimizerRequest, *, learning_rate: float) -> OptimizerSpec:
@@ -182,9 +191,11 @@ Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CH
 
 
 class Samples(Strict):
-    """Greedy answers: the likeliest token, time and again. Training is not changed by them."""
+    """Prompts that are answered by greedy decoding. They do not affect training."""
 
     prompts: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] = Field(
-        description="As a user's turn where the training rows are chats, else as text that goes on."
+        description="A prompt is a user message if the training rows are chats, else a text to continue."
     )
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)] = Field(default=64, description="Of one answer.")
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_ANSWER_TOKENS)] = Field(
+        default=64, description="Maximum tokens of an answer."
+    )

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a request, in plain words and without its own names. Pure."""
+"""Messages for pydantic's validation errors, without pydantic's own names. Pure."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LABEL = (
 )
 _PATTERNS = {
     LABEL_PATTERN: _LABEL,
-    r"^[^\x00-\x1f\x7f]+$": "a text without control characters",
+    r"^[^\x00-\x1f\x7f]+$": "a string without control characters",
     NAME_PATTERN: "a name without control characters and without any of / \\ # ? % :",
     INITIAL_PATTERN: "'default', 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'",
     MODULE_PATTERN: (
-        "the name of a layer, of letters, digits, '_' and '.' ('all-linear', and 're:' with an expression, "
-        "stand alone and in no list)"
+        "the name of a layer, of letters, digits, '_' and '.' ('all-linear' and 're:' expressions are not allowed "
+        "in a list)"
     ),
     TARGET_PATTERN: "'re:' and a regular expression of at most 256 characters",
 }
@@ -36,8 +36,8 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "bool_parsing": "true or false",
     "bool_type": "true or false",
-    "string_type": "a text",
-    "string_unicode": "a text of valid Unicode",
+    "string_type": "a string",
+    "string_unicode": "a string of valid Unicode",
     "dict_type": "an object",
     "mapping_type": "an object",
     "model_type": "an object",
@@ -58,17 +58,17 @@ _BOUNDS = {
 
 
 def by_field(problems: Iterable[tuple[str, Problem]]) -> dict[str, list[Problem]]:
-    """Together what is about one path, in order; nothing of an object where more is known of a field in it."""
+    """Group the problems by path, in order. Problems of an object are dropped if a field in it has problems."""
     grouped: dict[str, list[Problem]] = {}
     for path, problem in problems:
         grouped.setdefault(path, []).append(problem)
     for path in [path for path in grouped if any(other.startswith(f"{path}.") for other in grouped)]:
-        del grouped[path]  # another branch of the same union got further
+        del grouped[path]  # another branch of the same union matched further
     return grouped
 
 
 def field_path(steps: Sequence[int | str], body: Any, *, is_missing: bool) -> str:
-    """Dotted, without the names that pydantic gives to branches of a union."""
+    """Return the dotted path of a field, without pydantic's names for the branches of a union."""
     found: list[str] = []
     for step in steps[:-1] if is_missing else steps:
         if _leads_on(body, step):
@@ -80,18 +80,18 @@ def field_path(steps: Sequence[int | str], body: Any, *, is_missing: bool) -> st
 
 
 def _leads_on(body: Any, step: int | str) -> bool:
-    """Whether `step` is a field or an item; else it is pydantic's name for a branch of a union."""
+    """Return whether `step` is a field or an item. If not, it is pydantic's name for a branch of a union."""
     if isinstance(body, list):
         return isinstance(step, int) and step < len(cast(list[Any], body))
     return isinstance(body, dict) and step in body
 
 
 def expectation(group: Sequence[Problem]) -> str:
-    """What comes after the field's name: `must be a number or 'auto'`."""
+    """Return the text that follows the field's name in a message: `must be a number or 'auto'`."""
     for problem in group:
         if problem["type"] == "value_error":
             text = str(problem.get("ctx", {}).get("error", problem["msg"])).rstrip(".")
-            return text if text.startswith("must") else f"is refused: {text}"
+            return text if text.startswith("must") else f"is invalid: {text}"
     phrases = dict.fromkeys(_phrase(problem) for problem in group)
     return "must be " + " or ".join(phrases)
 
@@ -105,5 +105,5 @@ def _phrase(problem: Problem) -> str:
         shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
         return _BOUNDS[kind].format(**shown)
     if kind == "string_pattern_mismatch":
-        return _PATTERNS.get(context["pattern"], f"a text of the form {context['pattern']}")
+        return _PATTERNS.get(context["pattern"], f"a string that matches {context['pattern']}")
     return f"valid ({problem['msg']})"

@@ -1,4 +1,4 @@
-"""Who changed what: events that are only ever added, and the chain that they are sealed into."""
+"""The audit log: append-only events, and the hash chain that seals them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ of_the_unsealed: dict[str, Any] = {"sqlite_where": UNSEALED, "postgresql_where":
 
 
 class AuditEvent(Table):
-    """Written in the transaction of the change that it tells of. Only sealing ever touches it again."""
+    """One audit event, written in the transaction of the change that it describes. Only sealing updates it."""
 
     __tablename__ = "audit_events"
     seq: Mapped[int] = mapped_column(AutoKey, primary_key=True, autoincrement=True)
@@ -22,19 +22,19 @@ class AuditEvent(Table):
     type: Mapped[str]
     effective_at: Mapped[float]
     project_id: Mapped[str | None]
-    """Whose thing it is about; None: nobody's alone, such as a base model."""
+    """The project that owns the object. None: no single project owns it, for example a base model."""
     object_id: Mapped[str | None]
     actor_type: Mapped[str]
     actor_id: Mapped[str | None]
-    """The API key; of a browser the one that signed it in. None: who has the server itself."""
+    """The API key; for a browser session, the key that signed in. None: an administrator on the server itself."""
     actor_name: Mapped[str | None]
     request_id: Mapped[str | None]
     address: Mapped[str | None]
     details: Mapped[Json]
     link: Mapped[int | None] = mapped_column(unique=True)
-    """Its place in the chain, from 1. This and the next two are set once, when it is sealed."""
+    """Position in the chain, from 1. Sealing sets this and the next two columns, once."""
     previous: Mapped[str | None]
-    """Digest of the event before."""
+    """Digest of the previous event."""
     digest: Mapped[str | None]
     """HMAC-SHA256 of the event (audit_chain.seal_of), in hex."""
     __table_args__ = (
@@ -47,7 +47,7 @@ class AuditEvent(Table):
 
 
 class AuditHead(Table):
-    """One row: where the chain ends. Who seals holds it."""
+    """One row: the last link of the chain. The process that seals events locks it."""
 
     __tablename__ = "audit_head"
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
@@ -60,7 +60,7 @@ class RetiredKey(Table):
 
     __tablename__ = "retired_keys"
     WIRE_OBJECT: ClassVar = "retired_key"
-    """`object` of such a row in an export of the audit log."""
+    """The `object` value of a retired key in an export of the audit log."""
     id: Mapped[str] = mapped_column(primary_key=True)
     sealed: Mapped[str] = mapped_column(Text)
     """Base64; AES-256-GCM under the current pepper."""

@@ -1,4 +1,4 @@
-"""Workers and their trainers, and the database's own pulse."""
+"""Workers, trainers and gangs, and the heartbeat of the database itself."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ class Worker(Table):
     pid: Mapped[int]
     devices: Mapped[list[Any]]
     integrations: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
-    """Trackers that it can write to; None of workers that said nothing of it."""
+    """Trackers that the worker can write to. None: the worker did not report any list."""
     version: Mapped[str]
     protocol: Mapped[int | None] = mapped_column(Integer)
-    """See catalog/fleet/compatibility.py. None of those that registered before there was one."""
+    """See catalog/fleet/compatibility.py. None for workers that registered before protocols had versions."""
     memory_bytes: Mapped[int]
     started_at: Mapped[float]
     heartbeat_at: Mapped[float]
     ended_at: Mapped[float | None]
     drain_requested: Mapped[bool] = mapped_column(Boolean)
     cordon: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
-    """Why it takes nothing new: by whom, reason, at, and the service's evidence. None: it does."""
+    """The cordon: by, reason, at, evidence (of a cordon by the service). None: not cordoned."""
     uncordoned_at: Mapped[float | None]
-    """What failed on it before counts no more."""
+    """Failures before this time no longer count toward a cordon."""
     resident_base: Mapped[str | None]
     trainer_id: Mapped[str | None]
     report: Mapped[Json | None]
-    """Tokens a second, memory in use, versions."""
+    """Tokens per second, memory in use, versions."""
     served_at: Mapped[Json | None]
-    """By project, and then by class as text: when it last claimed the first of these jobs. Workers of the version
-    before write the times by class alone."""
+    """When the worker last claimed the first job of a project and class: {project: {class, as text: time}}. Workers of
+    the previous version write the times by class alone."""
 
     @property
     def takes_nothing_new(self) -> bool:
-        """It is cordoned, is to leave, or has left."""
+        """Whether the worker is cordoned, draining or stopped."""
         return self.cordon is not None or self.drain_requested or self.ended_at is not None
 
 
@@ -55,12 +55,12 @@ class Trainer(Table):
     started_at: Mapped[float]
     ended_at: Mapped[float | None]
     report: Mapped[Json | None]
-    """What it said at start and end: dtype, device, determinism class, versions, memory, exit, speeds of ticks."""
+    """Reported at start and at exit: dtype, device, determinism class, versions, memory, exit, tick speeds."""
     __table_args__ = (Index(None, "pack_key", "started_at"),)
 
 
 class Service(Table):
-    """One row: what was announced by whoever migrated the database last, of the workers that its service takes."""
+    """One row: the worker protocols that the service accepts, as announced by the last migration of the database."""
 
     __tablename__ = "service"
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
@@ -71,7 +71,7 @@ class Service(Table):
 
 
 class DatabaseHeartbeat(Table):
-    """One row: when the database was last seen to answer. A gap in it is an outage."""
+    """One row: when the database last answered. A gap is an outage."""
 
     __tablename__ = "pulse"
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
@@ -79,66 +79,66 @@ class DatabaseHeartbeat(Table):
 
 
 class Gang(Table):
-    """One row for each name, with the round that its members train in; see catalog/fleet/gangs.py."""
+    """One gang, by name, and the round in which its members train; see catalog/fleet/gangs.py."""
 
     __tablename__ = "gangs"
     name: Mapped[str] = mapped_column(primary_key=True)
     leader_id: Mapped[str | None]
-    """The worker that claims jobs for all of them."""
+    """The worker that claims jobs for the whole gang."""
     size: Mapped[int] = mapped_column(Integer)
     min_size: Mapped[int] = mapped_column(Integer)
-    """With fewer members it trains nothing. Both as the member that entered last was told."""
+    """The gang trains nothing with fewer members. The last member that entered sets both sizes."""
     round_id: Mapped[str | None]
-    """None: nobody is called."""
+    """None: there is no round."""
     task: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
-    """What the members of the round load, and where they meet."""
+    """The base model that the members of the round load, and the address at which they meet."""
     expires_at: Mapped[float | None]
-    """By then the round has started, or it is over."""
+    """A round that has not started by this time is over."""
     port: Mapped[int | None] = mapped_column(Integer)
-    """Where the leader's trainer listens. None: the round gathers."""
+    """Port of the leader's trainer. None: members are still joining."""
 
 
 class GangSeat(Table):
-    """A worker that lends its devices to whoever leads its gang. Whether it lives is on its worker's row."""
+    """A worker that provides its devices to the leader of its gang. The worker's row shows whether it is live."""
 
     __tablename__ = "gang_seats"
     worker_id: Mapped[str] = mapped_column(primary_key=True)
     gang: Mapped[str] = mapped_column(index=True)
     kind: Mapped[str]
-    """cpu or cuda. Those of one round are alike."""
+    """cpu or cuda; the same for all members of a round."""
     num_processes: Mapped[int] = mapped_column(Integer)
-    """Of a trainer on it."""
+    """Processes of a trainer on this worker."""
     versions: Mapped[str]
-    """Of what decides a result. Those of one round have the same."""
+    """Versions of the software that affects results; the same for all members of a round."""
     free_bytes: Mapped[int]
-    """Memory that each of them could take when it last looked."""
+    """Memory that was free for each process at the last measurement."""
     round_id: Mapped[str | None]
-    """The round that it is called to, or was last."""
+    """The current round of the worker, or its last one."""
     first_rank: Mapped[int | None] = mapped_column(Integer)
-    """In that round: the number of the first of its processes."""
+    """Rank of the worker's first process in that round."""
     joined_at: Mapped[float | None]
-    """It has what the round needs."""
+    """When the worker had everything that the round needs."""
     is_leaving: Mapped[bool] = mapped_column(Boolean)
-    """It is to leave, and waits until the jobs are saved."""
+    """The worker is asked to leave, and waits until the leader has saved the jobs."""
     num_missed: Mapped[int] = mapped_column(Integer)
-    """Rounds in a row that did not begin for its sake: it was late, or could not take part."""
+    """Consecutive rounds that did not start because this worker was late or could not take part."""
     num_failed: Mapped[int] = mapped_column(Integer, server_default="0")
-    """Of those, the ones in which it could not take part for a reason of its own."""
+    """Those of the missed rounds in which the worker itself was at fault."""
     ended: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
-    """How its part of that round ended: reason, detail, and whether it only followed from another's end."""
+    """How the worker's part of that round ended: reason, detail, and whether it is a cascading failure."""
 
 
 SILENT_SECONDS = 60.0
-"""A worker that was not heard from for so long is shown as lost."""
+"""A worker without a heartbeat for longer than this is shown as lost."""
 
 
 def is_live(*, now: float) -> ColumnElement[bool]:
-    """In a query: the worker has not ended, and was heard from lately."""
+    """Return the query condition for workers that have not stopped and have a recent heartbeat."""
     return and_(Worker.ended_at.is_(None), Worker.heartbeat_at > now - SILENT_SECONDS)
 
 
 def quantizations_on(devices: list[Any]) -> frozenset[str]:
-    """none, and what else the worker said at its start; older workers say nothing."""
+    """Return `none` and the quantizations that the worker reported at its start; older workers report none."""
     return frozenset({"none"}).union(*(device.get("quantizations", ()) for device in devices))
 
 

@@ -1,4 +1,4 @@
-"""What a job leaves behind: its attempts, events, curves and checkpoints."""
+"""The history of a job: attempts, output, events, curves, checkpoints and tracker exports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BLAMED = text("blamed_worker_id IS NOT NULL")
 
 
 class Attempt(Table):
-    """One claim of one job, from claim to end. Kept for ever: lineage reads it."""
+    """One claim of one job, from claim to end. It is never deleted, because lineage reads it."""
 
     __tablename__ = "attempts"
     claim_id: Mapped[str] = mapped_column(primary_key=True)
@@ -25,12 +25,12 @@ class Attempt(Table):
     reason: Mapped[str | None]
     detail: Mapped[str | None] = mapped_column(Text)
     blamed_worker_id: Mapped[str | None]
-    """Whose doing a bad end may be. None: its worker's. Empty: of a gang nobody can tell whose."""
+    """The worker that a failure is attributed to. None: `worker_id`. Empty: no single gang member."""
     resumed_from_step: Mapped[int | None]
     why: Mapped[Json | None]
-    """The inputs of the decision that let it run."""
+    """The inputs of the scheduling decision that started it."""
     preemption: Mapped[Json | None]
-    """And of the one that asked it to leave for an urgent job, if one did."""
+    """The inputs of the decision that preempted it for an urgent job, if one did."""
     __table_args__ = (
         Index(None, "trainer_id", "ended_at"),
         Index("ix_attempts_live", "worker_id", sqlite_where=LIVE, postgresql_where=LIVE),
@@ -40,21 +40,21 @@ class Attempt(Table):
 
 
 class JobOutput(Table):
-    """What one process of a trainer printed for one attempt: a stored text, bounded, without secrets."""
+    """The output of one trainer process for one attempt: a stored text of limited length, with secrets removed."""
 
     __tablename__ = "job_outputs"
     claim_id: Mapped[str] = mapped_column(ForeignKey("attempts.claim_id"), primary_key=True)
     rank: Mapped[int] = mapped_column(Integer, primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     attempt: Mapped[int]
-    """Its number."""
+    """Number of the attempt."""
     digest: Mapped[str]
     num_bytes: Mapped[int]
     written_at: Mapped[float]
 
 
 class JobEvent(Table):
-    """What a person reads, and the record of every transition (type `transition`, never deleted)."""
+    """A message for users, or a state transition (type `transition`, never deleted)."""
 
     __tablename__ = "events"
     seq: Mapped[int] = mapped_column(AutoKey, primary_key=True, autoincrement=True)
@@ -62,18 +62,18 @@ class JobEvent(Table):
     created_at: Mapped[float]
     level: Mapped[str]
     type: Mapped[str]
-    """message, metrics or transition. On the wire a transition is a message."""
+    """message, metrics or transition. The API shows a transition as a message."""
     message: Mapped[str] = mapped_column(Text)
     data: Mapped[Json | None]
     __table_args__ = (
         Index(None, "job_id", "seq"),
-        # A long job has thousands of metrics between two messages.
+        # A long job can have thousands of metrics between two messages.
         Index("ix_events_messages", "job_id", "seq", sqlite_where=NOT_METRICS, postgresql_where=NOT_METRICS),
     )
 
 
 class MetricBlock(Table):
-    """Some points of a curve that follow each other, as catalog/history/metric_points.py packs them."""
+    """Consecutive points of a curve, packed by catalog/history/metric_points.py."""
 
     __tablename__ = "metric_blocks"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
@@ -83,12 +83,12 @@ class MetricBlock(Table):
     last_step: Mapped[int]
     num_points: Mapped[int] = mapped_column(Integer)
     last_seq: Mapped[int]
-    """Greatest of its points': who has seen that event has seen them all."""
+    """The greatest `seq` of its points. A reader that has seen this event has seen all of them."""
     least_loss: Mapped[float]
     sketch: Mapped[bytes | None] = mapped_column(LargeBinary)
-    """Of a full block, its ends and peaks in a few points: small columns stand before the large one."""
+    """The ends and peaks of a full block in a few points. Small columns come before the large `points`."""
     outline: Mapped[bytes | None] = mapped_column(LargeBinary)
-    """The same in some more."""
+    """The ends and peaks in more points than `sketch`."""
     points: Mapped[bytes] = mapped_column(LargeBinary)
     __table_args__ = (Index(None, "job_id", "last_seq"),)
 
@@ -99,14 +99,14 @@ class Checkpoint(Table):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     step: Mapped[int]
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
-    """What a job goes on from. None once its files were dropped; the newest two are kept."""
+    """The state that a job resumes from. None once its files are deleted; the newest two checkpoints are kept."""
     created_at: Mapped[float]
     name: Mapped[str | None] = mapped_column(index=True)
-    """The wire's fine_tuned_model_checkpoint."""
+    """`fine_tuned_model_checkpoint` in the API."""
     adapter: Mapped[str | None] = mapped_column(index=True)
-    """Digest of the manifest of its weights in PEFT's layout. None where they were never written, or are dropped."""
+    """Digest of the manifest of its weights in PEFT's layout. None: they were never written, or are deleted."""
     lineage: Mapped[Json | None]
-    """The record of that adapter, and its id. They stay where a job continues it."""
+    """Lineage record of that adapter, and its id. Both are kept if a job continues the adapter."""
     lineage_id: Mapped[str | None]
     __table_args__ = (Index(None, "job_id", "step", unique=True),)
 
@@ -115,22 +115,22 @@ IS_DUE = text("next_at IS NOT NULL")
 
 
 class JobExport(Leased, Table):
-    """One of a job's integrations, and how far it has got. It is leased to the worker that writes it."""
+    """One integration of a job, and its progress. It is leased to the worker that writes to the tracker."""
 
     __tablename__ = "job_exports"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     type: Mapped[str] = mapped_column(String(32), primary_key=True)
     """An `integrations.IntegrationType`."""
     run_id: Mapped[str | None]
-    """The tracker's; the same for all attempts of the job."""
+    """Id of the run in the tracker; all attempts of the job share it."""
     train_step: Mapped[int] = mapped_column(default=-1)
     valid_step: Mapped[int] = mapped_column(default=-1)
-    """Of both: the last step of the curve that was written there."""
+    """This and `train_step`: the last step of the curve that was written to the tracker."""
     next_at: Mapped[float | None]
-    """When it is due. None while the job does not train, and in the end."""
+    """When the next write is due. None while the job is not training, and after the export has finished."""
     num_failures: Mapped[int] = mapped_column(Integer, default=0)
-    """Since something was last written."""
+    """Consecutive failures since the last successful write."""
     error: Mapped[str | None] = mapped_column(Text)
-    """What went wrong first: people were told."""
+    """The first problem. Once it is set, a further failure that will be retried adds no event."""
     finished_at: Mapped[float | None]
     __table_args__ = (Index("ix_job_exports_due", "next_at", sqlite_where=IS_DUE, postgresql_where=IS_DUE),)

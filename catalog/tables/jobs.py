@@ -1,4 +1,4 @@
-"""Jobs, and the requests that made them."""
+"""Jobs, their labels, and the idempotency keys of the requests that created them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ WITH_DEADLINE = text("deadline IS NOT NULL AND finished_at IS NULL")
 WITHOUT_METADATA = text("CAST(jobs.labels AS TEXT) IN ('null', '{}')")
 without_metadata: dict[str, Any] = {"sqlite_where": text("CAST(labels AS TEXT) IN ('null', '{}')")}
 without_metadata["postgresql_where"] = without_metadata["sqlite_where"]
-"""Of an index of the jobs that have none: a query that is to use it says WITHOUT_METADATA."""
+"""Condition of a partial index of the jobs without metadata. A query must contain WITHOUT_METADATA to use the index."""
 of_the_queue: dict[str, Any] = {"sqlite_where": IN_QUEUE, "postgresql_where": IN_QUEUE}
-"""Of an index of the jobs in the queue alone: a query that is to use it says the same, and nothing of the state."""
+"""Condition of partial indexes of the queued jobs. A query must contain IN_QUEUE, and no condition on the state, to use
+them."""
 
 
 class Job(Leased, Table):
-    """It is leased to the worker that tokenizes its files, and later to the one that trains it."""
+    """A job. It is leased to the worker that tokenizes its files, and later to the worker that trains it."""
 
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -29,35 +30,35 @@ class Job(Leased, Table):
     created_by: Mapped[str]
     state: Mapped[str]
     reason: Mapped[str | None]
-    """EndReason of the last attempt that ended."""
+    """`EndReason` of the last attempt that ended."""
     base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
     base_digest: Mapped[str]
     pack_key: Mapped[str]
     priority: Mapped[int] = mapped_column(Integer)
     requested: Mapped[Json]
     body_digest: Mapped[str | None]
-    """Digest of the request as it was understood: tells a client's retry from a second job."""
+    """Digest of the parsed request. It distinguishes a client's retry from a second job."""
     trace: Mapped[str | None] = mapped_column(String(64))
-    """W3C traceparent of the request that made it: the parent of what is done for it. See tracing.py."""
+    """W3C traceparent of the request that created it: the parent span of all work for the job. See tracing.py."""
     spec: Mapped[Json]
     parent_adapter: Mapped[str | None]
-    """Id of the adapter that it continues, whose row is kept for ever; more of it is in the spec."""
+    """Id of the adapter that the job continues. The row of an adapter is never deleted; the spec has more about it."""
     adapter_parameters: Mapped[int] = mapped_column(default=0)
-    """Numbers that the adapter trains: what memory arithmetic starts from."""
+    """Number of trained parameters: the input of the memory estimates."""
     sweep_id: Mapped[str | None]
-    """Of a trial; what it is a trial of is kept in `trials`."""
+    """The sweep of which the job is a trial. The `trials` table has its number and parameters."""
     suffix: Mapped[str | None]
     labels: Mapped[Json | None]
-    """The wire's `metadata`."""
+    """`metadata` in the API."""
     tags: Mapped[list[Any] | None]
     training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
     validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     train_prepared: Mapped[str | None]
-    """Key in `prepared`, once a worker has tokenized or refused the file."""
+    """Key in `prepared`, once a worker has tokenized or rejected the file."""
     valid_prepared: Mapped[str | None]
     num_steps: Mapped[int | None]
     longest_example: Mapped[int | None]
-    """Tokens of the longest row of its files, as cut to max_length, or of the longest pair of rows."""
+    """Tokens of the longest row of its files, truncated to max_length, or of the longest pair of rows."""
     own_bytes: Mapped[int | None]
     """This and the next three: memory requirements for the scheduler. catalog/resources/requirements.py computes them
     when the files are prepared."""
@@ -65,68 +66,70 @@ class Job(Leased, Table):
     trainer_bytes: Mapped[int | None]
     slice_bytes: Mapped[int | None]
     shardable_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
-    """Of what its trainer needs, what several devices can divide; and what each then needs beside its share."""
+    """This and the next: the part of `trainer_bytes` that can be sharded across devices, and the additional bytes that
+    each device then needs for gathered blocks."""
     gathered_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
     least_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
-    """With a trainer to itself on a device that computes blocks again: where not even that fits, no look is taken.
-    0: not reckoned yet."""
+    """Bytes that the job needs alone in a trainer with activation recomputation. A worker with less memory skips the
+    job. 0: not calculated yet."""
     least_divided_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
-    """The same of a device of a group that divides bases, however many there are in it. 0: not reckoned yet, and nor is
-    what of its trainer they can divide."""
+    """Lower bound of `least_bytes` for each device of a group that shards the base model, for any number of devices.
+    0: neither this nor `shardable_bytes` is calculated yet."""
     queued_at: Mapped[float | None]
-    """When it came into the queue, while it is there and not held: what its waiting is reckoned from."""
+    """When it entered the queue, which is the start of its waiting time. None while it is held or not in the queue."""
     place: Mapped[float] = mapped_column(default=0.0, server_default="0")
-    """Among its project's jobs of its class; the lowest goes first. See catalog/lifecycle/queue_position.py."""
+    """Sort key among the project's jobs of the same class; the lowest is first. See
+    catalog/lifecycle/queue_position.py."""
     is_held: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
-    """It waits and isn't chosen, until it is released."""
+    """Whether the job is held: the scheduler does not choose it until it is released."""
     deadline: Mapped[float | None]
-    """When it should have ended. It is told where it can't; nothing ends it."""
+    """When the job should be finished. An event reports that it will be late; the job keeps running."""
     needed_start: Mapped[float | None]
-    """When it must start for that, by what was known when its files were prepared."""
+    """Latest start that meets the deadline, as estimated when the files were prepared."""
     is_late_announced: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     claimed_at: Mapped[float | None]
-    """When it was last claimed to train."""
+    """When a worker last claimed it for training."""
     charged_at: Mapped[float | None]
-    """Until when its training is charged to its project."""
+    """Until when its training has been charged to its project."""
     device_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
-    """Charged so far, over all attempts: seconds of a device, divided among the jobs that trained on it together."""
+    """Device-seconds charged so far, over all attempts. Jobs of one trainer split its device-seconds equally."""
 
     attempt: Mapped[int]
     counted_attempts: Mapped[int]
-    """Attempts that ended badly since the last new checkpoint."""
+    """Failed attempts that count against the job since the last new checkpoint."""
     lost_attempts: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
-    """Attempts whose worker went away, since the last new checkpoint: they count towards no quarantine of three, but
-    may be the job's doing."""
+    """Attempts whose worker was lost since the last new checkpoint. They don't count as `counted_attempts`, although
+    the job may be the cause."""
     lost_preparations: Mapped[int] = mapped_column(default=0)
-    """Times that a worker went away while it prepared the files, or could not prepare them."""
+    """Times that a worker was lost while it prepared the files, or failed to prepare them."""
     resumed_at: Mapped[float | None]
-    """When it was last taken out of a pause: attempts before that say nothing against it."""
+    """When it was last resumed after a pause. Earlier attempts do not count against the job."""
     worker_id: Mapped[str | None]
     trainer_id: Mapped[str | None]
-    """Of the attempt that runs; of the last one, once the job is final."""
+    """This and `worker_id`: of the current attempt, or of the last one once the job is final."""
     lease_extended: Mapped[bool] = mapped_column(Boolean, default=False)
-    """Recovery gave this lease its one extension after an outage; a heartbeat clears it."""
+    """Whether recovery has given this lease its one extension after an outage. A heartbeat clears it."""
     run_after: Mapped[float | None]
     cancel_requested: Mapped[bool] = mapped_column(Boolean)
     pause_requested: Mapped[bool] = mapped_column(Boolean)
     preempted_for: Mapped[str | None]
-    """Id of the urgent job, of whichever project, for which this one is asked to leave."""
+    """Id of the urgent job, of any project, for which this job is being preempted."""
     num_preemptions: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
-    """Times that it has left for others."""
+    """Times that the job was preempted."""
     preemption_requested_at: Mapped[float | None]
-    """When others were last asked to leave so that it can train."""
+    """When other jobs were last preempted for this job."""
 
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     trained_tokens: Mapped[int | None]
     progress: Mapped[Json | None]
-    """The latest step, num_steps, loss, tokens_per_second, seconds_left and updated_at (their time). After the first
-    evaluation also valid_loss (the latest) and best_valid_loss. At the end also Course and kept_valid_loss."""
+    """The latest step, num_steps, loss, tokens_per_second, seconds_left, and their time, updated_at. After the first
+    evaluation also the latest valid_loss and best_valid_loss. At the end also Course and kept_valid_loss."""
     adapter_name: Mapped[str | None]
     result_file: Mapped[str | None]
-    """Id of the file that holds its curves; the row of a file is kept for ever. None before the job has succeeded."""
+    """Id of the file with its curves. None until the job has succeeded. The row of a file is never deleted."""
     error: Mapped[Json | None]
-    """code, message, param: as on the wire."""
+    """code, message, param: as in the API."""
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
         Index("ix_jobs_heads", "state", "project_id", "priority", "is_held", "place", "id"),
@@ -152,13 +155,13 @@ class Job(Leased, Table):
 
 
 class JobLabel(Table):
-    """A pair of a job's metadata, or one of its tags, by digest: what a list of jobs is chosen by."""
+    """A metadata pair or a tag of a job, as a digest. Lists of jobs are filtered by it."""
 
     __tablename__ = "job_labels"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     label: Mapped[str] = mapped_column(String(64), primary_key=True)
     project_id: Mapped[str]
-    """Of the job, as its `created_at`: so that a page is read from one index."""
+    """This and `created_at` repeat the values of the job, so that a page is read from one index."""
     created_at: Mapped[float]
     __table_args__ = (Index(None, "project_id", "label", "created_at", "job_id"),)
 

@@ -1,4 +1,4 @@
-"""Plans, and what is known of two data files beside each other."""
+"""Plans, and the overlap of two data files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from catalog.tables.table import Json, Leased, Table
 
 
 class Plan(Leased, Table):
-    """What a job would come to. Its row goes when it has expired. It is leased to the worker that computes it."""
+    """A dry run of a job. It is leased to the worker that computes it, and is deleted once it has expired."""
 
     __tablename__ = "plans"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -24,19 +24,19 @@ class Plan(Leased, Table):
     base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
     base_digest: Mapped[str]
     requested: Mapped[Json]
-    """As a job's: the request without what it left out."""
+    """The request as for a job: only the fields that it contained."""
     spec: Mapped[Json]
     training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
     validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     train_prepared: Mapped[str]
-    """Keys in `prepared`, known before the files are."""
+    """This and the next: keys in `prepared`, known before the files are prepared."""
     valid_prepared: Mapped[str | None]
     found: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    """What it comes to, once it is ready."""
+    """The result, once the plan is ready."""
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    """code, message, param: why no job could train on these files."""
+    """code, message, param: why no job can train on these files."""
     num_lost: Mapped[int] = mapped_column(default=0)
-    """Times that a worker went away while it computed this, or could not."""
+    """Times that a worker was lost while it computed the plan, or failed to compute it."""
     run_after: Mapped[float | None]
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
@@ -46,12 +46,12 @@ class Plan(Leased, Table):
 
 
 class FileOverlap(Table):
-    """How many rows of one prepared file are in another."""
+    """The number of rows of a prepared validation file that are also in a prepared training file."""
 
     __tablename__ = "file_overlaps"
     train_key: Mapped[str] = mapped_column(primary_key=True)
     valid_key: Mapped[str] = mapped_column(primary_key=True)
     num_rows: Mapped[int]
-    """Of the held-out file, that are in the training file too."""
+    """Rows of the validation file that are also in the training file."""
     of_rows: Mapped[int]
-    """That the held-out file has."""
+    """All rows of the validation file."""

@@ -1,7 +1,7 @@
-"""What each database role may do, as data: PostgreSQL enforces it where the roles exist.
+"""Privileges of each database role, as data. PostgreSQL enforces them if the roles exist.
 
-The owner, who migrates, applies this after each migration (migrations/env.py). A stolen worker's password then neither
-makes keys nor rewrites the audit log. Set-ups with one role, and SQLite, have no such boundary.
+The owner of the tables applies them after each migration (migrations/env.py). A stolen worker password can then neither
+create keys nor rewrite the audit log. Deployments with a single role, and SQLite, have no such boundary.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SEQUENCES: Final = """
     where seq.relkind = 'S' and tab.relnamespace = 'public'::regnamespace and tab.relname = any(:tables)
     order by 1
 """
-"""Those that number the rows of Lorry's tables."""
+"""Selects the sequences that number the rows of Lorry's tables."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rights:
-    """What a role may do with a table's rows. Columns by name; True: every column, also those of later versions."""
+    """Privileges of a role on a table: column names, or True for every column, including those of later versions."""
 
     select: bool | tuple[str, ...] = False
     insert: bool | tuple[str, ...] = False
@@ -56,14 +56,14 @@ AUDIT_CONTENT: Final = (
     "address",
     "details",
 )
-"""Of an audit event all that is known when it is written: `seq` is the sequence's, the seal is added later."""
+"""Columns of an audit event that its writer sets. The sequence sets `seq`, and sealing adds the rest later."""
 LEASE: Final = ("claim_id", "lease_expires_at")
 """Columns of every `Leased` table."""
 
 WORKER_RIGHTS: Mapping[str, Rights] = {
     "adapters": APPEND,
     "api_keys": NONE,
-    "artifacts": EVERYTHING,  # the rows of checkpoints that newer ones replace go at once
+    "artifacts": EVERYTHING,  # a worker deletes the rows of checkpoints that newer ones replace
     "attempts": KEEP,
     "audit_events": Rights(insert=AUDIT_CONTENT),
     "audit_head": NONE,
@@ -81,7 +81,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     ),
     "job_labels": NONE,
     "job_outputs": KEEP,
-    # Not what was asked for, nor for whom: project, submitter, spec, priority, deadline, holds.
+    # Without the columns of the request and its owner: project, submitter, spec, priority, deadline, holds.
     "jobs": Rights(
         select=True,
         update=(
@@ -147,7 +147,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "sign_ins": NONE,
     "stored_bytes": KEEP,
     "stored_days": KEEP,
-    # A worker says that a sweep is due; the API server decides and writes what follows.
+    # A worker marks a sweep as due; the API server decides what follows and writes it.
     "sweeps": Rights(select=True, update=("due_at",)),
     "tallies": KEEP,
     "trainers": KEEP,
@@ -157,32 +157,34 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "usage_days": KEEP,
     "usage_months": KEEP,
     "webhook_deliveries": Rights(insert=True),
-    # Whom to tell of an event, and neither where nor with which secret.
+    # Which endpoints receive an event, but neither their URLs nor their secrets.
     "webhook_endpoints": Rights(select=("id", "project_id", "event_types", "disabled_at", "deleted_at")),
     "webhook_tries": NONE,
     "workers": KEEP,
 }
-"""Every table has a line here: a test says so."""
+"""Privileges of workers. A test checks that every table has an entry."""
 
 API_RESTRICTED: Mapping[str, Rights] = {
-    # Append, and seal: no role of a running service changes or removes what happened.
+    # Append and seal only: no role of a running service can change or delete past events.
     "audit_events": Rights(select=True, insert=AUDIT_CONTENT, update=("link", "previous", "digest")),
     "audit_head": KEEP,
     "service": READ,
 }
-"""Where the API servers may do less than everything."""
+"""Tables on which the API servers do not have every privilege."""
 
 
 def rights(role: str) -> Mapping[str, Rights]:
-    """By name of the table."""
+    """Return the privileges of `role`, by table name."""
     if role == WORKER_ROLE:
         return WORKER_RIGHTS
     return {table.name: API_RESTRICTED.get(table.name, EVERYTHING) for table in Table.metadata.sorted_tables}
 
 
 def apply(connection: Connection) -> None:
-    """Give the roles that exist what this version says, and nothing else. By the owner of the tables, within the
-    transaction of the migration; again and again it comes to the same."""
+    """Grant the existing roles exactly the privileges of this version, and revoke all others.
+
+    The caller is the owner of the tables, within the transaction of the migration. The function is idempotent.
+    """
     if connection.dialect.name != "postgresql":
         return
     named = {"roles": [API_ROLE, WORKER_ROLE]}
@@ -193,7 +195,7 @@ def apply(connection: Connection) -> None:
 
 
 def _statements(role: str, sequences: str) -> Iterator[str]:
-    """Each names Lorry's tables: those of others in the schema may not be changed by the owner of Lorry's."""
+    """Each statement names Lorry's tables, because their owner may not change other tables in the schema."""
     tables = ", ".join([*Table.metadata.tables, "alembic_version"])
     yield f"revoke all on {tables} from {role}"
     yield f"revoke all on sequence {sequences} from {role}"

@@ -1,4 +1,4 @@
-"""What is stored in files: uploads, base models, artifacts, the tokens of a data file, adapters."""
+"""Stored files: data files, uploads, base models, artifacts, token caches and adapters."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class File(Table):
     filename: Mapped[str]
     num_bytes: Mapped[int]
     num_rows: Mapped[int | None]
-    """Rows of a data set; None for files that hold none."""
+    """Rows of a dataset. None for files without rows."""
     kind: Mapped[str | None]
-    """What its rows are, a `row_kinds.DataKind`; None where there are none, and for chats of before it was kept."""
+    """The `DataKind` of its rows. None for files without rows, and for chat files older than this column."""
     digest: Mapped[str]
     """sha256 of the content, which is a blob of the artifact store."""
     created_at: Mapped[float]
     expires_at: Mapped[float | None]
-    """From then on it is gone, once no unfinished job reads it; None: it stays until somebody deletes it."""
+    """The file is deleted after this time, once no unfinished job reads it. None: kept until a user deletes it."""
     deleted_at: Mapped[float | None]
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
@@ -39,8 +39,8 @@ class File(Table):
 
 
 class BaseModelRow(Leased, Table):
-    """A base model by name. The directory of its files is imported once per digest and node. It is leased to the worker
-    that imports it first."""
+    """A base model by name. Its files are imported once per digest and node. The row is leased to the worker that
+    imports it first."""
 
     __tablename__ = "base_models"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -49,18 +49,18 @@ class BaseModelRow(Leased, Table):
     source: Mapped[str] = mapped_column(Text)
     revision: Mapped[str | None]
     state: Mapped[str]
-    """importing, ready, failed, or deleted: then the row only keeps the name for the jobs that were trained on it."""
+    """importing, ready, failed or deleted. A deleted row keeps the name for the jobs that were trained on the model."""
     digest: Mapped[str | None]
-    """Digest of the manifest of its files: two names with one digest are one base."""
+    """Digest of the manifest of its files. Two names with the same digest are the same base model."""
     manifest: Mapped[Json | None]
     description: Mapped[Json | None]
-    """What lora_core.describe_base said: architecture, parameters, shapes."""
+    """The result of lora_core.describe_base: architecture, parameters, shapes."""
     error: Mapped[Json | None]
     created_at: Mapped[float]
 
 
 class Artifact(Table):
-    """A manifest: named files, each a content-addressed blob. It is visible once this row is."""
+    """A manifest: named files, each a content-addressed blob. An artifact exists once its row is committed."""
 
     __tablename__ = "artifacts"
     digest: Mapped[str] = mapped_column(primary_key=True)
@@ -82,14 +82,14 @@ class Prepared(Table):
     caches; no new job uses it, and cleaning deletes it."""
     file_digest: Mapped[str] = mapped_column(index=True)
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
-    """None where the cache was evicted, and where the file can't be trained on: `report["refusal"]` says why."""
+    """None: the cache was evicted, or the file can't be trained on. `report["refusal"]` then has the reason."""
     num_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
     """Size of the artifact, also after its eviction."""
     evicted_at: Mapped[float | None]
     report: Mapped[Json]
     details: Mapped[Json | None]
-    """Sample rows and the lines of odd ones, which hold the data itself: for plans, and nobody who may not read the
-    file. None of files that were prepared before there were plans."""
+    """Sample rows, and line numbers of unusual rows, for plans. They contain the data itself: show them only to callers
+    that may read the file. None for files that were prepared before plans existed."""
     created_at: Mapped[float]
     __table_args__ = (Index(None, "project_id", "file_digest"),)
 
@@ -98,17 +98,17 @@ class Adapter(Table):
     __tablename__ = "adapters"
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
-    """ft:BASE:PROJECT:SUFFIX:ID, the wire's fine_tuned_model."""
+    """ft:BASE:PROJECT:SUFFIX:ID; `fine_tuned_model` in the API."""
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), unique=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     base_model: Mapped[str]
     base_digest: Mapped[str]
     artifact: Mapped[str] = mapped_column(index=True)
-    """Digest of its manifest. The row in `artifacts` goes some time after the adapter was deleted."""
+    """Digest of its manifest. Cleanup deletes the row in `artifacts` some time after the adapter is deleted."""
     num_parameters: Mapped[int]
     verification: Mapped[Json]
     evaluation: Mapped[Json | None]
-    """base_loss, loss, and the perplexities, on the validation file."""
+    """base_loss, loss and the perplexities on the validation file."""
     lineage: Mapped[Json]
     lineage_id: Mapped[str]
     created_at: Mapped[float]
@@ -117,12 +117,13 @@ class Adapter(Table):
 
 
 COUNTED = text("(part_bytes > 0 OR (file_id IS NULL AND cancelled_at IS NULL))")
-"""Uploads that count against what a project may have open: a query that is to use their index says the same."""
+"""Uploads that count toward the open-upload limits of a project. A query must repeat this condition to use the index
+`ix_uploads_counted`."""
 of_the_counted: dict[str, Any] = {"sqlite_where": COUNTED, "postgresql_where": COUNTED}
 
 
 class Upload(Table):
-    """A file that was announced. Its row goes a day after its hour, whatever became of it."""
+    """An upload in parts. It expires an hour after its creation; its row is deleted a day later in any state."""
 
     __tablename__ = "uploads"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -130,25 +131,25 @@ class Upload(Table):
     purpose: Mapped[str]
     filename: Mapped[str]
     num_bytes: Mapped[int]
-    """That were announced: its parts must hold so many."""
+    """Size of the file as announced. The parts must have exactly this size in total."""
     part_bytes: Mapped[int] = mapped_column(server_default="0")
-    """Bytes of its parts that lie in the store, without those of a part that is the whole file."""
+    """Bytes of its parts in the store, except those of a part that is the whole file."""
     lifetime_seconds: Mapped[int | None]
-    """Of the file; None: it stays until it is deleted."""
+    """Lifetime of the completed file. None: it is kept until it is deleted."""
     file_id: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
-    """The file that its parts became."""
+    """The file that was assembled from the parts."""
     created_at: Mapped[float]
     expires_at: Mapped[float]
     cancelled_at: Mapped[float | None]
     completing_until: Mapped[float | None]
-    """Lease of who joins its parts."""
+    """Lease expiry of the request that joins the parts."""
     num_completions: Mapped[int] = mapped_column(server_default="0")
-    """That were begun and did not fail by the service's own fault."""
+    """Completions that were started, except those that failed because of the service itself."""
     __table_args__ = (Index("ix_uploads_counted", "project_id", **of_the_counted),)
 
 
 class UploadPart(Table):
-    """The same bytes twice are one part."""
+    """A part of an upload. Parts with equal bytes are stored once."""
 
     __tablename__ = "upload_parts"
     id: Mapped[str] = mapped_column(primary_key=True)

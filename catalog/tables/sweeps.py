@@ -1,4 +1,4 @@
-"""Sweeps, their trials, and what these had at the rungs."""
+"""Sweeps, their trials, and the scores of the trials at the rungs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IS_DUE = text("due_at IS NOT NULL")
 
 
 class Sweep(Table):
-    """Several jobs that were asked for as one. Kept for ever, as its jobs are."""
+    """Several jobs that were submitted as one. Like its jobs, it is never deleted."""
 
     __tablename__ = "sweeps"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -21,28 +21,28 @@ class Sweep(Table):
     idempotency_key: Mapped[str | None]
     body_digest: Mapped[str]
     requested: Mapped[Json]
-    """As it came."""
+    """The request as it was received."""
     seed: Mapped[int]
     num_trials: Mapped[int]
-    """Of ask_tell: at most."""
+    """Number of trials; for ask_tell the maximum."""
     rungs: Mapped[Json | None]
     """min_steps, reduction_factor, max_rungs; None: no trial is stopped."""
     training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
     validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     state: Mapped[str] = mapped_column(String(16))
-    """A `spec.SweepState`."""
+    """A `catalog.search.spec.SweepState`."""
     num_created: Mapped[int]
-    """Trials that there are: their numbers are from 0 to below this."""
+    """Trials that exist: they have the numbers from 0 to num_created - 1."""
     is_closed: Mapped[bool] = mapped_column(Boolean)
-    """No further trial is made."""
+    """Whether the sweep creates no further trials."""
     cancel_requested: Mapped[bool] = mapped_column(Boolean)
     due_at: Mapped[float | None]
-    """From when on the controller has something to do with it; None: nothing before a trial of it has ended."""
+    """When the controller next has work for the sweep. None: not before one of its trials finishes."""
     finished_at: Mapped[float | None]
     best_job: Mapped[str | None]
-    """The trial whose adapter is the sweep's, once it is final."""
+    """Job id of the best trial, whose adapter is the result of the sweep. Set once the sweep is final."""
     error: Mapped[Json | None]
-    """code and message: why no further trial could be made."""
+    """code and message: why no further trial could be created."""
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
         Index(None, "project_id", "idempotency_key", unique=True),
@@ -61,15 +61,15 @@ class Trial(Table):
     number: Mapped[int]
     parameters: Mapped[Json]
     score: Mapped[float]
-    """Its value so far, with the sign that makes less better; infinite before there is one."""
+    """Current value of the objective, with the sign that makes lower better; infinite before the first value."""
     step: Mapped[int | None]
-    """At which that was measured."""
+    """The step at which `score` was measured."""
     recent: Mapped[Json | None]
-    """Of a metric of training: the last values, by step."""
+    """For an objective measured in training: the last values, with their steps."""
     rung: Mapped[int | None]
-    """The last to which it came."""
+    """The last rung that the trial reached."""
     stopped: Mapped[str | None] = mapped_column(Text)
-    """The sentence why it was ended before its last step."""
+    """A sentence that explains why the trial was stopped before its last step."""
     __table_args__ = (
         Index(None, "sweep_id", "number", unique=True),
         Index(None, "sweep_id", "score", "number"),
@@ -77,7 +77,7 @@ class Trial(Table):
 
 
 class RungValue(Table):
-    """What a trial had when it first came to a rung: what was decided then stands."""
+    """Score of a trial when it first reached a rung. The decision made then is final."""
 
     __tablename__ = "rung_values"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)

@@ -1,4 +1,4 @@
-"""What every table has: how its constraints are named, how types are stored, how ids are made."""
+"""The base class of all tables: names of constraints, storage types, ids and lease columns."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ NAMING = {
 }
 Json = dict[str, Any]
 AutoKey = BigInteger().with_variant(Integer, "sqlite")
-"""SQLite numbers rows by itself only for a column of type INTEGER."""
+"""Primary key that the database numbers. SQLite does that only for a column of type INTEGER."""
 
 
 ANY_ID = re.compile(r"(?<![A-Za-z0-9])[a-z]+(?:-[a-z]+)*-[0-9a-f]{24}(?![0-9A-Za-z])")
-"""Every id that `new_id` makes, whatever its prefix, within a longer text."""
+"""Matches each id that `new_id` makes, with any prefix, in a longer text."""
 
 
 def new_id(prefix: str) -> str:
-    """An unguessable id such as `ftjob-3fJ0…`: 96 random bits."""
+    """Return an unguessable id such as `ftjob-3f0a…`: the prefix and 96 random bits in hex."""
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
@@ -35,8 +35,8 @@ class Table(DeclarativeBase):
 
 
 class Leased:
-    """Columns of a row that one process at a time works on; see catalog/db/lease.py."""
+    """Lease columns of a row that only one process at a time may work on; see catalog/db/lease.py."""
 
     claim_id: Mapped[str | None] = mapped_column(unique=True)
-    """The fencing token. Whoever does not hold it writes nothing."""
+    """The fencing token. A write that does not name it changes nothing."""
     lease_expires_at: Mapped[float | None]

@@ -1,4 +1,4 @@
-"""Who may do what: organizations, their projects, the keys of those, and browsers that were signed in by one."""
+"""Organizations, projects, quotas, API keys, model permissions and browser sessions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from catalog.tables.table import Json, Table
 
 PLANS_PER_DAY = 500
-"""Of a project whose limit nobody has changed."""
+"""Default of `Project.max_plans_per_day`."""
 
 
 class Organization(Table):
@@ -19,44 +19,44 @@ class Organization(Table):
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[float]
     created_by: Mapped[str | None]
-    """The key; None where it was made on the server itself, or is that of projects of before."""
+    """Id of the API key. None: created on the server itself, or by the upgrade for the existing projects."""
 
 
 class Project(Table):
     __tablename__ = "projects"
     id: Mapped[str] = mapped_column(primary_key=True)
     organization_id: Mapped[str] = mapped_column(ForeignKey("organizations.id"))
-    """For good: what is shared within an organization stays within it."""
+    """Never changes, because models are shared within an organization."""
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[float]
     created_by: Mapped[str | None]
-    """The key; None where it was made on the server itself."""
+    """Id of the API key. None: created on the server itself."""
     archived_at: Mapped[float | None]
-    """Since then its keys open nothing. All that it has stays."""
+    """Since this time the keys of the project are not valid. Its data is kept."""
     weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
-    """Its part of the devices beside others'."""
+    """Fair-share weight, relative to the weights of other projects."""
     highest_priority: Mapped[int] = mapped_column(Integer, default=1, server_default="1")
-    """The highest `spec.PriorityClass` that its jobs may have, as its number."""
+    """Number of the highest `PriorityClass` that its jobs may have; 0 is the highest class."""
     max_concurrent_jobs: Mapped[int | None]
-    """This and the next five: see quotas. None: without limit."""
+    """This and the next five: quotas, see catalog/usage/quotas.py. None: no limit."""
     max_queued_jobs: Mapped[int | None]
     max_jobs_per_day: Mapped[int | None]
     max_device_hours_per_month: Mapped[float | None]
     max_stored_bytes: Mapped[int | None]
     max_plans_per_day: Mapped[int | None] = mapped_column(default=PLANS_PER_DAY, server_default=str(PLANS_PER_DAY))
     preparing_at: Mapped[float | None]
-    """When a worker last took files of one of its jobs to prepare them: projects take turns."""
+    """When a worker last claimed files of one of its jobs to prepare them. The project that waited longest is next."""
     class_prepared_at: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
-    """The same by class, as text."""
+    """`preparing_at` for each priority class: {class, as text: time}."""
 
 
 class ProjectUsage(Table):
-    """What a project has used of devices, decayed: its rows together, each decayed from its own `as_of`."""
+    """Decayed device usage of a project: the sum of the rows of all slots, each decayed from its own `as_of`."""
 
     __tablename__ = "project_usage"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
     slot: Mapped[int] = mapped_column(Integer, primary_key=True)
-    """Of those who charge it: so that they don't wait for each other."""
+    """Spreads concurrent writers over several rows, so that they don't wait for each other."""
     device_seconds: Mapped[float]
     as_of: Mapped[float]
 
@@ -65,7 +65,7 @@ NOT_REVOKED = text("revoked_at IS NULL")
 
 
 class ApiKey(Table):
-    """Only an HMAC of the key is kept."""
+    """An API key. Only an HMAC of the key is stored."""
 
     __tablename__ = "api_keys"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -73,26 +73,26 @@ class ApiKey(Table):
     name: Mapped[str]
     digest: Mapped[str] = mapped_column(unique=True)
     is_operator: Mapped[bool] = mapped_column(Boolean)
-    """May do what reaches beyond the project, as far as its scopes go."""
+    """Whether the key may act beyond its project, within its scopes."""
     scopes: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
-    """None: all that such a key can do, and what is added to that later."""
+    """None: every scope that such a key can have, including scopes that later versions add."""
     ending: Mapped[str | None]
-    """The last characters of the key, to tell it from others by; unknown of the oldest ones."""
+    """The last characters of the key, by which users recognize it. None for the oldest keys."""
     created_at: Mapped[float]
     created_by: Mapped[str | None]
-    """The key; None where it was made on the server itself."""
+    """Id of the API key. None: created on the server itself."""
     last_used_at: Mapped[float | None]
     expires_at: Mapped[float | None]
     revoked_at: Mapped[float | None]
     replaced_by: Mapped[str | None]
-    """The key that a rotation made; this one is good until it expires."""
+    """Id of the key that a rotation created. This key stays valid until it expires."""
     requests_per_minute: Mapped[int | None]
     jobs_per_day: Mapped[int | None]
-    """Of both: None: the service's; 0: without limit."""
+    """This and `requests_per_minute`: None: the default of the service; 0: no limit."""
     highest_priority: Mapped[int] = mapped_column(Integer, default=1, server_default="1")
-    """As of a project: the lower of the two holds."""
+    """As for a project. The lower of the two limits applies."""
     idempotency_key: Mapped[str | None]
-    """Of the request that created it: the same caller can't create a second key with it."""
+    """Idempotency key of the request that created it. The same caller can't create a second key with it."""
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
         Index(None, "created_by", "created_at"),
@@ -101,14 +101,14 @@ class ApiKey(Table):
 
 
 class ModelPermission(Table):
-    """A project may read an adapter, or a checkpoint, of another of its organization."""
+    """Permission for a project to read an adapter or a checkpoint of another project of its organization."""
 
     __tablename__ = "model_permissions"
     id: Mapped[str] = mapped_column(primary_key=True)
     model_id: Mapped[str]
     """Id of the adapter or of the checkpoint."""
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
-    """Who may read it."""
+    """The project that may read it."""
     created_at: Mapped[float]
     created_by: Mapped[str]
     __table_args__ = (
@@ -118,13 +118,13 @@ class ModelPermission(Table):
 
 
 class SignIn(Table):
-    """A one-time sign-in link, then the browser session that it was exchanged for. Digests only."""
+    """A one-time sign-in link, and later the browser session that it was exchanged for. Only digests are stored."""
 
     __tablename__ = "sign_ins"
     id: Mapped[str] = mapped_column(primary_key=True)
     api_key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id"))
     link_digest: Mapped[str | None] = mapped_column(unique=True)
-    """None once it was used."""
+    """None once the link is used."""
     browser_digest: Mapped[str | None] = mapped_column(unique=True)
     created_at: Mapped[float]
     expires_at: Mapped[float]

@@ -1,4 +1,4 @@
-"""What projects have used, by day: kept as it happens, so that nobody has to add up jobs and attempts."""
+"""Usage of projects by day and month. It is recorded as it happens, so that reports need not sum jobs and attempts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from catalog.tables.table import Table
 
 
 class UsageDay(Table):
-    """Of a project, a day and a base model; its rows together."""
+    """Usage of a base model by a project on one day: the sum of the rows of all slots."""
 
     __tablename__ = "usage_days"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
     day: Mapped[int] = mapped_column(Integer, primary_key=True)
-    """Days since 1970, in UTC."""
+    """Days since 1970-01-01 UTC."""
     base_model: Mapped[str] = mapped_column(primary_key=True)
     slot: Mapped[int] = mapped_column(Integer, primary_key=True)
-    """Of those who add to it: so that they don't wait for each other."""
+    """Spreads concurrent writers over several rows, so that they don't wait for each other."""
     device_seconds: Mapped[float] = mapped_column(default=0.0)
     trained_tokens: Mapped[int] = mapped_column(default=0)
-    """Of jobs that succeeded, on the day of their end."""
+    """Trained tokens of the jobs that succeeded on this day."""
     num_created: Mapped[int] = mapped_column(default=0)
     num_succeeded: Mapped[int] = mapped_column(default=0)
     num_failed: Mapped[int] = mapped_column(default=0)
@@ -30,18 +30,18 @@ class UsageDay(Table):
 
 
 class UsageMonth(Table):
-    """Device-seconds of a project and a month, of every base model; its rows together."""
+    """Device-seconds of a project in one month, for all base models: the sum of the rows of all slots."""
 
     __tablename__ = "usage_months"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
     month: Mapped[int] = mapped_column(Integer, primary_key=True)
-    """Months since the year 0, in UTC."""
+    """Months since year 0: 12 * year + month - 1, in UTC."""
     slot: Mapped[int] = mapped_column(Integer, primary_key=True)
     device_seconds: Mapped[float]
 
 
 class StoredDay(Table):
-    """What a project stored at the end of a day on which that changed, in bytes; of the last day, now."""
+    """Bytes that a project stored at the end of a day on which they changed. The latest row holds the current value."""
 
     __tablename__ = "stored_days"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
@@ -50,7 +50,7 @@ class StoredDay(Table):
 
 
 class StoredBytes(Table):
-    """What a project stores, in bytes: stored_bytes.py lists the parts."""
+    """Bytes that a project stores now; stored_bytes.py lists the parts."""
 
     __tablename__ = "stored_bytes"
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
@@ -58,12 +58,12 @@ class StoredBytes(Table):
 
 
 class ServiceCounter(Table):
-    """One number; its rows together. See catalog/usage/ledger.py."""
+    """A counter of the service: the sum of the rows of all slots. See catalog/usage/ledger.py."""
 
     __tablename__ = "tallies"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     label: Mapped[str] = mapped_column(String(64), primary_key=True)
-    """What is counted of that name, such as an `EndReason`; empty where there is one number only."""
+    """Label value of the counter, such as an `EndReason`; empty for a counter without labels."""
     slot: Mapped[int] = mapped_column(Integer, primary_key=True)
-    """Of those who add to it: so that they don't wait for each other."""
+    """Spreads concurrent writers over several rows, so that they don't wait for each other."""
     number: Mapped[int]

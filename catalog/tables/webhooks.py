@@ -1,4 +1,4 @@
-"""Webhooks: where events of a project are sent, what is to be sent, and each try at it."""
+"""Webhooks: endpoints of projects, deliveries of events, and the requests that were made for each delivery."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ IS_DUE = text("next_try_at IS NOT NULL")
 
 
 class WebhookEndpoint(Table):
-    """Its secret is not stored: catalog/webhooks/signing.py makes it of the salt, and of a key kept elsewhere."""
+    """An endpoint. Its secret is not stored: signing.py derives it from the salt and a key that is kept elsewhere."""
 
     __tablename__ = "webhook_endpoints"
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     name: Mapped[str]
     url: Mapped[str] = mapped_column(Text)
-    """What is shown of it: host and last characters. In rows without `sealed_url`: the whole."""
+    """The part of the URL that is shown: host and last characters. In rows without `sealed_url`: the whole URL."""
     sealed_url: Mapped[str | None] = mapped_column(Text)
-    """The whole, encrypted: see catalog/webhooks/sealed_urls.py."""
+    """The whole URL, encrypted; see catalog/webhooks/sealed_urls.py."""
     event_types: Mapped[list[Any]]
     salt: Mapped[str]
     ending: Mapped[str]
-    """The last characters of the secret, to tell it from others by."""
+    """The last characters of the secret, by which users recognize it."""
     secret_made_at: Mapped[float]
     previous_salt: Mapped[str | None]
-    """Of the secret that a rotation replaced."""
+    """Salt of the secret that the last rotation replaced."""
     previous_ending: Mapped[str | None]
     previous_until: Mapped[float | None]
-    """Until then messages are signed with both."""
+    """Messages are signed with both secrets until this time."""
     created_at: Mapped[float]
     updated_at: Mapped[float]
     failing_since: Mapped[float | None]
-    """The first of the tries that failed since one succeeded."""
+    """When the first request failed since the last success."""
     disabled_at: Mapped[float | None]
     disabled_reason: Mapped[str | None]
     """by_request, gone or failing."""
@@ -45,14 +45,14 @@ class WebhookEndpoint(Table):
 
 
 class WebhookDelivery(Leased, Table):
-    """One event for one endpoint: written in the transaction of what it tells of, and sent after that. It is leased to
-    the process that sends it."""
+    """One event for one endpoint. It is written in the transaction of the change that it reports, and sent afterwards.
+    It is leased to the process that sends it."""
 
     __tablename__ = "webhook_deliveries"
     id: Mapped[str] = mapped_column(primary_key=True)
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id"))
     event_id: Mapped[str]
-    """The wire's webhook-id: the same at every try, and for every endpoint that the event goes to."""
+    """The `webhook-id` header: the same for every request and for every endpoint of the event."""
     event_type: Mapped[str]
     event_at: Mapped[float]
     data: Mapped[Json]
@@ -62,9 +62,9 @@ class WebhookDelivery(Leased, Table):
     is_test: Mapped[bool] = mapped_column(Boolean)
     num_tries: Mapped[int] = mapped_column(Integer)
     num_tries_before: Mapped[int] = mapped_column(Integer)
-    """Tries before it was last replayed: a replay has all tries again."""
+    """Requests before the last replay: a replay has the full number of retries again."""
     next_try_at: Mapped[float | None]
-    """When it is due. None once it is not pending."""
+    """When the next request is due. None unless the delivery is pending."""
     ended_at: Mapped[float | None]
     __table_args__ = (
         Index(None, "endpoint_id", "created_at", "id"),
@@ -74,7 +74,7 @@ class WebhookDelivery(Leased, Table):
 
 
 class WebhookTry(Table):
-    """One request, and what came back."""
+    """One request and its response."""
 
     __tablename__ = "webhook_tries"
     seq: Mapped[int] = mapped_column(AutoKey, primary_key=True, autoincrement=True)
@@ -82,7 +82,7 @@ class WebhookTry(Table):
     started_at: Mapped[float]
     seconds: Mapped[float]
     status_code: Mapped[int | None] = mapped_column(Integer)
-    """None where there was no answer: then `error` says why."""
+    """None if there was no response: `error` has the reason."""
     error: Mapped[str | None] = mapped_column(Text)
     reply: Mapped[str | None] = mapped_column(Text)
-    """The first bytes of the answer's body, escaped."""
+    """The first bytes of the response body, escaped."""

@@ -53,7 +53,7 @@ def test_a_base_that_each_device_holds_whole_has_no_shares(fresh: Service, visit
 
     panel = visitor.page.get_by_role("region", name="Its base on the devices")
     expect(fact(panel, "Base model")).to_have_text("whole, on each of 2 GPUs")
-    expect(fact(panel, "Why")).to_contain_text("Each device holds the whole base")
+    expect(fact(panel, "Why")).to_contain_text("Each device holds a full replica of the base model")
     expect(fact(panel, "Blocks")).to_have_count(0)
 
 

@@ -43,11 +43,11 @@ def test_jobs_on_a_divided_base_end_with_the_bytes_of_one_alone_though_a_process
         assert site.weights_digest(together[0]) == site.weights_digest(alone)
         told = [event.message for event in site.events(alone) if event.message.startswith("Strategy")]
         assert len(told) == 1
-        assert "Strategy fsdp2. LORRY_STRATEGY is fsdp2: each of 2 devices holds a share of every block" in told[0]
+        assert "Strategy fsdp2. LORRY_STRATEGY is fsdp2. Sharding across 2 devices needs about" in told[0]
         waiting = site.job(dora)
         assert waiting.state == JobState.QUEUED
         why = explanation.explain(site.db, project_id=waiting.project_id, job_id=dora)["explanation"]
-        assert "divides every base among its devices (LORRY_STRATEGY is fsdp2). DoRA reads the base's weights" in why
+        assert "shards base models across its devices (LORRY_STRATEGY is fsdp2). DoRA needs the full weights" in why
 
         site.kill_all()
         site.work_until_done()

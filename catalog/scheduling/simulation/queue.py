@@ -1,4 +1,4 @@
-"""The queue of a simulation: jobs that wait, as the database would give them to a decision."""
+"""The queue of a simulation: queued jobs, as the database would return them for a decision."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from catalog.scheduling.snapshot import Candidate
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrival:
-    """A job that comes into the queue."""
+    """The submission of a job."""
 
     at: float
     project: str
     priority: int
     base: str
     seconds: float
-    """That it trains by itself."""
+    """Training time of the job if it trains alone."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SimulatedRun:
-    """How it went for one job."""
+    """The state and the measurements of one job."""
 
     arrival: Arrival
     job_id: str
     left: float
-    """Seconds of training by itself that are still to do."""
+    """Remaining seconds of training, if the job trains alone."""
     started_at: float | None = None
     ended_at: float | None = None
     device_seconds: float = 0.0
     began_at: float = 0.0
-    """Of the attempt that runs, or ran last."""
+    """Start of the current or last attempt."""
     effective_priority: int = 0
-    """The class in which it was let in then."""
+    """The class with which that attempt started."""
     trained: float = 0.0
-    """Seconds of training by itself that it has done, over all attempts."""
+    """Completed training over all attempts, in seconds of a job that trains alone."""
     num_preemptions: int = 0
     waits_since: float = 0.0
-    """When it last came into the queue."""
+    """When it last entered the queue."""
     preemption_requested_at: float | None = None
-    """When others were last asked to leave so that it can train."""
+    """When other jobs were last preempted for it."""
 
     @property
     def waited(self) -> float:
@@ -52,7 +52,7 @@ class SimulatedRun:
 
 
 class SimulatedQueue:
-    """The first of each project and class, and of each kind, as the database gives them."""
+    """Returns the first jobs of each project and class, and of each pack key, as the database does."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, SimulatedRun] = {}
@@ -70,7 +70,7 @@ class SimulatedQueue:
         for group in (self._groups[arrival.project, arrival.priority], self._alike[alike]):
             if record.num_preemptions == 0:
                 group.append(record)
-            elif record not in group:  # back to its place
+            elif record not in group:  # a preempted job returns to its position
                 insort(group, record, key=lambda each: (each.arrival.at, each.job_id))
         self._keys[arrival.base].add(alike)
 
@@ -84,7 +84,7 @@ class SimulatedQueue:
         return {project for (project, _), group in self._groups.items() if self._first(group, 1)}
 
     def firsts(self, per_group: int, key: str | None, per_key: int) -> Iterator[Candidate]:
-        """Of each project and class so many, and so many of that kind."""
+        """Yield the first `per_group` jobs of each project and class, and `per_key` of each with the pack key `key`."""
         found = [self._first(group, per_group) for group in self._groups.values()]
         found += [self._first(self._alike[alike], per_key) for alike in self._keys.get(key or "", ())]
         return (as_candidate(record) for records in found for record in records)

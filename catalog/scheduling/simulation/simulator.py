@@ -2,8 +2,9 @@
 
 `python -m catalog.scheduling.simulation.simulator trace.csv`
 
-The trace has a line a job: submitted_at (seconds), project, priority, base, seconds (that it trains alone on one
-device). Nothing is stored, nothing trains: what the service decides, with the same functions, and how long all waits.
+The trace has one line per job: submitted_at (seconds), project, priority, base, seconds (of training, alone on one
+device). The simulation calls the functions of the service, stores nothing and trains nothing. It reports waiting times
+and device-seconds.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ from catalog.states import PriorityClass
 
 PLENTY = 10**12
 SPEEDS = Speeds(alone=((1024.0, 1.0),), together=((2048.0, 1.9), (4096.0, 3.4), (8192.0, 4.0)))
-"""Of a device with a plateau at four times the speed of a job by itself; see catalog/resources/throughput.py."""
+"""Tick speeds of a device with a plateau at four times the speed of a single job; see
+catalog/resources/throughput.py."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """What the trace runs on."""
+    """The simulated cluster."""
 
     num_workers: int = 8
     max_jobs: int = 16
     max_slowdown: float = 4.0
     load_seconds: float = 60.0
-    """For a base that the worker has not loaded."""
+    """Time to load a base model that is not resident."""
     weights: Mapping[str, float] = field(default_factory=dict[str, float])
     policy: Policy = USUAL
 
@@ -55,14 +57,14 @@ class _Worker:
     key: str | None = None
     jobs: dict[str, SimulatedRun] = field(default_factory=dict[str, SimulatedRun])
     as_of: float = 0.0
-    """Until when the progress of its jobs is reckoned; in the future while it loads."""
+    """Time up to which the progress of its jobs is calculated; in the future while it loads a base model."""
     version: int = 0
-    """Counts up when its jobs change, so that an end which was foreseen before is passed over."""
+    """Incremented when its jobs change, so that a completion event that was predicted earlier is ignored."""
     num_loads: int = 0
 
 
 class Simulation:
-    """Give it arrivals, `run` it, and read `records`."""
+    """A simulation of `arrivals` on `cluster`. Call `run` and read `records`."""
 
     def __init__(self, arrivals: Iterable[Arrival], cluster: Cluster) -> None:
         self.cluster = cluster
@@ -82,7 +84,7 @@ class Simulation:
         self._served_at = served_at
 
     def run(self, *, until: float = float("inf")) -> list[SimulatedRun]:
-        """Until every job has ended, or until that moment."""
+        """Simulate until every job has finished, or until the time `until`."""
         while self._events and self._events[0][0] <= until:
             self.now, _, what, version = heapq.heappop(self._events)
             if isinstance(what, SimulatedRun) and version:
@@ -93,7 +95,7 @@ class Simulation:
                 if what.arrival.priority == PriorityClass.urgent and self.cluster.policy.max_preemptions:
                     self._push(self.now + self.cluster.policy.preempt_after_seconds, what, 1)
                 for worker in self._workers:
-                    if not worker.jobs or worker.key == what.arrival.base:  # to others it makes no difference yet
+                    if not worker.jobs or worker.key == what.arrival.base:  # other workers can't take it yet
                         self._look(worker)
             elif what.version == version:
                 self._end(what)
@@ -119,7 +121,7 @@ class Simulation:
         self._foresee(worker)
 
     def _press(self, record: SimulatedRun) -> None:
-        """It has waited: others leave for it, if it waits still; and others later, if it waits on."""
+        """Preempt jobs for an urgent job that is still queued, and check again after `ask_again_seconds`."""
         if record not in self._queue:
             return
         policy = self.cluster.policy
@@ -191,7 +193,7 @@ class Simulation:
         return throughput.free_places(len(worker.jobs), SPEEDS, max_slowdown=self.cluster.max_slowdown, at_most=at_most)
 
     def _advance(self, worker: _Worker) -> None:
-        """Its jobs train until now, and are charged."""
+        """Train the worker's jobs until now, and charge them."""
         elapsed = self.now - worker.as_of
         if elapsed <= 0:
             return
@@ -212,7 +214,7 @@ class Simulation:
         return ordering.decay(amount, self.now - as_of, half_life_seconds=self.cluster.policy.half_life_seconds)
 
     def _foresee(self, worker: _Worker) -> None:
-        """When the next of its jobs ends, if nothing changes."""
+        """Schedule an event for the next completion on the worker, if nothing changes before."""
         worker.version += 1
         if worker.jobs:
             soonest = min(record.left for record in worker.jobs.values())
@@ -220,7 +222,7 @@ class Simulation:
             self._push(at, worker, worker.version)
 
     def _look(self, worker: _Worker) -> None:
-        """As a worker does: take what is decided for the room that it has."""
+        """Poll the queue as a worker does: claim the jobs that are chosen for its free capacity."""
         places = self._places(worker)
         if not places or not len(self._queue):
             return
@@ -287,7 +289,7 @@ class Simulation:
 
 
 def read_trace(lines: Iterable[str]) -> list[Arrival]:
-    """Raises ValueError with the line's number where it is not as it should be."""
+    """Parse a trace. Raises ValueError with the number of the first invalid line."""
     arrivals: list[Arrival] = []
     for number, row in enumerate(csv.DictReader(lines), start=2):
         try:
@@ -302,12 +304,14 @@ def read_trace(lines: Iterable[str]) -> list[Arrival]:
             )
         except (KeyError, TypeError, ValueError) as error:
             wanted = "submitted_at,project,priority,base,seconds"
-            raise ValueError(f"Line {number} of the trace is not {wanted}, priority being a class: {error}") from error
+            raise ValueError(
+                f"Line {number} of the trace is invalid: {error}. Expected: {wanted}, priority by name."
+            ) from error
     return arrivals
 
 
 def _seconds(text: str) -> float:
-    """Raises ValueError."""
+    """Parse a number of seconds. Raises ValueError."""
     number = float(text)
     if not 0 <= number < math.inf:
         raise ValueError(f"{text} is not a number of seconds")
@@ -315,15 +319,15 @@ def _seconds(text: str) -> float:
 
 
 def _weight(text: str) -> float:
-    """Raises ValueError."""
+    """Parse a weight. Raises ValueError."""
     weight = float(text or "nan")
     if not 0 < weight < math.inf:
-        raise ValueError(f"A weight is a number above 0, as in --weight search=2: not {text!r}.")
+        raise ValueError(f"Invalid weight {text!r}. Pass a number above 0, for example --weight search=2.")
     return weight
 
 
 def summary(simulation: Simulation) -> dict[str, Any]:
-    """Device-seconds and waiting, by project and by class."""
+    """Return device-seconds and waiting times, by project and by class."""
     records = simulation.records
     total = sum(record.device_seconds for record in records)
     return {
@@ -372,11 +376,15 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m catalog.scheduling.simulation.simulator", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("trace", type=Path, help="CSV with the columns submitted_at,project,priority,base,seconds")
-    parser.add_argument("--workers", type=int, default=8, help="of one device each")
-    parser.add_argument("--load-seconds", type=float, default=60.0, help="to load a base")
+    parser.add_argument("--workers", type=int, default=8, help="number of workers with one device each (default: 8)")
+    parser.add_argument("--load-seconds", type=float, default=60.0, help="time to load a base model (default: 60 s)")
     parser.add_argument("--weight", action="append", default=[], metavar="PROJECT=WEIGHT")
-    parser.add_argument("--max-preemptions", type=int, default=USUAL.max_preemptions, help="of one job; 0: none")
-    parser.add_argument("--until", type=float, default=float("inf"), help="seconds of simulated time")
+    parser.add_argument(
+        "--max-preemptions", type=int, default=USUAL.max_preemptions, help="maximum per job; 0: no preemption"
+    )
+    parser.add_argument(
+        "--until", type=float, default=float("inf"), help="simulated time in seconds (default: all jobs)"
+    )
     given = parser.parse_args(argv)
     try:
         weights = {name: _weight(text) for name, _, text in (pair.partition("=") for pair in given.weight)}

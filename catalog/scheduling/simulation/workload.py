@@ -2,7 +2,8 @@
 
 `python -m catalog.scheduling.simulation.workload > day.csv`
 
-Five projects that want more than there is time for, three classes, forty bases; the same lines for the same seed.
+Five projects that submit more work than fits into the day, three classes, forty base models. The same seed generates
+the same trace.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from catalog.states import PriorityClass
 HOUR = 3600.0
 NUM_BASES = 40
 LENGTHS = (300.0, 5400.0)
-"""Seconds that a job trains alone."""
+"""Shortest and longest training time of a job that trains alone, in seconds."""
 COLUMNS = ("submitted_at", "project", "priority", "base", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stream:
-    """Jobs of a project and class, as many in each of the hours from `since` to `until`."""
+    """Jobs of a project and class: `number` in each interval between the hours `since` and `until`."""
 
     project: str
     priority: PriorityClass
@@ -34,7 +35,7 @@ class Stream:
     since: float = 0.0
     until: float = 24.0
     each: float = 1.0
-    """Hours."""
+    """Length of an interval, in hours."""
     num_bases: int = NUM_BASES
 
 
@@ -50,8 +51,8 @@ STREAMS = (
 
 
 def day(seed: int = 1) -> list[Arrival]:
-    """All that is submitted, in order of time."""
-    chance = random.Random(seed)  # noqa: S311  (nothing secret)
+    """Return all submissions, in order of time."""
+    chance = random.Random(seed)  # noqa: S311  (not a secret)
     return sorted((arrival for stream in STREAMS for arrival in _of(stream, chance)), key=lambda each: each.at)
 
 

@@ -36,11 +36,11 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"suffix": "a\nb"}, "suffix", "no control character"),
         ({"suffix": "a\u0007"}, "suffix", "no control character"),
         ({"suffix": "x" * 65}, "suffix", "at most 64"),
-        ({"metadata": {"k": 1}}, "metadata.k", "a text"),
+        ({"metadata": {"k": 1}}, "metadata.k", "a string"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16 pairs"),
         ({"lora": {"target_modules": ["a b"]}}, "lora.target_modules.0", "the name of a layer"),
         ({"evaluation": {"every_steps": 0}}, "evaluation.every_steps", "must be between 1 and"),
-        ({"integrations": [{"type": "wandb"}]}, "integrations.0", "the type 'wandb' needs 'wandb' with its 'project'"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations.0", "type 'wandb' requires 'wandb' with its 'project'"),
         ({"integrations": [{"type": "comet"}]}, "integrations.0.type", "'wandb', 'mlflow', 'tensorboard' or 'trackio'"),
         ({"method": {"type": "reinforced"}}, "method.type", "'supervised', 'dpo', 'orpo', 'simpo' or 'kto'"),
         (
@@ -78,7 +78,7 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"optimizer": {"beta1": True}}, "optimizer.beta1", "a number"),
         ({"hyperparameters": {"n_epochs": "3"}}, "hyperparameters.n_epochs", "a whole number or 'auto'"),
         ({"lora": {"init_lora_weights": "pisa"}}, "lora.init_lora_weights", "'gaussian', 'pissa', 'pissa_niter_N'"),
-        ({"lora": {"target_modules": ["all-linear", "q"]}}, "lora.target_modules.0", "stand alone and in no list"),
+        ({"lora": {"target_modules": ["all-linear", "q"]}}, "lora.target_modules.0", "not allowed in a list"),
         ({"max_length": True}, "max_length", "a whole number or 'auto'"),
         ({"hyperparameters": {"learning_rate_multiplier": 5001}}, MULTIPLIER, "at most 5000 or 'auto'"),
         ({"priority": "now"}, "priority", "'urgent', 'normal' or 'batch'"),
@@ -169,7 +169,7 @@ def test_several_faults_are_told_at_once(client: TestClient) -> None:
 def test_hyperparameters_in_two_places_are_refused(client: TestClient) -> None:
     error = refused(client, {**LEAST, "hyperparameters": {}, "method": {"type": "supervised"}})
 
-    assert "give hyperparameters once" in error["message"]
+    assert "set hyperparameters only once" in error["message"]
 
 
 def test_a_wrong_query_parameter_is_named(client: TestClient) -> None:

@@ -41,7 +41,7 @@ def test_a_job_that_is_too_large_for_the_smallest_worker_of_a_gang_is_told_so(wo
     job = queued_large(world)
 
     assert told(world, job).startswith(
-        "It needs about 20.0 GB on each device, and the smallest worker of the gang pair, w2, has 17.0 GB. It would fit"
+        "The job needs about 20.0 GB per device, but the smallest worker of gang pair, w2, has 17.0 GB. It would fit"
     )
 
 
@@ -66,7 +66,7 @@ def test_of_more_workers_than_a_gang_has_the_smaller_ones_may_stand_by(world: Wo
     enter(world, "w3", gigabytes=50)
     job = queued_large(world)
 
-    assert "It needs about" not in told(world, job)
+    assert "The job needs about" not in told(world, job)
 
 
 def test_a_job_waits_for_room_and_for_no_others_where_fewer_of_a_gang_train(world: World, clock: Clock) -> None:

@@ -176,7 +176,7 @@ def test_what_evaluations_decide_is_refused_where_none_comes_in_time(world: Worl
 
     ten: dict[str, Any] = {"max_steps": 10}
     for asked in (every(26, fields), every(11, fields) | ten):
-        with pytest.raises(InvalidRequest, match="can't act") as refusal:
+        with pytest.raises(InvalidRequest, match="has no effect") as refusal:
             world.submit(**usual, **asked)
         assert (refusal.value.code, refusal.value.param) == ("no_evaluation_in_time", "evaluation.every_steps")
 
@@ -190,7 +190,7 @@ def test_texts_that_are_split_may_give_more_steps_than_the_file_has_rows(world: 
     split: dict[str, Any] = texts | {"data": {"overflow": "split"}} | every(100_000, fields)
 
     assert world.submit(**split).id
-    with pytest.raises(InvalidRequest, match="can't act"):
+    with pytest.raises(InvalidRequest, match="has no effect"):
         world.submit(**split, max_steps=99_999)
 
 
@@ -201,8 +201,8 @@ def test_evaluations_that_come_after_the_last_step_are_told_of_and_not_refused_w
 
     (warning,) = _warnings(world, validation_file=held_out, max_steps=10, evaluation={"every_steps": 11})
 
-    assert "every_steps is 11, and the job has 10 steps at most" in warning
-    assert "at the start and at the end alone" in warning
+    assert "every_steps is 11, but the job has at most 10 steps" in warning
+    assert "only at the start and at the end" in warning
     assert _warnings(world, validation_file=held_out, max_steps=10, evaluation={"every_steps": 10}) == []
 
 

@@ -72,8 +72,8 @@ def test_what_would_fit_is_told_of_a_job_that_is_given_up(world: World) -> None:
     assert len(error["evidence"]) == MAX_COUNTED_ATTEMPTS
     assert "alone in its trainer and computed one slice" in error["message"]
     assert "estimated to need about 16.4 GB, and the smallest of 2 devices has 17.0 GB" in error["message"]
-    assert "It would fit one GPU of 24 GB, or a group of 2 of " not in error["message"], "no smaller card than failed"
-    assert "It would fit one GPU of " in error["message"]
+    assert "It would fit on one GPU with 24 GB, or on 2 GPUs " not in error["message"], "no smaller card than failed"
+    assert "It would fit on one GPU with " in error["message"]
 
 
 def test_what_a_node_with_more_memory_than_the_reckoning_lacked_is_not_said_to_fit(world: World) -> None:
@@ -86,8 +86,8 @@ def test_what_a_node_with_more_memory_than_the_reckoning_lacked_is_not_said_to_f
         short(world, claim)
 
     message = (world.job(job.id).error or {})["message"]
-    assert "It would fit one GPU of 80 GB" in message
-    assert "one GPU of 48 GB" not in message
+    assert "It would fit on one GPU with 80 GB" in message
+    assert "one GPU with 48 GB" not in message
 
 
 @pytest.mark.parametrize("reason", OOM)

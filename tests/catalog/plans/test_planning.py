@@ -36,8 +36,8 @@ def test_few_steps_are_warned_of_with_what_would_make_more() -> None:
     assert "12 epochs" in few.remedy, "3 epochs made 8"
     assert job_warnings.few_steps(spec(max_steps=8), 8) == Caution(
         code="few_steps",
-        message="The job has 8 optimizer steps: fewer than 30 seldom change a model much.",
-        remedy="Raise max_steps, or leave it out.",
+        message="The job has only 8 optimizer steps: fewer than 30 rarely change a model much.",
+        remedy="Raise max_steps, or remove it.",
     )
     hopeless = job_warnings.few_steps(spec(), 1)
     assert hopeless is not None

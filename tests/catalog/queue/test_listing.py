@@ -153,9 +153,9 @@ def test_a_job_that_waits_for_others_to_keep_their_speed_says_so(world: World) -
         return explained(world, waiting.id)["explanation"]
 
     assert told(Speeds(alone=((64, 900.0),), together=((256, 1000.0),)), num_jobs=4) == (
-        "It is first in the queue. Its base is loaded, and the trainer is near its plateau: with 4 jobs each is at "
-        "most 3.6 times as slow as alone, one more would make that 4.5, and LORRY_MAX_SLOWDOWN is 4. It joins when one "
-        "of them ends."
+        "It is first in the queue. Its base model is loaded, but the trainer is full: with 4 jobs, each takes up to "
+        "3.6 times as long as alone. One more job would raise this to 4.5, and LORRY_MAX_SLOWDOWN is 4. The job joins "
+        "when one of them finishes."
     )
     assert "it joins as soon as there is free capacity" in told(Speeds(), num_jobs=16), (
         "no speed keeps a seventeenth out"
@@ -268,7 +268,7 @@ def test_long_rows_that_only_a_gpu_has_room_for_are_too_large_for_a_cpu_alone(wo
     on_a_cpu = explained(world, job.id)["explanation"]
     world.worker("small-gpu", memory_bytes=8 * 10**8, kind="cuda")
 
-    assert "It needs about 1.3 GB and the largest worker has 1.0 GB" in on_a_cpu
+    assert "The job needs about 1.3 GB, but the largest worker has 1.0 GB" in on_a_cpu
     assert "the largest worker" not in explained(world, job.id)["explanation"]
 
 

@@ -116,8 +116,8 @@ def test_a_job_that_the_host_has_no_room_for_waits_with_a_sentence(world: World)
     job = queued_large(world)
 
     told = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
-    assert "about 18.0 GB of the host's memory, where a base may take 10.0 GB." in told
-    assert "or a group of 2 of 12 GB with 18.0 GB of the host's memory for the base." in told
+    assert "about 18.0 GB of host memory, of which a base model may use 10.0 GB." in told
+    assert "or on 2 GPUs with 12 GB each and 18.0 GB of host memory for the base model." in told
 
 
 def test_who_joins_an_offloaded_base_would_have_it_so_alone(world: World) -> None:
@@ -157,8 +157,8 @@ def test_a_job_with_dora_waits_with_a_sentence_and_is_taken_where_the_whole_base
 
     assert world.claim(capacity=capacity) == []
     told = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
-    assert "It needs about 20.0 GB and the largest worker has 17.0 GB. DoRA reads the base's weights" in told
-    assert "It would fit one GPU of 24 GB." in told
+    assert "The job needs about 20.0 GB, but the largest worker has 17.0 GB. DoRA needs the full weights" in told
+    assert "It would fit on one GPU with 24 GB." in told
 
     roomy = on(world, 2, 21)
     assert [claim.job.id for claim in world.claim(capacity=roomy)] == [job.id]
@@ -170,7 +170,7 @@ def test_a_worker_that_divides_every_base_takes_no_job_that_needs_whole_weights(
 
     assert world.claim(capacity=capacity) == []
     told = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
-    assert "divides every base among its devices (LORRY_STRATEGY is fsdp2). pissa decomposes" in told
+    assert "always shards base models across its devices (LORRY_STRATEGY is fsdp2). pissa decomposes" in told
 
 
 def test_who_joins_a_divided_base_would_have_it_divided_alone(world: World) -> None:
@@ -233,7 +233,7 @@ def test_a_base_whose_blocks_are_counted_later_is_divided_from_then_on(world: Wo
     capacity = on(world, 2, 17, "fsdp2")
     assert world.claim(capacity=capacity) == []
     told = explanation.explain(world.db, project_id=waiting.project_id, job_id=waiting.id)["explanation"]
-    assert "The base was imported before its blocks were counted, which a worker that has its files" in told
+    assert "The base model can't be sharded until a worker that has its files has counted its blocks" in told
 
     assert [row.name for row in base_models.uncounted(world.db)] == ["large", "smol"]
     assert not base_models.note_blocks(world.db, "large", digest="another", blocks=BLOCKS)
@@ -272,8 +272,8 @@ def test_a_plan_of_a_job_that_needs_whole_weights_says_so(world: World) -> None:
     row = ready(world, model="large", precision="bfloat16", lora={"use_dora": True})
 
     (warning,) = [warning for warning in found(row)["warnings"] if warning["code"] == "fits_no_worker"]
-    assert "DoRA reads the base's weights" in warning["message"]
-    assert "one GPU of 24 GB" in warning["remedy"]
+    assert "DoRA needs the full weights" in warning["message"]
+    assert "one GPU with 24 GB" in warning["remedy"]
     assert all(memory["strategy"] == "replicated" for memory in found(row)["memory"])
 
 
@@ -297,7 +297,7 @@ def test_a_waiting_job_is_told_how_each_group_of_devices_would_hold_its_base(wor
     }
     assert divided["memory_bytes"] == 17 * GB
     assert divided["needed_bytes"] == whole["needed_bytes"] - 18 * GB + 9 * GB + 27 * GB // 5
-    assert divided["reason"].startswith("With the whole base the job would need about 20.")
+    assert divided["reason"].startswith("A full replica of the base model would need about 20.")
     assert (whole["strategy"], whole["num_devices"], whole["blocks"]) == ("replicated", 1, None)
 
 
@@ -348,8 +348,8 @@ def test_a_plan_of_a_job_that_the_host_has_no_room_for_says_so(world: World) -> 
         for warning in found(ready(world, model="large", precision="bfloat16"))["warnings"]
         if warning["code"] == "fits_no_worker"
     ]
-    assert "about 18.0 GB of the host's memory, where a base may take 10.0 GB." in warning["message"]
-    assert "with 18.0 GB of the host's memory for the base." in warning["remedy"]
+    assert "about 18.0 GB of host memory, of which a base model may use 10.0 GB." in warning["message"]
+    assert "and 18.0 GB of host memory for the base model." in warning["remedy"]
 
 
 def test_a_waiting_job_is_told_of_a_group_whose_host_would_hold_its_base(world: World) -> None:
@@ -360,4 +360,4 @@ def test_a_waiting_job_is_told_of_a_group_whose_host_would_hold_its_base(world: 
     assert (placement["strategy"], placement["kind"]) == ("fsdp2_offload", "cuda")
     blocks = placement["blocks"]
     assert (blocks["bytes"], blocks["share_bytes"], blocks["gathered_bytes"]) == (18 * GB, 9 * GB, 63 * GB // 10)
-    assert "in the host's memory, about 18.0 GB in all, and needs about" in placement["reason"]
+    assert "with shards in host memory (about 18.0 GB in total) needs about" in placement["reason"]

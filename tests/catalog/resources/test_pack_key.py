@@ -160,8 +160,8 @@ def test_a_choice_says_why() -> None:
 
     reasons = [(choice.role, choice.reason) for choice in choose_pack(waiting, ROOM)]
 
-    assert reasons[0] == ("anchor", "first in the queue of those that fit this worker")
-    assert reasons[1] == ("packmate", "same base and dtype as the anchor, and fits beside it")
+    assert reasons[0] == ("anchor", "first job in the queue that fits this worker")
+    assert reasons[1] == ("packmate", "same base model and dtype as the anchor, and fits next to it")
     assert choose_anchor([], ROOM) is None
 
 

@@ -184,27 +184,29 @@ def test_what_would_hold_a_job_is_told_by_number_and_size() -> None:
     assert told == [(1, 180, 0), (2, 141, 0), (4, 80, 0)], "eight of 48 GB would need 58.9 of 47.8"
     assert from_host == (2, 48, 136_904_704_000)
     sentence = (
-        "It would fit one GPU of 180 GB, or a group of 2 of 141 GB, or a group of 4 of 80 GB, or a group of 2 of 48 GB "
-        "with 136.9 GB of the host's memory for the base."
+        "It would fit on one GPU with 180 GB, or on 2 GPUs with 141 GB each, or on 4 GPUs with 80 GB each, or on 2 "
+        "GPUs with 48 GB each and 136.9 GB of host memory for the base model."
     )
     assert sharding.would_fit_sentence(sharding.would_fit(demand(SEVENTY, own=5 * GB))) == sentence
     whole = replace(demand(SEVENTY, own=5 * GB), shardable_bytes=0)
     assert [(fit.num_devices, fit.card.gigabytes) for fit in sharding.would_fit(whole)] == [(1, 180)]
-    assert "No common GPU" in sharding.would_fit_sentence(sharding.would_fit(Demand(whole_bytes=10**13)))
+    assert "no common GPU" in sharding.would_fit_sentence(sharding.would_fit(Demand(whole_bytes=10**13)))
 
 
 def test_a_job_that_fits_nowhere_is_told_why() -> None:
     large = demand(SEVENTY, own=5 * GB)
-    whole, bar = replace(large, shardable_bytes=0), "DoRA reads the base's weights"
+    whole, bar = replace(large, shardable_bytes=0), "DoRA needs the full weights"
 
     assert sharding.nowhere([(gpus(1, 80), large), (gpus(8, 80), large)], None) is None
     told = sharding.nowhere([(gpus(1, 80), large)], None)
-    assert told == "It needs about 171.9 GB and the largest worker has 85.0 GB."
-    assert "Divided among the 2 devices" in str(sharding.nowhere([(gpus(2, 80), large)], None))
+    assert told == "The job needs about 171.9 GB, but the largest worker has 85.0 GB."
+    assert "Sharding across the 2 devices" in str(sharding.nowhere([(gpus(2, 80), large)], None))
     assert str(sharding.nowhere([(gpus(8, 80), whole)], bar)).endswith(f"has 85.0 GB. {bar}.")
     assert bar not in str(sharding.nowhere([(gpus(1, 80), whole)], bar)), "one GPU divides nothing"
     forced = str(sharding.nowhere([(gpus(2, 24, "fsdp2"), replace(demand(SEVEN), shardable_bytes=0))], bar))
-    assert forced == f"The largest worker divides every base among its devices (LORRY_STRATEGY is fsdp2). {bar}."
+    assert forced == (
+        f"The largest worker always shards base models across its devices (LORRY_STRATEGY is fsdp2). {bar}."
+    )
 
 
 def test_a_job_that_the_host_has_no_room_for_is_told_what_would_do() -> None:
@@ -212,21 +214,21 @@ def test_a_job_that_the_host_has_no_room_for_is_told_what_would_do() -> None:
 
     told = sharding.nowhere([(gpus(2, 48, host=100 * GB), large)], None)
     assert told == (
-        "Divided among the 2 devices of the largest worker it needs about 110.3 GB on each, and the smallest of them "
-        "has 47.9 GB. Held by the host it would need about 42.7 GB on each, and about 136.9 GB of the host's memory, "
-        "where a base may take 100.0 GB."
+        "Sharding across the 2 devices of the largest worker needs about 110.3 GB per device, but the smallest device "
+        "has 47.9 GB. With shards in host memory it would need about 42.7 GB per device and about 136.9 GB of host "
+        "memory, of which a base model may use 100.0 GB."
     )
     small = str(sharding.nowhere([(gpus(2, 24, host=10 * GB), large)], None))
-    assert small.endswith("the smallest of them has 23.8 GB."), "it would not fit from there either"
+    assert small.endswith("the smallest device has 23.8 GB."), "it would not fit from there either"
     forced = sharding.nowhere([(gpus(2, 48, "fsdp2_offload", host=100 * GB), large)], None)
     assert forced == (
-        "Divided among the 2 devices of the largest worker it would need about 136.9 GB of the host's memory, where a "
-        "base may take 100.0 GB."
+        "Sharding across the 2 devices of the largest worker would need about 136.9 GB of host memory, of which a base "
+        "model may use 100.0 GB."
     )
     narrow = sharding.nowhere([(gpus(2, 24, host=200 * GB), large)], None)
     assert narrow == (
-        "Divided among the 2 devices of the largest worker, with the shares in the host's memory, it needs about "
-        "42.7 GB on each, and the smallest of them has 23.8 GB."
+        "Sharding across the 2 devices of the largest worker, with shards in host memory, needs about 42.7 GB per "
+        "device, but the smallest device has 23.8 GB."
     )
 
 
@@ -235,10 +237,10 @@ def test_a_job_that_the_host_has_no_room_for_is_told_what_would_do() -> None:
     [
         ({}, "none", SEVEN, None),
         ({"init_lora_weights": "gaussian"}, "none", SEVEN, None),
-        ({"use_dora": True}, "none", SEVEN, "DoRA reads"),
+        ({"use_dora": True}, "none", SEVEN, "DoRA needs"),
         ({"init_lora_weights": "pissa_niter_4"}, "none", SEVEN, "pissa_niter_4 decomposes"),
-        ({}, "nf4", SEVEN, "held as nf4"),
-        ({}, "none", {}, "before its blocks were counted"),
+        ({}, "nf4", SEVEN, "quantized to nf4"),
+        ({}, "none", {}, "has counted its blocks"),
         ({}, "none", {"blocks": {"count": 0}}, "no list of blocks"),
     ],
 )
@@ -251,24 +253,25 @@ def test_what_bars_a_job_from_a_divided_base(
 
 def test_why_a_group_holds_a_base_as_it_does_is_said_with_numbers() -> None:
     small, large = demand(SEVEN), demand(SEVENTY, own=5 * GB)
-    assert sharding.reason(gpus(1, 24), small) == "There is one device, which holds the whole base."
+    assert sharding.reason(gpus(1, 24), small) == "The worker has one device, which holds the full base model."
     assert sharding.reason(gpus(2, 24), small) == (
-        "Each device holds the whole base: the job needs about 20.9 GB, and the smallest of 2 devices has 23.8 GB."
+        "Each device holds a full replica of the base model: the job needs about 20.9 GB per device, and the smallest "
+        "of 2 devices has 23.8 GB."
     )
     assert sharding.reason(gpus(8, 80), large) == (
-        "With the whole base the job would need about 173.6 GB on each device, and the smallest of 8 devices has "
-        "85.0 GB: each of 8 devices holds a share of every block, and needs about 58.9 GB."
+        "A full replica of the base model would need about 173.6 GB per device, and the smallest of 8 devices has "
+        "85.0 GB. Sharding across 8 devices needs about 58.9 GB per device."
     )
     assert sharding.reason(gpus(2, 48, host=200 * GB), large) == (
-        "With a share of every block the job would need about 110.3 GB on each device, and the smallest of 2 devices "
-        "has 47.9 GB: each of 2 devices holds a share of every block in the host's memory, about 136.9 GB in all, and "
-        "needs about 42.7 GB."
+        "Sharding the base model across the devices would need about 110.3 GB per device, and the smallest of 2 "
+        "devices has 47.9 GB. Sharding across 2 devices with shards in host memory (about 136.9 GB in total) needs "
+        "about 42.7 GB per device."
     )
     told = sharding.reason(gpus(2, 24, "zero3_offload", host=200 * GB), small)
     assert told.startswith(
-        "LORRY_STRATEGY is zero3_offload: each of 2 devices holds a share of every block in the host"
+        "LORRY_STRATEGY is zero3_offload. Sharding across 2 devices with shards in host memory (about"
     )
-    assert "LORRY_STRATEGY is fsdp2: each of 2" in sharding.reason(gpus(2, 24, "fsdp2"), small)
+    assert "LORRY_STRATEGY is fsdp2. Sharding across 2" in sharding.reason(gpus(2, 24, "fsdp2"), small)
     assert "LORRY_STRATEGY is replicated" in sharding.reason(gpus(2, 24, "replicated"), small)
 
 
@@ -279,7 +282,7 @@ def test_no_base_is_divided_over_nodes_whatever_the_leaders_own_group_is(wanted:
 
     assert (alone.strategy(large), of_gang.strategy(large)) == ("fsdp2", "replicated")
     assert of_gang.needed_bytes(large) == large.whole_bytes + alone.reserve_bytes
-    assert "the gang hall holds the whole base" in sharding.reason(of_gang, large)
+    assert "gang hall holds a full replica of the base model" in sharding.reason(of_gang, large)
     assert replace(gpus(1, 80), gang="hall").reserve_bytes == alone.reserve_bytes, "NCCL has its buffers there too"
 
 

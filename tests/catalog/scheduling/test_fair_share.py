@@ -77,7 +77,7 @@ def test_a_turn_tells_what_its_project_has_had_and_that_its_waiting_counts() -> 
     (entry,) = order([candidate("old", priority=2)], 2 * P, shares=had)
 
     assert entry.reason == (
-        "priority batch, as if urgent in its project because its class has waited; none of its project's jobs runs or "
+        "priority batch, promoted to urgent within its project by priority aging; none of its project's jobs runs or "
         "waits before it; its project was charged 1234 device-seconds recently, at weight 2; waited 7200 s"
     )
 
@@ -190,11 +190,11 @@ def test_a_share_is_told_as_data_and_in_a_sentence_that_names_nobody() -> None:
 
     assert (told["weight"], told["num_projects"], told["projects_ahead"], told["normalized_usage"]) == (1, 2, 1, 300)
     assert ordering.share_sentence(told) == (
-        "Of the 2 projects whose jobs wait, 1 was charged less for the weight recently."
+        "2 projects have queued jobs: 1 was recently charged less, relative to weight."
     )
     assert ordering.share_sentence(ordering.describe_share({"mine": had["mine"]}, "mine", POLICY)) is None
     assert ordering.share_sentence(ordering.describe_share(had, "other", POLICY)) == (
-        "Of the 2 projects whose jobs wait, none was charged less for its weight recently."
+        "2 projects have queued jobs: none was recently charged less, relative to its weight."
     )
 
 

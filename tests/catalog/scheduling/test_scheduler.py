@@ -42,7 +42,7 @@ def test_jobs_join_a_live_trainer_until_one_that_can_not_has_waited_too_long() -
     assert [chosen(decision) for decision in (soon, late)] == [["a", "b"], ["a"]]
     assert [decision.trace["is_draining_for_other_base"] for decision in (soon, late)] == [False, True]
     stopped = decide(snapshot(other("x"), candidate("a", 1), live_key=LIVE, now=PATIENCE_SECONDS), USUAL)
-    assert stopped.action == Wait(reason="a job that can't join has waited too long: the trainer is let run empty")
+    assert stopped.action == Wait(reason="a job that can't join has waited too long, so the trainer drains")
 
 
 def test_what_was_made_free_for_a_job_starts_it_and_not_one_whose_base_is_loaded() -> None:
@@ -74,7 +74,7 @@ def test_that_room_is_being_made_is_told_apart_from_a_trainer_that_is_let_run_em
     assert [told(urgent, 10), told(asked, 10)] == [(False, False), (True, False)]
     assert [told(urgent, late), told(asked, late)] == [(False, True), (True, True)]
     stopped = decide(snapshot(asked, candidate("a", 3), live_key=LIVE), USUAL)
-    assert stopped.action == Wait(reason="room is being made for a job, and nobody joins before it")
+    assert stopped.action == Wait(reason="jobs are being preempted for another job, and no job joins before it")
 
 
 def test_nothing_is_decided_with_a_reason() -> None:
@@ -88,9 +88,9 @@ def test_nothing_is_decided_with_a_reason() -> None:
     ]
 
     assert reasons == [
-        Wait(reason="no job waits"),
-        Wait(reason="none of the jobs that wait fits"),
-        Wait(reason="a job in the trainer ended badly twice and trains alone"),
+        Wait(reason="no job is queued"),
+        Wait(reason="no queued job fits"),
+        Wait(reason="a job in the trainer failed twice and trains alone"),
     ]
 
 

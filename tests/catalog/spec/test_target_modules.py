@@ -50,13 +50,13 @@ def test_names_numbers_and_patterns_choose_layers_as_in_peft() -> None:
     ("fields", "code", "param", "remedy"),
     [
         ({"target_modules": ["up_prj"]}, "unknown_target_modules", "target_modules", "Did you mean up_proj?"),
-        ({"target_modules": "re:q_proj"}, "unknown_target_modules", "target_modules", "One is model.project_in"),
+        ({"target_modules": "re:q_proj"}, "unknown_target_modules", "target_modules", "for example model.project_in"),
         ({"layers_to_transform": [0, 2]}, "unknown_layers", "layers_to_transform", "from 0 to 1"),
         (
             {"layers_to_transform": [0], "target_modules": ["project_in"]},
             "unknown_layers",
             "layers_to_transform",
-            "Leave it out",
+            "Remove the field",
         ),
         ({"rank_pattern": {"q_prj": 8}}, "unknown_pattern_key", "rank_pattern", "Did you mean q_proj?"),
         (

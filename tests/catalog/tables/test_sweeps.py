@@ -283,7 +283,7 @@ def test_a_sweep_that_an_older_version_took_makes_no_further_trials_and_says_so(
     assert ended.error is not None
     assert ended.error["code"] == "sweep_outdated"
     assert "of_old" in ended.error["message"]
-    assert "Make a new sweep" in ended.error["message"]
+    assert "Create a new sweep" in ended.error["message"]
 
 
 def test_a_cancelled_sweep_cancels_what_has_not_ended_and_keeps_what_has(world: World) -> None:

@@ -318,7 +318,7 @@ def test_why_tells_the_shares_in_a_sentence_and_as_data_and_names_nobody(world: 
     assert (share["projects_ahead"], share["num_projects"], share["weight"]) == (1, 2, 1)
     assert share["device_seconds"] == pytest.approx(75, abs=0.1)
     assert why["explanation"] == (
-        "1 job is ahead of it. Of the 2 projects whose jobs wait, 1 was charged less for the weight recently."
+        "1 job is ahead of it. 2 projects have queued jobs: 1 was recently charged less, relative to weight."
     )
     assert "shares" not in why
     seen = explanation.explain(world.db, **world.of(mine.id), sees_all=True)["shares"]

@@ -81,7 +81,7 @@ def test_one_line_becomes_one_request(service: Script, run: Run, data: None) -> 
 
 
 def test_a_refusal_names_what_was_typed_and_takes_the_uploads_back(service: Script, run: Run, data: None) -> None:
-    error = {"message": "With lora.rank = 8, a trial is refused.", "type": "x", "param": "parameters.lora.rank"}
+    error = {"message": "With lora.rank = 8, a trial is invalid.", "type": "x", "param": "parameters.lora.rank"}
     service.on("POST", "/v1/sweeps", Reply(status=400, body={"error": {**error, "code": "invalid_value"}}))
     service.on("DELETE", "/v1/files/file-1", {"deleted": True})
     service.on("DELETE", "/v1/files/file-2", {"deleted": True})

@@ -145,7 +145,7 @@ def test_a_weight_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     trace.write_text(f"{HEADER}\n0,a,normal,x,10\n")
 
     assert main([str(trace), "--weight", "a=-1"]) == 1
-    assert "A weight is a number above 0" in capsys.readouterr().err
+    assert "Pass a number above 0" in capsys.readouterr().err
     assert main([str(trace), "--weight", "a"]) == 1
 
 
