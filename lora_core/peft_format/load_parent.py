@@ -226,7 +226,7 @@ def _require_same_base(parent: Parent, base: BaseModel) -> None:
     that, and is taken to be of a plain one."""
     unknown = sorted(set(parent.paths) - set(base.linear_names()))
     if unknown:
-        raise _bad(f"it adapts {unknown[0][:200]}, which this base model hasn't", remedy=OTHER_BASE_REMEDY)
+        raise _bad(f"it adapts {unknown[0][:200]}, which this base model doesn't have", remedy=OTHER_BASE_REMEDY)
     if parent.quantization != base.quantization:
         raise _bad(
             f"it was trained on its base held as {parent.quantization}, and this base is held as {base.quantization}",

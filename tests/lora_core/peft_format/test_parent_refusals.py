@@ -205,7 +205,7 @@ def test_numbers_that_overflow_the_dtype_of_training_are_refused(load, child):
 def test_a_parent_of_another_base_model_is_refused(load, child):
     engine = Engine(load("gpt2"), EngineConfig())
 
-    with pytest.raises(BadParent, match=r"adapts model\..*, which this base model hasn't"):
+    with pytest.raises(BadParent, match=r"adapts model\..*, which this base model doesn't have"):
         admit(engine, "job", replace(child, config=replace(child.config, lora=LoraConfig(rank=4, alpha=8))))
 
 
