@@ -129,7 +129,7 @@ def _refuse_tokens(lora: LoraConfig, *, num_tokens: int, tied_head_is_saved: boo
     if largest >= num_tokens:
         raise NoTargets(
             f"lora.trainable_token_indices names token {largest}, but the base model has {num_tokens} tokens.",
-                remedy=f"Use token ids from 0 to {num_tokens - 1}.",
+            remedy=f"Use token ids from 0 to {num_tokens - 1}.",
         )
     if tied_head_is_saved:
         raise NoTargets(

@@ -69,7 +69,7 @@ def test_a_schedule_that_ends_before_the_job_is_refused():
     schedule = ScheduleConfig(kind="linear", num_steps=5)
     with pytest.raises(ConfigError, match=r"schedule\.num_steps is 5") as caught:
         replace(config(num_steps=5), schedule=schedule, num_steps=10)
-    assert "num_steps, 10" in caught.value.remedy
+    assert "num_steps (10)" in caught.value.remedy
     assert replace(config(num_steps=5), schedule=schedule, num_steps=4).schedule == schedule
 
 

@@ -327,7 +327,7 @@ def test_a_classifier_is_asked_for_no_answers(folders):
     engine = Engine(classifier("llama", folders["llama"]), EngineConfig())
     admit(engine, "job", classification_jobs()["number"])
 
-    with pytest.raises(ConfigError, match="answers no prompts"):
+    with pytest.raises(ConfigError, match="can't answer prompts"):
         engine.generation({"job": Prompts(prompts=((5, 6),), max_tokens=1)})
 
 

@@ -249,4 +249,4 @@ def test_a_number_that_an_objective_does_not_read_is_refused(field, value, other
 def test_the_squared_loss_takes_no_smoothing():
     with pytest.raises(ConfigError, match="label_smoothing") as caught:
         ObjectiveConfig(kind="dpo", loss_type="ipo", label_smoothing=0.1)
-    assert "ipo doesn't read it" in caught.value.remedy
+    assert "ipo does not use it" in caught.value.remedy
