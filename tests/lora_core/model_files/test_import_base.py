@@ -371,7 +371,7 @@ def test_of_a_repository_whose_config_is_refused_no_weights_are_fetched(source, 
 
     (told,) = child.import_from(hub_that_serves(source, "a" * 40, asked), tmp_path, "model")
 
-    assert "reads images (vision_config) beside text" in told, child.said()
+    assert "also reads images (vision_config)" in told, child.said()
     assert "config.json" in asked
     assert not [name for name in asked if name.endswith(".safetensors")]
 
