@@ -415,7 +415,7 @@ def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(sourc
         raise OSError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(UnreachableSource, match="doesn't give 'org/model' at main: the hub can't be reached"):
+    with pytest.raises(UnreachableSource, match="'org/model' at main can't be downloaded: the worker can't"):
         import_base(source="org/model", kind="hub", revision="main", target_dir=tmp_path / "base")
     assert asked == ["main", "b" * 40]
 
@@ -423,9 +423,9 @@ def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(sourc
 def test_why_the_hub_gives_nothing_is_said(tmp_path, child):
     cases = {
         "closed": (403, "GatedRepo", "gated"),
-        "absent": (404, "RepoNotFound", "none, or it is private"),
-        "other": (404, "RevisionNotFound", "no such revision"),
-        "down": (503, None, "can't be reached"),
+        "absent": (404, "RepoNotFound", "does not exist or is private"),
+        "other": (404, "RevisionNotFound", "the revision does not exist"),
+        "down": (503, None, "can't reach the Hub"),
     }
 
     hub = hub_that_refuses({name: case[:2] for name, case in cases.items()})
