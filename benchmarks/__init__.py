@@ -1,1 +1,1 @@
-"""Measures Lorry against the ways that people train adapters today: `make bench`, or `python -m benchmarks`."""
+"""Benchmarks of Lorry against common ways to train adapters: `make bench`, or `python -m benchmarks`."""

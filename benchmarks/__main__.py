@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: runs the comparisons, writes a results file of each, and prints what was found."""
+"""Run the comparisons, write a results file of each, and print a table: `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EXPLANATIONS = {
     "frozen_prefix": frozen_prefix.explain,
     "eight_jobs": eight_jobs.explain,
 }
-"""What shows, where a goal is missed, where the time goes; in a run of its own."""
+"""Profiles, measured in separate runs, that show where the time goes if a goal is missed."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -62,14 +62,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=tuple(COMPARISONS), help="these comparisons; else all")
-    parser.add_argument("--base", type=Path, help="a base model's folder; else SmolLM2-135M-Instruct, fetched once")
-    parser.add_argument("--data", type=Path, help="JSON lines of question and answer, as GSM8K's; else made rows")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each contender (5)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="where results are written")
-    parser.add_argument("--explain", action="store_true", help="profile also where every goal is met")
-    parser.add_argument("--note", help="what else the results file should say, as what the machine was busy with")
-    parser.add_argument("--quick", action="store_true", help="toy sizes: shows that all runs, measures nothing")
+    parser.add_argument("--only", nargs="+", choices=tuple(COMPARISONS), help="comparisons to run (default: all)")
+    parser.add_argument("--base", type=Path, help="base model folder (default: SmolLM2-135M-Instruct, downloaded once)")
+    parser.add_argument("--data", type=Path, help="JSONL with question and answer, as GSM8K (default: synthetic rows)")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each contender (default: 5)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for results")
+    parser.add_argument("--explain", action="store_true", help="profile even if every goal is met")
+    parser.add_argument("--note", help="note for the results file, such as other load on the machine")
+    parser.add_argument("--quick", action="store_true", help="toy sizes: check that everything runs, measure nothing")
     return parser
 
 

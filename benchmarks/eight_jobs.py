@@ -1,5 +1,8 @@
-"""Eight adapters by the clock and in memory: one trainer, from its launch to the last adapter that PEFT has verified,
-against scripts of PEFT with Trainer, one after another and two at a time."""
+"""Wall clock and memory of eight adapters: one trainer against scripts with PEFT and Trainer.
+
+The trainer is measured from its launch until PEFT has verified the last adapter. The scripts run one after another, and
+two at a time.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ ONE_BY_ONE, IN_PAIRS = "scripts one after another", "scripts two at a time"
 
 
 def run(plan: Plan) -> Result:
-    """All use all cores: the trainer a lane on each, a script alone a thread on each, one of two a single thread."""
+    """All use all cores: the trainer one lane per core, a single script one thread per core, two scripts one each."""
     shape = {
         "jobs": plan.eight_jobs,
         "steps": plan.eight_steps,
@@ -34,7 +37,7 @@ def run(plan: Plan) -> Result:
 
 
 def _trainer(plan: Plan, num_jobs: int) -> dict[str, float]:
-    """`exported` comes after the verification by PEFT; a job that fails it ends the comparison."""
+    """Measure a trainer until all jobs are exported, which follows verification by PEFT. A failed one is an error."""
     started, began = time.perf_counter(), time.monotonic()
     with Trainer(plan, f"eight-{num_jobs}") as trainer:
         for job in range(num_jobs):
@@ -56,7 +59,7 @@ def _trainer(plan: Plan, num_jobs: int) -> dict[str, float]:
 
 
 def _scripts(plan: Plan, *, side_by_side: int, threads: int) -> dict[str, float]:
-    """Some of them, and the time of all eight at that pace: they do the same work."""
+    """Run some of the scripts, and extrapolate to all eight, since they do the same work."""
     options = plan.options() | {"num_steps": plan.eight_steps}
     rounds = max(1, min(plan.eight_scripts, plan.eight_jobs) // side_by_side)
     started, peaks = time.perf_counter(), [0]
@@ -89,13 +92,13 @@ def _conclude(result: Result) -> None:
 
 
 def _told(name: str, result: Result) -> str:
-    """Of scripts also how many were run, where that is not all whose time is told."""
+    """Return the name, for extrapolated results with the number of scripts that were run."""
     num_run = result.repeats[name][0].get("scripts_run", result.settings["jobs"])
     return name if num_run == result.settings["jobs"] else f"{name}, from {num_run} of them"
 
 
 def explain(_plan: Plan, result: Result) -> None:
-    """What the eight jobs wait for, from the runs themselves."""
+    """Split the time of the eight jobs into phases, from the measured runs."""
     ours, alone, script = (result.repeats[name][0] for name in ("lorry", "lorry, one job", ONE_BY_ONE))
     further = (ours["seconds"] - alone["seconds"]) / max(1, result.settings["jobs"] - 1)
     per_job = (ours["peak_bytes"] - alone["peak_bytes"]) / max(1, result.settings["jobs"] - 1)
@@ -104,8 +107,8 @@ def explain(_plan: Plan, result: Result) -> None:
     result.profile = shares("eight jobs, by the clock", parts)
     at_most = script["seconds"] / result.settings["jobs"] / further
     result.why += [
-        f"One job takes {alone['seconds']:.1f} s of the trainer, start included, and each further one {further:.1f} s: "
-        f"{at_most:.1f}x is the most to be had, however many join. What a step is made of, steady_state shows.",
-        f"Each further job adds {per_job / 1e6:.0f} MB: its row (weights, gradient and two moments in fp32, a copy in "
-        "bf16), which eight scripts have as well, each in a process of its own.",
+        f"One job takes {alone['seconds']:.1f} s including the trainer's start, each further one {further:.1f} s. "
+        f"{at_most:.1f}x is therefore the upper limit for any number of jobs. steady_state shows the parts of a step.",
+        f"Each further job adds {per_job / 1e6:.0f} MB: weights, gradient and two moments in fp32, and a bf16 copy. "
+        "Eight scripts have these as well, each in its own process.",
     ]

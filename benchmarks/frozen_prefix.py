@@ -1,7 +1,7 @@
-"""What it saves to keep the frozen blocks' results where only the upper ones are adapted: an epoch, with and without.
+"""Speedup from caching the activations of frozen lower blocks if a job adapts only upper ones: epochs with and without.
 
-P parameters of the blocks, H of the head, k of L blocks adapted, s the share of tokens that are labels: a token costs
-2P + 2P k/L + 4H s FLOPs where nothing is kept, and 4P k/L + 4H s in epochs after the first where prefixes are.
+With P parameters in the blocks, H in the head, k of L blocks adapted and a fraction s of labels among tokens, a token
+costs 2P + 2P k/L + 4H s FLOPs without the cache, and 4P k/L + 4H s with it, in epochs after the first.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from benchmarks.results import Result, median_of, median_ratio, shares
 from lora_core.base_model.model import describe_base
 
 SHARE_OF_ARITHMETIC = 0.85
-"""Of the promised ratio: attention, norms and optimizer aren't in the arithmetic."""
+"""Expected fraction of the ratio of FLOPs, which doesn't include attention, norms and optimizer."""
 ALIKE = ("head and loss", "LoRA", "optimizer")
-"""Parts that are the same with kept prefixes and without."""
+"""Parts that cost the same with and without the cache."""
 CLOCKS = ("seconds", "cpu_seconds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Of the base: its depth, and how many parameters its blocks and its head have."""
+    """Depth of the base model, and number of parameters in its blocks and its head."""
 
     depth: int
     blocks: int
     head: int
 
     def promised(self, *, upper: int, label_share: float) -> float:
-        """FLOPs without over FLOPs with kept prefixes."""
+        """Return the FLOPs without the cache divided by those with it."""
         share, head = upper / self.depth, 4 * self.head * label_share
         return (2 * self.blocks * (1 + share) + head) / (4 * self.blocks * share + head)
 
@@ -68,7 +68,7 @@ def run(plan: Plan) -> Result:
 
 
 def explain(plan: Plan, result: Result) -> None:
-    """The parts of an epoch with kept prefixes, and of one without."""
+    """Profile an epoch with the cache and one without."""
     sizes = {name: result.settings[name] for name in ("upper", "rows")}
     for name, keeps in (("a later epoch, prefixes kept", True), ("an epoch, nothing kept", False)):
         log = plan.folder / "prefix-profile.log"
@@ -84,10 +84,10 @@ def explain(plan: Plan, result: Result) -> None:
     spared = 1 - sum(kept.values()) / sum(computed.values())
     by_flops = 1 - 1 / result.figure("the same with the head's")
     result.why.append(
-        "Head, LoRA and optimizer, which keeping spares nothing of, take "
-        f"{sum(kept.get(part, 0.0) for part in ALIKE):.2f} s of the {sum(kept.values()):.2f} with kept prefixes and "
-        f"{sum(computed.get(part, 0.0) for part in ALIKE):.2f} of the {sum(computed.values()):.2f} without. What "
-        f"keeping spares is {spared:.0%} of an epoch's time and {by_flops:.0%} of its FLOPs."
+        "Head, LoRA and optimizer, which the cache does not speed up, take "
+        f"{sum(kept.get(part, 0.0) for part in ALIKE):.2f} s of the {sum(kept.values()):.2f} s with the cache and "
+        f"{sum(computed.get(part, 0.0) for part in ALIKE):.2f} s of the {sum(computed.values()):.2f} s without. The "
+        f"cache saves {spared:.0%} of an epoch's time and {by_flops:.0%} of its FLOPs."
     )
 
 
@@ -103,8 +103,8 @@ def shape_of(plan: Plan) -> Shape:
 def _conclude(result: Result, shape: Shape, upper: int) -> None:
     kept, computed = result.repeats["kept"], result.repeats["computed"]
     (first,) = result.repeats["kept_first"]
-    assert [report["loss"] for report in kept] == [report["loss"] for report in computed], "keeping changes no bit"
-    assert kept[-1]["computed_tokens"] == first["tokens"], "lower blocks run in the first epoch alone"
+    assert [report["loss"] for report in kept] == [report["loss"] for report in computed], "the cache changes no bit"
+    assert kept[-1]["computed_tokens"] == first["tokens"], "lower blocks run in the first epoch only"
     result.find("first epoch, prefixes kept", first["seconds"], "s")
     result.find("later epoch, prefixes kept", median_of(kept, "seconds"), "s")
     result.find("epoch, nothing kept", median_of(computed, "seconds"), "s")

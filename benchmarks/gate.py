@@ -1,7 +1,7 @@
-"""How contenders take turns: each is a process that waits at a gate before every step and reports after it.
+"""Alternates between contenders: each is a process that waits at a gate before every step and reports after it.
 
-So each has its interpreter, threads and memory to itself, warms up once, and is measured step by step beside
-the others: what disturbs the machine disturbs all of them.
+Each contender has its own interpreter, threads and memory, warms up once, and is measured alternately with the others.
+Other load on the machine therefore affects all of them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Json = dict[str, Any]
 
 
 class Gate:
-    """The contender's end. With `num_steps` it stands open for so many steps, and nothing is reported."""
+    """The contender's side. With `num_steps` the gate is open for that number of steps, and nothing is reported."""
 
     def __init__(self, num_steps: int | None = None) -> None:
         self.num_steps = num_steps
         self._reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)  # what libraries print is no report
+        os.dup2(2, 1)  # redirects what libraries print, because stdout carries the reports
         self.restart()
 
     def wait(self) -> Json:
-        """What the other end asks for; its clocks start when this returns. Ends the process when nobody asks."""
+        """Wait for the next request and return it. The clocks start when this returns. Exits at the end of input."""
         line = "{}" if self.num_steps is not None else sys.stdin.readline()
         if not line:
             raise SystemExit(0)
@@ -37,15 +37,15 @@ class Gate:
         return json.loads(line)
 
     def restart(self) -> None:
-        """What was done since `wait` doesn't count."""
+        """Restart the clocks."""
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def seconds(self) -> float:
-        """Since `wait`."""
+        """Return the seconds since `wait` or `restart`."""
         return time.perf_counter() - self._wall
 
     def report(self, **figures: Any) -> None:
-        """`seconds` and `cpu_seconds` since `wait`, and what else there is to tell."""
+        """Report `seconds` and `cpu_seconds` since `wait` or `restart`, and `figures`."""
         clocks = {"seconds": time.perf_counter() - self._wall, "cpu_seconds": time.process_time() - self._cpu}
         if self.num_steps is None:
             self._reports.write(json.dumps(clocks | figures) + "\n")
@@ -53,7 +53,7 @@ class Gate:
 
 
 class Contender:
-    """The measuring end: a child process that does one step at a time."""
+    """The measuring side: a child process that runs one step at a time."""
 
     def __init__(self, name: str, *, threads: int, log: Path, **options: Any) -> None:
         self.name = name
@@ -76,27 +76,29 @@ class Contender:
             )
 
     def step(self, **request: Any) -> Json:
-        """One step's report. Raises RuntimeError, with what the child printed last, where it ended instead."""
+        """Run one step and return its report. Raises RuntimeError with the end of the log if the child exited."""
         self.begin(**request)
         return self.report()
 
     def begin(self, **request: Any) -> None:
-        """Let it make a step, beside what others do."""
+        """Start a step without waiting for it."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
 
     def report(self) -> Json:
-        """Of the step that was begun; raises as `step` does."""
+        """Wait for the report of the started step. Raises RuntimeError as `step` does."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} ended:\n{self._log.read_text(errors='replace')[-4000:]}")
+            raise RuntimeError(f"{self.name} exited:\n{self._log.read_text(errors='replace')[-4000:]}")
         return json.loads(line)
 
     def finish(self) -> int:
-        """Wait for a contender that was told its number of steps: the most memory that it had, in bytes. Raises
-        RuntimeError where it failed."""
+        """Wait for the exit of a contender with a fixed number of steps. Return its peak memory in bytes.
+
+        Raises RuntimeError if it failed.
+        """
         _, status, used = os.wait4(self._process.pid, 0)
         self._process.returncode = os.waitstatus_to_exitcode(status)
         if self._process.returncode != 0:
@@ -114,6 +116,6 @@ class Contender:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """No network; threads that wait don't spin."""
+    """Return an environment without network access, in which waiting threads don't spin."""
     ours = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELIZM": "false"}
     return os.environ | ours | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

@@ -1,6 +1,6 @@
-"""The output head and its loss, ours and the plain one, and the memory that each takes at its peak.
+"""Contenders for the output head with its loss: Lorry's and the plain one, with their peak memory.
 
-Letters: L labels, D features, V vocabulary.
+Shape suffixes: L labels, D features, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def chunked_head(gate: Gate, options: dict[str, Any]) -> None:
 
 
 def plain_head(gate: Gate, options: dict[str, Any]) -> None:
-    """As transformers computes it: logits of all labels at once, in fp32."""
+    """Compute the loss as transformers does, with logits of all labels at once in fp32."""
     h_LD, weight_VD, labels_L = inputs(options)
     _measure(gate, h_LD, lambda: F.cross_entropy(F.linear(h_LD, weight_VD).float(), labels_L))
 
@@ -40,7 +40,7 @@ def inputs(options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _measure(gate: Gate, h_LD: Tensor, compute: Any) -> None:
-    """One forward and backward a step."""
+    """Run one forward and backward per step."""
     while True:
         gate.wait()
         _forget_peak()
@@ -53,5 +53,5 @@ def _measure(gate: Gate, h_LD: Tensor, compute: Any) -> None:
 
 
 def _forget_peak() -> None:
-    """The kernel counts the largest size of the process from here on."""
+    """Reset the kernel's record of the process's peak memory."""
     PEAK_RESET.write_text("5")

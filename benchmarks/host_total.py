@@ -1,5 +1,7 @@
-"""What a host gives in all: one process with a lane on each core, against a process for each core on one mapped base;
-for several jobs, and for one by itself with slices of several sizes."""
+"""Total throughput of a host: one process with a lane per core, against a process per core on one memory-mapped model.
+
+Measured for several jobs, and for a single job with slices of several sizes.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def run(plan: Plan) -> Result:
                 for size in plan.slices
             },
         }
-        for turn in range(plan.repeats + 1):  # the first is a warm-up
+        for turn in range(plan.repeats + 1):  # the first turn is a warm-up
             for name, contenders in setups.items():
                 report = _together(contenders)
                 if turn:
@@ -45,7 +47,7 @@ def run(plan: Plan) -> Result:
 
 
 def _together(contenders: list[Contender]) -> Json:
-    """A step of each at the same time: all their tokens over the longest one's seconds."""
+    """Run a step of each at the same time. Report all tokens, and the seconds of the slowest."""
     for contender in contenders:
         contender.begin()
     reports = [contender.report() for contender in contenders]

@@ -1,4 +1,4 @@
-"""How much memory a process takes, as Linux tells; all results in bytes."""
+"""Memory of a process as Linux reports it, in bytes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def memory(field: str, pid: int | str = "self") -> int:
-    """A field of /proc/PID/status: VmRSS is what it has now, VmHWM the most that it had."""
+    """Return a field of /proc/PID/status: VmRSS is the current size, VmHWM the peak."""
     return _field(Path(f"/proc/{pid}/status"), field)
 
 
 def proportional_bytes(pid: int | str = "self") -> int:
-    """Its memory with pages that n processes share counted as an n-th, so that sums over processes are right."""
+    """Return the proportional set size: a page shared by n processes counts as 1/n, so sums are correct."""
     return _field(Path(f"/proc/{pid}/smaps_rollup"), "Pss")
 
 

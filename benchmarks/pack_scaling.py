@@ -1,4 +1,4 @@
-"""What packing gains: 1 to 32 small jobs in one tick, each as small as makes a core wait for memory."""
+"""Speedup from packing: 1 to 32 jobs in one tick, each so small that a core alone would wait for memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(plan: Plan) -> Result:
 
 
 def _take_turns(plan: Plan, contender: Contender, sizes: Sequence[int]) -> dict[int, list[Json]]:
-    """The reports of each number of jobs."""
+    """Run all sizes alternately. Return the reports by number of jobs."""
     reports: dict[int, list[Json]] = {jobs: [] for jobs in sizes}
     for _ in range(plan.repeats):
         for jobs in sizes:
@@ -41,7 +41,7 @@ def _take_turns(plan: Plan, contender: Contender, sizes: Sequence[int]) -> dict[
 
 
 def _tokens(plan: Plan):
-    """Random rows, all of one length; the second half of each is learnt."""
+    """Write random rows of equal length. The second half of each row is trained on."""
     choose = np.random.default_rng(0)
     ids = choose.integers(0, plan.workload.vocab_size, (64, plan.pack_tokens)).astype(np.int32)
     mask = (np.arange(plan.pack_tokens) >= plan.pack_tokens // 2).astype(np.uint8)
@@ -63,8 +63,10 @@ def _conclude(plan: Plan, lanes: int, result: Result, reports: dict[int, list[Js
 def _hold_to_promise(
     plan: Plan, lanes: int, result: Result, reports: dict[int, list[Json]], contender: Contender
 ) -> None:
-    """Jobs join as a trainer would let them, which learns of each size as it comes to it. The promise is held against
-    as many as were let in: a number that is not in the plan is measured in turns of its own with one job."""
+    """Admit jobs as a trainer would, which learns the speed of each size when it reaches it, and check the slowdown.
+
+    If the number of admitted jobs is not in the plan, it is measured separately, alternating with one job.
+    """
     bound = float(Settings.model_fields["max_slowdown"].default)
     one, most = plan.pack_sizes[0], plan.pack_sizes[-1]
     alone = dict.fromkeys(reports, reports[one])
@@ -93,5 +95,5 @@ def _median_rate(reports: list[Json]) -> float:
 
 
 def _slowdown(num_jobs: int, together: list[Json], alone: list[Json]) -> float:
-    """Of each of them; `alone` are reports of the same turns."""
+    """Return the slowdown of each job. `alone` contains reports of the same turns."""
     return num_jobs / median_ratio(rates(together), rates(alone))

@@ -1,4 +1,4 @@
-"""How large the comparisons are: a person's `make bench`, and `--quick`, which only shows that they run."""
+"""Sizes of the comparisons: those of `make bench`, and `--quick`, which only checks that everything runs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from benchmarks.workload import Workload
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Sizes of all comparisons. `folder` is for logs and trainers' directories, and is gone afterwards."""
+    """Sizes of all comparisons. `folder` is temporary, for logs and trainers' directories."""
 
     workload: Workload
     folder: Path
     repeats: int
     explains: bool = True
-    """Where a goal is missed, by a profile."""
+    """Profile comparisons that miss a goal."""
     dtype: str = "bfloat16"
     threads: tuple[int, ...] = (1, 2)
     rivals: tuple[str, ...] = ("peft_loop", "peft_trainer", "trl_sft")
@@ -34,14 +34,14 @@ class Plan:
     eight_jobs: int = 8
     eight_steps: int = 20
     eight_scripts: int = 2
-    """Of the eight, how many scripts are run one after another, and as many pairs side by side over two: they are all
-    alike, so their time stands for the others'."""
+    """Number of scripts that are run one after another, of which half as many pairs run concurrently. The result is
+    extrapolated to `eight_jobs`, since all scripts are alike."""
     idle_seconds: float = 20.0
     host_jobs: int = 4
     slices: tuple[int, ...] = (1024, 512, 256)
 
     def options(self) -> dict[str, object]:
-        """What every contender that trains is told."""
+        """Return the options of every contender that trains."""
         return {
             "base": str(self.workload.base),
             "tokens": str(self.workload.tokens),
@@ -51,14 +51,14 @@ class Plan:
         }
 
     def settings(self) -> dict[str, object]:
-        """What a results file tells of `options`: no path of this machine."""
+        """Return the settings for a results file, without paths of this machine."""
         trained = {"data": self.workload.data, "tokens_per_row": round(self.workload.num_tokens_per_row, 1)}
         shape = {"dtype": self.dtype, "rank": self.rank, "batch_size": self.batch_size, "targets": "all-linear"}
         return {"model": self.workload.model, **trained, **shape, "repeats": self.repeats}
 
 
 def quick(workload: Workload, folder: Path) -> Plan:
-    """Toy sizes for a toy base in float32."""
+    """Return toy sizes for a tiny base model in float32."""
     return Plan(
         workload=workload,
         folder=folder,

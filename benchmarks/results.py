@@ -1,4 +1,4 @@
-"""What a comparison found: written whole as JSON, raw repeats included, and printed as a table."""
+"""Results of a comparison: written as JSON including raw repeats, and printed as a table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One line of the table. `goal`, where there is one, is the least that `figure` should be; or the most."""
+    """One row of the table. `goal` is the minimum of `figure`, or the maximum if `is_limit`."""
 
     what: str
     figure: float
@@ -47,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """A part of what was profiled; all parts of one `of` together are the whole."""
+    """A part of a profile. The parts with the same `of` add up to the whole."""
 
     of: str
     part: str
@@ -57,8 +57,11 @@ class Share:
 
 @dataclass(kw_only=True, slots=True)
 class Result:
-    """`repeats` holds the raw reports by contender, in the order of the turns. `profile`, where a goal is missed, is
-    what the time goes into, measured in a run of its own; `why` says what follows from it."""
+    """Raw reports, findings and profile of a comparison.
+
+    `repeats` contains the reports by contender, in order. `profile` is measured in a separate run if a goal is missed,
+    and `why` explains it in sentences.
+    """
 
     theme: str
     settings: dict[str, Any]
@@ -71,7 +74,7 @@ class Result:
     def find(
         self, what: str, figure: float, unit: str, *, goal: float | None = None, at_most: float | None = None
     ) -> None:
-        """`goal` is the least that it should be, `at_most` the most; one of them, or none."""
+        """Add a finding. Its goal is either a minimum, `goal`, or a maximum, `at_most`, or there is none."""
         self.findings.append(
             Finding(
                 what=what,
@@ -99,9 +102,9 @@ def write(
     module: str = "benchmarks",
     gpu: dict[str, Any] | None = None,
 ) -> Path:
-    """NAME_MACHINE_YYYYMM.json; a later run of the same month takes its place. The machine is its GPU, if one was used.
+    """Write NAME_MACHINE_YYYYMM.json and return its path. A later run in the same month overwrites it.
 
-    `module` is what was run; `gpu` has at least a `name`.
+    MACHINE is the GPU if one was used. `module` is the command that ran. `gpu` must have a `name`.
     """
     now = datetime.now(UTC)
     content = {
@@ -142,12 +145,12 @@ def print_table(results: list[Result]) -> None:
             (f"{result.theme}: {finding.what}", f"{finding.figure:g} {finding.unit}".strip(), finding.verdict())
             for finding in result.findings
         ]
-        rows += [(f"{result.theme}: {name}", "left out", why) for name, why in result.left_out.items()]
+        rows += [(f"{result.theme}: {name}", "not run", why) for name, why in result.left_out.items()]
     print_columns(rows)
     for result in results:
         if result.profile or result.why:
-            goals = "misses a goal" if result.misses_a_goal else "misses no goal"
-            print(f"\n{result.theme} {goals}. What its time goes into, measured in a run of its own:")
+            goals = "misses a goal" if result.misses_a_goal else "meets every goal"
+            print(f"\n{result.theme} {goals}. Profile of a separate run:")
             print_columns(
                 [(share.of, share.part, f"{share.seconds:.3f} s", f"{share.share:.1%}") for share in result.profile]
             )
@@ -161,7 +164,7 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def shares(of: str, seconds: dict[str, float]) -> list[Share]:
-    """The largest first."""
+    """Return the parts of a profile, the largest first."""
     whole = sum(seconds.values())
     parts = sorted(seconds.items(), key=lambda part: -part[1])
     return [Share(of=of, part=part, seconds=float(f"{took:.4g}"), share=round(took / whole, 4)) for part, took in parts]
@@ -172,12 +175,12 @@ def median_of(reports: list[dict[str, Any]], key: str) -> float:
 
 
 def rates(reports: list[dict[str, Any]], *, amount: str = "tokens", clock: str = "seconds") -> list[float]:
-    """`amount` a second of each report."""
+    """Return `amount` per second of each report."""
     return [report[amount] / report[clock] for report in reports]
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
-    """Of the ratios within each turn, so that what slowed a whole turn down falls out."""
+    """Return the median of the ratios within each turn, so that a disturbance of a whole turn cancels out."""
     return median(one / other for one, other in zip(ours, theirs, strict=True))
 
 

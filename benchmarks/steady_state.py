@@ -1,4 +1,4 @@
-"""Tokens a second of one job once everything is warm, against the ways that people train one today."""
+"""Tokens per second of one warmed-up job, against common ways to train one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(plan: Plan) -> Result:
 
 
 def _alternate(plan: Plan, threads: int, result: Result) -> None:
-    """One step of each in turn; the first is a warm-up, and so is not counted."""
+    """Run one step of each contender alternately. The first step is a warm-up and not counted."""
     names = ["matrix", "lorry", *plan.rivals]
     num_tokens = round(plan.batch_size * plan.workload.num_tokens_per_row)
     options = plan.options() | {"num_tokens": num_tokens}
@@ -65,7 +65,7 @@ def _conclude(plan: Plan, threads: int, result: Result) -> None:
 
 
 def explain(plan: Plan, result: Result) -> None:
-    """The parts of a step with one thread, and what a step without all but the base's products would reach."""
+    """Profile a step with one thread, and estimate a step that consists only of the base model's matmuls."""
     log = plan.folder / "profile.log"
     with closing(Contender("profiled", threads=1, log=log, **plan.options())) as contender:
         report = contender.step()
@@ -75,24 +75,24 @@ def explain(plan: Plan, result: Result) -> None:
     matrix, tokens = result.repeats["matrix_1"], report["tokens"]
     rate = median_of(matrix, "flops") / median_of(matrix, "seconds")
     least = 4 * matrix[0]["parameters"] * tokens / rate
-    whole, products = sum(parts.values()), parts.get("base products", 0.0)
+    whole, products = sum(parts.values()), parts.get("base matmuls", 0.0)
     plain = report["plain_seconds_per_token"] * tokens
     at_best = _best_over_trainer(result, least / tokens)
     result.why += [
-        f"The profiler adds to the step: {whole:.2f} s of {tokens} tokens under it, {plain:.2f} s without.",
-        f"4P FLOPs a token at the matrix rate of {rate / 1e9:.0f} GFLOP/s are {least:.2f} s of the {plain:.2f}: "
-        f"{least / plain:.0%}. The base's products take {products:.2f} s under the profiler; all else is overhead by "
-        f"this measure. The head counts in P, but runs on the {report['labels']} labels alone.",
-        f"An engine that did nothing but the products would be {at_best:.1f} times Trainer here: so much is to be had.",
+        f"The profiler slows the step down: {whole:.2f} s for {tokens} tokens with it, {plain:.2f} s without.",
+        f"4P FLOPs per token at the matrix rate of {rate / 1e9:.0f} GFLOP/s take {least:.2f} s of the {plain:.2f} s: "
+        f"{least / plain:.0%}. The base model's matmuls take {products:.2f} s in the profile. The rest counts as "
+        f"overhead. P includes the head, which only runs on the {report['labels']} labels.",
+        f"An engine without any overhead would be {at_best:.1f} times as fast as Trainer, which is the upper limit.",
     ]
 
 
 def _best_over_trainer(result: Result, least_seconds_per_token: float) -> float:
-    """How much faster than Trainer the matrix rate itself is."""
+    """Return the speed of the matrix rate relative to Trainer."""
     theirs = result.repeats.get("peft_trainer_1") or result.repeats["peft_loop_1"]
     return 1 / least_seconds_per_token / _median_rate(theirs)
 
 
 def _median_rate(reports: list[dict[str, float]]) -> float:
-    """All tokens over all seconds would let one disturbed step count most."""
+    """Return the median rate. In total tokens over total seconds, one disturbed step would dominate."""
     return sorted(rates(reports))[len(reports) // 2]

@@ -1,8 +1,8 @@
-"""What one step of the engine spends its processor time on, by part: torch's profiler, and ranges round our parts.
+"""Profile of one step of the engine by part, from torch's profiler and named ranges around Lorry's functions.
 
-Every event's own time counts once, for the part of the innermost range round it, or of the node of autograd. What a
-backward does belongs to the part whose forward made the node, unless a range within it says otherwise. So the parts
-add up to the step.
+The own time of each event counts once: for the part of the innermost range around it, or of its autograd node. A
+backward belongs to the part whose forward created the node, unless it contains a range itself. The parts therefore add
+up to the step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NODE = "autograd::engine::evaluate_function: "
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "aten::bmm", "aten::baddbmm")
 COPIES = ("aten::copy_", "aten::cat", "aten::clone", "aten::_to_copy", "aten::contiguous")
 BY_CLASS = (("RMSNorm", "norms"), ("LayerNorm", "norms"), ("MLP", "gated activation"), ("RotaryEmbedding", "RoPE"))
-"""Ends of the names of modules' classes."""
+"""Suffixes of module class names."""
 BY_FUNCTION = {
     "add_lora": "LoRA",
     "add_lora_gradients": "LoRA",
@@ -47,7 +47,7 @@ BY_FUNCTION = {
     "optimizer_step": "optimizer",
     "build_pack": "data and bookkeeping",
 }
-"""By their names among the globals of any module of ours, or of transformers' models."""
+"""Global functions by name, in any module of lora_core or of transformers' models."""
 BY_NODE = {
     RmsNorm.__name__: "norms",
     AddRmsNorm.__name__: "norms",
@@ -57,12 +57,12 @@ BY_NODE = {
     Rotate.__name__: "RoPE",
     MatrixAttention.__name__: "attention",
 }
-"""What a block of ours applies itself, where no module's forward and no global name can be given a range: the profiler
-has an event of each by the name of its class."""
+"""Autograd functions that Lorry's patched blocks call directly, so that no module or global name can get a range. The
+profiler has an event with the class name of each."""
 
 
 def profile_of(base: BaseModel, step: Callable[[], Result]) -> tuple[dict[str, float], float, Result]:
-    """(seconds by part, seconds of the step under the profiler, what the step returned)."""
+    """Return (seconds by part, seconds of the step under the profiler, the step's result)."""
     events, whole, returned = events_of(base, step)
     seconds: defaultdict[str, float] = defaultdict(float)
     for part, event in events:
@@ -71,7 +71,7 @@ def profile_of(base: BaseModel, step: Callable[[], Result]) -> tuple[dict[str, f
 
 
 def events_of(base: BaseModel, step: Callable[[], Result]) -> tuple[list[tuple[str, Any]], Any, Result]:
-    """((part, event) of the profiler's events within the step, the step's own event, what the step returned)."""
+    """Return ((part, event) of each event within the step, the step's own event, the step's result)."""
     with _ranges(base), profile(activities=[ProfilerActivity.CPU]) as found, record_function(WHOLE):
         returned = step()
     events: list[Any] = list(found.events() or ())
@@ -84,7 +84,7 @@ def events_of(base: BaseModel, step: Callable[[], Result]) -> tuple[list[tuple[s
 
 @contextmanager
 def _ranges(base: BaseModel) -> Iterator[None]:
-    """While the block lasts, modules and functions say to the profiler which part they are."""
+    """Add a profiler range to modules and functions within the block."""
     assert base.attachment is not None
     linears = {id(linear) for linear in base.attachment.linears.values()}
     with ExitStack() as stack:
@@ -106,7 +106,7 @@ def _ranges(base: BaseModel) -> Iterator[None]:
 
 
 def _name_attention(stack: ExitStack) -> None:
-    """The function that was registered with transformers before it could be named."""
+    """Name the attention function, of which transformers has registered a reference."""
     from transformers import AttentionInterface
 
     from lora_core.layers.attention import packed
@@ -126,7 +126,7 @@ def _named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _parts_of_nodes(events: list[Any], parent_of: dict[int, Any]) -> dict[int, str]:
-    """By sequence number, the part in whose forward an autograd node was made."""
+    """Return the part whose forward created each autograd node, by sequence number."""
     return {
         event.sequence_nr: part
         for event in events
@@ -137,7 +137,7 @@ def _parts_of_nodes(events: list[Any], parent_of: dict[int, Any]) -> dict[int, s
 def _part(event: Any, parent_of: dict[int, Any], made_in: dict[int, str]) -> str:
     part = _range_of(event, parent_of) or _node_part(event, parent_of, made_in)
     if part == "linears":
-        return "base products" if event.name in PRODUCTS else "linears: all but products"
+        return "base matmuls" if event.name in PRODUCTS else "linears: other operations"
     if part is None and event.name in COPIES:
         return "copies outside all parts"
     if part is None:

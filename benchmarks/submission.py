@@ -1,5 +1,7 @@
-"""How long a person waits for the first step, through the whole service: from the submission of a job to the moment in
-which its client sees the loss of its first step, with the base resident; for a file that is known and for a new one."""
+"""Latency of the whole service: from the submission of a job until its client sees the loss of the first step.
+
+The base model is loaded. Measured for a known training file and for a new one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ NAME = "base"
 
 
 def run(plan: Plan) -> Result:
-    """The first job loads the base. In turn then: a job on its file, and one on a file that nobody has seen."""
+    """The first job loads the base model. Then jobs alternate between its file and new files."""
     result = Result(theme="submission", settings=plan.settings() | {"batch_size": 1, "rows": len(plan.workload.texts)})
     result.repeats = {"known file": [], "new file": []}
     with _service(plan.folder) as lorry:
@@ -48,7 +50,7 @@ def run(plan: Plan) -> Result:
 
 @contextmanager
 def _service(folder: Path) -> Generator[Lorry]:
-    """`lorry up` in a folder of its own, which is told to end at the end."""
+    """Run `lorry up` in its own data folder, and stop it at the end."""
     data_dir, log = folder / "service", folder / "service.log"
     data_dir.mkdir()
     argv = [sys.executable, "-m", "lorry", "up", "--json", "--devices", "cpu", "--data-dir", str(data_dir)]
@@ -72,7 +74,7 @@ def _service(folder: Path) -> Generator[Lorry]:
 
 
 def _upload(plan: Plan, lorry: Lorry, number: int) -> str:
-    """The plan's rows; of another number, with another first row."""
+    """Upload the plan's rows with a first row that depends on `number`, so that each number is a new file."""
     rows = [(f"File {number}?", "A file."), *plan.workload.texts]
     path = plan.folder / f"rows-{number}.jsonl"
     lines = (json.dumps({"prompt": question, "completion": f" {answer}"}) for question, answer in rows)
@@ -81,7 +83,7 @@ def _upload(plan: Plan, lorry: Lorry, number: int) -> str:
 
 
 def _first_step(plan: Plan, lorry: Lorry, file: str) -> dict[str, float]:
-    """Seconds from the call until the job trains and until its first loss is seen."""
+    """Return the seconds from the request until the job runs, and until its first loss is visible."""
     started = time.monotonic()
     job = lorry.jobs.create(
         model=NAME,
@@ -97,7 +99,7 @@ def _first_step(plan: Plan, lorry: Lorry, file: str) -> dict[str, float]:
         now = time.monotonic()
         running = now if running is None and shown.status == "running" else running
         if shown.is_final or now - started > PATIENCE_SECONDS:
-            raise RuntimeError(f"no step was made: {shown}")
+            raise RuntimeError(f"the job made no step: {shown}")
         time.sleep(LOOK_SECONDS)
     seconds = time.monotonic() - started
     lorry.jobs.wait(job.id, timeout_seconds=PATIENCE_SECONDS, poll_seconds=0.1)
@@ -111,7 +113,7 @@ def explain(_plan: Plan, result: Result) -> None:
         result.profile += shares(f"a {name}, by the clock", parts)
     known, new = (median_of(result.repeats[name], "running_seconds") for name in ("known file", "new file"))
     result.why.append(
-        f"A job on a known file is claimed after {known:.2f} s, on a new one after {new:.2f}, for a process reads and "
-        "tokenizes it first. The rest is the admission and the step itself, of which warm_start tells each, and at "
-        "most 0.05 s until the worker hears of the step."
+        f"A job on a known file is claimed after {known:.2f} s, on a new one after {new:.2f} s, because a process "
+        "tokenizes it first. The rest is the admission and the step, both measured by warm_start, and at most 0.05 s "
+        "until the worker reads the event of the step."
     )

@@ -1,4 +1,4 @@
-"""A real trainer process, launched as a worker launches it, and heard through its directory."""
+"""A real trainer process, launched as a worker does it, and observed through its directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONGEST_SILENCE_SECONDS = 3600.0
 
 
 class Trainer:
-    """`with Trainer(plan, "name") as trainer:` starts a process, and ends it. Times are of this end's clock."""
+    """Context manager that starts a trainer and stops it. Times are measured by this process's clock."""
 
     def __init__(self, plan: Plan, name: str) -> None:
         self._plan = plan
@@ -36,7 +36,7 @@ class Trainer:
         return self
 
     def stand_by(self) -> None:
-        """Start the process, which imports, and waits to be told its base model."""
+        """Start the process, which imports its modules and waits for a base model (warm standby)."""
         bases_dir = self._plan.workload.base.parent
         self._process = launch(
             self._directory, devices.cpu(), bases_dir=bases_dir, silence_seconds=LONGEST_SILENCE_SECONDS
@@ -55,11 +55,11 @@ class Trainer:
         self._process.close()
 
     def memory_bytes(self) -> int:
-        """Of its own, now."""
+        """Return the current memory of the trainer."""
         return self._process.memory_bytes()
 
     def admit(self, job: str, *, num_steps: int, batch_size: int) -> None:
-        """A job of this name on the plan's rows."""
+        """Admit a job with this name on the plan's rows."""
         tokens = self._directory.job_path(job) / "train/tokens.safetensors"
         tokens.parent.mkdir(parents=True)
         copyfile(self._plan.workload.tokens, tokens)
@@ -81,16 +81,16 @@ class Trainer:
         )
 
     def peak_bytes(self) -> int:
-        """The most memory that it had so far."""
+        """Return the trainer's peak memory so far."""
         return memory("VmHWM", self._process.pid)
 
     def processor_seconds(self) -> float:
-        """That it has used so far."""
+        """Return the processor time used so far."""
         used = psutil.Process(self._process.pid).cpu_times()
         return used.user + used.system
 
     def wait_for(self, event_type: str, job: str | None = None, *, count: int = 1) -> dict[str, Any]:
-        """The `count`-th such event since the start. Raises RuntimeError where the trainer refuses or ends."""
+        """Return the `count`-th such event since the start. Raises RuntimeError if the trainer exits or rejects it."""
         while True:
             new = self._events.read()
             self._heard += new

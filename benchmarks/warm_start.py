@@ -1,5 +1,7 @@
-"""How long a person waits for the first step: in a trainer that runs, in one that stands by or starts, and in a script;
-and what a trainer costs that has nothing to do."""
+"""Latency until the first step: in a running trainer, in a warm standby or new trainer, and in a script.
+
+Also measures the cost of an idle trainer.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,14 @@ from benchmarks.workload import ROOT
 
 GOAL_WARM_SECONDS = 1.0
 GOAL_COLD_SECONDS = 2.0
-"""Beyond the model's load."""
+"""In addition to loading the model."""
 GOAL_IDLE_SHARE = 0.02
 PACKAGES = ("torch", "transformers", "numba", "peft", "accelerate", "bitsandbytes", "pydantic")
 
 
 def run(plan: Plan) -> Result:
-    """In turn: a trainer that stood by, from its settings to `ready`; one from its launch, and a job of it, of batch
-    1; a script from its start."""
+    """Alternate between a warm standby trainer, from its settings to `ready`; a new trainer, from its launch, and a job
+    with batch size 1 on it; and a script, from its start."""
     result = Result(theme="warm_start", settings=plan.settings() | {"batch_size": 1})
     timed = ("standing_by", "cold_load", "warm_start", "script", "idle", "standby_idle")
     result.repeats = {name: [] for name in timed}
@@ -44,7 +46,7 @@ def run(plan: Plan) -> Result:
 
 
 def _stand_by(plan: Plan, index: int, result: Result) -> None:
-    """As an idle worker has it: started beforehand, and told its base model when a job comes."""
+    """Measure a warm standby trainer as an idle worker has it: started before it gets its base model."""
     with closing(Trainer(plan, f"standby-{index}")) as trainer:
         trainer.stand_by()
         trainer.wait_for("standing_by")
@@ -56,13 +58,15 @@ def _stand_by(plan: Plan, index: int, result: Result) -> None:
 
 
 def _seconds_to(ready: dict[str, Any], *, since: float) -> dict[str, float]:
-    """Until a trainer was ready, and what it says of them."""
+    """Return the seconds until a trainer was ready, and those that it reports itself."""
     return {"seconds": ready["seconds"] - since} | {name: ready[name] for name in ready if "_seconds" in name}
 
 
 def _run_job(trainer: Trainer, job: str) -> dict[str, float]:
-    """Seconds from the message to the job's admission and to the end of its first step, by the clock that all
-    processes share; and of the second step, whose rows are others."""
+    """Return the seconds from the message to the job's admission, to the end of its first step, and of its second.
+
+    All processes share the clock. The second step has other rows than the first.
+    """
     sent = time.monotonic()
     trainer.admit(job, num_steps=2, batch_size=1)
     admitted, first = trainer.wait_for("admitted", job), trainer.wait_for("stepped", job)
@@ -85,7 +89,7 @@ def _stay_idle(plan: Plan, trainer: Trainer) -> dict[str, float]:
 
 
 def _run_script(plan: Plan, index: int) -> dict[str, float]:
-    """From a process's start to its first step with PEFT and Trainer."""
+    """Measure a script with PEFT and Trainer from the start of its process to its first step."""
     started = time.perf_counter()
     log = plan.folder / f"script-{index}.log"
     options = plan.options() | {"batch_size": 1}
@@ -102,15 +106,15 @@ def _conclude(result: Result) -> None:
     )
     result.find("  of which the step", median_of(warm, "first_step_seconds"), "s")
     result.find("  the second step, of another row", median_of(warm, "second_step_seconds"), "s")
-    result.find("told its base to ready, cold, stood by", median_of(ready, "seconds"), "s")
+    result.find("base model request to ready, warm standby", median_of(ready, "seconds"), "s")
     result.find("  of which the model's load", median_of(ready, "load_seconds"), "s")
     result.find("  beyond the load", _beyond_load(ready), "s", at_most=GOAL_COLD_SECONDS)
-    result.find("launch to ready, cold, none stood by", median_of(cold, "seconds"), "s")
+    result.find("launch to ready, no standby", median_of(cold, "seconds"), "s")
     result.find("  beyond the load", _beyond_load(cold), "s")
     result.find("idle trainer, share of a core", result.repeats["idle"][0]["share"], "", at_most=GOAL_IDLE_SHARE)
     waits = result.repeats["standby_idle"][0]
-    result.find("one that stands by, share of a core", waits["share"], "", at_most=GOAL_IDLE_SHARE)
-    result.find("one that stands by, memory", waits["bytes"] / 1e6, "MB")
+    result.find("warm standby, share of a core", waits["share"], "", at_most=GOAL_IDLE_SHARE)
+    result.find("warm standby, memory", waits["bytes"] / 1e6, "MB")
     result.find("script's start to first step", median_of(script, "seconds"), "s")
     seconds = [[report["seconds"] for report in reports] for reports in (script, warm)]
     result.find("script over warm", median_ratio(*seconds), "x")
@@ -121,23 +125,22 @@ def _beyond_load(reports: list[dict[str, float]]) -> float:
 
 
 def explain(_plan: Plan, result: Result) -> None:
-    """Where a start that nobody prepared spends its time: imports by package, the load, the probe, and what is between
-    them."""
+    """Profile a start without standby: imports by package, loading, self-test, and the rest."""
     cold = result.repeats["cold_load"]
     imports = _import_seconds()
-    known = {"load of the model": median_of(cold, "load_seconds"), "probe of kernels": median_of(cold, "probe_seconds")}
+    known = {"load of the model": median_of(cold, "load_seconds"), "kernel self-test": median_of(cold, "probe_seconds")}
     rest = max(0.0, median_of(cold, "seconds") - sum(imports.values()) - sum(known.values()))
     result.profile = shares("cold start", imports | known | {"start of processes, and noise": rest})
     ready = result.repeats["standing_by"]
     result.why.append(
-        f"Imports take {sum(imports.values()):.2f} s, of which torch and transformers are not ours to shorten; an idle "
-        f"worker has them behind it. Of a start in a trainer that stood by, {median_of(ready, 'probe_seconds'):.2f} s "
-        f"of {median_of(ready, 'seconds'):.2f} are the probe of kernels."
+        f"Imports take {sum(imports.values()):.2f} s, mostly of torch and transformers, and an idle worker has done "
+        f"them in advance. With a warm standby trainer, {median_of(ready, 'probe_seconds'):.2f} s "
+        f"of {median_of(ready, 'seconds'):.2f} s are the kernel self-test."
     )
 
 
 def _import_seconds() -> dict[str, float]:
-    """Own time of each module that the trainer imports, by its package; as `python -X importtime` tells."""
+    """Return the own time of the modules that the trainer imports, by package, from `python -X importtime`."""
     argv = [sys.executable, "-X", "importtime", "-c", "import worker.children.trainer.main"]
     told = subprocess.run(argv, cwd=ROOT, env=environment(1), capture_output=True, text=True, check=True).stderr
     seconds: dict[str, float] = {}

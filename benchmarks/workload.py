@@ -1,4 +1,4 @@
-"""What is trained in every comparison: the base model and the rows, the same ones for every contender."""
+"""The workload of every comparison: the same base model and rows for every contender."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONGEST_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """`base` is a folder of safetensors and a tokenizer; `tokens` holds the rows, as a trainer reads them."""
+    """`base` is a folder of safetensors and a tokenizer. `tokens` is a token file for TokenDataset."""
 
     base: Path
     model: str
@@ -32,12 +32,12 @@ class Workload:
     num_tokens_per_row: float
     vocab_size: int
     texts: list[tuple[str, str]]
-    """Question and answer of each row, before it became tokens."""
+    """Question and answer of each row, before tokenization."""
 
 
 def prepare(*, base: Path | None, data: Path | None, folder: Path) -> Workload:
-    """Tokens are written into `folder`. Without a base: SmolLM2-135M-Instruct, fetched once."""
-    base = (base or fetched_base()).absolute()  # a trainer stands in a folder of its own
+    """Write the tokens to `folder`. The default base model is SmolLM2-135M-Instruct, which is downloaded once."""
+    base = (base or fetched_base()).absolute()  # a trainer has another working directory
     texts = read_rows(data) if data else made_rows(NUM_ROWS)
     config = json.loads((base / "config.json").read_text("utf-8"))
     rows = tokenize(texts[:NUM_ROWS], base, longest=min(LONGEST_TOKENS, config["max_position_embeddings"]))
@@ -46,7 +46,7 @@ def prepare(*, base: Path | None, data: Path | None, folder: Path) -> Workload:
         base=base,
         model=f"{config['architectures'][0]}, {config['num_hidden_layers']} layers of {config['hidden_size']}",
         tokens=path,
-        data=data.name if data else "made: additions, subtractions and products in words",
+        data=data.name if data else "synthetic: additions, subtractions and products in words",
         num_tokens_per_row=float(np.mean([len(ids) for ids, _ in rows])),
         vocab_size=config["vocab_size"],
         texts=texts[:NUM_ROWS],
@@ -54,7 +54,7 @@ def prepare(*, base: Path | None, data: Path | None, folder: Path) -> Workload:
 
 
 def fetched_base() -> Path:
-    """Imported once, into .cache/bench/base."""
+    """Import the default base model to .cache/bench/base, unless it exists."""
     target = ROOT / ".cache/bench/base"
     if not target.exists():
         sys.path.insert(0, str(ROOT / "examples"))
@@ -62,7 +62,7 @@ def fetched_base() -> Path:
 
         from lora_core.model_files.import_base import import_base
 
-        downloads = target.parent / "source"  # `find` has a folder named base of its own
+        downloads = target.parent / "source"  # `find` creates a folder named base itself
         downloads.mkdir(parents=True, exist_ok=True)
         source = find(downloads)
         import_base(source=source.source, kind=source.kind, revision=source.revision, target_dir=target)
@@ -70,13 +70,13 @@ def fetched_base() -> Path:
 
 
 def read_rows(path: Path) -> list[tuple[str, str]]:
-    """(question, answer) of each line of JSON, as GSM8K has them."""
+    """Return (question, answer) of each line of a JSONL file in the format of GSM8K."""
     lines = path.read_text("utf-8").splitlines()
     return [(row["question"], row["answer"]) for row in map(json.loads, lines)]
 
 
 def made_rows(count: int) -> list[tuple[str, str]]:
-    """Word problems of unequal lengths with worked answers, about as long as GSM8K's; always the same."""
+    """Generate word problems of various lengths with worked answers, about as long as GSM8K's. Deterministic."""
     choose = random.Random(SEED)
     return [_made_row(choose) for _ in range(count)]
 
@@ -97,7 +97,7 @@ def _made_row(choose: random.Random) -> tuple[str, str]:
 
 
 def tokenize(texts: list[tuple[str, str]], base: Path, *, longest: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(input_ids, loss_mask) of each row; the answer is what is learnt. Longer rows are left out."""
+    """Return (input_ids, loss_mask) of each row. Only the answer is trained on. Rows that are too long are dropped."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(base, local_files_only=True)
@@ -112,7 +112,7 @@ def tokenize(texts: list[tuple[str, str]], base: Path, *, longest: int) -> list[
 
 
 def write_tokens(rows: list[tuple[np.ndarray, np.ndarray]], path: Path) -> Path:
-    """The format of TokenDataset.load."""
+    """Write rows in the format of TokenDataset.load. Returns the path."""
     tensors = {
         "input_ids": np.concatenate([ids for ids, _ in rows]),
         "loss_mask": np.concatenate([mask for _, mask in rows]),
@@ -123,7 +123,7 @@ def write_tokens(rows: list[tuple[np.ndarray, np.ndarray]], path: Path) -> Path:
 
 
 def batches(dataset: TokenDataset, *, batch_size: int, num_steps: int) -> list[list[dict[str, list[int]]]]:
-    """The rows of each step in the very order in which the engine takes them, for the other libraries."""
+    """Return the rows of each step in the order of the engine, for the other libraries."""
     return [
         [
             _as_lists(dataset, row)

@@ -1,5 +1,5 @@
 # pyright: strict
-"""Trains many LoRA adapters on one frozen base model; docs/ENGINE.md says how. No torch here."""
+"""Train many LoRA adapters concurrently on one frozen base model. See docs/ENGINE.md. Does not import torch."""
 
 import logging
 
@@ -7,7 +7,7 @@ UNUSED_KERNEL = "Failed to load CPU gemm_4bit_forward"
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """PEFT imports bitsandbytes, which on some CPUs misses a kernel that no base model here is computed with."""
+    """Drop the warning of bitsandbytes, which PEFT imports, about a 4-bit CPU kernel that Lorry does not use."""
     return not str(record.msg).startswith(UNUSED_KERNEL)
 
 

@@ -1,5 +1,5 @@
 # pyright: strict
-"""What a job and an engine are told, checked on construction. No torch here: the api may read it cheaply."""
+"""Configuration of a job, validated on construction. Does not import torch, so the API server can import it cheaply."""
 
 import hashlib
 import json
@@ -16,25 +16,30 @@ MAX_RANK = 1024
 INIT = re.compile(r"default|gaussian|pissa|pissa_niter_[1-9]\d?|olora")
 MAX_LABELS = 10_000
 MAX_DROPOUT = 0.9
-"""What is kept is scaled by 1 / (1 - dropout): past this, a step is noise."""
+"""Upper limit of dropout. Kept values are scaled by 1 / (1 - dropout), so above it a step is mostly noise."""
 Kind = Literal["train", "evaluate"]
-"""Of a slice: part of an optimizer step, or of an evaluation."""
+"""Kind of a slice: part of an optimizer step or of an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """W x + scale·B A x, with scale = alpha / rank, or alpha / √rank with `use_rslora` (arXiv 2312.03732).
+    """LoRA: y = W x + scale·B A x, with scale = alpha / rank, or alpha / √rank with `use_rslora` (arXiv 2312.03732).
 
-    `target_modules`: "all-linear", one name, or several; a name matches a module path that it ends
-    at a dot, as in PEFT. "re:PATTERN" is a regular expression over the whole path instead.
-    `layers_to_transform`: only in the blocks of these numbers. `rank_pattern` and `alpha_pattern`: (key,
-    value) pairs; the first key that matches a path, or its end after a dot, as a regular expression, gives
-    the module another rank or alpha. `use_dora`: a learned length for each output's weights (dora.py).
-    `modules_to_save`: trained in full; `trainable_token_indices`: tokens whose embeddings are
-    (lora_core/adapter/modules_to_save.py).
-    `init_lora_weights`: where A and B begin (lora_core/adapter/initialization.py): "default" (PEFT's True), "gaussian",
-    "pissa",
-    "pissa_niter_N" with a randomized decomposition of N iterations, or "olora".
+    Attributes:
+        target_modules: "all-linear", one name or several. As in PEFT, a name matches a module path that equals it or
+            ends with it after a dot. "re:PATTERN" is a regular expression over the whole path.
+        layers_to_transform: Numbers of the blocks to adapt, from 0. None adapts all blocks.
+        rank_pattern: (key, rank) pairs. A key is a regular expression that matches a whole module path or its end
+            after a dot. The first matching key replaces `rank`.
+        alpha_pattern: (key, alpha) pairs, matched like `rank_pattern`.
+        use_dora: Train a magnitude for each output as well (lora_core/adapter/dora.py).
+        modules_to_save: Modules that are trained in full (lora_core/adapter/modules_to_save.py).
+        trainable_token_indices: Ids of the tokens whose embeddings are trained.
+        init_lora_weights: Initial A and B (lora_core/adapter/initialization.py): "default" (True in PEFT),
+            "gaussian", "pissa", "olora", or "pissa_niter_N": PiSSA by a randomized SVD with N iterations.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     rank: int
@@ -56,16 +61,16 @@ class LoraConfig:
         require(0 <= self.dropout <= MAX_DROPOUT, "lora.dropout", self.dropout, f"between 0 and {MAX_DROPOUT}")
         self._require_targets()
         ranks_ok = all(compiles(key) and 1 <= rank <= MAX_RANK for key, rank in self.rank_pattern)
-        require(ranks_ok, "lora.rank_pattern", self.rank_pattern, f"module names with ranks of 1 to {MAX_RANK}")
+        require(ranks_ok, "lora.rank_pattern", self.rank_pattern, f"pairs of module name and rank (1 to {MAX_RANK})")
         init_ok = INIT.fullmatch(self.init_lora_weights) is not None
         expected = "default, gaussian, pissa, pissa_niter_N with N from 1 to 99, or olora"
         require(init_ok, "lora.init_lora_weights", self.init_lora_weights, expected)
         alphas_ok = all(compiles(key) and is_positive(alpha) for key, alpha in self.alpha_pattern)
-        require(alphas_ok, "lora.alpha_pattern", self.alpha_pattern, "module names with positive numbers")
+        require(alphas_ok, "lora.alpha_pattern", self.alpha_pattern, "pairs of module name and positive number")
         saved, tokens = self.modules_to_save, self.trainable_token_indices
-        require(all(saved) and len(set(saved)) == len(saved), "lora.modules_to_save", saved, "names, each once")
+        require(all(saved) and len(set(saved)) == len(saved), "lora.modules_to_save", saved, "distinct module names")
         tokens_ok = all(token >= 0 for token in tokens) and len(set(tokens)) == len(tokens)
-        require(tokens_ok, "lora.trainable_token_indices", tokens, "numbers of tokens from 0, each once")
+        require(tokens_ok, "lora.trainable_token_indices", tokens, "distinct token ids of at least 0")
 
     def _require_targets(self) -> None:
         names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
@@ -76,12 +81,12 @@ class LoraConfig:
         require(pattern_ok, "lora.target_modules", self.target_modules, "a regular expression after 're:'")
         layers = self.layers_to_transform
         layers_ok = layers is None or (len(layers) > 0 and min(layers) >= 0 and pattern is None)
-        expected = "numbers from 0, or none; with a regular expression as target_modules none"
+        expected = "block numbers of at least 0, or none; it can't be combined with a regular expression"
         require(layers_ok, "lora.layers_to_transform", layers, expected)
 
     @property
     def target_pattern(self) -> str | None:
-        """The regular expression of `target_modules`; None where those are names."""
+        """The regular expression in `target_modules`, or None if it contains names."""
         wanted = self.target_modules
         if not isinstance(wanted, str) or not wanted.startswith(REGEX_PREFIX):
             return None
@@ -89,12 +94,12 @@ class LoraConfig:
 
     @property
     def subtracts_start(self) -> bool:
-        """Whether A and B begin with an update, which is then subtracted from the base model."""
+        """Whether the initial A and B are a nonzero update, which is subtracted from the base model."""
         return self.init_lora_weights not in ("default", "gaussian")
 
     @property
     def pissa_iterations(self) -> int | None:
-        """Of the randomized decomposition; None for the exact one."""
+        """Number of iterations of the randomized SVD. None for the exact SVD."""
         _, found, number = self.init_lora_weights.partition("pissa_niter_")
         return int(number) if found else None
 
@@ -112,19 +117,31 @@ class LoraConfig:
 OptimizerKind = Literal["adamw", "sgd", "adafactor"]
 OPTIMIZERS: tuple[OptimizerKind, ...] = get_args(OptimizerKind)
 MIN_EPS, MAX_EPS = 1e-37, 1e37
-"""What fp32 holds with all its digits. A smaller one is 0 there, and 0 / 0 no number."""
+"""Range in which fp32 has full precision. A smaller `eps` rounds to 0 in fp32, and 0 / 0 is NaN."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101), SGD or Adafactor (arXiv 1804.04235); `max_grad_norm` None means no clipping.
+    """AdamW (arXiv 1711.05101), SGD or Adafactor (arXiv 1804.04235).
 
-    `lora_plus_ratio`: the rate of B, and of DoRA's magnitudes, over that of A (LoRA+, arXiv 2402.12354). What is
-    trained in full has A's rate: heads, their biases too (to which PEFT gives B's), and embeddings of tokens.
-    `momentum` belongs to SGD, whose decay is a part of the gradient, as in torch; betas and eps belong to AdamW.
-    Adafactor moves each matrix by at most `learning_rate`, and by no more than 1 / √step, of its root mean square,
-    which is taken to be no less than `scale_floor` (torch's epsilon2: B begins at zero). Step s gives the newest
-    squares the weight s^`beta2_decay`, and an update is held to the root mean square `clip_threshold` (torch's d).
+    Modules trained in full (heads including their biases, token embeddings) use the learning rate of A. PEFT trains
+    the biases of heads with the learning rate of B instead.
+
+    Attributes:
+        lora_plus_ratio: Learning rate of B and of DoRA's magnitudes, divided by that of A (LoRA+, arXiv 2402.12354).
+        beta1, beta2, eps: Used by AdamW only.
+        weight_decay: Decoupled from the gradient, except with SGD, which adds it to the gradient as in torch.
+        max_grad_norm: Maximum Euclidean norm of a job's gradient. None disables clipping.
+        momentum: Used by SGD only.
+        beta2_decay: Used by Adafactor only. The squared gradients of step s get the weight s^`beta2_decay`.
+        clip_threshold: Used by Adafactor only. Maximum root mean square of an update, before it is scaled by the
+            learning rate (`d` in torch.optim.Adafactor).
+        scale_floor: Used by Adafactor only. A matrix moves by at most min(`learning_rate`, 1 / √step) times its own
+            root mean square, for which `scale_floor` is the minimum (epsilon2 in torch). It matters because B is
+            initialized to zero.
+
+    Raises:
+        ConfigError: A value is out of range, or is set for an optimizer that does not use it.
     """
 
     kind: OptimizerKind = "adamw"
@@ -164,16 +181,20 @@ class OptimizerConfig:
             ("scale_floor", self.scale_floor, 1e-3, is_positive(self.scale_floor), "positive"),
         ):
             number_ok = is_right and (is_own or value == usual)
-            require(number_ok, f"optimizer.{name}", value, f"{expected}, and left out without adafactor")
+            require(number_ok, f"optimizer.{name}", value, f"{expected}, and omitted unless kind is adafactor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Learning rate by step: linear warm-up, then constant, linear to zero, a half cosine to zero, or "wsd".
+    """Learning rate schedule: linear warm-up, then constant, linear decay, cosine decay or "wsd".
 
-    Step s of w = `warmup_steps` has the rate peak · s / (w + 1), so no step is lost to a rate of 0; step
-    w + 1 has the peak. "wsd" (warm-up, stable, decay: arXiv 2404.06395, 2405.18392) keeps the peak until the last
-    `decay_steps`, over which it goes down in a line that reaches zero one step after the last.
+    During the warm-up of w = `warmup_steps` steps, step s (from 1) has the learning rate peak · s / (w + 1). No step
+    has a learning rate of 0, and step w + 1 has the peak. "linear" and "cosine" decay to 0 at `num_steps`. "wsd"
+    (warm-up, stable, decay: arXiv 2404.06395, 2405.18392) keeps the peak until the last `decay_steps` steps. Then it
+    decays linearly, and would reach 0 one step after the last one.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     kind: Literal["constant", "linear", "cosine", "wsd"]
@@ -198,17 +219,22 @@ OBJECTIVES: tuple[ObjectiveKind, ...] = get_args(ObjectiveKind)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """What a job minimizes: cross-entropy of its labels, or a loss over pairs of answers
-    (lora_core/losses/preference.py) or single ones (losses/preference.py). A number that the kind doesn't read is
-    refused.
+    """Loss that a job minimizes: the cross-entropy of its labels, or a preference loss (losses/preference.py).
 
-    `beta`: strength of a preference's reward (λ in the paper of ORPO). `loss_type` belongs to DPO, `gamma`, the margin
-    that is asked for, to SimPO. `label_smoothing` is DPO's part of pairs taken to be swapped; of supervised jobs it is
-    that of torch's CrossEntropyLoss, in training alone: held-out losses are plain cross-entropies. The weights of
-    desirable and undesirable answers belong to KTO.
-    Classification and reward need a base with a head for whole sequences: `num_labels` counts the classes of the
-    former, 1 being the regression of a number; `center_rewards_coefficient` holds rewards round 0
-    (lora_core/forward/classification.py).
+    Attributes:
+        kind: "dpo", "orpo" and "simpo" compare pairs of answers; "kto" takes single answers. "classification" and
+            "reward" need a base model with a sequence head (lora_core/forward/classification.py).
+        beta: Strength of the preference reward (λ in the ORPO paper).
+        gamma: Target reward margin of SimPO.
+        loss_type: Loss of DPO.
+        label_smoothing: With DPO, the assumed fraction of swapped pairs. With "supervised", the parameter of
+            torch.nn.CrossEntropyLoss, in training only: validation losses are plain cross-entropies.
+        num_labels: Number of classes of "classification". 1 means regression.
+        center_rewards_coefficient: Strength of the term that keeps rewards near 0. Used by "reward" only.
+        desirable_weight, undesirable_weight: Loss weights of the two kinds of answers. Used by KTO only.
+
+    Raises:
+        ConfigError: A value is out of range, or is set for a `kind` that does not use it.
     """
 
     kind: ObjectiveKind = "supervised"
@@ -250,11 +276,11 @@ class ObjectiveConfig:
             ("desirable_weight", self.desirable_weight, 1, self.kind == "kto"),
             ("undesirable_weight", self.undesirable_weight, 1, self.kind == "kto"),
         ):
-            require(is_own or value == usual, f"objective.{name}", value, f"left out: {reader} doesn't read it")
+            require(is_own or value == usual, f"objective.{name}", value, f"omitted: {reader} does not use it")
 
     @property
     def token_smoothing(self) -> float:
-        """Of the cross-entropy of a label."""
+        """Label smoothing of the token cross-entropy."""
         return self.label_smoothing if self.kind == "supervised" else 0.0
 
     @property
@@ -263,29 +289,32 @@ class ObjectiveConfig:
 
     @property
     def grades_sequences(self) -> bool:
-        """Whether a head of the job's own scores whole sequences, and no token is a label."""
+        """Whether the job trains a head that scores whole sequences, so that no token is a label."""
         return self.kind in ("classification", "reward")
 
     @property
     def rows_per_example(self) -> int:
-        """A pair is two rows of the data, chosen before rejected, and is never parted."""
+        """Number of dataset rows per example: 2 for a pair (chosen, then rejected), which is never split."""
         return 2 if self.is_preference and self.kind != "kto" else 1
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss compares with the base model, which is computed in the same tick."""
+        """Whether the loss needs log-probabilities of the reference model, which the same tick computes."""
         return self.kind in ("dpo", "kto")
 
     @property
     def needs_reference_point(self) -> bool:
-        """Whether the answers of a batch are first put to each other's prompts (lora_core/data/kto_pairs.py)."""
+        """Whether each batch starts with a pass over mismatched prompts and answers (lora_core/data/kto_pairs.py)."""
         return self.kind == "kto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EarlyStoppingConfig:
-    """End after `patience` evaluations in a row in which the held-out loss fell by no more than `min_delta` (nats)
-    below the one that last did, or the first one. That of step 0, the base's own or the parent's, doesn't count."""
+    """Stop a job after `patience` consecutive evaluations without improvement.
+
+    An evaluation improves if its validation loss is more than `min_delta` nats below that of the last improving
+    evaluation, or of the first one. The evaluation at step 0, of the base model or the parent, doesn't count.
+    """
 
     patience: int
     min_delta: float = 0.0
@@ -298,16 +327,22 @@ class EarlyStoppingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobConfig:
-    """Everything that decides a job's result, besides its data and the base model.
+    """Everything that determines a job's result, except its data and the base model.
 
-    `batch_size` counts sequences per optimizer step, or pairs of them where the objective is one over pairs; of KTO it
-    is 2 at least, since each answer is put to another's prompt.
-    `slice_tokens` bounds the tokens of one slice; a longer single sequence or pair is a slice of its own. With a
-    held-out set the job is always evaluated at step 0 and at the end, and every `evaluate_every_steps` between.
-    `keep`: whose weights the job ends with, the last step's, or those of the evaluation after step 0 that had the
-    lowest loss (the first of equals). For that, and to stop early, `evaluate_every_steps` is no more than `num_steps`.
-    `neftune_alpha`: of the noise on input embeddings in training; 0 is none, and answers that are compared have none.
-    The schedule may be longer than the job, but no shorter.
+    Attributes:
+        schedule: May be longer than `num_steps`, but not shorter.
+        batch_size: Sequences per optimizer step, or pairs of sequences for a pairwise objective. At least 2 for KTO,
+            which combines each answer with the prompt of another one.
+        evaluate_every_steps: Steps between evaluations. A job with a validation set is also evaluated at step 0 and
+            at the end. At most `num_steps` if `early_stopping` or `keep` "best" is set.
+        slice_tokens: Maximum tokens of one slice (micro-batch). A longer single sequence or pair is its own slice.
+        keep: Weights to keep: those of the last step, or those of the evaluation after step 0 with the lowest
+            loss (the earliest one on a tie).
+        neftune_alpha: Scale of the noise on input embeddings during training (NEFTune, arXiv 2310.05914). 0 disables
+            it. Preference objectives don't support it.
+
+    Raises:
+        ConfigError: A value is out of range, or two values contradict each other.
     """
 
     lora: LoraConfig
@@ -334,21 +369,21 @@ class JobConfig:
         alpha_ok = math.isfinite(self.neftune_alpha) and self.neftune_alpha >= 0
         require(alpha_ok, "neftune_alpha", self.neftune_alpha, "zero or positive")
         noise_ok = self.neftune_alpha == 0 or not self.objective.is_preference
-        require(noise_ok, "neftune_alpha", self.neftune_alpha, f"left out: {self.objective.kind} compares answers")
-        planned, expected = self.schedule.num_steps, f"at least num_steps, {self.num_steps}: past it the rate is 0"
+        require(noise_ok, "neftune_alpha", self.neftune_alpha, f"omitted: {self.objective.kind} does not support it")
+        planned, expected = self.schedule.num_steps, f"at least num_steps ({self.num_steps}): the rate is 0 after it"
         require(planned >= self.num_steps, "schedule.num_steps", planned, expected)
         require(self.keep in ("last", "best"), "keep", self.keep, "last or best")
         in_time = every is not None and every <= self.num_steps
-        expected = f"between 1 and num_steps, {self.num_steps}: else neither early_stopping nor keep 'best' can act"
+        expected = f"between 1 and num_steps ({self.num_steps}), because of early_stopping or keep 'best'"
         require(in_time or not self.needs_evaluation, "evaluate_every_steps", every, expected)
 
     @property
     def needs_evaluation(self) -> bool:
-        """Whether the result depends on a held-out set, without which the job can't be trained."""
+        """Whether the result depends on a validation set, so that the job can't be trained without one."""
         return self.early_stopping is not None or self.keep == "best"
 
     def digest(self) -> str:
-        """sha256 of the canonical JSON (16 and 16.0 are one number): a checkpoint names what it continues."""
+        """Return the sha256 of the canonical JSON, in which 16 and 16.0 are equal. Checkpoints store it."""
         canonical = json.dumps(_canonical(asdict(self)), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

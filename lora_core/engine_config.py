@@ -1,5 +1,5 @@
 # pyright: strict
-"""What an engine is told: how much is computed at once, and by which means."""
+"""Configuration of an engine: how much it computes at once, and how."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,22 +10,28 @@ from lora_core.config import is_positive, require
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """How much is computed at once; never what is computed.
+    """Settings that change the speed and memory use of an engine, but not the result of a job (see `batch_invariant`).
 
-    `token_budget`: tokens of one tick. `max_tick_seconds`: further slices stop joining a tick that is
-    expected to last longer, so that cancel and admission stay quick. `job_tokens`: of one job's slices in one tick,
-    where they are more than one. `num_lanes`: parts of a tick that are
-    computed side by side on a CPU, each with one thread (lora_core/engine/cpu_lanes.py). `checkpoint_blocks`: whether
-    ticks keep only what enters each block and compute it again in the backward: "always", "never", or "auto", where
-    memory asks for it.
-    `prefix_memory_bytes` and `prefix_disk_bytes`: how much is kept of what the blocks below a job's lowest adapter
-    give, in the host's memory and on the disk of `prefix_folder` (lora_core/engine/prefix_cache.py); with neither
-    nothing is.
-    `ticks_alone`: of each size, so many ticks are given to one job by itself, so that it is known what the others cost
-    it (lora_core/engine/throughput.py). `batch_invariant`: on a CPU whose products depend on their number of rows, have
-    a job's bits independent of its packmates all the same (lora_core/kernels/batch_invariant.py). With AMX that takes
-    about a tenth of the speed of steps of some hundred tokens, and more of smaller passes, as of answers; elsewhere
-    next to nothing. Without, and on any GPU, a record says `allclose`.
+    Attributes:
+        token_budget: Maximum tokens of one tick.
+        max_tick_seconds: Expected duration beyond which no further slices join a tick, so that cancellation and
+            admission stay responsive.
+        job_tokens: Maximum tokens of one job in a tick, if it has more than one slice in it.
+        num_lanes: CPU threads that compute parts of a tick concurrently (lora_core/engine/cpu_lanes.py).
+        checkpoint_blocks: Activation checkpointing per block: "always", "never", or "auto", which enables it when
+            memory is scarce.
+        prefix_memory_bytes, prefix_disk_bytes: Limits, in host memory and on disk, of the cache of activations below
+            a job's lowest adapter (lora_core/engine/prefix_cache.py). With both 0 nothing is cached.
+        prefix_folder: Existing folder for the cache on disk.
+        ticks_alone: Number of ticks of each size that one job gets alone, to measure how much packmates slow it down
+            (lora_core/engine/throughput.py).
+        batch_invariant: On a CPU whose matmuls depend on the number of rows, keep the bits of a job independent of
+            its packmates (lora_core/kernels/batch_invariant.py). With AMX this costs about 10% of the speed of steps
+            of several hundred tokens, and more in small passes such as generation. Elsewhere it is almost free. If
+            disabled, and on any GPU, the determinism level is `allclose`.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
     token_budget: int = 1024
@@ -50,4 +56,4 @@ class EngineConfig:
         for name in ("prefix_memory_bytes", "prefix_disk_bytes"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "zero or positive")
         folder_ok = self.prefix_disk_bytes == 0 or (self.prefix_folder is not None and self.prefix_folder.is_dir())
-        require(folder_ok, "prefix_folder", self.prefix_folder, "a folder that exists, or prefix_disk_bytes must be 0")
+        require(folder_ok, "prefix_folder", self.prefix_folder, "an existing folder, or prefix_disk_bytes must be 0")

@@ -1,21 +1,21 @@
 # pyright: strict
-"""Errors a user can act on: each has a code, a sentence and a remedy. No torch here.
+"""Errors that a user can fix: each has a code, a message and a remedy. Does not import torch.
 
-Our own mistakes are asserts, never one of these.
+Bugs in Lorry raise AssertionError, never one of these.
 """
 
 from typing import Literal
 
 ANY_FAILURE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What the code of a family may raise that was not written for where we ask it."""
+"""Exceptions that a model family's own code may raise when the engine calls it in an unexpected way."""
 
 
 class LoraCoreError(ValueError):
-    """Root of the errors meant for a person; `code` is snake_case, `message` a sentence, `remedy` says what to do."""
+    """Base class of user-facing errors: a snake_case `code`, a one-sentence `message` and a `remedy`."""
 
     code = "lora_core_error"
     ranks: tuple[int, ...] = ()
-    """Of several processes those that raised it, which `Ranks.together` tells."""
+    """Ranks on which the error was raised. `Ranks.together` sets it."""
 
     def __init__(self, message: str, *, remedy: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -24,24 +24,24 @@ class LoraCoreError(ValueError):
         self.code = code or type(self).code
 
     def __str__(self) -> str:
-        """What a traceback shows."""
+        """Return message and remedy, as a traceback shows them."""
         return f"{self.message} {self.remedy}"
 
 
 class ConfigError(LoraCoreError):
-    """A number or name in a job's or the engine's configuration is out of range."""
+    """A value in a job's or the engine's configuration is out of range."""
 
     code = "invalid_config"
 
 
 class UnsupportedModel(LoraCoreError):
-    """The base model can't be trained here, or its files can't be trusted."""
+    """The base model is not supported, or its files fail validation."""
 
     code = "unsupported_model"
 
 
 class UnreachableSource(LoraCoreError):
-    """A base model's source doesn't exist, or can't be read from here."""
+    """The source of a base model doesn't exist or can't be read from this machine."""
 
     code = "source_unreachable"
 
@@ -53,7 +53,7 @@ class NoTargets(LoraCoreError):
 
 
 class BadDataset(LoraCoreError):
-    """A token file isn't what TokenDataset describes, or doesn't fit the base model."""
+    """A token file violates the format of TokenDataset, or doesn't fit the base model."""
 
     code = "bad_dataset"
 
@@ -65,13 +65,13 @@ class BadCheckpoint(LoraCoreError):
 
 
 class BadAdapter(LoraCoreError):
-    """An exported adapter is damaged, incomplete or of another base model."""
+    """An exported adapter is damaged, incomplete or belongs to another base model."""
 
     code = "bad_adapter"
 
 
 class BadParent(LoraCoreError):
-    """The folder of the adapter that a job is to continue can't be used."""
+    """The folder of the parent adapter, from which a job continues, can't be used."""
 
     code = "bad_parent"
 
@@ -86,43 +86,53 @@ Part = Literal["adapter", "start", "data"]
 
 
 class OutOfMemory(LoraCoreError):
-    """A part of `job` doesn't fit: its data, what its start is computed from, one slice of `num_tokens`, or (0) its
-    weights and moments."""
+    """Part of `job` does not fit in memory.
+
+    `part` is "data" (the token files), "start" (the PiSSA or OLoRA decomposition) or "adapter". With "adapter",
+    `num_tokens` is the size of a single slice (micro-batch) that does not fit. 0 stands for the adapter's weights and
+    optimizer state.
+    """
 
     code = "out_of_memory"
 
     def __init__(self, job: str, *, part: Part = "adapter", num_tokens: int = 0) -> None:
         if part == "data":
-            sentence = f"The data of job {job!r} doesn't fit the worker's memory beside what is there."
-            remedy = "Give smaller files, lower max_length, or use a machine with more memory."
+            sentence = f"Job {job!r} is out of memory: its training data does not fit in the worker's free memory."
+            remedy = "Use smaller files, lower max_length, or use a machine with more memory."
         elif part == "start":
-            sentence = f"What the start of job {job!r} is computed with doesn't fit the device beside what is there."
-            remedy = "Begin with init_lora_weights 'pissa_niter_4' or the default, or use a larger device."
+            sentence = f"Job {job!r} is out of memory: its PiSSA or OLoRA decomposition does not fit on the device."
+            remedy = "Set init_lora_weights to 'pissa_niter_4' or 'default', or use a larger device."
         elif num_tokens:
-            sentence = f"One slice of {num_tokens} tokens of job {job!r} doesn't fit the device beside what is there."
+            sentence = f"Job {job!r} is out of memory: one slice of {num_tokens} tokens does not fit on the device."
             remedy = "Lower max_length, or use a larger device."
         else:
-            sentence = f"The adapter of job {job!r} doesn't fit the device beside what is there."
-            remedy = "Lower the rank, or target fewer modules, or use a larger device."
+            sentence = f"Job {job!r} is out of memory: its adapter does not fit on the device."
+            remedy = "Lower the rank, target fewer modules, or use a larger device."
         super().__init__(sentence, remedy=remedy)
         self.job = job
 
 
 class BrokenPass(RuntimeError):
-    """Memory ran out on a process amid a pass through a divided base. The others wait in it for this one's share of the
-    next block, so that nothing can be told them there, and the trainer has to end. No one job's fault."""
+    """A rank ran out of memory during a pass through a sharded base model.
+
+    The other ranks block in an all-gather that needs this rank's shard of the next block. They can't be notified
+        super().__init__("Memory ran out during a pass through a sharded base model, in which the other ranks wait.")
+    """
 
     def __init__(self) -> None:
-        super().__init__("Memory ran out amid a pass through a divided base, in which the other processes wait.")
+        super().__init__("Out of memory during a pass through a sharded base model, in which the other ranks wait.")
 
 
 class RanksDiffer(RuntimeError):
-    """Processes that do all the same have come to different weights, or to different ends of a step. No job's fault: a
-    device or a machine computes, or remembers, wrongly. All jobs of the trainer are told of it, so it names none."""
+    """Ranks that replicate the same computation hold different weights, or disagree on the result of a step.
+
+    A device or machine computes or stores values incorrectly, so the failure is not attributed to a job. The error
+    is reported to all jobs of the trainer and names none of them.
+    """
 
     def __init__(self, ranks: list[int]) -> None:
         others = ", ".join(map(str, ranks))
         super().__init__(
-            f"The processes that train one job have come to different weights of it: those of {others} are not those "
-            "of 0. A device or its memory is faulty, or the network changes bits. Nothing is kept of them."
+            f"Ranks hold different weights of the same job: rank 0 differs from {others}. "
+            "A device, its memory or the network is faulty. The differing weights are discarded."
         )

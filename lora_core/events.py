@@ -1,8 +1,8 @@
 # pyright: strict
-"""What Engine.tick() reports. No torch here.
+"""Events that `Engine.tick` returns. Does not import torch.
 
-Steps count from 1. Losses are nats per supervised token; where the objective is one of preference they are means
-over pairs, or over single answers, `rewards` is there, and token accuracy is that of the chosen answers of pairs.
+Steps count from 1. Losses are in nats per trained (loss-bearing) token. For preference objectives they are means
+over pairs or single answers, `rewards` is set, and token accuracy is that of the chosen answers of pairs.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewards:
-    """Means over pairs: what the loss compares, the difference, and how often the chosen answer has the greater.
+    """Mean rewards that a preference loss compares.
 
-    Of single answers: means over the desirable ones, and over the others; None where there are none of them. Accuracy
-    is how often a reward lies on its side of β · `kl`, the reference point in nats, which pairs don't have.
+    For pairs: the means over chosen and over rejected answers, their difference, and the fraction of pairs whose
+    chosen answer has the higher reward. `kl` is None.
+    For single answers (KTO): the means over desirable and over undesirable answers, None if there are none of a kind.
+    `kl` is the reference point in nats. `accuracy` is the fraction of rewards on the correct side of β · `kl`.
     """
 
     chosen: float | None
@@ -25,7 +27,7 @@ class Rewards:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobStepped:
-    """One optimizer step is done. `grad_norm` is the norm before clipping."""
+    """One optimizer step is complete. `grad_norm` is the norm before clipping."""
 
     job: str
     step: int
@@ -40,7 +42,7 @@ class JobStepped:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobEvaluated:
-    """The held-out set was scored at `step` completed steps (0: the base model itself)."""
+    """The validation set was evaluated after `step` completed steps. Step 0 is the model before training."""
 
     job: str
     step: int
@@ -52,10 +54,10 @@ class JobEvaluated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobFinished:
-    """All steps and the last evaluation are done; the job stays resident until it is evicted.
+    """All steps and the final evaluation are complete. The job stays resident until it is evicted.
 
-    `kept_step`: the step whose weights the adapter holds now. `stopped_early`: the sentence why the job ended before
-    its last step; None where it didn't.
+    `kept_step` is the step whose weights the adapter holds. `stopped_early` is a sentence with the reason if the job
+    stopped before its last step, otherwise None.
     """
 
     job: str
@@ -66,12 +68,11 @@ class JobFinished:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobDiverged:
-    """A loss, a gradient or an update was not finite, or a gradient was exactly zero and its loss was not
-    (lora_core/engine/early_stopping.py); the adapter holds the last completed `step`. Evict the job.
+    """A loss, gradient or update was not finite, or a gradient was exactly zero although its loss was not.
 
-    `good_step`: the newest whose weights are known to be good, for losses and gradient computed with them were finite,
-    and the gradient was alive. It is `step` where the update alone was not finite; else the one before, and None where
-    nothing was completed before.
+    See lora_core/engine/divergence.py. The adapter holds the weights of the last completed `step`. Evict the job.
+    `good_step` is the newest step whose weights produced a finite loss and a finite, nonzero gradient. It is `step`
+    if only the update was not finite, otherwise the step before it, or None if there is no earlier step.
     """
 
     job: str

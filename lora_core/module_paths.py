@@ -1,7 +1,7 @@
 # pyright: strict
-"""Which module paths a name, a pattern or a layer's number means: PEFT's rules. No torch here.
+"""Match module paths by name, regular expression or layer number, as PEFT does. Does not import torch.
 
-A pattern of a stranger may take for ever (a+)+$; each match is bounded in time, and refused past it.
+Patterns come from untrusted users and can backtrack exponentially, such as (a+)+$. Each match has a time limit.
 """
 
 import re
@@ -12,7 +12,7 @@ import regex
 
 REGEX_PREFIX = "re:"
 MATCH_SECONDS = 0.1
-"""Of one pattern on one module path. A sound pattern takes microseconds."""
+"""Time limit for one pattern on one module path. A well-behaved pattern takes microseconds."""
 LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 Value = TypeVar("Value")
@@ -23,12 +23,12 @@ class PatternTooSlow(Exception):
 
 
 def matches(path: str, suffix: str) -> bool:
-    """Whether `suffix` is the path, or its end after a dot."""
+    """Return whether `suffix` is the whole path or follows a dot in it."""
     return path == suffix or path.endswith(f".{suffix}")
 
 
 def matches_pattern(path: str, pattern: str) -> bool:
-    """Whether the whole path matches the regular expression. Raises PatternTooSlow."""
+    """Return whether the regular expression matches the whole path. Raises PatternTooSlow."""
     try:
         return regex.fullmatch(pattern, path, timeout=MATCH_SECONDS) is not None
     except TimeoutError as error:
@@ -36,7 +36,10 @@ def matches_pattern(path: str, pattern: str) -> bool:
 
 
 def pattern_value(path: str, patterns: Sequence[tuple[str, Value]], default: Value) -> Value:
-    """The value of the first key that matches the path, or its end after a dot, as PEFT reads rank_pattern."""
+    """Return the value of the first matching key, or `default`.
+
+    A key matches the whole path or its end after a dot, as in PEFT's rank_pattern. Raises PatternTooSlow.
+    """
     return next((value for key, value in patterns if matches_pattern(path, end_pattern(key))), default)
 
 
@@ -45,15 +48,16 @@ def end_pattern(key: str) -> str:
 
 
 def layer_of(path: str) -> int | None:
-    """The number of the block that a module is in: 3 of model.layers.3.mlp.up_proj."""
+    """Return the number of the module's block, such as 3 for model.layers.3.mlp.up_proj. None outside blocks."""
     found = LAYER.match(path)
     return int(found[1]) if found else None
 
 
 def grouped_by_layer(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
-    """Paths that differ in the block's number alone, and their [out, in], as one: "*" stands for each of `layers`.
+    """Group module paths that differ only in the block number and have the same shape [out, in].
 
-    A few lines for a model of any depth. `layers` is None for a path that is in no block.
+    In each result "*" stands for the numbers in `layers`, so the list stays short for a model of any depth.
+    `layers` is None for a path outside blocks.
     """
     groups: dict[tuple[str, tuple[int, int]], list[int] | None] = {}
     for path, shape in shapes.items():
@@ -69,7 +73,7 @@ def grouped_by_layer(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, An
 
 
 def compiles(pattern: str) -> bool:
-    """Whether both the bounded engine and the one that PEFT uses can read the pattern."""
+    """Return whether both `regex`, which has a time limit, and `re`, which PEFT uses, can compile the pattern."""
     try:
         regex.compile(pattern)
         re.compile(pattern)

@@ -1,1 +1,1 @@
-"""Measures the HTTP api and what is under it: rates, pages of a large database, listeners, claims."""
+"""Benchmarks of the HTTP API server and its database: rates, pages of a large database, listeners, claims."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.api`: measures the api and the database under it, and writes a results file of each theme."""
+"""Measure the API server and its database, and write a results file of each theme: `python -m benchmarks.api`."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def _plan(options: argparse.Namespace, folder: Path) -> ApiPlan:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.api", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=tuple(THEMES), help="these themes; else all")
-    parser.add_argument("--databases", nargs="+", choices=DATABASES, default=DATABASES, help="these; else both")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each load (3)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn (5)")
-    parser.add_argument("--connections", type=int, default=16, help="of a load, at once (16)")
-    parser.add_argument("--jobs", type=int, default=1_000_000, help="in the large database (1,000,000)")
-    parser.add_argument("--listeners", type=int, default=10_000, help="on the one api process (10,000)")
-    parser.add_argument("--folder", type=Path, help="where SQLite's files go while it runs; some 10 GB")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="where results are written")
-    parser.add_argument("--note", help="what else the results file should say, as what the machine was busy with")
-    parser.add_argument("--quick", action="store_true", help="toy sizes: shows that all runs, measures nothing")
+    parser.add_argument("--only", nargs="+", choices=tuple(THEMES), help="themes to run (default: all)")
+    parser.add_argument("--databases", nargs="+", choices=DATABASES, default=DATABASES, help="(default: both)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each load (default: 3)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each run in seconds (default: 5)")
+    parser.add_argument("--connections", type=int, default=16, help="concurrent connections of a load (default: 16)")
+    parser.add_argument("--jobs", type=int, default=1_000_000, help="jobs in the large database (default: 1,000,000)")
+    parser.add_argument("--listeners", type=int, default=10_000, help="listeners on one API server (default: 10,000)")
+    parser.add_argument("--folder", type=Path, help="temporary folder for SQLite files, about 10 GB")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for results")
+    parser.add_argument("--note", help="note for the results file, such as other load on the machine")
+    parser.add_argument("--quick", action="store_true", help="toy sizes: check that everything runs, measure nothing")
     return parser
 
 

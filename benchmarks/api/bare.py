@@ -1,5 +1,7 @@
-"""The peer: what FastAPI and SQLAlchemy take for answers with nothing of ours. `python -m benchmarks.api.bare URL`
-serves a constant, the same from a thread, and one row of a table of jobs, until it is ended."""
+"""The baseline: responses of FastAPI and SQLAlchemy alone. Run `python -m benchmarks.api.bare URL`.
+
+Serves a constant, a constant from a thread, and one row of a table of jobs, until the process is terminated.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fifty workers that claim at once, one job each time, until the queue is empty: claims a second, and no job twice."""
+"""Fifty workers that concurrently claim one job at a time until the queue is empty: claims per second, no job twice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _empty_the_queue(plan: ApiPlan, url: str, world: Any) -> dict[str, Any]:
     for number in range(plan.workers):
         world.worker(f"w{number}")
     world.db.close()
-    context = multiprocessing.get_context("fork")  # fifty interpreters would take longer to start than to claim
+    context = multiprocessing.get_context("fork")  # starting fifty interpreters would take longer than the claims
     go, claimed = context.Event(), context.SimpleQueue()
     processes = [context.Process(target=_claim, args=(url, f"w{i}", go, claimed)) for i in range(plan.workers)]
     for process in processes:

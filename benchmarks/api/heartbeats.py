@@ -74,7 +74,7 @@ def _flood_and_beat(url: str, world: World, *, seconds: float) -> dict[str, Any]
 
 
 def _beat(url: str, claim_id: str, *, seconds: float) -> dict[str, Any]:
-    """Gaps are between the ends of successful heartbeats, less the pause between two."""
+    """Send heartbeats and measure the gaps between the ends of successful ones, minus the pause between two."""
     db = Database(url)
     began = last = time.monotonic()
     succeeded, failed, longest_gap, longest_heartbeat = 0, 0, 0.0, 0.0
@@ -128,7 +128,7 @@ def _flood(
 
 
 def _patterns() -> dict[str, int]:
-    """As many slow keys as together take about PATTERN_SECONDS on this machine."""
+    """Return enough slow keys to take about PATTERN_SECONDS together on this machine."""
     keys: dict[str, int] = {}
     took = 0.0
     while took < PATTERN_SECONDS and len(keys) < 32:

@@ -1,6 +1,6 @@
-"""Ten thousand listeners on one api process: how long after an event was committed the last of them has it.
+"""Ten thousand listeners on one API server: the delay from the commit of an event until the last of them receives it.
 
-`python -m benchmarks.api.listeners` is the process that listens, told by lines of JSON.
+`python -m benchmarks.api.listeners` is the listening process, which reads requests as lines of JSON.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tests.catalog.world import World
 
 GOAL_SECONDS = 1.0
 TOGETHER = 100
-"""Connections that are opened at one time."""
+"""Connections that are opened concurrently."""
 PATIENCE_SECONDS = 240.0
 HOURS = 6 * 3600.0
 
 
 def run(plan: ApiPlan) -> Result:
-    """All of them on one job; and on a hundred jobs, of which one has the event."""
+    """Measure with all listeners on one job, and with a hundred jobs, one of which has the event."""
     result = Result(theme="api_listeners", settings=plan.settings())
     with servers(plan.databases) as server:
         for kind in plan.databases:
@@ -38,7 +38,7 @@ def run(plan: ApiPlan) -> Result:
                 world = where.world()
                 world.worker()
                 world.queued()
-                (running,) = world.claim(lease=HOURS)  # the api looks for leases that are past
+                (running,) = world.claim(lease=HOURS)  # long, because the API server ends expired leases
                 others = [world.submit().id for _ in range(min(99, plan.listeners // 2))]
                 with api(where, world, core=plan.core) as served:
                     for name, jobs in (("one job", [running.job.id]), ("many jobs", [running.job.id, *others])):
@@ -90,7 +90,7 @@ def _memory(pid: int) -> int:
 
 
 class _Ear(asyncio.Protocol):
-    """One connection, and when it heard the newest mark."""
+    """One connection, which records when it receives a mark."""
 
     def __init__(self, hall: _Hall, path: str) -> None:
         self.hall, self.path = hall, path
@@ -134,7 +134,7 @@ class _Hall:
         return {"listeners": len(self.transports), "seconds": time.time() - began}
 
     async def hear(self, mark: str, committed: float) -> dict[str, Any]:
-        """Seconds from the commit until the first, the middle and the last of those who listen to that job have it."""
+        """Return the seconds from the commit until the first, median and last listener of the job got the mark."""
         wanted = len(range(0, self.told["listeners"], len(self.told["jobs"])))
         times: list[float] = []
         while len(times) < wanted:

@@ -1,5 +1,7 @@
-"""The load, in a process of its own: `python -m benchmarks.api.load` reads what to ask for as one line of JSON, and
-writes what came of it. Connections are kept open; no client library is in the way."""
+"""A load generator in a separate process: `python -m benchmarks.api.load` reads a Load as one line of JSON.
+
+It writes a report as JSON. Connections are kept open, and no client library adds overhead.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,16 @@ class Load:
     key: str
     method: str
     paths: list[str]
-    """Asked for in turn."""
+    """Requested in rotation."""
     body: dict[str, Any] | None = None
     connections: int = 16
     seconds: float = 5.0
     rate: float | None = None
-    """Requests a second, begun by the clock whether earlier ones were answered or not; None: as many as will go."""
+    """Requests per second, started on schedule whether earlier ones are answered or not. None: as many as possible."""
 
 
 def run(load: Load) -> dict[str, Any]:
-    """In another process. Requests answered in the time, how many were refused, and percentiles of their seconds."""
+    """Run a load in another process. Return its report: answered and refused requests, and percentiles of seconds."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.api.load"],
         input=json.dumps(asdict(load)),

@@ -1,4 +1,4 @@
-"""What the measures of the api are taken with."""
+"""Sizes of the API benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ApiPlan:
     databases: tuple[str, ...] = DATABASES
     repeats: int = 3
     seconds: float = 5.0
-    """Of each turn of a load."""
+    """Duration of each run of a load."""
     connections: int = 16
     few_jobs: int = 10_000
     many_jobs: int = 1_000_000
@@ -24,18 +24,18 @@ class ApiPlan:
     long_steps: int = 100_000
     listeners: int = 10_000
     marks: int = 10
-    """Events that are told to all listeners, one after the other."""
+    """Number of events that are sent to all listeners, one after another."""
     workers: int = 50
     waiting: int = 2_000
-    """Jobs that those workers claim."""
+    """Jobs for those workers to claim."""
     looks: int = 25
-    """Of each page, on each database."""
+    """Measurements of each page on each database."""
     flood_seconds: float = 75.0
     """Duration of the flood of sweeps during which heartbeats are measured."""
 
     @property
     def core(self) -> int | None:
-        """The one that the api may use: the last, for others begin at the first."""
+        """The only core that the API server may use: the last one, since other processes start at the first."""
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         return cores[-1] if len(cores) > 1 else None
 

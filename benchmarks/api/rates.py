@@ -1,5 +1,7 @@
-"""Job creations and reads a second of one api process on one core, and how long a creation takes at half of that; and
-what the framework alone takes for as much, in the same turns."""
+"""Job creations and reads per second of one API server on one core, and the latency of a creation at half that rate.
+
+The framework alone is measured alternately for comparison.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ PEERS = {"a constant": CONSTANT, "a constant from a thread": IN_A_THREAD, "a row
 
 
 def run(plan: ApiPlan) -> Result:
-    """The databases take turns; an empty queue is filled meanwhile, by some thousand jobs."""
+    """Alternate between the databases. The queue fills up by several thousand jobs meanwhile."""
     result = Result(theme="api_rates", settings=plan.settings())
     with servers(plan.databases) as server:
         _run(plan, result, server, list(plan.databases))
@@ -38,7 +40,7 @@ def _find(result: Result, kind: str) -> None:
         figure = sorted(rates(reports, amount="requests"))[len(reports) // 2]
         result.find(f"{kind}, {what} a second", figure, "/s", goal=goal if is_goal or what == "reads" else None)
         busy = median_of(reports, "api_cpu_seconds") / median_of(reports, "seconds")
-        result.find("  of its core, the api used", busy, "of a core")
+        result.find("  share of its core that the API server used", busy, "of a core")
     late = median_of(result.repeats[f"{kind} creations at half"], "p99_seconds")
     result.find(
         f"{kind}, p99 of a creation at half that rate", late, "s", at_most=GOAL_P99_SECONDS if is_goal else None
@@ -51,7 +53,7 @@ def _find(result: Result, kind: str) -> None:
 
 
 def _profile(result: Result, kind: str) -> None:
-    """What a read's part of the core goes into, by what the peers take for parts of it."""
+    """Split the processor time of a read by means of the baselines, each of which does a part of it."""
     read, constant, threaded, row = (
         min(report["api_cpu_seconds"] / report["requests"] for report in result.repeats[f"{kind} {what}"])
         for what in ("reads", *(f"FastAPI alone, {peer}" for peer in PEERS))
@@ -68,7 +70,7 @@ def _profile(result: Result, kind: str) -> None:
 
 
 def _run(plan: ApiPlan, result: Result, server: str | None, kinds: Sequence[str]) -> None:
-    """Each database's service is open while the others are measured: idle, it takes next to nothing."""
+    """Keep each database's server running while the others are measured, since it takes almost no time when idle."""
     if not kinds:
         return
     kind, *others = kinds

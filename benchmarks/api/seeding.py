@@ -1,4 +1,4 @@
-"""A database of a service that was used for years: copies of a few rows, made inside the database."""
+"""Fills a database as if the service had been used for years, by copying a few rows inside the database."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from catalog.tables.storage import Adapter, File
 from tests.catalog.world import World
 
 CHUNK = 50_000
-"""Rows a statement."""
+"""Rows per statement."""
 YEAR = 365 * 86_400.0
 ONE_IN_TEN = 10
 
 
 def fill(world: World, *, num_jobs: int, num_points: int) -> dict[str, str]:
-    """So many jobs that have ended, with their share of the points each, their attempts, events and files; of each
-    tenth the adapter is kept. Gives the id of one of the jobs."""
+    """Create `num_jobs` finished jobs with attempts, events, files and an equal part of the points.
+
+    One job in ten has an adapter. Returns the ids of a job in the middle and of the last one.
+    """
     world.worker()
     claim = world.running()
     points = [
@@ -31,7 +33,7 @@ def fill(world: World, *, num_jobs: int, num_points: int) -> dict[str, str]:
     recording.record_metrics(world.db, claim.claim_id, points)
     world.complete(claim.claim_id)
     ended = claim.job.id
-    with world.db.write() as session:  # they are of the past
+    with world.db.write() as session:  # move them to the past
         for table in (Job, Adapter, File):
             session.execute(update(table).values(created_at=table.created_at - YEAR))
     for first in range(1, num_jobs + 1, CHUNK):
@@ -51,7 +53,7 @@ def fill(world: World, *, num_jobs: int, num_points: int) -> dict[str, str]:
 
 
 def _copy(world: World, table: Any, first: int, last: int, of_one: ColumnElement[bool], **renamed: Any) -> None:
-    """Copies of the rows of one thing, each with the copy's number behind its names, a second after the one before."""
+    """Copy the rows of one object with numbered ids. Each copy is created a second after the previous one."""
     if last < first:
         return
     numbers = select(literal(first).label("n")).cte("numbers", recursive=True)
@@ -62,7 +64,7 @@ def _copy(world: World, table: Any, first: int, last: int, of_one: ColumnElement
         copied[name] = rows.c[name] + "-" + sql_cast(numbers.c.n, String)
     if "created_at" in copied:
         copied["created_at"] = rows.c.created_at + numbers.c.n * 1.0
-    if "counted_attempts" in copied:  # a job: its claim was let go, and no two have one id
+    if "counted_attempts" in copied:  # a job: its claim was released, so copies can't have distinct claim ids
         copied["claim_id"] = rows.c.claim_id
     found = select(*copied.values()).select_from(rows.join(numbers, true())).where(of_one)
     with world.db.write() as session:

@@ -1,4 +1,4 @@
-"""A database with something in it, and an api process over it that is reached by loopback alone."""
+"""A database with content, and an API server on it that only listens on loopback."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from tests.services.postgres import empty_database, postgres_server
 
 DATABASES = ("postgresql", "sqlite")
 DURABLE = ("fsync=on", "synchronous_commit=on", "full_page_writes=on", "shared_buffers=512MB", "max_wal_size=4GB")
-"""What PostgreSQL is by itself, with memory as for a server: what was accepted outlives a power cut."""
+"""PostgreSQL's defaults for durability, with a server's memory settings: committed data survive a power failure."""
 STOP_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """A migrated database, and the folder of the service that is over it."""
+    """A migrated database, and the data folder of the service on it."""
 
     kind: str
     url: str
     folder: Path
 
     def world(self) -> World:
-        """Two projects, a base and a file, by the catalog's own verbs, at the database's own time."""
+        """Create two projects, a base model and a file with the catalog's own functions, in real time."""
         return World(Database(self.url), Clock())
 
 
@@ -51,7 +51,7 @@ class Served:
 
 @contextmanager
 def servers(kinds: Sequence[str]) -> Generator[str | None]:
-    """A PostgreSQL server of its own where one is wanted; gives its address."""
+    """Start a temporary PostgreSQL server if one is needed, and yield its URL."""
     if "postgresql" not in kinds:
         yield None
         return
@@ -61,7 +61,7 @@ def servers(kinds: Sequence[str]) -> Generator[str | None]:
 
 @contextmanager
 def place(kind: str, server: str | None, folder: Path, name: str) -> Generator[Place]:
-    """An empty database, made and removed."""
+    """Create an empty database and remove it afterwards."""
     own = folder / f"{name}-{kind}"
     own.mkdir(parents=True)
     if kind == "sqlite":
@@ -77,7 +77,7 @@ def place(kind: str, server: str | None, folder: Path, name: str) -> Generator[P
 
 @contextmanager
 def api(place: Place, world: World, *, core: int | None = None) -> Generator[Served]:
-    """`python -m api serve` over the database, and a key of the world's project. `core`: the only one it may use."""
+    """Run `python -m api serve` on the database with a key of the world's project. It may use `core` only."""
     _, key = authentication.create(world.db, project_id=world.caller.project_id, name="bench", pepper=PEPPER)
     environment = {
         **os.environ,
@@ -93,7 +93,7 @@ def api(place: Place, world: World, *, core: int | None = None) -> Generator[Ser
 
 @contextmanager
 def peer(place: Place, *, core: int | None = None) -> Generator[Served]:
-    """`benchmarks.api.bare` over the same database; it asks for no key."""
+    """Run `benchmarks.api.bare` on the same database. It needs no key."""
     argv = ["-m", "benchmarks.api.bare", place.url]
     with _serving(argv, place.folder / "bare.log", environment=dict(os.environ), core=core) as (url, pid):
         yield Served(url=url, key="none", pid=pid)
@@ -103,7 +103,7 @@ def peer(place: Place, *, core: int | None = None) -> Generator[Served]:
 def _serving(
     argv: Sequence[str], log_file: Path, *, environment: dict[str, str], core: int | None
 ) -> Generator[tuple[str, int]]:
-    """A service that tells its address when it is ready: that, and its process."""
+    """Run a service that prints its address when it is ready. Yields (address, process id)."""
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *argv], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True

@@ -1,4 +1,4 @@
-"""Pages and claims with a million jobs stored, beside the same with ten thousand: how many times as long they take."""
+"""Ratio of response times of pages and claims with a million jobs stored to those with ten thousand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GOAL_RATIO = 2.0
 ONE = replace(WIDE, max_jobs=1)
 WAITING = 300
 NO_GOAL = ("the counts that are exposed",)
-"""Of what waits and runs, for who watches the service: a few times a minute."""
+"""Counts of waiting and running jobs, for monitoring, which reads them a few times per minute."""
 JOBS = "/v1/fine_tuning/jobs"
 
 
@@ -42,7 +42,7 @@ def run(plan: ApiPlan) -> Result:
 
 
 class Side:
-    """One of two databases, and a client of the api over it."""
+    """One of two databases, and a client of the API server on it."""
 
     def __init__(self, world: World, served: Served, ids: dict[str, str]) -> None:
         self.world, self._ids = world, ids
@@ -69,7 +69,7 @@ def _filled(plan: ApiPlan, result: Result, kind: str, world: World, num_jobs: in
 
 
 def _long(world: World, num_steps: int) -> str:
-    """A job with a long curve, which runs."""
+    """Create a running job with a long curve."""
     claim = world.running(suffix="long")
     for first in range(1, num_steps + 1, 5000):
         steps = range(first, min(first + 5000, num_steps + 1))
@@ -101,7 +101,7 @@ def _acts(side: Side) -> dict[str, Callable[[], object]]:
 
 
 def _compare(plan: ApiPlan, result: Result, kind: str, sides: dict[str, Side]) -> None:
-    """In turn on the one and on the other; a ratio is of medians, for one look may meet a check-point of the server."""
+    """Measure both sides alternately. Ratios are of medians, because a database checkpoint may disturb a request."""
     acts = {name: _acts(side) for name, side in sides.items()}
     for what in acts["few"]:
         seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -109,7 +109,7 @@ def _compare(plan: ApiPlan, result: Result, kind: str, sides: dict[str, Side]) -
             for name in sides:
                 began = time.perf_counter()
                 acts[name][what]()
-                if look > 1:  # the first ones read from the disk, and make plans
+                if look > 1:  # the first ones read from disk and create query plans
                     seconds[name].append(time.perf_counter() - began)
         result.repeats[f"{kind}, {what}"] = [
             {name: took[i] for name, took in seconds.items()} for i in range(plan.looks)

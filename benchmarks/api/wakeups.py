@@ -1,4 +1,4 @@
-"""How long a message to another process and back takes, by loopback: on the same core, and between two."""
+"""Round-trip time of a message to another process over loopback, on the same core and between two cores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROUNDS, BATCH = 20, 200
 
 
 def round_trip_seconds(cores: tuple[int, int]) -> float:
-    """The median of some rounds, between a process on each of the cores, which may be one."""
+    """Return the median of several rounds between processes on the two cores, which may be the same."""
     kept = os.sched_getaffinity(0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         echo = multiprocessing.get_context("fork").Process(target=_echo, args=(server.getsockname(), cores[1]))

@@ -1,1 +1,1 @@
-"""The programs that a comparison measures: the engine and its peers. Each runs in a process of its own."""
+"""Programs that a comparison measures: the engine and its baselines. Each runs in its own process."""

@@ -1,7 +1,7 @@
-"""What a contender's process does: `python -m benchmarks.contenders NAME OPTIONS`, started by gate.Contender.
+"""Process of a contender: `python -m benchmarks.contenders NAME OPTIONS`, started by gate.Contender.
 
-Each trains on the same batches in the same order; tokens are those that count, padding is not among them. A
-contender imports what it needs and no more: a script's start is not to be charged with our imports.
+All contenders train on the same batches in the same order. Token counts don't include padding. A contender imports only
+what it needs, so that Lorry's imports don't count in a script's start time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONTENDERS = {
     **dict.fromkeys(("chunked_head", "plain_head"), "benchmarks.heads"),
     **dict.fromkeys(("upper_blocks", "upper_blocks_profiled"), "benchmarks.contenders.upper_blocks"),
 }
-"""The module of each."""
+"""Module of each contender."""
 
 
 def main(name: str, options: Json) -> None:

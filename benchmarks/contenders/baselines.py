@@ -1,4 +1,4 @@
-"""The ways that people train one adapter today, as contenders."""
+"""Common ways to train one adapter, as contenders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_core.data.token_dataset import TokenDataset
 
 
 def peft_loop(gate: Gate, options: Json) -> None:
-    """PEFT in a plain loop, its adapters in the base's dtype: the fastest way that is not somebody's trainer."""
+    """PEFT in a plain loop, with adapters in the base model's dtype: the fastest way without a trainer class."""
     model = peft_model(options, in_base_dtype=True)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE)
     model.train()
@@ -32,7 +32,7 @@ def peft_loop(gate: Gate, options: Json) -> None:
 
 
 def peft_trainer(gate: Gate, options: Json) -> None:
-    """PEFT with transformers' Trainer, both with their defaults: as the documentation of PEFT shows it."""
+    """PEFT with transformers' Trainer, both with defaults, as in PEFT's documentation."""
     from transformers import Trainer, TrainingArguments
 
     model = peft_model(options)
@@ -50,7 +50,7 @@ def peft_trainer(gate: Gate, options: Json) -> None:
 
 
 def trl_sft(gate: Gate, options: Json) -> None:
-    """TRL's SFTTrainer with packing to 1,024 tokens, and no gradient checkpointing, which costs time."""
+    """TRL's SFTTrainer with packing to 1,024 tokens, without gradient checkpointing, which would cost time."""
     from datasets import Dataset  # pyright: ignore[reportMissingImports]
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
 
@@ -97,7 +97,7 @@ def peft_config(options: Json) -> Any:
 
 
 def peft_model(options: Json, *, in_base_dtype: bool = False) -> Any:
-    """PEFT's adapters are fp32 unless it is told otherwise."""
+    """Return a PEFT model. PEFT's adapters are fp32 by default."""
     from peft import get_peft_model
 
     return get_peft_model(plain_model(options), peft_config(options), autocast_adapter_dtype=not in_base_dtype)
@@ -109,7 +109,7 @@ def rows_in_order(options: Json) -> list[list[dict[str, list[int]]]]:
 
 
 def pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """To the longest row of the batch, on the right."""
+    """Pad to the longest row of the batch, on the right."""
     longest = max(len(row["input_ids"]) for row in rows)
 
     def filled(values: list[list[int]], filler: int) -> torch.Tensor:
@@ -123,14 +123,14 @@ def pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def counts(batch: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Tokens that are no padding, and those of them that are learnt."""
+    """Return the number of tokens without padding, and of those that are trained on."""
     mask = batch.get("attention_mask")
     tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
     return {"tokens": tokens, "labels": int((batch["labels"] != -100).sum())}
 
 
 class Counted:
-    """A collator that notes what each batch holds; the trainer reads ahead, so they are taken in order."""
+    """A collator that records the counts of each batch. The trainer prefetches, so they are consumed in order."""
 
     def __init__(self, collate: Callable[..., Any]) -> None:
         self._collate = collate
@@ -158,7 +158,7 @@ def trainer_arguments(gate: Gate, folder: str) -> Json:
 
 
 def at_gate(gate: Gate, counted: Counted) -> Any:
-    """Waits before each step, and reports when its loss is logged."""
+    """Return a callback that waits before each step, and reports when the step's loss is logged."""
     from transformers import TrainerCallback
 
     class AtGate(TrainerCallback):

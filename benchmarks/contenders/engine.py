@@ -1,4 +1,4 @@
-"""The engine as a contender: with one job, with a pack, with several jobs of a host, and under the profiler."""
+"""The engine as a contender: with one job, a pack, several jobs per host, and under the profiler."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobStepped
 
 ENDLESS = 10_000
-"""Steps of a job that is ended from outside."""
+"""Steps of a job that is stopped from outside."""
 
 
 def lorry(gate: Gate, options: Json) -> None:
-    """The engine with one job; a step may take several ticks."""
+    """The engine with one job. A step may take several ticks."""
     engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), EngineConfig())
     engine.admit("job", job_config(options), TokenDataset.load(Path(options["tokens"])))
     while True:
@@ -34,7 +34,7 @@ def lorry(gate: Gate, options: Json) -> None:
 
 
 def pack(gate: Gate, options: Json) -> None:
-    """The engine with as many jobs as each request says; one tick gives each of them a step."""
+    """The engine with the number of jobs in each request. One tick runs a step of each job."""
     config = EngineConfig(token_budget=1 << 20, max_tick_seconds=3600, num_lanes=options["lanes"])
     engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), config)
     rows = TokenDataset.load(Path(options["tokens"]))
@@ -46,12 +46,12 @@ def pack(gate: Gate, options: Json) -> None:
             engine.admit(str(index), job_config(options, seed=index), rows)
         gate.restart()
         events = [event for event in engine.tick() if isinstance(event, JobStepped)]
-        assert len(events) == wanted, "one slice a job, all in one tick"
+        assert len(events) == wanted, "one slice per job, all in one tick"
         gate.report(tokens=sum(event.num_tokens for event in events), bytes=memory("VmRSS"))
 
 
 def several(gate: Gate, options: Json) -> None:
-    """As many jobs as asked for, with the service's budget of a tick for each lane; until each has made a step."""
+    """The engine with several jobs and the service's token budget per lane. A turn lasts until each has made a step."""
     lanes = options["lanes"]
     config = EngineConfig(token_budget=1024 * lanes, max_tick_seconds=1.0, num_lanes=lanes)
     engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), config)
@@ -70,7 +70,7 @@ def several(gate: Gate, options: Json) -> None:
 
 
 def profiled(gate: Gate, options: Json) -> None:
-    """One step under torch's profiler, after as many plain ones: seconds of each part, and of both steps."""
+    """One step under torch's profiler after a plain one. Reports the seconds of each part, and of both steps."""
     engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), EngineConfig())
     engine.admit("job", job_config(options), TokenDataset.load(Path(options["tokens"])))
     events = iter_events(engine)
@@ -95,7 +95,7 @@ def profiled(gate: Gate, options: Json) -> None:
 
 
 def matrix(gate: Gate, options: Json) -> None:
-    """The frozen products alone, as large as a step's: what the machine can do at most."""
+    """The frozen matmuls alone, with the sizes of a step: the upper limit of this machine."""
     base = load_base(Path(options["base"]), dtype=options["dtype"], device="cpu")
     weights = [module.weight for module in base.model.modules() if isinstance(module, torch.nn.Linear)][:-1]
     num_tokens, flops = options["num_tokens"], 4 * options["num_tokens"] * sum(weight.numel() for weight in weights)

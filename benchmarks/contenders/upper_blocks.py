@@ -1,4 +1,4 @@
-"""A contender that adapts the upper blocks alone: the engine with one job, an epoch a step, prefixes kept or not."""
+"""The engine with one job that adapts only upper blocks. A step is an epoch, with or without cached activations."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lora_core.engine_config import EngineConfig
 from lora_core.events import JobStepped
 
 EPOCHS = 1000
-"""Of a job that is ended from outside."""
+"""Epochs of a job that is stopped from outside."""
 
 
 def upper_blocks(gate: Gate, options: dict[str, Any]) -> None:
-    """`keeps`: whether prefixes are kept. `upper`: how many blocks are adapted. `rows`: of an epoch."""
+    """`keeps`: use the cache. `upper`: number of adapted blocks. `rows`: number of rows per epoch."""
     engine, epoch = _training(options)
     while True:
         gate.wait()
@@ -39,7 +39,7 @@ def upper_blocks(gate: Gate, options: dict[str, Any]) -> None:
 
 
 def upper_blocks_profiled(gate: Gate, options: dict[str, Any]) -> None:
-    """A later epoch under torch's profiler: seconds of each part."""
+    """Profile an epoch after the first one. Reports the seconds of each part."""
     engine, epoch = _training(options)
     epoch()
     gc.disable()
@@ -50,7 +50,7 @@ def upper_blocks_profiled(gate: Gate, options: dict[str, Any]) -> None:
 
 
 def _training(options: dict[str, Any]) -> tuple[Engine, Callable[[], list[JobStepped]]]:
-    """An engine with its job, and what trains it for an epoch."""
+    """Return an engine with its job, and a function that trains it for an epoch."""
     base = load_base(Path(options["base"]), dtype=options["dtype"], device="cpu")
     engine = Engine(base, EngineConfig(prefix_memory_bytes=2**32 if options["keeps"] else 0))
     rows = first_rows(TokenDataset.load(Path(options["tokens"])), options["rows"])

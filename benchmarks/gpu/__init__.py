@@ -1,1 +1,1 @@
-"""The engine on a GPU: bases of 1B and 8B with random weights, against PEFT in one process and on one base."""
+"""Benchmarks of the engine on a GPU: base models of 1B and 8B with random weights, compared to PEFT in one process."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: measures the engine on a CUDA GPU, and writes a results file of each comparison."""
+"""Measure the engine on a CUDA GPU, and write a results file of each comparison: `python -m benchmarks.gpu`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from benchmarks.workload import ROOT
 from lora_core.kernels.selection import Kernels, choose_kernels
 
 DEVICE = "cuda:0"
-NO_GPU = """This measures a CUDA GPU, and torch finds none here (torch {version}).
-Run it on a machine with one, with a CUDA build of torch (TORCH_INDEX=none make bench-gpu takes PyPI's);
---quick shows at toy size on a CPU that everything runs, and measures nothing."""
-DATASHEET_FLOPS = {  # dense bfloat16, by a part of the card's name; the first that fits
+NO_GPU = """This benchmark needs a CUDA GPU, but torch finds none here (torch {version}).
+Run it on a machine with a GPU and a CUDA build of torch (TORCH_INDEX=none make bench-gpu installs PyPI's),
+or use --quick to check at toy sizes on a CPU that everything runs."""
+DATASHEET_FLOPS = {  # dense bfloat16, by a part of the card's name; the first match counts
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "H200": 989e12,
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def full(shape: str, repeats: int) -> Plan:
-    """16 jobs of batch 4 and rows of 32 to 480 tokens: 16,384 tokens a tick on average."""
+    """Return the plan: 16 jobs with batch size 4 and rows of 32 to 480 tokens, on average 16,384 tokens per tick."""
     device = torch.device(DEVICE)
     return Plan(
         shape=SHAPES[shape],
@@ -71,7 +71,7 @@ def full(shape: str, repeats: int) -> Plan:
 
 
 def quick() -> Plan:
-    """Toy sizes on one core of a CPU, with the kernels of a GPU that a CPU has as well."""
+    """Return toy sizes for one CPU core, with the GPU kernels that a CPU supports too."""
     torch.set_num_threads(1)
     return Plan(
         shape=TOY,
@@ -104,14 +104,14 @@ def card() -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(
-        "--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="these bases; else all"
+        "--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="base models (default: all)"
     )
-    parser.add_argument("--only", nargs="+", choices=tuple(THEMES), help="these comparisons; else all")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each contender (5)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="where results are written")
-    parser.add_argument("--note", help="what else the results file should say")
+    parser.add_argument("--only", nargs="+", choices=tuple(THEMES), help="comparisons to run (default: all)")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each contender (default: 5)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for results")
+    parser.add_argument("--note", help="note for the results file")
     parser.add_argument(
-        "--quick", action="store_true", help="toy sizes on a CPU: shows that all runs, measures nothing"
+        "--quick", action="store_true", help="toy sizes on a CPU: check that everything runs, measure nothing"
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""The comparisons on one base: steady state against PEFT, one kernel against another, and ticks of growing size."""
+"""Comparisons on one base model: steady state against PEFT, kernels against each other, and ticks of growing size."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from lora_core.kernels.selection import Kernels
 GOAL_OVER_PEFT = 3.0
 GOAL_OF_MATRIX_RATE = 0.5
 PLATEAU = 0.95
-"""Of the best rate: the smallest tick that has it is where the plateau begins."""
+"""Fraction of the best rate. The plateau starts at the smallest tick that reaches it."""
 
 Turn = Callable[[], Report]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """`load` is that of many jobs; one job has the same rows. `datasheet_flops`: the card's matrix rate in bfloat16
-    as its maker states it; None where we don't know the card."""
+    """Sizes of the comparisons.
+
+    `load` is that of many jobs. One job has the same rows. `datasheet_flops` is the GPU's bfloat16 matrix rate in its
+    datasheet, or None for an unknown GPU.
+    """
 
     shape: Shape
     device: str
@@ -41,7 +44,7 @@ class Plan:
     datasheet_flops: float | None
 
     def settings(self, base: BaseModel) -> dict[str, Any]:
-        """What a results file tells of the plan."""
+        """Return the plan's settings for a results file."""
         return {
             "shape": asdict(self.shape),
             "block_parameters": sum(weight.numel() for weight in block_weights(base)),
@@ -55,7 +58,7 @@ class Plan:
 
 
 def run_all(plan: Plan, themes: list[str]) -> Iterator[Result]:
-    """The results of each theme, on one base that is made once."""
+    """Yield the results of each theme, on one base model that is created once."""
     base = build(plan.shape, device=plan.device)
     for theme in themes:
         result = Result(theme=f"gpu_{theme}_{plan.shape.name}", settings=plan.settings(base))
@@ -64,7 +67,7 @@ def run_all(plan: Plan, themes: list[str]) -> Iterator[Result]:
 
 
 def steady_state(plan: Plan, base: BaseModel, result: Result) -> None:
-    """One job, many jobs, PEFT, and the products alone, in turns."""
+    """Alternate between one job, many jobs, PEFT, and the matmuls alone."""
     many = f"{plan.load.num_jobs} jobs"
     loads = {"1 job": replace(plan.load, num_jobs=1), many: plan.load}
     lorries = {name: Lorry(base, load, plan.kernels) for name, load in loads.items()}
@@ -103,13 +106,13 @@ def _tell_lorry(plan: Plan, result: Result, name: str, *, is_many: bool) -> None
 
 
 def kernels(plan: Plan, base: BaseModel, result: Result) -> None:
-    """The chosen kernels, and each of them exchanged for the plain one; blocks kept, and computed again."""
+    """Compare the selected kernels with the plain ones, one by one, and with activation checkpointing."""
     lorry = Lorry(base, plan.load, plan.kernels)
     result.left_out |= {f"reason {number}": why for number, why in enumerate(plan.kernels.reasons, 1)}
     plain = Kernels()
     turns: dict[str, Turn] = {
         "as chosen": lambda: lorry.turn(checkpoint="never"),
-        "blocks computed again": lambda: lorry.turn(checkpoint="always"),
+        "recomputed blocks": lambda: lorry.turn(checkpoint="always"),
     }
     for part in ("lora", "attention", "elementwise"):
         if (slower := getattr(plain, part)) != getattr(plan.kernels, part):
@@ -128,7 +131,7 @@ def kernels(plan: Plan, base: BaseModel, result: Result) -> None:
 
 
 def tick_sizes(plan: Plan, base: BaseModel, result: Result) -> None:
-    """Ticks of exactly so many tokens, spread evenly over as many jobs as can be, up to those of the load."""
+    """Measure ticks of exactly these numbers of tokens, spread evenly over as many jobs as possible."""
     for tokens in plan.tick_tokens:
         num_rows = tokens // plan.tick_row_tokens
         num_jobs = max(jobs for jobs in range(1, plan.load.num_jobs + 1) if num_rows % jobs == 0)
@@ -155,7 +158,7 @@ THEMES: dict[str, Callable[[Plan, BaseModel, Result], None]] = {
 
 
 def alternate(plan: Plan, turns: dict[str, Turn], result: Result) -> None:
-    """Each in turn, as often as the plan repeats; the first round is a warm-up. Who has no room is left out."""
+    """Run all contenders alternately for `plan.repeats` rounds after a warm-up. Those out of memory are skipped."""
     for number in range(1 + plan.repeats):
         for name in [name for name in turns if name not in result.left_out]:
             with left_out(result, name):
@@ -166,7 +169,7 @@ def alternate(plan: Plan, turns: dict[str, Turn], result: Result) -> None:
 
 @contextmanager
 def left_out(result: Result, name: str) -> Iterator[None]:
-    """What memory is too small for is told instead of measured."""
+    """Record a contender that runs out of memory as skipped."""
     try:
         yield
     except (torch.OutOfMemoryError, OutOfMemory) as error:
@@ -175,12 +178,12 @@ def left_out(result: Result, name: str) -> Iterator[None]:
 
 
 def _rate(reports: list[Report]) -> float:
-    """The median turn's: all tokens over all seconds would let one disturbed turn count most."""
+    """Return the median rate. In total tokens over total seconds, one disturbed turn would dominate."""
     return sorted(rates(reports))[len(reports) // 2]
 
 
 def _tell_memory(result: Result, name: str, reports: list[Report]) -> None:
-    """In GB: base, rows, and what a tick takes on top; a CPU doesn't tell the last."""
+    """Report the memory of base model, adapters and tick in GB. The last is not available on a CPU."""
     for part in ("base", "rows"):
         if f"{part}_bytes" in reports[0]:
             result.find(f"  {name}, {part}", median_of(reports, f"{part}_bytes") / 1e9, "GB")
@@ -193,4 +196,4 @@ def _tell_memory(result: Result, name: str, reports: list[Report]) -> None:
 def _tell_ticks(result: Result, name: str, reports: list[Report]) -> None:
     most = max(report["ticks"] for report in reports)
     if most > 1:
-        result.left_out[f"{name} in one tick"] = f"memory cut it into {most}"
+        result.left_out[f"{name} in one tick"] = f"split into {most} ticks for lack of memory"

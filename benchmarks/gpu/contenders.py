@@ -1,7 +1,7 @@
-"""Who takes turns on one base: the engine with many jobs, PEFT with one, and the frozen products alone.
+"""Contenders on one base model: the engine with many jobs, PEFT with one, and the frozen matmuls alone.
 
-One process and one copy of the base serve all, so that they alternate and the card holds nothing twice. A turn
-reports seconds by the clock of the host, taken when the device has nothing left to do.
+One process and one copy of the base model serve all of them, so that they can alternate without storing anything twice.
+A turn reports the host's seconds, measured when the device is idle.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Report = dict[str, Any]
 
 
 class Clock:
-    """Seconds between `start` and `stop`; on a GPU also the bytes in use at the start, and the most meanwhile.
+    """Measures seconds between `start` and `stop`, and on a GPU the bytes in use at the start and at the peak.
 
-    `memory`: of an engine, whose ticks begin the device's own peak anew to learn what a token takes.
+    `memory` is that of an engine, which resets the device's peak in each tick to measure the bytes per token.
     """
 
     def __init__(self, device: str, memory: ActivationMemory | None = None) -> None:
@@ -60,7 +60,7 @@ class Clock:
 
 @contextmanager
 def attached(base: BaseModel, kernels: Kernels) -> Iterator[None]:
-    """The engine's forward on the base; outside of it the base is as transformers built it."""
+    """Attach the engine's forward within the block. Outside of it the model is as transformers built it."""
     assert base.attachment is None
     base.attachment = Attachment(base.model, kernels)
     try:
@@ -84,7 +84,7 @@ class Lorry:
                 self.engine.admit(str(job), load.config(job), rows)
 
     def turn(self, *, kernels: Kernels | None = None, checkpoint: CheckpointBlocks = "auto") -> Report:
-        """A step of every job, which is one tick where memory allows."""
+        """Run a step of every job, in one tick if memory allows."""
         self.engine.activations.mode = checkpoint
         stepped: list[JobStepped] = []
         num_ticks = 0
@@ -106,8 +106,10 @@ class Lorry:
 
 
 class Peft:
-    """PEFT in a plain loop with one job of the load: adapters in the base's dtype, torch's own attention, padded
-    batches. Jobs one after another have the tokens a second of one."""
+    """PEFT in a plain loop with one job of the load: adapters in the base model's dtype, torch's attention, padding.
+
+    Its tokens per second also hold for jobs one after another.
+    """
 
     def __init__(self, base: BaseModel, load: Load) -> None:
         self.base, self.load, self._clock = base, load, Clock(base.device)
@@ -116,7 +118,7 @@ class Peft:
         self._step = 0
 
     def turn(self) -> Report:
-        """Two steps, the first of which isn't counted: the adapter is made anew for each turn."""
+        """Run two steps with a new adapter, and measure the second one."""
         with adapted(self.base, self.load.rank) as model:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
@@ -141,7 +143,7 @@ class Peft:
 
 @contextmanager
 def adapted(base: BaseModel, rank: int) -> Iterator[Any]:
-    """The base as PEFT wraps it; afterwards it is as it was."""
+    """Wrap the base model by PEFT within the block, and restore it afterwards."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -158,7 +160,7 @@ def adapted(base: BaseModel, rank: int) -> Iterator[Any]:
 
 
 class Matrix:
-    """The products of the blocks' weights alone, forward and for the inputs' gradient: what the device can do."""
+    """The matmuls of the blocks' weights in forward and input gradient: the upper limit of the device."""
 
     def __init__(self, base: BaseModel, num_tokens: int) -> None:
         self._clock = Clock(base.device)

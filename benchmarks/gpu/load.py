@@ -1,4 +1,4 @@
-"""What is trained: rows of random tokens, of equal or unequal lengths, the second half of each supervised."""
+"""Training data: rows of random tokens of equal or different lengths. The second half of each row is trained on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleCon
 from lora_core.data.token_dataset import TokenDataset
 
 ENDLESS = 100_000
-"""Steps of a job that is ended from outside."""
+"""Steps of a job that is stopped from outside."""
 LEARNING_RATE = 2e-4
 NUM_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """`num_jobs` jobs, each with `batch_size` rows a step of `shortest` to `longest` tokens."""
+    """`num_jobs` jobs, each with `batch_size` rows per step of `shortest` to `longest` tokens."""
 
     num_jobs: int
     batch_size: int
@@ -38,7 +38,7 @@ class Load:
 
     @property
     def largest_step(self) -> int:
-        """Tokens of one job; its whole step is one slice."""
+        """Maximum tokens of a job's step, which is one slice."""
         return self.batch_size * self.longest
 
     @property
@@ -46,7 +46,7 @@ class Load:
         return self.num_jobs * self.largest_step
 
     def rows(self, vocab: int) -> TokenDataset:
-        """The same ones for every job and contender."""
+        """Return the rows, the same for every job and contender."""
         numbers = np.random.default_rng(0)
         lengths = numbers.integers(self.shortest, self.longest + 1, NUM_ROWS)
         masks = [(np.arange(length) >= length // 2).astype(np.uint8) for length in lengths]

@@ -1,4 +1,4 @@
-"""Bases of known sizes with random weights, made on the device: nothing is fetched, and values don't change speed."""
+"""Base models of known sizes with random weights, created on the device. Weight values don't affect speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_core.base_model.patching import find_linears
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A Llama's sizes. `tied`: the output head is the embedding table."""
+    """Sizes of a Llama model. With `tied`, the output head is the embedding table."""
 
     name: str
     hidden: int
@@ -36,7 +36,7 @@ TOY = Shape(name="toy", hidden=64, feed_forward=128, layers=2, heads=4, key_head
 
 
 def build(shape: Shape, *, device: str) -> BaseModel:
-    """In bfloat16, frozen."""
+    """Create a frozen bfloat16 model."""
     config = LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -57,5 +57,5 @@ def build(shape: Shape, *, device: str) -> BaseModel:
 
 
 def block_weights(base: BaseModel) -> list[torch.Tensor]:
-    """What every token is multiplied with: the weights of the blocks' linears, without embedding and output head."""
+    """Return the weights of the blocks' linears, which multiply every token. Excludes embedding and output head."""
     return [cast(torch.Tensor, linear.weight) for linear in find_linears(base.model).values()]

@@ -1,9 +1,9 @@
 # pyright: basic
-"""Adafactor (arXiv 1804.04235) over one flat adapter, with the numbers that torch.optim.Adafactor has.
+"""Adafactor (arXiv 1804.04235) over one flat adapter, numerically the same as torch.optim.Adafactor.
 
-Letters: n by k is one matrix of the adapter. It remembers the mean squares of its rows and its columns, n + k numbers
-where Adam has n · k twice; a vector remembers each square. There is no momentum. A block of the adapter, matrix or
-vector, moves by a share of its own size, so a rate says how large a share and not how far.
+For an n by k matrix it stores the mean squares of rows and columns, n + k numbers instead of Adam's 2 · n · k. For a
+vector it stores each square. There is no momentum. Each block (matrix or vector) moves relative to its own root mean
+square, so a learning rate is a relative step size.
 """
 
 import math
@@ -16,12 +16,12 @@ from torch import Tensor
 from lora_core.config import OptimizerConfig
 
 EPS = torch.finfo(torch.float32).eps
-"""torch's epsilon1: the root of a mean square is held above it, and so is the mean of a matrix's mean squares."""
+"""epsilon1 in torch: lower limit of the root of a mean square, and of the mean of a matrix's mean squares."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """One matrix or vector: where it lies in p and g, its shape, and where what it remembers lies in v."""
+    """One matrix or vector: its span in p and g, its shape, and the span of its state in v."""
 
     numbers: slice
     shape: tuple[int, ...]
@@ -29,12 +29,12 @@ class Block:
 
 
 def lay_out_blocks(shapes: Iterable[tuple[int, ...]]) -> tuple[Block, ...]:
-    """Of tensors that lie one behind the other."""
+    """Return the blocks of tensors that are stored contiguously, in order."""
     blocks: list[Block] = []
     start = remembered = 0
     for shape in shapes:
         assert len(shape) in (1, 2), shape
-        stop, last = start + math.prod(shape), remembered + sum(shape)  # a vector's sum is its length
+        stop, last = start + math.prod(shape), remembered + sum(shape)  # for a vector, sum(shape) is its length
         blocks.append(Block(numbers=slice(start, stop), shape=shape, memory=slice(remembered, last)))
         start, remembered = stop, last
     return tuple(blocks)
@@ -49,15 +49,17 @@ def adafactor_step(
     *,
     step: int,
 ) -> None:
-    """One step of each block at its rate; the flat vector g [N] is used up."""
+    """Apply one step to each block with its learning rate. `step` counts from 1. Overwrites the gradient g [N]."""
     for block, rate in rated:
         p_block, g_block = (vector[block.numbers].view(block.shape) for vector in (p, g))
         _step_block(p_block, g_block, v[block.memory], config, step=step, rate=rate)
 
 
 def _step_block(p: Tensor, g: Tensor, v: Tensor, config: OptimizerConfig, *, step: int, rate: float) -> None:
-    """p and g [n, k] or [n]. Sizes are root mean squares, in fp64 so that no square of theirs overflows; nothing is
-    read back to the host."""
+    """Update p from g, both [n, k] or [n].
+
+    Root mean squares are fp64 so that no square overflows. Nothing synchronizes with the host.
+    """
     size = _root_mean_square(p).clamp_(min=config.scale_floor)
     p.mul_(1 - rate * config.weight_decay)
     update = g.mul_(_mean_squares(g, v, newest=step**config.beta2_decay).clamp_(min=EPS * EPS).rsqrt_())
@@ -66,15 +68,15 @@ def _step_block(p: Tensor, g: Tensor, v: Tensor, config: OptimizerConfig, *, ste
 
 
 def _root_mean_square(x: Tensor) -> Tensor:
-    """fp64 [], on the device of x."""
+    """Return the root mean square: fp64 [], on the device of x."""
     return torch.linalg.vector_norm(x, dtype=torch.float64).div_(math.sqrt(x.numel()))
 
 
 def _mean_squares(g: Tensor, v: Tensor, *, newest: float) -> Tensor:
-    """The estimate for each number, shaped as g; v is brought up to date, in which the newest squares weigh `newest`.
+    """Update v with weight `newest` for the squares of g. Return the mean square of each element, shaped like g.
 
-    Of a matrix it is rows · columns / mean of rows. The division goes first here: the product of the two alone
-    overflows where gradients exceed 1e9.
+    For a matrix it is rows · columns / mean(rows). Dividing first matters: the product alone overflows for gradients
+    above 1e9.
     """
     if g.dim() == 1:
         return v.lerp_(g * g, newest).clone()
@@ -87,9 +89,9 @@ def _mean_squares(g: Tensor, v: Tensor, *, newest: float) -> Tensor:
 def adafactor_bounds(
     config: OptimizerConfig, *, largest_block: int, largest: float, highest: float, norm: float
 ) -> tuple[float, ...]:
-    """What no number of a step exceeds: a square, the factor of decay, and a weight after it.
+    """Return upper bounds of the numbers in a step: a square, the decay factor, and a weight after the step.
 
-    An update of N numbers with the root mean square d has none above d · √N.
+    An update of N numbers with the root mean square d has no element above d · √N.
     """
     kept = abs(1 - highest * config.weight_decay)
     moved = max(config.scale_floor, largest) * min(highest, 1.0) * config.clip_threshold * math.sqrt(largest_block)

@@ -1,9 +1,9 @@
 # pyright: basic
-"""The part of one job in one linear with DoRA (arXiv 2402.09353): W's rows keep their direction, and learn a length.
+"""Forward and backward of one job in one linear with DoRA (arXiv 2402.09353), which trains the norm of each row of W.
 
-y = b + c·(W x + scale·B A x), with c = m / ‖W + scale·B A‖ by output. The norm is a constant to the gradient
-(section 4.3) and is taken once a step, by the adapter. Dropout, as in PEFT, is before all that training changes:
-y = b + W x + (c - 1)·W d + c·scale·B A d, with d = dropout(x). Letters as in lora_linear.py.
+y = b + c·(W x + scale·B A x), with c = m / ‖W + scale·B A‖ for each output. The gradient treats the norm as a
+constant (section 4.3). The adapter computes it once per step. As in PEFT, dropout applies to everything that training
+changes: y = b + W x + (c - 1)·W d + c·scale·B A d, with d = dropout(x). Shape suffixes as in lora_linear.py.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lora_core.adapter.flat_adapter import MagnitudeViews, SiteViews
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MagnitudeBranch:
-    """What the backward needs: v = W d + scale·B A d, and whether d is other than x."""
+    """State for the backward: v = W d + scale·B A d, and whether d differs from x because of dropout."""
 
     v_tO: Tensor
     with_dropout: bool
@@ -32,9 +32,9 @@ def add_magnitude(
     bias_O: Tensor | None,
     with_dropout: bool,
 ) -> MagnitudeBranch:
-    """Make y = W x + b the output of the adapted linear, in place; h = scale·d Aᵀ.
+    """Turn y = W x + b [t, O] into the output of the adapted linear, in place. `h_tR` is scale·d Aᵀ.
 
-    Where nothing has been learned yet c is 1 and y stays as it is.
+    While nothing is trained yet, c is 1 and y doesn't change. Returns what `add_magnitude_gradient` needs.
     """
     assert views.magnitude is not None
     c_O = views.magnitude.factor_O
@@ -47,7 +47,7 @@ def add_magnitude(
 
 
 def add_magnitude_gradient(dy_tO: Tensor, branch: MagnitudeBranch, magnitude: MagnitudeViews) -> Tensor:
-    """Accumulate dm = Σ dy·v / ‖W + scale·B A‖ into the adapter. Returns c·dy, what v receives."""
+    """Accumulate dm = Σ dy·v / ‖W + scale·B A‖ into the adapter. Return c·dy [t, O], the gradient of v."""
     products_tO = dy_tO.to(magnitude.factor_O.dtype) * branch.v_tO
     magnitude.grad_O.add_(products_tO.sum(0) / magnitude.norm_O)
     return (dy_tO * magnitude.factor_O).to(dy_tO.dtype)

@@ -1,10 +1,10 @@
 # pyright: basic
-"""One adapter in flat form: every A and B of a job are views of four contiguous fp32 vectors.
+"""One job's adapter in flat form: every A and B is a view of contiguous fp32 vectors.
 
-Letters: N numbers of the adapter, R rank, D features in, O features out. An adapter is all A, then all B, then the
-magnitudes of DoRA, then what is trained in full, so that what has a rate of its own is one contiguous part.
-Clip, optimizer, finite check, checkpoint and eviction are each one operation on one vector, and rows of different
-jobs share no memory.
+Shape suffixes: N parameters of the adapter, R rank, D input features, O output features. The layout is all A, then
+all B, then DoRA's magnitudes, then the tensors trained in full. Parameters with the same learning rate are therefore
+contiguous. Clip, optimizer, finite check, checkpoint and eviction are each one operation on one vector. Adapters of
+different jobs share no memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from lora_core.config import LoraConfig, OptimizerKind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptedModule:
-    """A linear layer that an adapter changes; `name` is its module path in the base model."""
+    """A linear layer that an adapter changes. `name` is its module path in the base model."""
 
     name: str
     in_features: int
@@ -31,8 +31,11 @@ class AdaptedModule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MagnitudeViews:
-    """DoRA of one linear, all fp32 [O]: the length m of each output's weights and its gradient, views of the adapter;
-    the norm ‖W + scale·B A‖ and the factor m / norm, which the adapter renews with every step."""
+    """DoRA state of one linear, all fp32 [O].
+
+    m and its gradient are views of the adapter. The norm ‖W + scale·B A‖ and the factor m / norm are recomputed
+    after every step.
+    """
 
     m_O: Tensor
     grad_O: Tensor
@@ -42,10 +45,10 @@ class MagnitudeViews:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteViews:
-    """One adapted linear: weights in the compute dtype, gradients in fp32; all are views of the adapter.
+    """Views of one adapted linear into the adapter: weights in the compute dtype, gradients in fp32.
 
-    Where the start is subtracted the weights are of rank 2R: A over the frozen A₀, and B beside -B₀, so that
-    their product is B A - B₀ A₀. The gradients are of A and B alone.
+    If the start is subtracted, the weights have rank 2R: A stacked on the frozen A₀, and B next to -B₀, so that their
+    product is B A - B₀ A₀. The gradients still belong to A and B alone, with rank R.
     """
 
     a_RD: Tensor
@@ -58,7 +61,7 @@ class SiteViews:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteSpans:
-    """Where the numbers of one adapted linear lie in each flat vector."""
+    """Positions of one adapted linear's parameters in each flat vector."""
 
     rank: int
     a: slice
@@ -68,8 +71,10 @@ class SiteSpans:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JointViews:
-    """The A of several linears [S, D] and its gradient, S the sum of their ranks. `parts`: of each linear its number
-    among those asked for, its rows of A, and its views."""
+    """The stacked A of several linears [S, D] and its gradient. S is the sum of their ranks.
+
+    `parts` contains for each adapted linear its index in the request, its rows of A, and its views.
+    """
 
     a_SD: Tensor
     grad_a_SD: Tensor
@@ -78,12 +83,11 @@ class JointViews:
 
 
 class FlatAdapter:
-    """The flat vectors of one job: p weights, g gradient, m and v the moments of its optimizer (fp32 [N] each; of
-    Adafactor m is empty, and v holds what `blocks` say).
+    """The flat vectors of one job: weights p, gradient g, optimizer state m and v. Each is fp32 [N].
 
-    `compute` holds p in the base model's dtype, which forward and backward read; it is p itself in fp32.
-    Where the start is subtracted they read `paired` for the targets: A over A₀ and B beside -B₀ of each.
-    The first `num_a` numbers are those of all A.
+    With Adafactor, m is empty and v has the layout of `blocks`. `compute` holds p in the base model's dtype, which
+    forward and backward read. In fp32 it is p itself. If the start is subtracted, they read `paired` for the adapted
+    linears instead: for each, A stacked on A₀, and B next to -B₀. The first `num_a` elements belong to all A.
     """
 
     def __init__(
@@ -98,9 +102,10 @@ class FlatAdapter:
         optimizer: OptimizerKind = "adamw",
         is_trained: bool = True,
     ) -> None:
-        """`frozen`: the base model's weight [O, D] of each target, which only DoRA, PiSSA and OLoRA read.
+        """Allocate the vectors, zeroed. `starting` or a checkpoint fills them.
 
-        Without `is_trained` there is p alone, for passes that nothing is differentiated of.
+        `frozen` maps each target to the base model's weight [O, D], which only DoRA, PiSSA and OLoRA read. Without
+        `is_trained` only p is allocated (g, m and v alias it), for passes without a backward.
         """
         self.targets = targets
         self.lora = lora
@@ -126,14 +131,16 @@ class FlatAdapter:
         self.joints: dict[str, JointViews | None] = {}
 
     def joint(self, modules: tuple[str, ...]) -> "JointViews | None":
-        """The A of linears that read the same input, as one matrix; None where they can't be. `modules` are always the
-        same for one first module."""
+        """Return the A of linears that read the same input as one matrix, or None if they can't be combined.
+
+        The result is cached under the first module, so `modules` must always be the same for one first module.
+        """
         if modules[0] not in self.joints:
             self.joints[modules[0]] = _joint([(i, self.sites[m]) for i, m in enumerate(modules) if m in self.sites])
         return self.joints[modules[0]]
 
     def _shapes(self) -> list[tuple[int, ...]]:
-        """Of all that p holds, in its order."""
+        """Return the shapes of all tensors in p, in order."""
         ranks = [self.spans[target.name].rank for target in self.targets]
         pairs = list(zip(self.targets, ranks, strict=True))
         shapes: list[tuple[int, ...]] = [(rank, target.in_features) for target, rank in pairs]
@@ -154,7 +161,7 @@ class FlatAdapter:
         )
 
     def _tensors(self) -> dict[str, TensorViews]:
-        """What is trained in full, by PEFT's name."""
+        """Return views of the tensors trained in full, by PEFT's name."""
         sizes = [torch.Size(tensor.shape).numel() for tensor in self.trained.tensors]
         starts = accumulate(sizes, initial=self.num_lora)
         return {
@@ -181,7 +188,7 @@ class FlatAdapter:
         return self.arena.nbytes + compute_bytes + self.paired.nbytes + norm_bytes
 
     def parts(self, lora_plus_ratio: float) -> tuple[tuple[slice, float], ...]:
-        """What has one learning rate: (its numbers, its rate over the job's); in full is trained at the job's own."""
+        """Return (span, factor on the job's learning rate) of each part. Tensors trained in full have the factor 1."""
         if lora_plus_ratio == 1:
             return ((slice(0, self.num_parameters), 1.0),)
         rated = (slice(0, self.num_a), 1.0), (slice(self.num_a, self.num_lora), lora_plus_ratio)
@@ -189,16 +196,17 @@ class FlatAdapter:
         return (*rated, (in_full, 1.0)) if self.trained.tensors else rated
 
     def initialize(self, seed: int) -> None:
-        """All of `starting` at once."""
+        """Run `starting` to its end."""
         for _ in self.starting(seed):
             pass
 
     def starting(self, seed: int) -> Iterator[int]:
-        """A and B as initialization.py says, keyed by (seed, name), piece by piece: after each target the
-        multiplications that it took, about. To decompose all weights of a large base takes minutes. The adapter is
-        ready at the end.
+        """Initialize the adapter from `seed`, one linear at a time.
 
-        A magnitude is the length that the weights have; what is trained in full begins as it says.
+        Yields after each linear the approximate number of multiplications that it took: decomposing all weights of a
+        large base model takes minutes. The adapter is usable after the last one. A and B follow initialization.py,
+        keyed by (seed, name). DoRA's magnitudes start as the norms of the weights. Tensors trained in full start with
+        their own `start`.
         """
         self.arena.zero_()
         for target in self.targets:
@@ -220,13 +228,13 @@ class FlatAdapter:
                 views.magnitude.factor_O.fill_(1)
 
     def begin_in_full(self, seed: int) -> None:
-        """What is trained in full begins as it says."""
+        """Initialize the tensors trained in full."""
         if self.trained.tensors:
             starts = [tensor.start(seed).flatten().to(self.p) for tensor in self.trained.tensors]
             self.p[self.num_lora :] = torch.cat(starts)
 
     def refresh_compute(self) -> None:
-        """Round the weights to the compute dtype, and take DoRA's norms of them; call after every change of p."""
+        """Round p to the compute dtype and recompute DoRA's norms. Call it after every change of p."""
         if self.compute is not self.p:
             self.compute.copy_(self.p)
         if self.lora.subtracts_start:
@@ -239,13 +247,15 @@ class FlatAdapter:
                 torch.div(views.magnitude.m_O, views.magnitude.norm_O, out=views.magnitude.factor_O)
 
     def bit_sums(self) -> tuple[int, ...]:
-        """Of p, m and v, and of what passes read of p, each the sum of its numbers' bits: of equal vectors equal, and
-        cheap beside a step."""
+        """Return the sum of the bits of p, m, v, and of the copies of p that passes read.
+
+        Equal adapters have equal sums. The cost is small compared to a step.
+        """
         read = () if self.compute is self.p else (self.compute,)
         return tuple(map(_bit_sum, (self.p, self.m, self.v, *read, self.paired)))
 
     def masters(self) -> dict[str, Tensor]:
-        """The fp32 weights, views of p, by PEFT's names without their prefix. Where no start is subtracted."""
+        """Return the fp32 weights, views of p, by PEFT's names without prefix. Only valid if no start is subtracted."""
         assert not self.lora.subtracts_start
         views: dict[str, Tensor] = {}
         for name, spans in self.spans.items():
@@ -261,13 +271,13 @@ class FlatAdapter:
         return views
 
     def start(self) -> Tensor:
-        """All A₀, then all B₀, in the compute dtype: what `keep_start` takes."""
+        """Return all A₀, then all B₀, in the compute dtype, as `keep_start` takes them."""
         a = [self._a_halves(name)[1].flatten() for name in self.spans]
         b = [-self._b_halves(name)[1].flatten() for name in self.spans]
         return torch.cat([*a, *b])
 
     def keep_start(self, start: Tensor) -> None:
-        """Subtract this start: all A₀, then all B₀, laid out as p is."""
+        """Set the start to subtract: all A₀, then all B₀, in the layout of p."""
         for name, spans in self.spans.items():
             self._a_halves(name)[1].copy_(start[spans.a].view(spans.rank, -1))
             self._b_halves(name)[1].copy_(-start[spans.b].view(-1, spans.rank))
@@ -280,7 +290,7 @@ class FlatAdapter:
 
 
 def _bit_sum(vector: Tensor) -> int:
-    """Eight bytes at a time, modulo 2^64, for that is what a processor adds fastest."""
+    """Sum the bits, eight bytes at a time modulo 2^64, which is the fastest addition on a CPU."""
     own = vector.view(torch.int32 if vector.itemsize == 4 else torch.int16)
     at_once = 8 // vector.itemsize
     first = -int(vector.storage_offset()) % at_once
@@ -291,7 +301,7 @@ def _bit_sum(vector: Tensor) -> int:
 
 
 def _joint(sites: Sequence[tuple[int, SiteViews]]) -> JointViews | None:
-    """None without sites, with DoRA or a start that is subtracted, and where A don't follow each other."""
+    """Return None without sites, with DoRA or a subtracted start, and if the A are not contiguous or scales differ."""
     views = [site for _, site in sites]
     if not views or any(site.magnitude is not None or len(site.a_RD) != len(site.grad_a_RD) for site in views):
         return None
@@ -314,19 +324,19 @@ def _joint(sites: Sequence[tuple[int, SiteViews]]) -> JointViews | None:
 
 
 def _follows(one: Tensor, other: Tensor) -> bool:
-    """Whether the numbers of `other` lie right behind those of `one`, in rows of the same length."""
+    """Return whether `other` directly follows `one` in memory and has rows of the same length."""
     return one.shape[1] == other.shape[1] and other.data_ptr() == one.data_ptr() + one.nbytes
 
 
 def weight_norms(weight_OD: Tensor, views: SiteViews) -> Tensor:
-    """‖W + scale·B A‖ of each output, fp32 [O]. One that torch refuses here is beyond fp32, and ruins the passes."""
+    """Return ‖W + scale·B A‖ of each output, fp32 [O]."""
     a_RD, b_OR = views.a_RD.float(), views.b_OR.float()
-    scale = min(views.scale, torch.finfo(torch.float32).max)
+    scale = min(views.scale, torch.finfo(torch.float32).max)  # torch rejects a larger alpha; the passes overflow then
     return torch.linalg.vector_norm(torch.addmm(weight_OD.float(), b_OR, a_RD, alpha=scale), dim=1)
 
 
 def lay_out(targets: Sequence[AdaptedModule], lora: LoraConfig) -> dict[str, SiteSpans]:
-    """The spans of each target by name: all A in the order of targets, then all B, then all magnitudes."""
+    """Return the spans of each target by name: all A in the order of targets, then all B, then all magnitudes."""
     ranks = [lora.rank_of(target.name) for target in targets]
     sizes = [rank * target.in_features for rank, target in zip(ranks, targets, strict=True)]
     sizes += [rank * target.out_features for rank, target in zip(ranks, targets, strict=True)]

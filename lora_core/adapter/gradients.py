@@ -1,8 +1,8 @@
 # pyright: basic
-"""Gradients of a job's slices that are computed side by side: each slice adds to a vector of its own.
+"""Gradients of a job's slices (micro-batches) that are computed concurrently, each into a vector of its own.
 
-The adapter's gradient is the sum of its slices' in their order, whatever process, lane or tick each was computed in. So
-the bits don't tell how many there are. The first slice of a step finds the adapter's vector at zero and may use it.
+The adapter's gradient is the sum over slices in their order, wherever each was computed. The bits of the sum don't
+depend on the number of ranks, lanes or ticks. The first slice of a step adds directly to the adapter's zeroed vector.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,21 @@ from lora_core.distributed.ranks import ALONE, Ranks
 
 @dataclass(kw_only=True, slots=True)
 class SliceGradients:
-    """Lends a twin of `row` to each slice but the first. An idle one keeps its views and none of its memory: there
-    are as many as slices in the widest tick so far, and a resident job that is not in the tick pays for none."""
+    """Provides a twin of `adapter` with its own gradient to each slice except the first.
+
+    An idle twin keeps its views but frees its memory. There are as many twins as slices in the widest tick so far, so
+    a resident job that is not in the tick uses no memory for them.
+    """
 
     adapter: FlatAdapter
     ranks: Ranks = ALONE
     holder: int | None = None
-    """The rank that has the sum so far; None before the first slice of a step, and once everybody has it."""
+    """Rank that holds the partial sum. None before the first slice of a step and after `complete`."""
     lent: dict[int, FlatAdapter] = field(default_factory=dict)
     idle: list[FlatAdapter] = field(default_factory=list)
 
     def adapter_of(self, slice_index: int) -> FlatAdapter:
-        """Where the gradient of this slice goes; asking twice gives the same one."""
+        """Return the adapter into which the gradient of this slice is accumulated, the same one on every call."""
         if slice_index == 0:
             return self.adapter
         if slice_index not in self.lent:
@@ -38,7 +41,7 @@ class SliceGradients:
         return self.lent[slice_index]
 
     def collect(self, first: int, ranks_of_slices: Sequence[int]) -> None:
-        """Add what the slices from number `first` on have computed, each on its rank; in the order of slices."""
+        """Add the gradients of the slices from number `first` on, in order. `ranks_of_slices` computed them."""
         parts: list[tuple[int, Tensor | None]] = []
         for index, rank in enumerate(ranks_of_slices, start=first):
             twin = self.lent.pop(index, None)
@@ -50,12 +53,12 @@ class SliceGradients:
             twin.g.untyped_storage().resize_(0)
 
     def complete(self) -> None:
-        """Every rank has the sum of the whole step."""
+        """Distribute the sum of the whole step to every rank."""
         self.ranks.spread(self.adapter.g, holder=self.holder)
         self.holder = None
 
     def drop(self) -> None:
-        """Forget all gradients, those in the adapter as well, and give the memory back."""
+        """Discard all gradients, including the adapter's own, and free their memory."""
         self.adapter.g.zero_()
         self.holder = None
         self.lent.clear()
@@ -73,7 +76,7 @@ def _filled(twin: FlatAdapter) -> FlatAdapter:
 
 
 def with_own_gradient(adapter: FlatAdapter) -> FlatAdapter:
-    """A row with the same weights in the same memory, and a gradient apart, which is zero."""
+    """Return an adapter that shares the weights of `adapter` and has its own zero gradient."""
     twin = copy(adapter)
     twin.g = torch.zeros_like(adapter.g)
     twin.joints = {}
@@ -83,7 +86,7 @@ def with_own_gradient(adapter: FlatAdapter) -> FlatAdapter:
 
 
 def _moved(views: Any, old: Tensor, new: Tensor) -> Any:
-    """`views` with each tensor that lies in `old` at the same place of `new`."""
+    """Return `views` in which each tensor inside `old` points to the same offset of `new`."""
     changes: dict[str, Any] = {}
     for part in fields(views):
         value = getattr(views, part.name)

@@ -1,9 +1,9 @@
 # pyright: basic
-"""Where A and B begin: what PEFT calls `init_lora_weights`. Each is a pure function of seed, module and weight.
+"""Initial values of A and B (`init_lora_weights` in PEFT), pure functions of seed, module name and base weight.
 
-PiSSA (arXiv 2404.02948): W's r largest singular values and vectors, scale·B A = U_r S_r V_rᵀ. OLoRA (arXiv
-2406.01775): the first r columns and rows of W = Q R. Those begin with an update that is not zero, which is
-subtracted from the base model: flat_adapter.py keeps it next to the adapter. Letters as in flat_adapter.py.
+PiSSA (arXiv 2404.02948): scale·B A = U_r S_r V_rᵀ, from the r largest singular values of W. OLoRA (arXiv 2406.01775):
+the first r columns of Q and rows of R, with W = Q R. Both start with a nonzero update, which is subtracted from the
+base model: flat_adapter.py stores it with the adapter. Shape suffixes as in flat_adapter.py.
 """
 
 import numpy as np
@@ -14,11 +14,14 @@ from lora_core.config import LoraConfig
 from lora_core.runtime.counter_rng import normal, uniform
 
 OVERSAMPLED = 8
-"""Directions beyond the rank that the randomized decomposition looks at, against the error of the last ones."""
+"""Directions beyond the rank that the randomized SVD computes, which reduces the error of the last singular values."""
 
 
 def initial_a(lora: LoraConfig, module: str, *, seed: int, rank: int, in_features: int) -> Tensor:
-    """fp32 [R, D]. default: Kaiming-uniform with a = √5, that is U(-1/√D, 1/√D); gaussian: N(0, 1/R²)."""
+    """Return the initial A: fp32 [R, D], on the CPU.
+
+    "gaussian" is N(0, 1/R²). Otherwise Kaiming-uniform with a = √5, which is U(-1/√D, 1/√D).
+    """
     if lora.init_lora_weights == "gaussian":
         numbers = normal("lora_A", seed, module, count=rank * in_features) / rank
     else:
@@ -27,7 +30,7 @@ def initial_a(lora: LoraConfig, module: str, *, seed: int, rank: int, in_feature
 
 
 def start_work(lora: LoraConfig, module: str, shape: tuple[int, int]) -> int:
-    """Multiplications that the start on a weight of this shape takes, about: it says what is long, not how long."""
+    """Estimate the multiplications that initializing an [O, D] weight takes. Only relative sizes are meaningful."""
     rank, num_weights = lora.rank_of(module), shape[0] * shape[1]
     if not lora.subtracts_start:
         return rank * shape[1]
@@ -37,7 +40,7 @@ def start_work(lora: LoraConfig, module: str, shape: tuple[int, int]) -> int:
 
 
 def decomposed(lora: LoraConfig, module: str, weight_OD: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-    """(A [R, D], B [O, R]) of PiSSA or OLoRA, fp32, on the weight's device."""
+    """Return (A [R, D], B [O, R]) of PiSSA or OLoRA, in fp32 on the weight's device."""
     rank, scale = lora.rank_of(module), lora.scale_of(module)
     weight_OD = weight_OD.float()
     if lora.init_lora_weights == "olora":
@@ -55,7 +58,7 @@ def decomposed(lora: LoraConfig, module: str, weight_OD: Tensor, *, seed: int) -
 def _randomized_svd(
     weight_OD: Tensor, module: str, *, rank: int, num_iterations: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Halko et al., SIAM Review 2011, algorithms 4.4 and 5.1: U, S, Vᵀ of the largest few singular values."""
+    """Return U, S and Vᵀ of the largest singular values (Halko et al., SIAM Review 2011, algorithms 4.4 and 5.1)."""
     num_columns = min(rank + OVERSAMPLED, *weight_OD.shape)
     numbers = normal("pissa", seed, module, count=weight_OD.shape[1] * num_columns)
     start_DK = torch.from_numpy(numbers.astype(np.float32)).view(-1, num_columns).to(weight_OD.device)

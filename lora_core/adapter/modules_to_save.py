@@ -1,8 +1,8 @@
 # pyright: basic
-"""What a job trains beside A and B: a whole output head of its own, and the embeddings of chosen tokens.
+"""Modules that a job trains in full in addition to A and B: an output head, and the embeddings of chosen tokens.
 
-Both are copies that begin as the base model has them and lie in the job's adapter; the base stays as it is. The names
-are those of PEFT's files: `modules_to_save`, and `trainable_token_indices`.
+Both start as copies of the base model's weights and live in the job's adapter. The base model doesn't change. Names
+follow PEFT's files: `modules_to_save` and `trainable_token_indices`.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from lora_core.errors import NoTargets
 from lora_core.module_paths import matches
 
 TOKENS_SUFFIX = "token_adapter.trainable_tokens_delta"
-"""PEFT's name, although the tensor holds the embeddings themselves."""
+"""PEFT's name. In spite of "delta", the tensor holds the embeddings themselves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedTensor:
-    """`name` is PEFT's, without its prefix; `start` gives the numbers [shape] that it begins with, from the seed."""
+    """`name` is PEFT's without its prefix. `start(seed)` returns the initial values, of shape `shape`."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class TrainedTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorViews:
-    """Numbers in the compute dtype, gradient in fp32; both are views of the adapter."""
+    """Values in the compute dtype and gradient in fp32. Both are views of the adapter."""
 
     value: Tensor
     grad: Tensor
@@ -40,10 +40,11 @@ class TensorViews:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedTensors:
-    """The tensors of one job in the order of its row; `modules` are the paths of those trained in full.
+    """The tensors that one job trains in full, in the order of the flat adapter.
 
-    `embedding` is the path of the table whose rows `token_ids` are trained; with `is_tied` the output head of the
-    base is that very table, and has the trained rows as well.
+    `modules` are the paths of the modules trained in full. `embedding` is the path of the embedding table whose rows
+    `token_ids` are trained. With `is_tied` that table is also the base model's output head, which then uses the
+    trained rows too.
     """
 
     tensors: tuple[TrainedTensor, ...] = ()
@@ -64,9 +65,10 @@ class TrainedTensors:
 def choose_trained(
     model: PreTrainedModel, lora: LoraConfig, *, head_path: str = "", head: Sequence[TrainedTensor] = ()
 ) -> TrainedTensors:
-    """What `lora` asks for beside its targets, and the `head` of a job that grades sequences, which it always trains.
+    """Return the modules and tokens of `lora` that are trained in full.
 
-    Raises NoTargets for what the base model hasn't, or can't be trained.
+    `head` contains the tensors of a sequence head, which a job with such a head always trains. Raises NoTargets for a
+    module or token that the base model doesn't have or that can't be trained in full.
     """
     modules = _modules_to_save(model, lora, head_path)
     tensors = list(head)
@@ -89,7 +91,7 @@ def choose_trained(
 
 
 def module_tensors(path: str, module: nn.Module) -> list[TrainedTensor]:
-    """Every parameter of a module, as the base has it."""
+    """Return every parameter of a module, initialized with the base model's values."""
     return [
         TrainedTensor(name=f"{path}.{name}", shape=tuple(parameter.shape), start=partial(_as_it_is, parameter))
         for name, parameter in module.named_parameters()
@@ -105,7 +107,7 @@ def path_of(model: nn.Module, wanted: nn.Module) -> str:
 
 
 def _modules_to_save(model: PreTrainedModel, lora: LoraConfig, head_path: str) -> tuple[str, ...]:
-    """Paths, each once. The head is the one module that can be trained in full."""
+    """Return the module paths without duplicates. Only the head can be trained in full."""
     output = model.get_output_embeddings()
     path = head_path or ("" if output is None else path_of(model, output))
     if not lora.modules_to_save:
@@ -113,11 +115,11 @@ def _modules_to_save(model: PreTrainedModel, lora: LoraConfig, head_path: str) -
     for name in lora.modules_to_save:
         if not path or not matches(path, name):
             existing = any(matches(other, name) for other, _ in model.named_modules())
-            reason = "which can't be trained in full" if existing else "which this base model hasn't"
+            reason = "which can't be trained in full" if existing else "which this base model doesn't have"
             raise NoTargets(
                 f"lora.modules_to_save names {name!r}, {reason}.",
-                remedy=f"Name its head, {path!r}; give embeddings of some tokens as "
-                "lora.trainable_token_indices, and linear layers a rank by lora.rank_pattern.",
+                remedy=f"Name only the head, {path!r}. For embeddings of single tokens use "
+                "lora.trainable_token_indices, and for linear layers lora.rank_pattern.",
             )
     return (path,)
 
@@ -127,11 +129,11 @@ def _refuse_tokens(lora: LoraConfig, *, num_tokens: int, tied_head_is_saved: boo
     if largest >= num_tokens:
         raise NoTargets(
             f"lora.trainable_token_indices names token {largest}, but the base model has {num_tokens} tokens.",
-            remedy=f"Name tokens of 0 to {num_tokens - 1}.",
+            remedy=f"Use token ids from 0 to {num_tokens - 1}.",
         )
     if tied_head_is_saved:
         raise NoTargets(
-            "lora.modules_to_save names the output head, whose weight this base model shares with the embeddings of "
-            "lora.trainable_token_indices: the trained tokens would have two embeddings there.",
-            remedy="Leave out one of the two.",
+            "lora.modules_to_save names the output head, whose weight this base model shares with the embeddings in "
+            "lora.trainable_token_indices: the trained tokens would have two embeddings.",
+            remedy="Remove one of the two fields.",
         )

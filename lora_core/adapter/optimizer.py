@@ -1,8 +1,8 @@
 # pyright: basic
-"""The optimizers, over one flat adapter: one norm, one clip, one update of each part that has a rate of its own (of
-Adafactor, of each matrix: adafactor.py).
+"""Optimizers over one flat adapter: one norm, one clip, and one update for each part with its own learning rate.
 
-The rate is a pure function of the step. What an optimizer remembers lies in the adapter's m and v, whichever it is.
+Adafactor updates each matrix separately (adafactor.py). The learning rate is a pure function of the step. Every
+optimizer keeps its state in the adapter's m and v.
 """
 
 import math
@@ -18,10 +18,10 @@ FLOAT32 = torch.finfo(torch.float32)
 
 
 def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> float:
-    """The rate of optimizer step `step` (from 1); see ScheduleConfig.
+    """Return the learning rate of optimizer step `step` (from 1). See ScheduleConfig.
 
-    It is what the schedules of transformers give with one step more of warm-up and in all, but for their
-    first step, whose rate would be 0.
+    It equals that of transformers' schedules with one more warm-up step and one more step in total, without their
+    first step, whose learning rate is 0.
     """
     done = step - 1
     if done < schedule.warmup_steps:
@@ -38,32 +38,32 @@ def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> flo
 
 
 def gradient_norm(adapter: FlatAdapter) -> float:
-    """Euclidean norm of the whole gradient; not finite if any element isn't."""
+    """Return the Euclidean norm of the whole gradient. It is not finite if any element is not finite."""
     return float(torch.linalg.vector_norm(adapter.g))
 
 
 def stays_finite(adapter: FlatAdapter, config: OptimizerConfig, *, learning_rate: float, norm: float) -> bool:
-    """Whether the next step can overflow no number of the adapter, nor one on the way there, nor a factor in fp32."""
+    """Return whether the next step provably overflows no weight, no intermediate value and no scalar factor in fp32."""
     highest = learning_rate * max(1.0, config.lora_plus_ratio)
     largest = float(adapter.p.abs().max())
     bounds = {"adamw": _adamw_bounds, "sgd": _sgd_bounds, "adafactor": _adafactor_bounds}[config.kind]
     numbers = (norm, *bounds(adapter, config, largest=largest, highest=highest, norm=norm))
-    return all(number < FLOAT32.max for number in numbers)  # false of what is not a number, too
+    return all(number < FLOAT32.max for number in numbers)  # also False for NaN
 
 
 def _adamw_bounds(
     adapter: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
 ) -> tuple[float, ...]:
-    """Of a weight after the step, of what decay leaves of it, and of rate · m̂, which is multiplied out before √v̂
-    divides it.
+    """Return bounds of a weight after the step, of the decay factor, and of rate · m̂, which is computed before it is
+    divided by √v̂.
 
-    |m̂| / √v̂ never exceeds 1 / √(1 - β2), save that √v̂ may be 0 where squares are below the smallest fp32.
+    |m̂| / √v̂ never exceeds 1 / √(1 - β2), unless √v̂ is 0 because the squares are below the smallest fp32 number.
     """
     kept = abs(1 - highest * config.weight_decay)
     divided = max(1.0, math.sqrt(FLOAT32.tiny) / config.eps) / math.sqrt(1 - config.beta2)
     rate = highest / (1 - config.beta1)
     momentum = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    if not rate * momentum < FLOAT32.max:  # clipping does not vouch for it: look
+    if not rate * momentum < FLOAT32.max:  # the clipping limit doesn't rule out an overflow, so use actual values
         momentum = max(norm, float(adapter.m.abs().max()))
     return largest * max(1.0, kept) + highest * divided, kept, rate, rate * momentum
 
@@ -71,7 +71,7 @@ def _adamw_bounds(
 def _sgd_bounds(
     adapter: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
 ) -> tuple[float, ...]:
-    """Of a momentum and of a weight after the step, no element exceeding the norm of its vector; and the factors."""
+    """Return bounds of a velocity and of a weight after the step, and the factors. A norm bounds each element."""
     velocity = config.momentum * float(adapter.m.abs().max()) + norm + config.weight_decay * largest
     return velocity, largest + highest * velocity, highest, config.weight_decay
 
@@ -86,7 +86,10 @@ def _adafactor_bounds(
 def optimizer_step(
     adapter: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float
 ) -> None:
-    """Clip, apply one step, clear the gradient. `step` counts from 1; `norm` is that of the gradient."""
+    """Clip the gradient, apply one step and zero the gradient.
+
+    `step` counts from 1. `norm` is the Euclidean norm of the gradient before clipping.
+    """
     if config.max_grad_norm is not None:
         adapter.g.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))
     if config.kind == "sgd":
@@ -101,7 +104,7 @@ def optimizer_step(
 
 
 def _adamw_step(adapter: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float) -> None:
-    """arXiv 1711.05101, algorithm 2."""
+    """AdamW (arXiv 1711.05101, algorithm 2)."""
     p, g, m, v = adapter.p, adapter.g, adapter.m, adapter.v
     m.lerp_(g, 1 - config.beta1)
     v.mul_(config.beta2).addcmul_(g, g, value=1 - config.beta2)
@@ -113,7 +116,7 @@ def _adamw_step(adapter: FlatAdapter, config: OptimizerConfig, *, step: int, lea
 
 
 def _sgd_step(adapter: FlatAdapter, config: OptimizerConfig, *, learning_rate: float) -> None:
-    """As torch.optim.SGD: decay joins the gradient, m ← momentum · m + gradient is the update; v stays zero."""
+    """SGD as in torch: the decay is added to the gradient, and m ← momentum · m + gradient is the update. v stays 0."""
     adapter.m.mul_(config.momentum).add_(adapter.g).add_(adapter.p, alpha=config.weight_decay)
     for part, factor in adapter.parts(config.lora_plus_ratio):
         adapter.p[part].add_(adapter.m[part], alpha=-learning_rate * factor)
@@ -122,7 +125,7 @@ def _sgd_step(adapter: FlatAdapter, config: OptimizerConfig, *, learning_rate: f
 def _rated_blocks(
     adapter: FlatAdapter, config: OptimizerConfig, *, learning_rate: float
 ) -> Iterator[tuple[Block, float]]:
-    """No block lies in two parts."""
+    """Yield each block with its learning rate. A block never spans two parts."""
     for part, factor in adapter.parts(config.lora_plus_ratio):
         for block in adapter.blocks:
             if part.start <= block.numbers.start < part.stop:

@@ -1,1 +1,1 @@
-"""Load, patch, shard and quantize a base model, and its identity."""
+"""Loading, patching, sharding, quantization and identity of a base model."""

@@ -1,7 +1,7 @@
 # pyright: basic
-"""The blocks of a base model, each of which a pass may leave out.
+"""The blocks (decoder layers) of a base model, each of which a pass may skip.
 
-Outside a pass with a passage a block computes exactly what it did before.
+Outside a pass with a BlockRange a block computes exactly what it computed before.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from lora_core.packing.packed_batch import current_pack
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocks:
-    """`path` of their list in the model; no modules where none was found, and then all is always run."""
+    """The list of blocks and its `path` in the model. `modules` is empty if none was found; then nothing is skipped."""
 
     path: str = ""
     modules: tuple[nn.Module, ...] = ()
@@ -25,12 +25,12 @@ class Blocks:
         return bool(self.modules) and module.startswith(f"{self.path}.")
 
     def number_of(self, module: str) -> int:
-        """Of the block that a module is in; 0 for one that is in none, as if it were in the lowest."""
+        """Return the number of the block that contains a module. 0 for a module outside blocks."""
         return int(module.removeprefix(f"{self.path}.").partition(".")[0]) if self.holds(module) else 0
 
 
 def find_blocks(model: PreTrainedModel) -> Blocks:
-    """The one list of modules that is as long as the model is deep."""
+    """Return the only ModuleList that has config.num_hidden_layers entries, or empty Blocks."""
     depth = getattr(model.config, "num_hidden_layers", None)
     found = [
         (path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
@@ -43,9 +43,9 @@ def find_blocks(model: PreTrainedModel) -> Blocks:
 
 
 def pass_block(forward: Callable[..., Any], number: int, *args: Any, **kwargs: Any) -> Any:
-    """A block's `forward`, or where the passage leaves the block out its input, the hidden states [1, T, D], as it is.
+    """Run a block's `forward`, or return its input, the hidden states [1, T, D], if the pass skips the block.
 
-    A family whose blocks give more than hidden states is not entered (lora_core/engine/prefix_cache.py).
+    Families whose blocks return more than hidden states never skip blocks (lora_core/engine/prefix_cache.py).
     """
     pack = current_pack()
     passage = None if pack is None else pack.passage

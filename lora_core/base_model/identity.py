@@ -1,5 +1,5 @@
 # pyright: strict
-"""Which base model a folder holds, told in milliseconds: a checkpoint names the one that its job began on. No torch."""
+"""Fast digest of a base model's folder, by which a checkpoint identifies its base model. Does not import torch."""
 
 import hashlib
 import json
@@ -9,20 +9,20 @@ from pathlib import Path
 from lora_core.runtime.safetensors_io import TensorSpan, tensor_spans
 
 RUNS, RUN_BYTES = 4, 1024
-"""Of each tensor so many runs of bytes are read: the first, the last, and others evenly between them."""
+"""Runs of bytes that are read of each tensor: the first, the last, and others evenly between them."""
 
 OF_THE_WRITER = frozenset({"transformers_version", "_name_or_path"})
-"""Fields of config.json that say nothing of the model: the same weights imported with a newer library are the same."""
+"""Fields of config.json that don't describe the model. Weights imported with a newer library have the same digest."""
 
 
 def base_digest(base_dir: Path, paths: list[Path]) -> str:
-    """sha256 of config.json, and of each tensor in `paths` by name: its dtype, its shape and RUNS of its bytes.
+    """Return the sha256 of config.json and of each tensor in `paths`: name, dtype, shape and RUNS runs of its bytes.
 
-    It is of the files, and not of what was made of them: so it is one digest in whatever dtype, quantization and on
-    whatever device the base is held (kernels that quantize may round otherwise on a GPU), in any process, for a copy
-    of the folder, and however tensors are shared out among files. Training a model further changes nearly every
-    tensor in many places, so it is seen. What differs in nothing but numbers that aren't read, as in the embeddings of
-    a few tokens, is not: all bytes of a base would take seconds to minutes at every start.
+    The digest is that of the files. It does not depend on dtype, quantization or device in memory (quantization kernels
+    may round differently on a GPU), on the process, on the folder, or on how tensors are distributed over files.
+    Further training changes nearly every tensor in many places, so it changes the digest. A difference only in bytes
+    that aren't read, such as the embeddings of a few tokens, is not detected. Reading everything would take seconds to
+    minutes at each start. Raises UnsafeFile.
     """
     digest = hashlib.sha256(_canonical((base_dir / "config.json").read_bytes()))
     for name, told in sorted(entry for path in paths for entry in _tensor_digests(path)):
@@ -31,7 +31,7 @@ def base_digest(base_dir: Path, paths: list[Path]) -> str:
 
 
 def _tensor_digests(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, sha256 of what is read) of each tensor."""
+    """Yield (name, sha256 of the bytes read) of each tensor."""
     spans = tensor_spans(path)
     with path.open("rb", buffering=0) as file:
         for name, span in spans.items():
@@ -43,7 +43,7 @@ def _tensor_digests(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _runs(span: TensorSpan) -> Iterator[tuple[int, int]]:
-    """(where it starts, how many bytes)."""
+    """Yield (offset, number of bytes) of each run."""
     num_bytes = span.stop - span.start
     if num_bytes <= RUNS * RUN_BYTES:
         yield span.start, num_bytes
@@ -53,6 +53,6 @@ def _runs(span: TensorSpan) -> Iterator[tuple[int, int]]:
 
 
 def _canonical(config: bytes) -> bytes:
-    """Without what tells of how the file was written."""
+    """Return the canonical JSON of the config without OF_THE_WRITER."""
     told = {name: value for name, value in json.loads(config).items() if name not in OF_THE_WRITER}
     return json.dumps(told, sort_keys=True, separators=(",", ":")).encode()

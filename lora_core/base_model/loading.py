@@ -1,7 +1,7 @@
 # pyright: basic
-"""Reads a folder of config.json and weights with transformers, and refuses by name what can't be trained here.
+"""Loads a folder of config.json and weights with transformers, and rejects models that can't be trained here.
 
-No pickle, no trust_remote_code, no auto_map: what can't be had without running its code is refused.
+No pickle, no trust_remote_code, no auto_map: a model that needs code of its own is rejected.
 """
 
 import json
@@ -20,14 +20,14 @@ from lora_core.layers.task_heads import NUM_PLACEHOLDER_CLASSES, Task, task_head
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 IMPLEMENTATION = re.compile(r"(attn|experts)_implementation", re.IGNORECASE)
 BUILT_IN = (None, True, False, "eager", "sdpa")
-"""Values of such a key that load nothing. Any other may name a kernel of the hub, which is native code."""
+"""Values of an implementation key that load no code. Others may name a kernel on the Hub, which is native code."""
 KERNELS = ("use_kernels", "kernel_config")
 REFERENCE = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?")
-"""OWNER/NAME of a repository of the hub, with a revision and a part of it."""
+"""OWNER/NAME of a Hub repository, optionally with a revision and a part."""
 NAMES_OF_ORIGIN = re.compile(r"name_or_path$|^(base_)?model(_name)?$")
-"""Keys that say what a model was made of. Nothing is loaded by them."""
+"""Keys that record the origin of a model. Nothing is loaded through them."""
 LABELS = ("id2label", "label2id")
-"""Objects of a classifier's labels, such as "N/A", which are texts."""
+"""Objects with a classifier's labels, such as "N/A", which are plain text."""
 
 
 AUTO_MODELS: dict[Task, Any] = {
@@ -37,7 +37,7 @@ AUTO_MODELS: dict[Task, Any] = {
 
 
 def read_config(folder: Path, task: Task = "causal-lm") -> Any:
-    """The config of a folder. Raises UnsupportedModel if it asks for code or has no dense model for the task."""
+    """Load the config of a folder. Raises UnsupportedModel if it needs code or has no dense model for the task."""
     refuse_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -54,9 +54,9 @@ def read_config(folder: Path, task: Task = "causal-lm") -> Any:
 
 
 def weight_names(folder: Path) -> list[str]:
-    """The files that transformers would read the weights from; [] if there are none. Raises UnsupportedModel.
+    """Return the files from which transformers would load the weights, [] if there are none. Raises UnsupportedModel.
 
-    Whatever else lies beside them (other formats, an original in another layout) takes no part.
+    Other weight formats in the folder are ignored.
     """
     if (folder / SINGLE).is_file():
         return [SINGLE]
@@ -73,7 +73,7 @@ def weight_names(folder: Path) -> list[str]:
 
 
 def refuse_code(folder: Path) -> None:
-    """No file of the folder may name Python code to load."""
+    """Raise UnsupportedModel if a JSON file of the folder names Python code to load."""
     for path in sorted(folder.glob("*.json")):
         if path.name.endswith((".index.json", "tokenizer.json", "vocab.json")):
             continue
@@ -88,7 +88,7 @@ def refuse_code(folder: Path) -> None:
 
 
 def _entries(content: Any, parent: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(key of the object, key, value) of every entry of every object, however deep."""
+    """Yield (key of the parent object, key, value) of every entry at any depth."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield parent, key, value
@@ -99,14 +99,13 @@ def _entries(content: Any, parent: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def _why_code(key: str, value: Any, *, may_refer: bool) -> str | None:
-    """Why an entry might have transformers load code that does not come with it. may_refer: it is read as more than a
-    text."""
+    """Return why transformers might load code for an entry, or None. `may_refer`: a value may name a repository."""
     if key == "auto_map":
-        return "which means that it needs code of its own"
+        return "which requires custom code"
     if IMPLEMENTATION.search(key) and not (value is None or (isinstance(value, bool | str) and value in BUILT_IN)):
         return f"which names an implementation that may be loaded as code, {str(value)[:100]!r}; remove the entry"
     if key.lower() in KERNELS and value:
-        return "which has kernels loaded as code; remove the entry"
+        return "which loads kernels as code; remove the entry"
     is_reference = isinstance(value, str) and REFERENCE.fullmatch(value) is not None
     if may_refer and is_reference and not NAMES_OF_ORIGIN.search(key):
         return f"which refers to a repository, {str(value)[:100]!r}; remove the entry"
@@ -114,8 +113,7 @@ def _why_code(key: str, value: Any, *, may_refer: bool) -> str | None:
 
 
 def built_in_attention(config: Any, task: Task = "causal-lm") -> str:
-    """The attention that transformers chooses by itself, said in full so that nothing in a config takes its place.
-    An engine puts its own in."""
+    """Return transformers' default attention explicitly, so that no config can override it. Engines replace it."""
     classes: Any = AUTO_MODELS[task]._model_mapping
     found = classes[type(config)]
     model_class = found[0] if isinstance(found, tuple) else found
@@ -123,26 +121,29 @@ def built_in_attention(config: Any, task: Task = "causal-lm") -> str:
 
 
 def refuse_quantized(config: Any) -> None:
-    """Weights in another library's format, which that library's code would read."""
+    """Raise UnsupportedModel for weights in the quantized format of another library, whose code would read them."""
     if getattr(config, "quantization_config", None) is not None:
         raise refused("its weights are quantized")
 
 
 def refuse_towers(config: Any) -> None:
-    """What reads images or sound beside text is several models in one, of which transformers builds all."""
+    """Raise UnsupportedModel for multimodal models, of which transformers would build all parts."""
     towers = {"images": "vision_config", "sound": "audio_config"}
     read = [f"{what} ({name})" for what, name in towers.items() if getattr(config, name, None) is not None]
     if read:
         raise UnsupportedModel(
-            f"Models of type {config.model_type!r} aren't supported: this one reads {' and '.join(read)} beside text.",
-            remedy="Give a checkpoint of a language model alone: of Gemma 3 those of 270M and 1B (model_type "
+            f"Models of type {config.model_type!r} aren't supported: this one also reads {' and '.join(read)}.",
+            remedy="Use a checkpoint that is only a language model: for Gemma 3 the 270M and 1B models (model_type "
             "'gemma3_text'), or a dense decoder such as a Llama, Qwen3, Mistral or GPT-2 model.",
         )
 
 
 def refuse_unpackable(config: Any) -> None:
-    """Experts mix the tokens of jobs; recurrent and convolutional layers carry state across sequences, and rotary
-    frequencies of kind 'dynamic' carry it across passes."""
+    """Raise UnsupportedModel for models that can't keep packed sequences apart.
+
+    Experts mix tokens of jobs. Recurrent and convolutional layers carry state across sequences. "dynamic" rotary
+    frequencies carry state across passes.
+    """
     experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     if any(getattr(config, name, None) for name in experts):
         raise unpackable(config, "routes tokens to experts")
@@ -154,14 +155,14 @@ def refuse_unpackable(config: Any) -> None:
     if dynamic:
         raise UnsupportedModel(
             f"Models of type {config.model_type!r} with rope_type {dynamic[0]!r} aren't supported: their rotary "
-            "frequencies depend on the longest sequence of former passes.",
-            remedy="Give a copy with rope_type 'default' in its config.json, which for a Llama-like model computes the "
-            "same up to max_position_embeddings, or choose another model.",
+            "frequencies depend on the longest sequence of earlier passes.",
+            remedy="Use a copy with rope_type 'default' in config.json, which for a Llama-like model gives the same "
+            "results up to max_position_embeddings, or choose another model.",
         )
 
 
 def _rotary_kinds(config: Any) -> list[str]:
-    """Of the whole model, or of each type of layer."""
+    """Return the rotary kinds of the whole model and of each layer type."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     return [str(part.get("rope_type")) for part in parts]
@@ -177,27 +178,27 @@ def unpackable(config: Any, reason: str) -> UnsupportedModel:
 def load_with_transformers(
     folder: Path, *, dtype: torch.dtype, task: Task = "causal-lm", **source: Any
 ) -> PreTrainedModel:
-    """The model with every weight from the files: a missing one would be random. No pickle is read. Raises
-    UnsupportedModel.
+    """Load a model with transformers and require every weight, because a missing one would be random. No pickle.
 
-    With a head for sequences, all but that: the head comes with a job. Heads of other tasks are left in the files.
+    A sequence classification head may be missing, since each job has its own. Heads for other tasks are ignored.
+    Raises UnsupportedModel.
     """
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
     if "gguf_file" in source:
-        options["attn_implementation"] = "eager"  # it is saved, and never run
+        options["attn_implementation"] = "eager"  # the model is only saved, never run
     else:
         config = read_config(folder, task)
         refuse_quantized(config)
         options["attn_implementation"] = built_in_attention(config, task)
         if not weight_names(folder):
-            raise refused("its folder has no weights as safetensors")
+            raise refused("its folder contains no safetensors weights")
         options["use_safetensors"] = True
     try:
         loaded: Any = AUTO_MODELS[task].from_pretrained(
             folder, dtype=dtype, ignore_mismatched_sizes=task != "causal-lm", **options, **source
         )
     except RuntimeError as error:
-        raise mismatch("a weight has another shape") from error
+        raise mismatch("a weight has a different shape") from error
     model, report = loaded
     wrong = [*report["missing_keys"], *report["unexpected_keys"]]
     head = task_head_of(model)
@@ -218,6 +219,6 @@ def mismatch(reason: str) -> UnsupportedModel:
 
 def refused(reason: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"This base model is refused: {reason}.",
-        remedy="Give a causal language model that transformers knows, as safetensors or GGUF.",
+        f"The base model is not supported: {reason}.",
+        remedy="Use a causal language model that transformers supports, as safetensors or GGUF.",
     )

@@ -1,8 +1,8 @@
 # pyright: basic
-"""The resident base model: described without its weights, or loaded memory-mapped and frozen.
+"""The resident base model: described without its weights, or loaded (memory-mapped if possible) and frozen.
 
-A base directory is what lora_core/model_files/import_base.py makes: config.json, safetensors, a tokenizer. Nothing else
-is read.
+A base folder, as lora_core/model_files/import_base.py creates it, contains config.json, safetensors and a tokenizer.
+Nothing else is read.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -41,9 +41,11 @@ from lora_core.runtime.safetensors_io import read_header
 
 @dataclass(kw_only=True, slots=True)
 class BaseModel:
-    """A frozen model in evaluation mode: of causal language, or to classify sequences, with a head that no job
-    uses. An engine attaches itself to it. `digest` tells the folder that it was loaded from (identity.py); a model
-    that is from none has none, and one of those is not told from another."""
+    """A frozen model in evaluation mode, for causal language modeling or sequence classification.
+
+    The classification head it was loaded with is not used by jobs. An engine attaches itself to the model. `digest`
+    identifies the folder (identity.py). It is None for a model without a folder, and such models are not distinguished.
+    """
 
     model: PreTrainedModel
     dtype: torch.dtype
@@ -56,7 +58,7 @@ class BaseModel:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether this rank holds a share of the blocks (sharding.py)."""
+        """Whether this rank holds only a shard of the blocks (sharding.py)."""
         return self.strategy != "replicated"
 
     @property
@@ -64,7 +66,7 @@ class BaseModel:
         return Kernels() if self.attachment is None else self.attachment.kernels
 
     def attach(self, *, batch_invariant: bool) -> Attachment:
-        """Attach an engine's means; anew where those that are attached give other products."""
+        """Attach the engine's patches. If they are attached with another `batch_invariant`, attach them again."""
         if self.attachment is not None and self.attachment.batch_invariant != batch_invariant:
             self.attachment.detach()
             self.attachment = None
@@ -73,12 +75,12 @@ class BaseModel:
         return self.attachment
 
     def linear_names(self) -> tuple[str, ...]:
-        """Module paths of the linears that an adapter may change."""
+        """Return the module paths of the linears that an adapter may change."""
         return tuple(find_linears(self.model))
 
     @property
     def num_bytes(self) -> int:
-        """That this rank holds on its device: of a divided base its share, unless that is in the host's memory."""
+        """Bytes on this rank's device. For a sharded model its shard, unless that is in host memory."""
         kind = torch.device(self.device).type
         return sum(allocated_bytes(weight, kind) for weight in self.model.parameters()) + scale_bytes(self.model)
 
@@ -93,7 +95,7 @@ class BaseModel:
         return max_positions(self.model.config)
 
     def head(self) -> Head:
-        """The output head with the scaling and capping that the model's family applies to logits."""
+        """Return the output head, with the scaling and capping of logits that the model family applies."""
         config, output = self.model.config, self.model.get_output_embeddings()
         assert output is not None
         multiplier = float(getattr(config, "logit_scale", None) or 1.0)
@@ -108,14 +110,14 @@ class BaseModel:
 
     @contextmanager
     def untouched(self):
-        """The model as transformers built it, whether or not an engine is attached; for passes without gradients."""
+        """Restore the model as transformers built it within the block. For passes without gradients."""
         suspended = nullcontext() if self.attachment is None else self.attachment.suspended()
         with suspended, with_guests(self.model, self.strategy):
             yield self.model
 
 
 def describe_base(base_dir: Path) -> dict[str, Any]:
-    """JSON-able facts from config.json and the meta device; no weights are read. Raises UnsupportedModel."""
+    """Return facts about a base model as JSON-serializable values, without reading weights. Raises UnsupportedModel."""
     config = read_config(base_dir)
     with torch.device("meta"):
         model = build_model(config)
@@ -141,7 +143,7 @@ def describe_base(base_dir: Path) -> dict[str, Any]:
 
 
 def _sizes_of_blocks(model: PreTrainedModel) -> dict[str, int]:
-    """How many blocks there are, and the numbers in all of them and in the largest: what ranks may divide."""
+    """Return the number of blocks, and the parameters in all of them and in the largest, for sharding estimates."""
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in find_blocks(model).modules]
     return {"count": len(sizes), "num_parameters": sum(sizes), "largest_parameters": max(sizes, default=0)}
 
@@ -164,13 +166,20 @@ def load_base(
     strategy: Strategy = "replicated",
     ranks: Ranks = ALONE,
 ) -> BaseModel:
-    """Load frozen weights; on a CPU, in the file's own dtype, they stay memory-mapped and shared.
+    """Load frozen weights. On a CPU, in the dtype of the files, they stay memory-mapped and shared between processes.
 
-    Quantized ones are made while loading, so each process holds its own. Raises UnsupportedModel for a family
-    that can't be packed, UnreachableSource where there is no such folder, UnsafeFile for a tensor file over the limits,
-    ConfigError for an unknown dtype, quantization or task, and for a GPU that isn't there. `task` chooses the head: for
-    classification each job brings its own, and what the files hold of one isn't used. `strategy`: how `ranks` hold it;
-    each of them calls this.
+    Args:
+        dtype: Dtype in which the weights are held.
+        device: Torch device, such as "cpu" or "cuda:0".
+        quantization: Quantize while loading. Each process then has its own copy.
+        task: Selects the head. For classification each job has its own, and a head in the files is ignored.
+        strategy: How `ranks` hold the model. Every rank calls this function.
+
+    Raises:
+        UnsupportedModel: The model family can't be packed.
+        UnreachableSource: The folder does not exist.
+        UnsafeFile: A tensor file exceeds a limit.
+        ConfigError: An argument has an unknown value, or there is no GPU.
     """
     for name, value, known in (
         ("dtype", dtype, Dtype),
@@ -181,17 +190,17 @@ def load_base(
         _require_known(name, value, get_args(known))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            f"device is {device!r}, and this torch ({torch.__version__}) finds no GPU.",
-            remedy="Install a build of torch for CUDA, or give 'cpu'.",
+            f"device is {device!r}, but this torch ({torch.__version__}) finds no GPU.",
+            remedy="Install a build of torch with CUDA, or use device 'cpu'.",
         )
     base_dir = Path(base_dir)
     _require_folder(base_dir)
     config = read_config(base_dir, task)
     if quantization != "none" and task != "causal-lm":
-        raise refused("a quantized base can't be trained for classification yet")
+        raise refused("a quantized base model can't be trained for classification yet")
     is_sharded = strategy != "replicated"
     if is_sharded and (quantization != "none" or task != "causal-lm"):
-        raise refused(f"by the strategy {strategy!r} only plain weights of causal language are divided yet")
+        raise refused(f"the strategy {strategy!r} only supports causal language models without quantization yet")
     torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     paths = sorted(base_dir.glob("*.safetensors"))
     for path in paths:
@@ -222,17 +231,17 @@ def _require_known(name: str, value: str, known: tuple[str, ...]) -> None:
 
 def _require_folder(base_dir: Path) -> None:
     if base_dir.is_file():
-        remedy = "Make a folder of it with lora_core.model_files.import_base.import_base, and give that."
+        remedy = "Convert it to a folder with lora_core.model_files.import_base.import_base, and pass that."
         raise UnreachableSource(f"The base model {str(base_dir)!r} is a file, not a folder.", remedy=remedy)
     if not base_dir.is_dir():
-        remedy = "Give a folder with config.json and safetensors; import_base makes one of a repository of the hub."
-        raise UnreachableSource(f"There is no folder {str(base_dir)!r}.", remedy=remedy)
+        remedy = "Pass a folder with config.json and safetensors. import_base creates one from a Hub repository."
+        raise UnreachableSource(f"The folder {str(base_dir)!r} does not exist.", remedy=remedy)
 
 
 def _load_plain(
     empty: PreTrainedModel, base_dir: Path, paths: list[Path], *, device: str | None, task: Task
 ) -> PreTrainedModel:
-    """device: None where the parameters are to stay mapped, in the file's own dtype; `shard` takes them from there."""
+    """Load safetensors. With `device` None, parameters stay memory-mapped in the files' dtype, for `shard` to load."""
     weights: dict[str, torch.Tensor] = {}
     for path in paths:
         weights |= load_file(path)  # views of a private memory map
@@ -246,7 +255,7 @@ def _load_plain(
         weights = {name: weight for name, weight in weights.items() if name in own} | heads
         fits = weights.keys() == own.keys()
     if not fits or not _assign(model, weights):
-        model = load_with_transformers(base_dir, dtype=model.dtype, task=task)  # older names in the file: a copy
+        model = load_with_transformers(base_dir, dtype=model.dtype, task=task)  # renames outdated keys, needs a copy
         if task != "causal-lm":
             fill_placeholder(model)
     if device is not None:
@@ -260,13 +269,13 @@ def _is_of_head(model: PreTrainedModel, name: str) -> bool:
 
 
 def build_model(config: Any, task: Task = "causal-lm") -> PreTrainedModel:
-    """An unattached model of `config`, on the current default device. Refuses what can't be packed."""
+    """Build an unattached model of `config` on the current default device. Raises UnsupportedModel if unpackable."""
     refuse_quantized(config)
     try:
         attention = built_in_attention(config, task)
         model = AUTO_MODELS[task].from_config(config, trust_remote_code=False, attn_implementation=attention)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise refused(f"no model can be made by its config.json ({type(error).__name__}: {error})") from error
+        raise refused(f"no model can be built from its config.json ({type(error).__name__}: {error})") from error
     if task != "causal-lm":
         refuse_unknown_head(model)
     refuse_unpackable_model(model)
@@ -274,9 +283,9 @@ def build_model(config: Any, task: Task = "causal-lm") -> PreTrainedModel:
 
 
 def refuse_unpackable_model(model: PreTrainedModel) -> None:
-    """What the config doesn't tell, but the modules do."""
+    """Raise UnsupportedModel for properties of the modules that the config does not reveal."""
     if not find_linears(model):
-        raise unpackable(model.config, "has no linear layer that an adapter could go on")
+        raise unpackable(model.config, "has no linear layer that an adapter could change")
     if any(parameter.ndim > 2 for parameter in model.parameters()):
         raise unpackable(model.config, "has weights that aren't plain matrices (experts or convolutions)")
     if not model._can_set_attn_implementation():
@@ -284,7 +293,7 @@ def refuse_unpackable_model(model: PreTrainedModel) -> None:
 
 
 def _build_empty(config: Any, dtype: torch.dtype, task: Task) -> PreTrainedModel:
-    """Parameters on the meta device; buffers (rotary tables) real, for no file holds them."""
+    """Build the model with parameters on the meta device. Buffers (rotary tables) are real: no file contains them."""
     from accelerate import init_empty_weights
 
     config.dtype = dtype
@@ -293,7 +302,7 @@ def _build_empty(config: Any, dtype: torch.dtype, task: Task) -> PreTrainedModel
 
 
 def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> bool:
-    """Use the mapped weights in place; False where the file's names aren't the model's."""
+    """Assign the memory-mapped weights. Return False if the names in the files are not those of the model."""
     if weights.keys() - model.state_dict().keys():
         return False
     try:

@@ -1,9 +1,9 @@
 # pyright: basic
-"""Makes the linears of a base model serve packs, and takes that back without a trace.
+"""Patches the modules of a base model so that they compute packs, and removes the patches completely.
 
-Each linear, each block, and what rms_norm.py, rotary.py, longrope.py, swiglu.py, residual_block.py and
-lora_core/layers/compiled_elementwise.py find, gets its own `forward` on the instance: no module is replaced, no name or
-parameter changes. Outside a running pack each computes exactly what it did before.
+Each linear and block gets its own `forward` on the instance. So does each module that rms_norm.py, rotary.py,
+longrope.py, swiglu.py, residual_block.py or compiled_elementwise.py (in lora_core/layers) recognizes. No module is
+replaced, and no name or parameter changes. Outside a running pack each computes exactly what it computed before.
 """
 
 import logging
@@ -46,7 +46,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 def find_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The linears that an adapter may change, by module path: all but the output or task head, as in PEFT."""
+    """Return the linears that an adapter may change, by module path: all except the output or task head, as in PEFT."""
     head, task_head = model.get_output_embeddings(), task_head_of(model)
     in_head = "" if task_head is None else f"{task_head.path}."
     return {
@@ -66,7 +66,7 @@ def target_of(name: str, linear: nn.Module) -> AdaptedModule:
 
 
 def choose_targets(linears: dict[str, nn.Module], lora: LoraConfig) -> tuple[AdaptedModule, ...]:
-    """Linears that `lora` names, in the model's order. Raises NoTargets for a name that matches nothing."""
+    """Return the linears that `lora` selects, in the model's order. Raises NoTargets if a name matches nothing."""
     try:
         wanted = _in_layers(_wanted(linears, lora), lora.layers_to_transform)
         for field, pairs in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
@@ -75,8 +75,8 @@ def choose_targets(linears: dict[str, nn.Module], lora: LoraConfig) -> tuple[Ada
                     raise _unmatched(f"lora.{field} names {key!r}, which matches no adapted layer.", linears)
     except PatternTooSlow as error:
         raise NoTargets(
-            f"The regular expression {str(error)!r} takes too long to match a module's path.",
-            remedy="Write it without nested repetitions, such as (a+)+, or give names.",
+            f"The regular expression {str(error)!r} takes too long to match a module path.",
+            remedy="Remove nested repetitions such as (a+)+, or use module names.",
         ) from error
     return tuple(target_of(path, linears[path]) for path in wanted)
 
@@ -106,8 +106,8 @@ def _in_layers(paths: list[str], layers: tuple[int, ...] | None) -> list[str]:
         if layer not in existing:
             numbers = sorted(layer for layer in existing if layer is not None)
             raise NoTargets(
-                f"lora.layers_to_transform names {layer}, but no targeted linear layer is in a block of that number.",
-                remedy=f"Use numbers among: {', '.join(map(str, numbers)) or 'none'}; or leave it out.",
+                f"lora.layers_to_transform names {layer}, but no targeted linear layer is in a block with that number.",
+                remedy=f"Use block numbers among: {', '.join(map(str, numbers)) or 'none'}; or omit the field.",
             )
     return [path for path in paths if layer_of(path) in layers]
 
@@ -118,10 +118,10 @@ def _unmatched(sentence: str, linears: dict[str, nn.Module]) -> NoTargets:
 
 
 class Attachment:
-    """The attached state of one model; `leaf` is what makes autograd visit adapted linears.
+    """The patches of one model.
 
-    `kernels`: else those that are chosen for the model's device and dtype; with `batch_invariant` such that packmates
-    change no bit on a CPU.
+    `leaf` is a scalar that requires a gradient, which makes autograd visit adapted linears. `kernels` overrides the
+    choice for the model's device and dtype. `batch_invariant` makes results independent of packmates on a CPU.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Attachment:
         batch_invariant: bool = True,
         is_sharded: bool = False,
     ) -> None:
-        """is_sharded: among ranks; then nothing reads a weight but the module that it belongs to, while it computes."""
+        """With `is_sharded`, a weight is only read by its own module while that computes."""
         self.model = model
         self.is_sharded = is_sharded
         self.batch_invariant = batch_invariant
@@ -184,7 +184,7 @@ class Attachment:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """The untouched model, for a reference library to work on."""
+        """Remove the patches within the block, for another library to use the model."""
         self.detach()
         try:
             yield
@@ -193,8 +193,7 @@ class Attachment:
 
 
 def _faster_parts(model: PreTrainedModel, kernels: Kernels) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """Norms, gated MLPs and whole blocks that this device computes in fewer passes over memory; a block comes after its
-    parts."""
+    """Return faster forwards of norms, gated MLPs and whole blocks on this device. A block comes after its parts."""
     if kernels.elementwise == "compiled":
         return fused_parts(model)
     norms = faster_norms(model)
@@ -202,7 +201,7 @@ def _faster_parts(model: PreTrainedModel, kernels: Kernels) -> list[tuple[nn.Mod
 
 
 def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: GroupedLora, x: Tensor) -> Tensor:
-    """x [..., D] to [..., O]: the plain linear outside a pack, the packed one inside."""
+    """Map x [..., D] to [..., O] with the plain linear, or inside a pack also with the adapters."""
     pack = current_pack()
     if pack is None:
         return type(linear).forward(linear, x)
@@ -222,14 +221,16 @@ def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: Group
 
 
 def forward_first(siblings: Siblings, linear: nn.Module, leaf: Tensor, x: Tensor) -> Tensor:
-    """The first of siblings, which computes the others with it inside a pack."""
+    """Forward of the first sibling linear, which computes the other siblings with it inside a pack."""
     pack = current_pack()
     return type(linear).forward(linear, x) if pack is None else forward_siblings(siblings, pack, leaf, x)
 
 
 def forward_pooler(pooler: nn.Module, hidden: Tensor) -> Tensor | None:
-    """Nothing in the pass over tokens, where it would see the first sequence alone; see
-    lora_core/forward/classification.py."""
+    """Skip the pooler in the pass over tokens, where it would only see the first sequence.
+
+    lora_core/forward/classification.py calls it afterwards.
+    """
     pack = current_pack()
     return type(pooler).forward(pooler, hidden) if pack is None or pack.is_pooled else None
 
@@ -237,9 +238,9 @@ def forward_pooler(pooler: nn.Module, hidden: Tensor) -> Tensor | None:
 def frozen_weights(
     linears: dict[str, nn.Module], targets: tuple[AdaptedModule, ...], lora: LoraConfig
 ) -> dict[str, Tensor] | None:
-    """The weight [O, D] of each target, by name; none is copied, and there are none where `lora` needs none.
+    """Return the weight [O, D] of each target by name, without copying, or None if `lora` does not need them.
 
-    Raises NoTargets where one can't be read, or is too small for what is decomposed from it.
+    Raises NoTargets if a weight can't be read, or is too small for the rank of a decomposition.
     """
     if not (lora.use_dora or lora.subtracts_start):
         return None
@@ -249,22 +250,24 @@ def frozen_weights(
         plain = plain_weight(linears[target.name])
         if plain is None:
             raise NoTargets(
-                f"lora.{field} needs the weights of {target.name}, which the base doesn't hold as plain numbers.",
-                remedy=f"Leave out lora.{field}, or train on the base model as it is, not quantized.",
+                f"lora.{field} needs the weights of {target.name}, but the base model is quantized or sharded.",
+                remedy=f"Remove lora.{field}, or train on the base model without quantization or sharding.",
             )
         if lora.subtracts_start and lora.rank_of(target.name) > min(plain.weight_OD.shape):
             raise NoTargets(
-                f"lora.{field} has nothing to begin with for rank {lora.rank_of(target.name)} of {target.name}, "
-                f"which is {target.out_features} by {target.in_features}.",
-                remedy="Give it no higher rank than its smaller side, by lora.rank or lora.rank_pattern.",
+                f"lora.{field} does not support rank {lora.rank_of(target.name)} for {target.name} "
+                f"({target.out_features} by {target.in_features}): it exceeds the smaller dimension.",
+                remedy="Lower lora.rank, or set a lower rank for this layer in lora.rank_pattern.",
             )
         weights[target.name] = plain.weight_OD
     return weights
 
 
 def plain_weight(linear: nn.Module) -> PlainWeight | None:
-    """The weight that a GEMM can read; None for a quantized linear with a forward of its own, and for one of a divided
-    block that doesn't compute."""
+    """Return the weight for a GEMM, or None.
+
+    None for a quantized linear, which has a forward of its own, and in a sharded block that is not computing.
+    """
     weight = linear.weight
     if not isinstance(weight, Tensor) or not is_whole(weight):
         return None

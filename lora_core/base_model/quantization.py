@@ -1,7 +1,7 @@
 # pyright: basic, reportMissingImports=false
-"""Base models whose linears are held in 4 or 8 bits by bitsandbytes; adapters, norms and the head stay in the dtype.
+"""Base models whose linears bitsandbytes holds in 4 or 8 bits. Adapters, norms and head keep the compute dtype.
 
-Only the loading is special: a quantized linear computes with its own forward, beside which the engine adds LoRA.
+Only loading is special: a quantized linear computes with its own forward, to which the engine adds LoRA.
 """
 
 import json
@@ -19,13 +19,13 @@ from lora_core.errors import UnsafeFile, UnsupportedModel
 
 Quantization = Literal["none", "nf4", "int8"]
 NOISY_LOGGER = "bitsandbytes.autograd._functions"
-"""Says at every product of an int8 linear that the inputs are cast, which is no news after the first."""
+"""Warns at every matmul of an int8 linear that inputs are cast, which is expected."""
 
 
 def load_quantized(
     base_dir: Path, *, quantization: Literal["nf4", "int8"], dtype: torch.dtype, device: str
 ) -> PreTrainedModel:
-    """Quantize every linear but the head while loading, as transformers does it. Raises UnsupportedModel."""
+    """Load a model and quantize every linear except the head, as transformers does. Raises UnsupportedModel."""
     _require_bitsandbytes()
     logging.getLogger(NOISY_LOGGER).setLevel(logging.ERROR)
     model = load_with_transformers(
@@ -36,13 +36,13 @@ def load_quantized(
     )
     if quantization == "nf4":
         for linear in _quantized_linears(model):
-            # Else a pass without gradients repacks the weight, and no later pass has a backward.
+            # Otherwise a pass without gradients repacks the weight, and later passes have no backward.
             linear.support_avx512bf16_for_cpu = False
     return model
 
 
 def quantization_in_training(weights: Path) -> Quantization:
-    """How the base of an adapter was held, as the file of its weights says if Lorry wrote it. Raises UnsafeFile."""
+    """Return the base model's quantization in training, from the metadata that Lorry writes. Raises UnsafeFile."""
     try:
         with safe_open(weights, framework="pt") as file:
             how = (file.metadata() or {}).get("base_quantization_config")
@@ -51,17 +51,17 @@ def quantization_in_training(weights: Path) -> Quantization:
         return "nf4" if json.loads(how).get("load_in_4bit") else "int8"
     except (SafetensorError, ValueError, RecursionError, AttributeError) as error:
         raise UnsafeFile(
-            f"{weights.name} can't be read as safetensors, or its base_quantization_config can't.",
-            remedy="Give a safetensors file written by a known tool.",
+            f"{weights.name} can't be read as safetensors, or its base_quantization_config is invalid.",
+            remedy="Use a safetensors file written by a trusted tool.",
         ) from error
 
 
 def quantization_config(quantization: Literal["nf4", "int8"], dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantization as in QLoRA (arXiv 2305.14314), or int8 by rows (arXiv 2208.07339).
+    """Return the config for NF4 with double quantization as in QLoRA (arXiv 2305.14314), or int8 (arXiv 2208.07339).
 
-    Without the outlier columns of the latter (threshold 0): bitsandbytes looks for them in all tokens of a tick,
-    so a packmate's activations would decide how a job's are rounded. Its int8 product casts the inputs to fp16,
-    whatever the dtype: what exceeds 65,504 becomes infinite, and such a job ends as one that diverged.
+    int8 is without outlier columns (threshold 0). bitsandbytes searches for them in all tokens of a pass, so packmates'
+    activations would change the rounding of a job. The int8 matmul casts inputs to fp16 whatever the dtype: values
+    above 65,504 become infinite, and the job then ends as diverged.
     """
     if quantization == "nf4":
         return BitsAndBytesConfig(
@@ -74,7 +74,7 @@ def quantization_config(quantization: Literal["nf4", "int8"], dtype: torch.dtype
 
 
 def scale_bytes(model: PreTrainedModel) -> int:
-    """What the scales of quantized weights take beside the weights themselves; 0 for a plain model."""
+    """Return the bytes of quantization scales, in addition to the weights. 0 for a model without quantization."""
     return sum(scale.nbytes for linear in _quantized_linears(model) for scale in _scales(linear))
 
 
@@ -83,8 +83,8 @@ def _require_bitsandbytes() -> None:
         import bitsandbytes  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise UnsupportedModel(
-            "A quantized base model needs bitsandbytes, which isn't installed where the worker runs.",
-            remedy="Install the extra 'quant' there, or train on the base model as it is.",
+            "A quantized base model needs bitsandbytes, which is not installed on the worker.",
+            remedy="Install the extra 'quant' there, or train without quantization.",
         ) from error
 
 
@@ -94,7 +94,7 @@ def _quantized_linears(model: PreTrainedModel) -> list[Any]:
 
 
 def _scales(linear: Any) -> list[torch.Tensor]:
-    """int8: one a row, with the weight until the first pass, then with the linear. NF4: of blocks, and of those."""
+    """Return the scales. int8: one per row, on the weight until the first pass, then on the linear. NF4: two levels."""
     if hasattr(linear, "state"):
         return [scale for scale in (linear.weight.SCB, linear.state.SCB) if scale is not None]
     first, second = linear.weight.quant_state, linear.weight.quant_state.state2

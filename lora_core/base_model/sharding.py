@@ -1,9 +1,9 @@
 # pyright: basic
-"""A base model whose blocks are sharded over the ranks of a trainer, by FSDP2 (`fully_shard` of torch) or ZeRO-3
-(DeepSpeed). A rank has the whole of a block only while the block computes. Shards are in device or in host memory.
+"""Sharding of a base model's blocks over the ranks of a trainer, by FSDP2 (torch) or ZeRO-3 (DeepSpeed).
 
-Embeddings, final norm and head stay whole: the loss reads the head outside any module. Rows are no part of the model.
-A block is put together by collectives, so every rank passes through all blocks as often as the others
+A rank has a whole block only while the block computes. Shards are in device memory or, with offload, in host memory.
+Embeddings, final norm and head are replicated, because the loss reads the head outside any module. Adapters are not
+part of the model. A block is all-gathered by collectives, so every rank must pass through all blocks equally often
 (lora_core/engine/step.py).
 """
 
@@ -23,31 +23,31 @@ from lora_core.distributed.ranks import Ranks
 from lora_core.errors import ConfigError, UnsupportedModel
 
 Strategy = Literal["replicated", "fsdp2", "zero3", "fsdp2_offload", "zero3_offload"]
-"""Every rank holds the whole base, or a share of each block by one library or the other, on its device or its host."""
+"""Each rank holds a full replica, or a shard of each block by one of the libraries, on its device or in host memory."""
 EXACT_PINNING = "pinned_max_round_threshold_mb:1"
-"""Of torch's allocator: what is pinned isn't rounded up to a power of two, which may be twice as much."""
+"""Setting of torch's allocator that stops rounding pinned memory up to a power of two, which can double it."""
 
 
 def offloads(strategy: Strategy) -> bool:
-    """Whether the shares are in the memory of the host."""
+    """Return whether the shards are in host memory."""
     return strategy.endswith("_offload")
 
 
 def shard(model: PreTrainedModel, strategy: Strategy, ranks: Ranks, *, device: str, dtype: torch.dtype) -> None:
-    """Divide the blocks, in place; the rest goes to `device`; all in `dtype`. The weights may be memory-mapped, in any
-    dtype: no rank needs more of a block than its share beyond the time when it is divided.
+    """Shard the blocks in place and move the rest to `device`, all in `dtype`.
 
-    Raises UnsupportedModel where no blocks are found, ConfigError where the library is missing or there is one rank.
+    The weights may be memory-mapped in any dtype. A rank holds a whole block only while that block is being sharded.
+    Raises UnsupportedModel if no blocks are found, and ConfigError if the library is missing or there is only one rank.
     """
     blocks = find_blocks(model).modules
     if not blocks:
         raise UnsupportedModel(
-            f"{type(model).__name__} can't be divided: its blocks were not found.",
-            remedy="Train it with the strategy 'replicated', on devices that hold all of it.",
+            f"{type(model).__name__} can't be sharded: its blocks were not found.",
+            remedy="Use the strategy 'replicated' on devices that can hold the whole model.",
         )
     if ranks.size == 1:
         raise ConfigError(
-            f"The strategy {strategy!r} divides a base model among several processes, and there is one.",
+            f"The strategy {strategy!r} shards a base model over several processes, but there is only one.",
             remedy="Give the trainer more devices, or use 'replicated'.",
         )
     rest = set(model.parameters()) - {parameter for block in blocks for parameter in block.parameters()}
@@ -65,35 +65,35 @@ def shard(model: PreTrainedModel, strategy: Strategy, ranks: Ranks, *, device: s
 
 
 def _pin_exactly() -> None:
-    """Beside what is set. An older torch, which has no such settings, rounds up."""
+    """Append the setting to existing ones. Older versions of torch have no such settings and round up."""
     settings = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
     if settings is not None:
         torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (settings(), EXACT_PINNING))))
 
 
 def _cast(block: nn.Module, dtype: torch.dtype) -> None:
-    """Right before it is divided: each rank's host would else hold all blocks, where the dtype isn't the files'."""
+    """Cast a block just before it is sharded. Casting all of them at once would load the whole model on every host."""
     for parameter in block.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def is_whole(weight: Tensor) -> bool:
-    """Whether a rank can read the numbers now: not of a block that is divided and doesn't compute."""
+    """Return whether this rank can read the weight now. False for a sharded block that is not computing."""
     return not isinstance(weight, DTensor) and not (hasattr(weight, "ds_id") and weight.numel() == 0)
 
 
 def allocated_bytes(weight: Tensor, kind: str) -> int:
-    """By this rank in memory of that kind ("cpu", "cuda"), while no block computes."""
+    """Return the bytes that this rank allocates in memory of that kind ("cpu" or "cuda") while no block computes."""
     share = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
     return share.nbytes if share.device.type == kind else 0
 
 
 @contextmanager
 def with_guests(model: PreTrainedModel, strategy: Strategy) -> Iterator[None]:
-    """Within, blocks may hold parameters that nobody has divided, as PEFT puts them there. Without gradients.
+    """Allow unsharded parameters in blocks, as PEFT adds them, within the block of code. Without gradients.
 
-    DeepSpeed takes all that a block holds for its own, so its hooks are left out; what it has divided is put together
-    by its own means, block by block.
+    DeepSpeed treats all parameters of a block as its own. Its hooks are therefore removed, and its own parameters are
+    gathered block by block with GatheredParameters.
     """
     if not strategy.startswith("zero3"):
         yield
@@ -137,7 +137,7 @@ def _by_fsdp2(
     dtype: torch.dtype,
     is_offloaded: bool,
 ) -> None:
-    """It replaces a block's parameters: whoever held on to those that were would hold the whole base."""
+    """Shard by FSDP2. It replaces the parameters of a block, so keep no reference to the old ones, which stay whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
@@ -159,15 +159,15 @@ def _by_zero3(
     dtype: torch.dtype,
     is_offloaded: bool,
 ) -> None:
-    """A block is one leaf: DeepSpeed then gathers all of it at once, before its forward and before its backward."""
+    """Shard by ZeRO-3. Each block is a leaf module, which DeepSpeed gathers at once before its forward and backward."""
     if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it on import
     try:
         import deepspeed  # pyright: ignore[reportMissingImports]
         from deepspeed.utils import set_z3_leaf_modules  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            "The strategies 'zero3' and 'zero3_offload' need DeepSpeed, which is not installed here.",
+            "The strategies 'zero3' and 'zero3_offload' need DeepSpeed, which is not installed.",
             remedy="Install lorry-server[deepspeed] on the worker, or use 'fsdp2' or 'fsdp2_offload'.",
         ) from error
     largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
@@ -184,10 +184,12 @@ def _by_zero3(
 
 
 def _zero3_config(dtype: torch.dtype, *, of_block: int) -> dict[str, Any]:
-    """of_block: numbers in the largest block. One computes and the next one is on its way, as FSDP2 has it; by its own
-    defaults DeepSpeed keeps a thousand million numbers together."""
+    """Return a config that prefetches one block while another computes, like FSDP2.
+
+    `of_block` is the number of parameters in the largest block. DeepSpeed's default keeps 10⁹ parameters gathered.
+    """
     return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing follows from it
+        "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed, has no effect here
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {
             "stage": 3,
@@ -201,7 +203,7 @@ def _zero3_config(dtype: torch.dtype, *, of_block: int) -> dict[str, Any]:
 
 @contextmanager
 def _hidden(model: nn.Module, rest: set[nn.Parameter]) -> Iterator[None]:
-    """Within, the modules of `model` that hold these are none of its own."""
+    """Hide the modules of `model` that own these parameters within the block of code."""
     own = [
         path
         for path, module in model.named_modules()

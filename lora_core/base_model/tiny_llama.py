@@ -1,5 +1,5 @@
 # pyright: basic
-"""A random language model of a hundred thousand numbers whose tokens are bytes: for an example and for a warm-up."""
+"""A random language model with 100,000 parameters and bytes as tokens, for an example and for warm-up."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -8,7 +8,7 @@ NUM_BYTES = 256
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    """In float32, the same each time; torch's random numbers go on as if it had not been made."""
+    """Return the same float32 model each time. The state of torch's random number generator does not change."""
     config = LlamaConfig(
         vocab_size=NUM_BYTES,
         hidden_size=64,

@@ -1,1 +1,1 @@
-"""Tokens, their order, work units and microbatches. Knows no model."""
+"""Token datasets, the order of examples, and how batches are cut into slices. Independent of any model."""

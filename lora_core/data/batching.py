@@ -1,5 +1,5 @@
 # pyright: basic
-"""The work of a job in one piece: an optimizer step, or a pass over the held-out set, cut into slices."""
+"""A job's unit of work: one optimizer step or one pass over the validation set, cut into slices (micro-batches)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from lora_core.data.token_dataset import TokenDataset, cut_slices, rows_of_examp
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """A step or an evaluation: its slices (rows of `dataset`), and the labels and tokens of them all.
+    """An optimizer step or an evaluation: its slices (tuples of row numbers in `dataset`) and its total counts.
 
-    The loss is a mean over `num_terms`: labels, pairs, or single answers. Token accuracy is one over
-    `num_accuracy_labels`: all labels, or those of the chosen answers of pairs. `measures_point`: a pass before a step
-    or an evaluation of KTO, over answers to which another's prompt was put (kto_pairs.py); then no loss is summed.
+    The loss is a mean over `num_terms` labels, pairs or single answers. Token accuracy is a mean over
+    `num_accuracy_labels`: all labels, or those of the chosen answers of pairs. `measures_point` marks the pass that
+    measures KTO's reference point before a step or evaluation (kto_pairs.py). Its loss is not accumulated.
     """
 
     kind: Kind
@@ -29,12 +29,12 @@ class Unit:
 
 
 def make_unit(kind: Kind, dataset: TokenDataset, examples: Iterable[int], config: JobConfig) -> Unit:
-    """The examples, in their order, as slices; an example is a row, or a pair of rows that stay together."""
+    """Cut the examples, in order, into slices. An example is a row, or a pair of rows that is never split."""
     width = config.objective.rows_per_example
     lengths, examples = dataset.row_lengths(), list(examples)
     cuts = cut_slices(examples, lengths.reshape(-1, width).sum(axis=1), slice_tokens=config.slice_tokens)
     slices = tuple(rows_of_examples(cut, width) for cut in cuts)
-    grades = config.objective.grades_sequences  # then each row is one label
+    grades = config.objective.grades_sequences  # each row has exactly one label then
     labels = [1 if grades else int(dataset.row(row)[1].sum()) for part in slices for row in part]
     tokens_of_slices = tuple(int(lengths[list(part)].sum()) for part in slices)
     return Unit(

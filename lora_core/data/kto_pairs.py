@@ -1,10 +1,10 @@
 # pyright: strict
-"""Single answers that were called desirable or not, and which of them KTO puts to another's prompt. No torch here.
+"""Mismatched prompts and answers for KTO's reference point. Does not import torch.
 
-z0, KTO's reference point, is how far the adapter is from the base on answers that don't belong to their prompts
-(arXiv 2402.01306, section 4.1). Here, as in TRL, the answers of a batch go round by one: the first prompt gets the
-last answer, each other one the answer before its own. The batch is that of the whole optimizer step, or the held-out
-set, so z0 follows from the job's rows alone, and how they are cut into slices doesn't enter.
+The reference point z0 measures how far the adapter is from the base model on answers that don't belong to their
+prompts (arXiv 2402.01306, section 4.1). As in TRL, the answers of a batch are rotated by one: the first prompt gets
+the last answer, every other prompt the answer of the previous row. The batch is the whole optimizer step or the whole
+validation set. z0 is therefore independent of how the rows are cut into slices.
 """
 
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ from lora_core.errors import BadDataset
 
 
 def check_unpaired(dataset: TokenDataset) -> None:
-    """Raises BadDataset where a row isn't labeled 1, desirable, or 0, or has no answer, or is alone."""
+    """Raise BadDataset if a label is not 1 (desirable) or 0, a row has no answer, or there are fewer than two rows."""
     labels = dataset.labels
     if labels is None or np.any((labels != 0) & (labels != 1)):
-        raise _bad("its rows must have labels, 1 for a desirable answer and 0 for another")
+        raise _bad("its rows must have labels, 1 for a desirable answer and 0 for an undesirable one")
     if np.any(np.add.reduceat(dataset.loss_mask.astype(np.int64), dataset.row_offsets[:-1]) == 0):
         raise _bad("a row has no answer")
     if dataset.num_rows < 2:
-        raise _bad("it has one row, and kto puts answers to the prompts of others")
+        raise _bad("it has only one row, but kto combines prompts with the answers of other rows")
 
 
 def mismatched(dataset: TokenDataset, rows: Sequence[int]) -> TokenDataset:
-    """The prompts of `rows`, each with the answer of the row before it; the first with that of the last.
+    """Return the prompts of `rows`, each with the answer of the row before it. The first gets the last row's answer.
 
-    None is longer than the longest row of the data, which the base takes: an answer is cut there, and its first token
-    is always kept, for no prompt is as long as that.
+    Answers are truncated so that no row exceeds the longest row of the dataset, which is known to fit the base model.
+    At least one token of the answer remains, because every prompt is shorter than the longest row.
     """
     longest = int(dataset.row_lengths().max())
     parts = [_joined(dataset, prompt, answer)[:, :longest] for prompt, answer in zip(rows, _moved(rows), strict=True)]
@@ -45,10 +45,10 @@ def _moved(rows: Sequence[int]) -> list[int]:
 
 
 def _joined(dataset: TokenDataset, prompt: int, answer: int) -> NDArray[np.int32]:
-    """[2, T]: ids and mask. A row's answer begins with its first label."""
+    """Return int32 [2, T]: token ids and loss mask. The answer of a row starts at its first label."""
     before, after = (np.stack([ids, mask.astype(np.int32)]) for ids, mask in map(dataset.row, (prompt, answer)))
     return np.concatenate([before[:, : int(before[1].argmax())], after[:, int(after[1].argmax()) :]], axis=1)
 
 
 def _bad(reason: str) -> BadDataset:
-    return BadDataset(f"The token file is wrong: {reason}.", remedy="Write it again from the source data.")
+    return BadDataset(f"The token file is invalid: {reason}.", remedy="Create it again from the source data.")

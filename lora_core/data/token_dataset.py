@@ -1,5 +1,5 @@
 # pyright: strict
-"""Tokenized rows, their order, and how a batch is cut into slices: pure functions of the job alone."""
+"""Tokenized rows, their order, and how batches are cut into slices. All are pure functions of the job alone."""
 
 import hashlib
 from collections.abc import Iterable
@@ -21,12 +21,19 @@ OPTIONAL_TENSORS = {"labels": "F32", "token_types": "U8"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenDataset:
-    """Rows of tokens, concatenated: row i is [row_offsets[i], row_offsets[i + 1]).
+    """Concatenated rows of tokens: row i is [row_offsets[i], row_offsets[i + 1]).
 
-    input_ids int32 [N]; loss_mask uint8 [N], 1 where the token is a label (predicted from the position
-    before it, in the same row); row_offsets int64 [rows + 1]. Of rows that are classified: labels fp32 [rows], the
-    number of the class or the number to tell, and then no token need be one. token_types uint8 [N]: which of two
-    texts a token is of, where the base model tells them apart.
+    Attributes:
+        input_ids: int32 [N].
+        loss_mask: uint8 [N], 1 if the token is a label, which is predicted from the position before it. 0 at the
+            first token of each row.
+        row_offsets: int64 [rows + 1]. Each row has at least 2 tokens and, without `labels`, at least one label.
+        labels: fp32 [rows] for sequence classification and KTO: the class number, the regression target, or whether
+            the answer is desirable.
+        token_types: uint8 [N]: which of two texts the token belongs to, for base models that distinguish them.
+
+    Raises:
+        BadDataset: The arrays violate this format.
     """
 
     input_ids: NDArray[np.int32]
@@ -40,14 +47,14 @@ class TokenDataset:
 
     @classmethod
     def load(cls, path: Path) -> "TokenDataset":
-        """Read a safetensors file with the three tensors, and the optional ones that it has.
+        """Read a safetensors file with the three required tensors and any of the optional ones.
 
         Raises BadDataset or UnsafeFile.
         """
         found = {name: dtype for name, (dtype, _) in read_header(path).items()}
         optional = {name: dtype for name, dtype in OPTIONAL_TENSORS.items() if name in found}
         if found != TENSORS | optional:
-            raise _bad(f"{path.name} holds {found}, not {TENSORS}, with or without {OPTIONAL_TENSORS}")
+            raise _bad(f"{path.name} contains {found}, expected {TENSORS} and optionally {OPTIONAL_TENSORS}")
         return cls(**load_file(path))
 
     @property
@@ -66,7 +73,7 @@ class TokenDataset:
         return np.diff(self.row_offsets)
 
     def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """(input_ids, loss_mask) of one row."""
+        """Return (input_ids, loss_mask) of one row, as views."""
         start, stop = self.row_offsets[index], self.row_offsets[index + 1]
         return self.input_ids[start:stop], self.loss_mask[start:stop]
 
@@ -83,29 +90,29 @@ class TokenDataset:
 def _check_rows(dataset: TokenDataset) -> None:
     ids, mask, offsets = dataset.input_ids, dataset.loss_mask, dataset.row_offsets
     if ids.ndim != 1 or mask.shape != ids.shape or offsets.ndim != 1 or len(offsets) < 2:
-        raise _bad("the three tensors have shapes that don't belong together")
+        raise _bad("the shapes of the three tensors don't match")
     if offsets[0] != 0 or offsets[-1] != len(ids) or np.any(np.diff(offsets) < 2):
-        raise _bad("row_offsets must start at 0, end at the number of tokens, and give rows of 2 tokens or more")
+        raise _bad("row_offsets must start at 0, end at the number of tokens, and delimit rows of at least 2 tokens")
     if ids.min() < 0 or mask.max() > 1 or np.any(mask[offsets[:-1]]):
-        raise _bad("ids must not be negative, the mask must be 0 or 1, and 0 at the first token of each row")
+        raise _bad("ids must not be negative, and the mask must be 0 or 1, and 0 at the first token of each row")
     if dataset.labels is not None:
         if dataset.labels.shape != (len(offsets) - 1,) or not np.isfinite(dataset.labels).all():
-            raise _bad("there must be one finite label a row")
+            raise _bad("each row must have one finite label")
     elif np.any(np.add.reduceat(mask.astype(np.int64), offsets[:-1]) == 0):
         raise _bad("a row has no label")
     types = dataset.token_types
     if types is not None and (types.shape != ids.shape or types.max() > 1):
-        raise _bad("token_types must be 0 or 1, one a token")
+        raise _bad("token_types must have one value of 0 or 1 for each token")
 
 
 def _bad(reason: str) -> BadDataset:
-    return BadDataset(f"The token file is wrong: {reason}.", remedy="Write it again from the source data.")
+    return BadDataset(f"The token file is invalid: {reason}.", remedy="Create it again from the source data.")
 
 
 def rows_of_step(*, num_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Rows of optimizer step `step` (from 0): one endless stream of epochs, cut into batches.
+    """Return the rows of optimizer step `step` (from 0): consecutive epochs form one stream that is cut into batches.
 
-    Epoch e is the permutation keyed by (seed, e), so the data cursor is the step number alone.
+    The order of epoch e is a permutation keyed by (seed, e), so the step number is the only data cursor.
     """
     positions = range(step * batch_size, (step + 1) * batch_size)
     cursors = [divmod(position, num_rows) for position in positions]
@@ -118,27 +125,27 @@ def _epoch_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
 
 
 def rows_of_examples(examples: Iterable[int], rows_per_example: int) -> tuple[int, ...]:
-    """Rows of the examples, in their order; row 2e is the chosen and row 2e + 1 the rejected answer of pair e."""
+    """Return the rows of the examples, in order. Pair e consists of row 2e (chosen) and row 2e + 1 (rejected)."""
     return tuple(example * rows_per_example + part for example in examples for part in range(rows_per_example))
 
 
 def check_examples(dataset: TokenDataset, rows_per_example: int) -> None:
-    """Raises BadDataset where rows are left over."""
+    """Raise BadDataset if the number of rows is not a multiple of `rows_per_example`."""
     if dataset.num_rows % rows_per_example:
-        raise _bad(f"its {dataset.num_rows} rows are no pairs")
+        raise _bad(f"its {dataset.num_rows} rows can't be grouped into pairs")
 
 
 def check_labels(dataset: TokenDataset, num_labels: int) -> None:
-    """Raises BadDataset where a row of classification has no label, or one that isn't among the classes."""
+    """Raise BadDataset if rows for classification have no labels, or a label is not the number of a class."""
     labels = dataset.labels
     if labels is None:
-        raise _bad("its rows have no labels, which classification needs")
+        raise _bad("its rows have no labels, but classification needs them")
     if num_labels > 1 and np.any((labels != np.floor(labels)) | (labels < 0) | (labels >= num_labels)):
-        raise _bad(f"a label isn't the number of a class, 0 to {num_labels - 1}")
+        raise _bad(f"a label is not a class number from 0 to {num_labels - 1}")
 
 
 def cut_slices(rows: list[int], lengths: NDArray[np.int64], *, slice_tokens: int) -> list[tuple[int, ...]]:
-    """Consecutive rows of at most `slice_tokens` tokens together; a longer row is a slice of its own."""
+    """Group consecutive rows into slices of at most `slice_tokens` tokens. A longer row is a slice of its own."""
     slices: list[tuple[int, ...]] = []
     current: list[int] = []
     num_tokens = 0
@@ -153,7 +160,7 @@ def cut_slices(rows: list[int], lengths: NDArray[np.int64], *, slice_tokens: int
 
 
 def data_digest(*datasets: TokenDataset | None) -> str:
-    """sha256 over the token files of a job: a checkpoint continues on the same data only."""
+    """Return the sha256 of a job's token datasets. A checkpoint can only be resumed on the same data."""
     digest = hashlib.sha256()
     for dataset in datasets:
         if dataset is not None:

@@ -1,8 +1,8 @@
 # pyright: basic
-"""What one rank of a trainer fails of, told to the others: they end for that, and not for the silence that follows.
+"""Reports the failure of one rank to the others, so that they exit for this reason and not after a collective timeout.
 
-It is told by the store at which the ranks have met, for a rank that fails amid a pass can take no part in what the
-others say to each other: those may be waiting for its share of it.
+The report goes through the rendezvous store. A rank that fails in a pass can't send a message, because the others may
+be blocked in a collective that waits for it.
 """
 
 import faulthandler
@@ -21,11 +21,11 @@ from lora_core.distributed.ranks import Ranks
 KEY = "lorry/first-failure"
 LOOK_SECONDS = 1.0
 GRACE_SECONDS = 10.0
-"""After a failure was told: the system tells a rank that waits for the one that failed sooner, if at all."""
+"""Wait after a reported failure. A rank that waits for the failed one usually gets an error from the OS sooner."""
 
 
 class FellowFailure(RuntimeError):
-    """Another rank has failed first; `rank` is which one."""
+    """Rank `rank` failed first."""
 
     def __init__(self, *, rank: int, said: str) -> None:
         super().__init__(f"Rank {rank} failed: {said}")
@@ -34,8 +34,11 @@ class FellowFailure(RuntimeError):
 
 @contextmanager
 def broadcast_failures(ranks: Ranks) -> Iterator[None]:
-    """What is raised within on one rank ends all of them. The first raises what it was, the others FellowFailure, where
-    the first was not killed before it could tell."""
+    """Make an exception inside the block terminate all ranks.
+
+    The first rank to fail raises its own exception. The others raise FellowFailure, unless the first one was killed
+    before it could report its failure.
+    """
     if ranks.size == 1:
         yield
         return
@@ -53,7 +56,7 @@ def broadcast_failures(ranks: Ranks) -> Iterator[None]:
 
 
 def _tell(rank: int, error: Exception) -> dict[str, Any] | None:
-    """Whose failure was the first; None where nobody can be told any more."""
+    """Return the first reported failure, which may be another rank's. None if the store is not reachable."""
     said = f"{type(error).__module__}.{type(error).__qualname__}: {error}".removeprefix("builtins.")
     told = json.dumps({"rank": rank, "said": said.partition("\n")[0][:500]})
     try:
@@ -63,14 +66,14 @@ def _tell(rank: int, error: Exception) -> dict[str, Any] | None:
 
 
 def _watch(rank: int, done: threading.Event) -> None:
-    """End this rank where it waits on for one that has failed: in a collective of a device, no system tells it."""
+    """Exit this process if it keeps waiting for a failed rank, because a device collective would never return."""
     while not done.wait(LOOK_SECONDS):
         try:
             if not _store().check([KEY]):
                 continue
             first = json.loads(_store().get(KEY))
         except (RuntimeError, ValueError):
-            return  # the store has gone, with whoever kept it
+            return  # the process that hosted the store has exited
         if first["rank"] == rank or done.wait(GRACE_SECONDS):
             return
         faulthandler.dump_traceback(all_threads=True)
@@ -80,5 +83,5 @@ def _watch(rank: int, done: threading.Event) -> None:
 
 
 def _store() -> Any:
-    """Torch's own, whichever way the ranks have met."""
+    """Return torch's default store, whatever the rendezvous was."""
     return dist.distributed_c10d._get_default_store()

@@ -1,9 +1,9 @@
 # pyright: basic
-"""The processes of one trainer, and all that they say to each other. Only this and sharding.py know torch.distributed.
+"""The processes (ranks) of one trainer and their messages. Only this file and sharding.py use torch.distributed.
 
-Every process (rank) has the same jobs in the same state and makes the same decisions; the passes of a tick alone are
-shared out, slice by slice. What a step adds up is added in the order of its slices, whoever has computed them: so where
-kernels give the same bits everywhere, an adapter doesn't tell how many have trained it. Messages are JSON, no pickle.
+Every rank has the same jobs in the same state and makes the same decisions. Only the passes of a tick are distributed,
+slice by slice. Gradients are added in the order of slices, whichever rank computed them. If kernels give the same bits
+on all ranks, an adapter therefore doesn't depend on their number. Messages are JSON, never pickle.
 """
 
 import json
@@ -26,29 +26,29 @@ from lora_core.errors import LoraCoreError
 
 T = TypeVar("T")
 CARRIED_NUMBERS = 1 << 20
-"""Of a sum that goes from rank to rank: while one piece is added to, the next is on its way."""
+"""Elements of one piece of a sum that is passed from rank to rank. Adding to a piece overlaps with sending the next."""
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-"""Messages are in the host's memory on either."""
+"""Messages are exchanged through host memory in both cases."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """Of one trainer: this process's number among `size`. Each method is called by all of them, in the same order."""
+    """This process's rank among the `size` ranks of a trainer. All ranks must call each method in the same order."""
 
     rank: int = 0
     size: int = 1
     is_apart: bool = False
-    """They are on several machines: some have not the leader's disk."""
+    """The ranks run on several machines, so some don't have access to the leader's disk."""
     is_first_elsewhere: bool = False
-    """The first on such a machine."""
+    """This is the first rank on a machine other than the leader's."""
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one that decides, and that speaks to the outside."""
+        """Whether this rank makes the decisions and communicates with the worker."""
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """The leader's `value`, JSON-able, on every rank; that of the others is not looked at."""
+        """Return the leader's JSON-serializable `value` on every rank. The values of other ranks are ignored."""
         if self.size == 1:
             return value
         content = _encoded(value) if self.leads else torch.empty(0, dtype=torch.uint8)
@@ -60,11 +60,11 @@ class Ranks:
         return value if self.leads else _decoded(content)
 
     def broadcast_bytes(self, content: bytearray) -> None:
-        """The leader's content, on every rank; of the others what is written over, of the same length."""
+        """Overwrite `content` with the leader's on every rank. It must have the same length on all of them."""
         dist.broadcast(torch.frombuffer(content, dtype=torch.uint8), src=0)
 
     def gathered(self, value: Any) -> list[Any]:
-        """Everybody's `value`, JSON-able, in the order of ranks."""
+        """Return the JSON-serializable `value` of every rank, in the order of ranks."""
         if self.size == 1:
             return [value]
         content = _encoded(value)
@@ -77,7 +77,7 @@ class Ranks:
         return [_decoded(part[: int(length)]) for part, length in zip(found, lengths, strict=True)]
 
     def numbers(self, own: Sequence[int]) -> list[list[int]]:
-        """Everybody's whole numbers, as many of each; in the order of ranks. Cheaper than `gathered`."""
+        """Return the integers of every rank, in the order of ranks. All pass equally many. Cheaper than `gathered`."""
         if self.size == 1:
             return [list(own)]
         found = [torch.empty(len(own), dtype=torch.int64) for _ in range(self.size)]
@@ -86,7 +86,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is raised within on one rank is raised on all of them, so that all have done the same."""
+        """Raise an error of one rank on all of them, so that they stay in the same state."""
         if self.size == 1:
             yield
             return
@@ -97,21 +97,23 @@ class Ranks:
             problem = error
         found = {rank: told for rank, told in enumerate(self.gathered(_problem_fields(problem))) if told is not None}
         if problem is None and found:
-            problem = LoraCoreError(**next(iter(found.values())))  # which one it was tells its code
+            problem = LoraCoreError(**next(iter(found.values())))  # the class is lost, but `code` identifies the error
         if isinstance(problem, LoraCoreError):
             problem.ranks = tuple(found)
         if problem is not None:
             raise problem
 
     def by_leader(self, act: Callable[[], T]) -> T | None:
-        """What `act` returns, which the leader alone does; what it raises is raised on every rank."""
+        """Call `act` on the leader only and return its result (None on others). Errors are raised on every rank."""
         with self.together():
             return act() if self.leads else None
 
     def shared_out(self, sizes: Sequence[int], *, short: Collection[int] = ()) -> list[int]:
-        """The rank that computes each of `sizes` (tokens of slices, in their order): about as many for each rank, and
-        no rank's slices before those of a lower one. short: not all; on these one alone didn't fit, for what else is on
-        a device differs from rank to rank: a single slice goes to another."""
+        """Return the rank that computes each of `sizes` (tokens of slices, in order).
+
+        Ranks get about the same number of tokens, and no rank's slices precede those of a lower rank. `short` are
+        ranks, but not all, on which this single slice did not fit. Another rank gets it, since free memory differs.
+        """
         if self.size == 1:
             return [0] * len(sizes)
         if len(sizes) == 1 and short:
@@ -124,10 +126,11 @@ class Ranks:
         return ranks
 
     def carry(self, total: Tensor, *, holder: int | None, parts: Sequence[tuple[int, Tensor | None]]) -> int | None:
-        """Add to `total`, a flat vector whose value `holder` has (None: nobody has begun), each part in its order.
+        """Add each part to the flat vector `total`, in order.
 
-        parts: the rank that has it, and there the vector, or None where it lies in `total` already. Returns the rank
-        that has the sum now; elsewhere `total` is of no use, until `spread`.
+        `holder` is the rank whose `total` is current, or None if the sum is still 0. Each part is (rank, vector). The
+        vector is only read on that rank, and is None if it is included in `total` already. Returns the rank that
+        holds the sum. On other ranks `total` is undefined until `spread`.
         """
         runs = [(rank, [part for _, part in run]) for rank, run in groupby(parts, key=lambda part: part[0])]
         for start in range(0, total.numel() if runs else 0, CARRIED_NUMBERS):
@@ -150,7 +153,7 @@ class Ranks:
             dist.recv(piece, src=at)
 
     def spread(self, total: Tensor, *, holder: int | None) -> None:
-        """What `holder` has, on every rank."""
+        """Copy the holder's `total` to every rank."""
         if self.size > 1 and holder is not None:
             dist.broadcast(total, src=holder)
 
@@ -160,32 +163,37 @@ ALONE = Ranks()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Meeting:
-    """Where the processes of several machines meet, and which of them are on this one."""
+    """The rendezvous of a trainer that runs on several machines."""
 
     address: str
-    """Of the machine that leads: nothing listens elsewhere."""
+    """Address of the leader's machine, the only one on which a socket listens."""
     interface: str
-    """Of this machine: what ranks say to each other goes through it."""
+    """Network interface of this machine for messages between ranks."""
     port: Callable[[], int]
-    """Where the leader listens: of every process but the leader, and waits until it is known."""
+    """Returns the port of the leader's store. Blocks until it is known. Called on all ranks except the leader."""
     tell_port: Callable[[int], None]
-    """Of the leader."""
+    """Publishes the port. Called on the leader."""
     name: str
-    """Those of another name are not met."""
+    """Separates this rendezvous from others that use the same store."""
     first_rank: int
     num_ranks: int
-    """Of all machines."""
+    """Number of ranks on all machines."""
     seconds: float
-    """For which a process tries to reach the store of the leader. How long it waits there for those who have not come
-    is `silence_seconds`, as later."""
+    """Timeout for reaching the leader's store. Waiting there for the other ranks is limited by `silence_seconds`."""
 
 
 def join(device: str, *, silence_seconds: float, meeting: Meeting | None = None, file: Path | None = None) -> Ranks:
-    """The ranks that this process was launched among, by `accelerate launch` or torchrun; ALONE where it was by itself.
+    """Join the ranks that `accelerate launch` or torchrun started with this process. Call it once per process.
 
-    silence_seconds: after which a rank that waits for another one gives up, with an error. meeting: where those that
-    were launched on one machine are some of more. file: of a new name, by which those of one machine meet, so that no
-    store listens for them; None: as the launcher says. Call it once.
+    Args:
+        device: Torch device, such as "cpu" or "cuda:0". It selects the backend.
+        silence_seconds: Timeout after which a rank that waits for another one raises an error.
+        meeting: The rendezvous, if the ranks run on several machines.
+        file: Path of a new file for a rendezvous on one machine, so that no store has to listen on a port. None uses
+            the launcher's rendezvous.
+
+    Returns:
+        ALONE if there is only one process.
     """
     own_rank, num_own = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if num_own == 1 and meeting is None:
@@ -210,10 +218,10 @@ def join(device: str, *, silence_seconds: float, meeting: Meeting | None = None,
 
 
 def greet(ranks: Ranks, device: str) -> None:
-    """A number from every rank to every higher one, and one from the first to all.
+    """Send a number from every rank to every higher one, and broadcast one from rank 0.
 
-    NCCL makes the channel between two ranks when they first speak, in the device's memory: what is free is looked at
-    later, and memory has no need to run out amid training.
+    NCCL allocates the channel between two ranks in device memory when they first communicate. Doing it here makes a
+    later measurement of free memory correct and avoids running out of memory during training.
     """
     number = torch.zeros(1, device=device)
     for low, high in combinations(range(ranks.size), 2):
@@ -225,14 +233,17 @@ def greet(ranks: Ranks, device: str) -> None:
 
 
 def _kept(file: Path, silence_seconds: float) -> FileStore:
-    """A store that outlives each of the ranks: what the first of them failed of can be read when it has gone."""
+    """Return a file store, which outlives each rank, so that the reason for a failure can be read after an exit."""
     store = FileStore(str(file), -1)
     store.set_timeout(timedelta(seconds=silence_seconds))
     return store
 
 
 def _met(meeting: Meeting, own_rank: int) -> dict[str, Any]:
-    """Torch's own rendezvous would listen at every address of the machine: here the leader's socket is handed to it."""
+    """Create the store of a rendezvous on several machines.
+
+    torch's own rendezvous would listen on every address of the machine, so the leader passes a bound socket to it.
+    """
     rank = meeting.first_rank + own_rank
     os.environ |= {"GLOO_SOCKET_IFNAME": meeting.interface, "NCCL_SOCKET_IFNAME": f"={meeting.interface}"}
     timeout = timedelta(seconds=meeting.seconds)
@@ -251,12 +262,12 @@ def _met(meeting: Meeting, own_rank: int) -> dict[str, Any]:
     else:
         store = TCPStore(meeting.address, meeting.port(), is_master=False, timeout=timeout)
     named = PrefixStore(meeting.name, store)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(meeting.num_ranks)}  # for whoever looks there
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(meeting.num_ranks)}  # for libraries that read them
     return {"store": named, "rank": rank, "world_size": meeting.num_ranks}
 
 
 def leave() -> None:
-    """Of every rank, when all is done."""
+    """Destroy the process group, if there is one. Call it on every rank at the end."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -265,7 +276,7 @@ def _problem_fields(problem: LoraCoreError | OSError | None) -> dict[str, str] |
     if problem is None:
         return None
     if isinstance(problem, OSError):
-        return {"message": f"{problem}.", "remedy": "Look at the disk of that machine.", "code": "disk_error"}
+        return {"message": f"{problem}.", "remedy": "Check the disk of that machine.", "code": "disk_error"}
     return {"message": problem.message, "remedy": problem.remedy, "code": problem.code}
 
 

@@ -1,1 +1,1 @@
-"""Many jobs on one base model: admit, step, evict, checkpoint."""
+"""The training engine: admits, trains, checkpoints and evicts many jobs on one base model."""

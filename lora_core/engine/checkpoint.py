@@ -1,7 +1,7 @@
 # pyright: basic
-"""Exact resume: the flat row and a few numbers, as of the last completed optimizer step. Never pickle.
+"""Checkpoints for exact resume: the adapter's vectors and a few counters after the last completed step. Never pickle.
 
-Where a job keeps its best weights, they are a vector beside those of the adapter.
+If a job keeps its best weights, they are stored as one more vector.
 """
 
 import hashlib
@@ -24,19 +24,19 @@ from lora_core.runtime.safetensors_io import read_header, write_directory, write
 
 FORMAT = 4
 VECTORS = ("p", "m", "v")
-"""In fp32, with `best` where one is kept. A start that is subtracted (PiSSA, OLoRA) is in its own dtype."""
+"""Stored in fp32, as is `best`. The start that is subtracted (PiSSA, OLoRA) has the compute dtype."""
 BEST, START = "best", "start"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 Belonging = dict[str, str | None]
 
 
 HELD = ("dtype", "quantization", "task")
-"""How a base is held, by the arguments of load_base."""
-OTHER_BASE = "Load the base model that the job began on, or start again."
+"""Arguments of load_base that must be the same on resume."""
+OTHER_BASE = "Load the base model that the job started on, or start again."
 
 
 def belonging(base: BaseModel, config: JobConfig, *, data_digest: str, parent_sha256: str | None) -> Belonging:
-    """What a checkpoint goes on with, and with nothing else: all that the rest of a job follows from."""
+    """Return everything that determines the rest of a job. A checkpoint can only be resumed if all of it is equal."""
     return {
         "config_digest": config.digest(),
         "data_digest": data_digest,
@@ -49,7 +49,7 @@ def belonging(base: BaseModel, config: JobConfig, *, data_digest: str, parent_sh
 
 
 def save_checkpoint(job: TrainingJob, base: BaseModel, directory: Path) -> None:
-    """Write state.json and row.safetensors; `directory` must not exist and appears whole or not at all."""
+    """Write state.json and row.safetensors. `directory` must not exist and is created atomically. Raises OSError."""
     write_directory(directory, lambda temporary: _write(job, base, temporary))
 
 
@@ -77,11 +77,10 @@ def _write(job: TrainingJob, base: BaseModel, directory: Path) -> None:
 def load_checkpoint(
     directory: Path, *, adapter: FlatAdapter, best: Tensor | None, expected: Belonging
 ) -> TrainingProgress:
-    """Fill `row`, and `best` where the job keeps its best weights, and return the progress. `expected`: what it must
-    belong to.
+    """Load the vectors into `adapter`, and into `best` if the job keeps its best weights. Return the progress.
 
-    Raises BadCheckpoint if the files are damaged or belong to another configuration, data, parent or base model, or to
-    one that is held in another dtype, otherwise quantized or for another task.
+    Raises BadCheckpoint if the files are damaged or don't match `expected`: another configuration, data set, parent or
+    base model, or a base model with another dtype, quantization or task.
     """
     try:
         state = json.loads((directory / "state.json").read_text())
@@ -98,19 +97,19 @@ def load_checkpoint(
 
 def _check_state(state: dict[str, Any], expected: Belonging, targets: list[str]) -> None:
     if state["format"] != FORMAT:
-        remedy = "Go on with the version of lora_core that wrote it, or start again."
-        raise _bad(f"has format {state['format']}, not {FORMAT}", remedy)
+        remedy = "Resume with the version of lora_core that wrote it, or start again."
+        raise _bad(f"has format {state['format']}: expected {FORMAT}", remedy)
     for name, value in expected.items():
         if state[name] != value:
             raise _foreign(name, was=state[name], value=value)
     if state["targets"] != targets:
-        raise _bad("belongs to another base model: its adapted layers differ", OTHER_BASE)
+        raise _bad("belongs to another base model: the adapted layers differ", OTHER_BASE)
 
 
 def _foreign(name: str, *, was: object, value: str | None) -> BadCheckpoint:
     if name in HELD:
-        reason = f"was made on a base with {name} {was!r}, and this one has {value!r}"
-        return _bad(reason, f"Load the base with {name}={was!r}, or start again.")
+        reason = f"was created with {name} {was!r}, but this base model has {value!r}"
+        return _bad(reason, f"Load the base model with {name}={was!r}, or start again.")
     if name == "base_digest":
         return _bad(f"belongs to another base model: its {name} differs", OTHER_BASE)
     return _bad(f"belongs to another job: its {name} differs")
@@ -122,12 +121,12 @@ def _load_vectors(path: Path, adapter: FlatAdapter, best: Tensor | None, sha256:
         vectors[START] = adapter.start()
     expected = {name: (DTYPES[vector.dtype], tuple(vector.shape)) for name, vector in vectors.items()}
     if read_header(path) != expected:
-        raise _bad(f"doesn't hold the vectors {', '.join(vectors)} of this adapter")
+        raise _bad(f"does not contain the vectors {', '.join(vectors)} of this adapter")
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise _bad("is damaged: the adapter's digest differs")
+        raise _bad("is damaged: the digest of row.safetensors differs")
     for name, vector in load_file(path).items():
         if not torch.isfinite(vector).all():
-            raise _bad(f"holds numbers in {name} that are not finite")
+            raise _bad(f"contains values in {name} that are not finite")
         vectors[name].copy_(vector)
     if adapter.lora.subtracts_start:
         adapter.keep_start(vectors[START])

@@ -1,9 +1,9 @@
 # pyright: basic
-"""Parts of one tick computed side by side on the cores of a CPU, each by a thread of its own.
+"""Lanes: CPU threads that compute parts of one tick concurrently.
 
-A matrix product of a tick is too small for two OpenMP threads, which meet at a barrier every half millisecond. Slices,
-of different jobs or of one, have nothing to meet for. Each lane runs its slices with one thread from embedding to
-gradient; their gradients are disjoint: lanes write nothing that another reads, and a slice has the bits of one alone.
+A matmul of a tick is too small for two OpenMP threads, which synchronize every half millisecond. Slices are
+independent. Each lane therefore runs its slices with one thread, from embedding to gradient. No lane writes memory that
+another reads, so the bits of a slice don't depend on the lanes.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,19 +16,20 @@ import torch
 from lora_core.runtime.device_errors import interrupts_wait
 
 MIN_LANE_TOKENS = 96
-"""Tokens below which a further lane isn't worth another pass over the base's weights."""
+"""Tokens below which another lane isn't worth one more pass over the base model's weights."""
 
 START_SECONDS = 60.0
-"""For a machine to begin the threads of all lanes."""
+"""Timeout for starting the threads of all lanes."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def split(costs: Sequence[int], *, num_tokens: int, num_lanes: int) -> list[list[int]]:
-    """Indices of `costs` (of slices) by lane, in their order, lanes about equally full: largest first (LPT).
+    """Distribute slices over lanes of about equal cost (longest processing time first). Return indices of `costs`.
 
-    At most `num_lanes`, no more than have MIN_LANE_TOKENS of `num_tokens` on average, and none is empty.
+    There are at most `num_lanes` lanes, at most one per MIN_LANE_TOKENS of `num_tokens`, and none is empty. Indices
+    within a lane are in order.
     """
     wanted = max(1, min(num_lanes, len(costs), num_tokens // MIN_LANE_TOKENS))
     lanes: list[list[int]] = [[] for _ in range(wanted)]
@@ -41,10 +42,11 @@ def split(costs: Sequence[int], *, num_tokens: int, num_lanes: int) -> list[list
 
 
 class Lanes:
-    """`run` waits for every part, also where one fails: nobody writes into a row afterwards. Where Ctrl-C breaks off
-    the waiting itself, `settle` goes on with it.
+    """Thread pool of the lanes.
 
-    More than one lane takes the process's cores for itself: torch computes with one thread from then on.
+    `run` waits for every part even if one fails, so that no thread writes to an adapter afterwards. If Ctrl-C
+    interrupts the waiting, `settle` resumes it. With more than one lane, torch uses one thread per operation from then
+    on, for the whole process.
     """
 
     def __init__(self, num_lanes: int) -> None:
@@ -54,13 +56,13 @@ class Lanes:
         if num_lanes > 1:
             torch.set_num_threads(1)
             self._pool = ThreadPoolExecutor(num_lanes - 1, thread_name_prefix="lane")
-            all_here = Barrier(num_lanes)  # all threads are begun now: later, a part may be taken in and none be begun
+            all_here = Barrier(num_lanes)  # start all threads now: the pool would otherwise start them on demand
             begun = [self._pool.submit(all_here.wait, START_SECONDS) for _ in range(num_lanes - 1)]
             all_here.wait(START_SECONDS)
             wait(begun)
 
     def run(self, compute: Callable[[Item], Result], parts: Sequence[Item]) -> list[Result]:
-        """compute(part) of each, the first in the calling thread. Raises what the first failing part raised."""
+        """Return compute(part) of each part. The first runs in the calling thread. Raises the first part's error."""
         if self._pool is None or len(parts) < 2:
             return [compute(part) for part in parts]
         with interrupts_wait():
@@ -74,6 +76,6 @@ class Lanes:
         return [first, *(other.result() for other in others)]
 
     def settle(self) -> None:
-        """Wait for the parts of a `run` that was left."""
+        """Wait for the parts of an interrupted `run`."""
         wait(self._others)
         self._others = []

@@ -1,8 +1,8 @@
 # pyright: basic
-"""Tells a step that was computed with worthless weights: its loss is not zero, and its gradient is, exactly.
+"""Detects steps with collapsed weights: the loss is not zero, but the gradient is exactly zero.
 
-Steps at an absurd rate make weights so large that norms divide everything else away: the logits are those of no
-text, and nothing that the job trains moves them. All numbers are finite, and none of a later step is of use.
+An excessive learning rate can make weights so large that normalization removes everything else. The logits are then
+independent of the text, and no trained parameter changes them. All numbers are finite, but no later step can recover.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from lora_core.config import ObjectiveConfig
 from lora_core.data.token_dataset import TokenDataset
 
 LEAST_LOSS = 1e-3
-"""Of a label. Rows known by heart have less, and then nothing is left to learn: their gradient may be zero."""
+"""Loss per label in nats below which a zero gradient is legitimate, because the rows are memorized."""
 
 
 def is_dead(
@@ -26,19 +26,23 @@ def is_dead(
     norm: float,
     loss: float,
 ) -> bool:
-    """Of a whole step: `norm` of its gradient, which lies in the row, its mean `loss`, and its rows of the data.
+    """Return whether a whole step was computed with collapsed weights.
 
-    The slope of a cross-entropy, or of a square, is zero where the loss is. That of a preference need not be: KTO's
-    saturates at a loss of 1, and what pulls equal answers apart cancels out. Those are never called dead.
+    `norm` is that of its gradient in `adapter`, `loss` its mean loss, and `slices` its rows of `dataset`. The slope of
+    a cross-entropy or a squared error is zero only if the loss is zero. Preference losses are never called dead: KTO's
+    slope saturates at a loss of 1, and the gradients of two equal answers cancel.
     """
     if norm > 0 or loss <= LEAST_LOSS or objective.is_preference or bool(adapter.g.any()):
-        return False  # (the norm is 0 also where the squares are too small for fp32)
+        return False  # the norm is also 0 if the squares underflow in fp32, so look at the elements
     return any(_chooses(dataset, index) for part in slices for index in part)
 
 
 def _chooses(dataset: TokenDataset, index: int) -> bool:
-    """Whether attention has a choice before the row's last label. After a single token, or one repeated, whatever it
-    attends to is the same, so that a job of queries and keys alone has no gradient by nature."""
+    """Return whether the tokens before the row's last label differ from each other.
+
+    After a single or repeated token, attention returns the same value whatever it attends to. A job that trains only
+    queries and keys then has a zero gradient by construction.
+    """
     ids, mask = dataset.row(index)
     before = ids[: np.flatnonzero(mask)[-1]] if mask.any() else ids
     return bool((before != before[0]).any())

@@ -1,5 +1,5 @@
 # pyright: strict
-"""What evaluations decide: which step's weights are the best so far, and whether training goes on. No torch here."""
+"""Tracks the best evaluation of a job and decides on early stopping. Does not import torch."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from lora_core.config import EarlyStoppingConfig
 
 @dataclass(kw_only=True, slots=True)
 class Selection:
-    """A part of a checkpoint. Losses are held-out ones in nats; steps -1 and losses None where there was none yet.
+    """State of model selection, part of a checkpoint. Losses are validation losses in nats.
 
-    `marked_loss` is the one that patience is measured from: it moves only where the loss fell by more than
-    `min_delta`. `num_stale`: evaluations since then.
+    Steps are -1 and losses None before the first evaluation. Patience is measured from `marked_loss`, which only moves
+    if the loss falls by more than `min_delta`. `num_stale` is the number of evaluations since then.
     """
 
     best_step: int = -1
@@ -20,7 +20,7 @@ class Selection:
     num_stale: int = 0
 
     def book(self, *, step: int, loss: float, min_delta: float) -> bool:
-        """Whether the evaluation after `step` is the best so far."""
+        """Record the evaluation after `step`. Return whether it is the best so far."""
         if self.marked_loss is None or loss < self.marked_loss - min_delta:
             self.marked_loss, self.num_stale = loss, 0
         else:
@@ -31,9 +31,9 @@ class Selection:
         return True
 
     def reason_to_stop(self, rule: EarlyStoppingConfig | None) -> str | None:
-        """A sentence, or None where training goes on."""
+        """Return a sentence with the reason to stop, or None to continue."""
         if rule is None or self.num_stale < rule.patience:
             return None
         margin = f" by more than {rule.min_delta:g}" if rule.min_delta else ""
         count = f"{self.num_stale} evaluations" if self.num_stale > 1 else "one evaluation"
-        return f"The held-out loss has not fallen below {self.marked_loss:.4f}{margin} in {count}."
+        return f"The validation loss has not fallen below {self.marked_loss:.4f}{margin} in {count}."

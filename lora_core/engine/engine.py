@@ -52,8 +52,8 @@ from lora_core.peft_format.export import ExportReport, export_adapter
 from lora_core.runtime.device_errors import interrupts_wait, shortage_in_pass, shortage_of
 
 START_WORK = 2**30
-"""Multiplications of a job's start in one tick: a fraction of a second on one core. A start computes at least one
-weight per tick."""
+"""Multiplications of a job's initialization in one tick, a fraction of a second on one core. At least one weight is
+initialized per tick."""
 
 
 class Engine:
@@ -64,8 +64,11 @@ class Engine:
     """
 
     def __init__(self, base: BaseModel, config: EngineConfig, ranks: Ranks = ALONE) -> None:
-        """`ranks`: the processes that train together. Each has an engine, and calls its methods in the same order with
-        the same arguments (lora_core/distributed/ranks.py)."""
+        """Attach to `base` and measure batch invariance. Raises UnsupportedModel and torch.OutOfMemoryError.
+
+        `ranks` are the processes that train together. Each has an engine, and calls its methods in the same order with
+        the same arguments (lora_core/distributed/ranks.py).
+        """
         if base.is_sharded:  # every rank must pass through all blocks at the same time: no lanes, no skipped blocks
             config = replace(config, num_lanes=1, prefix_memory_bytes=0, prefix_disk_bytes=0)
         self.base = base
@@ -74,7 +77,7 @@ class Engine:
         self._jobs: dict[str, TrainingJob] = {}
         self._in_tick: list[TrainingJob] = []
         self._errors: list[OutOfMemory] = []
-        """Of quarantined jobs; `tick` raises one per call."""
+        """Errors of quarantined jobs. `tick` raises one per call."""
         self._throughput = Throughput()
         self._lanes = Lanes(config.num_lanes)
         attachment = base.attach(batch_invariant=config.batch_invariant)
@@ -104,20 +107,29 @@ class Engine:
         parent: Path | str | None = None,
         shortages: int = 0,
     ) -> None:
-        """Load `job`. Its start (filling the adapter) takes up to START_WORK here and continues in later ticks, so that
-        its packmates do not wait for it. The job trains once it has started.
+        """Load `job`. It trains once its adapter is initialized.
 
-        `resume_from`: the folder of a checkpoint. `parent`: the folder of an adapter whose weights the job begins with,
-        and with which a preference objective compares (load_parent.py); the same one where the job resumes.
-        `shortages`: the number of its earlier attempts that ran out of memory: ticks with it are smaller.
+        Initialization takes up to START_WORK multiplications here and continues in later ticks, so that packmates do
+        not wait for it.
 
-        Raises ConfigError (a job of this name is loaded, the job needs a held-out set and has none, or the adapter of
-        `parent` has another shape), NoTargets, BadDataset, BadParent, BadCheckpoint, OutOfMemory. Then nothing has
-        changed.
+        Args:
+            train, valid: Training and validation set.
+            resume_from: Folder of a checkpoint.
+            parent: Folder of the adapter whose weights the job starts with, which is also the reference of a preference
+                objective (load_parent.py). It must be the same one if the job resumes.
+            shortages: Number of earlier attempts of the job that ran out of memory. Ticks are smaller while it is
+                loaded.
+
+        Raises:
+            ConfigError: A job of this name is loaded, the job needs a validation set and has none, or the adapter of
+                `parent` has another shape.
+            NoTargets, BadDataset, BadParent, BadCheckpoint, OutOfMemory: See these classes.
+
+        If it raises, the engine is unchanged.
         """
         if job in self._jobs:
             raise ConfigError(
-                f"A job {job!r} is resident already.", remedy="Give the job another name, or evict that one first."
+                f"Job {job!r} is already loaded.", remedy="Give the job another name, or evict the loaded one first."
             )
         with self.ranks.together():
             admitted = job_on(
@@ -133,14 +145,14 @@ class Engine:
     def tick(self) -> list[Event]:
         """Compute one tick. Returns the events of the steps and evaluations that it completed; [] without work.
 
-        Raises OutOfMemory for one job, which is now quarantined; the next tick continues with the others. Raises
-        RanksDiffer and BrokenPass, after which the engine is of no more use. Any other exception, also
+        Raises OutOfMemory for one job, which is then quarantined; the next tick continues with the others. Raises
+        RanksDiffer and BrokenPass, after which the engine must be discarded. Any other exception, including
         KeyboardInterrupt, leaves the jobs as they were after their last completed step.
         """
         try:
-            self._discard_unfinished()  # 1. Jobs of an interrupted tick begin their step or evaluation again.
+            self._discard_unfinished()  # 1. Jobs of an interrupted tick restart their step or evaluation.
             if not self._errors:
-                self._continue_start()  # 2. A new job fills its adapter, a part in each tick.
+                self._continue_start()  # 2. A new job initializes a part of its adapter.
                 plan = self._plan()  # 3. The leader selects slices, and the rank that computes each. None: no work.
                 computed = self._compute(plan) if plan else None  # 4. Forward and backward. None: out of memory.
                 if plan and computed:
@@ -154,7 +166,7 @@ class Engine:
         return self._take_events()
 
     def evict(self, job: str) -> None:
-        """Unload a job. Its memory is free at once; after the last job, memory that torch keeps on a GPU is too."""
+        """Unload a job and free its memory. After the last job, the memory that torch caches on a GPU is freed too."""
         del self._jobs[job]
         self._prefixes.leave(job)
         self._errors = [error for error in self._errors if error.job != job]
@@ -162,19 +174,19 @@ class Engine:
         self.base.attachment.segment_op.forget()
         self._memory.forget()
         if not self._jobs and self.base.device.startswith("cuda"):
-            torch.cuda.empty_cache()  # else the driver counts torch's cache as used, and no other process can have it
+            torch.cuda.empty_cache()  # the driver counts torch's cache as used, so no other process could allocate it
 
     # The steps of a tick
 
     def _discard_unfinished(self) -> None:
-        # A job leaves the list after its replay, because an interrupt may also come here: the next tick goes on.
+        # A job leaves the list only after its replay: an interrupt may arrive here, and the next tick then continues.
         self._lanes.settle()
         while self._in_tick:
             self._in_tick[-1].replay_unit()
             self._in_tick.pop()
 
     def _continue_start(self) -> None:
-        """For the job that was admitted first, of those that have not started."""
+        """Continue the initialization of the job that was admitted first among those not yet initialized."""
         job = next((job for job in self._jobs.values() if job.starting is not None), None)
         if job is None:
             return
@@ -187,7 +199,7 @@ class Engine:
             raise OutOfMemory(job.name, part="start") from error
 
     def _plan(self) -> TickPlan | None:
-        """The leader's plan on every rank, since it depends on times and free memory, which differ between ranks."""
+        """Return the leader's plan on every rank. It depends on times and free memory, which differ between ranks."""
         waiting = [
             ReadySlice(job=name, kind=job.unit.kind, num_tokens=tokens[0], served=job.served, further=tokens[1:])
             for name, job in self._jobs.items()
@@ -210,10 +222,10 @@ class Engine:
         return replace(plan, checkpointed=recomputes)
 
     def _max_tokens(self, waiting: list[ReadySlice], shortages: int) -> int:
-        """The most tokens of a tick, by memory and by `max_tick_seconds`.
+        """Return the maximum number of tokens of a tick, limited by memory and by `max_tick_seconds`.
 
-        A tick lasts as long as its fullest lane. One slice is never divided, so each lane may have as many tokens as
-        the largest slice that waits. The prefix cache is not considered: a tick that uses it takes less time.
+        A tick takes as long as its fullest lane. A slice is never split, so each lane may have as many tokens as the
+        largest waiting slice. The prefix cache is not considered, because it only makes a tick faster.
         """
         rate = self._throughput.lane_tokens_per_second
         lane_tokens = int(rate * self.config.max_tick_seconds) or self._memory.max_tokens
@@ -222,8 +234,10 @@ class Engine:
         return min(self._memory.tokens_after(shortages), num_lanes * max(lane_tokens, largest_slice))
 
     def _widened(self, selected: list[ReadySlice], max_tokens: int) -> tuple[list[ReadySlice], list[tuple[int, ...]]]:
-        """The jobs of the tick, and the tokens of each one's slices. Only the first job, until enough ticks of its size
-        have shown how fast it is alone (`ticks_alone`)."""
+        """Return the jobs of the tick and the tokens of each one's slices.
+
+        Only the first job is chosen until enough ticks of its size (`ticks_alone`) have measured its speed alone.
+        """
         job_tokens = self.ranks.size * self.config.job_tokens
         first = widen(selected[:1], token_budget=max_tokens, job_tokens=job_tokens)
         if selected[0].kind == "train" and self._throughput.num_alone(sum(first[0])) < self.config.ticks_alone:
@@ -231,8 +245,11 @@ class Engine:
         return selected, widen(selected, token_budget=max_tokens, job_tokens=job_tokens)
 
     def _compute(self, plan: TickPlan) -> Computed | None:
-        """Gradients stay with the slices, until `_update` adds them up. None: it did not fit; the next tick is adapted.
-        Raises OutOfMemory where a single slice fits on no rank."""
+        """Run the passes. Gradients stay with the slices until `_update` adds them up.
+
+        Returns None if memory ran out and the next tick is adapted. Raises OutOfMemory if a single slice fits on no
+        rank.
+        """
         self._in_tick = [self._jobs[name] for name in plan.tokens]
         started = time.perf_counter()
         own_tokens = plan.share_of(self.ranks.rank)
@@ -261,14 +278,16 @@ class Engine:
         outcomes: list[StepOutcome] = []
         for job, numbers in zip(self._in_tick, plan.by_job().values(), strict=True):
             job.served += sum(plan.sizes[number] for number in numbers)
-            with interrupts_wait():  # half an optimizer step can be neither undone nor completed
+            with interrupts_wait():  # a half-applied optimizer step can be neither undone nor completed
                 job.collect([plan.ranks[number] for number in numbers])
                 outcomes.append(self._update_job(job, [computed.scores[number] for number in numbers]))
         return outcomes
 
     def _update_job(self, job: TrainingJob, scores: list[SliceScores]) -> StepOutcome:
-        """Give the job its slices in their order. After one that diverged, the others are dropped. Events stay with the
-        job, so that none is lost if another job of the tick fails."""
+        """Pass the scores of its slices to the job, in order. After divergence the remaining ones are dropped.
+
+        Events stay with the job, so that none is lost if another job of the tick fails.
+        """
         outcome = StepOutcome(job=job, step=job.step, num_pending=len(job.pending))
         try:
             with shortage_of(job.name):
@@ -279,7 +298,7 @@ class Engine:
         return outcome
 
     def _agree(self, outcomes: list[StepOutcome]) -> None:
-        with interrupts_wait():  # a rank that left the exchange early would let the others wait
+        with interrupts_wait():  # a rank that left the exchange early would block the others
             self._errors += agree(self.ranks, outcomes, self.activations)
         self._in_tick = []
 
@@ -291,25 +310,32 @@ class Engine:
         return events
 
     def _least_served(self) -> int:
-        """Where a new job's count of tokens begins, so that it neither overtakes the others for long nor waits."""
+        """Return the initial token count of a new job, so that it neither starves the others nor waits for them."""
         return min((job.served for job in self._jobs.values() if job.starting is None), default=0)
 
-    # What is made of a job's weights
+    # Outputs from a job's weights
 
     def save_checkpoint(self, job: str, directory: Path) -> None:
-        """Write the state after the last completed step into a new directory (checkpoint.py). Raises ConfigError,
-        BadCheckpoint, OSError."""
+        """Write the state after the last completed step into a new directory (checkpoint.py).
+
+        Raises ConfigError, BadCheckpoint, OutOfMemory and OSError.
+        """
         checkpoint.save_checkpoint(self._started(job), self.base, directory)
 
     def export(
         self, job: str, directory: Path, *, base_name: str, between: Between = silent, has_evidence: bool = True
     ) -> ExportReport:
-        """Write the adapter in PEFT's layout into a new directory: the weights after the last completed step, of a
-        finished job those that it keeps (`JobConfig.keep`).
+        """Write the adapter in PEFT's layout into a new directory.
 
-        `base_name` becomes `base_model_name_or_path`. `has_evidence`: two passes also compute logits, for verify.py to
-        compare with PEFT's. `between` is called after each linear of these passes. Raises ConfigError, BadCheckpoint,
-        OutOfMemory, OSError.
+        It holds the weights after the last completed step, or for a finished job the ones to keep (`JobConfig.keep`).
+
+        Args:
+            base_name: Value of `base_model_name_or_path` in adapter_config.json.
+            between: Called after each linear of the evidence passes, for example to send a heartbeat.
+            has_evidence: Compute two more passes for logits that verify.py compares with PEFT's.
+
+        Raises:
+            ConfigError, BadCheckpoint, OutOfMemory, OSError: See these classes.
         """
         in_passes = shortage_in_pass(is_sharded=self.base.is_sharded and has_evidence)
         with in_passes, shortage_of(job), calling_at_linears(self.base, between):
@@ -317,27 +343,32 @@ class Engine:
             return export_adapter(self.base, adapter, directory, base_name=base_name, has_evidence=has_evidence)
 
     def generation(self, prompts: Mapping[str, Prompts]) -> Generation:
-        """Greedy answers to each job's prompts, by its current weights. No job of them may be ticked before the answers
-        are complete. Training does not change. Raises ConfigError, BadCheckpoint."""
+        """Return a generator of greedy answers to each job's prompts with its current weights.
+
+        None of these jobs may be ticked before the answers are complete. Training is not affected. Raises ConfigError,
+        BadCheckpoint and OutOfMemory.
+        """
         rows = {job: (self._started(job).adapter, own) for job, own in prompts.items()}
         return Generation(self.base, rows, token_budget=self.config.token_budget)
 
     def compare_ranks(self, job: str) -> None:
-        """Raises RanksDiffer, on all ranks, if they have different weights of the job. Call it before anything is made
-        of them, or reported."""
+        """Raise RanksDiffer on all ranks if their weights of the job differ.
+
+        Call it before the weights are exported, saved or reported.
+        """
         require_equal_weights(self.ranks, self._jobs[job])
 
     def _started(self, name: str) -> TrainingJob:
-        """Raises ConfigError if the job is not loaded, and BadCheckpoint if an update of it broke off half way."""
+        """Return an initialized job. Raises ConfigError if it is not loaded, and BadCheckpoint if its update failed."""
         if name not in self._jobs:
             raise ConfigError(
-                f"No job {name!r} is resident.", remedy=f"Name one of these: {', '.join(self._jobs) or 'none is'}."
+                f"Job {name!r} is not loaded.", remedy=f"Loaded jobs are: {', '.join(self._jobs) or 'none at all'}."
             )
         job = self._jobs[name]
         if job.is_torn:
             raise BadCheckpoint(
-                f"An update of job {name!r} broke off half way, and nothing can be made of its weights.",
-                remedy="Evict it, and resume it from an earlier checkpoint.",
+                f"Job {name!r} has undefined weights because an optimizer update failed halfway.",
+                remedy="Evict the job, and resume it from an earlier checkpoint.",
             )
         with shortage_of(name, part="start"):
             while job.starting is not None:
@@ -348,44 +379,44 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """No job has a slice to compute, or an event or error to report."""
+        """Whether no job has a slice to compute, and no event or error is pending."""
         return not self._errors and all(job.unit is None and not job.pending for job in self._jobs.values())
 
     def jobs(self) -> tuple[str, ...]:
-        """Names of all loaded jobs, in the order of admission."""
+        """Return the names of all loaded jobs, in the order of admission."""
         return tuple(self._jobs)
 
     def num_parameters(self, job: str) -> int:
-        """Trained parameters of the adapter."""
+        """Return the number of trained parameters of the job's adapter."""
         return self._jobs[job].adapter.num_parameters
 
     def trained_tokens(self, job: str) -> int:
-        """Tokens of all completed steps, those before a resume included. Evaluations do not count."""
+        """Return the tokens of all completed training steps, including those before a resume."""
         return self._jobs[job].progress.num_tokens
 
     def progress(self, job: str) -> tuple[int, int]:
-        """(completed steps, steps in total)."""
+        """Return (completed steps, total steps)."""
         return self._jobs[job].step, self._jobs[job].config.num_steps
 
     def evaluated_step(self, job: str) -> int | None:
-        """The step of the job's current weights if these were evaluated, else None."""
+        """Return the step of the job's current weights if they were evaluated, else None."""
         return self._jobs[job].evaluated_step
 
     @property
     def prefixes(self) -> PrefixCounts:
-        """Tokens that the prefix cache has computed and saved so far."""
+        """Statistics of the prefix cache."""
         return self._prefixes.counts()
 
     def tokens_per_second(self) -> float:
-        """Tokens through the base model per second of tick time, averaged over recent ticks; 0 before the first."""
+        """Return the recent average of tokens through the base model per second. 0 before the first tick."""
         return self._throughput.tokens_per_second
 
     def tick_speeds(self) -> dict[PackSize, list[tuple[int, float]]]:
-        """(tokens, tokens per second) for each size of tick, of one job and of several."""
+        """Return (tokens, tokens per second) for each tick size, for ticks of one job and of several."""
         return self._throughput.table()
 
     def memory(self) -> dict[str, int]:
-        """Bytes of the base model, of all jobs' vectors, and the peak of the device (on a CPU, of the process)."""
+        """Return the bytes of the base model and of all jobs, and the peak of the device (on a CPU, the process)."""
         return {
             "base_bytes": self.base.num_bytes,
             "adapter_bytes": sum(job.num_bytes for job in self._jobs.values()),

@@ -1,5 +1,5 @@
 # pyright: strict
-"""Whose slices make the next tick: pure. The job with the fewest tokens served is never passed over."""
+"""Fair selection of the slices for the next tick, as pure functions. The least served job is always selected."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from lora_core.config import Kind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadySlice:
-    """A job with a slice ready: its size in tokens, and the tokens that the job was served so far.
+    """A job with its next slice, and the tokens that it was served so far.
 
-    `further`: tokens of the slices that follow it in the same step or evaluation.
+    `further` contains the tokens of the following slices of the same step or evaluation.
     """
 
     job: str
@@ -22,10 +22,10 @@ class ReadySlice:
 
 
 def select_slices(waiting: Sequence[ReadySlice], *, token_budget: int) -> list[ReadySlice]:
-    """At most one slice a job, of one kind, within the budget; the first goes alone if it exceeds it.
+    """Select at most one slice per job, all of one kind and within the budget. The first is selected even if too large.
 
-    Deficit round-robin in tokens (Shreedhar and Varghese 1996), with the debt kept as tokens served: a large
-    job waits while small ones catch up, and whatever fits beside the first is taken.
+    Deficit round-robin in tokens (Shreedhar and Varghese 1996) that keeps the debt as tokens served. A job with large
+    slices waits while the others catch up. Any slice that still fits is selected too.
     """
     order = sorted(waiting, key=lambda turn: turn.served)
     chosen: list[ReadySlice] = []
@@ -38,9 +38,10 @@ def select_slices(waiting: Sequence[ReadySlice], *, token_budget: int) -> list[R
 
 
 def widen(chosen: Sequence[ReadySlice], *, token_budget: int, job_tokens: int) -> list[tuple[int, ...]]:
-    """Tokens of the slices that each chosen job puts into the tick: its first, and further ones while there is room.
+    """Return the tokens of the slices that each selected job puts into the tick.
 
-    They are dealt out one by one in the order of turns. A job with more than one has at most `job_tokens` in all.
+    While there is room, further slices are added round-robin in the order of `chosen`. A job with more than one slice
+    has at most `job_tokens` in all.
     """
     tokens = [[turn.num_tokens] for turn in chosen]
     left = token_budget - sum(turn.num_tokens for turn in chosen)

@@ -1,10 +1,9 @@
 # pyright: basic
-"""Asks the kernels of this machine, at start-up: does a job's gradient depend on its packmates?
+"""Start-up self-test of batch invariance: does a job's gradient depend on its packmates on this machine?
 
-Whether it is the same bit for bit is a property of kernels, sizes and thread counts, so it is measured on the
-real base model. A model that isn't even close doesn't keep packed sequences apart, and is refused. The packs are small;
-what speaks for ticks of any size is that products are tried at each number of rows
-(lora_core/kernels/batch_invariant.py).
+Bitwise equality depends on kernels, sizes and thread counts, so it is measured on the real base model. A model whose
+gradients aren't even close does not keep packed sequences apart, and is rejected. The test packs are small. For larger
+ticks, batch_invariant.py checks each matmul at each number of rows.
 """
 
 from collections.abc import Iterator
@@ -35,17 +34,17 @@ Invariance = Literal["bitwise", "allclose"]
 LENGTHS = ((19, 30), (9,), (41, 5, 7))  # sequences of three synthetic jobs, of odd sizes on purpose
 RANKS = (4, 8, 3)
 CLOSE = 0.1
-"""Share of a norm by which `allclose` results may differ. Another order of sums in bf16 changes a gradient of
-SmolLM2's 30 blocks by 0.013, and rounding grows with depth."""
+"""Fraction of a norm by which `allclose` results may differ. Another summation order in bf16 changes a gradient of
+SmolLM2's 30 blocks by 0.013, and rounding errors grow with depth."""
 GRADED = ObjectiveConfig(kind="classification", num_labels=NUM_PLACEHOLDER_CLASSES)
 
 
 def measure_invariance(base: BaseModel, lanes: Lanes) -> Invariance:
-    """Train three synthetic jobs alone, then packed in two orders, and compare; in lanes, as ticks are computed.
+    """Train three synthetic jobs alone and packed in two orders, in lanes as in real ticks, and compare the gradients.
 
-    Without exact products, as on any GPU, the word is `allclose` at most: the largest pack has 112 rows, and a product
-    may sum in another order at any number of rows above. So it is with several threads to a lane: an element-wise
-    kernel may divide a tensor among them by its size. Raises UnsupportedModel.
+    Returns "allclose" at best without batch-invariant matmuls, such as on any GPU: the largest pack has 112 rows, and a
+    matmul may use another summation order at any larger number of rows. The same holds for several threads per lane,
+    because an element-wise kernel may split a tensor among threads by its size. Raises UnsupportedModel.
     """
     refuse_mixing(base)
     orders = ((0,), (1,), (2,), (0, 1, 2), (2, 1, 0))
@@ -63,7 +62,7 @@ def measure_invariance(base: BaseModel, lanes: Lanes) -> Invariance:
 
 
 def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """The gradient, and the loss behind it, each by itself: a sum of losses is hundreds of times a gradient's norm."""
+    """Compare gradient and loss separately: the sum of losses is hundreds of times as large as a gradient's norm."""
     parts = zip(one.split([len(one) - 1, 1]), other.split([len(one) - 1, 1]), strict=True)
     return all(torch.linalg.vector_norm(a - b) <= CLOSE * torch.linalg.vector_norm(a) for a, b in parts)
 
@@ -71,7 +70,7 @@ def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _train_each(
     base: BaseModel, orders: tuple[tuple[int, ...], ...], lanes: Lanes
 ) -> dict[tuple[int, ...], list[torch.Tensor]]:
-    """The gradients of the jobs of each pack, in its order. Every pack has rows of its own."""
+    """Return the gradients of the jobs in each pack, in order. Every pack has adapters of its own."""
     sizes = [sum(sum(LENGTHS[index]) for index in order) for order in orders]
 
     def compute(lane: list[int]) -> list[list[torch.Tensor]]:
@@ -84,11 +83,10 @@ def _train_each(
 
 
 def representative_linears(attachment: Attachment) -> dict[str, nn.Module]:
-    """Those of the top blocks that stand for all: one more than hold each kind of block, so that each kind has one
-    above the lowest adapter, through which gradients pass on; and those of no block.
+    """Return the linears of the top blocks that represent all blocks, and the linears outside blocks.
 
-    Every pass goes forward through all blocks all the same. Blocks are of a kind where nothing but their number
-    tells them apart.
+    The number of blocks suffices to contain each kind of block above the lowest adapter, where gradients pass through.
+    Two blocks are of the same kind if only their number differs. The forward pass still runs all blocks.
     """
     blocks = attachment.blocks
     kinds = [kind_of(block) for block in blocks.modules]
@@ -101,15 +99,14 @@ def representative_linears(attachment: Attachment) -> dict[str, nn.Module]:
 
 
 def refuse_mixing(base: BaseModel) -> None:
-    """Packed logits without adapters must be those of transformers, and not change with later tokens.
+    """Require that packed logits without adapters equal those of transformers, and don't depend on later tokens.
 
-    A classifier of sequences is asked the first alone: an encoder sees all tokens from each.
-
-    Raises UnsupportedModel, which names the architecture. `base` must be attached.
+    The second check doesn't apply to sequence classifiers, because an encoder attends to all tokens. `base` must be
+    attached. Raises UnsupportedModel with the name of the architecture.
     """
     ids = np.stack([_ids(base, "mixing", count=24)] * 2)
     ids[1, -1] = (ids[0, -1] + 1) % base.vocab_size
-    with _failures_named(base, "transformers' own pass"):
+    with _failures_named(base, "the forward pass of transformers"):
         reference = _reference_logits(base, ids)
     with _failures_named(base, "a packed pass"):
         packed = _packed_logits(base, ids)
@@ -117,9 +114,9 @@ def refuse_mixing(base: BaseModel) -> None:
         raise _unpackable(base, "its logits are not finite")
     limit = {torch.float32: 1e-3, torch.bfloat16: 0.1}[base.dtype] * float(reference.abs().max())
     if not float((packed - reference).abs().max()) <= limit:
-        raise _unpackable(base, "its logits differ from transformers' own")
+        raise _unpackable(base, "its logits differ from those of transformers")
     if base.task == "causal-lm" and float((packed[0, 0] - packed[1, 0]).abs().max()) > limit:
-        raise _unpackable(base, "its logits change with later tokens")
+        raise _unpackable(base, "its logits depend on later tokens")
 
 
 def _reference_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
@@ -133,7 +130,7 @@ def _reference_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
 
 
 def _packed_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
-    """Without an adapter."""
+    """Return the logits of packed sequences without an adapter."""
     bare = FlatAdapter(
         (), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device, trained=placeholder_head(base)
     )
@@ -143,7 +140,7 @@ def _packed_logits(base: BaseModel, ids: np.ndarray) -> torch.Tensor:
 
 @contextmanager
 def _failures_named(base: BaseModel, what: str) -> Iterator[None]:
-    """A family may fail in any way, by its sizes or where the engine passes it by, so all are caught."""
+    """Convert an arbitrary error of a model family, whose code wasn't written for packs, to UnsupportedModel."""
     try:
         with shortage_named():
             yield
@@ -158,7 +155,7 @@ def _failures_named(base: BaseModel, what: str) -> Iterator[None]:
 def _unpackable(base: BaseModel, reason: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"{type(base.model).__name__} can't be packed: {reason}.",
-        remedy="Choose a decoder whose attention follows transformers' attention interface.",
+        remedy="Choose a decoder that uses transformers' attention interface.",
     )
 
 

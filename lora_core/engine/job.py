@@ -1,8 +1,8 @@
 # pyright: basic
-"""One resident job: which slice comes next, and what the scores of a slice change.
+"""One resident job: its next slices, and how the scores of a slice change its state.
 
-Work comes in units: one optimizer step, or one pass over the held-out set. A unit is a list of slices that
-depends on the job alone. Only a completed step changes the weights, so a dropped unit can be replayed.
+Work is divided into units: one optimizer step or one evaluation. The slices of a unit depend on the job alone. Only a
+completed step changes the weights, so an unfinished unit can be replayed.
 """
 
 import math
@@ -29,7 +29,7 @@ from lora_core.packing.packed_batch import DropoutKey, NoiseKey, SliceInput
 
 @dataclass(kw_only=True, slots=True)
 class RunningMean:
-    """What the slices of the current unit have given so far; loss in nats, summed over labels or pairs."""
+    """Running totals of the current unit. Losses are in nats, summed over labels, pairs or answers."""
 
     next_slice: int = 0
     loss_sum: float = 0.0
@@ -41,8 +41,10 @@ class RunningMean:
 
 @dataclass(kw_only=True, slots=True)
 class TrainingProgress:
-    """What a checkpoint keeps beside the vectors: completed steps, the last evaluated one (-1: none), tokens, and
-    what the evaluations have decided."""
+    """State of a job that a checkpoint stores in addition to the vectors. `last_evaluated_step` is -1 if there is none.
+
+    Token counts include completed training steps only.
+    """
 
     step: int = 0
     last_evaluated_step: int = -1
@@ -52,14 +54,18 @@ class TrainingProgress:
 
 
 class TrainingJob:
-    """`served` is the engine's account of tokens, for turns; `pending` events are due at the next tick.
+    """A job that is loaded in an engine.
 
-    `best`: the weights of the best evaluation so far, fp32 like the adapter's p; None where the last ones are kept.
-    `reference_point`: KTO's, of the unit that is computed; no checkpoint has it, since it follows from the weights.
-    `entry_block`: where its sequences may enter the base (prefix_cache.py); 0 where nothing is kept of them.
-    `shortages`: attempts of it that memory has ended before; ticks are smaller while it is resident (fair_queue.py).
-    `is_torn`: an update broke off half way; nothing may be made of the adapter.
-    `reference`: what the objective compares with, where it does. `parent_sha256`: of the weights that it began with.
+    Attributes:
+        served: Tokens that the engine has computed for the job, for fair queueing.
+        pending: Events that the next tick reports.
+        best: Weights of the best evaluation so far, fp32 like the adapter's p. None if the last weights are kept.
+        reference_point: KTO's reference point of the current unit. Not in checkpoints, since weights determine it.
+        entry_block: Block at which the job's sequences may enter the base model (prefix_cache.py). 0: no caching.
+        shortages: Earlier attempts of the job that ran out of memory. Ticks are smaller while it is resident.
+        is_torn: An update failed halfway, so the adapter must not be used.
+        reference: Reference model of the objective, if it needs one.
+        parent_sha256: Digest of the parent adapter's weights, if there is a parent.
     """
 
     def __init__(
@@ -77,7 +83,7 @@ class TrainingJob:
         parent_sha256: str | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """is_started: the adapter is filled; else `starting` fills it, in pieces, and is None at its end."""
+        """`is_started`: the adapter is initialized. Otherwise `starting` initializes it and is None at the end."""
         self.name = name
         self.config = config
         self.adapter = adapter
@@ -103,7 +109,7 @@ class TrainingJob:
 
     @property
     def num_examples(self) -> int:
-        """Of the training data: rows, or pairs of them."""
+        """Number of training examples: rows, or pairs of rows."""
         return self.train.num_rows // self.config.objective.rows_per_example
 
     @property
@@ -112,7 +118,7 @@ class TrainingJob:
 
     @property
     def evaluated_step(self) -> int | None:
-        """The step of the adapter's weights, where they were evaluated; at the end that of the kept weights."""
+        """Step of the adapter's weights if they were evaluated, else None. After the end, the step that is kept."""
         progress = self.progress
         if progress.last_evaluated_step != progress.step:
             return None
@@ -128,14 +134,14 @@ class TrainingJob:
         return self.adapter.num_bytes + self._gradients.num_bytes + best_bytes + reference_bytes
 
     def go_on_starting(self, work: int) -> None:
-        """Pieces of the start, until they have taken about `work` multiplications; then `starting` may be None."""
+        """Initialize the adapter for about `work` multiplications. `starting` is None once it is complete."""
         while self.starting is not None and work > 0:
             try:
                 piece = next(self.starting, None)
             except BaseException:
                 self.starting = self.adapter.starting(
                     self.config.seed
-                )  # the one that broke off would be taken to be done
+                )  # an exhausted generator would look like a completed one, so start over
                 raise
             if piece is None:
                 self.starting = None
@@ -143,14 +149,16 @@ class TrainingJob:
                 work -= piece
 
     def waiting_tokens(self) -> tuple[int, ...]:
-        """Tokens that each slice left of the unit puts through the base model: twice its own where they are compared
-        with a reference."""
+        """Return the tokens that each remaining slice of the unit sends through the base model.
+
+        A slice that also needs a reference pass counts twice.
+        """
         assert self.unit is not None
         passes = 1 if self.reference is None else 2
         return tuple(passes * tokens for tokens in self.unit.tokens_of_slices[self.tally.next_slice :])
 
     def next_slices(self, offsets: Iterable[int]) -> list[SliceInput]:
-        """Slices to compute now, of one unit, counted from the next one; asking twice gives the same ones."""
+        """Return slices of the unit by their offset from the next one. Repeated calls return the same slices."""
         return [self._slice(self.tally.next_slice + offset) for offset in offsets]
 
     def _slice(self, index: int) -> SliceInput:
@@ -182,22 +190,22 @@ class TrainingJob:
         )
 
     def _labels(self, unit: Unit, index: int) -> tuple[float, ...]:
-        """Of each row of a slice, where rows have some."""
+        """Return the label of each row in a slice, or () for objectives without row labels."""
         if self.config.objective.kind not in ("classification", "kto") or unit.measures_point:
             return ()
         return tuple(unit.dataset.row_label(row) for row in unit.slices[index])
 
     def collect(self, ranks_of_slices: Sequence[int]) -> None:
-        """Add up the gradients of the slices of a tick, each from the rank that has computed it."""
+        """Add the gradients of this tick's slices, each from the rank that computed it."""
         if self.unit is not None and self.unit.kind == "train":
             self._gradients.collect(self.tally.next_slice, ranks_of_slices)
 
     def receive(self, scores: SliceScores) -> list[Event]:
-        """Book a slice whose gradient was collected; the slices of a tick one by one, in their order."""
+        """Add the scores of one slice whose gradient was collected. Call it for the slices of a tick in order."""
         unit, tally = self.unit, self.tally
         assert unit is not None
         if not math.isfinite(scores.loss_sum):
-            what = "distance from the base" if unit.measures_point else "loss"
+            what = "KTO reference point" if unit.measures_point else "loss"
             return self._diverge(f"The {what} of {unit.kind} slice {tally.next_slice + 1} is not finite.")
         tally.loss_sum += scores.loss_sum
         tally.num_correct += scores.num_correct
@@ -213,7 +221,7 @@ class TrainingJob:
         return self._finish_step(unit) if unit.kind == "train" else self._finish_evaluation(unit)
 
     def replay_unit(self) -> None:
-        """Forget the slices computed since the last completed step or evaluation."""
+        """Discard the slices computed since the last completed step or evaluation."""
         self._gradients.drop()
         self.tally = RunningMean()
 
@@ -234,7 +242,7 @@ class TrainingJob:
             optimizer_step(self.adapter, config, step=step, learning_rate=rate, norm=norm)
         except BaseException:
             self.quarantine()
-            self.is_torn = True  # half an update can be neither undone nor completed
+            self.is_torn = True  # a half-applied update can be neither undone nor completed
             raise
         self.progress.step = step
         self.progress.num_tokens += unit.num_tokens
@@ -291,21 +299,22 @@ class TrainingJob:
         )
 
     def quarantine(self) -> None:
-        """Compute nothing more; the adapter holds the last completed step, save where an update broke off."""
+        """Stop computing the job. The adapter holds the last completed step, unless an update failed halfway."""
         self.unit = self.starting = None
         self._gradients.drop()
 
     def _diverge(self, message: str, *, is_good: bool = False) -> list[Event]:
-        """is_good: the weights that the adapter has gave finite losses and a gradient to go on by, as those of the
-        steps before did. Where they did not, they would again, for a step is computed in one way: nobody can go on
-        from them.
+        """Quarantine the job and report the last step with good weights.
+
+        `is_good`: the current weights produced finite losses and a finite, nonzero gradient. Otherwise a resume from
+        them would fail again, because a step is deterministic, so the previous step is reported.
         """
         self.quarantine()
         good_step = self.step if is_good else self.step - 1 if self.step else None
         return [JobDiverged(job=self.name, step=self.step, good_step=good_step, message=message)]
 
     def _begin_unit(self, *, reference_point: float | None = None) -> list[Event]:
-        """What is due at this step; of KTO first the pass that measures the reference point of it."""
+        """Start the evaluation or step that is due. For KTO, first the pass that measures its reference point."""
         self.tally, self.reference_point = RunningMean(), reference_point
         if self._evaluation_is_due():
             assert self.valid is not None
@@ -331,7 +340,7 @@ class TrainingJob:
         return make_unit(kind, dataset, examples, self.config)
 
     def _finish(self) -> JobFinished:
-        """The adapter ends with the weights that are kept. Done again after a resume, it changes nothing."""
+        """Load the weights to keep into the adapter. Idempotent, so a resume after the last step may repeat it."""
         if self.best is not None:
             self.adapter.p.copy_(self.best)
             self.adapter.refresh_compute()

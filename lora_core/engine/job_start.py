@@ -1,5 +1,5 @@
 # pyright: basic
-"""A job as an engine takes it in: its row on the base, where it resumes, what it continues and compares with."""
+"""Creates a job for an engine: its adapter, its checkpoint, the parent that it continues, and its reference model."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def job_on(
     parent: Path | str | None,
     ranks: Ranks,
 ) -> TrainingJob:
-    """It may still have to start. Raises as Engine.admit does."""
+    """Create the job. Its adapter may still have to be initialized. Raises the same errors as Engine.admit."""
     check_job(base, config, train, valid)
     if parent is not None:
         refuse_other_start(config.lora)
@@ -78,7 +78,7 @@ def _new_adapter(base: BaseModel, config: JobConfig, *, is_trained: bool = True)
 
 
 def _reference(base: BaseModel, adapter: FlatAdapter, config: JobConfig, *, has_parent: bool) -> FlatAdapter | None:
-    """What the objective compares with: the adapter that `row` begins with, or none on the base model."""
+    """Return the objective's reference model: a copy of the parent adapter, or the base model without an adapter."""
     if not config.objective.needs_reference:
         return None
     if not has_parent:
@@ -90,13 +90,16 @@ def _reference(base: BaseModel, adapter: FlatAdapter, config: JobConfig, *, has_
 
 
 def check_job(base: BaseModel, config: JobConfig, train: TokenDataset, valid: TokenDataset | None) -> None:
-    """Raises ConfigError where the base can't train what the job does, or the job needs a held-out set and has none;
-    BadDataset."""
+    """Check that the base model can train the job.
+
+    Raises ConfigError if the base model does not support the objective, or if the job needs a validation set and has
+    none. Raises BadDataset if the data doesn't fit the base model or the objective.
+    """
     refuse_other_task(base, config.objective)
     if valid is None and config.needs_evaluation:
         raise ConfigError(
-            "Early stopping and keeping the best weights need a held-out set, and the job has none.",
-            remedy="Give one, or leave early_stopping out and keep the last weights.",
+            "Early stopping and keeping the best weights need a validation set, but the job has none.",
+            remedy="Provide a validation set, or omit early_stopping and set keep to 'last'.",
         )
     for dataset in filter(None, (train, valid)):
         _check_fits(dataset, base)
@@ -111,24 +114,24 @@ def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:
     largest, longest = int(dataset.input_ids.max()), int(dataset.row_lengths().max())
     if largest >= base.vocab_size:
         raise BadDataset(
-            f"The data holds token {largest}, but the base model has {base.vocab_size} tokens.",
+            f"The data contains token {largest}, but the base model has {base.vocab_size} tokens.",
             remedy="Tokenize the data with this base model's tokenizer.",
         )
     _check_types(dataset, base)
     if base.max_positions is not None and longest > base.max_positions:
         raise BadDataset(
-            f"A row has {longest} tokens, but the base model takes {base.max_positions}.",
-            remedy="Shorten or split the long rows.",
+            f"A row has {longest} tokens, but the base model supports at most {base.max_positions}.",
+            remedy="Shorten or split long rows.",
         )
 
 
 def _check_types(dataset: TokenDataset, base: BaseModel) -> None:
-    """Of tokens, as encoders tell the two sentences of a pair apart."""
+    """Check token types, by which encoders distinguish the two sentences of a pair."""
     if dataset.token_types is None:
         return
     largest, num_types = int(dataset.token_types.max()), getattr(base.model.config, "type_vocab_size", None) or 0
     if num_types and largest >= num_types:
         raise BadDataset(
-            f"The data holds token type {largest}, but the base model has {num_types}.",
-            remedy="Tokenize the data with this base model's tokenizer, or leave the token types out.",
+            f"The data contains token type {largest}, but the base model has {num_types}.",
+            remedy="Tokenize the data with this base model's tokenizer, or omit the token types.",
         )

@@ -1,8 +1,9 @@
 # pyright: basic
-"""Frozen prefixes: what the blocks below a job's lowest adapter give for a sequence is computed once, and kept.
+"""Cache of frozen lower layers: the activations below a job's lowest adapter, computed once per sequence.
 
-It is a function of the frozen base and the sequence alone, so whoever reads the sequence again at that block enters
-there. Nobody can tell from a result (docs/ENGINE.md). Letters: T tokens of the pack, S of a sequence, D features.
+They depend on the frozen base model and the sequence alone, so any job that reads the sequence again can enter at that
+block. The cache does not change results (docs/ENGINE.md). Shape suffixes: T tokens of the pack, S of a sequence, D
+features.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ from lora_core.runtime.counter_rng import random_words
 from lora_core.runtime.device_errors import interrupts_wait, is_device_fault, shortage_named
 
 LEAST_SHARE = 0.25
-"""Of the blocks, below which a prefix isn't worth a pass apart from jobs that adapt all."""
+"""Minimum fraction of blocks in a prefix. A shorter one isn't worth a pass apart from jobs that adapt all blocks."""
 PROBE_LENGTHS = (19, 9, 5)
 
 
@@ -45,8 +46,7 @@ NOBODY = ""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixCounts:
-    """Tokens that went through a prefix, and tokens that entered above one that had gone through before; bytes kept
-    now; files that a disk had damaged."""
+    """Tokens computed through a prefix, tokens that skipped it thanks to the cache, bytes cached, and damaged files."""
 
     computed_tokens: int
     reused_tokens: int
@@ -56,7 +56,7 @@ class PrefixCounts:
 
 
 class Prefixes:
-    """Of one engine. Without a budget no job enters anywhere but at the embeddings."""
+    """The prefix cache of one engine. Without a budget every job enters at the embeddings."""
 
     def __init__(self, base: BaseModel, config: EngineConfig, *, invariance: Literal["bitwise", "allclose"]) -> None:
         assert base.attachment is not None
@@ -74,7 +74,7 @@ class Prefixes:
         self._computed_tokens = self._reused_tokens = 0
 
     def entry_block(self, adapter: FlatAdapter) -> int:
-        """The lowest block that the job adapts; 0 where the base can't be entered there, or it isn't worth it."""
+        """Return the lowest block that the job adapts. 0 if the model can't be entered there or it isn't worth it."""
         if not self._is_on or adapter.trained.token_ids:
             return 0
         block = min((self._blocks.number_of(name) for name in adapter.sites), default=0)
@@ -85,14 +85,14 @@ class Prefixes:
         return block if self._enterable[block] else 0
 
     def cost(self, part: SliceInput, num_tokens: int) -> int:
-        """Tokens through the whole base that take about as long as this slice, whose passes take `num_tokens`."""
+        """Return the number of tokens through the whole base model that take as long as this slice of `num_tokens`."""
         if part.entry is None or not all(key in self._store for key in _keys(part)):
             return num_tokens
         depth = len(self._blocks.modules)
         return math.ceil(num_tokens * (depth - part.entry.block) / depth)
 
     def entered(self, pack: PackedBatch, parts: Sequence[SliceInput]) -> PackedBatch:
-        """`pack`, built of these parts, which all enter at one block: there, with what enters it."""
+        """Return `pack`, built of these parts, with the cached input of the one block at which all of them enter."""
         entry = parts[0].entry
         if entry is None:
             return pack
@@ -116,7 +116,7 @@ class Prefixes:
         )
 
     def _states(self, block: int, parts: Sequence[SliceInput]) -> list[list[Tensor]]:
-        """[S, D] of each sequence of each part: what was kept, and the rest computed in one pass."""
+        """Return the states [S, D] of each sequence of each part, from the cache or computed in one pass."""
         keys = [_keys(part) for part in parts]
         found: dict[Key, Tensor] = {}
         missing: dict[Key, SliceInput] = {}
@@ -138,7 +138,7 @@ class Prefixes:
                 with (
                     suppress(torch.OutOfMemoryError),
                     shortage_named(),
-                ):  # computed again, then: the tick itself has room
+                ):  # not cached then: the tick itself still fits
                     self._store.keep(key, found[key], part.entry.job)
         with self._lock:
             self._reused_tokens += num_reused
@@ -155,8 +155,10 @@ class Prefixes:
 
     @torch.no_grad()
     def _can_enter(self, block: int) -> bool:
-        """Whether sequences that enter this block, computed each by itself, end as those that went all the way. Raises
-        torch.OutOfMemoryError, from which nothing follows for the block."""
+        """Return whether sequences that enter at this block give the same hidden states as through all blocks.
+
+        Raises torch.OutOfMemoryError, which does not decide the question for this block.
+        """
         whole = _probe_slice(self._base)
         pack = bare_pack([whole], device=self._base.device)
         expected_TD = hidden_states(self._base, pack)
@@ -170,7 +172,7 @@ class Prefixes:
         except ANY_FAILURE as error:
             if is_device_fault(error):
                 raise
-            return False  # a family whose blocks give each other more than hidden states
+            return False  # the blocks of this family pass more than hidden states to each other
         count = sum(PROBE_LENGTHS)
         if self._invariance == "bitwise":
             return torch.equal(got_TD[:count], expected_TD[:count])
@@ -179,14 +181,15 @@ class Prefixes:
 
 
 def slices_of(job: TrainingJob, offsets: Iterable[int]) -> list[SliceInput]:
-    """Of a job, counted from the one that comes next, and where they enter."""
+    """Return slices of a job by their offset from the next one, with their entry block."""
     return [replace(part, entry=entry_of(job)) for part in job.next_slices(offsets)]
 
 
 def entry_of(job: TrainingJob) -> EntryBlock | None:
-    """Of the slices of its unit. None where training adds noise below any block, or nothing would be passed twice.
+    """Return the entry block of the job's current unit.
 
-    The last epoch keeps nothing, nor does a pass that puts answers to others' prompts.
+    None if training adds noise to the embeddings or no sequence would be processed twice. The last epoch and KTO's
+    mismatched answers are not cached.
     """
     config, unit = job.config, job.unit
     if unit is None or not job.entry_block or (unit.kind == "train" and config.neftune_alpha):
@@ -201,7 +204,7 @@ def entry_of(job: TrainingJob) -> EntryBlock | None:
 
 
 def by_entry(lane: Sequence[int], slices: Sequence[SliceInput]) -> list[tuple[list[int], list[SliceInput]]]:
-    """The indices of a lane in their order, and their slices, by the block at which these enter."""
+    """Group the indices of a lane, and their slices, by entry block. The order within a group is kept."""
     groups: dict[int, list[int]] = {}
     for index in lane:
         entry = slices[index].entry
@@ -210,7 +213,7 @@ def by_entry(lane: Sequence[int], slices: Sequence[SliceInput]) -> list[tuple[li
 
 
 def _keys(part: SliceInput) -> list[Key]:
-    """sha256 of all that a sequence's states depend on, beside the base: block, tokens and their types."""
+    """Return the cache keys: sha256 of block, tokens and token types of each sequence. The base model is implied."""
     assert part.entry is not None
     types = part.token_types or (None,) * len(part.sequences)
     return [
@@ -224,13 +227,13 @@ def _keys(part: SliceInput) -> list[Key]:
 
 
 def _alone(part: SliceInput, index: int) -> SliceInput:
-    """One sequence of a slice."""
+    """Return one sequence of a slice as a slice."""
     types = part.token_types[index : index + 1]
     return replace(part, sequences=part.sequences[index : index + 1], token_types=types, labels=())
 
 
 def _entering(block: int, states: Sequence[Sequence[Tensor]], pack: PackedBatch) -> BlockRange:
-    """Behind the sequences comes the filler, which is nobody's: zeros."""
+    """Return the input at `block`: the states of all sequences, then zeros for the padding sequence."""
     found = [state_SD for part in states for state_SD in part]
     num_filler = pack.input_ids.shape[1] - sum(map(len, found))
     return BlockRange(first=block, entering_TD=torch.cat([*found, found[0].new_zeros(num_filler, found[0].shape[1])]))
@@ -247,7 +250,7 @@ def _probe_slice(base: BaseModel) -> SliceInput:
 
 
 class CacheBudget:
-    """Entries by the job that used each last; of each job, the one used longest ago comes first."""
+    """Cached entries by the job that used each last. The entries of a job are in least recently used order."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -266,12 +269,14 @@ class CacheBudget:
         return sum(self._bytes.values())
 
     def use(self, key: Key, job: str) -> None:
-        """It is the job's from now on, and its newest."""
+        """Make `job` the owner of the entry, and the entry its most recently used one."""
         self._insert(key, self.remove(key), job)
 
     def place(self, key: Key, num_bytes: int, job: str) -> dict[Key, str] | None:
-        """Take a new entry in. What had to go for it, with whose it was; None where it isn't taken: then nothing
-        goes."""
+        """Add a new entry. Return the evicted entries with their owners, or None if the entry was not accepted.
+
+        If it is not accepted, nothing is evicted.
+        """
         victims = self._victims(num_bytes, job)
         if victims is None:
             return None
@@ -282,14 +287,14 @@ class CacheBudget:
         return owners
 
     def remove(self, key: Key) -> int:
-        """Its bytes."""
+        """Remove an entry. Return its bytes."""
         owner = self._owner_of.pop(key)
         num_bytes = self._entries[owner].pop(key)
         self._bytes[owner] -= num_bytes
         return num_bytes
 
     def leave(self, job: str) -> None:
-        """Its entries stay, for whoever has the same sequences, until room is wanted."""
+        """Disown the entries of `job`. They stay for other jobs with the same sequences until space is needed."""
         for key, _ in list(self._of(job)):
             self.use(key, NOBODY)
         self._entries.pop(job, None)
@@ -324,12 +329,12 @@ class CacheBudget:
 
 
 LEAST_FREE_BYTES = 2**30
-"""What is left free on the disk: checkpoints need it more."""
+"""Minimum free space on the disk, which checkpoints need."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spilled:
-    """One file, which holds the numbers and nothing else."""
+    """A file that contains the raw bytes of one tensor."""
 
     path: Path
     digest: bytes
@@ -338,10 +343,10 @@ class Spilled:
 
 
 class PrefixStore:
-    """States [S, D] by key, on the host. `num_damaged` counts files that weren't what had been written."""
+    """Thread-safe store of states [S, D] by key, in host memory and on disk. `num_damaged` counts damaged files."""
 
     def __init__(self, *, memory_bytes: int, disk_bytes: int, folder: Path | None) -> None:
-        """`folder`: where a folder of this store's own is made, which goes with the store."""
+        """Create a store whose files are in a new folder inside `folder`, which is deleted with the store."""
         self.num_damaged = 0
         self._lock = threading.Lock()
         self._memory, self._disk = CacheBudget(memory_bytes), CacheBudget(disk_bytes if folder else 0)
@@ -365,7 +370,7 @@ class PrefixStore:
         return self._disk.num_bytes
 
     def take(self, key: Key, job: str) -> Tensor | None:
-        """What was kept, not to be written to; None where nothing is, or no longer."""
+        """Return the states, which must not be modified, or None if they are not or no longer cached."""
         with interrupts_wait(), self._lock:
             if key in self._memory:
                 self._memory.use(key, job)
@@ -381,8 +386,10 @@ class PrefixStore:
             return states_SD
 
     def keep(self, key: Key, states_SD: Tensor, job: str) -> None:
-        """A copy of the states, in memory where there is room or some is made, else on disk, else nowhere. What is
-        raised on the way (memory is short) costs entries, and leaves none without its states."""
+        """Store a copy of the states in memory if there is space or some can be freed, else on disk, else not at all.
+
+        An error, such as out of memory, may lose entries but never leaves an entry without its states.
+        """
         with interrupts_wait(), self._lock:
             if key in self._memory or key in self._disk:
                 return
@@ -405,7 +412,7 @@ class PrefixStore:
             self._disk.leave(job)
 
     def _spill(self, key: Key, states_SD: Tensor, job: str) -> None:
-        """The entry is known once the file is whole; a disk that is full or fails keeps nothing."""
+        """Write the states to disk. An entry is valid once its file is complete. A failing disk stores nothing."""
         if self._folder is None or (victims := self._disk.place(key, states_SD.nbytes, job)) is None:
             return
         for victim in victims:
@@ -439,7 +446,7 @@ def _written(path: Path, states_SD: Tensor) -> Spilled:
 
 
 def _read(spilled: Spilled) -> Tensor | None:
-    """None where the file isn't what was written."""
+    """Return None if the content of the file is not what was written."""
     try:
         content = np.fromfile(spilled.path, np.uint8)
     except OSError:

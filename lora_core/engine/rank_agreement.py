@@ -1,8 +1,8 @@
 # pyright: basic
-"""What the ranks of a trainer compare after each tick: the outcome of every job's step, and a job's weights.
+"""Compares the state of jobs between ranks: the outcome of every step after each tick, and the weights of a job.
 
-All ranks have the same jobs and compute the same updates. So a job fails on all of them or on none, and ranks that
-differ prove a fault of a device, of its memory or of the network.
+All ranks have the same jobs and compute the same updates, so a job fails on all of them or on none. A difference
+proves a fault of a device, its memory or the network.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ from lora_core.layers.activation_checkpointing import ActivationMemory
 
 
 class StepStatus(IntEnum):
-    """How a tick ended for one job on one rank."""
+    """Outcome of a tick for one job on one rank."""
 
     GOOD = 0
     OUT_OF_MEMORY = 1
-    """During the job's update."""
+    """Out of memory during the job's update."""
     DIVERGED = 2
     DIVERGED_AFTER_GOOD_STEP = 3
 
 
 @dataclass(kw_only=True, slots=True)
 class StepOutcome:
-    """What a tick has done to a job on this rank. `step` and `num_pending` (events) are those before the update."""
+    """Effect of a tick on a job on this rank. `step` and `num_pending` (events) are the values before the update."""
 
     job: TrainingJob
     step: int
@@ -47,12 +47,12 @@ class StepOutcome:
 
 
 def agree(ranks: Ranks, outcomes: Sequence[StepOutcome], activations: ActivationMemory) -> list[OutOfMemory]:
-    """Compare the outcomes of a tick on all ranks, and plan later ticks for the rank that has the least memory.
+    """Compare the outcomes of a tick on all ranks, and limit later ticks to the rank with the least memory.
 
-    Returns one error for each job whose update ran out of memory on a rank: every rank has given it up. Raises
-    RanksDiffer, on all ranks, if a job has not diverged on all of them in the same way and from the same weights.
+    Returns one error for each job whose update ran out of memory on any rank; every rank has quarantined it. Raises
+    RanksDiffer on all ranks if a job did not diverge on all of them in the same way and from the same weights.
     """
-    # One exchange carries both, because each costs a round trip per tick.
+    # One exchange carries both because each costs a round trip per tick.
     own = activations.own_memory() if ranks.size > 1 else (0, 0)
     of_ranks = ranks.numbers([*own, *(outcome.status for outcome in outcomes)])
     activations.heed(own, [(free_bytes, per_token) for free_bytes, per_token, *_ in of_ranks])
@@ -69,14 +69,17 @@ def agree(ranks: Ranks, outcomes: Sequence[StepOutcome], activations: Activation
 
 
 def require_equal_weights(ranks: Ranks, job: TrainingJob) -> None:
-    """Raises RanksDiffer, on all ranks, unless all of them have the same bits in the job's vectors."""
+    """Raise RanksDiffer on all ranks unless all of them have the same bits in the job's vectors."""
     if ranks.size > 1 and not job.is_torn:
         _require_equal(ranks.numbers(job.adapter.bit_sums()))
 
 
 def _give_up(outcome: StepOutcome, *, is_shared: bool) -> None:
-    """Compute nothing more of the job. Of several ranks (`is_shared`) some may have updated its vectors and others not:
-    then they are of no step, and all ranks report the step before."""
+    """Stop computing the job.
+
+    With several ranks (`is_shared`) some may have updated its vectors and others not. The vectors then belong to no
+    step, so all ranks report the step before.
+    """
     outcome.job.quarantine()
     if is_shared:
         del outcome.job.pending[outcome.num_pending :]

@@ -1,5 +1,5 @@
 # pyright: basic
-"""What a tick computes, and its passes through the base: by which rank, in which lane, entering at which block."""
+"""The passes of a tick: assigns slices to ranks, lanes and entry blocks, and runs them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,12 +22,12 @@ from lora_core.packing.packed_batch import ROW_MULTIPLE, SliceInput, build_pack
 from lora_core.runtime.device_errors import shortage_in_pass
 
 NOTHING = LoraConfig(rank=1, alpha=1)
-"""Of a row without targets."""
+"""Configuration of an adapter without targets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TickPlan:
-    """The tokens of each job's next slices, all of one kind, and the rank of each slice; the same on every rank."""
+    """The token counts of each job's next slices, all of one kind, and the rank of each slice. Equal on every rank."""
 
     kind: Kind
     tokens: Mapping[str, tuple[int, ...]]
@@ -36,7 +36,7 @@ class TickPlan:
 
     @property
     def sizes(self) -> list[int]:
-        """Of all slices, in their order."""
+        """Tokens of each slice, in order."""
         return list(chain(*self.tokens.values()))
 
     @property
@@ -45,15 +45,15 @@ class TickPlan:
 
     @property
     def largest_share(self) -> int:
-        """Tokens of the rank that has the most."""
+        """Number of tokens of the rank that has the most."""
         return max(map(self.share_of, set(self.ranks)))
 
     def share_of(self, rank: int) -> int:
-        """Tokens of one rank."""
+        """Return the number of tokens that one rank computes."""
         return sum(size for size, of_rank in zip(self.sizes, self.ranks, strict=True) if of_rank == rank)
 
     def by_job(self) -> dict[str, range]:
-        """The slices of each job, by their numbers in the tick."""
+        """Return the indices of each job's slices in the tick."""
         spans: dict[str, range] = {}
         start = 0
         for job, tokens in self.tokens.items():
@@ -72,8 +72,11 @@ class TickPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computed:
-    """The scores of all slices; what all ranks have computed of them, in tokens through the whole base, and how much of
-    that the fullest of all lanes has."""
+    """Scores of all slices and the cost of the tick.
+
+    `cost` is in equivalent tokens through the whole base model, over all ranks. `fullest_lane` is that of the lane
+    with the highest cost.
+    """
 
     scores: list[SliceScores]
     cost: int
@@ -81,7 +84,7 @@ class Computed:
 
 
 class Passes:
-    """Of one engine."""
+    """Runs the passes of one engine."""
 
     def __init__(self, base: BaseModel, *, prefixes: Prefixes, lanes: Lanes, ranks: Ranks) -> None:
         self._base = base
@@ -90,8 +93,11 @@ class Passes:
         self._ranks = ranks
 
     def run(self, plan: TickPlan, jobs: Mapping[str, TrainingJob]) -> Computed:
-        """Gradients are left with the slices. Raises torch.OutOfMemoryError where this or another rank's share doesn't
-        fit, on every rank; BrokenPass where that was amid a divided base, on this rank alone."""
+        """Compute the plan's slices and leave their gradients in SliceGradients.
+
+        Raises torch.OutOfMemoryError on every rank if the slices of any rank do not fit. Raises BrokenPass on this
+        rank alone if that happened in a sharded base model.
+        """
         own = [index for index, rank in enumerate(plan.ranks) if rank == self._ranks.rank]
         shortage: torch.OutOfMemoryError | None = None
         scores: list[SliceScores] = []
@@ -115,7 +121,7 @@ class Passes:
         if shortage is not None:
             raise shortage
         if None in found:
-            raise torch.OutOfMemoryError(f"The share of rank {found.index(None)} doesn't fit its device.")
+            raise torch.OutOfMemoryError(f"The slices of rank {found.index(None)} do not fit on its device.")
         each = [iter(of_rank["scores"]) for of_rank in found]
         return Computed(
             scores=[_scores(next(each[rank])) for rank in plan.ranks],
@@ -126,7 +132,7 @@ class Passes:
     def _keeping_step(
         self, slices: Sequence[SliceInput], plan: TickPlan, jobs: Mapping[str, TrainingJob]
     ) -> list[SliceInput]:
-        """What this rank passes through a divided base beside its slices, so that it does so as often as the others."""
+        """Return dummy slices, so that this rank makes as many passes through a sharded base model as the others."""
         compares = any(jobs[name].reference is not None for name in plan.tokens)
         if slices and (not compares or any(part.reference is not None for part in slices)):
             return []
@@ -146,7 +152,7 @@ class Passes:
     def _run_lanes(
         self, lanes: list[list[int]], slices: list[SliceInput], kind: Kind, *, checkpointed: bool
     ) -> list[SliceScores]:
-        """The scores of each slice; `lanes` are indices of `slices`."""
+        """Return the scores of each slice. `lanes` are indices of `slices`."""
         run = run_training if kind == "train" else run_evaluation
 
         def compute(lane: list[int]) -> list[SliceScores]:
@@ -161,7 +167,7 @@ class Passes:
 
 
 def _slices(plan: TickPlan, jobs: Mapping[str, TrainingJob], own: Sequence[int]) -> list[SliceInput]:
-    """Those with the numbers `own`."""
+    """Return the slices with the indices `own`."""
     wanted, slices = set(own), list[SliceInput]()
     for name, numbers in plan.by_job().items():
         slices += slices_of(jobs[name], [number - numbers.start for number in numbers if number in wanted])

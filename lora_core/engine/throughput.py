@@ -1,5 +1,5 @@
 # pyright: strict
-"""How fast ticks have been: the rate of the engine and of its fullest lane, and a table of rates by tick size."""
+"""Measured speed of ticks: averages of the engine and of its fullest lane, and a table by tick size."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,12 +8,12 @@ PackSize = Literal["alone", "together"]
 NEWEST_SHARE = 0.2
 """Weight of the newest tick in an average."""
 COLD_TICKS = 1
-"""Of each size: the first one also pays for memory and kernels that it is the first to touch."""
+"""Ticks of each size that are not averaged, since the first one also pays for allocation and kernel loading."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SizeAverage:
-    """Averages over the ticks of about one size."""
+    """Averages over ticks of similar size."""
 
     num_ticks: int = 0
     num_tokens: float = 0.0
@@ -27,21 +27,21 @@ class SizeAverage:
 
 
 class Throughput:
-    """Averages over the training ticks of one engine. Two ticks have the same size if the numbers of their tokens have
-    the same number of bits."""
+    """Averages over the training ticks of one engine. Two ticks have the same size if their token counts have the same
+    bit length."""
 
     def __init__(self) -> None:
         self.tokens_per_second = 0.0
-        """Tokens through the base model in a second of tick time; 0 before the first tick."""
+        """Tokens through the base model per second of tick time. 0 before the first tick."""
         self.lane_tokens_per_second = 0.0
-        """The same of the fullest lane alone; 0 before the first tick."""
+        """The same for the fullest lane alone. 0 before the first tick."""
         self._by_size: dict[PackSize, dict[int, SizeAverage]] = {"alone": {}, "together": {}}
 
     def learn(self, *, num_tokens: int, cost: int, fullest_lane: int, num_jobs: int, seconds: float) -> None:
         """Record one tick.
 
-        `cost`: tokens through all blocks that take about as long as these `num_tokens`, of which the prefix cache may
-        save some. `fullest_lane`: the part of `cost` that the fullest lane has.
+        `cost` is the number of tokens through all blocks that would take as long as these `num_tokens`, some of which
+        the prefix cache may shorten. `fullest_lane` is the part of `cost` in the fullest lane.
         """
         self.tokens_per_second = _averaged(self.tokens_per_second, num_tokens / seconds)
         self.lane_tokens_per_second = _averaged(self.lane_tokens_per_second, fullest_lane / seconds)
@@ -49,11 +49,11 @@ class Throughput:
         by_size.setdefault(num_tokens.bit_length(), SizeAverage()).learn(num_tokens, cost / seconds)
 
     def num_alone(self, num_tokens: int) -> int:
-        """Ticks of one job so far, of about this size."""
+        """Return the number of ticks of about this size that one job had alone."""
         return self._by_size["alone"].get(num_tokens.bit_length(), SizeAverage()).num_ticks
 
     def table(self) -> dict[PackSize, list[tuple[int, float]]]:
-        """(tokens, tokens per second) by size, without the sizes of which only cold ticks were seen."""
+        """Return (tokens, tokens per second) by size. Sizes with only cold ticks are omitted."""
         return {
             pack_size: [
                 (round(seen.num_tokens), round(seen.tokens_per_second, 1))

@@ -1,8 +1,7 @@
 # pyright: basic
-"""What a process loads for its first engine whatever the base model: compiled kernels, and what torch puts off.
+"""Loads what every engine needs, whatever its base model: compiled kernels and modules that torch imports lazily.
 
-Half a second that a trainer has before it has a base model. Nothing of it is kept by us: an engine afterwards is the
-same, only sooner.
+It saves half a second when a warm standby trainer gets its base model. Results do not change.
 """
 
 import shutil
@@ -15,7 +14,7 @@ from lora_core.engine_config import EngineConfig
 
 
 def warm_up(folder: Path) -> None:
-    """Start an engine on a tiny random Llama on the CPU, in each dtype. `folder` holds it meanwhile."""
+    """Start an engine on a tiny random Llama on the CPU, once per dtype. `folder` is created and deleted again."""
     try:
         tiny_llama().save_pretrained(folder)
         for dtype in ("bfloat16", "float32"):

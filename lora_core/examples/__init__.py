@@ -1,1 +1,1 @@
-"""The library alone, without the service: programs to read, run and copy from."""
+"""Examples of the library without the service."""

@@ -1,5 +1,5 @@
 # pyright: basic
-"""What the examples train on: a base model's folder, made or imported, and a few sentences as tokens."""
+"""Inputs of the examples: a base folder, created or imported, and a few sentences as tokens."""
 
 from pathlib import Path
 
@@ -12,22 +12,22 @@ from lora_core.errors import ConfigError
 from lora_core.model_files.import_base import import_base
 
 SENTENCES = (
-    "The lorry left the harbour before dawn with forty crates of oranges.",
+    "The lorry left the harbor before dawn with forty crates of oranges.",
     "Water boils at one hundred degrees Celsius at sea level, and earlier in the mountains.",
-    "She counted the change twice, because the first time she had been talking.",
+    "The driver counted the change twice, because the first count was interrupted.",
     "A bridge that carries trains is tested with the heaviest train there is.",
 )
 
 
 def refuse_taken(out_dir: Path) -> None:
-    """Before the training whose adapters would have no place. Raises ConfigError."""
+    """Raise ConfigError before training if the output folder isn't empty."""
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        remedy = "Name another folder with --out, or remove this one."
-        raise ConfigError(f"The output folder {str(out_dir)!r} isn't empty.", remedy=remedy)
+        remedy = "Choose another folder with --out, or remove this one."
+        raise ConfigError(f"The output folder {str(out_dir)!r} is not empty.", remedy=remedy)
 
 
 def base_folder(source: Path | None, scratch: Path) -> Path:
-    """A base directory: `source` imported into `scratch`, or a tiny random Llama whose tokens are bytes."""
+    """Return a base folder: `source` imported into `scratch`, or a tiny random Llama with bytes as tokens."""
     folder = scratch / "base"
     if source is None:
         tiny_llama().save_pretrained(folder)
@@ -37,7 +37,7 @@ def base_folder(source: Path | None, scratch: Path) -> Path:
 
 
 def text_rows(base_dir: Path) -> TokenDataset:
-    """The sentences, each a row whose every token but the first is a label."""
+    """Return the sentences as rows, in which every token except the first is a label."""
     rows = [np.array(ids, np.int32) for ids in _token_ids(base_dir)]
     return TokenDataset(
         input_ids=np.concatenate(rows),

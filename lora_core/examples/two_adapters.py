@@ -1,8 +1,9 @@
 # pyright: basic
-"""Two adapters of different rank, trained together on one base model and saved: the library without the service.
+"""Train two adapters of different rank together on one base model, without the service.
 
-`python -m lora_core.examples.two_adapters [--base FOLDER_OR_GGUF] [--out FOLDER]`; without a base, a tiny random one.
-An adapter names the folder of its base: the one given; of a GGUF file or the random model, `base` in the output.
+`python -m lora_core.examples.two_adapters [--base FOLDER_OR_GGUF] [--out FOLDER]`. The default base model is tiny and
+random. An adapter's config names the folder of its base model: the given one, or `base` in the output folder for a GGUF
+file and for the random model.
 """
 
 import argparse
@@ -47,10 +48,8 @@ def train_two(base_dir: Path, out_dir: Path, *, base_name: str, num_steps: int =
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lora_core.examples.two_adapters", description=__doc__)
-    parser.add_argument(
-        "--base", type=Path, help="a folder of safetensors or a GGUF file; a tiny random model if left out"
-    )
-    parser.add_argument("--out", type=Path, default=Path("adapters"), help="where the two folders go; new or empty")
+    parser.add_argument("--base", type=Path, help="folder of safetensors or a GGUF file (default: a tiny random model)")
+    parser.add_argument("--out", type=Path, default=Path("adapters"), help="folder for both adapters; new or empty")
     given = parser.parse_args(arguments)
     out_dir, source = given.out.resolve(), given.base and given.base.resolve()
     try:

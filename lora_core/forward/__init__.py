@@ -1,1 +1,1 @@
-"""One pass of the model: language, classification, generation."""
+"""Passes of a pack through the model: language modeling, classification, generation."""

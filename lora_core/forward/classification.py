@@ -1,8 +1,8 @@
 # pyright: basic
-"""A pass of a pack through a base model with classification heads: one score a sequence, not one a token.
+"""Passes of a pack through a base model with classification heads, which score sequences instead of tokens.
 
-Letters: P sequences of the tick, D features, n sequences of a segment, C classes. The layers between pooling and
-head see sequences as rows, so they get a pack in which segments count those.
+Shape suffixes: P sequences of the pack, D features, n sequences of a segment, C classes. The layers between pooling
+and head have sequences as rows, so they get a pack whose segments count sequences.
 """
 
 from dataclasses import replace
@@ -22,17 +22,17 @@ from lora_core.packing.packed_batch import ROW_MULTIPLE, BatchSegment, Graded, P
 
 
 def refuse_other_task(base: BaseModel, objective: ObjectiveConfig) -> None:
-    """Raises ConfigError where the base is loaded for another task than the objective's."""
+    """Raise ConfigError if the base model is loaded for another task than the objective's."""
     if objective.grades_sequences != (base.task == "sequence-classification"):
         needed = "sequence-classification" if objective.grades_sequences else "causal-lm"
         raise ConfigError(
-            f"The objective {objective.kind!r} needs a base model for {needed}, and this one is for {base.task}.",
+            f"The objective {objective.kind!r} needs a base model for {needed}, but this one is for {base.task}.",
             remedy=f"Load the base model with the task {needed!r}, or choose another objective.",
         )
 
 
 def trained_tensors(base: BaseModel, config: JobConfig) -> TrainedTensors:
-    """What a job trains beside A and B. Raises NoTargets."""
+    """Return the tensors that a job trains in addition to A and B. Raises NoTargets."""
     head = task_head_of(base.model)
     if head is None:
         return choose_trained(base.model, config.lora)
@@ -41,7 +41,7 @@ def trained_tensors(base: BaseModel, config: JobConfig) -> TrainedTensors:
 
 
 def head_alone(base: BaseModel, adapter: FlatAdapter) -> TrainedTensors:
-    """The head of a row as it is now, for a row that has nothing else; nothing on a base without one."""
+    """Return the current head of `adapter`, for an adapter that has nothing else. Empty without a sequence head."""
     head = task_head_of(base.model)
     if head is None:
         return TrainedTensors()
@@ -54,7 +54,7 @@ def head_alone(base: BaseModel, adapter: FlatAdapter) -> TrainedTensors:
 
 
 def placeholder_head(base: BaseModel) -> TrainedTensors:
-    """The head that the base was loaded with, for a row of the engine's own; nothing on a base without one."""
+    """Return the head that the base model was loaded with, for synthetic adapters. Empty without a sequence head."""
     head = task_head_of(base.model)
     if head is None:
         return TrainedTensors()
@@ -63,7 +63,10 @@ def placeholder_head(base: BaseModel) -> TrainedTensors:
 
 
 def run_task_training(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> list[SliceScores]:
-    """Backward of what `h_TD` was computed for; called with gradients enabled. Gradients are added to the rows."""
+    """Compute losses and their backward for the pooled `h_TD`. Gradients are added to the adapters.
+
+    Call it with gradients enabled. Returns the scores of each segment.
+    """
     h_PD = head_inputs(base, pack, h_TD)
     losses: list[Tensor] = []
     scores: list[SliceScores] = []
@@ -92,7 +95,7 @@ def _logits(base: BaseModel, segment: BatchSegment, h_PD: Tensor) -> Tensor:
 
 
 def head_inputs(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> Tensor:
-    """[P, D]: what the heads read of each sequence."""
+    """Return the inputs of the heads, [P, D], with padding rows at the end."""
     h_PD = pooled_hidden(base.model, h_TD, pack.input_ids[0], pack.sequence_lengths)
     h_PD = F.pad(h_PD, (0, 0, 0, -len(h_PD) % ROW_MULTIPLE))
     segments = tuple(
@@ -117,7 +120,7 @@ def _accumulate(base: BaseModel, adapter: FlatAdapter, head: torch.nn.Module) ->
 
 
 def score_segment(logits_nC: Tensor, graded: Graded) -> tuple[Tensor, SliceScores]:
-    """The sum of losses, which autograd can follow, and the scores of a segment."""
+    """Return the sum of losses, which is differentiable, and the scores of a segment."""
     if graded.objective.kind == "reward":
         return _reward_loss(logits_nC[:, 0], graded.objective)
     labels_n = torch.tensor(graded.labels, dtype=torch.float32, device=logits_nC.device)
@@ -130,8 +133,10 @@ def score_segment(logits_nC: Tensor, graded: Graded) -> tuple[Tensor, SliceScore
 
 
 def _reward_loss(rewards_n: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, SliceScores]:
-    """-log sigmoid(r_chosen - r_rejected) (Bradley and Terry; arXiv 2203.02155, equation 1), and as TRL has it
-    `center_rewards_coefficient` · (r_chosen + r_rejected)², which holds the rewards round 0 (arXiv 2312.09244)."""
+    """Reward model loss: -log sigmoid(r_chosen - r_rejected) (Bradley and Terry; arXiv 2203.02155, equation 1).
+
+    As in TRL, `center_rewards_coefficient` · (r_chosen + r_rejected)² keeps rewards near 0 (arXiv 2312.09244).
+    """
     chosen, rejected = rewards_n.view(-1, 2).unbind(1)
     loss = -F.logsigmoid(chosen - rejected).sum()
     loss = loss + objective.center_rewards_coefficient * (chosen + rejected).square().sum()

@@ -1,9 +1,9 @@
 # pyright: basic
-"""Greedy answers of adapters to given prompts, by the pass that evaluates: what a person reads beside a loss.
+"""Greedy generation with adapters, for sample answers next to the loss. Uses the same pass as evaluation.
 
-Keys and values are kept while an answer grows (lora_core/packing/packed_batch.py), so that one of n tokens to a prompt
-of m takes m + n tokens of forward passes. An answer depends on its job alone, as training does: whatever else is
-answered in the same pass, its bits, and so its likeliest tokens, are the same.
+Keys and values are cached while an answer grows (lora_core/packing/packed_batch.py), so n tokens after a prompt of m
+tokens take m + n tokens of forward passes. An answer depends on its job alone: its bits, and therefore its tokens,
+don't depend on the other answers in the pass.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,13 +26,13 @@ from lora_core.runtime.device_errors import shortage_in_pass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompts:
-    """What one job is asked: the ids of each prompt, and where its answers end."""
+    """The prompts of one job as token ids, and the limits of its answers."""
 
     prompts: tuple[tuple[int, ...], ...]
     max_tokens: int
-    """Of one answer."""
+    """Maximum number of tokens of one answer."""
     end_ids: frozenset[int] = frozenset()
-    """Any of these ends an answer, and is its last token."""
+    """Token ids that end an answer. The end token is part of the answer."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class _Answer:
     ids: list[int] = field(default_factory=list)
     is_complete: bool = False
     kept: KeptKeys | None = None
-    """None before its first pass, and where that has to be made again."""
+    """None before the first pass, and if the answer restarts from its prompt."""
 
     @property
     def num_tokens(self) -> int:
@@ -49,16 +49,16 @@ class _Answer:
 
 
 class Generation:
-    """Answers that grow by one token at each `advance`. Rows must not train meanwhile.
+    """Answers that grow by one token per `advance`. The adapters must not be trained meanwhile.
 
-    Jobs are answered in groups, one group after another: as many as may have `token_budget` tokens in the end, for that
-    is what their keys and values need memory for.
+    Jobs are processed in groups, one after another. The final answers of a group have at most `token_budget` tokens
+    including prompts, which bounds the memory of the key-value cache. A single larger job is a group of its own.
     """
 
     def __init__(
         self, base: BaseModel, requests: Mapping[str, tuple[FlatAdapter, Prompts]], *, token_budget: int
     ) -> None:
-        """asked: by job. Raises ConfigError."""
+        """`requests` are the adapter and the prompts of each job. Raises ConfigError."""
         for _, prompts in requests.values():
             check_prompts(prompts, base)
         self._base = base
@@ -75,9 +75,10 @@ class Generation:
         return not self._growing()
 
     def advance(self) -> None:
-        """One token more for each answer of the group that goes on; nothing where all are complete.
+        """Generate one token for each incomplete answer of the group. Does nothing if all are complete.
 
-        Raises OutOfMemory for one job: `drop` it, or all; BrokenPass where the base is divided.
+        Raises OutOfMemory for one job: `drop` it or discard this object. Raises BrokenPass if the base model is
+        sharded.
         """
         while not self.is_complete:
             jobs = [job for job in self._group if self._open(job)]
@@ -99,12 +100,12 @@ class Generation:
             return
 
     def drop(self, job: str) -> None:
-        """Answer that job no further."""
+        """Stop answering this job and discard its answers."""
         del self._requests[job], self._answers[job]
         self._group = [other for other in self._group if other != job]
 
     def answers(self) -> dict[str, list[tuple[int, ...]]]:
-        """The ids of each answer so far, in the order of the prompts; an end token is there where it came."""
+        """Return the token ids of each answer so far, in the order of the prompts, including end tokens."""
         return {job: [tuple(answer.ids) for answer in answers] for job, answers in self._answers.items()}
 
     def _growing(self) -> list[str]:
@@ -114,11 +115,11 @@ class Generation:
         return [answer for answer in self._answers[job] if not answer.is_complete]
 
     def _most_tokens(self, job: str) -> int:
-        """Of all its answers that go on, with their prompts, when they are complete."""
+        """Return the tokens that all incomplete answers of the job can reach, including prompts."""
         return sum(len(answer.prompt) + self._requests[job][1].max_tokens for answer in self._open(job))
 
     def _next_group(self) -> list[str]:
-        """The first jobs that fit together; a job's own answers are never parted."""
+        """Return the first jobs that fit together. The answers of one job are never split."""
         taken: list[str] = []
         num_tokens = 0
         for job in self._growing():
@@ -129,15 +130,14 @@ class Generation:
         return taken
 
     def _begin_again(self, job: str) -> None:
-        """What is kept of its answers goes, and with it what followed from that: an answer has the bits of one that
-        was never interrupted."""
+        """Discard the incomplete answers and their cache, so that they get the same bits as without interruption."""
         for answer in self._open(job):
             answer.ids.clear()
             answer.kept = None
 
     @torch.no_grad()
     def _next_tokens(self, jobs: Sequence[str]) -> list[list[int]]:
-        """The likeliest next token of each open answer, by job."""
+        """Return the most likely next token of each open answer, by job."""
         growing = [(job, answer) for job in jobs for answer in self._open(job)]
         for job, answer in growing:
             self._make_ready(answer, capacity=len(answer.prompt) + self._requests[job][1].max_tokens)
@@ -154,14 +154,17 @@ class Generation:
         return found
 
     def _make_ready(self, answer: _Answer, *, capacity: int) -> None:
-        """All of its tokens are computed in its first pass, and where it grows beyond a length from which on all of
-        them are placed otherwise (longrope.py)."""
+        """Prepare the key-value cache of an answer for a pass.
+
+        The pass recomputes all tokens if there is no cache yet, or if the answer has reached a length from which on
+        all positions are encoded differently (longrope.py).
+        """
         if answer.kept is None or answer.kept.num_tokens in self._bounds:
             answer.kept = KeptKeys(capacity=capacity)
         answer.kept.begin_pass()
 
     def _pack(self, jobs: Sequence[str]) -> PackedBatch:
-        """Of each answer what its keys are not kept of, at its place in the answer."""
+        """Build a pack of the tokens that are not in the key-value cache, at their positions in the answer."""
         slices = [
             SliceInput(
                 adapter=self._requests[job][0],
@@ -174,7 +177,7 @@ class Generation:
         pack = build_pack(slices, device=self._base.device)
         kept = tuple(answer.kept for job in jobs for answer in self._open(job) if answer.kept is not None)
         offsets = [of_answer.num_tokens for of_answer in kept]
-        offsets += [0] * (len(pack.sequence_lengths) - len(kept))  # the filler
+        offsets += [0] * (len(pack.sequence_lengths) - len(kept))  # the padding sequence
         by_token = torch.tensor(offsets).repeat_interleave(torch.tensor(pack.sequence_lengths))
         return replace(pack, kept=kept, position_ids=pack.position_ids + by_token.to(pack.position_ids.device))
 
@@ -188,32 +191,30 @@ class Generation:
 
 
 def _new_tokens(answer: _Answer) -> tuple[np.ndarray, np.ndarray]:
-    """No token more than there is: a base may compute by a sequence's length (longrope.py)."""
+    """Return the tokens without cache. There is no padding, because rotary factors may depend on the length."""
     kept = 0 if answer.kept is None else answer.kept.num_tokens
     ids = np.array([*answer.prompt, *answer.ids][kept:], dtype=np.int32)
     return ids, np.zeros(len(ids), dtype=np.uint8)
 
 
 def check_prompts(prompts: Prompts, base: BaseModel) -> None:
-    """Raises ConfigError where they can't be answered."""
+    """Raise ConfigError if the prompts can't be answered."""
     if base.task != "causal-lm":
-        raise ConfigError(
-            "A classifier of sequences answers no prompts.", remedy="Ask a job on a base model of causal language."
-        )
+        raise ConfigError("A sequence classifier can't answer prompts.", remedy="Use a job on a causal language model.")
     if not prompts.prompts or prompts.max_tokens < 1:
-        raise ConfigError("There is nothing to answer.", remedy="Give one prompt or more, and 1 token or more.")
+        raise ConfigError("There is nothing to answer.", remedy="Pass at least one prompt and max_tokens of 1.")
     for number, prompt in enumerate(prompts.prompts, start=1):
         if not prompt:
-            raise ConfigError(f"Prompt {number} has no token.", remedy="Write a prompt, or leave it out.")
+            raise ConfigError(f"Prompt {number} is empty.", remedy="Write a prompt, or remove it.")
         if not 0 <= min(prompt) <= max(prompt) < base.vocab_size:
             raise ConfigError(
-                f"Prompt {number} holds a token that the base model, which has {base.vocab_size}, does not know.",
+                f"Prompt {number} has a token outside the base model's vocabulary of {base.vocab_size}.",
                 remedy="Tokenize prompts with this base model's tokenizer.",
             )
         longest = len(prompt) + prompts.max_tokens
         if base.max_positions is not None and longest > base.max_positions:
             raise ConfigError(
-                f"Prompt {number} has {len(prompt)} tokens, and with an answer of {prompts.max_tokens} that is more "
-                f"than the base model takes, {base.max_positions}.",
+                f"Prompt {number} has {len(prompt)} tokens. With an answer of {prompts.max_tokens} it exceeds the base "
+                f"model's maximum of {base.max_positions}.",
                 remedy="Shorten the prompt, or lower max_tokens.",
             )

@@ -1,8 +1,8 @@
 # pyright: basic
-"""One pass of a pack through the base model: forward, and backward when it trains.
+"""Passes of a pack through a causal language model: forward, and backward in training.
 
-Letters: T tokens, L labels, D features, l labels of a segment, S its sequences. Where the answers of a segment are
-compared, a label's weight follows from the whole of them: the head is passed twice, chunk by chunk each time.
+Shape suffixes: T tokens, L labels, D features, l labels of a segment, S its sequences. For preference objectives the
+weight of a label depends on the whole answers, so the head is computed twice, chunk by chunk each time.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from lora_core.packing.packed_batch import BatchSegment, PackedBatch, running
 
 
 def hidden_states(base: BaseModel, pack: PackedBatch) -> Tensor:
-    """The last hidden states [T, D], with each segment's adapter at work."""
+    """Return the last hidden states [T, D], with each segment's adapter applied."""
     options: dict[str, Any] = {} if pack.token_types is None else {"token_type_ids": pack.token_types}
     positions = positions_of(base.model, pack.position_ids, pack.input_ids, pack.sequence_lengths)
     if base.model.config.model_type not in ENCODERS:
@@ -31,9 +31,9 @@ def hidden_states(base: BaseModel, pack: PackedBatch) -> Tensor:
 
 
 def run_training(base: BaseModel, pack: PackedBatch) -> list[SliceScores]:
-    """Forward and backward: gradients are added to the rows, the scores of each segment returned.
+    """Run forward and backward. Adds gradients to the adapters and returns the scores of each segment.
 
-    The loss is a sum over disjoint adapters on a frozen base, so each adapter receives its own gradient exactly.
+    The loss is a sum over disjoint adapters on a frozen base model, so each adapter gets exactly its own gradient.
     """
     if base.task != "causal-lm":
         with torch.enable_grad():
@@ -50,7 +50,7 @@ def run_training(base: BaseModel, pack: PackedBatch) -> list[SliceScores]:
 
 @torch.no_grad()
 def run_evaluation(base: BaseModel, pack: PackedBatch) -> list[SliceScores]:
-    """Forward only."""
+    """Run the forward pass and return the scores of each segment."""
     if base.task != "causal-lm":
         return run_task_evaluation(base, pack, hidden_states(base, pack))
     reference_L = _reference_losses(base, pack)
@@ -62,7 +62,7 @@ def run_evaluation(base: BaseModel, pack: PackedBatch) -> list[SliceScores]:
 
 @torch.no_grad()
 def _reference_losses(base: BaseModel, pack: PackedBatch) -> Tensor | None:
-    """Cross-entropy of the reference's labels; None where nothing is compared with one."""
+    """Return the cross-entropy of each label under the reference model, or None if no objective needs it."""
     if pack.reference is None:
         return None
     h_LD = hidden_states(base, pack.reference)[pack.reference.label_positions_L]
@@ -73,7 +73,7 @@ def _reference_losses(base: BaseModel, pack: PackedBatch) -> Tensor | None:
 def _answers_of_segments(
     base: BaseModel, pack: PackedBatch, h_LD: Tensor, reference_L: Tensor | None
 ) -> list[AnswerScores | None]:
-    """The first pass of the head: only over segments whose answers are compared."""
+    """Run the head for segments with a preference objective, to get the slope of each answer."""
     found: list[AnswerScores | None] = []
     for segment in pack.segments:
         labels = labels_of(segment)
@@ -96,8 +96,10 @@ def _score_segment(segment: BatchSegment, losses_l: Tensor, reference_L: Tensor 
 
 
 def _label_weights(pack: PackedBatch, answers: list[AnswerScores | None]) -> Tensor:
-    """fp32 [L]: as the pack has them; of an answer's labels, minus its slope, for cross-entropy is minus the log
-    probability."""
+    """Return fp32 [L]: the pack's weights, or minus the slope of the answer for labels of preference objectives.
+
+    The sign is negative because the cross-entropy is minus the log-probability.
+    """
     if not any(answers):
         return pack.label_weights_L
     weights_L = pack.label_weights_L.clone()

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Says time and again that a long computation goes on, for whoever would take its silence for the end of it."""
+"""Callbacks during long computations, so that the worker doesn't take a silent trainer for a hung one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,14 +11,14 @@ Between = Callable[[], None]
 
 
 def silent() -> None:
-    """Tells nobody."""
+    """Do nothing."""
 
 
 @contextmanager
 def calling_at_linears(base: BaseModel, between: Between) -> Iterator[None]:
-    """Within the block `between` is called whenever a linear of the base has computed, with or without an adapter.
+    """Call `between` after every linear of the base model within the block, with or without an adapter.
 
-    So it is silent for one product, not for a pass, which on a CPU takes a base of 8B parameters many seconds.
+    The interval is one matmul instead of a pass, which takes many seconds for a base model of 8B parameters on a CPU.
     """
 
     def tell(*_: object) -> None:

@@ -1,1 +1,1 @@
-"""Numba and torch.compile kernels, and which of them a device uses."""
+"""Numba and torch.compile kernels, and the choice of kernels for a device."""

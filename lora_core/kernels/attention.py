@@ -1,9 +1,9 @@
 # pyright: basic
-"""Softmax of visible scores and its gradient, and heads gathered and spread, for a CPU.
+"""Compiled CPU kernels of attention: softmax over visible scores, its gradient, and gather and scatter of heads.
 
 Letters: H query heads, K key heads, G = H / K, S tokens of a sequence, C = S rounded up to a multiple of COLUMNS,
-R = S · G rows: those of one token are neighbors. E head features. Rows are short, and to cut one out costs as much
-as to compute it: so arrays are flat here, and indices unsigned.
+R = S · G rows (those of one token are adjacent), E head features. Rows are short, and slicing one costs as much as
+computing it. Arrays are therefore flat, and indices unsigned.
 """
 
 import numpy as np
@@ -21,17 +21,17 @@ from lora_core.kernels.numba_jit import (
 )
 
 COLUMNS = 16
-"""Rows of scores are computed up to a multiple of this, so that vectors are filled."""
+"""Number of columns to which rows of scores are padded, so that vector registers are filled."""
 
 
 @compiled
 def visible_softmax(scores, weights, num_rows, num_columns, num_groups, place, scale, softcap, causal, window):
-    """weights [K, R, C], which may be where `scores` are: softmax of scale · score, capped where `softcap` isn't 0
-    (softcap · tanh(scale · score / softcap)), over the keys that the row's token sees, 0 elsewhere.
+    """Softmax over the keys that each row's token sees: weights [K, R, C], 0 elsewhere. May be in place of `scores`.
 
-    `place`: which tokens of the sequence the first row and the first column are of, this a multiple of COLUMNS, and how
-    many it has. `window`: as many tokens as a token sees to the left (without `causal`, to the right as well), itself
-    included.
+    The softmax is over scale · score, or with `softcap` > 0 over softcap · tanh(scale · score / softcap).
+    `place` is (token of the first row, token of the first column, tokens in the sequence); the second is a multiple of
+    COLUMNS. `window` is how many tokens a token sees to the left, including itself (without `causal` also to the
+    right).
     """
     powers = np.empty(num_columns, np.float32)
     for row in range(scores.size // num_columns):
@@ -46,7 +46,7 @@ def visible_softmax(scores, weights, num_rows, num_columns, num_groups, place, s
 
 @inlined
 def _seen(row_token, place, causal, window):
-    """Columns, from the first to before the last."""
+    """Return the visible columns as (first, last + 1)."""
     first_token, first_key, num_tokens = place
     token = first_token + row_token
     last = token + 1 if causal else min(num_tokens, token + window)
@@ -55,7 +55,7 @@ def _seen(row_token, place, causal, window):
 
 @inlined
 def _softmax(scores, weights, base, powers, factors, start, first, last, stop):
-    """Columns from start to stop; hidden ones among them are minus infinity."""
+    """Compute columns [start, stop). Hidden columns among them become minus infinity."""
     scale, softcap = factors
     _fill(scores, base + start, base + first, -np.inf)
     _fill(scores, base + last, base + stop, -np.inf)
@@ -92,7 +92,7 @@ def _powers(scores, base, powers, most, scale, start, stop):
 
 @inlined
 def _capped_powers(scores, base, powers, most, inner, softcap, start, stop):
-    """The largest score gives the largest of capped ones, for tanh rises."""
+    """Use the largest score for the largest capped score, since tanh is monotonic."""
     highest = hyperbolic_tangent(most * inner)
     for c in range(start, stop):
         powers[c] = exponential((hyperbolic_tangent(widened(scores[base + c]) * inner) - highest) * softcap)
@@ -114,8 +114,11 @@ def _shares(powers, share, scores, base, start, stop):
 
 @compiled
 def score_gradient(scores, weights, slopes, num_rows, num_columns, num_groups, place, scale, softcap, causal, window):
-    """In place of `slopes` [K, R, C], by weight: scale · weight · (slope - Σ slope · weight), by score; with a cap
-    times 1 - tanh²(scale · score / softcap), for which alone `scores` are read, else any array."""
+    """Gradient of the softmax, in place of `slopes` [K, R, C]: scale · weight · (slope - Σ slope · weight).
+
+    With a cap it is multiplied by 1 - tanh²(scale · score / softcap). `scores` are only read in that case, otherwise
+    any array may be passed.
+    """
     for row in range(weights.size // num_columns):
         first, last = _seen(row % num_rows // num_groups, place, causal, window)
         base = np.uint64(row * num_columns)
@@ -155,9 +158,9 @@ def _capped_gradient(scores, weights, slopes, mean, scale, inner, start, stop):
 
 @compiled
 def to_heads(source, first, token_stride, head_stride, num_tokens, num_rows, num_groups, size, heads):
-    """heads [K, rows, E]: row s · G + g of key head k is head k · G + g of token s; rows beyond the tokens are zeros.
+    """Gather heads [K, rows, E]: row s · G + g of key head k is head k · G + g of token s. Rows beyond are zeros.
 
-    `source`, flat, holds head h of token s from first + s · token_stride + h · head_stride on.
+    In the flat `source`, head h of token s starts at first + s · token_stride + h · head_stride.
     """
     for row in range(heads.size // size):
         k, r = row // num_rows, row % num_rows
@@ -171,7 +174,7 @@ def to_heads(source, first, token_stride, head_stride, num_tokens, num_rows, num
 
 @compiled
 def from_heads(heads, num_rows, num_groups, size, target):
-    """Rows [S, H, E] of `target` from heads [K, rows, E]; what lies beyond S · G rows is left out."""
+    """Scatter heads [K, rows, E] to `target` [S, H, E]. Rows beyond S · G are dropped."""
     num_key_heads = heads.size // size // num_rows
     for row in range(heads.size // size):
         k, r = row // num_rows, row % num_rows

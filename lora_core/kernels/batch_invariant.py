@@ -1,9 +1,10 @@
 # pyright: basic
-"""Products in which a row has the same bits whatever the number of rows, also where the CPU's own ones do not.
+"""Batch-invariant matmuls on a CPU: a row has the same bits whatever the number of rows.
 
-With AMX a kernel's order of summing follows from the number of rows. In a product of a fixed number each row has the
-same bits wherever it stands, so what counts is what blocks of ROW_BLOCK rows give, the last filled up with zeros. Rows
-whose number passes a trial are computed at once, others in pieces that do. Letters: T rows, K summed, N columns.
+With AMX the summation order of a kernel depends on the number of rows. At a fixed number of rows, each row has the same
+bits at every position. The reference result is therefore that of blocks of ROW_BLOCK rows, the last padded with zeros.
+A number of rows that passes a trial is computed at once, others in pieces that do. Letters: T rows, K summed, N
+columns.
 """
 
 from collections import Counter
@@ -18,32 +19,33 @@ from torch import Tensor
 
 ROW_BLOCK = 256
 WIDTHS = (1024, 512)
-"""Of pieces that are tried before blocks: of 1,024 rows, blocks took 1.4 to 2.2 times the time of one product."""
+"""Row counts of pieces that are tried before blocks. For 1,024 rows, blocks took 1.4 to 2.2 times as long as one
+matmul."""
 FILLED_ROWS = (64, 128)
-"""To which fewer are filled up where that gives the bits of blocks: 64 take a quarter to a half of a block's time."""
+"""Row counts to which smaller ones are padded if the bits match. 64 rows take a quarter to a half of a block's time."""
 FEWEST_ROWS = 16
-"""Fewer are filled up without a trial: most kernels sum them in another way, and a trial of so few may miss it."""
+"""Smaller row counts are always padded: most kernels sum them in another order, and a trial of few rows may miss it."""
 LARGE = 1 << 24
-"""Numbers of a matrix of which no more rows than a block are tried. A trial takes 1.3 to 6 times the time of a block,
-and pays within a tick or two for fewer rows, which come in 15 sizes. Beyond, a product at once saves up to a third of
-the time of blocks and a rest that was tried, or nothing without AMX, and any size may come."""
+"""Matrix elements above which at most ROW_BLOCK rows are tried. A trial takes 1.3 to 6 times a block's time. For
+smaller row counts, of which there are 15, it pays off within a tick or two. For larger ones, which may have any value,
+a single matmul saves at most a third of the time of blocks, or nothing without AMX."""
 UNTRIED_TIMES = 8
-"""That a number of rows comes by such a matrix in blocks before it is tried: in the probe at an engine's start a head
-has each three to six times, and no trial pays. When it is tried can't be seen in the bits."""
+"""Calls with a matrix above LARGE and the same row count before its trial. The start-up self-test calls a head three to
+six times with each row count, too few for a trial to pay off. The time of a trial does not affect the bits."""
 MOST_BYTES = 1 << 29
-"""Of a matrix that is tried: a trial holds another of its size, with which nobody reckons. Only heads are larger, in
-bf16 those over 128,256 tokens from 2,100 features on."""
+"""Maximum size of a matrix that is tried, because a trial allocates another one, which no memory estimate includes.
+Only heads are larger, in bf16 those with 128,256 tokens and at least 2,100 features."""
 PATTERN = 8191
-"""Numbers that a trial repeats: a prime, so that no two of its rows are alike."""
+"""Length of the pattern that trial inputs repeat: a prime, so that no two rows are equal."""
 FACTOR = 0.7
-"""All numbers of a trial's matrix. Its products are no numbers of fp32, so that it shows where they are rounded."""
+"""Value of all elements of a trial's matrix. Products with it are inexact in fp32, so that rounding becomes visible."""
 OCTAVES = 20
-"""By which they differ in size: rounding then loses many of their bits, others in every order of summing."""
+"""Range of magnitudes in trial inputs. Rounding then loses many bits, different ones in each summation order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Product:
-    """By a matrix [K, N], as kernels tell it from others: all but the number of rows."""
+    """A matmul by a [K, N] matrix with all properties that select a kernel, except the number of rows."""
 
     operation: Literal["mm", "addmm", "addmm_"]
     shape: tuple[int, int]
@@ -52,11 +54,11 @@ class Product:
 
     @property
     def num_numbers(self) -> int:
-        """Of the matrix."""
+        """Number of elements of the matrix."""
         return self.shape[0] * self.shape[1]
 
     def compute(self, x_TK: Tensor, matrix_KN: Tensor, bias_N: Tensor | None, y_TN: Tensor) -> None:
-        """Writes y, or adds to it."""
+        """Write to y, or add to it for "addmm_"."""
         if self.operation == "addmm_":
             y_TN.addmm_(x_TK, matrix_KN)
         elif bias_N is None:
@@ -65,7 +67,11 @@ class Product:
             torch.addmm(bias_N, x_TK, matrix_KN, out=y_TN)
 
     def gives_the_bits_of_blocks(self, num_rows: int, row_block: int) -> bool:
-        """Each row sums the same numbers with either sign, so that all of the result is the rounding of its order."""
+        """Return whether a single matmul has the bits of blocks.
+
+        Each row sums numbers and their negatives, so the result consists only of rounding errors, which depend on the
+        order of summation.
+        """
         num_summed, num_columns = self.shape
         x_TK, y_TN = _canceling(num_rows, num_summed, self.dtype), _numbers(num_rows, num_columns, self.dtype)
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
@@ -80,7 +86,7 @@ class Product:
     def in_pieces(
         self, sizes: tuple[int, ...], x_TK: Tensor, matrix_KN: Tensor, bias_N: Tensor | None, y_TN: Tensor
     ) -> None:
-        """`sizes`: rows of each; the last may be more than are left, and is filled up. Pieces of y are contiguous."""
+        """Compute pieces of `sizes` rows. The last may exceed the remaining rows and is padded. Needs contiguous y."""
         start = 0
         for size in sizes:
             x, y = x_TK[start : start + size], y_TN[start : start + size]
@@ -95,14 +101,14 @@ class Product:
 
 
 class ExactProducts:
-    """Remembers which numbers of rows give the bits of blocks. Lanes share it."""
+    """Records which row counts give the bits of blocks. Shared by all lanes."""
 
     def __init__(self, row_block: int = ROW_BLOCK) -> None:
         self.row_block = row_block
         self._is_exact: dict[tuple[Product, int, int], bool] = {}
         self._pieces: dict[tuple[tuple[Product, ...], int, int], tuple[int, ...]] = {}
         self._num_calls: Counter[tuple[tuple[Product, ...], int, int]] = Counter()
-        self._trying = Lock()  # a trial takes memory for a matrix: one at a time
+        self._trying = Lock()  # one trial at a time, because each allocates a matrix
 
     def run(
         self,
@@ -116,7 +122,7 @@ class ExactProducts:
         product.in_pieces(self.pieces((product,), len(x_TK)), x_TK.contiguous(), matrix_KN, bias_N, y_TN)
 
     def pieces(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
-        """The rows of each piece in which all these products give the bits of blocks; the last may be too many."""
+        """Return row counts for which all `products` give the bits of blocks. The last may exceed the rows left."""
         call = (products, num_rows, torch.get_num_threads())
         if call not in self._pieces and any(product.num_numbers > LARGE for product in products):
             self._num_calls[call] += 1
@@ -132,7 +138,7 @@ class ExactProducts:
         return found
 
     def _divided(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
-        """As many pieces of the first width that will do as there are rows for; the rest is divided by itself."""
+        """Return as many pieces of the first suitable width as fit. The remaining rows are split recursively."""
         if num_rows == 0:
             return ()
         width = next(
@@ -144,7 +150,7 @@ class ExactProducts:
         return (width,) * whole + self._pieces_tried(products, rest) if whole else (width,)
 
     def _widths(self, num_rows: int) -> tuple[int, ...]:
-        """What pieces of so many rows may have, the cheapest first; a block, which always will do, is last."""
+        """Return candidate widths of pieces, the fastest first. The last one is a block, which is always valid."""
         if num_rows > self.row_block:
             narrower = tuple(width for width in WIDTHS if self.row_block < width < num_rows)
         else:
@@ -173,7 +179,7 @@ def product_of(operation: Literal["mm", "addmm", "addmm_"], matrix_KN: Tensor) -
 
 
 def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, exact: ExactProducts | None) -> Tensor:
-    """x Wᵀ + b. Not for autograd."""
+    """Return x Wᵀ + b, [T, N]. Not differentiable."""
     if exact is None:
         return F.linear(x_TK, weight_NK, bias_N)
     y_TN = x_TK.new_empty(len(x_TK), len(weight_NK))
@@ -182,7 +188,7 @@ def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, exact: ExactP
 
 
 def times(x_TK: Tensor, matrix_KN: Tensor, exact: ExactProducts | None) -> Tensor:
-    """x M. Not for autograd."""
+    """Return x M, [T, N]. Not differentiable."""
     if exact is None:
         return x_TK @ matrix_KN
     y_TN = x_TK.new_empty(len(x_TK), matrix_KN.shape[1])
@@ -191,7 +197,7 @@ def times(x_TK: Tensor, matrix_KN: Tensor, exact: ExactProducts | None) -> Tenso
 
 
 def add_times(y_TN: Tensor, x_TK: Tensor, matrix_KN: Tensor, exact: ExactProducts | None) -> Tensor:
-    """y += x M, in place."""
+    """Compute y += x M in place and return y."""
     if exact is None:
         return y_TN.addmm_(x_TK, matrix_KN)
     exact.run("addmm_", x_TK, matrix_KN, None, y_TN)
@@ -199,9 +205,10 @@ def add_times(y_TN: Tensor, x_TK: Tensor, matrix_KN: Tensor, exact: ExactProduct
 
 
 def own_forward(linear: Any, x_TK: Tensor, num_columns: int, exact: ExactProducts | None) -> Tensor:
-    """Of a linear whose class has a forward of its own, which autograd may follow. It is taken to end in the plain
-    products of its size, as those do that restore quantized or sharded weights; up to the sizes of its packs the probe
-    tells so.
+    """Run the own forward of a linear, such as a quantized or sharded one, batch-invariantly. It is differentiable.
+
+    It assumes that the forward ends in plain matmuls of the linear's size. The start-up self-test verifies this up to
+    the size of its packs.
     """
     if exact is None:
         return type(linear).forward(linear, x_TK)
@@ -219,14 +226,14 @@ def own_forward(linear: Any, x_TK: Tensor, num_columns: int, exact: ExactProduct
 
 
 def _canceling(num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
-    """[rows, columns], each row of numbers and of their negatives in another order."""
+    """Return [rows, columns] in which each row contains numbers and, in another order, their negatives."""
     half = num_columns // 2
     numbers = _numbers(num_rows, half, dtype)
     return F.pad(torch.cat([numbers, -numbers.roll(half // 3, 1)], dim=1), (0, num_columns - 2 * half))
 
 
 def _numbers(num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
-    """[rows, columns] of either sign, of the sizes of OCTAVES."""
+    """Return [rows, columns] of both signs and of magnitudes within 2 ** OCTAVES."""
     return (
         _pattern(dtype)
         .repeat(-(-num_rows * num_columns // PATTERN))[: num_rows * num_columns]

@@ -1,5 +1,5 @@
 # pyright: basic
-"""The gated activation silu(gate) · up and its gradient, over flat arrays, for a CPU."""
+"""Compiled CPU kernels: gated activation, RMSNorm, rotary embedding and cross-entropy, each with its gradient."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from lora_core.kernels.numba_jit import (
 
 @compiled
 def swiglu(gate, up, y):
-    """y = round(round(silu(gate)) · up), flat."""
+    """y = round(round(silu(gate)) · up), over flat arrays."""
     for i in range(gate.size):
         g = widened(gate[i])
         silu = widened(narrowed(g / (np.float32(1) + exponential(-g)), y))
@@ -27,7 +27,7 @@ def swiglu(gate, up, y):
 
 @compiled
 def swiglu_backward(gate, up, dy, dgate, dup):
-    """silu'(g) = s · (1 + g · (1 - s)) with s the sigmoid of g."""
+    """Gradients of `swiglu`: silu'(g) = s · (1 + g · (1 - s)) with s the sigmoid of g."""
     for i in range(gate.size):
         g, d = widened(gate[i]), widened(dy[i])
         sigmoid = np.float32(1) / (np.float32(1) + exponential(-g))
@@ -38,7 +38,7 @@ def swiglu_backward(gate, up, dy, dgate, dup):
 
 @compiled
 def rms_norm(x, weight, eps, y, rate):
-    """y = w · round(x · rate), rate = 1 / √(mean x² + eps): [T, D], and [T] of the rates."""
+    """y = w · round(x · rate) [T, D], with rate = 1 / √(mean x² + eps), [T]."""
     for t in range(x.shape[0]):
         rate[t] = np.float32(1) / np.sqrt(_mean_square(x[t]) + np.float32(eps))
         _scaled(x[t], weight, rate[t], y[t])
@@ -46,7 +46,7 @@ def rms_norm(x, weight, eps, y, rate):
 
 @compiled
 def add_rms_norm(x, delta, weight, eps, total, y, rate):
-    """total = round(x + delta), and rms_norm of that."""
+    """total = round(x + delta), and `rms_norm` of total."""
     for t in range(x.shape[0]):
         _add(x[t], delta[t], total[t])
         rate[t] = np.float32(1) / np.sqrt(_mean_square(total[t]) + np.float32(eps))
@@ -83,8 +83,10 @@ def _square_sum(x):
 
 @compiled
 def rms_norm_backward(x, rate, weight, dy, onward, dx):
-    """dx = onward + rate · (g - x̂ · mean(g · x̂)), g = w · dy, x̂ = rate · x; `onward` is of no elements where nothing is
-    added."""
+    """dx = onward + rate · (g - x̂ · mean(g · x̂)), with g = w · dy and x̂ = rate · x.
+
+    An empty `onward` means that nothing is added.
+    """
     g, normed = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
     for t in range(x.shape[0]):
         _product(dy[t], weight, g)
@@ -125,9 +127,10 @@ def _norm_gradient(g, normed, mean, rate, dx):
 
 @compiled
 def rotate(source, token_stride, head_stride, cos, sin, num_tokens, num_heads, size, backward, target):
-    """target [T, H, E]: x · cos + half-turned(x) · sin, by the transpose of that if `backward`; cos and sin are [T, D].
+    """Rotary embedding: target [T, H, E] is x · cos + rotate_half(x) · sin, or its transpose if `backward`.
 
-    `source` holds head h of token t from t · token_stride + h · head_stride on.
+    cos and sin are [T, D] with D ≤ E; the other features are copied. In `source`, head h of token t starts at
+    t · token_stride + h · head_stride.
     """
     rotated = cos.size // num_tokens
     half, rest = np.uint64(rotated // 2), np.uint64(size - rotated)
@@ -144,7 +147,7 @@ def rotate(source, token_stride, head_stride, cos, sin, num_tokens, num_heads, s
 
 @inlined
 def _turn(x, start, cos, sin, angle, half, y, first):
-    """Products are rounded before they are added, as torch does."""
+    """Rotate one head. Products are rounded before they are added, as in torch."""
     for d in range(half):
         low, high = widened(x[start + d]), widened(x[start + half + d])
         cosine, sine = widened(cos[angle + d]), widened(sin[angle + d])
@@ -167,8 +170,11 @@ def _turn_back(dy, start, cos, sin, angle, half, dx, first):
 
 @compiled
 def score_logits(logits, labels, smoothing, losses, correct, largest, sums):
-    """Cross-entropy of each label [C] by its logits [C, V], with `smoothing` [C] of its probability, or of no elements;
-    whether the label is the likeliest; and the largest logit and Σ e^(logit - largest), for the gradient."""
+    """Cross-entropy of each label [C] from its logits [C, V], and whether no logit exceeds the label's.
+
+    `smoothing` [C] is the label smoothing, or empty. Also writes the largest logit and Σ e^(logit - largest), which the
+    gradient needs.
+    """
     num_classes = logits.shape[1]
     for c in range(logits.shape[0]):
         row = logits[c]
@@ -213,7 +219,7 @@ def _plain_sum(row):
 
 @compiled
 def logit_gradient(logits, labels, weights, smoothing, largest, sums):
-    """In place of the logits [C, V]: weight · (softmax - (1 - ε) onehot - ε / V)."""
+    """Overwrite the logits [C, V] with the gradient: weight · (softmax - (1 - ε) onehot - ε / V)."""
     num_classes = logits.shape[1]
     for c in range(logits.shape[0]):
         row, most, factor = logits[c], largest[c], weights[c] / sums[c]

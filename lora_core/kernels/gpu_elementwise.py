@@ -1,8 +1,8 @@
 # pyright: basic
-"""The arithmetic of RMSNorm and the gated activation, each way, which torch compiles into one kernel for a GPU.
+"""RMSNorm and gated activation with their gradients, which torch.compile turns into one GPU kernel each.
 
-A compiled kernel keeps fp32 where eager operations round between them, so the bits differ. Letters: T tokens, D
-features, F of the gate.
+A compiled kernel keeps fp32 intermediates that eager operations would round, so the bits differ from eager mode.
+Shape suffixes: T tokens, D features, F features of the gate.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ CHECKED_TOKENS = 16
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Once for each function; the number of tokens may change without compiling again."""
+    """Return the compiled function, which is cached. Another number of tokens does not recompile it."""
     return torch.compile(function, dynamic=True)
 
 
 def why_not(device: torch.device) -> str | None:
-    """What keeps torch from compiling for this device: it needs Triton, and a C compiler at run time."""
+    """Return why torch.compile doesn't work on this device, or None. It needs Triton, and a C compiler at run time."""
     try:
         compiled(swiglu)(*torch.ones(2, CHECKED_TOKENS, 8, device=device))
     except (RuntimeError, ImportError, OSError) as error:
@@ -33,25 +33,25 @@ def why_not(device: torch.device) -> str | None:
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y = w · x · rate with rate = 1 / √(mean x² + eps) (arXiv 1910.07467), and the rate, fp32 [T, 1]."""
+    """Return y = w · x · rate and rate = 1 / √(mean x² + eps), fp32 [T, 1] (RMSNorm, arXiv 1910.07467)."""
     wide_TD = x_TD.float()
     rate_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + eps)
     return (wide_TD * rate_T1).to(x_TD.dtype) * weight_D, rate_T1
 
 
 def rms_norm_backward(dy_TD: Tensor, x_TD: Tensor, rate_T1: Tensor, weight_D: Tensor) -> Tensor:
-    """dx = rate · (g - x̂ · mean(g · x̂)) with g = w · dy and x̂ = rate · x."""
+    """Return dx = rate · (g - x̂ · mean(g · x̂)) with g = w · dy and x̂ = rate · x, [T, D] in the dtype of x."""
     g_TD, normed_TD = (dy_TD * weight_D).float(), x_TD.float() * rate_T1
     return ((g_TD - normed_TD * (g_TD * normed_TD).mean(-1, keepdim=True)) * rate_T1).to(x_TD.dtype)
 
 
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """silu(gate) · up (arXiv 2002.05202)."""
+    """Return silu(gate) · up (arXiv 2002.05202), [T, F]."""
     return F.silu(gate_TF) * up_TF
 
 
 def swiglu_backward(dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
-    """silu'(g) = s · (1 + g · (1 - s)) with s the sigmoid of g."""
+    """Return (dgate, dup), with silu'(g) = s · (1 + g · (1 - s)) and s the sigmoid of g."""
     dy, gate, up = dy_TF.float(), gate_TF.float(), up_TF.float()
     sigmoid = torch.sigmoid(gate)
     dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))

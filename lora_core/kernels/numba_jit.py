@@ -1,9 +1,9 @@
 # pyright: basic
-"""What loops over rows that Numba compiles for a CPU are made of: one pass through memory where torch takes several.
+"""Building blocks of the CPU kernels that Numba compiles, which pass through memory once where torch does repeatedly.
 
-Arrays are float32, or uint16 that holds the bits of bfloat16; arithmetic is in fp32. A kernel computes each row by
-itself from start to end, so neither the number of rows nor the lane can be seen in its bits. Compiled code is kept
-between processes, beside the source or in the user's cache.
+Arrays are float32, or uint16 with the bits of bfloat16. Arithmetic is fp32. A kernel computes each row separately from
+start to end, so its bits depend neither on the number of rows nor on the lane. Compiled code is cached between
+processes, next to the source or in the user's cache folder.
 """
 
 import hashlib
@@ -24,55 +24,55 @@ from torch import Tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 BLOCK = 512
-"""Elements that are added up in fp32; sums of blocks are added in fp64."""
+"""Elements that are summed in fp32. Sums of blocks are added in fp64."""
 
 
 def compiled(function: Function) -> Function:
-    """Without the GIL, for lanes; sums may be reordered within a block, numbers that are not finite stay so."""
+    """Compile without the GIL, for lanes. Sums may be reordered within a block. NaN and infinity are preserved."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
     kernel: Any = njit(**options)(function)
-    with suppress(RuntimeError):  # no folder can be written to: compiled anew in each process
+    with suppress(RuntimeError):  # no writable cache folder: every process compiles the kernel
         kernel._cache = KernelCache(function)
     return cast(Function, kernel)
 
 
 def inlined(function: Function) -> Function:
-    """What kernels are made of, as part of each of them.
+    """Make a function inlinable into kernels.
 
-    A function that is called instead is kept with its kernel and compiled by itself besides; the linker takes the one
-    that a process met first, and a kernel just compiled would sum in another order than the same one out of the cache.
+    A called function would be cached with its kernel and also compiled on its own, and the linker takes the one that
+    a process loaded first. A freshly compiled kernel could then sum in another order than the cached one.
     """
     return cast(Function, register_jitable(forceinline=True)(function))
 
 
 def array_of(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor on the CPU, as the kernels take it."""
-    assert tensor.is_contiguous(), "kernels read memory in its order"
+    """Return the memory of a contiguous CPU tensor as the kernels expect it (bfloat16 as uint16)."""
+    assert tensor.is_contiguous(), "kernels need contiguous memory"
     plain = tensor.detach()
     return plain.view(torch.uint16).numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
 
 
 def flat_memory(x: Tensor) -> tuple[Tensor, np.ndarray]:
-    """`x`, or a copy where its last dimension is scattered, and its memory from its first element to its last, flat."""
+    """Return `x`, copied if its last dimension isn't contiguous, and its memory from first to last element, flat."""
     plain = x if x.stride(-1) == 1 else x.contiguous()
     span = 1 + sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True))
     return plain, array_of(plain.as_strided((span,), (1,)))
 
 
 def runs_on(tensor: Tensor) -> bool:
-    """Whether the kernels can take it."""
+    """Return whether the kernels support the tensor's device and dtype."""
     return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float32)
 
 
 @intrinsic
 def _as_float(_context: Any, _bits: Any = None) -> Any:
-    """float32 of the same bits as a uint32."""
+    """Bit cast from uint32 to float32."""
     return types.float32(types.uint32), lambda _c, builder, _s, values: builder.bitcast(values[0], ir.FloatType())
 
 
 @intrinsic
 def _rounded(_context: Any, _number: Any = None) -> Any:
-    """uint16 of bfloat16: in 32 bits all through, where Numba's own integers are of 64 and vectors half as long."""
+    """Round fp32 to the bits of bfloat16, with 32-bit integers: Numba's 64-bit ones would halve the vectors."""
 
     def generate(_c: Any, builder: Any, _s: Any, values: Any) -> Any:
         word, half = ir.IntType(32), ir.IntType(16)
@@ -87,7 +87,7 @@ def _rounded(_context: Any, _number: Any = None) -> Any:
 
 @intrinsic
 def in_order(_context: Any, _number: Any = None) -> Any:
-    """An int32 that compares as the float32 does, NaN as an extreme: the largest of integers is found in vectors."""
+    """Map float32 to int32 with the same order, NaN as an extreme, because a maximum of integers is vectorized."""
     return types.int32(types.float32), lambda _c, builder, _s, values: _flipped(
         builder, builder.bitcast(values[0], ir.IntType(32))
     )
@@ -95,25 +95,25 @@ def in_order(_context: Any, _number: Any = None) -> Any:
 
 @intrinsic
 def of_order(_context: Any, _order: Any = None) -> Any:
-    """The float32 of such an int32."""
+    """Inverse of `in_order`."""
     return types.float32(types.int32), lambda _c, builder, _s, values: builder.bitcast(
         _flipped(builder, values[0]), ir.FloatType()
     )
 
 
 def _flipped(builder: Any, bits: Any) -> Any:
-    """All bits but the sign's turned where it is set: the order of negative numbers is that of their bits reversed."""
+    """Flip all bits except the sign of negative numbers, whose bits have the reverse order of their values."""
     word = ir.IntType(32)
     return builder.xor(bits, builder.and_(builder.ashr(bits, word(31)), word(0x7FFFFFFF)))
 
 
 def widened(stored):
-    """fp32 of an element, in compiled code."""
+    """Convert an element to fp32, in compiled code."""
     raise AssertionError("for compiled code")
 
 
 def narrowed(number, like):
-    """fp32 to what an array like `_like` holds, to nearest, ties to even; in compiled code."""
+    """Round fp32 to the element type of the array `like` (to nearest, ties to even), in compiled code."""
     raise AssertionError("for compiled code")
 
 
@@ -133,15 +133,17 @@ def _narrowed(number, like):
 
 @inlined
 def copied(source: Any, start: Any, target: Any, first: Any, count: Any) -> None:
-    """`count` elements of a flat array from `start` on to those of another from `first` on."""
+    """Copy `count` elements of a flat array, from index `start`, to another one from index `first`."""
     for e in range(count):
         target[first + e] = source[start + e]
 
 
 @inlined
 def exponential(x: Any) -> Any:
-    """e^x in fp32 to five units in the last place (Cephes' expf): 0 below the smallest normal number, infinite
-    from 88.38 on."""
+    """Return e^x in fp32 with an error of at most five units in the last place (expf of Cephes).
+
+    It is 0 below the smallest normal number and infinite from 88.38 on.
+    """
     bounded = min(max(x, np.float32(-87.33)), np.float32(88.72))
     n = np.floor(bounded * np.float32(1.44269504088896341) + np.float32(0.5))
     r = bounded - n * np.float32(0.693359375)
@@ -160,7 +162,7 @@ def exponential(x: Any) -> Any:
 
 @inlined
 def hyperbolic_tangent(x: Any) -> Any:
-    """tanh x in fp32 to four units in the last place: Eigen's quotient of two polynomials."""
+    """Return tanh x in fp32 with an error of at most four units in the last place (Eigen's rational approximation)."""
     bounded = min(max(x, np.float32(-7.90531110763549805)), np.float32(7.90531110763549805))
     square = bounded * bounded
     p = np.float32(-2.76076847742355e-16)
@@ -179,7 +181,7 @@ def hyperbolic_tangent(x: Any) -> Any:
 
 @cache
 def shared_digest() -> str:
-    """Of all sources that kernels are made of."""
+    """Return the digest of all kernel sources. It invalidates caches when a shared building block changes."""
     folder = Path(__file__).parent
     sources = sorted(folder.glob("*.py"))
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()

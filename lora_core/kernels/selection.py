@@ -1,8 +1,8 @@
 # pyright: basic
-"""Which way a pass is computed on this device: chosen once, when an engine attaches itself, and told by name.
+"""Selects the kernels for a device, once, when an engine attaches itself.
 
-What a CPU runs is what the other ways are tested against. Nothing here changes what is computed, only
-the order of sums: a record then says `allclose` (lora_core/engine/invariance_probe.py).
+The other kernels are tested against those of a CPU. A choice changes only the order of sums, in which case the
+determinism level is `allclose` (lora_core/engine/invariance_probe.py).
 """
 
 import inspect
@@ -15,28 +15,29 @@ from lora_core.kernels.batch_invariant import ExactProducts
 from lora_core.kernels.gpu_elementwise import why_not
 
 AMPERE = (8, 0)
-"""A compute capability."""
+"""Minimum compute capability for varlen attention."""
 GROUPING_MAJORS = (9, 10)
-"""Of Hopper and of Blackwell for data centres. Elsewhere, cards of 12.0 among them, torch's grouped product is a loop
-that waits for the device at every group."""
+"""Major compute capabilities of Hopper and data-center Blackwell. On others, including 12.0, torch's grouped matmul is
+a loop that synchronizes with the device for every group."""
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 VARLEN_PARAMETERS = {"window_size", "enable_gqa", "scale"}
-"""Of torch's function, which has all of them from torch 2.12 on."""
+"""Required parameters of torch's varlen_attn, which has all of them since torch 2.12."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
-    """`lora`: of the adapters' products, segment by segment or one launch for all (lora_core/layers/grouped_lora.py).
-    `attention`:
-    sequence by sequence (attention.py) or all in one launch, where that kernel fits
-    (lora_core/layers/attention/flash.py). `elementwise`: norms and gated activations, as
-    lora_core/base_model/patching.py finds them for a CPU, or each compiled into one
-    (lora_core/layers/compiled_elementwise.py).
+    """The kernels of an engine.
 
-    `batch_invariant`: what keeps the bits of products over the tokens of several jobs from depending on their number of
-    rows (batch_invariant.py); None on a GPU, and for an engine that is told to do without. A record is then `allclose`.
-
-    `reasons`: why this device isn't given what is fastest on a GPU; empty on a CPU, where nothing is missing.
+    Attributes:
+        lora: Matmuls of adapters: "loop" over segments, or "grouped_mm" in one launch
+            (lora_core/layers/grouped_lora.py).
+        attention: Over "sequences" one by one, or "varlen" in one launch where that kernel fits
+            (lora_core/layers/attention/flash.py).
+        elementwise: Norms and gated activations: "eager", as lora_core/base_model/patching.py replaces them on a CPU,
+            or "compiled" into one kernel each (lora_core/layers/compiled_elementwise.py).
+        batch_invariant: Matmuls over tokens of several jobs whose bits don't depend on the number of rows
+            (batch_invariant.py). None on a GPU or if disabled. The determinism level is then `allclose`.
+        reasons: Why the fastest GPU kernels can't be used on this device. Empty on a CPU.
     """
 
     lora: Literal["loop", "grouped_mm"] = "loop"
@@ -62,21 +63,21 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
 
 def _why_no_groups(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
     if dtype != torch.bfloat16:
-        return f"LoRA runs segment by segment: grouped products need bfloat16, and the base is held in {dtype}"
+        return f"LoRA runs segment by segment: grouped matmuls need bfloat16, but the base model has {dtype}"
     if capability[0] not in GROUPING_MAJORS:
         needed = "compute capability 9 or 10"
-        return f"LoRA runs segment by segment: grouped products need {needed}, not {_spelt(capability)}"
+        return f"LoRA runs segment by segment: grouped matmuls need {needed}, not {_spelt(capability)}"
     return None
 
 
 def _why_no_varlen(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
     attention = "attention runs sequence by sequence"
     if dtype not in VARLEN_DTYPES:
-        return f"{attention}: the kernel for all of them needs bfloat16, and the base is held in {dtype}"
+        return f"{attention}: the varlen kernel needs bfloat16, but the base model has {dtype}"
     if capability < AMPERE:
-        return f"{attention}: the kernel for all of them needs compute capability 8.0, not {_spelt(capability)}"
+        return f"{attention}: the varlen kernel needs compute capability 8.0, not {_spelt(capability)}"
     if not _torch_has_varlen():
-        return f"{attention}: the kernel for all of them needs torch 2.12, not {torch.__version__}"
+        return f"{attention}: the varlen kernel needs torch 2.12, not {torch.__version__}"
     return None
 
 

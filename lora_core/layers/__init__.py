@@ -1,1 +1,1 @@
-"""Layers that serve many adapters at once: linears, norms, rotary embeddings, heads."""
+"""Layers that compute many adapters at once: linears, norms, rotary embeddings, heads."""

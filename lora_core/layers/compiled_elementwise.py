@@ -1,9 +1,8 @@
 # pyright: basic
-"""RMSNorm and the gated activation for a GPU: forward and backward by hand, each compiled by torch into one kernel.
+"""RMSNorm and gated activation for a GPU, with a custom backward, each compiled by torch into one kernel.
 
-A part is recognized by its class and its own parts, and then asked, as in rms_norm.py: only where ours gives what the
-library's forward gives, to the rounding, is it replaced, on the instance and inside a pack. Letters: T tokens, D
-features, F of the gate.
+A module is recognized by its class and children. Its `forward` is patched on the instance only if a trial gives the
+library's result up to rounding, as in rms_norm.py. Shape suffixes: T tokens, D features, F features of the gate.
 """
 
 from collections.abc import Callable
@@ -30,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def fused_parts(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
-    """The norms and gated feed-forward parts of `model` that can be replaced, and the forward of each."""
+    """Return the norms and gated MLPs of `model` that can be patched, each with its new forward."""
     found: list[tuple[nn.Module, Forward, Forward]] = []
     for module in model.modules():
         eps = eps_of(module)
@@ -43,7 +42,7 @@ def fused_parts(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
 
 @torch.no_grad()
 def _agrees(module: nn.Module, ours: Forward) -> bool:
-    """Whether both give the same for numbers like those of hidden states."""
+    """Return whether both forwards agree within TOLERANCE on values like those of hidden states."""
     first = getattr(module, "gate_proj", module)
     width, weight = getattr(first, "in_features", None), next(module.parameters())
     width = weight.shape[-1] if width is None else width
@@ -56,12 +55,12 @@ def _agrees(module: nn.Module, ours: Forward) -> bool:
 
 
 def forward_norm(module: Any, eps: float, x_TD: Tensor) -> Tensor:
-    """The library's forward outside a pack, ours inside."""
+    """Run the library's forward outside a pack, and the compiled one inside."""
     return type(module).forward(module, x_TD) if current_pack() is None else _norm(module, eps, x_TD)
 
 
 def forward_mlp(module: Any, x_TD: Tensor) -> Tensor:
-    """As `forward_norm`."""
+    """Run the library's forward outside a pack, and the compiled one inside."""
     return type(module).forward(module, x_TD) if current_pack() is None else _feed_forward(module, x_TD)
 
 
@@ -74,7 +73,7 @@ def _feed_forward(module: Any, x_TD: Tensor) -> Tensor:
 
 
 class FusedNorm(torch.autograd.Function):
-    """The weight is frozen."""
+    """RMSNorm whose weight is frozen."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, weight_D: Tensor, eps: float):

@@ -1,7 +1,7 @@
 # pyright: basic
-"""The input embedding of a pack whose jobs train the embeddings of some tokens, or add noise to theirs.
+"""The input embedding of a pack in which jobs train embeddings of tokens or add NEFTune noise.
 
-Letters: T tokens of the tick, K trained tokens of a job, P places where they occur, D features.
+Shape suffixes: T tokens of the pack, K trained tokens of a job, P their occurrences, D features.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from lora_core.packing.packed_batch import PackedBatch, current_pack, with_noise
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenPiece:
-    """Where the trained tokens of one job stand in the tick, which of its rows each is, and those rows [K, D].
+    """Occurrences of one job's trained tokens in the pack: positions, and rows of the trained embeddings [K, D].
 
-    As in torch's embedding, the padding token has no gradient: `learns_P` is False there.
+    As in torch.nn.Embedding, the padding token gets no gradient: `learns_P` is False there.
     """
 
     places_P: Tensor
@@ -28,14 +28,14 @@ class TokenPiece:
 
 
 def forward_embedding(embedding: nn.Embedding, name: str, leaf: Tensor, input_ids: Tensor, *args: Any) -> Tensor:
-    """ids [1, T] to [1, T, D]: the plain embedding, with trained rows and noise in the segments of jobs with some."""
+    """Map ids [1, T] to [1, T, D], with the trained embeddings and the noise of each job in its segment."""
     y_1TD = type(embedding).forward(embedding, input_ids, *args)
     pack = current_pack()
     if pack is None:
         return y_1TD
     pieces = token_pieces(pack, name, padding=embedding.padding_idx)
     if pieces:
-        scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0))  # of families that scale inside the embedding
+        scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0))  # some families scale inside the embedding
         y_1TD = TrainedRows.apply(y_1TD[0], leaf, scale.to(y_1TD), pieces)[None]
     noisy = [(slice(part.start, part.stop), part.noise) for part in pack.segments if part.noise is not None]
     return with_noise(y_1TD, noisy)
@@ -44,7 +44,10 @@ def forward_embedding(embedding: nn.Embedding, name: str, leaf: Tensor, input_id
 def forward_embedding_watched(
     embedding: nn.Embedding, name: str, leaf: Tensor, input_ids: Tensor, *args: Any
 ) -> Tensor:
-    """The same, differentiated down to here: so every rank goes back through all blocks, whichever its slices adapt."""
+    """Like `forward_embedding`, but require a gradient, so that every rank's backward passes through all blocks.
+
+    Sharded blocks need it: their backward contains collectives, whichever blocks a rank's slices adapt.
+    """
     y_1TD = forward_embedding(embedding, name, leaf, input_ids, *args)
     is_watched = torch.is_grad_enabled() and not y_1TD.requires_grad
     return y_1TD.requires_grad_() if is_watched else y_1TD
@@ -66,7 +69,7 @@ def token_pieces(pack: PackedBatch, name: str, *, padding: int | None) -> tuple[
 
 
 class TrainedRows(torch.autograd.Function):
-    """y with the trained embeddings in their places; gradients go straight into the rows."""
+    """Replaces the embeddings of trained tokens. Gradients are written directly to the adapter."""
 
     @staticmethod
     def forward(ctx, y_TD: Tensor, leaf: Tensor, scale: Tensor, pieces: tuple[TokenPiece, ...]):

@@ -1,10 +1,10 @@
 # pyright: basic
-"""Linears that read the same input (q, k and v; gate and up), computed as one node of autograd on a CPU.
+"""Fused projections: linears with the same input (q, k, v; gate, up) as one autograd node on a CPU.
 
-The input's gradient is summed within the products instead of in passes of its own, and the A of one job, which
-lie side by side in its adapter, are one matrix: three thin products become one. The first of the siblings computes
-them all, and the others take theirs from the pass. Letters: T tokens, t of a segment, D features in, O out, S the
-sum of ranks.
+The input gradient is accumulated by the matmuls instead of separate additions. The A matrices of one job, adjacent in
+its adapter, are used as one matrix, so three thin matmuls become one. The first of these sibling linears computes all
+of them, and the others fetch their outputs from the pass. Shape suffixes: T tokens, t tokens of a segment, D input
+features, O output features, S the sum of ranks.
 """
 
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ from lora_core.layers.lora_linear import (
 from lora_core.packing.packed_batch import BatchSegment, PackedBatch, computed_ahead, current_kernels
 
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""As Llama calls them and whoever followed it; a family with other names has its linears one by one."""
+"""Names as in Llama and similar families. A family with other names computes its linears one by one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Siblings:
-    """Modules with one input, in the order in which the block calls them."""
+    """Linears with the same input, in the order in which the block calls them."""
 
     modules: tuple[str, ...]
     weights: tuple[PlainWeight, ...]
@@ -42,7 +42,7 @@ class Siblings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JointPiece:
-    """A segment whose A are one matrix: rows [start, stop) of the tick."""
+    """A segment whose A matrices are used as one: rows [start, stop) of the pack."""
 
     start: int
     stop: int
@@ -55,7 +55,7 @@ class JointPiece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shares:
-    """The segments of a pack in these linears: `joint`, and for each linear those that go through it by themselves."""
+    """Segments of a pack in sibling linears: with joint A matrices, and for each linear those computed separately."""
 
     joint: tuple[JointPiece, ...]
     single: tuple[tuple[Piece, ...], ...]
@@ -66,7 +66,7 @@ class Shares:
 
 
 def find_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Siblings]:
-    """By the path of the first. `linears` in the model's order, as rows are laid out."""
+    """Return sibling linears by the path of the first. `linears` must be in the model's order, as are adapters."""
     found: dict[str, Siblings] = {}
     for path in linears:
         parent, _, name = path.rpartition(".")
@@ -84,7 +84,7 @@ def _plain(linear: nn.Module | None) -> PlainWeight:
 
 
 def forward_siblings(siblings: Siblings, pack: PackedBatch, leaf: Tensor, x: Tensor) -> Tensor:
-    """The output of the first; those of the others are left for them."""
+    """Return the output of the first sibling. Those of the others are stored in the pass."""
     shares = shares_of(pack, siblings.modules)
     outputs = PackedSiblings.apply(
         x.reshape(-1, x.shape[-1]), None if shares.is_empty else leaf, siblings.weights, shares
@@ -96,7 +96,7 @@ def forward_siblings(siblings: Siblings, pack: PackedBatch, leaf: Tensor, x: Ten
 
 
 def taken_from_ahead(module: str, x: Tensor) -> Tensor | None:
-    """The output of a linear that a sibling has computed for this very input."""
+    """Return the output that a sibling has computed for exactly this input tensor, or None."""
     found = computed_ahead().pop(module, None)
     return found[1] if found is not None and found[0] is x else None
 
@@ -114,7 +114,7 @@ def shares_of(pack: PackedBatch, modules: tuple[str, ...]) -> Shares:
 
 
 class PackedSiblings(torch.autograd.Function):
-    """y of each linear, LoRA of each segment included; `leaf` as in PackedLinear. Saves x once."""
+    """y of each linear including LoRA of each segment. `leaf` as in PackedLinear. Saves x once."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, leaf: Tensor | None, weights: tuple[PlainWeight, ...], shares: Shares):
@@ -145,7 +145,7 @@ class PackedSiblings(torch.autograd.Function):
 
 
 def _add_joint(outputs: list[Tensor], x_TD: Tensor, piece: JointPiece) -> Tensor:
-    """y += h Bᵀ of each linear in place. Returns h = scale·x Aᵀ, [t, S]."""
+    """Add h Bᵀ to the y of each linear in place. Returns h = scale·x Aᵀ, [t, S]."""
     h_tS = (x_TD[piece.rows] @ piece.joint.a_SD.T).mul_(piece.joint.scale)
     for index, ranks, views in piece.joint.parts:
         outputs[index][piece.rows].addmm_(h_tS[:, ranks], views.b_OR.T)
@@ -155,7 +155,7 @@ def _add_joint(outputs: list[Tensor], x_TD: Tensor, piece: JointPiece) -> Tensor
 def _add_joint_gradients(
     dx_TD: Tensor | None, gradients: list[Tensor], x_TD: Tensor, h_tS: Tensor, piece: JointPiece
 ) -> None:
-    """Accumulate dA and dB into the adapter, and the LoRA part of dx in place where dx is wanted."""
+    """Accumulate dA and dB into the adapter, and the LoRA part of dx in place, unless `dx_TD` is None."""
     dh_tS = torch.empty_like(h_tS)
     for index, ranks, views in piece.joint.parts:
         dy_tO = gradients[index][piece.rows]
@@ -168,7 +168,7 @@ def _add_joint_gradients(
 
 
 def _input_gradient(ctx, gradients: list[Tensor], received: list[list[Tensor]]) -> Tensor:
-    """dx through the frozen weights, each product added to the one before."""
+    """Return dx through the frozen weights. Each matmul adds to the previous one's output."""
     parts = list(zip(gradients, ctx.weights, received, ctx.branches, ctx.shares.single, strict=True))
     dx_TD = None
     for dy_TO, weight, of_linear, branches, pieces in parts:

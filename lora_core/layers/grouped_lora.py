@@ -1,8 +1,9 @@
 # pyright: basic
-"""The LoRA of many segments in a few launches: torch's grouped product over segments, ranks padded with zeros.
+"""LoRA of many segments in a few launches, by torch's grouped matmul with ranks padded by zeros.
 
-The reference is the loop of lora_linear.py, which computes whatever isn't grouped: DoRA, dropout, an adapter that is
-alone. Letters: T tokens, t tokens of a run, D features in, O out, R rank, W padded rank, G groups of a run.
+The reference is the loop in lora_linear.py, which also computes everything that isn't grouped: DoRA, dropout, and
+an adapter without others of its width. Shape suffixes: T tokens, t tokens of a run, D input features, O output
+features, R rank, W padded rank, G groups of a run.
 """
 
 from collections.abc import Sequence
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
     from lora_core.layers.lora_linear import Piece
 
 MIN_WIDTH = 8
-"""Of a padded rank; from there on powers of two, so that jobs of 16 don't carry the zeros of one of 256."""
-ALIGNMENT_BYTES = 16  # what a grouped product asks of every stride
+"""Minimum padded rank. Larger ones are powers of two, so that adapters of rank 16 aren't padded to another's 256."""
+ALIGNMENT_BYTES = 16  # required alignment of every stride in a grouped matmul
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankBucket:
-    """Rows [start, stop) of the tick; `views` is None between pieces, where the padded weights are zero."""
+    """Rows [start, stop) of the pack. `views` is None in gaps between segments, where the padded weights are zero."""
 
     start: int
     stop: int
@@ -35,13 +36,13 @@ class RankBucket:
 
     @property
     def rank(self) -> int:
-        """Of the weights; the gradients have half of it where a start is subtracted."""
+        """Rank of the weights. If a start is subtracted, it is twice that of the gradients."""
         return 0 if self.views is None else len(self.views.a_RD)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stacks:
-    """The padded weights of a run: zero past each group's own rank, so h and its gradient are zero there as well."""
+    """Padded weights of a run. They are zero beyond each group's rank, and so are h and its gradient."""
 
     a_GWD: Tensor
     b_GOW: Tensor
@@ -49,7 +50,7 @@ class Stacks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Where each group of a run ends, int32 [G], counted from the run's first row; its scale by row, fp32 [t, 1]."""
+    """End of each group, int32 [G], relative to the run's first row, and the scale of each row, fp32 [t, 1]."""
 
     ends_G: Tensor
     scales_t1: Tensor
@@ -57,7 +58,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BucketRun:
-    """Groups that follow each other without a gap, of adapters that are padded to one width."""
+    """Adjacent groups whose adapters are padded to the same width."""
 
     groups: tuple[RankBucket, ...]
     stacks: Stacks
@@ -68,13 +69,13 @@ class BucketRun:
         return slice(self.groups[0].start, self.groups[-1].stop)
 
     def add(self, y_TO: Tensor, x_TD: Tensor) -> Tensor:
-        """y += scale·x Aᵀ Bᵀ in place. Returns h = scale·x Aᵀ, [t, W], for the backward."""
+        """Compute y += scale·x Aᵀ Bᵀ in place. Returns h = scale·x Aᵀ, [t, W], for the backward."""
         h_tW = grouped(x_TD[self.rows], self.stacks.a_GWD.transpose(1, 2), self.layout).mul_(self.layout.scales_t1)
         y_TO[self.rows] += grouped(h_tW, self.stacks.b_GOW.transpose(1, 2), self.layout)
         return h_tW
 
     def add_gradients(self, dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, h_tW: Tensor) -> None:
-        """Accumulate dA and dB into the rows, and the LoRA part of dx in place where dx is wanted."""
+        """Accumulate dA and dB into the adapters, and the LoRA part of dx in place, unless `dx_TD` is None."""
         x_tD, dy_tO = x_TD[self.rows], dy_TO[self.rows]
         dh_tW = grouped(dy_tO, self.stacks.b_GOW, self.layout).mul_(self.layout.scales_t1)
         _accumulate(
@@ -90,14 +91,16 @@ class BucketRun:
 
 
 def grouped(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
-    """[t, K] @ [G, K, N] to [t, N], each row by its group's matrix; or [M, t] @ [t, N] to [G, M, N], one product over
-    the rows of each group. No row of another group is read."""
+    """Multiply [t, K] @ [G, K, N] to [t, N], each row with its group's matrix, or [M, t] @ [t, N] to [G, M, N].
+
+    The second form is one matmul per group. No row of another group is read in either form.
+    """
     product = getattr(torch.nn.functional, "grouped_mm", None)  # public from torch 2.10 on
     return (product or torch._grouped_mm)(left, right, offs=layout.ends_G)  # pyright: ignore
 
 
 def _accumulate(gradients: list[Tensor | None], products_GRN: Tensor) -> None:
-    """gradient += its group's product, less the padding; rounded to the compute dtype before, as in the loop."""
+    """Add to each gradient its group's product without padding, rounded to the compute dtype first, as in the loop."""
     wide_GRN = products_GRN.to(torch.float32)
     pairs = [
         (gradient, wide_RN[: len(gradient)])
@@ -108,9 +111,9 @@ def _accumulate(gradients: list[Tensor | None], products_GRN: Tensor) -> None:
 
 
 class GroupedLora:
-    """Divides the pieces of a linear between the loop and runs. One belongs to each attached model.
+    """Splits the segments of a linear into those for the loop and runs. Each attached model has one.
 
-    Padded weights are kept from tick to tick until the adapter's weights change or other jobs are in the pack.
+    Padded weights are cached between ticks until the weights of an adapter or the jobs in the pack change.
     """
 
     def __init__(self, kernel: Literal["loop", "grouped_mm"]) -> None:
@@ -120,7 +123,7 @@ class GroupedLora:
     def divide(
         self, module: str, pieces: tuple["Piece", ...], x_TD: Tensor
     ) -> tuple[tuple["Piece", ...], tuple[BucketRun, ...]]:
-        """What the loop computes, and what is grouped; together all `pieces` of `module`."""
+        """Return (pieces for the loop, runs), which together cover all `pieces` of `module`."""
         if self.kernel == "loop" or not pieces or not _is_aligned(pieces[0].views):
             return pieces, ()
         alone = [piece for piece in pieces if piece.dropout is not None or piece.views.magnitude is not None]
@@ -128,14 +131,14 @@ class GroupedLora:
         runs: list[BucketRun] = []
         for width, members in groupby(plain, key=lambda piece: width_of(len(piece.views.a_RD))):
             together = list(members)
-            if len(together) == 1:  # nothing to save, and the loop adds to y without another pass over it
+            if len(together) == 1:  # no launch to save, and the loop needs one pass less over y
                 alone += together
             else:
                 runs.append(self._run(module, len(runs), together, width, x_TD))
         return tuple(sorted(alone, key=lambda piece: piece.start)), tuple(runs)
 
     def forget(self) -> None:
-        """Give back the memory of padded weights."""
+        """Free the memory of padded weights."""
         self._stacks.clear()
 
     def _run(self, module: str, index: int, pieces: Sequence["Piece"], width: int, like: Tensor) -> BucketRun:
@@ -160,10 +163,10 @@ class GroupedLora:
 
 
 class _Source:
-    """Weights as they are now: equal to another only where it is of the same tensors, unchanged since."""
+    """Identity of weights in a state: equal only if the tensors are the same objects and unchanged since."""
 
     def __init__(self, views: SiteViews | None) -> None:
-        self._tensors = () if views is None else (ref(views.a_RD), ref(views.b_OR))  # an evicted adapter is let go
+        self._tensors = () if views is None else (ref(views.a_RD), ref(views.b_OR))  # weak: allows eviction
         self._versions = () if views is None else (views.a_RD._version, views.b_OR._version)
 
     def __eq__(self, other: object) -> bool:
@@ -176,12 +179,12 @@ class _Source:
 
 
 def width_of(rank: int) -> int:
-    """The power of two that a rank is padded to."""
+    """Return the power of two to which a rank is padded."""
     return max(MIN_WIDTH, 1 << (rank - 1).bit_length())
 
 
 def stack(groups: Sequence[RankBucket], width: int) -> Stacks:
-    """Two launches, whatever the number of groups."""
+    """Return the padded weights of the groups. Takes two launches for any number of groups."""
     like = next(group.views for group in groups if group.views is not None)
     zeros_WD, zeros_OW = like.a_RD.new_zeros(width, like.a_RD.shape[1]), like.b_OR.new_zeros(len(like.b_OR), width)
     a_parts: list[Tensor] = []
@@ -201,7 +204,7 @@ def stack(groups: Sequence[RankBucket], width: int) -> Stacks:
 
 @lru_cache(maxsize=16)
 def layout_of(spans: tuple[tuple[int, float], ...], device: str) -> Layout:
-    """Of groups with these lengths and scales. Nearly all linears of a tick share one, so it is made once."""
+    """Return the layout of groups with these (length, scale). Cached, since nearly all linears of a tick share one."""
     lengths, scales = zip(*spans, strict=True)
     lengths_G = torch.tensor(lengths, device=device)
     scales_G = torch.tensor(scales, dtype=torch.float32, device=device)

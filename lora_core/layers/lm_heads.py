@@ -1,8 +1,8 @@
 # pyright: basic
-"""The output heads of a pack: the base's for most jobs, and for some one that they train.
+"""The output heads of a pack: the base model's head, and heads or token embeddings that single jobs train.
 
-Letters: L labels of the tick, l labels of a segment, C of a chunk, D features, V vocabulary, K trained tokens.
-Jobs with the base's head go through it together; each other job goes through its own.
+Shape suffixes: L labels of the pack, l labels of a segment, C labels of a chunk, D features, V vocabulary, K trained
+tokens. Jobs with the base model's head are computed together, each other job separately.
 """
 
 from dataclasses import dataclass, fields
@@ -19,13 +19,13 @@ from lora_core.packing.packed_batch import BatchSegment, PackedBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedHead(Head):
-    """A head whose weight, and bias where it has one, lie in a job's adapter."""
+    """A head whose weight and optional bias are in a job's adapter."""
 
     weight: TensorViews
     bias: TensorViews | None
 
     def product_gradient(self, dz_CV: Tensor, h_CD: Tensor) -> Tensor:
-        self.weight.grad.add_(dz_CV.T @ h_CD)  # rounded to the compute dtype first, as autograd does
+        self.weight.grad.add_(dz_CV.T @ h_CD)  # rounded to the compute dtype first, as in autograd
         if self.bias is not None:
             self.bias.grad.add_(dz_CV.sum(0))
         return dz_CV @ self.weight_VD
@@ -33,7 +33,7 @@ class SavedHead(Head):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRowsHead(Head):
-    """A head that is the base's embedding table, with the trained rows [K, D] of a job for its tokens."""
+    """The base model's embedding table as head, with a job's trained rows [K, D] in place of its tokens."""
 
     ids_K: Tensor
     rows: TensorViews
@@ -51,7 +51,7 @@ class TokenRowsHead(Head):
 
 
 def head_of(head: Head, adapter: FlatAdapter) -> Head:
-    """The output head of a job: `head`, which is the base's, unless the job trains one, or its rows."""
+    """Return the output head of a job: the base model's `head`, unless the job trains a head or tied embeddings."""
     trained = adapter.trained
     options = {field.name: getattr(head, field.name) for field in fields(Head)}
     if trained.modules:
@@ -67,7 +67,7 @@ def head_of(head: Head, adapter: FlatAdapter) -> Head:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadGroup:
-    """Segments that go through one head, and where their labels are."""
+    """Segments that share a head, and the positions of their labels."""
 
     head: Head
     places: slice | Tensor
@@ -75,16 +75,16 @@ class HeadGroup:
 
 
 def score_by_head(h_LD: Tensor, head: Head, pack: PackedBatch) -> TokenScores:
-    """The scores of all labels of the pack, without a gradient; `head` is the base's."""
+    """Return the scores of all labels without a gradient. `head` is the base model's."""
     groups = _groups(head, pack)
     parts = [score_labels(h_LD[group.places], group.head, pack.labels_L[group.places]) for group in groups]
     return _in_order(parts, groups, pack)
 
 
 def loss_by_head(h_LD: Tensor, head: Head, pack: PackedBatch, weights_L: Tensor) -> tuple[Tensor, TokenScores]:
-    """Σ weight · cross-entropy of all labels, whose backward reaches h, and their scores.
+    """Return Σ weight · cross-entropy over all labels, which is differentiable in h, and the scores of the labels.
 
-    The gradients of trained heads are in their rows already.
+    Gradients of trained heads are already accumulated into their adapters.
     """
     groups, smoothing_L = _groups(head, pack), pack.label_smoothing_L
     results = [
@@ -102,7 +102,7 @@ def loss_by_head(h_LD: Tensor, head: Head, pack: PackedBatch, weights_L: Tensor)
 
 
 def _groups(head: Head, pack: PackedBatch) -> list[HeadGroup]:
-    """Jobs with the base's head in one group, then each other one with its own."""
+    """Return one group for all jobs with the base model's head, and one for each other job."""
     heads = [head_of(head, segment.adapter) for segment in pack.segments]
     shared = tuple(index for index, own in enumerate(heads) if own is head)
     if len(shared) == len(heads):
@@ -123,7 +123,7 @@ def labels_of(segment: BatchSegment) -> slice:
 
 
 def _in_order(parts: list[TokenScores], groups: list[HeadGroup], pack: PackedBatch) -> TokenScores:
-    """The scores of groups, as the labels of the pack lie."""
+    """Return the scores of all groups in the order of the pack's labels."""
     if len(groups) == 1:
         return parts[0]
     losses_L = torch.empty(len(pack.labels_L), device=pack.labels_L.device)

@@ -1,10 +1,10 @@
 # pyright: basic
-"""Rotary frequencies that depend on a sequence's length (LongRoPE, arXiv 2402.13753), in a pack by each sequence's own.
+"""LongRoPE (arXiv 2402.13753) in packs: rotary frequencies by the length of each sequence.
 
-transformers takes short or long factors by the largest position of a whole pass and writes what it took into the
-module: in a pack that would be by the longest packmate, and lanes would write at once. So an instance gets a `forward`
-that reads two copies, which transformers itself has set up for either length, and writes nothing.
-Letters: T tokens, S sequences.
+transformers selects short or long factors by the largest position of a whole pass, and writes the selection to the
+module. In a pack the longest packmate would decide, and lanes would write concurrently. The patched `forward` therefore
+reads two copies, which transformers has set up for either length, and writes nothing. Shape suffixes: T tokens,
+S sequences.
 """
 
 import copy
@@ -22,12 +22,12 @@ from lora_core.packing.packed_batch import PackedBatch, current_pack
 NAME, BOUND = "longrope", "original_max_position_embeddings"
 
 Bounds = Mapping[str | None, int]
-"""By type of layer, None where a module knows of none: the longest sequence that has short factors."""
+"""Length of the longest sequence with short factors, by layer type (None for a module without layer types)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Factors:
-    """A rotary module as transformers leaves it after a short sequence, and after a long one."""
+    """Copies of a rotary module, as transformers leaves it after a short and after a long sequence."""
 
     bounds: Bounds
     short: nn.Module
@@ -35,13 +35,13 @@ class Factors:
 
 
 def rotations_by_length(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """The rotary modules of `model` that choose by length, and the forward of each."""
+    """Return the rotary modules of `model` that select factors by length, each with its patched forward."""
     found = [(module, bounds) for module in model.modules() if (bounds := _bounds_of(module))]
     return [(module, partial(forward_rotary, module, _factors_of(module, bounds))) for module, bounds in found]
 
 
 def bounds_in(model: nn.Module) -> frozenset[int]:
-    """Lengths beyond which a sequence has other factors for all of its tokens."""
+    """Return the lengths beyond which all tokens of a sequence use other factors."""
     return frozenset(bound for module in model.modules() for bound in _bounds_of(module).values())
 
 
@@ -59,7 +59,7 @@ def _factors_of(module: nn.Module, bounds: Bounds) -> Factors:
 
 @torch.no_grad()
 def _set_up(module: nn.Module, bounds: Bounds, *, excess: int) -> nn.Module:
-    """A copy behind a pass of a sequence that is so many tokens longer than the bound."""
+    """Return a copy after a pass over a sequence that is `excess` tokens longer than the bound."""
     copied = copy.deepcopy(module)
     like = next(copied.buffers()).new_zeros(1)
     for layer, bound in bounds.items():
@@ -69,18 +69,18 @@ def _set_up(module: nn.Module, bounds: Bounds, *, excess: int) -> nn.Module:
 
 
 def _of_layer(layer_type: str | None) -> dict[str, str]:
-    """Families with one kind of layer don't take the argument."""
+    """Return the argument for the layer type, which families with a single layer type don't accept."""
     return {} if layer_type is None else {"layer_type": layer_type}
 
 
 def forward_rotary(
     module: nn.Module, factors: Factors, x: Tensor, position_ids: Tensor, layer_type: str | None = None
 ) -> Any:
-    """Cosines and sines [1, T, ...], or what else a family makes of positions."""
+    """Return cosines and sines [1, T, ...], or the family's equivalent."""
     pack, options = current_pack(), _of_layer(layer_type)
     if pack is None or layer_type not in factors.bounds:
         return type(module).forward(module, x, position_ids, **options)
-    own = inspect.unwrap(type(module).forward)  # without what chooses and writes
+    own = inspect.unwrap(type(module).forward)  # without the decorator that selects and writes
     is_long_S = [length > factors.bounds[layer_type] for length in pack.whole_lengths]
     if not any(is_long_S):
         return own(factors.short, x, position_ids, **options)

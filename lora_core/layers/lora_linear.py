@@ -1,8 +1,8 @@
 # pyright: basic
-"""The linear layer of a packed step: one GEMM of the frozen weight over all tokens, LoRA by segment.
+"""The linear layer of a pack: one GEMM of the frozen weight over all tokens, and LoRA by segment.
 
-Letters: T tokens, t tokens of a segment, D features in, O features out, R rank. Gradients of A and B go
-straight into each job's adapter, not through autograd; the gradient of the frozen weight is never computed.
+Shape suffixes: T tokens, t tokens of a segment, D input features, O output features, R rank. Gradients of A and B are
+written directly to each job's adapter, not through autograd. The gradient of the frozen weight is never computed.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from lora_core.packing.packed_batch import BatchSegment, DropoutKey, current_ker
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """The part of one job in one linear: rows [start, stop), its views, and its dropout if it has one."""
+    """One job's segment in one linear: rows [start, stop), views of its adapter, and its dropout or None."""
 
     start: int
     stop: int
@@ -30,7 +30,7 @@ class Piece:
     dropout: DropoutKey | None
 
     def keep_tD(self, x_tD: Tensor) -> Tensor | None:
-        """Which elements dropout keeps; None without dropout."""
+        """Return the dropout mask of the elements to keep. None without dropout."""
         return None if self.dropout is None else self.dropout.keep_TD(self.module, x_tD)
 
     def dropped(self, x_tD: Tensor, keep_tD: Tensor | None) -> Tensor:
@@ -39,9 +39,9 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:
-    """What the forward of a piece leaves for its backward: h = scale · dropout(x) Aᵀ, what dropout kept, and DoRA's.
+    """State of a piece for its backward: h = scale · dropout(x) Aᵀ, the dropout mask, and DoRA's state.
 
-    Making the mask again costs five times as much as applying it; kept, it takes a byte an element.
+    Creating the mask again costs five times as much as applying it. Keeping it takes one byte per element.
     """
 
     h_tR: Tensor
@@ -50,7 +50,7 @@ class Branch:
 
 
 def pieces_of(segments: Sequence[BatchSegment], module: str) -> tuple[Piece, ...]:
-    """Those whose adapters change `module`."""
+    """Return the segments whose adapters change `module`."""
     return tuple(
         Piece(
             start=segment.start,
@@ -66,14 +66,14 @@ def pieces_of(segments: Sequence[BatchSegment], module: str) -> tuple[Piece, ...
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainWeight:
-    """The frozen weight of a linear, as a GEMM reads it."""
+    """The frozen weight of a linear, in the layout that a GEMM reads."""
 
     weight_OD: Tensor
     bias_O: Tensor | None
 
 
 def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...], linear: PlainWeight | None) -> list[Branch]:
-    """y += h Bᵀ in place by segment, or DoRA's output instead, which needs `linear`. Returns the branch of each."""
+    """Add h Bᵀ to y in place by segment, or apply DoRA, which needs `linear`. Returns the branch of each piece."""
     branches: list[Branch] = []
     for piece in pieces:
         views, x_tD, y_tO = piece.views, x_TD[piece.start : piece.stop], y_TO[piece.start : piece.stop]
@@ -84,7 +84,7 @@ def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...], linear: Plai
         if views.magnitude is None:
             y_tO.addmm_(h_tR, views.b_OR.T)
         else:
-            assert linear is not None, "admission refuses DoRA where the weight can't be read"
+            assert linear is not None, "admission rejects DoRA if the weight can't be read"
             magnitude = add_magnitude(
                 y_tO,
                 d_tD,
@@ -101,14 +101,14 @@ def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...], linear: Plai
 def add_lora_gradients(
     dx_TD: Tensor | None, received: list[Tensor], x_TD: Tensor, branches: list[Branch], pieces: tuple[Piece, ...]
 ) -> None:
-    """Accumulate dA and dB into the rows, and the LoRA part of dx in place where dx is wanted.
+    """Accumulate dA and dB into the adapters, and the LoRA part of dx in place, unless `dx_TD` is None.
 
-    `received`: the gradient [t, O] of each piece's scale·B A dropout(x).
+    `received` contains the gradient [t, O] of each piece's scale·B A dropout(x).
     """
     for piece, branch, dy_tO in zip(pieces, branches, received, strict=True):
         views, x_tD = piece.views, x_TD[piece.start : piece.stop]
         dh_tR = (dy_tO @ views.b_OR).mul_(views.scale)
-        rank = len(views.grad_a_RD)  # the weights may be of twice this: what lies beyond is frozen
+        rank = len(views.grad_a_RD)  # the weights may have twice this rank; the second half is frozen
         accumulate(views.grad_b_OR, dy_tO.T, branch.h_tR[:, :rank])
         accumulate(views.grad_a_RD, dh_tR[:, :rank].T, piece.dropped(x_tD, branch.keep_tD))
         if dx_TD is None:
@@ -120,7 +120,7 @@ def add_lora_gradients(
 
 
 def received_by_lora(dy_TO: Tensor, branches: list[Branch], pieces: tuple[Piece, ...]) -> list[Tensor]:
-    """dy of each piece; with DoRA times its factor, and the magnitude's gradient is accumulated into the adapter."""
+    """Return dy of each piece. With DoRA it is scaled, and the gradient of the magnitude is accumulated."""
     received: list[Tensor] = []
     for piece, branch in zip(pieces, branches, strict=True):
         dy_tO, magnitude = dy_TO[piece.start : piece.stop], piece.views.magnitude
@@ -138,14 +138,14 @@ def input_gradient(  # noqa: PLR0917
     branches: list[Branch],
     pieces: tuple[Piece, ...],
 ) -> Tensor:
-    """dx through the frozen weight."""
+    """Return dx through the frozen weight, [T, D]."""
     dx_TD = batch_invariant.times(through_weight(dy_TO, received, branches, pieces), weight_OD, exact)
     add_through_dropout(dx_TD, dy_TO, weight_OD, received, branches, pieces)
     return dx_TD
 
 
 def through_weight(dy_TO: Tensor, received: list[Tensor], branches: list[Branch], pieces: tuple[Piece, ...]) -> Tensor:
-    """What the frozen weight gets of dy: with DoRA, where W x has a factor, times that."""
+    """Return the dy that passes through the frozen weight. With DoRA without dropout it is scaled."""
     magnified = [
         branch.magnitude is not None and piece.dropout is None for branch, piece in zip(branches, pieces, strict=True)
     ]
@@ -166,7 +166,7 @@ def add_through_dropout(  # noqa: PLR0917
     branches: list[Branch],
     pieces: tuple[Piece, ...],
 ) -> None:
-    """With DoRA and dropout W x is as it was, and W dropout(x) has the factor less 1."""
+    """Add the gradient through W dropout(x), which DoRA scales by c - 1. W x itself keeps the factor 1."""
     for piece, branch, dv_tO in zip(pieces, branches, received, strict=True):
         if branch.magnitude is not None and piece.dropout is not None:
             rows = slice(piece.start, piece.stop)
@@ -174,7 +174,7 @@ def add_through_dropout(  # noqa: PLR0917
 
 
 def accumulate(gradient: Tensor, left: Tensor, right: Tensor) -> None:
-    """gradient += left @ right; below fp32 the product is rounded to its dtype first, as autograd does."""
+    """Compute gradient += left @ right. Below fp32 the product is rounded to its dtype first, as in autograd."""
     if gradient.dtype == left.dtype:
         gradient.addmm_(left, right)
     else:
@@ -182,10 +182,10 @@ def accumulate(gradient: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class PackedLinear(torch.autograd.Function):
-    """y = x Wᵀ + b over all tokens, plus each segment's LoRA. Saves x once, the small h, and the masks.
+    """y = x Wᵀ + b over all tokens, plus LoRA of each segment. Saves x once, the small h, and the masks.
 
-    `leaf` is a scalar that requires a gradient wherever an adapter is present: it makes autograd visit this
-    node although no weight is known to it. It receives none. `runs` are the segments that aren't among the pieces,
+    `leaf` is a scalar that requires a gradient if an adapter is present. It makes autograd visit this node, which has
+    no weight that autograd knows, and never gets a gradient. `runs` contains the segments that are not in `pieces`
     because they are grouped (grouped_lora.py).
     """
 
@@ -203,7 +203,7 @@ class PackedLinear(torch.autograd.Function):
         ctx.pieces, ctx.runs = pieces, runs
         ctx.branches = add_lora(y_TO, x_TD, pieces, linear)
         ctx.hidden = [run.add(y_TO, x_TD) for run in runs]
-        ctx.weight_OD = linear.weight_OD  # frozen, so autograd needn't watch it
+        ctx.weight_OD = linear.weight_OD  # frozen, so save_for_backward's checks aren't needed
         ctx.save_for_backward(*([x_TD] if pieces or runs else []))
         return y_TO
 
@@ -223,7 +223,7 @@ class PackedLinear(torch.autograd.Function):
 
 
 class PackedDelta(torch.autograd.Function):
-    """The LoRA part alone, for a linear with a forward of its own (quantized, sharded): y + delta."""
+    """y plus LoRA of each segment, for a linear with a forward of its own (quantized or sharded)."""
 
     @staticmethod
     def forward(  # noqa: PLR0917  (autograd passes by position)

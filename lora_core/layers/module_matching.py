@@ -1,5 +1,5 @@
 # pyright: basic
-"""How parts of a model are known for what they are: by the names of classes and of their own parts."""
+"""Recognizes parts of a model by the names of their classes and children."""
 
 from collections.abc import Hashable
 
@@ -9,7 +9,7 @@ NUMBERS_OF_A_BLOCK = {"layer_idx", "layer_index", "layer_number"}
 
 
 def eps_of(module: nn.Module) -> float | None:
-    """Of an RMSNorm; None for whatever isn't one with one weight."""
+    """Return eps of an RMSNorm that has exactly one weight, or None for any other module."""
     if not type(module).__name__.endswith("RMSNorm") or [name for name, _ in module.named_parameters()] != ["weight"]:
         return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -18,14 +18,17 @@ def eps_of(module: nn.Module) -> float | None:
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
-    """Of the form down(silu(gate(x)) · up(x)), of linears of any kind."""
+    """Return whether a module has the form down(silu(gate(x)) · up(x)), with linears of any kind."""
     names = [name for name, _ in module.named_children()]
     is_silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
     return is_silu and sorted(names) == ["act_fn", "down_proj", "gate_proj", "up_proj"]
 
 
 def kind_of(part: nn.Module) -> Hashable:
-    """Its modules' classes, settings, sizes and dtypes: all that tells it apart, but its weights and its number."""
+    """Return the classes, settings, shapes and dtypes of all modules in `part`, without values and layer number.
+
+    Parts of equal kind compute the same function of their weights and input.
+    """
     return tuple(
         (
             name,

@@ -1,8 +1,9 @@
 # pyright: basic
-"""A decoder block whose residual sums are made in the pass of the norm that follows them, and their gradients too.
+"""A decoder block that fuses each residual sum with the norm that follows it, in forward and backward.
 
-x + attention(norm(x)), then + mlp(norm(·)): a block is recognized by its parts and then asked with stand-ins for its
-attention and MLP; it is replaced on the instance and inside a pack. Letters: T tokens, D features.
+The block computes x + attention(norm(x)), then + mlp(norm(·)). It is recognized by its children and tested with
+stand-ins for attention and MLP. Its `forward` is patched on the instance and used inside a pack. Shape suffixes:
+T tokens, D features.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ Forward = Callable[..., Any]
 
 
 def faster_blocks(model: nn.Module, norms: Sequence[nn.Module]) -> list[tuple[nn.Module, Forward]]:
-    """The blocks of `model` that can be replaced, and the forward of each; `norms` are those that can."""
+    """Return the blocks of `model` that can be patched, with their forward. `norms` are the norms that can."""
     known = set(map(id, norms))
     found = [module for module in model.modules() if _is_block(module, known)]
     return [(module, partial(forward_residual, module)) for module in found if _agrees(module)]
@@ -46,7 +47,7 @@ def _agrees(block: nn.Module) -> bool:
 
 @contextmanager
 def _stand_ins(block: nn.Module) -> Iterator[None]:
-    """Other functions in place of attention and MLP, which tell where each is applied."""
+    """Replace attention and MLP with simple functions that reveal where each is applied."""
     attention, mlp = cast(nn.Module, block.self_attn), cast(nn.Module, block.mlp)
     attention.forward = lambda hidden_states, *_args, **_options: (torch.flip(hidden_states, [-1]) / 2, None)
     mlp.forward = lambda x: torch.roll(x, 1, -1) / 4
@@ -57,7 +58,7 @@ def _stand_ins(block: nn.Module) -> Iterator[None]:
 
 
 def forward_residual(block: nn.Module, hidden_states: Tensor, *others: Any, **options: Any) -> Any:
-    if current_pack() is None or others:  # by place, it isn't known what is for the attention
+    if current_pack() is None or others:  # positional arguments can't be assigned to the attention's parameters
         return type(block).forward(block, hidden_states, *others, **options)
     return _forward(block, hidden_states, **options)
 

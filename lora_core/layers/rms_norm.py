@@ -1,8 +1,8 @@
 # pyright: basic
-"""RMSNorm in one pass over memory each way, alone or with the sum of the residual stream before it.
+"""RMSNorm in one memory pass each way, alone or fused with the residual sum before it.
 
-A norm is recognized by its class's name and parts and then asked: only where ours gives the numbers that the
-library's forward gives is it replaced, on the instance and inside a pack. Letters: T tokens, D features.
+A norm is recognized by its class name and parameters, and then tested. Its `forward` is patched on the instance, and
+used inside a pack, only if the result equals that of the library's forward. Shape suffixes: T tokens, D features.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,18 @@ from lora_core.packing.packed_batch import current_pack
 
 CHECKED_TOKENS = 16
 ROUNDING = {torch.float32: (1e-5, 2**-20), torch.bfloat16: (2**-7, 2**-14)}
-"""What sums in another order may change: a share of the element, and one of the largest of its row. A row is as large
-as the terms that were added, and an element may be left over of terms that cancel each other: of the numbers of
-SmolLM2's MLPs, up to 3,218, fp32 elements differ by 2**-21.5 of the largest of their row at most."""
+"""Allowed differences from another summation order: relative to the element, and to the largest element of its row.
+
+An element may be the remainder of terms that cancel, so the row's largest element bounds the rounding errors. On the
+inputs of SmolLM2's MLPs, up to 3,218, fp32 elements differ by at most 2**-21.5 of their row's largest element."""
 MOST_ROUNDED_APART = 0.01
-"""Of bf16 elements, from sums in another order; a norm that rounds elsewhere has a third."""
+"""Maximum fraction of bf16 elements that differ due to summation order. A norm that rounds elsewhere has a third."""
 
 Forward = Callable[..., Tensor]
 
 
 def faster_norms(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
-    """The norms of `model` that can be replaced, and the forward of each."""
+    """Return the norms of `model` that can be patched, each with its new forward."""
     named = [(module, eps) for module in model.modules() if (eps := eps_of(module)) is not None]
     found = [(module, eps) for module, eps in named if runs_on(next(module.parameters()))]
     return [(module, partial(forward_norm, module, eps)) for module, eps in found if _agrees(module, eps)]
@@ -36,7 +37,7 @@ def faster_norms(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
 
 @torch.no_grad()
 def _agrees(module: nn.Module, eps: float) -> bool:
-    """Whether both give the same numbers, up to the order of a sum, for some like those of hidden states."""
+    """Return whether both give the same numbers, up to summation order, on values like those of hidden states."""
     weight = next(module.parameters())
     numbers = torch.arange(CHECKED_TOKENS * weight.numel(), dtype=torch.float32)
     x_TD = (torch.sin(numbers * 0.7) * 2).view(1, CHECKED_TOKENS, -1).to(weight.dtype)
@@ -44,7 +45,7 @@ def _agrees(module: nn.Module, eps: float) -> bool:
 
 
 def same_numbers(theirs: Tensor, ours: Tensor) -> bool:
-    """[..., D], equal but for the last bit, whatever their size: of any element in fp32, of hardly any in bf16."""
+    """Return whether [..., D] tensors are equal up to the last bit: any element in fp32, few elements in bf16."""
     of_element, of_row = ROUNDING[theirs.dtype]
     sizes = theirs.float().abs()
     allowed = of_element * sizes + of_row * sizes.amax(-1, keepdim=True)
@@ -61,7 +62,7 @@ def forward_norm(module: nn.Module, eps: float, x_TD: Tensor) -> Tensor:
 
 
 class RmsNorm(torch.autograd.Function):
-    """y = w · round(x / √(mean x² + eps)), in fp32 up to the rounding (arXiv 1910.07467); w is frozen."""
+    """y = w · round(x / √(mean x² + eps)), in fp32 up to the rounding (arXiv 1910.07467). w is frozen."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, weight_D: Tensor, eps: float):
@@ -79,8 +80,11 @@ class RmsNorm(torch.autograd.Function):
 
 
 class AddRmsNorm(torch.autograd.Function):
-    """total = x + delta, or x itself without a delta, and its norm. Both go on from here, so that the gradients of the
-    stream and of the norm are added in the pass that makes the latter."""
+    """Returns total = x + delta (x itself without a delta) and its norm.
+
+    Both outputs pass through this node, so that the backward adds the gradients of the residual stream and of the norm
+    in one memory pass.
+    """
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float):
@@ -106,7 +110,7 @@ class AddRmsNorm(torch.autograd.Function):
 
 
 def _gradient(x_TD: Tensor, rate_T: Tensor, weight_D: Tensor, dy_TD: Tensor, onward_TD: Tensor | None) -> Tensor:
-    """rate · (g - x̂ · mean(g · x̂)) with g = w · dy and x̂ = rate · x, plus `onward`."""
+    """Return rate · (g - x̂ · mean(g · x̂)) with g = w · dy and x̂ = rate · x, plus `onward_TD` if it is not None."""
     dx_TD = torch.empty_like(x_TD)
     onward = _rows(x_TD)[:0] if onward_TD is None else _rows(onward_TD.contiguous())
     rows = _rows(x_TD), array_of(rate_T), array_of(weight_D), _rows(dy_TD.contiguous()), onward, _rows(dx_TD)
@@ -115,5 +119,5 @@ def _gradient(x_TD: Tensor, rate_T: Tensor, weight_D: Tensor, dy_TD: Tensor, onw
 
 
 def _rows(x_TD: Tensor):
-    """[..., D] as the kernels take it: [T, D]."""
+    """Return the memory of [..., D] as [T, D], for the kernels."""
     return array_of(x_TD.view(-1, x_TD.shape[-1]))

@@ -1,10 +1,10 @@
 # pyright: basic
-"""Rotary position embedding in one pass through memory, forward and backward, where a library's takes a dozen.
+"""Rotary position embedding in one memory pass forward and backward, where a library needs a dozen.
 
-An attention module finds `apply_rotary_pos_emb` among the globals of its file. Those are every model's of the family in
-this process, so they stay as they are: an instance gets its class's own `forward`, over a copy of the globals in which
-that one name is ours. A family's function is asked before: only where ours gives its numbers is it replaced.
-Letters: H heads, T tokens, E features of a head, D of them rotated.
+An attention module finds `apply_rotary_pos_emb` in the globals of its file, which all models of the family in this
+process share and which are therefore not modified. Instead, an instance gets its class's own `forward` over a copy of
+the globals, in which this one name is replaced. The replacement is only used if a test gives the same numbers as the
+family's function. Shape suffixes: H heads, T tokens, E features of a head, D rotated features.
 """
 
 import inspect
@@ -30,7 +30,7 @@ Rotation = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RotaryCall:
-    """A family's function, and whether it gives the numbers of ours: for heads that are rotated whole, and in part."""
+    """A family's function, and whether the kernel gives the same numbers for heads rotated completely or in part."""
 
     original: Rotation
     whole: bool
@@ -38,7 +38,7 @@ class RotaryCall:
 
 
 def faster_rotations(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """The attention modules of `model` whose rotation can be replaced, and the forward of each."""
+    """Return the attention modules of `model` whose rotation can be replaced, each with its new forward."""
     found = [(module, own) for module in model.modules() if (own := _own_forward(module)) is not None]
     rotary_calls: dict[tuple[Rotation, torch.dtype], RotaryCall] = {}
     forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
@@ -53,7 +53,7 @@ def faster_rotations(model: nn.Module) -> list[tuple[nn.Module, Callable[..., An
 
 
 def _own_forward(module: nn.Module) -> FunctionType | None:
-    """The class's forward without its decorators, if it rotates by the function of that name."""
+    """Return the class's forward without decorators, if it calls the function `apply_rotary_pos_emb`."""
     own = inspect.unwrap(type(module).forward)
     if not isinstance(own, FunctionType) or NAME not in own.__code__.co_names:
         return None
@@ -80,8 +80,10 @@ def _ask(original: Rotation, like: Tensor) -> RotaryCall:
 
 @torch.no_grad()
 def _agrees(original: Rotation, like: Tensor, num_rotated: int) -> bool:
-    """Whether both rotate so many features of two query heads and a key head by the same numbers, up to the last bit
-    or two."""
+    """Return whether both functions rotate `num_rotated` features by the same numbers, up to the last bit or two.
+
+    The test uses two query heads and one key head.
+    """
     numbers = torch.arange(5 * CHECKED_TOKENS * CHECKED_FEATURES, dtype=torch.float32)
     rows = torch.sin(numbers * 0.7).to(like.dtype).view(5, CHECKED_TOKENS, CHECKED_FEATURES)
     query, key = rows[:2][None], rows[2:3][None]
@@ -89,7 +91,7 @@ def _agrees(original: Rotation, like: Tensor, num_rotated: int) -> bool:
     try:
         expected = original(query, key, cos, sin)
     except ANY_FAILURE:
-        return False  # a function of other arguments
+        return False  # a function with other parameters
     ours = Rotate.apply(query, key, cos, sin)
     bound = 2 * torch.finfo(like.dtype).eps
     return all(
@@ -108,7 +110,7 @@ def _rotated(
 
 
 def _fits(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """One row of tokens on the CPU, in one dtype, an even number of features rotated."""
+    """Return whether there is one row of tokens on the CPU, in one dtype, with an even number of rotated features."""
     num_tokens, size = query.shape[-2:]
     return (
         all(runs_on(tensor) and tensor.dtype == query.dtype for tensor in (query, key, cos, sin))
@@ -120,7 +122,10 @@ def _fits(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 class Rotate(torch.autograd.Function):
-    """query [1, H, T, E] and key [1, K, T, E] by cos and sin [1, T, D], which get no gradient; memory goes by token."""
+    """Rotates query [1, H, T, E] and key [1, K, T, E] by cos and sin [1, T, D], which get no gradient.
+
+    The outputs are stored token by token.
+    """
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor):

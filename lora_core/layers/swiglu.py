@@ -1,8 +1,8 @@
 # pyright: basic
-"""The gated MLP down(silu(gate(x)) · up(x)) (arXiv 2002.05202) with the activation in one pass over memory each way.
+"""The gated MLP down(silu(gate(x)) · up(x)) (arXiv 2002.05202) with one memory pass for the activation each way.
 
-An MLP is recognized by its parts and then asked, as norms are; it is replaced on the instance and inside a pack.
-Letters: T tokens, D features, F of the gate.
+An MLP is recognized by its children and tested, as norms are. Its `forward` is patched on the instance and used inside
+a pack. Shape suffixes: T tokens, D features, F features of the gate.
 """
 
 from collections.abc import Callable, Hashable
@@ -20,8 +20,10 @@ from lora_core.packing.packed_batch import current_pack
 
 
 def faster_mlps(model: nn.Module) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """The MLPs of `model` that can be replaced, and the forward of each. One of each kind is asked, for that reads all
-    its weights."""
+    """Return the MLPs of `model` that can be patched, with their forward.
+
+    Only one MLP of each kind is tested, because a test reads all its weights.
+    """
     found = [(module, kind_of(module)) for module in model.modules() if _is_ours(module)]
     agrees: dict[Hashable, bool] = {}
     for module, kind in found:
@@ -53,7 +55,7 @@ def _forward(module: nn.Module, x_TD: Tensor) -> Tensor:
 
 
 class SwiGlu(torch.autograd.Function):
-    """y = round(round(silu(gate)) · up); nothing but gate and up is kept for the backward."""
+    """y = round(round(silu(gate)) · up). Saves only gate and up for the backward."""
 
     @staticmethod
     def forward(ctx, gate_TF: Tensor, up_TF: Tensor):

@@ -1,9 +1,9 @@
 # pyright: basic
-"""Classification heads: which module of a family's model is the head, what it reads, and one of each job's own.
+"""Classification heads: the head module of each model family, its input, and a separate head for each job.
 
-Letters: T tokens, P sequences of the tick, D features, n sequences of a segment, C classes (1: a number).
-A head lies in its job's adapter, with as many classes as the job has; what is between the last hidden states and the
-head (a pooler, a dense layer) belongs to the base, and may have adapters.
+Shape suffixes: T tokens, P sequences of the pack, D features, n sequences of a segment, C classes (1 for regression).
+A head is part of its job's adapter, with the job's number of classes. Layers between the last hidden states and the
+head (a pooler or a dense layer) belong to the base model and can have adapters.
 """
 
 import copy
@@ -24,20 +24,20 @@ from lora_core.runtime.counter_rng import normal
 
 Task = Literal["causal-lm", "sequence-classification"]
 NUM_PLACEHOLDER_CLASSES = 2
-"""Of the head that a base is loaded with, which no job trains."""
+"""Classes of the head with which a base model is loaded. No job trains it."""
 ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskHead:
-    """`path` of the head's module; which token of a sequence it reads, or their mean."""
+    """The `path` of the head module, and the token it reads of each sequence ("mean" for all of them)."""
 
     path: str
     pooling: Literal["first", "last", "mean"]
 
 
 def task_head_of(model: nn.Module) -> TaskHead | None:
-    """None for a model without a classification head."""
+    """Return the classification head of a model, or None."""
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return None
     if isinstance(getattr(model, "score", None), nn.Linear):
@@ -48,18 +48,18 @@ def task_head_of(model: nn.Module) -> TaskHead | None:
 
 
 def refuse_unknown_head(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModel for a family whose head isn't one of those that are known here."""
+    """Raise UnsupportedModel for a model family whose head is unknown."""
     kind = model.config.model_type
     is_decoder = isinstance(getattr(model, "score", None), nn.Linear)
     if not is_decoder and kind not in ENCODERS:
         raise UnsupportedModel(
-            f"Models of type {kind!r} aren't supported for classification: their head or attention isn't known here.",
+            f"Models of type {kind!r} aren't supported for classification: their head or attention is unknown.",
             remedy=f"Choose a dense decoder, or an encoder of type {', '.join(ENCODERS)}.",
         )
 
 
 def head_tensors(model: nn.Module, num_labels: int) -> list[TrainedTensor]:
-    """Of a new head with `num_labels` classes: weights N(0, initializer_range²) by the job's seed, biases 0."""
+    """Return the tensors of a new head: weights N(0, initializer_range²) from the job's seed, biases 0."""
     head = task_head_of(model)
     assert head is not None
     deviation = float(getattr(model.config, "initializer_range", 0.02))
@@ -79,13 +79,13 @@ def _last_linear(head: nn.Module) -> nn.Linear:
 
 
 def _normal(path: str, shape: tuple[int, ...], deviation: float, seed: int) -> Tensor:
-    """fp32 numbers that depend on (seed, path) alone."""
+    """Return fp32 numbers that depend on (seed, path) alone."""
     numbers = normal("head", seed, path, count=math.prod(shape)) * deviation
     return torch.from_numpy(numbers.astype(np.float32)).view(shape)
 
 
 def fill_placeholder(model: nn.Module) -> None:
-    """Give the base's own head numbers, for no file holds those of a job."""
+    """Initialize the base model's own head, which is not in its files."""
     head = task_head_of(model)
     assert head is not None
     for tensor in head_tensors(model, NUM_PLACEHOLDER_CLASSES):
@@ -99,7 +99,7 @@ def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def own_head(model: nn.Module, tensors: Mapping[str, Tensor | TensorViews], *, path: str) -> nn.Module:
-    """The head's module with numbers of a job (by their whole path) in it, not copied: one that nobody shares."""
+    """Return a new head module that uses a job's tensors (keyed by full path) without copying them."""
     head = copy.deepcopy(model.get_submodule(path))
     for name, found in tensors.items():
         value = found.value if isinstance(found, TensorViews) else found
@@ -109,9 +109,9 @@ def own_head(model: nn.Module, tensors: Mapping[str, Tensor | TensorViews], *, p
 
 
 def pooled_hidden(model: PreTrainedModel, h_TD: Tensor, ids_T: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """[P, D]: of each sequence the hidden state that the head reads, or their mean.
+    """Return [P, D]: the hidden state that the head reads of each sequence, or the mean over the sequence.
 
-    The last token is the last that isn't padding, as in transformers: a padding token may end a sequence.
+    As in transformers, "last" is the last token that isn't padding, because a padding token may end a sequence.
     """
     head = task_head_of(model)
     assert head is not None
@@ -137,7 +137,7 @@ def _last_place(ids: Tensor, padding: int | None) -> int:
 
 
 def between(model: Any, h_PD: Tensor) -> Tensor:
-    """[P, D]: what a family computes between pooling and its head."""
+    """Return [P, D] after the layers between pooling and head, if the family has any."""
     if getattr(model.base_model, "pooler", None) is not None:
         return cast(Tensor, model.base_model.pooler(h_PD[:, None]))
     if model.config.model_type == "modernbert":
@@ -146,14 +146,14 @@ def between(model: Any, h_PD: Tensor) -> Tensor:
 
 
 def class_logits(model: PreTrainedModel, head: nn.Module, h_nD: Tensor) -> Tensor:
-    """fp32 [n, C]. The head of RoBERTa takes its first token itself."""
+    """Return logits, fp32 [n, C]. The head of RoBERTa selects the first token itself."""
     if isinstance(head, nn.Linear):
         return head(h_nD).float()
     return head(h_nD[:, None]).float()
 
 
 def positions_of(model: PreTrainedModel, position_ids: Tensor, input_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """RoBERTa counts from behind the padding token's id, and leaves padding tokens out; others from 0."""
+    """Return position ids [1, T]. RoBERTa counts from the padding id + 1 and skips padding tokens, others from 0."""
     if not counts_from_padding(model.config):
         return position_ids
     padding = cast(int, model.config.pad_token_id)

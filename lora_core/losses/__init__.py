@@ -1,1 +1,1 @@
-"""Cross-entropy, preference losses, KTO and scores."""
+"""Losses: cross-entropy, pairwise preference losses and KTO."""

@@ -1,7 +1,8 @@
 # pyright: basic
-"""Cross-entropy through the output head at supervised positions only, its gradient made in the forward.
+"""Cross-entropy through the output head at labels only. The forward also computes the gradient.
 
-Letters: L labels of the tick, C labels of a chunk, D features, V vocabulary. Logits exist one chunk at a time.
+Logits exist for one chunk of labels at a time, which bounds memory. Shape suffixes: L labels of the pack, C labels of
+a chunk, D features, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from lora_core.kernels.batch_invariant import ExactProducts
 from lora_core.losses.cross_entropy import score_rows
 
 CHUNK_LABELS = 256
-LABEL_MULTIPLE = 32  # rows of a chunk, so that exp and tanh take vector code up to the end at any vocabulary
+LABEL_MULTIPLE = 32  # pads the last chunk so that exp and tanh use vector code for every element, whatever V is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """logits = softcap · tanh(z / softcap) with z = multiplier · (h Wᵀ + b). `exact`: see
-    lora_core/kernels/batch_invariant.py."""
+    """An output head: logits = softcap · tanh(z / softcap) with z = multiplier · (h Wᵀ + b).
+
+    `exact` enables batch-invariant matmuls (lora_core/kernels/batch_invariant.py).
+    """
 
     weight_VD: Tensor
     bias_V: Tensor | None
@@ -31,11 +34,11 @@ class Head:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the logits are the product itself."""
+        """Whether the logits are the product h Wᵀ + b without scaling or capping."""
         return self.multiplier == 1.0 and self.softcap is None
 
     def logits(self, h_CD: Tensor) -> Tensor:
-        """[C, V] in the base's dtype, as transformers has them."""
+        """Return the logits [C, V] in the base model's dtype, as transformers computes them."""
         z_CV = self.product(h_CD)
         if self.multiplier != 1.0:
             z_CV = z_CV * self.multiplier
@@ -47,11 +50,11 @@ class Head:
         return batch_invariant.linear(h_CD, self.weight_VD, self.bias_V, self.exact)
 
     def capping_slope(self, logits_CV: Tensor) -> Tensor | None:
-        """What capping multiplies a logit's gradient by: d tanh = 1 - tanh². None without capping."""
+        """Return the derivative of capping at these logits, 1 - tanh², [C, V]. None without capping."""
         return None if self.softcap is None else 1 - (logits_CV / self.softcap).square()
 
     def input_gradient(self, dlogits_CV: Tensor, slope_CV: Tensor | None, h_CD: Tensor) -> Tensor:
-        """dh [C, D] for the gradient of the logits; it is fp32 where they were scaled or capped."""
+        """Return dh [C, D] for the gradient of the logits, which is fp32 if they were scaled or capped."""
         if slope_CV is not None:
             dlogits_CV = dlogits_CV * slope_CV
         if self.multiplier != 1.0:
@@ -59,20 +62,20 @@ class Head:
         return self.product_gradient(dlogits_CV.to(self.weight_VD.dtype), h_CD)
 
     def product_gradient(self, dz_CV: Tensor, _h_CD: Tensor) -> Tensor:
-        """dh [C, D] of `product`. A trained head adds its own gradient to its job's row as well."""
+        """Return dh [C, D] of `product`. A trained head overrides this to accumulate its own gradient as well."""
         return batch_invariant.times(dz_CV, self.weight_VD, self.exact)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenScores:
-    """Of each label: its cross-entropy in nats (fp32 [L]), and whether it was the likeliest (bool [L])."""
+    """Scores of each label: cross-entropy in nats (fp32 [L]), and whether no other token was likelier (bool [L])."""
 
     losses_L: Tensor
     correct_L: Tensor
 
 
 def score_labels(h_LD: Tensor, head: Head, labels_L: Tensor) -> TokenScores:
-    """Without a gradient, for evaluation."""
+    """Return the scores without a gradient, for evaluation."""
     scores, _ = _score(h_LD.detach(), head, labels_L, None)
     return scores
 
@@ -80,10 +83,10 @@ def score_labels(h_LD: Tensor, head: Head, labels_L: Tensor) -> TokenScores:
 def weighted_loss(
     h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor, smoothing_L: Tensor | None = None
 ) -> tuple[Tensor, TokenScores]:
-    """Σ weight · cross-entropy, whose backward reaches h, and the scores of each label.
+    """Return Σ weight · cross-entropy, which is differentiable in h, and the scores of each label.
 
-    `smoothing_L`: each label's ε, as label_smoothing of torch's cross_entropy: the label has the probability 1 - ε,
-    and ε is spread evenly over the whole vocabulary.
+    `smoothing_L` is the ε of each label, as label_smoothing in torch.nn.functional.cross_entropy: the label has the
+    target probability 1 - ε, and ε is spread evenly over the vocabulary.
     """
     loss, losses_L, correct_L = ChunkedCrossEntropy.apply(h_LD, head, labels_L, (weights_L, smoothing_L))
     return loss, TokenScores(losses_L=losses_L, correct_L=correct_L)
@@ -105,7 +108,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def _score(
     h_LD: Tensor, head: Head, labels_L: Tensor, weights_L: Tensor | None, smoothing_L: Tensor | None = None
 ) -> tuple[TokenScores, Tensor | None]:
-    """Scores, and with weights the gradient [L, D]. Pads the last chunk with rows that nobody reads."""
+    """Return the scores and, if weights are given, the gradient [L, D]. Padding rows are removed again."""
     num_labels = len(labels_L)
     filler = -num_labels % LABEL_MULTIPLE
     h_LD, labels_L = F.pad(h_LD, (0, 0, 0, filler)), F.pad(labels_L, (0, filler))

@@ -1,8 +1,8 @@
 # pyright: basic
-"""Cross-entropy of labels by their logits, and the gradient by the logits in their place. Letters: C labels, V classes.
+"""Cross-entropy of labels from their logits, and the gradient with respect to the logits.
 
-On a CPU by kernels that read the logits where they lie; elsewhere by torch, which makes fp32 copies. log_softmax
-isn't used: on a CPU it took ten times as long as exp and a sum.
+On a CPU compiled kernels read the logits in place. Elsewhere torch computes it with fp32 copies. It avoids
+log_softmax, which took ten times as long as exp and a sum on a CPU. Shape suffixes: C labels, V classes.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from lora_core.kernels.numba_jit import array_of, runs_on
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredRows:
-    """Of each label its cross-entropy in nats (fp32 [C]), and whether no logit exceeds its own (bool [C]).
+    """Scores of each label: cross-entropy in nats (fp32 [C]), and whether no logit exceeds its own (bool [C]).
 
-    `largest_C`: of each label's logits, fp32; `sums_C`: of the powers e^(logit - largest).
+    `largest_C` is the largest logit of each row in fp32. `sums_C` is the sum of e^(logit - largest) over the row.
     """
 
     losses_C: Tensor
@@ -30,7 +30,7 @@ class ScoredRows:
     sums_C: Tensor
 
     def gradient(self, weights_C: Tensor) -> Tensor:
-        """weight · (softmax - (1 - ε) onehot - ε / V) of each label, in its dtype; the logits are lost."""
+        """Return weight · (softmax - (1 - ε) onehot - ε / V) in the logits' dtype. May overwrite the logits."""
         if not runs_on(self.logits_CV):
             return self._gradient_by_torch(weights_C)
         logit_gradient(
@@ -56,7 +56,7 @@ class ScoredRows:
 
 
 def score_rows(logits_CV: Tensor, labels_C: Tensor, smoothing_C: Tensor | None) -> ScoredRows:
-    """`smoothing_C`: each label's ε, spread evenly over the classes; where it is 0 the bits are those of none."""
+    """Score each label. `smoothing_C` is its ε (label smoothing). With ε = 0 the bits equal those without smoothing."""
     if not runs_on(logits_CV):
         return _score_by_torch(logits_CV, labels_C, smoothing_C)
     losses_C, largest_C, sums_C = torch.empty(3, len(labels_C)).unbind()

@@ -1,9 +1,10 @@
 # pyright: basic
-"""Losses over pairs of answers to one prompt: how much better than the rejected the chosen one must be.
+"""Preference losses over pairs of answers (DPO, IPO, ORPO, SimPO) and over single answers (KTO).
 
-Letters: P pairs of a slice; a last dimension of 2 is (chosen, rejected). A loss is a function of the summed log
-probabilities of the two answers, so its slopes are all that the backward needs: the gradient is that of
-cross-entropy, each label weighted by the slope of its answer. On the host and in fp64: P is small.
+A loss is a function of the summed log-probabilities of the answers. The backward therefore only needs its slope at
+each answer: the gradient is that of the cross-entropy with each label weighted by the slope. Computed on the host in
+fp64, since the number of answers is small. Shape suffixes: P pairs, S single answers; a last dimension of 2 is
+(chosen, rejected).
 """
 
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ from lora_core.config import ObjectiveConfig
 from lora_core.packing.packed_batch import Compared
 
 LEAST_DOUBT = 1e-12
-"""1 - e^m is held above it: an answer that fp32 calls certain has no finite odds."""
+"""Lower limit of 1 - e^m. An answer whose probability rounds to 1 in fp32 has no finite odds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """Of each answer: the sum of its labels' log probabilities in nats, the base's own sum, its labels' number.
+    """Summed log-probabilities in nats of each answer, the same under the reference model, and the number of labels.
 
-    `logps_P2` and `reference_P2` fp64 [P, 2]; the reference is None where the objective needs none.
+    `logps_P2` and `reference_P2` are fp64 [P, 2]. `reference_P2` is None if the objective needs no reference.
     """
 
     logps_P2: Tensor
@@ -33,7 +34,7 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairScores:
-    """Of each pair: its loss [P], the rewards that the loss compares, and d loss / d logps (both [P, 2])."""
+    """Scores of each pair: the loss [P], the rewards that the loss compares and d loss / d logps (both [P, 2])."""
 
     loss_P: Tensor
     rewards_P2: Tensor
@@ -41,16 +42,17 @@ class PairScores:
 
 
 def score_pairs(objective: ObjectiveConfig, answers: Answers) -> PairScores:
-    """The loss of each pair, with its slopes. `objective` is one of preference."""
+    """Return loss and slopes of each pair for "dpo", "orpo" or "simpo"."""
     if objective.kind == "dpo":
         return _ipo(objective, answers) if objective.loss_type == "ipo" else _dpo(objective, answers)
     return _orpo(objective, answers) if objective.kind == "orpo" else _simpo(objective, answers)
 
 
 def _dpo(objective: ObjectiveConfig, answers: Answers) -> PairScores:
-    """-log sigmoid(z), z the difference of rewards β · log(π / π_ref) (arXiv 2305.18290, equation 7).
+    """DPO (arXiv 2305.18290, equation 7): -log sigmoid(z), z the difference of the rewards β · log(π / π_ref).
 
-    With label smoothing ε: -(1 - ε) log sigmoid(z) - ε log sigmoid(-z), for labels of which a part ε is swapped.
+    With label smoothing ε: -(1 - ε) log sigmoid(z) - ε log sigmoid(-z), which assumes that a fraction ε of the pairs
+    is swapped.
     """
     assert answers.reference_P2 is not None
     rewards_P2 = objective.beta * (answers.logps_P2 - answers.reference_P2)
@@ -59,9 +61,9 @@ def _dpo(objective: ObjectiveConfig, answers: Answers) -> PairScores:
 
 
 def _ipo(objective: ObjectiveConfig, answers: Answers) -> PairScores:
-    """(h - 1 / 2β)², h the difference of log(π / π_ref) (arXiv 2310.12036, equation 17).
+    """IPO (arXiv 2310.12036, equation 17): (h - 1 / 2β)², h the difference of log(π / π_ref).
 
-    As in TRL, log ratios are means over an answer's labels, so that β means the same at any length.
+    As in TRL, log ratios are means over an answer's labels, so that the effect of β does not depend on the length.
     """
     assert answers.reference_P2 is not None
     ratios_P2 = (answers.logps_P2 - answers.reference_P2) / answers.num_labels_P2
@@ -71,9 +73,9 @@ def _ipo(objective: ObjectiveConfig, answers: Answers) -> PairScores:
 
 
 def _orpo(objective: ObjectiveConfig, answers: Answers) -> PairScores:
-    """-m_chosen - β log sigmoid(log odds ratio), odds = e^m / (1 - e^m), m an answer's mean log probability.
+    """ORPO (arXiv 2403.07691, equations 6 and 7): -m_chosen - β log sigmoid(log odds ratio), odds = e^m / (1 - e^m).
 
-    arXiv 2403.07691, equations 6 and 7; β is the paper's λ.
+    m is the mean log-probability of an answer. β is λ in the paper. docs/ENGINE.md explains the difference from TRL.
     """
     means_P2 = answers.logps_P2 / answers.num_labels_P2
     rest_P2 = -torch.expm1(means_P2).clamp_(max=-LEAST_DOUBT)  # 1 - e^m
@@ -89,9 +91,9 @@ def _orpo(objective: ObjectiveConfig, answers: Answers) -> PairScores:
 
 
 def _simpo(objective: ObjectiveConfig, answers: Answers) -> PairScores:
-    """-log sigmoid(β m_chosen - β m_rejected - gamma), m an answer's mean log probability.
+    """SimPO (arXiv 2405.14734, equation 6): -log sigmoid(β m_chosen - β m_rejected - gamma).
 
-    arXiv 2405.14734, equation 6.
+    m is the mean log-probability of an answer.
     """
     rewards_P2 = objective.beta * answers.logps_P2 / answers.num_labels_P2
     loss_P, slope_P = _log_loss(rewards_P2[:, 0] - rewards_P2[:, 1] - objective.gamma)
@@ -100,20 +102,23 @@ def _simpo(objective: ObjectiveConfig, answers: Answers) -> PairScores:
 
 
 def _log_loss(z_P: Tensor, *, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """-(1 - ε) log sigmoid(z) - ε log sigmoid(-z), and its derivative sigmoid(z) - 1 + ε."""
+    """Return -(1 - ε) log sigmoid(z) - ε log sigmoid(-z) and its derivative sigmoid(z) - 1 + ε."""
     loss_P = -(1 - smoothing) * F.logsigmoid(z_P) - smoothing * F.logsigmoid(-z_P)
     return loss_P, smoothing * torch.sigmoid(z_P) - (1 - smoothing) * torch.sigmoid(-z_P)
 
 
 def _opposed(slope_P: Tensor) -> Tensor:
-    """What raises the one answer lowers the other."""
+    """Return the slopes of both answers [P, 2] for the slope of their difference."""
     return torch.stack([slope_P, -slope_P], dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SingleAnswers:
-    """`ratios_S` fp64 [S]: log(π / π_ref) of each answer, summed over its labels; `desirable_S` bool [S];
-    `reference_point`: z0 in nats, not below 0."""
+    """Single answers of KTO.
+
+    `ratios_S` is log(π / π_ref) of each answer, summed over its labels, fp64 [S]. `desirable_S` is bool [S].
+    `reference_point` is z0 in nats, at least 0.
+    """
 
     ratios_S: Tensor
     desirable_S: Tensor
@@ -122,8 +127,10 @@ class SingleAnswers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SingleScores:
-    """Of each answer: its loss, its reward β · log(π / π_ref), d loss / d log π, and whether it lies on the side of
-    the reference point on which it was called to be."""
+    """Scores of each answer: the loss, the reward β · log(π / π_ref) and d loss / d log π, all fp64 [S].
+
+    `is_gain_S` (bool [S]) is whether the log ratio is on the side of the reference point that its label asks for.
+    """
 
     loss_S: Tensor
     rewards_S: Tensor
@@ -132,9 +139,9 @@ class SingleScores:
 
 
 def score_single(objective: ObjectiveConfig, answers: SingleAnswers) -> SingleScores:
-    """λ - λ · sigmoid(β · (r - z0)), r the log ratio; of undesirable answers sigmoid(β · (z0 - r)) (equation 8).
+    """KTO (arXiv 2402.01306, equation 8): λ - λ · sigmoid(β · (r - z0)), r the log ratio.
 
-    λ is `desirable_weight` or `undesirable_weight`.
+    For undesirable answers it is sigmoid(β · (z0 - r)). λ is `desirable_weight` or `undesirable_weight`.
     """
     is_good_S = answers.desirable_S.double()
     sign_S = 2 * is_good_S - 1
@@ -151,9 +158,10 @@ def score_single(objective: ObjectiveConfig, answers: SingleAnswers) -> SingleSc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardSums:
-    """Over the pairs of a slice; `num_ordered` of them give the chosen answer the greater reward.
+    """Sums of rewards over the chosen and over the rejected answers of a slice.
 
-    Of single answers the sums are over the desirable ones and over the others.
+    `num_ordered` is the number of pairs whose chosen answer has the higher reward. For single answers the sums are
+    over desirable and over undesirable ones, and `num_ordered` counts those on the correct side of the reference point.
     """
 
     chosen: float
@@ -170,8 +178,10 @@ class SliceScores:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerScores:
-    """`slopes_S` fp64 [S] on the host: d loss / d log probability. Where KTO measures its reference point, the sum is
-    that of log ratios, there are no rewards, and nothing is differentiated."""
+    """`slopes_S` is d loss / d log-probability of each answer, fp64 [S] on the host.
+
+    While KTO measures its reference point, `loss_sum` is the sum of log ratios, `slopes_S` is 0 and `rewards` is None.
+    """
 
     loss_sum: float
     slopes_S: Tensor
@@ -179,7 +189,7 @@ class AnswerScores:
 
 
 def score_answers(compared: Compared, losses_l: Tensor, reference_l: Tensor | None) -> AnswerScores:
-    """`losses_l`: cross-entropy of each label, and under the base alone where the objective compares with it."""
+    """Score the answers of a segment from the cross-entropy of each label. `reference_l`: under the reference model."""
     logps_S = _logps(losses_l, compared)
     reference_S = None if reference_l is None else _logps(reference_l, compared)
     if compared.objective.kind == "kto":
@@ -220,5 +230,5 @@ def _pairs(compared: Compared, logps_S: Tensor, reference_S: Tensor | None) -> A
 
 
 def _logps(losses_l: Tensor, compared: Compared) -> Tensor:
-    """Log probability of each answer, fp64 [S] on the host."""
+    """Return the log-probability of each answer, fp64 [S] on the host."""
     return -torch.stack([answer.sum() for answer in losses_l.double().cpu().split(compared.num_labels)])

@@ -1,1 +1,1 @@
-"""Files of base models: import, GGUF, license, merge."""
+"""Files of base models: import, GGUF, license, merging of adapters."""

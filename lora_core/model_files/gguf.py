@@ -1,8 +1,8 @@
 # pyright: basic
-"""Scaled rotary embeddings in a GGUF file: transformers reads the file and leaves the scaling out, without a word.
+"""Detects scaled rotary embeddings in a GGUF file, because transformers drops the scaling silently on import.
 
-The model would be another one, only a little so for short texts. Llama 3.1 and later keep factors of their frequencies,
-Phi 3.5 and 4 short and long ones, others a kind and a factor in the metadata.
+The imported model would be slightly wrong, mostly for long texts. Llama 3.1 and later store factors of their
+frequencies, Phi 3.5 and 4 short and long factors, and others a scaling type and a factor in the metadata.
 """
 
 from pathlib import Path
@@ -12,18 +12,18 @@ from lora_core.errors import UnsupportedModel
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 KIND = ".rope.scaling.type"
 AMOUNTS = (".rope.scaling.factor", ".rope.scale_linear")
-"""Without a kind they mean a linear one; 0 and 1 scale nothing. The second is older."""
+"""Metadata keys of the factor. Without a type the scaling is linear. 0 and 1 mean none. The second key is older."""
 
 
 def refuse_scaled_rotation(path: Path) -> None:
-    """Raises UnsupportedModel where the file has any."""
+    """Raise UnsupportedModel if the file has scaled rotary embeddings or can't be read."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise UnsupportedModel(
-            f"{path.name} can't be read as a GGUF file ({error}).", remedy="Download it anew: it may be cut off."
+            f"{path.name} can't be read as a GGUF file ({error}).", remedy="Download it again: it may be truncated."
         ) from error
     found = [tensor.name for tensor in reader.tensors if tensor.name in FACTORS]
     told = {name: field.contents() for name, field in reader.fields.items() if name.endswith((KIND, *AMOUNTS))}
@@ -33,7 +33,7 @@ def refuse_scaled_rotation(path: Path) -> None:
     found += [] if is_plain else [f"{name} = {value}" for name, value in told.items()]
     if found:
         raise UnsupportedModel(
-            f"{path.name} scales its rotary embeddings ({', '.join(found)}), which is lost where transformers reads "
+            f"{path.name} scales its rotary embeddings ({', '.join(found)}), but transformers ignores the scaling in "
             "GGUF files.",
-            remedy="Add the model from its folder of safetensors, or from the hub.",
+            remedy="Add the model from a safetensors folder or from the Hub.",
         )

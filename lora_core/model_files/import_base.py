@@ -1,7 +1,7 @@
 # pyright: basic
-"""Turns a hub repository, a folder or a GGUF file into a base directory of safetensors and a tokenizer.
+"""Converts a Hub repository, a folder or a GGUF file to a base folder of safetensors and a tokenizer.
 
-What the engine can't train is refused here, so that a base which is there is one that trains.
+Models that the engine can't train are rejected here, so that every imported base model is trainable.
 """
 
 import errno
@@ -30,12 +30,12 @@ HUB_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
     CARD,
 )
-"""What is fetched of a repository before its weights: no subfolder, no other format, no code."""
+"""Files that are downloaded before the weights: no subfolders, no other formats, no code."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Imported:
-    """What a source tells beside its files: the commit that was read, of a hub; its license, where it names one."""
+    """Facts about a source: the commit of a Hub repository, and the license if the source states one."""
 
     commit: str | None
     license: str | None
@@ -44,10 +44,10 @@ class Imported:
 def import_base(
     *, source: str, kind: Literal["hub", "folder", "gguf"], revision: str | None, target_dir: Path
 ) -> Imported:
-    """Make `target_dir` (which must not exist): config.json, generation_config.json, safetensors, tokenizer.
+    """Create `target_dir`, which must not exist, with config.json, generation_config.json, safetensors and tokenizer.
 
-    fp32 stays fp32; everything else becomes bf16. The same source gives the same bytes. `revision` is a
-    commit, branch or tag of the hub. Raises UnsupportedModel, UnreachableSource or UnsafeFile.
+    fp32 weights stay fp32, all others become bf16. The same source gives the same bytes. `revision` is a commit, branch
+    or tag on the Hub. Raises UnsupportedModel, UnreachableSource, UnsafeFile or OSError.
     """
     commit = None
     if kind == "gguf":
@@ -62,15 +62,15 @@ def import_base(
 
 
 def _download(repository: str, revision: str | None) -> tuple[Path, str]:
-    """(snapshot, its commit): `revision` itself, or what it (or the default branch) points at now."""
+    """Return (snapshot folder, commit). A branch or tag, or the default branch, is resolved to its current commit."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  (of its own HTTP library)
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  (from its HTTP library)
 
     try:
         commit = revision
         if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
             commit = HfApi().model_info(repository, revision=revision).sha
-        assert commit is not None, "the hub names a commit"
+        assert commit is not None, "the Hub reports a commit"
         folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(HUB_FILES)))
         _refuse_by_config(folder)
         snapshot_download(repository, revision=commit, allow_patterns=[SINGLE])
@@ -90,27 +90,27 @@ def _not_given(repository: str, revision: str | None, error: Exception) -> Unrea
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     reasons: tuple[tuple[type[Exception], str, str], ...] = (
-        (GatedRepoError, "it is gated", "Accept its terms on the hub, and set HF_TOKEN where the worker runs."),
+        (GatedRepoError, "it is gated", "Accept its terms on the Hub, and set HF_TOKEN on the worker."),
         (
             RepositoryNotFoundError,
-            "there is none, or it is private",
-            "Check the name; for a private one set HF_TOKEN where the worker runs.",
+            "it does not exist or is private",
+            "Check the name. For a private repository, set HF_TOKEN on the worker.",
         ),
-        (RevisionNotFoundError, "it has no such revision", "Name a commit, branch or tag that it has."),
-        (HFValidationError, "that is no name of a repository", "Write it as OWNER/NAME."),
+        (RevisionNotFoundError, "the revision does not exist", "Use an existing commit, branch or tag."),
+        (HFValidationError, "the name is invalid", "Write it as OWNER/NAME."),
     )
     unreachable = (
-        "the hub can't be reached from the worker",
-        "Check its network or HF_ENDPOINT, or give a folder or a GGUF file.",
+        "the worker can't reach the Hub",
+        "Check the network and HF_ENDPOINT, or use a folder or a GGUF file.",
     )
     found = next(((why, remedy) for kind, why, remedy in reasons if isinstance(error, kind)), unreachable)
     return UnreachableSource(
-        f"The hub doesn't give {repository!r} at {revision or 'its newest commit'}: {found[0]}.", remedy=found[1]
+        f"Model {repository!r} at {revision or 'its newest commit'} can't be downloaded: {found[0]}.", remedy=found[1]
     )
 
 
 def _refuse_by_config(folder: Path) -> None:
-    """Before a weight is fetched or read."""
+    """Reject a model by its config, before weights are downloaded or read."""
     if not (folder / "config.json").is_file():
         raise refused(f"{folder.name!r} has no config.json")
     config = read_config(folder)
@@ -121,8 +121,8 @@ def _refuse_by_config(folder: Path) -> None:
 def _write_folder(folder: Path, directory: Path) -> None:
     if not folder.is_dir():
         raise UnreachableSource(
-            f"There is no folder {str(folder)!r} where the worker runs.",
-            remedy="Give the whole path of a folder of safetensors; a GGUF file's name ends in .gguf.",
+            f"The folder {str(folder)!r} does not exist on the worker.",
+            remedy="Pass the absolute path of a safetensors folder. The name of a GGUF file must end in .gguf.",
         )
     _refuse_by_config(folder)
     names = weight_names(folder)
@@ -141,10 +141,10 @@ def _write_folder(folder: Path, directory: Path) -> None:
 
 
 def _write_gguf(path: Path, directory: Path) -> None:
-    """Read from a folder that holds nothing else, so that no neighbor of the file can take part."""
+    """Convert a GGUF file. It is read through a folder without other files, so that none of them is loaded."""
     if not path.is_file():
         raise UnreachableSource(
-            f"There is no file {str(path)!r} where the worker runs.", remedy="Give the whole path of a GGUF file."
+            f"The file {str(path)!r} does not exist on the worker.", remedy="Pass the absolute path of a GGUF file."
         )
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -152,13 +152,13 @@ def _write_gguf(path: Path, directory: Path) -> None:
     refuse_scaled_rotation(path)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
-        _save_model(_dequantized(Path(folder), "model.gguf"), directory)  # held by no name: freed before the trial
+        _save_model(_dequantized(Path(folder), "model.gguf"), directory)  # no reference remains, to free memory
         _save_tokenizer(Path(folder), directory, gguf_file="model.gguf")
     _refuse_untrainable(directory, torch.bfloat16)
 
 
 def _dequantized(folder: Path, name: str) -> Any:
-    """transformers marks what it read from GGUF as quantized; the weights are plain by then."""
+    """Load a GGUF file. transformers marks the model as quantized, although its weights are plain after loading."""
     model: Any = load_with_transformers(folder, dtype=torch.bfloat16, gguf_file=name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -182,7 +182,7 @@ def _save_tokenizer(folder: Path, directory: Path, **source: str) -> None:
 
 
 def _refuse_untrainable(directory: Path, dtype: torch.dtype) -> None:
-    """Load what was written as a trainer does, and try it: else every job on this base would fail at its start."""
+    """Load and test the written model as a trainer would. Otherwise every job on it would fail at the start."""
     base = load_base(directory, dtype="float32" if dtype == torch.float32 else "bfloat16", device="cpu")
     base.attachment = Attachment(base.model)
     refuse_mixing(base)

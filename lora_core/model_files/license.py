@@ -1,12 +1,12 @@
 # pyright: basic
-"""The license that a base model's source names of itself: it goes into the lineage of every adapter trained on it."""
+"""Reads the license that a base model's source states. It becomes part of every adapter's lineage record."""
 
 import re
 from pathlib import Path
 
 CARD = "README.md"
 MAX_CARD_CHARS = 2**16
-"""A card's front matter is on its first lines; the rest isn't read."""
+"""Maximum characters of a model card that are read. The front matter is at the start."""
 FRONT_MATTER = re.compile(r"\A\ufeff?---\s*\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
 MAX_LICENSE_CHARS = 100
 NAME = r"[\"']?([\w.+][\w .+-]{0,99}?)[\"']?"
@@ -15,7 +15,7 @@ ITEM = re.compile(rf"^[ \t]*-[ \t]+{NAME}{COMMENT}", re.MULTILINE)
 
 
 def license_of_folder(folder: Path) -> str | None:
-    """By the front matter of its model card: an SPDX-like id, or the own name of one that the hub calls "other"."""
+    """Return the license in the model card's front matter: an SPDX-like id, or license_name if it is "other"."""
     try:
         with (folder / CARD).open(encoding="utf-8", errors="replace") as card:
             found = FRONT_MATTER.match(card.read(MAX_CARD_CHARS))
@@ -30,7 +30,7 @@ def license_of_folder(folder: Path) -> str | None:
 
 
 def license_of_gguf(path: Path) -> str | None:
-    """By its metadata, general.license."""
+    """Return the license in the metadata field general.license."""
     from gguf import GGUFReader
 
     field = GGUFReader(path).get_field("general.license")
@@ -39,7 +39,7 @@ def license_of_gguf(path: Path) -> str | None:
 
 
 def _value(front_matter: str, key: str) -> str | None:
-    """A scalar, or the items of a list (`[a, b]`, or a line each) with commas between."""
+    """Return a scalar, or the comma-separated items of a list (`[a, b]`, or one item per line)."""
     found = re.search(rf"^{key}:[ \t]*{NAME}{COMMENT}", front_matter, re.MULTILINE)
     if found:
         return found[1]

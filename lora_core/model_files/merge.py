@@ -1,8 +1,8 @@
 # pyright: basic
-"""Merged equals adapted: writes W + scale · B A as a whole model folder, and measures what rounding took.
+"""Merges an adapter into its base model: writes W + scale · B A as a complete model folder, and measures rounding.
 
-`python -m lora_core.model_files.merge ADAPTER BASE OUT`. The sum is computed in fp32 and rounded once to the base's
-dtype, one linear at a time. A folder appears only if its logits are those of the base with the adapter.
+`python -m lora_core.model_files.merge ADAPTER BASE OUT`. The sum is computed in fp32 and rounded once to the base
+model's dtype, one linear at a time. The folder is only created if its logits equal those of base model and adapter.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from lora_core.peft_format.verify import NUM_NUDGES, ROUNDING_FACTOR, refuse_for
 from lora_core.runtime.safetensors_io import read_header, write_directory, write_json
 
 PROBE_SEED = 20_260_102
-DEQUANTIZE_HELP = "merge into a quantized GGUF file, or an adapter that was trained on a quantized base; store 16 bits"
-MEASURE_HELP = "time a pass of the base and of the merged model; a GGUF file is read twice for it"
+DEQUANTIZE_HELP = "store 16 bits if the GGUF file, or the base model in training, is quantized (loses precision)"
+MEASURE_HELP = "time a pass of the base and of the merged model; reads a GGUF file twice"
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "merge.json"
 PLAIN_TENSORS = {"F32", "F16", "BF16", "F64"}
@@ -48,11 +48,11 @@ Dtype = Literal["bfloat16", "float32"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeReport:
-    """What merging changed, in logits: over every position of pseudo-random sequences.
+    """Effect of merging, in logits, over every position of pseudo-random sequences.
 
-    `max_abs_diff` is the largest difference between merged and adapted, `tolerance` what rounding to `dtype`
-    explains, `max_abs_effect` the largest change that the adapter makes. `update_error` is the Frobenius norm of
-    the rounding over that of B A, all linears together: 0 in fp32, 1 where as much was lost as was added.
+    `max_abs_diff` is the largest difference between merged and adapted model, `tolerance` the part that rounding
+    to `dtype` explains, and `max_abs_effect` the largest change by the adapter. `update_error` is the Frobenius norm of
+    the rounding errors over that of B A, for all linears together: 0 in fp32, 1 if as much was lost as was added.
     """
 
     dtype: Dtype
@@ -64,9 +64,9 @@ class MergeReport:
     adapter_sha256: str
     dequantized: bool
     trained_on: Quantization = "none"
-    """How the base was held in training, where the adapter's folder says so."""
+    """Quantization of the base model in training, if the adapter's folder contains it."""
     max_abs_diff_to_trained: float | None = None
-    """Of an adapter that was trained on a quantized base: to the logits that training saw, in the adapter's probe."""
+    """Difference to the logits in training, for an adapter trained on a quantized base model. None without a probe."""
 
 
 def merge_adapter(
@@ -77,19 +77,25 @@ def merge_adapter(
     dtype: Dtype | None = None,
     dequantize: bool = False,
 ) -> MergeReport:
-    """Write `out_dir` (which must not exist): config, tokenizer, weights in shards, merge.json.
+    """Write `out_dir`, which must not exist: config, tokenizer, sharded weights and merge.json.
 
-    `base_source` is a base directory or a GGUF file. `dtype` None means the base's own. Raises BadAdapter for an
-    adapter of another base or one whose merged logits differ by more than rounding, UnsupportedModel for a
-    quantized base, or an adapter that was trained on one, without `dequantize`.
+    Args:
+        base_source: A base folder or a GGUF file.
+        dtype: Dtype of the merged weights. None means that of the base model.
+        dequantize: Accept the rounding errors of a quantized GGUF file, or of an adapter trained on a quantized base
+            model.
+
+    Raises:
+        BadAdapter: The adapter belongs to another base model, or the merged logits differ by more than rounding.
+        UnsupportedModel: The base model is quantized, or was in training, and `dequantize` is not set.
     """
     refuse_foreign_adapter(adapter_dir)
     trained_on = quantization_in_training(adapter_dir / WEIGHTS)
     if trained_on != "none" and not dequantize:
         raise UnsupportedModel(
-            f"This adapter was trained on its base held as {trained_on}. Merged, it stands on the plain weights, and "
-            "gives other logits than those that training saw and verification checked.",
-            remedy=f"Serve it on the base held as {trained_on}; or accept this with --dequantize, which measures it.",
+            f"The adapter was trained on a base model with {trained_on} quantization. Merged into plain weights, it "
+            "gives other logits than in training and verification.",
+            remedy=f"Serve it on the base model in {trained_on}, or pass --dequantize, which measures the difference.",
         )
     with _base_folder(base_source, dequantize=dequantize) as (base_dir, was_quantized):
         stored: Dtype = "float32" if read_config(base_dir).dtype == torch.float32 else "bfloat16"
@@ -121,21 +127,21 @@ def merge_adapter(
         )
         if not report.max_abs_diff <= report.tolerance:
             raise _bad(
-                f"merged logits differ by {report.max_abs_diff:.3g}, and rounding explains {report.tolerance:.3g}"
+                f"merged logits differ by {report.max_abs_diff:.3g}, but rounding explains only {report.tolerance:.3g}"
             )
         write_directory(out_dir, lambda directory: _write(merged, base_dir, directory, report))
     return report
 
 
 def refuse_foreign_adapter(adapter_dir: Path) -> None:
-    """Raises BadAdapter for what isn't a plain LoRA folder in PEFT's layout, or would run code."""
+    """Raise BadAdapter for a folder that isn't a plain LoRA adapter in PEFT's layout, or that would run code."""
     for name in ("adapter_config.json", WEIGHTS):
         if not (adapter_dir / name).is_file():
             raise _bad(f"{name} is missing")
     refuse_foreign_code(adapter_dir)
     _refuse_changed(adapter_dir)
     if json.loads((adapter_dir / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS":
-        raise _bad("it has a head of its own for whole sequences, which the base's folder has no place for")
+        raise _bad("it has a sequence classification head, which a base model's folder can't contain")
     try:
         read_header(adapter_dir / WEIGHTS)
     except UnsafeFile as error:
@@ -143,7 +149,7 @@ def refuse_foreign_adapter(adapter_dir: Path) -> None:
 
 
 def _refuse_changed(adapter_dir: Path) -> None:
-    """Files that are not those of the manifest that a pulled folder has; see `lorry adapters verify`."""
+    """Raise BadAdapter if files differ from the manifest of a pulled folder. See `lorry adapters verify`."""
     manifest = adapter_dir / "manifest.json"
     if not manifest.is_file():
         return
@@ -153,17 +159,17 @@ def _refuse_changed(adapter_dir: Path) -> None:
         raise _bad("its manifest.json can't be read") from error
     for name in ("adapter_config.json", WEIGHTS):
         if name in told and hashlib.sha256((adapter_dir / name).read_bytes()).hexdigest() != told[name]:
-            raise _bad(f"{name} is not the file that its manifest.json names")
+            raise _bad(f"{name} does not match its manifest.json")
 
 
 @contextmanager
 def _base_folder(source: Path, *, dequantize: bool) -> Iterator[tuple[Path, bool]]:
-    """(A folder of plain weights, whether they were quantized). A GGUF file is imported for the while."""
+    """Yield (folder of plain weights, whether they were quantized). A GGUF file is imported temporarily."""
     if source.is_dir():
         if getattr(read_config(source), "quantization_config", None) is not None:
             raise UnsupportedModel(
-                f"The weights of {source.name!r} are quantized, so W + B A can't be stored in their place.",
-                remedy="Give the base model that it was quantized from, and quantize the merged model.",
+                f"The weights of {source.name!r} are quantized, so W + B A can't be stored in them.",
+                remedy="Use the base model before quantization, and quantize the merged model.",
             )
         yield source, False
         return
@@ -171,8 +177,8 @@ def _base_folder(source: Path, *, dequantize: bool) -> Iterator[tuple[Path, bool
     if kinds and not dequantize:
         raise UnsupportedModel(
             f"{source.name!r} is quantized ({', '.join(kinds)}). Merging stores its weights in 16 bits: the folder "
-            "grows accordingly, and quantizing it again rounds away some or all of what the adapter added.",
-            remedy="Merge into the model that it was quantized from, or accept this with --dequantize.",
+            "grows, and quantizing it again loses some or all of the adapter's changes.",
+            remedy="Merge into the model before quantization, or pass --dequantize.",
         )
     with tempfile.TemporaryDirectory() as folder:
         import_base(source=str(source), kind="gguf", revision=None, target_dir=Path(folder) / "base")
@@ -184,20 +190,21 @@ def _quantized_kinds(gguf: Path) -> list[str]:
 
     if not gguf.is_file():
         raise UnsupportedModel(
-            f"There is no base model at {str(gguf)!r}.", remedy="Give a base directory or a GGUF file."
+            f"The base model {str(gguf)!r} does not exist.", remedy="Pass a base folder or a GGUF file."
         )
     try:
         return sorted({tensor.tensor_type.name for tensor in GGUFReader(gguf).tensors} - PLAIN_TENSORS)
     except ValueError as error:
         raise UnsupportedModel(
-            f"{gguf.name!r} is not a GGUF file: {error}.", remedy="Give a base directory or a GGUF file."
+            f"{gguf.name!r} is not a GGUF file: {error}.", remedy="Pass a base folder or a GGUF file."
         ) from error
 
 
 def _refuse_other_base(base: BaseModel, adapter_dir: Path) -> None:
-    """Raises BadAdapter where training saw other logits, with the adapter or without.
+    """Raise BadAdapter if the logits with or without adapter differ from those in training.
 
-    The evidence is in the adapter's folder, if Lorry wrote it; in another dtype it would differ by that one's rounding.
+    The evidence is in the adapter's folder if Lorry wrote it. It is not used if the dtype differs, since rounding would
+    differ too.
     """
     if not (adapter_dir / "probe.safetensors").is_file():
         return
@@ -205,17 +212,17 @@ def _refuse_other_base(base: BaseModel, adapter_dir: Path) -> None:
     if stored != {{torch.float32: "F32", torch.bfloat16: "BF16"}[base.dtype]}:
         return
     if not verify_export(base, adapter_dir).passed:
-        raise _bad("on this base model it doesn't give the logits that training saw")
+        raise _bad("on this base model it does not reproduce the logits of training")
 
 
 def _loaded_as(base_dir: Path, quantization: Quantization, plain: BaseModel) -> BaseModel:
-    """The base as training had it: what the adapter's evidence is of."""
+    """Load the base model as in training, to which the adapter's evidence belongs."""
     dtype = "float32" if plain.dtype == torch.float32 else "bfloat16"
     return load_base(base_dir, dtype=dtype, device="cpu", quantization=quantization)
 
 
 def _diff_to_trained(base: BaseModel, adapter_dir: Path) -> float | None:
-    """On the plain base, in logits; None without a probe."""
+    """Return the difference to the evidence on the plain base model, in logits. None without a probe."""
     if not (adapter_dir / "probe.safetensors").is_file():
         return None
     return verify_export(base, adapter_dir).max_abs_diff
@@ -226,7 +233,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _load(model: nn.Module, adapter_dir: Path) -> PeftModel:
-    """PEFT's own loading, and the refusal of weights that it would pass over with a warning."""
+    """Load the adapter with PEFT. Raises BadAdapter for weights that PEFT would only warn about."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -236,13 +243,16 @@ def _load(model: nn.Module, adapter_dir: Path) -> PeftModel:
     with safe_open(adapter_dir / WEIGHTS, framework="pt") as file:
         foreign = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() ^ set(file.keys()))
     if foreign:
-        raise _bad(f"{foreign[0]} is missing, or has no place in this base model")
+        raise _bad(f"{foreign[0]} is missing, or does not exist in this base model")
     return adapted
 
 
 def _lora_layers(adapted: PeftModel, model: nn.Module) -> list[LoraLayer]:
-    """The adapted layers. Raises BadAdapter where one, or a layer that was trained in full, shares its weight with
-    another layer: both would change."""
+    """Return the adapted layers.
+
+    Raises BadAdapter if an adapted layer, or one trained in full, shares its weight with another layer, because merging
+    would change both.
+    """
     layers: list[LoraLayer] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
     parameters = list(model.named_parameters(remove_duplicate=False))
     owners = [parameter.data_ptr() for _, parameter in parameters]
@@ -251,10 +261,10 @@ def _lora_layers(adapted: PeftModel, model: nn.Module) -> list[LoraLayer]:
     for weight in weights:
         if owners.count(weight.data_ptr()) > 1:
             raise BadAdapter(
-                "The adapter is not merged: it changes the output head, whose weight this base model shares with its "
-                "embeddings. A merged model would have them tied again, and be another than was trained.",
-                remedy="Serve the adapter beside the base model, as PEFT loads it. For one that merges, train without "
-                "the head: leave it out of modules_to_save and target_modules.",
+                "The adapter can't be merged: it changes the output head, whose weight this base model shares with its "
+                "embeddings. A merged model would tie them again and differ from the trained one.",
+                remedy="Serve the adapter on the base model with PEFT. To get a mergeable adapter, train without "
+                "the head: remove it from modules_to_save and target_modules.",
             )
     return layers
 
@@ -264,9 +274,9 @@ def _weight(layer: LoraLayer) -> nn.Parameter:
 
 
 def _merge(layers: list[LoraLayer]) -> float:
-    """W becomes W + B A, by PEFT's own rule for each method. Returns `update_error`; see MergeReport.
+    """Replace W by W + B A with PEFT's own rule for each method. Returns `update_error` (see MergeReport).
 
-    PEFT would round B A to the dtype of W and then the sum; a layer that is fp32 for the while is rounded once.
+    PEFT would round B A to the dtype of W, and then the sum. A layer that is temporarily fp32 is rounded once.
     """
     added = lost = 0.0
     for layer in layers:
@@ -274,7 +284,7 @@ def _merge(layers: list[LoraLayer]) -> float:
         before = weight.data
         layer.get_base_layer().float()
         try:
-            layer.merge(safe_merge=True)  # into a new tensor, so the file's memory map stays as it is
+            layer.merge(safe_merge=True)  # creates a new tensor, so the memory-mapped file isn't modified
         except ValueError as error:
             raise _bad(f"{error}") from error
         exact = weight.data
@@ -285,7 +295,7 @@ def _merge(layers: list[LoraLayer]) -> float:
 
 
 def _nudged(layers: list[LoraLayer], logits: Callable[[], Tensor], *, seed: int) -> Tensor:
-    """The logits where every merged weight is off at random by at most half a unit in its last place."""
+    """Return the logits if every merged weight is off randomly by at most half a unit in its last place."""
     random = torch.Generator().manual_seed(seed)
     kept = [_weight(layer).data for layer in layers]
     for layer in layers:
@@ -301,20 +311,23 @@ def _nudged(layers: list[LoraLayer], logits: Callable[[], Tensor], *, seed: int)
 
 
 def _tolerance(merged_logits: Tensor, nudged: list[Tensor], dtype: torch.dtype) -> float:
-    """Three times what rounding does to the logits: half a unit in the last place of each merged weight, in the
-    worst of three draws, and of the largest logit. As in verify.py, measured and not guessed."""
+    """Return three times the effect of rounding on the logits.
+
+    That is half a unit in the last place of each merged weight, in the worst of three draws, and at least of the
+    largest logit. As in verify.py, it is measured.
+    """
     least = torch.finfo(dtype).eps * _largest(merged_logits) / 2
     return ROUNDING_FACTOR * max(least, *(_largest(logits - merged_logits) for logits in nudged))
 
 
 def _unloaded(adapted: PeftModel) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT says that the layers are merged already
+        warnings.simplefilter("ignore")  # PEFT warns that the layers are already merged
         return cast(nn.Module, adapted.merge_and_unload())
 
 
 def _write(merged: nn.Module, base_dir: Path, directory: Path, report: MergeReport) -> None:
-    """The base's own files byte by byte (tokenizer, template, license), then config and weights as they are now."""
+    """Copy the base model's other files unchanged (tokenizer, template, license), then write config and weights."""
     for path in sorted(base_dir.iterdir()):
         if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".gguf", ".bin", ".pt", ".py")):
             shutil.copyfile(path, directory / path.name)
@@ -328,7 +341,7 @@ def _largest(logits: Tensor) -> float:
 
 def _bad(reason: str) -> BadAdapter:
     return BadAdapter(
-        f"The adapter is not merged: {reason}.", remedy="Give a LoRA adapter that was trained on this base model."
+        f"The adapter can't be merged: {reason}.", remedy="Use a LoRA adapter that was trained on this base model."
     )
 
 
@@ -336,11 +349,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lora_core.model_files.merge", description="Merge an adapter into its base."
     )
-    parser.add_argument("adapter", type=Path, help="folder in PEFT's layout, such as `lorry adapters pull` gives")
+    parser.add_argument("adapter", type=Path, help="folder in PEFT's layout, for example from `lorry adapters pull`")
     parser.add_argument("base", type=Path, help="folder of safetensors, or a GGUF file")
-    parser.add_argument("out", type=Path, help="folder to make; it must not exist")
+    parser.add_argument("out", type=Path, help="folder to create; it must not exist")
     parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], help="of the merged weights; the base's own if left out"
+        "--dtype", choices=["bfloat16", "float32"], help="dtype of the merged weights (default: that of the base model)"
     )
     parser.add_argument("--dequantize", action="store_true", help=DEQUANTIZE_HELP)
     parser.add_argument("--measure", action="store_true", help=MEASURE_HELP)
@@ -355,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{error.message} {error.remedy}\n")
         return 1
     except FileExistsError as error:
-        sys.stderr.write(f"{error} exists already. Name a folder that doesn't.\n")
+        sys.stderr.write(f"{error} exists already. Choose a folder that does not exist.\n")
         return 1
     sys.stdout.write(json.dumps(answer, indent=2) + "\n")
     return 0

@@ -1,5 +1,5 @@
 # pyright: basic
-"""What a pass costs: a merged model does its base's operations and no more, so it costs what the base does."""
+"""Compares the cost of a pass: a merged model runs the same operations as its base model."""
 
 import statistics
 import time
@@ -17,8 +17,10 @@ from lora_core.base_model.model import load_base
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """Seconds are medians of interleaved forward passes over `num_tokens` tokens, on a CPU. `same_operations`: one
-    after the other, on tensors of the same shapes and dtypes."""
+    """Cost of both models on a CPU: medians in seconds of interleaved forward passes over `num_tokens` tokens.
+
+    `same_operations` is whether both run the same sequence of operations on tensors of the same shapes and dtypes.
+    """
 
     base_seconds: float
     merged_seconds: float
@@ -37,7 +39,7 @@ def compare_cost(
     num_tokens: int = 128,
     num_passes: int = 5,
 ) -> Cost:
-    """Time both models in turn, so that what else the machine does falls on both alike."""
+    """Time both models alternately, so that other load on the machine affects both equally."""
     models = [load_base(folder, dtype=dtype, device="cpu") for folder in (base_dir, merged_dir)]
     num_tokens = min(num_tokens, models[0].max_positions or num_tokens)
     ids = (torch.arange(num_tokens) % models[0].vocab_size)[None]
@@ -47,7 +49,7 @@ def compare_cost(
             for model, measured in zip(models, seconds, strict=True):
                 started = time.perf_counter()
                 model.model(input_ids=ids, use_cache=False)
-                if index:  # the first reads the weights from disk
+                if index:  # the first pass reads the weights from disk
                     measured.append(time.perf_counter() - started)
     layers = [[(name, type(layer)) for name, layer in model.model.named_modules()] for model in models]
     return Cost(
@@ -62,12 +64,12 @@ def compare_cost(
 
 
 Operation = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
-"""Its name, and the shape and dtype of each tensor that it reads."""
+"""Name of an operation, and shape and dtype of each input tensor."""
 
 
 @torch.no_grad()
 def operations(model: nn.Module, ids: Tensor) -> list[Operation]:
-    """What torch is asked to do in a pass over `ids` [1, T], in order."""
+    """Return torch's operations in a pass over `ids` [1, T], in order."""
     with _Noted() as noted:
         model(input_ids=ids, use_cache=False)
     return noted.operations

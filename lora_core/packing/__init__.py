@@ -1,1 +1,1 @@
-"""A step's packed batch: segments, key-value cache, block range, embedding noise."""
+"""The packed batch of a tick: segments, key-value cache, range of blocks, embedding noise."""

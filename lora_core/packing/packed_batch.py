@@ -1,8 +1,8 @@
 # pyright: basic
-"""What one tick computes: slices of several jobs, concatenated without padding between sequences.
+"""The packed batch of one pass: slices of several jobs, concatenated without padding between sequences.
 
-Letters: T tokens of the tick. T is rounded up to a multiple of 16 with a filler sequence that belongs to no
-job: below 16 rows a GEMM takes other kernels, and at odd sizes the last elements take scalar code.
+T, the number of tokens, is rounded up to a multiple of 16 with a padding sequence that belongs to no job. Below 16
+rows a GEMM uses other kernels, and at odd sizes the last elements use scalar code, so results would depend on T.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +25,9 @@ ROW_MULTIPLE = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EntryBlock:
-    """The block at which the sequences of a slice may enter the base; all below it is frozen for `job`.
+    """The block at which the sequences of a slice may enter the base model. `job` adapts nothing below it.
 
-    `keeps`: the job will see these sequences again, so what enters the block is worth keeping.
+    `keeps` is whether the job will process these sequences again, so that caching the block's input is worthwhile.
     """
 
     block: int
@@ -37,7 +37,7 @@ class EntryBlock:
 
 @dataclass(kw_only=True, slots=True)
 class BlockRange:
-    """Blocks [first, last) are run. `entering_TD` goes into the first; `left_TD` becomes what would enter `last`."""
+    """A pass runs blocks [first, last). `entering_TD` is the input of `first`; `left_TD` is set to that of `last`."""
 
     first: int = 0
     entering_TD: Tensor | None = None
@@ -47,7 +47,7 @@ class BlockRange:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoiseKey:
-    """Names the noise of one slice, whose sequences have these lengths."""
+    """Key of the NEFTune noise of one slice, whose sequences have these lengths."""
 
     alpha: float
     seed: int
@@ -56,7 +56,10 @@ class NoiseKey:
     lengths: tuple[int, ...]
 
     def noise_tD(self, num_features: int) -> Tensor:
-        """fp32, on the host."""
+        """Return the noise: fp32 [t, num_features] on the host.
+
+        It is uniform within ± alpha / √(length · num_features) of each sequence (arXiv 2310.05914).
+        """
         count = sum(self.lengths) * num_features
         numbers = 2 * uniform("neftune", self.seed, self.step, self.slice_index, count=count) - 1
         bounds_t = np.repeat(self.alpha / np.sqrt(np.array(self.lengths) * num_features), self.lengths)
@@ -64,7 +67,7 @@ class NoiseKey:
 
 
 def with_noise(y_1TD: Tensor, places: list[tuple[slice, NoiseKey]]) -> Tensor:
-    """The embeddings with the noise of each slice at its place; others keep their bits."""
+    """Add the noise of each slice to its tokens. Other tokens keep their bits."""
     if not places:
         return y_1TD
     noisy_1TD = y_1TD.clone()
@@ -75,9 +78,10 @@ def with_noise(y_1TD: Tensor, places: list[tuple[slice, NoiseKey]]) -> Tensor:
 
 @dataclass(kw_only=True, slots=True)
 class KeptKeys:
-    """Of one sequence, for each call of attention in a pass, in their order: [K, capacity, E] each.
+    """Key-value cache of one sequence: for each attention call of a pass, in order, keys and values [K, capacity, E].
 
-    A pass writes behind `num_tokens`, which is raised when it has succeeded: one that failed can be made again.
+    A pass writes after the first `num_tokens` tokens. The caller raises `num_tokens` only after the pass succeeded, so
+    a failed pass can be repeated.
     """
 
     capacity: int
@@ -89,7 +93,7 @@ class KeptKeys:
         self._next_call = 0
 
     def extended(self, k_KnE: Tensor, v_KnE: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens, the new ones among them."""
+        """Append keys and values [K, n, E] of new tokens. Return those of all tokens, as views."""
         if self._next_call == len(self._of_calls):
             buffers = (part.new_empty(len(part), self.capacity, part.shape[2]) for part in (k_KnE, v_KnE))
             self._of_calls.append((next(buffers), next(buffers)))
@@ -104,7 +108,7 @@ class KeptKeys:
 def attend_last(
     q_H1E: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """[H, 1, E]: what the last token sees of itself and those before it, of `window` at most."""
+    """Return the attention output [H, 1, E] of the last token over the last `window` tokens, or all if it is None."""
     if window is not None:
         k_KSE, v_KSE = k_KSE[:, -window:], v_KSE[:, -window:]
     q_KGE = q_H1E.reshape(len(k_KSE), -1, q_H1E.shape[2])
@@ -117,7 +121,7 @@ def attend_last(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DropoutKey:
-    """Names the random mask of one slice; the module's name completes the key."""
+    """Key of the dropout mask of one slice. The module's name completes it."""
 
     probability: float
     seed: int
@@ -129,23 +133,23 @@ class DropoutKey:
         return round((1 - self.probability) * 65536)
 
     def keep_TD(self, module: str, like_TD: Tensor) -> Tensor:
-        """1 where an element is kept, else 0; uint8, which a CPU casts much faster than bool. Shaped as `like_TD`."""
+        """Return the mask, 1 for kept elements: uint8 shaped as `like_TD`. A CPU casts uint8 faster than bool."""
         key = ("dropout", self.seed, self.step, self.slice_index, module)
         flips = coin_flips(*key, count=like_TD.numel(), threshold=self.threshold)
         return torch.from_numpy(flips.view(np.uint8)).view(like_TD.shape).to(like_TD.device)
 
     def dropped(self, x_TD: Tensor, keep_TD: Tensor) -> Tensor:
-        """x where it is kept, over the share that is kept, so that the mean stays; 0 elsewhere."""
+        """Return x / (fraction kept) where `keep_TD` is 1 and 0 elsewhere, as torch.nn.Dropout does."""
         return x_TD * keep_TD.to(x_TD.dtype).mul_(65536 / self.threshold)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SliceInput:
-    """One slice of one job: its sequences, which tokens are labels, and each label's weight in the loss.
+    """One slice of one job: its sequences, which tokens are labels, and the weight of each label in the loss.
 
-    With an objective over pairs the sequences come so, chosen before rejected, and the weight is that of a pair: its
-    labels' weights follow from the loss. With KTO it is that of a sequence, whose label is 1 where it is desirable;
-    without a `reference_point` (nats) the slice is one of those that measure it.
+    For a pairwise objective the sequences alternate between chosen and rejected, and `label_weight` is the weight of a
+    pair. The weights of labels follow from the loss. For KTO it is the weight of a sequence, whose entry in `labels`
+    is 1 if it is desirable. A KTO slice without `reference_point` (nats) belongs to the pass that measures it.
     """
 
     adapter: FlatAdapter
@@ -153,20 +157,22 @@ class SliceInput:
     label_weight: float
     dropout: DropoutKey | None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    labels: tuple[float, ...] = ()  # of each sequence, where they are classified or KTO's
+    labels: tuple[float, ...] = ()  # one per sequence, for classification and KTO
     reference_point: float | None = None
     token_types: tuple[np.ndarray | None, ...] = ()
     noise: NoiseKey | None = None
     entry: EntryBlock | None = None
     reference: FlatAdapter | None = None
-    """What an objective compares with: no adapter on the base model, or the one that the job began with."""
+    """The reference model of the objective: no adapter on the base model, or the parent adapter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
-    """The answers of a segment, whose loss follows from their log probabilities (losses/preference.py): the weight of a
-    pair or of an answer in the loss, the number of labels of each sequence, and where the same labels begin in the pack
-    of the reference. `labels` and `reference_point` as of the slice."""
+    """The answers of a segment whose loss depends on their log-probabilities (losses/preference.py).
+
+    `weight` is that of a pair or a single answer in the loss. `num_labels` has one entry per sequence.
+    `reference_start` is the index of the first of these labels in the reference pack.
+    """
 
     objective: ObjectiveConfig
     weight: float
@@ -178,7 +184,7 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Graded:
-    """Sequences [first, last) of the pack are a segment's; the weight is of one in the loss, or of a pair of them."""
+    """Sequences [first, last) of the pack belong to a segment. `weight` is that of a sequence or pair in the loss."""
 
     objective: ObjectiveConfig
     first: int
@@ -189,7 +195,7 @@ class Graded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchSegment:
-    """Rows [start, stop) of the tick belong to one slice; labels [first_label, last_label) as well."""
+    """Rows [start, stop) and labels [label_start, label_stop) of the pack belong to one slice."""
 
     start: int
     stop: int
@@ -204,14 +210,16 @@ class BatchSegment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
-    """input_ids and position_ids int64 [1, T]; label_positions int64 [L]: the rows before labels; sequence_bounds
-    int32 [S + 1]: where each sequence begins, and where the last ends.
+    """Sequences of several slices as the input of one pass. T is the number of tokens, L of labels, S of sequences.
 
-    `label_smoothing_L`: what each label's probability is lowered by in training (losses/chunked_cross_entropy.py);
-    None.
-
-    `reference`: the sequences of jobs that compare with another adapter, or none, with that at work; a pass of its
-    own, since nothing of it is differentiated.
+    Attributes:
+        input_ids, position_ids: int64 [1, T]. Positions restart at 0 in each sequence.
+        sequence_bounds_S: int32 [S + 1]: the start of each sequence, and the end of the last.
+        label_positions_L: int64 [L]: the rows before the labels, from which they are predicted.
+        label_weights_L: fp32 [L].
+        label_smoothing_L: fp32 [L] (losses/chunked_cross_entropy.py), or None.
+        reference: The sequences of jobs that need a reference model, with that model's adapters. It has a pass of
+            its own, because nothing in it is differentiated.
     """
 
     input_ids: Tensor
@@ -227,21 +235,21 @@ class PackedBatch:
     token_types: Tensor | None = None
     is_pooled: bool = False  # segments count sequences, not tokens
     is_checkpointed: bool = (
-        False  # the backward computes each block's forward again (layers/activation_checkpointing.py)
+        False  # activation checkpointing: the backward recomputes each block (layers/activation_checkpointing.py)
     )
     passage: BlockRange | None = None
-    kept: tuple[KeptKeys, ...] = ()  # of each sequence that grows (forward/generation.py); the tokens are then new
+    kept: tuple[KeptKeys, ...] = ()  # KV cache per sequence in generation (forward/generation.py): tokens are new ones
 
     @property
     def whole_lengths(self) -> tuple[int, ...]:
-        """Of each sequence with the tokens that are kept of it."""
+        """Number of tokens of each sequence, including those in the KV cache."""
         fillers = (0,) * (len(self.sequence_lengths) - len(self.kept))
         before = (*(kept.num_tokens for kept in self.kept), *fillers)
         return tuple(old + new for old, new in zip(before, self.sequence_lengths, strict=True))
 
 
 def build_pack(slices: Sequence[SliceInput], *, device: str) -> PackedBatch:
-    """Concatenate slices in the order given, and fill up to a multiple of 16 tokens."""
+    """Concatenate the slices in order, and pad to a multiple of 16 tokens."""
     compared = [
         replace(part, adapter=part.reference, dropout=None, noise=None) for part in slices if part.reference is not None
     ]
@@ -250,7 +258,7 @@ def build_pack(slices: Sequence[SliceInput], *, device: str) -> PackedBatch:
 
 
 def bare_pack(slices: Sequence[SliceInput], *, device: str) -> PackedBatch:
-    """The sequences alone, without the adapters of their jobs."""
+    """Concatenate the sequences without the adapters of their jobs."""
     return _concatenated(slices, (), device=device)
 
 
@@ -278,7 +286,7 @@ def _concatenated(slices: Sequence[SliceInput], segments: tuple[BatchSegment, ..
 
 
 def _token_types(slices: Sequence[SliceInput], filler: int, *, device: str) -> Tensor | None:
-    """int64 [1, T], 0 where a job tells none; None where none does."""
+    """Return int64 [1, T], with 0 for jobs without token types. None if no job has any."""
     if not any(types is not None for part in slices for types in part.token_types):
         return None
     parts: list[np.ndarray] = []
@@ -291,7 +299,7 @@ def _token_types(slices: Sequence[SliceInput], filler: int, *, device: str) -> T
 
 
 def _label_smoothing(slices: Sequence[SliceInput], *, device: str) -> Tensor | None:
-    """fp32 [L]."""
+    """Return fp32 [L], or None if no job uses label smoothing."""
     if not any(part.objective.token_smoothing for part in slices):
         return None
     parts = [np.full(sum(_num_labels(part)), part.objective.token_smoothing, np.float32) for part in slices]
@@ -344,7 +352,7 @@ def _compared(part: SliceInput, num_labels: tuple[int, ...], reference_start: in
 
 
 def _num_labels(part: SliceInput) -> tuple[int, ...]:
-    """Of each sequence."""
+    """Return the number of labels of each sequence."""
     return tuple(int(mask.sum()) for _, mask in part.sequences)
 
 
@@ -353,19 +361,19 @@ _ahead: ContextVar[dict[str, tuple[Tensor, Tensor]]] = ContextVar("lora_core_ahe
 
 
 def current_pack() -> PackedBatch | None:
-    """The pack that the running forward pass computes, for the attached linears and the attention."""
+    """Return the pack of the running forward pass, which patched linears and attention read. None outside a pass."""
     current = _current.get()
     return None if current is None else current[0]
 
 
 def current_kernels() -> Kernels:
-    """Those of the running forward pass; outside one, those of a CPU."""
+    """Return the kernels of the running forward pass. Outside a pass, those of a CPU."""
     current = _current.get()
     return Kernels() if current is None else current[1]
 
 
 def computed_ahead() -> dict[str, tuple[Tensor, Tensor]]:
-    """Of linears that were computed with one before them, by module: (the input, the output); of this pass alone."""
+    """Return (input, output) of linears that a fused matmul of this pass has computed already, by module path."""
     return _ahead.get()
 
 

@@ -1,1 +1,1 @@
-"""Adapters in PEFT's layout: export, import, verification."""
+"""Adapters in PEFT's layout: export, loading of parents, verification."""

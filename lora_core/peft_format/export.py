@@ -1,8 +1,8 @@
 # pyright: basic
-"""An adapter in PEFT's layout, with the logits that the engine computes from it as evidence.
+"""Exports an adapter in PEFT's layout, with logits that the engine computes from it as evidence for verification.
 
-What is exported are the weights that training computed with: in the base model's dtype, so that whoever loads
-them multiplies by the same numbers. The fp32 master stays in checkpoints.
+The exported weights are those that training computed with, in the base model's dtype, so that PEFT multiplies by the
+same numbers. The fp32 master weights stay in checkpoints.
 """
 
 import hashlib
@@ -36,9 +36,10 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportReport:
-    """`sha256` is of adapter_model.safetensors; `num_parameters` counts all that was trained.
+    """Result of an export.
 
-    `quantization` is of the base model that the adapter was trained on.
+    `sha256` is the digest of adapter_model.safetensors, `num_parameters` the number of trained parameters, and
+    `quantization` that of the base model in training.
     """
 
     num_parameters: int
@@ -51,11 +52,12 @@ class ExportReport:
 def export_adapter(
     base: BaseModel, adapter: FlatAdapter, directory: Path, *, base_name: str, has_evidence: bool = True
 ) -> ExportReport:
-    """Write adapter_config.json, adapter_model and probe.safetensors; `directory` must not exist.
+    """Write adapter_config.json, adapter_model.safetensors and probe.safetensors. `directory` must not exist.
 
-    has_evidence: false leaves the probe out, which costs passes: of a checkpoint, which nobody verifies.
+    Without `has_evidence` there is no probe, which takes several passes. Checkpoints don't need it, since they aren't
+    verified. Raises OSError.
     """
-    probe = _probe(base, adapter) if has_evidence else None  # all passes before any writing, which may fail on one rank
+    probe = _probe(base, adapter) if has_evidence else None  # before writing, which may fail on a single rank
     write_directory(directory, lambda temporary: _write(base, adapter, temporary, base_name, probe))
     content = (directory / "adapter_model.safetensors").read_bytes()
     return ExportReport(
@@ -77,7 +79,7 @@ def _write(
 
 
 def _metadata(base: BaseModel) -> dict[str, str]:
-    """Of a quantized base, how: PEFT's adapter_config.json has no place for it."""
+    """Return the metadata of the weights. It includes the quantization, for which adapter_config.json has no field."""
     if base.quantization == "none":
         return {"format": "pt"}
     how = base.model.config.quantization_config.to_dict()
@@ -85,10 +87,10 @@ def _metadata(base: BaseModel) -> dict[str, str]:
 
 
 def adapter_tensors(adapter: FlatAdapter) -> dict[str, Tensor]:
-    """PEFT's names: lora_A.weight [R, D] and lora_B.weight [O, R] under each module's path; DoRA's magnitude [O];
-    what is trained in full as the module itself names it.
+    """Return the tensors by PEFT's names: lora_A.weight [R, D], lora_B.weight [O, R], and DoRA's magnitude [O].
 
-    Where the start is subtracted they are of twice the rank, [A; A₀] and [B, -B₀], for the unchanged base model.
+    Tensors trained in full have the names of the module. If the start is subtracted, the rank is doubled to [A; A₀]
+    and [B, -B₀], which is correct for the unmodified base model.
     """
     tensors: dict[str, Tensor] = {}
     for name, views in adapter.sites.items():
@@ -131,10 +133,10 @@ def peft_config(base: BaseModel, adapter: FlatAdapter, base_name: str) -> dict[s
 
 
 def exceptions(values: dict[str, float], usual: float) -> dict[str, float]:
-    """PEFT's pattern for the modules whose value isn't the usual one.
+    """Return PEFT's pattern (rank_pattern or alpha_pattern) for the modules whose value is not `usual`.
 
-    By short name where all modules of that name have the value, by path otherwise. What a person wrote as a
-    regular expression is thus never run by whoever loads the adapter.
+    A key is the short name if all modules of that name have the value, otherwise the path. A user's regular expression
+    is therefore never evaluated by programs that load the adapter.
     """
     by_name: dict[str, set[float]] = {}
     for path, value in values.items():
@@ -147,9 +149,10 @@ def exceptions(values: dict[str, float], usual: float) -> dict[str, float]:
 
 
 def target_names(base: BaseModel, adapter: FlatAdapter) -> tuple[list[str], list[int] | None]:
-    """(names, layers) for PEFT: short names if they match exactly the adapted modules, as servers expect.
+    """Return (target_modules, layers_to_transform) for PEFT.
 
-    Short names in the job's layers_to_transform, if those do, are next; full paths otherwise.
+    Prefers short names that match exactly the adapted modules, which inference servers expect. Second choice are short
+    names within the job's layers_to_transform, otherwise full paths.
     """
     short = sorted({_short(name) for name in adapter.sites})
     matched = {name for name in base.linear_names() if any(matches(name, suffix) for suffix in short)}
@@ -166,8 +169,8 @@ def _short(path: str) -> str:
 
 
 def _probe(base: BaseModel, adapter: FlatAdapter) -> dict[str, Tensor]:
-    """Pseudo-random ids, the engine's logits with and without the adapter, what each linear adds, and what is trained
-    in full gives."""
+    """Return the evidence: pseudo-random ids, the engine's logits with and without the adapter, and the outputs of each
+    adapted linear and of modules trained in full."""
     ids = with_tokens(pseudo_random_ids(base, "probe", PROBE_SEED), _trained_tokens(base, adapter))
     bare = FlatAdapter((), adapter.lora, dtype=base.dtype, device=base.device, trained=head_alone(base, adapter))
     bare.initialize(0)
@@ -181,14 +184,17 @@ def _probe(base: BaseModel, adapter: FlatAdapter) -> dict[str, Tensor]:
 
 
 def _trained_tokens(base: BaseModel, adapter: FlatAdapter) -> list[int]:
-    """Those whose embeddings the job trains; the padding token has no gradient, and may end a sequence."""
+    """Return the tokens with trained embeddings. The padding token has no gradient and may end a sequence."""
     padding = getattr(base.model.get_input_embeddings(), "padding_idx", None)
     return [token for token in adapter.trained.token_ids if token != padding]
 
 
 def with_tokens(ids: np.ndarray, tokens: list[int]) -> np.ndarray:
-    """`ids` with the tokens in them, which the logits could not tell otherwise: from the end backwards, where most of
-    what they do is seen. Of more tokens than half the places as many as those hold, evenly chosen."""
+    """Return `ids` with the tokens inserted, so that the logits depend on them.
+
+    They are placed from the end backwards, where the logits depend on them most. They fill at most half of the
+    positions; of a longer list an evenly spaced selection is used.
+    """
     num_rows, num_places = ids.shape
     count = min(len(tokens), ids.size // 2)
     chosen = np.linspace(0, len(tokens) - 1, count).astype(np.int64)
@@ -198,7 +204,7 @@ def with_tokens(ids: np.ndarray, tokens: list[int]) -> np.ndarray:
 
 
 def pseudo_random_ids(base: BaseModel, purpose: str, seed: int) -> np.ndarray:
-    """int64 [2, 48], or as many as the base takes: the same each time, and never a user's."""
+    """Return int64 [2, 48], or fewer columns for a base model with less positions. Deterministic and not user data."""
     num_tokens = min(PROBE_TOKENS, base.max_positions or PROBE_TOKENS)
     words = random_words(purpose, seed, count=PROBE_ROWS * num_tokens)
     return (words % np.uint64(base.vocab_size)).astype(np.int64).reshape(PROBE_ROWS, num_tokens)
@@ -206,9 +212,9 @@ def pseudo_random_ids(base: BaseModel, purpose: str, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def packed_logits(base: BaseModel, adapter: FlatAdapter, ids: np.ndarray) -> Tensor:
-    """fp32 [rows, 2, V]: what the engine's own path gives at the last two positions of each row.
+    """Return fp32 [rows, 2, V]: the engine's logits at the last two positions of each row.
 
-    Of a base that classifies: [rows, 1, C], once for each row, from the job's own head.
+    For a sequence classifier they are [rows, 1, C], from the job's own head.
     """
     no_labels = np.zeros(ids.shape[1], np.uint8)
     sequences = tuple((row_ids.astype(np.int32), no_labels) for row_ids in ids)

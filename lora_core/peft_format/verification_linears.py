@@ -1,9 +1,9 @@
 # pyright: basic
-"""What each adapted linear adds to its output, from the engine as evidence, and from PEFT to compare.
+"""Compares what each adapted linear adds to its output in the engine (evidence) and in PEFT.
 
-Over many layers a chaotic adapter magnifies rounding until the logits can't tell a halved matrix. One linear by
-itself magnifies nothing: what it adds to given inputs is known to a few units in the last place.
-Letters: N inputs, D features in, O features out, R rank.
+Over many layers a chaotic adapter magnifies rounding errors until the logits can't detect a halved matrix. A single
+linear magnifies nothing: its addition for given inputs is determined up to a few units in the last place. Shape
+suffixes: N inputs, D input features, O output features, R rank.
 """
 
 import math
@@ -23,13 +23,13 @@ from lora_core.runtime.counter_rng import coin_flips
 
 NUM_INPUTS = 2
 PREFIX = "added."
-"""Before the module's path: the name of its tensor in probe.safetensors."""
+"""Prefix of the module path in the tensor names of probe.safetensors."""
 ROUNDING_FACTOR = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearsReport:
-    """`worst_error`: the largest difference of a linear as a share of what rounding explains, so 1 is the limit."""
+    """`worst_error` is the largest difference of a linear, divided by what rounding explains. The limit is 1."""
 
     num_linears: int
     worst_linear: str
@@ -37,9 +37,9 @@ class LinearsReport:
 
 
 def evidence(base: BaseModel, adapter: FlatAdapter) -> dict[str, Tensor]:
-    """scale·B A x of each adapted linear as the engine computes it, [N, O] in the base's dtype.
+    """Return scale·B A x of each adapted linear as the engine computes it, [N, O] in the base model's dtype.
 
-    With DoRA [2 N, O]: that, and as many with the magnitude at work, for in a large B A it hides the scale of B A.
+    With DoRA [2 N, O]: without, then with the magnitude, because normalization hides the scale of a large B A.
     """
     return {f"{PREFIX}{name}": _added_by_engine(base, adapter, name) for name in adapter.sites}
 
@@ -60,12 +60,12 @@ def _added_by_engine(base: BaseModel, adapter: FlatAdapter, name: str) -> Tensor
 
 
 def shape_of(layer: Any) -> tuple[int, int]:
-    """Of the evidence for one layer of PEFT."""
+    """Return the shape of the evidence for one PEFT layer."""
     return NUM_INPUTS * (2 if any(layer.use_dora.values()) else 1), layer.out_features
 
 
 def inputs(name: str, num_features: int) -> Tensor:
-    """[N, D] of 1 and -1 at random, which every dtype holds exactly; other ones for each linear."""
+    """Return random inputs [N, D] of 1 and -1, which every dtype represents exactly. They differ between linears."""
     flips = coin_flips("linear", name, count=NUM_INPUTS * num_features, threshold=32768)
     return torch.from_numpy(flips).view(NUM_INPUTS, num_features).float() * 2 - 1
 
@@ -74,9 +74,14 @@ def inputs(name: str, num_features: int) -> Tensor:
 def compare(
     model: nn.Module, recorded: dict[str, Tensor], *, dtype: torch.dtype, more: dict[str, float]
 ) -> LinearsReport:
-    """`model`: with PEFT's adapter in place, in fp32. `recorded`: by path, for exactly those that it adapts. `more`:
-    errors by name of what else must be as it was, no linear of an adapter."""
-    from peft.tuners.lora import LoraLayer  # not at the top: its import takes a second, and training needs none of it
+    """Compare PEFT's linears with the evidence.
+
+    Args:
+        model: The base model with PEFT's adapter in fp32.
+        recorded: Evidence by module path, for exactly the adapted linears.
+        more: Errors of other parts by name, such as a head.
+    """
+    from peft.tuners.lora import LoraLayer  # imported late: it takes a second, and training doesn't need it
 
     errors = {
         name: _error(layer, name, recorded[name], dtype=dtype)
@@ -89,7 +94,7 @@ def compare(
 
 
 def _error(layer: Any, name: str, recorded_NO: Tensor, *, dtype: torch.dtype) -> float:
-    """Root mean square of the difference over the tolerance; not a number, or infinite, where either isn't finite."""
+    """Return the root mean square of the difference over the tolerance. NaN or infinite if either isn't finite."""
     (adapter,) = layer.lora_A.keys()
     lora_a, lora_b, scale = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
     x_ND = inputs(name, lora_a.weight.shape[1]).to(lora_a.weight.device, dtype)
@@ -108,12 +113,12 @@ def _error(layer: Any, name: str, recorded_NO: Tensor, *, dtype: torch.dtype) ->
 
 
 def _share(difference_NO: Tensor, rounding_O: Tensor) -> float:
-    """The difference as a share of three roundings, each in the root mean square.
+    """Return the difference divided by three rounding errors, each as a root mean square.
 
-    A rounding is one unit in the last place of h = scale·A x, carried through B. The engine rounds h twice and
-    the sum once, by at most half a unit each; errors of the ranks are independent, so they add in squares. |h| is
-    taken as the length of A's row, its root mean square over random signs. A sum of D numbers in fp32 errs by up
-    to √D units of its own. DoRA multiplies by c and rounds the result.
+    A rounding error is one unit in the last place of h = scale·A x, propagated through B. The engine rounds h twice and
+    the sum once, by at most half a unit each. Errors of the ranks are independent, so their squares add up. |h| is
+    estimated by the norm of A's row, its root mean square over random signs. An fp32 sum of D numbers has an error of
+    up to √D units. DoRA multiplies by c and rounds the result.
     """
     difference, tolerance = _rms(difference_NO), ROUNDING_FACTOR * _rms(rounding_O)
     if difference == 0:
@@ -122,7 +127,7 @@ def _share(difference_NO: Tensor, rounding_O: Tensor) -> float:
 
 
 def _dora_factor(layer: Any, name: str) -> Tensor:
-    """c = m / ‖W + scale·B A‖ [O], by PEFT's own norm: it is far below 1 where B A outgrew W."""
+    """Return c = m / ‖W + scale·B A‖ [O], from PEFT's own norm. It is far below 1 if B A outgrew W."""
     dora, weight = layer.lora_magnitude_vector[name], layer.get_base_layer().weight.float()
     update_OD = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
     return dora.weight.float() / dora.get_weight_norm(weight, update_OD, layer.scaling[name])
@@ -130,7 +135,7 @@ def _dora_factor(layer: Any, name: str) -> Tensor:
 
 @contextmanager
 def _without_base(layer: Any) -> Iterator[None]:
-    """The frozen linear gives zeros, so that the layer's own forward gives what the adapter adds, unrounded by W x."""
+    """Replace the frozen linear by zeros, so that the layer returns the adapter's addition, unrounded by W x."""
     frozen, num_out = layer.get_base_layer(), layer.out_features
 
     def zeros(x: Tensor, *_arguments: object, **_options: object) -> Tensor:

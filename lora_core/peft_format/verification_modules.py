@@ -1,9 +1,9 @@
 # pyright: basic
-"""What is trained in full gives row by row: a head's score of each token, and the embedding of each trained token.
+"""Compares modules trained in full row by row: a head's score of each token, and each trained embedding.
 
-The logits of a few positions show a wrong row of a head, or of a rare token, only where it is wrong by more than
-they round. A row by itself is known to its own rounding. Evidence from the engine, and PEFT's to compare.
-Letters: N inputs, D features, V vocabulary, K trained tokens.
+The logits at a few positions reveal a wrong row of a head, or of a rare token, only if its error exceeds their rounding
+errors. A single row is determined up to its own rounding. Shape suffixes: N inputs, D features, V vocabulary,
+K trained tokens.
 """
 
 import math
@@ -19,22 +19,22 @@ from lora_core.layers.lm_heads import head_of
 from lora_core.peft_format.verification_linears import ROUNDING_FACTOR, inputs
 
 PREFIX = "in_full."
-"""Before the name of a tensor in probe.safetensors."""
+"""Prefix of tensor names in probe.safetensors."""
 HEAD, TIED_ROWS, EMBEDDINGS, TOKENS = "head", "tied_rows", "embeddings", "token_ids"
 
 
 @torch.no_grad()
 def evidence(base: BaseModel, adapter: FlatAdapter) -> dict[str, Tensor]:
-    """Of a base of causal language: z = W x of the inputs for each token [N, V], if the job trains the head; if it
-    trains embeddings, e·x of each [K, N], and z [N, K] where they are rows of the head as well.
+    """Return the evidence for a causal language model.
 
-    A head for sequences has a row a class, which the logits show as they are.
+    If the job trains the head: z = W x for each token, [N, V]. If it trains embeddings: e·x of each, [K, N], and
+    z [N, K] if they are tied to the head. A sequence head needs none, since the logits show each of its rows.
     """
     trained, found = adapter.trained, {}
     if base.task != "causal-lm" or not trained.tensors:
         return {}
     x_ND = _inputs(base.head().weight_VD)
-    scores_NV = head_of(replace(base.head(), exact=None), adapter).product(x_ND)  # by the product that PEFT will take
+    scores_NV = head_of(replace(base.head(), exact=None), adapter).product(x_ND)  # the same matmul as in PEFT
     if trained.modules:
         found[HEAD] = scores_NV
     if trained.token_ids:
@@ -50,8 +50,10 @@ def evidence(base: BaseModel, adapter: FlatAdapter) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def errors(model: nn.Module, recorded: dict[str, Tensor], *, dtype: torch.dtype) -> dict[str, float]:
-    """By what was compared, the largest difference of a row as a share of what rounding explains. `model`: with
-    PEFT's adapter in place. `recorded`: the evidence, without its prefix."""
+    """Return the largest error of a row by part of the model, divided by what rounding explains.
+
+    `model` has PEFT's adapter attached. `recorded` is the evidence without its prefix.
+    """
     found: dict[str, float] = {}
     output, table = model.get_output_embeddings(), model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     ids_K = recorded[TOKENS].to(_weight(output).device) if TOKENS in recorded else None
@@ -76,7 +78,7 @@ def errors(model: nn.Module, recorded: dict[str, Tensor], *, dtype: torch.dtype)
 
 
 def _weight(output: Any) -> Tensor:
-    """Of the output head, also where PEFT has put its own in its place."""
+    """Return the weight of the output head, also if PEFT has replaced the head."""
     return output.weight
 
 
@@ -85,13 +87,16 @@ def _inputs(weight_VD: Tensor) -> Tensor:
 
 
 def _projected(rows_KD: Tensor) -> Tensor:
-    """fp32 [K, N]: two signed sums of each row."""
+    """Return two signed sums of each row, fp32 [K, N]."""
     return (rows_KD.double() @ inputs("in_full", rows_KD.shape[1]).to(rows_KD.device).double().T).float()
 
 
 def _share(found_KN: Tensor, recorded_KN: Tensor, lengths_K: Tensor, *, dtype: torch.dtype) -> float:
-    """The worst row's difference over three of its roundings: one unit in the last place of its length, which is the
-    size of such a sum of its numbers, and of the sum itself."""
+    """Return the worst row's difference divided by three of its rounding errors.
+
+    A rounding error is one unit in the last place of the row's norm, which is the typical size of a signed sum of its
+    elements, plus one of the sum itself.
+    """
     recorded_KN = recorded_KN.to(found_KN.device)
     if found_KN.shape != recorded_KN.shape:
         return math.inf

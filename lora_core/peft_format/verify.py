@@ -1,8 +1,8 @@
 # pyright: basic
-"""Served equals trained: an exported adapter, loaded by PEFT on the resident base, gives the engine's logits.
+"""Verifies that an exported adapter, loaded by PEFT on the resident base model, reproduces the engine's logits.
 
-Each adapted linear by itself, which knows every matrix to its rounding (verification_linears.py), and the logits of all
-together, whose tolerance is measured, not guessed: `_compare` derives it.
+It compares each adapted linear separately, which checks every matrix up to rounding (verification_linears.py), and the
+logits of the whole model. The tolerance of the logits is derived from measured rounding errors (`_compare`).
 """
 
 import json
@@ -34,25 +34,27 @@ from lora_core.runtime.safetensors_io import read_header
 LOGITS_FACTOR = 6
 NUM_NUDGES = 3
 SAME_MODEL = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Share of the largest logit by which two orders of operations of one model may differ; another model is far off."""
+"""Fraction of the largest logit by which two operation orders of one model may differ. Other models differ far more."""
 SAME_INT8_MODEL = 0.1
 LEVELS = 127
-"""Of a linear that holds its weights in int8, and brings its inputs to as many whole steps each way (arXiv 2208.07339):
-what rounding moves across the middle between two is off by a whole one."""
+"""An int8 linear rounds its inputs to this many integer steps in each direction (arXiv 2208.07339). A tiny change of an
+input near the middle between two steps moves it by a whole step."""
 FILES = ("adapter_config.json", "adapter_model.safetensors", "probe.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
-    """Differences to PEFT over all probed logits, and their tolerances; in logits.
+    """Differences between PEFT and the engine over all probed logits, with their tolerances. In logits.
 
-    One that is not finite is told as the largest float, so that every report is JSON, and has not passed.
+    A value that is not finite is reported as the largest float, so that every report is valid JSON, and fails.
 
-    `max_abs_effect` is the largest change that the adapter makes; `num_positions` counts probed positions.
-    `worst_linear_error`: of what each adapted linear adds, and what a head or embeddings trained in full give row by
-    row, the largest difference as a share of its tolerance; with
-    `worst_linear` None where the adapter was exported without that evidence, by an older version. `explanation`
-    tells in words what was compared and why so much is allowed.
+    Attributes:
+        max_abs_effect: Largest change of a logit by the adapter.
+        num_positions: Number of probed positions.
+        worst_linear: The adapted linear, head or embeddings with the largest error. None for adapters exported by
+            older versions, without this evidence.
+        worst_linear_error: Its error as a fraction of its tolerance.
+        explanation: Sentences on the comparison and its tolerance.
     """
 
     max_abs_diff: float
@@ -70,11 +72,11 @@ class VerifyReport:
 
 
 def verify_export(base: BaseModel, directory: Path, *, between: Between = silent) -> VerifyReport:
-    """Compare PEFT's logits with probe.safetensors; the base is left without a trace.
+    """Compare PEFT's logits with probe.safetensors. The base model is restored afterwards.
 
-    Six passes, on an int8 base nine, of two short sequences on the base that is resident already, nothing of which is
-    loaded again; `between` is called after each linear of them. Raises BadAdapter; OutOfMemory, in the name of the
-    directory, where PEFT's own pass doesn't fit the device, or BrokenPass where the base is divided.
+    Runs six passes (nine on an int8 base model) over two short sequences on the resident base model. `between` is
+    called after each linear. Raises BadAdapter, and OutOfMemory with the name of the directory if PEFT's passes don't
+    fit on the device, or BrokenPass if the base model is sharded.
     """
     try:
         with shortage_in_pass(is_sharded=base.is_sharded), calling_at_linears(base, between):
@@ -106,7 +108,7 @@ def _verify(base: BaseModel, directory: Path) -> VerifyReport:
 
 
 def _evidence(probe: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """By name, of each adapted linear, or of what is trained in full; none in an export of an older version."""
+    """Return the evidence by module name. Empty for an export by an older version."""
     return {name.removeprefix(prefix): tensor for name, tensor in probe.items() if name.startswith(prefix)}
 
 
@@ -116,7 +118,7 @@ def _check_same_linears(model: torch.nn.Module, added: dict[str, Tensor]) -> Non
     found = {name: tuple(tensor.shape) for name, tensor in added.items()}
     if shapes != found:
         different = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
-        raise _bad(f"PEFT adapts other layers than training did, {different[0]} for one")
+        raise _bad(f"PEFT adapts other layers than training did, for example {different[0]}")
 
 
 def _compare(
@@ -128,21 +130,22 @@ def _compare(
     linears: LinearsReport | None,
     same_model: float,
 ) -> VerifyReport:
-    """The tolerance is so many times the largest of `roundings`, each of which is rounding alone.
+    """Compare logits. The tolerance is a multiple of the largest of `roundings`, each caused by rounding alone.
 
-    - Without any adapter, the engine and transformers compute one function in two orders: their difference.
-    - A high learning rate can make an adapter that magnifies the rounding of every layer: the change where
-      the output of every adapted linear is nudged at random by at most half a unit in its last place
-      (Parker 1997, Monte Carlo arithmetic), in each of three draws of fixed seed.
-    - The engine multiplies by A and B in the base's dtype, PEFT in fp32 unless it is told not to
-      (`autocast_adapter_dtype`): the difference of PEFT's two ways. It is zero where the base is fp32.
-    - A linear in int8 rounds its inputs to steps: the change where one input of each token is a step off in each.
+    - Without an adapter: the difference between the engine and transformers, which compute the same function in two
+      operation orders.
+    - A high learning rate can make an adapter that magnifies the rounding of every layer. Measured as the change if the
+      output of every adapted linear is perturbed randomly by at most half a unit in its last place (Parker 1997, Monte
+      Carlo arithmetic), in each of three draws with fixed seeds.
+    - The engine multiplies by A and B in the base model's dtype, PEFT by default in fp32 (`autocast_adapter_dtype`):
+      the difference between PEFT's two modes. It is zero in fp32.
+    - An int8 linear rounds its inputs to steps: the change if one input of each token is off by a step in each linear.
 
-    The first is of the same base model only if it is within `same_model` of the largest logit: another one would widen
-    its own tolerance. None is taken as smaller than half a unit in the last place of the largest logit. All are taken
-    at the worst logit and in the root mean square, and the difference must be within both: the root mean square
-    notices a wrong adapter long before the worst logit does. A chaotic adapter flips between a few outcomes, some
-    rare: if three times is too little, and each linear by itself is proven, the logits are allowed twice as much.
+    The first counts only if it is within `same_model` of the largest logit, since another base model would widen its
+    own tolerance. Each is at least half a unit in the last place of the largest logit. The maximum and the root mean
+    square of the difference must both be within tolerance: the root mean square detects a wrong adapter much earlier.
+    A chaotic adapter alternates between a few outcomes, some of them rare. If the factor of three is exceeded and each
+    linear is verified on its own, the logits may differ by six times.
     """
     largest, difference = _largest(probe["logits"]), logits - probe["logits"]
     least = max(torch.finfo(dtype).eps * largest / 2, torch.finfo(torch.float32).tiny)
@@ -175,34 +178,34 @@ def _compare(
     )
 
 
-ALL_ZERO = "With this adapter every logit is zero: training has ruined it, and nothing can be told from its answers."
+ALL_ZERO = "Every logit is zero with this adapter. Training has ruined it, so it can't be verified."
 
 
 def _finite(number: float) -> float:
-    """JSON, and the databases that keep it, know neither infinity nor what is not a number."""
+    """Replace NaN and infinity, which JSON and databases don't support, by the largest float."""
     return number if math.isfinite(number) else sys.float_info.max
 
 
 def _explained(
     linears: LinearsReport | None, tolerance: float, *, factor: int, magnified: float, dtype: torch.dtype
 ) -> str:
-    """`magnified`: the largest rounding that was measured, in half units in the last place of the largest logit."""
+    """Return the explanation. `magnified`: largest rounding error in half last-place units of the largest logit."""
     name = str(dtype).removeprefix("torch.")
     logits = (
-        f"Logits may differ by {tolerance:.2g}: {factor} times the rounding in {name} that was measured on "
-        f"this base model with this adapter, which magnifies the smallest rounding {magnified:.2g} times."
+        f"Logits may differ by {tolerance:.2g}: {factor} times the rounding error in {name}, measured on this base "
+        f"model with this adapter, which magnifies the smallest rounding error {magnified:.2g} times."
     )
     if not math.isfinite(tolerance):
-        logits = "With this adapter logits, or their rounding, are not finite, so nothing can be compared with them."
+        logits = "With this adapter, logits or their rounding errors are not finite, so they can't be compared."
     if linears is None:
-        return f"{logits} The adapter was exported before linears were compared one by one."
+        return f"{logits} The adapter was exported by a version that did not compare linears separately."
     if linears.worst_error <= 1:
-        share = f"the furthest is off by {linears.worst_error:.0%} of what its rounding allows"
+        share = f"the largest error is {linears.worst_error:.0%} of the tolerance"
         return (
-            f"Each of {linears.num_linears} adapted linears adds in PEFT what it added in training; {share}. {logits}"
+            f"All {linears.num_linears} adapted linears add the same output in PEFT as in training; {share}. {logits}"
         )
-    times = f"{linears.worst_error:.2g} times what" if math.isfinite(linears.worst_error) else "what no"
-    return f"{linears.worst_linear} adds in PEFT {times} rounding explains. {logits}"
+    times = f"{linears.worst_error:.2g} times what" if math.isfinite(linears.worst_error) else "more than"
+    return f"The output of {linears.worst_linear} in PEFT differs by {times} rounding explains. {logits}"
 
 
 def _largest(logits: Tensor) -> float:
@@ -214,7 +217,7 @@ def _rms(logits: Tensor) -> float:
 
 
 def _last_logits(model: torch.nn.Module, input_ids: Tensor) -> Tensor:
-    """fp32 [rows, 2, V]; or [rows, 1, C], row by row, for some families have no padding token to tell rows apart by."""
+    """Return fp32 [rows, 2, V], or [rows, 1, C] row by row, since some families have no padding token for batches."""
     if is_classifier(model):
         return torch.cat([model(input_ids=row[None]).logits for row in input_ids])[:, None].float().cpu()
     logits = model(input_ids=input_ids, use_cache=False).logits
@@ -222,7 +225,7 @@ def _last_logits(model: torch.nn.Module, input_ids: Tensor) -> Tensor:
 
 
 def _nudged_logits(model: torch.nn.Module, input_ids: Tensor, *, seed: int) -> Tensor:
-    """The logits where every adapted linear rounds at random."""
+    """Return the logits with random rounding in every adapted linear."""
     random = torch.Generator().manual_seed(seed)
     linears = [module for module in model.modules() if isinstance(module, LoraLayer)]
     hooks = [linear.register_forward_hook(partial(_nudge, random=random)) for linear in linears]
@@ -234,14 +237,14 @@ def _nudged_logits(model: torch.nn.Module, input_ids: Tensor, *, seed: int) -> T
 
 
 def _nudge(_linear: torch.nn.Module, _inputs: tuple[Tensor, ...], output: Tensor, *, random: torch.Generator) -> Tensor:
-    """Each number times 1 + u·eps, u uniform in [-1/2, 1/2): computed in fp64, then rounded."""
+    """Multiply each element by 1 + u·eps, u uniform in [-1/2, 1/2), in fp64, then round."""
     half_units = torch.rand(output.shape, generator=random, dtype=torch.float64) - 0.5
     factor = 1 + half_units * torch.finfo(output.dtype).eps
     return (output.double() * factor.to(output.device)).to(output.dtype)
 
 
 def _stepped_logits(model: torch.nn.Module, input_ids: Tensor, *, seed: int) -> Tensor:
-    """The logits where one input of every token is off by a step in each linear that rounds its inputs to LEVELS."""
+    """Return the logits if one input of every token is off by a step in each linear that rounds to LEVELS."""
     random = torch.Generator().manual_seed(seed)
     linears = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
     hooks = [linear.register_forward_pre_hook(partial(_step, random=random)) for linear in linears]
@@ -262,8 +265,11 @@ def _step(_linear: torch.nn.Module, inputs: tuple[Tensor, ...], *, random: torch
 
 @contextmanager
 def _adapted(model: torch.nn.Module, directory: Path, *, device: str, in_fp32: bool = True) -> Iterator[PeftModel]:
-    """The adapter in the base's modules, as PEFT puts it there, but on `device`, whatever the host's memory holds of
-    them. The base's own come back at the end, also where PEFT failed half way: packmates go on with this base."""
+    """Attach the adapter to the base model's modules with PEFT, on `device`, even if the weights are offloaded.
+
+    The original modules are restored at the end, also if PEFT fails halfway, because packmates keep using this base
+    model.
+    """
     own, attributes = dict(model.named_modules()), set(vars(model))
     adapted = None
     try:
@@ -273,7 +279,7 @@ def _adapted(model: torch.nn.Module, directory: Path, *, device: str, in_fp32: b
     finally:
         if adapted is not None:
             adapted.unload()
-        for path, module in own.items():  # outer ones first
+        for path, module in own.items():  # outer modules first
             if path and model.get_submodule(path) is not module:
                 model.set_submodule(path, module)
         for name in vars(model).keys() - attributes:
@@ -281,7 +287,7 @@ def _adapted(model: torch.nn.Module, directory: Path, *, device: str, in_fp32: b
 
 
 def _bring(adapted: PeftModel, device: str) -> None:
-    """PEFT puts an adapter where the weight is that it adapts."""
+    """Move the adapter to `device`. PEFT places it next to the weight that it adapts, possibly in host memory."""
     layers = (layer for layer in adapted.modules() if isinstance(layer, LoraLayer))
     for part in (getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names):
         if isinstance(part, torch.nn.Module):
@@ -289,10 +295,10 @@ def _bring(adapted: PeftModel, device: str) -> None:
 
 
 def _load_adapter(model: torch.nn.Module, directory: Path, *, in_fp32: bool = True) -> PeftModel:
-    """PEFT's own loading; by its default, adapter weights are raised to fp32 as any user's would be."""
+    """Load with PEFT. By its default, which `in_fp32` keeps, adapter weights are cast to fp32."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT calls what transformers deprecates
+            warnings.simplefilter("ignore")  # PEFT calls deprecated functions of transformers
             return PeftModel.from_pretrained(
                 model, str(directory), is_trainable=False, autocast_adapter_dtype=in_fp32
             ).eval()
@@ -303,7 +309,7 @@ def _load_adapter(model: torch.nn.Module, directory: Path, *, in_fp32: bool = Tr
 
 
 def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
-    """On the CPU, where logits are compared."""
+    """Load the probe to the CPU, where logits are compared."""
     for name in FILES:
         if not (directory / name).is_file():
             raise _bad(f"{name} is missing")
@@ -315,18 +321,18 @@ def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
         raise _bad(error.message.removesuffix(".")) from error
     named = {name for name in header if not name.startswith((verification_linears.PREFIX, verification_modules.PREFIX))}
     if named != {"input_ids", "logits", "base_logits"} or _is_foreign(base, header):
-        raise _bad("probe.safetensors is of another base model or format")
+        raise _bad("probe.safetensors belongs to another base model or has an unknown format")
     return load_file(directory / "probe.safetensors")
 
 
 def _is_foreign(base: BaseModel, header: dict) -> bool:
-    """Whether the logits can't be of this base model; a head of its own may have any number of classes."""
+    """Return whether the logits can't belong to this base model. A job's own head may have any number of classes."""
     return base.task == "causal-lm" and header["logits"][1][-1] != base.vocab_size
 
 
 @contextmanager
 def _with_head(base: BaseModel, directory: Path) -> Iterator[None]:
-    """The base with the head of the exported adapter, where it has one: its classes are as many as the job's."""
+    """Replace the head of a classifier by the exported adapter's, which has the job's number of classes."""
     head = task_head_of(base.model)
     if head is None:
         yield
@@ -347,22 +353,22 @@ def is_classifier(model: torch.nn.Module) -> bool:
 
 
 def refuse_foreign_code(directory: Path) -> None:
-    """An adapter configuration may not name classes to import (PEFT's auto_mapping)."""
+    """Reject configurations that name classes to import (PEFT's auto_mapping). Raises BadAdapter."""
     try:
         config = json.loads((directory / "adapter_config.json").read_text())
     except (ValueError, RecursionError) as error:
         raise _bad("adapter_config.json is not valid JSON") from error
     if not isinstance(config, dict) or config.get("auto_mapping") or config.get("peft_type") != "LORA":
-        raise _bad("adapter_config.json is not that of a plain LoRA adapter")
+        raise _bad("adapter_config.json does not describe a plain LoRA adapter")
 
 
 def _bad(reason: str) -> BadAdapter:
-    return BadAdapter(f"The exported adapter is refused: {reason}.", remedy="Export the job again.")
+    return BadAdapter(f"The exported adapter is invalid: {reason}.", remedy="Export the job again.")
 
 
 def unverifiable(error: Exception) -> BadAdapter:
-    """What a job is told whose adapter neither passed nor failed."""
+    """Return the error for an adapter whose verification failed with an exception."""
     return BadAdapter(
-        f"Its adapter could not be exported and verified ({type(error).__name__}: {error}).",
-        remedy="Lower the learning rate if its loss is not as it should be; else the worker's log tells more.",
+        f"The adapter could not be exported and verified ({type(error).__name__}: {error}).",
+        remedy="Lower the learning rate if the loss looks wrong. Otherwise check the worker's log.",
     )

@@ -1,7 +1,7 @@
 # pyright: strict
-"""Random numbers as pure functions of a key: no hidden state, so nothing to save, restore or share.
+"""Random numbers as pure functions of a key. There is no hidden state to save, restore or share.
 
-Philox-4x64 (Salmon et al., SC 2011) raw words, which NumPy keeps stable between versions.
+Uses the raw words of Philox-4x64 (Salmon et al., SC 2011), which NumPy keeps stable between versions.
 """
 
 import hashlib
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 
 def random_words(*key: int | str, count: int) -> NDArray[np.uint64]:
-    """`count` uniform 64-bit words that depend on `key` alone."""
+    """Return `count` uniform 64-bit words that depend on `key` alone."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     words = np.random.Philox(key=np.frombuffer(digest, dtype="<u8")).random_raw(count)
     return np.asarray(words, dtype=np.uint64)
 
 
 def uniform(*key: int | str, count: int) -> NDArray[np.float64]:
-    """`count` numbers in [0, 1) with 53 random bits."""
+    """Return `count` uniform numbers in [0, 1) with 53 random bits."""
     return np.ldexp((random_words(*key, count=count) >> np.uint64(11)).astype(np.float64), -53)
 
 
 def normal(*key: int | str, count: int) -> NDArray[np.float64]:
-    """`count` numbers of the standard normal distribution (Box and Muller 1958)."""
+    """Return `count` standard normal numbers (Box and Muller 1958)."""
     half = -(-count // 2)
     numbers = uniform(*key, count=2 * half)
     length, angle = np.sqrt(-2 * np.log1p(-numbers[:half])), 2 * np.pi * numbers[half:]
@@ -31,11 +31,11 @@ def normal(*key: int | str, count: int) -> NDArray[np.float64]:
 
 
 def permutation(*key: int | str, count: int) -> NDArray[np.int64]:
-    """A random order of range(count)."""
+    """Return a random permutation of range(count)."""
     return np.argsort(random_words(*key, count=count), kind="stable")
 
 
 def coin_flips(*key: int | str, count: int, threshold: int) -> NDArray[np.bool_]:
-    """`count` booleans, each True with probability threshold / 65536: four to a word."""
+    """Return `count` booleans, each True with probability threshold / 65536. One word yields four."""
     words = random_words(*key, count=-(-count // 4))
     return words.view(np.uint16)[:count] < threshold

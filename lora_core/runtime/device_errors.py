@@ -1,5 +1,5 @@
 # pyright: basic
-"""One exception for memory that ran out, in whichever way the allocator that wanted it says so."""
+"""Out-of-memory errors of all allocators as one exception, device faults, and deferred interrupts."""
 
 import signal
 import threading
@@ -12,12 +12,12 @@ import torch
 from lora_core.errors import BrokenPass, OutOfMemory, Part
 
 SIGNS = ("can't allocate memory", "bad_alloc", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-"""torch's allocator on a CPU, C++'s own, cuBLAS and cuDNN, and the driver of a GPU past torch's allocator raise another
-RuntimeError with one of these in it."""
+"""Texts by which the RuntimeErrors of other allocators are recognized: torch on a CPU, C++, cuBLAS and cuDNN, and the
+CUDA driver outside torch's allocator."""
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether memory ran out, in whichever way it is said."""
+    """Return whether the error means out of memory, whichever allocator raised it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
@@ -25,7 +25,7 @@ def is_shortage(error: BaseException) -> bool:
 
 @contextmanager
 def shortage_named() -> Iterator[None]:
-    """Within the block, memory that runs out is torch.OutOfMemoryError: on a CPU as well, and in NumPy."""
+    """Convert any out-of-memory error in the block, also on a CPU or in NumPy, to torch.OutOfMemoryError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -38,7 +38,7 @@ def shortage_named() -> Iterator[None]:
 
 @contextmanager
 def shortage_of(job: str, *, part: Part = "adapter") -> Iterator[None]:
-    """Memory that runs out within the block is wanted by that part of `job` alone: OutOfMemory in its name."""
+    """Convert an out-of-memory error in the block, which allocates for `part` of `job` alone, to OutOfMemory."""
     try:
         with shortage_named():
             yield
@@ -48,7 +48,7 @@ def shortage_of(job: str, *, part: Part = "adapter") -> Iterator[None]:
 
 @contextmanager
 def shortage_in_pass(*, is_sharded: bool) -> Iterator[None]:
-    """`shortage_named` for a block in which there is a pass through the base: of one that is divided BrokenPass."""
+    """Like `shortage_named`, for a block with passes through the base model. Raises BrokenPass if it is sharded."""
     try:
         with shortage_named():
             yield
@@ -59,12 +59,14 @@ def shortage_in_pass(*, is_sharded: bool) -> Iterator[None]:
 
 
 FAULT_SIGNS = ("CUDA error", "CUDA driver error", "Triton Error", "_STATUS_", "device-side assert", "HIP error")
-"""In messages of torch, of Triton, and of cuBLAS, cuDNN, cuSOLVER and cuSPARSE, which raise a plain RuntimeError."""
+"""Parts of the messages of torch, Triton, cuBLAS, cuDNN, cuSOLVER and cuSPARSE, which raise a plain RuntimeError."""
 
 
 def is_device_fault(error: BaseException) -> bool:
-    """Whether the device itself failed: most often this process can compute nothing on it from then on. Memory that
-    ran out is none: device_errors.py knows that."""
+    """Return whether the device itself failed, after which this process usually can't use it any more.
+
+    Out of memory is not a device fault.
+    """
     if is_shortage(error):
         return False
     told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in FAULT_SIGNS)
@@ -73,9 +75,9 @@ def is_device_fault(error: BaseException) -> bool:
 
 @contextmanager
 def interrupts_wait() -> Generator[None]:
-    """What Ctrl-C does is done at the end of the block, for what is half written in it can't be taken back.
+    """Defer SIGINT (Ctrl-C) to the end of the block, because a half-written update can't be undone.
 
-    Signals come to the main thread alone, so in any other nothing is to be done.
+    Python runs signal handlers in the main thread only, so other threads need no protection.
     """
     usual = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(usual):

@@ -1,7 +1,7 @@
 # pyright: strict
-"""Safetensors headers read under limits, and directories written so that they exist whole or not at all.
+"""Safetensors headers with size limits, and atomic creation of directories.
 
-A header names every tensor; a hostile one can cost a gigabyte to parse, so it is measured first.
+A header lists every tensor. Parsing a hostile one can take a gigabyte of memory, so its size is checked first.
 """
 
 import errno
@@ -26,7 +26,7 @@ MAX_TENSORS = 20_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpan:
-    """A tensor of a safetensors file: its bytes are those from `start` to before `stop` of the file."""
+    """A tensor of a safetensors file. Its data are the bytes [start, stop) of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,12 +35,12 @@ class TensorSpan:
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names of the tensors in a safetensors file, each with (dtype, shape). Raises UnsafeFile."""
+    """Return (dtype, shape) of each tensor in a safetensors file by name. Raises UnsafeFile."""
     return {name: (span.dtype, span.shape) for name, span in tensor_spans(path).items()}
 
 
 def tensor_spans(path: Path) -> dict[str, TensorSpan]:
-    """Where each tensor lies in a safetensors file. Raises UnsafeFile."""
+    """Return the position of each tensor in a safetensors file by name. Raises UnsafeFile."""
     try:
         header, header_bytes = _parse_header(path)
         return {name: _span(entry, header_bytes) for name, entry in header.items()}
@@ -56,26 +56,26 @@ def _span(entry: dict[str, Any], header_bytes: int) -> TensorSpan:
 
 
 def _parse_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Its entries by name, and its length in bytes, without the 8 that tell it."""
+    """Return the entries by name, and the length of the header in bytes without its 8-byte length field."""
     with path.open("rb") as file:
         num_bytes = int.from_bytes(file.read(8), "little")
         if num_bytes > MAX_HEADER_BYTES:
-            raise _unsafe(path, f"has a header of {num_bytes} bytes, above {MAX_HEADER_BYTES}")
+            raise _unsafe(path, f"has a header of {num_bytes} bytes: the maximum is {MAX_HEADER_BYTES}")
         header = cast(dict[str, dict[str, Any]], json.loads(file.read(num_bytes)))
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
-        raise _unsafe(path, f"holds {len(header)} tensors, above {MAX_TENSORS}")
+        raise _unsafe(path, f"contains {len(header)} tensors: the maximum is {MAX_TENSORS}")
     return header, num_bytes
 
 
 def _unsafe(path: Path, reason: str) -> UnsafeFile:
-    return UnsafeFile(f"{path.name} {reason}.", remedy="Give a safetensors file written by a known tool.")
+    return UnsafeFile(f"{path.name} {reason}.", remedy="Use a safetensors file written by a trusted tool.")
 
 
 def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
-    """Make `directory` (which must not exist) by `fill` on a temporary sibling, fsync and rename.
+    """Create `directory` atomically: `fill` writes to a temporary sibling, which is fsynced and renamed.
 
-    Raises OSError for whatever the disk refuses, and then leaves nothing behind.
+    Raises FileExistsError if `directory` exists, and OSError if writing fails. Then nothing remains on the disk.
     """
     if directory.exists():
         raise FileExistsError(directory)
@@ -89,7 +89,7 @@ def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
         readable = stat.S_IMODE(temporary.stat().st_mode) & 0o666
         for path in [*sorted(temporary.rglob("*")), temporary]:
             if path.is_file():
-                path.chmod(readable)  # safetensors leaves its files to their owner alone
+                path.chmod(readable)  # safetensors creates files that only their owner can read
             _fsync(path)
         temporary.rename(directory)
         _fsync(directory.parent)
@@ -100,7 +100,7 @@ def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:
 
 @contextmanager
 def _disk_errors_named() -> Generator[None]:
-    """safetensors has an error of its own for a failed write, with the number of the OSError in its text."""
+    """Convert safetensors' own error for a failed write to OSError. It only has the errno in its text."""
     try:
         yield
     except SafetensorError as error:

@@ -75,7 +75,7 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
     shares = json.loads(next((tmp_path / "out").glob("steady_state_*.json")).read_text())["profile"]
     assert "lorry over peft_loop, 1 thread" in table
     assert sum(share["share"] for share in shares) == pytest.approx(1, abs=0.01)
-    assert {"base products", "LoRA", "attention", "head and loss"} <= {share["part"] for share in shares}
+    assert {"base matmuls", "LoRA", "attention", "head and loss"} <= {share["part"] for share in shares}
     for theme in ("warm_start", "submission", "frozen_prefix", "eight_jobs"):
         (path,) = (tmp_path / "out").glob(f"{theme}_*.json")
         assert json.loads(path.read_text())["profile"], theme

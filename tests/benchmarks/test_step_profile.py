@@ -44,11 +44,11 @@ def test_lora_has_the_products_of_all_its_linears_and_the_base_no_more_than_its_
     products = Counter(part for part, event in events if event.name in PRODUCTS)
     forward = NUM_LAYERS * 7
     unwanted = 3  # the input of the lowest q, k and v has no gradient
-    assert products["base products"] == 2 * forward - unwanted
+    assert products["base matmuls"] == 2 * forward - unwanted
     # Forward x A once for q, k and v, once for gate and up, once each for o and down; and h B for each of the seven.
     # Backward dy B and dB for each of the seven; dA and dx as often as x A.
     assert products["LoRA"] == NUM_LAYERS * (4 + 7 + 2 * 7 + 2 * 4) - 1
-    assert products["linears: all but products"] == 0
+    assert products["linears: other operations"] == 0
 
 
 def test_what_blocks_of_ours_apply_themselves_is_in_its_part_both_ways(stepping: tuple[Any, Any]) -> None:
@@ -72,7 +72,7 @@ def test_the_parts_add_up_to_the_step_and_none_is_empty(stepping: tuple[Any, Any
     parts, whole, _ = profile_of(*stepping)
 
     assert sum(parts.values()) == pytest.approx(whole, rel=1e-6)
-    expected = {"base products", "linears: all but products", "LoRA", "attention", "RoPE", "norms", "gated activation"}
+    expected = {"base matmuls", "linears: other operations", "LoRA", "attention", "RoPE", "norms", "gated activation"}
     expected |= {"head and loss", "optimizer", "data and bookkeeping", "Python and additions between parts"}
     assert set(parts) - {"copies outside all parts"} == expected
     assert all(seconds > 0 for seconds in parts.values())

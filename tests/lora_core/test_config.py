@@ -69,7 +69,7 @@ def test_a_schedule_that_ends_before_the_job_is_refused():
     schedule = ScheduleConfig(kind="linear", num_steps=5)
     with pytest.raises(ConfigError, match=r"schedule\.num_steps is 5") as caught:
         replace(config(num_steps=5), schedule=schedule, num_steps=10)
-    assert "num_steps, 10" in caught.value.remedy
+    assert "num_steps (10)" in caught.value.remedy
     assert replace(config(num_steps=5), schedule=schedule, num_steps=4).schedule == schedule
 
 
@@ -78,7 +78,7 @@ def test_what_evaluations_decide_is_refused_where_none_comes_in_time(fields):
     for every in (None, 5):
         with pytest.raises(ConfigError, match=f"evaluate_every_steps is {every}") as caught:
             replace(config(num_steps=4, evaluate_every_steps=every), **fields)
-        assert "between 1 and num_steps, 4" in caught.value.remedy
+        assert "between 1 and num_steps (4)" in caught.value.remedy
         assert replace(config(num_steps=4, evaluate_every_steps=every)).keep == "last"
     for every in (1, 4):
         assert replace(config(num_steps=4, evaluate_every_steps=every), **fields).needs_evaluation

@@ -128,10 +128,10 @@ def test_experts_and_recurrent_models_are_refused_by_name(tmp_path, family, opti
 TEXT = COMMON | HEADS
 TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
 TOWERS = {
-    "gemma3": ({"text_config": TEXT, "vision_config": TOWER}, "reads images (vision_config) beside text"),
+    "gemma3": ({"text_config": TEXT, "vision_config": TOWER}, "reads images (vision_config)"),
     "llava": ({"text_config": {"model_type": "llama"} | TEXT, "vision_config": TOWER}, "reads images (vision_config)"),
-    "qwen2_audio": ({"text_config": {"model_type": "qwen2"} | TEXT}, "reads sound (audio_config) beside text"),
-    "gemma3n": ({}, "reads images (vision_config) and sound (audio_config) beside text"),
+    "qwen2_audio": ({"text_config": {"model_type": "qwen2"} | TEXT}, "reads sound (audio_config)"),
+    "gemma3n": ({}, "reads images (vision_config) and sound (audio_config)"),
 }
 
 

@@ -1,8 +1,9 @@
 # pyright: basic
-"""Attention of all sequences of a tick on a CPU: scores as matrices, one sequence after another, in its cache.
+"""Attention of all sequences of a pack on a CPU: dense score matrices, one sequence at a time so that they stay cached.
 
-Letters: H query heads, K key heads, G = H / K, S tokens of a sequence, C = S rounded up for vectors, R = S · G rows of
-a key head's queries, T tokens of the tick, E head features. What is computed for a sequence depends on it alone.
+Shape suffixes: H query heads, K key heads, G = H / K, S tokens of a sequence, C = S padded to full vectors,
+R = S · G rows of a key head's queries, T tokens of the pack, E head features. The computation for a sequence depends on
+that sequence alone.
 """
 
 from dataclasses import dataclass
@@ -15,15 +16,15 @@ from lora_core.kernels.attention import COLUMNS, from_heads, score_gradient, to_
 from lora_core.kernels.numba_jit import array_of, flat_memory, runs_on
 
 LONGEST_KEPT = 256
-"""Tokens of a sequence whose weights are kept until the backward; of a longer one they are computed again there. Kept,
-they take S numbers a token and head, which beyond this is more than the linears keep."""
+"""Longest sequence whose softmax weights are kept until the backward; those of longer ones are recomputed. They take S
+numbers per token and head, which for longer sequences is more than the linears keep."""
 UNLIMITED = 1 << 30
-"""A window that no sequence fills."""
+"""Window that no sequence exceeds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sight:
-    """How many tokens each sequence has, which of them one sees, and what scores are multiplied by."""
+    """Length of each sequence, scale of scores, and which tokens a token sees."""
 
     lengths: tuple[int, ...]
     scale: float
@@ -33,13 +34,13 @@ class Sight:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """Heads [H, T, E] and their memory, flat."""
+    """Heads [H, T, E] and their memory as a flat array."""
 
     heads_HTE: Tensor
     numbers: np.ndarray
 
     def by_head(self, *, start: int, length: int, num_rows: int, num_groups: int = 1) -> Tensor:
-        """[K, rows, E]: the tokens from `start` on, of each the G heads of a key head; zeros beyond `length`."""
+        """Return [K, rows, E]: the G heads per key head of each token from `start` on. Zeros beyond `length` tokens."""
         num_heads, _, size = self.heads_HTE.shape
         head_stride, token_stride, _ = self.heads_HTE.stride()
         heads_KRE = self.heads_HTE.new_empty(num_heads // num_groups, num_rows, size)
@@ -53,13 +54,15 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def attend_by_matrices(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
-    """query [H, T, E], key and value [K, T, E] of sequences one behind the other, to [T, H, E]."""
+    """Attend within each of the consecutive sequences: query [H, T, E], key and value [K, T, E] to [T, H, E]."""
     return MatrixAttention.apply(query, key, value, sight)
 
 
 class MatrixAttention(torch.autograd.Function):
-    """softmax(scale · q kᵀ) v of each sequence, softmax in fp32 and rounded once. Saves heads, and the weights
-    of short sequences."""
+    """softmax(scale · q kᵀ) v of each sequence, with the softmax in fp32 and rounded once.
+
+    Saves the heads, and the weights of short sequences.
+    """
 
     @staticmethod
     def forward(ctx, q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, sight: Sight):
@@ -107,7 +110,7 @@ class MatrixAttention(torch.autograd.Function):
 
 
 def _weights(q_KRE: Tensor, k_KCE: Tensor, num_groups: int, sight: Sight, length: int) -> Tensor:
-    """softmax of scale · q kᵀ [K, R, C] over the keys that each row sees."""
+    """Return the softmax of scale · q kᵀ, [K, R, C], over the keys that each row sees."""
     weights_KRC = torch.bmm(q_KRE, k_KCE.transpose(1, 2))
     scores = _flat(weights_KRC)
     visible_softmax(scores, scores, *_shape(weights_KRC), num_groups, *_seen(sight, length))
@@ -132,5 +135,5 @@ def _seen(sight: Sight, length: int) -> tuple[tuple[int, int, int], float, float
 
 
 def _put(heads_KRE: Tensor, num_groups: int, rows_SHE: Tensor) -> None:
-    """Rows by token of rows by head."""
+    """Write rows grouped by head to `rows_SHE`, grouped by token."""
     from_heads(_flat(heads_KRE), heads_KRE.shape[1], num_groups, heads_KRE.shape[2], _flat(rows_SHE))

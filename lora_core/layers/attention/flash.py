@@ -1,8 +1,8 @@
 # pyright: basic
-"""Attention of all sequences of a tick in one launch, for a GPU: torch's variable-length kernel (FlashAttention).
+"""Attention of all sequences of a pack in one launch on a GPU, by torch's variable-length FlashAttention kernel.
 
-Each sequence attends to itself alone, as in attention.py, which computes what this can't: capped scores, other sizes
-of a head, a CPU. Letters: H query heads, K key heads, T tokens of the tick, S sequences, E head features.
+Each sequence attends to itself alone. packed.py computes the cases that this kernel doesn't support: capped scores,
+other head sizes, a CPU. Shape suffixes: H query heads, K key heads, T tokens of the pack, S sequences, E head features.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ WIDEST_HEAD, HEAD_MULTIPLE = 256, 8
 
 
 def fits(query: Tensor, value: Tensor, softcap: float | None) -> bool:
-    """Whether the kernel computes this kind of attention."""
+    """Return whether the kernel supports this kind of attention."""
     width = query.shape[-1]
     sized = width == value.shape[-1] and width <= WIDEST_HEAD and width % HEAD_MULTIPLE == 0
     return softcap is None and sized and query.dtype in VARLEN_DTYPES
@@ -25,7 +25,7 @@ def fits(query: Tensor, value: Tensor, softcap: float | None) -> bool:
 def attend_together(
     query: Tensor, key: Tensor, value: Tensor, pack: PackedBatch, *, scale: float, causal: bool, window: int | None
 ) -> Tensor:
-    """query [1, H, T, E], key and value [1, K, T, E] to [1, T, H, E]."""
+    """Attend within each sequence: query [1, H, T, E], key and value [1, K, T, E] to [1, T, H, E]."""
     q_THE, k_TKE, v_TKE = (part[0].transpose(0, 1) for part in (query, key, value))
     longest = max(pack.sequence_lengths)
     together = kernel()(
@@ -50,7 +50,7 @@ def kernel() -> Any:
 
 
 def window_size(*, causal: bool, window: int | None, longest: int) -> tuple[int, int]:
-    """How many tokens before and after its own a query sees; -1 is all. A window of `window` counts its own as well."""
+    """Return how many tokens before and after its own a query sees, -1 for all. `window` includes its own token."""
     if window is None or window >= longest:
         return (-1, 0) if causal else (-1, -1)
     return (window - 1, 0) if causal else (window - 1, window - 1)

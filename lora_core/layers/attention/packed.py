@@ -1,8 +1,8 @@
 # pyright: basic
-"""Attention within each sequence of a pack, at the sequence's own length: packmates can't change a bit of it.
+"""Attention within each sequence of a pack, at the sequence's own length, so that packmates can't change its bits.
 
-Letters: H query heads, K key heads, G = H / K, S tokens of a sequence, T of the tick, E head features.
-Registered with transformers under one name, without a mask: the pack says where sequences begin.
+It is registered with transformers under one name and without a mask: the pack contains the bounds of sequences. Shape
+suffixes: H query heads, K key heads, G = H / K, S tokens of a sequence, T tokens of the pack, E head features.
 """
 
 from itertools import zip_longest
@@ -20,11 +20,11 @@ from lora_core.layers.attention.tiled_cpu import Scoring, attend_in_strips
 from lora_core.packing.packed_batch import PackedBatch, attend_last, current_kernels, current_pack
 
 NAME = "lora_core_packed"
-LONGEST_MATRIX = 1024  # above, scores [H, S, S] cost more memory than they save time
+LONGEST_MATRIX = 1024  # longer sequences: scores [H, S, S] would cost too much memory for the time they save
 
 
 def register() -> None:
-    """Make the function known to transformers; idempotent."""
+    """Register the attention function with transformers. Idempotent."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
 
@@ -47,19 +47,22 @@ def packed_attention(
     softcap: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, E], key and value [1, K, T, E] to [1, T, H, E], as transformers expects."""
+    """Map query [1, H, T, E], key and value [1, K, T, E] to [1, T, H, E], as transformers expects.
+
+    Raises UnsupportedModel for attention sinks or a position bias.
+    """
     assert attention_mask is None, "packed attention takes no mask"
     assert dropout == 0.0, "the base model is in evaluation mode"
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UnsupportedModel(
-            f"{type(module).__name__} has sinks or a position bias, which packing doesn't support.",
+            f"{type(module).__name__} has attention sinks or a position bias, which packing does not support.",
             remedy="Choose a base model with plain causal attention.",
         )
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     options = {"scale": scale, "causal": causal, "window": sliding_window, "softcap": softcap}
     pack = current_pack()
-    if pack is None:  # an ordinary batch of whole sequences
+    if pack is None:  # an ordinary batch: each row is a sequence
         outputs = [attend(q, k, v, **options) for q, k, v in zip(query, key, value, strict=True)]
         return torch.stack(outputs).transpose(1, 2), None
     if pack.kept:
@@ -79,12 +82,12 @@ def packed_attention(
 def _attend_growing(
     query: Tensor, key: Tensor, value: Tensor, pack: PackedBatch, *, causal: bool, **options: Any
 ) -> Tensor:
-    """[1, T, H, E]: whole sequences as ever, and of those that are kept the last token alone."""
+    """Return [1, T, H, E] in generation: for all tokens of a sequence without cached keys, else for the last token."""
     lengths = list(pack.sequence_lengths)
     parts = zip(query.split(lengths, 1), key.split(lengths, 1), value.split(lengths, 1), strict=True)
     outputs: list[Tensor] = []
     for (q, k, v), kept in zip_longest(parts, pack.kept):
-        if kept is None:  # the filler
+        if kept is None:  # the padding sequence
             outputs.append(attend(q, k, v, causal=causal, **options))
             continue
         is_whole = kept.num_tokens == 0
@@ -103,7 +106,7 @@ def attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One sequence: softmax(softcap · tanh(scale · q kᵀ / softcap)) v. Returns [H, S, E]."""
+    """Attend within one sequence: softmax(softcap · tanh(scale · q kᵀ / softcap)) v. Returns [H, S, E]."""
     num_tokens = q_HSE.shape[1]
     seen = UNLIMITED if window is None or window >= num_tokens else window
     if _by_matrices(q_HSE, k_KSE, v_KSE, softcap, num_tokens):
@@ -115,19 +118,19 @@ def attend(
 
 
 def _by_matrices(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, longest: int) -> bool:
-    """Whether dense_cpu.py computes sequences of up to `longest` tokens, as the sequence alone would have it."""
+    """Return whether dense_cpu.py computes sequences of up to `longest` tokens. Same choice as for each one alone."""
     return softcap is None and longest <= LONGEST_MATRIX and serves(query, key, value)
 
 
 def _is_fused(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> bool:
-    """Whether torch has a kernel that keeps no scores; where it has none, it computes as one would write it down."""
+    """Return whether torch has a fused kernel, which keeps no scores. Otherwise it would materialize them."""
     if query.device.type == "cpu":
         return softcap is None and serves(query, key, value) and query.shape[-1] == value.shape[-1]
     return fits(query, value, softcap)
 
 
 def _attend_fused(q_HSE: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, scale: float, causal: bool) -> Tensor:
-    """That kernel. It has no window: as a mask that would be [S, S] numbers, kept for each layer until the backward."""
+    """Attend by torch's fused kernel. A window would need an [S, S] mask, kept for each layer until the backward."""
     return F.scaled_dot_product_attention(
         q_HSE[None],
         k_KSE[None],

@@ -1,9 +1,9 @@
 # pyright: basic
-"""Attention of one sequence strip by strip, some tokens' queries at a time: capped scores, and rows that are long.
+"""Attention of one sequence by strips (chunks of queries), for capped scores and for long sequences.
 
-Between forward and backward it keeps queries, keys and values alone; weights are computed again. Letters: H query
-heads, K key heads, G = H / K, S tokens, C = S rounded up to a multiple of COLUMNS, B tokens of a strip, R = B · G rows
-of a key head's queries (those of one token are neighbors), N keys that a strip sees, E head features.
+Only queries, keys and values are kept for the backward, which recomputes the weights. Shape suffixes: H query heads,
+K key heads, G = H / K, S tokens, C = S padded to a multiple of COLUMNS, B tokens of a strip, R = B · G rows of a key
+head's queries (those of one token are adjacent), N keys that a strip sees, E head features.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ from lora_core.kernels.numba_jit import array_of, runs_on
 from lora_core.layers.attention.dense_cpu import UNLIMITED
 
 STRIP_NUMBERS = {"cpu": 1 << 21, "cuda": 1 << 24}
-"""Scores that exist at one time, up to twice as many where a window is narrow, by kind of device: what a strip takes is
-a few times that. Only where the fewest tokens of a strip, COLUMNS, see more keys is it more."""
+"""Maximum number of scores that exist at a time, by device type. Narrow windows may need twice as many, and a strip
+takes several times this memory. A strip of COLUMNS tokens, the minimum, may exceed it if it sees many keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scoring:
-    """How a query scores a key, softcap · tanh(scale · q·k / softcap) where there is a cap, and which it sees."""
+    """How a query scores a key (softcap · tanh(scale · q·k / softcap), or without a cap), and which keys it sees."""
 
     scale: float
     causal: bool
@@ -36,8 +36,10 @@ class Scoring:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strip:
-    """Queries of tokens from `start` to `stop` of `num_tokens`; `first` to `last`: the keys that any of them sees and
-    some that none does, for both are multiples of COLUMNS."""
+    """Queries of the tokens [start, stop) of `num_tokens`, and the range [first, last) of keys that any of them sees.
+
+    `first` and `last` are multiples of COLUMNS, so the range can include keys that no query sees.
+    """
 
     start: int
     stop: int
@@ -54,7 +56,7 @@ class Strip:
         return slice(self.start * num_groups, self.stop * num_groups)
 
     def hidden(self, device: torch.device) -> Tensor:
-        """True [B, 1, N] where a query must not see a key."""
+        """Return bool [B, 1, N], True where a query must not see a key."""
         key_N = torch.arange(self.first, self.last, device=device)
         distance_BN = torch.arange(self.start, self.stop, device=device)[:, None] - key_N
         hidden_BN = distance_BN < 0 if self.scoring.causal else (key_N >= self.num_tokens).expand_as(distance_BN)
@@ -62,12 +64,12 @@ class Strip:
 
 
 def attend_in_strips(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-    """query [H, S, E], key and value [K, S, E] to [H, S, E]."""
+    """Attend within one sequence: query [H, S, E], key and value [K, S, E] to [H, S, E]."""
     return StripAttention.apply(query, key, value, scoring).transpose(0, 1)
 
 
 def strips(num_tokens: int, num_heads: int, scoring: Scoring, device: torch.device) -> Iterator[Strip]:
-    """They follow from the sequence and the model alone: no packmate can be seen in the order of sums."""
+    """Yield the strips. They depend on the sequence and the model alone, so packmates don't affect summation order."""
     reach = min(num_tokens, scoring.window)
     span = reach if scoring.causal else min(num_tokens, 2 * reach)
     numbers = STRIP_NUMBERS[device.type] // num_heads
@@ -80,7 +82,7 @@ def strips(num_tokens: int, num_heads: int, scoring: Scoring, device: torch.devi
 
 
 class StripAttention(torch.autograd.Function):
-    """softmax(score) v, softmax in fp32 at least and rounded once; to [S, H, E]."""
+    """softmax(score) v as [S, H, E], with the softmax in fp32 or wider and rounded once."""
 
     @staticmethod
     def forward(ctx, q_HSE: Tensor, k_KSE: Tensor, v_KSE: Tensor, scoring: Scoring):
@@ -101,7 +103,9 @@ class StripAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor):
         """dC = P ∘ (dP - Σ dP ∘ P) with dP = dO vᵀ; dS = scale · dC ∘ (1 - tanh²); dQ = dS k, dK = dSᵀ q, dV = Pᵀ dO.
-        A key's gradients are summed over strips in fp32 at least."""
+
+        Gradients of keys and values are summed over strips in fp32 or wider.
+        """
         (grad_SHE,), (q_KRE, k_KCE, v_KCE) = grad_outputs, ctx.saved_tensors
         (num_tokens, num_heads, _), num_key_heads = grad_SHE.shape, len(k_KCE)
         dq_SHE = q_KRE.new_empty(num_tokens, num_heads, q_KRE.shape[2])
@@ -122,7 +126,7 @@ class StripAttention(torch.autograd.Function):
 
 
 def _softmax(scores_KRN: Tensor, weights_KRN: Tensor, strip: Strip) -> Tensor:
-    """Writes weights, which may be where the scores are."""
+    """Write the softmax to `weights_KRN`, which may be `scores_KRN` itself, and return it."""
     if runs_on(scores_KRN):
         visible_softmax(_flat(scores_KRN), _flat(weights_KRN), *_for_kernels(scores_KRN, strip))
         return weights_KRN
@@ -138,7 +142,7 @@ def _softmax(scores_KRN: Tensor, weights_KRN: Tensor, strip: Strip) -> Tensor:
 
 
 def _gradient(scores_KRN: Tensor, weights_KRN: Tensor, received_KRN: Tensor, strip: Strip) -> Tensor:
-    """By score, in place of what was received by weight."""
+    """Return the gradient of the scores, in place of `received_KRN`, the gradient of the weights."""
     if runs_on(scores_KRN):
         arrays = _flat(scores_KRN), _flat(weights_KRN), _flat(received_KRN)
         score_gradient(*arrays, *_for_kernels(scores_KRN, strip))
@@ -173,7 +177,7 @@ def _padded(num_tokens: int) -> int:
 
 
 def _by_token(heads_HSE: Tensor, num_key_heads: int, num_tokens: int) -> Tensor:
-    """[K, tokens · G, E], zeros beyond S: a copy, whose strides and place in memory don't tell of a pack."""
+    """Return [K, tokens · G, E], zeros beyond S. A copy, so that its strides and alignment don't depend on the pack."""
     num_heads, length, size = heads_HSE.shape
     num_groups = num_heads // num_key_heads
     rows_KSGE = heads_HSE.new_empty(num_key_heads, num_tokens, num_groups, size)
@@ -183,7 +187,7 @@ def _by_token(heads_HSE: Tensor, num_key_heads: int, num_tokens: int) -> Tensor:
 
 
 def _put(heads_KRE: Tensor, rows_BHE: Tensor) -> None:
-    """Rows by token of rows by key head."""
+    """Write rows grouped by key head to `rows_BHE`, grouped by token."""
     (num_key_heads, _, size), num_tokens = heads_KRE.shape, len(rows_BHE)
     by_token_BKGE = heads_KRE.view(num_key_heads, num_tokens, -1, size).transpose(0, 1)
     rows_BHE.view(num_tokens, num_key_heads, -1, size).copy_(by_token_BKGE)

@@ -59,8 +59,8 @@ def test_a_checkpoint_of_a_base_in_another_dtype_is_refused(load, tmp_path):
 
     error = refusal_on(load("llama", "float32"), saved)
 
-    assert "a base with dtype 'bfloat16', and this one has 'float32'" in error.message
-    assert "Load the base with dtype='bfloat16'" in error.remedy
+    assert "with dtype 'bfloat16', but this base model has 'float32'" in error.message
+    assert "Load the base model with dtype='bfloat16'" in error.remedy
 
 
 @pytest.mark.parametrize(("before", "after"), [("none", "nf4"), ("int8", "nf4"), ("nf4", "none")])
@@ -75,7 +75,7 @@ def test_a_checkpoint_of_a_base_that_is_held_otherwise_is_refused(
 
     error = refusal_on(second, saved_on(first, tmp_path / "saved"))
 
-    assert f"a base with quantization '{before}', and this one has '{after}'" in error.message
+    assert f"with quantization '{before}', but this base model has '{after}'" in error.message
     assert f"quantization='{before}'" in error.remedy
 
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_a_base_for_another_task_is_refused(load, tmp_path):
 
     error = refusal_on(base, saved)
 
-    assert "a base with task 'sequence-classification', and this one has 'causal-lm'" in error.message
+    assert "with task 'sequence-classification', but this base model has 'causal-lm'" in error.message
 
 
 def test_a_checkpoint_of_another_model_of_the_same_shape_is_refused(base_dirs, load, tmp_path):
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_model_of_the_same_shape_is_refused(base_dirs, l
     error = refusal_on(load_base(other, dtype="float32", device="cpu"), saved)
 
     assert "another base model" in error.message
-    assert "Load the base model that the job began on" in error.remedy
+    assert "Load the base model that the job started on" in error.remedy
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -55,7 +55,7 @@ def test_an_unknown_name_is_refused(base_dirs, name, value):
 
 def test_a_folder_may_be_a_string_and_must_be_there(base_dirs, tmp_path):
     assert load_base(str(base_dirs["llama"]), dtype="float32", device="cpu").vocab_size == 320
-    for path, said in ((tmp_path / "none", "no folder"), (base_dirs["llama"] / "config.json", "is a file")):
+    for path, said in ((tmp_path / "none", "does not exist"), (base_dirs["llama"] / "config.json", "is a file")):
         with pytest.raises(UnreachableSource, match=said):
             load_base(path, dtype="float32", device="cpu")
 

@@ -53,7 +53,7 @@ def test_a_base_whose_weights_are_a_pickle_is_refused_unread(base_dirs, tmp_path
     torch.save(load_file(base_dirs["llama"] / "model.safetensors"), folder / "pytorch_model.bin")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle is read"))
 
-    with pytest.raises(UnsupportedModel, match="no weights as safetensors"):
+    with pytest.raises(UnsupportedModel, match="no safetensors weights"):
         load_base(folder, dtype="bfloat16", device="cpu", quantization=kind)
 
 

@@ -78,13 +78,13 @@ def test_weights_that_differ_are_found_before_they_are_saved_and_the_process_is_
         equal, after = report["differ"]
         assert equal == ""
         assert "'one'" not in after, "all jobs of the trainer are told"
-        assert "those of 1 are not those of 0" in after
+        assert "rank 0 differs from 1" in after
 
 
 @pytest.mark.parametrize("where", ["weights of one", "norm of one", "update of one"])
 def test_what_diverges_for_one_process_is_laid_on_no_job(reports, where):
     for report in reports:
-        assert "those of 1 are not those of 0" in report["diverge"][where]
+        assert "rank 0 differs from 1" in report["diverge"][where]
 
 
 def test_what_diverges_for_all_processes_is_the_jobs_own(reports):

@@ -90,6 +90,6 @@ def test_memory_counts_the_best_weights(load):
 def test_what_evaluations_decide_is_refused_without_a_held_out_set(load, options):
     engine = Engine(load("llama"), EngineConfig())
     job = Submission(config=replace(config(evaluate_every_steps=2), **options), train=dataset(1, [9, 7]))
-    with pytest.raises(ConfigError, match="need a held-out set"):
+    with pytest.raises(ConfigError, match="need a validation set"):
         admit(engine, "job", job)
     assert engine.jobs() == ()

@@ -29,7 +29,7 @@ def run(engine: Engine) -> list:
 def test_a_name_is_taken_while_its_job_is_resident(load):
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", JOB)
-    with pytest.raises(ConfigError, match="'job' is resident already"):
+    with pytest.raises(ConfigError, match="'job' is already loaded"):
         admit(engine, "job", JOB)
     engine.evict("job")
     admit(engine, "job", JOB)
@@ -137,7 +137,7 @@ def test_a_job_that_is_not_resident_is_named_with_those_that_are(load, tmp_path)
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "here", submissions("llama")["tiny"])
 
-    with pytest.raises(ConfigError, match="No job 'there' is resident") as caught:
+    with pytest.raises(ConfigError, match="Job 'there' is not loaded") as caught:
         engine.export("there", tmp_path / "adapter", base_name="base")
 
     assert "here" in caught.value.remedy

@@ -85,7 +85,7 @@ def test_attention_across_sequences_is_refused(load, monkeypatch):
         return replace(whole, sequence_lengths=(whole.input_ids.shape[1],))
 
     monkeypatch.setattr("lora_core.peft_format.export.build_pack", merged)
-    with pytest.raises(UnsupportedModel, match="transformers' own"):
+    with pytest.raises(UnsupportedModel, match="those of transformers"):
         Engine(load("llama"), EngineConfig())
 
 

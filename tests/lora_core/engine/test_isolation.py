@@ -246,7 +246,7 @@ def test_a_job_whose_row_does_not_fit_is_refused_and_changes_nothing(load, monke
     admit(engine, "good", GOOD)
     with monkeypatch.context() as patch:
         patch.setattr(job_start, "FlatAdapter", out_of_memory)
-        with pytest.raises(OutOfMemory, match="The adapter of job 'large'") as caught:
+        with pytest.raises(OutOfMemory, match="Job 'large' is out of memory: its adapter") as caught:
             admit(engine, "large", GOOD)
     assert (caught.value.job, engine.jobs()) == ("large", ("good",))
     while not engine.idle:

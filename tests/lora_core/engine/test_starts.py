@@ -106,7 +106,7 @@ def test_a_start_that_does_not_fit_is_told_as_such_and_ends_that_job_alone(
         admit(training, "slow", beginning("pissa"))
         ticked(training, "slow")
 
-    with pytest.raises(OutOfMemory, match="What the start of job 'slow' is computed with") as caught:
+    with pytest.raises(OutOfMemory, match="Job 'slow' is out of memory: its PiSSA or OLoRA decomposition") as caught:
         join()
 
     assert caught.value.job == "slow"

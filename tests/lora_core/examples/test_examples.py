@@ -75,14 +75,14 @@ def test_a_folder_with_something_in_it_is_refused_before_training(tmp_path, caps
     assert two_adapters.main(["--out", str(tmp_path / "out")]) == 1
 
     said = capsys.readouterr().err
-    assert f"{str(tmp_path / 'out')!r} isn't empty" in said
+    assert f"{str(tmp_path / 'out')!r} is not empty" in said
     assert "--out" in said
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["wide"]
 
 
 def test_a_base_that_is_missing_is_told_in_a_line(tmp_path, capsys):
     assert two_adapters.main(["--base", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
-    assert "There is no folder" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_the_page_says_how_a_text_becomes_a_dataset(tmp_path, monkeypatch):

@@ -233,10 +233,10 @@ def test_where_memory_runs_out_fewer_jobs_are_answered_at_once(load, monkeypatch
     [
         ((), 1, "nothing to answer"),
         (((1,),), 0, "nothing to answer"),
-        (((1,), ()), 1, "Prompt 2 has no token"),
-        (((VOCAB,),), 1, "does not know"),
-        (((-1,),), 1, "does not know"),
-        (((1,) * 200,), 57, "more than the base model takes, 256"),
+        (((1,), ()), 1, "Prompt 2 is empty"),
+        (((VOCAB,),), 1, "outside the base model's vocabulary"),
+        (((-1,),), 1, "outside the base model's vocabulary"),
+        (((1,) * 200,), 57, "exceeds the base model's maximum of 256"),
     ],
 )
 def test_what_can_not_be_answered_is_refused(load, prompts, max_tokens, said):

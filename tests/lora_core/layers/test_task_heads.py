@@ -327,7 +327,7 @@ def test_a_classifier_is_asked_for_no_answers(folders):
     engine = Engine(classifier("llama", folders["llama"]), EngineConfig())
     admit(engine, "job", classification_jobs()["number"])
 
-    with pytest.raises(ConfigError, match="answers no prompts"):
+    with pytest.raises(ConfigError, match="can't answer prompts"):
         engine.generation({"job": Prompts(prompts=((5, 6),), max_tokens=1)})
 
 
@@ -340,5 +340,5 @@ def test_a_classifier_is_not_merged(folders, tmp_path):
     base = classifier("llama", folders["llama"])
     trained(base, classification_jobs()["three"]).export("job", tmp_path / "adapter", base_name="tiny")
 
-    with pytest.raises(BadAdapter, match="head of its own"):
+    with pytest.raises(BadAdapter, match="sequence classification head"):
         merge_adapter(tmp_path / "adapter", folders["llama"], tmp_path / "merged")

@@ -214,7 +214,7 @@ def test_how_a_step_is_cut_into_slices_changes_its_loss_by_rounding_alone(load):
 def test_rows_that_are_no_pairs_are_refused(load):
     engine = Engine(load("llama"), EngineConfig())
 
-    with pytest.raises(BadDataset, match="3 rows are no pairs"):
+    with pytest.raises(BadDataset, match="3 rows can't be grouped into pairs"):
         engine.admit("job", config(objective=DPO), dataset(1, [5, 6, 7]))
 
     assert engine.jobs() == ()
@@ -243,10 +243,10 @@ def test_a_number_that_an_objective_does_not_read_is_refused(field, value, other
     for kind in others:
         with pytest.raises(ConfigError, match=f"objective.{field}") as caught:
             ObjectiveConfig(kind=kind, **{field: value})
-        assert f"left out: {kind} doesn't read it" in caught.value.remedy
+        assert f"omitted: {kind} does not use it" in caught.value.remedy
 
 
 def test_the_squared_loss_takes_no_smoothing():
     with pytest.raises(ConfigError, match="label_smoothing") as caught:
         ObjectiveConfig(kind="dpo", loss_type="ipo", label_smoothing=0.1)
-    assert "ipo doesn't read it" in caught.value.remedy
+    assert "ipo does not use it" in caught.value.remedy

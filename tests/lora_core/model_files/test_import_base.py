@@ -371,7 +371,7 @@ def test_of_a_repository_whose_config_is_refused_no_weights_are_fetched(source, 
 
     (told,) = child.import_from(hub_that_serves(source, "a" * 40, asked), tmp_path, "model")
 
-    assert "reads images (vision_config) beside text" in told, child.said()
+    assert "also reads images (vision_config)" in told, child.said()
     assert "config.json" in asked
     assert not [name for name in asked if name.endswith(".safetensors")]
 
@@ -415,7 +415,7 @@ def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(sourc
         raise OSError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(UnreachableSource, match="doesn't give 'org/model' at main: the hub can't be reached"):
+    with pytest.raises(UnreachableSource, match="'org/model' at main can't be downloaded: the worker can't"):
         import_base(source="org/model", kind="hub", revision="main", target_dir=tmp_path / "base")
     assert asked == ["main", "b" * 40]
 
@@ -423,9 +423,9 @@ def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(sourc
 def test_why_the_hub_gives_nothing_is_said(tmp_path, child):
     cases = {
         "closed": (403, "GatedRepo", "gated"),
-        "absent": (404, "RepoNotFound", "none, or it is private"),
-        "other": (404, "RevisionNotFound", "no such revision"),
-        "down": (503, None, "can't be reached"),
+        "absent": (404, "RepoNotFound", "does not exist or is private"),
+        "other": (404, "RevisionNotFound", "the revision does not exist"),
+        "down": (503, None, "can't reach the Hub"),
     }
 
     hub = hub_that_refuses({name: case[:2] for name, case in cases.items()})
@@ -445,5 +445,5 @@ def test_a_model_whose_own_pass_fails_by_its_sizes_is_refused_by_name(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     give_tokenizer(folder)
 
-    with pytest.raises(UnsupportedModel, match="MiniCPM3ForCausalLM can't be packed: transformers' own pass fails"):
+    with pytest.raises(UnsupportedModel, match="can't be packed: the forward pass of transformers fails"):
         import_base(source=str(folder), kind="folder", revision=None, target_dir=tmp_path / "base")

@@ -163,7 +163,7 @@ def test_a_wider_model_of_the_same_layers_is_noticed(tied_dir, tmp_path):
 def test_an_adapter_of_another_base_is_not_merged(base_dirs, tied_dir, adapter_of, tmp_path):
     adapter_dir = adapter_of(base_dirs["llama"])
 
-    with pytest.raises(BadAdapter, match="training saw"):
+    with pytest.raises(BadAdapter, match="does not reproduce the logits of training"):
         merge_adapter(adapter_dir, tied_dir, tmp_path / "same_shape")
     (adapter_dir / "probe.safetensors").unlink()
     with pytest.raises(BadAdapter):
@@ -180,7 +180,7 @@ def test_a_file_that_is_not_the_one_of_the_manifest_is_refused(tied_dir, adapter
 
     path.write_bytes(path.read_bytes()[:-1] + b"!")
 
-    with pytest.raises(BadAdapter, match=r"adapter_model.safetensors is not the file that its manifest.json names"):
+    with pytest.raises(BadAdapter, match=r"adapter_model.safetensors does not match its manifest.json"):
         merge_adapter(adapter_dir, tied_dir, tmp_path / "merged")
     (adapter_dir / "manifest.json").write_text("{")
     with pytest.raises(BadAdapter, match=r"manifest.json can't be read"):
@@ -210,7 +210,7 @@ def test_an_adapter_on_a_tied_head_is_refused(tied_dir, tmp_path):
     with pytest.raises(BadAdapter, match="shares") as caught:
         merge_adapter(tmp_path / "adapter", tied_dir, tmp_path / "merged")
 
-    assert "beside the base model" in caught.value.remedy
+    assert "on the base model with PEFT" in caught.value.remedy
 
 
 def test_a_weight_that_is_not_finite_is_refused(tied_dir, adapter_of, tmp_path):
@@ -234,7 +234,7 @@ def test_a_quantized_file_is_merged_only_where_its_loss_is_accepted(tied_dir, ad
     writer.write_tensors_to_file()
     writer.close()
 
-    with pytest.raises(UnsupportedModel, match=r"Q8_0.*rounds away") as refusal:
+    with pytest.raises(UnsupportedModel, match=r"Q8_0.*loses some or all") as refusal:
         merge_adapter(adapter_of(tied_dir), path, tmp_path / "merged")
     assert "--dequantize" in refusal.value.remedy
 
@@ -244,7 +244,7 @@ def test_an_adapter_of_a_quantized_base_is_merged_only_where_its_loss_is_accepte
     pytest.importorskip("bitsandbytes")
     adapter = adapter_of(tied_dir, quantization=kind)
 
-    with pytest.raises(UnsupportedModel, match=f"held as {kind}") as refusal:
+    with pytest.raises(UnsupportedModel, match=f"with {kind} quantization") as refusal:
         merge_adapter(adapter, tied_dir, tmp_path / "merged")
     assert "--dequantize" in refusal.value.remedy
     assert not (tmp_path / "merged").exists()

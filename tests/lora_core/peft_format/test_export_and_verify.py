@@ -138,7 +138,7 @@ def test_an_adapter_of_an_older_version_is_verified_by_its_logits_and_the_report
 
     assert verdict.passed
     assert (verdict.num_linears, verdict.worst_linear, verdict.worst_linear_error) == (0, None, None)
-    assert "before linears were compared" in verdict.explanation
+    assert "did not compare linears separately" in verdict.explanation
 
 
 CHANGES = {"scale": 0.5, "one matrix": -1, "zero": 0}

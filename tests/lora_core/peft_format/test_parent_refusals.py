@@ -65,7 +65,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "is a pickle": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "pickle"),
     "has no weights": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
     "has no configuration": (lambda f: (f / CONFIG).unlink(), "missing"),
-    "has a huge configuration": (lambda f: said(f, x="y" * MAX_CONFIG_BYTES), f"above {MAX_CONFIG_BYTES}"),
+    "has a huge configuration": (lambda f: said(f, x="y" * MAX_CONFIG_BYTES), f"exceeds {MAX_CONFIG_BYTES}"),
     "isn't JSON": (lambda f: (f / CONFIG).write_bytes(b"\x80\x04"), "not valid JSON"),
     "nests without end": (lambda f: (f / CONFIG).write_text("[" * 100_000), "not valid JSON"),
     "is no object": (lambda f: (f / CONFIG).write_text("[]"), "plain LoRA"),
@@ -81,12 +81,12 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "is cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "safetensors"),
     "has foreign names": (lambda f: held(f, plus(lm_head=torch.zeros(3))), "'lm_head'"),
-    "holds whole numbers": (lambda f: held(f, plus(**{f"{Q}.x": torch.zeros(3, dtype=torch.int64)})), "of I64"),
+    "holds whole numbers": (lambda f: held(f, plus(**{f"{Q}.x": torch.zeros(3, dtype=torch.int64)})), "dtype I64"),
     "holds nothing": (lambda f: held(f, lambda _: {}), "no linear layer"),
     "lacks a matrix": (lambda f: held(f, without(f"{Q}.lora_B.weight")), "q_proj.lora_B.weight is missing"),
     "has another shape": (
         lambda f: held(f, plus(**{f"{Q}.lora_B.weight": torch.zeros(32, 4)})),
-        r"\[32, 4\], and this base model or job needs \[64, 4\]",
+        r"\[32, 4\], but this base model or job needs \[64, 4\]",
     ),
     "has another rank": (lambda f: held(f, plus(**{f"{Q}.lora_A.weight": torch.zeros(5, 64)})), "the rank 4"),
     "isn't finite": (lambda f: held(f, plus(**NOT_FINITE)), "not finite"),
@@ -97,7 +97,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "has biases": (lambda f: held(f, plus(**{f"{Q}.lora_B.bias": torch.zeros(64)})), "lora_B.bias"),
     "was trained on another precision": (
         lambda f: held(f, lambda t: t, base_quantization_config='{"load_in_4bit": true}'),
-        "held as nf4, and this base is held as none",
+        "quantization nf4 in training, but this one has none",
     ),
     "lies about its base": (lambda f: held(f, lambda t: t, base_quantization_config="["), "base_quantization_config"),
     "began as PiSSA": (lambda f: said(f, init_lora_weights="pissa"), "changed copy of the base"),
@@ -144,7 +144,7 @@ JOBS: dict[str, tuple[dict[str, Any], str]] = {
     "alpha": ({"alpha": 16}, "scale of .* is 4.0 in the job and 2.0 in its parent"),
     "use_rslora": ({"use_rslora": True}, "scale of .* is 4.0 in the job and 2.0"),
     "use_dora": ({"use_dora": True}, "use_dora is True in the job and False"),
-    "target_modules": ({"target_modules": ("q_proj",)}, "the parent adapts .*, which the job doesn't"),
+    "target_modules": ({"target_modules": ("q_proj",)}, "the parent adapts .*, but the job doesn't"),
 }
 
 
@@ -163,14 +163,14 @@ def test_a_job_that_asks_for_another_adapter_than_its_parent_is_refused_by_the_f
 def test_layers_that_the_parent_has_not_are_refused_by_name(engine, load, tmp_path, child):
     held(child.parent, lambda tensors: {name: tensors[name] for name in tensors if "q_proj" in name})
 
-    with pytest.raises(ConfigError, match=r"the job adapts model.layers.0.mlp.down_proj, which its parent doesn't"):
+    with pytest.raises(ConfigError, match=r"the job adapts model.layers.0.mlp.down_proj, but its parent doesn't"):
         admit(engine, "job", child)
 
 
 def test_another_start_than_the_parents_is_refused(engine, child):
     other = replace(child.config, lora=replace(child.config.lora, init_lora_weights="pissa"))
 
-    with pytest.raises(ConfigError, match=r"init_lora_weights is 'pissa', but the job begins with its parent's"):
+    with pytest.raises(ConfigError, match=r"init_lora_weights is 'pissa', but the job starts with its parent's"):
         admit(engine, "job", replace(child, config=other))
 
 
@@ -205,7 +205,7 @@ def test_numbers_that_overflow_the_dtype_of_training_are_refused(load, child):
 def test_a_parent_of_another_base_model_is_refused(load, child):
     engine = Engine(load("gpt2"), EngineConfig())
 
-    with pytest.raises(BadParent, match=r"adapts model\..*, which this base model hasn't"):
+    with pytest.raises(BadParent, match=r"adapts model\..*, which this base model doesn't have"):
         admit(engine, "job", replace(child, config=replace(child.config, lora=LoraConfig(rank=4, alpha=8))))
 
 

@@ -64,7 +64,7 @@ def test_an_adapter_that_makes_every_logit_zero_is_not_passed_and_the_record_say
     report = verify_export(base, folder)
 
     assert not report.passed
-    assert "every logit is zero" in report.explanation
+    assert "Every logit is zero" in report.explanation
 
 
 def test_where_peft_fails_half_way_the_base_has_its_own_modules_again(exported, monkeypatch):

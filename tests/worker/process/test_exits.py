@@ -86,7 +86,7 @@ def test_the_kernel_is_named_only_where_it_counted_a_kill() -> None:
     ]
 
 
-BROKEN = "lora_core.errors.BrokenPass: Memory ran out amid a pass through a divided base, […]"
+BROKEN = "lora_core.errors.BrokenPass: Memory ran out during a pass through a sharded base model, […]"
 
 
 @pytest.mark.parametrize("device_kind", ["cpu", "cuda"])

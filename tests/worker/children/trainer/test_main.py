@@ -219,7 +219,7 @@ def test_a_data_set_that_does_not_fit_is_told_as_such(
 
     (refused,) = said(directory)
     assert refused["error"]["code"] == "out_of_memory"
-    assert refused["error"]["message"].startswith("The data of job 'claim-1' doesn't fit")
+    assert refused["error"]["message"].startswith("Job 'claim-1' is out of memory: its training data")
     assert "max_length" in refused["error"]["remedy"]
     assert "rank" not in refused["error"]["remedy"]
 
