@@ -161,7 +161,7 @@ def test_a_file_that_a_job_reads_is_kept_and_the_page_says_why(fresh: Service, v
     visitor.page.get_by_role("button", name="Delete signatures-train.jsonl").click()
     visitor.page.get_by_role("button", name="Delete the file").click()
 
-    alert = visitor.page.get_by_role("alert").filter(has_text=f"used by the job {job.id}")
+    alert = visitor.page.get_by_role("alert").filter(has_text=f"in use by job {job.id}")
     expect(alert).to_contain_text("cancel it")
     assert _names(fresh) == _names_at_first(fresh)
 

@@ -207,9 +207,12 @@ def test_what_was_deleted_fills_the_disk_once_more_at_most_until_it_is_cleaned(w
         upload(world, 601)
     upload(world, 600)
 
-    assert "it has 0 and 1,400 of deleted files and evicted tokens, and this would be 601 more" in refusal.value.message
-    assert "anew" not in refusal.value.message
-    assert refusal.value.remedy.startswith("Wait for the daily cleaning: by ")
+    assert (
+        "It has 0 stored bytes and 1,400 bytes of deleted files and evicted token caches; this would add 601."
+        in refusal.value.message
+    )
+    assert "resets at" not in refusal.value.message
+    assert refusal.value.remedy.startswith("Wait for the daily garbage collection, which will have freed enough by ")
     assert 0 < refusal.value.retry_after_seconds <= stored_quota.LEAVING_SECONDS
     world.clock.advance(stored_quota.LEAVING_SECONDS)
     upload(world, 400)
