@@ -231,7 +231,8 @@ class ArtifactStore:
     def _recent_clock(self) -> float:
         """Return the store's time, from a reading of its clock at most CLOCK_SECONDS ago.
 
-        The monotonic clock may stop while a machine is suspended, so the result may be late.
+        The monotonic clock may stop while a machine is suspended, and the result is then late. A blob that is not
+        written again has at least 18 hours of its grace period left, which is longer than such a delay.
         """
         read_at, seconds = self._clock_read
         elapsed = time.monotonic() - read_at
