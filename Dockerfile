@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
-# Packages are installed from hash-pinned lock files, and base images are pinned by digest: `docker buildx imagetools inspect
-# NAME:TAG` prints the digest of a newer one.
-# Three targets: `api` (no torch), `worker` (with torch), `store` (the S3 gateway, not as root).
+# Packages are installed from lock files with hashes, and base images are pinned by digest.
+# `docker buildx imagetools inspect NAME:TAG` prints the digest of a newer image.
+# Three targets: `api` (without torch), `worker` (with torch), `store` (the S3 gateway as an unprivileged user).
 
 FROM python:3.12.14-slim-bookworm@sha256:782412e85d0f0984994c290652577d4018aff08145c85b262bb63dc0c7522254 AS code
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -21,7 +21,7 @@ COPY dashboard dashboard
 COPY api api
 
 FROM code AS api
-# What a backup calls, pg_dump and pg_restore, of the server's version or later: Debian's own may be older.
+# pg_dump and pg_restore for backups. They must not be older than the server, and Debian's packages may be.
 ARG POSTGRES_CLIENT=17
 RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates postgresql-common \
     && /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y \

@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def check(url: str) -> None:
-    """Up to the newest revision; there `alembic check` must find nothing to add."""
+    """Migrate to the newest revision, where `alembic check` must find no differences."""
     database = Database(url)
     database.migrate()
     name = database.engine.dialect.name

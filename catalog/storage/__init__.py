@@ -1,1 +1,1 @@
-"""Stored content: content-addressed blobs, manifests that name them, users' files and uploads, and the token cache."""
+"""Stored content: content-addressed blobs, manifests that list them, users' files and uploads, and the token cache."""

@@ -1,4 +1,4 @@
-"""Which manifests are visible: an artifact exists for readers once its row does, in the transaction of its owner."""
+"""Rows of visible manifests. Readers see an artifact once the transaction of its owner has committed its row."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from catalog.tables.storage import Adapter, Artifact, Prepared
 
 
 def show(session: Session, manifest: Manifest, *, now: float) -> str:
-    """Make the manifest visible; the same bytes may have been shown before. Returns its digest.
+    """Make the manifest visible, unless an equal one is visible already. Returns its digest.
 
-    Its row is locked, so that nobody hides it before this transaction's reference to it can be seen.
+    Its row is locked, so that no other transaction hides it before this one has committed a reference to it.
     """
     files = [{"path": f.path, "digest": f.digest, "num_bytes": f.num_bytes} for f in manifest.files]
     row = {"digest": manifest.digest, "kind": manifest.kind, "files": files, "num_bytes": manifest.num_bytes}
@@ -24,12 +24,12 @@ def show(session: Session, manifest: Manifest, *, now: float) -> str:
 
 
 def lock(session: Session, digest: str) -> Artifact | None:
-    """The row, locked until the transaction ends; None where it is hidden."""
+    """Return the row, locked until the transaction ends, or None if it is hidden."""
     return session.get(Artifact, digest, with_for_update=True)
 
 
 def hide_unused(session: Session, digest: str) -> bool:
-    """Drop the row where nothing refers to it any more: the store's cleaning may then delete its files."""
+    """Delete the row if no other row refers to it. Garbage collection of the store may then delete its files."""
     session.flush()
     row = lock(session, digest)
     if row is None or session.scalar(select(Artifact.digest).where(Artifact.digest == digest, _is_used())):
@@ -39,12 +39,12 @@ def hide_unused(session: Session, digest: str) -> bool:
 
 
 def unused(session: Session) -> list[str]:
-    """Digests of visible manifests that nothing refers to."""
+    """Return the digests of visible manifests that no other row refers to."""
     return list(session.scalars(select(Artifact.digest).where(~_is_used()).order_by(Artifact.digest)))
 
 
 def _is_used() -> ColumnElement[bool]:
-    """A deleted adapter keeps the digest, and not the files."""
+    """In a query: a row refers to the artifact. A deleted adapter keeps the digest but does not need the files."""
     of_adapter = exists().where(Adapter.artifact == Artifact.digest, Adapter.deleted_at.is_(None))
     of_checkpoint = exists().where(Checkpoint.adapter == Artifact.digest)
     return or_(

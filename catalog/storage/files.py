@@ -1,7 +1,7 @@
-"""Uploaded files: a row for who, when and what, and a blob of the store for the bytes.
+"""Uploaded files: a row with owner, time and metadata, and a blob of the store with the bytes.
 
-Nothing shows until the row is there. A blob whose row could not be written is cleaned from the store later:
-another upload of the same bytes may rely on it by then, so it is not deleted here.
+A file is visible once its row is committed. If the row can't be written, garbage collection deletes the blob later.
+It is not deleted here, because another upload of the same bytes may already rely on it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from catalog.tables.table import Json, new_id
 from catalog.usage import ledger
 
 DATASET = "fine-tune"
-"""Purpose of a training or validation file: only these are checked, and only these can be trained on."""
+"""Purpose of training and validation files. Only these are checked, and jobs can use only these."""
 PURPOSES = (DATASET, "user_data")
-"""What may be uploaded, of what OpenAI's client knows in its answers."""
+"""Purposes that can be uploaded, a subset of those that OpenAI's client knows in responses."""
 SHORT_BYTES = 2**16
-"""A data set of so many bytes is checked in this process, within some hundredths of a second."""
+"""Data sets up to this size are checked in this process, which takes some hundredths of a second."""
 MAX_NAME_CHARS = 200
 LIFETIME_SECONDS = (3600, 30 * 24 * 3600)
-"""Least and most of `expires_after`, OpenAI's."""
+"""Minimum and maximum of `expires_after`, as in OpenAI's API."""
 
 
 def create(
@@ -55,13 +55,14 @@ def create(
     settings: Settings,
     is_abandoned: Callable[[], bool] = lambda: False,
 ) -> File:
-    """Check, store and record the bytes in `spooled`, which stays the caller's. is_abandoned: stops the check.
+    """Check and store the bytes in `spooled`, and insert the file's row. The caller deletes `spooled`.
 
-    num_bytes and digest (sha256, hex) are what the upload had; lifetime_seconds within LIFETIME_SECONDS. Raises
-    InvalidRequest, TooLarge, OutOfSpace and Unavailable; after any of these no file was made.
+    num_bytes and digest (sha256, hex) describe the uploaded bytes. lifetime_seconds is within LIFETIME_SECONDS. The
+    check stops once is_abandoned returns True. Raises InvalidRequest, TooLarge, OutOfSpace and Unavailable; then no
+    file is created.
     """
     content = Blob(digest=digest, num_bytes=num_bytes)
-    with db.read() as session:  # what would be refused isn't stored
+    with db.read() as session:  # bytes beyond the quota are rejected before they are stored
         quota.look_stored(session, project_id, num_bytes, now=read_clock(session))
     file = stored(
         store,
@@ -88,9 +89,9 @@ def stored(
     settings: Settings,
     is_abandoned: Callable[[], bool] = lambda: False,
 ) -> File:
-    """Check and store the bytes in `spooled`; its row, which nobody sees before `show`.
+    """Check and store the bytes in `spooled`. Returns the file's row, which is not visible before `show`.
 
-    content: what was sent. Raises what create does.
+    content: digest and size of the uploaded bytes. Raises the same errors as `create`, except QuotaExceeded.
     """
     check_purpose(purpose)
     check_size(content.num_bytes, settings)
@@ -109,13 +110,13 @@ def stored(
 
 
 def put(store: ArtifactStore, spooled: Path, content: Blob) -> None:
-    """Store the bytes in `spooled`, which must be what was sent. Raises Unavailable, OutOfSpace."""
+    """Store the bytes in `spooled`, which must match `content`. Raises Unavailable, OutOfSpace."""
     if store.put_file(spooled) != content:
-        raise Unavailable("The upload arrived damaged.", code="upload_damaged", remedy="Send it again.")
+        raise Unavailable("The upload was damaged in transit.", code="upload_damaged", remedy="Send it again.")
 
 
 def show(session: Session, file: File, *, lifetime_seconds: int | None) -> File:
-    """From now on the file is there. Raises QuotaExceeded."""
+    """Insert the file's row, which makes the file visible. Raises QuotaExceeded."""
     file.created_at = read_clock(session)
     file.expires_at = None if lifetime_seconds is None else file.created_at + lifetime_seconds
     quota.check_stored(session, file.project_id, file.num_bytes, now=file.created_at)
@@ -127,7 +128,7 @@ def show(session: Session, file: File, *, lifetime_seconds: int | None) -> File:
 
 
 def same_content(db: Database, file: File) -> str | None:
-    """The id of the project's earliest other file with the same bytes and purpose; None where there is none."""
+    """Return the id of the project's earliest other file with the same bytes and purpose, or None."""
     with db.read() as session:
         others = select(File.id).where(File.project_id == file.project_id, File.digest == file.digest)
         others = others.where(File.purpose == file.purpose, File.id != file.id, is_visible(read_clock(session)))
@@ -135,7 +136,7 @@ def same_content(db: Database, file: File) -> str | None:
 
 
 def get(db: Database, *, project_id: str, file_id: str) -> File:
-    """Raises NotFound, also for a file that was deleted or has expired, and for another project's."""
+    """Return the file. Raises NotFound, also for deleted and expired files and for those of other projects."""
     with db.read() as session:
         return find(session, project_id=project_id, file_id=file_id)
 
@@ -149,7 +150,7 @@ def list_page(
     order: Order = "desc",
     purpose: str | None = None,
 ) -> Page[File]:
-    """The project's files by time of upload. Raises InvalidRequest for an unknown cursor."""
+    """Return a page of the project's files by time of upload. Raises InvalidRequest for an unknown cursor."""
     scope = select(File).where(File.project_id == project_id)
     of_purpose = () if purpose is None else (File.purpose == purpose,)
     with db.read() as session:
@@ -166,10 +167,10 @@ def list_page(
 
 
 def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool = False) -> File:
-    """Hide the file. Raises Conflict while a job that has not ended reads it.
+    """Hide the file. Raises Conflict while an unfinished job or sweep uses it.
 
-    Its row stays, for the records of the jobs that used it. is_client_retry: the client says that it sends this
-    again, having had no reply; then one that is deleted is its answer.
+    Its row stays, because records of the jobs that used it refer to it. is_client_retry: the client repeats a request
+    that had no reply; a file that is deleted already is then returned.
     """
     with db.write() as session:
         file = find(session, project_id=project_id, file_id=file_id, lock=True, even_deleted=is_client_retry)
@@ -193,7 +194,7 @@ def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool
 
 
 def find(session: Session, *, project_id: str, file_id: str, lock: bool = False, even_deleted: bool = False) -> File:
-    """The row, inside a transaction; `lock` keeps new jobs from starting to use it. Raises NotFound."""
+    """Return the row. `lock` blocks the creation of jobs that use it until the transaction ends. Raises NotFound."""
     statement = select(File).where(File.id == file_id, File.project_id == project_id)
     if not even_deleted:
         statement = statement.where(is_visible(read_clock(session)))
@@ -204,12 +205,12 @@ def find(session: Session, *, project_id: str, file_id: str, lock: bool = False,
 
 
 def is_visible(now: float) -> ColumnElement[bool]:
-    """It was not deleted, and its time is to come or a job still reads it."""
+    """In a query: the file is not deleted, and it has not expired or an unfinished job or sweep uses it."""
     return and_(File.deleted_at.is_(None), or_(File.expires_at.is_(None), File.expires_at > now, is_read()))
 
 
 def is_read() -> ColumnElement[bool]:
-    """A job that has not ended reads the file, or one that a sweep is still to make will."""
+    """In a query: an unfinished job uses the file, or a sweep uses it that has trials left to create."""
     unfinished = select(Job.id).where(Job.state.in_(UNFINISHED_STATES))  # few, found by an index
     trains, checks = unfinished.where(Job.training_file == File.id), unfinished.where(Job.validation_file == File.id)
     return or_(trains.exists(), checks.exists(), select(Sweep.id).where(_makes_trials(), _of_sweep(File.id)).exists())
@@ -226,20 +227,20 @@ def _of_sweep(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
 def _in_use(file_id: str, user: str) -> Conflict:
     what = user.partition(" ")[0]
     return Conflict(
-        f"The file {file_id} is used by the {user}, which has not ended.",
+        f"File {file_id} is in use by {user}, which has not finished.",
         code="file_in_use",
-        remedy=f"Wait until the {what} ends, or cancel it; then delete the file.",
+        remedy=f"Wait until the {what} finishes or cancel it, then delete the file.",
         param="file_id",
     )
 
 
 def has_expired(file: File, *, now: float) -> bool:
-    """A job that is new can't read it, even where another job still does."""
+    """Return whether the file has expired. New jobs can't use it then, even while an earlier job still does."""
     return file.expires_at is not None and file.expires_at <= now
 
 
 def label(filename: str) -> str:
-    """What a person called it: the last part of the path, with nothing in it that a terminal would act on."""
+    """Return the last part of the path, without characters that a terminal would interpret."""
     name = PurePosixPath(filename.replace("\\", "/")).name
     plain = "".join("_" if unicodedata.category(char)[0] == "C" else char for char in name).strip()
     return plain[:MAX_NAME_CHARS] if plain.strip(".") else "file"
@@ -248,9 +249,9 @@ def label(filename: str) -> str:
 def check_purpose(purpose: str) -> None:
     if purpose not in PURPOSES:
         raise InvalidRequest(
-            f"Files of the purpose {purpose[:40]!a} can't be uploaded.",
+            f"Files with the purpose {purpose[:40]!a} can't be uploaded.",
             code="invalid_purpose",
-            remedy=f"Use one of: {', '.join(PURPOSES)}. Data to train on has the purpose {DATASET!r}.",
+            remedy=f"Use one of: {', '.join(PURPOSES)}. Training data has the purpose {DATASET!r}.",
             param="purpose",
         )
 
@@ -258,7 +259,7 @@ def check_purpose(purpose: str) -> None:
 def check_size(num_bytes: int, settings: Settings, *, param: str = "file") -> None:
     if num_bytes > settings.max_file_bytes:
         raise TooLarge(
-            f"The file has {num_bytes:,} bytes; at most {settings.max_file_bytes:,} are allowed.",
+            f"The file has {num_bytes:,} bytes; the maximum is {settings.max_file_bytes:,}.",
             code="file_too_large",
             remedy="Split the file, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
             param=param,
@@ -272,7 +273,7 @@ def _note(session: Session, type: AuditType, file: File, *, now: float, details:
 
 
 def _inspect(spooled: Path, num_bytes: int, settings: Settings, is_abandoned: Callable[[], bool]) -> DatasetCheck:
-    """A short file takes less time than to start a process for it."""
+    """Check a data set: a short one in this process, because starting another one takes longer than the check."""
     limits = {"max_line_bytes": settings.max_line_bytes, "max_rows": settings.max_rows}
     if num_bytes > SHORT_BYTES:
         return check_process.inspect(spooled, **limits, is_abandoned=is_abandoned)

@@ -1,6 +1,6 @@
-"""What an artifact is: a kind, and files by name, size and sha256. The manifest's own sha256 is its name.
+"""Manifests of artifacts: a kind, and files with path, size and sha256. A manifest is named by its own sha256.
 
-A manifest may come from a store that somebody else can write to: a path that could leave its folder is refused.
+A manifest may come from a store that others can write to, so a path that could leave its folder is rejected.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ DAMAGED = "artifact_damaged"
 
 
 class DamagedArtifact(LorryError):
-    """A stored file is missing, or is not what its digest says."""
+    """A stored file is missing, or its content does not match its digest."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
 
     def __init__(self, message: str) -> None:
-        remedy = "Restore the store from a copy, or run the job again."
+        remedy = "Restore the store from a backup, or run the job again."
         super().__init__(message, code=DAMAGED, remedy=remedy)
 
 
@@ -49,7 +49,7 @@ class ManifestFile:
         check_path(self.path)
         check_digest(self.digest)
         if not 0 <= self.num_bytes < 2**53:
-            raise DamagedArtifact(f"A manifest gives {self.path!r} a size of {self.num_bytes} bytes.")
+            raise DamagedArtifact(f"A manifest has an invalid size for {self.path!r}: {self.num_bytes} bytes.")
 
     def as_row(self) -> dict[str, Any]:
         return {"path": self.path, "digest": self.digest, "num_bytes": self.num_bytes}
@@ -65,41 +65,41 @@ class Manifest:
     def __post_init__(self) -> None:
         paths = [file.path for file in self.files]
         if not KIND.fullmatch(self.kind) or len(paths) > MAX_FILES:
-            raise DamagedArtifact(f"A manifest of kind {self.kind!r} with {len(paths)} files is not one of ours.")
+            raise DamagedArtifact(f"A manifest of kind {self.kind!r} with {len(paths)} files is not valid.")
         if paths != sorted(set(paths)):
-            raise DamagedArtifact("The files of a manifest are not sorted, or one stands there twice.")
+            raise DamagedArtifact("The files of a manifest are not sorted, or one is listed twice.")
         taken = set(paths)
         if inside := next((p for p in paths if any(parent in taken for parent in _parents(p))), None):
-            raise DamagedArtifact(f"A manifest has {inside!r} inside another of its files.")
+            raise DamagedArtifact(f"A manifest lists {inside!r}, whose folder is itself a file of the manifest.")
 
     @classmethod
     def of(cls, kind: str, files: Iterable[ManifestFile]) -> Manifest:
-        """A manifest with its files put in order."""
+        """Return a manifest of these files, sorted by path."""
         return cls(kind=kind, files=tuple(sorted(files, key=lambda file: file.path)))
 
     @classmethod
     def from_rows(cls, kind: str, rows: Iterable[Mapping[str, Any]]) -> Manifest:
-        """From the `files` of an Artifact row, or of a parsed manifest."""
+        """Return a manifest from the `files` of an Artifact row or of a parsed manifest. Raises DamagedArtifact."""
         try:
             return cls(kind=kind, files=tuple(_file(row) for row in rows))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedArtifact("A manifest has an entry without path, digest and size.") from error
+            raise DamagedArtifact("A manifest has an entry without a valid path, digest and size.") from error
 
     @classmethod
     def parse(cls, content: bytes) -> Manifest:
-        """From the bytes of a manifest object."""
+        """Return the manifest that a stored object contains. Raises DamagedArtifact."""
         try:
             record = cast(dict[str, Any], json.loads(content))
             return cls.from_rows(record["kind"], record["files"])
         except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise DamagedArtifact("A manifest is not the JSON that it should be.") from error
+            raise DamagedArtifact("A manifest is not valid JSON with a kind and files.") from error
 
     def as_rows(self) -> list[dict[str, Any]]:
-        """For an Artifact row."""
+        """Return the files as stored in an Artifact row."""
         return [file.as_row() for file in self.files]
 
     def canonical(self) -> bytes:
-        """RFC 8785 JSON: what is stored and digested."""
+        """Return the RFC 8785 JSON that is stored and digested."""
         return rfc8785.dumps({"files": cast(Any, self.as_rows()), "kind": self.kind})
 
     @property
@@ -115,12 +115,12 @@ class Manifest:
 
 
 def files_digest(manifest: Mapping[str, Any]) -> str:
-    """A base's digest: sha256 over the RFC 8785 form of its files, whatever they came from."""
+    """Return the digest of a base model: the sha256 of the RFC 8785 form of its files, whatever their source."""
     return sha256(rfc8785.dumps(manifest["files"])).hexdigest()
 
 
 def check_path(path: str) -> None:
-    """Refuse what could name a place outside the folder, on any system. Raises DamagedArtifact."""
+    """Raises DamagedArtifact for a path that could lead outside its folder on any operating system."""
     parts = path.split("/")
     odd = any(part in ("", ".", "..") for part in parts) or "\\" in path or (len(path) > 1 and path[1] == ":")
     if odd or len(path) > MAX_PATH_CHARS or any(unicodedata.category(c)[0] == "C" for c in path):
@@ -129,7 +129,7 @@ def check_path(path: str) -> None:
 
 def check_digest(digest: str) -> None:
     if not DIGEST.fullmatch(digest):
-        raise DamagedArtifact(f"{digest[:80]!r} is not a sha256 in hex.")
+        raise DamagedArtifact(f"{digest[:80]!r} is not a hexadecimal sha256.")
 
 
 def _file(row: Mapping[str, Any]) -> ManifestFile:

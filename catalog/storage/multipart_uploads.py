@@ -1,7 +1,7 @@
-"""Files that come in parts: an upload is announced, its parts are stored one by one, and completing it makes the file.
+"""Multipart uploads: the client creates an upload, sends its parts one by one, and completes it to create the file.
 
-Every verb may be sent again: the same bytes are the same part, and one file is made of an upload at most. One that is
-announced twice is two, of which the one without parts goes after its hour.
+Clients may repeat every request. Equal bytes are the same part, and an upload results in at most one file. A repeated
+create request creates a second upload, which expires after an hour without parts.
 """
 
 from __future__ import annotations
@@ -44,26 +44,27 @@ from catalog.usage import quotas
 from catalog.usage.ledger import DAY_SECONDS
 
 MAX_PART_BYTES = 64 * 2**20
-"""OpenAI's, and what its client cuts a file into."""
+"""OpenAI's limit, and the size of the parts that its client sends."""
 MAX_PARTS = 10_000
 OPEN_SECONDS = 3600.0
-"""So long parts may come, OpenAI's."""
+"""How long an upload accepts parts, as in OpenAI's API."""
 KEPT_SECONDS = 24 * 3600.0
-"""So long after that an upload still tells what became of it."""
+"""How long after its expiration the row of an upload is kept."""
 SPARE_BYTES = 2**20
-"""What an upload may hold in parts in any case: twice what was announced, else. Parts may come cut in another way."""
+"""The parts of an upload may always have this many bytes, or twice the announced size if that is more. A client may
+send the same file again in parts of another size."""
 JOIN_LEASE_SECONDS = 900.0
 MAX_COMPLETIONS = 10
-"""Without success, of one upload."""
+"""Maximum number of failed completions of one upload."""
 Status = Literal["pending", "completed", "cancelled", "expired"]
 OpenLimit = Literal["open_uploads", "open_upload_bytes"]
-_KEPT_PARTS = "What was sent in parts counts until it leaves the disk, within two days."
-_START_AGAIN = "Begin a new upload, and send its parts again."
+_KEPT_PARTS = "Uploaded parts count until they are deleted from the disk, within two days."
+_START_AGAIN = "Create a new upload and send its parts again."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UploadView:
-    """An upload as it is now; `file` once it is completed."""
+    """An upload with its current status; `file` is set once it is completed."""
 
     upload: Upload
     status: Status
@@ -80,7 +81,8 @@ def create(
     lifetime_seconds: int | None,
     settings: Settings,
 ) -> UploadView:
-    """Announce a file of so many bytes. Raises InvalidRequest, TooLarge for one that would be refused at its end."""
+    """Create an upload for a file of `num_bytes`. Raises InvalidRequest and TooLarge where completing it would, and
+    QuotaExceeded."""
     files.check_purpose(purpose)
     files.check_size(num_bytes, settings, param="bytes")
     with db.write() as session:
@@ -104,7 +106,7 @@ def create(
 
 
 def check_open(db: Database, *, project_id: str, upload_id: str) -> None:
-    """Raises NotFound, and Conflict for an upload that takes nothing more."""
+    """Raises NotFound, and Conflict for an upload that accepts no more parts."""
     with db.read() as session:
         _open(session, project_id, upload_id)
 
@@ -119,18 +121,19 @@ def add_part(
     content: Blob,
     settings: Settings,
 ) -> UploadPart:
-    """Store the bytes in `spooled`, which stays the caller's, as a part. content: what was sent.
+    """Store the bytes in `spooled` as a part. The caller deletes `spooled`.
 
-    Raises what check_open does, InvalidRequest, TooLarge, OutOfSpace and Unavailable.
+    content: digest and size of the uploaded bytes. Raises the same errors as check_open, and InvalidRequest, TooLarge,
+    OutOfSpace and Unavailable.
     """
-    with db.read() as session:  # what would be refused isn't stored
+    with db.read() as session:  # a part that can't be added is rejected before it is stored
         _check_addable(session, _open(session, project_id, upload_id), content, settings)
     files.put(store, spooled, content)
     return record_part(db, project_id=project_id, upload_id=upload_id, content=content, settings=settings)
 
 
 def record_part(db: Database, *, project_id: str, upload_id: str, content: Blob, settings: Settings) -> UploadPart:
-    """A part whose content is stored; the one that is there where the same bytes came before."""
+    """Insert the row of a part whose content is stored. Returns the existing part if the upload has these bytes."""
     with db.write() as session:
         upload = _open(session, project_id, upload_id, lock=True)
         there = _check_addable(session, upload, content, settings)
@@ -144,9 +147,9 @@ def record_part(db: Database, *, project_id: str, upload_id: str, content: Blob,
 
 
 def _check_addable(session: Session, upload: Upload, content: Blob, settings: Settings) -> UploadPart | None:
-    """The part that has these bytes already. Raises InvalidRequest and TooLarge for bytes that can be none."""
+    """Return the upload's part with these bytes, or None. Raises InvalidRequest and TooLarge if they can't be added."""
     if content.num_bytes == 0:
-        raise InvalidRequest("The part is empty.", code="part_empty", remedy="Send some bytes.", param="data")
+        raise InvalidRequest("The part is empty.", code="part_empty", remedy="Send at least one byte.", param="data")
     of_upload = select(UploadPart).where(UploadPart.upload_id == upload.id)
     there = session.scalar(of_upload.where(UploadPart.digest == content.digest))
     if there is None:
@@ -167,11 +170,11 @@ def complete(
     is_client_retry: bool = False,
     is_abandoned: Callable[[], bool] = lambda: False,
 ) -> UploadView:
-    """Join the parts in that order in a file of `folder`, check them as any upload, and make the file.
+    """Join the parts in the given order in a file in `folder`, check it as any upload, and create the file.
 
-    md5: of the whole, in hex. is_abandoned: stops the check. Raises what files.create does, NotFound, and Conflict for
-    an upload that accepts nothing more, or that was completed MAX_COMPLETIONS times without success. If the client says
-    that it sends this again, having had no reply, an upload that is completed is its answer.
+    md5: of the joined file, in hex. The check stops once is_abandoned returns True. is_client_retry: the client repeats
+    a request that had no reply; a completed upload is then returned. Raises the same errors as files.create, NotFound,
+    and Conflict for an upload that is over or whose completion has failed MAX_COMPLETIONS times.
     """
     with db.write() as session:
         upload = _find(session, project_id, upload_id, lock=True)
@@ -180,20 +183,20 @@ def complete(
         now = read_clock(session)
         _check_open(upload, now=now)
         parts = _named(session, upload, part_ids)
-        stored_quota.check_stored(session, project_id, upload.num_bytes, now=now)  # what would be refused isn't stored
+        stored_quota.check_stored(session, project_id, upload.num_bytes, now=now)  # rejects before bytes are stored
         _check_completions(upload)
         _lease(upload, now=now)
     try:
         file = _whole_file(store, upload, parts, md5=md5, folder=folder, settings=settings, is_abandoned=is_abandoned)
         with db.write() as session:
             upload = _find(session, project_id, upload_id, lock=True)
-            if is_client_retry and upload.file_id is not None:  # both were under way, and one outlived its lease
+            if is_client_retry and upload.file_id is not None:  # a retry after the lease was faster
                 return _completed(session, upload)
             _check_not_over(upload)
             files.show(session, file, lifetime_seconds=upload.lifetime_seconds)
-            session.flush()  # the file's row goes first: the upload refers to it
+            session.flush()  # inserts the file's row first, because the upload refers to it
             upload.file_id, upload.completing_until = file.id, None
-            if file.digest in {part.digest for part in parts}:  # the one part, whose bytes are the file's now
+            if file.digest in {part.digest for part in parts}:  # a single part: its bytes now count as the file's
                 upload.part_bytes -= upload.num_bytes
             return UploadView(upload=upload, status="completed", file=file)
     except LorryError as error:
@@ -211,7 +214,7 @@ def _whole_file(
     settings: Settings,
     is_abandoned: Callable[[], bool],
 ) -> File:
-    """The parts joined, checked and stored; its row is not visible yet."""
+    """Join, check and store the parts. Returns the file's row, which is not visible yet."""
     with assembled(store, parts, folder) as whole:
         _check_md5(whole.md5, md5)
         return files.stored(
@@ -227,35 +230,36 @@ def _whole_file(
 
 
 def _check_completions(upload: Upload) -> None:
-    """Each completion joins and checks the whole file again. Raises Conflict."""
+    """Raises Conflict after too many completions, each of which joins and checks the whole file again."""
     if upload.num_completions >= MAX_COMPLETIONS:
         raise Conflict(
-            f"The upload {upload.id} was completed {upload.num_completions} times without success.",
+            f"Upload {upload.id} failed to complete {upload.num_completions} times.",
             code="too_many_completions",
-            remedy=f"{_START_AGAIN} What is wrong with them was the answer to each completion.",
+            remedy=f"{_START_AGAIN} The response to each completion explains why it failed.",
         )
 
 
 def _is_of_the_service(error: LorryError) -> bool:
-    """The service failed, and not what was sent. A client that disconnects is not such a failure, nor is a check that
-    crashed: the file may need more memory than there is."""
+    """Return whether the service caused the error rather than the upload. A client that disconnects is no failure of
+    the service. Neither is a check that crashed, because the file may need more memory than is available."""
     return isinstance(error, Unavailable | OutOfSpace) and not isinstance(error, CheckStopped | CheckCrashed)
 
 
 def _lease(upload: Upload, *, now: float) -> None:
-    """So that nobody else joins the same parts meanwhile. Raises Unavailable where somebody does: ask again."""
+    """Lease the upload, so that no other request joins its parts at the same time. Raises Unavailable if one does."""
     if upload.completing_until is not None and upload.completing_until > now:
         raise Unavailable(
-            f"The upload {upload.id} is being completed.",
+            f"Upload {upload.id} is being completed by another request.",
             code="upload_completing",
-            remedy="Ask again in a few seconds: it is answered with the file.",
+            remedy="Try again in a few seconds; the response then contains the file.",
         )
     upload.completing_until = now + JOIN_LEASE_SECONDS
     upload.num_completions += 1
 
 
 def _end_lease(db: Database, upload_id: str, *, is_counted: bool) -> None:
-    """A completion that failed may be tried again at once; if that can't be written, after the lease."""
+    """End the lease of a failed completion, so that a client can retry at once. If this can't be written, the client
+    can retry once the lease has expired. is_counted: the failure counts towards MAX_COMPLETIONS."""
     values: dict[str, Any] = {"completing_until": None}
     if not is_counted:
         values["num_completions"] = Upload.num_completions - 1
@@ -264,7 +268,7 @@ def _end_lease(db: Database, upload_id: str, *, is_counted: bool) -> None:
 
 
 def cancel(db: Database, *, project_id: str, upload_id: str, is_client_retry: bool = False) -> UploadView:
-    """Take no more parts. One that has expired stays so; a repeated request is answered as the first was."""
+    """Cancel the upload. An expired upload stays expired. A repeated request has the same response as the first."""
     with db.write() as session:
         upload = _find(session, project_id, upload_id, lock=True)
         now = read_clock(session)
@@ -277,8 +281,8 @@ def cancel(db: Database, *, project_id: str, upload_id: str, is_client_retry: bo
 
 
 def forget(session: Session, *, now: float) -> None:
-    """Drop the parts of uploads that take no more of them, and after a day the uploads: by then what is left of their
-    parts in the store is old enough to go with this same cleaning."""
+    """Delete the parts of uploads that are over, and the uploads themselves KEPT_SECONDS after their expiration. By
+    then the blobs of their parts are old enough that this run of garbage collection deletes them."""
     ended = or_(Upload.file_id.is_not(None), Upload.cancelled_at.is_not(None), Upload.expires_at <= now)
     session.execute(delete(UploadPart).where(UploadPart.upload_id.in_(select(Upload.id).where(ended))))
     session.execute(delete(Upload).where(Upload.expires_at <= now - KEPT_SECONDS))
@@ -324,23 +328,25 @@ def _completed(session: Session, upload: Upload) -> UploadView:
 def _check_open(upload: Upload, *, now: float) -> None:
     _check_not_over(upload)
     if status(upload, now=now) == "expired":
-        message = f"The upload {upload.id} has expired: its parts had an hour to come."
+        message = f"Upload {upload.id} has expired: an upload accepts parts for one hour."
         raise Conflict(message, code="upload_expired", remedy=_START_AGAIN, param="upload_id")
 
 
 def _check_not_over(upload: Upload) -> None:
     if upload.file_id is not None:
-        message = f"The upload {upload.id} is completed already, as {upload.file_id}."
-        remedy = "Use that file, or begin a new upload."
+        message = f"Upload {upload.id} is already completed as {upload.file_id}."
+        remedy = "Use that file, or create a new upload."
         raise Conflict(message, code="upload_completed", remedy=remedy, param="upload_id")
     if upload.cancelled_at is not None:
-        message = f"The upload {upload.id} was cancelled."
+        message = f"Upload {upload.id} was cancelled."
         raise Conflict(message, code="upload_cancelled", remedy=_START_AGAIN, param="upload_id")
 
 
 def _check_open_ones(session: Session, project_id: str, num_bytes: int, settings: Settings, *, now: float) -> None:
-    """Raises QuotaExceeded for one upload more than may be open at once, by number and by bytes: those that were
-    announced, and of an upload that is over those that its parts had, until they are cleaned."""
+    """Raises QuotaExceeded if another upload would exceed the project's number or bytes of open uploads.
+
+    Announced bytes count while an upload is open. Bytes of parts count until they are deleted from the store.
+    """
     serialize(session, f"uploads {project_id}")
     is_open = and_(Upload.file_id.is_(None), Upload.cancelled_at.is_(None), Upload.expires_at > now)
     num_bytes_of = case(
@@ -364,16 +370,17 @@ def _too_many(
     leaving = [one for upload in counted for one in _leaving(upload, name, now=now)]
     free_at = quotas.enough_at(leaving, used + more - most, now=now)
     return QuotaExceeded(
-        f"The project may have {most:,} {name.replace('_', ' ')} at once, and has {used:,}.",
+        f"The project has {used:,} {name.replace('_', ' ')}; the maximum is {most:,}.",
         code="too_many_open_uploads",
-        remedy=f"Complete or cancel some; one that is left alone ends after an hour. {_KEPT_PARTS}",
+        remedy=f"Complete or cancel some uploads, or wait: an upload expires after an hour. {_KEPT_PARTS}",
         retry_after_seconds=math.inf if free_at is None else free_at - now,
         quota={"name": name, "limit": most, "used": used, "resets_at": None if free_at is None else int(free_at)},
     )
 
 
 def _leaving(upload: Upload, name: OpenLimit, *, now: float) -> list[tuple[int, float]]:
-    """How much of the upload leaves by itself, and by when: its parts with a cleaning, which is a day after another."""
+    """Return how much of the upload stops counting without a request, and by when. Parts are deleted by garbage
+    collection, which runs once a day."""
     is_open = status(upload, now=now) == "pending"
     if name == "open_uploads":
         return [(1, upload.expires_at)] if is_open else []
@@ -382,39 +389,41 @@ def _leaving(upload: Upload, name: OpenLimit, *, now: float) -> list[tuple[int, 
 
 
 def _check_size(session: Session, upload: Upload, content: Blob, settings: Settings) -> None:
-    """All parts of an upload together, those included that will not be named at its end."""
+    """Raises TooLarge if the upload would have too many parts or bytes, including parts that its completion will not
+    name."""
     num_parts = session.scalar(select(func.count()).where(UploadPart.upload_id == upload.id)) or 0
     if num_parts >= MAX_PARTS:
-        message = f"The upload has {MAX_PARTS:,} parts, which is the most."
-        raise TooLarge(message, code="too_many_parts", remedy=f"{_START_AGAIN} Make them larger.", param="data")
+        message = f"The upload has {MAX_PARTS:,} parts, which is the maximum."
+        raise TooLarge(message, code="too_many_parts", remedy=f"{_START_AGAIN} Make the parts larger.", param="data")
     most = min(settings.max_file_bytes, max(2 * upload.num_bytes, SPARE_BYTES))
     if upload.part_bytes + content.num_bytes > most:
         raise TooLarge(
-            f"With this part the upload would hold more than {most:,} bytes; {upload.num_bytes:,} were announced.",
+            f"With this part the upload would exceed {most:,} bytes; {upload.num_bytes:,} were announced.",
             code="upload_too_large",
-            remedy=f"{_START_AGAIN} The most of all is LORRY_MAX_FILE_BYTES, which an operator can raise.",
+            remedy=f"{_START_AGAIN} The maximum file size is LORRY_MAX_FILE_BYTES, which an operator can raise.",
             param="data",
         )
 
 
 def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[UploadPart]:
-    """The parts in that order. The same bytes twice are one part, which is named twice then."""
+    """Return the parts in the given order. Bytes that occur twice in the file are one part, named twice. Raises
+    InvalidRequest for an unknown part or a total size that differs from the announced one."""
     of_upload = session.scalars(select(UploadPart).where(UploadPart.upload_id == upload.id))
     known = {part.id: part for part in of_upload}
     unknown = next((part_id for part_id in part_ids if part_id not in known), None)
     if unknown is not None:
         raise InvalidRequest(
-            f"The upload {upload.id} has no part {unknown[:64]!a}.",
+            f"Upload {upload.id} has no part {unknown[:64]!a}.",
             code="part_not_found",
-            remedy="Name the ids that its parts were answered with, in the order of the file.",
+            remedy="List the ids from the responses to its parts, in the order of the file.",
             param="part_ids",
         )
     num_bytes = sum(known[part_id].num_bytes for part_id in part_ids)
     if num_bytes != upload.num_bytes:
         raise InvalidRequest(
-            f"The parts have {num_bytes:,} bytes together, and {upload.num_bytes:,} were announced.",
+            f"The parts have {num_bytes:,} bytes in total; {upload.num_bytes:,} were announced.",
             code="upload_incomplete",
-            remedy="Name every part, in the order of the file, or begin a new upload with the right number of bytes.",
+            remedy="List every part in the order of the file, or create a new upload with the right number of bytes.",
             param="part_ids",
         )
     return [known[part_id] for part_id in part_ids]
@@ -423,16 +432,16 @@ def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
 def _check_md5(joined: str, sent: str | None) -> None:
     if sent is not None and joined != sent.lower():
         raise InvalidRequest(
-            "The md5 of the joined parts is not the one that was sent with them.",
+            "The md5 of the joined parts differs from the md5 of the request.",
             code="md5_mismatch",
-            remedy="Name the parts in the order of the file; if they are, begin a new upload and send them again.",
+            remedy="List the parts in the order of the file. If they are, create a new upload and send them again.",
             param="md5",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AssembledUpload:
-    """The parts of an upload, joined."""
+    """The joined parts of an upload, in a temporary file."""
 
     path: Path
     content: Blob
@@ -441,7 +450,8 @@ class AssembledUpload:
 
 @contextmanager
 def assembled(store: ArtifactStore, parts: Sequence[UploadPart], folder: Path) -> Generator[AssembledUpload]:
-    """One file of all; gone after the block. Its name is that of any spooled upload, which a later start removes."""
+    """Yield the joined parts, and delete their file after the block. Its name is that of a spooled upload, so the next
+    start of the server removes what a killed process leaves."""
     path = folder / f"upload-{secrets.token_hex(12)}"
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     try:

@@ -1,6 +1,6 @@
-"""The one file that knows obstore: objects by key, in a folder or a bucket, with our errors.
+"""Objects by key in a folder or a bucket. Only this module uses obstore, whose errors it translates.
 
-Writes are atomic. Reads go in ranges, so that no request is longer than its time limit, whatever the size.
+Writes are atomic. Objects are read in ranges, so that no request exceeds its time limit, whatever the size.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 8 * 2**20
 RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
 PROBE = "clock"
-"""Object of a bucket that is written to read the bucket's clock."""
+"""Key of the object that is written to read a bucket's clock."""
 STAGED = re.compile(r".*#\d+")
-"""Name of a local file that obstore has not finished writing."""
+"""Name pattern of local files that obstore has not finished writing."""
 
 
 class NoSuchObject(Exception):
@@ -41,7 +41,7 @@ class NoSuchObject(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredObject:
-    """One stored object; `written_at` is seconds since 1970 by the store's clock."""
+    """Metadata of one stored object; `written_at` is in seconds since 1970 by the store's clock."""
 
     key: str
     num_bytes: int
@@ -60,13 +60,13 @@ class Objects:
             self._store = _open(url, self.folder)
 
     def put(self, key: str, chunks: bytes | Iterable[bytes]) -> None:
-        """Write the object whole or not at all; an exception out of `chunks` leaves nothing."""
+        """Write the object atomically. If `chunks` raises, nothing is written."""
         with translated():
             obstore.put(self._store, key, chunks, chunk_size=CHUNK_BYTES, max_concurrency=2)
             self._sync(key)
 
     def create(self, key: str, content: bytes) -> bool:
-        """Write the object if there is none. Of several that try at the same time, one succeeds. Returns whether."""
+        """Write the object unless the key exists. Returns whether it was written; of concurrent calls, one succeeds."""
         with translated():
             try:
                 obstore.put(self._store, key, content, mode="create")
@@ -76,11 +76,12 @@ class Objects:
         return True
 
     def now(self) -> float:
-        """Seconds since 1970 by the store's clock, which alone says how old an object is. Writes to the store.
+        """Return the time of the store's clock in seconds since 1970. Writes to the store.
 
-        A folder's time is that of its file system, which needs no space. A bucket gives its time to an object. Where
-        the bucket is full, the last such object's time is returned, which is earlier. Raises OutOfSpace if there is
-        none, and Unavailable.
+        The age of an object is valid only by this clock. For a folder, it is the clock of its file system, and reading
+        it needs no space. For a bucket, it is the time at which the bucket stores the object PROBE. If the bucket is
+        full, the time of the last such object is returned, which is earlier. Raises OutOfSpace if there is none, and
+        Unavailable.
         """
         if self.folder is not None:
             with translated():
@@ -96,12 +97,12 @@ class Objects:
         return self.head(PROBE).written_at
 
     def head(self, key: str) -> StoredObject:
-        """Raises NoSuchObject."""
+        """Return the object's metadata. Raises NoSuchObject."""
         with translated(key):
             return _entry(obstore.head(self._store, key))
 
     def read(self, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """Chunks of at most `chunk_bytes`. Raises NoSuchObject at the call, not at the first chunk."""
+        """Yield chunks of at most `chunk_bytes`. Raises NoSuchObject at the call, not at the first chunk."""
         return self._ranges(key, self.head(key).num_bytes, chunk_bytes)
 
     def _ranges(self, key: str, num_bytes: int, chunk_bytes: int) -> Iterator[bytes]:
@@ -120,13 +121,13 @@ class Objects:
             obstore.delete(self._store, key)
 
     def move(self, key: str, target: str) -> None:
-        """Replaces what `target` has. A bucket copies, then deletes. Raises NoSuchObject."""
+        """Rename the object, replacing `target` if it exists. A bucket copies, then deletes. Raises NoSuchObject."""
         with translated(key):
             obstore.rename(self._store, key, target)
             self._sync(target)
 
     def _sync(self, key: str) -> None:
-        """Make a finished file survive a power cut: its content, its name, and once the names of its folders."""
+        """Sync a finished file so that it survives a power failure: its content and name, once also its folders'."""
         if self.folder is None:
             return
         path = self.folder / key
@@ -138,9 +139,9 @@ class Objects:
         self._synced.add(path.parent)
 
     def delete_staged(self, *, older_than: float) -> None:
-        """Remove what writers that were killed left unfinished in a local folder.
+        """Delete unfinished files that killed writers have left in a local folder.
 
-        In a bucket these are incomplete multipart uploads: its lifecycle rule removes them.
+        In a bucket these are incomplete multipart uploads, which its lifecycle rule removes.
         """
         if self.folder is None:
             return
@@ -151,7 +152,7 @@ class Objects:
 
 @contextmanager
 def translated(key: str = "") -> Generator[None]:
-    """obstore's and the system's errors as ours: NoSuchObject, OutOfSpace, Unavailable."""
+    """Translate errors of obstore and of the system to NoSuchObject, OutOfSpace and Unavailable."""
     try:
         yield
     except FileNotFoundError as error:
@@ -162,7 +163,7 @@ def translated(key: str = "") -> Generator[None]:
         raise Unavailable(
             "The artifact store does not answer.",
             code="store_unavailable",
-            remedy="Nothing was changed. Try again in a few seconds; if it lasts, check LORRY_STORE_URL.",
+            remedy="Nothing was changed. Try again in a few seconds; if the error persists, check LORRY_STORE_URL.",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""How many bytes a project stores: checked in the transactions that store them. The limit itself is one of quotas."""
+"""The quota of stored bytes, checked in the transactions that store them. catalog.usage.quotas has the limit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from catalog.usage.ledger import DAY_SECONDS
 from catalog.usage.quotas import QuotaStatus, enough_at, exceeded, project_of, refusal, standing_of, utc_time
 
 LEAVING_SECONDS = 2 * DAY_SECONDS
-"""So long after a deletion bytes may lie in the store: cleanings are a day apart, and spare what is younger."""
+"""How long after a deletion bytes may stay in the store: garbage collection runs daily and skips younger objects."""
 
 
 def check_preparation(session: Session, work: Job | Plan, *, now: float) -> None:
-    """The token caches that a new job or plan waits for, in the transaction that creates it: their size is taken to be
-    that of the files. Raises QuotaExceeded."""
+    """Check the quota for the token caches that a new job or plan needs, in the transaction that creates it.
+
+    The size of the files is used as an estimate of the size of their caches. Raises QuotaExceeded.
+    """
     if project_of(session, work.project_id).max_stored_bytes is None:
         return
     session.flush()
@@ -33,16 +35,19 @@ def check_preparation(session: Session, work: Job | Plan, *, now: float) -> None
 
 
 def look_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
-    """Whether so many bytes more would be refused as things are. `check_stored` alone makes sure of it."""
+    """Raises QuotaExceeded if `num_bytes` more would currently exceed the quota. Only `check_stored`, which takes the
+    project's quota lock, is reliable."""
     project = project_of(session, project_id)
     if project.max_stored_bytes is not None:
         _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now)
 
 
 def check_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
-    """So many bytes more, in the transaction that stores them. Unused token caches are evicted where they are in the
-    way. Deleting and evicting make room at once, though bytes leave the disk later: what is there and what is leaving
-    come to twice the limit at most. Raises QuotaExceeded."""
+    """Check the quota for `num_bytes` more, in the transaction that stores them. Raises QuotaExceeded.
+
+    Unused token caches are evicted if they are in the way. Deleted and evicted bytes stop counting at once, although
+    they leave the disk later. Counted bytes and those that have not left the disk yet are limited to twice the quota.
+    """
     project = project_of(session, project_id)
     if project.max_stored_bytes is not None:
         serialize(session, f"quota {project.id}")
@@ -52,7 +57,10 @@ def check_stored(session: Session, project_id: str, num_bytes: int, *, now: floa
 
 
 def _num_beyond(session: Session, project: Project, most: int, num_bytes: int, *, now: float) -> int:
-    """How many bytes of unused token caches have to go for so many bytes more; not positive: none."""
+    """Return how many bytes of unused token caches must be evicted to store `num_bytes` more; none if not positive.
+
+    Raises QuotaExceeded.
+    """
     standing = standing_of(session, project, "stored_bytes", now=now)
     num_over = int(standing.used) + num_bytes - most
     if num_over > 0 and num_over > token_cache.evictable_bytes(session, project.id):
@@ -68,7 +76,8 @@ def _num_beyond(session: Session, project: Project, most: int, num_bytes: int, *
 
 
 def _leaving(project_id: str, *, now: float) -> Select[int, float]:
-    """Bytes of deleted files and evicted token caches that may be on the disk still, and by when they are not."""
+    """Select the bytes of deleted files and evicted token caches that may still be on the disk, and when they have left
+    it at the latest."""
     gone = (File.project_id == project_id, File.deleted_at > now - LEAVING_SECONDS)
     by_when = (func.max(File.deleted_at) + LEAVING_SECONDS).label("at")
     deleted = select(File.num_bytes, by_when).where(*gone).group_by(File.digest, File.num_bytes)
@@ -81,11 +90,12 @@ def _leaving(project_id: str, *, now: float) -> Select[int, float]:
 def _too_many_leaving(
     project: Project, standing: QuotaStatus, *, now: float, num_more: int, num_leaving: int
 ) -> QuotaExceeded:
-    """Bytes that were deleted stand in the way: deleting more would not help."""
+    """Return the error for deleted bytes that are still on the disk. Deleting more would not help."""
     message = (
-        f"The project {project.name!r} may have {standing.said()}, and twice as many with those that were deleted and "
-        f"are on the disk still; it has {standing.used:,.0f} and {num_leaving:,} of deleted files and evicted tokens, "
-        f"and this would be {num_more:,} more."
+        f"Project {project.name!r} is limited to "
+        f"{standing.said()}, and to twice that including deleted bytes that are still on the disk. "
+        f"It has {standing.used:,.0f} stored bytes and {num_leaving:,} bytes of deleted files and evicted token "
+        f"caches; this would add {num_more:,}."
     )
-    by_when = "" if standing.resets_at is None else f": by {utc_time(standing.resets_at)} enough of them have left"
-    return refusal(project, standing, message, f"Wait for the daily cleaning{by_when}.", now=now)
+    by_when = "" if standing.resets_at is None else f", which will have freed enough by {utc_time(standing.resets_at)}"
+    return refusal(project, standing, message, f"Wait for the daily garbage collection{by_when}.", now=now)

@@ -1,7 +1,7 @@
-"""Content-addressed blobs and manifests: written blobs first and manifest last, verified when read.
+"""Content-addressed blobs and manifests. Blobs are written before their manifest, and all content is verified on read.
 
-`blobs/ab/abcdef…` is the sha256 of the content, so writing twice is writing once. Nothing is deleted but by
-`delete_unreferenced`, which spares what is young: somebody may be about to name it.
+The key of a blob, `blobs/ab/abcdef…`, contains the sha256 of its content, so writes are idempotent. Only
+`delete_unreferenced` deletes objects. It keeps young ones, because a transaction may be about to refer to them.
 """
 
 from __future__ import annotations
@@ -28,42 +28,45 @@ from catalog.storage.object_storage import CHUNK_BYTES, NoSuchObject, Objects
 
 log = logging.getLogger("lorry.catalog")
 GRACE_SECONDS = 24 * 3600.0
-"""An unreferenced object lives at least this long: longer than any upload or export takes."""
+"""An unreferenced object is kept at least this long, which is longer than any upload or export takes."""
 CLOCK_SECONDS = 600.0
-"""The store's clock is read again after so long."""
+"""How long a reading of the store's clock is used."""
 TRASH = "trash/"
-"""Prefix of the keys of deleted objects, which can be read for another grace. obstore can't delete an object on the
-condition that it is old, so a writer may put it again between the check of its age and its deletion."""
+"""Prefix of the keys of deleted objects, which stay readable for another grace period. obstore can't delete an object
+on the condition that it is old, so a writer may put it again between the check of its age and its deletion."""
 MAX_COPIED_BYTES = 5 * 2**30
-"""S3 copies no larger object in one request. The cleaning deletes larger ones directly."""
+"""S3 can't copy a larger object in one request, so larger ones are deleted without the trash."""
 REFRESH_SECONDS = GRACE_SECONDS / 4
-"""A blob older than this is written again when it is put again, so that its grace begins anew."""
+"""Putting a blob that is older than this writes it again, which restarts its grace period."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blob:
-    """One stored content."""
+    """Digest (sha256, hex) and size of one stored content."""
 
     digest: str
     num_bytes: int
 
 
 def open_store(settings: Settings) -> ArtifactStore:
-    """The store that the settings name. Raises Unavailable."""
+    """Return the store that the settings specify. Raises Unavailable."""
     return ArtifactStore(Objects(settings.resolved_store_url()))
 
 
 class ArtifactStore:
-    """Raises OutOfSpace, Unavailable, and DamagedArtifact where content and digest differ."""
+    """Blobs and manifests in an object store.
+
+    Methods raise OutOfSpace, Unavailable, and DamagedArtifact if content and digest differ.
+    """
 
     def __init__(self, objects: Objects, *, clock: Callable[[], float] | None = None) -> None:
-        """clock: in place of the store's own, in seconds since 1970, for tests that turn it."""
+        """clock: replaces the store's clock in tests; in seconds since 1970."""
         self.objects = objects
         self.clock = clock or objects.now
         self._clock_read = (-math.inf, 0.0)
 
     def put_file(self, path: Path) -> Blob:
-        """Store the content of one file. Idempotent; a file that changes meanwhile is not stored."""
+        """Store the content of one file. Idempotent. Raises DamagedArtifact if a large file changes meanwhile."""
         with path.open("rb") as file:
             return self._put_opened(file)
 
@@ -77,18 +80,18 @@ class ArtifactStore:
         return blob
 
     def put_bytes(self, content: bytes) -> Blob:
-        """Store a short content."""
+        """Store a content that fits in memory."""
         blob = Blob(digest=sha256(content).hexdigest(), num_bytes=len(content))
         if not self._has(blob_key(blob.digest), blob.num_bytes):
             self.objects.put(blob_key(blob.digest), content)
         return blob
 
     def put_folder(self, folder: Path, *, kind: str, dir_fd: int | None = None) -> Manifest:
-        """Store every file under `folder`, then the manifest that names them.
+        """Store every file under `folder`, then the manifest that lists them.
 
-        dir_fd: of an open folder to which `folder` is relative. Raises DamagedArtifact for links and for files with a
-        second name: the process that wrote the folder might have had no right to read them. Replacing a file or a
-        folder by a link while this runs has no effect.
+        dir_fd: descriptor of an open folder to which `folder` is relative. Raises DamagedArtifact for symbolic links
+        and for files with several hard links: the process that wrote the folder might not be allowed to read their
+        targets. Replacing a file or a folder by a link while this runs has no effect.
         """
         if not stat.S_ISDIR(_mode_of(folder, dir_fd)):
             raise DamagedArtifact(f"The folder {folder.name!r} is missing.")
@@ -97,7 +100,7 @@ class ArtifactStore:
         for parent, folders, names, descriptor in walk:
             for name in folders:
                 if not stat.S_ISDIR(_mode_of(Path(name), descriptor)):
-                    raise DamagedArtifact(f"{name!r} is not a plain file.")
+                    raise DamagedArtifact(f"{name!r} is not a folder.")
             for name in names:
                 with _opened_plain(name, descriptor) as file:
                     blob = self._put_opened(file)
@@ -108,7 +111,7 @@ class ArtifactStore:
         return manifest
 
     def put_manifest(self, manifest: Manifest) -> None:
-        """Store a manifest whose blobs are stored already."""
+        """Store a manifest. Its blobs must be stored already."""
         content = manifest.canonical()
         if not self._has(manifest_key(manifest.digest), len(content)):
             self.objects.put(manifest_key(manifest.digest), content)
@@ -124,7 +127,7 @@ class ArtifactStore:
         return Manifest.parse(content)
 
     def open_blob(self, digest: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """The content in chunks of at most `chunk_bytes`.
+        """Yield the content in chunks of at most `chunk_bytes`.
 
         Raises DamagedArtifact at the call if the blob is missing, and instead of the last chunk if it has changed.
         """
@@ -136,7 +139,7 @@ class ArtifactStore:
         return verified(chunks, digest)
 
     def fetch(self, manifest: Manifest, into: Path) -> None:
-        """Make `into` (absent, or an empty folder) hold the files, each verified: whole or not at all."""
+        """Download and verify the files into the folder `into`, all or none. `into` must be absent or empty."""
         with full_disk_named():
             into.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{into.name}.", dir=into.parent))
@@ -159,7 +162,7 @@ class ArtifactStore:
             os.fsync(out.fileno())
 
     def verify(self, manifest: Manifest) -> list[str]:
-        """Read everything back. What is wrong, in sentences; none if all is well."""
+        """Read every file back. Returns one sentence for each problem."""
         problems: list[str] = []
         for file in manifest.files:
             try:
@@ -169,14 +172,14 @@ class ArtifactStore:
                 continue
             if num_bytes != file.num_bytes:
                 problems.append(
-                    f"{file.path} has {num_bytes} bytes in the store, and {file.num_bytes} by its manifest."
+                    f"{file.path} has {num_bytes} bytes in the store, but {file.num_bytes} in its manifest."
                 )
         return problems
 
     def empty_damaged(self, digest: str) -> None:
-        """Empty those files of a manifest whose content has changed, so that putting them again writes them.
+        """Empty the files of a manifest whose content has changed, so that putting them again writes them.
 
-        Workers call this: deleting the objects would need a permission that they should not have.
+        Workers call this. To delete the objects, they would need a permission that they should not have.
         """
         try:
             manifest = self.get_manifest(digest)
@@ -189,19 +192,19 @@ class ArtifactStore:
                 self.objects.put(blob_key(file.digest), b"")
 
     def delete_unreferenced(self, live: set[str], *, grace_seconds: float = GRACE_SECONDS) -> int:
-        """Delete manifests and blobs that are not in `live` and older than the grace, by the store's clock.
+        """Delete manifests and blobs that are not in `live` and older than the grace period by the store's clock.
 
-        live: the digests of every manifest and of every blob that the database names. Returns the number of objects
-        deleted. A young manifest keeps its blobs, because its row may not be committed yet; one that can't be read is
-        logged. What writers put or put again meanwhile is young, and stays. If an object is put again between the
-        last check of its age and its deletion, readers find it in the trash, and the next call that has it in `live`
-        moves it back. Raises Unavailable, OutOfSpace.
+        live: the digests of every manifest and blob that the database refers to. Returns the number of deleted
+        objects. A young manifest keeps its blobs, because its row may not be committed yet; if it can't be read, that
+        is logged. Objects that writers put meanwhile are young, and stay. If an object is put again between the last
+        check of its age and its deletion, readers find it in the trash, and the next call with it in `live` moves it
+        out of the trash. Raises Unavailable, OutOfSpace.
         """
         oldest = self.clock() - grace_seconds
         kept = {manifest_key(digest) for digest in live} | {blob_key(digest) for digest in live}
         for entry in self.objects.list_all("manifests"):
             is_unlisted = entry.key not in kept and entry.written_at >= oldest
-            if is_unlisted and entry.num_bytes:  # an emptied one names nothing
+            if is_unlisted and entry.num_bytes:  # an emptied manifest lists no blobs
                 kept |= self._blobs_of(entry.key)
         num_deleted = 0
         for prefix in ("manifests", "blobs"):
@@ -212,7 +215,7 @@ class ArtifactStore:
         return num_deleted
 
     def check_reachable(self) -> None:
-        """Raises Unavailable where the store does not answer."""
+        """Raises Unavailable if the store does not respond."""
         try:
             self.objects.head("manifests/none")
         except NoSuchObject:
@@ -226,8 +229,11 @@ class ArtifactStore:
         return entry.num_bytes == num_bytes and self._recent_clock() - entry.written_at < REFRESH_SECONDS
 
     def _recent_clock(self) -> float:
-        """The store's time, as read at most CLOCK_SECONDS ago. A machine that was suspended since reads it late, by
-        less than what a blob that is not written again has left of its grace."""
+        """Return the store's time, from a reading of its clock at most CLOCK_SECONDS ago.
+
+        The monotonic clock may stop while a machine is suspended, and the result is then late. A blob that is not
+        written again has at least 18 hours of its grace period left, which is longer than such a delay.
+        """
         read_at, seconds = self._clock_read
         elapsed = time.monotonic() - read_at
         if elapsed > CLOCK_SECONDS or self.clock != self.objects.now:
@@ -236,16 +242,16 @@ class ArtifactStore:
         return seconds + elapsed
 
     def _blobs_of(self, key: str) -> set[str]:
-        """Keys of the blobs that a stored manifest names; none where it can't be read."""
+        """Return the keys of the blobs that a stored manifest lists, or none if it can't be read."""
         digest = key.removeprefix("manifests/").removesuffix(".json")
         try:
             return {blob_key(file.digest) for file in self.get_manifest(digest).files}
         except DamagedArtifact as error:
-            log.warning("a manifest without a row can't be read code=%s: %s", error.code, error)
+            log.warning("manifest without a row can't be read code=%s: %s", error.code, error)
             return set()
 
     def _discard_if_old(self, key: str, oldest: float) -> bool:
-        """Check the age once more, because a writer may have put the object again since it was listed."""
+        """Delete the object if it is still old: a writer may have put it again since it was listed."""
         try:
             entry = self.objects.head(key)
             if entry.written_at >= oldest:
@@ -255,16 +261,16 @@ class ArtifactStore:
                 return True
             try:
                 self.objects.move(key, TRASH + key)
-            except OutOfSpace:  # a full bucket has no room for the copy, and the cleaning must make some
+            except OutOfSpace:  # a full bucket has no space for the copy, and this must free some
                 self.objects.delete(key)
         except NoSuchObject:
             return False
         return True
 
     def _empty_trash(self, kept: set[str], oldest: float) -> None:
-        """Move back what is kept after all, and delete what is old.
+        """Move referenced objects out of the trash, and delete old ones.
 
-        In a folder a moved object keeps its age: garbage goes in the same cleaning. A bucket counts from the move.
+        In a folder a moved object keeps its age, so the same run deletes it. In a bucket its age counts from the move.
         """
         for entry in list(self.objects.list_all(TRASH.rstrip("/"))):
             key = entry.key.removeprefix(TRASH)
@@ -274,7 +280,7 @@ class ArtifactStore:
                 elif key in kept or entry.written_at < oldest:
                     self.objects.delete(entry.key)
             except NoSuchObject:
-                continue  # another cleaning was faster
+                continue  # a concurrent run has moved or deleted it
 
     def _exists(self, key: str) -> bool:
         try:
@@ -285,7 +291,7 @@ class ArtifactStore:
 
 
 def read_stored(objects: Objects, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """Of the object, or of what the trash has under its key. Raises NoSuchObject at the call."""
+    """Yield chunks of the object, or of the one that the trash has for its key. Raises NoSuchObject at the call."""
     try:
         return objects.read(key, chunk_bytes=chunk_bytes)
     except NoSuchObject:
@@ -301,12 +307,12 @@ def manifest_key(digest: str) -> str:
 
 
 def _raise(error: OSError) -> NoReturn:
-    """For a walk that must not leave anything out."""
+    """Raise the error of a walk, which would skip the folder otherwise."""
     raise error
 
 
 def _mode_of(path: Path, dir_fd: int | None) -> int:
-    """Of the file itself, not of what a link leads to; 0 if there is none."""
+    """Return the mode of the path itself, without following links; 0 if it does not exist."""
     try:
         return os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_mode
     except FileNotFoundError:
@@ -314,23 +320,23 @@ def _mode_of(path: Path, dir_fd: int | None) -> int:
 
 
 def _opened_plain(name: str, dir_fd: int) -> BinaryIO:
-    """Open a file without following a link and without waiting for a pipe. Raises DamagedArtifact."""
+    """Open a regular file without following links and without blocking on a pipe. Raises DamagedArtifact."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
-        raise DamagedArtifact(f"{name!r} is not a plain file.") from error
+        raise DamagedArtifact(f"{name!r} is not a regular file.") from error
     file = os.fdopen(descriptor, "rb")
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         file.close()
-        raise DamagedArtifact(f"{name!r} is not a plain file with a single name.")
+        raise DamagedArtifact(f"{name!r} is not a regular file with a single hard link.")
     return file
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    """Of the whole file, from its first byte."""
+    """Yield the chunks of the whole file, from its first byte."""
     file.seek(0)
     while chunk := file.read(CHUNK_BYTES):
         yield chunk
@@ -345,9 +351,9 @@ def _digest_of(file: BinaryIO) -> Blob:
 
 
 def verified(chunks: Iterator[bytes], digest: str) -> Iterator[bytes]:
-    """The chunks, where the last one is yielded only after the content has matched `digest`.
+    """Yield the chunks, the last one only if the content matches `digest`.
 
-    A reader therefore never receives the whole of a damaged content: it gets DamagedArtifact instead of the last chunk.
+    A reader therefore never receives all of a damaged content. Raises DamagedArtifact in place of the last chunk.
     """
     seen = sha256()
     last: bytes | None = None

@@ -1,9 +1,9 @@
-"""Token caches: one for each project, data file, tokenizer, length and data options.
+"""Token caches: one for each combination of project, data file, tokenizer, maximum length and data options.
 
-A cache is charged to its project. Of each file a project keeps MAX_VARIANTS; what is evicted is made again when it is
-needed. Functions here that change the caches of a project hold its quota lock.
-`catalog.maintenance.garbage_collection` deletes caches that nothing needs without it: the counters of stored bytes are
-sums, and a deleted row is charged back once.
+A cache is charged to its project. A project keeps up to MAX_VARIANTS caches of each file. An evicted cache is computed
+again when it is needed. Functions here that change the caches of a project hold its quota lock.
+`catalog.maintenance.garbage_collection` deletes unneeded caches without that lock: the counters of stored bytes are
+sums, and a deleted row is uncharged once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from catalog.tables.table import Json
 from catalog.usage import ledger
 
 FORMAT = 1
-"""Counts up when preparing the same file would give other tokens."""
+"""Version of the preprocessing. Increase it when the same file would result in other tokens."""
 TOKENIZER_FILES = frozenset(
     {
         "tokenizer.json",
@@ -38,13 +38,16 @@ TOKENIZER_FILES = frozenset(
         "generation_config.json",
     }
 )
-"""What decides how a conversation becomes tokens."""
+"""Files of a base model that determine how a conversation becomes tokens."""
 MAX_VARIANTS = 4
-"""Caches of one file that a project keeps: for different lengths, tokenizers or data options."""
+"""How many caches of one file a project keeps, for different lengths, tokenizers or data options."""
 
 
 def key(project_id: str, file_digest: str, tokenizer_digest: str, max_length: int, data: DataSpec | None = None) -> str:
-    """The cache's name: the project, and whatever decides the tokens. (The kind of the rows follows from the file.)"""
+    """Return the cache's key: a digest of the project and of everything that determines the tokens.
+
+    The kind of the rows is not part of it, because it follows from the file.
+    """
     parts: Json = {
         "format": FORMAT,
         "project": project_id,
@@ -58,14 +61,14 @@ def key(project_id: str, file_digest: str, tokenizer_digest: str, max_length: in
 
 
 def tokenizer_digest(row: BaseModelRow) -> str:
-    """Digest of the files that decide tokens and template; bases that share them share token caches."""
+    """Return the digest of the files that determine the tokens. Base models with equal files share token caches."""
     assert row.manifest is not None, "the base is ready"
     files = [file for file in row.manifest["files"] if file["path"] in TOKENIZER_FILES]
     return files_digest({"files": files})
 
 
 def key_of(project_id: str, base: BaseModelRow, file: File, spec: JobSpec) -> str:
-    """The key of a file's cache, which may not be there yet, for jobs of the project with this spec."""
+    """Return the key of a file's cache for jobs of the project with this spec. The cache may not exist yet."""
     return key(project_id, file.digest, tokenizer_digest(base), spec.max_length, spec.data)
 
 
@@ -84,9 +87,9 @@ def put(
     report: Json,
     details: Json | None = None,
 ) -> Prepared:
-    """Record a cache whose files are stored, charge it to the project and evict what is too much of the same file.
+    """Insert a cache whose files are stored, charge it to the project, and evict surplus caches of the same file.
 
-    artifact: None where the report tells why there is none.
+    artifact: None if preparation was refused; the report then contains the reason.
     """
     with db.write() as session:
         serialize(session, f"quota {project_id}")
@@ -105,7 +108,7 @@ def put(
 
 
 def forget(db: Database, key: str) -> None:
-    """A cache whose files are damaged: the next job that needs it makes it again."""
+    """Delete a cache whose files are damaged. The next job that needs it prepares the file again."""
     with db.write() as session:
         project_id, digest = session.execute(
             select(Prepared.project_id, Prepared.artifact).where(Prepared.key == key)
@@ -114,7 +117,7 @@ def forget(db: Database, key: str) -> None:
             serialize(session, f"quota {project_id}")
         if digest is not None:
             artifact_index.lock(session, digest)  # before the row that refers to it, as `put` does
-        # By its digest: another worker may have put a sound cache there meanwhile.
+        # Only with this digest, because another worker may have replaced the cache with an intact one.
         gone = delete(Prepared).where(Prepared.key == key, Prepared.artifact.is_not_distinct_from(digest))
         num_bytes = session.scalar(gone.returning(Prepared.num_bytes)) or 0
         if digest is not None:
@@ -124,8 +127,8 @@ def forget(db: Database, key: str) -> None:
 
 
 def is_needed(project_id: str | None = None) -> ColumnElement[bool]:
-    """Of Prepared: an unfinished job, or a plan that is being computed, uses the cache. project_id: whose it is, where
-    that is known."""
+    """In a query: an unfinished job, or a plan that is being computed, uses the cache. project_id: its owner, if known,
+    which makes the query cheaper."""
     of_project = () if project_id is None else (Job.project_id == project_id,)
     used: list[Select[str]] = []
     for column in (Job.train_prepared, Job.valid_prepared):
@@ -138,12 +141,12 @@ def is_needed(project_id: str | None = None) -> ColumnElement[bool]:
 
 
 def evictable_bytes(session: Session, project_id: str) -> int:
-    """Bytes of the project's caches that nothing needs now."""
+    """Return the bytes of the project's caches that no job or plan currently needs."""
     return int(session.scalar(select(func.sum(Prepared.num_bytes)).where(_is_evictable(project_id))) or 0)
 
 
 def evict(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
-    """Evict unused caches of the project, the oldest first, until so many bytes are free or none is left."""
+    """Evict unused caches of the project, the oldest first, until `num_bytes` are freed or no cache is left."""
     found = select(Prepared.key, Prepared.num_bytes).where(_is_evictable(project_id))
     keys: list[str] = []
     for name, size in session.execute(skip_locked(found.order_by(Prepared.created_at, Prepared.key))):
@@ -155,7 +158,7 @@ def evict(session: Session, project_id: str, num_bytes: int, *, now: float) -> N
 
 
 def promised_bytes(session: Session, project_id: str) -> int:
-    """About how many bytes the caches will have that the project's jobs and plans wait for: the bytes of the files."""
+    """Return the size of the files whose caches the project's jobs and plans wait for, an estimate for the caches."""
     waiting = (Job.state == JobState.VALIDATING_FILES, Job.project_id == project_id)
     computing = (Plan.state == "computing", Plan.project_id == project_id)
     wanted = union(
@@ -171,7 +174,7 @@ def promised_bytes(session: Session, project_id: str) -> int:
 
 
 def is_any_missing(session: Session, keys: Iterable[str | None]) -> bool:
-    """Whether a worker has yet to prepare one of these."""
+    """Return whether a worker still has to prepare one of these caches."""
     rows = [session.get(Prepared, key) for key in keys if key is not None]
     return any(row is None or (row.artifact is None and "refusal" not in row.report) for row in rows)
 
@@ -191,7 +194,7 @@ def _evict_variants(session: Session, project_id: str, file_digest: str, *, kept
 
 
 def _evict(session: Session, keys: list[str], *, now: float) -> None:
-    """The report stays: plans and records of jobs show it."""
+    """Evict these caches. Their reports stay, because plans and jobs show them."""
     there = (Prepared.key.in_(keys), Prepared.artifact.is_not(None))
     gone = update(Prepared).where(*there).values(artifact=None, evicted_at=now)
     gone = gone.returning(Prepared.project_id, Prepared.num_bytes)

@@ -1,4 +1,4 @@
-"""A person's verbs on a sweep: cancel it, close it, stop one of its trials."""
+"""Commands of users on a sweep: cancel it, close it, stop one of its trials."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from catalog.search.trials import find_sweep, find_trial
 from catalog.tables.jobs import Job
 from catalog.tables.sweeps import Sweep, Trial
 
-BY_CLIENT = "Its client has stopped it"
+BY_CLIENT = "Stopped by the client"
 
 
 def cancel(db: Database, *, project_id: str, sweep_id: str, is_client_retry: bool = False) -> Sweep:
-    """No further trial is made, and the controller cancels those that have not ended; what is trained stays.
+    """Close the sweep and request its cancellation. The controller then cancels its unfinished trials.
 
-    is_client_retry: as of jobs.cancel. Then a sweep that is cancelled is its answer.
+    Adapters of finished trials stay. is_client_retry: the client repeats a request that had no reply; a cancelled sweep
+    is then returned. Raises NotFound, and Conflict if the sweep has finished.
     """
     with db.write() as session:
         sweep = find_sweep(session, project_id, sweep_id, locked=True)
@@ -33,14 +34,14 @@ def cancel(db: Database, *, project_id: str, sweep_id: str, is_client_retry: boo
 
 
 def request_cancel(session: Session, sweep: Sweep) -> None:
-    """Of an unfinished sweep that is locked. Canceling twice is canceling once."""
+    """Request the cancellation of an unfinished sweep, which the caller has locked. Idempotent."""
     if not sweep.cancel_requested:
         sweep.cancel_requested = sweep.is_closed = True
         sweep.due_at = _noted(session, "sweep.cancelled", sweep)
 
 
 def close(db: Database, *, project_id: str, sweep_id: str) -> Sweep:
-    """No further trial is made; those that there are go on to their end. Closing twice is closing once."""
+    """Close the sweep: no more trials are created, and the existing ones continue. Idempotent."""
     with db.write() as session:
         sweep = find_sweep(session, project_id, sweep_id, locked=True)
         if sweep.finished_at is None and not sweep.is_closed:
@@ -51,9 +52,10 @@ def close(db: Database, *, project_id: str, sweep_id: str) -> Sweep:
 def stop_trial(
     db: Database, *, project_id: str, sweep_id: str, number: int, is_client_retry: bool = False
 ) -> tuple[Trial, Job]:
-    """End a trial before its last step, for it does badly: at once where no worker trains it.
+    """Stop a trial before its last step, at once if no worker trains it. It creates no adapter.
 
-    It leaves no adapter. Raises Conflict where it has ended. is_client_retry: then one that was stopped is its answer.
+    is_client_retry: the client repeats a request that had no reply; a stopped trial is then returned. Raises NotFound,
+    and Conflict if the trial has finished.
     """
     with db.write() as session:
         sweep = find_sweep(session, project_id, sweep_id)
@@ -66,7 +68,7 @@ def stop_trial(
 
 
 def _stop(session: Session, trial: Trial, job: Job) -> None:
-    """One whose job is being cancelled ends as that."""
+    """Stop the trial. If its job is being cancelled, the trial counts as cancelled, not as stopped."""
     is_cancelled = job.cancel_requested
     commands.stop(session, job, commands.PRUNE, now=read_clock(session))
     if trial.stopped is None and not is_cancelled:
@@ -74,7 +76,7 @@ def _stop(session: Session, trial: Trial, job: Job) -> None:
 
 
 def _noted(session: Session, type: AuditType, sweep: Sweep) -> float:  # noqa: A002
-    """In the audit log; returns when."""
+    """Write the audit event. Returns its time."""
     now = read_clock(session)
     log.note(session, type, now=now, object_id=sweep.id, project_id=sweep.project_id)
     return now
@@ -82,7 +84,7 @@ def _noted(session: Session, type: AuditType, sweep: Sweep) -> float:  # noqa: A
 
 def _already_final(sweep: Sweep) -> Conflict:
     return Conflict(
-        f"The sweep {sweep.id} has ended: {sweep.state}.",
+        f"Sweep {sweep.id} has already finished: {sweep.state}.",
         code="sweep_already_final",
-        remedy="A finished sweep does not change any more. Make a new one to search again.",
+        remedy="Create a new sweep to search again.",
     )

@@ -1,8 +1,8 @@
-"""What becomes of a sweep between its trials: the next ones are made, all are cancelled, the best is promoted.
+"""The controller of sweeps: creates the next trials, cancels all trials, and records the best one.
 
-`advance` takes one step for one sweep, in one short transaction. Every API server calls it periodically; if one is
-killed, another continues. Workers don't: they may not create jobs. Jobs are locked before the sweep, never after.
-Before each round of trials the sweep's key and project must be valid (validity).
+`advance` takes one step for one sweep, in one short transaction. Every API server calls it periodically, so if one is
+killed, another continues. Workers don't call it, because they may not create jobs. Jobs are locked before the sweep,
+never after. Before each round of trials, the validity module checks the key and project of the sweep.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from catalog.usage import ledger
 
 CANCELLED_AT_ONCE = 100
 OUTDATED_SECONDS = 1.0
-"""After so long a sweep whose base model changed during a step takes the step again."""
+"""How long until a sweep repeats a step during which its base model changed."""
 HELD_SECONDS = 60.0
-"""After so long a sweep whose project has reached a limit tries again to make its next trials."""
+"""How long until a sweep retries to create trials after its project has reached a quota."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Round:
-    """The next trials of a sweep, drafted before the transaction that makes them."""
+    """The next trials of a sweep, drafted before the transaction that creates them."""
 
     drafts: Drafts
     error: LorryError | None = None
-    """Why no trial after the drafts is possible."""
+    """Why no more trials than the drafts are possible."""
 
 
 def advance(db: Database, sweep_id: str | None = None) -> bool:
-    """One step for the sweep that has waited longest for one, or for this one. False where there is nothing to do."""
+    """Take one step for the given sweep, or for the one that has been due longest. Returns False if none is due."""
     with db.read() as session:
         due = select(Sweep).where(Sweep.due_at <= read_clock(session))
         due = due if sweep_id is None else due.where(Sweep.id == sweep_id)
@@ -65,8 +65,8 @@ def advance(db: Database, sweep_id: str | None = None) -> bool:
 
 
 def advance_some(db: Database, *, most: int, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Up to `most` steps; returns how many. After each one a pause as long as the step: others write for half of the
-    time."""
+    """Take up to `most` steps. Returns how many were taken. Each is followed by a pause of the same length, so that
+    other processes can write for half of the time."""
     for number in range(most):
         began = time.monotonic()
         if not advance(db):
@@ -76,7 +76,7 @@ def advance_some(db: Database, *, most: int, sleep: Callable[[float], None] = ti
 
 
 def _draft(db: Database, sweep: Sweep) -> _Round:
-    """As many trials as one transaction makes, if the sweep is to make some."""
+    """Return drafts of as many trials as one transaction creates; none if the sweep creates no more."""
     drafts, error = list[Draft](), None
     targets = Targets()
     if _makes_trials(sweep):
@@ -92,13 +92,13 @@ def _draft(db: Database, sweep: Sweep) -> _Round:
 
 
 def _makes_trials(sweep: Sweep) -> bool:
-    """Whether it has trials left that the client does not choose."""
+    """Return whether the controller still has to create trials of the sweep. Clients create those of ask_tell."""
     is_open = not (sweep.is_closed or sweep.cancel_requested or sweep.finished_at is not None)
     return is_open and sweep.num_created < sweep.num_trials and sweep.requested["search"]["type"] != "ask_tell"
 
 
 def _caller(sweep: Sweep) -> Caller:
-    """The creator of the sweep, whose daily limit its trials were counted against when it was accepted."""
+    """Return the creator of the sweep. The trials were counted against this key's daily limit on acceptance."""
     return Caller(
         api_key_id=sweep.created_by,
         project_id=sweep.project_id,
@@ -111,7 +111,7 @@ def _caller(sweep: Sweep) -> Caller:
 
 
 def _cancel_some(session: Session, sweep_id: str) -> bool:
-    """Of a sweep that is to be cancelled, some of the trials that have not been told. False where all have."""
+    """Cancel some trials of a sweep whose cancellation is requested. Returns False if none is left to cancel."""
     if not session.scalar(select(Sweep.cancel_requested).where(Sweep.id == sweep_id)):
         return False
     untold = (Job.sweep_id == sweep_id, Job.state.in_(UNFINISHED_STATES), Job.cancel_requested.is_(False))
@@ -139,10 +139,10 @@ def _go_on(session: Session, sweep: Sweep, next_round: _Round, *, now: float) ->
 
 
 def _make(session: Session, sweep: Sweep, next_round: _Round, max_trials: int, *, now: float) -> float | None:
-    """Make up to `max_trials` trials. Returns when the sweep needs its next step; None: when a trial has finished.
+    """Create up to `max_trials` trials. Returns when the sweep needs its next step; None: once a trial has finished.
 
-    Where no more can be made, for example because the base model was deleted, the trials that exist continue, and the
-    sweep records why. Where the project has reached a limit, the sweep tries again later.
+    If no more trials are possible, for example because the base model was deleted, the sweep is closed and records
+    the error, and existing trials continue. If the project has reached a quota, the sweep retries later.
     """
     error = validity.why_ended(session, sweep, now=now)
     if error is not None:
@@ -163,12 +163,12 @@ def _make(session: Session, sweep: Sweep, next_round: _Round, max_trials: int, *
         return now
     if sweep.num_created == sweep.num_trials:
         return None
-    is_limited = num_made == max_trials < AT_ONCE  # by max_concurrent
+    is_limited = num_made == max_trials < AT_ONCE  # max_concurrent is the limit
     return None if is_limited else now
 
 
 def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, max_trials: int, *, now: float) -> int:
-    """Up to `max_trials` trials of those that were drafted and no other process has made. Returns how many."""
+    """Create up to `max_trials` of the drafted trials that no other process has created. Returns how many."""
     precision = views.auto_precision(session, now=now)
     for num_made in range(min(max_trials, sweep.num_trials - sweep.num_created)):
         draft = next_round.drafts.of(sweep.num_created)
@@ -183,7 +183,7 @@ def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, max_trials
 
 
 def _finish(session: Session, sweep: Sweep, *, now: float) -> None:
-    """All trials are final: the best is promoted."""
+    """Finish the sweep, all trials of which are final, and record the best one."""
     best = best_trial(session, sweep.id)
     sweep.state = "cancelled" if sweep.cancel_requested else "succeeded" if best is not None else "failed"
     sweep.finished_at, sweep.best_job, sweep.is_closed = now, best and best.job_id, True
@@ -192,14 +192,14 @@ def _finish(session: Session, sweep: Sweep, *, now: float) -> None:
 
 
 def best_trial(session: Session, sweep_id: str) -> Trial | None:
-    """The best of those that have succeeded; of equals, the earlier."""
+    """Return the best of the succeeded trials, of equal ones the earliest."""
     done = select(Trial).join(Job, Job.id == Trial.job_id)
     done = done.where(Trial.sweep_id == sweep_id, Job.state == JobState.SUCCEEDED)
     return session.scalar(done.order_by(Trial.score, Trial.number).limit(1))
 
 
 def _delete_others(session: Session, sweep: Sweep, best: Trial, *, now: float) -> None:
-    """But those that a job continues which has not ended."""
+    """Delete the adapters of the other trials, except those that an unfinished job continues."""
     others = select(Adapter.id).join(Trial, Trial.job_id == Adapter.job_id)
     others = others.where(Trial.sweep_id == sweep.id, Trial.job_id != best.job_id, Adapter.deleted_at.is_(None))
     locked = list(session.scalars(others.order_by(Adapter.id).with_for_update(of=Adapter)))

@@ -1,7 +1,7 @@
-"""Making sweeps and their trials: each trial is submitted as any job is. The same submission twice is one sweep.
+"""Creation of sweeps and their trials. A trial is submitted like any job. A repeated submission is the same sweep.
 
-The first trials are made in the transaction of the sweep itself; the controller makes the others, in numbers that
-keep nobody else from writing for long. What a trial asks for is drafted before the transaction that makes it.
+The first trials are created in the transaction of the sweep. The controller creates the others, a few at a time, so
+that other processes never wait long to write. The request of a trial is drafted before the transaction that creates it.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from catalog.tenancy.authentication import check_valid
 from catalog.usage import ledger, quotas
 
 AT_ONCE = 10
-"""Trials that are made in one transaction, at most."""
+"""Maximum number of trials that one transaction creates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draft:
-    """A trial that may be made: its job's request, which is checked already."""
+    """A trial that can be created: its parameters, and the checked request of its job."""
 
     parameters: Mapping[str, Any]
     request: JobRequest
     is_promised: bool
-    """It was counted when its sweep was accepted."""
+    """The trial was counted against the key's daily limit when its sweep was accepted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drafts:
-    """The next trials of a sweep, from a number on, and the layers that their jobs adapt."""
+    """The next trials of a sweep, starting with number `first`, and the layers that their jobs adapt."""
 
     first: int
     trials: Sequence[Draft]
     targets: Targets
 
     def of(self, number: int) -> Draft | None:
-        """None where the trial with this number is not drafted."""
+        """Return the draft of the trial with this number, or None."""
         return self.trials[number - self.first] if 0 <= number - self.first < len(self.trials) else None
 
 
@@ -70,9 +70,9 @@ def create(
     body_digest: str,
     is_client_retry: bool = False,
 ) -> Sweep:
-    """Accept a sweep with its first trials, or return the one that this same submission made before.
+    """Create a sweep with its first trials, or return the sweep of an earlier, equal submission.
 
-    The arguments are those of `submission.create`. Raises what that does, for any trial, and then there is nothing.
+    The arguments and errors are those of `submission.create`. If any trial raises, nothing is created.
     """
     check_idempotency_key(idempotency_key)
     design = _whole_design(db, request)
@@ -95,8 +95,8 @@ def create(
 
 
 def _first_drafts(db: Database, caller: Caller, request: SweepRequest, design: Design) -> Drafts:
-    """The trials that are made with the sweep. An ask_tell sweep has none, and a draft without parameters stands for
-    what its trials share."""
+    """Return drafts of the trials that are created with the sweep. An ask_tell sweep has none: its draft without
+    parameters represents what its trials share, and is only checked."""
     if design.search == "ask_tell":
         trials = [draft_of(design, {})]
     else:
@@ -124,7 +124,8 @@ def _accept(session: Session, caller: Caller, sweep: Sweep, design: Design, draf
 def made_before(
     db: Database, *, caller: Caller, idempotency_key: str | None, body_digest: str, is_client_retry: bool
 ) -> Sweep | None:
-    """The sweep of an earlier, equal submission. Raises Conflict if the key came with another body."""
+    """Return the sweep of an earlier, equal submission, or None. Raises Conflict if the idempotency key was used with
+    another body."""
     if idempotency_key is None and not is_client_retry:
         return None  # no submission can repeat an earlier one, so this needs no transaction
     with db.read() as session:
@@ -133,7 +134,7 @@ def made_before(
 
 
 def draft_of(design: Design, parameters: Mapping[str, Any]) -> Draft:
-    """Raises InvalidRequest for parameters with which no job is possible."""
+    """Return the draft of a trial. Raises InvalidRequest for parameters with which no job is possible."""
     return Draft(
         parameters=dict(parameters),
         request=design.request_of(parameters),
@@ -151,9 +152,10 @@ def make_trial(
     now: float,
     auto_precision: Precision | None = None,
 ) -> Trial:
-    """The next one by number, as a job of the sweep's creator. The sweep is locked, or not visible to others yet.
+    """Create the trial with the next number, as a job of the sweep's creator.
 
-    auto_precision: as of `accept`. Raises what submission does.
+    The caller has locked the sweep, or it is not visible to others yet. auto_precision: see `accept`. Raises the same
+    errors as submission.
     """
     job = submission.submit(
         session,
@@ -181,10 +183,10 @@ def add_trial(
     parameters: Mapping[str, Any],
     is_client_retry: bool = False,
 ) -> tuple[Trial, Job]:
-    """A trial of an ask_tell sweep, with parameters of the client's choice.
+    """Create a trial of an ask_tell sweep with the client's parameters.
 
-    is_client_retry: the client says that it sends this again, having had no reply; then the newest trial is its
-    answer if it has these parameters.
+    is_client_retry: the client repeats a request that had no reply; the newest trial is then returned if it has these
+    parameters.
     """
     check_given(parameters)
     return retried(lambda: _add_trial(db, caller, sweep_id, parameters, is_client_retry=is_client_retry))
@@ -214,7 +216,7 @@ def _add_trial(
 
 
 def _whole_design(db: Database, request: SweepRequest) -> Design:
-    """Every trial is checked, outside the transaction that makes the first."""
+    """Return the design of the sweep. Checks all trials, outside the transaction that creates the first ones."""
     design = designed(request, seed=secrets.randbelow(2**31))
     requests = checked(design)
     if request.search.type != "asha":
@@ -226,7 +228,7 @@ def _whole_design(db: Database, request: SweepRequest) -> Design:
 
 
 def _try(session: Session, caller: Caller, drafts: Drafts, *, now: float) -> None:
-    """Whether a job as the first draft would be accepted; it is not made."""
+    """Submit the first draft in a savepoint and roll it back. Raises if the job would be rejected."""
     with ledger.savepoint(session) as attempt:
         submission.submit(session, caller, drafts.trials[0].request, drafts.targets, body_digest=None, now=now)
         attempt.rollback()
@@ -275,17 +277,17 @@ def _same_submission(
 def _check_ask_tell(sweep: Sweep) -> None:
     if sweep.requested["search"]["type"] != "ask_tell":
         raise Conflict(
-            f"The sweep {sweep.id} chooses its trials itself.",
+            f"Sweep {sweep.id} chooses the parameters of its trials.",
             code="not_an_ask_tell_sweep",
-            remedy="Make a sweep whose search.type is ask_tell to add trials of your own.",
+            remedy="Create a sweep with the search.type ask_tell to add your own trials.",
         )
 
 
 def _check_open(sweep: Sweep) -> None:
     if sweep.is_closed or sweep.cancel_requested or sweep.finished_at is not None:
-        limit = f" It has all {sweep.num_trials} trials." if sweep.num_created == sweep.num_trials else ""
+        limit = f" All {sweep.num_trials} trials exist." if sweep.num_created == sweep.num_trials else ""
         raise Conflict(
-            f"The sweep {sweep.id} takes no more trials.{limit}",
+            f"Sweep {sweep.id} accepts no more trials.{limit}",
             code="sweep_closed",
-            remedy="Make another one.",
+            remedy="Create another sweep.",
         )

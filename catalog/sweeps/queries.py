@@ -1,4 +1,4 @@
-"""What a person reads of sweeps: lists, counts by state, the best trial so far, the leaderboard."""
+"""Queries on sweeps: lists, counts by state, the best trial so far, the leaderboard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from catalog.tables.sweeps import Sweep, Trial
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialView:
-    """A trial with its job. value: of the objective; None before anything was measured."""
+    """A trial with its job. value: the objective; None before it is measured."""
 
     trial: Trial
     job: Job
@@ -28,25 +28,25 @@ class TrialView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepView:
-    """A sweep as it stands."""
+    """A sweep with its current results."""
 
     sweep: Sweep
     counts: dict[str, int]
-    """Trials by state."""
+    """Number of trials by state."""
     best: TrialView | None
-    """Of those that have succeeded, so far."""
+    """The best of the trials that have succeeded so far."""
     best_adapter: str | None
-    """Its adapter's id, where that is kept."""
+    """The id of the best trial's adapter, unless it is deleted."""
 
 
 def get(db: Database, *, project_id: str, sweep_id: str) -> SweepView:
-    """Raises NotFound."""
+    """Return the sweep. Raises NotFound."""
     with db.read() as session:
         return _views(session, [find_sweep(session, project_id, sweep_id)])[0]
 
 
 def list_page(db: Database, *, project_id: str, after: str | None = None, limit: int = 20) -> Page[SweepView]:
-    """Newest first."""
+    """Return a page of the project's sweeps, newest first."""
     scope = select(Sweep).where(Sweep.project_id == project_id)
     with db.read() as session:
         page = paginate(session, scope, created=Sweep.created_at, ident=Sweep.id, after=after, limit=limit)
@@ -56,9 +56,9 @@ def list_page(db: Database, *, project_id: str, after: str | None = None, limit:
 def leaderboard(
     db: Database, *, project_id: str, sweep_id: str, after: str | None = None, limit: int = 20
 ) -> Page[TrialView]:
-    """The best first, those without a value last. `after`: the id of a trial's job.
+    """Return a page of trials, the best first, those without a value last. after: the id of a trial's job.
 
-    While trials run their values change, and so does the place after which a page begins.
+    Values of running trials change, and with them the position of `after`.
     """
     with db.read() as session:
         sweep = find_sweep(session, project_id, sweep_id)
@@ -71,7 +71,7 @@ def leaderboard(
 
 
 def trial(db: Database, *, project_id: str, sweep_id: str, number: int) -> TrialView:
-    """Raises NotFound."""
+    """Return the trial with this number. Raises NotFound."""
     with db.read() as session:
         sweep = find_sweep(session, project_id, sweep_id)
         found = find_trial(session, sweep, number)
@@ -84,7 +84,7 @@ def view_of(db: Database, row: Trial, job: Job) -> TrialView:
 
 
 def trials_by_job(db: Database, job_ids: Collection[str]) -> dict[str, Trial]:
-    """Of those jobs that are trials."""
+    """Return the trials of these jobs by job id, without jobs that are not trials."""
     if not job_ids:
         return {}
     with db.read() as session:

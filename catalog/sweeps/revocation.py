@@ -1,7 +1,7 @@
-"""Revoking API keys, and with them the keys, jobs and sweeps that they created.
+"""Revocation of API keys, optionally with the keys, jobs and sweeps that they created.
 
-Keys are revoked in one transaction, all or none. What they created is cancelled after that, a few rows in a
-transaction, so that no new work appears meanwhile; a call that is interrupted can be repeated.
+Keys are revoked in one transaction, all or none, so that no new work appears. After that, what they created is
+cancelled, a few rows in each transaction. An interrupted call can be repeated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SWEEPS_AT_ONCE = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnfinishedWork:
-    """What keys have created and what has not finished. Work whose cancellation is requested is not counted."""
+    """Unfinished jobs and sweeps that keys have created, except those whose cancellation is requested."""
 
     num_jobs: int
     num_sweeps: int
@@ -41,32 +41,33 @@ class UnfinishedWork:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Revocation:
-    """What a call has revoked, and what is left of it."""
+    """Result of a call: the revoked keys, and the work and keys that remain."""
 
     key: ApiKey
     revoked: Sequence[str]
-    """Ids of the keys that are revoked: the key, and its descendants where they were to be revoked too."""
+    """Ids of the revoked keys: the key, and its descendants if they were to be revoked too."""
     num_valid_descendants: int
-    """Keys that the key created, or that such keys created, and that are valid."""
+    """Number of valid keys that the key created, directly or through other keys."""
     left: UnfinishedWork
-    """Of all keys that are revoked."""
+    """Unfinished work of all keys in `revoked`."""
 
 
 def revoke(
     db: Database, *, caller: Caller, api_key_id: str, cancel: bool = False, with_descendants: bool = False
 ) -> Revocation:
-    """End a key now, and every browser session made from it. A key that is revoked already stays as it is.
+    """Revoke a key and the browser sessions created from it. A key that is revoked already stays as it is.
 
-    with_descendants: also the keys that it created, and those that these created, and so on. cancel: also cancel the
-    unfinished jobs and sweeps that the revoked keys created. Raises NotFound; Forbidden where the caller may not change
-    one of the keys, or may not cancel jobs; Conflict for the last operator's key, and for the caller's own key among
-    the descendants. Then nothing is revoked.
+    with_descendants: also revoke the keys that it created, directly or through other keys. cancel: also cancel the
+    unfinished jobs and sweeps that the revoked keys created.
+
+    Raises NotFound; Forbidden if the caller may not change one of the keys or may not cancel jobs; Conflict for the
+    last operator key, and if the caller's own key is among the descendants. Then nothing is revoked.
     """
     if cancel and "jobs:write" not in caller.scopes:
         raise Forbidden(
-            "Your key may not cancel jobs: it lacks the scope jobs:write.",
+            "Your API key can't cancel jobs: it lacks the scope jobs:write.",
             code="missing_scope",
-            remedy="Leave out cancel, or use a key with jobs:write.",
+            remedy="Omit cancel, or use a key with jobs:write.",
             param="cancel",
         )
     with db.write() as session:
@@ -96,7 +97,7 @@ def _end(session: Session, caller: Caller, ended: Sequence[ApiKey], *, is_cancel
         raise Conflict(
             f"Your own key, {caller.api_key_id}, is a descendant of {ended[0].id}.",
             code="revokes_own_key",
-            remedy="Use a key that it did not create, or leave out with_descendants.",
+            remedy="Use a key that is not among its descendants, or omit with_descendants.",
             param="with_descendants",
         )
     for key in to_revoke:
@@ -114,7 +115,7 @@ def _end(session: Session, caller: Caller, ended: Sequence[ApiKey], *, is_cancel
 
 
 def _descendants(session: Session, key: ApiKey) -> list[ApiKey]:
-    """Keys that the key created, by rotation too, and theirs, and so on; the oldest first."""
+    """Return the keys that the key created, directly or through other keys, also by rotation; the oldest first."""
     found = select(ApiKey.id).where(ApiKey.created_by == key.id).cte("descendants", recursive=True)
     child = aliased(ApiKey)
     found = found.union(select(child.id).where(child.created_by == found.c.id))
@@ -127,7 +128,8 @@ def _count_valid(found: Sequence[ApiKey], *, now: float) -> int:
 
 
 def _unfinished(session: Session, key_ids: Collection[str], project_ids: Collection[str]) -> UnfinishedWork:
-    """A key creates jobs in its own project only, so the index of unfinished jobs by project finds them."""
+    """Count unfinished work of these keys. A key creates jobs only in its own project, so the index of unfinished jobs
+    by project finds them."""
     of_jobs = select(func.count()).select_from(Job).where(Job.project_id.in_(project_ids))
     of_jobs = of_jobs.where(Job.state.in_(UNFINISHED_STATES), Job.created_by.in_(key_ids))
     of_sweeps = select(func.count()).select_from(Sweep).where(Sweep.created_by.in_(key_ids))
@@ -139,7 +141,7 @@ def _unfinished(session: Session, key_ids: Collection[str], project_ids: Collect
 
 
 def _cancel_sweeps(db: Database, key_ids: Collection[str]) -> None:
-    """Before the jobs, so that no sweep makes another trial."""
+    """Request the cancellation of the keys' sweeps. Called before `_cancel_jobs`, so that no sweep creates trials."""
     mine = select(Sweep).where(Sweep.created_by.in_(key_ids), Sweep.finished_at.is_(None))
     some = mine.where(Sweep.cancel_requested.is_(False)).order_by(Sweep.id).limit(SWEEPS_AT_ONCE)
     while True:

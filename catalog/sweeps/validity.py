@@ -1,7 +1,6 @@
-"""Whether a sweep may still create trials: the key that created it must be valid, and its project not archived.
+"""Checks that a sweep may still create trials: its creator's key must be valid and its project not archived.
 
-The controller acts for the creator of a sweep long after the request. What the creator may no longer do, it must not do
-either.
+The controller acts for the creator of a sweep long after the request, and must not do what the creator no longer may.
 """
 
 from __future__ import annotations
@@ -19,21 +18,23 @@ REMEDY = "The sweep creates no more trials, and those that exist continue. Creat
 
 
 def why_ended(session: Session, sweep: Sweep, *, now: float) -> Json | None:
-    """The sweep's error where it must be closed; None where it may create trials. A concurrent revocation waits until
-    the transaction has ended."""
+    """Return the error with which the sweep must be closed, or None if it may create trials.
+
+    A concurrent revocation waits until the transaction has ended.
+    """
     project = session.get_one(Project, sweep.project_id)
     if project.archived_at is not None:
-        return _error("project_archived", f"The project {project.name!r} was archived.")
+        return _error("project_archived", f"Project {project.name!r} was archived.")
     key = _valid_or_last(session, sweep.created_by, now=now)
     if key is not None and is_live(key, now):
         return None
     if key is not None and key.revoked_at is None:
-        return _error("api_key_expired", f"The API key {key.id} of this sweep has expired.")
-    return _error("api_key_revoked", f"The API key {key.id if key else sweep.created_by} of this sweep was revoked.")
+        return _error("api_key_expired", f"API key {key.id} of this sweep has expired.")
+    return _error("api_key_revoked", f"API key {key.id if key else sweep.created_by} of this sweep was revoked.")
 
 
 def close(session: Session, sweep: Sweep, error: Json, *, now: float) -> None:
-    """In the audit log, the server itself closes the sweep, for this reason."""
+    """Close the sweep with this error. The audit event names the server as the actor, and the error's code."""
     sweep.is_closed, sweep.error = True, error
     details: Json = {"reason": error["code"]}
     log.note(
@@ -48,8 +49,10 @@ def close(session: Session, sweep: Sweep, error: Json, *, now: float) -> None:
 
 
 def _valid_or_last(session: Session, key_id: str, *, now: float) -> ApiKey | None:
-    """The key, or after a rotation has ended it, the key that replaced it: a rotation keeps the owner's sweeps. A key
-    that was revoked has no successor here, whether it was rotated or not."""
+    """Return the key, or the key that replaced it if a rotation has ended it, because rotation keeps sweeps running.
+
+    A revoked key has no successor here, even if it was rotated.
+    """
     key = get_once(session, ApiKey, key_id, lock="share")
     while key is not None and key.revoked_at is None and not is_live(key, now) and key.replaced_by is not None:
         key = get_once(session, ApiKey, key.replaced_by, lock="share")

@@ -1,6 +1,7 @@
-"""API keys as people make, list and rotate them. The one rule: nobody hands out more than he has.
+"""Creation, listing, rotation and limits of API keys. A caller can't grant more rights than it has.
 
-A key's own holder may rotate and revoke it; another's key only who could have made it. Revoking is in revocation.
+A caller may rotate and revoke its own key, and other keys only if it could have created them. catalog.sweeps.revocation
+revokes keys.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ from catalog.tenancy.authentication import Caller, is_live, lasting_operators, n
 from catalog.tenancy.scopes import OPERATORS, granted
 
 MAX_VALID_KEYS = 100
-"""Of one project. Each key has a request rate and downloads of its own."""
+"""Maximum per project. Each key has its own limits of requests and downloads, so their number must be limited."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyRequest:
-    """A key that somebody would like to have."""
+    """The properties of a key to create."""
 
     name: str
     project: str | None = None
-    """By id or by name; None: the caller's."""
+    """Id or name of the project; None: the caller's."""
     scopes: Sequence[str] | None = None
-    """None: as many as the caller can give."""
+    """None: all that the caller can grant."""
     is_operator: bool = False
     expires_at: float | None = None
-    """None: when the caller's does."""
+    """None: the caller's expiration."""
     requests_per_minute: int | None = None
     jobs_per_day: int | None = None
-    """Of both: None: the caller's; another number is an operator's to give."""
+    """Both limits: None: the caller's. Only operators can set another limit."""
     highest_priority: Priority | None = None
-    """None: `normal`, or the caller's where that is lower; another one is an operator's to give."""
+    """None: `normal`, or the caller's if that is lower. Only operators can set another one."""
 
 
 def create(
@@ -51,8 +52,8 @@ def create(
     """Create a key. Returns its row and its secret, which is not stored and can't be shown again.
 
     Raises Forbidden for more rights than the caller has, and Unauthorized if the caller's key was revoked meanwhile.
-    Raises Conflict if the project has MAX_VALID_KEYS, and if the caller has created a key with this Idempotency-Key
-    before: a repeated request must not create a second key, and the secret can't be repeated.
+    Raises Conflict if the project has MAX_VALID_KEYS, or if the caller has already created a key with this
+    Idempotency-Key: a repeated request must not create a second key, and the secret can't be returned again.
     """
     able = granted(None, is_operator=request.is_operator)
     wanted = frozenset(request.scopes) if request.scopes is not None else able & caller.scopes
@@ -87,7 +88,8 @@ def create(
 def list_page(
     db: Database, *, caller: Caller, project: str | None = None, after: str | None = None, limit: int = 20
 ) -> Page[ApiKey]:
-    """Newest first, those that open nothing any more too; of the caller's project where none is named."""
+    """Return a page of the project's keys, newest first, including revoked and expired ones. project: id or name; None:
+    the caller's."""
     with db.read() as session:
         project_id = caller.project_id
         if project is not None:
@@ -97,7 +99,7 @@ def list_page(
 
 
 def get(db: Database, *, caller: Caller, api_key_id: str) -> ApiKey:
-    """Raises NotFound."""
+    """Return the key. Raises NotFound, also for a key of a project that the caller can't see."""
     with db.read() as session:
         return find(session, caller, api_key_id)
 
@@ -111,13 +113,16 @@ def rotate(
     expires_at: float | None = None,
     pepper: Pepper,
 ) -> tuple[ApiKey, str]:
-    """A key with the same name and rights, and its text; the old one is good for `overlap_seconds` more.
+    """Create a key with the same name and rights. Returns its row and its secret. The old key stays valid for
+    `overlap_seconds`.
 
-    `expires_at` None: the new one ends when the old one would have, and of another's key no later than the caller's.
-    A caller whose own limits are the tighter ones can't rid himself of them so: the new one has his. Raises Conflict
-    for a key that is not live, or whose place another has taken, where the last operator's key would end, and if the
-    project has MAX_VALID_KEYS and the old key stays valid. Raises Unauthorized if the caller's key was revoked
-    meanwhile.
+    expires_at: None: the new key has the expiration of the old one, or the caller's if that is earlier and the old key
+    is not the caller's. If a non-operator rotates another key, the new key has the caller's limits and at most the
+    caller's highest priority, so that rotation can't circumvent them.
+
+    Raises Conflict for a key that is not valid or was already rotated, if the last operator key would get an
+    expiration, and if the project has MAX_VALID_KEYS and the old key stays valid. Raises Forbidden in a browser
+    session or for more rights than the caller has. Raises Unauthorized if the caller's key was revoked meanwhile.
     """
     with db.write() as session:
         now = _begin(session, caller)
@@ -154,10 +159,10 @@ def limit(
     limits: Mapping[str, int | None],
     highest_priority: Priority | None = None,
 ) -> ApiKey:
-    """Change those of `requests_per_minute` and `jobs_per_day` that are given. None: the service's; 0: without limit.
-    highest_priority: None: as it was.
+    """Change the limits `requests_per_minute` and `jobs_per_day` that are given. None: the service's; 0: no limit.
+    highest_priority: None: unchanged.
 
-    Operators alone may. Raises NotFound and Forbidden.
+    Only operators may do this. Raises NotFound and Forbidden.
     """
     with db.write() as session:
         key = find(session, caller, api_key_id)
@@ -165,7 +170,7 @@ def limit(
         _check_limits(caller, given)
         check_may_change(session, caller, key)
         if key.id == caller.api_key_id and caller.is_limited:
-            raise _exceeds("take what it likes", "api_key_id")
+            raise _exceeds("change its own limits", "api_key_id")
         key.requests_per_minute = limits.get("requests_per_minute", key.requests_per_minute)
         key.jobs_per_day = limits.get("jobs_per_day", key.jobs_per_day)
         if highest_priority is not None:
@@ -175,8 +180,8 @@ def limit(
 
 
 def _begin(session: Session, caller: Caller) -> float:
-    """The time. Until the transaction ends, no other creates or revokes keys: a revocation with descendants sees each
-    key of a revoked one, and a revoked key creates none. Raises Unauthorized."""
+    """Return the time. No other transaction creates or revokes keys until this one ends: a revocation with descendants
+    finds every key that a revoked key created, and a revoked key creates no keys. Raises Unauthorized."""
     serialize(session, "operators' keys")
     now = read_clock(session)
     authentication.check_valid(session, caller.api_key_id, now=now)
@@ -184,27 +189,27 @@ def _begin(session: Session, caller: Caller) -> float:
 
 
 def _check_num_keys(session: Session, project_id: str, *, now: float) -> None:
-    """Raises Conflict."""
+    """Raises Conflict if the project has MAX_VALID_KEYS."""
     valid = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
     count = select(func.count()).select_from(ApiKey).where(ApiKey.project_id == project_id, *valid)
     if (session.scalar(count) or 0) >= MAX_VALID_KEYS:
         raise Conflict(
             f"The project has {MAX_VALID_KEYS} valid keys, which is the maximum.",
             code="too_many_keys",
-            remedy="Revoke a key that is not used: `lorry keys list` shows them with their last use. A rotation with "
-            "an overlap of 0 seconds adds none.",
+            remedy="Revoke an unused key: `lorry keys list` shows when each key was last used. A rotation with an "
+            "overlap of 0 seconds adds no valid key.",
         )
 
 
 def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> None:
-    """Until the transaction ends, no other request of this caller can use the Idempotency-Key. Raises Conflict."""
+    """Reserve the Idempotency-Key against other requests of the caller until the transaction ends. Raises Conflict."""
     serialize(session, f"keys by {caller.api_key_id}")
     used = (ApiKey.created_by == caller.api_key_id, ApiKey.idempotency_key == idempotency_key)
     key_id = session.scalar(select(ApiKey.id).where(*used).limit(1))
     if key_id is not None:
         raise Conflict(
-            f"A request with the Idempotency-Key {idempotency_key!r} created the key {key_id} before. Its secret was "
-            "in the first response only, and is not stored.",
+            f"API key {key_id} was already created by a request with the Idempotency-Key {idempotency_key!r}. Its "
+            "secret was in the first response only, and is not stored.",
             code="idempotency_key_reused",
             remedy=f"Revoke {key_id} if its secret was lost, and create another key with a new Idempotency-Key.",
             param="Idempotency-Key",
@@ -212,11 +217,11 @@ def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> Non
 
 
 def find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
-    """Within a transaction. Raises NotFound, also for a key of a project that the caller can't see."""
+    """Return the key, inside a transaction. Raises NotFound, also for a key of a project that the caller can't see."""
     mine = select(ApiKey).where(ApiKey.id == api_key_id)
     key = session.scalar(mine if caller.is_operator else mine.where(ApiKey.project_id == caller.project_id))
     if key is None:
-        raise NotFound("key", api_key_id, remedy="`lorry keys list` shows those of your project.")
+        raise NotFound("key", api_key_id, remedy="`lorry keys list` shows the keys of your project.")
     return key
 
 
@@ -224,35 +229,37 @@ def _check_kind(wanted: frozenset[str], *, is_operator: bool) -> None:
     beyond = sorted(wanted & OPERATORS)
     if beyond and not is_operator:
         raise InvalidRequest(
-            f"{' and '.join(beyond)} can be held by an operator's key only.",
+            f"Only an operator key can have the scope {' and '.join(beyond)}.",
             code="operator_scope",
-            remedy="Ask for an operator's key with is_operator: true, or leave it out.",
+            remedy="Set is_operator to true, or omit the scope.",
             param="scopes",
         )
 
 
 def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool) -> None:
     if is_operator and not caller.is_operator:
-        raise _exceeds("be an operator's key", "is_operator")
+        raise _exceeds("create or change an operator key", "is_operator")
     beyond = sorted(wanted - caller.scopes)
     if beyond:
-        raise _exceeds(f"have {', '.join(beyond)}", "scopes")
+        raise _exceeds(f"create or change a key with {', '.join(beyond)}", "scopes")
 
 
 def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
-    """One's own always. Another's only who could have made it, and not with a key that is being replaced: it may be
-    replaced because it leaked."""
+    """Raises Forbidden unless the key is the caller's own, or the caller could have created it.
+
+    A key that was rotated can't change other keys, because it may have been rotated after a leak.
+    """
     if key.id == caller.api_key_id:
         return
     if session.get_one(ApiKey, caller.api_key_id).replaced_by is not None:
         raise Forbidden(
-            "Another key has taken the place of yours, which can change no other key any more.",
+            "Your API key was rotated, so it can no longer change other keys.",
             code="key_superseded",
-            remedy="Use the key that took its place.",
+            remedy="Use the key that replaced it.",
         )
     _check_rights(caller, granted(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator)
     if key.scopes is None and caller.is_limited:
-        raise _exceeds("have every scope", "scopes")
+        raise _exceeds("create or change a key with every scope", "scopes")
 
 
 def _is_last_operator(session: Session, key: ApiKey, *, now: float) -> bool:
@@ -261,44 +268,44 @@ def _is_last_operator(session: Session, key: ApiKey, *, now: float) -> bool:
 
 def last_operator(key: ApiKey) -> Conflict:
     return Conflict(
-        f"The key {key.name!r} is the last operator's key with every scope that never ends.",
+        f"API key {key.name!r} is the last operator key that has every scope and does not expire.",
         code="last_operator_key",
-        remedy="Make another first, lorry keys create NAME --operator, or rotate this one to one without an end.",
+        remedy="Create another one first (lorry keys create NAME --operator), or rotate this one without expiration.",
     )
 
 
 def refuse_browsers(caller: Caller) -> None:
-    """Of what would outlive a browser session. Raises Forbidden."""
+    """Raises Forbidden in a browser session, for actions whose result would outlive it."""
     if caller.is_browser:
         raise Forbidden(
-            "A browser session can't do this: what comes of it would be good after the session's end.",
+            "This action is not available in a browser session, because its result would outlive the session.",
             code="api_key_required",
-            remedy="Do it with the API key itself, by the lorry command for example.",
+            remedy="Use an API key, for example with the `lorry` CLI.",
         )
 
 
 def _end(caller: Caller, old: ApiKey) -> float | None:
-    """Of a key that takes the place of `old`, where none was asked for."""
+    """Return the default expiration of the key that replaces `old`."""
     ends = [old.expires_at, None if old.id == caller.api_key_id else caller.expires_at]
     return min((end for end in ends if end is not None), default=None)
 
 
 def _check_limits(caller: Caller, limits: Collection[str]) -> None:
-    """limits: names of those that are given."""
+    """Raises Forbidden if a caller that is no operator sets limits. limits: names of the limits that are set."""
     if limits and not caller.is_operator:
         raise Forbidden(
-            "What a key may take is for operators to say.",
+            "Only an operator can set the limits of an API key.",
             code="operator_required",
-            remedy="Leave it out, or ask an operator: lorry keys limit.",
+            remedy="Omit the limits, or ask an operator to set them with `lorry keys limit`.",
             param=next(iter(limits)),
         )
 
 
 def _exceeds(what: str, param: str) -> Forbidden:
     return Forbidden(
-        f"The key would {what}, and yours does not: a key gives away no more than it has.",
+        f"Your API key can't {what}: a key can't grant more rights than it has.",
         code="exceeds_own_rights",
-        remedy="Ask for less, or have somebody do it whose key has that.",
+        remedy="Request fewer rights, or use a key that has them.",
         param=param,
     )
 
@@ -306,29 +313,29 @@ def _exceeds(what: str, param: str) -> Forbidden:
 def _check_rotatable(key: ApiKey, now: float) -> None:
     if not is_live(key, now):
         raise Conflict(
-            f"The key {key.name!r} was revoked or has expired.",
+            f"API key {key.name!r} was revoked or has expired.",
             code="key_not_live",
-            remedy="Make a new one: lorry keys create NAME.",
+            remedy="Create a new key: lorry keys create NAME.",
         )
     if key.replaced_by is not None:
         raise Conflict(
-            f"The place of the key {key.name!r} was taken by {key.replaced_by}.",
+            f"API key {key.name!r} was already rotated to {key.replaced_by}.",
             code="key_already_rotated",
             remedy=f"Rotate {key.replaced_by}. If its secret was lost, revoke it and create another key.",
         )
 
 
 def _expiry(caller: Caller, wanted: float | None, otherwise: float | None, *, now: float) -> float | None:
-    """Never later than the caller's own end."""
+    """Return the checked expiration, which can't be later than the caller's. otherwise: the value if none is wanted."""
     if wanted is None:
         return otherwise
     if wanted <= now:
         raise InvalidRequest(
-            f"'expires_at' is in the past: it is {int(now)} by the database's clock.",
+            f"'expires_at' is in the past: the current time of the database is {int(now)}.",
             code="expires_in_the_past",
-            remedy="Give a later time, in seconds since 1970, or leave it out.",
+            remedy="Set a later time in seconds since 1970, or omit it.",
             param="expires_at",
         )
     if caller.expires_at is not None and wanted > caller.expires_at:
-        raise _exceeds(f"last beyond {int(caller.expires_at)}", "expires_at")
+        raise _exceeds(f"create a key that expires after {int(caller.expires_at)}", "expires_at")
     return wanted

@@ -1,4 +1,4 @@
-"""API keys, one-time sign-in links and browser sessions. Only HMACs are kept: a stolen database opens nothing."""
+"""API keys, one-time sign-in links and browser sessions. Only HMACs are stored: a stolen database grants no access."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from catalog.tenancy.scopes import granted
 ENDING_CHARACTERS = 4
 KEY_TEXT = re.compile(r"lorry_key-[0-9a-f]{24}_[\w-]{43}", re.ASCII)
 SECRET_TEXT = re.compile(rf"{KEY_TEXT.pattern}|[\w-]{{43}}", re.ASCII)
-"""A key, or the secret of a sign-in link or of a browser session: each has 256 random bits."""
+"""Pattern of a key, or of the secret of a sign-in link or browser session. Each has 256 random bits."""
 LAST_USED_SECONDS = 60
-"""`last_used_at` is this coarse, so that reading does not become writing."""
+"""Resolution of `last_used_at`. It is coarse, so that most requests that only read do not write."""
 
 
 def create(
@@ -43,9 +43,9 @@ def create(
     expires_at: float | None = None,
     scopes: Sequence[str] | None = None,
 ) -> tuple[ApiKey, str]:
-    """A new key and its text, which can't be shown again. `scopes` None: all that such a key can do.
+    """Create a key. Returns its row and its secret, which can't be shown again.
 
-    It asks nobody's leave: catalog.tenancy.api_keys does.
+    scopes: None: all that its kind can have. This function checks no rights; catalog.tenancy.api_keys does.
     """
     key, secret = new_key(project_id, name, pepper)
     with db.write() as session:
@@ -56,7 +56,7 @@ def create(
 
 
 def create_first(db: Database, *, project_id: str, name: str, pepper: Pepper) -> str | None:
-    """The text of an operator's key, where there is no key at all yet; of several who ask at once, one gets it."""
+    """Create an operator key if there is no key yet. Returns its secret, or None. Only one concurrent call succeeds."""
     key, secret = new_key(project_id, name, pepper)
     with db.write() as session:
         serialize(session, "first key")
@@ -86,24 +86,24 @@ def note(
     details: Json | None = None,
     by: Actor | None = None,
 ) -> None:
-    """What was done about a key, or with it where nobody else is known: `by` is the key itself then."""
+    """Write an audit event about a key. by: the actor, if it is not the current one."""
     log.note(session, type, now=now, object_id=key.id, project_id=key.project_id, details=details, actor=by)
 
 
 def an_operator(db: Database) -> str:
-    """The id of an operator's key that is still good: rather one with every scope and of which none takes the place,
-    and then the oldest. Raises NotFound."""
+    """Return the id of a valid operator key: preferably one with every scope, then one that was not rotated, then the
+    oldest. Raises NotFound."""
     with db.read() as session:
         now = read_clock(session)
         live = [key for key in session.scalars(_operators()) if is_live(key, now)]
     if live:
         return min(live, key=lambda key: (key.scopes is not None, key.replaced_by is not None)).id
-    raise NotFound("operator key", "any", remedy="Make the first one: python -m api bootstrap.")
+    raise NotFound("operator key", "any", remedy="Create the first one: python -m api bootstrap.")
 
 
 def lasting_operators(session: Session, *, now: float) -> list[ApiKey]:
-    """Operators' keys that carry the service: they open it, have every scope, never end, and none takes their place.
-    Where none is like that, those that can make further keys."""
+    """Return the operator keys that keep the service manageable: valid, with every scope, without an expiration, and
+    not rotated. If there is none, return valid operator keys that can create further keys."""
     keys = [key for key in session.scalars(_operators()) if is_live(key, now) and key.replaced_by is None]
     every = granted(None, is_operator=True)
     lasting = [key for key in keys if key.expires_at is None and granted(key.scopes, is_operator=True) == every]
@@ -111,15 +111,15 @@ def lasting_operators(session: Session, *, now: float) -> list[ApiKey]:
 
 
 def authenticate(db: Database, *, secret: str, pepper: Pepper) -> Caller:
-    """The holder of this key. Raises Unauthorized for a wrong, expired or revoked one.
+    """Return the caller with this key. Raises Unauthorized for an unknown, expired or revoked one.
 
-    During a rotation of the pepper, a key that is known by the previous one is hashed again by the current one.
+    During a rotation of the pepper, a key that is hashed with the previous pepper is rehashed with the current one.
     """
     given = pepper.digests(secret)
     parts = secret.split("_", 2)
     key_id = parts[1] if len(parts) == 3 else ""
     with db.read() as session:
-        named = _owned().add_columns(clock_of(session)).where(ApiKey.id == key_id)  # once a request
+        named = _owned().add_columns(clock_of(session)).where(ApiKey.id == key_id)  # runs once per request
         found = session.execute(named).one_or_none()
         digest = found[0].digest if found else ""
         is_same = [hmac.compare_digest(digest, candidate) for candidate in given]
@@ -135,7 +135,7 @@ def authenticate(db: Database, *, secret: str, pepper: Pepper) -> Caller:
 
 
 def new_key(project_id: str, name: str, pepper: Pepper) -> tuple[ApiKey, str]:
-    """A row that is not stored yet, and the key's text."""
+    """Return a key's row, which is not stored yet, and its secret."""
     key = ApiKey(id=new_id("key"), project_id=project_id, name=name, highest_priority=PriorityClass.normal)
     secret = f"lorry_{key.id}_{secrets.token_urlsafe(32)}"
     key.digest, key.ending = pepper.digest(secret), secret[-ENDING_CHARACTERS:]
@@ -143,8 +143,8 @@ def new_key(project_id: str, name: str, pepper: Pepper) -> tuple[ApiKey, str]:
 
 
 def check_valid(session: Session, api_key_id: str, *, now: float) -> None:
-    """Within the transaction that acts for a key: it may have been revoked since the request was authenticated. A
-    concurrent revocation waits until the transaction has ended. Raises Unauthorized."""
+    """Check the key again in the transaction that acts for it: it may have been revoked since the request was
+    authenticated. A concurrent revocation waits until the transaction has ended. Raises Unauthorized."""
     key = get_once(session, ApiKey, api_key_id, lock="share")
     if key is None:
         raise _key_refused("unknown")
@@ -153,12 +153,12 @@ def check_valid(session: Session, api_key_id: str, *, now: float) -> None:
 
 
 def is_live(key: ApiKey, now: float) -> bool:
-    """It was neither revoked nor has it expired."""
+    """Return whether the key is neither revoked nor expired."""
     return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
 
 
 def create_sign_in_link(db: Database, *, api_key_id: str, pepper: Pepper, seconds: float = 900) -> str:
-    """A token that opens one browser session, once."""
+    """Return a token that can be exchanged once for a browser session."""
     token = secrets.token_urlsafe(32)
     with db.write() as session:
         now = read_clock(session)
@@ -177,7 +177,7 @@ def create_sign_in_link(db: Database, *, api_key_id: str, pepper: Pepper, second
 
 
 def read_sign_in_link(db: Database, *, token: str, pepper: Pepper) -> tuple[Caller, float]:
-    """The caller that the link would sign in, and when the link expires; the link stays unused. Raises Unauthorized."""
+    """Return the caller that the link signs in, and the link's expiration, without using it. Raises Unauthorized."""
     with db.read() as session:
         now = read_clock(session)
         unused = (SignIn.link_digest.in_(pepper.digests(token)), SignIn.expires_at > now)
@@ -190,7 +190,7 @@ def read_sign_in_link(db: Database, *, token: str, pepper: Pepper) -> tuple[Call
 
 
 def exchange_sign_in(db: Database, *, token: str, pepper: Pepper, seconds: float = 12 * 3600) -> str:
-    """The browser's secret in return for a link's token. Raises Unauthorized when it was used or has expired."""
+    """Exchange a link's token for the secret of a browser session. Raises Unauthorized if it was used or expired."""
     browser = secrets.token_urlsafe(32)
     with db.write() as session:
         now = read_clock(session)
@@ -205,7 +205,7 @@ def exchange_sign_in(db: Database, *, token: str, pepper: Pepper, seconds: float
 
 
 def authenticate_browser(db: Database, *, secret: str, pepper: Pepper) -> Caller:
-    """Whose browser session this is. Raises Unauthorized when it has ended."""
+    """Return the caller of the browser session. Raises Unauthorized if the session has ended."""
     with db.read() as session:
         now = read_clock(session)
         live = (SignIn.browser_digest.in_(pepper.digests(secret)), SignIn.expires_at > now)
@@ -219,7 +219,7 @@ def authenticate_browser(db: Database, *, secret: str, pepper: Pepper) -> Caller
 
 
 def end_browser(db: Database, *, secret: str, pepper: Pepper) -> None:
-    """Sign out."""
+    """End the browser session, if it exists."""
     with db.write() as session:
         sign_in = session.scalar(select(SignIn).where(SignIn.browser_digest.in_(pepper.digests(secret))))
         if sign_in is not None:
@@ -234,38 +234,41 @@ def _note_sign_in(
     *,
     now: float,
 ) -> None:
-    """The browser acts by the key that signed it in."""
+    """Write the audit event. Its actor is the browser, with the id and name of the key that signed it in."""
     key = session.get_one(ApiKey, sign_in.api_key_id)
     note(session, type, key, now=now, by=Actor(type="browser", id=key.id, name=key.name))
 
 
 def _note_use(db: Database, key: ApiKey, *, digest: str, now: float) -> None:
-    """digest: by the current pepper. While the database can't be written, requests succeed and the use is not noted."""
+    """Update the key's last use and digest. While the database can't be written, requests succeed without this.
+
+    digest: hashed with the current pepper.
+    """
     with suppress(OutOfSpace, Unavailable), db.write_briefly() as session:
         unchanged = (ApiKey.id == key.id, ApiKey.digest == key.digest)
         session.execute(update(ApiKey).where(*unchanged).values(last_used_at=now, digest=digest))
 
 
 def _operators() -> Select[ApiKey]:
-    """The oldest first, those of archived projects left out."""
+    """Select the operator keys of projects that are not archived, the oldest first."""
     operators = select(ApiKey).join(Project).where(ApiKey.is_operator.is_(True), Project.archived_at.is_(None))
     return operators.order_by(ApiKey.created_at, ApiKey.id)
 
 
 @cache
 def _owned() -> Select[ApiKey, Project, Organization]:
-    """Keys, with whose they are."""
+    """Select keys with their projects and organizations."""
     with_project = select(ApiKey, Project, Organization).join(Project, Project.id == ApiKey.project_id)
     return with_project.join(Organization, Organization.id == Project.organization_id)
 
 
 def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller:
-    """Raises Unauthorized where the project was archived."""
+    """Return the caller with this key. Raises Unauthorized if the project is archived."""
     if project.archived_at is not None:
         raise Unauthorized(
-            f"The project {project.name!r} of this API key was archived.",
+            f"Project {project.name!r} of this API key is archived.",
             code="project_archived",
-            remedy="Use a key of another project, or have an operator restore it: lorry projects restore "
+            remedy="Use a key of another project, or ask an operator to restore this one: lorry projects restore "
             f"{project.name}.",
             reason="project_archived",
             api_key_id=key.id,
@@ -288,16 +291,16 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
 
 
 def _key_refused(reason: RejectionReason, *, api_key_id: str | None = None) -> Unauthorized:
-    """The same answer for every reason."""
-    remedy = "Check it for missing characters, or have a new one made."
+    """Return the error, which is the same for every reason. The reason is only counted and logged."""
+    remedy = "Check the key for missing characters, or ask for a new one."
     return _refused("The API key is not valid.", remedy, reason=reason, api_key_id=api_key_id)
 
 
 def _link_refused() -> Unauthorized:
     return Unauthorized(
-        "This sign-in link was used already or has expired.",
+        "This sign-in link has already been used or has expired.",
         code="invalid_sign_in_link",
-        remedy="Make a new one: lorry sign-in-link, or python -m api sign-in-link on the server.",
+        remedy="Create a new link: lorry sign-in-link, or python -m api sign-in-link on the server.",
         reason="sign_in_link",
     )
 

@@ -1,6 +1,6 @@
-"""Organizations: whose projects are whose. Operators make and rename them, and reach beyond them; others see their own.
+"""Organizations: groups of projects. Operators create, rename and see all of them; other callers see only their own.
 
-A project stays in its organization for good. What it shares, it shares within it.
+A project can't change its organization, and shares models only within it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ ID_PREFIX = "org"
 
 
 def create(db: Database, name: str, *, is_client_retry: bool = False) -> Organization:
-    """Raises Conflict where the name is taken; not where the client sends this again, having had no reply."""
-    check_name(name, "an organization's", id_prefix=ID_PREFIX)
+    """Create an organization. Raises Conflict if the name is taken.
+
+    is_client_retry: the client repeats a request that had no reply; the organization with the name is then returned.
+    """
+    check_name(name, "an organization", id_prefix=ID_PREFIX)
     with db.write() as session:
         serialize(session, "organizations")
         found = _named(session, name)
@@ -36,13 +39,14 @@ def create(db: Database, name: str, *, is_client_retry: bool = False) -> Organiz
 
 
 def get(db: Database, *, caller: Caller, organization: str) -> Organization:
-    """By id or by name. Raises NotFound, too, for what is not the caller's, save for operators."""
+    """Return the organization with this id or name. Raises NotFound, for callers without operator rights
+    also if it is not their own."""
     with db.read() as session:
         return find(session, caller=caller, organization=organization)
 
 
 def list_page(db: Database, *, caller: Caller, after: str | None = None, limit: int = 20) -> Page[Organization]:
-    """Newest first; the caller's own, and for operators all."""
+    """Return a page of organizations, newest first: all for operators, otherwise the caller's own."""
     scope = select(Organization)
     if not caller.is_operator:
         scope = scope.where(Organization.id == caller.organization_id)
@@ -52,8 +56,8 @@ def list_page(db: Database, *, caller: Caller, after: str | None = None, limit: 
 
 
 def rename(db: Database, *, caller: Caller, organization: str, name: str) -> Organization:
-    """Raises NotFound, and Conflict where the name is taken."""
-    check_name(name, "an organization's", id_prefix=ID_PREFIX)
+    """Rename the organization. Raises NotFound, and Conflict if the name is taken."""
+    check_name(name, "an organization", id_prefix=ID_PREFIX)
     with db.write() as session:
         serialize(session, "organizations")
         row = find(session, caller=caller, organization=organization)
@@ -69,40 +73,46 @@ def rename(db: Database, *, caller: Caller, organization: str, name: str) -> Org
 def find(
     session: Session, *, organization: str, caller: Caller | None = None, param: str | None = None
 ) -> Organization:
-    """As `get`, in a transaction of one's own. caller None: an operator's. One's id goes before another's name."""
+    """Return the organization as `get` does, inside a transaction. An id takes precedence over a name.
+
+    caller: None: an operator.
+    """
     by_id = Organization.id == organization
     named = select(Organization).where(or_(by_id, Organization.name == organization)).order_by(by_id.desc()).limit(1)
     if caller is not None and not caller.is_operator:
         named = named.where(Organization.id == caller.organization_id)
     row = session.scalar(named)
     if row is None:
-        remedy = "`lorry organizations list` shows those that you can see."
+        remedy = "`lorry organizations list` shows the organizations that you can see."
         raise NotFound("organization", organization, param=param, remedy=remedy)
     return row
 
 
 def oldest(session: Session) -> Organization:
-    """Made where there is none."""
+    """Return the oldest organization. Creates one if there is none."""
     serialize(session, "organizations")
     found = session.scalar(select(Organization).order_by(Organization.created_at, Organization.id).limit(1))
     return found or _add(session, FIRST)
 
 
 def ids_by_project(db: Database, project_ids: Collection[str]) -> dict[str, str]:
-    """Whose these projects are."""
+    """Return the ids of the projects' organizations by project id."""
     owners = select(Project.id, Project.organization_id).where(Project.id.in_(project_ids))
     with db.read() as session:
         return {row[0]: row[1] for row in session.execute(owners)}
 
 
 def check_name(name: str, whose: str, *, id_prefix: str) -> None:
-    """Of an organization or a project, which is found by id or name: a name looks like no id. Raises InvalidRequest."""
+    """Check the name of an organization or a project. Both are found by id or name, so a name must not look like an id.
+
+    whose: the thing with its article, for the message. Raises InvalidRequest.
+    """
     if not LABEL.match(name) or name.startswith(f"{id_prefix}-"):
         raise InvalidRequest(
-            f"{name!r} cannot be {whose} name.",
+            f"{name!r} is not a valid name for {whose}.",
             code="invalid_name",
-            remedy="Use letters, digits, dot, underscore and hyphen; at most 64, the first a letter or digit, "
-            f"and not beginning with {id_prefix}-, as ids do.",
+            remedy="Use at most 64 letters, digits, dots, underscores and hyphens. Start with a letter or digit, but "
+            f"not with {id_prefix}-, which ids start with.",
             param="name",
         )
 
@@ -114,7 +124,7 @@ def _named(session: Session, name: str) -> Organization | None:
 def _add(session: Session, name: str) -> Organization:
     row = Organization(id=new_id(ID_PREFIX), name=name, created_at=read_clock(session), created_by=log.actor_id())
     session.add(row)
-    session.flush()  # its projects name it
+    session.flush()  # before the rows of its projects, which refer to it
     _note(session, "organization.created", row, now=row.created_at, details={"name": name})
     return row
 
@@ -125,8 +135,8 @@ def _note(session: Session, type: AuditType, row: Organization, *, now: float, d
 
 def _taken(name: str) -> Conflict:
     return Conflict(
-        f"There is an organization with the name {name!r}.",
+        f"Organization {name!r} already exists.",
         code="organization_exists",
-        remedy="Choose another name. `lorry organizations list` shows all of them.",
+        remedy="Choose another name. `lorry organizations list` shows all organizations.",
         param="name",
     )

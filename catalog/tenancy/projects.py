@@ -1,6 +1,6 @@
-"""Projects: whose files, jobs and adapters are whose. Operators make and archive them; others see their own.
+"""Projects: the owners of files, jobs and adapters. Operators create, archive and see all projects; others their own.
 
-Their names are unique in the whole service: those of adapters begin with them.
+Names of projects are unique in the whole service, because names of adapters start with them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ID_PREFIX = "proj"
 
 
 def ensure(db: Database, name: str = "default") -> Project:
-    """The project of that name, made in the oldest organization if there is none."""
+    """Return the project with this name. If there is none, creates it in the oldest organization."""
     with db.write() as session:
         serialize(session, "projects")
         found = _named(session, name)
@@ -36,7 +36,7 @@ def ensure(db: Database, name: str = "default") -> Project:
 
 
 def first(db: Database) -> Project:
-    """The oldest that is not archived; where there is none, one is made."""
+    """Return the oldest project that is not archived, else the archived project `default`, or create that project."""
     with db.write() as session:
         serialize(session, "projects")
         kept = select(Project).where(Project.archived_at.is_(None)).order_by(Project.created_at, Project.id)
@@ -45,10 +45,10 @@ def first(db: Database) -> Project:
 
 
 def create(db: Database, name: str, *, organization: str | None = None, is_client_retry: bool = False) -> Project:
-    """organization: by id or by name; None: the oldest.
+    """Create a project. organization: id or name; None: the oldest.
 
-    Raises NotFound for it, and Conflict where the name is taken; not where the client sends this again, having had no
-    reply.
+    is_client_retry: the client repeats a request that had no reply; a project with this name in the organization is
+    then returned. Raises NotFound for the organization, and Conflict if the name is taken.
     """
     _check_name(name)
     with db.write() as session:
@@ -64,7 +64,8 @@ def create(db: Database, name: str, *, organization: str | None = None, is_clien
 
 
 def get(db: Database, *, caller: Caller, project: str) -> Project:
-    """By id or by name. Raises NotFound, too, for what is not the caller's, save for operators."""
+    """Return the project with this id or name. Raises NotFound, for callers without operator rights also if it
+    is not their own."""
     with db.read() as session:
         return find(session, caller=caller, project=project)
 
@@ -72,7 +73,8 @@ def get(db: Database, *, caller: Caller, project: str) -> Project:
 def list_page(
     db: Database, *, caller: Caller, after: str | None = None, limit: int = 20, archived: bool = False
 ) -> Page[Project]:
-    """Newest first; the caller's own, and for operators all. `archived`: those that were put away, too."""
+    """Return a page of projects, newest first: all for operators, otherwise the caller's own. archived: include
+    archived ones."""
     scope = select(Project)
     if not caller.is_operator:
         scope = scope.where(Project.id == caller.project_id)
@@ -84,7 +86,7 @@ def list_page(
 
 
 def rename(db: Database, *, caller: Caller, project: str, name: str) -> Project:
-    """Adapters that it has keep their names. Raises NotFound, and Conflict where the name is taken."""
+    """Rename the project. Existing adapters keep their names. Raises NotFound, and Conflict if the name is taken."""
     _check_name(name)
     with db.write() as session:
         serialize(session, "projects")
@@ -98,9 +100,9 @@ def rename(db: Database, *, caller: Caller, project: str, name: str) -> Project:
 
 
 def archive(db: Database, *, caller: Caller, project: str) -> Project:
-    """From now on its keys open nothing. What it has stays, and its jobs go on to their end.
+    """Archive the project: its keys stop working. Its data stays, and its jobs continue to run.
 
-    Raises Conflict where no operator's key would be left to bring it back.
+    Raises NotFound, and Conflict if no operator key would be left that can restore the project.
     """
     with db.write() as session:
         serialize(session, "operators' keys")
@@ -109,9 +111,9 @@ def archive(db: Database, *, caller: Caller, project: str) -> Project:
         if row.archived_at is None:
             if all(key.project_id == row.id for key in lasting_operators(session, now=now)):
                 raise Conflict(
-                    f"The project {row.name!r} has the only operator's key that opens this service.",
+                    f"Project {row.name!r} can't be archived: no other project has an operator key.",
                     code="last_operator_key",
-                    remedy="Make an operator's key in another project first: lorry keys create NAME --operator "
+                    remedy="Create an operator key in another project first: lorry keys create NAME --operator "
                     "--project OTHER.",
                 )
             row.archived_at = now
@@ -120,7 +122,7 @@ def archive(db: Database, *, caller: Caller, project: str) -> Project:
 
 
 def restore(db: Database, *, caller: Caller, project: str) -> Project:
-    """Its keys open it again."""
+    """Restore an archived project: its keys work again. Raises NotFound."""
     with db.write() as session:
         row = find(session, caller=caller, project=project)
         if row.archived_at is not None:
@@ -132,14 +134,16 @@ def restore(db: Database, *, caller: Caller, project: str) -> Project:
 def find(
     session: Session, *, caller: Caller, project: str, param: str | None = None, beside: Project | None = None
 ) -> Project:
-    """As `get`, in a transaction of one's own; one's id goes before another's name. beside: of this one's organization
-    alone, though an operator asks."""
+    """Return the project as `get` does, inside a transaction. An id takes precedence over a name.
+
+    If another project is passed, the project must be in the organization of that one, even for an operator.
+    """
     by_id = Project.id == project
     named = select(Project).where(or_(by_id, Project.name == project)).order_by(by_id.desc()).limit(1)
-    remedy = "`lorry projects list` shows those that you can see."
+    remedy = "`lorry projects list` shows the projects that you can see."
     if beside is not None:
         named = named.where(Project.organization_id == beside.organization_id)
-        remedy = f"Name one of the organization of {beside.name!r}: `lorry projects list` shows whose each is."
+        remedy = f"Use a project of the organization of {beside.name!r}: see `lorry projects list`."
     row = session.scalar(named if caller.is_operator else named.where(Project.id == caller.project_id))
     if row is None:
         raise NotFound("project", project, param=param, remedy=remedy)
@@ -147,7 +151,7 @@ def find(
 
 
 def _check_name(name: str) -> None:
-    check_name(name, "a project's", id_prefix=ID_PREFIX)
+    check_name(name, "a project", id_prefix=ID_PREFIX)
 
 
 def _named(session: Session, name: str) -> Project | None:
@@ -169,20 +173,20 @@ def _note(session: Session, type: AuditType, row: Project, *, now: float, detail
 
 def _taken(name: str) -> Conflict:
     return Conflict(
-        f"There is a project with the name {name!r}.",
+        f"Project {name!r} already exists.",
         code="project_exists",
-        remedy="Choose another name. `lorry projects list --archived` shows all of them.",
+        remedy="Choose another name. `lorry projects list --archived` shows all projects.",
         param="name",
     )
 
 
 def weigh(db: Database, *, caller: Caller, project: str, weight: float) -> Project:
-    """Give the project that part of the devices, beside the weights of others whose jobs wait."""
+    """Set the project's fair-share weight. Raises NotFound, and InvalidRequest for an invalid weight."""
     if not (math.isfinite(weight) and weight > 0):
         raise InvalidRequest(
-            f"{weight} cannot be a project's weight.",
+            f"{weight} is not a valid fair-share weight for a project.",
             code="invalid_weight",
-            remedy="Use a number above 0; 1 is the weight of a project that was given none.",
+            remedy="Use a number above 0; the default is 1.",
             param="weight",
         )
     with db.write() as session:

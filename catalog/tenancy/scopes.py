@@ -1,6 +1,6 @@
-"""What an API key may do: scopes, each a resource and a verb. Pure.
+"""Scopes of API keys. Each is a resource and a verb. Pure: no input or output.
 
-api/auth/scopes.py says which route needs which scope.
+api/auth/scopes.py defines which scope each route needs.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ OPERATORS: frozenset[Scope] = frozenset(
         "workers:write",
     }
 )
-"""They reach beyond a project: only an operator's key can hold them."""
+"""Scopes whose effect reaches beyond a project. Only an operator key can have them."""
 
 
 def granted(scopes: Collection[str] | None, *, is_operator: bool) -> frozenset[str]:
-    """What a key can do. `scopes` None: all that its kind can, and what is added to that later."""
+    """Return the effective scopes of a key. scopes: None: all that its kind can have, including future ones."""
     able = frozenset(SCOPES) if is_operator else frozenset(SCOPES) - OPERATORS
     return able if scopes is None else able & frozenset(scopes)

@@ -1,7 +1,7 @@
-"""What projects use, by day and base model: added up in the transactions in which it is used.
+"""Usage of projects by day and base model, and counters of the service, updated in the transactions that change them.
 
-What one transaction adds is written at its end and in one order: rows that others add to as well are held for a
-moment only, and nobody waits in a circle for them.
+A transaction writes its amounts at its end, in a fixed order. Shared rows are therefore locked only briefly, and
+transactions can't deadlock on them.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ AMOUNTS: tuple[Amount, ...] = (
     "num_plans",
 )
 GATHERED = ("used", "tallies")
-"""In a session's `info`: what a transaction adds at its end."""
+"""Keys of a session's `info` under which a transaction collects what it writes at its end."""
 _Key = tuple[str, int, str, int]
 
 
 class _Pending:
-    """What this transaction adds."""
+    """Amounts that a transaction writes at its end."""
 
     def __init__(self) -> None:
         self.used: defaultdict[_Key, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -57,12 +57,12 @@ class _Pending:
 
 
 def day_of(moment: float) -> int:
-    """Days since 1970, in UTC."""
+    """Return the number of days since 1970, in UTC."""
     return int(moment // DAY_SECONDS)
 
 
 def add(session: Session, job: Job, amount: Amount, number: float, *, now: float) -> None:
-    """The job's project has used so much more today, of the job's base model."""
+    """Add `number` to today's usage of the job's project for the job's base model."""
     if not number:
         return
     slot = zlib.crc32((job.worker_id or job.id).encode()) % SLOTS
@@ -70,20 +70,20 @@ def add(session: Session, job: Job, amount: Amount, number: float, *, now: float
 
 
 def add_plan(session: Session, plan: Plan, *, now: float) -> None:
-    """The project has created one more plan today that a worker has to compute."""
+    """Count one more plan today that a worker has to compute for the project."""
     slot = zlib.crc32(plan.id.encode()) % SLOTS
     _pending(session).used[plan.project_id, day_of(now), plan.base_model, slot]["num_plans"] += 1
 
 
 def store(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
-    """The project stores so many bytes more, or fewer: see stored_bytes.py for what counts."""
+    """Add `num_bytes`, which may be negative, to the project's stored bytes. stored_bytes.py defines what counts."""
     if num_bytes:
         _pending(session).stored[project_id, day_of(now)] += num_bytes
 
 
 @contextmanager
 def savepoint(session: Session) -> Generator[SessionTransaction]:
-    """`begin_nested`; what is taken back with it is not added."""
+    """Begin a savepoint as `begin_nested` does. Its rollback also discards the amounts that it has added."""
     kept, is_kept = {name: deepcopy(session.info[name]) for name in GATHERED if name in session.info}, False
     try:
         with session.begin_nested() as nested:
@@ -97,30 +97,30 @@ def savepoint(session: Session) -> Generator[SessionTransaction]:
 
 
 def stored_bytes(session: Session, project_id: str) -> int:
-    """Without what this transaction adds."""
+    """Return the project's stored bytes, without what this transaction adds."""
     return session.scalar(select(StoredBytes.num_bytes).where(StoredBytes.project_id == project_id)) or 0
 
 
 def month_of(moment: float) -> int:
-    """Months since the year 0, in UTC."""
+    """Return the number of months since the year 0, in UTC."""
     date = datetime.fromtimestamp(moment, UTC)
     return date.year * 12 + date.month - 1
 
 
 def next_month(moment: float) -> float:
-    """When the month after that of `moment` begins."""
+    """Return when the month after that of `moment` begins, in seconds since 1970."""
     year, month = divmod(month_of(moment) + 1, 12)
     return datetime(year, month + 1, 1, tzinfo=UTC).timestamp()
 
 
 def month_seconds(session: Session, project_id: str, *, now: float) -> float:
-    """Device-seconds of the project in this calendar month; without what this transaction adds."""
+    """Return the project's device-seconds in this calendar month (UTC), without what this transaction adds."""
     of_month = (UsageMonth.project_id == project_id, UsageMonth.month == month_of(now))
     return session.scalar(select(func.sum(UsageMonth.device_seconds)).where(*of_month)) or 0.0
 
 
 def total(session: Session, project_id: str, amount: Amount, *, first_day: int) -> float:
-    """What the project has used since that day began, with what this transaction adds."""
+    """Return the project's usage since `first_day` began, including what this transaction adds."""
     of_project = (UsageDay.project_id == project_id, UsageDay.day >= first_day)
     written = session.scalar(select(func.sum(getattr(UsageDay, amount))).where(*of_project)) or 0
     pending: _Pending | None = session.info.get("used")
@@ -138,7 +138,7 @@ def _pending(session: Session) -> _Pending:
 
 def _write(session: Session) -> None:
     pending: _Pending = session.info.pop("used", None) or _Pending()
-    session.flush()  # all else is written before: a row of a day is held for a moment only
+    session.flush()  # writes everything else first, so that the shared rows of a day are locked only briefly
     for (project_id, day, base_model, slot), amounts in sorted(pending.used.items()):
         key = {"project_id": project_id, "day": day, "base_model": base_model, "slot": slot}
         add_to(session, UsageDay, key, {name: amounts[name] for name in AMOUNTS})
@@ -164,11 +164,11 @@ def _by_month(pending: _Pending) -> dict[tuple[str, int, int], float]:
 COUNTER_SLOTS = 16
 CounterName = Literal["jobs", "claims", "attempts_ended", "leases_expired", "trained_tokens", "adapters"]
 Counters = dict[tuple[str, str], int]
-"""Numbers by name and label."""
+"""Values of counters by name and label."""
 
 
 def count(session: Session, name: CounterName, label: str = "", number: int = 1) -> None:
-    """So many more, or fewer where it is below 0."""
+    """Add `number`, which may be negative, to a counter at the end of the transaction."""
     pending: Counter[tuple[str, str]] | None = session.info.get("tallies")
     if pending is None:
         pending = session.info["tallies"] = Counter[tuple[str, str]]()
@@ -177,7 +177,7 @@ def count(session: Session, name: CounterName, label: str = "", number: int = 1)
 
 
 def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
-    """Count the job in its new state instead of the one before, and its end in the daily record."""
+    """Count the job in its new state instead of its previous one. A final state also counts as usage of the day."""
     if before is not None:
         count(session, "jobs", state_label(before, job.priority), -1)
     count(session, "jobs", state_label(job.state, job.priority))
@@ -191,7 +191,7 @@ def state_label(state: str, priority: int) -> str:
 
 
 def jobs_by_state(tallies: Counters) -> dict[tuple[JobState, PriorityClass], int]:
-    """How many there are in each state and class; every pair is there."""
+    """Return the number of jobs for every pair of state and class, including zeros."""
     return {
         (state, priority): tallies.get(("jobs", state_label(state, priority)), 0)
         for state in JobState
@@ -200,7 +200,7 @@ def jobs_by_state(tallies: Counters) -> dict[tuple[JobState, PriorityClass], int
 
 
 def read_counters(session: Session) -> Counters:
-    """Without what this transaction adds."""
+    """Return all counters, without what this transaction adds."""
     summed = select(ServiceCounter.name, ServiceCounter.label, func.sum(ServiceCounter.number)).group_by(
         ServiceCounter.name, ServiceCounter.label
     )
@@ -212,7 +212,7 @@ def _write_counters(session: Session) -> None:
     changed = sorted((name, label, number) for (name, label), number in pending.items() if number)
     if not changed:
         return
-    session.flush()  # all else is written before: a row of these is held for a moment only
+    session.flush()  # writes everything else first, so that the shared rows of counters are locked only briefly
     slot = secrets.randbelow(COUNTER_SLOTS)
     rows = [{"name": name, "label": label, "slot": slot, "number": number} for name, label, number in changed]
     add_all_to(session, ServiceCounter, ("name", "label", "slot"), ("number",), rows)

@@ -1,9 +1,11 @@
-"""What a project may use at most, and a key may submit in a day: an operator says so, and None is without limit. The
-highest priority of both, too.
+"""Quotas of projects, the daily job limit of API keys, and the highest priority of both. Operators set them.
 
-Refused at submission: too many jobs that wait, too many in a day, the month's device-hours used up. Held in the queue:
-the jobs of a project that trains as many as it may, or has used up its month. Refused at upload, and where a worker
-would have to prepare files: too many bytes. Refused at creation: too many plans in a day.
+Where each quota applies:
+
+- A submission is rejected for too many queued jobs, too many jobs per day, or no device-hours left this month.
+- Jobs stay in the queue while their project has too many running jobs or no device-hours left this month.
+- An upload, and a job or plan whose files a worker has to prepare, is rejected for too many stored bytes.
+- A plan is rejected for too many plans per day.
 """
 
 from __future__ import annotations
@@ -43,35 +45,35 @@ COLUMNS: dict[Limit, str] = {
     "plans_per_day": "max_plans_per_day",
 }
 SAID: dict[Limit, str] = {
-    "concurrent_jobs": "{limit:,.0f} jobs that train at once",
-    "queued_jobs": "{limit:,.0f} jobs that wait",
-    "jobs_per_day": "{limit:,.0f} jobs a day",
-    "device_hours_per_month": "{limit:,.4g} device-hours a month",
+    "concurrent_jobs": "{limit:,.0f} concurrent jobs",
+    "queued_jobs": "{limit:,.0f} queued jobs",
+    "jobs_per_day": "{limit:,.0f} jobs per day",
+    "device_hours_per_month": "{limit:,.4g} device-hours per month",
     "stored_bytes": "{limit:,.0f} stored bytes",
-    "plans_per_day": "{limit:,.0f} plans a day",
+    "plans_per_day": "{limit:,.0f} plans per day",
 }
 REMEDIES: dict[Limit, str] = {
-    "concurrent_jobs": "Wait until one of them has ended.",
-    "queued_jobs": "Wait until some of them train, or cancel some.",
-    "jobs_per_day": "Submit it after that time.",
-    "device_hours_per_month": "Submit it after that time.",
-    "stored_bytes": "Delete files or adapters that you don't need.",
+    "concurrent_jobs": "Wait until one of the running jobs finishes.",
+    "queued_jobs": "Wait until some of the queued jobs start, or cancel some.",
+    "jobs_per_day": "Submit the job after that time.",
+    "device_hours_per_month": "Submit the job after that time.",
+    "stored_bytes": "Delete unneeded files or adapters.",
     "plans_per_day": "Create the plan after that time.",
 }
 WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
 CAN_HOLD = or_(Project.max_concurrent_jobs.is_not(None), Project.max_device_hours_per_month.is_not(None))
-"""In a query: the project has a limit that can hold its jobs in the queue."""
+"""In a query: the project has a quota that can keep its jobs in the queue."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuotaStatus:
-    """A limit of a project, and how much of it is used."""
+    """A quota of a project and its current usage. limit: None: no limit."""
 
     name: Limit
     limit: float | None
     used: float
     resets_at: float | None
-    """When `used` begins anew; None where it goes down by itself or never."""
+    """When `used` is reset to zero; None if it has no fixed time."""
 
     @property
     def is_reached(self) -> bool:
@@ -82,7 +84,7 @@ class QuotaStatus:
 
 
 def standings(db: Database, *, caller: Caller, project: str) -> tuple[Project, list[QuotaStatus]]:
-    """All that can be limited of a project, by id or name. Raises NotFound."""
+    """Return the project with this id or name, and all its quotas. Raises NotFound."""
     with db.read() as session:
         row = projects.find(session, caller=caller, project=project)
         now = read_clock(session)
@@ -97,8 +99,10 @@ def limit(
     limits: Mapping[Limit, float | None],
     highest_priority: Priority | None = None,
 ) -> Project:
-    """Change those limits that are given; None: without limit. highest_priority: None: as it was. What is there already
-    stays, and jobs keep their class. Raises NotFound."""
+    """Change the given quotas; None: no limit. highest_priority: None: unchanged.
+
+    What exceeds a new quota already stays, and jobs keep their priority. Raises NotFound.
+    """
     with db.write() as session:
         row = projects.find(session, caller=caller, project=project)
         for name, value in limits.items():
@@ -112,9 +116,10 @@ def limit(
 
 
 def check_submission(session: Session, caller: Caller, *, now: float, is_promised: bool = False) -> None:
-    """One more job, in the transaction that accepts it: nobody else of the project is counted meanwhile.
+    """Check that one more job may be submitted, in the transaction that creates it.
 
-    is_promised: as of check_key. Raises QuotaExceeded, and RateLimited for the key's own jobs a day.
+    Until it ends, no other transaction checks these quotas of the project. is_promised: see check_key. Raises
+    QuotaExceeded, and RateLimited for the daily job limit of the key.
     """
     check_key(session, caller, now=now, is_promised=is_promised)
     project = project_of(session, caller.project_id)
@@ -129,11 +134,11 @@ def check_submission(session: Session, caller: Caller, *, now: float, is_promise
 
 
 def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: float) -> None:
-    """One more plan, in the transaction that creates it. No other transaction of the project creates a plan at the same
-    time. Raises QuotaExceeded.
+    """Check that one more plan may be created, in the transaction that creates it. The caller has serialized the
+    creation of plans of the project. Raises QuotaExceeded.
 
-    Plans that a worker has to compute count for the project. Each key creates as many from files that are prepared
-    already: so a key that may only read does not use up the plans of the others.
+    Plans that a worker has to compute count for the project. Plans from files that are already prepared count for the
+    key, with the same limit. Otherwise a key with read access only could use up the plans of other keys.
     """
     project = project_of(session, caller.project_id)
     standing = standing_of(session, project, "plans_per_day", now=now)
@@ -146,7 +151,7 @@ def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: floa
 
 
 def check_resumption(session: Session, project_id: str, *, now: float) -> None:
-    """One more job that waits, and was created before; otherwise as `check_submission`. Raises QuotaExceeded."""
+    """Check that an existing job may return to the queue, as `check_submission` does. Raises QuotaExceeded."""
     project = project_of(session, project_id)
     if project.max_queued_jobs is None:
         return
@@ -157,9 +162,9 @@ def check_resumption(session: Session, project_id: str, *, now: float) -> None:
 
 
 def check_priority(session: Session, caller: Caller, priority: Priority) -> None:
-    """Whether the caller's project and key may have a job of this class. Raises Forbidden.
+    """Raises Forbidden if the priority is above the highest one of the caller's project or key.
 
-    The key is read here: the code that creates the trials of a sweep has only its id.
+    The key is read here, because the code that creates the trials of a sweep has only its id.
     """
     project, key = project_of(session, caller.project_id), get_once(session, ApiKey, caller.api_key_id, lock="share")
     raised = f"--highest-priority {priority}"
@@ -183,7 +188,7 @@ def project_of(session: Session, project_id: str) -> Project:
 def _too_high(owner: str, highest: int, priority: Priority, command: str) -> Forbidden:
     allowed = PriorityClass(highest).name
     return Forbidden(
-        f"The priority {priority!r} is above {allowed!r}, the highest priority of the {owner}.",
+        f"Priority {priority!r} is above {allowed!r}, the highest priority of {owner}.",
         code="priority_too_high",
         remedy=f"Use {allowed!r} or a lower priority, or ask an operator to raise the maximum: {command}.",
         param="priority",
@@ -191,17 +196,20 @@ def _too_high(owner: str, highest: int, priority: Priority, command: str) -> For
 
 
 def enough_at(leaving: Iterable[tuple[int, float]], num_needed: int, *, now: float) -> float | None:
-    """When so much has left, of what leaves each by a time of its own; None: not by itself, or nobody knows when."""
+    """Return when at least `num_needed` will have been freed. leaving: pairs of amount and latest time.
+
+    None: waiting alone will not free enough, or the time is not known.
+    """
     num_left = 0
     for number, at in sorted(leaving, key=lambda one: one[1]):
-        num_left += number if at > now else 0  # what should have left by now may stay as long again
+        num_left += number if at > now else 0  # an overdue amount may stay for an unknown time
         if num_left >= num_needed:
             return at
     return None
 
 
 def holds(session: Session, *, now: float, project_ids: Collection[str] | None = None) -> dict[str, QuotaStatus]:
-    """By project the limit for which none of its jobs is begun now. None: of all projects."""
+    """Return by project the quota that currently prevents its jobs from starting. project_ids: None: all projects."""
     limited = select(Project).where(CAN_HOLD)
     if project_ids is not None:
         limited = limited.where(Project.id.in_(project_ids))
@@ -216,9 +224,9 @@ def holds(session: Session, *, now: float, project_ids: Collection[str] | None =
 
 
 def beginnable(session: Session, jobs: Mapping[str, Job]) -> set[str]:
-    """Of jobs that are to be claimed, best first and by id, those that their projects' limits let begin.
+    """Return the ids of the jobs that the quotas of their projects allow to start. jobs: by id, the best first.
 
-    Until this transaction ends, nobody else begins one of such a project.
+    Until this transaction ends, no other one starts jobs of a project with such a quota.
     """
     free = free_places(session, {job.project_id for job in jobs.values()}, is_claim=True)
     begun: set[str] = set()
@@ -229,9 +237,9 @@ def beginnable(session: Session, jobs: Mapping[str, Job]) -> set[str]:
 
 
 def free_places(session: Session, project_ids: Collection[str], *, is_claim: bool = False) -> dict[str, float]:
-    """Of those of the projects that may train only so many jobs at once: how many more they may begin.
+    """Return how many more jobs each project with a quota of concurrent jobs may start.
 
-    is_claim: nobody else begins one of theirs until this transaction ends.
+    is_claim: no other transaction starts jobs of these projects until this one ends.
     """
     capped = select(Project.id, Project.max_concurrent_jobs).where(
         Project.id.in_(project_ids), Project.max_concurrent_jobs.is_not(None)
@@ -245,20 +253,23 @@ def free_places(session: Session, project_ids: Collection[str], *, is_claim: boo
 
 
 def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float, is_promised: bool = False) -> None:
-    """So many jobs more than those of the last 24 hours, whatever became of these, and those that the key's sweeps are
-    still to make. is_promised: they are among the latter. Raises RateLimited."""
+    """Check the daily job limit of the key for `num_jobs` more. Raises RateLimited.
+
+    All jobs that the key created in the last 24 hours count, and the trials that its sweeps still have to create.
+    is_promised: the new jobs are among these trials.
+    """
     most = caller.service_jobs_per_day if caller.jobs_per_day is None else caller.jobs_per_day
     if most == 0:
         return
     serialize(session, f"jobs a day {caller.api_key_id}")
-    promised = 0 if is_promised else _promised(session, caller.api_key_id)  # read first: they become jobs meanwhile
+    promised = 0 if is_promised else _promised(session, caller.api_key_id)  # before jobs: trials become jobs
     since = (Job.created_by == caller.api_key_id, Job.created_at > now - DAY_SECONDS)
-    raised = "An operator can give the key a higher limit: lorry keys limit."
-    message, code = f"The API key has reached its limit of {most} jobs a day.", "rate_limit_exceeded"
-    message += f" Its sweeps are still to make {promised:,} of them." if promised else ""
+    raised = "An operator can raise the limit of the key: lorry keys limit."
+    message, code = f"The API key has reached its limit of {most} jobs per day.", "rate_limit_exceeded"
+    message += f" This includes {promised:,} trials that its sweeps have not created yet." if promised else ""
     num_more = num_jobs + promised
     if num_more > most:
-        fewer = "Close or cancel one of those sweeps, or ask for fewer" if promised else "Ask for fewer"
+        fewer = "Close or cancel one of those sweeps, or request fewer jobs" if promised else "Request fewer jobs"
         remedy = f"{fewer} at once. {raised}"
         raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=math.inf, headers={})
     latest = select(Job.created_at).where(*since).order_by(Job.created_at.desc())
@@ -270,7 +281,7 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
 
 
 def _promised(session: Session, api_key_id: str) -> int:
-    """Trials that the key's sweeps are still to make by themselves."""
+    """Return the number of trials that the controller still has to create for the key's sweeps."""
     search = Sweep.requested["search"]["type"].as_string()
     left = select(func.coalesce(func.sum(Sweep.num_trials - Sweep.num_created), 0)).where(
         Sweep.created_by == api_key_id, Sweep.finished_at.is_(None), Sweep.is_closed.is_(False), search != "ask_tell"
@@ -306,7 +317,7 @@ def standing_of(session: Session, project: Project, name: Limit, *, now: float) 
 
 
 def _count(session: Session, project_id: str, *states: JobState, most: float | None = None) -> int:
-    """Jobs of the project in these states; no further than needed."""
+    """Count the project's jobs in these states, for each state up to `most` + 1 at most."""
     found = 0
     for state in states:
         some = select(Job.id).where(Job.state == state, Job.project_id == project_id)
@@ -318,9 +329,9 @@ def _count(session: Session, project_id: str, *states: JobState, most: float | N
 
 def exceeded(project: Project, standing: QuotaStatus, *, now: float, num_more: int = 0) -> QuotaExceeded:
     used = f"{standing.used:,.4g}" if standing.name == "device_hours_per_month" else f"{standing.used:,.0f}"
-    more = f", and this would be {num_more:,} more" if num_more else ""
-    resets = f" It begins anew at {utc_time(standing.resets_at)}." if standing.resets_at is not None else ""
-    message = f"The project {project.name!r} may have {standing.said()}; it has {used}{more}.{resets}"
+    more = f"; this would add {num_more:,}" if num_more else ""
+    resets = f" The usage resets at {utc_time(standing.resets_at)}." if standing.resets_at is not None else ""
+    message = f"Project {project.name!r} is limited to {standing.said()}. Current usage: {used}{more}.{resets}"
     return refusal(project, standing, message, REMEDIES[standing.name], now=now)
 
 

@@ -1,4 +1,4 @@
-"""What was used, as people ask for it: by day, and in a day by organization, project or base model."""
+"""The usage report: usage by day, and for each day by organization, project or base model."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ MOST_DAYS = 31
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UsageQuery:
-    """Times in seconds since 1970; days are UTC's, and one is told whole where any of it is asked for."""
+    """Parameters of a report. Times are in seconds since 1970. Days are in UTC, and each day is reported as a whole."""
 
     start_time: float
     end_time: float | None = None
     """None: now."""
     group_by: Sequence[GroupBy] = ("project_id",)
     project_ids: Sequence[str] = ()
-    """Of both: by id or name; none named: all that the caller sees."""
+    """Both by id or name; empty: all that the caller can see."""
     organization_ids: Sequence[str] = ()
     models: Sequence[str] = ()
     num_days: int = 7
@@ -46,14 +46,14 @@ class UsageQuery:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Used:
-    """What was used on a day, by an organization or a project, or of a base model."""
+    """The usage of one day and group. Fields that the report is not grouped by are None."""
 
     organization_id: str | None
     project_id: str | None
     model: str | None
     amounts: dict[str, float]
     stored_bytes: int | None = None
-    """None where it is told by base model, of which stored bytes are not."""
+    """None in a report by base model, because stored bytes have none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,18 +66,18 @@ class Day:
 class Report:
     days: list[Day]
     next_day: int | None
-    """Where the next page begins."""
+    """The first day of the next page; None: there is none."""
 
 
 def report(db: Database, *, caller: Caller, query: UsageQuery) -> Report:
-    """A page of days, the earliest first. Raises InvalidRequest for a time that ends before it begins."""
+    """Return a page of days, the earliest first. Raises InvalidRequest if the period ends before it begins."""
     with db.read() as session:
         end_time = read_clock(session) if query.end_time is None else query.end_time
         if end_time <= query.start_time:
             raise InvalidRequest(
-                f"The time ends at {end_time:.0f}, before it begins.",
+                f"The period ends at {end_time:.0f}, which is not after its start.",
                 code="invalid_value",
-                remedy="Give a start_time, in seconds since 1970, that is earlier than end_time.",
+                remedy="Set a start_time, in seconds since 1970, that is earlier than end_time.",
                 param="start_time",
             )
         first, last = ledger.day_of(query.start_time), ledger.day_of(end_time - 1e-6)
@@ -88,8 +88,7 @@ def report(db: Database, *, caller: Caller, query: UsageQuery) -> Report:
 
 
 def _seen(session: Session, caller: Caller, query: UsageQuery) -> dict[str, str]:
-    """Ids of the projects that are asked for and that the caller may see, and of their organizations. Those that he
-    may not are as none."""
+    """Return the requested projects that the caller can see, each with its organization, by id. Others are ignored."""
     mine = select(Project.id, Project.organization_id)
     if not caller.is_operator:
         mine = mine.where(Project.id == caller.project_id)
@@ -133,7 +132,10 @@ def _sums(session: Session, query: UsageQuery, seen: Collection[str], first: int
 
 
 def _stored(session: Session, seen: Collection[str], first: int, past: int) -> dict[tuple[int, str], int]:
-    """At the end of each day, up to today; a day on which nothing changed has what the one before had."""
+    """Return the stored bytes by day and project at the end of each day, up to today.
+
+    A day without a change has the value of the previous day.
+    """
     before = select(StoredDay.num_bytes).where(StoredDay.project_id == Project.id, StoredDay.day < first)
     latest = before.order_by(StoredDay.day.desc()).limit(1).correlate(Project).scalar_subquery()
     held: dict[str, int | None] = {

@@ -1,7 +1,8 @@
-"""What counts as a project's stored bytes, counted from the rows.
+"""Definition of a project's stored bytes, and their recount from the rows.
 
-The counters in `stored_bytes` follow every change (daily.store); cleaning compares them with this recount once a day,
-because workers of an earlier version, which may run during an upgrade, charge only for files and adapters.
+The counters in the table `stored_bytes` follow every change (`ledger.store`). Garbage collection compares them with
+this recount once a day, because workers of an earlier version, which may run during an upgrade, charge only for files
+and adapters.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ log = logging.getLogger("lorry.catalog")
 
 
 def recount(session: Session, project_id: str | None = None) -> dict[str, int]:
-    """Bytes by project, of all projects or of one. A project that stores nothing may be missing.
+    """Return stored bytes by project, for all projects or one. A project that stores nothing may be missing.
 
-    An object counts once for each row that refers to it, although the store keeps equal bytes once.
+    An object counts once for each row that refers to it, although the store keeps equal bytes only once.
     """
     parts = union_all(*_parts()).subquery()
     total = select(parts.c.project_id, func.sum(parts.c.num_bytes)).group_by(parts.c.project_id)
@@ -34,7 +35,7 @@ def recount(session: Session, project_id: str | None = None) -> dict[str, int]:
 
 
 def reconcile(db: Database) -> int:
-    """Correct the counters that differ from the recount. Returns how many did."""
+    """Correct the counters that differ from the recount. Returns how many were corrected."""
     with db.read() as session:
         counted = recount(session)
         kept = {row.project_id: row.num_bytes for row in session.scalars(select(StoredBytes))}
@@ -43,7 +44,11 @@ def reconcile(db: Database) -> int:
 
 
 def _correct(db: Database, project_id: str) -> bool:
-    """The counter is locked first: what others commit before that is counted, and what they commit later they add."""
+    """Recount and correct one project. Returns whether its counter differed.
+
+    The counter is locked first. The recount includes what other transactions committed before, and they add what they
+    commit later.
+    """
     with db.write() as session:
         add_if_missing(session, StoredBytes, {"project_id": project_id, "num_bytes": 0})
         counter = session.get_one(StoredBytes, project_id, with_for_update=True, populate_existing=True)
@@ -55,7 +60,7 @@ def _correct(db: Database, project_id: str) -> bool:
 
 
 def _parts() -> tuple[Select[str, int], ...]:
-    """Files, adapters, token caches, what jobs resume from, checkpoints as models, and what trainers printed."""
+    """Select the stored bytes: files, adapters, token caches, checkpoints, adapters of checkpoints, trainer logs."""
     adapters = select(Adapter.project_id, Artifact.num_bytes).join(Artifact, Artifact.digest == Adapter.artifact)
     checkpoints = select(Job.project_id, Artifact.num_bytes).select_from(Checkpoint)
     checkpoints = checkpoints.join(Job, Job.id == Checkpoint.job_id)

@@ -1,4 +1,4 @@
-"""The log of deliveries, and sending one of them again."""
+"""The log of webhook deliveries, and their replay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.webhooks import endpoints
 
 KEPT_SECONDS = 30 * 86_400.0
-"""How long what was delivered, or has failed, is kept."""
+"""How long finished deliveries are kept."""
 Status = Literal["pending", "delivered", "failed"]
 
 
@@ -30,7 +30,7 @@ def list_page(
     after: str | None = None,
     limit: int = 20,
 ) -> Page[WebhookDelivery]:
-    """Newest first. Raises NotFound."""
+    """Return a page of the endpoint's deliveries, newest first. Raises NotFound."""
     with db.read() as session:
         endpoints.find(session, project_id=project_id, endpoint_id=endpoint_id)
         return paginate(
@@ -45,13 +45,13 @@ def list_page(
 
 
 def get(db: Database, *, project_id: str, delivery_id: str) -> WebhookDelivery:
-    """Raises NotFound."""
+    """Return the delivery. Raises NotFound."""
     with db.read() as session:
         return _find(session, project_id=project_id, delivery_id=delivery_id)[0]
 
 
 def tries(db: Database, delivery_ids: Sequence[str]) -> dict[str, list[WebhookTry]]:
-    """Of each delivery its tries, the first one first."""
+    """Return the attempts of each delivery, in order."""
     found: dict[str, list[WebhookTry]] = {delivery_id: [] for delivery_id in delivery_ids}
     with db.read() as session:
         wanted = select(WebhookTry).where(WebhookTry.delivery_id.in_(delivery_ids)).order_by(WebhookTry.seq)
@@ -61,9 +61,9 @@ def tries(db: Database, delivery_ids: Sequence[str]) -> dict[str, list[WebhookTr
 
 
 def replay(db: Database, *, project_id: str, delivery_id: str) -> WebhookDelivery:
-    """Send it again now, with the same id; it has all its tries again. One that is being sent stays as it is.
+    """Schedule the delivery to be sent again now, with the same event id and all its attempts.
 
-    Raises NotFound; Conflict where its endpoint is disabled.
+    A delivery that is being sent stays as it is. Raises NotFound, and Conflict if its endpoint is disabled.
     """
     with db.write() as session:
         _, endpoint = _find(session, project_id=project_id, delivery_id=delivery_id)
@@ -89,7 +89,10 @@ def replay(db: Database, *, project_id: str, delivery_id: str) -> WebhookDeliver
 
 
 def replay_failed(db: Database, *, project_id: str, endpoint_id: str, since: float) -> int:
-    """Send again what has failed since then, tests left out. How many that are. Raises NotFound; Conflict."""
+    """Schedule all failed deliveries since a time to be sent again, except tests. Returns how many.
+
+    Raises NotFound, and Conflict if the endpoint is disabled.
+    """
     with db.write() as session:
         endpoint = endpoints.find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True)
         _check_open(endpoint)
@@ -109,7 +112,7 @@ def replay_failed(db: Database, *, project_id: str, endpoint_id: str, since: flo
 
 
 def forget(db: Database) -> None:
-    """Delete the log of before, and endpoints that were deleted before that."""
+    """Delete finished deliveries older than KEPT_SECONDS, and endpoints deleted before that without deliveries."""
     with db.write() as session:
         before = read_clock(session) - KEPT_SECONDS
         of_any = WebhookDelivery.endpoint_id.in_(select(WebhookEndpoint.id))
@@ -130,7 +133,7 @@ def _find(session: Session, *, project_id: str, delivery_id: str) -> tuple[Webho
         )
     ).first()
     if found is None:
-        remedy = "`lorry webhooks deliveries ENDPOINT` lists those of an endpoint, for 30 days."
+        remedy = "`lorry webhooks deliveries ENDPOINT` lists the deliveries of an endpoint, for 30 days."
         raise NotFound("webhook delivery", delivery_id, remedy=remedy)
     return found[0], found[1]
 
@@ -138,7 +141,7 @@ def _find(session: Session, *, project_id: str, delivery_id: str) -> tuple[Webho
 def _check_open(endpoint: WebhookEndpoint) -> None:
     if endpoint.disabled_at is not None:
         raise Conflict(
-            f"The webhook endpoint {endpoint.name!r} is disabled.",
+            f"Webhook endpoint {endpoint.name!r} is disabled.",
             code="webhook_endpoint_disabled",
             remedy=f"Enable it first: lorry webhooks enable {endpoint.id}.",
         )

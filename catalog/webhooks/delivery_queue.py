@@ -1,6 +1,7 @@
-"""What is sent next, and what became of it. The lease of a delivery is short: a process that dies leaves it to others.
+"""The queue of webhook deliveries: claims of due deliveries, and the results of attempts.
 
-Who sends holds no transaction meanwhile. Several processes at once send different deliveries.
+A delivery is leased for a short time, so that another process takes over after a crash. No transaction is open while a
+delivery is sent. Several processes send different deliveries at the same time.
 """
 
 from __future__ import annotations
@@ -22,47 +23,47 @@ from catalog.webhooks import endpoints, outbox, sealed_urls, signing
 from catalog.webhooks.outbox import EventType
 
 LEASE_SECONDS = 60.0
-"""A try ends long before."""
+"""Lease of a claimed delivery, much longer than an attempt takes."""
 MAX_IN_FLIGHT = 64
-"""Deliveries that one process sends at the same time."""
+"""How many deliveries one process sends at the same time."""
 OF_PROJECT = MAX_IN_FLIGHT // 4
-"""And of one project among them."""
+"""How many of them can be for one project."""
 AT_ONCE = 4
-"""Deliveries of one endpoint that are sent at the same time; 1 while it fails."""
+"""How many deliveries are sent to one endpoint at the same time; 1 while it fails."""
 FAILING_SECONDS = 5 * 86_400.0
-"""An endpoint whose tries have all failed for so long is disabled."""
+"""An endpoint is disabled after all attempts have failed for this long."""
 GONE = 410
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outgoing:
-    """A delivery in the hands of one process."""
+    """A delivery that this process has claimed and sends."""
 
     delivery_id: str
     claim_id: str
     endpoint_id: str
     project_id: str
     url: str | None
-    """None where it can't be decrypted any more."""
+    """None if the URL can't be decrypted any more."""
     message_id: str
     body: bytes
     signed_with: list[str]
-    """Secrets; none where they can't be made any more."""
+    """Secrets to sign with; empty if they can't be recreated any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeliveryResult:
-    """What one try came to."""
+    """Result of one delivery attempt."""
 
     started_at: float
     seconds: float
     status_code: int | None = None
     error: str | None = None
-    """Why there was no answer, as a sentence."""
+    """Why there was no response, as a sentence."""
     reply: str | None = None
     retry_after: float | None = None
     says_of_endpoint: bool = True
-    """False: it failed before there was a connection, while this service had no room to resolve names."""
+    """False: the attempt failed before a connection because this service was too busy to resolve the host name."""
 
     @property
     def is_success(self) -> bool:
@@ -70,10 +71,10 @@ class DeliveryResult:
 
 
 def claim(db: Database, *, pepper: Pepper, limit: int, in_flight: Collection[Outgoing]) -> list[Outgoing]:
-    """Up to `limit` deliveries that are due, a few of each endpoint. `in_flight`: those that this process sends now: a
-    slow endpoint holds up only itself, and a project has at most OF_PROJECT.
+    """Claim up to `limit` due deliveries. in_flight: the deliveries that this process is sending.
 
-    The project that has the fewest comes next; of equals, that whose first delivery has been due for longest.
+    An endpoint has at most AT_ONCE of them, so that a slow endpoint delays only itself, and a project at most
+    OF_PROJECT. The project with the fewest is next, and among equal ones the project with the longest due delivery.
     """
     by_endpoint = Counter(outgoing.endpoint_id for outgoing in in_flight)
     by_project = Counter(outgoing.project_id for outgoing in in_flight)
@@ -102,7 +103,10 @@ def claim(db: Database, *, pepper: Pepper, limit: int, in_flight: Collection[Out
 
 
 def record(db: Database, claimed: Outgoing, outcome: DeliveryResult) -> None:
-    """Note the try; then the delivery has ended or waits for its next. Who lost the lease changes nothing else."""
+    """Store an attempt, and finish the delivery or schedule its next attempt.
+
+    If the process has lost the lease of the delivery, only the attempt is stored.
+    """
     with db.write() as session:
         endpoint = _lock(session, claimed.endpoint_id)
         now = read_clock(session)
@@ -135,7 +139,7 @@ def add_try(session: Session, delivery_id: str, outcome: DeliveryResult) -> None
 
 
 def record_test(db: Database, endpoint: WebhookEndpoint, delivery: WebhookDelivery, outcome: DeliveryResult) -> None:
-    """A test is sent once, by who asks for it, and then kept with its one try."""
+    """Store a test delivery with its only attempt. The request that asked for the test has sent it."""
     with db.write() as session:
         now = read_clock(session)
         delivery.status, delivery.num_tries = "delivered" if outcome.is_success else "failed", 1
@@ -147,7 +151,7 @@ def record_test(db: Database, endpoint: WebhookEndpoint, delivery: WebhookDelive
 
 
 def new_test(endpoint: WebhookEndpoint, event_type: EventType, *, subject: str, now: float) -> WebhookDelivery:
-    """A row that is not stored yet."""
+    """Return the row of a test delivery, which is not stored yet."""
     return WebhookDelivery(
         id=new_id("delivery"),
         endpoint_id=endpoint.id,
@@ -172,13 +176,15 @@ def _any_due(now: float, full: list[str], full_projects: list[str]) -> Select[st
 
 
 def is_due(now: float) -> ColumnElement[bool]:
-    """In a query: the delivery is to be sent, and nobody does so."""
+    """In a query: the delivery is due, and no process has leased it."""
     return and_(WebhookDelivery.next_try_at <= now, lease.is_free(WebhookDelivery, now=now))
 
 
 def _due_endpoints(now: float, full: list[str], full_projects: list[str], *, busy: list[str]) -> Select[str, str, bool]:
-    """Endpoints that something is due for, with their project, the one that waits longest first, and whether they fail:
-    one that does takes no turn while something is sent to it."""
+    """Select endpoints with due deliveries, their projects, and whether they fail; the longest due first.
+
+    A failing endpoint is not selected while a delivery is being sent to it.
+    """
     due = (WebhookDelivery.endpoint_id == WebhookEndpoint.id, is_due(now))
     first = select(func.min(WebhookDelivery.next_try_at)).where(*due).scalar_subquery()
     is_failing = WebhookEndpoint.failing_since.is_not(None)
@@ -193,7 +199,7 @@ def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: Pepper) ->
         now = read_clock(session)
         endpoint = session.get_one(WebhookEndpoint, endpoint_id)
         if endpoint.disabled_at is not None or endpoint.deleted_at is not None:
-            # Its event was written while that was being said.
+            # The event was written while the endpoint was being disabled or deleted.
             endpoints.give_up_waiting(session, endpoint_id, now=now)
             return []
         due = select(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id, is_due(now))
@@ -235,7 +241,7 @@ def _lock(session: Session, endpoint_id: str) -> WebhookEndpoint:
 
 
 def _go_on(delivery: WebhookDelivery, outcome: DeliveryResult, *, now: float) -> None:
-    """It waits for its next try, or has had them all."""
+    """Schedule the next attempt, or fail the delivery if it has had all of them."""
     wait = wait_seconds(delivery.num_tries - delivery.num_tries_before, retry_after=outcome.retry_after)
     delivery.next_try_at = None if wait is None else now + wait
     if wait is None:
@@ -243,7 +249,7 @@ def _go_on(delivery: WebhookDelivery, outcome: DeliveryResult, *, now: float) ->
 
 
 def _judge(session: Session, endpoint: WebhookEndpoint, outcome: DeliveryResult, *, now: float) -> None:
-    """Disable an endpoint that says that it is gone, or that has failed for days; its project's others are told."""
+    """Disable an endpoint that responds with 410 (gone) or has failed for days, and notify the project's others."""
     endpoint.failing_since = since = now if endpoint.failing_since is None else endpoint.failing_since
     is_gone = outcome.status_code == GONE
     if not is_gone and since > now - FAILING_SECONDS:
@@ -255,16 +261,16 @@ def _judge(session: Session, endpoint: WebhookEndpoint, outcome: DeliveryResult,
 
 
 WAITS_SECONDS = (5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0, 7200.0, 14_400.0, 25_200.0, 36_000.0)
-"""After the first try, the second, …: a day and an hour together."""
+"""Waits after the first failed attempt, the second, …: in total about 25 hours."""
 JITTER = 0.2
 LONGEST_ASKED_SECONDS = 12 * 3600.0
-"""What a Retry-After can put a try off to."""
+"""Maximum wait that a Retry-After header can request."""
 
 
 def wait_seconds(num_tries: int, *, retry_after: float | None = None, chance: float | None = None) -> float | None:
-    """Until the next try after `num_tries` that failed; None: there is none. `chance` is from 0 to 1.
+    """Return the wait after `num_tries` failed attempts, or None if there is no further one. chance: 0 to 1, for tests.
 
-    A Retry-After only makes it longer: it would else be the receiver's way to have many requests sent.
+    A Retry-After only makes the wait longer. Otherwise a receiver could use it to request many attempts.
     """
     if not 0 < num_tries <= len(WAITS_SECONDS):
         return None

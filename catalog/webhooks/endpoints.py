@@ -1,5 +1,7 @@
-"""Endpoints as people make, change, rotate and delete them. Whoever locks an endpoint and its deliveries locks the
-endpoint first."""
+"""Webhook endpoints: create, change, rotate, disable and delete.
+
+A transaction that locks an endpoint and its deliveries locks the endpoint first.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,15 @@ from catalog.webhooks import sealed_urls, signing
 from catalog.webhooks.outbox import EventType
 
 MAX_ENDPOINTS = 20
-"""Of a project: each event is written once for each of them."""
+"""Maximum per project. Each event is written once for each endpoint."""
 REPEAT_SECONDS = 600.0
-"""How long a client's retry is answered as its first request was."""
+"""How long a client's retry has the same response as its first request."""
 DAY = 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndpointChange:
-    """What is None stays as it is."""
+    """The fields to change; None: unchanged."""
 
     name: str | None = None
     url: str | None = None
@@ -48,7 +50,11 @@ def create(
     pepper: Pepper,
     is_client_retry: bool = False,
 ) -> tuple[WebhookEndpoint, str]:
-    """The endpoint, and its secret, which is not shown again. Raises Conflict where the project has too many."""
+    """Create an endpoint. Returns it with its secret, which is not shown again.
+
+    is_client_retry: the client repeats a request that had no reply; a recent, equal endpoint is then returned. Raises
+    Conflict if the project has MAX_ENDPOINTS.
+    """
     wanted = _distinct(event_types)
     with db.write() as session:
         serialize(session, f"webhook endpoints of {project_id}")
@@ -80,7 +86,7 @@ def create(
 
 
 def list_page(db: Database, *, project_id: str, after: str | None = None, limit: int = 20) -> Page[WebhookEndpoint]:
-    """Newest first."""
+    """Return a page of the project's endpoints, newest first."""
     with db.read() as session:
         return paginate(
             session,
@@ -94,7 +100,7 @@ def list_page(db: Database, *, project_id: str, after: str | None = None, limit:
 
 
 def get(db: Database, *, project_id: str, endpoint_id: str) -> WebhookEndpoint:
-    """Raises NotFound."""
+    """Return the endpoint. Raises NotFound."""
     with db.read() as session:
         return find(session, project_id=project_id, endpoint_id=endpoint_id)
 
@@ -102,7 +108,7 @@ def get(db: Database, *, project_id: str, endpoint_id: str) -> WebhookEndpoint:
 def change(
     db: Database, *, project_id: str, endpoint_id: str, changes: EndpointChange, pepper: Pepper
 ) -> WebhookEndpoint:
-    """What waits to be sent goes to the new address. Raises NotFound."""
+    """Change the endpoint. Pending deliveries are sent to the new URL. Raises NotFound."""
     with db.write() as session:
         row = find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True)
         before = (row.name, row.sealed_url, row.event_types, row.disabled_at)
@@ -129,7 +135,11 @@ def rotate(
     pepper: Pepper,
     is_client_retry: bool = False,
 ) -> tuple[WebhookEndpoint, str]:
-    """A new secret. For `overlap_seconds` messages are signed with the old one too. Raises NotFound."""
+    """Replace the secret and return the new one. For `overlap_seconds`, messages are also signed with the old one.
+
+    is_client_retry: the client repeats a request that had no reply; a recently created secret is then returned. Raises
+    NotFound.
+    """
     with db.write() as session:
         row = find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True)
         now = read_clock(session)
@@ -146,7 +156,7 @@ def rotate(
 
 
 def delete(db: Database, *, project_id: str, endpoint_id: str, is_client_retry: bool = False) -> None:
-    """Nothing is sent there from now on. Raises NotFound."""
+    """Delete the endpoint. Its pending deliveries fail. Raises NotFound."""
     with db.write() as session:
         row = find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True, deleted_too=is_client_retry)
         if row.deleted_at is None:
@@ -156,13 +166,16 @@ def delete(db: Database, *, project_id: str, endpoint_id: str, is_client_retry: 
 
 
 def note(session: Session, row: WebhookEndpoint, type: AuditType, *, now: float, **more: object) -> None:  # noqa: A002
-    """In the audit log: of the address the host alone, for what follows may be a secret."""
+    """Write an audit event. It contains only the host of the URL, because the rest may be secret."""
     about = {"name": row.name, "host": urlsplit(row.url).hostname, "event_types": row.event_types, **more}
     log.note(session, type, now=now, object_id=row.id, project_id=row.project_id, details=about)
 
 
 def shut(session: Session, endpoint: WebhookEndpoint, *, reason: str, now: float) -> None:
-    """Of an endpoint that is locked: nothing is sent there until somebody enables it. What waits can be replayed."""
+    """Disable an endpoint, which the caller has locked, until a user enables it.
+
+    Its pending deliveries fail, and can be replayed.
+    """
     endpoint.disabled_at, endpoint.disabled_reason = now, reason
     give_up_waiting(session, endpoint.id, now=now)
 
@@ -176,11 +189,11 @@ def give_up_waiting(session: Session, endpoint_id: str, *, now: float) -> None:
 def find(
     session: Session, *, project_id: str, endpoint_id: str, lock: bool = False, deleted_too: bool = False
 ) -> WebhookEndpoint:
-    """Raises NotFound. A lock is no obstacle to who writes a delivery for the endpoint."""
+    """Return the endpoint. Its lock does not block transactions that insert deliveries. Raises NotFound."""
     wanted = select(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id, WebhookEndpoint.project_id == project_id)
     row = session.scalar(wanted.with_for_update(key_share=True) if lock else wanted)
     if row is None or (row.deleted_at is not None and not deleted_too):
-        raise NotFound("webhook endpoint", endpoint_id, remedy="`lorry webhooks list` shows those of your project.")
+        raise NotFound("webhook endpoint", endpoint_id, remedy="`lorry webhooks list` shows your endpoints.")
     return row
 
 
@@ -197,7 +210,7 @@ def _distinct(event_types: Sequence[EventType]) -> list[EventType]:
 
 def _too_many() -> Conflict:
     return Conflict(
-        f"The project has {MAX_ENDPOINTS} webhook endpoints, and can have no more.",
+        f"The project has {MAX_ENDPOINTS} webhook endpoints, which is the maximum.",
         code="too_many_webhook_endpoints",
-        remedy="Delete one that is not needed: lorry webhooks remove ID.",
+        remedy="Delete an unneeded one: lorry webhooks remove ID.",
     )

@@ -1,4 +1,4 @@
-"""Events for the endpoints of a project, written in the transaction of what they tell of: never without it."""
+"""The outbox: deliveries of events to the endpoints of a project, written in the transaction that causes the event."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 
 
 def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
-    """Write the deliveries of a job that has ended."""
+    """Write the deliveries for a job that has finished."""
     event_type = JOB_EVENT_TYPES.get(JobState(job.state))
     if event_type is not None:
         add(session, project_id=job.project_id, event_type=event_type, data={"id": job.id}, now=now)
 
 
 def endpoint_disabled(session: Session, endpoint: WebhookEndpoint, *, now: float) -> None:
-    """Its project's other endpoints are told."""
+    """Write the deliveries that notify the project's other endpoints."""
     told = {"id": endpoint.id}
     add(session, project_id=endpoint.project_id, event_type="webhook_endpoint.disabled", data=told, now=now)
 
 
 def add(session: Session, *, project_id: str, event_type: EventType, data: Json, now: float) -> None:
-    """One delivery for each endpoint that asked for such events. For one that is disabled it is only kept, as failed:
-    so it can be replayed."""
-    # Workers may read no more of an endpoint than this.
+    """Write one delivery for each endpoint that subscribes to the event type.
+
+    The delivery of a disabled endpoint is stored as failed, so that it can be replayed.
+    """
+    # Only these columns: workers have no permission to read the others.
     mine = select(WebhookEndpoint.id, WebhookEndpoint.event_types, WebhookEndpoint.disabled_at)
     mine = mine.where(WebhookEndpoint.project_id == project_id, WebhookEndpoint.deleted_at.is_(None))
     with session.no_autoflush:
@@ -57,7 +59,7 @@ def add(session: Session, *, project_id: str, event_type: EventType, data: Json,
 
 
 def _asks(endpoint: Row[str, list[Any], float | None], event_type: EventType, data: Json) -> bool:
-    """It wants such events, and this one isn't about itself."""
+    """Return whether the endpoint subscribes to the event type, and the event is not about the endpoint itself."""
     return event_type in endpoint.event_types and data.get("id") != endpoint.id
 
 
@@ -73,9 +75,9 @@ JOB_EVENT_TYPES: dict[JobState, EventType] = {
     JobState.FAILED: "fine_tuning.job.failed",
     JobState.CANCELLED: "fine_tuning.job.cancelled",
 }
-"""What is told once a job is there."""
+"""The event type for each final state of a job."""
 SAMPLE_IDS: dict[EventType, str] = {
     **dict.fromkeys(JOB_EVENT_TYPES.values(), "ftjob-of-a-test"),
     "webhook_endpoint.disabled": "webhook-of-a-test",
 }
-"""What a test says that its event is about: something that nobody has."""
+"""The id in a test event, by type. No object has these ids."""

@@ -1,7 +1,8 @@
-"""Webhook URLs at rest: encrypted under the pepper, because the path of many is a secret.
+"""Encryption of stored webhook URLs with the pepper, because the path of a webhook URL is often a secret.
 
-A row's `url` shows the host and the last characters, `sealed_url` is the whole: AES-256-GCM, bound to the endpoint's
-id, so that a copy in another row opens nothing. Rows of before have the whole in `url` until `seal_all`.
+A row's `url` shows the host and the last characters. `sealed_url` is the encrypted URL: AES-256-GCM, bound to the
+endpoint's id, so that a copy in another row can't be decrypted. Older rows have the plain URL in `url` until `seal_all`
+encrypts it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PURPOSE = b"lorry: urls of webhooks"
 NONCE_BYTES = 12
 ENDING_CHARACTERS = 4
 SHORTEST_PATH = 12
-"""Of a shorter path no character is shown."""
+"""No character of a shorter path is shown."""
 log = logging.getLogger("lorry.catalog")
 
 
@@ -35,14 +36,14 @@ class UrlLost(Conflict):
 
     def __init__(self) -> None:
         super().__init__(
-            "The address of the webhook endpoint can't be decrypted: the service has another pepper now.",
+            "The URL of the webhook endpoint can't be decrypted, because the pepper of the service has changed.",
             code="webhook_url_lost",
-            remedy="Give the address again: lorry webhooks change ID --url URL.",
+            remedy="Set the URL again: lorry webhooks change ID --url URL.",
         )
 
 
 def put(endpoint: WebhookEndpoint, url: str, *, peppers: Sequence[bytes]) -> None:
-    """Set the URL of a row that has its id. peppers: the current one first."""
+    """Set the URL of a row, whose id must be set. peppers: the current one first."""
     nonce = os.urandom(NONCE_BYTES)
     sealed = _cipher(peppers[0]).encrypt(nonce, url.encode(), endpoint.id.encode())
     endpoint.sealed_url = base64.b64encode(nonce + sealed).decode()
@@ -50,7 +51,7 @@ def put(endpoint: WebhookEndpoint, url: str, *, peppers: Sequence[bytes]) -> Non
 
 
 def get(endpoint: WebhookEndpoint, *, peppers: Sequence[bytes]) -> str:
-    """The whole URL. Raises UrlLost."""
+    """Return the decrypted URL. Raises UrlLost."""
     if endpoint.sealed_url is None:
         return endpoint.url
     for pepper in peppers:
@@ -60,7 +61,7 @@ def get(endpoint: WebhookEndpoint, *, peppers: Sequence[bytes]) -> str:
 
 
 def shown(url: str) -> str:
-    """Scheme, host and port, and the last four characters of a path that is long enough to hide the rest."""
+    """Return the scheme, host and port, and for a path that is long enough its last four characters."""
     parts = urlsplit(url)
     path = url.removeprefix(f"{parts.scheme}://{parts.netloc}")
     ending = path[-ENDING_CHARACTERS:] if len(path) >= SHORTEST_PATH else ""
@@ -68,7 +69,7 @@ def shown(url: str) -> str:
 
 
 def seal_all(db: Database, *, peppers: Sequence[bytes]) -> int:
-    """Encrypt under the current pepper what is in plain text or encrypted under the previous one. Returns how many."""
+    """Encrypt with the current pepper all URLs that are plain or encrypted with the previous one. Returns how many."""
     with db.read() as session:
         rows = session.scalars(select(WebhookEndpoint).order_by(WebhookEndpoint.id))
         due = [row.id for row in rows if not _is_current(row, peppers[0])]

@@ -1,6 +1,7 @@
-"""Secrets of endpoints, which are made and not stored: of a random salt in the row, and of the service's pepper.
+"""Secrets of endpoints and signatures of messages. Secrets are not stored but derived from a salt and the pepper.
 
-So a stolen database signs nothing, and a message can be signed at any time. Signatures are the library's.
+The salt is random and stored in the endpoint's row. A stolen database therefore can't sign messages, and the service
+can recreate a secret at any time. The library standardwebhooks computes the signatures.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ ENDING_CHARACTERS = 4
 
 
 class SecretLost(Conflict):
-    """The secret that the endpoint's owner has can't be made any more."""
+    """The secret that the endpoint's owner has can't be recreated any more."""
 
     def __init__(self) -> None:
         super().__init__(
-            "The secret of the webhook endpoint can't be made any more: the service's pepper is another.",
+            "The secret of the webhook endpoint can't be recreated, because the pepper of the service has changed.",
             code="webhook_secret_lost",
-            remedy="Make a new one: lorry webhooks rotate ID.",
+            remedy="Create a new secret: lorry webhooks rotate ID.",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Secret:
-    """What a row needs to know of it, and the secret itself."""
+    """A secret, with the salt and last characters that an endpoint's row stores."""
 
     salt: str
     ending: str
@@ -53,12 +54,12 @@ def new(pepper: Pepper) -> Secret:
 
 
 def current(endpoint: WebhookEndpoint, pepper: Pepper) -> str:
-    """Raises SecretLost."""
+    """Return the endpoint's current secret. Raises SecretLost."""
     return _recreated(pepper, endpoint.salt, endpoint.ending)
 
 
 def good(endpoint: WebhookEndpoint, pepper: Pepper, *, now: float) -> list[str]:
-    """The secrets that messages are signed with now: the new one first. Raises SecretLost."""
+    """Return the valid secrets, with which messages are signed: the newest first. Raises SecretLost."""
     found = [current(endpoint, pepper)]
     if endpoint.previous_salt and endpoint.previous_until is not None and endpoint.previous_until > now:
         found.append(_recreated(pepper, endpoint.previous_salt, endpoint.previous_ending or ""))
@@ -66,7 +67,7 @@ def good(endpoint: WebhookEndpoint, pepper: Pepper, *, now: float) -> list[str]:
 
 
 def body_of(delivery: WebhookDelivery) -> bytes:
-    """OpenAI's event; the same bytes at every try."""
+    """Return the event in OpenAI's format. Every attempt sends the same bytes."""
     event = {
         "object": "event",
         "id": delivery.event_id,
@@ -78,7 +79,7 @@ def body_of(delivery: WebhookDelivery) -> bytes:
 
 
 def headers(body: bytes, *, message_id: str, at: float, signed_with: Sequence[str]) -> dict[str, str]:
-    """Standard Webhooks'. `at`: seconds since 1970, which receivers compare with their clock."""
+    """Return the headers of Standard Webhooks. at: seconds since 1970, which receivers compare with their clock."""
     moment = datetime.fromtimestamp(int(at), UTC)
     signatures = [Webhook(secret).sign(message_id, moment, body.decode()) for secret in signed_with]
     return {
@@ -95,7 +96,10 @@ def _text(pepper: bytes, salt: str) -> str:
 
 
 def _recreated(pepper: Pepper, salt: str, ending: str) -> str:
-    """By the pepper that gives the ending: in a rotation, the previous one for secrets that were made before it."""
+    """Return the secret, derived with the pepper that results in the stored ending. Raises SecretLost.
+
+    During a rotation of the pepper, that is the previous one for secrets created before the rotation.
+    """
     for key in pepper.all():
         text = _text(key, salt)
         if text[-ENDING_CHARACTERS:] == ending:

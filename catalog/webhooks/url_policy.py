@@ -1,6 +1,6 @@
-"""Where a webhook may go: which URLs, and which addresses their hosts may have. Pure; nothing is resolved here.
+"""Which URLs and addresses a webhook may have. Pure: host names are not resolved here.
 
-`ipaddress.is_global` alone is true of addresses that lead inside, so what is shut is listed.
+`ipaddress.is_global` is true for some addresses that lead to internal networks, so blocked networks are listed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SHUT = tuple(
         *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
         *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15"),
         *("198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-        "168.63.129.16/32",  # Azure's agent, in every machine there
+        "168.63.129.16/32",  # Azure's agent, reachable from every virtual machine there
         *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
     )
 )
-"""2001::/23 holds Teredo, 2002::/16 is 6to4: both carry an IPv4 address."""
+"""Blocked networks. 2001::/23 contains Teredo, and 2002::/16 is 6to4; both embed an IPv4 address."""
 GLOBAL_IPV6 = IPv6Network("2000::/3")
 NAT64 = IPv6Network("64:ff9b::/96")
 HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
@@ -43,7 +43,7 @@ PRINTABLE = re.compile(r"[\x21-\x7e]+")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """What an operator allows beyond https to public addresses."""
+    """Targets that an operator allows in addition to https at public addresses."""
 
     networks: tuple[Network, ...] = ()
     allow_http: bool = False
@@ -51,52 +51,52 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WebhookTarget:
-    """A URL, taken apart as it will be asked for."""
+    """The parts of a URL that a request needs."""
 
     scheme: str
     host: str
-    """A name, or an address without brackets."""
+    """A host name, or an IP address without brackets."""
     port: int
     path: str
-    """With the query."""
+    """The path with the query."""
 
     @property
     def authority(self) -> str:
-        """The Host header."""
+        """The value of the Host header."""
         shown = f"[{self.host}]" if ":" in self.host else self.host
         return shown if self.port == PORTS[self.scheme] else f"{shown}:{self.port}"
 
 
 def target_of(url: str, rules: Rules) -> WebhookTarget:
-    """Raises InvalidRequest for what is no URL for a webhook, and for an address in it that is shut."""
+    """Return the target of a URL. Raises InvalidRequest for an invalid URL, and for one with a blocked IP address."""
     if len(url) > MAX_URL or not PRINTABLE.fullmatch(url) or "\\" in url:
-        raise _bad(f"must be an address of at most {MAX_URL} printable ASCII characters without spaces")
+        raise _bad(f"must be a URL of at most {MAX_URL} printable ASCII characters without spaces")
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname or ""
         spelled = ip_address(host) if ":" in host else _ipv4(host)
     except ValueError:
-        raise _bad("is no address") from None
+        raise _bad("is not a valid URL") from None
     if parts.scheme not in PORTS or (parts.scheme == "http" and not rules.allow_http):
-        raise _bad("must begin with https://", remedy="An operator can allow http: LORRY_WEBHOOK_ALLOW_HTTP=true.")
+        raise _bad("must start with https://", remedy="An operator can allow http: LORRY_WEBHOOK_ALLOW_HTTP=true.")
     if "@" in parts.netloc or "#" in url:
-        raise _bad("must have no user, no password and no fragment", remedy="The signature tells that we send it.")
+        raise _bad("can't have a user, a password or a fragment", remedy="Authenticate with the webhook signature.")
     if spelled is None and not HOST.fullmatch(host):
-        raise _bad("must name a host", remedy="Write a name outside ASCII in its form that begins with xn--.")
+        raise _bad("must have a valid host", remedy="Write a host name with non-ASCII characters in Punycode (xn--…).")
     port = PORTS[parts.scheme] if port is None else port
     if port not in PORTS.values() and port < LOWEST_FREE_PORT:
-        raise _bad(f"must have the port 80, 443, or one from {LOWEST_FREE_PORT} on")
+        raise _bad(f"must have the port 80 or 443, or a port from {LOWEST_FREE_PORT}")
     if spelled is not None and (why := why_shut(spelled, rules)):
         raise _bad(why, code="webhook_address_not_allowed", remedy=OPENED)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return WebhookTarget(scheme=parts.scheme, host=host, port=port, path=path)
 
 
-OPENED = "An operator can allow a network of yours: LORRY_WEBHOOK_ALLOWED_NETWORKS."
+OPENED = "An operator can allow private networks: LORRY_WEBHOOK_ALLOWED_NETWORKS."
 
 
 def why_shut(address: Address, rules: Rules) -> str | None:
-    """In words that follow the name of what has the address; None where it may be asked."""
+    """Return why an address is blocked, as a predicate for a message, or None if it is allowed."""
     inner = _carried(address)
     if inner is not None:
         return why_shut(inner, rules)
@@ -107,16 +107,16 @@ def why_shut(address: Address, rules: Rules) -> str | None:
         is_public = is_public and address in GLOBAL_IPV6
     if is_public and not any(address in network for network in SHUT if network.version == address.version):
         return None
-    return f"has the address {address}, which is not public"
+    return f"has the IP address {address}, which is not public"
 
 
 def networks_of(text: str) -> tuple[Network, ...]:
-    """Of a setting: networks, separated by commas. Raises ValueError."""
+    """Return the networks of a setting, which are separated by commas. Raises ValueError."""
     return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
 
 
 def _carried(address: Address) -> IPv4Address | None:
-    """The IPv4 address that an IPv6 one stands for, and that is asked in its place."""
+    """Return the IPv4 address that an IPv6 address embeds and requests reach, or None."""
     if isinstance(address, IPv4Address):
         return None
     if address in NAT64:
@@ -131,5 +131,5 @@ def _ipv4(host: str) -> IPv4Address | None:
         return None
 
 
-def _bad(what: str, *, code: str = "invalid_webhook_url", remedy: str = "Give one such as https://example.com/hooks."):
+def _bad(what: str, *, code: str = "invalid_webhook_url", remedy: str = "Use a URL such as https://example.com/hooks."):
     return InvalidRequest(f"'url' {what}.", code=code, remedy=remedy, param="url")

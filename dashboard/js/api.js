@@ -1,18 +1,18 @@
-// Requests to the public API. The browser's cookie carries the person; unsafe methods carry the CSRF header.
+// Requests to the public API. The browser's cookie authenticates them; unsafe methods carry the CSRF header.
 import { createStore } from "./store.js";
 
-/** null: not known yet; true or false once the API has answered. */
+/** null: not known yet; true or false after the first response of the API. */
 export const signedIn = createStore(null);
 
 /** The API's browser_session object: project, key_name, is_operator. */
-export const person = createStore(null);
+export const browserSession = createStore(null);
 
 export class ApiError extends Error {
   constructor(status, error) {
-    const told = error.message || "The request failed.";
+    const text = error.message || "The request failed.";
     const remedy = error.remedy || null;
-    // On the wire the message ends with the remedy, for clients that know of no such field.
-    super(remedy && told.endsWith(remedy) ? told.slice(0, -remedy.length).trimEnd() : told);
+    // The API appends the remedy to the message, for clients that do not read the field `remedy`.
+    super(remedy && text.endsWith(remedy) ? text.slice(0, -remedy.length).trimEnd() : text);
     this.status = status;
     this.code = error.code || null;
     this.param = error.param || null;
@@ -23,13 +23,13 @@ export class ApiError extends Error {
 export const read = (path) => request("GET", path);
 export const send = (method, path, body) => request(method, path, body);
 
-/** Query text of the entries that have a value, with its question mark. */
+/** Query string of the entries that have a value, including the question mark. */
 export function query(entries) {
   const pairs = Object.entries(entries).filter(([, value]) => value !== null && value !== undefined && value !== "");
   return pairs.length ? `?${new URLSearchParams(pairs)}` : "";
 }
 
-/** `body` is an object to send as JSON, or a form with a file, which the browser writes and labels itself. */
+/** `body` is an object to send as JSON, or a FormData with a file, whose content type the browser sets. */
 async function request(method, path, body) {
   const headers = { Accept: "application/json" };
   if (method !== "GET") headers["X-Lorry-Csrf"] = "1";
@@ -41,7 +41,7 @@ async function request(method, path, body) {
     if (method === "GET") signedIn.set(true);
     return parsed;
   }
-  // A link that is no longer valid says nothing about the session.
+  // An invalid sign-in link does not mean that the session has ended.
   if (response.status === 401 && parsed?.error?.code !== "invalid_sign_in_link") signedIn.set(false);
   throw new ApiError(response.status, parsed?.error ?? unreadable(response));
 }
@@ -51,7 +51,7 @@ async function reach(path, options) {
     return await fetch(path, { credentials: "same-origin", cache: "no-store", ...options });
   } catch {
     throw new ApiError(0, {
-      message: "The Lorry service does not answer.",
+      message: "The Lorry service does not respond.",
       remedy: "Check that `lorry up` is still running and that this machine can reach it.",
       code: "unreachable",
     });
@@ -59,5 +59,5 @@ async function reach(path, options) {
 }
 
 function unreadable(response) {
-  return { message: `The service answered ${response.status} without saying why.`, remedy: "Look at its log." };
+  return { message: `The service responded with status ${response.status} and no error message.`, remedy: "Check the log of the API server." };
 }

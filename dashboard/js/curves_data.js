@@ -1,4 +1,4 @@
-// Sparklines' points: each job's training curve is read once; what a running job does after that is added to it.
+// Points of the sparklines: each job's training curve is read once, and later points of a running job are appended.
 import { useEffect, useRef, useState } from "./html.js";
 import { query, read } from "./api.js";
 
@@ -22,7 +22,7 @@ export function useCurves(jobs) {
 
 const hasTrained = (job) => job.progress?.step > 0 || job.status === "succeeded";
 
-/** The curves with the job's latest point; a step trained again after a resume cuts off what came after it. */
+/** The curves with the job's latest point. If a resumed job repeats a step, later points are dropped. */
 function withLatest(curves, job) {
   const points = curves[job.id];
   const { step, loss } = job.progress || {};

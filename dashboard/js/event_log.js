@@ -1,32 +1,32 @@
-// A job's events as its page holds them: read back from the newest by pages of the API, moved along by its stream.
-// Points of training are left out until they are asked for, so a long history takes few requests.
+// A job's events for its page: read page by page from the newest back, and updated by the job's stream.
+// Metrics events are omitted unless the user shows them, so a long history takes few requests.
 import { query, read } from "./api.js";
 
-/** As many as the API gives at once, and as one look at the history goes back. */
+/** Events of one request, and events of one step back in the history. */
 const PAGE = 100;
-const LOOK = 300;
+const BATCH = 300;
 
 export class EventLog {
   constructor(jobPath) {
     this.path = `${jobPath}/events`;
     this.withMetrics = false;
-    this.lastLook = Promise.resolve();
+    this.lastTask = Promise.resolve();
     this.forget();
   }
 
-  /** What the stream tells: it begins with the job's first event, so much of it lies before what was read. */
+  /** Add an event of the stream. The stream starts with the first event of the job, so it also has events older than those read. */
   take(event) {
     if (this.withMetrics || event.type !== "metrics") this.events.set(event.id, event);
   }
 
-  /** Read the newest, back to what is held already. */
+  /** Read the newest events, back to those that were read before. */
   refresh() {
-    return this.inTurn(() => this.readBack(null));
+    return this.enqueue(() => this.readBack(null));
   }
 
-  /** Read one look further back. */
+  /** Read one batch further back. */
   older() {
-    return this.inTurn(() => this.readBack(this.oldest));
+    return this.enqueue(() => this.readBack(this.oldest));
   }
 
   async showMetrics(withMetrics) {
@@ -35,7 +35,7 @@ export class EventLog {
     await this.refresh();
   }
 
-  /** Newest first, without gaps. */
+  /** The events to show: newest first, without gaps. */
   shown() {
     const events = [...this.events.values()].filter((event) => !this.hasOlder || sequence(event.id) >= sequence(this.oldest));
     return events.sort((a, b) => sequence(b.id) - sequence(a.id));
@@ -47,21 +47,21 @@ export class EventLog {
     this.hasOlder = false;
   }
 
-  /** Looks beside each other would each say how far back the log reaches, and leave a gap between them. */
-  inTurn(look) {
-    const turn = this.lastLook.then(look);
-    this.lastLook = turn.catch(() => {});
-    return turn;
+  /** Run `task` after all earlier ones. Concurrent reads would both set the oldest event, and leave a gap between them. */
+  enqueue(task) {
+    const result = this.lastTask.then(task);
+    this.lastTask = result.catch(() => {});
+    return result;
   }
 
-  /** A page of a look that fails half-way is forgotten: kept, it would hide the gap behind it from the next look. */
+  /** Read one batch. If a request fails, its earlier pages are discarded: they would hide the gap from the next read. */
   async readBack(after) {
     const { events } = this;
     const found = [];
     const type = this.withMetrics ? null : "message";
-    for (let number = 0; number < LOOK; number += PAGE) {
+    for (let number = 0; number < BATCH; number += PAGE) {
       const { data, has_more } = await read(`${this.path}${query({ limit: PAGE, type, after })}`);
-      if (events !== this.events) return; // the other kind was asked for meanwhile
+      if (events !== this.events) return; // `showMetrics` was called meanwhile
       found.push(...data);
       const isJoined = this.oldest !== null && data.some(({ id }) => events.has(id) && sequence(id) >= sequence(this.oldest));
       if (isJoined) { this.keep(found, this.oldest, this.hasOlder); return; }
@@ -78,5 +78,5 @@ export class EventLog {
   }
 }
 
-/** The number in an event's id, by which events are ordered. */
+/** The sequence number in an event's id, which orders events. */
 const sequence = (id) => Number(id.split("-").at(-1));

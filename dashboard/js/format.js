@@ -1,4 +1,4 @@
-// Numbers and times as a person reads them. Everything returns text; what is not known is an en dash.
+// Formatting of numbers and times. All functions return text; an unknown value is an en dash.
 export const UNKNOWN = "–";
 const GROUPED = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const ABSOLUTE = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
@@ -36,7 +36,7 @@ export function loss(value) {
 
 export const percent = (part, digits = 0) => (known(part) ? `${(part * 100).toFixed(digits)} %` : UNKNOWN);
 
-/** A change relative to what it was, with its sign: −12.3 %. */
+/** A relative change with its sign: −12.3 %. */
 export function change(from, to) {
   if (!known(from) || !known(to) || from === 0) return UNKNOWN;
   const part = (to - from) / from;
@@ -45,7 +45,7 @@ export function change(from, to) {
 
 export const rate = (value) => (known(value) ? `${count(value)} tok/s` : UNKNOWN);
 
-/** 0.00000012 → 1.2 × 10⁻⁷; ordinary numbers stay as they are. */
+/** 0.00000012 → 1.2 × 10⁻⁷; numbers of ordinary size are not in scientific notation. */
 export function power(value, digits = 2) {
   if (!known(value)) return UNKNOWN;
   if (value === 0 || (Math.abs(value) >= 0.001 && Math.abs(value) < 1e5)) return String(Number(value.toPrecision(4)));
@@ -77,10 +77,10 @@ export function ago(at, now) {
 
 export const absolute = (at) => ABSOLUTE.format(at * 1000);
 
-/** The hour of something to come; with the day unless it is within this one. */
+/** The time of day of a future moment, with the date if it is more than 20 hours away. */
 export function clock(at, now) {
   return at - now > 20 * 3600 ? `${DAY.format(at * 1000)}, ${CLOCK.format(at * 1000)}` : CLOCK.format(at * 1000);
 }
 
-/** `sha256:9f3c…` and long ids, shortened in the middle of nowhere: the start is what people compare. */
+/** The start of a digest (`sha256:9f3c…`) or of a long id. */
 export const short = (text, length = 12) => (text && text.length > length + 2 ? `${text.slice(0, length)}…` : text || UNKNOWN);

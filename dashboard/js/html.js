@@ -1,4 +1,4 @@
-// The one place that names the vendored view library: tagged templates in, escaped DOM out.
+// Only this module imports the vendored view library, whose tagged templates escape all text.
 import { h, render, Fragment } from "../vendor/preact.js";
 import htm from "../vendor/htm.js";
 

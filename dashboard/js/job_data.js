@@ -1,4 +1,4 @@
-// One job as its page holds it: read at each connection, then moved along by its stream until it is final.
+// The data of a job's page: read at each connection, then updated by the job's stream until the job is final.
 import { useEffect, useRef, useState } from "./html.js";
 import { read } from "./api.js";
 import { EventLog } from "./event_log.js";
@@ -10,8 +10,8 @@ import { jobName } from "./parts/progress.js";
 const DRAW_MS = 250;
 const NOTHING = { job: null, events: { list: [], hasOlder: false, withMetrics: false }, train: [], valid: [], attempts: [], names: {}, report: null, error: null };
 
-/** Everything of NOTHING, `reload`, and two about the events: `older` reads further back, `showMetrics` reads points too or no more.
- * Points arrive in bursts: the page is drawn four times a second at most. */
+/** The fields of NOTHING, and functions: `reload`; `older` reads older events; `showMetrics` includes or omits metrics events.
+ * Points arrive in bursts, so the page is drawn at most four times per second. */
 export function useJob(id) {
   const [shown, show] = useState(NOTHING);
   const watch = useRef(null);
@@ -27,7 +27,7 @@ function watchJob(id, show) {
   const held = { job: null, log: new EventLog(at(id)), train: new Map(), valid: new Map(), attempts: [], names: {}, report: null, error: null };
   let timer = null;
   let closed = false;
-  let [begun, taken, heard] = [0, 0, 0]; // reads, the newest of them that is shown, and what the stream told of the job
+  let [begun, taken, updates] = [0, 0, 0]; // number of the last read, of the newest read that is shown, and of the stream's updates of the job
   const draw = () => { if (!closed) timer ??= setTimeout(() => { timer = null; show(drawn(held)); }, DRAW_MS); };
   const reading = async (look) => {
     try {
@@ -39,18 +39,18 @@ function watchJob(id, show) {
   };
   const reload = async () => {
     const all = async () => {
-      const [number, heardBefore] = [++begun, heard];
+      const [number, updatesBefore] = [++begun, updates];
       const found = await readAll(id, held.names);
       if (number < taken) return;
       taken = number;
-      take(held, heard === heardBefore ? found : { ...found, job: held.job }); // the stream's is newer than what was read
+      take(held, updates === updatesBefore ? found : { ...found, job: held.job }); // the stream's job is newer than the one that was read
       draw();
     };
     await reading(async () => { await Promise.all([all(), held.log.refresh()]); held.error = null; });
     if (FINAL.has(held.job?.status) || held.error?.status === 404) stop();
   };
   const stop = listen(`${at(id)}/stream`, {
-    job: (job) => { const was = held.job; held.job = job; heard += 1; draw(); if (moved(was, job)) { tell(job); reload(); } },
+    job: (job) => { const was = held.job; held.job = job; updates += 1; draw(); if (moved(was, job)) { announceState(job); reload(); } },
     event: (event) => { held.log.take(event); draw(); },
     metric: (point) => { held[point.kind].set(point.step, point); draw(); },
   }, reload);
@@ -72,7 +72,7 @@ async function readAll(id, names) {
   return { job, train: train.data, valid: valid.data, attempts: attempts.data, report, names: { ...names, ...Object.fromEntries(named) } };
 }
 
-/** What was read, over what the stream brought meanwhile. */
+/** Store what was read, and merge its points with those of the stream. */
 function take(held, { job, train, valid, attempts, report, names }) {
   Object.assign(held, { job, attempts, report, names });
   train.forEach((point) => held.train.set(point.step, point));
@@ -88,4 +88,4 @@ function drawn(held) {
 
 const moved = (was, job) => Boolean(was) && (was.status !== job.status || was.attempt !== job.attempt);
 
-const tell = (job) => announce(`${jobName(job)} is ${stateWord(job.status)}`);
+const announceState = (job) => announce(`${jobName(job)} is ${stateWord(job.status)}`);

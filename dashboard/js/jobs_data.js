@@ -1,5 +1,5 @@
-// The list of jobs as a page holds it: read by pages of the API, moved along by the queue's stream, and read again
-// when a job has come, gone or changed its state.
+// The list of jobs for a page: read page by page, updated by the queue's stream, and read again when a job was
+// created, has finished or has changed its state.
 import { useCallback, useEffect, useRef, useState } from "./html.js";
 import { query, read } from "./api.js";
 import { listen, throttle } from "./live.js";
@@ -14,21 +14,21 @@ const OLDEST_MS = 15000;
 const QUEUE = "/v1/queue/stream";
 const NOTHING = { jobs: [], queue: {}, hasMore: false, error: null, loading: true, readAt: 0 };
 
-/** {jobs, queue, hasMore, more, error, loading, curves, reload}; `queue` and `curves` map a job's id to its entry and points. */
+/** {jobs, queue, hasMore, more, error, loading, curves, reload}; `queue` and `curves` map a job's id to its queue entry and its points. */
 export function useJobs() {
   const [state, setState] = useState(NOTHING);
   const held = useRef(NOTHING);
   const pages = useRef(1);
-  const heard = useRef(null);
+  const latest = useRef(null);
   const put = (next) => { held.current = next; setState(next); };
 
   const reload = useCallback(async () => {
-    const heardBefore = heard.current;
+    const snapshotBefore = latest.current;
     try {
       const [{ jobs, hasMore }, snapshot] = await Promise.all([readPages(pages.current), read("/v1/queue")]);
-      tellChanges(held.current.jobs, jobs);
+      announceChanges(held.current.jobs, jobs);
       const found = { jobs, queue: byId(snapshot), hasMore, error: null, loading: false, readAt: Date.now() };
-      put(heard.current === heardBefore ? found : withProgress(found, heard.current)); // the stream's is newer than what was read
+      put(latest.current === snapshotBefore ? found : withProgress(found, latest.current)); // the stream's snapshot is newer than the one that was read
     } catch (error) {
       put({ ...held.current, error, loading: false });
     }
@@ -38,7 +38,7 @@ export function useJobs() {
     const soon = throttle(reload, RELOAD_MS);
     soon();
     const moved = (snapshot) => {
-      heard.current = snapshot;
+      latest.current = snapshot;
       if (Date.now() - held.current.readAt > OLDEST_MS || isOutdated(held.current, snapshot)) soon();
       else put(withProgress(held.current, snapshot));
     };
@@ -50,7 +50,7 @@ export function useJobs() {
   return { ...state, curves: useCurves(state.jobs), reload, more };
 }
 
-/** Run `reload` now, whenever the queue of `path` moves (once a second at most) and at each reconnection. */
+/** Run `reload` now, whenever the stream at `path` has a new snapshot (at most once per second), and at each reconnection. */
 export function useLive(reload, path = QUEUE) {
   useEffect(() => {
     const soon = throttle(reload, RELOAD_MS);
@@ -74,7 +74,7 @@ async function readPages(number) {
 
 const byId = (snapshot) => Object.fromEntries(snapshot.jobs.map((entry) => [entry.job_id, entry]));
 
-/** Whether the queue knows of a job, an end or a change of state that the list does not. */
+/** Whether the snapshot has a new, finished or changed job that the list does not show. */
 function isOutdated({ jobs, hasMore }, snapshot) {
   const entries = byId(snapshot);
   const states = new Map(jobs.map((job) => [job.id, job.status]));
@@ -89,7 +89,7 @@ function withProgress(held, snapshot) {
   return { ...held, jobs, queue };
 }
 
-function tellChanges(before, after) {
+function announceChanges(before, after) {
   const states = new Map(before.map((job) => [job.id, job.status]));
   const moved = after.filter((job) => states.has(job.id) && states.get(job.id) !== job.status);
   if (moved.length) announce(moved.map((job) => `${jobName(job)} is ${stateWord(job.status)}`).join(". "));

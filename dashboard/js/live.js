@@ -1,17 +1,17 @@
-// Server-sent events with a connection state that a person can see. The browser resends Last-Event-ID by itself.
-// Listeners of one address share one connection: a browser opens only six to a host. A hidden page holds none.
+// Server-sent events, and the state of their connections. The browser resends Last-Event-ID automatically.
+// Listeners of one path share a connection, because a browser opens only six per host. A hidden page has none.
 import { read } from "./api.js";
 import { createStore } from "./store.js";
 
-/** idle (nothing to watch), connecting, live, lost. */
+/** idle (no stream), connecting, live, lost. */
 export const connection = createStore("idle");
 const FIRST_RETRY_MS = 1000;
 const LONGEST_RETRY_MS = 15000;
 const streams = new Map();
 
 /**
- * Listen to `path` until the returned function is called. `handlers` maps an event's name to a function of its
- * parsed data; `onOpen` runs at each later connection, the moment to read again what was missed.
+ * Listen to `path` until the returned function is called. `handlers` maps the name of an event to a function of its
+ * parsed data. `onOpen` runs after each connection, to read again what was missed.
  */
 export function listen(path, handlers, onOpen) {
   const stream = streams.get(path) || new Stream(path);
@@ -40,7 +40,7 @@ class Stream {
   constructor(path) {
     this.path = path;
     this.listeners = new Set();
-    this.heard = new Set();
+    this.subscribed = new Set();
     this.wait = FIRST_RETRY_MS;
     this.state = "connecting";
   }
@@ -48,7 +48,7 @@ class Stream {
   add(listener) {
     this.listeners.add(listener);
     if (!this.source && !document.hidden) this.open();
-    for (const name of Object.keys(listener.handlers)) this.hear(name);
+    for (const name of Object.keys(listener.handlers)) this.subscribe(name);
     show();
   }
 
@@ -58,14 +58,14 @@ class Stream {
     this.source = new EventSource(this.path);
     this.source.onopen = () => this.opened();
     this.source.onerror = () => this.failed();
-    const names = [...this.heard];
-    this.heard.clear();
-    names.forEach((name) => this.hear(name));
+    const names = [...this.subscribed];
+    this.subscribed.clear();
+    names.forEach((name) => this.subscribe(name));
   }
 
-  hear(name) {
-    if (this.heard.has(name)) return;
-    this.heard.add(name);
+  subscribe(name) {
+    if (this.subscribed.has(name)) return;
+    this.subscribed.add(name);
     this.source?.addEventListener(name, (event) => {
       const data = parse(event.data);
       for (const { handlers } of [...this.listeners]) if (data !== null) handlers[name]?.(data);
@@ -83,7 +83,7 @@ class Stream {
     this.state = "lost";
     show();
     if (this.source.readyState !== EventSource.CLOSED) return;
-    // An EventSource can't tell a refused sign-in from an outage; an ordinary request can.
+    // An EventSource reports a rejected sign-in and an outage in the same way; an ordinary request distinguishes them.
     this.timer = setTimeout(() => read("/v1/queue").catch(() => {}).finally(() => { if (this.listeners.size) this.open(); }), this.wait);
     this.wait = Math.min(this.wait * 2, LONGEST_RETRY_MS);
   }
@@ -103,7 +103,7 @@ function parse(text) {
   }
 }
 
-/** `run`, but at most once in `milliseconds`: the first call at once, the last one never lost. */
+/** Run `run` at most once per `milliseconds`: the first call immediately; calls during the wait cause one run after it. */
 export function throttle(run, milliseconds) {
   let timer = null;
   let again = false;

@@ -1,6 +1,6 @@
-// Starts the dashboard: shows the page that the address names, or the sign-in page to who is not signed in.
+// Starts the dashboard: shows the page of the URL's hash, or the sign-in page if the user is not signed in.
 import { html, render, useEffect, useRef } from "./html.js";
-import { ApiError, person, read, signedIn } from "./api.js";
+import { ApiError, browserSession, read, signedIn } from "./api.js";
 import { route } from "./router.js";
 import { createStore, useStore } from "./store.js";
 import { Frame } from "./parts/frame.js";
@@ -41,11 +41,11 @@ function content(isIn, place, id, error) {
   if (isIn === null) return error ? html`<h1 tabindex="-1">Lorry</h1><${Failure} error=${error} retry=${begin} />` : html`<${Loading} />`;
   if (place && id && place.one) return html`<${place.one} key=${id} id=${id} />`;
   if (place && !id) return html`<${place.list} />`;
-  return html`<div class="title"><h1 tabindex="-1">There is no such page</h1></div><p><a href="#/jobs">Go to the jobs</a></p>`;
+  return html`<div class="title"><h1 tabindex="-1">Page not found</h1></div><p><a href="#/jobs">Go to the jobs</a></p>`;
 }
 
-/** A new page: its title in the tab, its top on the screen, its heading under the reader's cursor. The first one
- * that `key` names leaves the focus where the browser put it. */
+/** On a new page: set the title, scroll to the top, and focus the heading for screen readers. The first page leaves
+ * the focus where the browser has set it. */
 function useArrival(key, title) {
   const first = useRef(true);
   useEffect(() => {
@@ -62,7 +62,7 @@ function useArrival(key, title) {
 async function begin() {
   problem.set(null);
   try {
-    person.set(await read("/v1/browser_session"));
+    browserSession.set(await read("/v1/browser_session"));
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     problem.set(error);

@@ -1,8 +1,8 @@
-// Reading the API from a component: what came last stays on the screen while it is read again.
+// Reads the API from a component. The last response stays on the screen while it is read again.
 import { useCallback, useEffect, useRef, useState } from "./html.js";
 import { read } from "./api.js";
 
-/** {data, error, loading, reload, replace} of a GET; `path` null reads nothing. */
+/** {data, error, loading, reload, replace} of a GET request; null for `path` requests nothing. */
 export function useResource(path) {
   const [state, setState] = useState({ data: null, error: null, loading: Boolean(path), path });
   const current = useRef(path);
@@ -12,7 +12,7 @@ export function useResource(path) {
   const reload = useCallback(async () => {
     if (!path) return;
     const number = ++reads.current.begun;
-    const isOverdue = () => current.current !== path || number < reads.current.taken; // a later read came back first
+    const isOverdue = () => current.current !== path || number < reads.current.taken; // a later request was faster
     try {
       const data = await read(path);
       if (isOverdue()) return;

@@ -1,4 +1,4 @@
-// Addresses after the `#`, so that any static server will do: #/jobs/ftjob-1?state=active
+// Routes in the URL's hash, so that any static server works: #/jobs/ftjob-1?state=active
 import { createStore } from "./store.js";
 
 export const route = createStore(parse(location.hash));
@@ -29,7 +29,7 @@ export const link = {
   workers: () => "#/workers",
 };
 
-/** Change the address's query without a new history entry, so that a reload keeps the filters. */
+/** Change the query of the route without a new history entry, so that a reload keeps the filters. */
 export function replaceQuery(entries) {
   const search = new URLSearchParams(Object.entries(entries).filter(([, value]) => value));
   const path = location.hash.split("?", 1)[0] || "#/jobs";

@@ -1,4 +1,4 @@
-// A value that components can watch.
+// An observable value. Components that use it are drawn again when it changes.
 import { useEffect, useState } from "./html.js";
 
 export function createStore(initial) {

@@ -1,10 +1,10 @@
-// Light, dark, or whatever the system says; remembered in this browser.
+// The theme: light, dark, or that of the system. It is stored in this browser.
 import { createStore } from "./store.js";
 
 const ORDER = ["system", "light", "dark"];
 export const theme = createStore(document.documentElement.dataset.theme || "system");
 
-/** Changes whenever the colors on the screen do: charts redraw on it. */
+/** Changes with the colors on the screen, so that charts are drawn again. */
 export const palette = createStore(0);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => palette.set(palette.get() + 1));
 
@@ -22,11 +22,11 @@ function remember(value) {
     if (value === "system") localStorage.removeItem("lorry-theme");
     else localStorage.setItem("lorry-theme", value);
   } catch {
-    // Storage may be forbidden; the choice then lasts until the page is left.
+    // Storage may be blocked; the choice then lasts until the page is closed.
   }
 }
 
-/** What a custom property comes to now, as a color a canvas can use. */
+/** The current value of a custom property, as a color that a canvas can use. */
 export function color(name) {
   const probe = document.createElement("span");
   probe.className = "probe";

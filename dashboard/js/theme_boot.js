@@ -1,7 +1,7 @@
-// Runs before the first paint, so that a remembered theme never flashes the other one.
+// Runs before the first paint, so that the page never flashes in another theme than the stored one.
 try {
   const theme = localStorage.getItem("lorry-theme");
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
 } catch {
-  // Storage may be forbidden; the system's preference then decides.
+  // Storage may be blocked; the theme of the system then applies.
 }

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The image `postgres` runs it once, when its data folder is empty: /docker-entrypoint-initdb.d.
+# The `postgres` image runs this script once, when its data folder is empty (/docker-entrypoint-initdb.d).
 set -eu
 psql --username "$POSTGRES_USER" --dbname "$POSTGRES_DB" --file /roles.sql
-# The superuser is reached from within this container alone.
+# Only processes in this container can then log in as superuser.
 psql --username "$POSTGRES_USER" --dbname "$POSTGRES_DB" --command "alter role \"$POSTGRES_USER\" password null"

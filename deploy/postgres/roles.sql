@@ -1,12 +1,12 @@
--- The three database roles of Lorry, and who may connect. Run it by psql as a superuser, connected to the service's
--- database, with POSTGRES_OWNER_PASSWORD, POSTGRES_API_PASSWORD and POSTGRES_WORKER_PASSWORD in the environment
--- (psql 15 or later; the server may be older):
+-- Creates the three database roles of Lorry, and lets only them connect. Run it with psql as a superuser, connected to
+-- the database of the service, with POSTGRES_OWNER_PASSWORD, POSTGRES_API_PASSWORD and POSTGRES_WORKER_PASSWORD in the
+-- environment (psql 15 or later; the server may be older):
 --
 --   psql -f deploy/postgres/roles.sql DATABASE
 --
--- lorry_owner makes and changes the tables (`python -m api bootstrap`, `restore`), lorry_api is for API servers and
--- backups, lorry_worker for workers. What the latter two may do is in catalog/tables/privileges.py, and is granted by
--- each `bootstrap`. Running this again sets the passwords. One service of a PostgreSQL server can have these roles.
+-- lorry_owner creates and changes the tables (`python -m api bootstrap`, `restore`), lorry_api is for API servers and
+-- backups, lorry_worker for workers. catalog/tables/privileges.py defines the privileges of the latter two, which each
+-- `bootstrap` grants. Run this again to change the passwords. A PostgreSQL server can have these roles for one service only.
 \set ON_ERROR_STOP on
 \set owner ''
 \set api ''
@@ -30,7 +30,7 @@ alter role lorry_owner with nosuperuser nocreatedb nocreaterole password :'owner
 alter role lorry_api with nosuperuser nocreatedb nocreaterole password :'api';
 alter role lorry_worker with nosuperuser nocreatedb nocreaterole password :'worker';
 
--- A database of before: its tables change hands.
+-- In a database that existed before these roles, the tables get the new owner.
 select format('alter table %I.%I owner to lorry_owner', schemaname, tablename)
 from pg_tables
 where schemaname = 'public' and tableowner <> 'lorry_owner'
@@ -38,7 +38,7 @@ where schemaname = 'public' and tableowner <> 'lorry_owner'
 select format('alter database %I owner to lorry_owner', current_database())
 \gexec
 revoke create on schema public from public;
-grant usage, create on schema public to lorry_owner; -- PostgreSQL 14 and older grant it to nobody but public
+grant usage, create on schema public to lorry_owner; -- PostgreSQL 14 and older grant this only to public
 select format('revoke all on database %I from public', current_database())
 \gexec
 select format('grant connect on database %I to lorry_api, lorry_worker', current_database())

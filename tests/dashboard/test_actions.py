@@ -73,8 +73,8 @@ def test_verify_now_reads_every_byte_again(fresh: Service, visit: Visit) -> None
     _damage(fresh)
     visitor.page.get_by_role("button", name="Verify now").click()
 
-    visitor.page.get_by_text("This adapter is not what its record says.").wait_for()
-    assert "Every file has the digest on its record" in first
+    visitor.page.get_by_text("The adapter does not match its records.").wait_for()
+    assert "All files match the manifest" in first
 
 
 def test_a_lineage_record_can_be_read_and_taken_as_it_is(filled: Service, visit: Visit) -> None:

@@ -20,7 +20,7 @@ def test_a_lineage_tells_the_license_of_the_base_and_the_names_of_the_files(fres
     lineage = visitor.page.get_by_role("region", name="Lineage")
     lineage.get_by_text("signatures-train.jsonl", exact=False).wait_for()
     told = lineage.inner_text().split("\n")
-    assert told[told.index("Its license") + 1] == "apache-2.0"
+    assert told[told.index("Base model license") + 1] == "apache-2.0"
     assert f"signatures-train.jsonl {fresh.seeded.training.id}, 320 rows" in lineage.inner_text()
     assert f"{fresh.seeded.validation.id}, 96 rows" in lineage.inner_text()
 
@@ -35,4 +35,4 @@ def test_a_lineage_tells_how_several_devices_held_the_base(fresh: Service, visit
     visitor.open(f"#/adapters/{adapter_id}")
 
     lineage = visitor.page.get_by_role("region", name="Lineage")
-    lineage.get_by_text("divided among 4 GPUs, by torch (fsdp2)", exact=True).wait_for()
+    lineage.get_by_text("sharded across 4 GPUs (FSDP2)", exact=True).wait_for()

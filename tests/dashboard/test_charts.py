@@ -53,7 +53,7 @@ def test_a_chart_has_a_sentence_and_a_table_that_say_the_same(filled: Service, v
 
     chart = visitor.page.get_by_role("img", name=re.compile(r"^Training loss went from .* at step 240\."))
     summary = chart.get_attribute("aria-label") or ""
-    visitor.page.get_by_text("Numbers as a table: Cross-entropy").click()
+    visitor.page.get_by_text("Values as a table: Cross-entropy").click()
 
     rows = visitor.page.get_by_role("table", name="Cross-entropy by step").get_by_role("row")
     last = rows.last.inner_text().split()
@@ -70,7 +70,7 @@ def test_the_held_out_curve_is_told_from_the_others_without_its_color(filled: Se
     chart = visitor.page.get_by_role("figure").filter(has_text="Cross-entropy")
     expect(chart.locator(".key")).to_have_count(3)
     train, smoothed, held_out = (chart.locator(".key").nth(index) for index in range(3))
-    assert [key.inner_text().split()[0] for key in (train, smoothed, held_out)] == ["train", "smoothed", "held-out"]
+    assert [key.inner_text().split()[0] for key in (train, smoothed, held_out)] == ["train", "smoothed", "validation"]
     assert [_line_style(key) for key in (train, smoothed, held_out)] == ["1px none", "2.5px none", "2.5px 5px, 3.5px"]
     assert [key.locator("circle").count() for key in (train, smoothed, held_out)] == [0, 0, 1]
     assert visitor.page.evaluate("window.dashes.some((dash) => dash.length > 0)")

@@ -25,7 +25,7 @@ def test_a_file_tells_its_purpose_size_rows_and_what_was_found_in_it(filled: Ser
     visitor.open("#/files")
 
     row = visitor.page.get_by_role("row").filter(has_text="signatures-train.jsonl")
-    expect(row).to_contain_text("2 rows cut at 4\u202f096 tokens")
+    expect(row).to_contain_text("2 rows truncated to 4\u202f096 tokens")
     told = row.inner_text()
     for word in (
         "fine-tune",
@@ -49,7 +49,7 @@ def test_what_was_found_is_told_after_the_base_that_counted_it_was_deleted(fresh
 
     row = visitor.page.get_by_role("row").filter(has_text="signatures-train.jsonl")
     row.get_by_text("5 duplicate rows, kept").wait_for()
-    row.get_by_text(f"by {seed.BASE}, since deleted").wait_for()
+    row.get_by_text(f"for {seed.BASE} (deleted)").wait_for()
 
 
 def test_a_report_that_can_not_be_read_is_an_error_in_its_cell(fresh: Service, visit: Visit) -> None:
@@ -60,7 +60,7 @@ def test_a_report_that_can_not_be_read_is_an_error_in_its_cell(fresh: Service, v
     visitor.open("#/files")
 
     row = visitor.page.get_by_role("row").filter(has_text="signatures-train.jsonl")
-    row.get_by_text("What it holds can't be told. The service answered 500").wait_for()
+    row.get_by_text("Couldn't load the data report: The service responded with status 500").wait_for()
 
 
 def test_a_file_tells_among_how_many_jobs_its_own_were_counted(fresh: Service, visit: Visit) -> None:
@@ -124,7 +124,7 @@ def test_upload_without_a_file_asks_for_one(fresh: Service, visit: Visit) -> Non
 
     visitor.page.get_by_role("button", name="Upload").click()
 
-    expect(visitor.page.get_by_role("alert")).to_contain_text("Choose one first.")
+    expect(visitor.page.get_by_role("alert")).to_contain_text("Select a file first.")
 
 
 def test_a_file_for_another_purpose_is_not_read_line_by_line(fresh: Service, visit: Visit, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_file_that_a_job_reads_is_kept_and_the_page_says_why(fresh: Service, v
     visitor.page.get_by_role("button", name="Delete signatures-train.jsonl").click()
     visitor.page.get_by_role("button", name="Delete the file").click()
 
-    alert = visitor.page.get_by_role("alert").filter(has_text=f"used by the job {job.id}")
+    alert = visitor.page.get_by_role("alert").filter(has_text=f"in use by job {job.id}")
     expect(alert).to_contain_text("cancel it")
     assert _names(fresh) == _names_at_first(fresh)
 

@@ -26,12 +26,12 @@ def test_the_result_of_a_job_is_the_held_out_loss_of_the_step_that_is_kept(fresh
 
     visitor.open("#/jobs")
     row = visitor.page.get_by_role("row").filter(has_text="best")
-    assert row.get_by_role("cell").nth(2).inner_text().split()[:2] == ["held-out", "1.500"]
+    assert row.get_by_role("cell").nth(2).inner_text().split()[:2] == ["validation", "1.500"]
     visitor.open(f"#/jobs/{job.id}")
 
     headline = visitor.page.get_by_role("region", name="Progress")
     expect(headline).to_contain_text("1.500")
-    expect(headline).to_contain_text("at step 120, whose weights are kept; 2.500 at the last")
+    expect(headline).to_contain_text("best at step 120, used for the adapter; latest: 2.500")
     run = visitor.page.get_by_role("table", name="Run")
     assert run.get_by_role("row", name="sample prompts").inner_text().split("\t")[1:] == ['"How cold?"'] * 2
 
@@ -61,7 +61,7 @@ def test_an_attempt_that_goes_on_has_the_state_running(filled: Service, visit: V
 
     visitor.open(filled.address("#/jobs/titles-r16"))
 
-    attempts = visitor.page.get_by_role("table", name="Every attempt")
+    attempts = visitor.page.get_by_role("table", name="Attempts, newest first")
     state = attempts.get_by_role("row").nth(1).get_by_role("cell").first
     expect(attempts.get_by_role("columnheader").nth(1)).to_have_text("State")
     expect(state).to_have_text("running", use_inner_text=True)  # its label is for narrow windows
@@ -81,7 +81,10 @@ def test_epochs_are_counted_in_rows_where_max_steps_ends_the_job_first(fresh: Se
     visitor.page.get_by_text("step 30 of 60").wait_for()
     visitor.page.get_by_text("epoch 0.38 of 0.75").wait_for()  # 30 and 60 batches of 4 out of 320 rows
     run = visitor.page.get_by_role("table", name="Run")
-    assert run.get_by_role("row", name="epochs").inner_text().split("\t")[1:] == ["3", "0.75 of 3, for max_steps"]
+    assert run.get_by_role("row", name="epochs").inner_text().split("\t")[1:] == [
+        "3",
+        "0.75 of 3 (max_steps)",
+    ]
     visitor.open("#/jobs")
     assert "epoch 0.38" in visitor.page.get_by_role("row").filter(has_text="short").inner_text()  # as the worker counts
 

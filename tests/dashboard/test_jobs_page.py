@@ -40,9 +40,10 @@ def test_the_jobs_page_tells_the_held_out_loss_beside_that_of_the_last_batch(fil
 
     row = visitor.page.get_by_role("row").filter(has_text="titles-r16")
     told = row.get_by_role("cell").nth(2).inner_text().split()
-    assert told == ["held-out", f"{progress['valid_loss']:.3f}", "train", f"{progress['loss']:.3f}"]
+    assert told == ["validation", f"{progress['valid_loss']:.3f}", "train", f"{progress['loss']:.3f}"]
     assert (
-        f"held-out {progress['valid_loss']:.3f}" in visitor.page.get_by_role("region", name="Training now").inner_text()
+        f"validation {progress['valid_loss']:.3f}"
+        in visitor.page.get_by_role("region", name="Training now").inner_text()
     )
 
 

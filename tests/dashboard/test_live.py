@@ -70,7 +70,7 @@ def test_an_answer_that_comes_late_does_not_take_a_job_back_to_where_it_was(fres
     for route, response in late:
         route.fulfill(response=response)
 
-    visitor.page.get_by_role("table", name="Every attempt").wait_for()  # comes with the answer
+    visitor.page.get_by_role("table", name="Attempts, newest first").wait_for()  # comes with the answer
     expect(visitor.page.get_by_text("step 120 of 240")).to_be_visible()
 
 
@@ -84,7 +84,7 @@ def test_a_finished_job_offers_its_adapter_without_a_reload(fresh: Service, visi
     seed.train(fresh.seeded, claim_id, until=seed.NUM_STEPS)
     seed.succeed(fresh.seeded, claim_id)
 
-    visitor.page.get_by_role("link", name="Its adapter").click()
+    visitor.page.get_by_role("link", name="View adapter").click()
     visitor.page.get_by_role("heading", name="Verification").wait_for()
 
 

@@ -26,7 +26,7 @@ def test_a_base_tells_its_state_size_digest_and_what_was_made_of_it(filled: Serv
     visitor.open("#/models")
 
     row = visitor.page.get_by_role("row").filter(has_text=seed.BASE)
-    expect(row).to_contain_text("7 jobs not ended")
+    expect(row).to_contain_text("7 unfinished jobs")
     told = row.inner_text()
     for word in ("ready", "135 M", "up to 8\u202f192 tokens", digest[:12], "2 adapters of this project"):
         assert word in told
@@ -103,11 +103,11 @@ def test_an_operator_sees_that_another_project_uses_a_base(fresh: Service, visit
     visitor = visit(fresh)
     visitor.open("#/models")
     row = visitor.page.get_by_role("row").filter(has_text=seed.BASE)
-    row.get_by_text("no job waits or runs", exact=True).wait_for()
+    row.get_by_text("no unfinished jobs", exact=True).wait_for()
 
     seed.submit(others, "theirs")
 
-    row.get_by_text("1 job not ended", exact=True).wait_for()
+    row.get_by_text("1 unfinished job", exact=True).wait_for()
 
 
 def test_only_operators_are_offered_to_delete_a_base(fresh: Service, visit: Visit) -> None:
@@ -122,7 +122,7 @@ def test_only_operators_are_offered_to_delete_a_base(fresh: Service, visit: Visi
     visitor.page.keyboard.press("Enter")
 
     row = visitor.page.get_by_role("row").filter(has_text=seed.BASE)
-    row.get_by_text("no job of this project waits or runs", exact=True).wait_for()
+    row.get_by_text("no unfinished jobs of this project", exact=True).wait_for()
     expect(visitor.page.get_by_role("button", name="Delete")).to_have_count(0)
 
 

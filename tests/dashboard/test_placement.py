@@ -34,12 +34,12 @@ def test_a_running_job_tells_how_its_base_is_divided_and_why(fresh: Service, vis
 
     visitor.open(f"#/jobs/{job.id}")
 
-    panel = visitor.page.get_by_role("region", name="Its base on the devices")
-    expect(fact(panel, "Base model")).to_have_text("divided among 4 GPUs, by torch (fsdp2)")
+    panel = visitor.page.get_by_role("region", name="Base model placement")
+    expect(fact(panel, "Base model")).to_have_text("sharded across 4 GPUs (FSDP2)")
     expect(fact(panel, "Why")).to_contain_text("the smallest of 4 devices has 2.4 GB")
-    expect(fact(panel, "Blocks")).to_have_text("30, in all 212 MB; each device has 1/4 of every one, 53.1 MB")
-    expect(fact(panel, "Blocks at work")).to_contain_text("21.2 MB more on each")
-    expect(fact(panel, "Memory needed")).to_have_text("about 2.32 GB on each, of 2.40 GB")
+    expect(fact(panel, "Blocks")).to_have_text("30, 212 MB in total; 1/4 of every block on each device, 53.1 MB")
+    expect(fact(panel, "Gathered blocks")).to_contain_text("21.2 MB more per device")
+    expect(fact(panel, "Memory needed")).to_have_text("about 2.32 GB of 2.40 GB per device")
     visitor.assert_accessible()
 
 
@@ -51,8 +51,8 @@ def test_a_base_that_each_device_holds_whole_has_no_shares(fresh: Service, visit
 
     visitor.open(f"#/jobs/{job.id}")
 
-    panel = visitor.page.get_by_role("region", name="Its base on the devices")
-    expect(fact(panel, "Base model")).to_have_text("whole, on each of 2 GPUs")
+    panel = visitor.page.get_by_role("region", name="Base model placement")
+    expect(fact(panel, "Base model")).to_have_text("replicated on 2 GPUs")
     expect(fact(panel, "Why")).to_contain_text("Each device holds a full replica of the base model")
     expect(fact(panel, "Blocks")).to_have_count(0)
 
@@ -68,16 +68,16 @@ def test_a_waiting_job_tells_of_each_group_that_holds_it_until_it_trains(fresh: 
 
     visitor.open(f"#/jobs/{job.id}")
 
-    panel = visitor.page.get_by_role("region", name="Where it could train")
+    panel = visitor.page.get_by_role("region", name="Possible placements")
     expect(panel.get_by_role("heading", level=3)).to_have_text(["1 worker with 1 CPU", "2 workers, each with 4 GPUs"])
     expect(fact(panel, "Base model")).to_have_text(
-        ["whole, on 1 CPU", "divided among 4 GPUs, by DeepSpeed (zero3)"],
+        ["full copy on 1 CPU", "sharded across 4 GPUs (DeepSpeed ZeRO-3)"],
     )
     expect(fact(panel, "Why").last).to_contain_text("LORRY_STRATEGY is zero3")
     visitor.assert_accessible()
     seed.claim(fresh.seeded)
-    now = visitor.page.get_by_role("region", name="Its base on the devices")
-    expect(fact(now, "Base model")).to_have_text("whole, on 1 CPU")
+    now = visitor.page.get_by_role("region", name="Base model placement")
+    expect(fact(now, "Base model")).to_have_text("full copy on 1 CPU")
     expect(panel).to_have_count(0)
 
 
@@ -87,7 +87,7 @@ def test_a_job_that_has_ended_is_on_no_devices(filled: Service, visit: Visit) ->
     visitor.open(filled.address("#/jobs/docstrings-r16"))
 
     expect(visitor.page.get_by_role("region", name="Configuration")).to_be_visible()
-    expect(visitor.page.get_by_role("region", name="Its base on the devices")).to_have_count(0)
+    expect(visitor.page.get_by_role("region", name="Base model placement")).to_have_count(0)
 
 
 def test_a_worker_of_several_devices_tells_how_it_holds_bases(fresh: Service, visit: Visit) -> None:
@@ -101,12 +101,10 @@ def test_a_worker_of_several_devices_tells_how_it_holds_bases(fresh: Service, vi
 
     worker = visitor.page.get_by_role("region", name="bay-1")
     expect(fact(worker, "Devices")).to_have_text("4 x H100 (9.60 GB)")
-    expect(fact(worker, "Holds bases")).to_have_text(
-        "whole where it fits each device, else divided, and in the host's memory where only that fits"
+    expect(fact(worker, "Placement strategy")).to_have_text(
+        "auto: replicate if it fits, else shard, else shard and offload to CPU"
     )
-    expect(fact(worker, "Base held now")).to_have_text(
-        "divided among 4 GPUs, by torch (fsdp2_offload), in the host's memory"
-    )
+    expect(fact(worker, "Base model placement")).to_have_text("sharded across 4 GPUs (FSDP2), offloaded to CPU")
     visitor.assert_accessible()
 
 
@@ -118,7 +116,7 @@ def test_a_worker_of_one_device_says_nothing_of_it(fresh: Service, visit: Visit)
 
     worker = visitor.page.get_by_role("region", name="bay-1")
     expect(fact(worker, "Devices")).to_contain_text("2 cores")
-    expect(fact(worker, "Holds bases")).to_have_count(0)
+    expect(fact(worker, "Placement strategy")).to_have_count(0)
 
 
 def test_a_worker_of_a_gang_holds_whole_bases_whatever_its_own_devices_are(fresh: Service, visit: Visit) -> None:
@@ -130,4 +128,4 @@ def test_a_worker_of_a_gang_holds_whole_bases_whatever_its_own_devices_are(fresh
 
     worker = visitor.page.get_by_role("region", name="bay-1")
     expect(fact(worker, "Gang")).to_have_text("hall")
-    expect(fact(worker, "Holds bases")).to_have_text("always whole")
+    expect(fact(worker, "Placement strategy")).to_have_text("always replicated")

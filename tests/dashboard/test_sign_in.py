@@ -48,7 +48,7 @@ def test_a_link_that_was_used_says_so_and_leads_to_the_form_for_a_key(filled: Se
 
     visitor.page.goto(link)
 
-    visitor.page.get_by_text("This sign-in link was used already or has expired.").wait_for()
+    visitor.page.get_by_text("This sign-in link has already been used or has expired.").wait_for()
     visitor.page.get_by_role("link", name="Sign in with an API key").click()
     visitor.page.get_by_label("API key").wait_for()
 
@@ -77,7 +77,7 @@ def test_a_used_link_leaves_the_session_as_it_is(filled: Service, visit: Visit) 
 
     visitor.page.goto(f"{filled.url}/dashboard/#/sign-in/used-already")
 
-    visitor.page.get_by_text("This sign-in link was used already or has expired.").wait_for()
+    visitor.page.get_by_text("This sign-in link has already been used or has expired.").wait_for()
     visitor.page.get_by_role("link", name="Stay in default").click()
     visitor.page.get_by_role("heading", name="Jobs", exact=True).wait_for()
 

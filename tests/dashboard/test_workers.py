@@ -17,7 +17,7 @@ def test_a_worker_shows_the_base_it_holds_and_the_jobs_aboard(filled: Service, v
     worker = visitor.page.get_by_role("region", name="bay-1")
     worker.get_by_role("link", name="titles-r32").wait_for()
     assert "smollm2-135m" in worker.inner_text()
-    assert "3 adapters aboard" in worker.inner_text()
+    assert "3 adapters training" in worker.inner_text()
 
 
 def test_a_worker_whose_trainer_holds_no_job_is_idle_and_has_no_speed(fresh: Service, visit: Visit) -> None:
@@ -27,7 +27,7 @@ def test_a_worker_whose_trainer_holds_no_job_is_idle_and_has_no_speed(fresh: Ser
     visitor.open("#/workers")
 
     worker = visitor.page.get_by_role("region", name="bay-1")
-    worker.get_by_text("idle, base loaded").wait_for()
+    worker.get_by_text("idle, base model loaded").wait_for()
     assert "Tokens per second" not in worker.inner_text()
 
 
@@ -55,11 +55,11 @@ def test_an_operator_cordons_a_worker_and_takes_it_back(fresh: Service, visit: V
     worker.get_by_role("button", name="Cordon").click()
     visitor.page.get_by_role("button", name="Cordon the worker").click()
 
-    worker.get_by_text("idle, base loaded, cordoned").wait_for()
-    worker.get_by_text("it finishes what it holds and takes no new job").wait_for()
+    worker.get_by_text("idle, base model loaded, cordoned").wait_for()
+    worker.get_by_text("the worker finishes its jobs and accepts no new ones").wait_for()
     worker.get_by_role("button", name="Uncordon").click()
     visitor.page.get_by_role("button", name="Uncordon the worker").click()
-    worker.get_by_text("idle, base loaded", exact=True).wait_for()
+    worker.get_by_text("idle, base model loaded", exact=True).wait_for()
 
 
 def test_a_cordoned_worker_says_why(fresh: Service, visit: Visit) -> None:
@@ -70,4 +70,4 @@ def test_a_cordoned_worker_says_why(fresh: Service, visit: Visit) -> None:
     visitor.open("#/workers")
 
     worker = visitor.page.get_by_role("region", name="bay-1")
-    worker.get_by_text("takes no new job. Its fan is loud.").wait_for()
+    worker.get_by_text("accepts no new ones. Its fan is loud.").wait_for()

@@ -1,4 +1,4 @@
-// One adapter: take it, see what it learned, check that it is what its record says.
+// The page of an adapter: download, evaluation, verification, files and lineage.
 import { html, useState } from "../html.js";
 import { send } from "../api.js";
 import { link } from "../router.js";
@@ -19,34 +19,35 @@ export function AdapterPage({ id }) {
     <nav class="trail" aria-label="Breadcrumb"><a href=${link.adapters()}>Adapters</a></nav>
     <div class="title"><h1 tabindex="-1">${adapterLabel(adapter)}</h1>
       <div class="buttons actions"><a class="button primary" href=${archivePath(adapter)} download>Download<span class="button-note">.tar, ${format.bytes(adapter.bytes)}</span></a></div></div>
-    <p class="under"><${Id} id=${adapter.name} what="adapter name" /><span>made <${Ago} at=${adapter.created_at} /></span>
+    <p class="under"><${Id} id=${adapter.name} what="adapter name" /><span>created <${Ago} at=${adapter.created_at} /></span>
       <span>by job <a href=${link.job(adapter.job_id)}>${format.short(adapter.job_id, 18)}</a></span></p>
     <div class="columns">
       <div class="column"><${Evaluation} evaluation=${adapter.evaluation} /><${Verification} adapter=${adapter} path=${path} /><${Files} files=${files} path=${path} /></div>
-      <div class="column"><${Panel} title="What it is" id="what"><${Facts} rows=${[
-          ["Base model", adapter.base_model], ["Continues", adapter.parent && html`<a href=${link.adapter(adapter.parent)}>${adapter.parent}</a>`], ["Rank", adapter.rank], ["Trained on it in", held(adapter)], ["Trained parameters", format.count(adapter.num_parameters)],
+      <div class="column"><${Panel} title="Details" id="what"><${Facts} rows=${[
+          ["Base model", adapter.base_model], ["Continues", adapter.parent && html`<a href=${link.adapter(adapter.parent)}>${adapter.parent}</a>`], ["Rank", adapter.rank], ["Base model precision", basePrecision(adapter)], ["Trained parameters", format.count(adapter.num_parameters)],
           ["Size", format.bytes(adapter.bytes)], ["Base digest", html`<${Id} id=${adapter.base_digest} what="base digest" length=${16} />`],
           ["Artifact", html`<${Id} id=${adapter.artifact} what="artifact digest" length=${16} />`],
-        ]} /><p class="pad soft">In a terminal:</p><${Command} text=${`lorry adapters pull ${adapter.id}`} /><//></div>
+        ]} /><p class="pad soft">Download it in a terminal:</p><${Command} text=${`lorry adapters pull ${adapter.id}`} /><//></div>
     </div>
     <${Lineage} record=${lineage.data} error=${lineage.error} adapter=${adapter} />`;
 }
 
-/** The base's weights as training and verification had them. */
-const held = ({ precision, quantization }) => (quantization === "none" ? precision : [quantization, precision].filter(Boolean).join(" with "));
+/** The precision of the base model's weights in training and verification. */
+const basePrecision = ({ precision, quantization }) => (quantization === "none" ? precision : [quantization, precision].filter(Boolean).join(" with "));
 
 function Evaluation({ evaluation }) {
-  if (!evaluation) return html`<${Panel} title="Against its base" id="evaluation"><p class="soft pad">The job had no held-out file, so nothing was measured. Give one with <code>--valid</code>.</p><//>`;
+  if (!evaluation) return html`<${Panel} title="Comparison with base model" id="evaluation"><p class="soft pad">The job had no validation file, so the adapter was not evaluated. Pass one with <code>--valid</code>.</p><//>`;
   const { loss, perplexity, rewards } = evaluation;
   const first = before(evaluation);
+  const origin = first.name === "base" ? "base model" : "parent adapter";
   const row = (name, value, kind) => html`<tr key=${name}><th scope="row">${name}</th>
     <td class="meter-cell"><progress class=${`bar meter-${kind}`} max=${Math.max(first.loss, loss)} value=${value} aria-hidden="true"></progress></td>
     <td class="num"><b>${format.loss(value)}</b></td>${rewards ? null : html`<td class="num">${format.power(kind === "base" ? first.perplexity : perplexity)}</td>`}</tr>`;
-  return html`<${Panel} title=${`Against its ${first.name}`} id="evaluation" aside=${html`<span class=${loss < first.loss ? "good-text" : "bad-text"}>${format.change(first.loss, loss)} loss</span>`}>
-    <table class="table table-tight compare"><caption class="unseen">Held-out loss of the ${first.name} and of the adapter</caption>
-      <thead><tr><th scope="col">On held-out data</th><td></td><th scope="col" class="num">Loss</th>${rewards ? null : html`<th scope="col" class="num">Perplexity</th>`}</tr></thead>
-      <tbody>${row(first.name === "base" ? "base alone" : "its parent", first.loss, "base")}${row("with adapter", loss, "adapter")}</tbody></table>
-    ${rewards ? html`<p class="pad soft">${Number.isFinite(rewards.kl) ? "Rewards are as labeled" : "The preferred answer wins"} in ${format.percent(rewards.accuracy, 1)} of the held-out ${Number.isFinite(rewards.kl) ? "answers; desirable ones are ahead" : "pairs"}, by ${format.power(rewards.margin)} on average.</p>` : null}
+  return html`<${Panel} title=${`Comparison with ${origin}`} id="evaluation" aside=${html`<span class=${loss < first.loss ? "good-text" : "bad-text"}>${format.change(first.loss, loss)} loss</span>`}>
+    <table class="table table-tight compare"><caption class="unseen">Validation loss of the ${origin} and of the adapter</caption>
+      <thead><tr><th scope="col">Validation data</th><td></td><th scope="col" class="num">Loss</th>${rewards ? null : html`<th scope="col" class="num">Perplexity</th>`}</tr></thead>
+      <tbody>${row(origin, first.loss, "base")}${row("this adapter", loss, "adapter")}</tbody></table>
+    ${rewards ? html`<p class="pad soft">${Number.isFinite(rewards.kl) ? "Rewards match the labels" : "The preferred answer has the higher reward"} in ${format.percent(rewards.accuracy, 1)} of the validation ${Number.isFinite(rewards.kl) ? "answers" : "pairs"}. Average reward margin: ${format.power(rewards.margin)}.</p>` : null}
   <//>`;
 }
 
@@ -57,7 +58,7 @@ function Verification({ adapter, path }) {
     try {
       const result = await send("POST", `${path}/verify`);
       setState({ busy: false, result, error: null });
-      announce(result.passed ? "Verified: no problem was found" : `Verification found ${format.plural(result.problems.length, "problem")}`);
+      announce(result.passed ? "Verified: no problems found" : `Verification found ${format.plural(result.problems.length, "problem")}`);
     } catch (error) {
       setState({ busy: false, result: null, error });
     }
@@ -66,10 +67,10 @@ function Verification({ adapter, path }) {
   const button = html`<button type="button" onClick=${verify} disabled=${state.busy}>${state.busy ? "Verifying…" : "Verify now"}</button>`;
   return html`<${Panel} title="Verification" id="verification" aside=${button}>
     <p class="pad">${adapter.verification
-      ? html`Loaded back by PEFT on the base model, its logits differ from those that training saw by at most <b>${format.power(facts.max_abs_diff)}</b>${typeof facts.tolerance === "number" && html` (allowed: ${format.power(facts.tolerance)})`}.${facts.explanation && html` ${facts.explanation}`}`
-      : "No verification is on its record."}</p>
+      ? html`Loaded by PEFT on the base model, its logits differ from those of training by at most <b>${format.power(facts.max_abs_diff)}</b>${typeof facts.tolerance === "number" && html` (allowed: ${format.power(facts.tolerance)})`}.${facts.explanation && html` ${facts.explanation}`}`
+      : "No verification is recorded."}</p>
     ${state.result && html`<div class=${`result ${state.result.passed ? "result-good" : "result-bad"}`}>
-      <p><b>${state.result.passed ? "Every file has the digest on its record, and the record has its id." : "This adapter is not what its record says."}</b></p>
+      <p><b>${state.result.passed ? "All files match the manifest, and the lineage record matches its id." : "The adapter does not match its records."}</b></p>
       ${state.result.problems?.length > 0 && html`<ul>${state.result.problems.map((problem) => html`<li key=${problem}>${problem}</li>`)}</ul>`}</div>`}
     ${state.error && html`<${Failure} error=${state.error} />`}
   <//>`;

@@ -1,5 +1,5 @@
-// An adapter's lineage record: what matters in a few lines, every chapter to open, and the raw record,
-// which is what the lineage id is the digest of.
+// An adapter's lineage record: a summary, every section of the record, and the raw record. The lineage id is the
+// digest of the raw record.
 import { html } from "../html.js";
 import { link } from "../router.js";
 import { useResource } from "../resource.js";
@@ -17,7 +17,7 @@ export function Lineage({ record, error, adapter }) {
     ${error && html`<${Failure} error=${error} />`}
     ${content && html`
       ${content.format === KNOWN_FORMAT && html`<${Facts} rows=${summary(content)} />`}
-      <div class="chapters" role="group" aria-label="Chapters of the record">${Object.entries(content).filter(([, value]) => isBranch(value)).map(([name, value]) => html`<details key=${name} class="chapter">
+      <div class="chapters" role="group" aria-label="Sections of the record">${Object.entries(content).filter(([, value]) => isBranch(value)).map(([name, value]) => html`<details key=${name} class="chapter">
         <summary>${words(name)}</summary><${Branch} value=${value} /></details>`)}
         <details class="chapter raw"><summary>The record as JSON</summary>
           <div class="raw-tools"><${Copy} text=${JSON.stringify(content, null, 2)} what="record" /></div>
@@ -25,30 +25,30 @@ export function Lineage({ record, error, adapter }) {
   <//>`;
 }
 
-/** What a reviewer asks first: from what, on what, by whom, how often, with what result. */
+/** The most important facts of the record. */
 function summary({ job, base, data, attempts, results, code, people }) {
   const digest = (value) => html`<code class="soft" title=${value}>${format.short(value, DIGEST_LENGTH)}</code>`;
   const last = attempts.at(-1);
-  const mates = last?.num_packmates ?? last?.packmates?.length; // the latter in older records
-  const beside = mates === undefined ? "" : mates ? `, together with ${format.plural(mates, "other job")}` : ", alone";
+  const mates = last?.num_packmates ?? last?.packmates?.length; // older records have only `packmates`
+  const company = mates === undefined ? "" : mates ? `, together with ${format.plural(mates, "other job")}` : ", alone";
   return [
-    ["Made by", html`<a href=${link.job(job)}>${job}</a>`],
-    ["On the base", html`${base.name}${base.source && `, ${base.source}`}${base.revision && ` at ${base.revision}`} ${digest(base.digest)}`],
-    ["Its license", base.license],
-    ...data.map((source) => [source.role === "training" ? "Trained on" : "Measured on", html`<${FileName} id=${source.file} />, ${format.plural(source.num_rows, "row")} ${digest(source.digest)}`]),
-    ["Asked for", html`<time datetime=${people.requested_at}>${format.absolute(Date.parse(people.requested_at) / 1000)}</time>`],
-    ["Attempts", `${format.count(attempts.length)}, the last on ${last?.worker}${beside}`],
-    ["Base held", among(last?.machine || {})],
-    ["Came to", `${format.plural(results.steps, "step")}, ${format.count(results.trained_tokens)} tokens`],
-    ["Repeatable", leaf(results.determinism)],
-    ["By the code", Object.entries(code).map(([name, version]) => `${name} ${version}`).join(", ")],
+    ["Job", html`<a href=${link.job(job)}>${job}</a>`],
+    ["Base model", html`${base.name}${base.source && `, ${base.source}`}${base.revision && ` at ${base.revision}`} ${digest(base.digest)}`],
+    ["Base model license", base.license],
+    ...data.map((source) => [source.role === "training" ? "Training file" : "Validation file", html`<${FileName} id=${source.file} />, ${format.plural(source.num_rows, "row")} ${digest(source.digest)}`]),
+    ["Requested", html`<time datetime=${people.requested_at}>${format.absolute(Date.parse(people.requested_at) / 1000)}</time>`],
+    ["Attempts", `${format.count(attempts.length)}, the last on ${last?.worker}${company}`],
+    ["Base model placement", placementOf(last?.machine || {})],
+    ["Result", `${format.plural(results.steps, "step")}, ${format.count(results.trained_tokens)} tokens`],
+    ["Determinism", leaf(results.determinism)],
+    ["Software", Object.entries(code).map(([name, version]) => `${name} ${version}`).join(", ")],
   ];
 }
 
-/** Of a trainer of several processes, how they held the base. */
-const among = ({ num_processes: number, strategy, device }) => (number > 1 && strategy ? strategyText({ strategy, number, kind: device?.startsWith("cuda") ? "cuda" : "cpu" }) : null);
+/** How the processes of the trainer held the base model; null for one process. */
+const placementOf = ({ num_processes: number, strategy, device }) => (number > 1 && strategy ? strategyText({ strategy, number, kind: device?.startsWith("cuda") ? "cuda" : "cpu" }) : null);
 
-/** The record has the id alone, which stays; the name is there as long as the file is. */
+/** The name and id of a file. The record has only the id; a deleted file has no name. */
 function FileName({ id }) {
   const { data } = useResource(`/v1/files/${encodeURIComponent(id)}`);
   return data ? html`${data.filename} <span class="soft">${id}</span>` : id;
@@ -58,7 +58,7 @@ const words = (key) => key.replace(/^num_/, "").replaceAll("_", " ").replace(/^l
 
 const isBranch = (value) => value !== null && typeof value === "object";
 
-/** Nested records, indented; what is short stays on one line. */
+/** A nested value, indented. A short list stays on one line. */
 function Branch({ value }) {
   if (!isBranch(value)) return leaf(value);
   if (isShort(value)) return html`<span class="pad-inline">${inline(value)}</span>`;

@@ -1,4 +1,4 @@
-// Every adapter of the project: what it learned against its base, and whether it was verified.
+// The list of the project's adapters: the change of the validation loss, and the verification.
 import { html, useCallback, useState } from "../html.js";
 import { query, read } from "../api.js";
 import { link } from "../router.js";
@@ -29,11 +29,11 @@ export function AdaptersPage() {
     <div class="title"><h1 tabindex="-1">Adapters</h1></div>
     ${error && html`<${Failure} error=${error} retry=${load} />`}
     ${loading ? html`<${Loading} />` : adapters.length ? html`<${AdaptersTable} adapters=${adapters} />` : !error && html`
-      <${Empty} title="No adapters yet." command="lorry jobs submit MODEL train.jsonl">Each job that succeeds leaves one here.<//>`}
+      <${Empty} title="No adapters yet." command="lorry jobs submit MODEL train.jsonl">Each job that succeeds creates an adapter.<//>`}
     ${hasMore && html`<p class="more"><button type="button" onClick=${more}>Show older adapters</button></p>`}`;
 }
 
-/** The first page read anew, with the older ones that were on the screen already. */
+/** The new first page, with the older adapters that were on the screen. */
 function merged(fresh, before) {
   if (before.length <= PAGE) return fresh;
   const ids = new Set(fresh.map((adapter) => adapter.id));
@@ -43,7 +43,7 @@ function merged(fresh, before) {
 function AdaptersTable({ adapters }) {
   return html`<table class="table cards adapters" role="table">
     <caption class="unseen">Adapters, newest first</caption>
-    <thead role="rowgroup"><tr role="row">${["Adapter", "Held-out loss", "Verified", "Size", "Archive"].map((name) => html`<th role="columnheader" scope="col" key=${name}>${name}</th>`)}</tr></thead>
+    <thead role="rowgroup"><tr role="row">${["Adapter", "Validation loss", "Verified", "Size", "Archive"].map((name) => html`<th role="columnheader" scope="col" key=${name}>${name}</th>`)}</tr></thead>
     <tbody role="rowgroup">${adapters.map((adapter) => html`<tr role="row" key=${adapter.id}>
       <th role="rowheader" scope="row"><a href=${link.adapter(adapter.id)}>${adapterLabel(adapter)}</a>
         <span class="sub"><span>${adapter.base_model}</span><span>rank ${adapter.rank ?? format.UNKNOWN}</span><span><${Ago} at=${adapter.created_at} /></span></span></th>

@@ -1,4 +1,4 @@
-// Uploaded files: what each holds, what was wrong in it, who trains on it; a new one can be sent from here.
+// The list of uploaded files: their data, problems and jobs; upload and deletion.
 import { html, useEffect, useRef, useState } from "../html.js";
 import { query, read } from "../api.js";
 import { useLive } from "../jobs_data.js";
@@ -10,8 +10,8 @@ import * as format from "../format.js";
 
 const PAGE = 30;
 const JOBS = 100;
-const KINDS = { chat: "chat data", completion: "prompts with completions", text: "plain text", preference: "pairs of answers", unpaired: "answers with labels" };
-const PURPOSES = { "fine-tune": "data to train on", "fine-tune-results": "curves of a job", user_data: "other data" };
+const KINDS = { chat: "chat data", completion: "prompts with completions", text: "plain text", preference: "preference pairs", unpaired: "labeled answers" };
+const PURPOSES = { "fine-tune": "training data", "fine-tune-results": "metrics of a job", user_data: "other data" };
 
 export function FilesPage() {
   const { files, hasMore, loading, error, load, more } = useFiles();
@@ -24,11 +24,11 @@ export function FilesPage() {
     ${error && html`<${Failure} error=${error} retry=${load} />`}
     ${deletion.error && html`<${Failure} error=${deletion.error} />`}
     ${loading ? html`<${Loading} />` : files.length ? html`<${FilesTable} files=${files} jobs=${jobs} deletion=${deletion} />`
-      : !error && html`<${Empty} title="No files yet." command="lorry files upload train.jsonl">Send one from here, or from a terminal:<//>`}
+      : !error && html`<${Empty} title="No files yet." command="lorry files upload train.jsonl">Upload one here or in a terminal:<//>`}
     ${hasMore && html`<p class="more"><button type="button" onClick=${more}>Show older files</button></p>`}`;
 }
 
-/** The project's files, newest first; `load` reads again as many as are on the screen. */
+/** The project's files, newest first; `load` reloads as many as are on the screen. */
 function useFiles() {
   const [state, setState] = useState({ files: [], hasMore: false, loading: true, error: null });
   const limit = useRef(PAGE);
@@ -63,7 +63,7 @@ function Row({ file, jobs, hasOlderJobs, deletion }) {
     <td role="cell">${format.bytes(file.bytes)}${typeof file.rows === "number" && html`<span class="sub">${format.plural(file.rows, "row")}</span>`}</td>
     <td role="cell" class="data-cell"><${Found} file=${file} job=${jobs?.[0]} /></td>
     <td role="cell" class="act-cell"><span class="buttons"><a class="button" href=${`/v1/files/${file.id}/content`} download>Download<span class="unseen"> ${file.filename}</span></a>
-      <${Delete} deletion=${deletion} id=${file.id} name=${file.filename} what="file" text="New jobs can't use it any more. Jobs that have ended keep what they learned, and its digest on their record." /></span></td>
+      <${Delete} deletion=${deletion} id=${file.id} name=${file.filename} what="file" text="New jobs can't use it any more. Finished jobs keep their adapters, and the digest of the file in their records." /></span></td>
   </tr>`;
 }
 
@@ -72,23 +72,23 @@ function usedBy(number, hasOlderJobs) {
   return `used by ${number ? format.plural(number, "job") : "no job"}`;
 }
 
-/** What preparation found, by the base model of `job`, the latest on it. Only a file that some job read has been prepared. */
+/** What preparation found, with the base model of `job`, the latest one with this file. A file without jobs was not prepared. */
 function Found({ file, job }) {
   const model = job?.model;
   const { data, error, isGone, reload } = useReport(file, job);
   useEffect(() => { reload(); }, [job?.status]);
-  if (file.status === "error") return html`<span class="bad-text">${file.status_details || "It can't be used."}</span>`;
-  if (file.purpose !== "fine-tune") return html`<span class="soft">not read</span>`;
-  if (!model) return html`<span class="soft">every line is valid</span><span class="sub">counted when a job first uses it</span>`;
+  if (file.status === "error") return html`<span class="bad-text">${file.status_details || "The file can't be used."}</span>`;
+  if (file.purpose !== "fine-tune") return html`<span class="soft">not checked</span>`;
+  if (!model) return html`<span class="soft">every line is valid</span><span class="sub">tokens are counted when a job first uses it</span>`;
   const report = data?.report;
-  if (error && !report) return html`<span class="bad-text">What it holds can't be told. ${error.message}</span>`;
+  if (error && !report) return html`<span class="bad-text">Couldn't load the data report: ${error.message}</span>`;
   if (!report) return html`<span class="soft">${!data ? "…" : isGone ? "never counted" : "not counted yet"}</span>`;
-  const problems = told(report);
-  return html`${problems.length ? html`<ul class="problems">${problems.map((problem) => html`<li key=${problem}>${problem}</li>`)}</ul>` : html`<span class="good-text">no problem</span>`}
-    <span class="sub"><span>${format.compact(report.tokens)} tokens</span><span>by ${model}${isGone && ", since deleted"}</span></span>`;
+  const problems = problemsOf(report);
+  return html`${problems.length ? html`<ul class="problems">${problems.map((problem) => html`<li key=${problem}>${problem}</li>`)}</ul>` : html`<span class="good-text">no problems</span>`}
+    <span class="sub"><span>${format.compact(report.tokens)} tokens</span><span>for ${model}${isGone && " (deleted)"}</span></span>`;
 }
 
-/** A base model that is gone has no reports any more, but its jobs have them still. */
+/** The report of a file. If the base model is deleted, only the job still has the report. */
 function useReport(file, job) {
   const ofModel = useResource(job ? `/v1/files/${file.id}/report${query({ model: job.model })}` : null);
   const isGone = ofModel.error?.status === 404;
@@ -98,11 +98,11 @@ function useReport(file, job) {
   return { data: ofJob.data && { report }, error: ofJob.error, isGone, reload: ofModel.reload };
 }
 
-function told({ truncated_rows, dropped_rows, split_rows, empty_rows, duplicate_rows, max_length }) {
+function problemsOf({ truncated_rows, dropped_rows, split_rows, empty_rows, duplicate_rows, max_length }) {
   return [
-    empty_rows > 0 && `${format.plural(empty_rows, "row")} with nothing to learn`,
-    truncated_rows > 0 && `${format.plural(truncated_rows, "row")} cut at ${format.count(max_length)} tokens`,
-    dropped_rows > 0 && `${format.plural(dropped_rows, "row")} of more than ${format.count(max_length)} tokens, left out`,
+    empty_rows > 0 && `${format.plural(empty_rows, "row")} without trained tokens`,
+    truncated_rows > 0 && `${format.plural(truncated_rows, "row")} truncated to ${format.count(max_length)} tokens`,
+    dropped_rows > 0 && `${format.plural(dropped_rows, "row")} of more than ${format.count(max_length)} tokens, dropped`,
     split_rows > 0 && `${format.plural(split_rows, "row")} split at ${format.count(max_length)} tokens`,
     duplicate_rows > 0 && `${format.plural(duplicate_rows, "duplicate row")}, kept`,
   ].filter(Boolean);

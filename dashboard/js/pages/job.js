@@ -1,4 +1,4 @@
-// One job: how far it is and what can be done about it, its curves, its log, and all that it was asked and given.
+// The page of a job: progress, actions, curves, events, attempts, data and configuration.
 import { html, useEffect } from "../html.js";
 import { link } from "../router.js";
 import { useJob } from "../job_data.js";
@@ -43,10 +43,10 @@ export function JobPage({ id }) {
     <${Configuration} job=${job} rows=${rows} />`;
 }
 
-/** Before its first step a job has no curve and no figures: the page then begins with its events. */
+/** Whether to show figures and curves. Before the first step a job has none, and the page starts with its events. */
 const hasBegun = ({ job, train, valid }) => job.status === "running" || train.length + valid.length > 0;
 
-/** What a person must know first when it is not simply running. */
+/** The most important fact about a job that is not running: its error, or why it waits. */
 function Outcome({ job, why }) {
   if (job.status === "failed") {
     const error = job.error || { message: "No reason was recorded." };
@@ -54,9 +54,9 @@ function Outcome({ job, why }) {
       ${error.code && html`<p class="soft">code <code>${error.code}</code>${error.param && html`, at <code>${error.param}</code>`}</p>`}</div>`;
   }
   if (job.status === "queued" || job.status === "validating_files") {
-    return html`<div class="notice"><p><strong>${job.status === "queued" ? "Waiting to train." : "Its files are being read."}</strong> ${why?.explanation || "…"}</p></div>`;
+    return html`<div class="notice"><p><strong>${job.status === "queued" ? "Waiting to train." : "Preparing its files."}</strong> ${why?.explanation || "…"}</p></div>`;
   }
-  if (job.status === "paused") return html`<div class="notice"><p><strong>Paused.</strong> Its last checkpoint is kept; resume it and it goes on from there.</p></div>`;
+  if (job.status === "paused") return html`<div class="notice"><p><strong>Paused.</strong> After a resume, the job continues from its last checkpoint.</p></div>`;
   return null;
 }
 
@@ -70,24 +70,24 @@ function Headline({ job, train, valid, rows }) {
       ${turns && html`<span>epoch ${turns.done.toFixed(2)} of ${passes(turns.total)}</span>`}</p></div>
     <dl class="figures">
       ${FINAL.has(job.status)
-        ? html`<${Figure} name="Ended" value=${html`<${Ago} at=${job.finished_at} />`} note=${job.seconds_running > 0 ? html`<span title=${TOOK}>took ${format.duration(job.seconds_running)}</span>` : null} />`
-        : html`<${Figure} name="Left" value=${html`<${Until} seconds=${job.status === "running" ? progress.seconds_left : undefined} before="done at" />`} />`}
+        ? html`<${Figure} name="Finished" value=${html`<${Ago} at=${job.finished_at} />`} note=${job.seconds_running > 0 ? html`<span title=${TOOK}>took ${format.duration(job.seconds_running)}</span>` : null} />`
+        : html`<${Figure} name="Time left" value=${html`<${Until} seconds=${job.status === "running" ? progress.seconds_left : undefined} before="done at" />`} />`}
       <${Figure} name="Train loss" value=${format.loss(progress.loss ?? train.at(-1)?.loss)} note=${train.length > 1 ? `from ${format.loss(train[0].loss)}` : null} />
-      <${Figure} name="Held-out loss" value=${format.loss(progress.kept_valid_loss ?? valid.at(-1)?.loss)} note=${heldOutNote(job, valid)} />
+      <${Figure} name="Validation loss" value=${format.loss(progress.kept_valid_loss ?? valid.at(-1)?.loss)} note=${validationNote(job, valid)} />
       ${FINAL.has(job.status)
         ? job.trained_tokens > 0 && html`<${Figure} name="Trained on" value=${format.compact(job.trained_tokens)} note="tokens" />`
-        : job.status === "running" && html`<${Figure} name="Speed" value=${format.count(progress.tokens_per_second)} note="tokens a second" />`}
+        : job.status === "running" && html`<${Figure} name="Speed" value=${format.count(progress.tokens_per_second)} note="tokens per second" />`}
     </dl>
-    ${job.adapter_id && html`<p class="headline-adapter"><a class="button primary" href=${link.adapter(job.adapter_id)}>Its adapter</a></p>`}
+    ${job.adapter_id && html`<p class="headline-adapter"><a class="button primary" href=${link.adapter(job.adapter_id)}>View adapter</a></p>`}
   </section>`;
 }
 
-function heldOutNote(job, valid) {
-  if (!job.validation_file) return "no held-out file";
+function validationNote(job, valid) {
+  if (!job.validation_file) return "no validation file";
   const { step, kept_step: kept, kept_valid_loss: loss } = job.progress || {};
-  if (typeof loss === "number" && kept !== step) return `at step ${format.count(kept)}, whose weights are kept; ${format.loss(valid.at(-1)?.loss)} at the last`;
+  if (typeof loss === "number" && kept !== step) return `best at step ${format.count(kept)}, used for the adapter; latest: ${format.loss(valid.at(-1)?.loss)}`;
   if (valid.length > 1) return `${format.change(valid[0].loss, valid.at(-1).loss)} since the start`;
-  return valid.length ? "the base model's" : "not measured yet";
+  return valid.length ? "of the base model" : "not evaluated yet";
 }
 
 const Figure = ({ name, value, note }) => html`<div><dt>${name}</dt><dd><b>${value}</b>${note && html`<span class="soft">${note}</span>`}</dd></div>`;

@@ -1,4 +1,4 @@
-// Pause, resume, cancel: asked once more before they are done, and told how they went.
+// Pause, resume and cancel a job, each with a confirmation and an announcement of the result.
 import { html, useState } from "../html.js";
 import { send } from "../api.js";
 import { announce } from "../parts/announce.js";
@@ -7,9 +7,9 @@ import { confirm } from "../parts/confirm.js";
 import { jobName } from "../parts/progress.js";
 
 const WORDS = {
-  pause: { verb: "Pause", text: "Its place on the trainer is given to another job. Its last checkpoint is kept, and it goes on from there when it is resumed.", no: "Keep it running" },
-  resume: { verb: "Resume", text: "It goes back to the queue and continues from its last checkpoint.", no: "Leave it paused" },
-  cancel: { verb: "Cancel", text: "It ends without an adapter. A cancelled job can't be resumed.", no: "Keep the job", danger: true },
+  pause: { verb: "Pause", text: "Pausing frees its slot for other jobs. After a resume, the job continues from its last checkpoint.", no: "Keep it running" },
+  resume: { verb: "Resume", text: "The job returns to the queue and continues from its last checkpoint.", no: "Leave it paused" },
+  cancel: { verb: "Cancel", text: "The job ends without an adapter and can't be resumed.", no: "Keep the job", danger: true },
 };
 
 const ALLOWED = { validating_files: ["pause", "cancel"], queued: ["pause", "cancel"], running: ["pause", "cancel"], paused: ["resume", "cancel"] };
@@ -26,7 +26,7 @@ export function Actions({ job, done }) {
     setError(null);
     try {
       await send("POST", `/v1/fine_tuning/jobs/${job.id}/${action}`);
-      announce(`${words.verb} was asked for`);
+      announce(`${words.verb} requested`);
       await done();
     } catch (problem) {
       setError(problem);

@@ -1,14 +1,14 @@
-// Settings of a job as rows to read: what was asked for beside what it came to.
+// Settings of a job as rows: the requested and the resolved value.
 import { power } from "../format.js";
 import { epochs, passes } from "../parts/progress.js";
 
 const LABELS = {
-  target_modules: "targets", loss: "learnt of a chat", overflow: "rows too long", use_rslora: "rank-stabilised", use_dora: "DoRA", layers_to_transform: "layers", lora_plus_ratio: "LoRA+ ratio", max_grad_norm: "clip at norm", type: "schedule", warmup_ratio: "warm-up part",
-  eps: "epsilon", n_epochs: "epochs", learning_rate_multiplier: "rate multiplier", neftune_alpha: "NEFTune alpha",
+  target_modules: "targets", loss: "trained messages", overflow: "long rows", use_rslora: "rsLoRA", use_dora: "DoRA", layers_to_transform: "layers", lora_plus_ratio: "LoRA+ ratio", max_grad_norm: "max gradient norm", type: "schedule", warmup_ratio: "warm-up fraction",
+  eps: "epsilon", n_epochs: "epochs", learning_rate_multiplier: "learning rate multiplier", neftune_alpha: "NEFTune alpha",
 };
 const RUN = ["max_length", "max_steps", "precision", "quantization", "seed", "priority"];
 
-/** [[group, [{label, asked (null: not asked for), resolved}]]]. `rows` are those that the job learns from, if known. */
+/** [[group, [{label, asked (null: not requested), resolved}]]]. `rows` is the number of usable rows, if known. */
 export function groups(job, rows) {
   const asked = job.requested || {};
   const { type = "supervised" } = job.method || {};
@@ -24,8 +24,8 @@ export function groups(job, rows) {
     ["Run", [
       row("method", asked.method?.type, type),
       ...each({ ...resolved, n_epochs: passesOf(job, rows) }, numbers),
-      ...(job.validation_file ? [{ label: "evaluation", asked: every(asked.evaluation?.every_steps), resolved: every(job.evaluation?.every_steps) || "10 times" }] : []),
-      ...(job.validation_file && job.evaluation?.keep ? [{ label: "kept weights", asked: given(asked.evaluation?.keep), resolved: job.evaluation.keep }] : []),
+      ...(job.validation_file ? [{ label: "evaluation", asked: every(asked.evaluation?.every_steps), resolved: every(job.evaluation?.every_steps) || "10 times per job" }] : []),
+      ...(job.validation_file && job.evaluation?.keep ? [{ label: "exported weights", asked: given(asked.evaluation?.keep), resolved: job.evaluation.keep }] : []),
       ...(job.evaluation?.samples ? each(prompted(job.evaluation.samples), prompted(asked.evaluation?.samples)) : []),
       ...(job.early_stopping ? each(job.early_stopping, asked.early_stopping) : []),
       { label: "checkpoint", asked: every(asked.checkpoint_every_steps), resolved: every(job.checkpoint_every_steps) },
@@ -35,19 +35,19 @@ export function groups(job, rows) {
   ].filter(([, rows]) => rows.length);
 }
 
-/** `type` is a word of the schedule's as well. */
+/** Renames `type`, which the schedule has as well. */
 const named = ({ type, ...others } = {}) => (type === undefined ? others : { optimizer: type, ...others });
 
 const prompted = ({ prompts, max_tokens } = {}) => ({ sample_prompts: prompts?.map((each) => JSON.stringify(each)), sample_max_tokens: max_tokens });
 
 const row = (key, asked, resolved) => ({ label: LABELS[key] || key.replaceAll("_", " "), asked: given(asked), resolved: text(resolved, key) });
 
-/** max_steps may end the job before the passes that were asked for. */
+/** The number of passes. max_steps may end the job before the requested number. */
 function passesOf(job, rows) {
   const { n_epochs } = job.hyperparameters;
   const total = epochs(job, rows)?.total;
-  if (total === undefined) return job.max_steps ? `${n_epochs}, if max_steps allows` : n_epochs;
-  return total < n_epochs ? `${passes(total)} of ${n_epochs}, for max_steps` : n_epochs;
+  if (total === undefined) return job.max_steps ? `up to ${n_epochs} (max_steps)` : n_epochs;
+  return total < n_epochs ? `${passes(total)} of ${n_epochs} (max_steps)` : n_epochs;
 }
 
 const every = (steps) => (typeof steps === "number" ? `every ${steps} steps` : given(steps));

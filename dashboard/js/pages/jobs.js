@@ -1,4 +1,4 @@
-// All jobs: what is on the lorries now, then every job with its state, how far it is, its loss and when it is done.
+// The list of jobs: running trainers, then every job with its state, progress, loss and time left.
 import { html, useState } from "../html.js";
 import { link, replaceQuery, route } from "../router.js";
 import { Ago, Empty, FINAL, Failure, Loading, State, Until } from "../parts/basics.js";
@@ -45,17 +45,17 @@ export function JobsPage() {
     ${hasMore && html`<p class="more"><button type="button" onClick=${more}>Show older jobs</button></p>`}`;
 }
 
-/** The next thing to type, with a base model that is there; without one, how to add one. */
+/** The next command to run: submit a job on an available base model, or add a base model. */
 function NoJobs() {
   const { data, loading } = useResource("/v1/models");
   if (loading) return html`<${Loading} />`;
   const base = data?.data.find((model) => model.kind === "base" && model.state === "ready");
   if (data && !base) {
-    return html`<${Empty} title="No jobs yet, and no base model to train." command="lorry models add NAME SOURCE">
-      SOURCE is a hub id, a folder of safetensors, or a GGUF file.<//>`;
+    return html`<${Empty} title="No jobs and no base models yet." command="lorry models add NAME SOURCE">
+      SOURCE is a Hub id, a folder with safetensors files, or a GGUF file.<//>`;
   }
-  return html`<${Empty} title="No jobs yet." command=${`lorry jobs submit ${base?.id ?? "MODEL"} train.jsonl --valid held-out.jsonl --watch`}>
-    A job trains one adapter. Type this in a terminal, or point the openai client at this address.<//>`;
+  return html`<${Empty} title="No jobs yet." command=${`lorry jobs submit ${base?.id ?? "MODEL"} train.jsonl --valid validation.jsonl --watch`}>
+    A job trains one adapter. Run this command in a terminal, or use the OpenAI client with the address of this service.<//>`;
 }
 
 function Tally({ jobs }) {
@@ -80,8 +80,8 @@ function Filters({ jobs, filter, choose }) {
       ${FILTERS.map(([key, name, test]) => html`<button type="button" key=${key} class="chip" aria-pressed=${String(filter.state === key)}
         onClick=${() => choose({ state: key })}>${name} <span class="chip-count">${jobs.filter(test).length}</span></button>`)}
     </div>
-    <label class="find"><span class="unseen">Find by name, id, base model or label</span>
-      <input type="search" placeholder="Find by name, id, base or label" value=${filter.text} onInput=${(event) => choose({ text: event.currentTarget.value })} /></label>
+    <label class="find"><span class="unseen">Search by name, id, base model or label</span>
+      <input type="search" placeholder="Search by name, id, base or label" value=${filter.text} onInput=${(event) => choose({ text: event.currentTarget.value })} /></label>
   </form>`;
 }
 
@@ -93,18 +93,18 @@ function matches(job, { state, text }) {
   return text.toLowerCase().split(/\s+/).every((word) => words.includes(word));
 }
 
-/** What is under way first, then who waits in the order of their turns; the rest by age, newest first. */
+/** Running jobs first, then waiting jobs by queue position, then the others, newest first. */
 function sorted(jobs, queue) {
-  const turn = (job) => (job.status === "queued" ? queue[job.id]?.position ?? MANY : MANY);
-  return [...jobs].sort((a, b) => (ORDER[a.status] ?? 4) - (ORDER[b.status] ?? 4) || turn(a) - turn(b) || b.created_at - a.created_at);
+  const position = (job) => (job.status === "queued" ? queue[job.id]?.position ?? MANY : MANY);
+  return [...jobs].sort((a, b) => (ORDER[a.status] ?? 4) - (ORDER[b.status] ?? 4) || position(a) - position(b) || b.created_at - a.created_at);
 }
 
 function JobsTable({ jobs, curves, queue }) {
   return html`<table class="table jobs" role="table">
-    <caption class="unseen">Jobs, those under way first</caption>
+    <caption class="unseen">Jobs, running and waiting ones first</caption>
     <thead role="rowgroup"><tr role="row">
       <th role="columnheader" scope="col">Job</th><th role="columnheader" scope="col">State</th><th role="columnheader" scope="col">Progress</th>
-      <th role="columnheader" scope="col">Loss</th><th role="columnheader" scope="col">Left, or ended</th>
+      <th role="columnheader" scope="col">Loss</th><th role="columnheader" scope="col">ETA / finished</th>
     </tr></thead>
     <tbody role="rowgroup">${jobs.map((job) => html`<${Row} key=${job.id} job=${job} points=${curves[job.id]} entry=${queue[job.id]} />`)}</tbody>
   </table>`;
@@ -126,7 +126,7 @@ function Row({ job, points, entry }) {
 function Progress({ job, entry }) {
   if (job.status === "failed") return html`<span class="sub bad-text clamp">${job.error?.message || "No reason was recorded."}</span>`;
   if (job.status === "queued" || job.status === "validating_files") return html`<${Place} job=${job} entry=${entry} />`;
-  if (done(job) === null) return html`<span class="sub">${job.status === "running" ? "Loading its base model and data." : "It had not begun to train."}</span>`;
+  if (done(job) === null) return html`<span class="sub">${job.status === "running" ? "Loading the base model and the data." : "Training had not started."}</span>`;
   const epoch = job.progress?.step ? epochDone(job) : undefined;
   return html`<${Bar} job=${job} /><span class="sub"><span>${format.count(job.progress?.step)} / ${format.count(numSteps(job))} steps</span>
     ${epoch !== undefined && html`<span>epoch ${epoch.toFixed(2)}</span>`}</span>`;
@@ -134,8 +134,8 @@ function Progress({ job, entry }) {
 
 function Loss({ job, points }) {
   const train = job.progress?.loss ?? points?.at(-1)?.loss;
-  const heldOut = job.progress?.kept_valid_loss ?? job.progress?.valid_loss;
-  const values = [["held-out", heldOut], ["train", train]].filter(([, value]) => typeof value === "number");
+  const validLoss = job.progress?.kept_valid_loss ?? job.progress?.valid_loss;
+  const values = [["validation", validLoss], ["train", train]].filter(([, value]) => typeof value === "number");
   if (!values.length) return null;
   return html`<span class="loss"><${Sparkline} points=${points} label=${`Training loss of ${jobName(job)}`} />
     <span class="losses">${values.map(([name, value], index) => html`<span class="soft" key=${name}>${name}</span>${index ? html`<span>${format.loss(value)}</span>` : html`<b>${format.loss(value)}</b>`}`)}</span></span>`;

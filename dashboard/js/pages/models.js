@@ -1,6 +1,6 @@
-// Base models: which can be trained on, why one can't, and what was made from each. Operators may delete one.
+// The list of base models: state, import error, adapters and jobs. Operators can delete a base model.
 import { html, useEffect } from "../html.js";
-import { person, query } from "../api.js";
+import { browserSession, query } from "../api.js";
 import { link } from "../router.js";
 import { useStore } from "../store.js";
 import { useLive } from "../jobs_data.js";
@@ -13,14 +13,14 @@ const READ_MS = 3000;
 const STATES = { importing: "importing", ready: "ready", failed: "import failed" };
 
 export function ModelsPage() {
-  const reader = useStore(person);
+  const reader = useStore(browserSession);
   return html`
     <div class="title"><h1 tabindex="-1">Models</h1></div>
-    <p class="lead">The base models that jobs can be trained on. What was trained is under <a href=${link.adapters()}>Adapters</a>.</p>
+    <p class="lead">Base models that jobs can train on. Trained adapters are listed under <a href=${link.adapters()}>Adapters</a>.</p>
     ${reader ? html`<${Models} key=${reader.is_operator} isOperator=${reader.is_operator} />` : html`<${Loading} />`}`;
 }
 
-/** An operator, who may delete a base, must see what every project does with it; nobody else may. */
+/** Operators can delete base models, so they see the jobs of all projects. Other users see only those of their project. */
 function Models({ isOperator }) {
   const scope = query({ all: isOperator || null });
   const { data, error, loading, reload } = useResource("/v1/models");
@@ -35,10 +35,10 @@ function Models({ isOperator }) {
     ${deletion.error && html`<${Failure} error=${deletion.error} />`}
     ${loading ? html`<${Loading} />` : bases.length
       ? html`<${ModelsTable} bases=${bases} models=${models} jobs=${queue?.jobs} isOperator=${isOperator} deletion=${deletion} />`
-      : !error && html`<${Empty} title="No base model yet." command="lorry models add NAME SOURCE">SOURCE is a hub id, a folder of safetensors, or a GGUF file. An operator's key is needed.<//>`}`;
+      : !error && html`<${Empty} title="No base model yet." command="lorry models add NAME SOURCE">SOURCE is a Hub id, a folder with safetensors files, or a GGUF file. Only an operator key can add base models.<//>`}`;
 }
 
-/** An import ends without an event on any stream. */
+/** Polls while an import runs, because no stream has an event for its end. */
 function useWhile(isOn, reload) {
   useEffect(() => {
     if (!isOn) return undefined;
@@ -58,11 +58,11 @@ function ModelsTable({ bases, models, jobs, isOperator, deletion }) {
       unfinished=${jobs?.filter((job) => job.base_model === base.id).length} />`)}</tbody></table>`;
 }
 
-/** `unfinished` is undefined until the queue was read. */
+/** Text about unfinished jobs; `unfinished` is undefined until the queue was read. */
 function use(unfinished, isOperator) {
   const whose = isOperator ? "" : " of this project";
   if (unfinished === undefined) return "";
-  return unfinished ? `${format.plural(unfinished, "job")}${whose} not ended` : `no job${whose} waits or runs`;
+  return unfinished ? `${format.plural(unfinished, "unfinished job")}${whose}` : `no unfinished jobs${whose}`;
 }
 
 function Row({ base, adapters, unfinished, isOperator, deletion }) {
@@ -78,6 +78,6 @@ function Row({ base, adapters, unfinished, isOperator, deletion }) {
       <span class="sub">${dtype && html`<span>${dtype}</span>`}${max_positions && html`<span>up to ${format.count(max_positions)} tokens</span>`}</span>`}</td>
     <td role="cell">${format.plural(adapters, "adapter")} of this project<span class="sub">${use(unfinished, isOperator)}</span></td>
     ${isOperator && html`<td role="cell" class="act-cell"><${Delete} deletion=${deletion} id=${base.id} name=${base.id} what="model"
-      text="Its name is free again, and no job can be trained on it. Adapters made from it stay, and its files stay on the workers' disks." /></td>`}
+      text="No more jobs can train on it, and its name can be used again. Its adapters stay. Workers remove its files from their disks within about an hour." /></td>`}
   </tr>`;
 }

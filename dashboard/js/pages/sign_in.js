@@ -1,6 +1,6 @@
-// Signing in with an API key. The key goes to the API once and comes back as a cookie that scripts can't read.
+// Sign-in with an API key. The key is sent to the API once, which sets a session cookie that scripts can't read.
 import { html, useRef, useState } from "../html.js";
-import { person, send, signedIn } from "../api.js";
+import { browserSession, send, signedIn } from "../api.js";
 import { Command } from "../parts/basics.js";
 import { Mark } from "../parts/frame.js";
 
@@ -12,13 +12,13 @@ export function SignInPage() {
     event.preventDefault();
     const key = field.current.value.trim();
     if (!key) {
-      setError({ message: "No key was given.", remedy: "Paste an API key into the field." });
+      setError({ message: "The API key is missing.", remedy: "Paste an API key into the field." });
       return field.current.focus();
     }
     setBusy(true);
     setError(null);
     try {
-      person.set(await send("POST", "/v1/browser_session", { api_key: key }));
+      browserSession.set(await send("POST", "/v1/browser_session", { api_key: key }));
       signedIn.set(true);
     } catch (problem) {
       setError(problem);
@@ -35,7 +35,7 @@ export function SignInPage() {
       <p id="key-error" class="field-error" role="alert">${error && html`${error.message} ${error.remedy || ""}`}</p>
       <button type="submit" class="primary" disabled=${busy}>${busy ? "Signing in…" : "Sign in"}</button>
     </form>
-    <p class="soft">Or ask the machine that runs Lorry for a one-time link:</p>
+    <p class="soft">Or create a one-time link on the machine that runs Lorry:</p>
     <${Command} text="lorry sign-in-link" />
   </div>`;
 }

@@ -1,4 +1,4 @@
-// Cordon, uncordon, drain: an operator's, asked once more before they are done.
+// Cordon, uncordon and drain a worker, each with a confirmation. Only operators can do this.
 import { html, useState } from "../html.js";
 import { send } from "../api.js";
 import { announce } from "../parts/announce.js";
@@ -6,9 +6,9 @@ import { Failure } from "../parts/basics.js";
 import { confirm } from "../parts/confirm.js";
 
 const WORDS = {
-  cordon: { verb: "Cordon", text: "It finishes what it holds and takes no new job. What starts in its place takes none either.", no: "Let it take jobs" },
-  uncordon: { verb: "Uncordon", text: "It takes jobs again. What failed on it before counts no more.", no: "Keep it cordoned" },
-  drain: { verb: "Drain", text: "It saves its jobs, gives them back to the queue and ends. What starts in its place is cordoned.", no: "Keep it running", danger: true },
+  cordon: { verb: "Cordon", text: "The worker finishes its jobs and accepts no new ones. A worker that replaces it there is cordoned too.", no: "Cancel" },
+  uncordon: { verb: "Uncordon", text: "The worker accepts jobs again. Earlier failures on it no longer count.", no: "Cancel" },
+  drain: { verb: "Drain", text: "The worker saves its jobs, returns them to the queue and exits. A worker that replaces it there is cordoned.", no: "Cancel", danger: true },
 };
 
 export function WorkerActions({ worker, done }) {
@@ -22,7 +22,7 @@ export function WorkerActions({ worker, done }) {
     setError(null);
     try {
       await send("POST", `/v1/workers/${encodeURIComponent(worker.id)}/${action}`);
-      announce(`${words.verb} was asked for`);
+      announce(`${words.verb} requested`);
       await done();
     } catch (problem) {
       setError(problem);

@@ -1,14 +1,14 @@
-// What a screen reader is told of: changes of state and results of actions, politely and one at a time.
+// Announcements for screen readers: changes of state and results of actions, politely and one at a time.
 import { createStore, useStore } from "../store.js";
 import { html } from "../html.js";
 
-const said = createStore({ text: "", turn: 0 });
+const announcement = createStore({ text: "", turn: 0 });
 
-export const announce = (text) => said.set({ text, turn: said.get().turn + 1 });
+export const announce = (text) => announcement.set({ text, turn: announcement.get().turn + 1 });
 
-/** Two regions in turn, so that the same sentence twice is heard twice. */
+/** Two regions that alternate, so that a repeated sentence is announced again. */
 export function Announcer() {
-  const { text, turn } = useStore(said);
+  const { text, turn } = useStore(announcement);
   return html`<div class="unseen" role="status" aria-live="polite">${turn % 2 ? text : ""}</div>
     <div class="unseen" role="status" aria-live="polite">${turn % 2 ? "" : text}</div>`;
 }

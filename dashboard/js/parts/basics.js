@@ -1,4 +1,4 @@
-// Small things that every page shows: states, times, empty places, errors, copyable ids.
+// Small components that every page uses: states, times, empty lists, errors, ids with a copy button.
 import { html, useState } from "../html.js";
 import { useNow } from "../clock.js";
 import * as format from "../format.js";
@@ -6,29 +6,29 @@ import { announce } from "./announce.js";
 
 export const FINAL = new Set(["succeeded", "failed", "cancelled"]);
 const WORDS = {
-  validating_files: "reading files", queued: "queued", running: "running", paused: "paused",
+  validating_files: "preparing files", queued: "queued", running: "running", paused: "paused",
   succeeded: "succeeded", failed: "failed", cancelled: "cancelled",
 };
 
-/** A running job that does not train. */
-const PHASES = { loading: "loading its base", verifying: "verifying" };
+/** Phases of a running job in which it does not train. */
+const PHASES = { loading: "loading model", verifying: "verifying" };
 
 export const stateWord = (status) => WORDS[status] || status;
 
-/** What the job is doing in one word, with what was asked of it but has not happened yet. */
+/** The state of a job, or a requested change that has not happened yet. */
 export function State({ job }) {
   const asked = job.status === "running" && (job.cancel_requested ? "canceling" : job.pause_requested ? "pausing" : null);
   return html`<span class=${`state state-${job.status}`}><span class="dot" aria-hidden="true"></span>${asked || PHASES[job.phase] || stateWord(job.status)}</span>`;
 }
 
-/** A moment, relative; the whole date on hover. */
+/** A relative time, with the absolute time on hover. */
 export function Ago({ at }) {
   const now = useNow();
   if (!at) return html`<span class="soft">${format.UNKNOWN}</span>`;
   return html`<time datetime=${new Date(at * 1000).toISOString()} title=${format.absolute(at)}>${format.ago(at, now)}</time>`;
 }
 
-/** When something still running should be done: "4 min" and the clock then. */
+/** The time left, and when it ends: "4 min · 14:05". */
 export function Until({ seconds, before = "·" }) {
   const now = useNow();
   if (typeof seconds !== "number") return html`<span class="soft">${format.UNKNOWN}</span>`;
@@ -44,7 +44,7 @@ export const Failure = ({ error, retry }) => html`
     ${retry && html`<button type="button" onClick=${retry}>Try again</button>`}
   </div>`;
 
-/** Nothing here yet: what would fill it, and the command to type. */
+/** An empty list: a title, an explanation, and a command that adds the first entry. */
 export const Empty = ({ title, children, command }) => html`
   <div class="empty">
     <p class="empty-title">${title}</p>
@@ -81,7 +81,7 @@ export const Panel = ({ title, id, aside, children, wide }) => html`
     ${children}
   </section>`;
 
-/** Names and values side by side: [[name, value, title?], …]. Rows without a value are left out. */
+/** Names and values: [[name, value, title?], …]. Rows without a value are omitted. */
 export const Facts = ({ rows }) => html`
   <dl class="facts">${rows.filter((row) => row && row[1] !== null && row[1] !== undefined && row[1] !== "").map(([name, value, title]) => html`
     <div key=${name}><dt>${name}</dt><dd title=${title}>${value}</dd></div>`)}</dl>`;

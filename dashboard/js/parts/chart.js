@@ -1,4 +1,4 @@
-// A uPlot chart in a figure: a readout that follows the pointer, and the same numbers as a table.
+// A uPlot chart in a figure, with a readout that follows the pointer and the values as a table.
 import { html, useEffect, useLayoutEffect, useRef, useState } from "../html.js";
 import uPlot from "../../vendor/uplot.js";
 import { color, palette } from "../theme.js";
@@ -8,9 +8,9 @@ import * as format from "../format.js";
 const FONT = "12px 'Plex Sans', system-ui, sans-serif";
 
 /**
- * series: [{name, color (custom property), points: [{x, y}], marked?, thin?, format}]. All share the x axis, which is steps.
- * A marked series is dashed, with a dot at each point: it can be told from the others without its color.
- * summary: one sentence that says what the picture shows.
+ * series: [{name, color (custom property), points: [{x, y}], marked?, thin?, format}]. The shared x axis is the step.
+ * A marked series is dashed, with a dot at each point, so that it can be distinguished without its color.
+ * summary: one sentence that describes the chart.
  */
 export function Chart({ title, summary, series, height = 260, unit, smallest }) {
   const box = useRef(null);
@@ -41,7 +41,7 @@ export function Chart({ title, summary, series, height = 260, unit, smallest }) 
     </figure>`;
 }
 
-/** Values under the pointer; without one, the last of each series. */
+/** The values at the pointer, else the last value of each series. */
 function Readout({ series, columns, at }) {
   const step = at === null || at >= columns[0].length ? null : columns[0][at];
   return html`<span class="readout">
@@ -52,7 +52,7 @@ function Readout({ series, columns, at }) {
   </span>`;
 }
 
-/** A piece of the line as it is drawn. */
+/** A sample of a series' line. */
 const Swatch = ({ series: { color: name, thin, marked } }) => html`
   <svg class=${`swatch swatch-${name.slice(2)}${thin ? " swatch-thin" : ""}${marked ? " swatch-marked" : ""}`} viewBox="0 0 26 10" aria-hidden="true">
     <line x1="1" x2="25" y1="5" y2="5" />${marked && html`<circle cx="13" cy="5" r="4" />`}</svg>`;
@@ -66,8 +66,8 @@ function Numbers({ title, series, columns }) {
     .filter((index) => index % every === 0 || index === columns[0].length - 1 || series.some((one, at) => one.marked && columns[at + 1][index] !== null));
   return html`
     <details class="numbers" onToggle=${(event) => setOpen(event.currentTarget.open)}>
-      <summary>Numbers as a table<span class="unseen">: ${title}</span></summary>
-      ${open && html`<div class="scroll" tabindex="0" role="region" aria-label=${`${title}, numbers`}><table class="table table-tight">
+      <summary>Values as a table<span class="unseen">: ${title}</span></summary>
+      ${open && html`<div class="scroll" tabindex="0" role="region" aria-label=${`${title}, values`}><table class="table table-tight">
         <caption class="unseen">${title} by step${every > 1 ? `, every ${every} steps` : ""}</caption>
         <thead><tr><th scope="col" class="num">step</th>${series.map((one) => html`<th scope="col" class="num" key=${one.name}>${one.name}</th>`)}</tr></thead>
         <tbody>${rows.map((index) => html`<tr key=${index}><th scope="row" class="num">${format.count(columns[0][index])}</th>
@@ -76,7 +76,7 @@ function Numbers({ title, series, columns }) {
     </details>`;
 }
 
-/** Columns as uPlot wants them: all steps, then each series with nulls where it has no point. */
+/** Columns for uPlot: all steps, then the values of each series, with null where it has no point. */
 function joined(series) {
   const steps = [...new Set(series.flatMap((one) => one.points.map((point) => point.x)))].sort((a, b) => a - b);
   const columns = series.map((one) => {
@@ -110,9 +110,9 @@ function options(series, width, height, onPoint, smallest) {
 
 const LEAST_ROOM = 58;
 
-/** Width of the labels beside the axis, which are drawn on the canvas: the widest of them, and its gap. */
+/** Width of the axis labels, which are drawn on the canvas: that of the widest label, and the gaps. */
 function roomFor(chart, labels, index, cycle) {
-  if (cycle > 1) return chart.axes[index]._size; // uPlot asks again until its layout rests
+  if (cycle > 1) return chart.axes[index]._size; // uPlot calls this again until its layout is stable
   chart.ctx.font = chart.axes[index].font[0];
   const widths = (labels || []).map((label) => chart.ctx.measureText(label).width / devicePixelRatio);
   return Math.ceil(Math.max(LEAST_ROOM, ...widths.map((width) => width + 2 * chart.axes[index].gap)));
@@ -120,7 +120,7 @@ function roomFor(chart, labels, index, cycle) {
 
 const DASH = [6, 4];
 
-/** One point makes no line. */
+/** A single point is drawn as a dot, because it has no line. */
 const isDot = (one) => one.points.length === 1;
 
 function drawn(one) {

@@ -1,10 +1,10 @@
-// A question before something that can't be undone. The native dialog keeps the focus and gives it back.
+// A confirmation before an action. The native dialog traps the focus, and restores it afterwards.
 import { html, useLayoutEffect, useRef } from "../html.js";
 import { createStore, useStore } from "../store.js";
 
 const asked = createStore(null);
 
-/** true if the person agrees. {title, text, yes, no, danger} */
+/** Ask the user: {title, text, yes, no, danger}. Resolves to true if the user confirms. */
 export const confirm = (question) => new Promise((resolve) => asked.set({ ...question, resolve }));
 
 export function Confirmer() {

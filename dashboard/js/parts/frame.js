@@ -1,9 +1,9 @@
-// What stays around every page: the mark, the ways to go, whether the page is live, the theme, signing out.
+// The frame of every page: logo, navigation, state of the live connection, theme, sign-out.
 import { html } from "../html.js";
 import { link } from "../router.js";
 import { connection } from "../live.js";
 import { nextTheme, theme } from "../theme.js";
-import { person, send, signedIn } from "../api.js";
+import { browserSession, send, signedIn } from "../api.js";
 import { useStore } from "../store.js";
 import { Announcer } from "./announce.js";
 import { Confirmer } from "./confirm.js";
@@ -12,7 +12,7 @@ const PLACES = [["jobs", "Jobs"], ["queue", "Queue"], ["adapters", "Adapters"], 
 
 export function Frame({ page, children }) {
   const isIn = useStore(signedIn);
-  const who = useStore(person);
+  const session = useStore(browserSession);
   const skip = (event) => { event.preventDefault(); document.querySelector("main h1")?.focus(); };
   return html`
     <a class="skip" href="#main" onClick=${skip}>Skip to the content</a>
@@ -22,7 +22,7 @@ export function Frame({ page, children }) {
         <li key=${key}><a href=${link[key]()} aria-current=${page === key ? "page" : null}>${name}</a></li>`)}</ul></nav>`}
       <div class="tools">
         ${isIn && html`<${Connection} />`}
-        ${isIn && who && html`<span class="who" title=${`Signed in with the key “${who.key_name}”${who.is_operator ? ", an operator's" : ""}`}><span class="unseen">Project </span>${who.project}</span>`}
+        ${isIn && session && html`<span class="who" title=${`Signed in with the ${session.is_operator ? "operator key" : "key"} “${session.key_name}”`}><span class="unseen">Project </span>${session.project}</span>`}
         <${ThemeButton} />
         ${isIn && html`<button type="button" class="quiet" onClick=${signOut}>Sign out</button>`}
       </div>
@@ -34,9 +34,9 @@ export function Frame({ page, children }) {
 export const Mark = () => html`<svg class="mark" viewBox="0 0 32 24" aria-hidden="true"><use href="lorry.svg#lorry" /></svg>`;
 
 const CONNECTION = {
-  live: ["Live", "Changes appear by themselves."],
-  connecting: ["Connecting", "Opening the live connection."],
-  lost: ["Reconnecting", "The live connection was lost. What you see may be old; it is being opened again."],
+  live: ["Live", "The page updates automatically."],
+  connecting: ["Connecting", "Connecting for live updates."],
+  lost: ["Reconnecting", "The live connection was lost and is being reopened. The page may be out of date."],
 };
 
 function Connection() {

@@ -1,4 +1,4 @@
-// A trainer drawn as what it is: a bed with one block per adapter aboard, each filled as far as it has come.
+// A trainer, drawn as a truck bed with one block per adapter. Each block shows the progress of its job.
 import { html } from "../html.js";
 import * as format from "../format.js";
 import { link } from "../router.js";
@@ -10,7 +10,7 @@ export function PackedJobs({ base, jobs, heading = "h3", room }) {
     <div class="bed">
       <div class="bed-head">
         <${heading} class="bed-base">${base || "no base model"}</${heading}>
-        <span class="soft">${format.plural(jobs.length, "adapter")} aboard${room ? ` of ${room}` : ""}${speed ? ` · ${format.rate(speed)} together` : ""}</span>
+        <span class="soft">${format.plural(jobs.length, "adapter")}${room ? ` of ${room}` : ""} training${speed ? ` · ${format.rate(speed)} in total` : ""}</span>
       </div>
       <ul class="load">${jobs.map((job) => html`<${Block} key=${job.id} job=${job} />`)}</ul>
     </div>`;
@@ -19,13 +19,13 @@ export function PackedJobs({ base, jobs, heading = "h3", room }) {
 function Block({ job }) {
   const part = done(job);
   const left = job.progress?.seconds_left;
-  const heldOut = job.progress?.valid_loss;
+  const validLoss = job.progress?.valid_loss;
   return html`
     <li class="block">
       <progress class="block-fill" max="1" value=${part ?? 0} aria-hidden="true"></progress>
       <a href=${link.job(job.id)}>${jobName(job)}</a>
       <span class="block-facts"><span>${part === null ? "starting" : format.percent(part)}</span>
-        <span>${heldOut ? "held-out" : "train"} ${format.loss(heldOut ?? job.progress?.loss)}</span>
+        <span>${validLoss ? "validation" : "train"} ${format.loss(validLoss ?? job.progress?.loss)}</span>
         <span>${typeof left === "number" ? `${format.duration(left)} left` : ""}</span></span>
     </li>`;
 }

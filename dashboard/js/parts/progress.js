@@ -1,8 +1,8 @@
-// How far a job is, and whether its loss goes down: a bar and a sparkline.
+// The progress of a job and its loss: a progress bar and a sparkline.
 import { html } from "../html.js";
 import * as format from "../format.js";
 
-/** Part of the job that is done, 0 to 1; null while its number of steps is not known. */
+/** Fraction of the job that is done, 0 to 1; null while its number of steps is not known. */
 export function done(job) {
   if (job.status === "succeeded") return 1;
   const total = numSteps(job);
@@ -12,24 +12,24 @@ export function done(job) {
 export const numSteps = (job) => job.progress?.num_steps ?? job.num_steps;
 
 /**
- * Passes over the data: {done, total}. `rows` are those that it learns from. Where they are not known and max_steps
- * may have ended the job before its last pass, nobody can tell how many there are in all: null.
+ * Passes over the data: {done, total}. `rows` is the number of usable rows. If it is not known and max_steps may have
+ * ended the job before its last pass, the total is not known either: null.
  */
 export function epochs(job, rows) {
   const total = numSteps(job);
   const { n_epochs, batch_size } = job.hyperparameters;
   if (!total || (!rows && total === job.max_steps)) return null;
   const all = rows ? Math.min(n_epochs, (total * batch_size) / rows) : n_epochs;
-  return { done: told(job) ?? (all * (job.progress?.step ?? 0)) / total, total: all };
+  return { done: reportedEpoch(job) ?? (all * (job.progress?.step ?? 0)) / total, total: all };
 }
 
-/** Passes done; undefined where nobody can tell. */
-export const epochDone = (job) => told(job) ?? epochs(job)?.done;
+/** Passes done; undefined if not known. */
+export const epochDone = (job) => reportedEpoch(job) ?? epochs(job)?.done;
 
-/** As its worker counts them. The batch that ends the last pass may reach beyond it. */
-const told = ({ progress, hyperparameters }) => (typeof progress?.epoch === "number" ? Math.min(progress.epoch, hyperparameters.n_epochs) : undefined);
+/** Passes done as the worker reports them, limited to n_epochs: the last batch may exceed the last pass. */
+const reportedEpoch = ({ progress, hyperparameters }) => (typeof progress?.epoch === "number" ? Math.min(progress.epoch, hyperparameters.n_epochs) : undefined);
 
-/** Passes in words: 3, or 0.5 where max_steps ends the job in the middle of one. */
+/** A number of passes as text: 3, or 0.50 if max_steps ends the job in the middle of a pass. */
 export const passes = (number) => (Number.isInteger(number) ? String(number) : number.toFixed(2));
 
 export function Bar({ job, label }) {
@@ -38,16 +38,16 @@ export function Bar({ job, label }) {
   return html`<progress class=${`bar bar-${job.status}`} max="1" value=${part} aria-label=${label || `Progress of ${jobName(job)}`}>${format.percent(part)}</progress>`;
 }
 
-/** Of the time that a job took. */
-export const TOOK = "On a worker, in all attempts; without waiting and pauses.";
+/** Explanation of a job's duration. */
+export const TOOK = "Time on workers in all attempts, without waiting and pauses.";
 
-/** What a person calls the job: its suffix, else the start of its id. */
+/** The name of a job: its suffix, else its id. */
 export const jobName = (job) => job.suffix || job.id;
 
 const WIDTH = 96;
 const HEIGHT = 24;
 
-/** The curve of [{step, loss}] as a line without axes, scaled to itself. */
+/** The curve of [{step, loss}] as a line without axes, scaled to its own range. */
 export function Sparkline({ points, label = "training loss" }) {
   const losses = (points || []).filter((point) => Number.isFinite(point.loss));
   if (losses.length < 2) return html`<span class="spark spark-none" aria-hidden="true"></span>`;

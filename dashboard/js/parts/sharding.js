@@ -1,27 +1,26 @@
-// How a group of devices holds a base model, in words: each the whole of it, or a share of every block, there or in the
-// memory of its host.
+// How a group of devices holds a base model, as text: replicated, sharded, or sharded and offloaded to host memory.
 import * as format from "../format.js";
 
-const BY = { fsdp2: "torch", zero3: "DeepSpeed", fsdp2_offload: "torch", zero3_offload: "DeepSpeed" };
-const AUTO = "whole where it fits each device, else divided, and in the host's memory where only that fits";
+const LIBRARIES = { fsdp2: "FSDP2", zero3: "DeepSpeed ZeRO-3", fsdp2_offload: "FSDP2", zero3_offload: "DeepSpeed ZeRO-3" };
+const AUTO = "auto: replicate if it fits, else shard, else shard and offload to CPU";
 
-/** Whether the host's memory has the shares of a divided base. */
+/** Whether the shards of the base model are in host memory. */
 export const isOffloaded = (strategy) => strategy.endsWith("_offload");
 
-const how = (strategy) => `by ${BY[strategy] || "another library"} (${strategy})${isOffloaded(strategy) ? ", in the host's memory" : ""}`;
+const library = (strategy) => `(${LIBRARIES[strategy] || strategy})${isOffloaded(strategy) ? ", offloaded to CPU" : ""}`;
 
-/** Devices of a group: its GPUs; on a CPU the processes that share it. */
+/** The devices of a group: its GPUs, or the processes that share a CPU. */
 export const devices = (number, kind) => format.plural(number, ...(kind === "cuda" ? ["GPU"] : number === 1 ? ["CPU"] : ["process", "processes"]));
 
 export function strategyText({ strategy, number, kind }) {
   const group = devices(number, kind);
-  if (strategy !== "replicated") return `divided among ${group}, ${how(strategy)}`;
-  return number === 1 ? `whole, on ${group}` : `whole, on each of ${group}`;
+  if (strategy !== "replicated") return `sharded across ${group} ${library(strategy)}`;
+  return number === 1 ? `full copy on ${group}` : `replicated on ${group}`;
 }
 
-/** What a worker was told of the bases that it is to hold. */
+/** The configured strategy of a worker. */
 export function wantedStrategyText(strategy) {
   if (strategy === "auto") return AUTO;
-  if (strategy === "replicated") return "always whole";
-  return BY[strategy] ? `always divided, ${how(strategy)}` : strategy;
+  if (strategy === "replicated") return "always replicated";
+  return LIBRARIES[strategy] ? `always sharded ${library(strategy)}` : strategy;
 }

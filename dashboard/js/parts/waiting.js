@@ -1,18 +1,18 @@
-// Why a job does not train yet, in the scheduler's own words.
+// The explanation of the API why a job does not train yet.
 import { html, useEffect } from "../html.js";
 import { useResource } from "../resource.js";
 
-/** Turns of which a list asks the reason. Those further back wait for the ones before them. */
+/** A list requests the explanation up to this queue position. Jobs further back wait for those ahead of them. */
 const ASKED = 10;
 
-/** Where something is still to be said that the job itself doesn't tell. */
+/** States for which the explanation has more than the job itself. */
 const ASKABLE = new Set(["validating_files", "queued", "running"]);
 
-/** In a list: its turn, and why it has not come. `entry` is the queue's. */
+/** In a list: the queue position, and why the job waits. `entry` is its entry in the queue. */
 export function Place({ job, entry }) {
-  const turn = entry?.position;
-  if (job.status === "queued" && turn > ASKED) return html`<span class="why"><b>${ordinal(turn)} in the queue</b></span>`;
-  return html`<span class="why">${turn > 1 && html`<b>${ordinal(turn)} in the queue.</b> `}<${Why} job=${job} turn=${turn} /></span>`;
+  const position = entry?.position;
+  if (job.status === "queued" && position > ASKED) return html`<span class="why"><b>${ordinal(position)} in the queue</b></span>`;
+  return html`<span class="why">${position > 1 && html`<b>${ordinal(position)} in the queue.</b> `}<${Why} job=${job} position=${position} /></span>`;
 }
 
 export function ordinal(number) {
@@ -20,14 +20,14 @@ export function ordinal(number) {
   return `${number}${["th", "st", "nd", "rd"][last] || "th"}`;
 }
 
-/** The whole answer, asked again whenever the job or its turn has changed. */
-export function Why({ job, turn }) {
-  return useWhy(job, turn)?.explanation || "…";
+/** The whole explanation, requested again when the job or its position has changed. */
+export function Why({ job, position }) {
+  return useWhy(job, position)?.explanation || "…";
 }
 
-/** {explanation, placements, …}; null before it is there, and without a job or where it is asked no more. */
-export function useWhy(job, turn) {
+/** {explanation, placements, …}; null before the response, without a job, and in states without an explanation. */
+export function useWhy(job, position) {
   const { data, reload } = useResource(job && ASKABLE.has(job.status) ? `/v1/fine_tuning/jobs/${encodeURIComponent(job.id)}/why` : null);
-  useEffect(() => { reload(); }, [job?.status, job?.attempt, job?.run_after, turn]);
+  useEffect(() => { reload(); }, [job?.status, job?.attempt, job?.run_after, position]);
   return data;
 }

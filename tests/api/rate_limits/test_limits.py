@@ -145,7 +145,7 @@ def test_jobs_of_a_day_are_counted_without_those_that_were_refused(
     sent = [client.post(JOBS, json=one) for one in (*wrong, body, *wrong, {**body, "seed": 1}, {**body, "seed": 2})]
 
     assert [answer.status_code for answer in sent] == [404, 400, 200, 404, 400, 200, 429]
-    assert "2 jobs a day" in error_of(sent[-1])["message"]
+    assert "2 jobs per day" in error_of(sent[-1])["message"]
     assert 86_000 < int(sent[-1].headers["retry-after"]) <= 86_400
     assert sent[-1].headers["x-should-retry"] == "false"
     assert "x-ratelimit-limit-requests" not in sent[-1].headers
@@ -418,7 +418,7 @@ def test_the_sdk_waits_as_long_as_it_is_told_and_not_for_hours(site: Site, hand:
         hand.advance(60)
         for seed in range(2):
             lorry.jobs.create(model="smol", training_file=world.file_id, seed=seed)
-        with pytest.raises(RateLimited, match="2 jobs a day"):
+        with pytest.raises(RateLimited, match="2 jobs per day"):
             lorry.jobs.create(model="smol", training_file=world.file_id, seed=2)
 
     assert slept == [20.0]

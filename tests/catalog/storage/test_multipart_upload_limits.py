@@ -136,7 +136,7 @@ def test_an_upload_holds_no_more_than_twice_what_was_announced(sender: Sender, m
     with pytest.raises(TooLarge) as refused:
         sender.part(upload_id, b"y" * 9)
 
-    assert "more than 20 bytes; 10 were announced" in refused.value.message
+    assert "exceed 20 bytes; 10 were announced" in refused.value.message
     sender.part(upload_id, b"y" * 8)
 
 

@@ -133,7 +133,7 @@ def test_an_upload_takes_the_room_of_unused_caches_and_what_is_evicted_leaves_li
     assert refusal.value.quota["used"] == 800
     for content in ("a", "b"):
         files.delete(world.db, project_id=world.caller.project_id, file_id=upload(world, 150, content=content))
-    with pytest.raises(QuotaExceeded, match="it has 800 and 1,100 of deleted files and evicted tokens"):
+    with pytest.raises(QuotaExceeded, match="800 stored bytes and 1,100 bytes of deleted files"):
         upload(world, 101)
     upload(world, 100)
 

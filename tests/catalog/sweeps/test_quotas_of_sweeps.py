@@ -69,7 +69,7 @@ def test_trials_that_a_sweep_is_still_to_make_are_counted_from_the_start(world: 
     _grid_of_three(world, world.caller, search={"type": "ask_tell", "trials": 9}, parameters={})  # it may make none
     world.submit(caller=caller)
 
-    with pytest.raises(RateLimited, match="still to make 2 of them") as refusal:
+    with pytest.raises(RateLimited, match="includes 2 trials") as refusal:
         world.submit(caller=caller)
     for _ in range(2):
         world.prepare_all()

@@ -117,7 +117,7 @@ def test_with_another_pepper_nothing_is_signed_wrongly(hooks: Hooks, world: Worl
     (claimed,) = delivery_queue.claim(world.db, pepper=Pepper(current=b"another" * 5), limit=9, in_flight=[])
 
     assert claimed.signed_with == []
-    with pytest.raises(Conflict, match="can't be made any more"):
+    with pytest.raises(Conflict, match="can't be recreated"):
         signing.current(hooks.row, Pepper(current=b"another" * 5))
 
 
@@ -347,7 +347,7 @@ def test_a_creation_that_a_client_repeats_makes_one_endpoint_and_a_project_has_a
     again = endpoints.create(world.db, **given, event_types=EVENT_TYPES, is_client_retry=True)
     for _ in range(endpoints.MAX_ENDPOINTS - 1):
         hooks.more()
-    with pytest.raises(Conflict, match="can have no more"):
+    with pytest.raises(Conflict, match="which is the maximum"):
         hooks.more()
 
     assert (again[0].id, again[1]) == (hooks.row.id, hooks.secret)

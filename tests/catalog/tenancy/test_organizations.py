@@ -84,7 +84,7 @@ def test_a_name_looks_like_no_id(world: World, operator: Caller) -> None:
     for prefix, verb in verbs:
         with pytest.raises(InvalidRequest) as refusal:
             verb(f"{prefix}2d4c")
-        assert f"not beginning with {prefix}, as ids do" in refusal.value.remedy
+        assert f"but not with {prefix}, which ids start with" in refusal.value.remedy
     organizations.create(world.db, "proj-2d4c")
     projects.create(world.db, "orgs")
 

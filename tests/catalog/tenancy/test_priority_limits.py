@@ -83,7 +83,7 @@ def test_a_priority_above_the_limit_is_refused_and_one_up_to_it_is_not(
 
     error = refusal.value
     assert (error.status, error.code, error.param) == (403, "priority_too_high", "priority")
-    assert error.message == f"The priority 'urgent' is above 'normal', the highest priority of the {owner}."
+    assert error.message == f"Priority 'urgent' is above 'normal', the highest priority of {owner}."
     assert error.remedy.startswith("Use 'normal' or a lower priority, or ask an operator to raise the maximum: ")
     assert command in error.remedy
     assert "--highest-priority urgent" in error.remedy

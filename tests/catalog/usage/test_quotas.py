@@ -65,7 +65,7 @@ def test_a_job_beyond_those_that_may_wait_is_refused_until_one_trains(world: Wor
     error = refused(world)
 
     assert error.quota == {"name": "queued_jobs", "limit": 2, "used": 2, "resets_at": None}
-    assert error.message == "The project 'ours' may have 2 jobs that wait; it has 2."
+    assert error.message == "Project 'ours' is limited to 2 queued jobs. Current usage: 2."
     assert "lorry projects limit ours" in error.remedy
     assert error.retry_after_seconds == math.inf
     world.claim()
@@ -99,7 +99,7 @@ def test_jobs_of_a_day_are_counted_by_the_database_and_begin_anew_at_midnight(wo
 
     assert error.quota == {"name": "jobs_per_day", "limit": 2, "used": 2, "resets_at": MIDNIGHT + DAY_SECONDS}
     assert error.retry_after_seconds == pytest.approx(DAY_SECONDS, abs=1)
-    assert "It begins anew at 2027-01-17 00:00:00 UTC." in error.message
+    assert "The usage resets at 2027-01-17 00:00:00 UTC." in error.message
     world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     world.clock.now = MIDNIGHT + DAY_SECONDS
     world.submit()
@@ -111,7 +111,7 @@ def test_a_key_is_held_to_its_jobs_of_the_last_day_by_what_is_stored(world: Worl
     world.clock.advance(3600)
     world.submit(caller=caller)
 
-    with pytest.raises(RateLimited, match="2 jobs a day") as refusal:
+    with pytest.raises(RateLimited, match="2 jobs per day") as refusal:
         world.submit(caller=caller)
 
     assert refusal.value.retry_after_seconds == pytest.approx(DAY_SECONDS - 3600, abs=1)
@@ -144,10 +144,10 @@ def test_a_month_that_is_used_up_refuses_new_jobs_and_holds_those_that_wait(worl
 
     assert error.quota["resets_at"] == NEXT_MONTH
     assert error.quota["used"] == pytest.approx(world.job(claim.job.id).device_seconds / 3600)
-    assert "0.01 device-hours a month" in error.message
+    assert "0.01 device-hours per month" in error.message
     assert world.claim() == []
     assert why["explanation"] == (
-        "Its project has reached its limit of 0.01 device-hours a month. It waits until the end of the month, or until "
+        "Its project has reached its limit of 0.01 device-hours per month. It waits until the end of the month, or until "
         "an operator raises the limit."
     )
     assert why["quota"]["name"] == "device_hours_per_month"
@@ -166,7 +166,7 @@ def test_a_project_that_trains_as_many_as_it_may_is_passed_over_and_others_are_n
     why = explanation.explain(world.db, **world.of(waiting.id))
     place = {entry["job_id"]: entry["position"] for entry in listing.snapshot(world.db, project_id=None)["jobs"]}
     assert [claim.job.id for claim in claimed] == [theirs]
-    assert "1 jobs that train at once" in why["explanation"]
+    assert "1 concurrent jobs" in why["explanation"]
     assert why["quota"] == {"name": "concurrent_jobs", "limit": 1, "used": 1, "resets_at": None}
     assert place[waiting.id] is None
     world.complete(first.claim_id)
@@ -192,7 +192,7 @@ def test_bytes_beyond_what_a_project_may_store_are_refused_and_deleting_makes_ro
     upload(world, 300)
 
     assert refusal.value.quota == {"name": "stored_bytes", "limit": 1000, "used": 700, "resets_at": None}
-    assert "700, and this would be 301 more" in refusal.value.message
+    assert "Current usage: 700; this would add 301." in refusal.value.message
     files.delete(world.db, project_id=world.caller.project_id, file_id=first)
     upload(world, 700)
 
@@ -207,9 +207,12 @@ def test_what_was_deleted_fills_the_disk_once_more_at_most_until_it_is_cleaned(w
         upload(world, 601)
     upload(world, 600)
 
-    assert "it has 0 and 1,400 of deleted files and evicted tokens, and this would be 601 more" in refusal.value.message
-    assert "anew" not in refusal.value.message
-    assert refusal.value.remedy.startswith("Wait for the daily cleaning: by ")
+    assert (
+        "It has 0 stored bytes and 1,400 bytes of deleted files and evicted token caches; this would add 601."
+        in refusal.value.message
+    )
+    assert "resets at" not in refusal.value.message
+    assert refusal.value.remedy.startswith("Wait for the daily garbage collection, which will have freed enough by ")
     assert 0 < refusal.value.retry_after_seconds <= stored_quota.LEAVING_SECONDS
     world.clock.advance(stored_quota.LEAVING_SECONDS)
     upload(world, 400)

@@ -42,7 +42,7 @@ def test_addresses_in_plain_text_and_of_the_previous_pepper_are_sealed_by_the_cu
             row = session.get_one(WebhookEndpoint, endpoint_id)
             assert sealed_urls.get(row, peppers=[NEW]) == URL
             assert row.url == "https://hooks.example.com/…z9Xq"
-        with pytest.raises(UrlLost, match="another pepper"):
+        with pytest.raises(UrlLost, match="pepper of the service"):
             sealed_urls.get(session.get_one(WebhookEndpoint, lost.id), peppers=[NEW, PEPPER.current])
 
 

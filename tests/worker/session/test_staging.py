@@ -116,7 +116,7 @@ def test_a_job_that_is_put_aside_for_its_damaged_parent_is_told_what_to_do_about
 
     error = site.world.job(job.id).error or {}
     assert (error["code"], site.world.job(job.id).state) == ("quarantined", JobState.FAILED)
-    assert "Restore the store from a copy" in error["message"]
+    assert "Restore the store from a backup" in error["message"]
     assert "why workers are lost" not in error["message"]
 
 
