@@ -1,10 +1,10 @@
-"""Loads an adapter with PEFT alone, and compares its logits with what training saw. Nothing of Lorry is imported.
+"""Loads an adapter with PEFT only, and compares its logits with those of training. Imports nothing of Lorry.
 
     python -I examples/check_adapter.py BASE_FOLDER ADAPTER_FOLDER [QUESTIONS.json]
 
-Prints one JSON object: the largest difference over the probe that came with the adapter, and, for each
-question, what the base and the adapter answer. Both are asked alike: by the base's own chat template, which
-training used too, greedily, until they end their turn or ANSWER_TOKENS are said.
+Prints one JSON object: the largest difference over the probe that comes with the adapter, and, for each question, the
+answers of the base model and of the adapter. Both use the base model's chat template, like training, and greedy
+decoding until the end of their turn or ANSWER_TOKENS tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(base_folder: Path, adapter_folder: Path, questions: list[str]) -> dict[
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     base_logits = last_logits(base, probe["input_ids"])
     adapted = PeftModel.from_pretrained(base, str(adapter_folder)).eval()
-    # Where no adapter is involved, the two programs differ by rounding alone; with it, by twice that at most.
+    # Without an adapter, the two programs differ only by rounding; with one, by at most twice that.
     largest = float(probe["logits"].abs().max())
     rounding = difference(base_logits, probe["base_logits"])
     tolerance = 2 * max(rounding, torch.finfo(torch.bfloat16).eps * largest / 2)
@@ -56,17 +56,17 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
 
 @torch.no_grad()
 def last_logits(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """fp32 [rows, positions, vocabulary]."""
+    """Return fp32 logits of shape [rows, positions, vocabulary]."""
     return model(input_ids=input_ids, use_cache=False).logits[:, -PROBED_POSITIONS:].float()
 
 
 def tokenizer_of(base_folder: Path) -> Any:
-    """Pads on the left, so that every answer of a batch begins at the same place."""
+    """Return a tokenizer that pads on the left, so that all answers of a batch begin at the same position."""
     return AutoTokenizer.from_pretrained(base_folder, padding_side="left")
 
 
 def ask(model: PeftModel, tokenizer: Any, questions: list[str]) -> list[dict[str, Any]]:
-    """`base` and `adapter`: each a text, and whether it ended by itself rather than by ANSWER_TOKENS."""
+    """Return `base` and `adapter` for each question: a text, and whether it ended before ANSWER_TOKENS."""
     chats = [[{"role": "user", "content": question}] for question in questions]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -79,7 +79,7 @@ def ask(model: PeftModel, tokenizer: Any, questions: list[str]) -> list[dict[str
 
 @torch.no_grad()
 def generate(model: PeftModel, tokenizer: Any, inputs: Any) -> list[dict[str, Any]]:
-    """Greedy, so that it is the same every time."""
+    """Generate with greedy decoding, so that results are reproducible."""
     made = model.generate(
         **inputs,
         max_new_tokens=ANSWER_TOKENS,

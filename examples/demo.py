@@ -1,10 +1,10 @@
-"""The main job, end to end: a real base, real data, three adapters trained together, and the proof that they work.
+"""The demo: trains three adapters together on a real base model and real data, and verifies the results.
 
     make demo            or            python examples/demo.py
 
-KEEP=1 leaves the service running. LORRY_DEMO_DIR names another folder than .cache/demo. It can be run again
-at once: the base model and the service's data are kept there, and every run makes new jobs.
-The steps are in demo_parts/steps.py; here is only what must come before the imports.
+KEEP=1 leaves the service running. LORRY_DEMO_DIR sets another folder than .cache/demo. The demo can be repeated: it
+keeps the base model and the service's data in this folder, and each run creates new jobs. The steps are in
+demo_parts/steps.py; this file contains only what must happen before the imports.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 
 
 def main() -> int:
-    """The exit status. The imports take seconds, and a KeyboardInterrupt amid them can come out as another error."""
+    """Return the exit status. The imports take seconds, and a KeyboardInterrupt during them can surface as another
+    error, so signals end the process directly."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end_at_once)
     from demo_parts import steps

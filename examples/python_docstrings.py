@@ -1,9 +1,9 @@
-"""Builds a real data set from the Python that runs this: a function's signature, and what its docstring says first.
+"""Builds a real dataset from the running Python: function signatures, and the first sentences of their docstrings.
 
-    python examples/python_docstrings.py TRAIN.jsonl HELD_OUT.jsonl
+    python examples/python_docstrings.py TRAIN.jsonl VALID.jsonl
 
-Chat JSONL, the same bytes on the same Python. Whole modules are held out, so that no held-out function has
-a sibling in training that gives its answer away.
+The output is chat JSONL, with the same bytes for the same Python. Validation uses whole modules, so that no validation
+function has a similar function of its module in the training data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import ModuleType
 TRAIN_ROWS = 600
 HELD_OUT_ROWS = 56
 HELD_OUT_PART = 8
-"""One module in so many is held out."""
+"""One module in this number is used for validation."""
 MOST_PER_MODULE = 24
 LONGEST_QUESTION_CHARS = 130
 ANSWER_CHARS = range(16, 121)
@@ -31,7 +31,7 @@ _IMPORT_SECONDS = 60
 _OF_THIS_MACHINE = (" at 0x", "environ(", sys.prefix, sys.base_prefix, sys.executable)
 
 SKIPPED = frozenset(
-    # On import these open a browser or a window, print, need a display, or are gone on some machines.
+    # Importing these opens a browser or a window, prints, or needs a display; some are missing on some machines.
     {"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "test", "lib2to3", "ensurepip", "distutils"}
     | {"pydoc_data", "msilib", "winreg", "nt", "ntpath", "__main__", "sitecustomize", "usercustomize"}
 )
@@ -54,7 +54,7 @@ class Function:
 
 
 def build(train: Path, held_out: Path) -> tuple[list[Function], list[Function]]:
-    """Writes both files; returns what is in them."""
+    """Write both files and return their contents."""
     functions = harvest()
     to_train = [f for f in functions if not is_held_out(f.module)]
     known = {f.sentence for f in to_train}
@@ -66,20 +66,20 @@ def build(train: Path, held_out: Path) -> tuple[list[Function], list[Function]]:
 
 
 def harvest() -> list[Function]:
-    """Every module is imported in a child process: what importing does stays there."""
+    """Return the functions of all modules. A child process imports them, so that side effects of imports stay there."""
     argv = [sys.executable, "-I", __file__, "--list"]
     listed = subprocess.run(argv, capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=True)
     return [Function(**json.loads(line)) for line in listed.stdout.splitlines()]
 
 
 def is_held_out(module: str) -> bool:
-    """By the name of the top-level module alone, so that it is the same on every machine."""
+    """Decide by the name of the top-level module alone, so that the split is the same on every machine."""
     name = module.split(".", maxsplit=1)[0]
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % HELD_OUT_PART == 0
 
 
 def functions_of(name: str, module: ModuleType) -> Iterator[Function]:
-    """The public functions defined in `module`, in the order of their names; at most MOST_PER_MODULE."""
+    """Yield at most MOST_PER_MODULE public functions defined in `module`, in the order of their names."""
     found = 0
     for attribute in sorted(vars(module)):
         thing = vars(module)[attribute]
@@ -92,14 +92,14 @@ def functions_of(name: str, module: ModuleType) -> Iterator[Function]:
 
 
 def first_sentence(docstring: str) -> str:
-    """Of the first paragraph, on one line, without the markup of reStructuredText."""
+    """Return the first sentence of the first paragraph, on one line and without reStructuredText markup."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?])\s+(?=[A-Z(`'\"])", paragraph)[0]
     return re.sub(r"``?([^`]*)``?|:[a-z]+:`([^`]*)`", r"\1\2", sentence).strip()
 
 
 def _described(module: str, attribute: str, thing: object) -> Function | None:
-    """None where there is no signature, or no sentence of a fitting length that says more than the name."""
+    """Return the function; None without a signature, or without a sentence of suitable length."""
     try:
         signature = str(inspect.signature(thing))  # type: ignore[arg-type]
     except (ValueError, TypeError):
@@ -113,13 +113,13 @@ def _described(module: str, attribute: str, thing: object) -> Function | None:
 
 
 def _sample(functions: list[Function], most: int) -> list[Function]:
-    """An even part of all, in an order that mixes the modules but is always the same; no sentence twice."""
+    """Return a sample in a deterministic order that mixes the modules. Each sentence occurs once."""
     once = {f.sentence: f for f in functions}.values()
     return sorted(once, key=lambda f: hashlib.sha256(f.call.encode()).digest())[:most]
 
 
 def _module_names() -> Iterable[str]:
-    """The standard library's public modules and their public submodules, sorted."""
+    """Yield the standard library's public modules and their public submodules, sorted."""
     import pkgutil
 
     for name in sorted(sys.stdlib_module_names - SKIPPED):
@@ -140,7 +140,7 @@ def _spec(name: str) -> list[str] | None:
 
 
 def _list() -> None:
-    """What the child does: one JSON line per function, on the real standard output alone."""
+    """Print one JSON line per function on stdout. Runs in the child process; imported modules can't write to stdout."""
     import importlib
     import os
     import warnings
@@ -151,16 +151,16 @@ def _list() -> None:
     for name in _module_names():
         try:
             module = importlib.import_module(name)
-        except (Exception, SystemExit):  # noqa: BLE001, S112 - a module for another system is no news
+        except (Exception, SystemExit):  # noqa: BLE001, S112 - modules of other systems can't be imported
             continue
         for f in functions_of(name, module):
             out.write(json.dumps({"module": f.module, "call": f.call, "sentence": f.sentence}) + "\n")
     out.flush()
-    os._exit(0)  # whatever the modules registered for the end shall not run
+    os._exit(0)  # skips exit handlers that the modules have registered
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--list"]:
         _list()
     train_rows, held_out_rows = build(Path(sys.argv[1]), Path(sys.argv[2]))
-    print(f"{len(train_rows)} rows for training, {len(held_out_rows)} held out")
+    print(f"{len(train_rows)} training rows, {len(held_out_rows)} validation rows")

@@ -1,1 +1,1 @@
-"""The parts of the demo, one per step or two. Read ../demo.py first."""
+"""The parts of the demo, one or two steps per module. Read ../demo.py first."""

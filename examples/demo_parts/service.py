@@ -1,4 +1,4 @@
-"""Step 3: `lorry up` in a folder of its own, and the base model added to it."""
+"""Step 3: runs `lorry up` in a separate folder, and adds the base model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOLD_LINES = 12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Running:
-    """A client of the service, and whether the service outlives the demo."""
+    """A client of the service, and whether the service keeps running after the demo."""
 
     lorry: Lorry
     stays: bool
@@ -31,13 +31,14 @@ class Running:
 
 @contextmanager
 def running(data_dir: Path, log: Path, *, keep: bool) -> Generator[Running]:
-    """A service on `data_dir`: the one that runs there already, which stays, else a new one, ended unless `keep`."""
+    """Yield a service on `data_dir`: one that is already running there, which is kept, or a new one, which is stopped
+    unless `keep`."""
     data_dir.mkdir(exist_ok=True)
     left = _left_running(data_dir)
     if left is not None:
-        console.print(f"A service that was kept runs at {left.url}")
+        console.print(f"Using the service that is already running at {left.url}")
         with left:
-            console.print(f"Dashboard, signing in once: {left.sign_in_links.create()['url']}", soft_wrap=True)
+            console.print(f"Dashboard (one-time link): {left.sign_in_links.create()['url']}", soft_wrap=True)
             yield Running(lorry=left, stays=True)
         return
     process = _start(data_dir, log)
@@ -53,7 +54,7 @@ def running(data_dir: Path, log: Path, *, keep: bool) -> Generator[Running]:
 
 
 def add_base(lorry: Lorry, name: str, source: Source) -> Model:
-    """Imported once: on a data folder that has it, this is a look-up."""
+    """Import the base model, unless the data folder already has it."""
     lorry.models.add(name, source.source, kind=source.kind, revision=source.revision)
     with waiting(f"Importing {name} (once)"):
         base = lorry.models.wait(name, timeout_seconds=600)
@@ -62,13 +63,13 @@ def add_base(lorry: Lorry, name: str, source: Source) -> Model:
 
 
 def farewell(running: Running, data_dir: Path) -> None:
-    """How to go on from here."""
+    """Print the next steps."""
     if not running.stays:
-        console.print(f"Stopping the service. Its jobs and adapters stay in {data_dir};", soft_wrap=True)
+        console.print(f"Stopping the service. Its jobs and adapters are kept in {data_dir};", soft_wrap=True)
         console.print("`make demo KEEP=1` leaves it running.")
         return
     lines = (
-        f"The service stays at {running.lorry.url}. Sign in to its dashboard, once, at",
+        f"The service keeps running at {running.lorry.url}. Sign in to its dashboard with this one-time link:",
         f"  {running.lorry.sign_in_links.create()['url']}",
         "Use it:",
         "  unset LORRY_URL LORRY_API_KEY",
@@ -82,7 +83,7 @@ def farewell(running: Running, data_dir: Path) -> None:
 
 
 def _left_running(data_dir: Path) -> Lorry | None:
-    """A client of the service that answers for this folder now."""
+    """Return a client of the service that is running on this folder; None if there is none."""
     try:
         with Lorry(data_dir=data_dir, retries=RetryPolicy(max_retries=0)) as probing:
             probing.queue.get()
@@ -92,7 +93,8 @@ def _left_running(data_dir: Path) -> Lorry | None:
 
 
 def _start(data_dir: Path, log: Path) -> subprocess.Popen[str]:
-    """Returns when it is ready: it says so in one line of JSON. In a session of its own, so that Ctrl-C is ours."""
+    """Start `lorry up` and return when it is ready, which it reports in one line of JSON. The process has its own
+    session, so that only the demo handles Ctrl-C."""
     argv = [sys.executable, "-P", "-m", "lorry", "up", "--json", "--data-dir", str(data_dir)]
     with log.open("ab") as errors:
         begins = errors.seek(0, os.SEEK_END)
@@ -106,18 +108,18 @@ def _start(data_dir: Path, log: Path) -> subprocess.Popen[str]:
     if not line:
         _stop(process)
         complaint = "\n".join(log.read_bytes()[begins:].decode("utf-8", "replace").splitlines()[-_TOLD_LINES:])
-        raise DemoFailed(f"The service did not start. `lorry up` says (all of it is in {log}):\n{complaint}")
+        raise DemoFailed(f"The service did not start. Last output of `lorry up` (full log: {log}):\n{complaint}")
     ready = json.loads(line)
-    console.print(f"Lorry runs at {ready['url']}")
-    console.print(f"Dashboard, signing in once: {ready['sign_in_url']}", soft_wrap=True)
+    console.print(f"Lorry is running at {ready['url']}")
+    console.print(f"Dashboard (one-time link): {ready['sign_in_url']}", soft_wrap=True)
     return process
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Jobs save where they are first; a second Ctrl-C, or too long a wait, ends it at once."""
+    """Stop the service. Jobs save checkpoints first; a second Ctrl-C or a timeout kills it."""
     process.terminate()
     try:
         process.wait(_STOP_SECONDS)
     except (KeyboardInterrupt, subprocess.TimeoutExpired):
-        process.terminate()  # the second signal: `lorry up` kills what it started
+        process.terminate()  # second signal: `lorry up` kills its child processes
         process.wait()

@@ -1,4 +1,4 @@
-"""The demo's seven steps, one after the other, and how each failure is told."""
+"""The demo's seven steps in order, and the messages for failures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main() -> int:
         source = base_source.find(root)
         console.print(f"{source.where}")
 
-        report.heading(2, "A real data set, from this machine's own Python")
+        report.heading(2, "A real dataset, from this machine's own Python")
         train, held_out = build(root / "train.jsonl", root / "held_out.jsonl")
         report.data_set(train, held_out)
         asked = held_out[: training.NUM_ASKED]
@@ -36,17 +36,17 @@ def main() -> int:
             lorry = running.lorry
             base = service.add_base(lorry, BASE, source)
 
-            report.heading(4, "Three jobs on that one base, by the openai client")
+            report.heading(4, "Three jobs on one base model, created with the openai client")
             jobs = training.train(lorry, BASE, root / "train.jsonl", root / "held_out.jsonl")
 
-            report.heading(5, "What came of it")
+            report.heading(5, "Training results")
             outcomes = training.outcomes(lorry, jobs)
             report.table(outcomes, base)
             best = min(outcomes, key=lambda outcome: outcome.loss)
             checked = training.check(lorry, base, best, [f.question() for f in asked], root)
             report.answers(checked["answers"], asked, best)
 
-            report.heading(6, "The best adapter, downloaded and loaded by PEFT alone in a process without Lorry")
+            report.heading(6, "The best adapter, downloaded and loaded by PEFT in a process without Lorry")
             report.agreement(checked, best)
             report.lineage(best.lineage)
 
@@ -59,13 +59,13 @@ def main() -> int:
 
 
 def run() -> int:
-    """`main`, whose failures are told as a sentence."""
+    """Run `main` and print failures as sentences."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupted)
     try:
         return main()
     except KeyboardInterrupt:
-        console.print("Interrupted; what the demo had started is stopped.")
+        console.print("Interrupted. Everything that the demo had started is stopped.")
         return 130
     except LorryError as failure:
         report.failed(failure.sentence())

@@ -1,4 +1,4 @@
-"""What the demo finds around it: the caller's environment, the folder it keeps things in, another demo in there."""
+"""The environment of the demo: variables of the shell, the demo's folder, and other demos in this folder."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from demo_parts.report import DemoFailed, console
 
 OWN = "LORRY_DEMO_DIR"
 _FIRST_RUN_BYTES = 1_000_000_000
-"""Download, base model and its import. What stays is 0.4 GB."""
+"""Download, base model and its import. 0.4 GB remain afterwards."""
 _LATER_RUN_BYTES = 200_000_000
 _LOOPBACK = ("127.0.0.1", "localhost")
-_ELSEWHERE = f"or keep the demo's files elsewhere: {OWN}=/another/folder make demo"
+_ELSEWHERE = f"or use another folder for the demo's files: {OWN}=/another/folder make demo"
 
 
 def leave_settings_aside() -> None:
-    """The demo's service is its own: another one's address, key, database or store in the shell must not reach it.
+    """Remove Lorry's variables from the environment, so that the demo's own service does not use the address, key,
+    database or store of another one.
 
-    Nor may a proxy come between the client and a service on this machine.
+    Also exclude loopback addresses from proxies, because the service runs on this machine.
     """
     others = sorted(name for name in os.environ if name.startswith("LORRY_") and name != OWN)
     for name in others:
         del os.environ[name]
     if others:
-        console.print(f"The demo has a service of its own, and leaves aside what your shell sets: {', '.join(others)}.")
+        console.print(f"The demo runs its own service and ignores these variables of your shell: {', '.join(others)}.")
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), *_LOOPBACK)))
 
 
 def folder() -> Path:
-    """Made if need be. Raises DemoFailed where it has too little room."""
+    """Return the demo's folder, created if missing. Raises DemoFailed if too little disk space is free."""
     given = os.environ.get(OWN)
     root = Path(given).expanduser() if given else Path(__file__).parents[2] / ".cache" / "demo"
     root = root.resolve()
@@ -43,22 +44,22 @@ def folder() -> Path:
     free, needed = shutil.disk_usage(root).free, _LATER_RUN_BYTES if _has_base(root) else _FIRST_RUN_BYTES
     if free < needed:
         raise DemoFailed(
-            f"{root} has {free / 1e9:.1f} GB free, and the demo needs {needed / 1e9:.1f} GB. "
-            f"Make room there, {_ELSEWHERE}"
+            f"{root} has {free / 1e9:.1f} GB of free space, but the demo needs {needed / 1e9:.1f} GB. "
+            f"Free space there, {_ELSEWHERE}"
         )
     return root
 
 
 @contextmanager
 def alone_in(root: Path) -> Generator[None]:
-    """Two demos in one folder would share a service that the first to finish stops."""
+    """Lock the folder. Two demos in one folder would share a service, which the first one to finish would stop."""
     with (root / "demo.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             raise DemoFailed(
-                f"Another demo (process {lock.read().strip()}) is at work in {root}. Wait for its end, {_ELSEWHERE}"
+                f"Another demo (process {lock.read().strip()}) is running in {root}. Wait until it ends, {_ELSEWHERE}"
             ) from None
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
@@ -67,13 +68,13 @@ def alone_in(root: Path) -> Generator[None]:
 
 
 def told(failure: OSError) -> str:
-    """The sentence for a file that could not be made or read, with a remedy."""
+    """Return the message for a file that could not be written or read, with a remedy."""
     where = f"{failure.filename}: " if failure.filename else ""
     why = f"{where}{failure.strerror or failure}."
     if failure.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return f"{why} Make room on that disk, {_ELSEWHERE}"
+        return f"{why} Free space on that disk, {_ELSEWHERE}"
     if failure.errno in {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}:
-        return f"{why} Make it a folder that can be written, {_ELSEWHERE}"
+        return f"{why} Make the folder writable, {_ELSEWHERE}"
     return why
 
 

@@ -1,4 +1,4 @@
-"""Steps 4 to 6: upload and train by the unchanged openai client; collect; download and check in a clean process."""
+"""Steps 4 to 6: upload and train with the unchanged openai client, collect results, verify them in a clean process."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ VARIANTS = (
     {"suffix": "large", "rank": 16, "learning_rate": 1e-3, "seed": 3},
 )
 NUM_ASKED = 16
-"""Held-out functions, the first of the file, that base and best adapter are asked about."""
+"""Number of validation functions, from the start of the file, for which answers are generated."""
 _OURS = {"made_by": "make demo"}
-"""Metadata of the demo's jobs, so that it finds again what an interrupted run left."""
+"""Metadata of the demo's jobs, with which it finds jobs that an interrupted run left behind."""
 _POLL_SECONDS = 0.5
 _CHECK_SECONDS = 900
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """A job that succeeded, its attempts, its adapter and that one's lineage. Losses are means per supervised token of
-    the held-out file."""
+    """A job that succeeded, with its attempts, its adapter and its lineage. Losses are means per trained token of the
+    validation file."""
 
     job: Job
     attempts: list[Attempt]
@@ -59,28 +59,28 @@ class Outcome:
 
     @property
     def seconds(self) -> float:
-        """In trainers, all attempts together: waiting and pauses left out."""
+        """Time in trainers over all attempts, without waiting and pauses."""
         return self.job.seconds_running or 0.0
 
     @property
     def trainers(self) -> set[str]:
-        """All that it trained in."""
+        """All trainers of the job."""
         return {str(attempt.trainer_id) for attempt in self.attempts}
 
 
 def train(lorry: Lorry, base: str, train_path: Path, held_out_path: Path) -> list[str]:
-    """Three jobs, created at once. The client is OpenAI's own; what its API lacks goes into extra_body."""
+    """Train three jobs, created at once with OpenAI's own client. Fields of Lorry are passed in extra_body."""
     _cancel_left_over(lorry)
     try:
         return _train(lorry, base, train_path, held_out_path)
     except BaseException:
-        with contextlib.suppress(LorryError):  # the service may be what failed
+        with contextlib.suppress(LorryError):  # the service itself may have failed
             _cancel_left_over(lorry)
         raise
 
 
 def outcomes(lorry: Lorry, job_ids: list[str]) -> list[Outcome]:
-    """Raises DemoFailed where a job did not succeed."""
+    """Return the outcomes. Raises DemoFailed if a job did not succeed."""
     found: list[Outcome] = []
     for job_id in job_ids:
         job = lorry.jobs.get(job_id)
@@ -94,9 +94,9 @@ def outcomes(lorry: Lorry, job_ids: list[str]) -> list[Outcome]:
 
 
 def check(lorry: Lorry, base: Model, best: Outcome, questions: list[str], root: Path) -> dict[str, Any]:
-    """Pulls the adapter, and runs check_adapter.py in an interpreter that sees nothing of this one."""
+    """Pull the adapter, and run check_adapter.py in an isolated interpreter."""
     if base.local_path is None:
-        raise DemoFailed("The service does not say where the base model lies; is the key an operator's?")
+        raise DemoFailed("The service does not return the base model's path, which requires an operator key.")
     folder = root / "adapters" / best.adapter.id
     shutil.rmtree(folder, ignore_errors=True)
     lorry.adapters.pull(best.name, folder)
@@ -105,31 +105,31 @@ def check(lorry: Lorry, base: Model, best: Outcome, questions: list[str], root: 
     script = Path(__file__).parent.parent / "check_adapter.py"
     argv = [sys.executable, "-I", str(script), base.local_path, str(folder), str(asked)]
     try:
-        with waiting("Asking the base and the best adapter, with PEFT alone"):
+        with waiting("Generating answers of the base model and the best adapter with PEFT"):
             done = subprocess.run(argv, capture_output=True, text=True, timeout=_CHECK_SECONDS, check=False)
     except subprocess.TimeoutExpired as late:
-        raise DemoFailed(f"check_adapter.py had not answered after {_CHECK_SECONDS} s.") from late
+        raise DemoFailed(f"check_adapter.py did not finish within {_CHECK_SECONDS} s.") from late
     if done.returncode:
         raise DemoFailed(f"check_adapter.py failed:\n{done.stderr[-2000:].strip()}")
     return {**json.loads(done.stdout.splitlines()[-1]), "folder": str(folder)}
 
 
 def problems(found: list[Outcome], checked: dict[str, Any]) -> list[str]:
-    """What must hold, and doesn't: each a sentence."""
+    """Return the violated expectations as sentences."""
     worse = [o.name for o in found if not o.loss < o.base_loss]
-    sentences = [f"The held-out loss of {name} is not below the base's." for name in worse]
+    sentences = [f"The validation loss of {name} is not below that of the base model." for name in worse]
     if not shared_trainers(found):
         named = sorted(set[str]().union(*(o.trainers for o in found)))
         sentences.append(f"The jobs did not train together: their trainers are {', '.join(named)}.")
     if not checked["agrees"]:
-        sentences.append("PEFT's logits are further from training's than rounding explains.")
+        sentences.append("PEFT's logits differ from those of training by more than rounding explains.")
     if checked["imported_of_lorry"]:
-        sentences.append(f"The clean process was not clean: it imported {', '.join(checked['imported_of_lorry'])}.")
+        sentences.append(f"The isolated process imported packages of Lorry: {', '.join(checked['imported_of_lorry'])}.")
     return sentences
 
 
 def shared_trainers(found: list[Outcome]) -> set[str]:
-    """Those that every one of the jobs trained in, by the adapters' records."""
+    """Return the trainers in which all of the jobs trained, by the jobs' attempts."""
     return set[str].intersection(*(o.trainers for o in found))
 
 
@@ -161,15 +161,15 @@ def _train(lorry: Lorry, base: str, train_path: Path, held_out_path: Path) -> li
 
 
 def _cancel_left_over(lorry: Lorry) -> None:
-    """No job of an interrupted run may train beside the next one's."""
+    """Cancel unfinished jobs of an interrupted run, so that they don't train together with those of this run."""
     for job in lorry.jobs.list():
         if not job.is_final and job.metadata == _OURS:
-            with contextlib.suppress(Conflict):  # it ended since the list was made
+            with contextlib.suppress(Conflict):  # the job has ended since it was listed
                 lorry.jobs.cancel(job.id)
 
 
 def _show_until_done(client: OpenAI, jobs: list[FineTuningJob]) -> None:
-    """A bar per job, from the field `progress` that Lorry adds to OpenAI's job."""
+    """Show a bar per job, from the field `progress` that Lorry adds to OpenAI's job."""
     with bars() as progress:
         tasks = {job.id: progress.add_task(str(job.to_dict().get("suffix")), total=MAX_STEPS, facts="") for job in jobs}
         open_jobs = set(tasks)

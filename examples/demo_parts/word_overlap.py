@@ -1,4 +1,4 @@
-"""How much of a reference an answer says: F1 over words, as SQuAD measures answers (Rajpurkar et al., 2016)."""
+"""Word overlap of an answer with a reference: F1 over words, as in SQuAD (Rajpurkar et al., 2016)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 
 def f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words, each as often as it occurs; case and punctuation aside.
+    """Return the harmonic mean of precision and recall over words with multiplicity, ignoring case and punctuation.
 
-    0 where they share no word, 1 where they have the same ones, in any order.
+    0 means no common word; 1 means the same words in any order.
     """
     said, wanted = _words(answer), _words(reference)
     shared = (said & wanted).total()
@@ -18,7 +18,7 @@ def f1(answer: str, reference: str) -> float:
 
 
 def mean_f1(pairs: Iterable[tuple[str, str]]) -> float:
-    """Over (answer, reference) pairs; there is at least one."""
+    """Return the mean over (answer, reference) pairs, of which there is at least one."""
     scores = [f1(answer, reference) for answer, reference in pairs]
     return sum(scores) / len(scores)
 

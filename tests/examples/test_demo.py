@@ -50,11 +50,11 @@ def test_the_time_told_is_that_in_trainers() -> None:
 @pytest.mark.parametrize(
     ("outcomes", "checked", "why"),
     [
-        ([outcome(2.0), outcome(3.0)], CLEAN, "not below the base's"),
-        ([outcome(float("nan"))], CLEAN, "not below the base's"),
+        ([outcome(2.0), outcome(3.0)], CLEAN, "not below that of the base model"),
+        ([outcome(float("nan"))], CLEAN, "not below that of the base model"),
         ([outcome(2.0), outcome(2.0, trainer="u")], CLEAN, "did not train together"),
         ([outcome(2.0)], {**CLEAN, "agrees": False}, "rounding"),
-        ([outcome(2.0)], {**CLEAN, "imported_of_lorry": ["lorry"]}, "not clean"),
+        ([outcome(2.0)], {**CLEAN, "imported_of_lorry": ["lorry"]}, "imported packages of Lorry"),
     ],
 )
 def test_anything_less_is_not(outcomes: list[Outcome], checked: dict[str, Any], why: str) -> None:
@@ -215,7 +215,7 @@ REFUSAL = openai.BadRequestError(
 @pytest.mark.parametrize(
     ("trouble", "code", "told"),
     [
-        (KeyboardInterrupt(), 130, "Interrupted; what the demo had started is stopped."),
+        (KeyboardInterrupt(), 130, "Interrupted. Everything that the demo had started is stopped."),
         (ConnectionFailed("It does not answer.", code="x", remedy="Start it."), 1, "It does not answer. Start it."),
         (REFUSAL, 1, "No such [base]. Add it."),
         (openai.APIConnectionError(request=REQUEST), 1, "Connection error."),

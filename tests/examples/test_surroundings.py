@@ -75,7 +75,7 @@ def test_too_small_a_disk_is_told_before_anything_is_downloaded(
     monkeypatch.setenv("LORRY_DEMO_DIR", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=500_000_000))
 
-    with pytest.raises(DemoFailed, match=r"0\.5 GB free, and the demo needs 1\.0 GB.*LORRY_DEMO_DIR"):
+    with pytest.raises(DemoFailed, match=r"0\.5 GB of free space, but the demo needs 1\.0 GB.*LORRY_DEMO_DIR"):
         surroundings.folder()
 
     (tmp_path / "data/bases/x").mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_too_small_a_disk_is_told_before_anything_is_downloaded(
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
-    [(errno.ENOSPC, "Make room on that disk, or keep"), (errno.EROFS, "Make it a folder that can be written, or keep")],
+    [(errno.ENOSPC, "Free space on that disk, or use"), (errno.EROFS, "Make the folder writable, or use")],
 )
 def test_a_folder_that_takes_nothing_comes_with_a_remedy(number: int, remedy: str) -> None:
     told = surroundings.told(OSError(number, os.strerror(number), "/x"))
