@@ -199,7 +199,7 @@ def retry_headers(error: RateLimited) -> Mapping[str, str]:
 
 def _refused(standing: BucketState) -> RateLimited:
     after = standing.retry_after_seconds
-    remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Ask for fewer at once."
+    remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Send fewer requests at a time."
     return RateLimited(
         f"The API key has reached its limit of {standing.rate.limit} requests per minute.",
         code="rate_limit_exceeded",
