@@ -1,4 +1,4 @@
-# What a person does with this repository. `make` alone lists it.
+# Commands for development. `make` alone lists them.
 # Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FAULTS_ARGS=… SOAK_ARGS=… FUZZ_ARGS=… BENCH_ARGS=…
 
 .DEFAULT_GOAL := help
@@ -10,28 +10,28 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 SET_UP := pyproject.toml setup.py client/pyproject.toml $(wildcard requirements/*.lock) .ci/set-up
 
-# Processes that share out the files of tests, in their order; 0 for none beside pytest's own. Each brings its own servers.
+# Number of processes that run the tests, by file and in order; 0: only pytest's own process. Each starts its own servers.
 TEST_PROCESSES ?= 2
 SHARED_OUT = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-# Threads that spin while they wait make everything else on the machine slow.
+# Waiting threads must not spin: that would slow down everything else on the machine.
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 export KEEP PYTHON TORCH_INDEX
 
 help:
-	@echo "make demo        train three adapters at once and show the result (KEEP=1 leaves the service running)"
-	@echo "make up          start Lorry on this machine: api, dashboard and one worker, until Ctrl-C"
-	@echo "make test        run the tests; brings its own Redis, PostgreSQL and Chromium"
-	@echo "make test-slow   run the tests that take minutes; brings its own real language model, 100 MB"
-	@echo "make test-postgres    run the tests of api, catalog and clients with PostgreSQL in SQLite's place"
-	@echo "make test-deepspeed   run the tests of bases that DeepSpeed divides; brings it along, and builds a part of it"
-	@echo "make test-faults      break a real service in every way that this machine allows, on SQLite and PostgreSQL: 50 minutes"
-	@echo "make soak        300 jobs on four workers: a noisy neighbor, then a random fault every few seconds; 45 minutes"
-	@echo "make fuzz        ask the API tens of thousands of odd questions, on SQLite and PostgreSQL: half an hour or more"
-	@echo "make bench       measure Lorry against PEFT, Trainer and TRL on this machine: half an hour, real language model"
-	@echo "make bench-gpu   measure it on a CUDA GPU, bases of 1B and 8B with random weights: memory, matrix rate, PEFT"
-	@echo "make bench-api   measure the api and its database: creations, reads, 10,000 listeners, a million jobs; 25 minutes"
+	@echo "make demo        train three adapters at once and show the results (KEEP=1 leaves the service running)"
+	@echo "make up          start Lorry on this machine: API server, dashboard and one worker, until Ctrl-C"
+	@echo "make test        run the fast tests; starts its own Redis, PostgreSQL and Chromium"
+	@echo "make test-slow   run the tests that take minutes; downloads a real language model, 100 MB"
+	@echo "make test-postgres    run the tests of API server, catalog and clients on PostgreSQL instead of SQLite"
+	@echo "make test-deepspeed   run the tests of DeepSpeed ZeRO-3 sharding; installs DeepSpeed and compiles a part of it"
+	@echo "make test-faults      run the fault-injection tests on a real service with SQLite and PostgreSQL; 50 minutes"
+	@echo "make soak        run the chaos soak test: 300 jobs on four workers, a random fault every few seconds; 45 minutes"
+	@echo "make fuzz        fuzz the API with tens of thousands of requests, on SQLite and PostgreSQL; 30 minutes or more"
+	@echo "make bench       compare Lorry with PEFT, Trainer and TRL on this machine, with a real language model; 30 minutes"
+	@echo "make bench-gpu   benchmark a CUDA GPU with 1B and 8B models of random weights: memory, matmul rate, PEFT"
+	@echo "make bench-api   benchmark the API server and its database: jobs, reads, 10,000 streams, a million jobs; 25 minutes"
 	@echo "make check       lint, format, types, import rules, migrations, documents"
 	@echo "make audit       check the locked packages for known vulnerabilities (pip-audit)"
 	@echo "make lock        update requirements/*.lock to the newest releases"
@@ -53,7 +53,7 @@ test-postgres: .venv/.installed
 	LORRY_TEST_DATABASE=postgresql $(PYTEST) -m "not slow" $(SHARED_OUT) $(PYTEST_ARGS) \
 		tests/api tests/catalog tests/lorry tests/system/test_openai_client.py
 
-# Beside .venv: where DeepSpeed is installed, transformers imports it each time.
+# DeepSpeed has a folder of its own next to .venv: wherever it is installed, transformers imports it each time.
 DEEPSPEED := $(CURDIR)/.venv/deepspeed
 
 test-deepspeed: $(DEEPSPEED)/.installed
@@ -82,7 +82,7 @@ bench-gpu: .venv/.installed
 bench-api: .venv/.installed
 	$(BIN)/python -m benchmarks.api $(BENCH_ARGS)
 
-# `make -k check` goes on after a part that failed.
+# `make -k check` continues after a failing part.
 check: check-lint check-format check-types check-imports check-migrations check-documents
 
 check-lint: .venv/.installed

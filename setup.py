@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot express: the service requires the client of its own version."""
+"""Adds what pyproject.toml cannot express: the service requires the client of the same version."""
 
 import re
 import tomllib

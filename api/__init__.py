@@ -1,4 +1,4 @@
-"""The HTTP face: parse a request, make one call to `catalog`, shape the answer.
+"""The HTTP API: parse a request, make one call to `catalog`, shape the response.
 
-Knows nothing of SQL and of training; importing it loads no torch.
+This package contains no SQL and no training code. Importing it does not load torch.
 """

@@ -1,4 +1,4 @@
-"""The service's own commands, `python -m api COMMAND`: the first start, listening, keys, copies."""
+"""Commands of the API server, `python -m api COMMAND`: bootstrap, serve, API keys and backups."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULT_PORT = 8000
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    os.umask(0o077)  # database, pepper, store and backups are for this user alone
+    os.umask(0o077)  # only this user can read the database, the pepper, the store and backups
     logs.configure(arguments.log_level)
     settings = Settings()  # pyright: ignore[reportCallIssue]  (fields come from the environment)
     try:
@@ -64,18 +64,18 @@ def _sign_in_link(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _new_key(arguments: argparse.Namespace, settings: Settings) -> int:
-    """For who lost the first one: whoever can read the pepper may make another."""
+    """Create an operator key, for example after the first one was lost. The pepper authorizes the command."""
     db = open_existing(settings)
     project = projects.ensure(db, arguments.project) if arguments.project else projects.first(db)
     loaded = pepper.load(settings, db)
     _, secret = authentication.create(db, project_id=project.id, name=arguments.name, pepper=loaded, is_operator=True)
     db.close()
-    _print({"api_key": secret} if arguments.json else f"A new operator's API key, shown this once:\n{secret}")
+    _print({"api_key": secret} if arguments.json else f"New operator API key (shown only once):\n{secret}")
     return 0
 
 
 def _known_address(settings: Settings) -> str:
-    """Where people reach the api: as the operator says, else as `lorry up` noted."""
+    """Return the address of the API server: LORRY_PUBLIC_URL, else the one in `connection.json` of `lorry up`."""
     from api.settings import ApiSettings
 
     public_url = ApiSettings().public_url
@@ -91,9 +91,9 @@ def _noted_address(path: Path) -> str | None:
 
 def _print_for_people(done: Bootstrapped) -> None:
     if done.api_key is None:
-        _print("The database is up to date. There are API keys already; they are shown only when they are made.")
+        _print("The database is up to date. API keys already exist; their secrets are shown only at creation.")
     else:
-        _print(f"The first operator's API key, which is not shown again:\n{done.api_key}")
+        _print(f"First operator API key (shown only once):\n{done.api_key}")
 
 
 def _print(value: str | dict[str, Any]) -> None:
@@ -101,31 +101,31 @@ def _print(value: str | dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m api", description="Lorry's HTTP service.")
+    parser = argparse.ArgumentParser(prog="python -m api", description="Manage the Lorry API server.")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="Answer requests until SIGTERM.")
-    serve.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
-    serve.add_argument("--port", type=int, default=DEFAULT_PORT, help="0: any that is free.")
+    serve = commands.add_parser("serve", help="Serve requests until SIGTERM.")
+    serve.add_argument("--host", default="127.0.0.1", help="Address to listen on (default: 127.0.0.1).")
+    serve.add_argument("--port", type=int, default=DEFAULT_PORT, help="Port (default: 8000). 0: any free port.")
     serve.add_argument(
-        "--listen-fd", type=int, metavar="FD", help="An inherited socket that listens already, instead of --port."
+        "--listen-fd", type=int, metavar="FD", help="Inherited socket that is already listening, instead of --port."
     )
     serve.set_defaults(run=_serve)
-    boot = commands.add_parser("bootstrap", help="Make or migrate the database, and the first operator's key.")
+    boot = commands.add_parser("bootstrap", help="Create or migrate the database and create the first operator key.")
     boot.add_argument("--json", action="store_true")
     boot.add_argument(
         "--identity-secret",
         action="store_true",
-        help="With --json: include the secret by which clients on this machine verify the API server.",
+        help="With --json: include the secret with which local clients verify the identity of the API server.",
     )
     boot.set_defaults(run=_bootstrap)
-    link = commands.add_parser("sign-in-link", help="A link that signs one browser in, once.")
+    link = commands.add_parser("sign-in-link", help="Create a one-time link that signs in one browser.")
     link.add_argument("--json", action="store_true")
-    link.add_argument("--url", help="Address of the api, as a browser reaches it.")
+    link.add_argument("--url", help="Address of the API server as the browser reaches it.")
     link.set_defaults(run=_sign_in_link)
-    key = commands.add_parser("new-key", help="Make another operator's API key, and show it this once.")
-    key.add_argument("--name", default="made by hand", help="What the key is for.")
-    key.add_argument("--project", help="Made if there is none of that name. Default: the oldest.")
+    key = commands.add_parser("new-key", help="Create another operator API key and show it once.")
+    key.add_argument("--name", default="made by hand", help="Name of the key (default: made by hand).")
+    key.add_argument("--project", help="Project of the key; created if missing (default: the oldest project).")
     key.add_argument("--json", action="store_true")
     key.set_defaults(run=_new_key)
     backup.add_commands(commands.add_parser)

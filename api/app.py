@@ -1,4 +1,4 @@
-"""Puts the app together: services, middleware, routes, the OpenAPI document, and what runs beside requests."""
+"""Assembles the app: services, middleware, routes, the OpenAPI document and background tasks."""
 
 from __future__ import annotations
 
@@ -60,33 +60,35 @@ from catalog.scheduling.snapshot import Policy
 from catalog.settings import Settings
 from catalog.storage.store import open_store
 
-DESCRIPTION = """Trains many LoRA adapters at once on the GPUs you own, and speaks the OpenAI fine-tuning API.
+DESCRIPTION = """Self-hosted LoRA fine-tuning service: trains many adapters at once on one loaded base model.
 
-The `openai` client works as it is for files, fine-tuning jobs and models: set `base_url` to this service's
-`/v1` and `api_key` to a key of it. What that API lacks are further fields and resources.
+The API is compatible with the OpenAI fine-tuning API. The unchanged `openai` client works for files, fine-tuning jobs
+and models: set `base_url` to this service's `/v1` and `api_key` to an API key of this service. Lorry adds fields and
+resources to that API.
 
-A key may do what its scopes say; `x-scopes` names those of an operation, any one of which will do.
+An API key may call the operations that its scopes permit. `x-scopes` lists the scopes of an operation; one of them
+is sufficient.
 
-Every refusal is `{"error": {"message", "type", "param", "code", "remedy"}}`; the message ends with the remedy.
+Every error response is `{"error": {"message", "type", "param", "code", "remedy"}}`. The message ends with the remedy.
 """
 TAGS = [
     {
         "name": "files",
-        "description": "Data sets (checked line by line), in one piece or in parts; jobs' curves; others.",
+        "description": "Training data (validated line by line), result files and other files; uploads in parts.",
     },
-    {"name": "fine-tuning jobs", "description": "From files and a base model to an adapter."},
-    {"name": "sweeps", "description": "Several jobs that differ in stated fields, and which of them is best."},
-    {"name": "plans", "description": "What a job would come to, before it is submitted."},
+    {"name": "fine-tuning jobs", "description": "Jobs that train one adapter from files and a base model."},
+    {"name": "sweeps", "description": "Groups of jobs that differ in chosen fields, ranked by an objective."},
+    {"name": "plans", "description": "Dry runs: data, memory, time and warnings of a job before it is submitted."},
     {"name": "models", "description": "Base models, adapters and checkpoints by name."},
     {"name": "adapters", "description": "Trained adapters, their files and their lineage."},
     {"name": "permissions", "description": "Adapters and checkpoints that other projects may read."},
-    {"name": "queue and workers", "description": "What waits, what runs, and where."},
-    {"name": "projects and keys", "description": "Whose things are whose, and who may do what."},
-    {"name": "usage", "description": "What was used, by day."},
-    {"name": "audit log", "description": "Who changed what, sealed into a chain."},
-    {"name": "webhooks", "description": "Who is told when a job has ended, and what was sent."},
-    {"name": "sign-in", "description": "The dashboard's door."},
-    {"name": "health", "description": "Alive, ready, and numbers."},
+    {"name": "queue and workers", "description": "Queued and running jobs, and the workers that train them."},
+    {"name": "projects and keys", "description": "Organizations, projects, quotas, API keys and scopes."},
+    {"name": "usage", "description": "Daily usage of a project."},
+    {"name": "audit log", "description": "Changes and their actors, sealed into a hash chain."},
+    {"name": "webhooks", "description": "Endpoints that are notified when a job has finished, and their deliveries."},
+    {"name": "sign-in", "description": "Browser sessions of the dashboard."},
+    {"name": "health", "description": "Liveness, readiness and metrics."},
 ]
 
 
@@ -97,7 +99,7 @@ def create_app(
     bound_host: str = "127.0.0.1",
     further_hosts: Iterable[str] = (),
 ) -> FastAPI:
-    """The whole api over a migrated database. `bound_host`: the address that it will listen on."""
+    """Create the app over a migrated database. `bound_host` is the address that the server will listen on."""
     own = api_settings or ApiSettings()  # pyright: ignore[reportCallIssue]  (fields come from the environment)
     services = open_services(settings, own)
     app = Api(

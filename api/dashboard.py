@@ -1,4 +1,4 @@
-"""The dashboard's static pages, from the folder beside this package. They hold nothing secret, so need no key."""
+"""Serves the dashboard's static pages from the `dashboard` folder. They contain no secrets and require no API key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ mimetypes.add_type("text/javascript", ".js")
 
 
 class Dashboard(StaticFiles):
-    """Only files of a page; a browser asks again each time whether one has changed."""
+    """Serves only the file types of web pages. The browser revalidates each file before it uses a cached copy."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
         super().__init__(directory=folder, html=True, check_dir=False)

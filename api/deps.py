@@ -1,4 +1,4 @@
-"""What a route may ask for: the services of this process, and pages of a list."""
+"""Dependencies of routes: the services of this process, request headers and pagination parameters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Services:
-    """Everything that outlives a request. Made once by `create_app`."""
+    """Services that outlive a request. `create_app` creates them once."""
 
     settings: Settings
     api_settings: ApiSettings
@@ -58,15 +58,19 @@ RetryCount = Annotated[int, Header(ge=0, include_in_schema=False)]
 
 
 async def is_client_retry(x_stainless_retry_count: RetryCount = 0) -> bool:
-    """Whether the client says that it has sent this before, having had no reply."""
+    """Return whether the client reports that this request is a retry of one that got no response."""
     return x_stainless_retry_count > 0
 
 
 IdempotencyKey = Annotated[
     str | None,
-    Header(max_length=255, pattern=r"^[\x21-\x7e]+$", description="One for each thing: again is the same thing."),
+    Header(
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="Identifies the submission. A repeated request with the same key creates nothing new.",
+    ),
 ]
 Use = Annotated[Services, Depends(services_of)]
 IsRetry = Annotated[bool, Depends(is_client_retry)]
-After = Annotated[str | None, Query(description="Start after the item with this id.", max_length=128)]
-Limit = Annotated[int, Query(description="How many items at most.", ge=1, le=100)]
+After = Annotated[str | None, Query(description="Return items after the item with this id.", max_length=128)]
+Limit = Annotated[int, Query(description="Maximum number of items to return, 1 to 100.", ge=1, le=100)]

@@ -1,4 +1,4 @@
-"""Jobs in wire form, with what the record keeps beside their rows: one query of each kind for any number of jobs."""
+"""Builds job responses with related data of other tables, in one query of each kind for any number of jobs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from catalog.tenancy import organizations
 
 
 def job_objects(db: Database, rows: Sequence[Job], *, caller: Caller | None = None) -> list[FineTuningJob]:
-    """In the order of `rows`. caller: who asks; whose its own project is need not be read."""
+    """Return the responses in the order of `rows`.
+
+    The organization of `caller`'s own project is known from `caller`, so it is not read from the database.
+    """
     adapter_ids = adapters.ids_by_job(db, [row.id for row in rows if row.adapter_name])
     seconds = queries.seconds_running(db, [row.id for row in rows if row.attempt])
     owners = {caller.project_id: caller.organization_id} if caller else {}

@@ -1,5 +1,5 @@
-"""What the api does besides answering: it ends expired leases, advances sweeps, seals and anchors the audit log,
-rings where something waits, and deletes what nothing names any more."""
+"""Background tasks of the API server: expire leases, advance sweeps, seal and anchor the audit log, wake workers, and
+delete objects that nothing references."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ log = logging.getLogger("lorry.api")
 FIRST_CLEANING_SECONDS = 600.0
 CLEANING_SECONDS = 24 * 3600.0
 RESTART_SECONDS = 1.0
-"""Between a crash of a background task and its restart."""
+"""Delay between a crash of a background task and its restart."""
 ANCHOR_SECONDS = 3600.0
-"""Between two looks for this day's anchor of the audit chain."""
+"""Interval of the checks that today's anchor of the audit chain exists."""
 SEALED_AT_MOST = 10_000
-"""Events in one look: after an upgrade that clears the seals, the other duties go on meanwhile."""
+"""Maximum number of events sealed in one run, so that an upgrade that clears all seals does not delay other tasks."""
 TASKS = ("streams", "duties", "sweeps", "anchors", "cleaning", "webhooks")
-"""Background tasks, by the names under which their restarts are counted."""
+"""Names of the long-running background tasks, under which their restarts are counted."""
 Run = Callable[[], Awaitable[None]]
 DUTIES = (
     "recover",
@@ -43,20 +43,20 @@ DUTIES = (
     "wake_workers",
     "collect_garbage",
 )
-"""By the names under which their runs are counted."""
+"""Names of the periodic runs, under which their results are counted."""
 MAX_STEPS = 20
-"""Of sweeps, in one look."""
+"""Maximum number of steps of sweeps in one run."""
 
 
 async def keep_running(
     name: str, run: Run, telemetry: Telemetry, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 ) -> None:
-    """Run a task until it returns. One that crashes is logged, counted and started again: without it live streams
-    would stop, or revoked keys would keep theirs."""
+    """Run a task until it returns. A task that crashes is logged, counted and restarted: otherwise live streams would
+    stop, or revoked keys would keep their streams."""
     while True:
         try:
             await run()
-        except Exception:  # whatever it is, the process keeps the task
+        except Exception:  # any crash: the task must keep running as long as the process
             log.exception("crash in the background task %s", name)
             telemetry.count_restart(name)
         else:
@@ -65,28 +65,28 @@ async def keep_running(
 
 
 async def keep_order(services: Services) -> None:
-    """Look four times a lease, for ever. (More rarely would look like an outage to recovery.)"""
+    """Run the periodic work four times per lease duration. At longer intervals, recovery would assume an outage."""
     while True:
         await asyncio.sleep(services.settings.lease_seconds / 4)
         await run_in_threadpool(look_once, services)
 
 
 async def keep_sweeps(services: Services) -> None:
-    """Advance sweeps soon after a trial has ended, for ever. Workers don't: they may not create jobs."""
+    """Advance sweeps soon after a trial has ended. Workers can't do this: they may not create jobs."""
     while True:
         await asyncio.sleep(services.settings.poll_seconds)
         await run_in_threadpool(advance_once, services)
 
 
 async def keep_anchored(services: Services) -> None:
-    """Anchor the audit chain in the store, once a day, for ever."""
+    """Anchor the audit chain in the store once a day."""
     while True:
         await run_in_threadpool(anchor_once, services)
         await asyncio.sleep(ANCHOR_SECONDS)
 
 
 async def keep_clean(services: Services) -> None:
-    """Clean the store soon after the start, then once a day. Several apis cleaning at once do no harm."""
+    """Collect garbage in the store 10 minutes after the start, then daily. Several API servers may do so at once."""
     await asyncio.sleep(FIRST_CLEANING_SECONDS)
     while True:
         await run_in_threadpool(clean_once, services)
@@ -94,7 +94,7 @@ async def keep_clean(services: Services) -> None:
 
 
 def look_once(services: Services) -> None:
-    """One act that fails keeps none of the others from running."""
+    """Run each action. A failing action does not prevent the others."""
     for act in (_recover, _seal_audit_log, _notify_missed_deadlines, _wake_workers):
         _run(act, services)
 
@@ -114,7 +114,7 @@ def _run(act: Callable[[Services], None], services: Services) -> None:
         is_done = True
     except (Unavailable, PepperReplaced) as error:
         log.warning("%s code=%s", duty, error.code)
-    except Exception:  # the loop outlives whatever one run meets
+    except Exception:  # the loop must survive any failure of one run
         log.exception("crash in %s", duty)
     services.telemetry.count_run(duty, is_done=is_done)
 
@@ -157,6 +157,6 @@ def clean_once(services: Services) -> None:
         is_done = True
     except LorryError as error:
         log.warning("cleaning code=%s: %s", error.code, error)
-    except Exception:  # nothing was lost; the next one tries again
+    except Exception:  # deletion is idempotent: the next run retries it
         log.exception("crash in the cleaning")
     services.telemetry.count_run("collect_garbage", is_done=is_done)

@@ -1,5 +1,5 @@
-"""The OpenAPI document: the framework's, less the refusals that are never sent in its own shape, with `x-scopes`, and
-with what is true of every address."""
+"""The OpenAPI document: the one of FastAPI without its 422 responses, which are never sent, plus `x-scopes` and the
+constraint that no path or query contains NUL."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from catalog.spec.strict import WITHOUT_NUL
 
 
 class Api(FastAPI):
-    """Every refusal is an ErrorResponse with a status of its own; 422 is not used.
+    """A FastAPI app whose errors are ErrorResponses with a status of their own. It never sends 422.
 
-    The document takes a second of a core to make, which only who asks for it waits for: what requests need to know of
-    routes is asked of the routes.
+    Building the document takes about a second of CPU time. It is built when a client first requests it. Requests that
+    need information about routes read the routes, not the document.
     """
 
     def __init__(self, **given: Any) -> None:
-        super().__init__(**given, openapi_url=None)  # the framework's own route would make it while all others wait
+        super().__init__(**given, openapi_url=None)  # FastAPI's own route would block the event loop while it builds
         self.add_route("/openapi.json", self._answer, include_in_schema=False)
         self._methods: dict[str, set[str]] = {}
         self._making_document = threading.Lock()
 
     @property
     def methods(self) -> Mapping[str, set[str]]:
-        """Those of each path's template in the document."""
+        """The methods of each path template in the document."""
         return self._methods
 
     def include_router(self, router: APIRouter, **given: Any) -> None:
@@ -79,7 +79,7 @@ def _finished(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forbid_nul(schema: dict[str, Any]) -> None:
-    """The gate refuses an address that has one, whatever it is for."""
+    """Exclude NUL from strings: the request gate rejects every path or query that contains it."""
     for inner in (*schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else ())):
         _forbid_nul(inner)
     if schema.get("type") == "string" and schema.keys().isdisjoint(("pattern", "enum", "const")):

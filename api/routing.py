@@ -1,4 +1,4 @@
-"""Routers whose endpoints cost one way to a thread."""
+"""Routers whose synchronous endpoints make only one trip to a thread."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Router(APIRouter):
 
 
 class _Route(APIRoute):
-    """An endpoint that waits for the database is run in a thread. Its answer is checked without one: the framework
-    would go to a thread again, which takes longer than the check."""
+    """Runs a synchronous endpoint in a thread, but validates its response on the event loop. FastAPI would dispatch the
+    validation to a thread again, which takes longer than the validation."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **given: Any) -> None:
         super().__init__(path, endpoint if iscoroutinefunction(endpoint) else _in_a_thread(endpoint), **given)

@@ -1,4 +1,4 @@
-"""Listening: reports its address when it is ready, limits connections, and stops in bounded time with streams open."""
+"""The HTTP server: reports its address when ready, limits connections, and stops in bounded time with streams open."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from catalog.process_inspection import deny_inspection
 from catalog.settings import Settings
 
 MAX_CONNECTIONS = 16_384
-"""Beyond it uvicorn answers 503. Each live stream is one: 10,000 on one process are measured by `make bench-api`."""
+"""Maximum number of connections; uvicorn answers 503 beyond it. Each live stream is one. `make bench-api` measures
+10,000 on one process."""
 KEEP_ALIVE_SECONDS = 5
-"""How long a connection may wait between two requests."""
+"""Maximum idle time of a connection between two requests."""
 
 
 SWITCH_SECONDS = 0.002
@@ -35,7 +36,7 @@ second. With 0.5 ms, requests next to busy threads were slower too, because the 
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which waits for connections to close before anybody tells the streams to end."""
+    """A uvicorn server that ends the live streams before uvicorn waits for their connections to close."""
 
     def __init__(self, config: uvicorn.Config, services: Services) -> None:
         super().__init__(config)
@@ -48,7 +49,7 @@ class Server(uvicorn.Server):
             self.announce(address_of(host, port))
 
     def announce(self, url: str) -> None:
-        """For who started this process."""
+        """Print the address for the process that started this one."""
         print(json.dumps({"event": "ready", "url": url}), flush=True)  # noqa: T201
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -57,9 +58,10 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: Settings, *, host: str, port: int, listen_fd: int | None = None) -> int:
-    """Until SIGTERM or SIGINT. Returns the exit status.
+    """Serve until SIGTERM or SIGINT, and return the exit status.
 
-    port: 0 is any that is free. listen_fd: an inherited socket that listens at `host` already; `port` is unused then.
+    `port` 0 selects any free port. `listen_fd` is an inherited socket that is already listening at `host`; `port` is
+    then unused.
     """
     sockets = None if listen_fd is None else [_inherited(listen_fd)]
     deny_inspection()
@@ -69,7 +71,7 @@ def serve(settings: Settings, *, host: str, port: int, listen_fd: int | None = N
     app = create_app(settings, own, bound_host=host)
     _collect_garbage_rarely()
     config = server_config(app, host=host, port=port, shutdown_seconds=own.shutdown_seconds)
-    for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has ended well
+    for name in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again after a clean shutdown
         signal.signal(name, _ended)
     tracing.start("api")
     try:
@@ -82,14 +84,14 @@ def serve(settings: Settings, *, host: str, port: int, listen_fd: int | None = N
 def server_config(
     app: FastAPI, *, host: str, port: int, shutdown_seconds: int, connection: type[HttpConnection] = HttpConnection
 ) -> uvicorn.Config:
-    """`connection`: what has the limits in time of one connection."""
+    """Return uvicorn's configuration. `connection` is the protocol class with the timeouts of a connection."""
     return uvicorn.Config(
         app,
         host=host,
         port=port,
         log_config=None,
         access_log=False,
-        loop="asyncio",  # not whichever is installed: uvloop's limits and its log differ
+        loop="asyncio",  # explicit, because uvloop has other limits and other log lines
         http=connection,
         ws="none",
         server_header=False,
@@ -103,28 +105,28 @@ def server_config(
 
 
 def address_of(host: str, port: int) -> str:
-    """The URL of a bound address; an address of every interface is told as this machine's own."""
+    """Return the URL of a bound address. A wildcard address becomes the loopback address."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  (compared, not bound)
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
 def _inherited(listen_fd: int) -> socket.socket:
-    """Raises InvalidRequest if the descriptor is no socket of this process."""
+    """Raises InvalidRequest if the descriptor is not a socket of this process."""
     try:
         return socket.socket(fileno=listen_fd)
     except OSError as error:
         raise InvalidRequest(
             f"File descriptor {listen_fd} is not an open socket: {error.strerror}.",
             code="invalid_listen_fd",
-            remedy="Let the parent process pass a listening socket, or leave --listen-fd out and give --port.",
+            remedy="Pass a listening socket from the parent process, or use --port instead of --listen-fd.",
         ) from error
 
 
 def _collect_garbage_rarely() -> None:
-    """A full collection stops every thread for as long as it takes to visit all objects: 0.4 s with a thousand streams.
+    """Make full garbage collections rare. Each one stops every thread for 0.4 s with a thousand streams.
 
-    With Python's own thresholds there is one in ten seconds under load; with these, one in some minutes. Almost all
-    objects are freed by their reference counts. What exists by now, 230,000 objects, is never visited again.
+    With Python's default thresholds, one happens every ten seconds under load; with these, one every few minutes.
+    Reference counting frees almost all objects. The 230,000 objects that exist by now are frozen and never visited.
     """
     gc.collect()
     gc.freeze()
@@ -132,13 +134,13 @@ def _collect_garbage_rarely() -> None:
 
 
 def _allow_many_connections() -> None:
-    """As many open files as this process may ask for: each live stream is one."""
+    """Raise the limit of open files to the hard limit: each live stream is one open file."""
     if sys.platform == "win32":
         return
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # macOS calls without limit what it does not give
+    with suppress(OSError, ValueError):  # macOS reports an unlimited hard limit and then rejects it
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 

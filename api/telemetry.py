@@ -1,7 +1,7 @@
-"""Numbers for Prometheus, by its naming conventions: what this process did, and what the whole fleet is doing.
+"""Prometheus metrics, named by its conventions: counters of this process and gauges of the whole fleet.
 
-Labels are bounded: a route's template, never a path that somebody sent; never a job, a project or a user.
-docs/OBSERVABILITY.md says what each means, and a test compares the two.
+Label values are bounded: the template of a route, never a path that a client sent; never a job, project or user.
+docs/OBSERVABILITY.md describes each metric, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from catalog.fleet.metrics import Numbers
 METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"})
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 OF_DEVICES = {
-    "utilization_ratio": "Part of the time in which the device was busy, 0 to 1.",
-    "memory_bytes": "Memory that the device has.",
-    "memory_used_bytes": "Memory of the device that is taken, by whomever.",
-    "temperature_celsius": "Temperature of a GPU.",
-    "power_watts": "Power that a GPU draws.",
+    "utilization_ratio": "Fraction of time in which the device was busy, 0 to 1.",
+    "memory_bytes": "Total memory of the device.",
+    "memory_used_bytes": "Memory of the device in use by any process.",
+    "temperature_celsius": "Temperature of the GPU.",
+    "power_watts": "Power draw of the GPU.",
 }
 
 
 class Telemetry:
-    """One registry per app, so that two apps in one process don't share counts."""
+    """Metrics with one registry per app, so that two apps in one process don't share counters."""
 
     def __init__(self, duties: Iterable[str] = (), tasks: Iterable[str] = ()) -> None:
-        """duties: what runs in the background, by name; each counts as done when the process starts. tasks: what runs
-        them, and others, for as long as the process."""
+        """Both arguments are names: first of the periodic runs, each of which counts as successful when the process
+        starts; then of the background tasks, which run as long as the process."""
         self.registry = CollectorRegistry()
         self._duties = tuple(duties)
         self._tasks = tuple(tasks)
@@ -44,7 +44,7 @@ class Telemetry:
         )
         self._seconds = Histogram(
             "lorry_http_request_duration_seconds",
-            "Seconds until the last byte of an answer.",
+            "Time until the last byte of the response.",
             ["method", "route"],
             buckets=SECONDS,
             registry=self.registry,
@@ -55,29 +55,29 @@ class Telemetry:
             ["reason"],
             registry=self.registry,
         )
-        self._streams = Gauge("lorry_http_streams", "Live streams that are open.", registry=self.registry)
+        self._streams = Gauge("lorry_http_streams", "Open live streams.", registry=self.registry)
         self._runs = Counter(
-            "lorry_background_runs", "Runs of background duties.", ["task", "outcome"], registry=self.registry
+            "lorry_background_runs", "Runs of background tasks.", ["task", "outcome"], registry=self.registry
         )
         self._done_at = Gauge(
             "lorry_background_last_success_timestamp_seconds",
-            "When the duty last succeeded here, since 1970; at first when the process started.",
+            "Unix time of the task's last success in this process; initially the start of the process.",
             ["task"],
             registry=self.registry,
         )
         self._tries = Counter(
-            "lorry_webhook_tries", "Requests that were sent to webhook endpoints.", ["outcome"], registry=self.registry
+            "lorry_webhook_tries", "Requests sent to webhook endpoints.", ["outcome"], registry=self.registry
         )
         self._restarts = Counter(
             "lorry_background_restarts",
-            "Background tasks that crashed and were started again.",
+            "Restarts of background tasks after a crash.",
             ["task"],
             registry=self.registry,
         )
         self._begin()
 
     def _begin(self) -> None:
-        """Series that don't come up with the first event can be watched from the start."""
+        """Create all label combinations, so that each series exists before its first event."""
         for task in self._tasks:
             self._restarts.labels(task=task)
         for outcome in ("delivered", "failed"):
@@ -106,23 +106,23 @@ class Telemetry:
         self.registry.register(_LongWrites(read))
 
     def count_run(self, duty: str, *, is_done: bool) -> None:
-        """A background duty has run. It must be one of `duties`, whose series begin with the process."""
-        assert duty in self._duties, f"{duty} is not a duty"
+        """Count a periodic run. The constructor must have received its name, so its series exist from the start."""
+        assert duty in self._duties, f"unknown periodic run: {duty}"
         self._runs.labels(task=duty, outcome="done" if is_done else "failed").inc()
         if is_done:
             self._done_at.labels(task=duty).set(time.time())
 
     def count_restart(self, task: str) -> None:
-        """A background task has crashed. It must be one of `tasks`."""
-        assert task in self._tasks, f"{task} is not a task"
+        """Count a restart of a background task. The constructor must have received its name."""
+        assert task in self._tasks, f"unknown background task: {task}"
         self._restarts.labels(task=task).inc()
 
     def count_try(self, *, is_delivered: bool) -> None:
-        """A webhook endpoint has answered, or has not."""
+        """Count a request to a webhook endpoint."""
         self._tries.labels(outcome="delivered" if is_delivered else "failed").inc()
 
     def expose(self, numbers: Numbers) -> bytes:
-        """The text format, with the fleet's numbers as they are now."""
+        """Return all metrics in the text format, with the current numbers of the fleet."""
         fleet = CollectorRegistry()
         fleet.register(_Fleet(numbers))
         return generate_latest(self.registry) + generate_latest(fleet)
@@ -133,12 +133,12 @@ class _LongWrites(Collector):
         self._read = read
 
     def collect(self) -> Iterable[Metric]:
-        what = "Write transactions that were open for longer than a second."
+        what = "Write transactions that were open for more than a second."
         yield _counter("lorry_database_long_writes", what, (), {(): self._read()})
 
 
 class _Fleet(Collector):
-    """Every family is there, also where nothing is to be told."""
+    """Metrics of the fleet. Every family is present, even without values."""
 
     def __init__(self, numbers: Numbers) -> None:
         self._numbers = numbers
@@ -155,40 +155,40 @@ class _Fleet(Collector):
         by_class = {(state.value, each.name): number for (state, each), number in found.jobs.items()}
         yield _gauge("lorry_jobs", "Jobs by state and priority.", ("state", "priority"), by_class)
         waits = {(each.name,): seconds for each, seconds in found.oldest_wait_seconds.items()}
-        yield _gauge("lorry_queue_oldest_wait_seconds", "How long a job of the queue waits.", ("priority",), waits)
-        yield _counter("lorry_job_events", "Events of jobs recorded.", (), {(): found.events})
+        yield _gauge("lorry_queue_oldest_wait_seconds", "Wait time of the oldest queued job.", ("priority",), waits)
+        yield _counter("lorry_job_events", "Recorded job events.", (), {(): found.events})
         tokens = {(): found.trained_tokens}
-        yield _counter("lorry_trained_tokens", "Tokens that jobs which succeeded were trained on.", (), tokens)
-        yield _gauge("lorry_adapters", "Adapters that are kept.", (), {(): found.adapters})
+        yield _counter("lorry_trained_tokens", "Trained tokens of jobs that succeeded.", (), tokens)
+        yield _gauge("lorry_adapters", "Stored adapters.", (), {(): found.adapters})
 
     def _of_claims(self) -> Iterable[Metric]:
         found = self._numbers
-        yield _counter("lorry_claims", "Claims of jobs to train.", (), {(): found.claims})
+        yield _counter("lorry_claims", "Claims of jobs for training.", (), {(): found.claims})
         ended = {(reason.value,): number for reason, number in found.attempts_ended.items()}
-        yield _counter("lorry_attempts_ended", "Attempts that ended, by reason.", ("reason",), ended)
+        yield _counter("lorry_attempts_ended", "Finished attempts, by reason.", ("reason",), ended)
         leases = {(work,): number for work, number in found.leases.items()}
         yield _gauge("lorry_leases", "Jobs that workers hold.", ("work",), leases)
-        yield _gauge("lorry_leases_overdue", "Leases that are past and not ended yet.", (), {(): found.leases_overdue})
+        yield _gauge("lorry_leases_overdue", "Expired leases not reclaimed yet.", (), {(): found.leases_overdue})
         expired = {(work,): number for work, number in found.leases_expired.items()}
-        yield _counter("lorry_leases_expired", "Leases that ended because nobody renewed them.", ("work",), expired)
+        yield _counter("lorry_leases_expired", "Leases that expired without renewal.", ("work",), expired)
 
     def _of_workers(self) -> Iterable[Metric]:
         found = self._numbers
         workers = {(state,): number for state, number in found.workers.items()}
-        yield _gauge("lorry_workers", "Workers of the last hour, by state.", ("state",), workers)
+        yield _gauge("lorry_workers", "Workers seen in the last hour, by state.", ("state",), workers)
         cordoned = {(): found.workers_cordoned}
-        yield _gauge("lorry_workers_cordoned", "Workers that take nothing new until an operator says so.", (), cordoned)
+        yield _gauge("lorry_workers_cordoned", "Cordoned workers, which claim no new jobs.", (), cordoned)
         trainers = {(base,): number for base, number in found.trainers.items()}
-        yield _gauge("lorry_trainers", "Trainers, by the base model that is loaded.", ("base_model",), trainers)
+        yield _gauge("lorry_trainers", "Trainers, by loaded base model.", ("base_model",), trainers)
         jobs = {(base,): number for base, number in found.trainer_jobs.items()}
-        yield _gauge("lorry_trainer_jobs", "Jobs that train, by base model.", ("base_model",), jobs)
+        yield _gauge("lorry_trainer_jobs", "Jobs in training, by base model.", ("base_model",), jobs)
 
     def _of_devices(self) -> Iterable[Metric]:
         found = self._numbers
         of_trainers = (
-            ("tokens_per_second", "Tokens a second of the trainer.", found.tokens_per_second),
-            ("memory_predicted_bytes", "What the trainer was reckoned to take.", found.predicted_bytes),
-            ("memory_peak_bytes", "The most that the trainer has taken.", found.peak_bytes),
+            ("tokens_per_second", "Throughput of the trainer in tokens per second.", found.tokens_per_second),
+            ("memory_predicted_bytes", "Predicted memory of the trainer.", found.predicted_bytes),
+            ("memory_peak_bytes", "Peak memory of the trainer.", found.peak_bytes),
         )
         for name, text, values in of_trainers:
             yield _gauge(f"lorry_trainer_{name}", text, ("host", "device"), values)
@@ -199,9 +199,13 @@ class _Fleet(Collector):
     def _of_webhooks(self) -> Iterable[Metric]:
         found = self._numbers
         pending = {(): found.webhooks_pending}
-        yield _gauge("lorry_webhook_deliveries_pending", "Webhooks to be sent, up to 10,000.", (), pending)
+        yield _gauge(
+            "lorry_webhook_deliveries_pending", "Pending webhook deliveries, counted up to 10,000.", (), pending
+        )
         overdue = {(): found.webhooks_overdue_seconds}
-        yield _gauge("lorry_webhook_overdue_seconds", "How long a webhook has been due.", (), overdue)
+        yield _gauge(
+            "lorry_webhook_overdue_seconds", "Time by which the oldest webhook delivery is overdue.", (), overdue
+        )
 
 
 _Values = Mapping[tuple[str, ...], float] | Mapping[tuple[()], float]
@@ -222,7 +226,7 @@ def _counter(name: str, text: str, labels: tuple[str, ...], values: _Values) -> 
 
 
 def route_template(scope: Scope) -> str:
-    """The route's template, such as /v1/files/{file_id}."""
+    """Return the route's template, such as /v1/files/{file_id}."""
     route = scope.get("route")
     template = getattr(route, "path", None)
     if isinstance(template, str):

@@ -1,9 +1,9 @@
-"""Starts on Lorry the job that an OpenAI fine-tuning job was: its settings, and its files where none are named.
+"""Starts a job on Lorry with the settings of an OpenAI fine-tuning job, and by default with its files.
 
     python examples/from_openai.py ftjob-abc123 --model smollm2-135m --dry-run
 
-Reads the job with OPENAI_API_KEY (and OPENAI_BASE_URL), and finds Lorry as the `lorry` command does. What can't be
-taken over is printed with the reason. --dry-run shows what would be sent, and sends nothing.
+Reads the job with OPENAI_API_KEY (and OPENAI_BASE_URL), and finds Lorry like the `lorry` command. Settings that can't
+be transferred are printed with the reason. --dry-run prints the request without sending it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import openai
 from lorry import Lorry, LorryError
 
 NUMBERS = {"supervised": ("batch_size", "n_epochs"), "dpo": ("batch_size", "n_epochs", "beta")}
-"""Numbers of a method that mean the same in both."""
+"""Hyperparameters of a method that have the same meaning in both APIs."""
 LARGEST = {"batch_size": 1024, "n_epochs": 100}
 FILE_ID = re.compile(r"file-[A-Za-z0-9]+")
 Json = dict[str, Any]
 
 
 class CantMove(Exception):
-    """The sentence that ends the script."""
+    """The reason why the script stops, as a sentence."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,27 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def translated(job: Json, *, model: str, keep_rate: bool = False) -> tuple[Json, list[str]]:
-    """(the body for Lorry, without its files; what was left out and why). Raises CantMove."""
+    """Return the body for Lorry without its files, and the skipped settings with reasons. Raises CantMove."""
     body: Json = {"model": model, "seed": job.get("seed")}
     left_out: list[str] = []
     body["method"] = _method(job, left_out, keep_rate=keep_rate)
     body["suffix"] = _suffix(job.get("fine_tuned_model"), left_out)
     body["metadata"] = job.get("metadata") or None
     if job.get("integrations"):
-        left_out.append(
-            "integrations: say them here yourself, where a worker has them; docs/INTEGRATIONS.md tells how."
-        )
+        left_out.append("integrations: configure them on Lorry, if its workers have them (docs/INTEGRATIONS.md).")
     return {name: value for name, value in body.items() if value is not None}, left_out
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Start on Lorry the job that an OpenAI fine-tuning job was.")
+    parser = argparse.ArgumentParser(description="Start a job on Lorry from an OpenAI fine-tuning job.")
     parser.add_argument("job", help="id of the OpenAI job, ftjob-…")
-    parser.add_argument("--model", required=True, help="base model, by its name on Lorry")
-    parser.add_argument("--training", help="data to train on: a path, or the id of a file on Lorry; default: the job's")
-    parser.add_argument("--validation", help="held-out data, likewise")
-    parser.add_argument("--keep-rate", action="store_true", help="take learning_rate_multiplier over as it stands")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
+    parser.add_argument("--model", required=True, help="name of the base model on Lorry")
+    parser.add_argument("--training", help="training data: a path, or a file id on Lorry (default: the job's file)")
+    parser.add_argument("--validation", help="validation data: a path, or a file id on Lorry (default: the job's file)")
+    parser.add_argument("--keep-rate", action="store_true", help="keep learning_rate_multiplier unchanged")
+    parser.add_argument("--dry-run", action="store_true", help="print the request without sending it")
     return parser.parse_args(argv)
 
 
@@ -71,9 +69,9 @@ def _move(asked: argparse.Namespace, source: openai.OpenAI, lorry: Lorry) -> int
     job = source.fine_tuning.jobs.retrieve(asked.job).to_dict()
     body, left_out = translated(job, model=asked.model, keep_rate=asked.keep_rate)
     for line in left_out:
-        sys.stderr.write(f"Left out: {line}\n")
+        sys.stderr.write(f"Skipped: {line}\n")
     if not asked.dry_run:
-        lorry.models.get(body["model"])  # refused before anything is copied
+        lorry.models.get(body["model"])  # fail before any file is copied
     wanted = {"training_file": asked.training, "validation_file": asked.validation}
     for field, given in wanted.items():
         theirs = job.get(field)
@@ -93,12 +91,12 @@ def _move(asked: argparse.Namespace, source: openai.OpenAI, lorry: Lorry) -> int
 
 
 def _method(job: Json, left_out: list[str], *, keep_rate: bool) -> Json:
-    """An older job has its numbers at the top only."""
+    """Return the method. Older jobs have their hyperparameters only at the top level."""
     method: Json = job.get("method") or {"type": "supervised"}
     kind = str(method.get("type"))
     if kind not in NUMBERS:
         raise CantMove(
-            f"Lorry doesn't train by {kind}. Methods that need no grader: supervised, dpo, orpo, simpo, kto."
+            f"Lorry doesn't support the method {kind}. Supported methods: supervised, dpo, orpo, simpo, kto."
         )
     given: Json = (method.get(kind) or {}).get("hyperparameters") or job.get("hyperparameters") or {}
     kept: Json = {}
@@ -112,36 +110,36 @@ def _method(job: Json, left_out: list[str], *, keep_rate: bool) -> Json:
 
 
 def _why_not(kind: str, name: str, value: object, *, keep_rate: bool) -> str | None:
-    """The reason to leave a number out; None for one to keep, and for one that says nothing."""
+    """Return the reason to skip a hyperparameter; None for one to keep, and for one without a value."""
     if value is None or value == "auto":
         return None
     if name == "learning_rate_multiplier":
-        return None if keep_rate else "it multiplies another rate for another model; --keep-rate keeps it."
+        return None if keep_rate else "it multiplies the default rate of another model; --keep-rate keeps it."
     if name not in NUMBERS[kind]:
-        return "Lorry has no such number for this method."
+        return "Lorry has no such hyperparameter for this method."
     most = LARGEST.get(name)
-    return f"more than Lorry's {most:,}." if most and isinstance(value, int) and value > most else None
+    return f"exceeds Lorry's maximum of {most:,}." if most and isinstance(value, int) and value > most else None
 
 
 def _suffix(model: str | None, left_out: list[str]) -> str | None:
-    """Only a model's name tells it: ft:BASE:ORGANIZATION:SUFFIX:ID."""
+    """Return the suffix, which only the name of the model contains: ft:BASE:ORGANIZATION:SUFFIX:ID."""
     parts = (model or "").split(":")
     suffix = parts[3] if len(parts) > 4 else ""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", suffix).strip("._-")[:64]
     if plain != suffix:
-        left_out.append(f"suffix {suffix!r}: written {plain!r} here." if plain else f"suffix {suffix!r}.")
+        left_out.append(f"suffix {suffix!r}: changed to {plain!r}." if plain else f"suffix {suffix!r}.")
     return plain or None
 
 
 def _sent(lorry: Lorry, given: str) -> str:
-    """A path is uploaded, an id taken as it is."""
+    """Upload a path; return an id unchanged."""
     if FILE_ID.fullmatch(given) and not Path(given).exists():
         return given
     return lorry.files.upload(given).id
 
 
 def _copied(source: openai.OpenAI, lorry: Lorry, file_id: str) -> str:
-    """Through a file on this machine, in pieces."""
+    """Copy a file through a temporary file on this machine, in pieces."""
     with tempfile.TemporaryDirectory() as folder:
         name = Path(source.files.retrieve(file_id).filename).name or "data.jsonl"
         path = Path(folder) / name
@@ -150,7 +148,7 @@ def _copied(source: openai.OpenAI, lorry: Lorry, file_id: str) -> str:
                 content.stream_to_file(path)
         except openai.APIStatusError as error:
             raise CantMove(
-                f"{file_id} can't be downloaded: {error.message} Give your own copy with --training or --validation."
+                f"{file_id} can't be downloaded: {error.message} Pass your own copy with --training or --validation."
             ) from error
         copy = lorry.files.upload(path)
     sys.stderr.write(f"Copied {file_id} as {copy.id}.\n")

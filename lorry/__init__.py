@@ -1,7 +1,7 @@
-"""Lorry's client: `from lorry import Lorry`, and the command `lorry`.
+"""Lorry's Python client: `from lorry import Lorry`, and the command `lorry`.
 
-Speaks to a service over HTTP only and imports nothing of the service's own packages. Names are looked up when they
-are first used: so a command starts at once, and a Ctrl-C meets no half-done import.
+It communicates with a service over HTTP only, and imports none of the service's packages. Names are imported on first
+use, so that a command starts quickly and Ctrl-C never interrupts a half-finished import.
 """
 
 from __future__ import annotations
@@ -86,5 +86,5 @@ def __getattr__(name: str) -> Any:
                 globals()[name] = found[name]
                 return found[name]
     if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
-        return import_module(f"{__name__}.{name}")  # which sets it here, too
+        return import_module(f"{__name__}.{name}")  # the import also sets the attribute of this module
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

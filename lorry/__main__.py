@@ -1,4 +1,4 @@
-"""The command `lorry`, which is `python -m lorry` too. Nothing is imported before Ctrl-C is taken care of."""
+"""Entry point of `lorry` and `python -m lorry`. Nothing is imported before Ctrl-C is handled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Lorry`: one object per service, with one attribute per resource."""
+"""`Lorry`: the client of one service, with one attribute per resource."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from lorry.transport.retries import RetryPolicy
 
 
 class Lorry:
-    """Finds a local service by its connection file, or any by LORRY_URL and LORRY_API_KEY, or takes both here.
+    """Client of a service. By default it reads the address and API key of a local service from the connection file;
+    LORRY_URL and LORRY_API_KEY, or the arguments, override them.
 
-    `sleep` and `transport` are for tests and for event loops of one's own.
+    `sleep` and `transport` are for tests and for custom event loops.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Lorry:
 
     @property
     def url(self) -> str:
-        """Address without `/v1`."""
+        """The address without `/v1`."""
         return self._transport.connection.url
 
     @property

@@ -1,6 +1,6 @@
-"""Which service to talk to: LORRY_URL with LORRY_API_KEY, else DATA/connection.json that `lorry up` wrote.
+"""Selects the service: LORRY_URL with LORRY_API_KEY, else DATA/connection.json, which `lorry up` writes.
 
-The file holds secrets: it is written with mode 0600, whole or not at all.
+The file contains secrets. It is written atomically, with mode 0600.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ FILE_NAME = "connection.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Connection:
-    """An address without `/v1`, and the API key (None: the service may need none, or it was lost)."""
+    """An address without `/v1`, and the API key (None if unknown)."""
 
     url: str
     api_key: str | None = field(repr=False)
     identity_secret: str | None = field(default=None, repr=False)
-    """Shared with the service that `lorry up` started. lorry.transport.service_identity proves with it that the service
-    listens at `url`.
+    """Secret shared with the service that `lorry up` started. lorry.transport.service_identity uses it to verify that
+    this service listens at `url`.
 
-    None: an address from elsewhere, which is used as it is.
+    None: the address comes from another source and is used without verification.
     """
     origin: str = field(default="", compare=False)
-    """Where the address comes from, as a sentence for whom it fails; empty where the caller gave it."""
+    """The source of the address as a sentence for error messages; empty if the caller passed it."""
 
 
 def find(
@@ -45,11 +45,11 @@ def find(
     data_dir: Path | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Connection:
-    """Arguments win over the environment, and that over the file of a local service.
+    """Return the connection. Arguments override the environment, which overrides the file of a local service.
 
-    LORRY_API_KEY is shown to no other service than LORRY_URL names, where that is set; a folder that is named comes
-    with its own key, and the key of the file is shown to no other service than the file names. Raises NotConfigured,
-    also for a file without the secret by which the listener at its address can be verified.
+    LORRY_API_KEY is only sent to the address in LORRY_URL, if that is set. An explicit `data_dir` provides its own key.
+    The key of the file is only sent to the address in the file. Raises NotConfigured, also for a file without the
+    secret that is required to verify the service at its address.
     """
     environ = os.environ if environ is None else environ
     if url is not None:
@@ -61,9 +61,9 @@ def find(
     local = read(folder)
     if local is None:
         raise NotConfigured(
-            f"No service is known: LORRY_URL is not set, and there is no {folder / FILE_NAME}.",
+            f"No service is configured: LORRY_URL is not set, and {folder / FILE_NAME} does not exist.",
             code="not_configured",
-            remedy="Start one with `lorry up`, or set LORRY_URL and LORRY_API_KEY.",
+            remedy="Start a service with `lorry up`, or set LORRY_URL and LORRY_API_KEY.",
         )
     local = _verifiable(local, folder)
     given = _key_of_environment(environ, local.url)
@@ -72,13 +72,13 @@ def find(
 
 
 def default_data_dir(environ: Mapping[str, str] | None = None) -> Path:
-    """LORRY_DATA_DIR, else ~/.lorry."""
+    """Return LORRY_DATA_DIR, else ~/.lorry."""
     given = (os.environ if environ is None else environ).get("LORRY_DATA_DIR")
     return Path(given).expanduser() if given else Path.home() / ".lorry"
 
 
 def read(data_dir: Path) -> Connection | None:
-    """What `lorry up` wrote into `data_dir`; None if it wrote nothing."""
+    """Return the connection that `lorry up` wrote to `data_dir`; None if there is none."""
     path = data_dir / FILE_NAME
     try:
         content = path.read_bytes()
@@ -93,7 +93,7 @@ def read(data_dir: Path) -> Connection | None:
     fields = cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
     url, key, secret = fields.get("url"), fields.get("api_key"), fields.get("identity_secret")
     if not isinstance(url, str) or not all(text is None or isinstance(text, str) for text in (key, secret)):
-        raise _unreadable(path, "it does not hold a url, an api_key and an identity_secret")
+        raise _unreadable(path, "it does not contain a url, an api_key and an identity_secret")
     if secret is not None and not re.fullmatch(r"[0-9a-f]{64}", secret):
         raise _unreadable(path, "its identity_secret is not 64 hexadecimal digits")
     return Connection(
@@ -102,7 +102,7 @@ def read(data_dir: Path) -> Connection | None:
 
 
 def write(data_dir: Path, connection: Connection) -> Path:
-    """Replaces the file in one step, so that a reader sees the old one or the new one."""
+    """Replace the file atomically."""
     descriptor, temporary = tempfile.mkstemp(dir=data_dir, prefix=".connection-")  # mode 0600
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as out:
@@ -121,7 +121,7 @@ def write(data_dir: Path, connection: Connection) -> Path:
 
 
 def normalize_url(url: str) -> str:
-    """`http://host:port` or with a path prefix; a trailing slash and `/v1` are cut off."""
+    """Return the address without trailing slash and `/v1`. It may have a path prefix. Raises NotConfigured."""
     trimmed = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
     try:
         parts = urlsplit(trimmed)
@@ -130,15 +130,15 @@ def normalize_url(url: str) -> str:
         valid = False
     if not valid:
         raise NotConfigured(
-            f"{url!r} is not the address of a service.",
+            f"{url!r} is not a valid address of a service.",
             code="bad_url",
-            remedy="An address looks like http://127.0.0.1:8472.",
+            remedy="Use an address such as http://127.0.0.1:8472.",
         )
     return trimmed
 
 
 def is_loopback(url: str) -> bool:
-    """True where the service runs on this machine, so that no proxy of the environment may be asked."""
+    """Return whether the service runs on this machine. If so, proxies of the environment must not be used."""
     host = urlsplit(url).hostname or ""
     try:
         return ip_address(host).is_loopback
@@ -152,9 +152,10 @@ def _key_of_environment(environ: Mapping[str, str], url: str) -> str | None:
 
 
 def _named_by_environment(environ: Mapping[str, str], api_key: str | None) -> Connection:
-    """A variable that was exported long ago is easily forgotten: `origin` names the local service that it hides.
+    """Return the connection of LORRY_URL. `origin` mentions the local service that it overrides, because users forget
+    exported variables.
 
-    An explicit key is sent to the address even if the file of an earlier version holds no secret to verify it by.
+    An explicit key is sent to the address even if the file of an older version has no secret to verify the address.
     """
     url = normalize_url(environ["LORRY_URL"])
     key, secret = api_key or environ.get("LORRY_API_KEY") or None, None
@@ -167,14 +168,15 @@ def _named_by_environment(environ: Mapping[str, str], api_key: str | None) -> Co
         local = local if key else _verifiable(local, folder)
         key, secret = key or local.api_key, local.identity_secret
     elif local is not None:
-        origin = f"{origin[:-1]}; without it, it would be {local.url}, from {folder / FILE_NAME}."
+        origin = f"{origin[:-1]}; without it, the address is {local.url}, from {folder / FILE_NAME}."
     return Connection(url=url, api_key=key, identity_secret=secret, origin=origin)
 
 
 def _verifiable(local: Connection, folder: Path) -> Connection:
-    """Over http, the file's address alone does not tell who listens there. (Over https, the certificate does.)"""
+    """Require the secret over http, where the address alone does not identify the server. Over https, the certificate
+    does."""
     if local.identity_secret is None and urlsplit(local.url).scheme == "http":
-        raise _unreadable(folder / FILE_NAME, "it has no identity_secret, since an earlier version of Lorry wrote it")
+        raise _unreadable(folder / FILE_NAME, "it has no identity_secret, because an older version of Lorry wrote it")
     return local
 
 

@@ -1,6 +1,6 @@
-"""What can go wrong for a user of the SDK or the CLI: each has a code, a message and a remedy.
+"""Exceptions of the SDK and the CLI, each with a code, a message and a remedy.
 
-`APIError` is a refusal of the service, with its status; the others happen on this side.
+`APIError` is an error response of the service, with its status. The other exceptions are raised locally.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 
 class LorryError(Exception):
-    """Everything that this package raises on purpose."""
+    """Base class of all exceptions that this package raises."""
 
     def __init__(self, message: str, *, code: str, remedy: str) -> None:
         super().__init__(message)
@@ -20,16 +20,16 @@ class LorryError(Exception):
         self.remedy = remedy
 
     def sentence(self) -> str:
-        """The message and the remedy, as one text for a person."""
+        """Return the message followed by the remedy."""
         return self.message if self.remedy in self.message else f"{self.message} {self.remedy}"
 
 
 class NotConfigured(LorryError):
-    """No service is known: neither by the environment nor by a connection file."""
+    """No service is configured, neither by the environment nor by a connection file."""
 
 
 class ConnectionFailed(LorryError):
-    """The service did not answer, or broke off in the middle."""
+    """The service did not answer, or the connection was interrupted."""
 
 
 class ServiceNotVerified(LorryError):
@@ -37,15 +37,15 @@ class ServiceNotVerified(LorryError):
 
 
 class BadDownload(LorryError):
-    """What came over the wire is not what its manifest says. Nothing of it was kept."""
+    """The downloaded data does not match its manifest. None of it was kept."""
 
 
 class WaitTimeout(LorryError):
-    """The time given to wait is over; the job goes on."""
+    """The time limit of a wait has expired. The job itself is not affected."""
 
 
 class APIError(LorryError):
-    """The service refused. `status` is HTTP's, `param` names the field at fault."""
+    """The service returned an error. `status` is the HTTP status, `param` the invalid field."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class APIError(LorryError):
         code: str,
         remedy: str,
         status: int,
-        type: str = "",  # noqa: A002 - the wire's word
+        type: str = "",  # noqa: A002 - the field's name in the API
         param: str | None = None,
         request_id: str | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class APIError(LorryError):
 
 
 class InvalidRequest(APIError):
-    """4xx other than the ones below: the request cannot be done as it stands."""
+    """Any other 4xx: the request is invalid."""
 
 
 class AuthenticationFailed(APIError):
@@ -74,23 +74,23 @@ class AuthenticationFailed(APIError):
 
 
 class PermissionDenied(APIError):
-    """403: the key is good but may not do this."""
+    """403: the key is valid but does not have the required rights."""
 
 
 class NotFound(APIError):
-    """404: no such thing, or it belongs to another project."""
+    """404: the object does not exist, or it belongs to another project."""
 
 
 class Conflict(APIError):
-    """409: the thing is not in a state in which this can be done."""
+    """409: the state of the object does not allow this operation."""
 
 
 class RateLimited(APIError):
-    """429: too much at once."""
+    """429: a rate limit or a quota is exceeded."""
 
 
 class ServerFailed(APIError):
-    """5xx: the service's own trouble."""
+    """5xx: the service failed."""
 
 
 _BY_STATUS: dict[int, type[APIError]] = {
@@ -103,7 +103,7 @@ _BY_STATUS: dict[int, type[APIError]] = {
 
 
 def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> APIError:
-    """The error that a response of `status` stands for, whatever its body looks like."""
+    """Return the error for a response with the status `status`, whatever its body contains."""
     error = _error_object(body)
     kind = _BY_STATUS.get(status, ServerFailed if status >= 500 else InvalidRequest)
     return kind(
@@ -118,7 +118,7 @@ def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> APIEr
 
 
 def _error_object(body: bytes) -> dict[str, Any]:
-    """The `error` of OpenAI's shape; empty where the body is something else (a proxy's page, say)."""
+    """Return the `error` object of a response in OpenAI's format; empty for any other body, such as a proxy's page."""
     try:
         parsed: object = json.loads(body)
     except (ValueError, RecursionError):
@@ -136,5 +136,5 @@ def _remedy(status: int) -> str:
     if status == 401:
         return "Check LORRY_API_KEY, or the api_key in connection.json."
     if status >= 500:
-        return "Try again in a moment; if it stays, look at the service's log."
-    return "Check that LORRY_URL names Lorry itself, and no other service before it."
+        return "Try again in a moment. If the error persists, check the service's log."
+    return "Check that LORRY_URL is the address of Lorry, and not of another service in front of it."

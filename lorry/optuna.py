@@ -1,6 +1,6 @@
-"""A study of Optuna drives a sweep: its sampler chooses each trial's parameters, its pruner ends those that do badly.
+"""Runs a sweep with Optuna: the study's sampler chooses the parameters of each trial, and its pruner stops bad trials.
 
-Optuna is imported when a study is given, and is an extra of the client: pip install "lorry[optuna]".
+Optuna is an extra of the client: pip install "lorry[optuna]". It is imported only when needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorry.client import Lorry
 
 Choose = Callable[["optuna.Trial"], Mapping[str, Any]]
-"""Asks the trial for its parameters (`suggest_float`, …); returns fields of a job by their dotted paths."""
+"""Asks the trial for its parameters (`suggest_float`, …) and returns job fields by dotted path."""
 
 
 def optimize(
@@ -33,11 +33,11 @@ def optimize(
     poll_seconds: float = 1.0,
     **job: Any,
 ) -> Sweep:
-    """Train `trials` trials, up to `at_once` together, tell the study what each came to, and return the sweep at its
-    end, with the best trial's adapter.
+    """Train `trials` trials, up to `at_once` at the same time, and report each result to the study. Return the finished
+    sweep, with the best trial's adapter.
 
-    job: what all trials share, as `lorry.jobs.create` takes it: model, training_file, validation_file and so on.
-    A trial that fails is told to the study as failed. Whatever is raised here cancels the sweep.
+    `job` contains the fields that all trials share, as for `lorry.jobs.create`: model, training_file, validation_file
+    and so on. A failed trial is reported to the study as failed. Any exception cancels the sweep.
     """
     goal = "minimize" if study.direction.name == "MINIMIZE" else "maximize"
     sweep = lorry.sweeps.create(
@@ -59,7 +59,7 @@ def optimize(
 
 
 class _Driver:
-    """The trials that are under way, each with the study's."""
+    """The running trials, each with its trial of the study."""
 
     def __init__(self, study: optuna.Study, choose: Choose, lorry: Lorry, sweep_id: str, *, metric: str) -> None:
         self._study = study
@@ -69,9 +69,9 @@ class _Driver:
         self._kind = metric.partition("_")[0]
         self._metric = metric
         self._under_way: dict[int, tuple[optuna.Trial, str]] = {}
-        """By number: the study's trial, and the id of the job."""
+        """The study's trial and the job id, by trial number."""
         self._reported: dict[int, int] = {}
-        """By number: the last step that was reported."""
+        """The last reported step, by trial number."""
         self._pruned: set[int] = set()
 
     def run(self, trials: int, at_once: int, *, pause: Callable[[], None]) -> None:
@@ -102,7 +102,7 @@ class _Driver:
             self._report(number, trial, job_id)
 
     def _report(self, number: int, trial: optuna.Trial, job_id: str) -> None:
-        """Each evaluation since the last look; then the pruner is asked."""
+        """Report each evaluation since the last poll, then ask the pruner."""
         for point in self._lorry.jobs.metrics(job_id, kind=self._kind):
             step, value = int(point["step"]), _value(point, self._metric)
             if step > self._reported.get(number, 0) and value is not None:
@@ -110,7 +110,7 @@ class _Driver:
                 self._reported[number] = step
         if trial.should_prune():
             self._pruned.add(number)
-            with suppress(Conflict):  # it has ended meanwhile
+            with suppress(Conflict):  # the trial has ended meanwhile
                 self._lorry.sweeps.stop_trial(self._sweep_id, number)
 
     def _tell(self, trial: optuna.Trial, found: Trial) -> None:
@@ -125,7 +125,7 @@ class _Driver:
 
 
 def _value(point: Mapping[str, Any], metric: str) -> float | None:
-    """Of a point of a job's curve, as the service compares by it."""
+    """Return the value of the metric at a point of a job's curve, as the service compares it."""
     name = metric.partition("_")[2]
     if name.startswith("reward_"):
         rewards: Mapping[str, float] = point.get("rewards") or {}
@@ -134,5 +134,5 @@ def _value(point: Mapping[str, Any], metric: str) -> float | None:
 
 
 def _cancel(lorry: Lorry, sweep_id: str) -> None:
-    with suppress(LorryError):  # what was raised first is told
+    with suppress(LorryError):  # the original exception is raised instead
         lorry.sweeps.cancel(sweep_id)

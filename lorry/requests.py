@@ -1,4 +1,4 @@
-"""What a job or a sweep may ask for beyond OpenAI's fields, typed for editors. Limits are the service's to check."""
+"""Typed fields of job and sweep requests beyond OpenAI's. The service checks their limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Lora(TypedDict, total=False):
     alpha: float | Auto
     dropout: float
     target_modules: list[str] | str
-    """Names, "all-linear", or "re:" and a regular expression of whole paths."""
+    """List of names, "all-linear", or "re:" followed by a regular expression for whole paths."""
     layers_to_transform: list[int] | None
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
@@ -28,8 +28,8 @@ class Lora(TypedDict, total=False):
 
 
 class Optimizer(TypedDict, total=False):
-    """`learning_rate` is the peak rate. beta1, beta2 and eps are adamw's, momentum is sgd's; beta2_decay,
-    clip_threshold and scale_floor are adafactor's."""
+    """`learning_rate` is the peak rate. beta1, beta2 and eps apply to adamw, momentum to sgd, and beta2_decay,
+    clip_threshold and scale_floor to adafactor."""
 
     type: Literal["adamw", "sgd", "adafactor"]
     learning_rate: float | Auto
@@ -53,9 +53,9 @@ class Schedule(TypedDict, total=False):
 
 class Samples(TypedDict, total=False):
     prompts: list[str]
-    """Answered greedily at each evaluation."""
+    """Prompts, completed by greedy decoding at each evaluation."""
     max_tokens: int
-    """Of one answer."""
+    """Maximum length of one completion."""
 
 
 class EvaluationRule(TypedDict, total=False):
@@ -65,7 +65,7 @@ class EvaluationRule(TypedDict, total=False):
 
 
 class EarlyStopping(TypedDict, total=False):
-    """`patience` counts evaluations; `min_delta` is in nats."""
+    """`patience` is a number of evaluations; `min_delta` is in nats."""
 
     patience: int
     min_delta: float
@@ -73,9 +73,9 @@ class EarlyStopping(TypedDict, total=False):
 
 class Data(TypedDict, total=False):
     loss: Literal["assistant", "last_turn"]
-    """Of a chat: every answer, or only the last one."""
+    """For chats: train on every assistant message, or only on the last one."""
     overflow: Literal["truncate", "drop", "split"]
-    """What becomes of rows of more than `max_length` tokens; only plain texts are split."""
+    """Treatment of rows with more than `max_length` tokens. Only plain texts can be split."""
 
 
 class Wandb(TypedDict, total=False):
@@ -101,7 +101,7 @@ class Trackio(TypedDict, total=False):
 
 
 class Integration(TypedDict, total=False):
-    """A tracker that the job's curves are written to, and what is said to it under its own name."""
+    """A tracker to which the job's metrics are exported, with its options under its own name."""
 
     type: Required[Literal["wandb", "mlflow", "tensorboard", "trackio"]]
     wandb: Wandb
@@ -119,7 +119,7 @@ class Hyperparameters(TypedDict, total=False):
 class SupervisedHyperparameters(Hyperparameters, total=False):
     label_smoothing: float
     neftune_alpha: float
-    """Of the noise on input embeddings in training; 0 is none."""
+    """Scale of the noise on input embeddings during training; 0 disables it."""
 
 
 class DpoHyperparameters(Hyperparameters, total=False):
@@ -154,7 +154,7 @@ AnyHyperparameters = (
 
 
 class Resources(TypedDict, total=False):
-    """Where a job trains: on one device."""
+    """Devices of a job: one."""
 
     devices: Literal[1]
     strategy: Literal["auto", "single"]
@@ -165,14 +165,14 @@ KeepAdapters = Literal["all", "best"]
 
 
 class Parameter(TypedDict, total=False):
-    """What a field of a sweep's trials may be: one of `values`, or a number from `min` to `max`."""
+    """Possible values of a field in a sweep's trials: one of `values`, or a number from `min` to `max`."""
 
     values: list[Any]
     min: float
     max: float
     scale: Literal["linear", "log"]
     points: int
-    """Of a range in a grid."""
+    """Number of points of a range in a grid search."""
 
 
 class _SearchType(TypedDict):
@@ -180,7 +180,7 @@ class _SearchType(TypedDict):
 
 
 class Search(_SearchType, total=False):
-    """`trials` of all but a grid; the last three of asha."""
+    """`trials` applies to all types except grid; the last three fields apply to asha."""
 
     trials: int
     seed: int
@@ -205,7 +205,7 @@ class Objective(TypedDict, total=False):
 
 
 class JobFields(TypedDict, total=False):
-    """What may be said of a job beside its model and its training file. None: the service's default."""
+    """Fields of a job other than its model and training file. None: the service's default."""
 
     validation_file: str | None
     suffix: str | None
@@ -215,9 +215,9 @@ class JobFields(TypedDict, total=False):
     resources: Resources | None
     method: MethodType | None
     hyperparameters: AnyHyperparameters | None
-    """Of the method, "supervised" where none is named."""
+    """Hyperparameters of the method; of "supervised" if no method is set."""
     parent_adapter: str | None
-    """Id or name of one to continue."""
+    """Id or name of an adapter to continue from."""
     lora: Lora | None
     optimizer: Optimizer | None
     schedule: Schedule | None
@@ -231,15 +231,15 @@ class JobFields(TypedDict, total=False):
     checkpoint_every_steps: int | Auto | None
     priority: Priority | None
     deadline: int | None
-    """Seconds since 1970. A job that can't meet it is told so, and goes on."""
+    """Unix time. If the job can't meet it, an event reports it and the job continues."""
     integrations: Sequence[Integration] | None
-    """Trackers that the curves are written to, beside the record."""
+    """Trackers to which the metrics are also exported."""
     extra_body: Mapping[str, Any] | None
-    """Fields of the body as they go over the wire, in place of the others."""
+    """Raw fields of the request body. They override the other fields."""
 
 
 def job_body(fields: JobFields, **named: str | None) -> dict[str, Any]:
-    """The body of a request for a job, or for a plan of one."""
+    """Return the body of a request for a job or a plan."""
     body: dict[str, Any] = {**named, **fields}
     extra, method, numbers = (body.pop(name, None) for name in ("extra_body", "method", "hyperparameters"))
     if method or numbers:

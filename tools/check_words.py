@@ -1,7 +1,7 @@
 """`make check-words`: prose uses standard technical English. `tools/words.toml` lists the words to avoid.
 
-Prose is every comment and every string of a Python file, and every line of the other text files. A Python name is not
-prose, and an underscore is a letter: the pattern for `told` does not match `told_at`.
+Prose is every comment and every string of a Python file, and every line of other text files. Python names are not
+prose. An underscore counts as a letter, so a pattern for a word does not match names that contain it.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Config:
 
     @classmethod
     def load(cls, path: Path) -> "Config":
-        """Raises KeyError where an exception has no reason."""
+        """Load the rules. Raises KeyError for an exception without a reason."""
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         words = {rf"(?i:(?<![\w-])(?:{words})(?![\w-]))": use for words, use in table["avoid"].items()}
         patterns = words | table["avoid_exact"]
@@ -75,7 +75,7 @@ class Finding:
 
 
 def prose(path: str, source: str) -> Iterator[tuple[int, str]]:
-    """Numbers, from 1, and texts of the lines that hold prose."""
+    """Yield the lines that contain prose, with their numbers from 1."""
     if not path.endswith(".py"):
         yield from enumerate(source.splitlines(), 1)
         return
@@ -97,7 +97,7 @@ def findings(path: str, source: str, config: Config) -> Iterator[Finding]:
 
 
 def text_files() -> list[str]:
-    """Tracked and new files, relative to the root."""
+    """Return tracked and new text files, relative to the root."""
     command = ["git", "ls-files", "-co", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return [path for path in listed.stdout.splitlines() if Path(path).suffix in SUFFIXES or Path(path).name in NAMES]

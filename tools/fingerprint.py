@@ -1,4 +1,4 @@
-"""`python -m tools.fingerprint`: prints a digest of what each kind of job trains, to compare before and after a change.
+"""`python -m tools.fingerprint`: prints digests of the results of all kinds of jobs, for comparison across a change.
 
 Each job of the engine's tests is trained alone, and again with all others of its base model, where it is stopped after
 its first step and resumed from its checkpoint. A digest covers the values of the job's events and the bytes of the
@@ -42,12 +42,12 @@ from tests.lora_core.scenarios import VOCAB, Submission, admit, submissions
 
 DRAWN = [number for number in range(12) if number % 8 not in (NAN_AT_ONCE, ABSURD)]
 TOKEN_BUDGET = 96
-"""Small, so that most steps take several passes."""
+"""Small, so that most steps take several forward passes."""
 MODULES = ("api", "worker.entrypoints.loop", "benchmarks")
 
 
 def digests(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Name of the kind, digest of the job alone, digest of the packed and resumed job."""
+    """Yield the name of the kind, the digest of the job alone, and the digest of the packed and resumed job."""
     for name, base, jobs in _groups(folder):
         alone = {job: _alone(base, submission, folder) for job, submission in jobs.items()}
         packed = _packed(base, jobs, folder)
@@ -114,7 +114,7 @@ def _packed(base: BaseModel, jobs: dict[str, Submission], folder: Path) -> dict[
 
 
 def _digest(engine: Engine, job: str, events: list[Event], folder: Path) -> str:
-    """Of the values of its events, without the name of the job, and of its exported adapter."""
+    """Return the digest of the events' values, without the name of the job, and of the exported adapter."""
     digest = hashlib.sha256()
     for event in events:
         digest.update(repr([value for value in astuple(event) if value != job]).encode())
@@ -126,7 +126,7 @@ def _digest(engine: Engine, job: str, events: list[Event], folder: Path) -> str:
 
 
 def write_interfaces(folder: Path) -> None:
-    """openapi.json, and a file of each command with its --help output."""
+    """Write openapi.json, and the --help output of each command to a file."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as data:
         settings = Settings(

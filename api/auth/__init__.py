@@ -1,1 +1,1 @@
-"""Who sends a request: API keys, sessions, scopes, the identity of the service."""
+"""Authentication and authorization of requests: API keys, browser sessions, scopes, the identity of the service."""

@@ -1,4 +1,4 @@
-"""Who asks: an API key in the Authorization header, or the dashboard's cookie with proof against forgery."""
+"""Authenticates a request by an API key in the Authorization header, or by the dashboard's cookie with a CSRF check."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from catalog.tenancy.authentication import Caller
 
 COOKIE = "lorry_session"
 SECURE_COOKIE = "__Host-lorry_session"
-"""Over https. Browsers accept a cookie of this name only from this very host, over https: no other host of the domain,
-and no page over http, can plant a session of its own."""
+"""Name of the cookie over https. Browsers accept a cookie with this prefix only from this very host and over https. So
+no other host of the domain, and no page over http, can plant a session."""
 CSRF_HEADER = "x-lorry-csrf"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -32,7 +32,7 @@ bearer = HTTPBearer(auto_error=False, scheme_name="apiKey", description="An API 
 
 
 class SessionCookie(APIKeyCookie):
-    """The secret of the dashboard's session, from the one cookie that this service sets at its address."""
+    """The secret of the dashboard's session, read from the one cookie that this service sets at its address."""
 
     async def __call__(self, request: HTTPConnection) -> str | None:
         return request.cookies.get(cookie_name(request, request.app.state.services))
@@ -42,17 +42,17 @@ cookie = SessionCookie(
     name=COOKIE,
     auto_error=False,
     scheme_name="browser",
-    description="The dashboard's session; over https the cookie's name is `__Host-lorry_session`. Unsafe methods need "
-    "`X-Lorry-Csrf: 1` and a same-origin request too.",
+    description="The dashboard's session. Over https the cookie's name is `__Host-lorry_session`. Unsafe methods also "
+    "need `X-Lorry-Csrf: 1` and a same-origin request.",
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """Asks again, later, whose request this is: for answers that last."""
+    """Authenticates the sender of a request again later, for responses that last."""
 
     who: Hashable = field(repr=False)
-    """Equal for requests that come with the same key or session. It is one, so it is never logged."""
+    """Equal for requests with the same key or session. It contains the secret, so it is never logged."""
     identify: Callable[[], Caller] = field(repr=False)
     """Raises Unauthorized."""
 
@@ -63,8 +63,8 @@ async def caller_of(
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
     session: Annotated[str | None, Security(cookie)],
 ) -> Caller:
-    """The project and the rights that come with the request. Raises Unauthorized; RateLimited; Forbidden without the
-    scope that the route needs."""
+    """Return the project and the rights of the request. Raises Unauthorized, RateLimited, or Forbidden if the scope
+    that the route requires is missing."""
     given = credentials.credentials if credentials is not None else session
     async with use.limits.guarding(client_address(request), given):
         found = await use.key_checks.run(partial(_identify, request, use, credentials, session))
@@ -99,7 +99,7 @@ def require_operator(caller: Caller) -> None:
 
 
 def public_address(request: HTTPConnection, use: Services) -> str:
-    """The service's address as the browser reaches it."""
+    """Return the address of the service as the browser reaches it."""
     return use.api_settings.public_url or str(request.base_url)
 
 
@@ -112,7 +112,7 @@ def cookie_name(request: HTTPConnection, use: Services) -> str:
 
 
 async def session_of(request: Request, use: Use) -> str | None:
-    """The secret of the browser's session cookie, unchecked. No security scheme: the routes that take it are open."""
+    """Return the unchecked secret of the session cookie. Not a security scheme: the routes that use it are open."""
     return request.cookies.get(cookie_name(request, use))
 
 
@@ -123,16 +123,16 @@ Recheck = Annotated[Identity, Depends(recheck_of)]
 
 
 def require_same_origin(request: Request) -> None:
-    """A page of another origin can neither set our header nor hide where it is from."""
+    """Reject requests of other origins. A page of another origin can neither set our header nor hide its origin."""
     origin = request.headers.get("origin")
     site = request.headers.get("sec-fetch-site")
     from_us = origin is not None and urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower()
     alien = (origin is not None and not from_us) or (site is not None and site != "same-origin")
     if request.headers.get(CSRF_HEADER) != "1" or alien or (origin is None and site is None):
         raise Forbidden(
-            "A change made with the dashboard's cookie must come from the dashboard itself.",
+            "A change with the dashboard's cookie must come from the dashboard itself.",
             code="cross_site_request",
-            remedy="Send X-Lorry-Csrf: 1 from a page of this service, or use an API key.",
+            remedy="Send the header X-Lorry-Csrf: 1 from a page of this service, or use an API key.",
         )
 
 
@@ -147,7 +147,7 @@ def _identify(
             require_same_origin(request)
         return caller
     raise Unauthorized(
-        "No API key came with the request.",
+        "The request contains no API key.",
         code="missing_api_key",
         remedy="Send Authorization: Bearer YOUR_KEY. `lorry up` writes the first key to connection.json in its data "
         "folder.",
@@ -156,7 +156,7 @@ def _identify(
 
 
 def _check_owners(request: Request, caller: Caller) -> None:
-    """An organization and a project that are named, by id or by name, must be the key's own."""
+    """Reject an `OpenAI-Organization` or `OpenAI-Project` header that names, by id or name, another than the key's."""
     own = {
         "organization": (caller.organization_id, caller.organization_name),
         "project": (caller.project_id, caller.project_name),
@@ -166,8 +166,8 @@ def _check_owners(request: Request, caller: Caller) -> None:
         if named and named not in names:
             variable = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID"}[kind]
             raise Unauthorized(
-                f"The API key belongs to another {kind} than the OpenAI-{kind.title()} header names.",
+                f"The API key does not belong to the {kind} in the OpenAI-{kind.title()} header.",
                 code=f"mismatched_{kind}",
-                remedy=f"Leave the header out (the openai client sends it for `{kind}` and for {variable}), or use a "
+                remedy=f"Remove the header (the openai client sends it for `{kind}` and for {variable}), or use a "
                 f"key of that {kind}.",
             )

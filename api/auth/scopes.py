@@ -1,4 +1,4 @@
-"""Which scope each operation needs, by its id: one table, which the OpenAPI document shows as `x-scopes`."""
+"""The scopes of each operation, by operation id. The OpenAPI document shows them as `x-scopes`."""
 
 from __future__ import annotations
 
@@ -108,12 +108,13 @@ NEEDED: dict[str, tuple[Scope, ...]] = {
     "get_browser_session": ANY_KEY,
     "delete_browser_session": ANY_KEY,
 }
-"""Where there are several, one of them opens the route, which then asks for the one that it is about."""
+"""If an operation lists several scopes, one of them is sufficient to enter the route. The route then checks the scope
+of the object in question."""
 
 
 def check_operation(caller: Caller, operation_id: str | None) -> None:
-    """Raises Forbidden. Every operation behind a key is in the table, whatever it needs."""
-    assert operation_id in NEEDED, f"say in api/auth/scopes.py which scope {operation_id} needs"
+    """Raises Forbidden. Every operation that requires a key must be in the table, even if it requires no scope."""
+    assert operation_id in NEEDED, f"add the scopes of {operation_id} to api/auth/scopes.py"
     needed = NEEDED[operation_id]
     if needed and not caller.scopes.intersection(needed):
         raise _missing(needed[0], caller)
@@ -127,18 +128,18 @@ def require_scope(caller: Caller, scope: Scope) -> None:
 
 def operator_required() -> Forbidden:
     return Forbidden(
-        "This needs an operator's key.",
+        "This action requires an operator key.",
         code="operator_required",
-        remedy="Ask an operator to do it, or to give you an operator's key.",
+        remedy="Use an operator key, or ask an operator to perform the action.",
     )
 
 
 def _missing(scope: Scope, caller: Caller) -> Forbidden:
     if scope in OPERATORS and not caller.is_operator:
         return operator_required()
-    makers = "" if scope == "keys:write" else f", and so can whoever holds a key with keys:write and {scope}"
+    makers = "" if scope == "keys:write" else f", and so can any key that has keys:write and {scope}"
     return Forbidden(
-        f"The API key {caller.name!r} lacks the scope {scope}.",
+        f"The API key {caller.name!r} does not have the scope {scope}.",
         code="missing_scope",
         remedy=f"Use a key that has {scope}. An operator can make one{makers}: lorry keys create NAME --scope {scope}.",
     )

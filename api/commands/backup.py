@@ -1,4 +1,4 @@
-"""`python -m api backup`, `restore`, `verify` and `verify-export`: for people and for scripts."""
+"""`python -m api backup`, `restore`, `verify` and `verify-export`, with text or JSON output."""
 
 from __future__ import annotations
 
@@ -21,27 +21,29 @@ from catalog.settings import Settings
 from catalog.storage.store import open_store
 from catalog.tables.table import Json
 
-WHERE = "A folder, or a URL such as s3://bucket/prefix."
-BY_ITS_OWN = "Run this command of the version that the service runs; migrate after the backup: python -m api bootstrap."
-"""Whoever copies before an upgrade must not be told to migrate first."""
-NO_PEPPER = "The audit chain can be verified only with the service's pepper, and this machine has none."
+WHERE = "Folder, or a URL such as s3://bucket/prefix."
+BY_ITS_OWN = (
+    "Run this command with the version that the service runs, and migrate after the backup: python -m api bootstrap."
+)
+"""A user who makes a backup before an upgrade must not be asked to migrate first."""
+NO_PEPPER = "Verifying the audit chain requires the service's pepper, which this machine does not have."
 SHOWN = 20
-"""Problems that are told in full; of more, the number."""
+"""Maximum number of problems printed in full; of the others, only the number is printed."""
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    backup = add("backup", help="Copy the database and all files that it names, while the service works.")
-    backup.add_argument("place", help=f"{WHERE} Further backups there add what is new.")
-    backup.add_argument("--keep", type=_at_least_one, metavar="N", help="Leave the newest N backups there.")
+    backup = add("backup", help="Back up the database and all files it references. The service keeps running.")
+    backup.add_argument("place", help=f"{WHERE} Later backups to the same place add only new objects.")
+    backup.add_argument("--keep", type=_at_least_one, metavar="N", help="Keep the newest N backups, delete the others.")
     backup.set_defaults(run=_backup)
-    back = add("restore", help="Put a backup into an empty database and a store, and check all of it.")
+    back = add("restore", help="Restore a backup into an empty database and a store, and verify it.")
     back.add_argument("place", help=WHERE)
-    back.add_argument("--backup", metavar="NAME", help="Default: the newest.")
+    back.add_argument("--backup", metavar="NAME", help="Name of the backup (default: the newest).")
     back.set_defaults(run=_restore)
-    verify = add("verify", help="Check the database and its files; verify the audit chain.")
+    verify = add("verify", help="Check the database and its files, and verify the audit chain.")
     verify.set_defaults(run=_verify)
     export = add("verify-export", help="Verify an exported audit log.")
-    export.add_argument("file", type=Path, help="What `lorry audit export` wrote.")
+    export.add_argument("file", type=Path, help="File written by `lorry audit export`.")
     export.set_defaults(run=_verify_export)
     for command in (backup, back, verify, export):
         command.add_argument("--json", action="store_true")
@@ -55,27 +57,27 @@ def _backup(arguments: argparse.Namespace, settings: Settings) -> int:
     finally:
         db.close()
     record = made.record
-    told = f"Backup {record.name}: {record.dump_bytes} bytes of database, {record.num_objects} objects"
+    told = f"Backup {record.name}: database of {record.dump_bytes} bytes, {record.num_objects} objects"
     _tell(
         arguments,
-        f"{told}, of which {made.num_copied} were new here. {PEPPER}",
+        f"{told}, {made.num_copied} of them new at this place. {PEPPER}",
         problems=record.problems,
         details={**asdict(record), "num_copied": made.num_copied, "forgotten": made.forgotten},
     )
     return 1 if record.problems else 0
 
 
-PEPPER = "The pepper is not in it: keep that apart, for without it no API key opens what is restored."
+PEPPER = "The backup does not contain the pepper. Store it separately: without it, no restored API key is valid."
 
 
 def _restore(arguments: argparse.Namespace, settings: Settings) -> int:
     restored = restore(settings, open_place(arguments.place), name=arguments.backup)
-    told = f"Backup {restored.record.name} is back: {_found(restored.checked)}"
+    told = f"Restored backup {restored.record.name}: {_found(restored.checked)}"
     if settings.pepper is None and not (settings.data_dir / "pepper").exists():
         path = settings.data_dir / "pepper"
         told += (
-            f" The audit chain was not verified, for that takes the service's pepper. Set LORRY_PEPPER, or write the "
-            f"pepper to {path}, and run `python -m api verify`. Without the pepper no API key is valid."
+            f" The audit chain was not verified, because that requires the service's pepper. Set LORRY_PEPPER, or "
+            f"write the pepper to {path}, and run `python -m api verify`. Without the pepper no API key is valid."
         )
     if anchors := restored.superseded_anchors:
         told += f" {len(anchors)} anchors of the audit log were made after the backup and no longer apply: they are in "
@@ -109,7 +111,7 @@ def _verify_export(arguments: argparse.Namespace, settings: Settings) -> int:
     found = chain.check_export(_events(arguments.file), peppers=_peppers(settings))
     if found.misfit is not None:
         where = f"{found.misfit.link} ({found.misfit.id})" if found.misfit.id else str(found.misfit.link)
-        problems = [f"The audit chain does not fit at {where}: {found.misfit.fault}."]
+        problems = [f"The audit chain is broken at {where}: {found.misfit.fault}."]
     else:
         problems = []
     told = f"Checked: {found.num_events} audit events, {len(problems) or 'no'} problems."
@@ -118,18 +120,18 @@ def _verify_export(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _peppers(settings: Settings) -> list[bytes]:
-    """Raises InvalidRequest where there is none."""
+    """Return the known peppers. Raises InvalidRequest if there is none."""
     if peppers := pepper.known(settings):
         return peppers
     raise InvalidRequest(
         NO_PEPPER,
         code="pepper_missing",
-        remedy=f"Set LORRY_PEPPER as for the API server, or copy its file to {settings.data_dir / 'pepper'}.",
+        remedy=f"Set LORRY_PEPPER as for the API server, or copy its pepper file to {settings.data_dir / 'pepper'}.",
     )
 
 
 def _events(path: Path) -> Iterator[Json]:
-    """Of an export, a line each. Raises InvalidRequest."""
+    """Yield the events of an export, one per line. Raises InvalidRequest."""
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -145,7 +147,7 @@ def _no_export(sentence: str) -> InvalidRequest:
     return InvalidRequest(
         sentence,
         code="invalid_export",
-        remedy="Give a file that `lorry audit export` or GET /v1/audit_events/export wrote.",
+        remedy="Pass a file written by `lorry audit export` or by GET /v1/audit_events/export.",
     )
 
 
@@ -165,12 +167,12 @@ def _tell(arguments: argparse.Namespace, sentence: str, *, problems: list[str], 
     for problem in problems[:SHOWN]:
         print(problem, flush=True)  # noqa: T201
     if len(problems) > SHOWN:
-        print(f"… and {len(problems) - SHOWN} more; --json tells all.", flush=True)  # noqa: T201
+        print(f"… and {len(problems) - SHOWN} more; --json lists all.", flush=True)  # noqa: T201
     print(sentence, flush=True)  # noqa: T201
 
 
 def _at_least_one(text: str) -> int:
-    """argparse tells the message of its own error to people."""
+    """Raises ArgumentTypeError, because argparse shows its message to the user."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of backups: at least 1.")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid number of backups: must be at least 1.")
     return int(text)

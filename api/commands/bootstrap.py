@@ -1,4 +1,4 @@
-"""The first start: tables, a project, and one operator's key, made once however often it is called."""
+"""The first start: creates the tables, a project and one operator key. Repeated calls create nothing twice."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ FIRST_KEY_NAME = "first operator key"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bootstrapped:
     created: bool
-    """The key was made now."""
+    """Whether this call created the key."""
     api_key: str | None
     pepper: Pepper
 
 
 def bootstrap(settings: Settings) -> Bootstrapped:
-    """Safe to call again, and from several processes at once: one of them gets the key."""
+    """Create or migrate the database. Safe to repeat and to run concurrently: only one call gets the key."""
     with full_disk_named():
         durable.make_folder(settings.data_dir, mode=0o700)
     warn_if_readable(settings.data_dir)
@@ -66,8 +66,11 @@ def warn_if_readable(folder: Path) -> None:
 
 
 def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) -> Database:
-    """The existing database; none is created. Raises InvalidRequest where there is none, and Conflict where it is
-    damaged or where its tables are older than this code, with the remedy `if_older`."""
+    """Open the existing database, and create none.
+
+    Raises InvalidRequest if there is no database, and Conflict if it is damaged or its tables are older than this code;
+    `if_older` is the remedy for the latter.
+    """
     url = make_url(settings.resolved_database_url())
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise _nothing_there(url)
@@ -86,14 +89,14 @@ def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) 
 
 def _nothing_there(url: URL) -> InvalidRequest:
     return InvalidRequest(
-        f"There is no Lorry at {url.render_as_string()}.",
+        f"The database {url.render_as_string()} is not set up.",
         code="database_not_set_up",
-        remedy=f"Name the data folder of the one you mean by LORRY_DATA_DIR, or make it here: {COMMAND}.",
+        remedy=f"Set LORRY_DATA_DIR to the data folder of an existing service, or create the database: {COMMAND}.",
     )
 
 
 def sign_in_token(settings: Settings, db: Database, *, seconds: float) -> str:
-    """A one-time token with the rights of the oldest valid operator key."""
+    """Return a one-time token with the rights of the oldest valid operator key."""
     secret = pepper.load(settings, db)
     return authentication.create_sign_in_link(
         db, api_key_id=authentication.an_operator(db), pepper=secret, seconds=seconds
@@ -101,9 +104,9 @@ def sign_in_token(settings: Settings, db: Database, *, seconds: float) -> str:
 
 
 def sign_in_url(address: str, token: str) -> str:
-    """The dashboard's page that shows what the token would sign in to, and signs in when the user confirms.
+    """Return the URL of the dashboard's page that shows what the token signs in to, and signs in on confirmation.
 
-    The token is in the fragment, which browsers send to no server: it gets into no log of a proxy, and a program that
-    opens the link to check it does not use it up.
+    The token is in the fragment, which browsers send to no server. So it appears in no proxy log, and a program that
+    opens the link to check it does not use up the token.
     """
     return f"{address.rstrip('/')}/dashboard/#/sign-in/{token}"

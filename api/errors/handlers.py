@@ -1,6 +1,6 @@
-"""Every way in which a request can end badly, turned into {"error": {message, remedy, type, param, code}}.
+"""Turns every failure of a request into {"error": {message, remedy, type, param, code}}.
 
-What a person can act on comes from catalog.errors; nothing of our own insides ever leaves.
+Errors that a client can act on come from catalog.errors. No response reveals internals of the service.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def error_response(
     *,
     message: str,
     code: str,
-    type: str = "invalid_request_error",  # noqa: A002  (the wire's word)
+    type: str = "invalid_request_error",  # noqa: A002  (the field's name in the response)
     param: str | None = None,
     remedy: str,
     headers: Mapping[str, str] | None = None,
     quota: Mapping[str, Any] | None = None,
 ) -> Response:
-    """The shape on the wire. Only ASCII leaves, because a message may quote a lone surrogate."""
+    """Return an error response. The body is ASCII, because a message may quote a lone surrogate."""
     told = f"{message} {remedy}".strip()
     error: dict[str, Any] = {"message": told, "remedy": remedy, "type": type, "param": param, "code": code}
     if quota is not None:
@@ -47,7 +47,7 @@ def error_response(
 
 
 def refusal(error: LorryError) -> Response:
-    """What a LorryError says, with the headers that make clients retry it, or not."""
+    """Return the response for a LorryError, with the headers that make clients retry or not retry."""
     headers: dict[str, str] = {}
     if error.status in (409, 507):
         headers["x-should-retry"] = "false"
@@ -70,11 +70,11 @@ def refusal(error: LorryError) -> Response:
 
 
 def internal_error(request_id: str) -> Response:
-    """A crash of ours: the id leads an operator to the log, and nothing else is told."""
+    """Return the response to a crash. It contains only the request id, with which an operator finds the log lines."""
     return error_response(
         500,
-        message="Something broke inside the service.",
-        remedy=f"Try again; if it stays, tell the operator the id {request_id}.",
+        message="The service failed with an internal error.",
+        remedy=f"Try again. If the error persists, report the request id {request_id} to the operator.",
         type="server_error",
         code="internal_error",
     )
@@ -90,7 +90,7 @@ def install(app: FastAPI) -> None:
 async def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, LorryError)
     if isinstance(error, Unauthorized):
-        request.state.rejection = error  # for the gate, which logs and counts it
+        request.state.rejection = error  # the request gate logs and counts it
     return refusal(error)
 
 
@@ -122,11 +122,11 @@ async def _on_http(request: Request, error: Exception) -> Response:
 def _sentence(request: Request, error: HTTPException) -> tuple[str, str, str]:
     """(message, remedy, code)"""
     allowed = (error.headers or {}).get("allow", "another method")
-    wrong_method = f"{request.method} can't be done on {_quoted(request.url.path)}."
+    wrong_method = f"The method {request.method} is not allowed for {_quoted(request.url.path)}."
     known: dict[int, tuple[str, str, str]] = {
-        400: ("The body can't be read as JSON.", "Send one JSON object, in UTF-8.", "invalid_json"),
+        400: ("The body is not valid JSON.", "Send one JSON object, encoded as UTF-8.", "invalid_json"),
         405: (wrong_method, f"Use {allowed}.", "method_not_allowed"),
-        413: ("The body is larger than this call may send.", "Make it shorter.", "request_too_large"),
+        413: ("The body is larger than this operation allows.", "Send a smaller body.", "request_too_large"),
     }
     return known.get(error.status_code, (str(error.detail), AGAIN, f"http_{error.status_code}"))
 
@@ -144,8 +144,8 @@ def _unknown_route(request: Request) -> Response:
 
 
 def _allowed(request: Request) -> str:
-    """Every method of the route: the framework names those of one handler only."""
-    template = getattr(request.scope.get("route"), "path_format", "")  # as the document spells it
+    """Return the methods of all handlers of the path. FastAPI lists only those of the handler that matched."""
+    template = getattr(request.scope.get("route"), "path_format", "")  # same spelling as in the OpenAPI document
     return ", ".join(sorted(request.app.methods.get(template, {"GET"})))
 
 

@@ -1,4 +1,4 @@
-"""What OpenAI's API has and Lorry has not, of what its client asks for: told as such, with what to do instead."""
+"""Error messages for OpenAI endpoints and for other trainers' field names that Lorry does not have."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NotOffered:
-    """Routes that are not there, by their paths."""
+    """A group of paths that Lorry does not support."""
 
     paths: re.Pattern[str]
     message: str
     remedy: str
 
 
-INSTEAD_OF_REINFORCEMENT = "Learn from preferences (dpo, orpo, simpo, kto); evaluation.samples shows a job's answers."
+INSTEAD_OF_REINFORCEMENT = (
+    "Use a preference method (dpo, orpo, simpo, kto). Set evaluation.samples to see sample outputs of a job."
+)
 ALL = (
     NotOffered(
         paths=re.compile(r"/v1/fine_tuning/alpha/graders/[^/]*"),
-        message="Graders are of reinforcement fine-tuning, which isn't offered.",
+        message="Graders are not supported, because reinforcement fine-tuning is not supported.",
         remedy=INSTEAD_OF_REINFORCEMENT,
     ),
     NotOffered(
         paths=re.compile(r"/v1/(chat/completions|completions|responses|embeddings)(/.*)?"),
-        message="Models are trained here and don't answer.",
-        remedy="Download the adapter with `lorry adapters pull NAME`, and have PEFT or a server such as vLLM load it.",
+        message="Inference is not supported: this service only trains models.",
+        remedy="Download the adapter with `lorry adapters pull NAME`, and load it with PEFT or a server such as vLLM.",
     ),
     NotOffered(
         paths=re.compile(r"/v1/organization(/.*)?"),
-        message="OpenAI's administration API isn't offered: Lorry has its own.",
-        remedy="Ask for /v1/projects, /v1/api_keys, /v1/organizations, /v1/usage or /v1/audit_events.",
+        message="OpenAI's administration API is not supported.",
+        remedy="Use /v1/projects, /v1/api_keys, /v1/organizations, /v1/usage or /v1/audit_events.",
     ),
 )
 
@@ -63,10 +65,10 @@ OTHER_NAMES = {
     "load_best_model_at_end": "'evaluation.keep' with the value \"best\"",
     "early_stopping_patience": "'early_stopping.patience'",
 }
-"""By the name that transformers, PEFT, TRL, bitsandbytes or another trainer gives it."""
+"""Lorry's field, by the field's name in transformers, PEFT, TRL, bitsandbytes or another trainer."""
 
 
 def known_elsewhere(path: str) -> str | None:
-    """Our field for the last part of `path`, as a question; None where nobody else has it either."""
+    """Return a question with Lorry's field for the last part of `path`; None if the name is not in OTHER_NAMES."""
     ours = OTHER_NAMES.get(path.rpartition(".")[2])
     return None if ours is None else f"Did you mean {ours}?"

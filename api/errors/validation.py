@@ -1,7 +1,7 @@
-"""What pydantic found wrong with a request, as one sentence a person can act on.
+"""Turns pydantic's validation errors into one message with a remedy.
 
-`loc` becomes a dotted path ("lora.rank"); branches of a union become "a whole number or 'auto'"; a name
-that is not known gets the nearest one that is.
+`loc` becomes a dotted path ("lora.rank"). Branches of a union become "a whole number or 'auto'". For an unknown name,
+the nearest known name is suggested.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from catalog.errors import InvalidRequest
 from catalog.spec.validation_messages import Location, Problem, by_field, expectation, field_path
 
 MAX_LISTED = 5
-AGAIN = "Correct this and send the request again."
+AGAIN = "Correct the request and send it again."
 SECRET_FIELDS = frozenset({"api_key", "token", "secret"})
 
 
 def explain(problems: Sequence[Problem], *, body: Any, route: Any = None) -> InvalidRequest:
-    """One refusal for everything that was wrong; `param` and `code` are those of the first."""
+    """Return one error for all problems; `param` and `code` are those of the first."""
     model = _body_model(route)
     grouped = by_field((_path(problem, body), problem) for problem in problems)
     told = [_tell(path, group, model) for path, group in grouped.items()]
     first_path, (message, remedy, code) = next(iter(grouped)), told[0]
     if len(told) > 1:
         message = " ".join(f"{sentence} {hint}".strip() for sentence, hint, _ in told[:MAX_LISTED])
-        message += f" And {len(told) - MAX_LISTED} more." if len(told) > MAX_LISTED else ""
+        message += f" {len(told) - MAX_LISTED} more problems were found." if len(told) > MAX_LISTED else ""
         remedy = ""
     return InvalidRequest(message, code=code, param=first_path or None, remedy=remedy or AGAIN)
 
 
 def _path(problem: Problem, body: Any) -> str:
-    """The dotted path of the field, without the names that pydantic gives to branches of a union."""
+    """Return the dotted path of the field, without pydantic's names of union branches."""
     where, *rest = cast(Location, problem["loc"]) or ("",)
     if problem["type"] == "json_invalid":
         return ""
@@ -47,32 +47,32 @@ def _path(problem: Problem, body: Any) -> str:
 
 
 def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tuple[str, str, str]:
-    """(sentence, remedy if it is a special one, code) for all that is wrong at one path."""
+    """Return (message, remedy or "" for the default, code) for all problems at one path."""
     first = group[0]
     kind = first["type"]
     name = f"'{_ascii(path)}'" if path else "The body"
     if kind == "missing":
         return f"{name if path else 'A JSON body'} is missing.", _types_to_choose(path, model), _code(kind)
     if kind == "extra_forbidden":
-        return f"There is no field {name}.", _nearest(path, model), _code(kind)
+        return f"Unknown field {name}.", _nearest(path, model), _code(kind)
     if kind == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "it ends too early")
+        reason = first.get("ctx", {}).get("error", "unexpected end")
         return (
-            f"The body is not JSON: {reason} at character {first['loc'][-1]}.",
-            "Send one JSON object, in UTF-8, with Content-Type: application/json.",
+            f"The body is not valid JSON: {reason} at character {first['loc'][-1]}.",
+            "Send one JSON object, encoded as UTF-8, with Content-Type: application/json.",
             _code(kind),
         )
     is_reinforcement = path == "method.type" and first.get("input") == "reinforcement"
-    remedy = f"Reinforcement isn't offered. {INSTEAD_OF_REINFORCEMENT}" if is_reinforcement else ""
+    remedy = f"Reinforcement fine-tuning is not supported. {INSTEAD_OF_REINFORCEMENT}" if is_reinforcement else ""
     return f"{name} {expectation(group)}{_it_was(path, first)}.", remedy, _code(kind)
 
 
 def _types_to_choose(path: str, model: type[BaseModel] | None) -> str:
-    """Where what is missing is an object that a type decides over."""
+    """Return the types to choose from if the missing field is an object with a discriminating `type`, else ""."""
     field = model.model_fields.get(path) if model else None
     for part in _models_in(field.annotation) if field else []:
         if "type" in part.model_fields and (names := get_args(part.model_fields["type"].annotation)):
-            return f"Give it a type: one of {', '.join(map(repr, names))}."
+            return f"Set its type to one of {', '.join(map(repr, names))}."
     return ""
 
 
@@ -86,31 +86,31 @@ def _code(kind: str) -> str:
 
 
 def _it_was(path: str, problem: Problem) -> str:
-    """The refused value, if it is short and no secret."""
+    """Return the rejected value as text, unless it is long, structured or a secret."""
     value = problem.get("input")
     if path.rpartition(".")[2] in SECRET_FIELDS or not isinstance(value, str | int | float | bool | None):
         return ""
     shown = json.dumps(value)
-    return f"; it was {shown if len(shown) <= 80 else shown[:77] + '...'}"
+    return f"; got {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
 
 def _nearest(path: str, model: type[BaseModel] | None) -> str:
-    """The field that was probably meant, wherever in the request it belongs."""
+    """Return a remedy that suggests the field that was probably meant, at any level of the request."""
     known = _all_paths(model) if model else []
     if not known:
-        return "Leave it out."
+        return "Remove it."
     parent, _, name = path.rpartition(".")
     siblings = {item.rpartition(".")[2]: item for item in known if item.rpartition(".")[0] == parent}
     elsewhere = [item for item in known if item.rpartition(".")[2] == name]
     near = [siblings[found] for found in difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)]
     if not near and path.startswith("method.") and (others := _methods_with(elsewhere)):
-        return f"It belongs to the methods {', '.join(others)}: choose one in 'method.type', or leave it out."
+        return f"It belongs to the methods {', '.join(others)}: set 'method.type' to one of them, or remove the field."
     if not near and not elsewhere and (ours := known_elsewhere(path)):
         return ours
     near = near or elsewhere[:1] or difflib.get_close_matches(path, known, n=1, cutoff=0.75)
     if near:
         return f"Did you mean '{near[0]}'?"
-    return f"Leave it out. Known here: {', '.join(siblings)}."
+    return f"Remove it. Known fields: {', '.join(siblings)}."
 
 
 def _methods_with(paths: Sequence[str]) -> list[str]:
@@ -118,7 +118,7 @@ def _methods_with(paths: Sequence[str]) -> list[str]:
 
 
 def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted paths of a model's fields, outer ones first."""
+    """Return the dotted paths of a model's fields, outer ones first."""
     paths: list[str] = []
     inner: list[str] = []
     for name, field in model.model_fields.items():

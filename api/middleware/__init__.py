@@ -1,1 +1,1 @@
-"""What every request passes: request id, hosts, body limits, headers, connections."""
+"""Middleware of every request: request id, allowed hosts, body limits, headers, connections."""

@@ -1,7 +1,7 @@
 """The network address of the client that sent a request.
 
-The address of the connection is the client's own, unless a trusted proxy (`LORRY_TRUSTED_PROXIES`) holds the
-connection: then `X-Forwarded-For` names the client. Nothing here believes that header from any other peer.
+The address is that of the connection, unless the peer is a trusted proxy (`LORRY_TRUSTED_PROXIES`). In that case
+`X-Forwarded-For` determines the client. The header is ignored if it comes from any other peer.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from starlette.types import Scope
 
 Network = IPv4Network | IPv6Network
 MAX_HOPS = 32
-"""Entries of `X-Forwarded-For` that are read, from the right. A longer chain of trusted proxies is a mistake."""
+"""Maximum number of entries of `X-Forwarded-For` read, from the right. A longer chain of proxies is a mistake."""
 
 
 def client_address(request: HTTPConnection) -> str | None:
-    """The client's IP address as text, without a port. The gate resolves it once, before any route runs.
+    """Return the client's IP address as text, without a port. The gate resolves it once, before any route runs.
 
-    None: the connection has no address (a Unix socket).
+    Returns None for a connection without an address (a Unix socket).
     """
     return request.state.client_address
 
 
 def resolve(scope: Scope, trusted: Sequence[Network]) -> str | None:
-    """The right-most address of the chain that is not a trusted proxy.
+    """Return the right-most address of the chain that is not a trusted proxy.
 
-    Each proxy appends the address of its own peer, so only entries to the right of the first untrusted one are
-    reliable: what stands to the left of it, the client may have invented. An entry that is no address ends the
-    search at the proxy that passed it on.
+    Each proxy appends the address of its own peer. So only entries to the right of the first untrusted address are
+    reliable; the client may have invented those to its left. An entry that is not an address ends the search at the
+    proxy that forwarded it.
     """
     peer: tuple[str, int] | None = scope.get("client")
     if peer is None:
@@ -54,7 +54,7 @@ def _is_trusted(address: IPv4Address | IPv6Address, trusted: Sequence[Network]) 
 
 
 def _parsed(text: str) -> IPv4Address | IPv6Address | None:
-    """`10.0.0.1`, `10.0.0.1:4711`, `2001:db8::1` or `[2001:db8::1]:4711`; an IPv4 address in IPv6 form is that IPv4."""
+    """Parse `10.0.0.1`, `10.0.0.1:4711`, `2001:db8::1` or `[2001:db8::1]:4711`, and unwrap an IPv4-mapped address."""
     host = text.strip()
     if host.startswith("["):
         host = host[1:].partition("]")[0]

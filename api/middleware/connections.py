@@ -1,7 +1,7 @@
-"""One HTTP connection, limited in time: a client that sends or reads too slowly is disconnected.
+"""An HTTP connection with timeouts: a client that sends or reads too slowly is disconnected.
 
-uvicorn limits only the wait between two requests. What a client that does nothing may hold of this process ends here:
-headers that never end, a body that trickles in, and a response that is not read.
+uvicorn limits only the wait between two requests. This module also limits headers that never end, a body that trickles
+in, and a response that the client does not read.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MIN_BODY_BYTES = 2**14
-"""What a client must send of a body within `body_seconds`, unless the body ends before."""
+"""Bytes of a body that a client must send within `body_seconds`, unless the body ends earlier."""
 MIN_RESPONSE_BYTES = 2**18
-"""What a client must take of a response within `send_seconds` of waiting for it, unless all that waits is taken before.
-asyncio resumes a writer after 48 KiB, so one resumption is not enough."""
+"""Bytes of a response that a client must receive within `send_seconds` of waiting, unless it receives all waiting
+bytes earlier. asyncio resumes a writer after 48 KiB, so one resumption is not enough."""
 log = logging.getLogger("lorry.api")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeouts:
-    """How long a client may take."""
+    """Time limits of a client."""
 
     header_seconds: float = 20.0
-    """From the connection, or from the first byte of a further request, to the end of the request's headers."""
+    """Time from the connection, or from the first byte of a further request, to the end of the request's headers."""
     body_seconds: float = 60.0
-    """For each MIN_BODY_BYTES of a request's body, while this process reads."""
+    """Time for each MIN_BODY_BYTES of a request's body, counted while this process reads."""
     send_seconds: float = 60.0
-    """For each MIN_RESPONSE_BYTES of a response, while bytes wait to be sent."""
+    """Time for each MIN_RESPONSE_BYTES of a response, counted while bytes wait to be sent."""
 
 
 class HttpConnection(H11Protocol):
-    """uvicorn's, with `Timeouts`."""
+    """uvicorn's HTTP protocol with `Timeouts`."""
 
     timeouts = Timeouts()
 
@@ -48,12 +48,12 @@ class HttpConnection(H11Protocol):
         self._send_timer: asyncio.TimerHandle | None = None
         self._wait_began_at = 0.0
         self._num_waiting = 0
-        """Bytes that waited to be sent when the timer was started."""
+        """Bytes that waited to be sent when the timer started."""
         self._seconds_waited = 0.0
         self._num_taken = 0
-        """Of a period of `send_seconds`, before the timer was started."""
+        """Bytes that the client received in this period of `send_seconds` before the timer started."""
         self._is_of_ended_response = False
-        """The period began with the end of a response, of which the last bytes may have waited."""
+        """Whether the period began with the end of a response. The last bytes of that response may have waited."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
@@ -79,7 +79,7 @@ class HttpConnection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._is_of_ended_response:  # the time since then was idle, or of another response
+        if self._is_of_ended_response:  # since then, the connection was idle or carried another response
             self._begin_send_period()
         self._watch_response()
 
@@ -90,7 +90,7 @@ class HttpConnection(H11Protocol):
             self._watch_response()
 
     def _watch_request(self) -> None:
-        """Start and stop the timers of headers and body by where the request is."""
+        """Start and stop the timers of headers and body by the state of the request."""
         state = self.conn.their_state
         if state is h11.IDLE and self.conn.trailing_data[0]:
             if self._header_timer is None:
@@ -124,7 +124,7 @@ class HttpConnection(H11Protocol):
         self._body_timer = self.loop.call_later(self.timeouts.body_seconds, self._check_body, self._num_received)
 
     def _check_body(self, num_received: int) -> None:
-        """Time in which this process did not read is not the client's."""
+        """Close the connection if too few bytes arrived. Time in which this process did not read does not count."""
         is_reading = not self.flow.read_paused and not self.cycle.waiting_for_100_continue
         if is_reading and self._num_received - num_received < MIN_BODY_BYTES:
             self._body_timer = None
@@ -133,7 +133,7 @@ class HttpConnection(H11Protocol):
             self._start_body_timer()
 
     def _watch_response(self) -> None:
-        """Time the client while bytes wait. Time in which this process produces nothing is not the client's."""
+        """Start the timer while bytes wait. Time in which this process produces nothing does not count."""
         self._stop_send_timer()
         self._num_waiting = self.transport.get_write_buffer_size()
         if self._num_waiting:
@@ -142,8 +142,8 @@ class HttpConnection(H11Protocol):
             self._send_timer = self.loop.call_later(max(0.0, remaining), self._check_response)
 
     def _stop_send_timer(self) -> None:
-        """While the timer runs, nothing is added to what waits: writing is paused, or the response is complete. So the
-        client has taken what the buffer shrank by."""
+        """Stop the timer and add up the bytes received. While the timer runs, no bytes are added to the buffer: writing
+        is paused, or the response is complete. So the client has received what the buffer shrank by."""
         if self._send_timer is not None:
             self._send_timer.cancel()
             self._send_timer = None
@@ -166,7 +166,7 @@ class HttpConnection(H11Protocol):
             self._watch_response()
 
     def _close(self, what: str, *, is_abrupt: bool = True) -> None:
-        """An abrupt end discards what waits to be sent, which a close would wait for."""
+        """Close the connection. An abrupt close discards unsent bytes; a normal close would wait for them."""
         address = self.client[0] if self.client else None
         log.info("closed a connection that made no progress: part=%s address=%s", what, address)
         if is_abrupt:

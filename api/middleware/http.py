@@ -1,6 +1,7 @@
-"""By which names the api may be addressed. A page that rebinds its own name to our address is refused.
+"""Host names of the API server, security headers, and limits of request bodies.
 
-An IP address in the Host header can't be rebound, so where the api listens on every interface any is good.
+Requests for other host names are rejected, which defeats DNS rebinding. An IP address in the Host header can't be
+rebound, so any address is accepted if the API server listens on every interface.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 class HostPolicy:
     names: frozenset[str]
     any_address: bool
-    """The api listens on every interface."""
+    """Whether the API server listens on every interface."""
 
     def admits(self, host_header: str) -> bool:
         name = host_name(host_header)
@@ -29,7 +30,7 @@ class HostPolicy:
 
 
 def host_policy(*, bound_host: str, named: list[str]) -> HostPolicy:
-    """Loopback, the address that is listened on, this machine's name if that is not loopback, and `named`."""
+    """Admit loopback, the bound address, this machine's name unless bound to loopback, and `named`."""
     bound = bound_host.strip("[]").lower()
     any_address = bound in ("0.0.0.0", "::", "")  # noqa: S104  (compared, not bound)
     names = LOOPBACK_NAMES | {bound} | set(named)
@@ -39,7 +40,7 @@ def host_policy(*, bound_host: str, named: list[str]) -> HostPolicy:
 
 
 def host_name(host_header: str) -> str:
-    """The name in a Host header or an origin's authority, without port and brackets."""
+    """Return the name in a Host header or an origin's authority, without port and brackets."""
     text = host_header.strip().lower()
     if text.startswith("["):
         return text[1:].partition("]")[0]
@@ -64,7 +65,7 @@ DASHBOARD_POLICY = (
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 DATA_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-"""Nothing of the API is a page."""
+"""Responses of the API are never rendered as pages."""
 
 
 def security_headers(path: str) -> dict[str, str]:
@@ -85,12 +86,12 @@ def security_headers(path: str) -> dict[str, str]:
 
 DRAIN_BYTES = 2**26
 DRAIN_SECONDS = 10.0
-"""A client gets this much of a chance to hear why it was refused."""
+"""Bytes and time for which the body of a rejected request is still read, so that the client can read the response."""
 
 
 class RequestBody:
     def __init__(self, scope: Scope, receive: Receive, *, max_bytes: int | None) -> None:
-        """`max_bytes` None: somebody else counts."""
+        """`max_bytes` None: the route enforces the limit."""
         self._receive = receive
         self._max_bytes = max_bytes
         self._num_bytes = 0
@@ -98,14 +99,14 @@ class RequestBody:
         self._waits_to_send = Headers(scope=scope).get("expect", "").lower() == "100-continue"
 
     async def receive(self) -> Message:
-        """Raises HTTPException(413) for what is too large: Content-Length may lie or be absent."""
+        """Raises HTTPException(413) for a body that is too large: Content-Length may be wrong or absent."""
         message = await self._next()
         if self._max_bytes is not None and self._num_bytes > self._max_bytes:
             raise HTTPException(413)
         return message
 
     async def drain(self) -> None:
-        """Read on, within bounds. A client that waits to be asked for its body is not asked."""
+        """Read the rest of the body, within bounds. A client that waits for `100 Continue` has not sent a body."""
         if self._waits_to_send and not self._num_bytes:
             return
         end = self._num_bytes + DRAIN_BYTES

@@ -1,6 +1,5 @@
-"""What every request passes on its way in and out: a request id, the hosts that are allowed, the limit of its
-body, security headers, one line in the log, and the last catch of a crash.
-"""
+"""The outermost middleware: assigns a request id, checks the host and the body size, adds security headers, logs one
+line per request, and turns a crash into a 500 response."""
 
 from __future__ import annotations
 
@@ -28,18 +27,18 @@ from catalog.caller import Caller
 from catalog.errors import Unauthorized, Unavailable
 
 UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
-"""Paths whose POST is bounded by the route itself, which counts the file's own bytes."""
+"""Paths whose POST handler enforces its own limit: the route counts the bytes of the file."""
 log = logging.getLogger("lorry.api")
 
 
 @dataclass(kw_only=True, slots=True)
 class _Exchange:
-    """One request and what became of it."""
+    """One request and its outcome."""
 
     scope: Scope
     request_id: str
     address: str | None
-    """The client's: behind a trusted proxy, the one that the proxy reports."""
+    """The client's address: behind a trusted proxy, the one that the proxy reports."""
     began: float = field(default_factory=time.monotonic)
     status: int = 0
     trace: str | None = None
@@ -51,24 +50,24 @@ class _Exchange:
 
     @property
     def caller(self) -> Caller | None:
-        """Known once the key or the session was accepted."""
+        """The caller, once the key or the session was accepted."""
         return self.scope["state"].get("caller")
 
     @property
     def rejection(self) -> Unauthorized | None:
-        """Why no key or session was accepted."""
+        """The reason why the key or the session was rejected."""
         return self.scope["state"].get("rejection")
 
     @property
     def key_id(self) -> str | None:
-        """Of the key that was accepted, or that was right once and is rejected now."""
+        """Id of the accepted key, or of a rejected one that was valid earlier."""
         if self.caller is not None:
             return self.caller.api_key_id
         return self.rejection.api_key_id if self.rejection else None
 
 
 class Gate:
-    """Outermost of our middleware; pure ASGI, so that streams pass through it as they are."""
+    """The outermost middleware. It is pure ASGI, so that streams pass through unbuffered."""
 
     def __init__(
         self,
@@ -106,13 +105,13 @@ class Gate:
             else:
                 with _traced(exchange), audit.coming_from(_origin(exchange)):
                     await self._app(scope, body.receive, sender)
-        except Exception:  # the one place where a crash becomes a 500
+        except Exception:  # the only place that turns a crash into a 500
             with logs.about(_subjects(exchange)):
                 log.exception("crash request_id=%s path=%s", exchange.request_id, _logged(exchange.path))
-            if exchange.status:  # the answer has begun: all that is left is to cut it off
+            if exchange.status:  # the response has begun: the only option is to cut it off
                 raise
             await internal_error(exchange.request_id)(scope, receive, sender)
-        except asyncio.CancelledError:  # only uvicorn cancels this task: its shutdown timeout has expired
+        except asyncio.CancelledError:  # only uvicorn cancels this task, when its shutdown timeout has expired
             if exchange.status:
                 raise
             await refusal(_shutting_down())(scope, receive, sender)
@@ -124,12 +123,12 @@ class Gate:
         if not self._hosts.admits(headers.get("host", "")):
             return error_response(
                 421,
-                message="This service isn't known by the name in the Host header.",
-                remedy="Use the address it was started with, or have the name added to LORRY_ALLOWED_HOSTS.",
+                message="The name in the Host header is not a name of this service.",
+                remedy="Use the address on which the service was started, or add the name to LORRY_ALLOWED_HOSTS.",
                 code="unknown_host",
             )
         if "\0" in scope["path"] or b"%00" in scope.get("query_string", b""):
-            message = "The address contains a NUL character."
+            message = "The URL contains a NUL character."
             return error_response(400, message=message, remedy="Remove it.", code="invalid_path")
         declared = headers.get("content-length", "0")
         if _is_bounded(scope) and declared.isdecimal() and int(declared) > self._max_body_bytes:
@@ -140,7 +139,7 @@ class Gate:
         return error_response(
             413,
             message=f"The body is larger than {self._max_body_bytes} bytes.",
-            remedy="Make it shorter, or upload data as a file.",
+            remedy="Send a smaller body, or upload the data as a file.",
             code="request_too_large",
         )
 
@@ -166,7 +165,7 @@ class Gate:
 
 
 def _limited(scope: Scope, headers: Headers) -> Response | None:
-    """The response to a key that has no requests left. It is sent before routing, because such clients send many."""
+    """Return the response to a key without requests left. It is sent before routing, because such clients send many."""
     scheme, _, credential = headers.get("authorization", "").partition(" ")
     if not scope["path"].startswith("/v1/") or scheme.lower() != "bearer":
         return None
@@ -179,13 +178,13 @@ def _shutting_down() -> Unavailable:
     return Unavailable(
         "The API server is shutting down, and the request was not finished in time.",
         code="shutting_down",
-        remedy="Send it again. A submission with the same Idempotency-Key creates no second job.",
+        remedy="Send the request again. A submission with the same Idempotency-Key creates no second job.",
     )
 
 
 @contextmanager
 def _traced(exchange: _Exchange) -> Generator[None]:
-    """A span of the request, within the trace that the client may have begun; of the API alone."""
+    """Open a span for a request of the API, within the trace that the client may have started."""
     parent = tracing.well_formed(Headers(scope=exchange.scope).get("traceparent"))
     if not exchange.path.startswith("/v1/"):
         yield
@@ -205,7 +204,7 @@ def _traced(exchange: _Exchange) -> Generator[None]:
 
 
 def _subjects(exchange: _Exchange) -> logs.Subjects:
-    """Ids of the objects that its log lines are about, as far as they are known."""
+    """Return the ids of the objects that the log lines are about, as far as they are known."""
     job_id: str | None = exchange.scope.get("path_params", {}).get("job_id")
     caller = exchange.caller
     return {
@@ -242,5 +241,5 @@ def _decorated(send: Send, exchange: _Exchange, body: RequestBody) -> Send:
 
 
 def _logged(path: str) -> str:
-    """A path fit for one line of a log. Queries are never logged: a sign-in token may be in one."""
+    """Return the path in a form that fits one log line. Queries are never logged: one may contain a sign-in token."""
     return path[:200].encode("unicode_escape").decode("ascii")

@@ -1,1 +1,1 @@
-"""How much one key, project or address may use."""
+"""Limits per key, project and address."""

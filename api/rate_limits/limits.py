@@ -1,4 +1,4 @@
-"""How often a key may send requests, and an address without a valid key: counted in this process, rejected with 429."""
+"""Rate limits per key, and per address without a valid key. Each process counts alone and rejects with 429."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from catalog.tenancy.authentication import Caller
 
 MINUTE = 60.0
 FAILURES = Rate(limit=60, period_seconds=MINUTE)
-"""Requests without a valid key, of one address."""
+"""Requests without a valid key that one address may send."""
 CHECKS_BEYOND_FAILURES = 2
-"""Credentials that are checked at once for all addresses that have no failures left: too few to delay other checks."""
+"""Concurrent checks of credentials for all addresses without failures left: too few to delay other checks."""
 IPV6_PREFIX = 64
-"""What one client usually has: its addresses count together."""
+"""Network size of a typical client: the addresses within one network are counted together."""
 MAX_BUCKETS = 10_000
-"""Beyond it full buckets are dropped, which changes nothing, or else the one that was used longest ago."""
+"""Above this number, full buckets are dropped, which has no effect. If none is full, the least recently used one is."""
 MAX_RECOGNIZED = 10_000
 
 
 class Limits:
-    """Those of the settings, and of a key that has its own. 0: no limit, and then nothing is counted."""
+    """The limits of the settings, or of a key that has its own. 0 means no limit, and nothing is counted."""
 
     def __init__(self, settings: ApiSettings, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._buckets = Buckets(clock=clock)
         self._recognized: dict[bytes, tuple[str, Rate] | None] = {}
-        """Credentials that were valid, by digest, and where their requests are counted."""
+        """Digests of credentials that were valid, with the bucket in which their requests are counted."""
         self._salt = secrets.token_bytes(32)
         self._checks_beyond = anyio.CapacityLimiter(CHECKS_BEYOND_FAILURES)
 
     def count_request(self, caller: Caller, credential: str | None) -> dict[str, str]:
-        """The headers of the answer. Raises RateLimited, with them too."""
+        """Count a request and return the headers of the response. Raises RateLimited with the same headers."""
         counted = self._counted(caller)
         self._recognize(self._digest(credential), counted)
         if counted is None:
@@ -55,13 +55,13 @@ class Limits:
         return headers(standing)
 
     def charge(self, caller: Caller, num_requests: int) -> dict[str, str]:
-        """For a request that did the work of so many more. It is not refused, but the key's next requests may be.
-        Returns the headers of the answer, as `count_request` does."""
+        """Count a request that did the work of `num_requests` others. It is not rejected, but the key's next requests
+        may be. Returns the headers of the response, as `count_request` does."""
         counted = self._counted(caller)
         return headers(self._buckets.charge(*counted, cost=num_requests)) if counted else {}
 
     def refusal(self, credential: str) -> RateLimited | None:
-        """The error for a credential that this process has accepted before and whose key has no requests left; else
+        """Return the error if this process has accepted the credential before and its key has no requests left, else
         None. Does not query the database."""
         counted = self._recognized.get(self._digest(credential))
         if counted is None or (left := self._buckets.take(*counted, cost=0)).tokens >= 1:
@@ -70,14 +70,14 @@ class Limits:
 
     @asynccontextmanager
     async def guarding(self, address: str | None, credential: str | None) -> AsyncGenerator[None]:
-        """Around the check of a credential, which raises Unauthorized. Raises RateLimited if the address has sent too
-        many that were not valid.
+        """Wrap the check of a credential, which raises Unauthorized. Raises RateLimited if the address has sent too
+        many invalid credentials.
 
-        Each check reserves one failure of its address and returns it if the credential is valid. An address without
-        failures left is refused before the check, unless the credential has the form of a secret: that is checked, few
-        at once. Secrets cannot be guessed, so the limit protects the database only, and clients with a valid key are
-        not locked out by others behind their address. A credential that was valid before, in this process, is always
-        checked. A service whose settings have no limit of requests has none of these either.
+        Each check reserves one failure of its address and returns it if the credential is valid. If an address has no
+        failures left, its requests are rejected before the check, except credentials that have the form of a secret.
+        Those are checked, a few at a time: secrets can't be guessed, so the limit only protects the database, and
+        other clients behind the same address can't lock out a client with a valid key. A credential that was valid in
+        this process before is always checked. If the settings limit no requests, none of these limits apply.
         """
         if self._settings.requests_per_minute == 0:
             yield
@@ -99,7 +99,7 @@ class Limits:
             if not is_reserved and not (standing := self._buckets.take(name, FAILURES)).is_allowed and not is_known:
                 raise _too_many_failures(standing) from error
             raise
-        except BaseException:  # nothing is known of the credential
+        except BaseException:  # the check did not complete: the credential is neither valid nor invalid
             self._give_back(name, is_reserved=is_reserved)
             raise
         self._give_back(name, is_reserved=is_reserved)
@@ -107,11 +107,11 @@ class Limits:
 
     @property
     def jobs_per_day(self) -> int:
-        """Of a key without a number of its own; counted with the jobs themselves, by catalog.usage.quotas."""
+        """The daily limit of a key without a limit of its own; catalog.usage.quotas counts the jobs."""
         return self._settings.jobs_per_day
 
     def _counted(self, caller: Caller) -> tuple[str, Rate] | None:
-        """The key's bucket; None: it has no limit."""
+        """Return the key's bucket; None for a key without a limit."""
         own = caller.requests_per_minute
         limit = self._settings.requests_per_minute if own is None else own
         return (f"requests:{caller.api_key_id}", Rate(limit=limit, period_seconds=MINUTE)) if limit else None
@@ -131,7 +131,7 @@ class Limits:
 
 
 class Buckets:
-    """Token buckets by name, by the machine's own steady clock."""
+    """Token buckets by name, timed by a monotonic clock."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -143,7 +143,7 @@ class Buckets:
         return len(self._buckets)
 
     def take(self, name: str, rate: Rate, *, cost: int = 1) -> BucketState:
-        """Ask the bucket of that name for `cost` tokens; a negative cost gives back."""
+        """Take `cost` tokens from the bucket of that name if it has them; a negative cost returns tokens."""
         return self._change(name, rate, partial(take, cost=cost))
 
     def charge(self, name: str, rate: Rate, *, cost: int) -> BucketState:
@@ -167,7 +167,7 @@ class Buckets:
 
 
 def headers(standing: BucketState) -> dict[str, str]:
-    """As the OpenAI API tells them."""
+    """Return the rate-limit headers of the OpenAI API."""
     return {
         "x-ratelimit-limit-requests": str(standing.rate.limit),
         "x-ratelimit-remaining-requests": str(standing.remaining),
@@ -176,7 +176,7 @@ def headers(standing: BucketState) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """`20ms`, `1s`, `6m0s`, `2h0m0s`: never less than it is."""
+    """Format as `20ms`, `1s`, `6m0s` or `2h0m0s`, rounded up."""
     if seconds < 1:
         return f"{math.ceil(seconds * 1000 - 1e-6)}ms"
     minutes, rest = divmod(math.ceil(seconds - 1e-6), 60)
@@ -185,7 +185,7 @@ def duration(seconds: float) -> str:
 
 
 def retry_headers(error: RateLimited) -> Mapping[str, str]:
-    """When to come again. Clients wait no longer than two minutes: beyond that they are told not to."""
+    """Return the headers that control retries. Clients wait two minutes at most: for longer waits, retries are off."""
     after = error.retry_after_seconds
     told = {**error.headers}
     if math.isfinite(after):
@@ -199,18 +199,18 @@ def retry_headers(error: RateLimited) -> Mapping[str, str]:
 
 def _refused(standing: BucketState) -> RateLimited:
     after = standing.retry_after_seconds
-    remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Ask for fewer at once."
+    remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Send fewer requests at a time."
     return RateLimited(
-        f"The API key has reached its limit of {standing.rate.limit} requests a minute.",
+        f"The API key has reached its limit of {standing.rate.limit} requests per minute.",
         code="rate_limit_exceeded",
-        remedy=f"{remedy} An operator can give the key a higher limit: lorry keys limit.",
+        remedy=f"{remedy} An operator can raise the key's limit: lorry keys limit.",
         retry_after_seconds=after,
         headers=headers(standing),
     )
 
 
 def _network(address: str | None) -> str:
-    """The address itself, or the network of an IPv6 address."""
+    """Return the address itself, or the network of an IPv6 address."""
     try:
         parsed = ip_address(address or "")
     except ValueError:
@@ -223,7 +223,7 @@ def _network(address: str | None) -> str:
 def _too_many_failures(standing: BucketState) -> RateLimited:
     after = standing.retry_after_seconds
     return RateLimited(
-        f"Your address has sent {FAILURES.limit} requests without a valid API key within a minute.",
+        f"Your address has sent {FAILURES.limit} requests without a valid API key within one minute.",
         code="too_many_failed_authentications",
         remedy=f"Check the API key, and try again in {duration(after)}.",
         retry_after_seconds=after,

@@ -1,4 +1,4 @@
-"""A limited number of things at once in one process, of which each project has at most its part."""
+"""A limited number of concurrent operations in one process, with a smaller limit per project."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 
 class ProjectSlots:
-    """A project that waits for one of its own slots holds none of the common ones. For one event loop."""
+    """Slots for one event loop. A project that waits for one of its own slots occupies none of the common ones."""
 
     def __init__(self, total: int, *, per_project: int) -> None:
         self._total = asyncio.Semaphore(total)
@@ -30,6 +30,6 @@ class ProjectSlots:
                 del self._users[project_id], self._of_project[project_id]
 
     def is_full(self, project_id: str) -> bool:
-        """Whether the project would have to wait now."""
+        """Return whether the project would have to wait now."""
         own = self._of_project.get(project_id)
         return self._total.locked() or (own is not None and own.locked())

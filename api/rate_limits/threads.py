@@ -1,7 +1,8 @@
-"""Which work of this process may use how many threads, so that none of it can take those of another.
+"""Thread limits per kind of work, so that no kind of work can starve another.
 
-Routes share ROUTE_THREADS, of which one project gets a part. The check of API keys has threads of its own: a valid key
-is recognized however busy routes are. Work that reads or writes whole files has others, and one project a part of them.
+Routes share ROUTE_THREADS, of which one project gets a few. Checks of API keys have their own threads: a valid key is
+recognized even if all route threads are busy. Work that reads or writes whole files has its own threads too, of which
+one project also gets a few.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ from catalog.errors import Unavailable
 
 ROUTE_THREADS = 20
 ROUTE_THREADS_OF_PROJECT = 2
-"""A project with many requests at once waits for itself. Python runs one thread at a time, so that more would slow down
-the requests of other projects, and end none of the project's own sooner."""
+"""A project with many concurrent requests waits for its own. Python runs one thread at a time: more threads would slow
+down the requests of other projects without finishing those of the project sooner."""
 KEY_CHECK_THREADS = 8
 SLOW_THREADS = 8
-"""With those of routes and of the check of keys, fewer than the database has connections: catalog.db.database.POOL."""
+"""Together with the threads of routes and key checks, fewer than the database's connections (POOL in
+catalog/db/database.py)."""
 SLOW_THREADS_OF_PROJECT = 2
 WAIT_SECONDS = 60.0
-"""How long slow work waits for a thread before its client is asked to try again."""
+"""Maximum wait of slow work for a thread; after that, the client is asked to try again."""
 T = TypeVar("T")
 
 
 class KeyChecks:
-    """The threads in which API keys and sessions are looked up."""
+    """The threads that look up API keys and sessions."""
 
     def __init__(self) -> None:
         self._limiter = anyio.CapacityLimiter(KEY_CHECK_THREADS)
@@ -52,7 +54,7 @@ class _Project:
 
 @dataclass(kw_only=True)
 class SlowWork:
-    """Work that takes seconds or minutes, first come first served within a project."""
+    """Work that takes seconds or minutes, first come, first served within a project."""
 
     num_threads: int = SLOW_THREADS
     per_project: int = SLOW_THREADS_OF_PROJECT
@@ -65,17 +67,17 @@ class SlowWork:
         self._threads = anyio.CapacityLimiter(self.num_threads)
 
     def close(self) -> None:
-        """Work that asks whether it is abandoned stops."""
+        """Abandon running work: the function that `run_for` passes to `work` returns True from now on."""
         self._closing.set()
 
     async def run(self, project_id: str, work: Callable[[], T]) -> T:
-        """In a thread. Raises Unavailable if none is free for the project in time."""
+        """Run `work` in a thread. Raises Unavailable if no thread becomes free for the project in time."""
         async with self._place(project_id):
             return await anyio.to_thread.run_sync(work, limiter=self._threads)
 
     async def run_for(self, request: Request, project_id: str, work: Callable[[Callable[[], bool]], T]) -> T:
-        """`work` gets a function that says whether nobody waits for its result any more: the client has gone, or this
-        process stops. The request's body must have been read."""
+        """Run `work` with a function that returns True once the result is no longer needed: the client has
+        disconnected, or this process is stopping. The request's body must have been read."""
         async with watched(request.receive) as gone:
             return await self.run(project_id, lambda: work(lambda: gone.is_set() or self._closing.is_set()))
 
@@ -91,9 +93,9 @@ class SlowWork:
                             await held.enter_async_context(limiter)
                 except TimeoutError as error:
                     raise Unavailable(
-                        "The API server is busy with the files of other requests.",
+                        "The API server is busy with file transfers and verifications.",
                         code="files_busy",
-                        remedy="Try again in a few seconds. A project has "
+                        remedy="Try again in a few seconds. A project may run "
                         f"{self.per_project} uploads and verifications at once.",
                     ) from error
                 yield
@@ -104,16 +106,16 @@ class SlowWork:
 
 
 _route_slots: RunVar[ProjectSlots | None] = RunVar("route_slots")
-"""Of the event loop."""
+"""The slots of the event loop."""
 
 
 def limit_route_threads() -> None:
-    """For the event loop that runs."""
+    """Set the number of route threads of the running event loop."""
     anyio.to_thread.current_default_thread_limiter().total_tokens = ROUTE_THREADS
 
 
 async def run_route(project_id: str | None, work: Callable[[], T]) -> T:
-    """In a thread for routes, as soon as the project has one. None: a request without a project."""
+    """Run `work` in a route thread, as soon as the project has one. None: a request without a project."""
     if project_id is None:
         return await anyio.to_thread.run_sync(work)
     slots = _route_slots.get(None)

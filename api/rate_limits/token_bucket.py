@@ -1,6 +1,6 @@
-"""How much of a rate is left: a bucket of tokens that fills evenly. Pure; the clock is the caller's.
+"""A token bucket, which fills evenly. Pure; the caller passes the time.
 
-At once a client may have what the bucket holds, and in the long run no more than the limit in each period.
+A client may spend the whole bucket at once, but no more than the limit per period in the long run.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import math
 from dataclasses import dataclass, replace
 
 BURST_PART = 0.1
-"""Of a limit: what the bucket holds. A whole minute's requests at once would delay those of all other clients."""
+"""Size of the bucket as a fraction of the limit. A whole minute of requests at once would delay other clients."""
 MIN_BURST = 60
-"""What the bucket of a larger limit holds at least: what a page of the dashboard or a script asks for at once."""
+"""Minimum size of a large limit's bucket: a page of the dashboard or a script sends about this number at once."""
 
 MAX_DEBT_SECONDS = 10.0
-"""How long a client waits at most for its next token because of what was charged afterwards."""
+"""Maximum time that a client waits for its next token because of work that was charged afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rate:
-    """`limit` in each `period_seconds`."""
+    """A limit of `limit` per `period_seconds`."""
 
     limit: int
     period_seconds: float
@@ -30,13 +30,13 @@ class Rate:
 
     @property
     def burst(self) -> int:
-        """Tokens of a full bucket."""
+        """Size of a full bucket in tokens."""
         return min(self.limit, max(MIN_BURST, math.ceil(self.limit * BURST_PART)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bucket:
-    """What was in it at a moment, in seconds of whatever clock."""
+    """The content of a bucket at a point in time, in seconds of any clock."""
 
     tokens: float
     at: float
@@ -44,7 +44,7 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BucketState:
-    """How a client stands with a rate after it has asked."""
+    """The state of a client's bucket after a request."""
 
     rate: Rate
     tokens: float
@@ -52,7 +52,7 @@ class BucketState:
     cost: int = 1
 
     def of_one(self) -> BucketState:
-        """As if one token had been asked for."""
+        """Return the state as if one token had been requested."""
         return replace(self, cost=1, is_allowed=self.tokens >= 1)
 
     @property
@@ -61,21 +61,21 @@ class BucketState:
 
     @property
     def reset_seconds(self) -> float:
-        """Until the bucket is full."""
+        """Time until the bucket is full."""
         return max(0.0, self.rate.burst - self.tokens) / self.rate.per_second
 
     @property
     def retry_after_seconds(self) -> float:
-        """Until as much is there as was asked for; infinite where that is more than the bucket holds."""
+        """Time until the bucket holds the requested tokens; infinite if they exceed the bucket's size."""
         if self.cost > self.rate.burst:
             return math.inf
         return max(0.0, self.cost - self.tokens) / self.rate.per_second
 
 
 def take(bucket: Bucket | None, rate: Rate, *, now: float, cost: int = 1) -> tuple[Bucket, BucketState]:
-    """The bucket after `cost` tokens were asked for; where there are fewer, none is taken. None: a full one.
+    """Take `cost` tokens if the bucket holds them, else none. None stands for a full bucket.
 
-    A negative cost gives back. A clock that went backwards fills nothing.
+    A negative cost returns tokens. A clock that moved backwards fills nothing.
     """
     filled = _filled(bucket, rate, now)
     is_allowed = filled.tokens >= cost
@@ -85,7 +85,7 @@ def take(bucket: Bucket | None, rate: Rate, *, now: float, cost: int = 1) -> tup
 
 
 def charge(bucket: Bucket | None, rate: Rate, *, now: float, cost: int) -> tuple[Bucket, BucketState]:
-    """The bucket after work that has been done: never refused, it may owe tokens of MAX_DEBT_SECONDS at most."""
+    """Charge work that has been done. It is never rejected; the debt is at most the tokens of MAX_DEBT_SECONDS."""
     filled = _filled(bucket, rate, now)
     charged = replace(filled, tokens=max(filled.tokens - cost, -rate.per_second * MAX_DEBT_SECONDS))
     return charged, BucketState(rate=rate, tokens=charged.tokens, is_allowed=True)

@@ -1,1 +1,1 @@
-"""How requests are read: JSON, query parameters, disconnections."""
+"""Reading of requests: JSON, query parameters, idempotency, disconnects."""

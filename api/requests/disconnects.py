@@ -1,4 +1,4 @@
-"""Whether the client of a request is still connected, for work that nobody needs without it."""
+"""Detects that the client of a request has disconnected, so that work without a recipient can stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.types import Receive
 
 @asynccontextmanager
 async def watched(receive: Receive) -> AsyncGenerator[threading.Event]:
-    """An event that is set when the client disconnects. The body of the request must have been read."""
+    """Yield an event that is set when the client disconnects. The body of the request must have been read."""
     gone = threading.Event()
     watch = asyncio.create_task(_wait(receive, gone))
     try:

@@ -1,4 +1,4 @@
-"""How a submission is recognized when a client sends it again: by its idempotency key, else by its body."""
+"""Recognizes a submission that a client sends again: by its idempotency key, else by its body."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SubmissionIdentity(TypedDict):
 
 
 def identity_of(body: BaseModel, *, idempotency_key: str | None, is_client_retry: bool) -> SubmissionIdentity:
-    """`body_digest` is equal for equal bodies, in whichever order and with whichever spaces their JSON was written."""
+    """Return the identity of a submission. `body_digest` does not depend on the order or the whitespace of the JSON."""
     fields = json.dumps(body.model_dump(mode="json", exclude_unset=True), sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(fields.encode()).hexdigest()
     return {"idempotency_key": idempotency_key, "body_digest": digest, "is_client_retry": is_client_retry}

@@ -1,6 +1,6 @@
-"""Query parameters that FastAPI does not parse: the filter by metadata, and those that a route does not have.
+"""Query parameters that FastAPI does not parse: the metadata filter and unknown parameters.
 
-Unknown parameters are refused, because `?status=failed`, if it were ignored, would return all jobs.
+Unknown parameters are rejected. If `?status=failed` were ignored, for example, the response would contain all jobs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from starlette.datastructures import QueryParams
 from catalog.errors import InvalidRequest
 
 FILTERED_BY_METADATA = frozenset({"list_jobs"})
-"""Operations that take `metadata` and `metadata[KEY]`, with any key."""
+"""Operations that accept `metadata` and `metadata[KEY]` with any key."""
 METADATA = re.compile(r"metadata(\[.+\])?")
 
 
 async def refuse_unknown_query(request: Request) -> None:
-    """A dependency of every route in the OpenAPI document. Raises InvalidRequest."""
+    """Dependency of every route in the OpenAPI document. Raises InvalidRequest."""
     route = request.scope.get("route")
     if not request.query_params or not isinstance(route, APIRoute) or not route.include_in_schema:
         return
@@ -33,31 +33,34 @@ async def refuse_unknown_query(request: Request) -> None:
 
 
 def metadata_filter(query: QueryParams) -> dict[str, str] | None:
-    """Pairs of `metadata[KEY]=VALUE`; {} for `metadata=null`; None without a filter. Raises InvalidRequest."""
+    """Return the pairs of `metadata[KEY]=VALUE`; {} for `metadata=null`; None without a filter.
+
+    Raises InvalidRequest.
+    """
     pairs = {key[9:-1]: value for key, value in query.items() if key.startswith("metadata[") and key.endswith("]")}
     plain = query.get("metadata")
     if plain is None:
         return pairs or None
     if plain != "null" or pairs:
         raise InvalidRequest(
-            "The filter by metadata can't be read.",
+            "The metadata filter is invalid.",
             code="invalid_value",
-            remedy="Write metadata[KEY]=VALUE for each pair, or metadata=null alone.",
+            remedy="Use metadata[KEY]=VALUE for each pair, or metadata=null alone.",
             param="metadata",
         )
     return {}
 
 
 def query_parameters(dependant: Dependant) -> set[str]:
-    """Names of the query parameters that a route and its dependencies take."""
+    """Return the names of the query parameters of a route and its dependencies."""
     own = {field.alias for field in dependant.query_params}
     return own.union(*(query_parameters(each) for each in dependant.dependencies))
 
 
 def _unknown(name: str, known: set[str]) -> InvalidRequest:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    listed = f"Leave it out. Known here: {', '.join(sorted(known)) or 'none'}."
+    listed = f"Remove it. Known parameters: {', '.join(sorted(known)) or 'none'}."
     remedy = f"Did you mean {near[0]!r}?" if near else listed
     return InvalidRequest(
-        f"There is no query parameter {name[:80]!a} here.", code="unknown_parameter", remedy=remedy, param=name[:80]
+        f"Unknown query parameter {name[:80]!a}.", code="unknown_parameter", remedy=remedy, param=name[:80]
     )

@@ -1,6 +1,6 @@
-"""Refuses bodies that are JSON to Python alone: NaN, numbers too large to be one, and a key that occurs twice.
+"""Rejects bodies that only Python accepts as JSON: NaN, numbers beyond the range of a float, and duplicate keys.
 
-Of two values for one key the framework takes the last; a proxy, or who reads the log, may take the first.
+For a duplicate key FastAPI uses the last value; a proxy or a log reader may use the first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from catalog.errors import InvalidRequest
 
 
 async def refuse_loose_json(request: Request) -> None:
-    """A dependency of every route; the framework has read the body, if the route has one. Raises InvalidRequest."""
+    """Dependency of every route. FastAPI has already read the body, if the route has one. Raises InvalidRequest."""
     route = request.scope.get("route")
     if not isinstance(route, APIRoute) or route.body_field is None:
         return
@@ -29,12 +29,12 @@ async def refuse_loose_json(request: Request) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()  # a body has a hundred thousand names: to count each would take minutes
+        seen: set[str] = set()  # a body may have a hundred thousand names: counting each would take minutes
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))[:80]
         raise InvalidRequest(
             f"The field {twice!a} occurs twice in one object.",
             code="duplicate_field",
-            remedy="Keep one of them.",
+            remedy="Keep only one of them.",
             param=twice,
         )
     return found
@@ -42,9 +42,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(name: str) -> float:
     raise InvalidRequest(
-        f"The body holds {name}, which is no JSON number.",
+        f"The body contains {name}, which is not a JSON number.",
         code="number_not_finite",
-        remedy="Leave the value out, or give a number.",
+        remedy="Remove the value, or send a finite number.",
     )
 
 
@@ -52,8 +52,8 @@ def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise InvalidRequest(
-            f"The body holds the number {text[:40]}, which is too large to be finite.",
+            f"The body contains the number {text[:40]}, which is out of range.",
             code="number_not_finite",
-            remedy="Give a number below 1e308.",
+            remedy="Send a number below 1e308.",
         )
     return value

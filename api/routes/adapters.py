@@ -1,4 +1,4 @@
-"""/v1/adapters: what was trained; its files, and the proof of where they come from."""
+"""/v1/adapters: trained adapters, their files, and the lineage record that proves their origin."""
 
 from __future__ import annotations
 
@@ -35,36 +35,44 @@ from catalog.registry.adapters import AdapterView
 from catalog.storage.manifest import Manifest
 
 router = Router(prefix="/v1/adapters", tags=["adapters"], responses=SIGNED)
-Shared = Annotated[bool, Query(description="Those that other projects share with this one, instead of its own.")]
-BYTES = binary("application/octet-stream", "The bytes, as an attachment.")
-TAR = binary("application/x-tar", "A tar, as an attachment.")
+Shared = Annotated[
+    bool, Query(description="List the adapters that other projects share with this one, instead of its own.")
+]
+BYTES = binary("application/octet-stream", "The file, as an attachment.")
+TAR = binary("application/x-tar", "A tar archive, as an attachment.")
 
 
 @router.get("", operation_id="list_adapters")
 def list_adapters(
     use: Use, caller: Signed, after: After = None, limit: Limit = 20, shared: Shared = False
 ) -> ListPage[AdapterObject]:
-    """Newest first. Checkpoints are not listed here; each is found by its name, in the same places."""
+    """List the project's adapters, newest first. Checkpoints are not listed; GET a checkpoint by its name instead.
+
+    Requires the scope `adapters:read`.
+    """
     page = adapters.list_page(use.db, project_id=caller.project_id, after=after, limit=limit, shared=shared)
     return page_of([_shown(view) for view in page.items], has_more=page.has_more)
 
 
 @router.get("/{adapter}", operation_id="get_adapter", responses=errors(404))
 def get_adapter(adapter: str, use: Use, caller: Signed) -> AdapterObject:
-    """By id or by name."""
+    """Return an adapter or a checkpoint by id or name. Requires the scope `adapters:read`."""
     return _shown(adapters.get(use.db, project_id=caller.project_id, name=adapter))
 
 
 @router.delete("/{adapter}", operation_id="delete_adapter", responses=errors(404, 409))
 def delete_adapter(adapter: str, use: Use, caller: Signed, is_retry: IsRetry) -> AdapterDeleted:
-    """Not while a job that has not ended continues it. A checkpoint's name deletes its weights; its job goes on."""
+    """Delete an adapter, or the weights of a checkpoint by its name. A checkpoint's job is not affected.
+
+    Returns 409 while an unfinished job continues from the adapter. Requires the scope `adapters:write`.
+    """
     row = adapters.delete(use.db, project_id=caller.project_id, name=adapter, is_client_retry=is_retry)
     return AdapterDeleted(id=row.id)
 
 
 @router.get("/{adapter}/files", operation_id="list_adapter_files", responses=errors(404))
 def list_adapter_files(adapter: str, use: Use, caller: Signed) -> ArtifactFiles:
-    """The manifest: every file with its size and digest."""
+    """Return the manifest: each file with its size and digest. Requires the scope `adapters:read`."""
     return files_object(adapters.get(use.db, project_id=caller.project_id, name=adapter).artifact)
 
 
@@ -75,11 +83,12 @@ def list_adapter_files(adapter: str, use: Use, caller: Signed) -> ArtifactFiles:
     responses={**BYTES, **errors(404)},
 )
 def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Download:
+    """Download one file of an adapter or checkpoint. Requires the scope `adapters:read`."""
     view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
     file = _manifest(view).file(path)
     if file is None:
         names = ", ".join(item.path for item in _manifest(view).files)
-        raise NotFound("adapter file", path, param="path", remedy=f"It has: {names}.")
+        raise NotFound("adapter file", path, param="path", remedy=f"Use one of: {names}.")
     return Download(
         use.downloads,
         partial(use.store.open_blob, file.digest, chunk_bytes=READ_BYTES),
@@ -99,7 +108,10 @@ def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Downl
     responses={**TAR, **errors(404)},
 )
 def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> Download:
-    """All its files in one tar, with manifest.json and lineage.json; PEFT loads the unpacked folder as it is."""
+    """Download all files as one tar archive, with manifest.json and lineage.json. PEFT loads the unpacked folder.
+
+    Requires the scope `adapters:read`.
+    """
     view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
     members = _members(view, use)
     made_at = int(view.adapter.created_at)
@@ -117,7 +129,10 @@ def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> Download:
 
 @router.get("/{adapter}/lineage", operation_id="get_adapter_lineage", responses=errors(404))
 def get_adapter_lineage(adapter: str, use: Use, caller: Signed) -> LineageObject:
-    """Base, data, configuration, attempts, code and results: from it alone the job can be run again."""
+    """Return the signed lineage record: base model, data, configuration, attempts, code and results.
+
+    The record is sufficient to run the job again. Requires the scope `adapters:read`.
+    """
     view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
     children = adapters.children(use.db, project_id=caller.project_id, name=view.adapter.id)
     return _lineage(view, use).model_copy(update={"children": [child.name for child in children]})
@@ -125,7 +140,11 @@ def get_adapter_lineage(adapter: str, use: Use, caller: Signed) -> LineageObject
 
 @router.post("/{adapter}/verify", operation_id="verify_adapter", responses=errors(404))
 async def verify_adapter(adapter: str, use: Use, caller: Signed) -> AdapterVerification:
-    """Read every stored byte again; check bytes against the manifest, and the record against its id and the files."""
+    """Verify an adapter or checkpoint: its stored bytes against the manifest, and its lineage record against its id and
+    the files.
+
+    Reads every stored byte, so it can take seconds. Requires the scope `adapters:read`.
+    """
     return await use.slow_work.run(caller.project_id, partial(_verified, use, caller.project_id, adapter))
 
 
@@ -134,7 +153,7 @@ def _verified(use: Services, project_id: str, adapter: str) -> AdapterVerificati
     manifest = _manifest(view)
     problems = use.store.verify(manifest)
     if manifest.digest != view.adapter.artifact:
-        problems.append("The manifest is not the one that the adapter's record names.")
+        problems.append("The manifest does not match the digest in the adapter's record.")
     problems += lineage.verify(view.adapter.lineage, view.adapter.lineage_id, manifest)
     return AdapterVerification(
         adapter_id=view.adapter.id,
@@ -145,7 +164,7 @@ def _verified(use: Services, project_id: str, adapter: str) -> AdapterVerificati
 
 
 def _record(view: AdapterView, use: Services, caller: Caller, *, file: str | None = None) -> Callable[[], None]:
-    """For the audit log. file: None for all of them, as an archive."""
+    """Return a function that records the download in the audit log. `file` None: the archive of all files."""
     details = {"name": view.adapter.name, **({"file": file} if file else {})}
     return partial(
         use.read_audit.record, "adapter.downloaded", caller=caller, object_id=view.adapter.id, details=details
@@ -171,7 +190,8 @@ def _lineage(view: AdapterView, use: Services) -> LineageObject:
 
 
 def _members(view: AdapterView, use: Services) -> list[ArchiveMember]:
-    """The two records are not of the manifest, so a file of the same name goes before them."""
+    """Return the members of the archive. The manifest lists neither lineage.json nor manifest.json, so a file of the
+    adapter with one of these names takes precedence."""
     manifest = _manifest(view)
     members = [
         ArchiveMember(

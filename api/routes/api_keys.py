@@ -1,4 +1,4 @@
-"""/v1/api_keys: made, listed, rotated with an overlap, revoked."""
+"""/v1/api_keys: create, list, rotate, limit and revoke API keys."""
 
 from __future__ import annotations
 
@@ -28,15 +28,25 @@ from catalog.sweeps import revocation
 from catalog.tenancy import api_keys
 
 router = Router(prefix="/v1/api_keys", tags=["projects and keys"], responses={**SIGNED, **errors(403)})
-ProjectName = Annotated[str | None, Query(description="Id or name; another than yours: for operators.", max_length=64)]
+ProjectName = Annotated[
+    str | None,
+    Query(
+        description="Project id or name (default: the key's own project). Others require an operator key.",
+        max_length=64,
+    ),
+]
 
 
 @router.post("", operation_id="create_api_key", responses=errors(404, 409))
 def create_api_key(
     body: ApiKeyRequest, use: Use, caller: Signed, idempotency_key: IdempotencyKey = None
 ) -> ApiKeyCreated:
-    """The secret is in this response only, and is not stored. A second request with the same Idempotency-Key is
-    rejected with 409 `idempotency_key_reused`, which names the key that the first one created."""
+    """Create an API key. The response is the only one that contains the secret, which is not stored.
+
+    A second request with the same Idempotency-Key is rejected with 409 `idempotency_key_reused`, which names the key
+    that the first one created. A new key can't have more rights than the key that creates it. A project has at most 100
+    valid keys. Requires the scope `keys:write`.
+    """
     request = api_keys.KeyRequest(
         name=body.name,
         project=body.project,
@@ -57,7 +67,10 @@ def create_api_key(
 def list_api_keys(
     use: Use, caller: Signed, after: After = None, limit: Limit = 20, project: ProjectName = None
 ) -> ListPage[ApiKeyObject]:
-    """Newest first, those that were revoked or have expired too."""
+    """List the keys of a project, newest first, including revoked and expired ones. Secrets are never shown.
+
+    Requires the scope `keys:read`.
+    """
     page = api_keys.list_page(use.db, caller=caller, project=project, after=after, limit=limit)
     now = _now(use)
     return page_of([key_object(row, now=now) for row in page.items], has_more=page.has_more)
@@ -65,13 +78,17 @@ def list_api_keys(
 
 @router.get("/{api_key_id}", operation_id="get_api_key", responses=errors(404))
 def get_api_key(api_key_id: str, use: Use, caller: Signed) -> ApiKeyObject:
+    """Return an API key without its secret. Requires the scope `keys:read`."""
     return key_object(api_keys.get(use.db, caller=caller, api_key_id=api_key_id), now=_now(use))
 
 
 @router.post("/{api_key_id}/revoke", operation_id="revoke_api_key", responses=errors(404, 409))
 def revoke_api_key(api_key_id: str, use: Use, caller: Signed, body: RevokeRequest | None = None) -> ApiKeyRevoked:
-    """The key, and every browser session that it signed in, is not valid any more. The last operator's key can't be
-    revoked. Jobs that the key created continue unless they are cancelled; its sweeps create no more trials."""
+    """Revoke a key immediately, together with the browser sessions created from it.
+
+    The last operator key can't be revoked. Jobs that the key created continue unless they are cancelled; its sweeps
+    create no more trials. Requires the scope `keys:write`.
+    """
     asked = body or RevokeRequest()
     found = revocation.revoke(
         use.db,
@@ -92,7 +109,8 @@ def rotate_api_key(
 ) -> ApiKeyCreated:
     """Create a key with the same name and rights. Both keys are valid for `overlap_seconds`; then the old one expires.
 
-    A second rotation of the same key is rejected with 409 `key_already_rotated`, which names the new key.
+    A second rotation of the same key is rejected with 409 `key_already_rotated`, which names the new key. Not available
+    in a browser session. Requires the scope `keys:write`.
     """
     asked = body or RotateRequest()
     row, value = api_keys.rotate(
@@ -108,7 +126,10 @@ def rotate_api_key(
 
 @router.post("/{api_key_id}/limits", operation_id="limit_api_key", responses=errors(404))
 def limit_api_key(api_key_id: str, use: Use, caller: Signed, body: LimitsRequest) -> ApiKeyObject:
-    """For operators: how often the key may ask, how many jobs it may create, and their highest priority."""
+    """Set the rate limit of a key, the number of jobs it may create a day, and the highest priority of its jobs.
+
+    Requires an operator key with the scope `keys:write`.
+    """
     given = body.model_dump(exclude_unset=True)
     highest = given.pop("highest_priority", None)
     key = api_keys.limit(use.db, caller=caller, api_key_id=api_key_id, limits=given, highest_priority=highest)

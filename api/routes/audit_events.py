@@ -1,4 +1,4 @@
-"""/v1/audit_events: who changed what; for operators also the whole chain, to verify and to keep elsewhere."""
+"""/v1/audit_events: changes and their actors. Operators can also verify and export the whole chain."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def list_audit_events(
     lt: Annotated[Moment, Query(alias="effective_at[lt]", ge=0, le=LAST_SECOND)] = None,
     lte: Annotated[Moment, Query(alias="effective_at[lte]", ge=0, le=LAST_SECOND)] = None,
 ) -> ListPage[AuditEventObject]:
-    """Newest first: your project's, and for operators everybody's."""
+    """List audit events of the key's project, newest first. Operator keys list events of all projects.
+
+    Requires the scope `audit:read`.
+    """
     filters = Filters(
         types=event_types or (),
         actor_ids=actor_ids or (),
@@ -64,10 +67,13 @@ def list_audit_events(
 async def verify_audit_events(
     use: Use,
     caller: Operator,
-    after: Annotated[int, Query(ge=0, le=2**53, description="A place in the chain.")] = 0,
+    after: Annotated[int, Query(ge=0, le=2**53, description="Link (position in the chain) to start after.")] = 0,
     limit: Annotated[int, Query(ge=1, le=chain.CHECKED_AT_ONCE)] = chain.CHECKED_AT_ONCE,
 ) -> AuditVerification:
-    """For operators: verify the digests behind `after`, some thousands at a time, and the anchors of these events."""
+    """Verify up to 5,000 events of the hash chain after the link `after`, and the anchors of these events.
+
+    Requires an operator key with the scope `audit:read`.
+    """
     work = partial(audit_anchors.verify, use.db, use.store.objects, peppers=use.pepper.all(), after=after, limit=limit)
     return verification(await use.slow_work.run(caller.project_id, work))
 
@@ -79,12 +85,15 @@ async def verify_audit_events(
     responses={
         200: {
             "content": {"application/jsonl": {}},
-            "description": "An object a line: retired keys, then the chain's events.",
+            "description": "One JSON object per line: retired keys, then the events of the chain.",
         }
     },
 )
 def export_audit_events(use: Use, caller: Operator) -> StreamingResponse:
-    """For operators: every sealed event, as a file that `python -m api verify-export` verifies."""
+    """Export every sealed event as a file that `python -m api verify-export` verifies.
+
+    Requires an operator key with the scope `audit:read`.
+    """
     use.read_audit.record("audit.exported", caller=caller)
     headers = {"content-disposition": 'attachment; filename="audit.jsonl"'}
     return StreamingResponse(_lines(use.db), media_type="application/jsonl", headers=headers)

@@ -1,4 +1,4 @@
-"""/v1/files: files come in, those to train on checked line by line, and can be read back."""
+"""/v1/files: upload, list, download and delete files. Training data is validated line by line."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ UPLOAD_FORM: dict[str, Any] = {
                             "type": "integer",
                             "minimum": files.LIFETIME_SECONDS[0],
                             "maximum": files.LIFETIME_SECONDS[1],
-                            "description": "The file goes by itself so long after its upload, once no job reads it.",
+                            "description": "The file is deleted automatically this long after its upload, once no "
+                            "job uses it.",
                         },
                     },
                 }
@@ -60,8 +61,12 @@ UPLOAD_FORM: dict[str, Any] = {
 
 @router.post("", operation_id="upload_file", responses=errors(413, 507), openapi_extra=UPLOAD_FORM)
 async def upload_file(request: Request, use: Use, caller: Signed) -> FileObject:
-    """Upload a file. One to train on is checked line by line: a wrong line is refused with its number, and then
-    nothing is kept."""
+    """Upload a file. Training data is validated line by line.
+
+    If a line is invalid, the error names its number and nothing is stored. Larger files can be sent in parts with
+    `/v1/uploads`. The service limits the size of a file and the stored bytes of a project. Requires the scope
+    `files:write`.
+    """
     folder = use.settings.data_dir / "spool"
     async with receive_upload(request, folder=folder, max_bytes=use.settings.max_file_bytes) as upload:
         lifetime = lifetime_seconds(upload.fields)
@@ -97,19 +102,20 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[str | None, Query(max_length=64)] = None,
 ) -> ListPage[FileObject]:
-    """The project's files, newest first."""
+    """List the project's files, newest first by default. Requires the scope `files:read`."""
     page = files.list_page(use.db, project_id=caller.project_id, after=after, limit=limit, order=order, purpose=purpose)
     return page_of([file_object(row) for row in page.items], has_more=page.has_more)
 
 
 @router.get("/{file_id}", operation_id="get_file", responses=errors(404))
 def get_file(file_id: str, use: Use, caller: Signed) -> FileObject:
+    """Return a file's metadata. Requires the scope `files:read`."""
     return file_object(files.get(use.db, project_id=caller.project_id, file_id=file_id))
 
 
 @router.delete("/{file_id}", operation_id="delete_file", responses=errors(404, 409))
 def delete_file(file_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> FileDeleted:
-    """Refused while an unfinished job uses it."""
+    """Delete a file. Returns 409 while an unfinished job uses it. Requires the scope `files:write`."""
     files.delete(use.db, project_id=caller.project_id, file_id=file_id, is_client_retry=is_retry)
     return FileDeleted(id=file_id)
 
@@ -118,10 +124,10 @@ def delete_file(file_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fi
     "/{file_id}/content",
     operation_id="get_file_content",
     response_class=StreamingResponse,
-    responses={**binary("application/octet-stream", "The bytes, as an attachment."), **errors(404)},
+    responses={**binary("application/octet-stream", "The file, as an attachment."), **errors(404)},
 )
 def get_file_content(file_id: str, use: Use, caller: Signed) -> Download:
-    """The bytes, as they were uploaded."""
+    """Download the file's bytes as they were uploaded. Requires the scope `files:read`."""
     row = files.get(use.db, project_id=caller.project_id, file_id=file_id)
     return Download(
         use.downloads,
@@ -143,8 +149,11 @@ def get_file_content(file_id: str, use: Use, caller: Signed) -> Download:
 
 @router.get("/{file_id}/report", operation_id="get_file_report", responses=errors(404))
 def get_file_report(
-    file_id: str, use: Use, caller: Signed, model: Annotated[str, Query(max_length=256, description="A base model.")]
+    file_id: str, use: Use, caller: Signed, model: Annotated[str, Query(max_length=256, description="Base model name.")]
 ) -> DataReport:
-    """What preparation found in the file, by the tokenizer of `model`; null until a job on it was prepared."""
+    """Return the data report of the file for the tokenizer of `model`.
+
+    `report` is null until a job or plan with this file and model was prepared. Requires the scope `files:read`.
+    """
     report = data_reports.of_file(use.db, project_id=caller.project_id, file_id=file_id, model=model)
     return DataReport(file=file_id, model=model, report=report)

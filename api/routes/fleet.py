@@ -1,4 +1,4 @@
-"""/v1/queue and /v1/workers: what waits, what runs, and where; and which workers take no more."""
+"""/v1/queue and /v1/workers: queued and running jobs; workers, which operators cordon, uncordon and drain."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ from catalog.scheduling.snapshot import Policy
 from catalog.tenancy.authentication import Caller
 
 router = Router(prefix="/v1", tags=["queue and workers"], responses={**SIGNED, **errors(403)})
-All = Annotated[bool, Query(alias="all", description="Every project's jobs; for operators.")]
+All = Annotated[bool, Query(alias="all", description="Include the jobs of all projects. Requires an operator key.")]
 
 
 @router.get("/queue", operation_id="get_queue")
 def get_queue(use: Use, caller: Signed, everything: All = False) -> QueueObject:
-    """The project's unfinished jobs, those with a turn first. Positions are those in the whole queue."""
+    """Return the project's unfinished jobs, those with a queue position first. Positions count the whole queue.
+
+    Requires the scope `jobs:read`.
+    """
     return QueueObject.model_validate(
         listing.snapshot(use.db, project_id=_scope(caller, everything), policy=Policy.of(use.settings))
     )
@@ -38,10 +41,10 @@ def get_queue(use: Use, caller: Signed, everything: All = False) -> QueueObject:
     "/queue/stream",
     operation_id="stream_queue",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {}}, "description": "Messages named queue."}},
+    responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events named `queue`."}},
 )
 async def stream_queue(use: Use, caller: Signed, recheck: Recheck, everything: All = False) -> LiveStream:
-    """The queue whenever it changes."""
+    """Stream the queue as server-sent events, one each time it changes. Requires the scope `jobs:read`."""
     project_id = _scope(caller, everything)
     first = await run_route(caller.project_id, partial(use.queue_source.begin, project_id))
     look = partial(use.queue_source.begin, project_id)
@@ -51,26 +54,34 @@ async def stream_queue(use: Use, caller: Signed, recheck: Recheck, everything: A
 
 @router.get("/workers", operation_id="list_workers")
 def list_workers(use: Use, caller: Signed) -> ListPage[WorkerObject]:
-    """Those that live, and those that went away in the last hour."""
+    """List the live workers, and those that exited within the last hour. Requires the scope `jobs:read`."""
     return page_of([worker_object(view, shows_all=caller.is_operator) for view in views.workers(use.db)])
 
 
 @router.post("/workers/{worker_id}/cordon", operation_id="cordon_worker", responses=errors(404, 409))
 def cordon_worker(worker_id: str, use: Use, caller: Signed, body: CordonRequest | None = None) -> WorkerObject:
-    """For operators: it finishes what it holds and takes nothing new. So does who registers in its place."""
+    """Cordon a worker: it finishes the jobs it holds and claims no new ones.
+
+    A worker that replaces it on the same host and devices inherits the cordon. Requires an operator key with the scope
+    `workers:write`.
+    """
     row = cordons.cordon(use.db, worker_id, reason=body.reason if body else None)
     return worker_object(views.view(use.db, row), shows_all=caller.is_operator)
 
 
 @router.post("/workers/{worker_id}/uncordon", operation_id="uncordon_worker", responses=errors(404))
 def uncordon_worker(worker_id: str, use: Use, caller: Signed) -> WorkerObject:
-    """For operators: it takes jobs again."""
+    """Uncordon a worker, so that it claims jobs again. Requires an operator key with the scope `workers:write`."""
     return worker_object(views.view(use.db, cordons.uncordon(use.db, worker_id)), shows_all=caller.is_operator)
 
 
 @router.post("/workers/{worker_id}/drain", operation_id="drain_worker", responses=errors(404, 409))
 def drain_worker(worker_id: str, use: Use, caller: Signed) -> WorkerObject:
-    """For operators: it saves its jobs, gives them back, and ends. Who registers in its place is cordoned."""
+    """Drain a worker: it saves and releases its jobs, and exits.
+
+    A worker that replaces it on the same host and devices is cordoned. Requires an operator key with the scope
+    `workers:write`.
+    """
     return worker_object(views.view(use.db, cordons.drain(use.db, worker_id)), shows_all=caller.is_operator)
 
 

@@ -1,4 +1,4 @@
-"""Whether the service is alive and ready, the proof of its identity, and its metrics."""
+"""Liveness, readiness, the proof of the service's identity, and metrics."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ServiceIdentity(BaseModel):
 
 
 class Ready(BaseModel):
-    """`status` is ok when everything needed answers."""
+    """`status` is ok if both the database and the store answer."""
 
     status: Literal["ok", "unavailable"]
     database: Literal["ok", "unavailable"]
@@ -44,13 +44,13 @@ class Ready(BaseModel):
 
 @router.get("/healthz", operation_id="get_health")
 async def get_health() -> Alive:
-    """The process answers."""
+    """Return 200 while the process answers. Requires no API key."""
     return Alive()
 
 
 @router.get("/readyz", operation_id="get_readiness", responses={503: {"model": Ready, "description": "Not ready."}})
 def get_readiness(use: Use, response: Response) -> Ready:
-    """The database and the store answer."""
+    """Return 200 if the database and the store answer, else 503. Requires no API key."""
     database, store = _database_answers(use), _store_answers(use)
     if not (database and store):
         response.status_code = 503
@@ -62,11 +62,12 @@ def get_readiness(use: Use, response: Response) -> Ready:
 async def get_service_identity(
     request: Request,
     use: Use,
-    nonce: Annotated[str, Query(pattern=NONCE_PATTERN, description="32 random bytes, in hexadecimal digits.")],
+    nonce: Annotated[str, Query(pattern=NONCE_PATTERN, description="32 random bytes as hexadecimal digits.")],
 ) -> ServiceIdentity:
-    """Proof, for a client that shares this installation's identity secret, that the listener is this service.
+    """Return proof that this server is the expected service, for a client that has the installation's identity secret.
 
-    `lorry` asks for it on each new connection to the service of `connection.json`, before it sends an API key.
+    `lorry` requests it on each new connection to the service of `connection.json`, before it sends an API key. Requires
+    no API key.
     """
     server: tuple[str, int | None] | None = request.scope.get("server")
     host, port = server or ("", None)
@@ -77,25 +78,29 @@ async def get_service_identity(
     "/metrics",
     operation_id="get_prometheus_metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format."}, **errors(401, 403)},
+    responses={200: {"content": {"text/plain": {}}, "description": "Prometheus text format."}, **errors(401, 403)},
 )
 def get_prometheus_metrics(
     request: Request, use: Use, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 ) -> Response:
-    """With an operator's key; without one for this machine itself, where the service has no public address."""
+    """Return Prometheus metrics of this process and of the fleet.
+
+    Requires an operator key. Without a public URL, requests from this machine require no key.
+    """
     if credentials is not None:
         require_operator(authentication.authenticate(use.db, secret=credentials.credentials, pepper=use.pepper))
     elif use.api_settings.public_url or not _is_from_this_machine(request):
         raise Unauthorized(
-            "Numbers are shown to this machine itself only.",
+            "/metrics is available without an API key only from the API server's own machine.",
             code="missing_api_key",
-            remedy="Send an operator's key as Authorization: Bearer ….",
+            remedy="Send an operator key: Authorization: Bearer YOUR_KEY.",
         )
     return Response(use.telemetry.expose(metrics.read(use.db)), media_type=CONTENT_TYPE_LATEST)
 
 
 def _is_from_this_machine(request: Request) -> bool:
-    """A proxy on this machine passes strangers on: whoever names one in its headers is not local."""
+    """Return whether the request comes from this machine. A request that a proxy forwarded does not, even if the proxy
+    is on this machine."""
     peer = request.client.host if request.client else ""
     if any(name in request.headers for name in FORWARDED):
         return False

@@ -1,4 +1,4 @@
-"""What a job leaves behind, and its live stream."""
+"""The history of a job (events, logs, checkpoints, metrics, attempts) and its live stream."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def list_job_events(
     *,
     after: After = None,
     limit: Limit = 20,
-    type: Annotated[ShownType | None, Query(description="Only these.")] = None,  # noqa: A002  (the wire's word)
+    type: Annotated[ShownType | None, Query(description="Return only events of this type.")] = None,  # noqa: A002  (the API's parameter name)
 ) -> ListPage[FineTuningJobEvent]:
-    """Newest first."""
+    """List the job's events, newest first. Requires the scope `jobs:read`."""
     page = queries.events_page(
         use.db, project_id=caller.project_id, job_id=job_id, after=event_seq(after), limit=limit, type=type
     )
@@ -67,15 +67,22 @@ def list_job_logs(
     use: Use,
     caller: Signed,
     *,
-    attempt: Annotated[int | None, Query(ge=1, le=MAX_NUMBER, description="Only of this attempt.")] = None,
-    rank: Annotated[int | None, Query(ge=0, le=MAX_NUMBER, description="Only of this process of its trainer.")] = None,
+    attempt: Annotated[int | None, Query(ge=1, le=MAX_NUMBER, description="Return only lines of this attempt.")] = None,
+    rank: Annotated[
+        int | None, Query(ge=0, le=MAX_NUMBER, description="Return only lines of this rank (trainer process).")
+    ] = None,
     contains: Annotated[
-        str | None, Query(min_length=1, max_length=200, description="Only lines that hold this, in whichever case.")
+        str | None,
+        Query(min_length=1, max_length=200, description="Return only lines that contain this text; ignores case."),
     ] = None,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> ListPage[LogLine]:
-    """What its trainers printed, oldest attempt first. Of a running job at most a minute old; kept for 30 days."""
+    """List the log lines of the job's trainers, oldest attempt first.
+
+    Lines of a running job appear within a minute. Logs are kept for 30 days after the job has finished. Requires the
+    scope `jobs:read`.
+    """
     page = job_logs.lines(
         use.db,
         use.store,
@@ -94,7 +101,10 @@ def list_job_logs(
 def list_job_checkpoints(
     job_id: str, use: Use, caller: Signed, after: After = None, limit: Limit = 10
 ) -> ListPage[FineTuningJobCheckpoint]:
-    """Newest first, those whose files are no longer kept too."""
+    """List the job's checkpoints, newest first, including those whose files are no longer kept.
+
+    Requires the scope `jobs:read`.
+    """
     job = commands.get(use.db, project_id=caller.project_id, job_id=job_id)
     page = queries.checkpoints_page(use.db, project_id=caller.project_id, job_id=job_id, after=after, limit=limit)
     steps = [row.step for row in page.items]
@@ -113,16 +123,21 @@ def get_job_metrics(
     use: Use,
     caller: Signed,
     kind: Literal["train", "valid"] = "train",
-    max_points: Annotated[int, Query(ge=4, le=10_000, description="Thinned to so many, peaks kept.")] = 2000,
+    max_points: Annotated[
+        int, Query(ge=4, le=10_000, description="Maximum number of points. Longer curves are thinned; peaks are kept.")
+    ] = 2000,
 ) -> ListPage[MetricPoint]:
-    """One curve, by step."""
+    """Return one curve of the job, training or validation, by step. Requires the scope `jobs:read`."""
     rows = queries.metrics(use.db, project_id=caller.project_id, job_id=job_id, kind=kind, max_points=max_points)
     return ListPage[MetricPoint](data=[metric_point(row) for row in rows])
 
 
 @router.get("/why", operation_id="explain_job")
 def explain_job(job_id: str, use: Use, caller: Signed) -> WhyObject:
-    """Why the job is where it is, and what it waits for."""
+    """Explain the job's state: what it waits for, its queue position, and where it could run.
+
+    Requires the scope `jobs:read`.
+    """
     return WhyObject.model_validate(
         explanation.explain(
             use.db,
@@ -136,14 +151,17 @@ def explain_job(job_id: str, use: Use, caller: Signed) -> WhyObject:
 
 @router.get("/data_report", operation_id="get_job_data_report")
 def get_job_data_report(job_id: str, use: Use, caller: Signed) -> JobDataReport:
-    """Rows, tokens, what was cut and what was left out, of both files."""
+    """Return the numbers of rows and tokens, and of truncated and skipped rows, of the training and validation files.
+
+    Requires the scope `jobs:read`.
+    """
     reports = data_reports.of_job(use.db, project_id=caller.project_id, job_id=job_id)
     return JobDataReport(job_id=job_id, training=reports.training, validation=reports.validation)
 
 
 @router.get("/attempts", operation_id="list_job_attempts")
 def list_job_attempts(job_id: str, use: Use, caller: Signed) -> ListPage[AttemptObject]:
-    """Every claim of the job by a worker, the first first."""
+    """List the job's attempts (claims by a worker), oldest first. Requires the scope `jobs:read`."""
     rows = queries.attempts(use.db, project_id=caller.project_id, job_id=job_id)
     beside = queries.packmates(use.db, project_id=caller.project_id, job_id=job_id)
     shown = [attempt_object(row, packmates=beside.get(row.claim_id, [])) for row in rows]
@@ -155,8 +173,11 @@ def list_job_attempts(job_id: str, use: Use, caller: Signed) -> ListPage[Attempt
     operation_id="stream_job",
     response_class=StreamingResponse,
     responses={
-        200: {"content": {"text/event-stream": {}}, "description": "Messages named job, event and metric."},
-        204: {"description": "The job is final, and everything was seen: don't come back."},
+        200: {
+            "content": {"text/event-stream": {}},
+            "description": "Server-sent events named `job`, `event` and `metric`.",
+        },
+        204: {"description": "The job is final and the client has received everything: don't reconnect."},
     },
 )
 async def stream_job(
@@ -166,9 +187,13 @@ async def stream_job(
     recheck: Recheck,
     last_seen: Annotated[str | None, Header(alias="last-event-id")] = None,
 ) -> Response:
-    """Live. With Last-Event-ID, what came after that event: events and points of the curves, none of them again.
-    Without, the messages from the first, and metrics from a few seconds ago: read the curves once for what is older.
-    And the job, whenever it changes. Ends after the job's final state; a client that comes back then gets 204."""
+    """Stream the job, its events and its metrics as server-sent events.
+
+    With Last-Event-ID, the stream starts after that event and repeats no event and no metric point. Without it, the
+    stream starts with the first event, and with the metrics of the last few seconds; read older metrics once with
+    `/metrics`. The job is sent each time it changes. The stream ends after the job's final state; a client that then
+    reconnects gets 204. Requires the scope `jobs:read`.
+    """
     seen = last_event_id(last_seen)
     start = partial(JobWatch.start, use.db, caller=caller, job_id=job_id, last_seen=seen)
     watch, first = await run_route(caller.project_id, start)
@@ -180,7 +205,7 @@ async def stream_job(
 
 
 def event_seq(after: str | None) -> int | None:
-    """The number in an event's id."""
+    """Return the number in an event's id. Raises InvalidRequest."""
     if after is None:
         return None
     number = after.removeprefix(EVENT_PREFIX)
@@ -188,7 +213,7 @@ def event_seq(after: str | None) -> int | None:
         raise InvalidRequest(
             "'after' is not the id of an event.",
             code="unknown_cursor",
-            remedy=f"Use the id of the last event of the page before, such as {EVENT_PREFIX}417.",
+            remedy=f"Use the id of the last event of the previous page, such as {EVENT_PREFIX}417.",
             param="after",
         )
     return int(number)

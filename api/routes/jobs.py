@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: create, read and control jobs. job_history.py has the routes of events, metrics and logs."""
+"""/v1/fine_tuning/jobs: create, read and control jobs. Routes of events, metrics and logs are in job_history.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from catalog.tables.jobs import Job
 router = Router(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning jobs"], responses=SIGNED)
 
 
-Tags = Annotated[list[str] | None, Query(description="Jobs with this tag. It may be said several times.")]
+Tags = Annotated[list[str] | None, Query(description="Return only jobs with this tag. May be repeated.")]
 
 
 @router.post("", operation_id="create_job", responses=errors(404, 409, 413))
@@ -36,13 +36,21 @@ def create_job(
     use: Use,
     caller: Signed,
     idempotency_key: Annotated[
-        str | None, Header(max_length=255, pattern=r"^[\x21-\x7e]+$", description="One per job: again is the same job.")
+        str | None,
+        Header(
+            max_length=255,
+            pattern=r"^[\x21-\x7e]+$",
+            description="Identifies the submission. A repeated request with the same key returns the same job.",
+        ),
     ] = None,
     *,
     is_retry: IsRetry,
 ) -> FineTuningJob:
-    """Queue a job, or with `plan` the one that was planned. It is validated and trained by a worker; follow its
-    events, or its stream."""
+    """Create a job from the fields of the body, or from a plan with `plan`. A worker validates and trains it.
+
+    Follow its events or its stream. The project's quotas and the key's daily job limit apply. Requires the scope
+    `jobs:write`.
+    """
     identity = identity_of(body, idempotency_key=idempotency_key, is_client_retry=is_retry)
     job = submission.made_before(use.db, caller=caller, **identity)
     if job is None:
@@ -56,8 +64,11 @@ def create_job(
 def list_jobs(
     request: Request, use: Use, caller: Signed, *, after: After = None, limit: Limit = 20, tag: Tags = None
 ) -> ListPage[FineTuningJob]:
-    """The project's jobs, newest first. `metadata[k]=v` chooses by a pair, `metadata=null` those without any, and
-    `tag=NAME` by a tag; of several, those with all of them."""
+    """List the project's jobs, newest first.
+
+    Filters: `metadata[KEY]=VALUE` selects jobs with this pair, `metadata=null` jobs without metadata, and `tag=NAME`
+    jobs with this tag. Several filters select the jobs that match all of them. Requires the scope `jobs:read`.
+    """
     page = commands.list_page(
         use.db,
         project_id=caller.project_id,
@@ -71,14 +82,17 @@ def list_jobs(
 
 @router.get("/{job_id}", operation_id="get_job", responses=errors(404))
 def get_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
+    """Return a job. Requires the scope `jobs:read`."""
     return _shown(use, caller, commands.get(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_job", responses=errors(404, 409))
 def cancel_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> FineTuningJob:
-    """At once where it waits; a running job is marked, and its worker obeys within seconds.
+    """Cancel a job. A waiting job is cancelled immediately; a running job is marked, and its worker stops it within
+    seconds.
 
-    A job that is final already is a conflict, save a cancelled one where the client repeats a lost request.
+    Returns 409 for a job that is already final, except for a cancelled job if the client repeats a lost request.
+    Requires the scope `jobs:write`.
     """
     job = commands.cancel(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry)
     return _shown(use, caller, job)
@@ -86,15 +100,19 @@ def cancel_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
 
 @router.post("/{job_id}/pause", operation_id="pause_job", responses=errors(404, 409))
 def pause_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
-    """Stop, with a checkpoint to go on from."""
+    """Pause a job. A running job stops within seconds and saves a checkpoint, from which it can be resumed.
+
+    Requires the scope `jobs:write`.
+    """
     return _shown(use, caller, commands.pause(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/resume", operation_id="resume_job", responses=errors(404, 409))
 def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> FineTuningJob:
-    """Go on from the last checkpoint: the adapter will be the one that an unbroken job would have given.
+    """Resume a job from its last checkpoint. The adapter is the one that an uninterrupted job would have produced.
 
-    A job that isn't paused is a conflict, save one that goes on already where the client repeats a lost request.
+    Returns 409 for a job that is not paused, except for a resumed job if the client repeats a lost request.
+    Requires the scope `jobs:write`.
     """
     job = commands.resume(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry)
     use.doorbell.ring()
@@ -103,13 +121,16 @@ def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
 
 @router.post("/{job_id}/hold", operation_id="hold_job", responses=errors(404, 409))
 def hold_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
-    """Keep it in the queue and out of every trainer, until it is released. Its files are prepared meanwhile."""
+    """Hold a job: it stays in the queue but does not start until it is released. Its files are still prepared.
+
+    Requires the scope `jobs:write`.
+    """
     return _shown(use, caller, queue_position.hold(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/release", operation_id="release_job", responses=errors(404, 409))
 def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
-    """Let a held job be chosen again, in its old place."""
+    """Release a held job. It keeps its position in the queue. Requires the scope `jobs:write`."""
     job = queue_position.release(use.db, project_id=caller.project_id, job_id=job_id)
     use.doorbell.ring()
     return _shown(use, caller, job)
@@ -117,7 +138,10 @@ def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
 
 @router.post("/{job_id}/move", operation_id="move_job", responses=errors(404, 409))
 def move_job(job_id: str, body: JobMove, use: Use, caller: Signed) -> FineTuningJob:
-    """Give it another place among the project's jobs of its class that wait. Other projects' turns stay as they are."""
+    """Move a job to another position among the project's waiting jobs of the same priority.
+
+    The positions of other projects' jobs do not change. Requires the scope `jobs:write`.
+    """
     target = queue_position.MoveTarget(before=body.before, after=body.after, to=body.to)
     return _shown(
         use, caller, queue_position.move_to(use.db, project_id=caller.project_id, job_id=job_id, target=target)
@@ -126,8 +150,8 @@ def move_job(job_id: str, body: JobMove, use: Use, caller: Signed) -> FineTuning
 
 @contextmanager
 def _plan_fields_validated(body: BaseModel) -> Generator[None]:
-    """The fields beside `plan` are validated with the plan, in the catalog. The response to an invalid one is the same
-    as for a body without a plan."""
+    """The catalog validates the other fields of a body with `plan` together with the plan. Turn its error into the
+    response that the same error has in a body without a plan."""
     try:
         yield
     except ValidationError as error:

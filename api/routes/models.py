@@ -1,4 +1,4 @@
-"""/v1/models: bases, adapters and checkpoints by name."""
+"""/v1/models: base models, adapters and checkpoints by name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ router = Router(prefix="/v1/models", tags=["models"], responses=SIGNED)
 
 @router.get("", operation_id="list_models")
 def list_models(use: Use, caller: Signed) -> ListPage[ModelObject]:
-    """Every base model (see its `state`), then adapters and the checkpoints that are kept: the project's own, and what
-    is shared with it. Of adapters and of checkpoints the newest 1,000: if there are more, `has_more` is true, and
-    `/v1/adapters` has pages of all adapters."""
+    """List every base model with its `state`, then the project's own and shared adapters and stored checkpoints.
+
+    Contains the newest 1,000 adapters and the newest 1,000 checkpoints. If there are more, `has_more` is true, and
+    `/v1/adapters` lists all adapters in pages. Requires the scope `adapters:read`.
+    """
     shown = [_base(use, caller, row) for row in base_models.list_all(use.db)]
     own = adapters.list_models(use.db, project_id=caller.project_id)
     checkpoints = adapters.list_checkpoint_models(use.db, project_id=caller.project_id)
@@ -32,7 +34,10 @@ def list_models(use: Use, caller: Signed) -> ListPage[ModelObject]:
 
 @router.post("", operation_id="add_model", responses=errors(403, 409))
 def add_model(body: AddModelRequest, use: Use, caller: Operator) -> ModelObject:
-    """Name a base model; a worker imports it. The same again is no error, and tries a failed import once more."""
+    """Add a base model under a name; a worker imports it. A repeated request is no error, and retries a failed import.
+
+    Requires an operator key with the scope `models:write`.
+    """
     row = base_models.add(use.db, name=body.name, kind=body.kind, source=body.source, revision=body.revision)
     use.doorbell.ring()
     return _base(use, caller, row)
@@ -40,7 +45,7 @@ def add_model(body: AddModelRequest, use: Use, caller: Operator) -> ModelObject:
 
 @router.get("/{model:path}", operation_id="get_model", responses=errors(404))
 def get_model(model: str, use: Use, caller: Signed) -> ModelObject:
-    """By name: a base's, an adapter's or a checkpoint's."""
+    """Return a base model, an adapter or a checkpoint by name. Requires the scope `adapters:read`."""
     if not model.startswith("ft:"):
         return _base(use, caller, base_models.get(use.db, model))
     return adapter_model(adapters.get(use.db, project_id=caller.project_id, name=model).adapter)
@@ -48,10 +53,12 @@ def get_model(model: str, use: Use, caller: Signed) -> ModelObject:
 
 @router.delete("/{model:path}", operation_id="delete_model", responses=errors(403, 404, 409))
 def delete_model(model: str, use: Use, caller: Signed, is_retry: IsRetry) -> ModelDeleted:
-    """An adapter, a checkpoint, or for operators a base model, by its name. A base frees its name: what was trained on
-    it stays. What a job goes on from stays when its checkpoint is deleted here.
+    """Delete an adapter, a checkpoint or a base model by name.
 
-    A base is kept while an unfinished job names it. Its files stay on the nodes until someone removes the folder.
+    Deleting a base model frees its name. Adapters trained on it stay, and workers remove its files within about an
+    hour. Returns 409 while an unfinished job uses the base model. Deleting a checkpoint does not affect its job, which
+    still resumes from it. Requires the scope `adapters:write`; for a base model, an operator key with the scope
+    `models:write`.
     """
     require_scope(caller, "adapters:write" if model.startswith("ft:") else "models:write")
     if model.startswith("ft:"):

@@ -1,4 +1,4 @@
-"""/v1/organizations: operators make and rename them; who has a key of one sees that one."""
+"""/v1/organizations: operators create and rename them; other keys see only their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ router = Router(prefix="/v1/organizations", tags=["projects and keys"], response
 
 @router.post("", operation_id="create_organization", responses=errors(409))
 def create_organization(body: OrganizationRequest, use: Use, _caller: Signed, is_retry: IsRetry) -> OrganizationObject:
-    """For operators. Then give it a project: POST /v1/projects with its name as `organization`."""
+    """Create an organization. To add a project, call POST /v1/projects with its name as `organization`.
+
+    Requires an operator key with the scope `organizations:write`.
+    """
     return organization_object(organizations.create(use.db, body.name, is_client_retry=is_retry))
 
 
@@ -23,19 +26,22 @@ def create_organization(body: OrganizationRequest, use: Use, _caller: Signed, is
 def list_organizations(
     use: Use, caller: Signed, after: After = None, limit: Limit = 20
 ) -> ListPage[OrganizationObject]:
-    """Newest first: yours, and for operators all."""
+    """List the key's own organization; with an operator key, all organizations, newest first. Requires any API key."""
     page = organizations.list_page(use.db, caller=caller, after=after, limit=limit)
     return page_of([organization_object(row) for row in page.items], has_more=page.has_more)
 
 
 @router.get("/{organization}", operation_id="get_organization", responses=errors(404))
 def get_organization(organization: str, use: Use, caller: Signed) -> OrganizationObject:
-    """By id or by name."""
+    """Return an organization by id or name. Requires any API key."""
     return organization_object(organizations.get(use.db, caller=caller, organization=organization))
 
 
 @router.post("/{organization}", operation_id="rename_organization", responses=errors(404, 409))
 def rename_organization(organization: str, body: OrganizationRequest, use: Use, caller: Signed) -> OrganizationObject:
-    """For operators. Its projects keep their names."""
+    """Rename an organization. Its projects keep their names.
+
+    Requires an operator key with the scope `organizations:write`.
+    """
     row = organizations.rename(use.db, caller=caller, organization=organization, name=body.name)
     return organization_object(row)

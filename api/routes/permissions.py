@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/checkpoints/{model}/permissions: which other projects may read an adapter or a checkpoint."""
+"""/v1/fine_tuning/checkpoints/{model}/permissions: other projects that may read an adapter or a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ router = Router(
     tags=["permissions"],
     responses={**SIGNED, **errors(404)},
 )
-Order = Annotated[Literal["ascending", "descending"], Query(description="By when they were given.")]
-OfProject = Annotated[str | None, Query(description="Only that of the project with this id.", max_length=128)]
-Limit = Annotated[int, Query(description="How many items at most.", ge=1, le=100)]
+Order = Annotated[Literal["ascending", "descending"], Query(description="Order by creation time.")]
+OfProject = Annotated[
+    str | None, Query(description="Return only the permission of the project with this id.", max_length=128)
+]
+Limit = Annotated[int, Query(description="Maximum number of items to return, 1 to 100.", ge=1, le=100)]
 
 
 @router.get("", operation_id="list_model_permissions")
@@ -35,7 +37,10 @@ def list_model_permissions(
     order: Order = "descending",
     project_id: OfProject = None,
 ) -> ListPage[PermissionObject]:
-    """For operators: who else may read the model, an adapter or a checkpoint by its name."""
+    """List the projects that may read an adapter or checkpoint of another project, by the model's name.
+
+    Requires an operator key with the scope `permissions:read`.
+    """
     page = sharing.list_page(
         use.db,
         model=fine_tuned_model,
@@ -51,10 +56,11 @@ def list_model_permissions(
 def create_model_permissions(
     fine_tuned_model: str, body: PermissionRequest, use: Use, caller: Signed
 ) -> ListPage[PermissionObject]:
-    """For operators: let other projects of its organization read the model, download it and continue it. They see
-    nothing else of its job. A project of another organization is not found.
+    """Allow other projects of the same organization to read, download and continue a model.
 
-    A project that may already keeps its permission. All are given, or none.
+    They see nothing else of its job. A project of another organization is not found. A project that already has a
+    permission keeps it. Either all permissions are created, or none. Requires an operator key with the scope
+    `permissions:write`.
     """
     rows = sharing.grant(use.db, caller=caller, model=fine_tuned_model, projects_named=body.project_ids)
     return page_of([permission_object(row) for row in rows])
@@ -64,6 +70,9 @@ def create_model_permissions(
 def delete_model_permission(
     fine_tuned_model: str, permission_id: str, use: Use, _caller: Signed, is_retry: IsRetry
 ) -> PermissionDeleted:
-    """For operators. Jobs that have begun with the model go on; no new one can."""
+    """Revoke a permission. Jobs that already use the model continue; no new job can use it.
+
+    Requires an operator key with the scope `permissions:write`.
+    """
     sharing.revoke(use.db, model=fine_tuned_model, permission_id=permission_id, is_client_retry=is_retry)
     return PermissionDeleted(id=permission_id)

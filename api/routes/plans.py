@@ -1,4 +1,4 @@
-"""/v1/plans: what a job would come to, before it is submitted."""
+"""/v1/plans: dry runs that estimate a job before it is submitted."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ EXAMPLES = {name: example for name, example in JOB_REQUEST_EXAMPLES.items() if n
 
 @router.post("", operation_id="create_plan", responses=errors(404, 409, 413))
 def create_plan(body: Annotated[JobRequest, Body(openapi_examples=EXAMPLES)], use: Use, caller: Signed) -> PlanObject:
-    """What the job with this very body would come to. It trains nothing, and is ready at once where the project had
-    the files prepared for that base before. Otherwise a worker prepares them, within seconds or minutes: look again.
-    That needs jobs:write; for a plan of files that are prepared, jobs:read is enough.
+    """Create a plan: a dry run of the job with this body. It trains nothing.
 
-    Sample rows are shown to a key that may read files."""
+    The plan is ready immediately if the project's files were already prepared for this base model. Otherwise a worker
+    prepares them within seconds or minutes; poll until the state changes. A project may have at most 16 such plans at
+    once. Sample rows are shown only to a key with the scope `files:read`. Requires the scope `jobs:write`, or
+    `jobs:read` if the files are already prepared.
+    """
     plan = plans.create(use.db, caller=caller, request=body, settings=use.settings)
     if plan.state == "computing":
         use.doorbell.ring()
@@ -37,20 +39,26 @@ def create_plan(body: Annotated[JobRequest, Body(openapi_examples=EXAMPLES)], us
 
 @router.get("", operation_id="list_plans")
 def list_plans(use: Use, caller: Signed, after: After = None, limit: Limit = 20) -> ListPage[PlanObject]:
-    """The project's plans, newest first, without sample rows."""
+    """List the project's plans, newest first, without sample rows. Requires the scope `jobs:read`."""
     page = plans.list_page(use.db, project_id=caller.project_id, after=after, limit=limit)
     return page_of([plan_object(row) for row in page.items], has_more=page.has_more)
 
 
 @router.get("/{plan_id}", operation_id="get_plan", responses=errors(404))
 def get_plan(plan_id: str, use: Use, caller: Signed) -> PlanObject:
-    """Sample rows are shown to a key that may read files."""
+    """Return a plan. Sample rows are shown only to a key with the scope `files:read`.
+
+    Requires the scope `jobs:read`.
+    """
     return _shown(use, caller, plans.get(use.db, project_id=caller.project_id, plan_id=plan_id))
 
 
 @router.delete("/{plan_id}", operation_id="delete_plan", responses=errors(404))
 def delete_plan(plan_id: str, use: Use, caller: Signed) -> PlanDeleted:
-    """A plan goes by itself after a week. Jobs that were made from it stay."""
+    """Delete a plan. Jobs created from it stay. Plans expire automatically after seven days.
+
+    Requires the scope `jobs:write`.
+    """
     plans.delete(use.db, project_id=caller.project_id, plan_id=plan_id)
     return PlanDeleted(id=plan_id)
 

@@ -1,4 +1,4 @@
-"""The dashboard's door: one-time links, browser sessions, and where / leads."""
+"""Sign-in to the dashboard: one-time links, browser sessions, and the redirect from `/`."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ async def to_dashboard() -> RedirectResponse:
 
 @router.post("/v1/sign_in_links", operation_id="create_sign_in_link", responses=SIGNED)
 def create_sign_in_link(request: Request, use: Use, caller: Signed) -> SignInLink:
-    """A link that signs one browser in, once, within 15 minutes, with the rights of the key that asks. Not for a
-    browser session, which would never end then."""
+    """Create a link that signs in one browser, once, within 15 minutes, with the rights of the requesting key.
+
+    Not available in a browser session, which could otherwise renew itself forever. Requires any API key.
+    """
     api_keys.refuse_browsers(caller)
     token = authentication.create_sign_in_link(
         use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=LINK_SECONDS
@@ -54,7 +56,7 @@ def create_sign_in_link(request: Request, use: Use, caller: Signed) -> SignInLin
 
 @router.post("/v1/sign_in_links/preview", operation_id="preview_sign_in_link", responses=errors(400, 401, 429))
 async def preview_sign_in_link(request: Request, use: Use, body: SignInToken) -> SignInPreview:
-    """What a link would sign a browser in to. The link stays unused."""
+    """Show what a link would sign in to, without using it up. Requires no API key."""
     caller, expires_at = await _read_link(request, use, body.token)
     return sign_in_preview(caller, expires_at=expires_at)
 
@@ -63,10 +65,10 @@ async def preview_sign_in_link(request: Request, use: Use, body: SignInToken) ->
 async def open_sign_in_link(
     request: Request, response: Response, use: Use, body: SignInLinkUse, session: Session
 ) -> BrowserSession:
-    """Sign this browser in by a link, which is used up. From the dashboard only: `X-Lorry-Csrf: 1` is needed.
+    """Sign in this browser with a link, which is used up. Only for the dashboard: requires `X-Lorry-Csrf: 1`.
 
-    A browser that is signed in with another key is refused (409 `session_exists`) unless `replaces_session` is true:
-    else a link from somebody else could exchange a user's session unnoticed.
+    A browser that is signed in with another key gets 409 `session_exists` unless `replaces_session` is true. Otherwise
+    a foreign link could replace a user's session unnoticed. A session lasts 12 hours. Requires no API key.
     """
     require_same_origin(request)
     caller, _ = await _read_link(request, use, body.token)
@@ -86,7 +88,8 @@ async def open_sign_in_link(
 async def create_browser_session(
     request: Request, response: Response, use: Use, body: BrowserSessionRequest, session: Session
 ) -> BrowserSession:
-    """Sign in with an API key. From the dashboard only: `X-Lorry-Csrf: 1` is needed. An earlier session ends."""
+    """Sign in with an API key, and end the browser's previous session. Only for the dashboard: requires
+    `X-Lorry-Csrf: 1`. A session lasts 12 hours."""
     require_same_origin(request)
     check = partial(authentication.authenticate, use.db, secret=body.api_key, pepper=use.pepper)
     async with use.limits.guarding(client_address(request), body.api_key):
@@ -98,7 +101,7 @@ async def create_browser_session(
 
 @router.get("/v1/browser_session", operation_id="get_browser_session", responses=SIGNED)
 def get_browser_session(caller: Signed) -> BrowserSession:
-    """Who is signed in, or whose key this is."""
+    """Return the project, key and scopes of the browser session or of the API key. Requires any API key."""
     return browser_session(caller)
 
 
@@ -106,7 +109,7 @@ def get_browser_session(caller: Signed) -> BrowserSession:
 def delete_browser_session(
     request: Request, use: Use, _caller: Signed, response: Response, session: Session
 ) -> SignedOut:
-    """Sign out."""
+    """Sign out: end the browser session and delete its cookie. Requires a browser session or any API key."""
     if session is not None:
         authentication.end_browser(use.db, secret=session, pepper=use.pepper)
     response.delete_cookie(
@@ -116,7 +119,7 @@ def delete_browser_session(
 
 
 def _signed_in(use: Services, session: str | None) -> Caller | None:
-    """Whose session the browser has; None if it has none that is valid."""
+    """Return the caller of the browser's session; None if it has no valid one."""
     if session is None:
         return None
     try:
@@ -126,20 +129,20 @@ def _signed_in(use: Services, session: str | None) -> Caller | None:
 
 
 async def _read_link(request: Request, use: Services, token: str) -> tuple[Caller, float]:
-    """The caller that the link would sign in, and when the link expires. Raises Unauthorized; RateLimited."""
+    """Return the caller that the link would sign in, and its expiry. Raises Unauthorized and RateLimited."""
     read = partial(authentication.read_sign_in_link, use.db, token=token, pepper=use.pepper)
     async with use.limits.guarding(client_address(request), token):
         return await use.key_checks.run(read)
 
 
 def _sign_in(use: Services, caller: Caller, *, replaced: str | None) -> str:
-    """The secret of a new session for the holder of a key. The session that the browser had ends."""
+    """Return the secret of a new session for the holder of a key, and end the browser's previous session."""
     token = authentication.create_sign_in_link(use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=60)
     return _exchange(use, token=token, replaced=replaced)
 
 
 def _exchange(use: Services, *, token: str, replaced: str | None) -> str:
-    """Exchange a link's token for the secret of a session, and end the session that the browser had."""
+    """Exchange a link's token for the secret of a session, and end the browser's previous session."""
     secret = authentication.exchange_sign_in(use.db, token=token, pepper=use.pepper, seconds=SESSION_SECONDS)
     if replaced is not None:
         authentication.end_browser(use.db, secret=replaced, pepper=use.pepper)

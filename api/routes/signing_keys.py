@@ -1,4 +1,4 @@
-"""The public keys that lineage records are signed with."""
+"""The public keys that verify the signatures of lineage records."""
 
 from __future__ import annotations
 
@@ -12,5 +12,6 @@ router = Router(tags=["adapters"])
 
 @router.get("/v1/keys.json", operation_id="get_signing_keys")
 def get_signing_keys(use: Use) -> PublicKeySet:
-    """Public keys as a JSON Web Key Set. Needs no API key: every receiver of an adapter can check its signature."""
+    """Return the public signing keys as a JSON Web Key Set. Requires no API key, so that every recipient of an adapter
+    can verify its signature."""
     return PublicKeySet.model_validate(derived_keys.key_set(use.db, use.pepper.all()))

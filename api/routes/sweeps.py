@@ -1,4 +1,4 @@
-"""/v1/sweeps: several jobs that differ in stated fields; their leaderboard; what is done about them."""
+"""/v1/sweeps: groups of jobs that differ in chosen fields, their leaderboards, and operations on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from catalog.search.spec import MAX_TRIALS, SweepRequest
 from catalog.sweeps import commands, controller, creation, queries
 
 router = Router(prefix="/v1/sweeps", tags=["sweeps"], responses=SIGNED)
-Number = Annotated[int, Path(ge=0, lt=MAX_TRIALS, description="Of the trial, from 0.")]
+Number = Annotated[int, Path(ge=0, lt=MAX_TRIALS, description="Number of the trial, from 0.")]
 EXAMPLES: dict[str, Example] = {
     "asha": {
         "value": {
@@ -43,13 +43,20 @@ def create_sweep(
     request: Request,
     idempotency_key: Annotated[
         str | None,
-        Header(max_length=255, pattern=r"^[\x21-\x7e]+$", description="One per sweep: again is the same sweep."),
+        Header(
+            max_length=255,
+            pattern=r"^[\x21-\x7e]+$",
+            description="Identifies the submission. A repeated request with the same key returns the same sweep.",
+        ),
     ] = None,
     *,
     is_retry: IsRetry,
 ) -> SweepObject:
-    """Each trial is a job of its own, of the body's fields and its parameters. All are checked before one is made. Each
-    trial counts as a request of the key."""
+    """Create a sweep of up to 1,000 trials. Each trial is a job with the fields of the body and its own parameters.
+
+    All trials are validated before the first one is created. Each trial counts as one request of the key. Requires the
+    scope `jobs:write`.
+    """
     identity = identity_of(body, idempotency_key=idempotency_key, is_client_retry=is_retry)
     sweep = creation.made_before(use.db, caller=caller, **identity)
     is_new = sweep is None
@@ -64,19 +71,23 @@ def create_sweep(
 
 @router.get("", operation_id="list_sweeps")
 def list_sweeps(use: Use, caller: Signed, after: After = None, limit: Limit = 20) -> ListPage[SweepObject]:
-    """Newest first."""
+    """List the project's sweeps, newest first. Requires the scope `jobs:read`."""
     page = queries.list_page(use.db, project_id=caller.project_id, after=after, limit=limit)
     return page_of([sweep_object(view) for view in page.items], has_more=page.has_more)
 
 
 @router.get("/{sweep_id}", operation_id="get_sweep", responses=errors(404))
 def get_sweep(sweep_id: str, use: Use, caller: Signed) -> SweepObject:
+    """Return a sweep. Requires the scope `jobs:read`."""
     return sweep_object(queries.get(use.db, project_id=caller.project_id, sweep_id=sweep_id))
 
 
 @router.post("/{sweep_id}/cancel", operation_id="cancel_sweep", responses=errors(404, 409))
 def cancel_sweep(sweep_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> SweepObject:
-    """No further trial is made, and those that have not ended are cancelled, within seconds. Adapters stay."""
+    """Cancel a sweep: it creates no more trials, and unfinished ones are cancelled within seconds. Adapters stay.
+
+    Requires the scope `jobs:write`.
+    """
     commands.cancel(use.db, project_id=caller.project_id, sweep_id=sweep_id, is_client_retry=is_retry)
     controller.advance(use.db, sweep_id)
     return get_sweep(sweep_id, use, caller)
@@ -84,7 +95,10 @@ def cancel_sweep(sweep_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> 
 
 @router.post("/{sweep_id}/close", operation_id="close_sweep", responses=errors(404))
 def close_sweep(sweep_id: str, use: Use, caller: Signed) -> SweepObject:
-    """No further trial is made or added; those that there are go on, and then the best is promoted."""
+    """Close a sweep: no more trials are created or added. Existing ones continue, and then the best one is promoted.
+
+    Requires the scope `jobs:write`.
+    """
     commands.close(use.db, project_id=caller.project_id, sweep_id=sweep_id)
     controller.advance(use.db, sweep_id)
     return get_sweep(sweep_id, use, caller)
@@ -94,14 +108,17 @@ def close_sweep(sweep_id: str, use: Use, caller: Signed) -> SweepObject:
 def list_trials(
     sweep_id: str, use: Use, caller: Signed, after: After = None, limit: Limit = 20
 ) -> ListPage[TrialObject]:
-    """The leaderboard: the best first, those without a value last. Values of trials that run change between pages."""
+    """List the trials as a leaderboard: the best first, those without a value last.
+
+    Values of running trials can change between pages. Requires the scope `jobs:read`.
+    """
     page = queries.leaderboard(use.db, project_id=caller.project_id, sweep_id=sweep_id, after=after, limit=limit)
     return page_of([trial_object(view) for view in page.items], has_more=page.has_more)
 
 
 @router.post("/{sweep_id}/trials", operation_id="add_trial", responses=errors(404, 409))
 def add_trial(body: TrialRequest, sweep_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> TrialObject:
-    """To an ask_tell sweep, with parameters of the client's own choice."""
+    """Add a trial with parameters of the client's choice to an `ask_tell` sweep. Requires the scope `jobs:write`."""
     trial, job = creation.add_trial(
         use.db, caller=caller, sweep_id=sweep_id, parameters=body.parameters, is_client_retry=is_retry
     )
@@ -111,12 +128,16 @@ def add_trial(body: TrialRequest, sweep_id: str, use: Use, caller: Signed, is_re
 
 @router.get("/{sweep_id}/trials/{number}", operation_id="get_trial", responses=errors(404))
 def get_trial(sweep_id: str, number: Number, use: Use, caller: Signed) -> TrialObject:
+    """Return a trial. Requires the scope `jobs:read`."""
     return trial_object(queries.trial(use.db, project_id=caller.project_id, sweep_id=sweep_id, number=number))
 
 
 @router.post("/{sweep_id}/trials/{number}/stop", operation_id="stop_trial", responses=errors(404, 409))
 def stop_trial(sweep_id: str, number: Number, use: Use, caller: Signed, is_retry: IsRetry) -> TrialObject:
-    """End a trial that does badly, before its last step. It leaves no adapter, and ends as cancelled: pruned."""
+    """Stop a trial before its last step, for example because it performs badly.
+
+    It produces no adapter, and its job ends as `cancelled` with the reason `pruned`. Requires the scope `jobs:write`.
+    """
     trial, job = commands.stop_trial(
         use.db, project_id=caller.project_id, sweep_id=sweep_id, number=number, is_client_retry=is_retry
     )

@@ -1,4 +1,4 @@
-"""/v1/uploads: a file that comes in parts of at most 64 MiB."""
+"""/v1/uploads: files that are uploaded in parts of at most 64 MiB."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ PART_FORM: dict[str, Any] = {
 
 @router.post("", operation_id="create_upload", responses=errors(413))
 def create_upload(body: UploadRequest, use: Use, caller: Signed) -> UploadObject:
-    """Announce a file that comes in parts. It has an hour for that; what is not completed by then is dropped."""
+    """Create an upload for a file that is sent in parts. It expires after one hour; parts of an incomplete one are
+    deleted.
+
+    Each part has at most 64 MiB. Requires the scope `files:write`.
+    """
     view = multipart_uploads.create(
         use.db,
         project_id=caller.project_id,
@@ -66,9 +70,12 @@ def create_upload(body: UploadRequest, use: Use, caller: Signed) -> UploadObject
     openapi_extra=PART_FORM,
 )
 async def add_upload_part(upload_id: str, request: Request, use: Use, caller: Signed) -> UploadPartObject:
-    """Some of the file's bytes, in any order; the same bytes twice are one part."""
+    """Add a part of at most 64 MiB, in any order. Identical bytes sent twice are one part.
+
+    Requires the scope `files:write`.
+    """
     check = partial(multipart_uploads.check_open, use.db, project_id=caller.project_id, upload_id=upload_id)
-    await run_route(caller.project_id, check)  # before its bytes are read
+    await run_route(caller.project_id, check)  # rejects a closed upload before the bytes of the part are read
     folder = use.settings.data_dir / "spool"
     async with receive_upload(request, folder=folder, max_bytes=multipart_uploads.MAX_PART_BYTES, shape=PART) as part:
         row = await use.slow_work.run(
@@ -91,8 +98,11 @@ async def add_upload_part(upload_id: str, request: Request, use: Use, caller: Si
 async def complete_upload(
     upload_id: str, body: UploadCompletion, *, request: Request, use: Use, caller: Signed, is_retry: IsRetry
 ) -> UploadObject:
-    """Make the file of its parts, in the order of `part_ids`. A file to train on is checked line by line. If it is
-    rejected, the upload stays open, and can be completed again a few times."""
+    """Create the file from its parts, in the order of `part_ids`. Training data is validated line by line.
+
+    If the file is rejected, the upload stays open; an upload can be completed up to 10 times. Requires the scope
+    `files:write`.
+    """
     view = await use.slow_work.run_for(
         request,
         caller.project_id,
@@ -114,6 +124,6 @@ async def complete_upload(
 
 @router.post("/{upload_id}/cancel", operation_id="cancel_upload", responses=errors(404, 409))
 def cancel_upload(upload_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> UploadObject:
-    """Take no more parts, and drop those that came."""
+    """Cancel an upload and delete its parts. Requires the scope `files:write`."""
     view = multipart_uploads.cancel(use.db, project_id=caller.project_id, upload_id=upload_id, is_client_retry=is_retry)
     return upload_object(view)

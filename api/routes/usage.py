@@ -1,4 +1,4 @@
-"""/v1/usage: device-seconds, tokens, jobs and stored bytes by day, in the shape of OpenAI's usage API."""
+"""/v1/usage: device-seconds, tokens, jobs and stored bytes per day, in the format of OpenAI's usage API."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from catalog.usage.report import MOST_DAYS, GroupBy, UsageQuery
 router = Router(prefix="/v1/usage", tags=["usage"], responses=SIGNED)
 LAST_SECOND = 253402300799
 USUAL_DAYS = 7
-Moment = Annotated[int | None, Query(ge=0, le=LAST_SECOND, description="Seconds since 1970.")]
+Moment = Annotated[int | None, Query(ge=0, le=LAST_SECOND, description="Unix time in seconds.")]
 Names = list[Annotated[str, Query(max_length=256)]]
 
 
@@ -35,11 +35,14 @@ def get_usage(
     project_ids: Annotated[Names | None, Query(alias="project_ids[]", max_length=100)] = None,
     organization_ids: Annotated[Names | None, Query(alias="organization_ids[]", max_length=100)] = None,
     models: Annotated[Names | None, Query(max_length=100, alias="models[]")] = None,
-    limit: Annotated[int, Query(ge=1, le=MOST_DAYS, description="Days of a page.")] = USUAL_DAYS,
-    page: Annotated[str | None, Query(pattern=r"^\d{1,7}$", description="`next_page` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MOST_DAYS, description="Days per page, 1 to 31.")] = USUAL_DAYS,
+    page: Annotated[str | None, Query(pattern=r"^\d{1,7}$", description="`next_page` of the previous page.")] = None,
 ) -> UsagePage:
-    """Your project's; for operators everybody's. Without a start_time: the last seven days. Days are UTC's; one that
-    is asked for in part is told whole. Grouped by project, unless `group_by[]` says otherwise."""
+    """Return daily usage of the key's project; with an operator key, of all projects.
+
+    Covers the last seven days unless `start_time` is set. Days are in UTC and always complete, even if the range covers
+    them in part. Results are grouped by project unless `group_by[]` is set. Requires the scope `usage:read`.
+    """
     if start_time is None:
         with use.db.read() as session:
             start_time = max(0, int(end_time or read_clock(session)) - (USUAL_DAYS - 1) * DAY_SECONDS)

@@ -1,4 +1,4 @@
-"""/v1/webhook_endpoints, /v1/webhook_deliveries and /v1/webhook_event_types: who is told of what, and the log of it."""
+"""/v1/webhook_endpoints, /v1/webhook_deliveries and /v1/webhook_event_types: notifications and their delivery log."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ from catalog.webhooks.url_policy import target_of
 router = Router(prefix="/v1", tags=["webhooks"], responses=SIGNED)
 ENDPOINT = "/webhook_endpoints/{webhook_endpoint_id}"
 DELIVERY = "/webhook_deliveries/{webhook_delivery_id}"
-WithStatus = Annotated[Status | None, Query(description="Those alone.")]
+WithStatus = Annotated[Status | None, Query(description="Return only deliveries with this status.")]
 
 
 @router.get("/webhook_event_types", operation_id="list_webhook_event_types")
 def list_webhook_event_types(_caller: Signed) -> WebhookEventTypes:
-    """What an endpoint can ask for."""
+    """List the event types to which an endpoint can subscribe. Requires the scope `webhooks:read`."""
     return WebhookEventTypes(data=list(EVENT_TYPES))
 
 
@@ -56,7 +56,11 @@ def list_webhook_event_types(_caller: Signed) -> WebhookEventTypes:
 def create_webhook_endpoint(
     body: WebhookEndpointRequest, use: Use, caller: Signed, is_retry: IsRetry
 ) -> WebhookEndpointWithSecret:
-    """Only this response has the whole URL. Only this response and that of a rotation have the secret."""
+    """Create a webhook endpoint. A project has at most 20.
+
+    Only this response contains the full URL. Only this response and that of a rotation contain the secret. Requires the
+    scope `webhooks:write`.
+    """
     target_of(body.url, use.webhooks.rules)
     row, secret = endpoints.create(
         use.db,
@@ -74,7 +78,7 @@ def create_webhook_endpoint(
 def list_webhook_endpoints(
     use: Use, caller: Signed, after: After = None, limit: Limit = 20
 ) -> ListPage[WebhookEndpointObject]:
-    """The project's, newest first."""
+    """List the project's endpoints, newest first. Requires the scope `webhooks:read`."""
     page = endpoints.list_page(use.db, project_id=caller.project_id, after=after, limit=limit)
     now = _now(use)
     return page_of([endpoint_object(row, now=now) for row in page.items], has_more=page.has_more)
@@ -82,6 +86,7 @@ def list_webhook_endpoints(
 
 @router.get(ENDPOINT, operation_id="get_webhook_endpoint", responses=errors(404))
 def get_webhook_endpoint(webhook_endpoint_id: str, use: Use, caller: Signed) -> WebhookEndpointObject:
+    """Return an endpoint. Requires the scope `webhooks:read`."""
     row = endpoints.get(use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id)
     return endpoint_object(row, now=_now(use))
 
@@ -90,7 +95,7 @@ def get_webhook_endpoint(webhook_endpoint_id: str, use: Use, caller: Signed) -> 
 def change_webhook_endpoint(
     webhook_endpoint_id: str, body: WebhookEndpointChange, use: Use, caller: Signed
 ) -> WebhookEndpointObject:
-    """What waits to be sent goes to the new address."""
+    """Change an endpoint. Pending deliveries go to the new URL. Requires the scope `webhooks:write`."""
     if body.url is not None:
         target_of(body.url, use.webhooks.rules)
     changes = endpoints.EndpointChange(name=body.name, url=body.url, event_types=body.event_types, enabled=body.enabled)
@@ -104,7 +109,7 @@ def change_webhook_endpoint(
 def delete_webhook_endpoint(
     webhook_endpoint_id: str, use: Use, caller: Signed, is_retry: IsRetry
 ) -> WebhookEndpointDeleted:
-    """Nothing is sent there from now on."""
+    """Delete an endpoint. Nothing more is sent to it. Requires the scope `webhooks:write`."""
     endpoints.delete(use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id, is_client_retry=is_retry)
     return WebhookEndpointDeleted(id=webhook_endpoint_id)
 
@@ -113,7 +118,10 @@ def delete_webhook_endpoint(
 def rotate_webhook_secret(
     webhook_endpoint_id: str, use: Use, caller: Signed, is_retry: IsRetry, body: SecretRotation | None = None
 ) -> WebhookEndpointWithSecret:
-    """A new secret. While the old one is good too, every message has a signature by each."""
+    """Create a new secret. While the old one is still valid, each message has a signature with both.
+
+    Requires the scope `webhooks:write`.
+    """
     row, secret = endpoints.rotate(
         use.db,
         project_id=caller.project_id,
@@ -129,7 +137,10 @@ def rotate_webhook_secret(
 async def test_webhook_endpoint(
     webhook_endpoint_id: str, body: WebhookTestRequest, use: Use, caller: Signed
 ) -> WebhookTestResult:
-    """Send a sample now, once, whatever types the endpoint asked for. It is about something that doesn't exist."""
+    """Send one sample event now, without retries, even if the endpoint is not subscribed to its type.
+
+    The object that the event names does not exist. Requires the scope `webhooks:write`.
+    """
     project_id = caller.project_id
     get = partial(endpoints.get, use.db, project_id=project_id, endpoint_id=webhook_endpoint_id)
     endpoint = await run_route(project_id, get)
@@ -143,7 +154,7 @@ async def test_webhook_endpoint(
         raise Conflict(
             f"The endpoint did not answer. {outcome.error}",
             code="webhook_endpoint_unreachable",
-            remedy="Check its address, and that it can be reached from this service.",
+            remedy="Check its URL, and check that this service can reach it.",
         )
     return WebhookTestResult(
         webhook_endpoint_id=endpoint.id,
@@ -156,7 +167,10 @@ async def test_webhook_endpoint(
 
 @router.post(f"{ENDPOINT}/replay", operation_id="replay_webhook_endpoint", responses=errors(404, 409))
 def replay_webhook_endpoint(webhook_endpoint_id: str, body: ReplayRequest, use: Use, caller: Signed) -> Replayed:
-    """Send again, with the same ids, whatever has failed since then."""
+    """Send all deliveries again that failed since a given time, with the same ids.
+
+    Requires the scope `webhooks:write`.
+    """
     number = delivery_log.replay_failed(
         use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id, since=body.since
     )
@@ -174,7 +188,7 @@ def list_webhook_deliveries(
     limit: Limit = 20,
     status: WithStatus = None,
 ) -> ListPage[WebhookDeliveryObject]:
-    """Newest first, for 30 days."""
+    """List the endpoint's deliveries of the last 30 days, newest first. Requires the scope `webhooks:read`."""
     page = delivery_log.list_page(
         use.db,
         project_id=caller.project_id,
@@ -188,13 +202,17 @@ def list_webhook_deliveries(
 
 @router.get(DELIVERY, operation_id="get_webhook_delivery", responses=errors(404))
 def get_webhook_delivery(webhook_delivery_id: str, use: Use, caller: Signed) -> WebhookDeliveryObject:
+    """Return a delivery with its attempts. Requires the scope `webhooks:read`."""
     row = delivery_log.get(use.db, project_id=caller.project_id, delivery_id=webhook_delivery_id)
     return _delivery_objects(use, [row])[0]
 
 
 @router.post(f"{DELIVERY}/replay", operation_id="replay_webhook_delivery", responses=errors(404, 409))
 def replay_webhook_delivery(webhook_delivery_id: str, use: Use, caller: Signed) -> WebhookDeliveryObject:
-    """Send it again now, with the same id. It has all its tries again."""
+    """Send a delivery again now, with the same id and the full number of retries.
+
+    Requires the scope `webhooks:write`.
+    """
     row = delivery_log.replay(use.db, project_id=caller.project_id, delivery_id=webhook_delivery_id)
     use.deliverer.wake()
     return _delivery_objects(use, [row])[0]

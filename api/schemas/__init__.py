@@ -1,4 +1,4 @@
-"""What goes over the wire: one module per resource, each with its models and the function that shapes a row."""
+"""Request and response schemas: one module per resource, with its models and the functions that build responses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def changes_schema(example: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """`json_schema_extra` of a body whose fields stay as they are if left out: none of them has a default then."""
+    """Return `json_schema_extra` for a request body in which omitted fields stay unchanged: no field has a default."""
 
     def extend(schema: dict[str, Any]) -> None:
         for field in schema["properties"].values():

@@ -1,4 +1,4 @@
-"""Trained adapters: what they are, their files, and where they come from."""
+"""Schemas of trained adapters, their files and their lineage."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from catalog.tables.storage import Adapter, Artifact
 
 
 class VerificationObject(BaseModel):
-    """How far PEFT's logits on the base were from what training saw, when the adapter was exported.
+    """Difference between PEFT's logits on the base model and those of training, measured when the adapter was exported.
 
-    `worst_linear_error`: of what each adapted linear adds, the largest difference as a share of its tolerance.
+    `worst_linear_error` is the largest difference in what an adapted linear layer adds, as a fraction of its tolerance.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -23,13 +23,13 @@ class VerificationObject(BaseModel):
     tolerance: float | None = None
     worst_linear: str | None = None
     worst_linear_error: float | None = None
-    explanation: str | None = Field(default=None, description="What was compared, and why so much is allowed.")
+    explanation: str | None = Field(default=None, description="What was compared, and the reason for the tolerance.")
 
 
 class AdapterEvaluation(BaseModel):
-    """Mean loss on the validation file, per supervised token or per pair of answers; pairs have no perplexity.
+    """Mean loss on the validation file, per trained token or per pair of answers. Pairs have no perplexity.
 
-    Beside the adapter's stands what its job began with: the base, or the parent adapter.
+    The base model's or the parent adapter's values, with which the job started, are given for comparison.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -69,20 +69,20 @@ class AdapterObject(BaseModel):
     name: str
     created_at: int
     job_id: str
-    owned_by: str = Field(description="The project that trained it; another than yours where it is shared with you.")
-    checkpoint_step: int | None = Field(description="Of a checkpoint: its step. Null of what a job ended with.")
+    owned_by: str = Field(description="Id of the project that trained it. Shared adapters belong to another project.")
+    checkpoint_step: int | None = Field(description="Step of a checkpoint; null for the final adapter of a job.")
     base_model: str
     base_digest: str
-    parent: str | None = Field(description="Name of the adapter that it continues.")
-    artifact: str = Field(description="Digest of its manifest.")
+    parent: str | None = Field(description="Name of the adapter from which it continues.")
+    artifact: str = Field(description="Digest of the manifest.")
     bytes: int
     num_parameters: int
     rank: int | None
     precision: Literal["bfloat16", "float32"] | None = Field(
-        description="The base's dtype in training and verification. Null where the record does not say."
+        description="Dtype of the base model in training and verification. Null if the lineage record lacks it."
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
-        description="How the base's linear layers were held in training and verification; serve it on the same."
+        description="Quantization of the base model in training and verification. Use the same to serve the adapter."
     )
     lineage_id: str
     verification: VerificationObject
@@ -91,12 +91,12 @@ class AdapterObject(BaseModel):
 
 class ArtifactFile(BaseModel):
     path: str
-    digest: str = Field(description="sha256 of the bytes.")
+    digest: str = Field(description="SHA-256 of the file's bytes.")
     num_bytes: int
 
 
 class ArtifactFiles(BaseModel):
-    """The manifest. Its canonical JSON (RFC 8785) of `files` and `kind` has the digest `artifact`."""
+    """The manifest. `artifact` is the SHA-256 of the canonical JSON (RFC 8785) of `files` and `kind`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -118,15 +118,15 @@ class ArtifactFiles(BaseModel):
 
 
 class DsseSignature(BaseModel):
-    keyid: str = Field(description="`kid` of a key in `/v1/keys.json`.")
-    sig: str = Field(description="Base64 of the Ed25519 signature.")
+    keyid: str = Field(description="The `kid` of a key in `/v1/keys.json`.")
+    sig: str = Field(description="Ed25519 signature in Base64.")
 
 
 class DsseEnvelope(BaseModel):
-    """A DSSE v1 envelope of an in-toto statement: its subject is the manifest, its predicate holds `lineage_id`."""
+    """A DSSE v1 envelope of an in-toto statement. Its subject is the manifest; its predicate contains `lineage_id`."""
 
-    payloadType: Literal["application/vnd.in-toto+json"]  # noqa: N815  (DSSE's name)
-    payload: str = Field(description="Base64 of the statement's JSON.")
+    payloadType: Literal["application/vnd.in-toto+json"]  # noqa: N815  (name in the DSSE specification)
+    payload: str = Field(description="JSON of the statement in Base64.")
     signatures: list[DsseSignature]
 
 
@@ -138,20 +138,20 @@ class PublicKey(BaseModel):
     use: Literal["sig"]
     alg: Literal["EdDSA"]
     kid: str
-    x: str = Field(description="Base64url of the 32 bytes of the key, without padding.")
+    x: str = Field(description="The 32 bytes of the key in Base64url, without padding.")
     retired_at: float | None = Field(
-        default=None, description="When the server's pepper was replaced: the service signs nothing with it since then."
+        default=None, description="Time at which the server's pepper was replaced. No record was signed with it since."
     )
 
 
 class PublicKeySet(BaseModel):
-    """The keys that this service signs lineage records with: the current one first, then previous ones."""
+    """The keys with which this service signs lineage records: the current one, then previous ones."""
 
     keys: list[PublicKey]
 
 
 class LineageObject(BaseModel):
-    """`lineage_id` is the sha256 of the RFC 8785 form of `lineage`; the record's `graph.parents` are such ids."""
+    """A lineage record. `lineage_id` is the SHA-256 of its RFC 8785 form; `graph.parents` contains such ids."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -175,14 +175,14 @@ class LineageObject(BaseModel):
     lineage_id: str
     lineage: dict[str, Any]
     signature: DsseEnvelope | None = Field(
-        description="Signs `lineage_id` and the manifest's digest with a key of `/v1/keys.json`. Null if the stored "
-        "record does not match its id or its files; `POST /v1/adapters/{adapter}/verify` lists the problems."
+        description="Signature of `lineage_id` and of the manifest's digest with a key of `/v1/keys.json`. Null if the "
+        "stored record does not match its id or its files; `POST /v1/adapters/{adapter}/verify` lists the problems."
     )
-    children: list[str] = Field(default=[], description="Names of the adapters that continue it, as of now.")
+    children: list[str] = Field(default=[], description="Names of the adapters that currently continue from it.")
 
 
 class AdapterVerification(BaseModel):
-    """What reading every stored byte again, and checking it against the record, has found."""
+    """Result of reading every stored byte and checking it against the record."""
 
     model_config = ConfigDict(
         json_schema_extra={

@@ -1,4 +1,4 @@
-"""The audit log."""
+"""Schemas of the audit log."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ _EXAMPLE: dict[str, Any] = {
 
 
 class AuditActor(BaseModel):
-    """Who did it."""
+    """The actor of a change."""
 
-    type: ActorType = Field(description="server: a command on the machine itself, which came over no API.")
-    id: str | None = Field(description="The API key; of a browser the one that signed it in.")
+    type: ActorType = Field(description="`server`: a command on the server itself, without an API request.")
+    id: str | None = Field(description="Id of the API key; for a browser, of the key that signed it in.")
     name: str | None
 
 
 class AuditEventObject(BaseModel):
-    """One change. It never changes itself; `link`, `previous` and `digest` are null until it is sealed."""
+    """One change. An event is immutable. `link`, `previous` and `digest` are null until it is sealed into the chain."""
 
     model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
     object: Literal["audit_event"] = "audit_event"
     id: str
     type: str
-    effective_at: float = Field(description="Seconds since 1970, with their fraction: the digest covers them so.")
+    effective_at: float = Field(description="Unix time in seconds, with the fraction that the digest covers.")
     actor: AuditActor
-    project_id: str | None = Field(description="null: of no project, such as a base model.")
-    object_id: str | None = Field(description="What was changed.")
-    request_id: str | None = Field(description="The x-request-id of the answer.")
-    address: str | None = Field(description="Who was connected; before a reverse proxy, the proxy.")
+    project_id: str | None = Field(description="Null for objects without a project, such as base models.")
+    object_id: str | None = Field(description="Id of the changed object.")
+    request_id: str | None = Field(description="The x-request-id of the response.")
+    address: str | None = Field(description="Address of the client, or of a reverse proxy that is not trusted.")
     details: dict[str, Any]
-    link: int | None = Field(description="Its place in the chain, from 1.")
-    previous: str | None = Field(description="Digest of the event before.")
+    link: int | None = Field(description="Position in the chain, from 1.")
+    previous: str | None = Field(description="Digest of the previous event.")
     digest: str | None = Field(
-        description="HMAC-SHA256 of the RFC 8785 form of the rest, without what is null, under a key of the server's."
+        description="HMAC-SHA256 of the RFC 8785 form of the other non-null fields, with a key of the server."
     )
 
 
 class AuditMisfit(BaseModel):
-    """Where the chain breaks."""
+    """The event at which the chain is broken."""
 
     link: int
     id: str | None
@@ -65,7 +65,7 @@ class AuditMisfit(BaseModel):
 
 
 class AuditVerification(BaseModel):
-    """What the verification of a part of the chain found. Go on with `after` = `last_link` while `has_more`."""
+    """Result of verifying a part of the chain. While `has_more` is true, continue with `after` = `last_link`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -83,14 +83,15 @@ class AuditVerification(BaseModel):
     )
     object: Literal["audit_verification"] = "audit_verification"
     is_sound: bool
-    num_events: int = Field(description="Whose digests are right.")
-    last_link: int = Field(description="The last of those.")
+    num_events: int = Field(description="Number of events with a correct digest.")
+    last_link: int = Field(description="Link of the last event with a correct digest.")
     last_digest: str
     has_more: bool
     misfit: AuditMisfit | None = Field(
-        description="The first event that doesn't fit; its id is null where it is gone. Of a false anchor, its name."
+        description="The first event that does not fit. Its id is null if the event is missing; for a wrong anchor, it "
+        "is the anchor's name."
     )
-    num_unsealed: int = Field(description="Written lately, and not in the chain yet.")
+    num_unsealed: int = Field(description="Recent events that are not sealed into the chain yet.")
 
 
 def audit_event_object(event: AuditEvent) -> AuditEventObject:

@@ -1,4 +1,4 @@
-"""The one shape of every refusal, as the openai client reads it."""
+"""The schema of error responses, which the openai client can read."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class QuotaReached(BaseModel):
-    """A limit of a project."""
+    """A quota of a project that has been reached."""
 
     name: str
     limit: float
     used: float
     resets_at: int | None = Field(
-        description="When it begins anew or enough of it is free, in seconds since 1970; null: not by itself."
+        description="Unix time at which the usage resets or enough quota is free; null if that is not automatic."
     )
 
 
 class ErrorBody(BaseModel):
-    message: str = Field(description="What is wrong, and what to do about it.")
-    remedy: str = Field(description="What to do about it, by itself; the message ends with it.")
+    message: str = Field(description="The problem, followed by the remedy.")
+    remedy: str = Field(description="How to fix the problem. The message ends with this text.")
     type: str = Field(description="Class of the error, such as invalid_request_error.")
-    param: str | None = Field(description="The field that is at fault, as a dotted path.")
-    code: str | None = Field(description="The error's name, to program against.")
-    quota: QuotaReached | None = Field(default=None, description="Of quota_exceeded alone: what is reached.")
+    param: str | None = Field(description="Dotted path of the invalid field.")
+    code: str | None = Field(description="Stable name of the error for programs.")
+    quota: QuotaReached | None = Field(default=None, description="The quota that is reached; only with quota_exceeded.")
 
 
 class ErrorResponse(BaseModel):
-    """Every answer with a status of 400 or more."""
+    """The body of every response with a status of 400 or more."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
                 "error": {
-                    "message": "'lora.rank' must be at least 1; it was 0. Correct this and send the request again.",
-                    "remedy": "Correct this and send the request again.",
+                    "message": "'lora.rank' must be at least 1; got 0. Correct the request and send it again.",
+                    "remedy": "Correct the request and send it again.",
                     "type": "invalid_request_error",
                     "param": "lora.rank",
                     "code": "invalid_value",

@@ -1,4 +1,4 @@
-"""Uploaded files."""
+"""Schemas of uploaded files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from catalog.tables.storage import File
 
 
 class FileObject(BaseModel):
-    """A file; one with the purpose `fine-tune` was checked line by line when it came in."""
+    """A file. The rows of a file with the purpose `fine-tune` were validated at upload."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -43,21 +43,21 @@ class FileObject(BaseModel):
     purpose: str
     status: Literal["uploaded", "processed", "error"] = "processed"
     expires_at: int | None = Field(
-        description="From then on it is gone, once no unfinished job reads it. Null: it stays until it is deleted."
+        description="The file is deleted after this time, once no unfinished job uses it. Null: it does not expire."
     )
     status_details: str | None = None
-    rows: int | None = Field(description="Lines of a data set; null for other purposes.")
-    kind: str | None = Field(description=f"What its rows are: {', '.join(KIND_NAMES)}; null for other purposes.")
-    digest: str = Field(description="sha256 of the content.")
+    rows: int | None = Field(description="Number of rows of a dataset; null for other purposes.")
+    kind: str | None = Field(description=f"Kind of its rows: {', '.join(KIND_NAMES)}; null for other purposes.")
+    digest: str = Field(description="SHA-256 of the content.")
     same_content_as: str | None = Field(
-        default=None, description="In the answer to an upload: an earlier file of the project with the same bytes."
+        default=None, description="In an upload's response: an earlier file of the project with the same bytes."
     )
 
 
 class ExpiresAfter(Strict):
-    """OpenAI's: a file that goes by itself."""
+    """The expiry of a file, as in OpenAI's API."""
 
-    anchor: Literal["created_at"] = Field(description="From when the seconds count.")
+    anchor: Literal["created_at"] = Field(description="Time from which the seconds count.")
     seconds: int = Field(ge=LIFETIME_SECONDS[0], le=LIFETIME_SECONDS[1])
 
 
@@ -68,7 +68,7 @@ class FileDeleted(BaseModel):
 
 
 class DataReport(BaseModel):
-    """What preparation found in a file: rows, tokens, what was cut and what was left out."""
+    """The data report of a file: numbers of rows and tokens, and of truncated and skipped rows."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -82,12 +82,12 @@ class DataReport(BaseModel):
     )
     object: Literal["data_report"] = "data_report"
     file: str = Field(description="Id of the file.")
-    model: str = Field(description="Base model whose tokenizer and template were used.")
+    model: str = Field(description="Base model whose tokenizer and chat template were used.")
     report: dict[str, Any] | None = Field(description="Null until a worker has prepared the file.")
 
 
 def lifetime_seconds(form: Mapping[str, str]) -> int | None:
-    """As the fields `expires_after[…]` of a form say it. Raises RequestValidationError."""
+    """Return the lifetime in the form fields `expires_after[…]`. Raises RequestValidationError."""
     prefix = "expires_after["
     given = {name.removeprefix(prefix)[:-1]: value for name, value in form.items() if name.startswith(prefix)}
     if not given:

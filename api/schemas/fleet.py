@@ -1,4 +1,4 @@
-"""The queue and the workers."""
+"""Schemas of the queue and the workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from catalog.tables.table import Json
 
 
 class QueueEntry(BaseModel):
-    """An unfinished job and its place."""
+    """An unfinished job and its queue position."""
 
     model_config = ConfigDict(extra="allow")
     job_id: str
@@ -20,13 +20,13 @@ class QueueEntry(BaseModel):
     base_model: str
     priority: str
     position: int | None = Field(
-        default=None, description="Turn in the whole queue, from 1; null where it has none now."
+        default=None, description="Position in the whole queue, from 1; null if the job has none now."
     )
-    reason: str | None = Field(default=None, description="Why this is its turn.")
+    reason: str | None = Field(default=None, description="Explanation of the position.")
 
 
 class QueueObject(BaseModel):
-    """A snapshot of the queue: those with a turn first, in order."""
+    """A snapshot of the queue: jobs with a position first, in scheduling order."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -50,31 +50,33 @@ class QueueObject(BaseModel):
         },
     )
     object: Literal["queue"] = "queue"
-    as_of: float = Field(description="Seconds since 1970 by the database's clock.")
+    as_of: float = Field(description="Unix time in seconds, by the database's clock.")
     counts: dict[str, int] = Field(description="Unfinished jobs by state.")
     jobs: list[QueueEntry]
 
 
 class CordonRequest(Strict):
-    """Why a worker is to take no more."""
+    """The reason for a cordon."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"reason": "Its fan is replaced."}})
-    reason: str | None = Field(default=None, min_length=1, max_length=200, description="For whoever asks; all see it.")
+    reason: str | None = Field(
+        default=None, min_length=1, max_length=200, description="Free text; visible to all users."
+    )
 
 
 class CordonObject(BaseModel):
-    """Why a worker takes nothing new."""
+    """The cordon of a worker, which claims no new jobs."""
 
-    by: Literal["operator", "service"] = Field(description="service: jobs failed on it one after the other.")
+    by: Literal["operator", "service"] = Field(description="`service`: several jobs in a row failed on the worker.")
     reason: str | None
-    at: float = Field(description="Seconds since 1970 by the database's clock.")
+    at: float = Field(description="Unix time in seconds, by the database's clock.")
     evidence: list[dict[str, Any]] | None = Field(
-        description="The ends of attempts for which the service cordoned it. null but for operators."
+        description="The failed attempts for which the service cordoned the worker. Null except with an operator key."
     )
 
 
 class WorkerObject(BaseModel):
-    """A process that trains. Where it runs is shown to operators."""
+    """A worker process. `host`, `pid` and `report` are null except with an operator key."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"id": "worker-1", "state": "busy", "resident_base": "9f86d081884c7d65"}}
@@ -82,26 +84,30 @@ class WorkerObject(BaseModel):
     id: str
     object: Literal["worker"] = "worker"
     state: Literal["idle", "busy", "draining", "lost", "ended"] = Field(
-        description="busy: it trains a job. A base may stay loaded in an idle one."
+        description="`busy`: it trains at least one job. An idle worker may keep a base model loaded."
     )
-    cordon: CordonObject | None = Field(description="It takes nothing new, and finishes what it holds. null: it does.")
+    cordon: CordonObject | None = Field(
+        description="Set if the worker is cordoned: it finishes the jobs it holds and claims no new ones."
+    )
     host: str | None
     pid: int | None
     devices: list[Any]
     version: str
-    protocol: int | None = Field(description="How it works with the service: one in the window that this one takes.")
+    protocol: int | None = Field(description="Version of its protocol; the service supports a range of versions.")
     memory_bytes: int
     started_at: int
     last_seen_at: int
     ended_at: int | None
-    resident_base: str | None = Field(description="Digest of the base that it holds; null where it is lost or ended.")
-    resident_base_names: list[str] = Field(description="Names of that base.")
+    resident_base: str | None = Field(
+        description="Digest of the loaded base model; null if the worker is lost or ended."
+    )
+    resident_base_names: list[str] = Field(description="Names of the loaded base model.")
     trainer_id: str | None
     report: dict[str, Any] | None
 
 
 def worker_object(view: WorkerView, *, shows_all: bool) -> WorkerObject:
-    """shows_all: to an operator, also where it runs and what failed there."""
+    """Return a worker's response. `shows_all`: include the fields that only operators may see."""
     row, is_there = view.worker, view.state not in ("lost", "ended")
     return WorkerObject.model_validate(
         {

@@ -1,4 +1,4 @@
-"""What a job leaves behind: events, checkpoints, points of its curves, attempts, and why it waits."""
+"""Schemas of a job's events, log lines, checkpoints, metrics, attempts and explanation."""
 
 from __future__ import annotations
 
@@ -39,26 +39,28 @@ class FineTuningJobEvent(BaseModel):
 
 
 class Rewards(BaseModel):
-    """Of a job that compares answers: means over the pairs, or the labeled answers, of a step or of the held-out set.
+    """Rewards of a preference job: means over the pairs, or the labeled answers, of a step or of the validation file.
 
-    What a reward is, the method says: of dpo and kto, beta times the log of how much likelier the adapter makes an
-    answer. Of kto, `chosen` is of answers with the label true and `rejected` of the others; null where a step has none.
+    The method defines the reward. For dpo and kto it is beta times the log ratio of the answer's probabilities under
+    the adapter and under the reference. For kto, `chosen` covers answers with the label true and `rejected` those with
+    the label false; a value is null if a step has no such answers.
     """
 
     chosen: float | None = None
     rejected: float | None = None
-    margin: float | None = Field(default=None, description="chosen - rejected.")
+    margin: float | None = Field(default=None, description="`chosen` minus `rejected`.")
     accuracy: float = Field(
-        description="Part of the pairs whose preferred answer has the greater reward; of kto, of the answers whose "
-        "reward is above beta times kl where the label is true, and below it where it is false."
+        description="Fraction of pairs whose preferred answer has the higher reward. For kto: fraction of answers "
+        "whose reward is above beta times `kl` if the label is true, or below it if the label is false."
     )
     kl: float | None = Field(
-        default=None, description="Of kto: how far the adapter is from its base, in nats, which rewards are held to."
+        default=None,
+        description="For kto: divergence of the adapter from the reference in nats, the baseline of rewards.",
     )
 
 
 class CheckpointMetrics(BaseModel):
-    """As they were at the step; what was not measured is null."""
+    """Metrics at the step of the checkpoint; null if not measured."""
 
     step: float | None = None
     train_loss: float | None = None
@@ -94,12 +96,12 @@ class FineTuningJobCheckpoint(BaseModel):
     step_number: int
     metrics: CheckpointMetrics
     available: bool = Field(
-        description="It can be used as a model: the newest two of a job can, until seven days after its end."
+        description="Whether it can be used as a model: the newest two of a job, until seven days after the job's end."
     )
 
 
 class LogLine(BaseModel):
-    """A line that a trainer printed while it held the job. Secrets and names of others' jobs are taken out."""
+    """A line that a trainer printed while it held the job. Secrets and names of other projects' jobs are removed."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"id": "1-0-7", "attempt": 1, "rank": 0, "number": 7, "text": "Loading…"}}
@@ -107,8 +109,8 @@ class LogLine(BaseModel):
     id: str
     object: Literal["fine_tuning.job.log_line"] = "fine_tuning.job.log_line"
     attempt: int
-    rank: int = Field(description="Which of the trainer's processes; 0 where there is one.")
-    number: int = Field(description="In what is kept of that process, from 1.")
+    rank: int = Field(description="Rank of the trainer process; 0 if there is only one.")
+    number: int = Field(description="Line number in the stored log of that process, from 1.")
     text: str
 
 
@@ -117,7 +119,7 @@ def log_line(line: Line) -> LogLine:
 
 
 class MetricPoint(BaseModel):
-    """One point of a curve. A step that is trained again after a resume replaces its point."""
+    """One point of a curve. If a step is trained again after a resume, its new point replaces the old one."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"kind": "train", "step": 12, "loss": 1.83}})
     object: Literal["fine_tuning.job.metric"] = "fine_tuning.job.metric"
@@ -125,7 +127,7 @@ class MetricPoint(BaseModel):
     step: int
     created_at: int
     loss: float | None = Field(
-        description="Mean over supervised tokens, or over what is compared; null where it was not finite."
+        description="Mean over trained tokens, or over pairs or labeled answers; null if the loss was not finite."
     )
     token_accuracy: float | None
     learning_rate: float | None
@@ -135,7 +137,7 @@ class MetricPoint(BaseModel):
 
 
 class AttemptObject(BaseModel):
-    """One claim of the job by one worker."""
+    """An attempt: one claim of the job by a worker."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -152,36 +154,39 @@ class AttemptObject(BaseModel):
     reason: str | None
     detail: str | None
     resumed_from_step: int | None
-    packmates: list[str] = Field(description="Jobs that trained in the same trainer at some time.")
-    why: dict[str, Any] | None = Field(description="What the decision to run it was made from.")
+    packmates: list[str] = Field(description="Jobs that trained in the same trainer during the attempt.")
+    why: dict[str, Any] | None = Field(description="Inputs of the scheduling decision.")
 
 
 class DividedBlocks(BaseModel):
-    """Of a divided base. Embeddings, head and last norm are in no block: each device holds them."""
+    """The blocks of a sharded base model. Embeddings, head and final norm are in no block: every device holds them."""
 
     count: int | None
-    bytes: int = Field(description="Of all blocks.")
-    share_bytes: int = Field(description="That each device holds all the time, or its host for it.")
-    gathered_bytes: int = Field(description="Of blocks that a device holds whole at one time, beside its share.")
+    bytes: int = Field(description="Total size of all blocks.")
+    share_bytes: int = Field(description="Size of the shard that each device holds, or that the host holds for it.")
+    gathered_bytes: int = Field(
+        description="Size of the full blocks that a device holds at one time, in addition to its shard."
+    )
 
 
 class Placement(BaseModel):
-    """A device group that the job trains on, or could, and how each of its devices holds the base."""
+    """A device group on which the job trains or could train, and how the base model is held there."""
 
-    kind: str = Field(description="cuda or cpu.")
-    num_devices: int = Field(description="Processes of its trainer: one on each GPU.")
-    num_workers: int = Field(description="Workers with such a group.")
+    kind: str = Field(description="`cuda` or `cpu`.")
+    num_devices: int = Field(description="Number of trainer processes: one on each GPU.")
+    num_workers: int = Field(description="Number of workers with such a device group.")
     strategy: Strategy = Field(
-        description="Each device holds the whole base, or of each block its share, there or in the host's memory."
+        description="How the base model is held: replicated on each device, or sharded across the devices, with the "
+        "shards in device memory or offloaded to the host's memory."
     )
-    reason: str = Field(description="Why it is held so.")
-    needed_bytes: int = Field(description="On each device, with a trainer to itself.")
-    memory_bytes: int = Field(description="Of each device, the smallest of them.")
-    blocks: DividedBlocks | None = Field(description="Null where each device holds the whole base.")
+    reason: str = Field(description="Explanation of the strategy.")
+    needed_bytes: int = Field(description="Memory needed on each device if the job trains alone.")
+    memory_bytes: int = Field(description="Memory of the smallest device of the group.")
+    blocks: DividedBlocks | None = Field(description="Null if the base model is replicated.")
 
 
 class WhyObject(BaseModel):
-    """Why the job is where it is, and what it waits for."""
+    """Explanation of the job's state."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -195,18 +200,18 @@ class WhyObject(BaseModel):
         },
     )
     state: str
-    explanation: str = Field(description="One sentence for a person.")
+    explanation: str = Field(description="One sentence for users.")
     object: Literal["fine_tuning.job.why"] = "fine_tuning.job.why"
     job_id: str
     placements: list[Placement] | None = Field(
         default=None,
-        description="Of a running job where it trains; of a queued one the groups of workers that run and hold it. "
-        "Null in other states.",
+        description="For a running job, where it trains. For a queued job, the device groups of live workers that can "
+        "hold it. Null in other states.",
     )
 
 
 class JobDataReport(BaseModel):
-    """What preparation found in the job's files; null for a file that is not there or not prepared yet."""
+    """Data reports of the job's files; null for a file that does not exist or is not prepared yet."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -241,7 +246,7 @@ def event_object(row: JobEvent) -> FineTuningJobEvent:
 def checkpoint_object(
     row: Checkpoint, *, name: str, train: Point | None, valid: Point | None
 ) -> FineTuningJobCheckpoint:
-    """`train`, `valid`: the points of the curves at its step."""
+    """Return a checkpoint's response. `train` and `valid` are the points of the curves at its step."""
     return FineTuningJobCheckpoint(
         id=row.id,
         created_at=int(row.created_at),

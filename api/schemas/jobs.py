@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: every field of OpenAI's job, then Lorry's."""
+"""Schemas of fine-tuning jobs: the fields of OpenAI's job, then Lorry's."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def _body_tag(body: Any) -> str:
 
 
 JobBody = Annotated[Annotated[JobRequest, Tag("job")] | Annotated[PlannedJob, Tag("planned")], Discriminator(_body_tag)]
-"""With `plan`, the job of a plan; else a job with all its fields."""
+"""A body with `plan` creates the job of that plan; any other body contains the fields of the job."""
 
 Phase = Literal["loading", "training", "verifying"]
 
 
 class JobError(BaseModel):
-    """Why a job failed."""
+    """The error with which a job failed."""
 
     model_config = ConfigDict(extra="allow")
     code: str
@@ -88,7 +88,7 @@ class JobError(BaseModel):
 
 
 class ResolvedHyperparameters(BaseModel):
-    """OpenAI's three numbers, with every `auto` resolved."""
+    """OpenAI's hyperparameters, with every `auto` resolved."""
 
     batch_size: int
     learning_rate_multiplier: float
@@ -96,7 +96,7 @@ class ResolvedHyperparameters(BaseModel):
 
 
 class MethodObject(BaseModel):
-    """Its type, and under the type's name its numbers with every `auto` resolved."""
+    """The method's type, and under the type's name its hyperparameters with every `auto` resolved."""
 
     model_config = ConfigDict(extra="allow")
     type: MethodType
@@ -133,14 +133,14 @@ class OptimizerObject(BaseModel):
 class ScheduleObject(BaseModel):
     type: str
     warmup_ratio: float
-    decay_ratio: float | None = Field(description="Null where the type has none.")
+    decay_ratio: float | None = Field(description="Null for schedules without decay phase.")
 
 
 class EvaluationObject(BaseModel):
-    every_steps: int | None = Field(description="Null: ten times over the job.")
-    keep: Literal["last", "best"] = Field(description="Whose weights become the adapter.")
+    every_steps: int | None = Field(description="Steps between evaluations. Null: ten evaluations over the job.")
+    keep: Literal["last", "best"] = Field(description="Weights to export: `best` (lowest validation loss) or `last`.")
     samples: Samples | None = Field(
-        default=None, description="What is answered at each; the answers are in events, as data.samples."
+        default=None, description="Prompts answered at each evaluation; the answers are in events, as data.samples."
     )
 
 
@@ -150,14 +150,14 @@ class DataObject(BaseModel):
 
 
 class ResourcesObject(BaseModel):
-    """What it trains on."""
+    """Devices that the job trains on."""
 
     devices: int = 1
     strategy: Literal["single"] = "single"
 
 
 class Progress(BaseModel):
-    """How far the job is. Times are estimates."""
+    """Progress of the job. Times are estimates."""
 
     model_config = ConfigDict(extra="allow")
     step: int = 0
@@ -165,29 +165,29 @@ class Progress(BaseModel):
     epoch: float | None = None
     loss: float | None = None
     tokens_per_second: float | None = None
-    seconds_left: float | None = Field(default=None, description="From updated_at on.")
-    updated_at: float | None = Field(default=None, description="When all this was so, by the database's clock.")
+    seconds_left: float | None = Field(default=None, description="Estimated remaining seconds, as of `updated_at`.")
+    updated_at: float | None = Field(default=None, description="Time of these values, by the database's clock.")
     valid_loss: float | None = Field(
-        default=None, description="Loss of the latest evaluation on held-out data; null before the first."
+        default=None, description="Validation loss of the latest evaluation; null before the first."
     )
-    best_valid_loss: float | None = Field(default=None, description="The lowest of those.")
-    kept_step: int | None = Field(default=None, description="Whose weights the adapter has; null before the end.")
+    best_valid_loss: float | None = Field(default=None, description="Lowest validation loss so far.")
+    kept_step: int | None = Field(default=None, description="Step of the exported weights; null before the end.")
     kept_valid_loss: float | None = Field(
-        default=None, description="Loss of the adapter on held-out data, at kept_step; null before the end."
+        default=None, description="Validation loss of the adapter, at `kept_step`; null before the end."
     )
-    stopped_early: str | None = Field(default=None, description="Why the job ended before its last step.")
+    stopped_early: str | None = Field(default=None, description="Reason why the job ended before its last step.")
 
 
 class TrialOf(BaseModel):
-    """Which trial of which sweep a job is."""
+    """The sweep and the trial that a job belongs to."""
 
-    id: str = Field(description="Of the sweep.")
-    trial: int = Field(description="Its number, from 0.")
+    id: str = Field(description="Id of the sweep.")
+    trial: int = Field(description="Number of the trial, from 0.")
     parameters: dict[str, Any]
 
 
 class JobMove(Strict):
-    """Where a job is to stand among its project's jobs of its class that wait: one of the three."""
+    """New position among the project's waiting jobs of the same priority. Exactly one field must be set."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -197,8 +197,8 @@ class JobMove(Strict):
             ],
         }
     )
-    before: str | None = Field(default=None, max_length=64, description="Id of the job that it goes before.")
-    after: str | None = Field(default=None, max_length=64, description="Id of the job that it goes behind.")
+    before: str | None = Field(default=None, max_length=64, description="Id of the job to move before.")
+    after: str | None = Field(default=None, max_length=64, description="Id of the job to move behind.")
     to: Literal["first", "last"] | None = None
 
 
@@ -213,19 +213,19 @@ class FineTuningJob(BaseModel):
     estimated_finish: int | None
     status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
     phase: Phase | None = Field(
-        description="Of a running job. loading: no trainer has ever taken it yet; verifying: all its steps are done, "
-        "or it ended early, and PEFT checks the adapter. Null in any other state."
+        description="Phase of a running job. `loading`: no trainer has received it yet. `verifying`: all steps are "
+        "done, or the job stopped early, and PEFT verifies the adapter. Null in other states."
     )
-    reason: str | None = Field(description="Why the last attempt ended.")
+    reason: str | None = Field(description="Reason why the last attempt ended.")
     model: str
     base_digest: str
-    sweep: TrialOf | None = Field(description="Of a trial; null of any other job.")
-    parent_adapter: str | None = Field(description="Name of the adapter that it continues.")
+    sweep: TrialOf | None = Field(description="The sweep and trial; null if the job is not a trial.")
+    parent_adapter: str | None = Field(description="Name of the adapter from which the job continues.")
     fine_tuned_model: str | None
     adapter_id: str | None
-    organization_id: str = Field(description="That of the project.")
+    organization_id: str = Field(description="Organization of the project.")
     result_files: list[str] = Field(
-        description="Id of a CSV file with the job's curves: of a job that has succeeded. The file may be deleted."
+        description="Id of a CSV file with the curves of a job that has succeeded. The file may have been deleted."
     )
     seed: int
     trained_tokens: int | None
@@ -235,7 +235,7 @@ class FineTuningJob(BaseModel):
     method: MethodObject
     suffix: str | None
     error: JobError | None
-    integrations: list[dict[str, Any]] = Field(description="Trackers that its curves are written to.")
+    integrations: list[dict[str, Any]] = Field(description="Trackers to which the job's metrics are exported.")
     metadata: dict[str, str] | None
     tags: list[str]
     resources: ResourcesObject = ResourcesObject()
@@ -246,23 +246,25 @@ class FineTuningJob(BaseModel):
     data: DataObject
     early_stopping: EarlyStopping | None
     precision: str
-    quantization: Literal["none", "nf4", "int8"] = Field(description="How the base's linear layers are held.")
+    quantization: Literal["none", "nf4", "int8"] = Field(description="Quantization of the base model's linear layers.")
     max_length: int
     max_steps: int | None
     checkpoint_every_steps: int
-    requested: dict[str, Any] = Field(description="The request as it came: what it left out is not there.")
+    requested: dict[str, Any] = Field(description="The request as received. Omitted fields are absent.")
     priority: Literal["urgent", "normal", "batch"]
-    deadline: int | None = Field(description="When it should have ended. One that can't is told so, and goes on.")
-    is_held: bool = Field(description="It waits, and isn't chosen before it is released.")
+    deadline: int | None = Field(
+        description="Unix time by which the job should finish. If it can't, an event reports it and the job continues."
+    )
+    is_held: bool = Field(description="Whether the job stays in the queue and does not start until it is released.")
     seconds_running: float = Field(
-        description="Seconds under a worker's claim, over all attempts: without waiting and pauses."
+        description="Seconds under a worker's claim, over all attempts. Waiting and pauses do not count."
     )
     num_steps: int | None = Field(description="Known once the files are prepared.")
     progress: Progress | None
     attempt: int
     trainer_id: str | None
     worker_id: str | None
-    run_after: int | None = Field(description="A retry waits until then.")
+    run_after: int | None = Field(description="Unix time before which a retry does not start.")
     cancel_requested: bool
     pause_requested: bool
 
@@ -285,7 +287,7 @@ def job_object(
 
 
 def configuration(spec: JobSpec) -> dict[str, Any]:
-    """What a job is to do, with every number known, as fields of the wire."""
+    """Return the resolved configuration of a job as response fields."""
     shared = ResolvedHyperparameters(
         batch_size=spec.batch_size, learning_rate_multiplier=spec.learning_rate_multiplier, n_epochs=spec.n_epochs
     )
@@ -309,7 +311,7 @@ def configuration(spec: JobSpec) -> dict[str, Any]:
 
 
 def _identity(row: Job) -> dict[str, Any]:
-    """What was asked for, and by whom."""
+    """Return the fields of the submission."""
     return {
         "id": row.id,
         "created_at": int(row.created_at),
@@ -328,7 +330,7 @@ def _identity(row: Job) -> dict[str, Any]:
 
 
 def _run(row: Job) -> dict[str, Any]:
-    """What has become of it."""
+    """Return the fields that change while the job is processed."""
     return {
         "status": row.state,
         "phase": phase_of(row),
@@ -353,7 +355,8 @@ def _run(row: Job) -> dict[str, Any]:
 
 
 def _estimated_finish(row: Job) -> int | None:
-    """Reckoned when the progress was told, so that it stands still in between. What was stored before has no time."""
+    """Return the estimate made when the progress was updated, so that it is stable until the next update. Progress that
+    older versions stored has no time."""
     progress = row.progress or {}
     seconds_left, updated_at = progress.get("seconds_left"), progress.get("updated_at")
     if row.state != "running" or seconds_left is None or updated_at is None:

@@ -1,4 +1,4 @@
-"""API keys: what is asked for, and what is told of them. The text of a key is told once, to who makes it."""
+"""Schemas of API keys. Only the response that creates a key contains its secret."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from catalog.tenancy.authentication import is_live
 from catalog.tenancy.scopes import SCOPES, Scope, granted
 
 LAST_SECOND = 253402300799
-"""The end of the year 9999."""
+"""The last second of the year 9999."""
 NAME = r"^[^\x00-\x1f\x7f]+$"
 DAY = 86_400
 _EXAMPLE: dict[str, Any] = {
@@ -38,67 +38,77 @@ _EXAMPLE: dict[str, Any] = {
     "highest_priority": "normal",
 }
 MOST = 1_000_000_000
-_REQUESTS = "Requests a minute. null: the service's; 0: without limit."
-_HIGHEST = "The highest priority that its jobs may have: its project's limit holds as well."
-_JOBS = "Jobs that it may create in a day. null: the service's; 0: without limit."
+_REQUESTS = "Requests per minute. Null: the service's limit; 0: no limit."
+_HIGHEST = "Highest priority of the key's jobs. The project's limit applies too."
+_JOBS = "Jobs that the key may create per day. Null: the service's limit; 0: no limit."
 
 
 class ApiKeyRequest(Strict):
-    """A key can't have more than the one that asks for it."""
+    """A new API key. It can't have more rights than the key that creates it."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"name": "ci", "scopes": _EXAMPLE["scopes"], "expires_at": 1797776000}},
     )
-    name: str = Field(min_length=1, max_length=64, pattern=NAME, description="What it is for.")
+    name: str = Field(min_length=1, max_length=64, pattern=NAME, description="Purpose of the key.")
     scopes: list[Scope] | None = Field(
-        default=None, min_length=1, max_length=len(SCOPES), description="What it may do. null: all that yours can give."
+        default=None, min_length=1, max_length=len(SCOPES), description="Scopes. Null: all that your key can grant."
     )
     expires_at: int | None = Field(
-        default=None, gt=0, le=LAST_SECOND, description="Seconds since 1970. null: when yours does, which may be never."
+        default=None, gt=0, le=LAST_SECOND, description="Unix time in seconds. Null: the expiry of your key, if any."
     )
-    is_operator: bool = Field(default=False, description="May do what reaches beyond a project. For operators.")
+    is_operator: bool = Field(
+        default=False, description="Whether it may act beyond a project. Requires an operator key."
+    )
     project: str | None = Field(
         default=None,
         min_length=1,
         max_length=64,
-        description="Id or name. null: yours. Another's: for operators.",
+        description="Project id or name. Null: your project. Other projects require an operator key.",
         json_schema_extra=WITHOUT_NUL,
     )
     requests_per_minute: int | None = Field(
-        default=None, ge=0, le=MOST, description="0: without limit. null: as your key's. Else for operators to say."
+        default=None,
+        ge=0,
+        le=MOST,
+        description="Null: the limit of your key; 0: no limit. Other values require an operator key.",
     )
-    jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description="The same, of jobs that it creates.")
+    jobs_per_day: int | None = Field(
+        default=None,
+        ge=0,
+        le=MOST,
+        description="Jobs per day. Null: the limit of your key; 0: no limit. Other values require an operator key.",
+    )
     highest_priority: Priority | None = Field(
         default=None,
-        description=f"{_HIGHEST} null: normal, or your key's where that is lower. Else for operators to say.",
+        description=f"{_HIGHEST} Null: normal, or that of your key if lower. Other values require an operator key.",
     )
 
 
 class RotateRequest(Strict):
-    """How one key takes the place of another."""
+    """The rotation of a key."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"overlap_seconds": DAY}})
-    overlap_seconds: int = Field(default=DAY, ge=0, le=90 * DAY, description="How long the old key is still good.")
+    overlap_seconds: int = Field(default=DAY, ge=0, le=90 * DAY, description="Time that the old key stays valid.")
     expires_at: int | None = Field(
-        default=None, gt=0, le=LAST_SECOND, description="Of the new key. null: when the old one would have ended."
+        default=None, gt=0, le=LAST_SECOND, description="Expiry of the new key. Null: that of the old key."
     )
 
 
 class RevokeRequest(Strict):
-    """What is revoked and cancelled together with a key."""
+    """Objects to revoke and cancel together with a key."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"cancel": True, "with_descendants": True}})
     cancel: bool = Field(
         default=False,
-        description="Cancel the unfinished jobs and sweeps that the revoked keys created. Needs the scope jobs:write.",
+        description="Cancel the unfinished jobs and sweeps that the revoked keys created. Requires `jobs:write`.",
     )
     with_descendants: bool = Field(
-        default=False, description="Also revoke the keys that it created, and those that these created, and so on."
+        default=False, description="Also revoke the keys that this key created, directly or through other keys."
     )
 
 
 class LimitsRequest(Strict):
-    """What is left out stays as it is."""
+    """Changes of a key's limits. Omitted fields stay unchanged."""
 
     model_config = ConfigDict(json_schema_extra=changes_schema({"requests_per_minute": 600}))
     requests_per_minute: int | None = Field(default=None, ge=0, le=MOST, description=_REQUESTS)
@@ -107,39 +117,39 @@ class LimitsRequest(Strict):
 
 
 class ApiKeyObject(BaseModel):
-    """A key, without what it takes to use it."""
+    """An API key, without its secret."""
 
     model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
     object: Literal["api_key"] = "api_key"
     id: str
     name: str
-    redacted_value: str = Field(description="Its beginning and its last characters, to tell it from others by.")
+    redacted_value: str = Field(description="The first and last characters of the secret, to distinguish keys.")
     project_id: str
     status: Literal["active", "expired", "revoked"]
-    scopes: list[str] = Field(description="What it may do.")
+    scopes: list[str] = Field(description="Scopes of the key.")
     is_operator: bool
     created_at: int
-    created_by: str | None = Field(description="The key that made it; null: a command on the server itself.")
+    created_by: str | None = Field(description="Id of the key that created it. Null: a command on the server itself.")
     expires_at: int | None
-    last_used_at: int | None = Field(description="To the minute.")
+    last_used_at: int | None = Field(description="Unix time of the last use, accurate to the minute.")
     revoked_at: int | None
-    replaced_by: str | None = Field(description="Id of the key that took its place; until expires_at both are good.")
+    replaced_by: str | None = Field(description="Id of the key that replaced it. Both are valid until `expires_at`.")
     requests_per_minute: int | None = Field(description=_REQUESTS)
     jobs_per_day: int | None = Field(description=_JOBS)
     highest_priority: Priority = Field(description=_HIGHEST)
 
 
 class ApiKeyCreated(ApiKeyObject):
-    """A new key, and its text."""
+    """A new API key with its secret."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {**_EXAMPLE, "value": "lorry_key-5b7d1c0e9f3a4c2b8d6e7f01_…"}}
     )
-    value: str = Field(description="The key itself: it is shown this once.")
+    value: str = Field(description="The secret. No other response contains it.")
 
 
 class ApiKeyRevoked(ApiKeyObject):
-    """A revoked key, and what is left of its work."""
+    """A revoked key, and the unfinished work of the revoked keys."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -155,7 +165,7 @@ class ApiKeyRevoked(ApiKeyObject):
         }
     )
     revoked_keys: list[str] = Field(description="Ids of the key and, if requested, of its descendants.")
-    valid_descendants: int = Field(description="Valid keys that the key, or a key that it created, has created.")
+    valid_descendants: int = Field(description="Number of valid keys that the key created, directly or indirectly.")
     unfinished_jobs: int = Field(
         description="Unfinished jobs that the revoked keys created and whose cancellation is not requested."
     )

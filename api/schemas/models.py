@@ -1,4 +1,4 @@
-"""What can be named as a model: bases, adapters and checkpoints."""
+"""Schemas of models: base models, adapters and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from catalog.tables.storage import Adapter, BaseModelRow
 
 
 class AddModelRequest(Strict):
-    """A base model to import. The source is on the service's side."""
+    """A base model to import. The worker that imports it must be able to read the source."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"name": "smollm2-135m", "kind": "folder", "source": "/models/smollm2-135m"}},
@@ -21,17 +21,17 @@ class AddModelRequest(Strict):
     name: str = Field(
         min_length=1,
         max_length=64,
-        description="A label of letters, digits, '.', '_' and '-'.",
+        description="Name of letters, digits, '.', '_' and '-'.",
         json_schema_extra={"pattern": LABEL_PATTERN},
     )
     kind: Literal["hub", "folder", "gguf"]
     source: str = Field(
         min_length=1,
         max_length=4096,
-        description="Hub id, folder of safetensors, or GGUF file.",
+        description="Hugging Face Hub id, folder with safetensors files, or GGUF file.",
         json_schema_extra={"pattern": SOURCE_PATTERN},
     )
-    revision: str | None = Field(default=None, max_length=255, description="Commit of a hub id.")
+    revision: str | None = Field(default=None, max_length=255, description="Commit, for a Hub id.")
 
 
 class ModelError(BaseModel):
@@ -42,7 +42,7 @@ class ModelError(BaseModel):
 
 
 class ModelObject(BaseModel):
-    """OpenAI's four fields, then Lorry's."""
+    """A model: OpenAI's four fields, then Lorry's."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -64,17 +64,17 @@ class ModelObject(BaseModel):
     owned_by: str
     kind: Literal["base", "adapter", "checkpoint"]
     state: Literal["importing", "ready", "failed"] = "ready"
-    base: str | None = Field(default=None, description="The base model that an adapter belongs on.")
-    digest: str | None = Field(default=None, description="Digest of its manifest: equal digests are equal bytes.")
+    base: str | None = Field(default=None, description="Base model of an adapter.")
+    digest: str | None = Field(default=None, description="Digest of the manifest; equal digests mean equal bytes.")
     description: dict[str, Any] | None = Field(
-        default=None, description="A base's architecture, parameters and shapes."
+        default=None, description="Architecture, parameters and shapes of a base model."
     )
-    source: str | None = Field(default=None, description="Where a base came from. A path is shown to operators only.")
+    source: str | None = Field(default=None, description="Source of a base model. Only operators see a path.")
     revision: str | None = None
     local_path: str | None = Field(
-        default=None, description="Folder of a base on the service's machine; for operators."
+        default=None, description="Folder of a base model on the API server's machine. Only operators see it."
     )
-    error: ModelError | None = Field(default=None, description="Why an import failed; all of it for operators.")
+    error: ModelError | None = Field(default=None, description="Reason of a failed import. Only operators see details.")
 
 
 class ModelDeleted(BaseModel):
@@ -102,11 +102,11 @@ def base_object(row: BaseModelRow, *, local_path: str | None, shows_paths: bool)
 
 
 def _without_paths(error: dict[str, Any]) -> dict[str, Any]:
-    """An import's own words may quote folders and a log of the service's machine."""
+    """Return a generic error, because the import's own message may quote paths and logs of the service's machine."""
     return {
         "code": error.get("code", "import_failed"),
         "message": "The import failed.",
-        "remedy": "An operator is shown the reason, and can add the model again.",
+        "remedy": "Ask an operator, who can see the reason and add the model again.",
     }
 
 

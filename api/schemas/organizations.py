@@ -1,4 +1,4 @@
-"""Organizations."""
+"""Schemas of organizations."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ _EXAMPLE: dict[str, Any] = {
 
 
 class OrganizationRequest(Strict):
-    """An organization to make, or its new name."""
+    """A new organization, or a new name."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"name": "research"}})
     name: OwnerName
 
 
 class OrganizationObject(BaseModel):
-    """Whose projects are whose."""
+    """An organization: a group of projects. Models can be shared only between projects of the same organization."""
 
     model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
     object: Literal["organization"] = "organization"
     id: str
     name: str
     created_at: int
-    created_by: str | None = Field(description="The key that made it; null: the service itself, or a command on it.")
+    created_by: str | None = Field(
+        description="Id of the key that created it. Null: the service itself, or a command on the server."
+    )
 
 
 def organization_object(row: Organization) -> OrganizationObject:

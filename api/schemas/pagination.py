@@ -1,4 +1,4 @@
-"""Lists: one page of newest-first (or as asked) items, and whether there are more."""
+"""The schema of a page of a list."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ Item = TypeVar("Item", bound=BaseModel)
 
 
 class ListPage(BaseModel, Generic[Item]):
-    """Ask for what follows with `after` = the id of the last item."""
+    """A page of a list. To get the next page, pass the id of the last item as `after`."""
 
     object: Literal["list"] = "list"
     data: list[Item]
-    has_more: bool = Field(default=False, description="There are items after the last of this page.")
+    has_more: bool = Field(default=False, description="Whether there are more items after this page.")
     first_id: str | None = None
     last_id: str | None = None
 
 
 def page_of(items: list[Item], *, has_more: bool = False) -> ListPage[Item]:
-    """A page of items that each have an `id`."""
+    """Return a page of items that each have an `id`."""
     ids = [str(getattr(item, "id", "")) or None for item in items]
     return ListPage[Item](
         data=items, has_more=has_more, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None

@@ -1,4 +1,4 @@
-"""Permissions of other projects to read a model, in OpenAI's form."""
+"""Schemas of permissions of other projects to read a model, compatible with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ProjectName = Annotated[str, Field(min_length=1, max_length=128, json_schema_ext
 
 
 class PermissionRequest(Strict):
-    """Projects that may read the model from now on, of the organization that it belongs to."""
+    """Projects that may read the model. They must belong to the model's organization."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"project_ids": ["proj-3f2b8c9d0a1e"]}})
-    project_ids: Annotated[list[ProjectName], Field(min_length=1, max_length=100, description="By id or by name.")]
+    project_ids: Annotated[list[ProjectName], Field(min_length=1, max_length=100, description="Project ids or names.")]
 
 
 class PermissionObject(BaseModel):
-    """One project's."""
+    """The permission of one project."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -35,7 +35,7 @@ class PermissionObject(BaseModel):
     object: Literal["checkpoint.permission"] = "checkpoint.permission"
     id: str
     created_at: int
-    project_id: str = Field(description="Who may read the model.")
+    project_id: str = Field(description="Project that may read the model.")
 
 
 class PermissionDeleted(BaseModel):

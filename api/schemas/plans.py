@@ -1,4 +1,4 @@
-"""Plans on the wire: what a job would come to."""
+"""Schemas of plans, the dry runs of jobs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ EXAMPLE: dict[str, Any] = {
 
 
 class PlanConfiguration(BaseModel):
-    """As the job would have it, with every `auto` resolved."""
+    """The configuration that the job would have, with every `auto` resolved."""
 
     parent_adapter: str | None
     seed: int
@@ -69,20 +69,20 @@ class PlanConfiguration(BaseModel):
 class ShownToken(BaseModel):
     text: str
     id: int
-    is_trained: bool = Field(description="It has loss.")
+    is_trained: bool = Field(description="Whether the token counts in the loss.")
 
 
 class Segment(BaseModel):
-    """Tokens that follow each other; of a long row there are two."""
+    """Consecutive tokens. A long row is shown as two segments."""
 
     start: int
     tokens: list[ShownToken]
 
 
 class ShownRow(BaseModel):
-    part: str | None = Field(description="Of a pair: chosen or rejected.")
-    num_tokens: int = Field(description="As trained: after the cut.")
-    whole_tokens: int = Field(description="Before it.")
+    part: str | None = Field(description="For a pair: chosen or rejected.")
+    num_tokens: int = Field(description="Number of tokens in training, after truncation.")
+    whole_tokens: int = Field(description="Number of tokens before truncation.")
     trained_tokens: int
     segments: list[Segment]
 
@@ -90,11 +90,11 @@ class ShownRow(BaseModel):
 class SampleRow(BaseModel):
     line: int
     flaws: list[str] = Field(description="too_long, empty, duplicate.")
-    rows: list[ShownRow] = Field(description="One; of a pair two.")
+    rows: list[ShownRow] = Field(description="One row; two for a pair.")
 
 
 class PlannedFile(BaseModel):
-    """What preparation found in a file; see GET /v1/files/{file_id}/report."""
+    """The data report of a file; see GET /v1/files/{file_id}/report."""
 
     model_config = ConfigDict(extra="allow")
     rows: int
@@ -108,15 +108,16 @@ class PlannedFile(BaseModel):
     duplicate_rows: int
     longest_row: int
     lines: dict[str, list[int]] | None = Field(
-        default=None, description="The first lines that are too_long, empty or duplicate. Null without files:read."
+        default=None,
+        description="First lines that are too_long, empty or duplicate. Null without the scope files:read.",
     )
     samples: list[SampleRow] | None = Field(
-        default=None, description="Sample rows, token by token. Null without files:read, and in lists."
+        default=None, description="Sample rows with their tokens. Null without the scope files:read, and in lists."
     )
 
 
 class Overlap(BaseModel):
-    rows: int = Field(description="Of the validation file, that are in the training file too.")
+    rows: int = Field(description="Number of validation rows that are also in the training file.")
     of_rows: int
 
 
@@ -133,16 +134,17 @@ class MemoryPart(BaseModel):
 
 
 class PlannedMemory(BaseModel):
-    """Of one device, with a trainer to itself. Beside other jobs, theirs comes on top, and the base is shared."""
+    """Memory on one device if the job trains alone. With packmates, theirs is added; the base model is shared."""
 
     kind: Literal["cuda", "cpu"]
-    num_devices: int = Field(default=1, description="Of the group; where there are several, one of those that run now.")
+    num_devices: int = Field(default=1, description="Size of the device group. Several: a group that currently exists.")
     strategy: Strategy = Field(
         default="replicated",
-        description="Each device holds the whole base, or of each block its share, there or in the host's memory.",
+        description="How the base model is held: replicated on each device, or sharded across the devices, with the "
+        "shards in device memory or offloaded to the host's memory.",
     )
     total_bytes: int
-    host_bytes: int = Field(default=0, description="Of the host's memory, for the shares of the base.")
+    host_bytes: int = Field(default=0, description="Host memory for the offloaded shards of the base model.")
     parts: list[MemoryPart]
 
 
@@ -156,28 +158,28 @@ class FittingWorker(BaseModel):
     worker_id: str
     name: str
     kind: str
-    memory_bytes: int = Field(description="Of each of its devices.")
+    memory_bytes: int = Field(description="Memory of each of its devices.")
     num_devices: int = 1
-    strategy: Strategy = Field(default="replicated", description="How its trainer would hold the base.")
-    needed_bytes: int | None = Field(default=None, description="On each device.")
+    strategy: Strategy = Field(default="replicated", description="How its trainer would hold the base model.")
+    needed_bytes: int | None = Field(default=None, description="Memory needed on each device.")
 
 
 class GpuGroup(GpuSize):
     num_devices: int
-    host_bytes: int = Field(default=0, description="Of the host's memory, for the shares of the base.")
+    host_bytes: int = Field(default=0, description="Host memory for the offloaded shards of the base model.")
 
 
 class PlannedDevices(BaseModel):
-    smallest_gpu: GpuSize | None = Field(description="Of common sizes; null where none holds it.")
+    smallest_gpu: GpuSize | None = Field(description="Smallest common GPU size that fits; null if none does.")
     groups: list[GpuGroup] = Field(
-        default=[], description="Groups of smaller ones, which hold it as a whole or divided."
+        default=[], description="Groups of smaller GPUs that fit, with a replicated or sharded base model."
     )
-    workers_that_fit: list[FittingWorker] = Field(description="Of those that run now, smallest first.")
+    workers_that_fit: list[FittingWorker] = Field(description="Live workers that fit, smallest first.")
     live_workers: int
 
 
 class PlanEstimate(BaseModel):
-    """No number is without its basis; where there is none, `basis` says why."""
+    """An estimate and its basis. If there is no estimate, `basis` explains why."""
 
     seconds: float | None
     basis_kind: Literal["measured", "scaled", "guess", "none"]
@@ -215,10 +217,10 @@ class PlanObject(BaseModel):
     base_digest: str
     training_file: str
     validation_file: str | None
-    requested: dict[str, Any] = Field(description="The request as it came.")
+    requested: dict[str, Any] = Field(description="The request as received.")
     configuration: PlanConfiguration
-    error: JobError | None = Field(description="Why no job could train on these files.")
-    computed_at: int | None = Field(description="As of when the rest holds; null, like all of it, until it is ready.")
+    error: JobError | None = Field(description="Reason why no job can train on these files.")
+    computed_at: int | None = Field(description="Time of the results below. All are null until the plan is ready.")
     data: PlannedData | None = None
     num_steps: int | None = None
     trainable_parameters: int | None = None
@@ -226,10 +228,10 @@ class PlanObject(BaseModel):
     memory: list[PlannedMemory] | None = None
     devices: PlannedDevices | None = None
     training_time: PlanEstimate | None = Field(
-        default=None, description="Of training alone: not of waiting, loading the base and verifying."
+        default=None, description="Training time, without waiting, loading the base model and verification."
     )
-    expected_start: PlanEstimate | None = Field(default=None, description="Seconds from computed_at.")
-    servable: PlannedUses | None = Field(default=None, description="Where the adapter could be used.")
+    expected_start: PlanEstimate | None = Field(default=None, description="Seconds from `computed_at` to the start.")
+    servable: PlannedUses | None = Field(default=None, description="Whether the adapter can be used elsewhere.")
     warnings: list[PlanWarning] | None = None
 
 
@@ -240,7 +242,7 @@ class PlanDeleted(BaseModel):
 
 
 def plan_object(row: Plan, details: FileDetails | None = None) -> PlanObject:
-    """details: where they may be shown."""
+    """Return a plan's response. `details`: sample rows and line numbers, if the caller may see them."""
     found = dict(row.found or {})
     if found:
         reports: dict[str, Any] = found["data"]

@@ -1,4 +1,4 @@
-"""Projects."""
+"""Schemas of projects, their weights and their quotas."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ OwnerName = Annotated[
     Field(
         min_length=1,
         max_length=64,
-        description="Letters, digits, '.', '_' and '-'; not beginning as its ids do, with 'proj-' or 'org-'.",
+        description="Letters, digits, '.', '_' and '-'. Must not start with 'proj-' or 'org-', like an id.",
         json_schema_extra={"pattern": LABEL_PATTERN},
     ),
 ]
-"""Of a project or an organization."""
+"""Name of a project or an organization."""
 
 
 class ProjectRequest(Strict):
-    """A project to make."""
+    """A new project."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"name": "search"}})
     name: OwnerName
@@ -47,38 +47,38 @@ class ProjectRequest(Strict):
         default=None,
         min_length=1,
         max_length=64,
-        description="Whose it is, by id or name. null: yours.",
+        description="Organization id or name. Null: your organization.",
         json_schema_extra=WITHOUT_NUL,
     )
 
 
 class ProjectName(Strict):
-    """A project's new name."""
+    """The new name of a project."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"name": "search"}})
     name: OwnerName
 
 
 class ProjectWeight(Strict):
-    """A project's part of the devices."""
+    """The fair-share weight of a project."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"weight": 2}})
-    weight: float = Field(gt=0, le=1e6, allow_inf_nan=False, description="1 is that of a project that was given none.")
+    weight: float = Field(gt=0, le=1e6, allow_inf_nan=False, description="Fair-share weight. New projects have 1.")
 
 
 class ProjectObject(BaseModel):
-    """Whose files, jobs and adapters are whose."""
+    """A project, the owner of files, jobs and adapters."""
 
     model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
     object: Literal["project"] = "project"
     id: str
-    organization_id: str = Field(description="Whose it is, for good.")
+    organization_id: str = Field(description="Organization of the project. It can't be changed.")
     name: str
-    status: Literal["active", "archived"] = Field(description="archived: its keys open nothing.")
-    weight: float = Field(description="Its part of the devices, beside those of others whose jobs wait.")
-    highest_priority: Priority = Field(description="The highest priority that its jobs may have.")
+    status: Literal["active", "archived"] = Field(description="`archived`: the project's keys are not valid.")
+    weight: float = Field(description="Fair-share weight relative to other projects with waiting jobs.")
+    highest_priority: Priority = Field(description="Highest priority of the project's jobs.")
     created_at: int
-    created_by: str | None = Field(description="The key that made it; null: a command on the server itself.")
+    created_by: str | None = Field(description="Id of the key that created it. Null: a command on the server itself.")
     archived_at: int | None
 
 
@@ -103,48 +103,52 @@ _LIMITS: dict[str, Any] = {
     "highest_priority": "normal",
 }
 MOST = 2**53 - 1
-"""The audit log, which tells of it, is sealed in a form that has no larger integer."""
+"""Largest integer in the canonical form of the audit log, which records changes of limits."""
 
 
 class ProjectLimits(Strict):
-    """What is left out stays as it is; null: without limit."""
+    """Changes of a project's quotas. Omitted fields stay unchanged; null removes a limit."""
 
     model_config = ConfigDict(json_schema_extra=changes_schema({"device_hours_per_month": 100}))
-    concurrent_jobs: int | None = Field(default=None, ge=0, le=MOST, description="That train at once; more wait.")
-    queued_jobs: int | None = Field(default=None, ge=0, le=MOST, description="That wait, or whose files are prepared.")
-    jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description="Created in a day of UTC.")
+    concurrent_jobs: int | None = Field(
+        default=None, ge=0, le=MOST, description="Jobs that train at the same time; more jobs wait."
+    )
+    queued_jobs: int | None = Field(
+        default=None, ge=0, le=MOST, description="Jobs that wait or whose files are being prepared."
+    )
+    jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description="Jobs created per day (UTC).")
     device_hours_per_month: float | None = Field(
-        default=None, ge=0, le=1e9, allow_inf_nan=False, description="Of a calendar month of UTC; then jobs wait."
+        default=None, ge=0, le=1e9, allow_inf_nan=False, description="Per calendar month (UTC); beyond it, jobs wait."
     )
     stored_bytes: int | None = Field(
-        default=None, ge=0, le=MOST, description="Of files, adapters, checkpoints, token caches and logs."
+        default=None, ge=0, le=MOST, description="Bytes of files, adapters, checkpoints, token caches and logs."
     )
     plans_per_day: int | None = Field(
-        default=None, ge=0, le=MOST, description="Created in a day of UTC. 500 in a new project."
+        default=None, ge=0, le=MOST, description="Plans created per day (UTC). 500 for a new project."
     )
     highest_priority: Priority = Field(
         default="normal",
-        description="The highest priority that its jobs may have: its keys' own limits hold as well.",
+        description="Highest priority of the project's jobs. The limits of its keys apply too.",
     )
 
 
 class ProjectLimit(BaseModel):
-    """One of them, and how much of it is used."""
+    """A quota and its current usage."""
 
     name: Limit
-    limit: float | None = Field(description="null: without.")
+    limit: float | None = Field(description="Null: no limit.")
     used: float
-    resets_at: int | None = Field(description="When `used` begins anew; null where it goes down by itself, or never.")
+    resets_at: int | None = Field(description="Unix time at which `used` resets. Null: it falls over time, or never.")
 
 
 class ProjectLimitsObject(BaseModel):
-    """What a project may use at most, and what it has used."""
+    """The quotas of a project and its current usage."""
 
     model_config = ConfigDict(json_schema_extra={"example": _LIMITS})
     object: Literal["project.limits"] = "project.limits"
     project_id: str
     limits: list[ProjectLimit]
-    highest_priority: Priority = Field(description="The highest priority that its jobs may have.")
+    highest_priority: Priority = Field(description="Highest priority of the project's jobs.")
 
 
 def limits_object(row: Project, standings: list[QuotaStatus]) -> ProjectLimitsObject:

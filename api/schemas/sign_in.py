@@ -1,4 +1,4 @@
-"""Signing in to the dashboard."""
+"""Schemas of signing in to the dashboard."""
 
 from __future__ import annotations
 
@@ -21,24 +21,22 @@ class SignInLink(BaseModel):
         }
     )
     object: Literal["sign_in_link"] = "sign_in_link"
-    url: str = Field(description="A page that asks for confirmation, and then signs one browser in, once.")
+    url: str = Field(description="Page that asks for confirmation and then signs in one browser, once.")
     expires_at: int
 
 
 class SignInToken(Strict):
     model_config = ConfigDict(json_schema_extra={"example": {"token": "…"}})
-    token: str = Field(min_length=1, max_length=256, description="What follows `#/sign-in/` in the link.")
+    token: str = Field(min_length=1, max_length=256, description="The part of the link after `#/sign-in/`.")
 
 
 class SignInLinkUse(SignInToken):
     model_config = ConfigDict(json_schema_extra={"example": {"token": "…", "replaces_session": False}})
-    replaces_session: bool = Field(
-        default=False, description="The user agrees that this browser's session with another key ends."
-    )
+    replaces_session: bool = Field(default=False, description="Whether to end this browser's session with another key.")
 
 
 class SignInPreview(BaseModel):
-    """What a link would sign a browser in to."""
+    """The project and key to which a link would sign in."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -66,7 +64,7 @@ class BrowserSessionRequest(Strict):
 
 
 class BrowserSession(BaseModel):
-    """Who is signed in."""
+    """The project and key of a browser session or of an API key."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -85,7 +83,7 @@ class BrowserSession(BaseModel):
     project: str
     key_name: str
     is_operator: bool
-    scopes: list[str] = Field(description="What the key may do.")
+    scopes: list[str] = Field(description="Scopes of the key.")
 
 
 class SignedOut(BaseModel):

@@ -1,4 +1,4 @@
-"""Sweeps, and their trials as the leaderboard shows them."""
+"""Schemas of sweeps and of their trials on the leaderboard."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ SWEEP_EXAMPLE: dict[str, Any] = {
 
 
 class TrialRequest(Strict):
-    """A trial of an ask_tell sweep."""
+    """A trial to add to an `ask_tell` sweep."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"parameters": {"lora.rank": 8}}})
     parameters: dict[str, Any] = Field(
         max_length=64,
-        description="Values of fields of a job, by their dotted paths; {}: the sweep's job as it stands.",
+        description="Values of job fields by dotted path. {}: the sweep's job without changes.",
         json_schema_extra={"propertyNames": {"enum": [*VARIABLE]}},
     )
 
@@ -70,29 +70,31 @@ class TrialRequest(Strict):
 class TrialObject(BaseModel):
     model_config = ConfigDict(json_schema_extra={"example": TRIAL_EXAMPLE})
 
-    id: str = Field(description="Of its job.")
+    id: str = Field(description="Id of the trial's job.")
     object: Literal["sweep.trial"] = "sweep.trial"
     sweep_id: str
-    number: int = Field(description="From 0.")
+    number: int = Field(description="Number of the trial, from 0.")
     parameters: dict[str, Any]
-    status: str = Field(description="The job's.")
-    phase: Phase | None = Field(description="The job's, while it runs.")
-    reason: str | None = Field(description="Why the job ended; pruned: the sweep, or its client, has stopped it.")
-    value: float | None = Field(description="Of the objective, as measured last; null before that.")
-    step: int | None = Field(description="At which it was measured.")
-    rung: int | None = Field(description="The last rung to which it came, from 0.")
-    stopped: str | None = Field(description="Why it was ended before its last step.")
-    progress: dict[str, Any] | None = Field(description="The job's.")
+    status: str = Field(description="Status of the job.")
+    phase: Phase | None = Field(description="Phase of the job while it runs.")
+    reason: str | None = Field(description="Reason why the job ended. `pruned`: the sweep or its client stopped it.")
+    value: float | None = Field(description="Last measured value of the objective; null before the first.")
+    step: int | None = Field(description="Step at which the value was measured.")
+    rung: int | None = Field(description="Last rung that the trial reached, from 0.")
+    stopped: str | None = Field(description="Reason why the trial was stopped before its last step.")
+    progress: dict[str, Any] | None = Field(description="Progress of the job.")
     fine_tuned_model: str | None
 
 
 class SearchObject(BaseModel):
-    """How parameters are chosen, with every number known."""
+    """The search for parameters, with all settings resolved."""
 
     type: SearchType
     trials: int
     seed: int
-    min_steps: int | None = Field(description="The first rung; null where no trial is stopped. So are the next two.")
+    min_steps: int | None = Field(
+        description="Step of the first rung. Null, like the next two fields, if the search stops no trials."
+    )
     reduction_factor: int | None
     max_rungs: int | None
 
@@ -103,7 +105,7 @@ class ObjectiveObject(BaseModel):
 
 
 class SweepError(BaseModel):
-    """Why no further trial could be made."""
+    """Reason why no further trial could be created."""
 
     code: str
     message: str
@@ -118,7 +120,7 @@ class SweepObject(BaseModel):
     created_at: int
     finished_at: int | None
     status: SweepState = Field(
-        description="succeeded: all trials have ended, one at least with an adapter; failed: none with one."
+        description="`succeeded`: all trials have finished, and at least one has an adapter. `failed`: none has one."
     )
     model: str
     suffix: str | None
@@ -129,18 +131,18 @@ class SweepObject(BaseModel):
     objective: ObjectiveObject
     keep_adapters: Literal["all", "best"]
     max_concurrent: int | None
-    num_trials: int = Field(description="That there are to be; of ask_tell at most.")
+    num_trials: int = Field(description="Number of trials to create; for `ask_tell`, the maximum.")
     num_created: int
-    counts: dict[str, int] = Field(description="Trials that there are, by status.")
-    is_closed: bool = Field(description="No further trial is made.")
+    counts: dict[str, int] = Field(description="Number of created trials by status.")
+    is_closed: bool = Field(description="Whether no further trial is created.")
     cancel_requested: bool
-    best_trial: TrialObject | None = Field(description="Of those that have succeeded so far.")
-    best_adapter: str | None = Field(description="Id of the best trial's adapter, once the sweep has ended.")
+    best_trial: TrialObject | None = Field(description="Best of the trials that have succeeded so far.")
+    best_adapter: str | None = Field(description="Id of the best trial's adapter, once the sweep has finished.")
     fine_tuned_model: str | None = Field(
-        description="Name of that adapter. The sweep's own id names it too, at /v1/adapters."
+        description="Name of the best adapter. `/v1/adapters` also accepts the sweep's id for it."
     )
     error: SweepError | None
-    requested: dict[str, Any] = Field(description="The request as it came.")
+    requested: dict[str, Any] = Field(description="The request as received.")
 
 
 def sweep_object(view: SweepView) -> SweepObject:

@@ -1,4 +1,4 @@
-"""Files that come in parts, as OpenAI's client sends and reads them."""
+"""Schemas of uploads in parts, compatible with the openai client."""
 
 from __future__ import annotations
 
@@ -29,20 +29,22 @@ PartId = Annotated[str, Field(max_length=64, json_schema_extra=WITHOUT_NUL)]
 
 
 class UploadRequest(Strict):
-    """A file that will come in parts."""
+    """A file that will be sent in parts."""
 
-    bytes: int = Field(ge=1, description="Of the whole file.")
+    bytes: int = Field(ge=1, description="Size of the whole file.")
     filename: Annotated[str, Field(min_length=1, max_length=1024)]
-    mime_type: Annotated[str, Field(max_length=255, description="Taken and not needed: the rows themselves tell.")]
+    mime_type: Annotated[
+        str, Field(max_length=255, description="Accepted for compatibility and ignored: the rows determine the format.")
+    ]
     purpose: Annotated[str, Field(max_length=64, json_schema_extra={"enum": list(PURPOSES)})]
     expires_after: ExpiresAfter | None = None
 
 
 class UploadCompletion(Strict):
-    """The parts of the file, in its order."""
+    """The parts of the file in their order."""
 
     part_ids: Annotated[list[PartId], Field(min_length=1, max_length=MAX_PARTS)]
-    md5: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{32}$", description="Of the whole file, in hex.")] | None = None
+    md5: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{32}$", description="MD5 of the whole file, in hex.")] | None = None
 
 
 class UploadObject(BaseModel):
@@ -52,11 +54,11 @@ class UploadObject(BaseModel):
     object: Literal["upload"] = "upload"
     bytes: int
     created_at: int
-    expires_at: int = Field(description="Until then parts may come.")
+    expires_at: int = Field(description="Unix time until which parts are accepted.")
     filename: str
     purpose: str
     status: Status
-    file: FileObject | None = Field(description="What the parts became.")
+    file: FileObject | None = Field(description="The file, once the upload is completed.")
 
 
 class UploadPartObject(BaseModel):

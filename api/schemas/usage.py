@@ -1,4 +1,4 @@
-"""What was used."""
+"""Schemas of usage reports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BUCKET: dict[str, Any] = {
 
 
 class JobCounts(BaseModel):
-    """Jobs that were created on the day, and those that ended on it."""
+    """Jobs created, and jobs finished, on the day."""
 
     created: int
     succeeded: int
@@ -37,34 +37,34 @@ class JobCounts(BaseModel):
 
 
 class UsageResult(BaseModel):
-    """What was used on a day."""
+    """Usage of one day."""
 
     model_config = ConfigDict(json_schema_extra={"example": _RESULT})
     object: Literal["usage.result"] = "usage.result"
-    organization_id: str | None = Field(description="null where it isn't grouped by organization.")
-    project_id: str | None = Field(description="null where it isn't grouped by project.")
-    model: str | None = Field(description="The base model; null where it isn't grouped by that.")
-    device_seconds: float = Field(description="Seconds of a device, divided among the jobs that train on it.")
-    trained_tokens: int = Field(description="Of jobs that succeeded, on the day of their end.")
+    organization_id: str | None = Field(description="Null unless grouped by organization.")
+    project_id: str | None = Field(description="Null unless grouped by project.")
+    model: str | None = Field(description="Base model; null unless grouped by model.")
+    device_seconds: float = Field(description="Seconds of device time, split among the jobs that train on the device.")
+    trained_tokens: int = Field(description="Trained tokens of the jobs that succeeded on the day.")
     num_jobs: JobCounts
     stored_bytes: int | None = Field(
-        description="Of all that the project stores, at the end of the day, or now. null by base model, and on days "
-        "to come."
+        description="Everything that the project stores, at the end of the day or now. Null if grouped by model, and "
+        "on future days."
     )
 
 
 class UsageBucket(BaseModel):
-    """A day, in UTC."""
+    """One day, in UTC."""
 
     model_config = ConfigDict(json_schema_extra={"example": _BUCKET})
     object: Literal["bucket"] = "bucket"
     start_time: int
     end_time: int
-    results: list[UsageResult] = Field(description="Empty where nothing was used.")
+    results: list[UsageResult] = Field(description="Empty if nothing was used.")
 
 
 class UsagePage(BaseModel):
-    """Some days, the earliest first. Go on with `page` = `next_page`."""
+    """A page of days, earliest first. To get the next page, pass `next_page` as `page`."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"object": "page", "data": [_BUCKET], "has_more": False, "next_page": None}}

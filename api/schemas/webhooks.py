@@ -1,4 +1,4 @@
-"""Webhook endpoints in OpenAI's form, and the log of what was sent to them."""
+"""Schemas of webhook endpoints, compatible with OpenAI's API, and of their delivery log."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ DELIVERY: dict[str, Any] = {
     "next_try_at": None,
     "tries": [{"started_at": 1790000100, "seconds": 0.21, "status_code": 204, "error": None, "reply": ""}],
 }
-Name = Annotated[str, Field(min_length=1, max_length=255, pattern=NAME, description="For people.")]
-Url = Annotated[str, Field(min_length=1, max_length=MAX_URL, description="Where events are posted.")]
+Name = Annotated[str, Field(min_length=1, max_length=255, pattern=NAME, description="Display name.")]
+Url = Annotated[str, Field(min_length=1, max_length=MAX_URL, description="URL to which events are posted.")]
 Types = Annotated[
-    list[EventType], Field(min_length=1, max_length=2 * len(EVENT_TYPES), description="What is sent there.")
+    list[EventType], Field(min_length=1, max_length=2 * len(EVENT_TYPES), description="Event types to send.")
 ]
 
 
 class WebhookEndpointRequest(Strict):
-    """An endpoint to make."""
+    """A new endpoint."""
 
     model_config = ConfigDict(json_schema_extra={"example": REQUEST})
     name: Name
@@ -64,24 +64,24 @@ class WebhookEndpointRequest(Strict):
 
 
 class WebhookEndpointChange(Strict):
-    """What is left out stays as it is."""
+    """Changes of an endpoint. Omitted fields stay unchanged."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"enabled": True}})
     name: Name | None = None
     url: Url | None = None
     event_types: Types | None = None
     enabled: bool | None = Field(
-        default=None, description="false: nothing is sent; events are kept, to be replayed. true: again."
+        default=None, description="`false`: nothing is sent; events are kept for replay. `true`: enable it again."
     )
 
 
 class SecretRotation(Strict):
-    """How long the old secret is good besides the new one."""
+    """The time for which the old secret stays valid."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"overlap_seconds": DAY}})
     keep_old_secret_active_for_24_hours: bool = False
     overlap_seconds: int | None = Field(
-        default=None, ge=0, le=30 * DAY, description="The same in seconds. One or the other."
+        default=None, ge=0, le=30 * DAY, description="Overlap in seconds. Mutually exclusive with the other field."
     )
 
     @model_validator(mode="after")
@@ -95,17 +95,17 @@ class SecretRotation(Strict):
 
 
 class WebhookTestRequest(Strict):
-    """What to send as a sample."""
+    """The sample event to send."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"event_type": "fine_tuning.job.succeeded"}})
     event_type: EventType
 
 
 class ReplayRequest(Strict):
-    """Which of the failed deliveries of an endpoint are sent again."""
+    """The failed deliveries to send again."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"since": 1790000000}})
-    since: int = Field(ge=0, le=LAST_SECOND, description="Those of events from then on, in seconds since 1970.")
+    since: int = Field(ge=0, le=LAST_SECOND, description="Unix time; earlier events are not sent again.")
 
 
 class WebhookEndpointObject(BaseModel):
@@ -123,17 +123,21 @@ class WebhookEndpointObject(BaseModel):
     status: Literal["enabled", "disabled"]
     created_at: int
     updated_at: int
-    old_secret_until: int | None = Field(description="Until then messages are signed with the old secret too.")
-    failing_since: int | None = Field(description="Every try since then has failed; after five days it is disabled.")
+    old_secret_until: int | None = Field(
+        description="Unix time until which messages are also signed with the old secret."
+    )
+    failing_since: int | None = Field(
+        description="Every attempt since this time has failed. After five days the endpoint is disabled."
+    )
     disabled_at: int | None
-    disabled_reason: str | None = Field(description="by_request, gone (it answered 410) or failing.")
+    disabled_reason: str | None = Field(description="`by_request`, `gone` (it answered 410) or `failing`.")
 
 
 class WebhookEndpointWithSecret(WebhookEndpointObject):
-    """An endpoint, and its secret: it is told this once."""
+    """An endpoint with its secret, which no later response contains."""
 
     model_config = ConfigDict(json_schema_extra={"example": {**ENDPOINT, "signing_secret": "whsec_…"}})
-    signing_secret: str = Field(description="What client.webhooks.unwrap is given as secret.")
+    signing_secret: str = Field(description="The secret to pass to `client.webhooks.unwrap`.")
 
 
 class WebhookEndpointDeleted(BaseModel):
@@ -146,7 +150,7 @@ class WebhookEndpointDeleted(BaseModel):
 
 
 class WebhookTestResult(BaseModel):
-    """How the endpoint answered. Where it did not answer, the request is refused with the reason."""
+    """The endpoint's answer to a test. If it does not answer, the request fails and the error explains the reason."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -165,9 +169,9 @@ class WebhookTestResult(BaseModel):
     webhook_endpoint_id: str
     event_type: str
     status_code: int
-    success: Literal[True] = Field(default=True, description="There was an answer: status_code says which.")
+    success: Literal[True] = Field(default=True, description="Whether the endpoint answered, with any `status_code`.")
     delivery_id: str
-    reply: str = Field(description="The first bytes of the answer, escaped.")
+    reply: str = Field(description="The first bytes of the response, escaped.")
 
 
 class WebhookEventTypes(BaseModel):
@@ -180,9 +184,9 @@ class WebhookEventTypes(BaseModel):
 class TryObject(BaseModel):
     started_at: int
     seconds: float
-    status_code: int | None = Field(description="null: there was no answer; error says why.")
+    status_code: int | None = Field(description="Null if there was no response; `error` contains the reason.")
     error: str | None
-    reply: str | None = Field(description="The first bytes of the answer, escaped.")
+    reply: str | None = Field(description="The first bytes of the response, escaped.")
 
 
 class WebhookDeliveryObject(BaseModel):
@@ -192,7 +196,7 @@ class WebhookDeliveryObject(BaseModel):
     object: Literal["webhook_delivery"] = "webhook_delivery"
     id: str
     webhook_endpoint_id: str
-    event_id: str = Field(description="The webhook-id that is sent, the same at every try.")
+    event_id: str = Field(description="The `webhook-id` header, the same in every attempt.")
     event_type: str
     data: dict[str, Any]
     is_test: bool
@@ -200,7 +204,7 @@ class WebhookDeliveryObject(BaseModel):
     created_at: int
     ended_at: int | None
     next_try_at: int | None
-    tries: list[TryObject] = Field(description="The first one first.")
+    tries: list[TryObject] = Field(description="Attempts, oldest first.")
 
 
 class Replayed(BaseModel):
@@ -209,7 +213,7 @@ class Replayed(BaseModel):
     )
     object: Literal["webhook_endpoint.replay"] = "webhook_endpoint.replay"
     webhook_endpoint_id: str
-    replayed: int = Field(description="Deliveries that are sent again.")
+    replayed: int = Field(description="Number of deliveries that are sent again.")
 
 
 def endpoint_object(row: WebhookEndpoint, *, now: float) -> WebhookEndpointObject:

@@ -1,1 +1,1 @@
-"""Server-sent events."""
+"""Live streams as server-sent events."""

@@ -1,8 +1,8 @@
-"""Live streams: one task looks at the database for every topic that somebody listens to, and wakes its listeners.
+"""Live streams: one task polls the database for every topic with listeners, and wakes these listeners.
 
-A topic is a job, or the queue as a project sees it. What is new about it is read, and put into words, once, however
-many listen. A listener that joins catches up by itself, a page at a time, until it is where its topic is; it costs no
-thread and no connection while it waits.
+A topic is a job, or the queue as a project sees it. Its changes are read and serialized once for all its listeners. A
+new listener first catches up alone, one page at a time, until it has seen everything that its topic has sent. A waiting
+listener uses no thread and no database connection.
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ from api.streaming.sse import COMMENT
 from catalog.errors import LorryError
 
 MAX_STREAM_SECONDS = 3600.0
-"""A stream ends after this long; the client comes back with its key and its Last-Event-ID."""
+"""Maximum duration of a stream. The client then reconnects with its key and its Last-Event-ID."""
 RECHECK_SECONDS = 30.0
-"""A key that is revoked, or a browser that signed out, is looked for this often while a stream is open."""
+"""Interval at which the key or session of an open stream is checked for revocation or sign-out."""
 MAX_PENDING_BYTES = 2**20
-"""Of messages that a listener has not taken: it reads too slowly, and its stream ends. It can come back."""
+"""Maximum size of the messages that a listener has not taken. If a client reads too slowly, its stream ends, and it may
+reconnect."""
 MAX_SHARE = 0.5
-"""Of the time, that looks may take: where they take long, they come more rarely."""
+"""Maximum fraction of the time spent polling: slow polls become rarer."""
 MAX_RECHECKED = 100
-"""Keys in one round."""
+"""Maximum number of keys checked at a time."""
 BATCH = 10
 PAUSE_SECONDS = 0.002
-"""After each batch of BATCH listeners, delivery pauses for PAUSE_SECONDS: other requests run meanwhile."""
+"""Delivery pauses for PAUSE_SECONDS after each batch of BATCH listeners, so that other requests run."""
 CATCHING_UP = 8
-"""Listeners that read the database for themselves at one time."""
+"""Maximum number of listeners that read the database at the same time to catch up."""
 log = logging.getLogger("lorry.api")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What one look brought, in wire form, and where the looker is now."""
+    """The result of one poll as serialized messages, and the position of the reader after it."""
 
     seq: int = 0
-    """Number of the last event that was seen."""
+    """Number of the last event read."""
     parts: list[tuple[int, bytes]] = field(default_factory=list[tuple[int, bytes]])
-    """Messages by number, in order."""
+    """Messages with their numbers, in order."""
     view: object = None
-    """How the thing itself looks, to compare; None: as before."""
+    """A comparable view of the object itself; None if unchanged."""
     view_message: bytes = b""
     has_more: bool = False
-    """The next look goes on at once."""
+    """The next poll follows immediately."""
     is_last: bool = False
     mark: object = None
-    """The topic's new one, where a source looked."""
+    """The new mark of the topic, if a source polled it."""
 
     def after(self, seq: int, view: object) -> bytes:
-        """The messages for one who has seen so much already."""
+        """Return the messages for a listener that has seen `seq` and `view`."""
         told = [message for number, message in self.parts if number > seq]
         if self.view_message and (view is None or view != self.view):
             told.append(self.view_message)
@@ -64,27 +65,27 @@ class Found:
 
 
 Look = Callable[[], Found]
-"""One listener's own: reads the database; called in a worker thread, never twice at once."""
+"""A listener's own poll. It reads the database; it is called in a worker thread, never concurrently."""
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
 class Topic:
-    """What some listen to, and how far it was told."""
+    """An object with listeners, and the position up to which its changes have been sent."""
 
     seq: int
     view: object
     mark: object = None
-    """Its source's own, to know by whether anything is new. None: it is to read and tell how the thing looks."""
+    """Its source's position, used to detect changes. None: the source must read and send the object itself."""
     is_doubted: bool = False
-    """A listener joined who was told something else than the topic: the next look tells it again."""
+    """A listener joined that was sent another view than the topic: the next poll sends the view again."""
     listeners: set[Subscription] = field(default_factory=set["Subscription"])
 
 
 class Source(Protocol):
-    """Reads what is new of topics of one sort."""
+    """Reads the changes of topics of one kind."""
 
     def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
-        """By key, of those of which anything is new. Called in a worker thread."""
+        """Return the changes by key, for topics that have any. Called in a worker thread."""
         ...
 
 
@@ -94,15 +95,15 @@ class Subscription:
     key: Hashable
     look: Look
     signed: Hashable
-    """Who it is, as far as it matters whether they still are."""
+    """Identifies the key or session of the listener. Listeners with equal values are checked together."""
     seq: int = 0
     view: object = None
-    """As it was told by its own looks; None once it goes with its topic."""
+    """The view that its own polls sent; None once it follows its topic."""
     pending: list[bytes] = field(default_factory=list[bytes])
     num_pending_bytes: int = 0
     ended: bool = False
     is_behind: bool = False
-    """Its last page was full."""
+    """Its last page was full, so there may be more."""
     last_sent_at: float = 0.0
     ends_at: float = 0.0
     _waiter: asyncio.Future[None] | None = None
@@ -114,17 +115,17 @@ class Subscription:
         self.num_pending_bytes += len(messages)
         if self.num_pending_bytes > MAX_PENDING_BYTES:
             log.warning("stream code=too_slow")
-            self.pending.clear()  # it hears all of that again when it comes back
+            self.pending.clear()  # the client gets these messages again when it reconnects
             self.end()
         self._wake()
 
     def end(self) -> None:
-        """After what it holds."""
+        """End the stream once the pending messages are sent."""
         self.ended = True
         self._wake()
 
     async def take(self) -> bytes:
-        """What there is, once there is anything; nothing at the end."""
+        """Wait for messages and return them; empty at the end of the stream."""
         if not self.pending and not self.ended:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -141,7 +142,7 @@ class Subscription:
 
 @dataclass(kw_only=True, eq=False, slots=True)
 class _Signed:
-    """Whose streams these are. Many may be opened with one key, which is looked at for all of them at once."""
+    """A key or session and its streams, which are checked together."""
 
     identify: Callable[[], object]
     checked_at: float
@@ -163,7 +164,7 @@ class Feed:
         return len(self._listeners)
 
     def enter(self, listener: Subscription, first: Found, identify: Callable[[], object]) -> None:
-        """It is counted, and has what its first look brought. `identify` raises Unauthorized once it may not listen."""
+        """Register a listener with its first poll's result. `identify` raises Unauthorized if access is revoked."""
         now = time.monotonic()
         listener.last_sent_at, listener.ends_at = now, now + MAX_STREAM_SECONDS
         self._listeners.add(listener)
@@ -191,7 +192,7 @@ class Feed:
             self._somebody.clear()
 
     async def catch_up(self, listener: Subscription) -> bool:
-        """One look of its own, unless it goes with its topic now, or has ended: then True."""
+        """Poll once for this listener. Return True instead if it follows its topic or has ended."""
         if listener.ended or self._join(listener):
             return True
         found = await anyio.to_thread.run_sync(_safely, listener.look, limiter=self._catching_up)
@@ -202,8 +203,8 @@ class Feed:
         return False
 
     async def run(self) -> None:
-        """Look at what is listened to, at most once every `stream_poll_seconds`, and only while somebody listens."""
-        async with asyncio.TaskGroup() as tasks:  # the end of one is the end of both
+        """Poll all topics, at most once every `stream_poll_seconds`, and only while there are listeners."""
+        async with asyncio.TaskGroup() as tasks:  # if one of the two tasks ends, both end
             beats = tasks.create_task(self._beat())
             while not self._closed:
                 await self._somebody.wait()
@@ -216,13 +217,13 @@ class Feed:
             beats.cancel()
 
     def close(self) -> None:
-        """End every stream after what it holds already; call it in the loop's thread."""
+        """End every stream after its pending messages. Must be called in the event loop's thread."""
         self._closed = True
         for listener in self._listeners:
             listener.end()
 
     def _note(self, listener: Subscription, found: Found) -> None:
-        """What its own look brought."""
+        """Apply the result of the listener's own poll."""
         listener.seq, listener.is_behind = found.seq, found.has_more
         if found.view is not None:
             listener.view = found.view
@@ -231,7 +232,7 @@ class Feed:
             listener.end()
 
     def _join(self, listener: Subscription) -> bool:
-        """Go with the topic, where the listener has seen all that the topic has told."""
+        """Make the listener follow its topic if it has seen everything that the topic has sent."""
         if listener.is_behind:
             return False
         topics = self._topics.setdefault(listener.source, {})
@@ -253,7 +254,7 @@ class Feed:
         if looked_at:
             found = await run_in_threadpool(_look_at, source, looked_at)
             for key, news in found.items():
-                if topics.get(key) is looked_at[key]:  # else everybody left, and one who came meanwhile is elsewhere
+                if topics.get(key) is looked_at[key]:  # else all listeners left, and a new topic may exist for the key
                     await _deliver(looked_at[key], news)
 
     async def _recheck(self) -> None:
@@ -267,7 +268,7 @@ class Feed:
                 listener.end()
 
     async def _beat(self) -> None:
-        """Comments for those who heard nothing for long; and the end of their hour."""
+        """Send comments on idle streams, and end streams after MAX_STREAM_SECONDS."""
         while True:
             await asyncio.sleep(self._heartbeat_seconds / 4)
             now = time.monotonic()
@@ -279,9 +280,9 @@ class Feed:
 
 
 async def _deliver(topic: Topic, news: Found) -> None:
-    """In batches, with a pause after each, so that other requests run."""
+    """Deliver in batches, with a pause after each, so that other requests run."""
     seq, view = topic.seq, topic.view
-    topic.seq, topic.mark = news.seq, news.mark  # first: who joins between two batches has to catch up with the news
+    topic.seq, topic.mark = news.seq, news.mark  # first, so that a listener that joins between batches must catch up
     if news.view is not None:
         topic.view = news.view
     usual = news.after(seq, view)
@@ -291,7 +292,7 @@ async def _deliver(topic: Topic, news: Found) -> None:
             listener = waiting.pop()
             if listener.seq == seq and listener.view is None:
                 listener.give(usual)
-            else:  # it joined since the last look, and may be further than that was
+            else:  # it joined since the last poll, and may have seen more than that poll returned
                 listener.give(news.after(listener.seq, view if listener.view is None else listener.view))
             listener.seq, listener.view = max(listener.seq, news.seq), None
             if news.is_last:
@@ -299,19 +300,19 @@ async def _deliver(topic: Topic, news: Found) -> None:
             if len(waiting) % BATCH == 0:
                 await asyncio.sleep(PAUSE_SECONDS if waiting else 0)
     finally:
-        for listener in waiting:  # after a crash: each comes back and asks for what it has missed
+        for listener in waiting:  # after a crash: each client reconnects and requests the events it missed
             listener.end()
 
 
 def _look_at(source: Source, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
-    """One topic's trouble is not the others'. While the database is away, streams are merely silent."""
+    """Poll all topics; after an error, poll each alone. While the database is unavailable, streams stay silent."""
     try:
         return source.look(topics)
     except LorryError as error:
         log.warning("stream code=%s", error.code)
         if error.status >= 500:
             return {}
-    except Exception:  # anything else ends this stream alone; its client will come back
+    except Exception:  # any other error ends only this topic's streams; the clients reconnect
         log.exception("crash in a stream")
     if len(topics) == 1:
         return {key: Found(seq=topic.seq, is_last=True) for key, topic in topics.items()}
@@ -319,13 +320,13 @@ def _look_at(source: Source, topics: Mapping[Hashable, Topic]) -> dict[Hashable,
 
 
 def _safely(look: Look) -> Found | None:
-    """As above, for one listener's own look; None while the database is away."""
+    """Run a listener's own poll with the same error handling; None while the database is unavailable."""
     try:
         return look()
     except LorryError as error:
         log.warning("stream code=%s", error.code)
         return Found(is_last=True) if error.status < 500 else None
-    except Exception:  # as above
+    except Exception:  # as in _look_at
         log.exception("crash in a stream")
         return Found(is_last=True)
 
@@ -339,7 +340,7 @@ def _is_still(signed: _Signed) -> bool:
         signed.identify()
     except LorryError as error:
         return error.status >= 500
-    except Exception:  # nobody listens whose key can't be looked at
+    except Exception:  # a key that can't be checked must not keep its streams
         log.exception("crash in a stream")
         return False
     return True

@@ -1,4 +1,4 @@
-"""What watchers of a job are told, in wire form: one who catches up, and all who go with it."""
+"""Messages of job streams: for a client that catches up, and for all that follow the job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from catalog.tables.jobs import Job
 
 
 class JobWatch:
-    """One watcher's own looks, page by page."""
+    """The polls of one listener, page by page."""
 
     def __init__(self, db: Database, mark: watching.Mark, caller: Caller) -> None:
         self._db = db
@@ -32,14 +32,14 @@ class JobWatch:
 
     @classmethod
     def start(cls, db: Database, *, caller: Caller, job_id: str, last_seen: int | None) -> tuple[JobWatch, Found]:
-        """With its first look. Raises NotFound."""
+        """Return the watch and the result of its first poll. Raises NotFound."""
         mark = watching.start(db, project_id=caller.project_id, job_id=job_id, last_seen=last_seen)
         watch = cls(db, mark, caller)
         return watch, watch.look()
 
     def look(self) -> Found:
-        """Points and events as they were written, then the job if it has changed: a final job comes after all that
-        led to it, and who has an event's id has the points that were written before it."""
+        """Return points and events in the order in which they were written, then the job if it has changed. So a final
+        job comes after all its events, and a client with an event's id has all points that were written before it."""
         news = watching.look(self._db, self._mark)
         self.num_events += len(news.events)
         parts = _messages(news.items)
@@ -54,7 +54,7 @@ class JobWatch:
 
 
 class JobSource:
-    """Looks at every job that is watched, together. Keys are (project, job)."""
+    """Polls all watched jobs together. Keys are (project, job)."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -107,6 +107,7 @@ def _whole(db: Database, rows: Sequence[Job], caller: Caller | None = None) -> d
 
 
 def _of_its_row(row: Job) -> FineTuningJob:
-    """To compare, by no query more. What moves with every second is no news: the estimate, the time it has run."""
+    """Return a view for comparison that needs no further query. It omits values that change every second: the
+    estimated finish and the running time."""
     job = job_object(row, organization_id="", adapter_id=None, seconds_running=0.0)
     return job.model_copy(update={"estimated_finish": None})

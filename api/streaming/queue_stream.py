@@ -1,4 +1,4 @@
-"""What watchers of the queue are told, in wire form. One look serves all who see the same of it."""
+"""Messages of queue streams. One poll serves all listeners that see the same part of the queue."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from catalog.queue import listing
 from catalog.scheduling.snapshot import Policy
 
 QUIET_SECONDS = 2.0
-"""With no event of any job, the queue is looked at so rarely: times go by, workers come and go."""
+"""Interval of reading the queue while no job has a new event: waiting times and workers still change."""
 FRESH_SECONDS = 0.5
-"""So old a look may be that a new watcher begins with."""
+"""Maximum age of a snapshot with which a new listener starts."""
 
 
 class QueueSource:
-    """Keys are the project whose jobs are seen; None: every project's."""
+    """Polls queues. Keys are the project whose jobs are visible; None: all projects."""
 
     def __init__(self, db: Database, policy: Policy) -> None:
         self._db = db
@@ -32,7 +32,7 @@ class QueueSource:
         self._newest: dict[str | None, tuple[float, Found]] = {}
 
     def begin(self, project_id: str | None) -> Found:
-        """The queue as a new watcher is told it; of many who come at once, one reads it for all."""
+        """Return the queue for a new listener. Concurrent callers share one read."""
         with self._lock:
             looked_at, found = self._newest.get(project_id, (0.0, None))
             if found is None or time.monotonic() - looked_at > FRESH_SECONDS:
@@ -71,6 +71,6 @@ class _Looked:
 
 
 def _without_clock(snapshot: dict[str, Any]) -> dict[str, Any]:
-    """Waiting longer is no news."""
+    """Return the snapshot without values that change only because time passes."""
     jobs = [{**entry, "waited_seconds": None, "reason": None} for entry in snapshot["jobs"]]
     return {**snapshot, "as_of": None, "jobs": jobs}

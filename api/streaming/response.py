@@ -1,4 +1,4 @@
-"""The response of a live stream: what its listener is given, as it comes, until it ends or the client has gone."""
+"""The response of a live stream. It sends the listener's messages until the stream ends or the client disconnects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from api.streaming.sse import HEADERS
 
 
 class LiveStream(Response):
-    """`first` is what the listener's first look brought; `identify` raises Unauthorized once it may not listen."""
+    """`first` is the result of the listener's first poll. `identify` raises Unauthorized once access is revoked."""
 
     def __init__(self, feed: Feed, listener: Subscription, first: Found, identify: Callable[[], object]) -> None:
         super().__init__(headers=HEADERS)

@@ -1,4 +1,4 @@
-"""Server-sent events: their form on the wire (WHATWG HTML, section 9.2)."""
+"""Format of server-sent events (WHATWG HTML, section 9.2)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": 
 
 
 def message(event: str, data: str, *, ident: int | None = None) -> bytes:
-    """`data` is JSON, which has no line breaks of its own."""
+    """Return a message. `data` is JSON, which contains no line breaks."""
     assert "\n" not in data
     assert "\r" not in data
     head = f"event: {event}\n" + ("" if ident is None else f"id: {ident}\n")
@@ -15,5 +15,5 @@ def message(event: str, data: str, *, ident: int | None = None) -> bytes:
 
 
 def last_event_id(header: str | None) -> int | None:
-    """The sequence number that a client has seen last; anything else counts as none."""
+    """Return the sequence number that the client saw last; None for a missing or malformed header."""
     return int(header) if header and header.isascii() and header.isdecimal() and len(header) < 19 else None

@@ -1,7 +1,7 @@
-"""One tar of an adapter: its files, the manifest that names them, and where it comes from.
+"""A tar archive of an adapter: its files, the manifest, and the lineage record.
 
-Made as it is sent; the same adapter gives the same bytes. With the two records, the folder that comes out
-can be checked offline.
+It is generated while it is sent. The same adapter yields the same bytes. With the two records, the unpacked folder can
+be verified offline.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ END_BYTES = 2 * BLOCK_BYTES
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArchiveMember:
-    """A file of the tar; `read` is called when its turn comes."""
+    """A file of the archive. `read` is called when the member is sent."""
 
     path: str
     num_bytes: int
@@ -28,7 +28,7 @@ def inline(path: str, content: bytes) -> ArchiveMember:
 
 
 def tar_chunks(members: list[ArchiveMember], *, modified_at: int) -> Iterator[bytes]:
-    """Header, content and padding of each file, then the end marker."""
+    """Yield header, content and padding of each file, then the end marker."""
     for member in members:
         yield _header(member, modified_at)
         yield from member.read()
@@ -37,7 +37,7 @@ def tar_chunks(members: list[ArchiveMember], *, modified_at: int) -> Iterator[by
 
 
 def tar_size(members: list[ArchiveMember], *, modified_at: int) -> int:
-    """Bytes of the whole tar."""
+    """Return the size of the whole archive in bytes."""
     sizes = [len(_header(member, modified_at)) + member.num_bytes + _padding(member) for member in members]
     return sum(sizes) + END_BYTES
 

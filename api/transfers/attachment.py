@@ -1,8 +1,8 @@
-"""Downloads: bytes of the store as an attachment, whatever they contain, so that a browser never shows or runs them.
+"""Downloads from the store. All content is sent as an attachment, so that a browser never displays or executes it.
 
-A client that reads slowly or not at all holds two chunks of READ_BYTES and what its connection buffers. A key, a
-project and the process have a limited number of concurrent downloads. `api.middleware.connections` ends those that
-are too slow.
+A client that reads slowly or not at all occupies two chunks of READ_BYTES plus the buffers of its connection. The
+number of concurrent downloads is limited per key, per project and per process. `api.middleware.connections` ends
+connections that are too slow.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from catalog.caller import Caller
 from catalog.errors import RateLimited, Unavailable
 
 READ_BYTES = 2**20
-"""Chunks in which blobs are read: a read holds one, and the one before it until the digest of the whole is known."""
+"""Size of the chunks in which blobs are read. A reader holds one chunk, and the previous one until it has verified the
+digest of the whole blob."""
 PIECE_BYTES = 2**17
-"""What is given to a connection at once. The next piece follows when most of it has been sent."""
+"""Size of the pieces passed to the connection. The next piece follows when most of the previous one has been sent."""
 MAX_DOWNLOADS_OF_KEY = 8
 MAX_DOWNLOADS_OF_PROJECT = 16
 MAX_DOWNLOADS = 64
 READING_THREADS = 8
 BUSY_SECONDS = 5.0
-"""After which a client is asked to try again."""
+"""Seconds after which a client should try again."""
 
 
 class Downloads:
-    """Counts the downloads of this process, and reads for them in threads of their own."""
+    """Counts the downloads of this process, and reads the store in dedicated threads."""
 
     def __init__(
         self,
@@ -55,8 +56,8 @@ class Downloads:
 
     @contextmanager
     def admitted(self, *, api_key_id: str, project_id: str) -> Generator[None]:
-        """Around one download. Raises RateLimited if the key or the project has too many, and Unavailable if the
-        process has."""
+        """Wrap one download. Raises RateLimited if the key or the project has too many, and Unavailable if the process
+        has too many."""
         with self._lock:
             if self._of_keys[api_key_id] >= self._per_key:
                 raise _too_many("API key", self._per_key)
@@ -64,7 +65,7 @@ class Downloads:
                 raise _too_many("project", self._per_project)
             if self._of_keys.total() >= self._per_process:
                 raise Unavailable(
-                    f"The API server has {self._per_process} downloads at once, which is the maximum.",
+                    f"The API server has reached its maximum of {self._per_process} concurrent downloads.",
                     code="downloads_busy",
                     remedy="Try again in a few seconds.",
                 )
@@ -83,12 +84,12 @@ class Downloads:
         return await anyio.to_thread.run_sync(content, limiter=self._threads)
 
     async def read(self, chunks: Iterator[bytes]) -> bytes | None:
-        """The next chunk; None at the end."""
+        """Return the next chunk; None at the end."""
         return await anyio.to_thread.run_sync(next, chunks, None, limiter=self._threads)
 
 
 class Download(Response):
-    """An attachment that is read from the store as it is sent."""
+    """An attachment that is read from the store while it is sent."""
 
     def __init__(
         self,
@@ -103,9 +104,9 @@ class Download(Response):
         sha256: str | None = None,
         media_type: str = "application/octet-stream",
     ) -> None:
-        """content: opens what is sent, once the download is admitted. record: notes the download in the audit log;
-        called once its first bytes were read, before they are sent. sha256: of all the bytes, in hex, where it is
-        known before they are sent."""
+        """`content` opens the content once the download is admitted. `record` records the download in the audit log; it
+        is called after the first chunk is read, before it is sent. `sha256` is the digest of all bytes, in hex, if it
+        is known in advance."""
         plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in filename) or "download"
         headers = {
             "content-disposition": f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}",
@@ -122,7 +123,8 @@ class Download(Response):
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The first chunk is read before the response begins, so that damage found by then is an error response."""
+        """Send the response. The first chunk is read before the response begins, so that corruption found by then
+        results in an error response."""
         with self._downloads.admitted(api_key_id=self._caller.api_key_id, project_id=self._caller.project_id):
             chunks = await self._downloads.open(self._content)
             chunk = await self._downloads.read(chunks)
@@ -139,7 +141,7 @@ class Download(Response):
 
 def _too_many(owner: str, limit: int) -> RateLimited:
     return RateLimited(
-        f"The {owner} has {limit} downloads at once, which is the maximum.",
+        f"The {owner} has reached its maximum of {limit} concurrent downloads.",
         code="too_many_downloads",
         remedy="Try again when one of them has finished.",
         retry_after_seconds=BUSY_SECONDS,

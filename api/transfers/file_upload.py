@@ -1,6 +1,6 @@
-"""One uploaded file on its way in: parsed as it arrives, written to DATA/spool, counted and hashed on the way.
+"""Receives one uploaded file: parses the form as it arrives, and writes, counts and hashes the file in DATA/spool.
 
-Memory holds one chunk, whatever the size of the file. The spool file is gone when `receive_upload` ends.
+Memory use is one chunk, independent of the file's size. The spool file is removed when `receive_upload` ends.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from catalog.errors import InvalidRequest, TooLarge
 
 WRITE_BYTES = 2**18
 FORM_OVERHEAD_BYTES = 2**16
-"""What a form may hold beside the file: fields, part headers, boundaries."""
+"""Maximum size of everything in a form other than the file: fields, part headers, boundaries."""
 STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReceivedUpload:
-    """A whole file in the spool folder, and what the form said about it."""
+    """A complete file in the spool folder, with the form's fields."""
 
     fields: dict[str, str]
     filename: str
@@ -43,7 +43,7 @@ class ReceivedUpload:
 
 
 class Spool:
-    """A file of the spool folder that grows to `max_bytes` at most; removed at the end of the block."""
+    """A file in the spool folder of at most `max_bytes`. It is removed at the end of the block."""
 
     def __init__(self, folder: Path, *, max_bytes: int, shape: FormShape) -> None:
         self.path = folder / f"upload-{secrets.token_hex(12)}"
@@ -69,7 +69,7 @@ class Spool:
         return self._hash.hexdigest()
 
     def write(self, data: bytes) -> None:
-        """Raises TooLarge, or OutOfSpace where the disk is full."""
+        """Raises TooLarge, or OutOfSpace if the disk is full."""
         assert self._file is not None
         if self.num_bytes + len(data) > self._max_bytes:
             raise _too_large(self._max_bytes, self._shape)
@@ -80,7 +80,7 @@ class Spool:
 
 
 def open_new(path: Path) -> BinaryIO:
-    """Unbuffered: a full disk shows at the write, not at the close."""
+    """Create a file without buffering, so that a full disk is reported by the write and not by the close."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)
 
 
@@ -88,9 +88,9 @@ def open_new(path: Path) -> BinaryIO:
 async def receive_upload(
     request: Request, *, folder: Path, max_bytes: int, shape: FormShape = FILE
 ) -> AsyncGenerator[ReceivedUpload]:
-    """The upload in `request`, a form of that shape; its spool file lives as long as the block.
+    """Yield the upload in `request`, a form of that shape. The spool file exists until the end of the block.
 
-    Raises InvalidRequest, TooLarge or OutOfSpace; the rest of the body is then unread.
+    Raises InvalidRequest, TooLarge or OutOfSpace; the rest of the body is then not read.
     """
     form = UploadForm(shape)
     boundary = _boundary(request, shape)
@@ -107,7 +107,7 @@ async def receive_upload(
 
 
 def remove_stale(folder: Path) -> None:
-    """Spool files that a killed process left behind."""
+    """Remove spool files that a killed process left behind."""
     for path in folder.glob("upload-*") if folder.is_dir() else ():
         if path.stat().st_mtime < time.time() - STALE_SECONDS:
             path.unlink(missing_ok=True)
@@ -133,9 +133,9 @@ async def _parse(
                 await run_in_threadpool(spool.write, form.take())
         parser.finalize()
     except FormParserError as error:
-        raise _not_a_form("The multipart form is cut off or malformed.", form.shape) from error
+        raise _not_a_form("The multipart form is incomplete or malformed.", form.shape) from error
     except ClientDisconnect as error:
-        raise _not_a_form("The connection ended before the whole file was there.", form.shape) from error
+        raise _not_a_form("The client disconnected before it had sent the whole file.", form.shape) from error
     if form.pending:
         await run_in_threadpool(spool.write, form.take())
     form.check_complete()
@@ -145,7 +145,7 @@ def _boundary(request: Request, shape: FormShape) -> bytes:
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
-        raise _not_a_form("A file is uploaded as multipart/form-data.", shape)
+        raise _not_a_form("The request is not multipart/form-data.", shape)
     return boundary
 
 

@@ -1,4 +1,4 @@
-"""The fields of an upload's form, from the callbacks of a streaming parser."""
+"""Parses the fields of an upload form from the callbacks of a streaming parser."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ MAX_FILENAME_LENGTH = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormShape:
-    """Which fields a form may have: the bytes of `content` are the upload, a `noun`; the others are short texts."""
+    """The allowed fields of a form. The bytes of `content` are the upload, called `noun` in messages; other fields are
+    short texts."""
 
     noun: str
     content: str
     needed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     remedy: str
-    """How the form is sent."""
+    """Describes how to send the form."""
     too_large: str
-    """The code of a refusal for too many bytes of content."""
+    """Error code for content that is too large."""
     smaller: str
-    """What to do then."""
+    """Remedy for content that is too large."""
 
     def fields(self) -> tuple[str, ...]:
         return (*self.needed, self.content, *self.optional)
@@ -42,21 +43,21 @@ FILE = FormShape(
     content="file",
     needed=("purpose",),
     optional=("expires_after[anchor]", "expires_after[seconds]"),
-    remedy="Send a form with one 'purpose' and one 'file', as the openai client's files.create does.",
+    remedy="Send a form with one 'purpose' and one 'file', like files.create of the openai client.",
     too_large="file_too_large",
     smaller="Split it into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
 )
 PART = FormShape(
     noun="part",
     content="data",
-    remedy="Send a form with one 'data', as the openai client's uploads.parts.create does.",
+    remedy="Send a form with one 'data', like uploads.parts.create of the openai client.",
     too_large="part_too_large",
-    smaller="Cut the file into smaller parts.",
+    smaller="Split the file into smaller parts.",
 )
 
 
 class UploadForm:
-    """Collects small fields; hands the file's bytes on through `pending` and `take`."""
+    """Collects the small fields. The file's bytes are passed on through `pending` and `take`."""
 
     def __init__(self, shape: FormShape) -> None:
         self.shape = shape
@@ -70,22 +71,22 @@ class UploadForm:
         self._ended = False
 
     def take(self) -> bytes:
-        """The file's bytes that came since the last call."""
+        """Return the file's bytes that arrived since the last call."""
         taken = bytes(self.pending)
         self.pending.clear()
         return taken
 
     def fields(self) -> dict[str, str]:
-        """Those that were sent, the file's bytes excepted."""
+        """Return the fields that were sent, except the file."""
         return {name: value.decode("utf-8", "replace") for name, value in self._fields.items()}
 
     def filename(self) -> str:
-        """As it was sent: the catalog makes a label of it."""
+        """Return the file name as it was sent. The catalog sanitizes it."""
         return (self._filename or "")[:MAX_FILENAME_LENGTH]
 
     def check_complete(self) -> None:
         if not self._ended:
-            raise self._refused("The form ends before its last boundary.", "invalid_multipart", self.shape.content)
+            raise self._refused("The form ends before its final boundary.", "invalid_multipart", self.shape.content)
         sent = self._fields if self._filename is None else {*self._fields, self.shape.content}
         for name in (self.shape.content, *self.shape.needed):
             if name not in sent:
@@ -138,13 +139,13 @@ class UploadForm:
             near = difflib.get_close_matches(name, known, n=1)
             listed = f"Send only {', '.join(map(repr, known))}."
             raise InvalidRequest(
-                f"There is no field '{shown}'.",
+                f"Unknown field '{shown}'.",
                 code="unknown_parameter",
                 remedy=f"Did you mean '{near[0]}'?" if near else listed,
                 param=shown,
             )
         if name in self._fields or (name == self.shape.content and self._filename is not None):
-            raise self._refused(f"'{name}' is there twice.", "repeated_parameter", name)
+            raise self._refused(f"The field '{name}' occurs twice.", "repeated_parameter", name)
 
     def _add_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == self.shape.content:

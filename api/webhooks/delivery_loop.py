@@ -1,7 +1,7 @@
-"""Sends what the outbox holds: looks for what is due, a few of each endpoint and project at a time, and notes how each
-try went.
+"""Sends the webhooks in the outbox: claims due deliveries, a few per endpoint and project at a time, and records the
+result of each attempt.
 
-Every api process has one; they share the work by claims. No transaction is open while a request is under way.
+Every API server runs this loop; they share the work by claims. No transaction is open while a request is in progress.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from catalog.webhooks.delivery_queue import DeliveryResult, Outgoing
 
 LOOK_SECONDS = 1.0
 CLOSE_SECONDS = 5.0
-"""What requests that are under way have at the end of the process. Those that are cut off are sent again."""
+"""Time that running requests have to finish at shutdown. Aborted ones are sent again."""
 log = logging.getLogger("lorry.api")
 
 
@@ -31,13 +31,13 @@ class WebhookDeliverer:
     def __init__(self, db: Database, sender: WebhookSender, *, pepper: Pepper, telemetry: Telemetry) -> None:
         self._db, self._sender, self._pepper, self._telemetry = db, sender, pepper, telemetry
         self._in_flight: dict[str, Outgoing] = {}
-        """By delivery."""
+        """Requests in progress, by delivery."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wakened = asyncio.Event()
 
     def wake(self) -> None:
-        """There may be something to send. From any thread."""
+        """Signal that there may be a delivery to send. May be called from any thread."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wakened.set)
 
@@ -67,7 +67,7 @@ class WebhookDeliverer:
         except LorryError as error:
             log.warning("webhooks code=%s", error.code)
             return
-        except Exception:  # this loop outlives whatever one look meets
+        except Exception:  # the loop must survive any failure of one poll
             log.exception("crash in webhooks")
             return
         for outgoing in claimed:
@@ -81,7 +81,7 @@ class WebhookDeliverer:
             outcome = await self._try(outgoing)
             self._telemetry.count_try(is_delivered=outcome.is_success)
             await run_in_threadpool(delivery_queue.record, self._db, outgoing, outcome)
-        except LorryError as error:  # it is sent again when its claim has run out
+        except LorryError as error:  # the delivery is sent again when its claim has expired
             log.warning("webhooks delivery=%s code=%s", outgoing.delivery_id, error.code)
         except Exception:
             log.exception("crash in the webhook delivery %s", outgoing.delivery_id)

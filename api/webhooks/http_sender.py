@@ -1,7 +1,7 @@
-"""One webhook request: to an address that was checked, with no redirect and no proxy, in bounded time and memory.
+"""Sends one webhook request to a checked address, without redirects or proxies, in bounded time and memory.
 
-The host is resolved here, every address of it is checked, and the connection goes to a checked one: a name that
-resolves otherwise a moment later changes nothing.
+The host is resolved here, all its addresses are checked, and the connection goes to a checked one. So a name that
+resolves differently a moment later (DNS rebinding) has no effect.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from catalog.webhooks.delivery_queue import DeliveryResult
 from catalog.webhooks.url_policy import OPENED, Rules, WebhookTarget, target_of, why_shut
 
 TRY_SECONDS = 15.0
-"""For all of a try: name, connection, request and reply."""
+"""Timeout of a whole attempt: name resolution, connection, request and reply."""
 REPLY_BYTES = 500
 MAX_ADDRESSES = 3
-"""Of a host, that are tried until one takes a connection."""
+"""Maximum number of a host's addresses that are tried until one accepts the connection."""
 MAX_TESTS = 16
 TESTS_OF_PROJECT = 4
-"""That people ask for, at the same time; further ones wait."""
+"""Maximum number of concurrent test requests; further ones wait."""
 USER_AGENT = f"lorry-webhooks/{lorry_version()}"
 CONNECTED = "connection.connect_tcp.complete"
-"""httpcore's name of the moment."""
+"""httpcore's name of the trace event."""
 
 
 class NotSent(Exception):
-    """Why no request was made, as a sentence."""
+    """Reason why no request was sent, as a sentence."""
 
 
 class _Progress:
-    """How far a try has come."""
+    """Progress of an attempt."""
 
     def __init__(self) -> None:
         self.is_connected = False
 
     async def trace(self, event: str, _info: Mapping[str, Any]) -> None:
-        """httpcore's extension."""
+        """httpcore's trace callback."""
         self.is_connected = self.is_connected or event == CONNECTED
 
 
 class WebhookSender:
-    """`lookup` and `trusted` stand in for the system's names and certificates, in tests."""
+    """Sends webhook requests. In tests, `lookup` and `trusted` replace the system's resolver and certificates."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class WebhookSender:
         self.tests = ProjectSlots(MAX_TESTS, per_project=TESTS_OF_PROJECT)
 
     async def send(self, url: str, *, project_id: str, body: bytes, headers: Mapping[str, str]) -> DeliveryResult:
-        """Never raises for what the other side, or the network, does."""
+        """Send a request. Failures of the endpoint or the network are returned, not raised."""
         started_at, begun, progress = time.time(), time.monotonic(), _Progress()
         was_saturated = self.resolver.is_saturated(project_id)
         try:
@@ -85,7 +85,7 @@ class WebhookSender:
                 retry_after=retry_after,
             )
         except TimeoutError:
-            error = f"There was no whole answer within {self._try_seconds:g} seconds."
+            error = f"The endpoint did not answer completely within {self._try_seconds:g} seconds."
         except NotSent as refusal:
             error = str(refusal)
         except InvalidRequest as refusal:
@@ -118,7 +118,7 @@ class WebhookSender:
         raise AssertionError("there is an address")
 
     async def _checked_addresses(self, target: WebhookTarget, project_id: str) -> list[str]:
-        """Raises NotSent where one of them is shut: who has such a one among others is trying something."""
+        """Raises NotSent if any address of the host is blocked: a host with such an address is probably an attack."""
         try:
             texts = await self.resolver.resolve(target.host, target.port, project_id=project_id)
         except NoAddress:
@@ -132,7 +132,8 @@ class WebhookSender:
     async def _ask(
         self, target: WebhookTarget, address: str, body: bytes, headers: Mapping[str, str], progress: _Progress
     ) -> tuple[int, bytes, float | None]:
-        """A connection of its own: a shared one would be known by its address alone, whatever its certificate says."""
+        """Send the request on a new connection. A connection pool would identify connections by address alone, and so
+        reuse one that was verified for another host's certificate."""
         shown = f"[{address}]" if ":" in address else address
         sent = {"host": target.authority, "user-agent": USER_AGENT, "accept-encoding": "identity", **headers}
         transport = httpx.AsyncHTTPTransport(verify=self._trusted, trust_env=False, retries=0)
@@ -154,7 +155,7 @@ class WebhookSender:
 
 
 async def _beginning(response: httpx.Response) -> bytes:
-    """The first bytes, as they came: what is compressed stays so."""
+    """Return the first raw bytes of the reply; compressed content is not decompressed."""
     begun = b""
     async for chunk in response.aiter_raw():
         begun += chunk[:REPLY_BYTES]
@@ -164,13 +165,13 @@ async def _beginning(response: httpx.Response) -> bytes:
 
 
 def escaped(text: bytes) -> str:
-    """Printable text, whatever the bytes are."""
+    """Return the bytes as printable text."""
     told = text.decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in told)
 
 
 def _retry_after(headers: httpx.Headers) -> float | None:
-    """Seconds, from a number or a date; None where it is neither."""
+    """Return the seconds given as a number or a date; None for any other value."""
     text = headers.get("retry-after", "").strip()
     if text.isdecimal() and len(text) < 10:
         return float(text)

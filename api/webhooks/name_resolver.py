@@ -1,7 +1,7 @@
-"""Resolves the host names of webhooks in threads of its own, of which each project has a few.
+"""Resolves the host names of webhooks in dedicated threads, of which each project gets a few.
 
-A system's resolver may take half a minute for a name whose servers do not answer, and cannot be interrupted. Such
-names hold only their own project's threads. A name that has no address is not asked for again for a minute.
+The system's resolver may take half a minute for a name whose servers do not answer, and can't be interrupted. Such
+names block only the threads of their own project. A name without an address is not resolved again for a minute.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ABSENT_SECONDS = 60.0
 MAX_ABSENT = 4096
 Lookup = Callable[[str, int], Awaitable[Sequence[str]]]
 _Name = tuple[str, str, int]
-"""Project, host, port: projects share no answers, so that none learns or delays what another asks."""
+"""Project, host, port. Projects share no results, so that none can observe or delay the lookups of another."""
 
 
 class NoAddress(Exception):
@@ -29,9 +29,9 @@ class NoAddress(Exception):
 
 
 async def system_lookup(host: str, port: int) -> Sequence[str]:
-    """All addresses of a host, by the system. Raises OSError, UnicodeError.
+    """Return all addresses of a host from the system's resolver. Raises OSError, UnicodeError.
 
-    The thread is a daemon: the process does not wait for it at its end, as it would for an executor's.
+    The thread is a daemon, so that the process does not wait for it at exit, as it would for an executor's thread.
     """
     future: Future[list[str]] = Future()
 
@@ -47,7 +47,7 @@ async def system_lookup(host: str, port: int) -> Sequence[str]:
 
 
 class NameResolver:
-    """`lookup` stands in for the system's names, and `clock` for time.monotonic, in tests."""
+    """Resolves names. In tests, `lookup` replaces the system's resolver, and `clock` replaces time.monotonic."""
 
     def __init__(self, lookup: Lookup = system_lookup, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._lookup = lookup
@@ -57,9 +57,9 @@ class NameResolver:
         self._absent_until: dict[_Name, float] = {}
 
     async def resolve(self, host: str, port: int, *, project_id: str) -> Sequence[str]:
-        """The host's addresses, at least one. Raises NoAddress.
+        """Return the host's addresses, at least one. Raises NoAddress.
 
-        A caller that gives up leaves the lookup running, in its slot, for the next that asks for the name.
+        If a caller gives up, the lookup keeps running in its slot and serves the next caller with the same name.
         """
         name = (project_id, host, port)
         if self._absent_until.get(name, 0.0) > self._clock():
@@ -74,11 +74,11 @@ class NameResolver:
         return found
 
     def is_saturated(self, project_id: str) -> bool:
-        """Whether a further lookup of the project would have to wait."""
+        """Return whether another lookup of the project would have to wait."""
         return self._slots.is_full(project_id)
 
     async def _ask(self, name: _Name) -> Sequence[str]:
-        """No address where the name has none."""
+        """Return the addresses; empty if the name has none."""
         project_id, host, port = name
         async with self._slots.slot(project_id):
             try:
@@ -90,7 +90,7 @@ class NameResolver:
         return found
 
     def _note_absent(self, name: _Name) -> None:
-        """The earliest go first where there are too many."""
+        """Remember that the name has no address. If there are too many names, the oldest are dropped."""
         now = self._clock()
         self._absent_until = {name: until for name, until in self._absent_until.items() if until > now}
         while len(self._absent_until) >= MAX_ABSENT:

@@ -1,4 +1,4 @@
-"""One child process: its command, its log, and the ways to end it."""
+"""A child process: its command, its log, and its termination."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TAIL_BYTES = 16 * 2**10
 
 
 class Child:
-    """May be started again after it ended. Ours alone: it is in a session of its own, so Ctrl-C reaches only us."""
+    """A child process in a session of its own, so that Ctrl-C reaches only the parent. It can be restarted."""
 
     def __init__(
         self,
@@ -28,8 +28,8 @@ class Child:
         log: Path | None = None,
         pass_fds: Sequence[int] = (),
     ) -> None:
-        """log: None if the child writes where this process does. pass_fds: open descriptors that the child inherits
-        under the same numbers."""
+        """`log` None: the child inherits stdout and stderr. `pass_fds`: open descriptors that the child inherits under
+        the same numbers."""
         self.name = name
         self.log = log
         self._argv = list(argv)
@@ -39,7 +39,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Call it from the main thread: the child is killed when the thread that started it ends."""
+        """Start the process. Must be called in the main thread: the child is killed when the starting thread ends."""
         if self.log is not None:
             keep_short(self.log)
         with contextlib.nullcontext() if self.log is None else self.log.open("ab") as out:
@@ -62,27 +62,27 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def exit_status(self) -> int | None:
-        """Negative: the signal that ended it. None: it runs, or never did."""
+        """Return the exit status; negative for a signal, None if the process runs or was never started."""
         return None if self._process is None else self._process.poll()
 
     def terminate(self) -> None:
-        """Ask it to end in its own time."""
+        """Send SIGTERM."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
 
     def kill(self) -> None:
-        """Kill it and its process group; `wait` for it afterwards."""
+        """Kill the process and its process group. Call `wait` afterwards."""
         if self._process is not None and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def wait(self) -> None:
-        """Return when it has ended."""
+        """Wait until the process has exited."""
         if self._process is not None:
             self._process.wait()
 
     def log_tail(self, num_lines: int = 15) -> str:
-        """The last lines that it wrote to its log."""
+        """Return the last lines of the log."""
         if self.log is None:
             return ""
         try:
@@ -94,7 +94,7 @@ class Child:
 
 
 def keep_short(log: Path) -> None:
-    """A long log makes room for a new one; one older is kept."""
+    """Rotate a log that is too long. One previous log is kept."""
     with contextlib.suppress(FileNotFoundError):
         if log.stat().st_size > _LONGEST_LOG_BYTES:
             log.replace(log.with_name(f"{log.name}.1"))

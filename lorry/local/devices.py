@@ -1,4 +1,4 @@
-"""Which devices to train on: one worker each."""
+"""Selection of the devices to train on. Each gets one worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CPU = "cpu"
 
 
 def choose(wanted: str | None) -> list[str]:
-    """`cpu`, or GPU numbers; by itself every GPU of the machine, and the CPU where there is none."""
+    """Return `cpu` or GPU numbers. Default: every GPU of the machine, or the CPU if there is none."""
     if wanted is None:
         return _gpus() or [CPU]
     chosen = [part.strip().lower() for part in wanted.split(",")]
@@ -21,15 +21,15 @@ def choose(wanted: str | None) -> list[str]:
         all(re.fullmatch(r"\d{1,3}", part) for part in chosen) and len(set(chosen)) == len(chosen)
     ):
         raise LorryError(
-            f"{wanted!r} names no devices.",
+            f"{wanted!r} is not a valid list of devices.",
             code="bad_devices",
-            remedy="Say --devices cpu, or the numbers of GPUs as in --devices 0,1.",
+            remedy="Use --devices cpu, or GPU numbers as in --devices 0,1.",
         )
     return chosen
 
 
 def _gpus() -> list[str]:
-    """Numbers of the GPUs, as the driver's own tool gives them, that CUDA_VISIBLE_DEVICES leaves."""
+    """Return the GPU numbers that nvidia-smi lists, restricted to CUDA_VISIBLE_DEVICES."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []

@@ -1,4 +1,4 @@
-"""One `lorry up` per data folder: a lock that the kernel lets go of when its holder dies."""
+"""Ensures one `lorry up` per data folder with a file lock, which the kernel releases when its holder dies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILE_NAME = "up.lock"
 
 
 class DataLock:
-    """Held from `with` to its end. Raises LorryError where another process holds it."""
+    """Holds the lock for the duration of a `with` block. Raises LorryError if another process holds it."""
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
@@ -36,12 +36,12 @@ class DataLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._descriptor)  # the file stays: removing it would let two others lock two files
+        os.close(self._descriptor)  # keep the file: after a removal, two processes could lock two different files
 
 
 def _held(data_dir: Path, holder: str) -> LorryError:
     return LorryError(
-        f"Lorry already runs on {data_dir}{f' (process {holder})' if holder else ''}.",
+        f"Lorry is already running on {data_dir}{f' (process {holder})' if holder else ''}.",
         code="already_running",
-        remedy="Use that one, stop it first, or give this one another folder with --data-dir.",
+        remedy="Use the running service, stop it first, or set another folder with --data-dir.",
     )

@@ -1,4 +1,4 @@
-"""The socket that the API server listens on: at the port that was asked for, or the next free one from the default."""
+"""The API server's listening socket, at the requested port or at the next free one from the default."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _BACKLOG = 4096
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket that listens at `host` and `port`; without `port`, at the next free one from the default on.
+    """Return a socket that listens at `host` and `port`; without `port`, at the next free one from the default.
 
-    From here on no other process can listen there: the API server gets this socket instead of a number. Raises
-    LorryError if the port is in use, or if `host` is no address of this machine.
+    From now on no other process can listen there: the API server receives the socket instead of a port number. Raises
+    LorryError if the port is in use, or if `host` is not an address of this machine.
     """
     if port is not None:
         listening = _open(host, port)
@@ -25,7 +25,7 @@ def listen(host: str, port: int | None) -> socket.socket:
             raise LorryError(
                 f"Port {port} on {host} is in use.",
                 code="port_in_use",
-                remedy="Give another one with --port, or none, and the next free one is taken.",
+                remedy="Pass another port with --port, or omit --port to use the next free one.",
             )
         return listening
     for candidate in range(DEFAULT_PORT, DEFAULT_PORT + _PORTS_TRIED):
@@ -33,25 +33,25 @@ def listen(host: str, port: int | None) -> socket.socket:
         if listening is not None:
             return listening
     raise LorryError(
-        f"The ports {DEFAULT_PORT} to {DEFAULT_PORT + _PORTS_TRIED - 1} on {host} are all in use.",
+        f"All ports from {DEFAULT_PORT} to {DEFAULT_PORT + _PORTS_TRIED - 1} on {host} are in use.",
         code="port_in_use",
-        remedy="Give a free one with --port.",
+        remedy="Pass a free port with --port.",
     )
 
 
 def moved(listening: socket.socket, requested: int | None) -> str | None:
-    """The sentence for a user who finds the service at another port than usual; None if it is the usual one."""
+    """Return a message for the user if the service listens on an unusual port, else None."""
     port = listening.getsockname()[1]
     if requested is not None or port == DEFAULT_PORT:
         return None
-    return f"Port {DEFAULT_PORT} is in use by another program, perhaps another Lorry: this one listens on {port}."
+    return f"Port {DEFAULT_PORT} is in use by another program, perhaps another Lorry. Using port {port} instead."
 
 
 def url(host: str, listening: socket.socket) -> str:
-    """Where a client on this machine finds it.
+    """Return the URL under which a client on this machine reaches the socket.
 
-    A loopback name such as `localhost` becomes the address that is listened on: another process could listen on
-    another address of the same name. A socket on every interface is reached by its family's loopback address.
+    A loopback name such as `localhost` becomes the bound address, because another process could listen on another
+    address of the same name. A wildcard address becomes the loopback address of its family.
     """
     address, port = listening.getsockname()[:2]
     bound = ip_address(address.partition("%")[0])
@@ -63,7 +63,7 @@ def url(host: str, listening: socket.socket) -> str:
 
 
 def _open(host: str, port: int) -> socket.socket | None:
-    """None: the port is in use. (A connection that only waits in TIME_WAIT does not use it.)"""
+    """Return a listening socket; None if the port is in use. (A connection in TIME_WAIT does not use it.)"""
     listening: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -72,15 +72,15 @@ def _open(host: str, port: int) -> socket.socket | None:
         if family == socket.AF_INET6:
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listening.bind(address)
-        listening.listen(_BACKLOG)  # at once: until then, another process could bind the same port
+        listening.listen(_BACKLOG)  # immediately: until then, another process could bind the same port
     except OSError as error:
         if listening is not None:
             listening.close()
         if error.errno == errno.EADDRINUSE:
             return None
         raise LorryError(
-            f"Nothing can listen on {host} port {port}: {error.strerror or error}.",
+            f"Can't listen on {host} port {port}: {error.strerror or error}.",
             code="bad_host",
-            remedy="--host takes an address of this machine, such as 127.0.0.1 or 0.0.0.0; ports below 1024 need root.",
+            remedy="Set --host to an address of this machine, e.g. 127.0.0.1 or 0.0.0.0; ports below 1024 need root.",
         ) from error
     return listening

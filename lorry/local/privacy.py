@@ -1,4 +1,4 @@
-"""Who can read a data folder: it holds the operator's API key, the pepper, and the data of every project."""
+"""Access rights of a data folder, which contains the operator's API key, the pepper, and the data of all projects."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import stat
 from pathlib import Path
 
 OTHERS = 0o077
-"""Permission bits of all users but the owner."""
+"""Permission bits of all users except the owner."""
 CONTENTS = ("lorry.db", "pepper", "up.lock")
-"""Any of these shows that a folder is a data folder of Lorry."""
+"""Files that identify a data folder of Lorry."""
 
 
 def make_private(folder: Path) -> str | None:
-    """Take the access of other users to a data folder away. Returns a sentence for the user; None if it was private.
+    """Revoke other users' access to a data folder. Return a message for the user; None if the folder was private.
 
-    A folder that belongs to another user, is shared (sticky), or holds other things than Lorry's is only reported.
+    A folder that belongs to another user, is shared (sticky bit), or contains other files is only reported.
     """
     status = folder.stat()
     mode = stat.S_IMODE(status.st_mode)
@@ -24,8 +24,8 @@ def make_private(folder: Path) -> str | None:
     is_for_lorry = any((folder / name).exists() for name in CONTENTS) or not any(folder.iterdir())
     if is_for_lorry and status.st_uid == os.getuid() and not mode & stat.S_ISVTX:
         folder.chmod(mode & ~OTHERS)
-        return f"Other users could access the data folder {folder} (mode {mode:o}). Now only you can."
+        return f"Other users could access the data folder {folder} (mode {mode:o}). Access is now restricted to you."
     return (
-        f"Other users can access the data folder {folder} (mode {mode:o}), which holds an operator's API key. Use "
+        f"Other users can access the data folder {folder} (mode {mode:o}), which contains an operator's API key. Use "
         f"another folder with --data-dir, or run: chmod go-rwx {folder}"
     )

@@ -1,6 +1,6 @@
-"""What the service's own commands are called, and what they need: the only place here that knows `api` and `worker`.
+"""The commands of the service. In this package, only this module knows `api` and `worker`.
 
-They are run, never imported.
+The commands are run as processes, never imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorry.errors import LorryError
 from lorry.local.child import Child
 
 _NEEDED = ("lorry-server", "torch", "transformers", "peft")
-"""Distributions. A package named `api` or `worker` may be the user's own."""
+"""Names of distributions, because a package named `api` or `worker` may be the user's own."""
 _COMMAND_SECONDS = 300
 
 
@@ -29,7 +29,7 @@ def check_installed() -> None:
     missing = [name for name in _NEEDED if not _is_installed(name)]
     if missing:
         raise LorryError(
-            f"This environment lacks what a service needs: {', '.join(missing)}.",
+            f"This environment lacks packages that a service needs: {', '.join(missing)}.",
             code="server_not_installed",
             remedy=f'Run: {sys.executable} -m pip install "lorry-server[worker]"',
         )
@@ -45,16 +45,16 @@ def _is_installed(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bootstrapped:
-    """What the database's first start, or a later one, gives to the client."""
+    """Credentials for the client, returned by each start of the database."""
 
     api_key: str | None = field(repr=False)
-    """The first operator's key. None: it was made, and shown, at an earlier start."""
+    """The first operator key. None: an earlier start created and showed it."""
     identity_secret: str = field(repr=False)
-    """By which clients verify the listener: see lorry.transport.service_identity."""
+    """Secret with which clients verify the server: see lorry.transport.service_identity."""
 
 
 class LocalService:
-    """The service on one data folder. Its API server accepts on `listening`, which was opened at `host`."""
+    """The service on one data folder. Its API server accepts connections on `listening`, which was opened at `host`."""
 
     def __init__(
         self, data_dir: Path, *, host: str, listening: socket.socket, environ: Mapping[str, str] | None = None
@@ -66,7 +66,7 @@ class LocalService:
         self._env = _environment(data_dir, os.environ if environ is None else environ)
 
     def bootstrap(self) -> Bootstrapped:
-        """Makes or migrates the database."""
+        """Create or migrate the database."""
         answer = self._run("bootstrap", "--json", "--identity-secret")
         key = answer.get("api_key")
         return Bootstrapped(
@@ -75,11 +75,11 @@ class LocalService:
         )
 
     def new_key(self) -> str:
-        """Another operator key, for who has the data folder but no key."""
+        """Create another operator key, for users who have the data folder but no key."""
         return _field(self._run("new-key", "--json", "--name", "lorry up"), "api_key", command="new-key")
 
     def sign_in_link(self) -> str:
-        """A link that works once."""
+        """Create a one-time sign-in link."""
         return _field(self._run("sign-in-link", "--json"), "url", command="sign-in-link")
 
     def api(self) -> Child:
@@ -88,7 +88,7 @@ class LocalService:
         return self._child("api", argv, pass_fds=(inherited,))
 
     def workers(self, chosen: Sequence[str]) -> list[Child]:
-        """One for each device."""
+        """Return one worker per device."""
         names = ["worker"] if len(chosen) == 1 else [f"worker-{device}" for device in chosen]
         return [
             self._child(name, _python("worker.entrypoints.loop", "--device", device))
@@ -100,7 +100,7 @@ class LocalService:
         return Child(name, argv, env=self._env, cwd=self.data_dir, log=log, pass_fds=pass_fds)
 
     def _run(self, *arguments: str) -> dict[str, Any]:
-        """The JSON object that a command of the api prints. Raises LorryError with the end of what it complained of."""
+        """Return the JSON object that a command of the API server prints. Raises LorryError with its last output."""
         done = subprocess.run(
             _python("api", *arguments),
             env=self._env,
@@ -110,7 +110,7 @@ class LocalService:
             text=True,
             timeout=_COMMAND_SECONDS,
             check=False,
-            start_new_session=True,  # Ctrl-C is ours alone to answer
+            start_new_session=True,  # only this process handles Ctrl-C
         )
         try:
             parsed: object = json.loads(done.stdout)
@@ -121,20 +121,20 @@ class LocalService:
             raise LorryError(
                 f"`python -m api {arguments[0]}` failed (status {done.returncode}). Its last lines:\n{last}",
                 code="service_failed",
-                remedy="Mend what they say, then start again.",
+                remedy="Fix the reported problem, then start again.",
             )
         return cast("dict[str, Any]", parsed)
 
 
 def become_workers(data_dir: Path, groups: Sequence[str]) -> None:
-    """This process is the supervisor of a node's workers from here on; it doesn't return."""
+    """Replace this process by the supervisor of a node's workers. Does not return."""
     command = _python("worker.entrypoints.node_supervisor", *groups)
     sys.stdout.flush()
-    os.execve(command[0], command, _environment(data_dir, os.environ))  # noqa: S606 - no shell is what we want
+    os.execve(command[0], command, _environment(data_dir, os.environ))  # noqa: S606 - no shell is needed
 
 
 def _environment(data_dir: Path, given: Mapping[str, str]) -> dict[str, str]:
-    """The client's own address and key are nobody's business in there."""
+    """Return the environment of child processes, without the client's address and key."""
     environment = {name: value for name, value in given.items() if name not in {"LORRY_URL", "LORRY_API_KEY"}}
     environment |= {"LORRY_DATA_DIR": str(data_dir), "PYTHONUNBUFFERED": "1"}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep, or two processes starve each other
@@ -142,17 +142,17 @@ def _environment(data_dir: Path, given: Mapping[str, str]) -> dict[str, str]:
 
 
 def _field(answer: Mapping[str, Any], name: str, *, command: str) -> str:
-    """A field of what a command printed. Raises LorryError where it lacks it."""
+    """Return a field of a command's output. Raises LorryError if it is missing."""
     value = answer.get(name)
     if not isinstance(value, str):
         raise LorryError(
-            f"`python -m api {command}` ended well and told no {name}.",
+            f"`python -m api {command}` succeeded but printed no {name}.",
             code="service_failed",
-            remedy="Check that lorry and the service's own packages are of one version.",
+            remedy="Check that the packages lorry and lorry-server have the same version.",
         )
     return value
 
 
 def _python(module: str, *arguments: str) -> list[str]:
-    """-P: a folder called `api` where the user stands must not be taken for ours."""
+    """Return a Python command. -P: a folder named `api` in the current directory must not shadow the package."""
     return [sys.executable, "-P", "-m", module, *arguments]

@@ -1,6 +1,6 @@
-"""Supervision of child processes: `lorry up` runs a service with it, and `lorry worker` the workers of a node.
+"""Supervises child processes: the service of `lorry up`, and the workers of a node of `lorry worker`.
 
-`ProcessSupervisor` restarts processes that end. `ServiceSupervisor` adds the API server of `lorry up` and the order of
+`ProcessSupervisor` restarts processes that exit. `ServiceSupervisor` adds the API server of `lorry up` and the order of
 starting and stopping. Neither knows what the processes do.
 """
 
@@ -19,12 +19,12 @@ from lorry.errors import LorryError
 FIRST_RESTART_SECONDS = 1.0
 LONGEST_RESTART_SECONDS = 30.0
 HEALTHY_SECONDS = 60.0
-"""A process that ran for so long is restarted after the shortest wait again."""
+"""A process that ran at least this long is restarted after the shortest delay."""
 TICK_SECONDS = 0.1
 
 
 class Process(Protocol):
-    """What a supervisor needs of a child."""
+    """The interface of a supervised child."""
 
     name: str
 
@@ -39,19 +39,19 @@ class Process(Protocol):
 
 @dataclass(kw_only=True, slots=True)
 class _Supervised:
-    """A process, and what decides when it is started again."""
+    """A process and its restart state."""
 
     process: Process
     is_started: bool = False
-    """True until its end was reported."""
+    """True until its exit is reported."""
     started_at: float = 0.0
     num_crashes: int = 0
     restart_at: float | None = 0.0
-    """None: it runs, or has ended for good."""
+    """None: it is running, or it has exited and is not restarted."""
 
 
 class ProcessSupervisor:
-    """Starts processes, and restarts each that ends, after a wait that doubles with each crash."""
+    """Starts processes, and restarts each one that exits. The delay doubles with each crash."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class ProcessSupervisor:
         restarts_after_success: bool,
         clock: Callable[[], float],
     ) -> None:
-        """on_exit: gets a process that has ended, its status, and the seconds until it is restarted; None: never."""
+        """`on_exit` receives a process that exited, its status, and the seconds until its restart (None: never)."""
         self._supervised = [_Supervised(process=process) for process in processes]
         self._on_exit = on_exit
         self._restarts_after_success = restarts_after_success
@@ -69,12 +69,12 @@ class ProcessSupervisor:
         self._is_stopping = False
 
     def stop_restarts(self) -> None:
-        """From now on a process that ends has ended for good. A signal handler may call it."""
+        """Restart no process from now on. May be called by a signal handler."""
         self._is_stopping = True
 
     @property
     def is_active(self) -> bool:
-        """Whether a process runs, or is to be restarted."""
+        """Whether a process is running or will be restarted."""
         may_restart = not self._is_stopping
         return any(entry.is_started or (may_restart and entry.restart_at is not None) for entry in self._supervised)
 
@@ -82,7 +82,7 @@ class ProcessSupervisor:
         return [entry.process for entry in self._supervised if entry.process.is_alive()]
 
     def check(self) -> None:
-        """Report each process that has ended, and start each that is due."""
+        """Report each process that has exited, and start each one that is due."""
         for entry in self._supervised:
             now = self._clock()
             if entry.is_started and (status := entry.process.exit_status()) is not None:
@@ -105,7 +105,7 @@ class ProcessSupervisor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Patience:
-    """Seconds that each part may take."""
+    """Time limits in seconds."""
 
     ready_seconds: float = 120.0
     drain_seconds: float = 60.0
@@ -113,10 +113,10 @@ class Patience:
 
 
 class ServiceSupervisor:
-    """An API server, and workers that run while it does. The first signal drains: the workers end, then the API server.
-    A second one kills all.
+    """Runs an API server, and workers alongside it. The first signal drains: workers stop, then the API server. A
+    second signal kills all processes.
 
-    `run` returns how many signals ended it. Raises LorryError if the API server ends.
+    `run` returns the number of signals received. Raises LorryError if the API server exits.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class ServiceSupervisor:
         self._num_signals = 0
 
     def stop(self) -> None:
-        """What a signal does: the first time drain, then kill."""
+        """Handle a signal: the first drains, the second kills."""
         self._num_signals += 1
 
     def run(self) -> int:
@@ -161,11 +161,11 @@ class ServiceSupervisor:
     def _wait_until_ready(self) -> None:
         deadline = self._clock() + self._patience.ready_seconds
         while self._num_signals == 0:
-            self._check_api("did not start")  # first: an API server that ended can't be ready, whatever answers
+            self._check_api("did not start")  # first: if the API server exited, a ready answer comes from another one
             if self._is_ready():
                 return
             if self._clock() > deadline:
-                raise _failed(self._api, "does not answer")
+                raise _failed(self._api, "did not become ready in time")
             self._sleep(TICK_SECONDS)
 
     def _keep_running(self) -> None:
@@ -176,14 +176,14 @@ class ServiceSupervisor:
 
     def _report_exit(self, worker: Process, status: int, wait: float | None) -> None:
         assert wait is not None, "every worker that ends is restarted"
-        self._say(f"The {worker.name} ended (status {status}); starting it again in {wait:g} s.")
+        self._say(f"The {worker.name} ended (status {status}). Restarting it in {wait:g} s.")
         self._say(_indented(worker.log_tail()))
 
     def _drain(self) -> None:
-        """Workers first, so that they can still record where they stopped."""
+        """Stop workers first, so that they can still record their progress."""
         workers = self._workers.running()
         if workers:
-            self._say("Stopping: jobs save where they are. Press Ctrl-C again to stop at once.")
+            self._say("Stopping: jobs are saving checkpoints. Press Ctrl-C again to stop immediately.")
         self._end(workers, self._patience.drain_seconds)
         self._end([self._api], self._patience.api_stop_seconds)
 
@@ -224,7 +224,7 @@ def _failed(process: Process, what: str) -> LorryError:
     return LorryError(
         f"The {process.name} {what}. Its last lines:\n{_indented(process.log_tail())}",
         code="service_failed",
-        remedy="Mend what they say, then start again.",
+        remedy="Fix the reported problem, then start again.",
     )
 
 

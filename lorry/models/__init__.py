@@ -1,4 +1,4 @@
-"""What the API returns, as typed objects."""
+"""Typed objects for the API's responses."""
 
 from lorry.models.accounts import (
     ApiKey,

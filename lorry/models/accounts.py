@@ -1,5 +1,4 @@
-"""What the service answers of organizations, projects and keys: who may do what, who did what, what was used. As in
-models."""
+"""Typed responses about organizations, projects, keys, the audit log and usage."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from lorry.models.jobs import View
 
 @dataclass(frozen=True, kw_only=True)
 class ApiKey(View):
-    """A key of the service. `value`, the key itself, is told once, to who made or rotated it."""
+    """An API key. `value`, the secret, is set only in the response that creates or rotates the key."""
 
     id: str = ""
     name: str = ""
@@ -23,35 +22,35 @@ class ApiKey(View):
     is_operator: bool = False
     created_at: int = 0
     created_by: str | None = None
-    """The key that made it."""
+    """Id of the key that created it."""
     expires_at: int | None = None
     last_used_at: int | None = None
     revoked_at: int | None = None
     replaced_by: str | None = None
-    """Id of the key that took its place; until `expires_at` both are good."""
+    """Id of the key that replaced it. Both are valid until `expires_at`."""
     requests_per_minute: int | None = None
     jobs_per_day: int | None = None
-    """Of both: None: the service's; 0: without limit."""
+    """For both limits: None is the service's limit, 0 is no limit."""
     highest_priority: str = ""
-    """Of its jobs; its project's holds as well. Empty: of a service that has no such limit."""
+    """Highest priority of its jobs; its project's limit applies too. Empty if the service has no such limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RevokedKey(ApiKey):
-    """A key that was revoked, and what is left of its work."""
+    """A revoked key, and the unfinished work of the revoked keys."""
 
     revoked_keys: list[str] = field(default_factory=list[str])
-    """Ids of the key and, if requested, of its descendants: the keys that it created, and theirs, and so on."""
+    """Ids of the key and, if requested, of its descendants: the keys that it created, directly or indirectly."""
     valid_descendants: int = 0
-    """Its descendants that are still valid."""
+    """Number of descendants that are still valid."""
     unfinished_jobs: int = 0
     unfinished_sweeps: int = 0
-    """Both count what the revoked keys created, unless its cancellation is requested."""
+    """Both numbers count what the revoked keys created, except work whose cancellation is requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Organization(View):
-    """Whose projects are whose."""
+    """An organization: a group of projects."""
 
     id: str = ""
     name: str = ""
@@ -61,16 +60,16 @@ class Organization(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Project(View):
-    """Whose files, jobs and adapters are whose. The keys of an archived one open nothing."""
+    """A project, the owner of files, jobs and adapters. The keys of an archived project are not valid."""
 
     id: str = ""
     organization_id: str = ""
     name: str = ""
     status: str = ""
     weight: float = 1.0
-    """Its part of the devices, beside those of others whose jobs wait."""
+    """Fair-share weight relative to other projects with waiting jobs."""
     highest_priority: str = ""
-    """Of its jobs. Empty: of a service that has no such limit."""
+    """Highest priority of its jobs. Empty if the service has no such limit."""
     created_at: int = 0
     created_by: str | None = None
     archived_at: int | None = None
@@ -78,7 +77,7 @@ class Project(View):
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectLimit(View):
-    """What a project may use at most; `limit` None: without. `resets_at`: when `used` begins anew."""
+    """A quota of a project. `limit` None: no limit. `resets_at`: Unix time at which `used` resets."""
 
     name: str = ""
     limit: float | None = None
@@ -88,13 +87,13 @@ class ProjectLimit(View):
 
 @dataclass(frozen=True, kw_only=True)
 class AuditEvent(View):
-    """Who changed what. `link`, `previous` and `digest` are its place in the chain, once it is sealed."""
+    """A change and its actor. `link`, `previous` and `digest` are set once it is sealed into the chain."""
 
     id: str = ""
     type: str = ""
     effective_at: float = 0.0
     actor: dict[str, Any] = field(default_factory=dict[str, Any])
-    """type: api_key, browser or server; id and name of the key."""
+    """type: api_key, browser or server. id and name are those of the key."""
     project_id: str | None = None
     object_id: str | None = None
     request_id: str | None = None
@@ -107,7 +106,7 @@ class AuditEvent(View):
 
 @dataclass(frozen=True, kw_only=True)
 class AuditMisfit(View):
-    """Where the chain breaks. fault: changed, missing, misplaced or anchor_changed."""
+    """The event at which the chain is broken. fault: changed, missing, misplaced or anchor_changed."""
 
     link: int = 0
     id: str | None = None
@@ -116,7 +115,7 @@ class AuditMisfit(View):
 
 @dataclass(frozen=True, kw_only=True)
 class AuditVerification(View):
-    """What the server's verification of the chain found."""
+    """Result of the server's verification of the chain."""
 
     is_sound: bool = False
     num_events: int = 0
@@ -129,7 +128,7 @@ class AuditVerification(View):
 
 @dataclass(frozen=True, kw_only=True)
 class UsageResult(View):
-    """What was used on a day, by an organization or a project, or of a base model."""
+    """Usage of one day by an organization, a project or a base model."""
 
     organization_id: str | None = None
     project_id: str | None = None
@@ -137,14 +136,14 @@ class UsageResult(View):
     device_seconds: float = 0.0
     trained_tokens: int = 0
     num_jobs: dict[str, int] = field(default_factory=dict[str, int])
-    """created, and of those that ended succeeded, failed and cancelled."""
+    """Keys: created, and of the finished jobs succeeded, failed and cancelled."""
     stored_bytes: int | None = None
-    """Of files and adapters at the end of the day; None by base model."""
+    """Bytes stored at the end of the day; None if grouped by base model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UsageBucket(View):
-    """A day, in UTC."""
+    """One day, in UTC."""
 
     start_time: int = 0
     end_time: int = 0

@@ -1,6 +1,6 @@
-"""What the service answers, as dataclasses. Unknown fields are kept in `raw`; missing ones have a default.
+"""Responses of the service as dataclasses. Unknown fields are kept in `raw`; missing fields have a default value.
 
-So an older client reads a newer service, and the other way round.
+An older client therefore works with a newer service, and the other way round.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A JSON object of the wire. A field whose metadata names a `view` is itself such an object."""
+    """A JSON object of the API. A field whose metadata has a `view` is itself such an object."""
 
     raw: dict[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
 
@@ -35,8 +35,8 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class File(View):
-    """An uploaded file. `bytes` is its size; `kind` what the rows of a data set are: chat, completion, text,
-    preference or unpaired."""
+    """An uploaded file. `bytes` is its size; `kind` is the kind of a dataset's rows: chat, completion, text, preference
+    or unpaired."""
 
     id: str = ""
     filename: str = ""
@@ -45,18 +45,18 @@ class File(View):
     rows: int | None = None
     kind: str | None = None
     same_content_as: str | None = None
-    """After an upload: an earlier file with the same bytes."""
+    """After an upload: id of an earlier file with the same bytes."""
     digest: str = ""
-    """sha256 of the content."""
+    """SHA-256 of the content."""
     expires_at: int | None = None
-    """From then on it is gone, once no unfinished job reads it."""
+    """Unix time at which it is deleted, once no unfinished job uses it."""
     status: str = ""
     created_at: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(View):
-    """How far a job is. `seconds_left` is an estimate; `valid_loss` is the latest on held-out data."""
+    """Progress of a job. `seconds_left` is an estimate; `valid_loss` is the latest validation loss."""
 
     step: int = 0
     num_steps: int = 0
@@ -67,16 +67,16 @@ class Progress(View):
     tokens_per_second: float | None = None
     seconds_left: float | None = None
     kept_step: int | None = None
-    """Whose weights the adapter has; None before the end."""
+    """Step of the exported weights; None before the end."""
     kept_valid_loss: float | None = None
-    """On held-out data at that step: the adapter's own loss."""
+    """Validation loss of the adapter, at `kept_step`."""
     stopped_early: str | None = None
-    """Why the job ended before its last step."""
+    """Reason why the job ended before its last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobFailure(View):
-    """Why a job failed. `param` is the field or file at fault."""
+    """The error with which a job failed. `param` is the invalid field or file."""
 
     code: str = ""
     message: str = ""
@@ -86,34 +86,34 @@ class JobFailure(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Job(View):
-    """A fine-tuning job; what it asked for is resolved to numbers."""
+    """A fine-tuning job with its resolved configuration."""
 
     id: str = ""
     status: str = ""
     phase: str | None = None
-    """Of a running job: loading, training or verifying."""
+    """Phase of a running job: loading, training or verifying."""
     model: str = ""
     parent_adapter: str | None = None
-    """Name of the adapter that it continues."""
+    """Name of the adapter from which the job continues."""
     training_file: str = ""
     validation_file: str | None = None
     fine_tuned_model: str | None = None
     adapter_id: str | None = None
     result_files: list[str] = field(default_factory=list[str])
-    """Ids of files: the curves of a job that has succeeded, as CSV with OpenAI's columns."""
+    """File ids. A job that has succeeded has one: its curves, as CSV with OpenAI's columns."""
     suffix: str | None = None
     created_at: int = 0
     started_at: int | None = None
     finished_at: int | None = None
     seconds_running: float | None = None
-    """In the hands of workers, over all attempts: without waiting and pauses."""
+    """Seconds under a worker's claim, over all attempts. Waiting and pauses do not count."""
     trained_tokens: int | None = None
     seed: int | None = None
     priority: str | None = None
     deadline: int | None = None
-    """Seconds since 1970. A job that can't meet it is told so, and goes on."""
+    """Unix time. If the job can't meet it, an event reports it and the job continues."""
     is_held: bool = False
-    """It waits, and isn't chosen before it is released."""
+    """The job stays in the queue and does not start until it is released."""
     attempt: int = 0
     trainer_id: str | None = None
     worker_id: str | None = None
@@ -134,7 +134,7 @@ class Job(View):
     hyperparameters: dict[str, Any] = field(default_factory=dict[str, Any])
     metadata: dict[str, str] | None = None
     sweep: dict[str, Any] | None = None
-    """Of a trial: id of its sweep, trial, parameters."""
+    """For a trial: id of its sweep, number of the trial, and its parameters."""
     integrations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     tags: list[str] = field(default_factory=list[str])
     progress: Progress = field(default_factory=Progress, metadata={"view": Progress})
@@ -147,7 +147,7 @@ class Job(View):
 
 @dataclass(frozen=True, kw_only=True)
 class JobEvent(View):
-    """A line of a job's log."""
+    """An event of a job."""
 
     id: str = ""
     created_at: int = 0
@@ -159,7 +159,7 @@ class JobEvent(View):
 
 @dataclass(frozen=True, kw_only=True)
 class LogLine(View):
-    """What a trainer printed while it held the job. `rank`: which of the trainer's processes."""
+    """A line that a trainer printed while it held the job. `rank` is the rank of the trainer process."""
 
     id: str = ""
     attempt: int = 0
@@ -170,7 +170,7 @@ class LogLine(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(View):
-    """A job's answer to one of its own prompts. `is_complete`: it came to its end within the tokens allowed."""
+    """A job's completion of one of its sample prompts. `is_complete`: it ended within the token limit."""
 
     step: int = 0
     prompt: str = ""
@@ -181,7 +181,7 @@ class Sample(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(View):
-    """A point that a job can go on from."""
+    """A checkpoint from which a job can resume."""
 
     id: str = ""
     created_at: int = 0
@@ -190,12 +190,12 @@ class Checkpoint(View):
     step_number: int = 0
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
     available: bool = False
-    """It can be used as a model, by its fine_tuned_model_checkpoint."""
+    """Whether it can be used as a model, by its `fine_tuned_model_checkpoint`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Permission(View):
-    """A project may read an adapter, or a checkpoint, of another."""
+    """Permission of a project to read another project's adapter or checkpoint."""
 
     id: str = ""
     created_at: int = 0
@@ -204,7 +204,7 @@ class Permission(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt(View):
-    """One run of a job by one worker, and which jobs shared its trainer."""
+    """One attempt of a job by one worker, with the jobs that shared its trainer."""
 
     number: int = 0
     claim_id: str = ""
@@ -220,7 +220,7 @@ class Attempt(View):
 
 @dataclass(frozen=True, kw_only=True)
 class JobUpdate(View):
-    """One message of a job's live stream; exactly one of the three last is set, by `kind`."""
+    """A message of a job's live stream. `kind` determines which of the last three fields is set."""
 
     kind: str = ""
     id: str = ""
@@ -231,7 +231,7 @@ class JobUpdate(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Model(View):
-    """A base model or an adapter, as a name to train on or to talk to."""
+    """A base model, an adapter or a checkpoint by name."""
 
     id: str = ""
     created: int = 0
@@ -249,7 +249,7 @@ class Model(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Verification(View):
-    """How far PEFT's logits were from training's when the adapter was exported."""
+    """Difference between PEFT's logits and those of training, measured when the adapter was exported."""
 
     passed: bool | None = None
     max_abs_diff: float | None = None
@@ -261,8 +261,8 @@ class Verification(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(View):
-    """Mean loss per supervised token of the held-out file, with the adapter and for what its job began with: the base,
-    or the parent adapter."""
+    """Mean loss per trained token on the validation file, for the adapter, and for the base model or parent adapter
+    with which its job started."""
 
     base_loss: float | None = None
     parent_loss: float | None = None
@@ -271,7 +271,7 @@ class Evaluation(View):
     parent_perplexity: float | None = None
     perplexity: float | None = None
     rewards: dict[str, float | None] | None = None
-    """Of a job that compared answers, which has no perplexity: chosen, rejected, margin, accuracy, and kl of kto."""
+    """For preference jobs, which have no perplexity: chosen, rejected, margin, accuracy, and for kto kl."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,19 +283,19 @@ class Adapter(View):
     created_at: int = 0
     job_id: str = ""
     owned_by: str = ""
-    """The project that trained it; another than yours where it is shared with you."""
+    """Id of the project that trained it. Shared adapters belong to another project."""
     checkpoint_step: int | None = None
-    """Of a checkpoint, which is read like an adapter."""
+    """Step of a checkpoint, which can be read like an adapter."""
     base_model: str = ""
     base_digest: str = ""
     parent: str | None = None
-    """Name of the adapter that it continues."""
+    """Name of the adapter from which it continues."""
     artifact: str = ""
     bytes: int = 0
     num_parameters: int = 0
     rank: int | None = None
     precision: str | None = None
-    """Of the base in training and verification, like `quantization`: what it is best served on."""
+    """Precision of the base model in training and verification. Serve the adapter with it and with `quantization`."""
     quantization: str | None = None
     lineage_id: str = ""
     verification: Verification = field(default_factory=Verification, metadata={"view": Verification})
@@ -304,25 +304,25 @@ class Adapter(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Cordon(View):
-    """A worker finishes what it holds and takes nothing new. `by`: operator, or service where jobs failed on it."""
+    """The worker finishes the jobs it holds and claims no new ones. `by`: operator, or service after failed jobs."""
 
     by: str = ""
     reason: str | None = None
     at: float = 0.0
     evidence: list[dict[str, Any]] | None = None
-    """For operators: how the attempts ended for which the service cordoned it."""
+    """Failed attempts for which the service cordoned the worker. Only operators see it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Worker(View):
-    """A process that trains, and what it holds resident."""
+    """A worker and its loaded base model."""
 
     id: str = ""
     host: str = ""
     state: str = ""
     protocol: int | None = None
     cordon: Cordon | None = field(default=None, metadata={"view": Cordon})
-    """Why it takes nothing new; None: it does."""
+    """None if the worker is not cordoned."""
     version: str = ""
     devices: list[Any] = field(default_factory=list[Any])
     memory_bytes: int = 0

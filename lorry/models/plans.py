@@ -1,4 +1,4 @@
-"""A plan, as the service tells it: what a job would come to."""
+"""Typed response for a plan, the dry run of a job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorry.models.jobs import JobFailure, View
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(View):
-    """Seconds with their basis; None where there is no telling, and the basis says why."""
+    """Estimated seconds and their basis. None if there is no estimate; `basis` then explains why."""
 
     seconds: float | None = None
     basis_kind: str = "none"
@@ -22,7 +22,7 @@ class Estimate(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(View):
-    """All but what was asked for is empty until it is ready."""
+    """A plan. All fields except the request are empty until it is ready."""
 
     id: str = ""
     status: Literal["computing", "ready", "failed"] = "computing"
@@ -32,17 +32,17 @@ class Plan(View):
     training_file: str = ""
     validation_file: str | None = None
     configuration: dict[str, Any] = field(default_factory=dict[str, Any])
-    """As the job would have it, with every "auto" resolved."""
+    """The configuration that the job would have, with every "auto" resolved."""
     requested: dict[str, Any] = field(default_factory=dict[str, Any])
     error: JobFailure | None = field(default=None, metadata={"view": JobFailure})
-    """Why no job could train on these files."""
+    """Reason why no job can train on these files."""
     data: dict[str, Any] = field(default_factory=dict[str, Any])
-    """training, validation: what preparation found, with sample rows; overlap."""
+    """training, validation: data reports with sample rows; overlap."""
     num_steps: int | None = None
     trainable_parameters: int | None = None
     adapted_layers: int | None = None
     memory: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """By kind of device: total_bytes and parts."""
+    """total_bytes and parts, for each kind of device."""
     devices: dict[str, Any] = field(default_factory=dict[str, Any])
     training_time: Estimate = field(default_factory=Estimate, metadata={"view": Estimate})
     expected_start: Estimate = field(default_factory=Estimate, metadata={"view": Estimate})

@@ -1,4 +1,4 @@
-"""Sweeps and their trials as the service answers, in the way of `models`."""
+"""Typed responses for sweeps and their trials."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from lorry.models.jobs import FINAL_STATUSES, JobFailure, Progress, View
 
 @dataclass(frozen=True, kw_only=True)
 class Trial(View):
-    """One job of a sweep, as the leaderboard has it."""
+    """One job of a sweep, as shown on the leaderboard."""
 
     id: str = ""
-    """Of its job."""
+    """Id of the trial's job."""
     sweep_id: str = ""
     number: int = 0
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])
     status: str = ""
     phase: str | None = None
-    """Of a running trial: loading, training or verifying."""
+    """Phase of a running trial: loading, training or verifying."""
     reason: str | None = None
     value: float | None = None
-    """Of the objective, as measured last."""
+    """Last measured value of the objective."""
     step: int | None = None
     rung: int | None = None
     stopped: str | None = None
-    """Why it was ended before its last step."""
+    """Reason why it was stopped before its last step."""
     progress: Progress = field(default_factory=Progress, metadata={"view": Progress})
     fine_tuned_model: str | None = None
 
@@ -37,7 +37,7 @@ class Trial(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(View):
-    """Several jobs that differ in stated fields."""
+    """A group of jobs that differ in chosen fields."""
 
     id: str = ""
     status: str = ""
@@ -51,11 +51,11 @@ class Sweep(View):
     num_trials: int = 0
     num_created: int = 0
     counts: dict[str, int] = field(default_factory=dict[str, int])
-    """Trials by status."""
+    """Number of trials by status."""
     best_trial: Trial | None = field(default=None, metadata={"view": Trial})
     best_adapter: str | None = None
     fine_tuned_model: str | None = None
-    """The best trial's adapter, once the sweep has ended. The sweep's id names it too."""
+    """Name of the best trial's adapter, once the sweep has finished. The sweep's id is accepted as well."""
     error: JobFailure | None = field(default=None, metadata={"view": JobFailure})
 
     @property

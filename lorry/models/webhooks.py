@@ -1,4 +1,4 @@
-"""What the service answers of webhooks, as dataclasses."""
+"""Typed responses for webhooks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lorry.models.jobs import View
 
 @dataclass(frozen=True, kw_only=True)
 class WebhookEndpoint(View):
-    """Where events are sent. `signing_secret` is told once, to who made the endpoint or rotated its secret."""
+    """A webhook endpoint. `signing_secret` is set only in the response that creates it or rotates its secret."""
 
     id: str = ""
     name: str = ""
     url: str = ""
-    """Host and last four characters: the service never shows the whole."""
+    """Host and last four characters. The service never shows the full URL."""
     event_types: list[str] = field(default_factory=list[str])
     signing_secret: str = field(default="", repr=False)
     signing_secret_hint: str = ""
@@ -23,9 +23,9 @@ class WebhookEndpoint(View):
     created_at: int = 0
     updated_at: int = 0
     old_secret_until: int | None = None
-    """Until then messages are signed with the old secret too."""
+    """Unix time until which messages are also signed with the old secret."""
     failing_since: int | None = None
-    """Every try since then has failed."""
+    """Every attempt since this time has failed."""
     disabled_at: int | None = None
     disabled_reason: str | None = None
     """by_request, gone or failing."""
@@ -33,7 +33,7 @@ class WebhookEndpoint(View):
 
 @dataclass(frozen=True, kw_only=True)
 class WebhookTest(View):
-    """How an endpoint answered a sample. `reply`: the first bytes of its answer."""
+    """An endpoint's response to a sample event. `reply` contains the first bytes of the response."""
 
     webhook_endpoint_id: str = ""
     event_type: str = ""
@@ -44,12 +44,12 @@ class WebhookTest(View):
 
 @dataclass(frozen=True, kw_only=True)
 class WebhookDelivery(View):
-    """One event for one endpoint, and each try at it: started_at, seconds, status_code, error, reply."""
+    """One event for one endpoint. `tries` lists the attempts: started_at, seconds, status_code, error, reply."""
 
     id: str = ""
     webhook_endpoint_id: str = ""
     event_id: str = ""
-    """The webhook-id that is sent, the same at every try."""
+    """The `webhook-id` header, the same in every attempt."""
     event_type: str = ""
     data: dict[str, Any] = field(default_factory=dict[str, Any])
     is_test: bool = False

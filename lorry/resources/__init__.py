@@ -1,1 +1,1 @@
-"""One file per resource of the HTTP API; each maps calls to requests and answers to models."""
+"""The resources of the HTTP API, one module each. They map calls to requests, and responses to models."""

@@ -1,4 +1,4 @@
-"""Trained adapters: look, pull, verify, trace."""
+"""Trained adapters: list, download, verify, share and trace them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lorry.verification import adapter_archive, adapter_folder
 
 
 class Adapters:
-    """Everywhere an adapter's id or its name will do, a checkpoint's too, and what another project shares."""
+    """Adapters and checkpoints, own and shared ones. All methods accept an id or a name."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
     def list(self, *, limit: int | None = None, shared: bool = False) -> Iterator[Adapter]:
-        """Newest first. shared: those that other projects share with this one, instead of its own."""
+        """Yield adapters, newest first. `shared`: those that other projects share, instead of the project's own."""
         params = {"shared": "true"} if shared else None
         found = pages.follow(self._transport, "adapters", params=params)
         return (Adapter.of(wire) for wire in itertools.islice(found, limit))
@@ -32,39 +32,39 @@ class Adapters:
         return Adapter.of(self._transport.get(_of(name)))
 
     def manifest(self, name: str) -> dict[str, Any]:
-        """`data`: path, digest and num_bytes of each file; `artifact`: the digest of it all."""
+        """Return the manifest. `data`: path, digest and num_bytes of each file; `artifact`: digest of the manifest."""
         return self._transport.get(_of(name, "files"))
 
     def lineage(self, name: str) -> dict[str, Any]:
-        """The record of where the adapter comes from, with its id; `children`: names of those that continue it."""
+        """Return the lineage record with its id. `children`: names of the adapters that continue from this one."""
         return self._transport.get(_of(name, "lineage"))
 
     def verify(self, name: str) -> dict[str, Any]:
-        """The service reads every stored byte again and compares: `passed` and `problems`."""
+        """Make the service verify every stored byte. Return `passed` and `problems`."""
         return self._transport.request("POST", _of(name, "verify"))
 
     def signing_keys(self) -> builtins.list[dict[str, Any]]:
-        """The public keys of the lineage signatures, for `lorry.verification.adapter_folder.verify_folder`."""
+        """Return the public keys of lineage signatures, for `lorry.verification.adapter_folder.verify_folder`."""
         return self._transport.get("keys.json")["keys"]
 
     def share(self, name: str, projects: Sequence[str]) -> builtins.list[Permission]:
-        """For operators: let other projects, by id or name, read it, download it and continue it."""
+        """Allow other projects, by id or name, to read, download and continue it. Requires an operator key."""
         answer = self._transport.request("POST", _permissions(name), body={"project_ids": [*projects]})
         return [Permission.of(wire) for wire in answer["data"]]
 
     def permissions(self, name: str) -> Iterator[Permission]:
-        """For operators: who else may read it, newest first."""
+        """Yield the permissions of other projects, newest first. Requires an operator key."""
         return (Permission.of(wire) for wire in pages.follow(self._transport, _permissions(name)))
 
     def unshare(self, name: str, permission_id: str) -> None:
-        """For operators. What the other project has begun with it goes on."""
+        """Revoke a permission. Running jobs of the other project continue. Requires an operator key."""
         self._transport.request("DELETE", _permissions(name, permission_id))
 
     def pull(self, name: str, directory: Path | str, *, on_progress: OnBytes | None = None) -> Path:
-        """Downloads the adapter into `directory`, which must not exist, be empty or hold this very adapter; then only
-        its lineage record is written again, which may have got a signature since.
+        """Download the adapter to `directory`, which must not exist, be empty, or contain this adapter. If it contains
+        this adapter, only the lineage record is updated, which may have been signed since.
 
-        Every digest is checked before the folder appears under its name. What PEFT needs lies in it, and
+        Every digest is checked before the folder appears under its name. It contains the files that PEFT needs, and
         manifest.json and lineage.json for `lorry.verification.adapter_folder.verify_folder`. Raises BadDownload.
         """
         adapter = self.get(name)

@@ -1,4 +1,4 @@
-"""The audit log: who changed what."""
+"""The audit log: changes and their actors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Audit:
         since: float | None = None,
         until: float | None = None,
     ) -> Iterator[AuditEvent]:
-        """Newest first: of your project, and for operators of all. Times are seconds since 1970."""
+        """Yield events, newest first: of the key's project, or of all projects with an operator key. Times are Unix
+        times in seconds."""
         params = {
             "event_types[]": list(types) or None,
             "actor_ids[]": list(actor_ids) or None,
@@ -36,8 +37,8 @@ class Audit:
         return (AuditEvent.of(wire) for wire in pages.follow(self._transport, "audit_events", params=params))
 
     def verify(self) -> AuditVerification:
-        """For operators: have the server verify the whole chain and its anchors, up to the first event that doesn't
-        fit."""
+        """Make the server verify the whole chain and its anchors, up to the first event that does not fit. Requires an
+        operator key."""
         number, last = 0, 0
         while True:
             found = AuditVerification.of(self._transport.get("audit_events/verify", {"after": last}))
@@ -46,8 +47,8 @@ class Audit:
                 return replace(found, num_events=number)
 
     def export(self) -> Iterator[dict[str, Any]]:
-        """For operators: every sealed event in the order of the chain. The server's
-        `python -m api verify-export` verifies them."""
+        """Yield every sealed event in the order of the chain. Requires an operator key. On the server,
+        `python -m api verify-export` verifies a file of these events."""
         with self._transport.stream("audit_events/export", headers={"accept": "application/jsonl"}) as response:
             for line in response.iter_lines():
                 yield json.loads(line)

@@ -1,4 +1,4 @@
-"""Uploaded files and what preparation found in them."""
+"""Uploaded files and their data reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorry.resources import pages
 from lorry.transport.http import Transport
 
 OnBytes = Callable[[int, int], None]
-"""Called with the bytes sent or received so far, and how many there are in all (0: not known)."""
+"""Called with the number of bytes transferred so far, and the total (0: unknown)."""
 
 
 class Files:
@@ -32,9 +32,10 @@ class Files:
         expires_after_seconds: int | None = None,
         on_progress: OnBytes | None = None,
     ) -> File:
-        """Streams a file; memory stays bounded. The service checks every line to train on, and names the wrong ones.
+        """Stream a file to the service; memory use is bounded. The service validates training data line by line.
 
-        expires_after_seconds: it goes by itself so long after the upload, once no job reads it; an hour to 30 days.
+        `expires_after_seconds`: the file is deleted this long after the upload, once no job uses it. One hour to 30
+        days.
         """
         path = Path(path)
         fields = {"purpose": purpose}
@@ -55,19 +56,19 @@ class Files:
         return File.of(self._transport.get(f"files/{quote(file_id, safe='')}"))
 
     def content(self, file_id: str) -> Iterator[bytes]:
-        """The bytes as they were uploaded, in pieces."""
+        """Yield the bytes as they were uploaded, in pieces."""
         with self._transport.stream(f"files/{quote(file_id, safe='')}/content") as response:
             yield from response.iter_bytes()
 
     def download(self, file_id: str, path: Path | str | None = None) -> Path:
-        """Writes the bytes to a new file, whole and with the digest on record, or not at all; where it is.
+        """Write the bytes to a new file and return its path. The file only appears if it matches its digest.
 
-        path: by default the file's own name, in the current folder. Raises FileExistsError, BadDownload.
+        `path`: by default the file's own name, in the current folder. Raises FileExistsError and BadDownload.
         """
         file = self.get(file_id)
         target = Path(path) if path is not None else Path(Path(file.filename).name or file_id)
         if target.exists():
-            raise FileExistsError(errno.EEXIST, "There is a file of that name", str(target))
+            raise FileExistsError(errno.EEXIST, "A file of this name already exists", str(target))
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
             with partial.open("xb") as out:
@@ -82,11 +83,11 @@ class Files:
             out.write(piece)
             seen.update(piece)
         if seen.hexdigest() != file.digest:
-            message = f"What came of {file.id} is not what the service has on record."
+            message = f"The download of {file.id} does not match its digest."
             raise BadDownload(message, code="bad_download", remedy="Download it again.")
 
     def report(self, file_id: str, *, model: str) -> dict[str, Any]:
-        """Rows, tokens, truncated rows … of the file as tokenized for `model`."""
+        """Return the data report of the file as tokenized for `model`: rows, tokens, truncated rows and so on."""
         return self._transport.get(f"files/{quote(file_id, safe='')}/report", {"model": model})
 
     def delete(self, file_id: str) -> None:
@@ -94,7 +95,7 @@ class Files:
 
 
 class _Reported:
-    """A file for httpx's multipart, which reads it in pieces and rewinds it before a repetition."""
+    """A file for httpx's multipart encoder, which reads it in pieces and rewinds it before a retry."""
 
     def __init__(self, source: IO[bytes], num_bytes: int, on_progress: OnBytes | None) -> None:
         self._source = source

@@ -1,4 +1,4 @@
-"""Following one job: server-sent events while they flow, polling while they don't, never both at once."""
+"""Follows one job by server-sent events, and by polling whenever the stream is interrupted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorry.transport.http import Transport
 
 
 def stream(transport: Transport, path: str, last_event_id: str | None) -> Iterator[JobUpdate]:
-    """Updates of one connection, from after `last_event_id` on."""
+    """Yield the updates of one connection, starting after `last_event_id`."""
     headers = {"accept": "text/event-stream"}
     if last_event_id:
         headers["last-event-id"] = last_event_id
@@ -34,9 +34,9 @@ def follow(
     poll_seconds: float,
     patience_seconds: float,
 ) -> Iterator[JobUpdate]:
-    """Ends with the update in which the job is final.
+    """Yield updates; the last one is that in which the job is final.
 
-    Raises ConnectionFailed or ServerFailed where the service has not answered well for `patience_seconds`.
+    Raises ConnectionFailed or ServerFailed if the service has not answered successfully for `patience_seconds`.
     """
     heard_at = clock()
     while True:
@@ -63,7 +63,7 @@ def follow(
 
 
 def _update(event: sse.ServerEvent) -> JobUpdate | None:
-    """None for what this client doesn't know (a newer service may send more)."""
+    """Return the update; None for an unknown event, which a newer service may send."""
     try:
         parsed: object = json.loads(event.data)
     except ValueError:

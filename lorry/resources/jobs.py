@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: create, look, wait, steer. Following one live is in `live`."""
+"""Fine-tuning jobs: create, list, wait for and control them. `lorry.resources.follow` streams their updates."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ class Jobs:
         idempotency_key: str | None = None,
         **fields: Unpack[requests.JobFields],
     ) -> Job:
-        """Files are ids. What is not given is the service's default. Repetitions after a lost answer make one job.
+        """Create a job. Files are ids. Omitted fields use the service's defaults. Retries after a lost response create
+        no second job.
 
-        hyperparameters: of the method, "supervised" where none is named; the others compare answers. parent_adapter:
-        id or name of one to continue. plan: id of one; the job is then just as planned, and nothing else need be said.
-        extra_body: fields of the body as they go over the wire, for a service newer than this client, in place of the
-        arguments' own. Raises InvalidRequest, NotFound or Conflict where it is refused.
+        `hyperparameters` are those of the method, which is "supervised" by default. `parent_adapter`: id or name of an
+        adapter to continue from. `plan`: id of a plan; the job is then created from it, without further fields.
+        `extra_body`: raw fields of the body for a newer service; they override the arguments. Raises InvalidRequest,
+        NotFound or Conflict if the service rejects the job.
         """
         body = requests.job_body(fields, model=model, training_file=training_file, plan=plan)
         headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
@@ -54,14 +55,14 @@ class Jobs:
         metadata: Mapping[str, str] | None = None,
         tags: Sequence[str] = (),
     ) -> Iterator[Job]:
-        """Newest first. metadata, tags: only jobs that have all of these."""
+        """Yield jobs, newest first. `metadata` and `tags`: only jobs that have all of them."""
         params: dict[str, Any] = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
         params |= {"tag": [*tags]} if tags else {}
         found = pages.follow(self._transport, _PATH, params=params)
         return (Job.of(wire) for wire in itertools.islice(found, limit))
 
     def cancel(self, job_id: str) -> Job:
-        """At once where it waits; a running one is marked, and its worker obeys within some seconds."""
+        """Cancel the job. A waiting job is cancelled immediately, a running one within seconds."""
         return self._verb(job_id, "cancel")
 
     def pause(self, job_id: str) -> Job:
@@ -71,7 +72,7 @@ class Jobs:
         return self._verb(job_id, "resume")
 
     def hold(self, job_id: str) -> Job:
-        """Keep it in the queue, and out of every trainer, until it is released."""
+        """Keep the job in the queue without starting it, until it is released."""
         return self._verb(job_id, "hold")
 
     def release(self, job_id: str) -> Job:
@@ -85,7 +86,7 @@ class Jobs:
         after: str | None = None,
         to: Literal["first", "last"] | None = None,
     ) -> Job:
-        """Give it another place among the project's jobs of its class that wait: exactly one of the three."""
+        """Move the job among the project's waiting jobs of the same priority. Pass exactly one argument."""
         target = {name: value for name, value in {"before": before, "after": after, "to": to}.items() if value}
         return Job.of(self._transport.request("POST", _of(job_id, "move"), body=target))
 
@@ -93,16 +94,16 @@ class Jobs:
         self,
         job_id: str,
         *,
-        type: Literal["message", "metrics"] | None = None,  # noqa: A002 - the wire's word
+        type: Literal["message", "metrics"] | None = None,  # noqa: A002 - the parameter's name in the API
         limit: int | None = None,
     ) -> Iterator[JobEvent]:
-        """Newest first; only those of one type, if it is named."""
+        """Yield events, newest first. `type`: only events of this type."""
         page_size = min(limit or pages.PAGE_SIZE, pages.PAGE_SIZE)
         found = pages.follow(self._transport, _of(job_id, "events"), params={"type": type}, page_size=page_size)
         return (JobEvent.of(wire) for wire in itertools.islice(found, limit))
 
     def samples(self, job_id: str) -> Iterator[Sample]:
-        """Answers to the prompts of `evaluation.samples`, the latest evaluation's first."""
+        """Yield the completions of `evaluation.samples`, those of the latest evaluation first."""
         for event in self.events(job_id, type="message"):
             given: list[dict[str, Any]] = event.data.get("samples") or []
             yield from (Sample.of({"step": event.data.get("step"), **sample}) for sample in given)
@@ -115,15 +116,15 @@ class Jobs:
         return [Attempt.of(wire) for wire in data]
 
     def metrics(self, job_id: str, *, kind: str = "train") -> list[dict[str, Any]]:
-        """Points of the loss curve, `kind` train or valid."""
+        """Return the points of the curve `kind`: train or valid."""
         return self._transport.get(_of(job_id, "metrics"), {"kind": kind}).get("data") or []
 
     def why(self, job_id: str) -> dict[str, Any]:
-        """Why the job waits."""
+        """Explain the job's state."""
         return self._transport.get(_of(job_id, "why"))
 
     def data_report(self, job_id: str) -> dict[str, Any]:
-        """What preparation found in the job's files."""
+        """Return the data reports of the job's files."""
         return self._transport.get(_of(job_id, "data_report"))
 
     def wait(
@@ -134,7 +135,7 @@ class Jobs:
         timeout_seconds: float | None = None,
         poll_seconds: float = 1.0,
     ) -> Job:
-        """Until the job is final, whichever way: look at `status` and `error`. A paused job is waited for."""
+        """Wait until the job is final, and return it. Check `status` and `error`. A paused job is waited for, too."""
         deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
         while True:
             job = self.get(job_id)
@@ -144,23 +145,24 @@ class Jobs:
                 return job
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"{job_id} is {job.status} after {timeout_seconds:g} s; it goes on.",
+                    f"Job {job_id} is still {job.status} after {timeout_seconds:g} s. The job is not affected.",
                     code="wait_timeout",
-                    remedy="Wait again, or cancel it.",
+                    remedy="Wait again, or cancel the job.",
                 )
             self._transport.sleep(poll_seconds)
 
     def logs(
         self, job_id: str, *, attempt: int | None = None, rank: int | None = None, contains: str | None = None
     ) -> Iterator[LogLine]:
-        """What its trainers printed, oldest attempt first. rank: of one of their processes. contains: in whichever
-        case. Of a running job at most a minute old; kept for 30 days after its end."""
+        """Yield the log lines of the job's trainers, oldest attempt first. `rank`: only lines of this trainer process.
+        `contains`: only lines with this text, ignoring case. Lines of a running job appear within a minute; logs are
+        kept for 30 days after the job's end."""
         params: dict[str, Any] = {"attempt": attempt, "rank": rank, "contains": contains}
         found = pages.follow(self._transport, _of(job_id, "logs"), params=params, page_size=1000)
         return (LogLine.of(wire) for wire in found)
 
     def stream(self, job_id: str, *, last_event_id: str | None = None) -> Iterator[JobUpdate]:
-        """One connection's live updates. It ends when the service ends it; `follow` goes on over breaks."""
+        """Yield the live updates of one connection, until the service ends it. `follow` reconnects."""
         return live.stream(self._transport, _of(job_id, "stream"), last_event_id)
 
     def follow(
@@ -171,9 +173,9 @@ class Jobs:
         poll_seconds: float = 1.0,
         patience_seconds: float = 60.0,
     ) -> Iterator[JobUpdate]:
-        """Live updates until the job is final. Over a broken stream it polls, and takes up where it was.
+        """Yield live updates until the job is final. If the stream is interrupted, poll and resume the stream.
 
-        after_event: id of the last event that was seen already; else every event of the job is told first.
+        `after_event`: id of the last event already seen. Without it, all events of the job are sent first.
         """
         return live.follow(
             lambda last_event_id: self.stream(job_id, last_event_id=last_event_id),

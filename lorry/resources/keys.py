@@ -27,11 +27,11 @@ class Keys:
         project: str | None = None,
         highest_priority: Priority | None = None,
     ) -> ApiKey:
-        """A key whose `value` is told this once. It can't have more than the key that asks.
+        """Create a key. Only this response contains its secret, `value`. It can't have more rights than your key.
 
-        scopes: what it may do, such as "jobs:write"; None: all that yours can give. expires_at: seconds since 1970.
-        project: by id or name, another than yours for operators. highest_priority: of its jobs, for operators; None:
-        "normal".
+        `scopes`: for example "jobs:write"; None: all that your key can grant. `expires_at`: Unix time. `project`: id
+        or name; other projects require an operator key. `highest_priority`: of its jobs; None: "normal". Other values
+        require an operator key.
         """
         body: dict[str, Any] = {"name": name, "is_operator": is_operator}
         given = {"scopes": None if scopes is None else list(scopes), "expires_at": expires_at, "project": project}
@@ -42,25 +42,25 @@ class Keys:
         return ApiKey.of(self._transport.request("POST", "api_keys", body=body, headers=once))
 
     def list(self, *, project: str | None = None) -> Iterator[ApiKey]:
-        """Newest first, those that open nothing any more too."""
+        """Yield keys, newest first, including revoked and expired ones."""
         return (ApiKey.of(wire) for wire in pages.follow(self._transport, "api_keys", params={"project": project}))
 
     def get(self, key_id: str) -> ApiKey:
         return ApiKey.of(self._transport.get(_key(key_id)))
 
     def revoke(self, key_id: str, *, cancel: bool = False, with_descendants: bool = False) -> RevokedKey:
-        """The key is not valid any more. Its sweeps create no more trials; its jobs continue.
+        """Revoke the key immediately. Its sweeps create no more trials; its jobs continue.
 
-        cancel: cancel its unfinished jobs and sweeps. with_descendants: also revoke the keys that it created, and those
-        that these created, and so on. A call that was interrupted can be repeated.
+        `cancel`: cancel its unfinished jobs and sweeps. `with_descendants`: also revoke the keys that it created,
+        directly or indirectly. An interrupted call can be repeated.
         """
         body = {"cancel": cancel, "with_descendants": with_descendants}
         given = {name: True for name, is_asked in body.items() if is_asked}
         return RevokedKey.of(self._transport.request("POST", f"{_key(key_id)}/revoke", body=given or None))
 
     def rotate(self, key_id: str, *, overlap_seconds: int | None = None, expires_at: int | None = None) -> ApiKey:
-        """A key with the same name and rights, whose `value` is told this once. The old one is good for
-        `overlap_seconds` more: a day where nothing is said."""
+        """Create a key with the same name and rights. Only this response contains its secret, `value`. The old key
+        stays valid for `overlap_seconds` (default: one day)."""
         given = {"overlap_seconds": overlap_seconds, "expires_at": expires_at}
         body = {field: value for field, value in given.items() if value is not None}
         return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/rotate", body=body))
@@ -73,9 +73,10 @@ class Keys:
         jobs_per_day: int | Literal["service"] | None = None,
         highest_priority: Priority | None = None,
     ) -> ApiKey:
-        """For operators: how often the key may ask, how many jobs it may create, and their highest priority.
+        """Set the key's rate limit, its daily number of jobs, and the highest priority of its jobs. Requires an
+        operator key.
 
-        None: as it was; "service": as the service says; 0: without limit.
+        None: unchanged; "service": the service's limit; 0: no limit.
         """
         asked = {"requests_per_minute": requests_per_minute, "jobs_per_day": jobs_per_day}
         asked |= {"highest_priority": highest_priority}
@@ -88,29 +89,29 @@ class Projects:
         self._transport = transport
 
     def create(self, name: str, *, organization: str | None = None) -> Project:
-        """For operators. organization: whose it is, by id or by name; None: yours."""
+        """Create a project. `organization`: id or name; None: yours. Requires an operator key."""
         body = {"name": name} if organization is None else {"name": name, "organization": organization}
         return Project.of(self._transport.request("POST", "projects", body=body))
 
     def list(self, *, archived: bool = False) -> Iterator[Project]:
-        """Yours, and for operators all. archived: those that were put away, too."""
+        """Yield the key's project, or all projects with an operator key. `archived`: include archived projects."""
         params = {"archived": "true" if archived else None}
         return (Project.of(wire) for wire in pages.follow(self._transport, "projects", params=params))
 
     def get(self, project: str) -> Project:
-        """By id or by name."""
+        """Return a project by id or name."""
         return Project.of(self._transport.get(_project(project)))
 
     def rename(self, project: str, name: str) -> Project:
-        """For operators."""
+        """Rename a project. Requires an operator key."""
         return Project.of(self._transport.request("POST", _project(project), body={"name": name}))
 
     def weigh(self, project: str, weight: float) -> Project:
-        """For operators: its part of the devices, beside the weights of others whose jobs wait."""
+        """Set the fair-share weight relative to other projects with waiting jobs. Requires an operator key."""
         return Project.of(self._transport.request("POST", f"{_project(project)}/weight", body={"weight": weight}))
 
     def limits(self, project: str) -> dict[str, ProjectLimit]:
-        """What it may use at most and what it has used, by the names that `limit` takes."""
+        """Return the project's quotas and usage, by the names of the arguments of `limit`."""
         return _limits(self._transport.get(f"{_project(project)}/limits"))
 
     def limit(
@@ -125,7 +126,8 @@ class Projects:
         plans_per_day: int | Literal["none"] | None = None,
         highest_priority: Priority | None = None,
     ) -> dict[str, ProjectLimit]:
-        """For operators. None: as it was; "none": without limit. highest_priority: of its jobs; `get` shows it."""
+        """Set quotas. None: unchanged; "none": no limit. `highest_priority`: of its jobs, shown by `get`. Requires an
+        operator key."""
         asked = {
             "concurrent_jobs": concurrent_jobs,
             "queued_jobs": queued_jobs,
@@ -139,11 +141,11 @@ class Projects:
         return _limits(self._transport.request("POST", f"{_project(project)}/limits", body=body))
 
     def archive(self, project: str) -> Project:
-        """For operators: its keys open nothing from now on; what it has stays."""
+        """Archive a project: its keys are no longer valid; its data stays. Requires an operator key."""
         return Project.of(self._transport.request("POST", f"{_project(project)}/archive"))
 
     def restore(self, project: str) -> Project:
-        """For operators: its keys open it again."""
+        """Restore a project: its keys are valid again. Requires an operator key."""
         return Project.of(self._transport.request("POST", f"{_project(project)}/restore"))
 
 

@@ -1,4 +1,4 @@
-"""Base models and adapters, by name."""
+"""Base models, adapters and checkpoints by name."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Models:
         self._clock = clock
 
     def add(self, name: str, source: str, *, kind: Kind | None = None, revision: str | None = None) -> Model:
-        """Asks the service to import a base: a hub id, a folder of safetensors or a GGUF file on ITS disk.
+        """Make the service import a base model: a Hub id, or a safetensors folder or GGUF file on the service's disk.
 
-        Returns at once, in state `importing`. Adding the same source under the same name again is no error.
+        Returns immediately, in state `importing`. Adding the same source under the same name again is no error.
         """
         kind = kind or guess_kind(source)
         if kind != "hub":
@@ -40,7 +40,7 @@ class Models:
         timeout_seconds: float | None = None,
         poll_seconds: float = 0.5,
     ) -> Model:
-        """Until the base is `ready`. Raises LorryError with the import's own error if it failed."""
+        """Wait until the base model is `ready`. Raises LorryError with the import's error if it failed."""
         deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
         while True:
             model = self.get(name)
@@ -54,9 +54,9 @@ class Models:
                 raise LorryError(message, code=error.code if error else "import_failed", remedy=_remedy(model))
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"The import of {name} takes longer than {timeout_seconds:g} s; it goes on.",
+                    f"The import of {name} is not finished after {timeout_seconds:g} s. It continues.",
                     code="wait_timeout",
-                    remedy="Look again with `lorry models list`.",
+                    remedy="Check its state with `lorry models list`.",
                 )
             self._transport.sleep(poll_seconds)
 
@@ -71,7 +71,8 @@ class Models:
 
 
 def guess_kind(source: str) -> Kind:
-    """A path that is there, or that is written as one, is a folder or a GGUF file; all else is a hub id."""
+    """Return the kind of a source. An existing path, or a text written as a path, is a folder or a GGUF file; any other
+    text is a Hub id."""
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf" or path.is_file():
         return "gguf"
@@ -79,4 +80,4 @@ def guess_kind(source: str) -> Kind:
 
 
 def _remedy(model: Model) -> str:
-    return (model.error.remedy if model.error else "") or "Mend the source and add the model again."
+    return (model.error.remedy if model.error else "") or "Fix the source and add the model again."

@@ -15,19 +15,19 @@ class Organizations:
         self._transport = transport
 
     def create(self, name: str) -> Organization:
-        """For operators."""
+        """Create an organization. Requires an operator key."""
         return Organization.of(self._transport.request("POST", "organizations", body={"name": name}))
 
     def list(self) -> Iterator[Organization]:
-        """Yours, and for operators all."""
+        """Yield the key's organization, or all organizations with an operator key."""
         return (Organization.of(wire) for wire in pages.follow(self._transport, "organizations"))
 
     def get(self, organization: str) -> Organization:
-        """By id or by name."""
+        """Return an organization by id or name."""
         return Organization.of(self._transport.get(_path(organization)))
 
     def rename(self, organization: str, name: str) -> Organization:
-        """For operators."""
+        """Rename an organization. Requires an operator key."""
         return Organization.of(self._transport.request("POST", _path(organization), body={"name": name}))
 
 

@@ -1,4 +1,4 @@
-"""Lists of the API, followed from page to page by the `after` cursor."""
+"""Pagination of the API's lists with the `after` cursor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE_SIZE = 100
 def follow(
     transport: Transport, path: str, *, params: Params | None = None, page_size: int = PAGE_SIZE
 ) -> Iterator[dict[str, Any]]:
-    """Every object of a list, asked for page by page as the caller goes on."""
+    """Yield every object of a list. Each page is requested when it is needed."""
     after: str | None = None
     while True:
         page = transport.get(path, {**(params or {}), "limit": page_size, "after": after})
@@ -25,5 +25,5 @@ def follow(
 
 
 def whole(transport: Transport, path: str) -> Iterator[dict[str, Any]]:
-    """Every item of a list that comes at once."""
+    """Yield every item of a list without pages."""
     yield from transport.get(path).get("data") or []

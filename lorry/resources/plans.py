@@ -1,4 +1,4 @@
-"""Plans: what a job would come to, before it is submitted."""
+"""Plans: dry runs that estimate a job before it is submitted."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Plans:
         self._clock = clock
 
     def create(self, *, model: str, training_file: str, **fields: Unpack[requests.JobFields]) -> Plan:
-        """With a job's own arguments; nothing is trained. Ready at once where the files were prepared for that base
-        before, else `computing`: `wait` for it. Raises InvalidRequest, NotFound or Conflict as the job would be
-        refused."""
+        """Create a plan from the arguments of a job, without training. It is ready immediately if the files were
+        already prepared for this base model; else its status is `computing`, and `wait` waits for it. Raises
+        InvalidRequest, NotFound or Conflict if the service would reject the job."""
         body = requests.job_body(fields, model=model, training_file=training_file)
         return Plan.of(self._transport.request("POST", _PATH, body=body))
 
@@ -33,15 +33,15 @@ class Plans:
         return Plan.of(self._transport.get(_of(plan_id)))
 
     def list(self, *, limit: int | None = None) -> Iterator[Plan]:
-        """Newest first, without sample rows."""
+        """Yield plans, newest first, without sample rows."""
         return (Plan.of(wire) for wire in itertools.islice(pages.follow(self._transport, _PATH), limit))
 
     def delete(self, plan_id: str) -> None:
-        """It goes by itself after a week; jobs that were made from it stay."""
+        """Delete the plan. Jobs created from it stay. Plans expire automatically after seven days."""
         self._transport.request("DELETE", _of(plan_id))
 
     def wait(self, plan_id: str, *, timeout_seconds: float | None = None, poll_seconds: float = 1.0) -> Plan:
-        """Until it is ready, or has failed: look at `status` and `error`."""
+        """Wait until the plan is ready or has failed, and return it. Check `status` and `error`."""
         deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
         while True:
             plan = self.get(plan_id)
@@ -49,9 +49,9 @@ class Plans:
                 return plan
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"{plan_id} is still being computed after {timeout_seconds:g} s; it goes on.",
+                    f"Plan {plan_id} is not computed after {timeout_seconds:g} s. Computation continues.",
                     code="wait_timeout",
-                    remedy="Wait again; where no worker is running, start one.",
+                    remedy="Wait again. If no worker is running, start one.",
                 )
             self._transport.sleep(poll_seconds)
 

@@ -1,4 +1,4 @@
-"""The queue and the workers that serve it."""
+"""The queue and the workers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Queue:
         self._transport = transport
 
     def get(self, *, all_projects: bool = False) -> dict[str, Any]:
-        """What runs and what waits, in the order in which it will be looked at."""
+        """Return running and queued jobs in scheduling order."""
         return self._transport.get("queue", {"all": "true" if all_projects else None})
 
     def stream(self) -> Iterator[dict[str, Any]]:
-        """Snapshots as they change, until the service ends the stream."""
+        """Yield a snapshot after each change, until the service ends the stream."""
         with self._transport.stream("queue/stream", headers={"accept": "text/event-stream"}) as response:
             for event in sse.parse(response.iter_bytes()):
                 yield json.loads(event.data)
@@ -36,15 +36,17 @@ class Workers:
         return (Worker.of(wire) for wire in pages.whole(self._transport, "workers"))
 
     def cordon(self, worker_id: str, *, reason: str | None = None) -> Worker:
-        """For operators: it finishes what it holds and takes nothing new, nor does who registers in its place."""
+        """Cordon a worker: it finishes its jobs and claims no new ones. A replacement on the same host and devices
+        inherits the cordon. Requires an operator key."""
         return self._do(worker_id, "cordon", {"reason": reason} if reason else {})
 
     def uncordon(self, worker_id: str) -> Worker:
-        """For operators: it takes jobs again."""
+        """Uncordon a worker, so that it claims jobs again. Requires an operator key."""
         return self._do(worker_id, "uncordon")
 
     def drain(self, worker_id: str) -> Worker:
-        """For operators: it saves its jobs, gives them back and ends. Who registers in its place is cordoned."""
+        """Drain a worker: it saves and releases its jobs, and exits. A replacement on the same host and devices is
+        cordoned. Requires an operator key."""
         return self._do(worker_id, "drain")
 
     def _do(self, worker_id: str, verb: str, body: dict[str, Any] | None = None) -> Worker:

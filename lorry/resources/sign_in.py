@@ -1,4 +1,4 @@
-"""One-time links by which a browser signs in to the dashboard."""
+"""One-time links with which a browser signs in to the dashboard."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ class SignInLinks:
         self._transport = transport
 
     def create(self) -> dict[str, Any]:
-        """`url` works once, until `expires_at`."""
+        """Create a link. `url` works once, until `expires_at`."""
         return self._transport.request("POST", "sign_in_links")

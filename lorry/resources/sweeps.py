@@ -1,4 +1,4 @@
-"""Sweeps: several jobs that differ in stated fields, and which of them is best."""
+"""Sweeps: groups of jobs that differ in chosen fields, ranked by an objective."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Sweeps:
         job: Mapping[str, Any] | None = None,
         idempotency_key: str | None = None,
     ) -> Sweep:
-        """Files are ids. Repetitions after a lost answer make one sweep.
+        """Create a sweep. Files are ids. Retries after a lost response create no second sweep.
 
-        parameters: by the dotted path of a job's field, `{"lora.rank": {"values": [4, 8]}}`. job: further fields of
-        the job that all trials share, as `jobs.create` takes them. Raises InvalidRequest, NotFound or Conflict where
-        it is refused, and then no trial was made.
+        `parameters`: by dotted path of a job field, for example `{"lora.rank": {"values": [4, 8]}}`. `job`: fields that
+        all trials share, as for `jobs.create`. Raises InvalidRequest, NotFound or Conflict if the service rejects the
+        sweep; no trial was created then.
         """
         fields: dict[str, Any] = {
             "model": model,
@@ -61,19 +61,19 @@ class Sweeps:
         return Sweep.of(self._transport.get(_of(sweep_id)))
 
     def list(self, *, limit: int | None = None) -> Iterator[Sweep]:
-        """Newest first."""
+        """Yield sweeps, newest first."""
         return (Sweep.of(wire) for wire in itertools.islice(pages.follow(self._transport, _PATH), limit))
 
     def cancel(self, sweep_id: str) -> Sweep:
-        """No further trial, and those that have not ended are cancelled. What is trained stays."""
+        """Cancel the sweep: it creates no more trials, and unfinished ones are cancelled. Adapters stay."""
         return Sweep.of(self._transport.request("POST", _of(sweep_id, "cancel")))
 
     def close(self, sweep_id: str) -> Sweep:
-        """No further trial; those that there are go on, and then the best is promoted."""
+        """Close the sweep: no more trials are created. Existing ones continue, and then the best one is promoted."""
         return Sweep.of(self._transport.request("POST", _of(sweep_id, "close")))
 
     def trials(self, sweep_id: str, *, limit: int | None = None) -> Iterator[Trial]:
-        """The best first, those without a value last."""
+        """Yield the trials, the best first, those without a value last."""
         found = pages.follow(self._transport, _of(sweep_id, "trials"))
         return (Trial.of(wire) for wire in itertools.islice(found, limit))
 
@@ -81,15 +81,15 @@ class Sweeps:
         return Trial.of(self._transport.get(_of(sweep_id, "trials", str(number))))
 
     def add_trial(self, sweep_id: str, parameters: Mapping[str, Any]) -> Trial:
-        """To an ask_tell sweep, with parameters of one's own choice."""
+        """Add a trial with custom parameters to an ask_tell sweep."""
         return Trial.of(self._transport.request("POST", _of(sweep_id, "trials"), body={"parameters": dict(parameters)}))
 
     def stop_trial(self, sweep_id: str, number: int) -> Trial:
-        """End one that does badly. It leaves no adapter. Raises Conflict where it has ended."""
+        """Stop a trial early. It produces no adapter. Raises Conflict if it has already ended."""
         return Trial.of(self._transport.request("POST", _of(sweep_id, "trials", str(number), "stop")))
 
     def sleep(self, seconds: float) -> None:
-        """As the client sleeps between two looks."""
+        """Sleep with the client's sleep function."""
         self._transport.sleep(seconds)
 
     def wait(
@@ -100,7 +100,7 @@ class Sweeps:
         timeout_seconds: float | None = None,
         poll_seconds: float = 2.0,
     ) -> Sweep:
-        """Until all trials have ended and the best is promoted."""
+        """Wait until all trials have finished and the best one is promoted."""
         deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
         while True:
             sweep = self.get(sweep_id)
@@ -110,9 +110,9 @@ class Sweeps:
                 return sweep
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"{sweep_id} is {sweep.status} after {timeout_seconds:g} s; it goes on.",
+                    f"Sweep {sweep_id} is still {sweep.status} after {timeout_seconds:g} s. The sweep is not affected.",
                     code="wait_timeout",
-                    remedy="Wait again, or cancel it.",
+                    remedy="Wait again, or cancel the sweep.",
                 )
             self._transport.sleep(poll_seconds)
 

@@ -1,4 +1,4 @@
-"""What was used, by day."""
+"""Daily usage."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Usage:
         organization_ids: Sequence[str] = (),
         models: Sequence[str] = (),
     ) -> Iterator[UsageBucket]:
-        """A bucket for each day, the earliest first: of your project, and for operators of all.
+        """Yield one bucket per day, earliest first: of the key's project, or of all projects with an operator key.
 
-        Times are seconds since 1970, days UTC's. Without a start_time: the last seven days.
+        Times are Unix times in seconds; days are in UTC. Without `start_time`: the last seven days.
         """
         params: dict[str, str | int | list[str] | None] = {
             "start_time": start_time,

@@ -1,4 +1,4 @@
-"""Webhook endpoints, and the log of what was sent to them."""
+"""Webhook endpoints and their delivery log."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Webhooks:
         self._transport = transport
 
     def create(self, url: str, *, name: str, event_types: Sequence[str] = JOB_ENDS) -> WebhookEndpoint:
-        """An endpoint whose `signing_secret` is told this once."""
+        """Create an endpoint. Only this response contains its `signing_secret`."""
         body = {"url": url, "name": name, "event_types": list(event_types)}
         return WebhookEndpoint.of(self._transport.request("POST", "webhook_endpoints", body=body))
 
     def list(self) -> Iterator[WebhookEndpoint]:
-        """Newest first."""
+        """Yield endpoints, newest first."""
         return (WebhookEndpoint.of(wire) for wire in pages.follow(self._transport, "webhook_endpoints"))
 
     def event_types(self) -> Iterator[str]:
-        """What an endpoint can ask for."""
+        """Yield the event types to which an endpoint can subscribe."""
         yield from self._transport.get("webhook_event_types").get("data") or []
 
     def get(self, endpoint_id: str) -> WebhookEndpoint:
@@ -42,7 +42,7 @@ class Webhooks:
         event_types: Sequence[str] | None = None,
         enabled: bool | None = None,
     ) -> WebhookEndpoint:
-        """What is None stays as it is. enabled: False keeps events without sending them, True sends again."""
+        """Change an endpoint. None: unchanged. `enabled`: False keeps events without sending them, True resumes."""
         types = None if event_types is None else [*event_types]
         given: dict[str, Any] = {"url": url, "name": name, "event_types": types, "enabled": enabled}
         body = {field: value for field, value in given.items() if value is not None}
@@ -52,18 +52,19 @@ class Webhooks:
         self._transport.request("DELETE", _endpoint(endpoint_id))
 
     def rotate_secret(self, endpoint_id: str, *, overlap_seconds: int = 86_400) -> WebhookEndpoint:
-        """A new `signing_secret`, told this once. For `overlap_seconds` messages are signed with the old one too."""
+        """Create a new `signing_secret`, which only this response contains. For `overlap_seconds`, messages are also
+        signed with the old one."""
         body = {"overlap_seconds": overlap_seconds}
         answer = self._transport.request("POST", f"{_endpoint(endpoint_id)}/rotate_secret", body=body)
         return WebhookEndpoint.of(answer)
 
     def test(self, endpoint_id: str, *, event_type: str = JOB_ENDS[0]) -> WebhookTest:
-        """Send a sample now, once. Raises Conflict where nothing answers."""
+        """Send one sample event now. Raises Conflict if the endpoint does not answer."""
         answer = self._transport.request("POST", f"{_endpoint(endpoint_id)}/test", body={"event_type": event_type})
         return WebhookTest.of(answer)
 
     def deliveries(self, endpoint_id: str, *, status: str | None = None) -> Iterator[WebhookDelivery]:
-        """Newest first. status: pending, delivered or failed."""
+        """Yield deliveries, newest first. `status`: pending, delivered or failed."""
         found = pages.follow(self._transport, f"{_endpoint(endpoint_id)}/deliveries", params={"status": status})
         return (WebhookDelivery.of(wire) for wire in found)
 
@@ -71,11 +72,11 @@ class Webhooks:
         return WebhookDelivery.of(self._transport.get(_delivery(delivery_id)))
 
     def replay(self, delivery_id: str) -> WebhookDelivery:
-        """Send it again now, with the same id."""
+        """Send a delivery again now, with the same id."""
         return WebhookDelivery.of(self._transport.request("POST", f"{_delivery(delivery_id)}/replay"))
 
     def replay_failed(self, endpoint_id: str, *, since: int) -> int:
-        """Send again what has failed since then, in seconds since 1970. How many deliveries that are."""
+        """Send all deliveries again that failed since the Unix time `since`. Return their number."""
         answer = self._transport.request("POST", f"{_endpoint(endpoint_id)}/replay", body={"since": since})
         return int(answer.get("replayed") or 0)
 

@@ -1,1 +1,1 @@
-"""HTTP, retries, server-sent events, and the proof of the service identity."""
+"""HTTP, retries, server-sent events, and verification of the service's identity."""

@@ -1,4 +1,4 @@
-"""Requests to one service: the key, time-outs, repetitions, and errors as exceptions. Knows no resource."""
+"""Sends requests to one service: authentication, timeouts, retries, and exceptions for errors. Knows no resources."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ READ_SECONDS = 120.0
 _LONGEST_ERROR_BODY = 64 * 2**10
 
 Params = Mapping[str, str | int | float | bool | list[str] | None]
-"""A list is sent as one parameter for each item."""
+"""A list is sent as one parameter per item."""
 
 
 class Transport:
-    """Thread-safe as far as httpx.Client is."""
+    """Thread-safe to the same extent as httpx.Client."""
 
     def __init__(
         self,
@@ -64,13 +64,13 @@ class Transport:
         body: Any = None,
         headers: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        """Sends JSON and returns the JSON object of the answer. Raises APIError or ConnectionFailed."""
+        """Send JSON and return the JSON object of the response. Raises APIError or ConnectionFailed."""
         return self._repeat(
             lambda: self._http.build_request(method, path, params=_given(params), json=body, headers=_plain(headers))
         )
 
     def upload(self, path: str, *, fields: Mapping[str, str], files: Mapping[str, Any]) -> dict[str, Any]:
-        """Sends a multipart form; its files are read in pieces, and from the start again on a repetition."""
+        """Send a multipart form. Its files are read in pieces, and again from the start for a retry."""
         return self._repeat(
             lambda: self._http.build_request("POST", path, data=dict(fields), files=dict(files), timeout=600)
         )
@@ -79,7 +79,7 @@ class Transport:
     def stream(
         self, path: str, *, params: Params | None = None, headers: Mapping[str, str] | None = None
     ) -> Generator[httpx.Response]:
-        """An open response whose body is read by the caller; only its opening is repeated."""
+        """Yield an open response, whose body the caller reads. Only opening it is retried."""
         response = self._send(
             lambda: self._http.build_request("GET", path, params=_given(params), headers=_plain(headers))
         )
@@ -101,7 +101,7 @@ class Transport:
         return cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
 
     def _send(self, build: Callable[[], httpx.Request]) -> httpx.Response:
-        """The first response that is no error; x-stainless-retry-count tells the service of repetitions."""
+        """Return the first successful response. x-stainless-retry-count informs the service about retries."""
         retry = 0
         while True:
             request = build()
@@ -117,7 +117,7 @@ class Transport:
     def _attempt(
         self, request: httpx.Request
     ) -> tuple[httpx.Response, None] | tuple[APIError | ConnectionFailed, Mapping[str, str] | None]:
-        """An answer, or an error with the headers that say when to try again (None: don't)."""
+        """Return a response, or an error with the headers that control its retry (None: don't retry)."""
         try:
             response = self._http.send(request, stream=True)
         except httpx.TransportError as error:
@@ -135,7 +135,8 @@ class Transport:
         return error, response.headers if is_retryable(response.status_code, response.headers) else None
 
     def _nothing_listens(self, error: httpx.TransportError) -> bool:
-        """On this machine that is certain at once. A service that has answered before may be starting again."""
+        """Return whether no server listens on this machine, so that a retry is pointless. A service that has answered
+        before may be restarting."""
         return not self._has_answered and is_loopback(self.connection.url) and _is_refusal(error)
 
     def _unreachable(self, error: httpx.TransportError) -> ConnectionFailed:
@@ -143,21 +144,21 @@ class Transport:
         return ConnectionFailed(
             f"The service at {self.connection.url} does not answer: {why}. {self.connection.origin}".rstrip(),
             code="connection_failed",
-            remedy="Check the address, and whether it runs: one just started needs some seconds. `lorry up` starts a "
-            "service on this machine.",
+            remedy="Check the address and that the service is running. A service needs a few seconds to start. "
+            "`lorry up` starts one on this machine.",
         )
 
 
 def _verifying(connection: Connection) -> httpx.BaseTransport | None:
-    """For the service of this installation, whose listener proves its identity on each new connection. None: httpx's
-    own transport. Over https, the certificate is the proof."""
+    """Return the transport that verifies the service of this installation on each new connection. None: httpx's own
+    transport; over https, the certificate identifies the service."""
     if connection.identity_secret is None or not connection.url.startswith("http:"):
         return None
     return VerifiedTransport(connection.identity_secret)
 
 
 def _is_refusal(error: BaseException | None) -> bool:
-    """httpx wraps the system's own error twice."""
+    """Return whether the connection was refused. httpx wraps the system's error twice."""
     while error is not None and not isinstance(error, ConnectionRefusedError):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -186,7 +187,7 @@ def _parsed(response: httpx.Response) -> object:
         return response.json()
     except ValueError as error:
         raise APIError(
-            f"What answers at {response.url} is not Lorry: its body is not JSON.",
+            f"The server at {response.url} is not Lorry: the response is not JSON.",
             code="not_lorry",
             remedy="Check LORRY_URL.",
             status=response.status_code,

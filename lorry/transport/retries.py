@@ -1,4 +1,4 @@
-"""When a request is sent again, and after how long. Pure: the clock and the sleep are the caller's."""
+"""Decides whether and when a request is retried. Pure: the caller provides the clock and the sleep."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class RetryPolicy:
     first_seconds: float = 0.5
     longest_seconds: float = 8.0
     uniform: Callable[[], float] = random.random
-    """A number in [0, 1)."""
+    """Returns a number in [0, 1)."""
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
 
     def delay(self, retry: int, headers: Mapping[str, str] | None = None) -> float:
-        """Seconds before the `retry`-th repetition (from 0). What the service asks for wins, up to two minutes."""
+        """Return the delay in seconds before the retry `retry` (from 0). Retry-After overrides it, up to 2 minutes."""
         asked = None if headers is None else self._retry_after(headers)
         if asked is not None and 0 <= asked <= _LONGEST_RETRY_AFTER_SECONDS:
             return asked
@@ -43,7 +43,7 @@ class RetryPolicy:
 
 
 def is_retryable(status: int, headers: Mapping[str, str]) -> bool:
-    """`x-should-retry` decides where the service sends it; else 408, 429 and 5xx. A 409 only on its word."""
+    """Return whether to retry. `x-should-retry` decides if present; else 408, 429 and 5xx are retried."""
     said = headers.get("x-should-retry", "").lower()
     if said in {"true", "false"}:
         return said == "true"

@@ -1,7 +1,8 @@
-"""Checks that a local listener is the user's own Lorry service before an API key is sent to it.
+"""Verifies that a local server is the user's own Lorry service before an API key is sent to it.
 
-Each new connection begins with a challenge: the client sends a nonce, and the server answers an HMAC, under the secret
-of `connection.json`, over the nonce and this connection's address and port. docs/SECURITY.md explains the threat.
+Each new connection begins with a challenge. The client sends a nonce. The server answers with an HMAC over the nonce
+and over the address and port of this connection, keyed with the secret of `connection.json`. docs/SECURITY.md explains
+the threat.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ PATH = "/v1/service_identity"
 _LONGEST_ANSWER_BYTES = 4096
 _HANDSHAKE_SECONDS = 5.0
 _BUSY = frozenset({429, 502, 503, 504})
-"""Statuses of a service that can't answer at the moment: the connection may be tried again."""
+"""Statuses of a service that can't answer at the moment: the connection may be retried."""
 
 
 def expected_proof(secret: str, *, nonce: str, host: str, port: int) -> str:
-    """The HMAC that the service must answer on a connection to `host` and `port`."""
+    """Return the HMAC that the service must answer on a connection to `host` and `port`."""
     text = f"lorry service identity\n{nonce}\n{_canonical(host)}\n{port}"
     return hmac.new(secret.encode("ascii"), text.encode(), hashlib.sha256).hexdigest()
 
 
 class VerifiedTransport(httpx.BaseTransport):
-    """An HTTP transport that sends requests only over connections whose listener has proved its identity.
+    """An HTTP transport that sends requests only over connections whose server has proved its identity.
 
-    Raises ServiceNotVerified, and httpx.TransportError as httpx itself does.
+    Raises ServiceNotVerified, and httpx.TransportError in the same cases as httpx.
     """
 
     def __init__(self, secret: str) -> None:
@@ -72,7 +73,7 @@ class VerifiedTransport(httpx.BaseTransport):
 
 
 class _Body(httpx.SyncByteStream):
-    """The body of a response whose errors are httpx's."""
+    """The body of a response. It raises httpx's exceptions."""
 
     def __init__(self, response: httpcore.Response) -> None:
         self._response = response
@@ -87,7 +88,7 @@ class _Body(httpx.SyncByteStream):
 
 
 class _VerifyingBackend(httpcore.NetworkBackend):
-    """Opens TCP connections and gives out only those that passed the challenge."""
+    """Opens TCP connections and returns only those that passed the challenge."""
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
@@ -110,11 +111,11 @@ class _VerifyingBackend(httpcore.NetworkBackend):
         return stream
 
     def _challenge(self, stream: httpcore.NetworkStream, host: str, port: int, seconds: float) -> None:
-        """Exchanges nonce and proof on the new connection, which stays open for the requests that follow."""
+        """Exchange nonce and proof on the new connection, which stays open for the following requests."""
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             peer_host, peer_port = stream.get_extra_info("server_addr")[:2]
-        except OSError as error:  # the listener has closed the connection already
+        except OSError as error:  # the server has already closed the connection
             raise httpcore.ConnectError(str(error)) from error
         nonce = secrets.token_hex(32)
         exchange = httpcore.HTTP11Connection(
@@ -132,7 +133,7 @@ class _VerifyingBackend(httpcore.NetworkBackend):
         expected = expected_proof(self._secret, nonce=nonce, host=peer_host, port=peer_port)
         if response.status != 200 or not hmac.compare_digest(_proof_in(body), expected.encode("ascii")):
             raise _not_verified(authority)
-        if exchange.is_closed():  # `Connection: close`: no request may follow
+        if exchange.is_closed():  # `Connection: close`: the server accepts no further request
             raise httpcore.ConnectError("it closed the connection after the identity check, so it is shutting down")
 
 
@@ -146,7 +147,7 @@ def _bounded(response: httpcore.Response) -> bytes:
 
 
 def _proof_in(body: bytes) -> bytes:
-    """The answer's proof; empty if the answer is something else."""
+    """Return the proof in the response; empty for any other response."""
     try:
         parsed: object = json.loads(body)
     except (ValueError, RecursionError):
@@ -156,7 +157,7 @@ def _proof_in(body: bytes) -> bytes:
 
 
 def _canonical(host: str) -> str:
-    """One spelling of each IP address; an IPv4 address in IPv6 form is that IPv4 address."""
+    """Return the canonical spelling of an IP address. An IPv4-mapped IPv6 address becomes the IPv4 address."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:
@@ -176,7 +177,7 @@ def _not_verified(authority: str) -> ServiceNotVerified:
 
 @contextmanager
 def _httpx_errors() -> Generator[None]:
-    """httpcore's errors as httpx's, which have the same names."""
+    """Convert httpcore's exceptions to those of httpx, which have the same names."""
     try:
         yield
     except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:

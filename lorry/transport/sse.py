@@ -1,6 +1,6 @@
-"""Server-sent events, as the WHATWG HTML standard section 9.2 parses them.
+"""Parses server-sent events (WHATWG HTML, section 9.2).
 
-Works on bytes: only CR, LF and CRLF end a line there, so a U+2028 inside of a JSON string must not.
+It works on bytes, because only CR, LF and CRLF end a line: a U+2028 in a JSON string must not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_EVENT_CHARS = 16 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerEvent:
-    """One dispatched event. `id` is the last id seen so far, as the standard has it."""
+    """One event. `id` is the last id seen so far, as the standard requires."""
 
     event: str
     data: str
@@ -24,7 +24,7 @@ class ServerEvent:
 
 
 def parse(chunks: Iterable[bytes]) -> Iterator[ServerEvent]:
-    """Events from the pieces of a body. An event without its closing blank line is dropped, as it should be."""
+    """Yield the events of a body. As the standard requires, an event without its final blank line is dropped."""
     name, data, last_id = "", list[str](), ""
     for line in lines(chunks):
         if line == "":
@@ -43,7 +43,7 @@ def parse(chunks: Iterable[bytes]) -> Iterator[ServerEvent]:
 
 
 def lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Lines without their ends; a CRLF cut in two by a chunk's edge is one end. The unended last line is dropped."""
+    """Yield lines without line ends. A CRLF split across chunks is one line end. An incomplete last line is dropped."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     buffered, at_start, after_cr = "", True, False
     for chunk in chunks:
@@ -59,5 +59,5 @@ def lines(chunks: Iterable[bytes]) -> Iterator[str]:
             raise ConnectionFailed(
                 "A line of the event stream is too long.",
                 code="bad_stream",
-                remedy="Check that LORRY_URL names Lorry itself, and no other service before it.",
+                remedy="Check that LORRY_URL is the address of Lorry, and not of another service in front of it.",
             )

@@ -1,6 +1,6 @@
-"""Taking an adapter's tar from the wire into a folder: checked member by member, then renamed as a whole.
+"""Unpacks a downloaded adapter archive into a folder: each member is checked, then the folder is renamed as a whole.
 
-tarfile only reads the headers here; it never writes, so no member can name a place of its own.
+tarfile only reads headers and never writes here, so no member can choose its own destination.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SLACK_PER_FILE_BYTES = 4096
 def unpack(
     chunks: Iterable[bytes], contents: Contents, target: Path, *, on_progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """Puts exactly the files of `contents` into `target`. Raises BadDownload, and then leaves nothing."""
+    """Write exactly the files of `contents` to `target`. Raises BadDownload, and then leaves nothing behind."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
@@ -54,23 +54,23 @@ def _unpack_into(folder: Path, body: _Body, contents: Contents) -> None:
                     del missing[entry.path]
     except tarfile.TarError as error:
         raise BadDownload(
-            f"What came is not a whole tar archive: {error}.", code="bad_archive", remedy=_AGAIN
+            f"The download is not a complete tar archive: {error}.", code="bad_archive", remedy=_AGAIN
         ) from error
     if missing:
         raise BadDownload(f"The archive lacks {', '.join(sorted(missing))}.", code="bad_archive", remedy=_AGAIN)
 
 
 def _checked(member: tarfile.TarInfo, missing: dict[str, FileEntry]) -> FileEntry | None:
-    """The file that the member is. None for what is passed over: the records, which are written anew, and folders."""
+    """Return the file of a member; None for skipped members: folders, and the two records, which are written later."""
     if member.name in {MANIFEST, LINEAGE} or member.isdir():
         return None
     if not member.isreg():
         raise _refused(member, "is not a plain file")
     entry = missing.get(member.name)
     if entry is None:
-        raise _refused(member, "is not in the manifest, or comes twice")
+        raise _refused(member, "is not in the manifest, or occurs twice")
     if member.size != entry.num_bytes:
-        raise _refused(member, f"has {member.size} bytes where the manifest says {entry.num_bytes}")
+        raise _refused(member, f"has {member.size} bytes, but the manifest lists {entry.num_bytes}")
     return entry
 
 
@@ -85,14 +85,14 @@ def _copy(source: IO[bytes], path: Path, entry: FileEntry) -> None:
         os.fsync(out.fileno())
     if seen.hexdigest() != entry.digest:
         raise BadDownload(
-            f"{entry.path} came with the digest {seen.hexdigest()[:16]}…, and its manifest says {entry.digest[:16]}….",
+            f"The digest of {entry.path} is {seen.hexdigest()[:16]}…, but the manifest lists {entry.digest[:16]}….",
             code="digest_mismatch",
             remedy=_AGAIN,
         )
 
 
 class _Body(io.RawIOBase):
-    """The chunks of a response as the file that tarfile reads, with an end to how much it may be."""
+    """The chunks of a response as a file of bounded size for tarfile."""
 
     def __init__(
         self, chunks: Iterable[bytes], most_bytes: int, on_progress: Callable[[int, int], None] | None
@@ -120,16 +120,16 @@ class _Body(io.RawIOBase):
     def _count(self, num_bytes: int) -> None:
         self._num_read += num_bytes
         if self._num_read > self._most_bytes:
-            raise BadDownload("The archive is much longer than its manifest says.", code="bad_archive", remedy=_AGAIN)
+            raise BadDownload("The archive is larger than its manifest allows.", code="bad_archive", remedy=_AGAIN)
         if self._on_progress is not None:
             self._on_progress(self._num_read, self._most_bytes)
 
 
-_AGAIN = "Nothing was kept. Pull it again; if it stays, have the service check it with `lorry adapters verify`."
+_AGAIN = "Nothing was kept. Pull it again. If the error persists, check the adapter with `lorry adapters verify`."
 
 
 def _most_bytes(contents: Contents) -> int:
-    """The files, with tar's headers and padding and the two records."""
+    """Return an upper bound of the archive's size: the files, tar's headers and padding, and the two records."""
     files = contents.files.values()
     return sum(entry.num_bytes + _SLACK_PER_FILE_BYTES for entry in files) + _SLACK_BYTES
 

@@ -1,7 +1,7 @@
-"""An adapter in a folder on this disk: what must be in it, and checking that it is, without a service.
+"""Offline verification of an adapter in a local folder.
 
-manifest.json names the files with their digests, and its own digest is the artifact's; lineage.json holds
-the record that names the artifact, and the record's digest is the lineage id.
+manifest.json lists the files with their digests; its own digest is the artifact's. lineage.json contains the record,
+which names the artifact; the record's digest is the lineage id.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lorry.verification import canonical_json, signatures
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
 _PIECE_BYTES = 2**20
-_AGAIN = "Pull the adapter again, into a new folder; if it stays, check it with `lorry adapters verify`."
+_AGAIN = "Pull the adapter again into a new folder. If the error persists, check it with `lorry adapters verify`."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileEntry:
-    """`digest` is the sha256 of the file's bytes, in hex."""
+    """A file of the manifest. `digest` is the SHA-256 of its bytes, in hex."""
 
     path: str
     digest: str
@@ -34,7 +34,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contents:
-    """What the service says of an adapter; its manifest has been checked against the artifact's digest."""
+    """The service's description of an adapter. Its manifest has been checked against the artifact's digest."""
 
     files: Mapping[str, FileEntry]
     kind: str
@@ -43,20 +43,20 @@ class Contents:
 
     @classmethod
     def of(cls, *, manifest: Mapping[str, Any], artifact: str, lineage: Mapping[str, Any]) -> Self:
-        """From the wire. Raises BadDownload where a path could leave the folder or the digests don't agree."""
+        """Parse the service's responses. Raises BadDownload for a path outside the folder, or a wrong digest."""
         entries = _entries(manifest.get("data"))
         files = {entry.path: entry for entry in entries}
         contents = cls(files=files, kind=str(manifest.get("kind")), artifact=artifact, lineage=lineage)
         if canonical_json.sha256(contents.manifest()) != artifact:
             raise BadDownload(
-                "The list of the adapter's files is not the one that its digest stands for.",
+                "The adapter's list of files does not match its digest.",
                 code="bad_manifest",
-                remedy="Have the service check it with `lorry adapters verify`.",
+                remedy="Check the adapter with `lorry adapters verify`.",
             )
         return contents
 
     def manifest(self) -> dict[str, Any]:
-        """Its canonical JSON is what the artifact's digest is taken over."""
+        """Return the manifest. The artifact's digest is that of its canonical JSON."""
         rows = [
             {"path": entry.path, "digest": entry.digest, "num_bytes": entry.num_bytes}
             for entry in sorted(self.files.values(), key=lambda entry: entry.path)
@@ -68,7 +68,7 @@ class Contents:
         (folder / LINEAGE).write_text(self._lineage_text(), "utf-8")
 
     def update_lineage(self, folder: Path) -> None:
-        """Replace a record that differs, in one step."""
+        """Replace the lineage record atomically if it differs."""
         text, path = self._lineage_text(), folder / LINEAGE
         if path.read_text("utf-8") != text:
             temporary = folder / f".{LINEAGE}.{os.getpid()}"
@@ -80,19 +80,19 @@ class Contents:
 
 
 def check_free(target: Path) -> None:
-    """Raises LorryError where something else is in the way."""
+    """Raises LorryError if the target exists and is not an empty folder."""
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():
         raise LorryError(
-            f"{target} exists and is not this adapter.",
+            f"{target} already exists and does not contain this adapter.",
             code="target_exists",
-            remedy="Name another folder, or remove it first.",
+            remedy="Choose another folder, or remove this one.",
         )
 
 
 def holds(target: Path, contents: Contents) -> bool:
-    """True if `target` is this very adapter, every byte of it."""
+    """Return whether `target` contains exactly this adapter."""
     try:
         kept = canonical_json.sha256(json.loads((target / MANIFEST).read_bytes()))
     except (OSError, ValueError):
@@ -101,18 +101,18 @@ def holds(target: Path, contents: Contents) -> bool:
 
 
 def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """Checks a pulled folder offline: files against the manifest, record against its id, and the record's signature.
+    """Verify a pulled folder offline: files against the manifest, record against its id, and the record's signature.
 
-    keys: the service's public keys (signatures.read_keys). Without them, only digests are checked, and `signature` is
-    `not_checked`. With them it is `valid`, `invalid`, or `unknown_key` if none of the keys made it. `key_retired_at`
-    (seconds since 1970) is set if the key of a valid signature was retired. `problems` are sentences.
-    Raises LorryError for a folder that has neither a manifest nor a record.
+    `keys`: the service's public keys (signatures.read_keys). Without them, only digests are checked, and `signature` is
+    `not_checked`. With them it is `valid`, `invalid`, or `unknown_key` if it was made with none of the keys.
+    `key_retired_at` (Unix time) is set if the key of a valid signature was retired. `problems` are sentences. Raises
+    LorryError for a folder that has neither a manifest nor a record.
     """
     if not any((folder / name).exists() for name in (MANIFEST, LINEAGE)):
         raise LorryError(
-            f"{folder} holds no pulled adapter: it has neither {MANIFEST} nor {LINEAGE}.",
+            f"{folder} contains no pulled adapter: it has neither {MANIFEST} nor {LINEAGE}.",
             code="no_adapter",
-            remedy="Name the folder that `lorry adapters pull` wrote.",
+            remedy="Pass a folder that `lorry adapters pull` wrote.",
         )
     try:
         manifest = _object(folder / MANIFEST)
@@ -138,24 +138,24 @@ def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = No
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
-    """What a pulled folder keeps of its adapter's origin, unchecked. Raises LorryError where it keeps nothing."""
+    """Return the lineage record of a pulled folder, unverified. Raises LorryError if there is none."""
     return _object(folder / LINEAGE)
 
 
 def lineage_problems(lineage: Mapping[str, Any], artifact: str) -> list[str]:
-    """Whether the record gives its id, and names the artifact."""
+    """Return the problems of a record: it must match its id and name the artifact."""
     held: object = lineage.get("lineage")
     if not isinstance(held, dict):
-        return [f"{LINEAGE} holds no record."]
+        return [f"{LINEAGE} contains no record."]
     record = cast("dict[str, Any]", held)
     problems: list[str] = []
     try:
         if canonical_json.sha256(record) != lineage.get("lineage_id"):
-            problems.append("The lineage record is not the one that its id stands for.")
+            problems.append("The lineage record does not match its id.")
     except (ValueError, TypeError):
         problems.append("The lineage record has no canonical form.")
     if artifact not in json.dumps(record.get("outputs", record)):
-        problems.append("The lineage record is not about these files: it does not name their manifest's digest.")
+        problems.append("The lineage record belongs to other files: it does not contain the digest of their manifest.")
     return problems
 
 
@@ -168,7 +168,7 @@ def digest_of(path: Path) -> str:
 
 
 def is_safe(path: str) -> bool:
-    """A relative path that stays inside of its folder, on any system."""
+    """Return whether the path is relative and stays inside its folder, on any system."""
     parts = path.split("/")
     return (
         path.isprintable()
@@ -187,11 +187,9 @@ def _entry(wire: Mapping[str, Any]) -> FileEntry:
     path, digest = wire.get("path"), wire.get("digest")
     num_bytes = wire.get("num_bytes", wire.get("bytes"))
     if not (isinstance(path, str) and isinstance(digest, str) and isinstance(num_bytes, int)):
-        raise BadDownload("A file of the manifest has no path, digest and size.", code="bad_manifest", remedy=_AGAIN)
+        raise BadDownload("A file of the manifest lacks a path, digest or size.", code="bad_manifest", remedy=_AGAIN)
     if not is_safe(path) or path in {MANIFEST, LINEAGE}:
-        raise BadDownload(
-            f"The manifest names {path!r}, which is not a path of an adapter.", code="unsafe_path", remedy=_AGAIN
-        )
+        raise BadDownload(f"The manifest contains the invalid path {path!r}.", code="unsafe_path", remedy=_AGAIN)
     return FileEntry(path=path, digest=digest, num_bytes=num_bytes)
 
 
@@ -212,8 +210,8 @@ def _file_problem(folder: Path, entry: FileEntry) -> str | None:
     if path.is_symlink() or not path.is_file():
         return f"{entry.path} is missing."
     if path.stat().st_size != entry.num_bytes:
-        return f"{entry.path} has {path.stat().st_size} bytes; its manifest says {entry.num_bytes}."
-    return None if digest_of(path) == entry.digest else f"{entry.path} is not what its digest stands for."
+        return f"{entry.path} has {path.stat().st_size} bytes, but the manifest lists {entry.num_bytes}."
+    return None if digest_of(path) == entry.digest else f"{entry.path} does not match its digest."
 
 
 def _paths(folder: Path) -> list[str]:

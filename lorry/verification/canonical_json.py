@@ -1,6 +1,6 @@
-"""RFC 8785 canonical JSON, which digests of manifests and lineage records are taken over.
+"""RFC 8785 canonical JSON, the input of the digests of manifests and lineage records.
 
-A copy of ten rules rather than a dependency: the client installs three packages and verifies offline.
+It is implemented here to avoid a dependency: the client installs only three packages and verifies offline.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _LARGEST_SAFE_INTEGER = 2**53 - 1
 
 
 def sha256(value: object) -> str:
-    """Hexadecimal digest of the canonical form."""
+    """Return the SHA-256 of the canonical form, in hex."""
     return hashlib.sha256(encode(value)).hexdigest()
 
 
 def encode(value: object) -> bytes:
-    """Raises ValueError for what JSON or I-JSON cannot hold: NaN, integers beyond 2^53 - 1, lone surrogates."""
+    """Return the canonical form. Raises ValueError for NaN, integers beyond 2^53 - 1, and lone surrogates."""
     return _text(value).encode("utf-8")
 
 
@@ -46,14 +46,15 @@ def _text(value: object) -> str:
 
 
 def number(value: float) -> str:
-    """ECMAScript's Number::toString: the shortest digits that round-trip, an exponent from 1e21 and below 1e-6."""
+    """Format like ECMAScript's Number::toString: the shortest digits that round-trip; exponents from 1e21 and below
+    1e-6."""
     if not math.isfinite(value):
         raise ValueError("JSON has no NaN or Infinity")
     if value == 0:
         return "0"
     sign, digit_tuple, exponent = Decimal(repr(value)).normalize().as_tuple()
     digits = "".join(map(str, digit_tuple))
-    point = len(digits) + int(exponent)  # the decimal point stands after so many digits
+    point = len(digits) + int(exponent)  # number of digits before the decimal point
     if 0 < point <= 21:
         body = digits.ljust(point, "0") if point >= len(digits) else f"{digits[:point]}.{digits[point:]}"
     elif -6 < point <= 0:

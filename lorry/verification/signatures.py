@@ -1,6 +1,6 @@
-"""Checks the signature of a pulled adapter's lineage record: a DSSE envelope of an in-toto statement (Ed25519).
+"""Verifies the signature of a pulled adapter's lineage record: a DSSE envelope of an in-toto statement (Ed25519).
 
-The keys come from the service that trained the adapter (`GET /v1/keys.json`), never from the adapter's own folder.
+The keys must come from the service that trained the adapter (`GET /v1/keys.json`), never from the adapter's folder.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lorry.errors import LorryError
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:lorry:lineage:1"
-UNKNOWN_KEY = "The signature in lineage.json is of an unknown key."
+UNKNOWN_KEY = "The signature in lineage.json was made with an unknown key."
 Status = Literal["valid", "invalid", "unknown_key"]
 _MAX_PAYLOAD_CHARACTERS = 2**16
 
 
 def read_keys(text: str | bytes) -> list[Mapping[str, Any]]:
-    """The Ed25519 keys of a JSON Web Key Set. Raises LorryError if the text is not one, or holds none."""
+    """Return the Ed25519 keys of a JSON Web Key Set. Raises LorryError if the text is not one or contains none."""
     try:
         parsed: object = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -42,7 +42,7 @@ def read_keys(text: str | bytes) -> list[Mapping[str, Any]]:
 def check(
     envelope: object, *, lineage_id: object, artifact: str, keys: Sequence[Mapping[str, Any]]
 ) -> tuple[Status, str | None]:
-    """Whether the envelope proves that an owner of `keys` issued this record for these files; if not, why."""
+    """Check that an owner of `keys` issued this record for these files. Return the status and, if not, the problem."""
     if not isinstance(envelope, dict):
         return "invalid", "lineage.json has no signature."
     wire = cast("dict[str, Any]", envelope)
@@ -67,7 +67,7 @@ def check(
 
 
 def key_retired_at(envelope: Mapping[str, Any], keys: Sequence[Mapping[str, Any]]) -> float | None:
-    """When the service retired the key of this valid envelope, in seconds since 1970; None: it is in use."""
+    """Return the Unix time at which the key of this valid envelope was retired; None if the key is in use."""
     signed = _encoding(_decoded(envelope["payload"]))
     made_with = [
         key
@@ -80,7 +80,7 @@ def key_retired_at(envelope: Mapping[str, Any], keys: Sequence[Mapping[str, Any]
 
 
 def _encoding(payload: bytes) -> bytes:
-    """PAE of DSSE v1: the bytes that are signed."""
+    """Return the signed bytes: the PAE of DSSE v1."""
     kind = PAYLOAD_TYPE.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
@@ -100,16 +100,16 @@ def _is_valid(signed: bytes, signature: bytes, key_id: str, keys: Sequence[Mappi
 
 def _decoded(text: Any) -> bytes:
     if not isinstance(text, str) or len(text) > _MAX_PAYLOAD_CHARACTERS:
-        raise ValueError("no base64")
+        raise ValueError("invalid base64")
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:
-        raise ValueError("no base64") from error
+        raise ValueError("invalid base64") from error
 
 
 def _not_a_key_set() -> LorryError:
     return LorryError(
-        "This is not a JSON Web Key Set with an Ed25519 key.",
+        "The input is not a JSON Web Key Set with an Ed25519 key.",
         code="bad_key_set",
-        remedy="Save the answer of GET /v1/keys.json of the service that trained the adapter, and pass that file.",
+        remedy="Save the response of GET /v1/keys.json of the service that trained the adapter, and pass that file.",
     )

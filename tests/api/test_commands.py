@@ -138,8 +138,8 @@ def tables_of(data_dir: Path, revision: str) -> None:
     [
         (["serve", "--port", "0"], "Migrate it with this version"),
         (["new-key"], "Migrate it with this version"),
-        (["backup", "copies"], "Run this command of the version that the service runs"),
-        (["verify"], "Run this command of the version that the service runs"),
+        (["backup", "copies"], "Run this command with the version that the service runs"),
+        (["verify"], "Run this command with the version that the service runs"),
     ],
 )
 def test_on_tables_of_an_older_version_a_command_ends_with_the_remedy(

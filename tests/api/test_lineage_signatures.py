@@ -92,7 +92,7 @@ def test_a_forger_cannot_sign_the_record_with_a_key_of_their_own(pulled: Path, k
     change_signature(pulled, **forged)
 
     by_signature = verify_folder(pulled, keys=keys)
-    assert by_name["problems"] == ["The signature in lineage.json is of an unknown key."]
+    assert by_name["problems"] == ["The signature in lineage.json was made with an unknown key."]
     assert (by_name["passed"], by_name["signature"]) == (False, "unknown_key")
     assert by_signature["problems"] == ["The signature in lineage.json was not made with the key that it names."]
     assert (by_signature["passed"], by_signature["signature"]) == (False, "invalid")

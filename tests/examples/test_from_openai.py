@@ -117,7 +117,7 @@ def test_a_job_and_its_data_come_over(servers: tuple[Script, Script], capsys: py
 
     told = capsys.readouterr()
     assert told.out == "ftjob-new\n"
-    assert "Left out: integrations" in told.err
+    assert "Skipped: integrations" in told.err
     (uploaded,) = ours.requests("POST", "/v1/files")
     assert DATA in uploaded.body
     assert b'filename="chats.jsonl"' in uploaded.body

@@ -68,7 +68,7 @@ def test_what_does_not_answer_is_told_with_where_its_address_comes_from(tmp_path
     assert connection.find(url="http://a:1", environ=remote).origin == ""
     assert connection.find(environ={**local, "LORRY_URL": "http://127.0.0.1:8472/"}).origin == by_variable
     assert connection.find(environ=remote).origin == (
-        f"The address is from the variable LORRY_URL; without it, it would be http://127.0.0.1:8472, from {path}."
+        f"The address is from the variable LORRY_URL; without it, the address is http://127.0.0.1:8472, from {path}."
     )
 
 
@@ -122,7 +122,7 @@ def test_the_file_is_for_its_owner_alone_even_where_an_open_one_was_there(tmp_pa
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8472", "ftp://a", "http://", "http://a:99999", "http://[::1"])
 def test_what_is_no_address_is_refused(url: str) -> None:
-    with pytest.raises(NotConfigured, match="not the address"):
+    with pytest.raises(NotConfigured, match="not a valid address"):
         connection.normalize_url(url)
 
 

@@ -158,7 +158,7 @@ def test_an_exported_audit_log_is_verified_with_the_pepper_alone(service: Path, 
     (there / "pepper").write_bytes(pepper)
     good, bad, no_export = (run(there, "verify-export", str(path)) for path in (whole, edited, odd))
 
-    assert (without.returncode, "only with the service's pepper" in without.stderr) == (1, True)
+    assert (without.returncode, "requires the service's pepper" in without.stderr) == (1, True)
     assert (good.returncode, f"{len(lines)} audit events, no problems" in good.stdout) == (0, True), good.stderr
     assert (bad.returncode, "changed" in bad.stdout) == (1, True)
     assert (no_export.returncode, "is not an audit event" in no_export.stderr) == (1, True)

@@ -1,4 +1,4 @@
-"""A refused request names the field, what it must be, what it was, and what was probably meant."""
+"""A refused request names the field, what it must be, the rejected value, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
-        ({"lora": {"rank": 0}}, "lora.rank", "at least 1; it was 0"),
-        ({"lora": {"rank": "big"}}, "lora.rank", 'a whole number; it was "big"'),
+        ({"lora": {"rank": 0}}, "lora.rank", "at least 1; got 0"),
+        ({"lora": {"rank": "big"}}, "lora.rank", 'a whole number; got "big"'),
         ({"optimizer": {"learning_rate": -1e-4}}, "optimizer.learning_rate", "greater than 0 or 'auto'"),
         ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", "a whole number or 'auto'"),
         (
@@ -46,7 +46,7 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         (
             {"method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "multi"}}}},
             "method.type",
-            "Reinforcement isn't offered. Learn from preferences",
+            "Reinforcement fine-tuning is not supported. Use a preference method",
         ),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "its type is 'dpo'"),
         (
@@ -70,8 +70,8 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
             "at least 0",
         ),
         ({"seed": -1}, "seed", "at least 0"),
-        ({"lora": {"rank": "8"}}, "lora.rank", 'a whole number; it was "8"'),
-        ({"lora": {"rank": True}}, "lora.rank", "a whole number; it was true"),
+        ({"lora": {"rank": "8"}}, "lora.rank", 'a whole number; got "8"'),
+        ({"lora": {"rank": True}}, "lora.rank", "a whole number; got true"),
         ({"lora": {"rank": 8.5}}, "lora.rank", "a whole number"),
         ({"lora": {"use_rslora": "yes"}}, "lora.use_rslora", "true or false"),
         ({"lora": {"alpha": "16"}}, "lora.alpha", "a number or 'auto'"),
@@ -155,7 +155,10 @@ def test_a_number_of_other_methods_is_told_with_their_names(
     error = refused(client, {**LEAST, "method": {"type": method, method: {"hyperparameters": {name: 0.1}}}})
 
     assert (error["param"], error["code"]) == (f"method.{method}.hyperparameters.{name}", "unknown_parameter")
-    assert error["remedy"] == f"It belongs to the methods {methods}: choose one in 'method.type', or leave it out."
+    assert (
+        error["remedy"]
+        == f"It belongs to the methods {methods}: set 'method.type' to one of them, or remove the field."
+    )
 
 
 def test_several_faults_are_told_at_once(client: TestClient) -> None:
@@ -185,10 +188,10 @@ def test_a_wrong_query_parameter_is_named(client: TestClient) -> None:
     ("path", "name", "says"),
     [
         ("/v1/fine_tuning/jobs?limt=2", "limt", "Did you mean 'limit'?"),
-        ("/v1/fine_tuning/jobs?status=failed", "status", "Known here: after, limit, metadata, tag."),
-        ("/v1/models?metadata[team]=search", "metadata[team]", "Known here: none."),
+        ("/v1/fine_tuning/jobs?status=failed", "status", "Known parameters: after, limit, metadata, tag."),
+        ("/v1/models?metadata[team]=search", "metadata[team]", "Known parameters: none."),
         ("/v1/fine_tuning/jobs?metadata[]=search", "metadata[]", "Did you mean 'metadata'?"),
-        ("/v1/adapters/adapter-1/files/a/b.bin?part=2", "part", "Known here: none."),
+        ("/v1/adapters/adapter-1/files/a/b.bin?part=2", "part", "Known parameters: none."),
     ],
 )
 def test_a_query_parameter_that_is_not_known_is_refused(client: TestClient, path: str, name: str, says: str) -> None:
@@ -204,4 +207,4 @@ def test_a_secret_is_not_said_back(anonymous: TestClient) -> None:
     response = anonymous.post("/v1/browser_session", json={"api_key": ""})
 
     assert response.status_code == 400
-    assert "it was" not in error_of(response)["message"]
+    assert "; got" not in error_of(response)["message"]

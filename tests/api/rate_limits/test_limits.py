@@ -74,7 +74,7 @@ def test_every_answer_tells_what_is_left_and_one_too_many_is_refused(client: Tes
     assert [answer.status_code for answer in answers] == [200, 404, 200, 429]
     error = error_of(answers[3])
     assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
-    assert "3 requests a minute" in error["message"]
+    assert "3 requests per minute" in error["message"]
     assert "Try again in 20s" in error["message"]
     assert (answers[3].headers["retry-after"], answers[3].headers["retry-after-ms"]) == ("20", "20000")
     hand.advance(20)

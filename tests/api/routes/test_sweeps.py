@@ -53,7 +53,7 @@ def test_a_sweep_is_made_listed_and_cancelled(client: TestClient, world: World) 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"parameters": {"lora.rnak": {"values": [4]}}}, "parameters.lora.rnak", "Did you mean 'lora.rank'?"),
     ({"parameters": {"lora.rank": {"values": [4, 1000]}}}, "parameters.lora.rank", "1000"),
-    ({"parameters": {"lora.rank": {"value": [4]}}}, "parameters.lora.rank.value", "no field"),
+    ({"parameters": {"lora.rank": {"value": [4]}}}, "parameters.lora.rank.value", "Unknown field"),
     ({"search": {"type": "grid", "trials": 3}}, "search", "remove it"),
     ({"search": {"type": "gird"}}, "search.type", "'grid'"),
     ({"search": None}, "search", "one of 'grid', 'random', 'asha', 'ask_tell'"),

@@ -150,7 +150,7 @@ def test_a_file_at_the_limit_is_taken_and_one_byte_more_is_not(client: TestClien
         (part("purpose", b"a") + part("purpose", b"b") + END, "purpose", "twice"),
         (part("file", b"", filename="x") + part("file", b"", filename="y") + END, "file", "twice"),
         (part("purpose", b"x" * 5000) + END, "purpose", "too long"),
-        (part("purpose", b"fine-tune") + part("file", chat_lines(1), filename="x"), "file", "last boundary"),
+        (part("purpose", b"fine-tune") + part("file", chat_lines(1), filename="x"), "file", "final boundary"),
         (b"no form at all", "file", "malformed"),
     ],
 )

@@ -209,7 +209,7 @@ def test_a_project_has_a_limited_number_of_downloads_at_once_however_many_keys_i
     with ExitStack() as stack:
         for number in range(3):
             stack.enter_context(downloads.admitted(api_key_id=f"key {number}", project_id="ours"))
-        with pytest.raises(RateLimited, match="The project has 3 downloads at once") as refusal:
+        with pytest.raises(RateLimited, match="The project has reached its maximum of 3") as refusal:
             stack.enter_context(downloads.admitted(api_key_id="key 4", project_id="ours"))
         stack.enter_context(downloads.admitted(api_key_id="key 5", project_id="theirs"))
     with downloads.admitted(api_key_id="key 4", project_id="ours"):

@@ -119,7 +119,7 @@ def test_a_service_that_does_not_answer_is_told_with_the_variable_that_names_it(
     message = run("jobs", "list").stderr
 
     assert "The service at http://127.0.0.1:1 does not answer" in message
-    assert f"from the variable LORRY_URL; without it, it would be http://127.0.0.1:8472, from {path}" in message
+    assert f"from the variable LORRY_URL; without it, the address is http://127.0.0.1:8472, from {path}" in message
 
 
 def test_submit_uploads_paths_takes_ids_and_sends_what_was_given(service: Script, run: Run, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_worker_that_ends_is_started_again_later_and_later() -> None:
     world.supervisor.run()
 
     assert world.journal.count("start worker") == 5
-    waits = [line.partition(" again in ")[2] for line in world.said if "starting it again" in line]
+    waits = [line.partition(" it in ")[2] for line in world.said if "Restarting it" in line]
     assert waits == ["1 s.", "2 s.", "4 s.", "8 s."]
     assert any("last words of worker" in line for line in world.said)
 
@@ -145,7 +145,7 @@ def test_a_worker_that_ran_well_for_a_while_is_started_again_soon() -> None:
 
     world.supervisor.run()
 
-    assert sum("again in 1 s" in line for line in world.said) == 2
+    assert sum("Restarting it in 1 s" in line for line in world.said) == 2
 
 
 def test_the_api_ending_ends_everything_with_its_last_lines() -> None:
@@ -172,7 +172,7 @@ def test_an_api_that_never_answers_is_given_up() -> None:
     world = World()
     world.ready_at = 1e9
 
-    with pytest.raises(LorryError, match="does not answer"):
+    with pytest.raises(LorryError, match="did not become ready in time"):
         world.supervisor.run()
 
     assert world.journal == ["start api", "kill api"]

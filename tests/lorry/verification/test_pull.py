@@ -41,7 +41,7 @@ def test_pulling_again_is_free_and_pulling_over_something_else_is_refused(
     client.adapters.pull("a", tmp_path / "adapter")
     (tmp_path / "adapter" / BIG).write_bytes(b"mine")
 
-    with pytest.raises(LorryError, match="exists and is not this adapter"):
+    with pytest.raises(LorryError, match="already exists and does not contain this adapter"):
         client.adapters.pull("a", tmp_path / "adapter")
 
     assert len(service.requests("GET", "/v1/adapters/a/archive")) == 1
@@ -74,7 +74,7 @@ def test_an_empty_folder_that_is_there_is_used(service: Script, client: Lorry, t
 
 BAD: dict[str, tuple[Any, str]] = {
     "a changed byte": (tar({**FILES, BIG: b"x" + FILES[BIG][1:]}), "digest"),
-    "another length": (tar({**FILES, BIG: FILES[BIG] + b"x"}), "bytes where the manifest says"),
+    "another length": (tar({**FILES, BIG: FILES[BIG] + b"x"}), "bytes, but the manifest lists"),
     "a path that leaves": (tar({**FILES, "../x": b"x"}), "not in the manifest"),
     "an absolute path": (tar({**FILES, "/tmp/x": b"x"}), "not in the manifest"),
     "a path that only looks like one": (tar({f"./{name}": content for name, content in FILES.items()}), "manifest"),
@@ -88,9 +88,9 @@ BAD: dict[str, tuple[Any, str]] = {
     "a device": (tar(FILES, link("evil", "", tarfile.CHRTYPE)), "not a plain file"),
     "a file twice": (tar(FILES, tarfile.TarInfo("sub/extra.txt")), "twice"),
     "a missing file": (tar({BIG: FILES[BIG]}), "lacks"),
-    "no tar": (b"<html>" * 1000, "not a whole tar"),
-    "half a tar": (tar()[:100_000], "not a whole tar"),
-    "nothing": (b"", "not a whole tar"),
+    "no tar": (b"<html>" * 1000, "not a complete tar"),
+    "half a tar": (tar()[:100_000], "not a complete tar"),
+    "nothing": (b"", "not a complete tar"),
 }
 
 
@@ -112,7 +112,7 @@ def test_a_member_that_is_far_longer_than_the_manifest_fills_no_disk(
 ) -> None:
     serve(service, tar({"manifest.json": b"x" * 2**24, **FILES}))
 
-    with pytest.raises(BadDownload, match="much longer"):
+    with pytest.raises(BadDownload, match="larger than its manifest"):
         client.adapters.pull("a", tmp_path / "adapter")
 
     assert list(tmp_path.iterdir()) == []
@@ -136,7 +136,7 @@ def test_a_manifest_whose_paths_could_leave_the_folder_is_refused(
 ) -> None:
     serve(service, tar(), told=manifest({path: b"x"}))
 
-    with pytest.raises(BadDownload, match="not a path of an adapter") as refused:
+    with pytest.raises(BadDownload, match="contains the invalid path") as refused:
         client.adapters.pull("a", tmp_path / "adapter")
 
     assert refused.value.remedy
@@ -146,7 +146,7 @@ def test_a_manifest_that_is_not_the_adapters_is_refused(service: Script, client:
     other = manifest({"adapter_config.json": b"other"})
     serve(service, tar(), told={**other, "artifact": digest_of(manifest()["data"])})
 
-    with pytest.raises(BadDownload, match="not the one that its digest stands for"):
+    with pytest.raises(BadDownload, match="does not match its digest"):
         client.adapters.pull("a", tmp_path / "adapter")
 
 
@@ -167,10 +167,10 @@ def test_every_kind_of_tampering_with_a_pulled_folder_is_seen(pulled: Path) -> N
     (pulled / "lineage.json").write_text(json.dumps(record))
 
     assert verify_folder(pulled)["problems"] == [
-        f"{BIG} is not what its digest stands for.",
+        f"{BIG} does not match its digest.",
         "sub/extra.txt is missing.",
         "more.py is not in the manifest.",
-        "The lineage record is not the one that its id stands for.",
+        "The lineage record does not match its id.",
     ]
 
 
@@ -183,7 +183,7 @@ def test_a_manifest_that_was_changed_with_its_files_is_not_the_one_of_the_record
     (pulled / "sub/extra.txt").unlink()
 
     assert verify_folder(pulled)["problems"] == [
-        "The lineage record is not about these files: it does not name their manifest's digest."
+        "The lineage record belongs to other files: it does not contain the digest of their manifest."
     ]
 
 

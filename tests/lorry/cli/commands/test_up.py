@@ -244,4 +244,4 @@ def _check_second_is_refused(data_dir: Path, holder: int) -> None:
     done = subprocess.run([*UP, "--data-dir", str(data_dir)], capture_output=True, text=True, check=False, timeout=60)
 
     assert done.returncode == 1
-    assert f"Lorry already runs on {data_dir} (process {holder})." in done.stderr
+    assert f"Lorry is already running on {data_dir} (process {holder})." in done.stderr

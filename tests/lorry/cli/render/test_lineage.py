@@ -169,7 +169,7 @@ def test_of_a_pulled_folder_the_record_is_read_offline_and_the_files_are_checked
         f"{folder}: the digests are right, but the signature was not checked.",
     ]
     assert json.loads(machine.stdout) == json.loads((folder / "lineage.json").read_text())
-    assert "adapter_config.json is not what its digest stands for." in changed.stderr
+    assert "adapter_config.json does not match its digest." in changed.stderr
     assert "NOT what its record says" in changed.stderr
     assert service.seen == []
 
@@ -186,8 +186,8 @@ def test_a_folder_of_something_else_is_not_called_a_changed_adapter(run: Run, tm
 
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
-        f"Error: {tmp_path} holds no pulled adapter: it has neither manifest.json nor lineage.json.",
-        "Name the folder that `lorry adapters pull` wrote.",
+        f"Error: {tmp_path} contains no pulled adapter: it has neither manifest.json nor lineage.json.",
+        "Pass a folder that `lorry adapters pull` wrote.",
     ]
 
 
