@@ -42,7 +42,7 @@ def stacks_by_rank(site: WorkerSite, job_id: str) -> dict[int, str]:
     texts: dict[int, str] = {}
     for line in lines_of_first_attempt(site, job_id):
         texts[line["rank"]] = texts.get(line["rank"], "") + line["text"] + "\n"
-    return {rank: text.partition("Its threads stand here:")[2] for rank, text in texts.items()}
+    return {rank: text.partition("Stacks of its threads:")[2] for rank, text in texts.items()}
 
 
 @pytest.fixture(autouse=True)

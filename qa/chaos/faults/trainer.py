@@ -72,7 +72,7 @@ def _stacks(site: FaultSite, job_id: str) -> dict[int, str]:
     given = {"project_id": site.caller.project_id, "job_id": job_id, "attempt": 1, "limit": 1000}
     for line in job_logs.lines(site.db, site.store, **given).items:
         told[line.rank] = f"{told.get(line.rank, '')}{line.text}\n"
-    return {rank: text.partition("Its threads stand here:")[2] for rank, text in told.items()}
+    return {rank: text.partition("Stacks of its threads:")[2] for rank, text in told.items()}
 
 
 ROWS = (
