@@ -58,7 +58,7 @@ def hung(site: WorkerSite, failpoint: str, *, argv: list[str] = IMPATIENT, **env
     site.wait_until(lambda: site.reasons(job_id)[:1] == [EndReason.TIMEOUT])
     worker.terminate()
     assert worker.wait(site.patience_seconds) == 0, site.log()
-    assert "The trainer said nothing for" in site.attempts(job_id)[0].detail
+    assert "The trainer sent no events for" in site.attempts(job_id)[0].detail
     return job_id
 
 

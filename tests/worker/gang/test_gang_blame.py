@@ -29,7 +29,7 @@ from worker.protocol.mailbox import Json
 from worker.protocol.rendezvous import report_port
 from worker.session import staging
 
-ECHOED = {"reason": "infra_lost", "detail": "It ended with others of its gang.", "is_echo": True}
+ECHOED = {"reason": "infra_lost", "detail": "The trainer exited together with others of its gang.", "is_echo": True}
 
 
 @pytest.fixture

@@ -320,7 +320,7 @@ def test_a_disk_without_room_for_what_is_cut_ends_nothing_and_is_told_once(
     monkeypatch.setattr(shutil, "copyfileobj", half_of_it)
     for _ in range(2):
         session.read_events()
-    told_of_it = [record for record in caplog.records if "can't be cut" in record.getMessage()]
+    told_of_it = [record for record in caplog.records if "can't be truncated" in record.getMessage()]
     monkeypatch.setattr(shutil, "copyfileobj", copy)
     printed(session.directory, "cd")
     assert session.directory.log_tail() == "0123456789abcd"
