@@ -140,8 +140,8 @@ class TrainerSession:
         return self._bytes_of(list(self._held.values()), beside=0) + self._whole_trainer_bytes()
 
     def _bytes_of(self, jobs: list[SessionJob], *, beside: int) -> int:
-        """Return the memory of these jobs and of the slices by which they widen the tick, given the number of other jobs
-        in the trainer."""
+        """Return the memory of these jobs and of the slices by which they widen the tick, given the number of other
+        jobs in the trainer."""
         slice_bytes = memory.slice_bytes(self._description, packing.precision_of(self.pack_key))
         tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
         total = 0
