@@ -145,7 +145,7 @@ class WorkerContext:
 def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerContext]:
     """Yield a registered worker that sends heartbeats for the duration of the block.
 
-    Raises Unavailable. Raises UnfitWorker, before anything is written, if its version is incompatible with the service.
+    Raises Unavailable. Raises UnfitWorker, before it writes anything, if its version does not suit the service.
     """
     check_strategy(settings.strategy, gang=settings.gang)
     db = Database(settings.resolved_database_url())
@@ -182,8 +182,8 @@ def check_strategy(wanted: Wanted, *, gang: str | None = None) -> None:
     isn't installed. Doesn't import DeepSpeed."""
     if gang is not None and wanted not in ("auto", "replicated"):
         raise SystemExit(
-            f"LORRY_STRATEGY is {wanted}, but a gang ({gang}) can't shard a base model: across nodes, each device holds "
-            "a full replica. Set it to auto or replicated, or remove the worker from the gang (unset LORRY_GANG)."
+            f"LORRY_STRATEGY is {wanted}, but a gang ({gang}) can't shard a base model: across nodes, each device "
+            "holds a full replica. Set it to auto or replicated, or remove the worker from the gang (unset LORRY_GANG)."
         )
     if wanted.startswith("zero3") and find_spec("deepspeed") is None:
         instead = wanted.replace("zero3", "fsdp2")

@@ -175,7 +175,7 @@ def test_what_a_worker_registers_tells_how_it_holds_bases(tmp_path: Path) -> Non
 def test_a_worker_that_is_to_use_deepspeed_and_has_none_does_not_start() -> None:
     check_strategy("fsdp2")
     if find_spec("deepspeed") is None:
-        with pytest.raises(SystemExit, match="needs DeepSpeed"):
+        with pytest.raises(SystemExit, match="requires DeepSpeed"):
             check_strategy("zero3")
         with pytest.raises(SystemExit, match="set LORRY_STRATEGY to fsdp2_offload"):
             check_strategy("zero3_offload")
