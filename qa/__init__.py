@@ -1,1 +1,1 @@
-"""Programs that test a whole service and are not run by pytest: fault injection and fuzzing."""
+"""Programs that test a whole service and that pytest does not run: fault injection and fuzzing."""

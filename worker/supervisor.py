@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 def supervise(context: WorkerContext) -> None:
-    """Work until there is nothing to import, prepare or train, or the worker is asked to shut down.
+    """Work until nothing is left to import, prepare or train, or the worker is asked to shut down.
 
     Raises Unavailable or OutOfSpace if the database does not answer while the worker holds no claim. In every case, no
     lease is renewed after the return.
@@ -88,7 +88,7 @@ def _claim(
     cordon_silent(context)
     if capacity.max_jobs <= 0 or not gang.may_claim():
         return []
-    since = boot_seconds()  # from before the claim: a lease must never seem longer than it is
+    since = boot_seconds()  # taken before the claim, so that the lease never seems longer than it is
     claimed = claiming.claim_pack(
         context.db,
         worker_id=context.worker_id,
@@ -157,7 +157,8 @@ def _record_load_failure(context: WorkerContext, first: Job) -> None:
 
 
 def _trainer_settings(context: WorkerContext, first: Job) -> Json:
-    """The settings of a trainer for jobs like `first`, except the folder of its base, which differs between nodes."""
+    """Return the settings of a trainer for jobs like `first`, except the folder of its base model, which differs
+    between nodes."""
     return {
         "format": 1,
         "trainer_id": first.trainer_id,
@@ -167,12 +168,12 @@ def _trainer_settings(context: WorkerContext, first: Job) -> Json:
         "device": context.device.torch_name(),
         "prefix_disk_bytes": context.settings.prefix_disk_bytes,
         "batch_invariant": context.settings.batch_invariant,
-        "idle_seconds": None,  # the worker tells it when to unload, so it never exits while a job is being admitted
+        "idle_seconds": None,  # the worker decides when it unloads, so it never exits while a job is being admitted
     }
 
 
 def _launch_trainer(context: WorkerContext, stack: ExitStack, trainer_id: str, settings: Json) -> TrainerProcess:
-    """Let the standby trainer, or else a new one, load its base. The stack kills it and deletes its directory."""
+    """Have the standby trainer, or else a new one, load its base. The stack kills it and deletes its directory."""
     if context.standby is not None and (trainer := context.standby.take(stack)) is not None:
         trainer.begin(settings)
         if trainer.returncode is None:  # else it exited at this very moment, which must not count against any job
@@ -194,7 +195,7 @@ def _launch_trainer(context: WorkerContext, stack: ExitStack, trainer_id: str, s
 def _open_session(
     context: WorkerContext, stack: ExitStack, first: Job, directory: TrainerDirectory, *, strategy: Strategy
 ) -> TrainerSession:
-    """An empty session for jobs like `first`. The stack releases the claims that are left in it."""
+    """Return an empty session for jobs like `first`. The stack releases the claims that are left in it."""
     assert first.trainer_id is not None, "the claim names the trainer that it is for"
     description = catalog_bases.get(context.db, first.base_model).description or {}
     session = TrainerSession(
@@ -210,7 +211,7 @@ def _attend(
     """Attend to the trainer until it has exited, or can't be killed. Returns claims for another base, for which it was
     unloaded.
 
-    Each step tolerates an outage by itself: what users ask for is applied even while nothing can be recorded.
+    Each step tolerates an outage separately: requests of users are applied even while nothing can be recorded.
     """
     take_directives = context.heartbeat.take_directives
     left_over: list[Claim] = []
@@ -253,18 +254,18 @@ def _attend(
 
 
 def _tolerating_outages(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
-    """What `act` returns. In an outage, or if a file is not available now: None, after a pause."""
+    """Return the result of `act`. In an outage, or if a file is not available now, return None after a pause."""
     try:
         return act()
     except (*OUTAGES, OSError) as error:
-        log.warning("%s The trainer goes on; its news are kept.", error)
+        log.warning("%s The trainer continues, and its events are kept.", error)
         trainer.wait(OUTAGE_SECONDS)
         return None
 
 
 def _drain(gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> bool:
-    """Have the trainer save its jobs and exit. Returns True: it was told. A trainer that still loads has nothing to
-    save, so it is killed."""
+    """Have the trainer save its jobs and exit. Returns True: the request was made. A trainer that still loads has
+    nothing to save, so it is killed."""
     if session.ready is not None:
         session.is_shutting_down = True
         return session.send("drain")
@@ -322,7 +323,7 @@ def _conclude(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess,
 
 
 def _trainer_outcome(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> End:
-    """What ended the trainer. The first cause that applies decides how the attempts of its jobs end."""
+    """Return how the attempts of the trainer's jobs end. The first cause that applies decides."""
     if trainer.is_left_behind:
         return replace(TrainerEnd.UNKILLABLE.value, blamed_worker_id=context.worker_id)
     if session.outcome is not None:

@@ -1,1 +1,1 @@
-"""Breaks a real Lorry in every way of the fault matrix that this machine allows; an auditor looks at what is left."""
+"""Injects every fault of the matrix that this machine allows into a real service. An auditor then checks the result."""

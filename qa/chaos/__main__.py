@@ -1,4 +1,4 @@
-"""`python -m qa.chaos`: each fault of the matrix that this machine allows, on both databases, then an audit."""
+"""`python -m qa.chaos`: inject each fault that this machine allows, on both databases, and audit the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qa.chaos.scenario import DATABASES, DatabaseKind, Row
 from tests.services.programs import Missing
 
 LOG_CHARS = 10_000
-"""What is shown of the processes' logs where a row fails."""
+"""Number of characters of the processes' logs that are printed if a row fails."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.writelines(f"{row.name:32} {row.fault}: {row.also}\n" for row in rows)
         return 0
     if not rows:
-        sys.stderr.write(f"No row is called {' or '.join(options.rows)}; --list tells their names.\n")
+        sys.stderr.write(f"There is no row {' or '.join(options.rows)}; --list prints all names.\n")
         return 2
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="lorry-faults-") as folder, Ground(Path(folder)) as ground:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _try(ground: Ground, row: Row, kind: DatabaseKind) -> Outcome:
-    """Whatever goes wrong with a row is an outcome, and the others go on."""
+    """Run one row. Any failure is an outcome, and the other rows still run."""
     began = time.monotonic()
     outcome = Outcome(row=row, database=kind)
     try:
@@ -58,7 +58,7 @@ def _try(ground: Ground, row: Row, kind: DatabaseKind) -> Outcome:
             outcome.findings = site.audit()
     except Missing as missing:
         outcome.left_out = str(missing)
-    except Exception as error:  # noqa: BLE001  (an assertion, or whatever else a broken service brings about)
+    except Exception as error:  # noqa: BLE001  (an assertion, or any other error that a broken service causes)
         outcome.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         traceback.print_exc()
     outcome.seconds = time.monotonic() - began
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qa.chaos", description=__doc__)
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="NAME", help="Names of rows, or patterns: worker-*")
     parser.add_argument("--databases", nargs="+", choices=DATABASES, default=DATABASES)
-    parser.add_argument("--list", action="store_true", help="Tell the rows, and try none.")
+    parser.add_argument("--list", action="store_true", help="List the rows without running them.")
     return parser
 
 

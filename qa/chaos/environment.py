@@ -1,4 +1,5 @@
-"""What all scenarios of a run share: the servers, and a data folder and a database with an imported base model."""
+"""The resources that all scenarios of a run share: servers, and a data folder and a database with an imported base
+model."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ from tests.services.small_disk import mounted
 from tests.worker_site import WorkerSite
 
 IMPORTED = "imported"
-"""Name of the PostgreSQL database that each row's is a copy of."""
+"""Name of the PostgreSQL database that is the template of each row's database."""
 DISK_BYTES = 64 * 2**20
-"""Of a small disk: a trainer's directory has room on it."""
+"""Size of a small disk, which is enough for a trainer's directory."""
 
 
 class Ground:
-    """Servers start on first use, and end with the block."""
+    """Provides the sites of a run. Servers start on first use, and stop at the end of the block."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -47,7 +48,7 @@ class Ground:
 
     @contextmanager
     def site(self, row: Row, kind: DatabaseKind, *, has_weights: bool = True) -> Generator[FaultSite]:
-        """A site of its own. What is left of its processes is killed after the block."""
+        """Yield a new site. Its remaining processes are killed after the block."""
         imported, weights = self._import(kind), self.weights if has_weights else None
         folder = Path(tempfile.mkdtemp(prefix=f"{row.name}-{kind}-", dir=self._folder))
         (folder / "data").mkdir()
@@ -69,15 +70,15 @@ class Ground:
         shutil.rmtree(folder, ignore_errors=True)
 
     def _database(self, stack: ExitStack, row: Row, kind: DatabaseKind, folder: Path) -> dict[str, str]:
-        """A copy of the one in which the base is imported."""
+        """Create a copy of the database with the imported base model. Returns the variables for it."""
         if kind == "postgresql":
             address, server = self._postgres
             server.start()
             name = f"row_{os.urandom(4).hex()}"
             url = stack.enter_context(empty_database(address, name, template=IMPORTED))
             with psycopg.connect(address.replace("+psycopg", ""), autocommit=True) as admin:
-                admin.execute("checkpoint")  # else a kill sets the copy's sequences back to what its template had
-            stack.callback(server.start)  # a row may have left it down, and the database is to be dropped
+                admin.execute("checkpoint")  # else a kill resets the copy's sequences to those of its template
+            stack.callback(server.start)  # a row may have stopped the server, but the database must be dropped
             return {"LORRY_DATABASE_URL": url}
         if row.small_disk == "database":
             moved = shutil.move(folder / "data" / "lorry.db", folder / "database" / "lorry.db")
@@ -85,7 +86,8 @@ class Ground:
         return {}
 
     def _bucket(self, stack: ExitStack) -> tuple[FaultProxy, dict[str, str]]:
-        """An empty one, a proxy before its server, and what processes are told. We ourselves reach it directly."""
+        """Create a bucket. Returns a proxy in front of its server, and the variables for processes. This process
+        accesses the server directly."""
         bucket = new_bucket(self._s3)
         address = urlsplit(self._s3)
         proxy = stack.enter_context(fault_proxy(str(address.hostname), address.port or 0))
@@ -98,7 +100,7 @@ class Ground:
 
     @cached_property
     def weights(self) -> str:
-        """Digest of the adapter that the small job gives where nothing disturbs it."""
+        """The digest of the small job's adapter without any fault."""
         nothing = Row(name="undisturbed", fault="none", also="", act=lambda _: "")
         with self.site(nothing, "sqlite", has_weights=False) as site:
             job_id = site.submit_small()
@@ -114,7 +116,7 @@ class Ground:
         return self._open.enter_context(s3_server())
 
     def _import(self, kind: DatabaseKind) -> Path:
-        """The data folder after the import, by a real worker, once a run."""
+        """Return the data folder after the import by a real worker, which happens once per run."""
         if kind not in self._imported:
             folder = Path(tempfile.mkdtemp(prefix=f"imported-{kind}-", dir=self._folder))
             database: dict[str, str] = {}

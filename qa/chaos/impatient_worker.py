@@ -1,4 +1,4 @@
-"""`python -m qa.chaos.impatient_worker`: the embedded worker, which gives up a silent trainer after seconds."""
+"""`python -m qa.chaos.impatient_worker`: an embedded worker that kills a trainer without events after 5 seconds."""
 
 from __future__ import annotations
 

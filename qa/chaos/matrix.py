@@ -1,4 +1,4 @@
-"""All rows, in the order in which they are run, and those that can't be."""
+"""All rows in the order in which they run, and the rows that can't run here."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ NOT_HERE = (
     NotHere(
         name="cuda-oom",
         fault="CUDA out of memory",
-        why="needs a CUDA GPU; the classes of exits are in tests/worker/process/test_exits.py",
+        why="needs a CUDA GPU; tests/worker/process/test_exits.py covers the classification of exits",
     ),
     NotHere(
         name="database-read-only-sqlite",
         fault="SQLite's file read-only",
-        why="root writes whatever the file's mode says",
+        why="root can write regardless of the file's mode",
     ),
 )

@@ -1,4 +1,4 @@
-"""What a run tells: a line for each row as it ends, and a table of all."""
+"""The report of a run: a line for each row when it ends, and a table of all rows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from qa.chaos.scenario import NotHere, Row
 
 @dataclass(kw_only=True, slots=True)
 class Outcome:
-    """Of one row on one database."""
+    """The outcome of one row on one database."""
 
     row: Row
     database: str
     seen: str = ""
     failure: str | None = None
-    """What must also be true was not, or something broke; then nothing was audited."""
+    """An assertion of the row failed, or an error occurred. Then nothing was audited."""
     left_out: str | None = None
-    """Why it could not be tried."""
+    """The reason why it could not run."""
     findings: Sequence[Finding] = field(default_factory=list[Finding])
     seconds: float = 0.0
 
@@ -40,7 +40,7 @@ class Outcome:
 
 
 def table(outcomes: Sequence[Outcome], not_here: Iterable[NotHere]) -> str:
-    """In Markdown, with the sum."""
+    """Return a Markdown table with a summary."""
     head = ("Row", "Database", "What was done", "What was seen", *INVARIANTS, "Seconds")
     lines = [_line(head), _line("---" for _ in head)]
     for outcome in outcomes:
@@ -57,7 +57,7 @@ def table(outcomes: Sequence[Outcome], not_here: Iterable[NotHere]) -> str:
 
 
 def _sum(outcomes: Sequence[Outcome]) -> str:
-    """A row that was left out was not tried."""
+    """Return the summary. A row that was left out does not count as tried."""
     num_left_out = sum(outcome.left_out is not None for outcome in outcomes)
     num_failed = sum(not outcome.is_well for outcome in outcomes)
     minutes = sum(outcome.seconds for outcome in outcomes) / 60

@@ -16,8 +16,8 @@ POSTGRESQL: tuple[DatabaseKind, ...] = ("postgresql",)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A fault that is injected. `act` raises AssertionError where what must also be true is not, and says what it saw.
-    When it returns every job has ended, or is about to."""
+    """A fault that is injected. `act` returns what it observed, and raises AssertionError if a condition of `also` is
+    violated. When it returns, every job has finished or is about to finish."""
 
     name: str
     fault: str
@@ -25,12 +25,13 @@ class Row:
     act: Callable[[FaultSite], str]
     databases: tuple[DatabaseKind, ...] = DATABASES
     environment: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of the site's processes, beside what shortens the waiting."""
+    """Variables for the site's processes, in addition to those that shorten the waiting times."""
     has_redis: bool = False
     has_s3: bool = False
-    """The store is a bucket; workers reach it through a proxy that can fail."""
+    """The store is a bucket, which workers reach through a proxy that can fail."""
     small_disk: str | None = None
-    """A folder of the site's that is a file system of its own, to be filled. `database`: SQLite's file is there."""
+    """A folder of the site that is a separate file system, so that it can be filled. `database` contains SQLite's
+    file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,5 @@
-"""A whole service to break: API server and workers as processes, on either database, and what the auditor must know."""
+"""A whole service for fault injection: API server and workers as processes, on either database, and the observations
+that the auditor needs."""
 
 from __future__ import annotations
 
@@ -31,35 +32,35 @@ from tests.services.running import Restartable, free_port
 from tests.worker_site import BASE, PEPPER, WorkerSite, wait_until
 
 LEASE_SECONDS = 6.0
-"""As WorkerSite sets it."""
+"""The value that WorkerSite sets."""
 SMALL: dict[str, Any] = {"hyperparameters": {"batch_size": 4}, "max_steps": 30, "checkpoint_every_steps": 10}
-"""The job of most rows: its adapter is known by its digest."""
+"""The job of most rows. Its adapter has a known digest."""
 NUM_ROWS = 40
 LOOK_SECONDS = 0.05
 PATIENCE_SECONDS = 300.0
-"""However loaded the machine is."""
+"""Time limit that is sufficient on a busy machine."""
 ALONE_SECONDS = 10.0
-"""How long what a worker has started may outlive it: by promise a second, and more on a busy machine."""
+"""How long child processes may outlive their worker. The guarantee is one second, but a busy machine takes longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Under:
-    """The servers that a site stands on, where it has them; each may be broken."""
+    """The servers of a site, if it has them. Faults can be injected into each of them."""
 
     postgres: Restartable | None = None
     redis: Restartable | None = None
     redis_url: str = ""
     store: FaultProxy | None = None
-    """Before its bucket."""
+    """The proxy in front of the bucket."""
 
 
 class FaultSite(WorkerSite):
-    """`url`: of the api, once it was started; the same after each further start."""
+    """A service for fault injection. `url` is the address of the API server, and stays the same after restarts."""
 
     patience_seconds = PATIENCE_SECONDS
 
     def __init__(self, folder: Path, *, under: Under, weights: str | None, **environment: str) -> None:
-        """weights: digest of what the small job gives undisturbed."""
+        """weights: digest of the small job's adapter without any fault."""
         super().__init__(folder, **environment)
         self.under = under
         self.weights = weights
@@ -74,36 +75,36 @@ class FaultSite(WorkerSite):
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
-    # Looking
+    # Observing
 
     def wait_until(self, condition: Callable[[], object]) -> None:
-        """As of any site; while the database does not answer, it is not yet so."""
+        """Wait for a condition. It counts as not fulfilled while the database does not answer."""
         wait_until(lambda: _unless_down(condition), said=self.log, seconds=self.patience_seconds)
 
     def wait_seconds(self, seconds: float) -> None:
-        """Let real time pass: of a lease, or of an outage."""
+        """Wait in real time, for a lease or an outage."""
         time.sleep(seconds)
 
     def children_of(self, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        """Trainers of a worker."""
+        """Return the child processes of a worker, except zombies."""
         found = psutil.Process(process.pid).children(recursive=True)
         return [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
 
     def trainer_of(self, worker: subprocess.Popen[bytes]) -> psutil.Process:
-        """Waits for it: the one process that trains, from its very start."""
+        """Wait for the worker's trainer and return it, even if it has only just started."""
         self.wait_until(lambda: self.trainers_of(worker))
         return self.trainers_of(worker)[0]
 
     def trainers_of(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        """Those that live."""
+        """Return the running trainers of a worker."""
         return [child for child in self.children_of(worker) if "worker.children.trainer.main" in child.cmdline()]
 
     def has_seen_trainer(self) -> bool:
-        """Any that held a job, whether or not it still lives."""
+        """Return whether any trainer has held a job, even if it no longer runs."""
         return bool(self._watch.sightings())
 
     def seconds_until_alone(self) -> float:
-        """Until nothing works in its folder any more: trainers and other children of a worker that has just ended."""
+        """Wait until no trainer or other child of a worker that has just exited is left. Returns the seconds."""
         began = time.monotonic()
         while left := processes(self.settings.work_dir()):
             seconds = time.monotonic() - began
@@ -121,11 +122,12 @@ class FaultSite(WorkerSite):
         return time.monotonic() - began
 
     def is_requested(self, verb: str) -> bool:
-        """A trainer has a message that it has not read."""
+        """Return whether a trainer has such a message that it has not read."""
         return bool(list(self.settings.work_dir().glob(f"trainers/*/inbox/*-{verb}.json")))
 
     def is_anybody_writing(self) -> bool:
-        """SQLite's lock is held, or a transaction of PostgreSQL's waits for its client for longer than any does."""
+        """Return whether SQLite's lock is held, or a transaction of PostgreSQL waits for its client for unusually
+        long."""
         if self.db.is_sqlite:
             try:
                 with self.db.write_briefly():
@@ -137,32 +139,32 @@ class FaultSite(WorkerSite):
             return bool(session.scalar(text(f"select count(*) from pg_stat_activity where {waits}")))
 
     def wait_for_file(self, pattern: str) -> None:
-        """Until a trainer has written it; relative to its directory."""
+        """Wait until a trainer has written a file. pattern: relative to the trainer's directory."""
         self.wait_until(lambda: list(self.settings.work_dir().glob(f"trainers/*/{pattern}")))
 
-    # What is asked of the api
+    # Requests to the API server
 
     def start_api(self, **environment: str) -> subprocess.Popen[bytes]:
-        """Answers when this returns."""
+        """Start the API server, and wait until it answers."""
         api = self.begin_api(**environment)
         self.wait_until(self._answers)
         return api
 
     def begin_api(self, **environment: str) -> subprocess.Popen[bytes]:
-        """May not answer yet."""
+        """Start the API server without waiting until it answers."""
         argv = [sys.executable, "-m", "api", "--log-level", "warning", "serve", "--port", str(self._port)]
         hooks = {"LORRY_WEBHOOK_ALLOWED_NETWORKS": "127.0.0.1/32", "LORRY_WEBHOOK_ALLOW_HTTP": "true"}
         self.api = self.start(argv, LORRY_PEPPER=PEPPER, LORRY_REQUESTS_PER_MINUTE="0", **hooks, **environment)
         return self.api
 
     def ask(self, method: str, path: str, *, timeout: float = 60.0, **given: Any) -> httpx.Response:
-        """Raises httpx.TransportError where nobody answers."""
+        """Send a request. Raises httpx.TransportError if there is no response."""
         with httpx.Client(base_url=self.url, trust_env=False, timeout=timeout) as client:
             headers = {"authorization": f"Bearer {self.key}", **given.pop("headers", {})}
             return client.request(method, path, headers=headers, **given)
 
     def post_job(self, training_file: str, *, idempotency_key: str, **fields: Any) -> httpx.Response:
-        """A submission over HTTP; which job the answer named is kept for the auditor."""
+        """Submit a job over HTTP. The id in the response is kept for the auditor."""
         body = {"model": BASE, "training_file": training_file, "seed": 1, "precision": "float32", **fields}
         headers = {"idempotency-key": idempotency_key}
         response = self.ask("POST", "/v1/fine_tuning/jobs", json=body, headers=headers)
@@ -178,16 +180,16 @@ class FaultSite(WorkerSite):
         except httpx.TransportError:
             return False
 
-    # What most rows do
+    # Common actions of rows
 
     def submit_small(self, **fields: Any) -> str:
         return self.submit(self.upload(NUM_ROWS), **{**SMALL, **fields})
 
     def finish(self, *job_ids: str, is_small: bool = True, **environment: str) -> None:
-        """By one more worker. is_small: their adapters have the bytes that nothing disturbed."""
+        """Finish jobs with one more worker. is_small: their adapters must have the bytes of an undisturbed job."""
         worker = self.start_worker(**environment)
         self.wait_for_success(*job_ids, is_small=is_small)
-        self.wait_until(lambda: f"-{worker.pid}-" in self.log())  # it has told its id: from then on it can be asked
+        self.wait_until(lambda: f"-{worker.pid}-" in self.log())  # it has logged its id and handles signals from now on
 
     def wait_for_success(self, *job_ids: str, is_small: bool = True) -> None:
         self.wait_for_end(*job_ids)
@@ -195,25 +197,25 @@ class FaultSite(WorkerSite):
             assert self.job(job_id).state == JobState.SUCCEEDED, f"{self.job(job_id).error}\n{self.log()}"
             if is_small and self.weights is not None:
                 digest = self.weights_digest(job_id)
-                assert digest == self.weights, f"its bytes, {digest}, are not {self.weights} of an undisturbed job"
+                assert digest == self.weights, f"its digest {digest} differs from {self.weights} of an undisturbed job"
 
     def cancel(self, *job_ids: str) -> None:
-        """What ends a job soonest."""
+        """Cancel jobs, which is the fastest way to finish them."""
         for job_id in job_ids:
             commands.cancel(self.db, project_id=self.caller.project_id, job_id=job_id)
 
     def attempts_text(self, job_id: str) -> str:
-        """How its attempts ended, in short."""
+        """Return a short text about the ends of a job's attempts."""
         told: list[str] = []
         for attempt in self.attempts(job_id):
             step = attempt.resumed_from_step
             told.append(f"{attempt.reason}{f' from step {step}' if step else ''}")
         return ", then ".join(told)
 
-    # The end
+    # The end of a row
 
     def stop(self) -> None:
-        """Ask all that still run to leave, api last, and see them end well."""
+        """Send SIGTERM to all running processes, and check that they exit with status 0."""
         live = [process for process in self._processes if process.poll() is None]
         for process in live:
             process.send_signal(signal.SIGTERM)
@@ -221,7 +223,7 @@ class FaultSite(WorkerSite):
             assert process.wait(PATIENCE_SECONDS) == 0, self.log()
 
     def audit(self) -> list[Finding]:
-        """After `stop`. What was not sealed yet is, as an api's chore does."""
+        """Audit the service after `stop`. Seals the remaining audit events first, as an API server would."""
         self._watch.__exit__()
         chain.seal(self.db, pepper=PEPPER.encode())
         return audit(
@@ -234,7 +236,7 @@ class FaultSite(WorkerSite):
         )
 
     def heard(self, body: bytes, *, event_id: str) -> None:
-        """A webhook that came."""
+        """Note a received webhook."""
         told = json.loads(body)
         self.hooks.append(Hook(event_id=event_id, event_type=told["type"], job_id=told["data"]["id"]))
 

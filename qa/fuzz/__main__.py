@@ -1,4 +1,4 @@
-"""`python -m qa.fuzz`: schemathesis over the whole API, with the keys of two projects, on SQLite and PostgreSQL."""
+"""`python -m qa.fuzz`: run schemathesis over the whole API, with the keys of two projects, on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def _database(name: str, folder: Path) -> Iterator[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qa.fuzz", description=__doc__)
     parser.add_argument("--database", nargs="+", choices=("sqlite", "postgresql"), default=("sqlite", "postgresql"))
-    parser.add_argument("--examples", type=int, default=5, help="Cases of each operation in each phase, at most.")
-    parser.add_argument("--rounds", type=int, default=1, help="Of the stateful phase, over each part of the api.")
+    parser.add_argument("--examples", type=int, default=5, help="Maximum number of cases per operation and phase.")
+    parser.add_argument("--rounds", type=int, default=1, help="Rounds of the stateful phase over each part of the API.")
     parser.add_argument("--phases", default="examples,coverage,fuzzing,stateful")
-    parser.add_argument("--only", default="", help="A regular expression of the paths that are asked.")
+    parser.add_argument("--only", default="", help="A regular expression for the paths to test.")
     parser.add_argument("--seed", type=int, default=1)
     return parser
 

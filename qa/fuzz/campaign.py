@@ -1,4 +1,5 @@
-"""Runs of schemathesis against one service, with the keys of two projects and an operator's; and what came of them."""
+"""Runs schemathesis against one service, with the keys of two projects and an operator key, and collects the
+outcome."""
 
 from __future__ import annotations
 
@@ -37,12 +38,12 @@ from tests.api.trained import BASE
 from tests.catalog.world import PEPPER
 
 NUM_SIGN_INS = 20
-"""Links that can be opened, each once."""
+"""Number of sign-in links, each of which can be opened once."""
 EXAMPLE_BASE, EXAMPLE_HOOK = "smollm2-135m", "https://example.com/hooks"
 EXAMPLE_FILES = ("file-3f2b8c9d0a1e4f5a6b7c8d9e", "file-4a3b8c9d0a1e4f5a6b7c8d9e")
-"""What bodies name in the document's examples."""
+"""Names in the bodies of the document's examples."""
 CHANCE = 0.7
-"""How often a parameter that names something gets a name that one of the projects has."""
+"""Probability with which a parameter gets the name of an existing object of one of the projects."""
 BODY_FIELDS = {
     "model": "start",
     "plan": "plan_id",
@@ -55,10 +56,10 @@ BODY_FIELDS = {
     "parent_adapter": "adapter",
     "part_ids[*]": "part_ids",
 }
-"""Fields of bodies, by whose names they take."""
+"""Body fields, with the pool of their values."""
 STATEFUL = "stateful"
 SCENARIOS, STEPS = 8, 12
-"""Of a round of the stateful phase, at most: chains of requests for each example, and requests of a chain."""
+"""Limits for a round of the stateful phase: chains of requests for each example, and requests in a chain."""
 PARTS = (
     r"^/v1/(files|uploads|models)",
     r"^/v1/(files|fine_tuning/jobs|plans)",
@@ -68,20 +69,20 @@ PARTS = (
     r"^/v1/(organizations|projects|api_keys|audit_events|usage)",
     r"^/",
 )
-"""Of the api, by paths. A round ends, without a word, at the first scenario that goes on otherwise than one that began
-like it, as the service remembers: one over all paths never comes to most of them."""
+"""Parts of the API, by paths. A round ends silently at the first scenario that continues differently from one with the
+same beginning, because the service has state. Therefore a round over all paths would never test most of them."""
 OPERATORS_PARTS = PARTS[3], PARTS[5], PARTS[6]
 OPERATORS_PATHS = (
     r"^/v1/(models|organizations|projects|api_keys|queue|workers|usage|audit|fine_tuning/checkpoints)"
     r"|^/metrics|^/v1/sign_in_links"
 )
-"""Where an operator's key may do more than another."""
+"""Paths where an operator key may do more than other keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Campaign:
-    """What is run. examples: of each operation in each phase, at most. rounds: of the stateful phase over each part of
-    the api. only: a regular expression of paths."""
+    """The parameters of a run. examples: limit per operation and phase. rounds: of the stateful phase over each part of
+    the API. only: a regular expression for paths."""
 
     seed: int = 1
     examples: int = 5
@@ -89,12 +90,12 @@ class Campaign:
     phases: str = "examples,coverage,fuzzing,stateful"
     only: str = ""
     is_short: bool = False
-    """One project asks, the other is only looked for; a round goes over the whole api."""
+    """Only one project sends requests, and a round covers the whole API."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Outcome:
-    """How often each operation was answered with each status."""
+    """The number of responses for each operation and status."""
 
     counts: Counter[tuple[str, int]] = field(default_factory=Counter[tuple[str, int]])
     is_well: bool = True
@@ -116,7 +117,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Site:
-    """What is asked, and where it keeps things. hooks: where webhooks can be sent."""
+    """The tested service and its files. hooks: a URL that receives webhooks."""
 
     folder: Path
     url: str
@@ -125,7 +126,7 @@ class _Site:
 
 
 def run(campaign: Campaign, folder: Path, *, database_url: str, echo: TextIO) -> Outcome:
-    """Fill a database, serve it, and ask as each project, then as an operator of the first."""
+    """Fill a database, serve it, and send requests as each project, then as an operator of the first project."""
     data_dir = folder / "data"
     data_dir.mkdir()
     settings = Settings(
@@ -169,7 +170,8 @@ def _ask(campaign: Campaign, site: _Site, me: Key, other: Key, *, echo: TextIO, 
 
 
 def _run(site: _Site, phases: str, paths: list[str], outcome: Outcome) -> tuple[str, bool]:
-    """All that schemathesis says, and whether it found nothing. paths: regular expressions that must all hold."""
+    """Run schemathesis. Returns its output, and whether it found nothing. paths: regular expressions that must all
+    match."""
     folder = site.folder
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(folder / "schemathesis.toml")]
     command += ["run", f"{site.url}/openapi.json", "--phases", phases]
@@ -190,7 +192,7 @@ def _brief(
     names = {name for names in theirs.values() for name in names if other.mark in name}
     data = data_file(site.db, me.project_id)
     their_ids = ids_of(site.db, other.project_id)
-    assert their_ids.isdisjoint(ids_of(site.db, me.project_id)), "nothing is of both"
+    assert their_ids.isdisjoint(ids_of(site.db, me.project_id)), "an object belongs to both projects"
     return {
         "is_operator": me.is_operator,
         "my_key": me.id,
@@ -212,7 +214,7 @@ def _brief(
 def _pools(
     site: _Site, me: Key, other: Key, mine: dict[str, list[str]], theirs: dict[str, list[str]]
 ) -> dict[str, list[Any]]:
-    """What parameters and fields may name: all of ours, and some of the other project's."""
+    """Return the values for parameters and fields: all of this project, and some of the other project."""
     pools: dict[str, list[Any]] = {name: names + theirs[name][: len(names) // 3 + 1] for name, names in mine.items()}
     pools["project"] = [me.project_id, me.mark, other.project_id, other.mark]
     tokens = [authentication.create_sign_in_link(site.db, api_key_id=me.id, pepper=PEPPER) for _ in range(NUM_SIGN_INS)]
@@ -235,7 +237,7 @@ def _person(key: Key) -> dict[str, Any]:
 
 
 def _config(campaign: Campaign, folder: Path, me: Key, other: Key, pools: dict[str, list[Any]]) -> str:
-    """An operator is no peer: what others' keys are called is shown to it."""
+    """Return the configuration of schemathesis. An operator has no peers, because it sees the names of other keys."""
     lines = [
         'hooks = "qa.fuzz.hooks"',
         "continue-on-failure = true",
@@ -250,7 +252,7 @@ def _config(campaign: Campaign, folder: Path, me: Key, other: Key, pools: dict[s
         f"max-steps = {STEPS}",
         f"generation = {{ max-examples = {SCENARIOS * campaign.examples} }}",
         "[checks.negative_data_rejection]",
-        # the usual ones, and 413: what is too long is refused before anybody looks what else is wrong with it
+        # the default ones, and 413: too long content is refused before any other check
         'expected-statuses = ["400", "401", "403", "404", "405", "406", "409", "413", "415", "422", "428", "429"]',
         "[auth.wfc]",
         f"path = {json.dumps(str(folder / 'people.json'))}",

@@ -1,6 +1,6 @@
-"""Loaded by schemathesis: counts what was asked, and looks in each answer for what is the other project's.
+"""Hooks for schemathesis: they count requests, and search each response for data of the other project.
 
-What it needs to know is in the file that FUZZ_BRIEF names; what it counted goes to the file that the brief names.
+FUZZ_BRIEF names a file with their input. The counts are written to the file that this input names.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ BRIEF: dict[str, Any] = json.loads(Path(os.environ["FUZZ_BRIEF"]).read_text())
 ID = re.compile(BRIEF["id_form"])
 THEIR_IDS = frozenset[str](BRIEF["their_ids"])
 THEIR_WORDS: tuple[str, ...] = tuple(BRIEF["their_words"])
-"""Names that hold the mark, the longest first, and then the mark alone."""
+"""Names that contain the mark, the longest first, and then the mark alone."""
 SHOWN_TO_OPERATORS = re.compile(
     r"\w+ /v1/(organizations|projects|api_keys|queue|usage|audit|fine_tuning/checkpoints)|DELETE /v1/models/"
 )
-"""Where an operator sees every project, as documented: also which unfinished jobs keep a base."""
+"""Operations in which an operator sees every project, as documented. They include the unfinished jobs that use a base
+model."""
 DEPENDS_ON_WHAT_IS_STORED = frozenset(
     {
         *("unknown_cursor", "part_not_found", "expires_in_the_past", "operator_scope", "file_too_large"),
@@ -41,34 +42,34 @@ DEPENDS_ON_WHAT_IS_STORED = frozenset(
         *("unknown_pattern_key", "ambiguous_pattern"),
         *("grid_too_large", "overlapping_parameters", "metric_of_another_method", "min_steps_required"),
         *("no_rung_in_time", "rung_without_evaluation", "no_evaluation_in_time", "evaluations_too_late"),
-        *("invalid_webhook_url", "webhook_address_not_allowed"),  # what is allowed is the operator's to say
+        *("invalid_webhook_url", "webhook_address_not_allowed"),  # the operator sets the allowed addresses
     }
 )
-"""Codes of refusals of what is well formed, but does not go with what there is, or with another field beside it. No
-JSON schema says these: that they are sent is no failure of `positive_data_acceptance`, and of no other check."""
+"""Error codes for valid requests that conflict with stored data or with another field. No JSON schema can express these
+rules, so such a response is not a failure of `positive_data_acceptance`."""
 RULES_BETWEEN_FIELDS = frozenset(
     {
         *("optimizer", "schedule", "method", "lora", "method.dpo.hyperparameters", "search", None),
         "start_time",  # before the end
-        "lora.target_modules",  # behind `re:` a regular expression
+        "lora.target_modules",  # a regular expression after `re:`
         *("integrations", *(f"integrations.{number}" for number in range(4))),
     }
 )
-"""Objects whose fields must go together, and texts of which no schema says what is in them: the same of the refusals of
-these."""
+"""Objects whose fields depend on each other, and texts whose content no schema describes. Their refusals are not
+failures, either."""
 WHOLE_FORMS = {"POST /v1/files": {b"purpose", b"file"}, "POST /v1/uploads/{upload_id}/parts": {b"data"}}
 SENT: set[str] = set()
-"""Names of the other project that this run gave to something of its own, such as a key that is called so."""
+"""Names of the other project that this run has used for its own objects, for example as the name of a key."""
 COUNTS: Counter[tuple[str, int]] = Counter()
 
 
 class ForeignName(AssertionError):
-    """An answer holds what belongs to the other project."""
+    """A response contains data of the other project."""
 
 
 @schemathesis.check
 def nothing_of_the_other_project(_ctx: Any, response: Any, case: Any) -> None:
-    """What the request itself held is told back in a refusal, and is no news."""
+    """Raise ForeignName if a response contains data of the other project. A refusal may repeat the request's text."""
     if BRIEF["is_operator"] and SHOWN_TO_OPERATORS.match(case.operation.label):
         return
     asked = _asked(response.request) + unquote(str(dict(response.request.headers)))
@@ -82,7 +83,7 @@ def nothing_of_the_other_project(_ctx: Any, response: Any, case: Any) -> None:
 
 @schemathesis.hook
 def filter_failure(_context: Any, failure: Any, case: Any, response: Any) -> bool:
-    """Whether it is one."""
+    """Return whether a reported failure is a real one."""
     if type(failure).__name__ == "AcceptedNegativeData":
         if "violates `required`" in failure.message:
             return not _is_whole_form(case, response.request)
@@ -91,20 +92,21 @@ def filter_failure(_context: Any, failure: Any, case: Any, response: Any) -> boo
         return True
     error = response.json()["error"]
     is_between_fields = error["code"] == "invalid_value" and error["param"] in RULES_BETWEEN_FIELDS
-    names_a_field = (error["param"] or "").startswith("parameters.")  # of a sweep: a job's, by its path
+    names_a_field = (error["param"] or "").startswith("parameters.")  # a job's field in a sweep, by its path
     return not (is_between_fields or names_a_field or error["code"] in DEPENDS_ON_WHAT_IS_STORED)
 
 
 def _is_whole_form(case: Any, request: Any) -> bool:
-    """It is said to lack a field, and came out with every one: what is linked to was put in after it was spoilt."""
+    """Return whether a form that should lack a field was sent with every field, because links were filled in
+    afterwards."""
     sent = set(re.findall(rb'form-data; name="(\w+)"', request.body if isinstance(request.body, bytes) else b""))
     return sent == WHOLE_FORMS.get(case.operation.label)
 
 
 @schemathesis.hook
 def before_call(_context: Any, case: Any, _kwargs: dict[str, Any]) -> None:
-    """What is well formed is made to fit too, where one thing of it follows from another. And nobody saws off the
-    branch that he sits on: the key that asks stays good, else nothing more is asked, and one adapter stays."""
+    """Make valid requests consistent where one field depends on another. Also prevent requests that would end the run:
+    the key in use stays valid, and one adapter is kept."""
     named = case.path_parameters or {}
     if case.meta is not None and case.meta.generation.mode.is_positive:
         _make_fit(case, named)
@@ -119,8 +121,8 @@ def before_call(_context: Any, case: Any, _kwargs: dict[str, Any]) -> None:
 
 
 def _make_fit(case: Any, named: dict[str, Any]) -> None:
-    """An upload is asked for with the parts that it has, a permission by its own model, and a planned job as the plan
-    has it; webhooks go to nobody but us; a page of the dashboard signs in with a key that is good."""
+    """Complete an upload with its own parts, use a permission with its own model, and create a planned job unchanged.
+    Webhooks go only to the local receiver, and the dashboard signs in with a valid key."""
     if case.operation.path.endswith("/complete"):
         case.body = {"part_ids": BRIEF["parts"].get(named.get("upload_id"), case.body["part_ids"])}
     if named.get("permission_id") in BRIEF["shared"]:
@@ -133,7 +135,7 @@ def _make_fit(case: Any, named: dict[str, Any]) -> None:
 
 
 def _ours(body: dict[str, Any]) -> dict[str, Any]:
-    """For what an example of the document names, what the project has; beside a plan, nothing."""
+    """Replace the names in the document's examples with names of the project. With a plan, other fields are removed."""
     named = {"plan": body["plan"]} if "plan" in body else body
     known: dict[str, str] = BRIEF["examples"]
     return {name: known.get(value, value) if isinstance(value, str) else value for name, value in named.items()}
@@ -159,7 +161,7 @@ def _asked(request: Any) -> str:
 
 
 def _rows() -> st.SearchStrategy[bytes]:
-    """Data files: bytes that are no chats are refused, which no JSON schema can say."""
+    """Return a strategy for data files. Bytes that are not chats are refused, which no JSON schema can express."""
     text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=40).filter(str.strip)
     said = st.fixed_dictionaries({"role": st.just("assistant"), "content": text})
     asked = st.fixed_dictionaries({"role": st.just("user"), "content": text})

@@ -1,4 +1,4 @@
-"""Two projects with one of everything, a mark in each of their names: what neither must ever see of the other."""
+"""Creates two projects with objects of every kind. All names contain a mark, which the other project must never see."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.catalog import plan_data
 from tests.catalog.world import PEPPER, Clock, World, manifest
 
 MARKS = ("kestrel", "osprey")
-"""One for each project: in its name, and in all that it has."""
+"""A mark for each project, which is part of its name and of all names in it."""
 ID = re.compile(r"(?:[a-z]+-)+[0-9a-f]{24}")
 
 
@@ -51,13 +51,13 @@ def organization_of(mark: str) -> str:
 
 
 def reader_of(mark: str) -> str:
-    """The project that may read an adapter."""
+    """Return the name of the project that may read an adapter."""
     return f"{mark}-reader"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Key:
-    """Who asks."""
+    """A client's API key."""
 
     mark: str
     name: str
@@ -69,23 +69,23 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planted:
-    """A key of each project, and an operator's in the first."""
+    """A key of each project, and an operator key of the first project."""
 
     keys: tuple[Key, Key]
     operator: Key
 
 
 class MarkedWorld(World):
-    """Its projects are named by their marks, and its files have bytes that can be read back."""
+    """A world with projects that are named by their marks, and files whose content can be downloaded."""
 
     def __init__(self, services: Services, *, hooks: str) -> None:
-        """hooks: where webhooks are sent."""
+        """hooks: the URL to which webhooks are sent."""
         self.services, self.mark, self.hooks = services, MARKS[0], hooks
         super().__init__(services.db, Clock())
         self.worker(integrations=INTEGRATION_TYPES)
 
     def new_caller(self, project: str) -> Caller:
-        """Each in an organization of its own, whose name has the mark too."""
+        """Create a project in its own organization, whose name contains the mark, too."""
         mark = {"ours": MARKS[0], "theirs": MARKS[1]}[project]
         return self.caller_of(organization_of(mark), mark)
 
@@ -116,19 +116,20 @@ class MarkedWorld(World):
         return made.id
 
     def running(self, **fields: Any) -> Claim:
-        """The claim of this job, whatever else was taken with it."""
+        """Return the claim of a new job, which may be claimed together with others."""
         job = self.queued(**fields)
         return next(claim for claim in self.claim() if claim.job.id == job.id)
 
     def turn_over(self) -> None:
-        """From now on it is the other project's things that are made."""
+        """Switch to the other project, for which objects are created from now on."""
         self.caller, self.stranger = self.stranger, self.caller
         self.mark = MARKS[1]
         self.file_id = self.file()
 
 
 def plant(services: Services, folder: Path, *, hooks: str) -> Planted:
-    """Both projects, each with something of every kind, and jobs in every state. hooks: where webhooks are sent."""
+    """Create both projects, each with objects of every kind and jobs in every state. hooks: the URL to which webhooks
+    are sent."""
     world = MarkedWorld(services, hooks=hooks)
     operator = _key(world, is_operator=True)
     _fill(world, folder / world.mark)
@@ -148,7 +149,7 @@ def _key(world: MarkedWorld, *, is_operator: bool = False) -> Key:
 
 
 def _search(world: MarkedWorld, job: dict[str, Any]) -> None:
-    """A sweep that takes trials of its client's choice, and has two."""
+    """Create a sweep in which the client chooses the trials, with two trials."""
     search = {"search": {"type": "ask_tell", "trials": 100}, "objective": {"metric": "train_loss"}}
     request = SweepRequest.model_validate({**job, **search})
     made = creation.create(world.db, caller=world.caller, request=request, body_digest=world.mark)
@@ -172,7 +173,7 @@ def _fill(world: MarkedWorld, folder: Path) -> None:
     files = manifest(mark, kind="checkpoint")
     recording.record_checkpoint(db, running.claim_id, step=5, artifact=files, exported=exported)
     recording.record_metrics(db, running.claim_id, [{"kind": "train", "step": 5, "loss": 1.0}])
-    recording.record_event(db, running.claim_id, level="info", message=f"{mark} goes on")
+    recording.record_event(db, running.claim_id, level="info", message=f"{mark} keeps training")
     paused = world.queued(suffix=f"{mark}-paused", **named)
     commands.pause(db, **world.of(paused.id))
     for number in range(3):
@@ -193,7 +194,7 @@ def _fill(world: MarkedWorld, folder: Path) -> None:
 
 
 def _webhooks(world: MarkedWorld) -> None:
-    """An endpoint that is told of every job's end, and one that is shut."""
+    """Create an endpoint that gets all events, and a disabled one."""
     project_id = world.caller.project_id
     for is_enabled in (True, False):
         row, _ = endpoints.create(
@@ -209,7 +210,7 @@ def _webhooks(world: MarkedWorld) -> None:
 
 
 def _share(world: MarkedWorld, adapter: Adapter) -> None:
-    """With a second project of its organization, of which the other one knows nothing either."""
+    """Share an adapter with a second project of the organization, which the other project must not see, either."""
     reader = projects.create(world.db, reader_of(world.mark), organization=organization_of(world.mark)).id
     operator = replace(world.caller, is_operator=True)
     permissions.grant(world.db, caller=operator, model=adapter.name, projects_named=[reader])
@@ -228,7 +229,7 @@ def _sweep(world: MarkedWorld) -> None:
 
 
 def _upload(world: MarkedWorld) -> None:
-    """One that is open, with a part in it."""
+    """Create an open upload with one part."""
     settings, project_id = world.services.settings, world.caller.project_id
     content = Blob(digest=hashlib.sha256(world.mark.encode()).hexdigest(), num_bytes=len(world.mark))
     view = multipart_uploads.create(
@@ -247,7 +248,7 @@ def _upload(world: MarkedWorld) -> None:
 
 
 def names_by_parameter(db: Database, project_id: str) -> dict[str, list[str]]:
-    """What the project has now, by the parameter of a path or the field of a body that names it."""
+    """Return the names of the project's current objects, by the path parameter or body field that takes them."""
     ours = {
         parameter: (table.id, table.project_id == project_id)
         for parameter, table in (
@@ -281,7 +282,7 @@ def names_by_parameter(db: Database, project_id: str) -> dict[str, list[str]]:
 
 
 def ids_of(db: Database, project_id: str) -> set[str]:
-    """Every id in rows that belong to the project, or to what belongs to it, whatever the table."""
+    """Return all ids in rows that belong to the project, directly or through other rows, in all tables."""
     with db.read() as session:
         rows = [
             {value for value in row if isinstance(value, str) and ID.fullmatch(value)}
@@ -301,14 +302,14 @@ def _names_something(column: Column[Any]) -> bool:
 
 
 def data_file(db: Database, project_id: str) -> str:
-    """One that can be trained on."""
+    """Return the id of a file that can be trained on."""
     ours = select(File.id).where(File.project_id == project_id, File.purpose == "fine-tune", File.num_rows >= 9)
     with db.read() as session:
         return session.scalars(ours.where(File.deleted_at.is_(None)).order_by(File.created_at)).first() or ""
 
 
 def first_adapter(db: Database, project_id: str) -> list[str]:
-    """Its id and its name."""
+    """Return the id and name of the project's first adapter."""
     ours = select(Adapter).where(Adapter.project_id == project_id).order_by(Adapter.created_at)
     with db.read() as session:
         found = session.scalars(ours).first()

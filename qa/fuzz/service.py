@@ -1,4 +1,4 @@
-"""The api as a process of its own, over a database that another process has filled."""
+"""The API server as a separate process, with a database that another process has filled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @contextmanager
 def serving(settings: Settings, log: Path) -> Iterator[str]:
-    """Its URL; the service ends with the block. Its log goes to `log`."""
+    """Run the service during the block. Yields its URL. The log is written to `log`."""
     environment = {
         **os.environ,
         "LORRY_DATA_DIR": str(settings.data_dir),
@@ -43,9 +43,9 @@ def serving(settings: Settings, log: Path) -> Iterator[str]:
         assert child.stdout is not None
         try:
             url = json.loads(child.stdout.readline())["url"]
-            # made at the first request: on a busy machine that takes longer than schemathesis waits
+            # generated at the first request, which on a busy machine takes longer than schemathesis waits
             httpx.get(f"{url}/openapi.json", timeout=120, trust_env=False).raise_for_status()
             yield url
         finally:
             child.send_signal(signal.SIGTERM)
-        assert child.wait(30) == 0, "the service did not end well"
+        assert child.wait(30) == 0, "the service did not exit with status 0"

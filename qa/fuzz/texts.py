@@ -1,4 +1,4 @@
-"""What a query's parameters are once they are sent: text, whatever they were in the case that made them."""
+"""Query parameters are text once they are sent, whatever their type was in the generated case."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from urllib.parse import parse_qs, urlsplit
 
 TEXTS = {"tag"}
-"""Parameters of queries that take any text: what no job is tagged with finds none."""
+"""Query parameters that accept any text. An unknown tag matches no job."""
 
 
 def is_any_text(message: str, url: str) -> bool:
-    """Whether a case that is said to be wrong in parameters of its query, which no others were, is right as it was
-    sent: those of them that are in the URL take any text."""
+    """Return whether a case that is reported as invalid only because of its query parameters is valid as it was sent:
+    all reported parameters in the URL accept any text."""
     blamed = re.search(r"Invalid component: parameters? (.+?) in query", message)
     if blamed is None:
         return False

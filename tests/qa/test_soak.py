@@ -100,10 +100,10 @@ def test_nothing_is_found_where_all_jobs_ended_once_with_the_bytes_of_their_undi
         (changed("job-1", digests=["c" * 64]), "has the bytes cccc"),
         (changed("job-1", state="running", reasons=["infra_lost", None]), "is running"),
         (changed("job-1", state="failed", error={"message": "It was put aside."}), "It was put aside."),
-        (changed("job-2", reasons=["completed", "completed"]), "was done 2 times"),
+        (changed("job-2", reasons=["completed", "completed"]), "was completed 2 times"),
         (changed("job-2", digests=["b" * 64, "b" * 64]), "with 2 adapters"),
-        ({"job-1": JOBS["job-1"]}, "job-2 was accepted, and is not there"),
-        ({**JOBS, "job-3": JOBS["job-2"]}, "job-3: it is there, and no answer named it"),
+        ({"job-1": JOBS["job-1"]}, "job-2 was accepted, but does not exist"),
+        ({**JOBS, "job-3": JOBS["job-2"]}, "job-3: it exists, but no response named it"),
     ],
 )
 def test_a_wrong_digest_a_missing_end_a_doubled_and_a_lost_job_are_found(jobs: dict[str, Ended], says: str) -> None:
@@ -150,8 +150,8 @@ def test_a_key_that_was_answered_with_two_jobs_or_none_is_found() -> None:
     twice = sample("submit", 7.0, key="key-1", job_id="job-2")
     asked = [each for each in SAMPLES if each.key != "key-2"]
 
-    assert "key-1: answers named 2 jobs" in found(JOBS, twice)
-    assert "key-2: answers named 0 jobs" in problems(SUBMITTED, asked, JOBS, DIGESTS, AWAY)
+    assert "key-1: responses named 2 jobs" in found(JOBS, twice)
+    assert "key-2: responses named 0 jobs" in problems(SUBMITTED, asked, JOBS, DIGESTS, AWAY)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def stacks_by_rank(site: WorkerSite, job_id: str) -> dict[int, str]:
     texts: dict[int, str] = {}
     for line in lines_of_first_attempt(site, job_id):
         texts[line["rank"]] = texts.get(line["rank"], "") + line["text"] + "\n"
-    return {rank: text.partition("Its threads stand here:")[2] for rank, text in texts.items()}
+    return {rank: text.partition("Stacks of its threads:")[2] for rank, text in texts.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def hung(site: WorkerSite, failpoint: str, *, argv: list[str] = IMPATIENT, **env
     site.wait_until(lambda: site.reasons(job_id)[:1] == [EndReason.TIMEOUT])
     worker.terminate()
     assert worker.wait(site.patience_seconds) == 0, site.log()
-    assert "The trainer said nothing for" in site.attempts(job_id)[0].detail
+    assert "The trainer sent no events for" in site.attempts(job_id)[0].detail
     return job_id
 
 

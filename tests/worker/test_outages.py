@@ -266,4 +266,4 @@ def test_a_trainer_is_told_to_leave_once_its_disk_can_be_written_again(
 
     with site.db.read() as session:
         attempt = session.query(Attempt).where(Attempt.job_id == job.id).one()
-    assert (attempt.reason, attempt.detail) == (EndReason.DRAINED, "The worker left; saved at step 3.")
+    assert (attempt.reason, attempt.detail) == (EndReason.DRAINED, "The worker shut down; the job was saved at step 3.")

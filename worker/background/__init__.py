@@ -1,1 +1,1 @@
-"""Work between two jobs: import base models, tokenize, compute plans."""
+"""Work in addition to training: importing base models, tokenizing files, computing plans."""

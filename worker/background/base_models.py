@@ -1,6 +1,6 @@
-"""Brings base models onto this node: imported by a child process, named by the digest of their files.
+"""Imports base models to this node, in a child process. Their folders are named by the digest of their files.
 
-A folder `bases_dir/DIGEST` is complete and never changes: it appears by one rename.
+A folder `bases_dir/DIGEST` is complete and never changes: it is created by a rename.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ CHUNK_BYTES = 2**20
 DIGEST = re.compile(r"[0-9a-f]{64}")
 LOOK_SECONDS = 0.2
 STALL_SECONDS = 900.0
-"""A child that has used no processor time for so long waits for something that does not come."""
+"""A child that has used no processor time for this long is stuck."""
 LIMIT_SECONDS = 12 * 3600.0
-"""The longest that a child may take."""
+"""Time limit of a child."""
 
 
 class ImportRefused(LorryError):
-    """A base model's source can't be made into a base model here."""
+    """A base model can't be imported from its source on this worker."""
 
 
 class Abandoned(Exception):
-    """The worker is leaving, or nobody wants the result any more: the work is left for another."""
+    """The worker is shutting down, or the result is no longer needed. Another worker may do the work."""
 
 
 def import_next(context: WorkerContext) -> bool:
-    """Import one base model that waits for it; False where none does."""
+    """Import one base model that waits for its import. Returns False if none does."""
     claimed = base_models.claim_import(context.db, lease_seconds=context.settings.lease_seconds)
     if claimed is None:
         return False
@@ -65,7 +65,7 @@ def import_next(context: WorkerContext) -> bool:
         if not base_models.finish_import(
             context.db, claim_id, digest=digest, manifest=manifest, description=description
         ):
-            log.warning("The base model %s was imported here, and is another worker's to import by now.", row.name)
+            log.warning("The base model %s was imported here, but another worker has taken over its import.", row.name)
     except ImportRefused as error:
         refusal = {"code": error.code, "message": error.message, "remedy": error.remedy}
         base_models.fail_import(context.db, claim_id, error=refusal)
@@ -75,10 +75,10 @@ def import_next(context: WorkerContext) -> bool:
 
 
 def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Callable[[], bool] = lambda: False) -> Path:
-    """The folder of a base model, imported again where this node lacks it.
+    """Return the folder of a base model. Imports it again if it is missing on this node.
 
-    `is_unwanted` is asked several times a second while it is imported. Raises ImportRefused, NotFound,
-    Unavailable, OutOfSpace; Abandoned once it is unwanted or the worker is leaving.
+    `is_unwanted` is called several times a second during an import. Raises ImportRefused, NotFound, Unavailable,
+    OutOfSpace; Abandoned once it is unwanted or the worker is shutting down.
     """
     folder = context.settings.bases_dir() / digest
     if folder.is_dir():
@@ -88,13 +88,13 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
         row = base_models.get(context.db, name)
         manifest, _ = _import(context, row, lambda: is_unwanted() or is_deleted())
     except ImportRefused as error:
-        if error.code == OUT_OF_SPACE:  # no base's doing
+        if error.code == OUT_OF_SPACE:  # not a fault of the base model
             raise OutOfSpace(error.message, code=error.code, remedy=error.remedy) from error
         raise
     found = files_digest(manifest)
     if found != digest:
         raise ImportRefused(
-            f"The source of the base model {name!r} gives other files than it did at first.",
+            f"The files at the source of the base model {name!r} have changed since its first import.",
             code="base_changed",
             remedy=f"Restore the source. Expected digest {digest}, found {found}.",
         )
@@ -102,8 +102,8 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
 
 
 def count_blocks(context: WorkerContext) -> list[str]:
-    """Of bases that were imported before blocks were counted, count them where the files are here, so that groups can
-    divide them. Returns the names of those that were done."""
+    """Count the blocks of base models that an older version imported, if their files are on this node. Device groups
+    need this number for sharding. Returns the names of the counted base models."""
     done: list[str] = []
     for row in base_models.uncounted(context.db):
         folder = context.settings.bases_dir() / str(row.digest)
@@ -113,7 +113,7 @@ def count_blocks(context: WorkerContext) -> list[str]:
             with scratch_dirs.owned(context.settings.bases_dir() / f"tmp-{token_hex(8)}") as work:
                 work.mkdir()
                 description, _ = _run_child(context, row, work, {"kind": "here", "target_dir": str(folder)})
-        except (ImportRefused, Abandoned) as error:  # another worker, or the next hour, may do better
+        except (ImportRefused, Abandoned) as error:  # another worker, or the next attempt in an hour, may succeed
             log.warning("The blocks of the base model %s were not counted: %s", row.name, error)
             continue
         if base_models.note_blocks(context.db, row.name, digest=str(row.digest), blocks=description["blocks"]):
@@ -123,7 +123,8 @@ def count_blocks(context: WorkerContext) -> list[str]:
 
 
 def clean(context: WorkerContext) -> list[str]:
-    """Remove the folders of bases that were deleted; returns their digests. What is needed later is imported again."""
+    """Remove the folders of base models that were deleted. Returns their digests. If one is needed later, it is
+    imported again."""
     folders = {path.name: path for path in context.settings.bases_dir().iterdir() if DIGEST.fullmatch(path.name)}
     gone = sorted(base_models.deleted(context.db, folders.keys()))
     for digest in gone:
@@ -133,7 +134,7 @@ def clean(context: WorkerContext) -> list[str]:
 
 
 def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[], bool]) -> tuple[Json, Json]:
-    """(manifest, description); the files are in place under their digest afterwards."""
+    """Import a base model into the folder with its digest. Returns (manifest, description)."""
 
     def check() -> None:
         if context.draining or is_unwanted():
@@ -145,16 +146,16 @@ def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[],
         asked: Json = {
             "source": row.source,
             "kind": row.kind,
-            "revision": (row.manifest or {}).get("revision") or row.revision,  # the commit that was read at first
+            "revision": (row.manifest or {}).get("revision") or row.revision,  # the commit of the first import
             "target_dir": str(target),
         }
         description, commit = _run_child(context, row, work, asked, is_unwanted=is_unwanted)
         links = [path.name for path in target.rglob("*") if path.is_symlink()]
         if links:
             raise ImportRefused(
-                f"The import of {row.name!r} made a link, {links[0]!r}, where only files may be.",
+                f"The import of {row.name!r} created the link {links[0]!r}, but only files are allowed.",
                 code="import_failed",
-                remedy="Look at the source, and at the versions of the worker's libraries.",
+                remedy="Check the source, and the versions of the worker's libraries.",
             )
         files = [_digest_file(target, path, check=check) for path in sorted(target.rglob("*")) if path.is_file()]
         manifest: Json = {
@@ -176,7 +177,7 @@ def _run_child(
     *,
     is_unwanted: Callable[[], bool] = lambda: False,
 ) -> tuple[Json, str | None]:
-    """What the child that knows models says: (description, commit of a hub)."""
+    """Run the child that imports or describes a base model. Returns (description, commit of the hub)."""
     arguments, result = work / "arguments.json", work / "result.json"
     write_json(arguments, {**asked, "result": str(result)})
     sources = {"hub": None, "here": Path(asked["target_dir"])}
@@ -187,17 +188,17 @@ def _run_child(
         raise ImportRefused(
             f"The worker can't read the source of {row.name!r}: {error}",
             code="source_unreachable",
-            remedy="Check that the source exists on the worker's machine, that the worker's user may read it, and that "
-            "its links lead to files; from the hub, that the worker may write to the hub's cache. Then add the same "
-            "model again, which retries.",
+            remedy="Check that the source exists on the worker's machine, that the worker's user can read it, and that "
+            "its links lead to files. For the hub, check that the worker can write to the hub's cache. Then add the "
+            "same model again to retry.",
         ) from error
     child = run_child("worker.children.base_importer", str(arguments), log_path=work / "log.txt", box=box)
     wait_for_child(child, context, is_unwanted)
     if child.returncode == -signal.SIGXCPU:
         raise ImportRefused(
-            f"The import of {row.name!r} took more than {box.limits['cpu']} s of processor time, its size's limit.",
+            f"The import of {row.name!r} took more than {box.limits['cpu']} s of processor time, its limit by size.",
             code="import_limit",
-            remedy="Look at the source; then add the same model again, which retries.",
+            remedy="Check the source, then add the same model again to retry.",
         )
     if not result.exists():
         raise _crashed(row, child.returncode, work / "log.txt")
@@ -209,20 +210,22 @@ def _run_child(
 
 
 def _stuck(message: str) -> LorryError:
-    remedy = "Look whether the worker reaches the source, and try again."
+    remedy = "Check that the worker can reach the source, and retry."
     return ImportRefused(message, code="no_progress", remedy=remedy)
 
 
 def lost_lease(context: WorkerContext, table: type[Leased], claim_id: str) -> Callable[[], bool]:
-    """Whether nobody wants the result of a claim any more. Asked several times a second, it renews the lease at every
-    heartbeat."""
+    """Return a function that returns whether the lease of a claim is lost. Called several times a second, it renews the
+    lease at each heartbeat interval."""
     renew = partial(lease.renew, context.db, table, claim_id, lease_seconds=context.settings.lease_seconds)
     return _at_each_heartbeat(context, lambda: not renew())
 
 
 def _at_each_heartbeat(context: WorkerContext, ask: Callable[[], bool]) -> Callable[[], bool]:
-    """`ask`, and False in between. A short outage of the database does not throw the work away: it is as good whoever
-    did it."""
+    """Return a function that calls `ask` once per heartbeat interval, and returns False in between.
+
+    A short outage of the database does not discard the work, because its result is valid whichever worker computes it.
+    """
     asked_at = time.monotonic()
 
     def answer() -> bool:
@@ -233,7 +236,7 @@ def _at_each_heartbeat(context: WorkerContext, ask: Callable[[], bool]) -> Calla
         try:
             return ask()
         except Unavailable as error:
-            log.warning("%s The work in the background goes on.", error)
+            log.warning("%s The background work continues.", error)
             return False
 
     return answer
@@ -246,9 +249,10 @@ def wait_for_child(
     *,
     stuck: Callable[[str], LorryError] = _stuck,
 ) -> None:
-    """However this ends, the child has ended too. `is_unwanted` is asked several times a second.
+    """Wait until the child exits. On any exception, it is killed. `is_unwanted` is called several times a second.
 
-    Raises Abandoned on leaving or once it is unwanted, and what `stuck` makes where the child gets nowhere.
+    Raises Abandoned if the worker shuts down or the result is unwanted, and the error of `stuck` if the child makes no
+    progress.
     """
     progress = _Progress(child.pid, stuck)
     try:
@@ -269,7 +273,7 @@ def wait_for_child(
 
 
 class _Progress:
-    """Whether a child gets anywhere: one that loads, converts or downloads uses its processor."""
+    """Checks the progress of a child. A child that loads, converts or downloads uses processor time."""
 
     def __init__(self, pid: int, stuck: Callable[[str], LorryError]) -> None:
         self._pid = pid
@@ -278,13 +282,13 @@ class _Progress:
         self._seconds = 0.0
 
     def check(self) -> None:
-        """Raises what `stuck` makes once it has stood still for too long, or gone on for too long."""
+        """Raise the error of `stuck` once the child has been inactive for too long, or has run for too long."""
         now, seconds = time.monotonic(), self._seconds_used()
         if seconds > self._seconds:
             self._seconds, self._moved_at = seconds, now
         if now - self._moved_at > STALL_SECONDS or now - self._started_at > LIMIT_SECONDS:
             raise self._stuck(
-                f"It was ended after {now - self._started_at:.0f} s, of which it did nothing for the last "
+                f"The process was stopped after {now - self._started_at:.0f} s; it was inactive for the last "
                 f"{now - self._moved_at:.0f} s."
             )
 
@@ -301,14 +305,15 @@ def _crashed(row: BaseModelRow, returncode: int, log_path: Path) -> ImportRefuse
     if lines and tells_of_full(lines[-1]):
         return ImportRefused(**FULL_DISK)
     return ImportRefused(
-        f"The import of {row.name!r} ended with exit status {returncode}: {lines[-1][:500] if lines else 'no output'}",
+        f"The import of {row.name!r} failed with exit status {returncode}: {lines[-1][:500] if lines else 'no output'}",
         code="import_failed",
-        remedy="Look at the source; then add the same model again, which retries.",
+        remedy="Check the source, then add the same model again to retry.",
     )
 
 
 def _digest_file(root: Path, path: Path, *, check: Callable[[], None]) -> ManifestFile:
-    """check: called for each chunk, since to hash a large base takes longer than a lease. Raises Abandoned."""
+    """Hash a file. check: called for each chunk, because hashing a large file takes longer than a lease. Raises
+    Abandoned."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -319,7 +324,7 @@ def _digest_file(root: Path, path: Path, *, check: Callable[[], None]) -> Manife
 
 
 def _rename(target: Path, final: Path) -> None:
-    """Another worker on this node may have been quicker: then its folder, with the same bytes, stays."""
+    """Rename `target` to `final`. If another worker on this node was faster, its folder with the same bytes stays."""
     try:
         target.rename(final)
     except OSError:

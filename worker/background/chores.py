@@ -1,4 +1,5 @@
-"""What a worker does besides training, one thing at a time on a thread: import bases, prepare files, clean."""
+"""The background tasks of a worker: it imports base models, prepares files and cleans up, one task at a time on a
+thread."""
 
 from __future__ import annotations
 
@@ -13,14 +14,15 @@ from worker.context.context import WorkerContext
 
 log = logging.getLogger(__name__)
 CLEANING_SECONDS = 3600.0
-"""Between two looks for files of deleted bases."""
+"""Interval at which files of deleted base models are removed."""
 BACK_OFF_SECONDS = 10.0
-"""After a chore that went wrong; where files could not be prepared time and again, twice as long each time."""
+"""Pause after a task that failed. It doubles if the preparation of files fails repeatedly."""
 MAX_DOUBLINGS = 5
 
 
 class Chores:
-    """The thread lives as long as the block: a child dies with the thread that started it."""
+    """Runs the background tasks. The thread lives as long as the block, because a child dies with the thread that
+    started it."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
@@ -29,9 +31,9 @@ class Chores:
         self._looks_again_at = 0.0
         self._went_wrong = False
         self._num_hindered = 0
-        """Preparations in a row that came to nothing, perhaps by this node's doing."""
+        """Number of consecutive preparations that failed, perhaps because of this node."""
         self._was_job = False
-        """What was prepared last was of a job."""
+        """The last preparation was for a job and not for a plan."""
 
     def __enter__(self) -> Chores:
         return self
@@ -42,9 +44,9 @@ class Chores:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def go_on(self, *, has_rung: bool = False) -> bool:
-        """Begin the next chore if none is being done. False once a look has found none, or went wrong.
+        """Start the next task if none is running. Returns False if a poll has found none, or a task has failed.
 
-        has_rung: there may be something new, so the next look is due, unless the last one went wrong.
+        has_rung: there may be new work, so the next poll is due now, unless the last task failed.
         """
         if self._current is None:
             is_early = time.monotonic() < self._looks_again_at
@@ -61,37 +63,38 @@ class Chores:
         return found
 
     def _back_off(self) -> float:
-        """The first time that files can't be prepared may be theirs, and costs others no wait."""
+        """Return the pause after a failure. It doubles from the third consecutive failed preparation on, because the
+        first failures may be caused by the files."""
         return BACK_OFF_SECONDS * 2 ** min(max(0, self._num_hindered - 2), MAX_DOUBLINGS)
 
     def wait(self, seconds: float) -> None:
-        """Until the current chore is done, or `seconds` have passed."""
+        """Wait until the current task is done, or `seconds` have passed."""
         if self._current is not None:
             wait([self._current], timeout=seconds)
 
     def _do_one(self) -> bool:
-        """Whatever goes wrong here ends nobody's training: the lease on what was done runs out."""
+        """Run one task. Never raises, so that a failure does not affect training: the lease of the task expires."""
         self._went_wrong = False
         if self._context.draining:
             return False
         try:
             found = self._next_chore()
             if found:
-                self._context.bell.ring()  # what was prepared may be trained now
+                self._context.bell.ring()  # a prepared job may train now
             else:
                 self._clean_when_due()
             return found
         except StaleClaim:
-            log.info("Another worker has taken over what was being prepared here.")
+            log.info("Another worker has taken over the current preparation.")
             return True
         except tokenization.Hindered:
             self._num_hindered += 1
             if self._num_hindered == 1:
                 return True
         except (Unavailable, OutOfSpace) as error:
-            log.warning("%s Imports and preparations wait.", error)
+            log.warning("%s Imports and preparations are delayed.", error)
         except Exception:
-            log.exception("An import or a preparation went wrong.")
+            log.exception("An import or a preparation failed.")
         self._went_wrong = True
         return False
 
@@ -99,7 +102,8 @@ class Chores:
         return base_models.import_next(self._context) or self._prepare_one()
 
     def _prepare_one(self) -> bool:
-        """Files of a job, or a plan. Where both wait they take turns: before a plan sits a person."""
+        """Prepare the files of a job, or compute a plan. They alternate if both wait, because a user waits for a
+        plan."""
         acts = [tokenization.prepare_next, plan_inputs.compute_next]
         for act in reversed(acts) if self._was_job else acts:
             self._was_job = act is tokenization.prepare_next
@@ -109,10 +113,10 @@ class Chores:
         return False
 
     def _clean_when_due(self) -> None:
-        """Once an hour, where nothing else is to be done."""
+        """Clean up once an hour, if there is nothing else to do."""
         context = self._context
         if time.monotonic() - context.cleaned_at >= CLEANING_SECONDS:
             context.cleaned_at = time.monotonic()
             base_models.clean(context)
             if base_models.count_blocks(context):
-                context.bell.ring()  # what waits may be trained on a divided base now
+                context.bell.ring()  # waiting jobs may train on a sharded base model now

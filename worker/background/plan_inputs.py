@@ -1,4 +1,4 @@
-"""Computes what plans wait for: their files as tokens, with details, and how many rows both files share."""
+"""Computes the inputs of plans: the tokenized files with details, and how many rows both files share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def compute_next(context: WorkerContext) -> bool:
-    """Compute one plan that waits; False where none does. Raises StaleClaim, Hindered."""
+    """Compute one waiting plan. Returns False if none waits. Raises StaleClaim, Hindered."""
     claim = claims.claim(context.db, worker_id=context.worker_id, lease_seconds=context.settings.lease_seconds)
     if claim is None:
         return False
@@ -46,7 +46,7 @@ def compute_next(context: WorkerContext) -> bool:
         with full_disk_named():
             _bring(context, claim, base_models.lost_lease(context, Plan, claim.claim_id))
         claims.conclude(context.db, claim.claim_id, settings=context.settings)
-    except FileRefused:  # which its report tells
+    except FileRefused:  # the plan shows the refusal in the file's report
         claims.conclude(context.db, claim.claim_id, settings=context.settings)
     except MAY_BE_THE_NODES as error:
         log.warning("%s", error)
@@ -63,7 +63,7 @@ def compute_next(context: WorkerContext) -> bool:
 
 
 def _bring(context: WorkerContext, claim: PlanClaim, is_unwanted: Callable[[], bool]) -> None:
-    """Both files, and their overlap, on record. Raises what `both_files` does."""
+    """Record the tokens of both files, and their overlap. Raises the errors of `both_files`."""
     train, valid = both_files(context, claim.files, with_details=True, is_unwanted=is_unwanted)
     if valid is None:
         return
@@ -74,7 +74,7 @@ def _bring(context: WorkerContext, claim: PlanClaim, is_unwanted: Callable[[], b
 
 
 def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwanted: Callable[[], bool]) -> Json:
-    """The child's answer."""
+    """Count the rows of the validation file that are also in the training file. Returns the child's result."""
     with scratch_dirs.owned(context.scratch_dir() / f"overlap-{token_hex(8)}") as work:
         work.mkdir()
         paths = {"train": _fetched(context, train, work / "train"), "valid": _fetched(context, valid, work / "valid")}
@@ -87,7 +87,7 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
         child = run_child("worker.children.data_overlap", str(arguments), log_path=work / "log.txt", box=box)
         base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, "Comparing the files"))
         if not result.exists():
-            remedy = "Plan again without the validation file, and report this."
+            remedy = "Create the plan again without the validation file, and report this problem."
             raise crashed(
                 "Comparing the files", child.returncode, work / "log.txt", code="comparison_failed", remedy=remedy
             )
@@ -95,7 +95,8 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
 
 
 def _fetched(context: WorkerContext, row: Prepared, into: Path) -> Path:
-    """Raises DamagedArtifact: the next try makes them again."""
+    """Fetch tokens from the store. Raises DamagedArtifact after deleting a damaged entry, so that the next attempt
+    recreates it."""
     assert row.artifact is not None
     try:
         context.store.fetch(context.store.get_manifest(row.artifact), into)

@@ -1,4 +1,4 @@
-"""Gets files tokenized in a child process, and the token caches into the store and the record: a job's, or a plan's."""
+"""Tokenizes the files of a job or a plan in a child process, and stores and records the token caches."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ from worker.protocol.mailbox import read_json, write_json
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 10.0
 EXIT_DISK_FULL = 75
-"""What worker.children.tokenizer.main ends with when the file is not to blame."""
+"""Exit status of worker.children.tokenizer.main if the disk is full, which is not the file's fault."""
 
 
 class PreparationCrashed(LorryError):
-    """A child that works on files ended before it had a result: by their doing, or the node's."""
+    """A child that processes files exited without a result. The files or the node may be the cause."""
 
 
 class Hindered(Exception):
-    """It came to nothing, which is on record. It may be this node's doing, so the node is to wait before it tries the
-    next: else it would take one after the other from those on which they can be prepared."""
+    """A preparation failed, and this is recorded. The node may be the cause, so it must wait before the next one.
+    Otherwise it would take one preparation after another away from nodes that can do them."""
 
 
 class FileRefused(LorryError):
-    """A file that can't be trained on: the report says why."""
+    """A file can't be trained on. Its report contains the reason."""
 
 
 MAY_BE_THE_NODES = (PreparationCrashed, base_models.ImportRefused, DamagedArtifact, OSError)
-"""For these another worker may do better, and nothing says that any will: tried so often and no more."""
+"""Errors that may or may not occur on another worker as well, so the number of attempts is limited."""
 
 
 def hindrance(error: LorryError | OSError) -> Json:
-    """One of these, for the record of the job or plan that it may end."""
+    """Return such an error as the `error` of the job or plan that it may end."""
     if isinstance(error, LorryError):
         return error.as_job_error()
-    message = f"The worker's machine failed: {error.strerror or error}. Look at its disk, memory and processes."
+    message = f"The worker's machine failed: {error.strerror or error}. Check its disk, memory and processes."
     return {"code": "node_failed", "message": message, "param": None}
 
 
 def prepare_next(context: WorkerContext) -> bool:
-    """Prepare the files of one job that waits for it; False where none does. Raises StaleClaim, Hindered."""
+    """Prepare the files of one waiting job. Returns False if none waits. Raises StaleClaim, Hindered."""
     since = boot_seconds()
     lease_seconds = context.settings.lease_seconds
     unprepared = record.next_unprepared(
@@ -86,7 +86,8 @@ def prepare_next(context: WorkerContext) -> bool:
 
 
 def _prepare(context: WorkerContext, unprepared: TokenizationClaim) -> bool:
-    """False where the files can't be trained on, or the job waits for somebody else. Raises Hindered."""
+    """Prepare the files of a claimed job. Returns False if they can't be trained on, or the job is released. Raises
+    Hindered."""
     claim_id, wanted = unprepared.claim_id, unprepared.files
     train_key, valid_key = wanted.train_key, wanted.valid_key
     try:
@@ -108,7 +109,7 @@ def _prepare(context: WorkerContext, unprepared: TokenizationClaim) -> bool:
         )
         raise Hindered from error
     except base_models.Abandoned:
-        record.release_preparation(context.db, claim_id=claim_id, detail="The worker is leaving.")
+        record.release_preparation(context.db, claim_id=claim_id, detail="The worker is shutting down.")
     except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
         record.release_preparation(context.db, claim_id=claim_id, detail=error.sentence(), wait_seconds=RETRY_SECONDS)
@@ -129,9 +130,9 @@ def _prepare(context: WorkerContext, unprepared: TokenizationClaim) -> bool:
 
 
 def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prepared:
-    """A token cache of a job in training whose files are damaged: the same tokens under the same key.
+    """Recreate a damaged token cache of a running job: the same tokens under the same key.
 
-    Raises FileRefused, PreparationCrashed, ImportRefused, Abandoned, DamagedArtifact where the data file itself is
+    Raises FileRefused, PreparationCrashed, ImportRefused, Abandoned, DamagedArtifact if the data file itself is
     damaged, OutOfSpace, Unavailable.
     """
     damaged = token_cache.get(context.db, key)
@@ -145,12 +146,13 @@ def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prep
 
 
 def num_rows(report: Json) -> int:
-    """Rows that are trained on, or pairs of answers."""
+    """Return the number of rows, or pairs of answers, that are trained on."""
     return int(report["usable_rows"])
 
 
 def _longest_example(*files: Prepared | None) -> int | None:
-    """Tokens; None where a report of before it was counted doesn't tell."""
+    """Return the number of tokens in the longest example. None if the reports are from a version that did not count
+    it."""
     found = [file.report.get("longest_example") for file in files if file is not None]
     return max((int(tokens) for tokens in found if tokens is not None), default=None)
 
@@ -162,11 +164,11 @@ def both_files(
     with_details: bool = False,
     is_unwanted: Callable[[], bool] = lambda: False,
 ) -> tuple[Prepared, Prepared | None]:
-    """The token caches of both, made before or made now. with_details: those of before there were any
-    are made again. is_unwanted: asked several times a second.
+    """Return the token caches of both files. Missing ones are created. with_details: caches without details, of an
+    older version, are recreated. is_unwanted: called several times a second.
 
-    Raises FileRefused, PreparationCrashed, bases.ImportRefused, bases.Abandoned, DamagedArtifact, OutOfSpace,
-    Unavailable.
+    Raises FileRefused, PreparationCrashed, base_models.ImportRefused, base_models.Abandoned, DamagedArtifact,
+    OutOfSpace, Unavailable.
     """
     made = _Making(context=context, wanted=wanted, with_details=with_details, is_unwanted=is_unwanted)
     train = _tokens(made, wanted.training, wanted.train_key, "training_file")
@@ -184,7 +186,7 @@ class _Making:
 
 
 def _tokens(made: _Making, file: File, key: str, param: str) -> Prepared:
-    """The token cache of one file. Raises FileRefused."""
+    """Return the token cache of one file. Raises FileRefused."""
     wanted = made.wanted
     row = token_cache.get(made.context.db, key)
     if row is None or (row.artifact is None and "refusal" not in row.report) or _lacks_details(made, row):
@@ -194,7 +196,7 @@ def _tokens(made: _Making, file: File, key: str, param: str) -> Prepared:
 
 
 def _not_refused(row: Prepared, param: str) -> Prepared:
-    """Raises FileRefused."""
+    """Return `row`. Raises FileRefused if its report contains a refusal."""
     if "refusal" in row.report:
         refusal = row.report["refusal"]
         raise FileRefused(refusal["message"], code=refusal["code"], remedy=refusal["remedy"], param=param)
@@ -233,7 +235,7 @@ def _make(
 def _run(
     context: WorkerContext, work: Path, source: Path, base_dir: Path, spec: JobSpec, *, is_unwanted: Callable[[], bool]
 ) -> Json:
-    """The child's report."""
+    """Run the child that tokenizes a file. Returns its report."""
     arguments, tokens, report = work / "arguments.json", work / "tokens", work / "report.json"
     tokens.mkdir()
     write_json(
@@ -253,10 +255,10 @@ def _run(
     # the heartbeat renews a job's claim
     base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, "Tokenizing the file"))
     if child.returncode == EXIT_DISK_FULL:
-        remedy = "Free space under the worker's data folder; the files are prepared again by themselves."
+        remedy = "Free space in the worker's data folder; the preparation is retried automatically."
         raise OutOfSpace("The worker's disk is full.", code="out_of_space", remedy=remedy)
     if child.returncode != 0 or not report.exists():
-        remedy = "Look at the file and at the base model's chat template, and whether the worker has memory to spare."
+        remedy = "Check the file, the base model's chat template, and the free memory of the worker."
         raise crashed(
             "Tokenizing the file", child.returncode, work / "log.txt", code="preparation_failed", remedy=remedy
         )
@@ -264,15 +266,15 @@ def _run(
 
 
 def stuck(what: str, message: str) -> PreparationCrashed:
-    """What to say of one that gets nowhere."""
-    remedy = "Look at the file, and whether the worker has processor time and memory to spare."
+    """Return the error for a child that makes no progress. what: the action."""
+    remedy = "Check the file, and the free processor time and memory of the worker."
     return PreparationCrashed(f"{what}: {message}", code="no_progress", remedy=remedy)
 
 
 def crashed(what: str, returncode: int, log_path: Path, *, code: str, remedy: str) -> PreparationCrashed | OutOfSpace:
-    """What to say of a child that has left no result."""
+    """Return the error for a child that exited without a result. what: the action."""
     lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
     if lines and tells_of_full(lines[-1]):
         return out_of_space()
     last = lines[-1][:300] if lines else "no output"
-    return PreparationCrashed(f"{what} ended with exit status {returncode}: {last}", code=code, remedy=remedy)
+    return PreparationCrashed(f"{what} failed with exit status {returncode}: {last}", code=code, remedy=remedy)

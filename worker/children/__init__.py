@@ -1,4 +1,4 @@
-"""Code that runs in a child process and nowhere else.
+"""Code that runs only in child processes.
 
-Imports nothing of the worker but `process`, `protocol` and `node`.
+It imports nothing of the worker except `process`, `protocol` and `node`.
 """

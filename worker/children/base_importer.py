@@ -1,6 +1,6 @@
-"""The import of a base model: a child process that makes the folder of one from its source, and ends.
+"""Imports a base model: a child process that creates the folder of a base model from its source, and exits.
 
-`python -m worker.children.base_importer ARGS.json`. It may reach the model hub, and knows no database and no store.
+`python -m worker.children.base_importer ARGS.json`. It may access the model hub, but no database and no store.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import gc
 import sys
 
 if __name__ == "__main__":
-    gc.disable()  # a quarter of the time that the imports take is a search among things that stay
+    gc.disable()  # the imports free nothing, so collections would waste a quarter of their time
 
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from worker.protocol.mailbox import Json, read_json, write_json
 
 
 def import_base_model(arguments_path: Path) -> None:
-    """Obey `{source, kind, revision, target_dir, result}`; the result file holds a description or an error. Of the kind
-    `here` the folder is there already, and is only described."""
+    """Import as specified by the file with `{source, kind, revision, target_dir, result}`. Writes a description or an
+    error to the result file. With the kind `here`, the folder exists already, and is only described."""
     arguments = read_json(arguments_path)
     target_dir = Path(arguments["target_dir"])
     try:
@@ -42,24 +42,24 @@ def import_base_model(arguments_path: Path) -> None:
     except LoraCoreError as error:
         result = {"error": described(error)}
     except MemoryError:
-        result = {"error": _limit_error("takes more memory than its size allows for, or than this machine has.")}
+        result = {"error": _limit_error("needs more memory than the limit for its size, or than this machine has.")}
     except OSError as error:
         if error.errno == errno.EFBIG:
-            result = {"error": _limit_error("writes a larger file than its size allows for.")}
+            result = {"error": _limit_error("writes a file that is larger than the limit for its size.")}
         else:
             result = {"error": disk_error(error) if error.errno else _source_error(error)}
     write_json(Path(arguments["result"]), result)
 
 
 def _limit_error(what: str) -> dict[str, str]:
-    """Of the resource limits of this process; see worker.process.sandbox."""
-    remedy = "Look at the source's config.json and tokenizer, and at the worker's memory and disk."
+    """Return the error for an exceeded resource limit of this process; see worker.process.sandbox."""
+    remedy = "Check the source's config.json and tokenizer, and the worker's memory and disk."
     return {"code": "import_limit", "message": f"The import of the base model {what}", "remedy": remedy}
 
 
 def _source_error(error: OSError) -> dict[str, str]:
-    """What the hub's client or transformers could not read."""
-    remedy = "Check the source's name, and that this machine reaches it."
+    """Return the error for a source that the hub's client or transformers could not read."""
+    remedy = "Check the source's name, and that this machine can reach it."
     return {"code": "source_unreachable", "message": str(error)[:1000], "remedy": remedy}
 
 

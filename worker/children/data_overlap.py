@@ -1,7 +1,7 @@
-"""How many rows of a held-out file are in the training file too: equal, token for token, as trained.
+"""Counts the rows of a validation file that are also in the training file, with the same tokens after truncation.
 
-Runs as a child, `python -m worker.children.data_overlap ARGUMENTS.json`, without torch. It uses eight bytes of memory
-for each row.
+Runs as a child process, `python -m worker.children.data_overlap ARGUMENTS.json`, without torch. It uses eight bytes of
+memory for each row.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Number = TypeVar("Number", np.int32, np.int64)
 
 
 def count(train: Path, valid: Path, *, in_pairs: bool) -> tuple[int, int]:
-    """Returns (rows of `valid` that are in `train` too, rows of `valid`); the format is that of
+    """Return (rows of `valid` that are also in `train`, rows of `valid`). The files have the format of
     worker.children.tokenizer.token_file.
 
-    in_pairs: two rows that follow each other are one, of a file of preferences.
+    in_pairs: two consecutive rows are one row of a preference file.
     """
     held_out = _digests(valid, in_pairs=in_pairs)
     return int(np.isin(held_out, _digests(train, in_pairs=in_pairs)).sum()), len(held_out)
 
 
 def _digests(path: Path, *, in_pairs: bool) -> NDArray[np.uint64]:
-    """Of the tokens of each row. Two of a million rows share one by chance once in 40 million files."""
+    """Return a digest of each row's tokens. A collision among a million rows occurs in one of 40 million files."""
     ids, offsets = _read(path)
     step = 2 if in_pairs else 1
     digests = np.empty((len(offsets) - 1) // step, dtype=np.uint64)
@@ -42,7 +42,7 @@ def _digests(path: Path, *, in_pairs: bool) -> NDArray[np.uint64]:
 
 
 def _read(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """(ids [N], offsets [rows + 1]); the ids stay in the file until they are looked at."""
+    """Return (ids [N], offsets [rows + 1]). They are memory-mapped."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -51,12 +51,13 @@ def _read(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
 
 
 def _tensor(path: Path, entry: Any, start: int, dtype: type[Number]) -> NDArray[Number]:
-    """As worker.children.tokenizer.token_file writes it, little-endian as every machine is that trains."""
+    """Map a tensor that worker.children.tokenizer.token_file wrote in little-endian order, which is the byte order of
+    every machine that trains."""
     return np.memmap(path, dtype=dtype, mode="r", offset=start + entry["data_offsets"][0], shape=tuple(entry["shape"]))
 
 
 def main(arguments_path: Path) -> int:
-    """Read {train, valid, in_pairs, result}, write the last."""
+    """Read {train, valid, in_pairs, result} from a file, and write the result file."""
     arguments = json.loads(arguments_path.read_text("utf-8"))
     num_rows, of_rows = count(Path(arguments["train"]), Path(arguments["valid"]), in_pairs=bool(arguments["in_pairs"]))
     Path(arguments["result"]).write_text(json.dumps({"rows": num_rows, "of_rows": of_rows}) + "\n", "utf-8")

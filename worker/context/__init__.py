@@ -1,1 +1,1 @@
-"""What a worker has: settings, database, device, heartbeat, spans."""
+"""The state of a worker: settings, database, device, heartbeat, spans."""

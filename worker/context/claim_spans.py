@@ -1,6 +1,7 @@
-"""The spans of the claims that this worker holds, by what it does with them and what their trainer tells of itself.
+"""The tracing spans of the claims that this worker holds.
 
-A trainer speaks to nobody but its worker: it tells what it did and when, and the worker makes spans of that.
+A trainer communicates only with its worker. It reports its actions with their times, and the worker creates spans from
+them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ WELL = frozenset({
     EndReason.DRAINED,
     EndReason.PREEMPTED,
 })  # fmt: skip
-"""Ends that are nobody's failure."""
+"""Ends that are not failures."""
 WHILE_TRAINING = ("checkpoint",)
-"""What a trainer tells of while a job trains; the rest stands beside that."""
+"""Spans of a trainer that are children of `train`. All others are children of the claim."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,13 +35,13 @@ class _Held:
 
 
 class ClaimSpans:
-    """By claim; whoever has none is passed over, so that it can be ended twice."""
+    """The open spans, by claim. Calls for unknown claims are ignored, so a claim can be ended twice."""
 
     def __init__(self) -> None:
         self._held: dict[str, _Held] = {}
 
     def claimed(self, claim: Claim, *, worker_id: str) -> None:
-        """It was taken off the queue: how long it waited, and the claim that begins."""
+        """Record the time in the queue, and begin the span of the claim."""
         job = claim.job
         parent = tracing.of_job(job.id, job.trace)
         about = {"job": job.id, "attempt": claim.attempt}
@@ -51,14 +52,14 @@ class ClaimSpans:
         self._held[claim.claim_id] = _Held(claim=begun)
 
     def of(self, claim_id: str) -> str | None:
-        """The traceparent of the claim, or of its training while that goes on."""
+        """Return the traceparent of the claim, or of its training while it trains."""
         held = self._held.get(claim_id)
         if held is None:
             return None
         return (held.training or held.claim).traceparent
 
     def admitted(self, claim_id: str, *, step: int) -> None:
-        """It trains from here on."""
+        """Begin the span of the training."""
         held = self._held.get(claim_id)
         if held is not None and held.training is None:
             held.training = tracing.begin(
@@ -66,14 +67,14 @@ class ClaimSpans:
             )
 
     def finished(self, claim_id: str) -> None:
-        """Its last step is done."""
+        """End the span of the training after its last step."""
         held = self._held.get(claim_id)
         if held is not None and held.training is not None:
             held.training.end()
             held.training = None
 
     def reported(self, claim_id: str, event: Json) -> None:
-        """event: of the trainer, with the spans that ended in it, if any did."""
+        """Record the spans in an event of the trainer."""
         held = self._held.get(claim_id)
         if held is None:
             return
@@ -84,7 +85,7 @@ class ClaimSpans:
             tracing.record(span["name"], parent=within.traceparent, service="trainer", about=about, **times)
 
     def ended(self, claim_id: str, reason: EndReason | None) -> None:
-        """reason None: another worker has the job."""
+        """End the span of the claim. reason None: another worker has the job."""
         self.finished(claim_id)
         held = self._held.pop(claim_id, None)
         if held is None:

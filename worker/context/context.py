@@ -1,4 +1,4 @@
-"""What a worker has while it lives: settings, database, store, device, heartbeat, and whether to leave."""
+"""The state of a running worker: settings, database, store, device, heartbeat, and whether it must shut down."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from worker.trackers.exporter import exporting
 from worker.trackers.session import available
 
 UNFIT = 78
-"""Exit status of a worker whose version can't work with the service's (EX_CONFIG)."""
+"""Exit status of a worker whose version is incompatible with the service (EX_CONFIG)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,42 +50,43 @@ class WorkerContext:
     device: node.Device
     heartbeat: Heartbeat
     bell: FileDoorbell
-    """Rung by an api on this data folder, and by the worker's own chores."""
+    """Wake-up notifications from an API server on this data folder, and from the worker's own background tasks."""
     seat: Seat | None = None
-    """Its membership of a gang, which worker.gang acts on. None for a worker by itself."""
+    """Its membership in a gang, for worker.gang. None for a worker without a gang."""
     standby: Standby | None = None
-    """None where the operator wants no trainer to stand by."""
+    """None if the operator has disabled the warm standby."""
     spans: ClaimSpans = field(default_factory=ClaimSpans)
     has_asked_to_leave: Callable[[], bool] = lambda: False
-    """True once a signal or an operator wants the worker gone: jobs are saved and released."""
+    """Returns True once a signal or an operator has asked the worker to shut down: jobs are saved and released."""
     leave: threading.Event = field(default_factory=threading.Event)
     load_seconds: float = 900
-    """A trainer that has not loaded its base model by then is given up."""
+    """Time limit for a trainer to load its base model."""
     progress_seconds: float = 300
-    """A busy trainer that says nothing for so long is given up."""
+    """Time limit between two events of a busy trainer."""
     verifying_seconds: float = 120
-    """The same where it speaks after every linear, amid the passes of a verification."""
+    """Time limit between two events during a verification, in which every linear layer causes an event."""
     drain_seconds: float = 20
-    """How long the trainer has for saving every job when the worker leaves."""
+    """Time limit for a trainer to save all jobs when the worker shuts down."""
 
     cleaned_at: float = -math.inf
-    """When the files of deleted bases were last looked for, by the monotonic clock."""
+    """When files of deleted base models were last searched for, by the monotonic clock."""
     silent_since: float | None = None
-    """Since when the driver does not tell what is free of its GPUs, by the monotonic clock. None: it tells."""
+    """The time, by the monotonic clock, since which the driver has not reported the free memory of its GPUs. None: it
+    reports it."""
 
     @property
     def policy(self) -> Policy:
-        """The numbers by which is decided and charged."""
+        """The parameters of scheduling and accounting."""
         return Policy.of(self.settings)
 
     @property
     def num_processes(self) -> int:
-        """Of its trainers."""
+        """The number of processes of each of its trainers."""
         return self.settings.cpu_processes if self.device.kind == "cpu" else self.device.num_processes
 
     @property
     def group(self) -> DeviceGroup:
-        """What its trainers run on, for reckoning."""
+        """The device group of its trainers, for memory estimates."""
         return DeviceGroup(
             kind=self.device.kind,
             num_devices=self.num_processes,
@@ -97,7 +98,7 @@ class WorkerContext:
 
     @property
     def host_bytes(self) -> int:
-        """Of a base that its trainers may have in the host's memory."""
+        """How many bytes of a base model its trainers may offload to the host's memory."""
         if self.device.kind == "cpu":
             return 0
         given = self.settings.cpu_offload_bytes
@@ -110,12 +111,12 @@ class WorkerContext:
         return None if self.seat is None else self.seat.round
 
     def free_bytes(self) -> int:
-        """Memory that each process of a trainer may still take, on any node of a gang."""
+        """Return the memory that each process of a trainer may still allocate, on any node of a gang."""
         own = self.own_free_bytes()
         return own if self.seat is None else self.seat.least_free_bytes(own)
 
     def own_free_bytes(self) -> int:
-        """On this node; processes on a CPU share what there is."""
+        """Return this memory for this node. Processes on a CPU share the free memory."""
         free = node.free_bytes(self.device)
         return free // self.num_processes if self.device.kind == "cpu" else free
 
@@ -124,7 +125,8 @@ class WorkerContext:
         return self.leave.is_set() or self.heartbeat.drain or self.has_asked_to_leave()
 
     def stand_by(self) -> None:
-        """Nothing is to be trained now: have a trainer ready for what comes. From a thread that outlives it."""
+        """Prepare the warm standby, because nothing is to be trained now. Call it from a thread that outlives the
+        standby process."""
         if self.standby is not None and not self.draining:
             self.standby.prepare()
 
@@ -135,14 +137,16 @@ class WorkerContext:
         return self.settings.work_dir() / "scratch"
 
     def workers_dir(self) -> Path:
-        """Holds one locked name for each worker that lives on this data folder."""
+        """Return the folder with one lock file for each running worker of this data folder."""
         return self.settings.work_dir() / "workers"
 
 
 @contextmanager
 def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerContext]:
-    """A registered worker whose heart beats, for as long as the block lasts. Raises Unavailable, and UnfitWorker where
-    its version can't work with the service's: then it has written nothing."""
+    """Yield a registered worker that sends heartbeats for the duration of the block.
+
+    Raises Unavailable. Raises UnfitWorker, before it writes anything, if its version does not suit the service.
+    """
     check_strategy(settings.strategy, gang=settings.gang)
     db = Database(settings.resolved_database_url())
     store = open_store(settings)
@@ -160,7 +164,7 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     with closing(db), scratch_dirs.owned(context.workers_dir() / worker_id):
         compatibility.check(db)
         for dead_id in scratch_dirs.clean(context.workers_dir()):
-            workers.declare_lost(db, dead_id)  # its jobs need not wait for the end of their leases
+            workers.declare_lost(db, dead_id)  # so its jobs need not wait until their leases expire
         of_worker = logs.all_about({"worker": worker_id})
         with (
             of_worker,
@@ -174,24 +178,24 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
 
 
 def check_strategy(wanted: Wanted, *, gang: str | None = None) -> None:
-    """Ends the program where bases are to be divided over nodes, or by DeepSpeed and that isn't installed. It is not
-    imported."""
+    """Check LORRY_STRATEGY. Raises SystemExit if a base model is to be sharded across nodes, or by DeepSpeed and that
+    isn't installed. Doesn't import DeepSpeed."""
     if gang is not None and wanted not in ("auto", "replicated"):
         raise SystemExit(
-            f"LORRY_STRATEGY is {wanted}, and the workers of a gang ({gang}) divide no base: over nodes each device "
-            "holds the whole one. Set it to auto or replicated, or take the worker out of the gang (no LORRY_GANG)."
+            f"LORRY_STRATEGY is {wanted}, but a gang ({gang}) can't shard a base model: across nodes, each device "
+            "holds a full replica. Set it to auto or replicated, or remove the worker from the gang (unset LORRY_GANG)."
         )
     if wanted.startswith("zero3") and find_spec("deepspeed") is None:
         instead = wanted.replace("zero3", "fsdp2")
         raise SystemExit(
-            f"LORRY_STRATEGY is {wanted}, which needs DeepSpeed, and that is not installed here. Run pip install "
+            f"LORRY_STRATEGY is {wanted}, which requires DeepSpeed, but that is not installed. Run pip install "
             f"'lorry-server[deepspeed]', or set LORRY_STRATEGY to {instead}, which needs the same memory, or to auto."
         )
 
 
 @contextmanager
 def _watched(context: WorkerContext) -> Generator[None]:
-    """How busy its device is goes with each heartbeat."""
+    """Send the utilization of the device with each heartbeat."""
     watch = DeviceWatch(lambda: measure(context.device), seconds=context.settings.heartbeat_seconds)
     context.heartbeat.device_use = watch.latest
     with watch.watching():
@@ -200,7 +204,7 @@ def _watched(context: WorkerContext) -> Generator[None]:
 
 @contextmanager
 def _seated(context: WorkerContext) -> Generator[None]:
-    """In its gang, where it is of one."""
+    """Enter the worker's gang, if it has one."""
     if context.settings.gang is not None:
         kind, free_bytes = context.device.kind, context.own_free_bytes
         seat = Seat(context.settings, context.db, context.worker_id, kind=kind, own_free_bytes=free_bytes)
@@ -211,7 +215,7 @@ def _seated(context: WorkerContext) -> Generator[None]:
 
 @contextmanager
 def _standby(context: WorkerContext) -> Generator[None]:
-    """It may have one; none is left after the block."""
+    """Allow a warm standby during the block, unless the operator has disabled it."""
     if not context.settings.standby_trainer:
         yield
         return
@@ -232,7 +236,8 @@ def _standby(context: WorkerContext) -> Generator[None]:
 
 
 def _trains_as(context: WorkerContext) -> Json:
-    """How this worker trains, for its row in the database. `catalog.resources.sharding.reported_group` reads it."""
+    """Return how this worker trains, for its row in the database. `catalog.resources.sharding.reported_group` reads
+    it."""
     group, gang = context.group, context.settings.gang
     own = {"num_processes": group.num_devices, "strategy": group.wanted, "host_bytes": group.host_bytes}
     return own if gang is None else own | {"gang": gang}

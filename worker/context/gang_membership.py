@@ -1,6 +1,7 @@
-"""A worker's seat in its gang: who leads, whether enough are there to begin, and to which round it is called.
+"""A worker's membership in its gang: which worker leads, whether enough workers are present, and the round to which it
+is called.
 
-Each member looks at the gang's rows every now and then; the leader alone claims jobs, for all of them together.
+Each member polls the gang's rows. Only the leader claims jobs, for all members together.
 """
 
 from __future__ import annotations
@@ -21,33 +22,33 @@ from worker.protocol.rendezvous import place_of
 
 log = logging.getLogger(__name__)
 LOST_AFTER = 2 / 3
-"""Of a lease: a member that could not ask the database for so long goes on with no round."""
+"""Fraction of a lease. A member that could not reach the database for this time leaves its round."""
 
 
 class Seat:
-    """Of one worker; made when it registers."""
+    """The membership of one worker, created when it registers."""
 
     def __init__(
         self, settings: Settings, db: Database, worker_id: str, *, kind: str, own_free_bytes: Callable[[], int]
     ) -> None:
-        """Ends the program where the settings can't be followed."""
+        """Raises SystemExit if the settings are invalid on this node."""
         assert settings.gang is not None
         silent = settings.lease_seconds
         heard = LivenessTracker(silent_seconds=silent)
         self.place = GangMember(db=db, worker_id=worker_id, gang=settings.gang, silent_seconds=silent, heard=heard)
         self.address, self.interface = place_of(settings.advertise_address)
         self.round: Round | None = None
-        """That it leads."""
+        """The round that it leads."""
         self.has_started = False
-        """That round: all have joined."""
+        """All members have joined that round."""
         self.is_broken = False
-        """Of that round one was seen to be missing, for which its trainer was killed."""
+        """The trainer of that round was killed, because a member was missing or had failed."""
         self.ended_since: float | None = None
-        """Of that round the part of one was seen to have ended, for another's end."""
+        """When a member's part of that round was first seen to have ended because of a failure elsewhere."""
         self.had: str | None = None
-        """The round of another's in which it had its part last."""
+        """The last round of another leader in which it took part."""
         self.owed: Json | None = None
-        """How that part ended, until the record has it."""
+        """How that part ended, until it is recorded."""
         self._settings = settings
         self._kind = kind
         self._versions = _listed(versions())
@@ -71,7 +72,8 @@ class Seat:
         )
 
     def look(self) -> GangState:
-        """How the gang stands, a poll ago at most. Takes the lead where nobody has it. Raises Unavailable."""
+        """Return the state of the gang, which is at most one poll old. Takes the lead if no worker has it. Raises
+        Unavailable."""
         began = time.monotonic()
         if self._standing is not None and began - self._looked_at < self._settings.poll_seconds:
             return self._standing
@@ -85,7 +87,7 @@ class Seat:
         return found
 
     def is_look_due(self) -> bool:
-        """Once a poll."""
+        """Return whether a poll is due. True at most once per poll interval."""
         began = time.monotonic()
         if began - self._attended_at < self._settings.poll_seconds:
             return False
@@ -93,7 +95,7 @@ class Seat:
         return True
 
     def may_claim(self) -> bool:
-        """Whether this worker leads, and enough of the gang are there. Raises Unavailable."""
+        """Return whether this worker leads and enough members are present. Raises Unavailable."""
         found = self.look()
         if self.round is not None:
             return not self.is_broken and self.is_open
@@ -109,32 +111,33 @@ class Seat:
         return num_there >= self.fewest and short_for >= self._settings.gang_wait_seconds
 
     def _warn_of_others(self, found: GangState) -> None:
-        """Once of each that is there and can't be called."""
+        """Log once about each member that can't be called because of its versions."""
         for member in found.members:
             if member.versions != self._versions and member.worker_id not in self._warned_of:
                 self._warned_of.add(member.worker_id)
-                message = "Worker %s of the gang has %s, and this one, which leads, has %s: it is not called."
+                message = "Worker %s of the gang is not called: it has %s, but this worker, the leader, has %s."
                 log.warning(message, member.worker_id, member.versions, self._versions)
 
     @property
     def is_open(self) -> bool:
-        """Whether all of the round that it leads may take something new."""
+        """Whether all members of the round that it leads accept new jobs."""
         members = self._standing.members if self._standing is not None else ()
         open_ones = {member.worker_id for member in members if member.is_open}
         return self.round is None or open_ones.issuperset(self.round.workers)
 
     @property
     def fewest(self) -> int:
-        """With fewer workers nothing begins."""
+        """The number of workers that a round needs."""
         return self._settings.gang_min_size or self._settings.gang_size
 
     def to_call(self) -> list[LiveMember]:
-        """Those of a round that begins now, itself first: as many as the gang has, with devices like its own."""
+        """Return the members for a round that begins now, with this worker first: at most the size of the gang, with
+        devices like its own."""
         members = self._standing.members if self._standing is not None else ()
         return alike(members, self.place.worker_id, size=self._settings.gang_size)
 
     def open(self, task: Json) -> Round:
-        """Call those. Raises NotGathered, Unavailable."""
+        """Open a round and call its members. Raises NotGathered, Unavailable."""
         members = [member.worker_id for member in self.to_call()]
         seconds = self._settings.gang_join_seconds
         self.has_started, self.is_broken, self.ended_since = False, False, None
@@ -142,23 +145,25 @@ class Seat:
         return self.round
 
     def wait_a_while(self) -> None:
-        """A round did not come about: who was to blame may be gone before the next one."""
+        """Claim nothing for a lease, because no round was formed: the worker at fault may be gone before the next
+        one."""
         self._not_before = time.monotonic() + self._settings.lease_seconds
 
     def least_free_bytes(self, own: int) -> int:
-        """Of those that it has called, or would call now."""
+        """Return the lowest free memory of this worker and the members that it has called, or would call now."""
         members = self._standing.members if self._standing is not None else ()
         called = self.round.workers if self.round is not None else [one.worker_id for one in self.to_call()]
         others = [one for one in members if one.worker_id in called and one.worker_id != self.place.worker_id]
         return min([own, *(member.free_bytes for member in others)])
 
     def called(self) -> Call | None:
-        """The round of another's to which it is called, and has not had its part in. Raises Unavailable."""
+        """Return the round of another leader to which it is called and in which it has not taken part yet. Raises
+        Unavailable."""
         call = self.look().call
         return None if call is None or call.round_id == self.had else call
 
     def still_called(self, round_id: str) -> Call | None:
-        """None once the round is over, or nobody could be asked for too long. Never raises."""
+        """Return the call. None once the round is over, or the database was unavailable for too long. Never raises."""
         try:
             found = self.look()
         except (Unavailable, OutOfSpace):
@@ -171,8 +176,11 @@ class Seat:
 
 
 def alike(members: Sequence[LiveMember], leader_id: str, *, size: int) -> list[LiveMember]:
-    """The leader, and of those that may begin, have devices of its kind and the same versions, those that the fewest
-    rounds before did not begin for, the eldest first. Pure."""
+    """Return the leader and up to `size - 1` other members.
+
+    The others accept new jobs, and have devices of the same kind and the same versions. Members that missed the fewest
+    rounds come first, then the oldest. Pure.
+    """
     leader = next((member for member in members if member.worker_id == leader_id), None)
     if leader is None or not leader.is_open:
         return []
@@ -182,5 +190,5 @@ def alike(members: Sequence[LiveMember], leader_id: str, *, size: int) -> list[L
 
 
 def _listed(found: Mapping[str, str]) -> str:
-    """Whoever has others computes with other code."""
+    """Return the versions as a text. A worker with other versions computes with other code."""
     return ", ".join(f"{name} {version}" for name, version in found.items())[:255]

@@ -1,7 +1,7 @@
-"""The worker's heartbeat, on threads of its own: slow work elsewhere never costs a lease.
+"""The worker's heartbeat, on its own threads, so that slow work elsewhere never costs a lease.
 
-A claim that was not renewed for two thirds of its lease is given up: its trainer is killed before the lease ends, and
-who holds the claim is told that it is stale, so that no two workers train one job.
+A claim that was not renewed for two thirds of its lease is given up: its trainer is killed before the lease expires,
+and the claim is reported as stale to its holder. Therefore two workers never train the same job.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WATCH_SECONDS = 0.1
 
 
 class Heartbeat:
-    """Beats for one worker and for the claims that it holds."""
+    """Sends heartbeats for one worker and for the claims that it holds."""
 
     def __init__(
         self,
@@ -46,16 +46,16 @@ class Heartbeat:
         self._closed = threading.Event()
         self._beat_now = threading.Event()
         self.drain = False
-        """An operator, or an upgraded service, has asked for it."""
+        """An operator, or an upgraded service, has asked the worker to drain."""
         self.on_drain: Callable[[], None] = lambda: None
-        """Called once, when it is."""
+        """Called once, when `drain` becomes True."""
         self.lost = threading.Event()
         """Set when claims were given up, until `guard` is called again."""
         self.status: dict[str, Any] = {"resident_base": None, "trainer_id": None, "report": {}}
         self.on_every_beat: Callable[[], None] = lambda: None
-        """Called at each beat, be there an answer or not: for who holds no claim."""
+        """Called at each heartbeat, even if the database does not answer: for processes without a claim."""
         self.device_use: Callable[[], dict[str, float] | None] = lambda: None
-        """How busy the device is, told with each beat; it must not wait."""
+        """Returns the utilization of the device, which each heartbeat reports. It must not block."""
         self._on_beat: Callable[[], None] | None = None
         self._on_lost: Callable[[], None] | None = None
         self._threads = [
@@ -74,12 +74,12 @@ class Heartbeat:
             thread.join(5)
 
     def guard(self, *, on_beat: Callable[[], None] | None, on_lost: Callable[[], None] | None) -> None:
-        """Call `on_beat` after each beat that the database answered, `on_lost` when claims are given up."""
+        """Call `on_beat` after each successful heartbeat, and `on_lost` when claims are given up."""
         self._on_beat, self._on_lost = on_beat, on_lost
         self.lost.clear()
 
     def hold(self, claim_ids: Iterable[str], *, since: float) -> None:
-        """Renew these from now on. since: `boot_seconds` from before the claim was made."""
+        """Renew these claims from now on. since: a value of `boot_seconds` from a time before they were claimed."""
         with self._lock:
             self._renewed_at |= dict.fromkeys(claim_ids, since)
 
@@ -89,18 +89,19 @@ class Heartbeat:
             self._directives.pop(claim_id, None)
 
     def release_all(self) -> None:
-        """Renew nothing any more: what is still held ends with its lease."""
+        """Renew no claim any more: all remaining claims expire with their leases."""
         with self._lock:
             self._renewed_at.clear()
             self._directives.clear()
 
     def take_directives(self, claim_ids: Collection[str]) -> dict[str, ClaimDirectives]:
-        """What the last heartbeats said of these claims, and that those are stale which were given up; each once."""
+        """Return, once each, the directives of the last heartbeats for these claims. Claims that were given up are
+        stale."""
         with self._lock:
             return {claim_id: self._directives.pop(claim_id) for claim_id in claim_ids if claim_id in self._directives}
 
     def beat(self) -> None:
-        """One heartbeat. Raises Unavailable where the database does not answer."""
+        """Send one heartbeat. Raises Unavailable if the database does not answer."""
         began = boot_seconds()
         self.on_every_beat()
         with self._lock:
@@ -141,7 +142,7 @@ class Heartbeat:
             except LorryError as error:
                 log.warning("No heartbeat: %s", error)
                 pause = min(1.0, self._heartbeat_seconds)
-            except Exception:  # whatever it is, the next beat may succeed, and without beats every claim is lost
+            except Exception:  # the next heartbeat may succeed, and without heartbeats every claim expires
                 log.exception("No heartbeat")
                 pause = min(1.0, self._heartbeat_seconds)
             self._beat_now.wait(pause)
@@ -151,11 +152,11 @@ class Heartbeat:
         while not self._closed.wait(min(WATCH_SECONDS, self._lease_seconds / 20)):
             try:
                 self.give_up_overdue()
-            except Exception:  # whatever it is, without the next look two workers may train one job
-                log.exception("A trainer was not ended")
+            except Exception:  # without the next check, two workers might train one job
+                log.exception("Checking for overdue claims failed")
 
     def give_up_overdue(self) -> None:
-        """One look at what was not renewed for too long. No heartbeat asks about it any more."""
+        """Give up the claims that were not renewed for too long. No heartbeat renews them any more."""
         limit = boot_seconds() - self._lease_seconds * 2 / 3
         with self._lock:
             overdue = [claim_id for claim_id, renewed_at in self._renewed_at.items() if renewed_at < limit]

@@ -1,1 +1,1 @@
-"""Processes that an operator starts."""
+"""The processes that an operator starts."""

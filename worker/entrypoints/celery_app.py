@@ -1,7 +1,7 @@
 """Celery wakes workers: a message means "poll the queue" and nothing else.
 
-A lost message costs seconds, a duplicate nothing: claims in the database decide what trains. API servers send messages
-after submissions, and periodically while work waits. An idle worker also polls the database. Run it with
+A lost message costs seconds, and a duplicate costs nothing: claims in the database decide which job trains. API servers
+send messages after submissions, and periodically while work waits. An idle worker also polls the database. Run it with
 `celery -A worker.entrypoints.celery_app worker -c 1 -Q lorry --without-gossip --without-mingle`.
 """
 
@@ -45,46 +45,46 @@ log = logging.getLogger("worker")
 LOOK_SECONDS = 15.0
 """Between two polls of the database by an idle worker."""
 BROKER_OF_NOBODY = "memory://"
-"""Where no broker is set: the module can be imported, and a worker has no looks but its own."""
+"""The broker if none is set: the module can be imported, and a worker only polls."""
 
 app = Celery(
     "lorry", broker=Settings().resolved_redis_url() or BROKER_OF_NOBODY, include=["worker.entrypoints.celery_tasks"]
 )
 app.conf.update(
     # Acknowledged on receipt: with late acknowledgement, a Redis restart ended the worker, and a task longer
-    # than the visibility timeout ran again. What a lost message costs, the next look repays.
+    # than the visibility timeout ran again. The next poll compensates for a lost message.
     task_acks_late=False,
-    task_reject_on_worker_lost=False,  # else a poison job is a loop without end
-    worker_disable_prefetch=True,  # a busy worker must not sit on a ring that an idle one could answer
+    task_reject_on_worker_lost=False,  # else a job that kills its worker would be redelivered forever
+    worker_disable_prefetch=True,  # a busy worker must not hold a message that an idle worker could handle
     worker_prefetch_multiplier=1,
     worker_concurrency=1,  # one device, one trainer
     task_ignore_result=True,
     result_backend=None,  # results are in the database
     accept_content=["json"],  # never pickle: a client of Redis could run code here
-    task_serializer="json",  # what is accepted
+    task_serializer="json",  # the format in accept_content
     task_default_queue=QUEUE,
     broker_connection_max_retries=None,  # wait for Redis for as long as it takes
-    broker_connection_retry_on_startup=True,  # the two may come up in any order
+    broker_connection_retry_on_startup=True,  # worker and Redis may start in any order
     broker_transport_options=dict(TRANSPORT_OPTIONS),
-    worker_enable_remote_control=False,  # else any client of Redis could shut workers down; nothing here uses it
+    worker_enable_remote_control=False,  # else any client of Redis could stop workers; nothing here uses it
     worker_hijack_root_logger=False,
 )
 
 _leave = multiprocessing.get_context("fork").Event()
-"""Set in the main process, seen in the one that trains: it is forked from it."""
+"""Set in the main process, and visible in the process that trains, which is forked from it."""
 _open = ExitStack()
 _opening = threading.Lock()
 _ending = threading.Lock()
-"""Taken for good by the first who ends the main process."""
+"""Acquired forever by the first thread that terminates the main process."""
 _context: WorkerContext | None = None
 
 
 def context() -> WorkerContext:
-    """The worker of this pool process."""
-    global _context  # noqa: PLW0603  (one per process, opened by the first who needs it)
+    """Return the worker of this pool process, and open it on the first call."""
+    global _context  # noqa: PLW0603  (one per process, opened on the first call)
     with _opening:
         if _context is None:
-            with ExitStack() as opening:  # what was begun is ended where it fails: it is tried again
+            with ExitStack() as opening:  # undone if a step fails, because the next call retries
                 tracing.start("worker")
                 opening.callback(tracing.stop)
                 device = devices.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
@@ -98,7 +98,7 @@ def context() -> WorkerContext:
 
 
 def _work() -> None:
-    """Until nothing is left to do."""
+    """Work until nothing is left to do."""
     try:
         supervise(context())
     except UnfitWorker as error:
@@ -109,7 +109,7 @@ def _work() -> None:
 
 
 turns = Turns(_work, seconds=LOOK_SECONDS)
-"""Of this pool process."""
+"""The turns of this pool process."""
 
 
 @after_setup_logger.connect
@@ -120,13 +120,14 @@ def _redact(*, logger: logging.Logger, **_: Any) -> None:
 
 @worker_init.connect
 def _refuse_unfit(**_: Any) -> None:
-    """Before any message is taken. Where the database does not answer yet, the process that works looks again.
+    """Exit before any message is taken if this worker is incompatible with the service.
 
-    Processes of the pool are forked later, and closed to inspection like this one.
+    If the database does not answer yet, the pool process checks again. Pool processes are forked later, so they are
+    protected from inspection like this one.
     """
     deny_inspection()
     if Settings().gang is not None:
-        log.error("A worker of a gang looks by itself, for nobody rings when it is called: start it by `lorry worker`.")
+        log.error("A worker of a gang must poll, because no message announces a round. Start it with `lorry worker`.")
         sys.exit(UNFIT)
     with closing(Database(Settings().resolved_database_url())) as db, suppress(Unavailable):
         try:
@@ -145,21 +146,24 @@ def _begin(**_: Any) -> None:
         log.error("%s", error.sentence())
         _end_main()
     except (Unavailable, OutOfSpace) as error:
-        log.warning("%s The worker waits for it.", error)
+        log.warning("%s The worker keeps retrying.", error)
     turns.begin()
 
 
 def _end_main() -> None:
-    """As a signal does: it waits until this process has saved its jobs, and ends. Once, for at a second signal it does
-    not wait."""
+    """Terminate the main process, which waits until this process has saved its jobs and exited. The signal is sent only
+    once, because the main process does not wait after a second one."""
     if _ending.acquire(blocking=False):
         os.kill(os.getppid(), signal.SIGTERM)
 
 
 @worker_shutting_down.connect
 def _ask_to_leave(**_: Any) -> None:
-    """In the main process, at the first signal. Celery would wait on at a second one: ours ends it at once, and the
-    kernel its pool and the trainer, which the catalog survives as it survives a power cut."""
+    """Ask the pool process to leave. Runs in the main process at the first signal.
+
+    Celery would keep waiting at a second signal. This handler exits at once instead, and the kernel then kills the pool
+    and the trainer. The catalog survives that in the same way as a power failure.
+    """
     _leave.set()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave_at_once)

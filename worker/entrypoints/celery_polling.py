@@ -1,5 +1,6 @@
-"""A Celery worker's turns at the queue: when a message rings, and by itself every now and then, for the broker may be
-away. Never two at once: a pool process has one device.
+"""The turns in which a Celery worker works: for each message, and at intervals, because the broker may be unavailable.
+
+Two turns never run at once, because a pool process has one device.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ log = logging.getLogger("worker")
 
 
 class Turns:
-    """Of one pool process, on a thread of its own where nobody rang."""
+    """The turns of one pool process. Those without a message run on a separate thread."""
 
     def __init__(self, work: Callable[[], None], *, seconds: float) -> None:
-        """work: until nothing is left to do. seconds: between two looks of its own."""
+        """work: works until nothing is left to do. seconds: the interval between two polls."""
         self.seconds = seconds
         self._work = work
         self._taken = threading.Lock()
@@ -25,23 +26,23 @@ class Turns:
         self._thread = threading.Thread(target=self._look_for_ever, name="own-looks", daemon=True)
 
     def begin(self) -> None:
-        """Once per process, after it was forked."""
+        """Start polling. Call it once per process, after the fork."""
         self._thread.start()
 
     def end(self) -> None:
-        """Waits for a turn that is being taken: whoever works has been asked to leave."""
+        """Stop polling. Waits for the current turn, whose worker has been asked to leave."""
         self._ended.set()
         if self._thread.ident is not None:
             self._thread.join()
 
     def take(self) -> None:
-        """One that somebody rang for. It waits for the worker's own to end: so the rings after it go to idle workers,
-        as they do while a message is worked on."""
+        """Take a turn for a message. It waits for a turn of the polling thread to end. Meanwhile, further messages go
+        to idle workers, as during any turn for a message."""
         with self._taken:
             self._work()
 
     def _look_for_ever(self) -> None:
-        """None is taken amid another one: after that nothing was left, and the next look comes in time."""
+        """Poll at intervals. Skips a poll during another turn, because that turn leaves nothing to do."""
         while not self._ended.wait(self.seconds):
             if self._taken.acquire(blocking=False):
                 try:
@@ -54,5 +55,5 @@ class Turns:
             self._work()
         except (Unavailable, OutOfSpace) as error:
             log.warning("%s", error)
-        except Exception:  # whatever it is, Celery too logs it and waits for the next message
-            log.exception("A look at the queue went wrong.")
+        except Exception:  # Celery also logs any error and waits for the next message
+            log.exception("A poll of the queue failed.")

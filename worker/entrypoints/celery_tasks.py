@@ -1,4 +1,4 @@
-"""The one message. Whatever content it carries is ignored: it only says that there may be work."""
+"""The only Celery task. Its arguments are ignored: the message only means that there may be work."""
 
 # pyright: reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Exit status 0 if a worker on this host sends heartbeats: `python -m worker.entrypoints.healthcheck`.
 
-Asks the database, not the broker: the heartbeat there is what leases rest on.
+It queries the database and not the broker, because leases depend on the heartbeats in the database.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from catalog.settings import Settings
 
 
 def main() -> int:
-    """0: alive. 1: none is. Says which on stderr."""
+    """Return 0 if a worker on this host is alive, else 1. Prints the workers' states on stderr."""
     db = Database(Settings().resolved_database_url())
     try:
         states = [view.state for view in views.workers(db) if view.worker.host == socket.gethostname()]

@@ -1,8 +1,8 @@
-"""The embedded worker: `python -m worker.entrypoints.loop`. Looks at the queue, works while there is work, looks again
-when the bell rings, or a second later.
+"""The embedded worker: `python -m worker.entrypoints.loop`. It works while there is work. Then it polls the queue after
+each notification and at regular intervals.
 
-SIGTERM or SIGINT: save every job, release it, leave. A second one: leave at once, which the catalog
-survives as it survives a power cut.
+At SIGTERM or SIGINT, it saves and releases every job, then exits. At a second signal, it exits at once. The catalog
+survives that in the same way as a power failure.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from worker.node import devices
 from worker.supervisor import supervise
 
 log = logging.getLogger("worker")
-DEVICE_HELP = "cpu, cores as in cpu:0-3, GPUs by number as in 2 or 0,1, or auto: the first GPU, else the CPU"
+DEVICE_HELP = "cpu, CPU cores such as cpu:0-3, GPU numbers such as 2 or 0,1, or auto: the first GPU, else the CPU"
 RETRY_SECONDS = 1.0
 BELL_SECONDS = 0.05
-"""Between two looks at the bell of a worker that waits."""
+"""Interval at which an idle worker checks for notifications."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _opened(stack: ExitStack, device: devices.Device) -> WorkerContext:
-    """Waits for a database that does not answer yet, for the two may come up in any order. It says so once."""
+    """Open the worker. Waits for the database, because worker and database may start in any order. Logs this once."""
     reported = ""
     while True:
         try:
@@ -62,12 +62,12 @@ def _opened(stack: ExitStack, device: devices.Device) -> WorkerContext:
         except Unavailable as error:
             if error.message != reported:
                 reported = error.message
-                log.warning("%s The worker waits for it.", reported)
+                log.warning("%s The worker keeps retrying.", reported)
             time.sleep(RETRY_SECONDS)
 
 
 def run(context: WorkerContext, *, once: bool = False) -> None:
-    """Supervise and poll until asked to leave; `once`: until there is nothing to do."""
+    """Work and poll until the worker is asked to leave. once: until there is nothing to do."""
     while not context.draining:
         try:
             supervise(context)
@@ -81,7 +81,7 @@ def run(context: WorkerContext, *, once: bool = False) -> None:
 
 
 def _wait(context: WorkerContext) -> None:
-    """Until the bell rings, the next look at the queue is due, or the worker is asked to leave."""
+    """Wait for a notification, for the next poll, or until the worker is asked to leave."""
     due_at = time.monotonic() + context.settings.poll_seconds
     while not context.bell.has_rung() and (left := due_at - time.monotonic()) > 0:
         if context.leave.wait(min(BELL_SECONDS, left)):
@@ -89,7 +89,8 @@ def _wait(context: WorkerContext) -> None:
 
 
 def leave_on_signal(leave: threading.Event) -> None:
-    """The first signal asks to leave; the second one ends the process, and the kernel its trainer."""
+    """Ask the worker to leave at the first signal. At the second one, exit at once; the kernel then kills the
+    trainer."""
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         if leave.is_set():
@@ -104,7 +105,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m worker.entrypoints.loop", description=__doc__)
     wanted = os.environ.get("LORRY_DEVICE", "auto")
     parser.add_argument("--device", default=wanted, help=DEVICE_HELP)
-    parser.add_argument("--once", action="store_true", help="end when there is nothing left to do")
+    parser.add_argument("--once", action="store_true", help="exit when there is nothing left to do")
     return parser.parse_args(arguments)
 
 

@@ -2,8 +2,9 @@
 
 `python -m worker.entrypoints.node_supervisor 0,1 2 3`
 
-It knows nothing of jobs. It forwards SIGTERM, and each worker saves what it holds; at a second one all leave at once.
-A worker that dies is restarted (`lorry.local.supervisor`); one that ends well, as a drained one does, has ended.
+It knows nothing about jobs. It forwards SIGTERM, so that each worker saves its jobs. At a second SIGTERM, all workers
+exit at once. A worker that fails is restarted (`lorry.local.supervisor`). A worker that exits with status 0, for
+example after a drain, is not restarted.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from worker.node.devices import Device
 
 log = logging.getLogger("worker")
 AT_ONCE_SECONDS = 5.0
-"""After a second signal, until who still lives is killed."""
+"""After a second signal, the remaining workers are killed after this time."""
 CELERY = ("celery", "-A", "worker.entrypoints.celery_app", "worker", "-c", "1", "-Q", "lorry", "-l", "INFO")
 UNBOUND = ("--without-gossip", "--without-mingle")
-"""Workers that neither listen to nor ask each other: what they have in common is in the database."""
+"""Workers don't communicate with each other, because all shared state is in the database."""
 
 
 class GroupWorker(Child):
-    """The worker of one device group, whose name it has. It writes to this process's own output."""
+    """The worker of one device group, named after the group. It writes to the output of this process."""
 
     def start(self) -> None:
         log.info("Starting the worker of %s.", self.name)
@@ -42,7 +43,7 @@ class GroupWorker(Child):
 
 
 class NodeSupervisor:
-    """`run` returns the exit status: 0 where all ended in good order, else 128 and the second signal's number."""
+    """Supervises the workers. `run` returns the exit status: 0, or 128 plus the number of a second signal."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class NodeSupervisor:
         self._signals: list[int] = []
 
     def hear(self, number: int) -> None:
-        """A signal has come."""
+        """Handle a signal."""
         self._signals.append(number)
         self._workers.stop_restarts()
 
@@ -68,7 +69,7 @@ class NodeSupervisor:
             self._workers.check()
             for _ in self._signals[num_forwarded:]:
                 num_forwarded += 1
-                for worker in self._workers.running():  # not to its trainers: those are its own business
+                for worker in self._workers.running():  # not to its trainers, which the worker itself stops
                     worker.terminate()
             if num_forwarded > 1:
                 kill_at = kill_at or self._clock() + AT_ONCE_SECONDS
@@ -81,9 +82,9 @@ class NodeSupervisor:
 
 def _log_exit(worker: Process, status: int, wait: float | None) -> None:
     if wait is None:
-        log.info("The worker of %s has ended (status %d).", worker.name, status)
+        log.info("The worker of %s exited with status %d.", worker.name, status)
     else:
-        log.warning("The worker of %s died (status %d); it is started again in %g s.", worker.name, status, wait)
+        log.warning("The worker of %s exited with status %d; restarting it in %g s.", worker.name, status, wait)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,14 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def choose(named: Sequence[str]) -> dict[str, Device]:
-    """Device groups by the text that names them; none named: each GPU, else the CPU. Ends the program where one is
-    none, or two share a device."""
+    """Return the device groups by the text that names them. Default: one for each GPU, else the CPU. Raises SystemExit
+    if a group is invalid, or two groups share a device."""
     texts = list(named) or [",".join(map(str, found.indices)) or "cpu" for found in devices.find_devices()]
     groups = [(text, devices.choose_device(text)) for text in texts]
     for (text, one), (other_text, other) in combinations(groups, 2):
         shared = _shared(one, other)
         if shared is not None:
-            raise SystemExit(f"{shared} in two groups, {text} and {other_text}. Each belongs to one worker.")
+            raise SystemExit(f"{shared} in two groups, {text} and {other_text}. Assign each device to one worker.")
     return dict(groups)
 
 
@@ -126,13 +127,13 @@ def _worker(group: str, device: Device, settings: Settings) -> GroupWorker:
 
 
 def is_rung_for(settings: Settings) -> bool:
-    """Whether a doorbell tells the workers of all that they are to do: nobody rings where one of a gang is called."""
+    """Return whether messages announce all work. They do not in a gang: no message announces a round."""
     return settings.redis_url is not None and settings.gang is None
 
 
 def group_argv(group: str, *, has_broker: bool) -> list[str]:
-    """The command of one group's worker: Celery's where a broker is set, else the embedded loop. -P: a folder of that
-    name where somebody stands must not be taken for ours."""
+    """Return the command of one group's worker: Celery if a broker is set, else the embedded loop. -P prevents Python
+    from importing a folder with the same name from the working directory."""
     python = [sys.executable, "-P", "-m"]
     if not has_broker:
         return [*python, "worker.entrypoints.loop", "--device", group]
@@ -141,7 +142,8 @@ def group_argv(group: str, *, has_broker: bool) -> list[str]:
 
 
 def group_environment(group: str, device: Device, given: Mapping[str, str]) -> dict[str, str]:
-    """A trainer of some cores has as many threads, be more set for the whole node or not."""
+    """Return the environment of one group's worker. A trainer on some cores gets at most one thread per core, even if
+    more threads are set for the node."""
     environment = {**given, "LORRY_DEVICE": group}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep, or two processes starve each other
     if device.cores:
@@ -157,7 +159,7 @@ def _threads_given(given: Mapping[str, str]) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m worker.entrypoints.node_supervisor", description=__doc__)
     groups_help = (
-        "a device group for each worker: GPUs by number (0,1), cpu, or cores (cpu:0-3); none: every GPU, else the CPU"
+        "one device group per worker: GPU numbers (0,1), cpu, or cores (cpu:0-3); default: every GPU, else the CPU"
     )
     parser.add_argument("groups", nargs="*", help=groups_help)
     return parser.parse_args(arguments)

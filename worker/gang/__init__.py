@@ -1,1 +1,1 @@
-"""Gangs: nodes that train a job together. One worker leads; the others participate with their devices."""
+"""Gangs: nodes that train a job together. One worker leads, and the others participate with their devices."""

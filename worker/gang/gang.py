@@ -1,7 +1,7 @@
-"""What the supervisor asks of its gang: a group of workers on several nodes that train the same jobs together.
+"""The supervisor's interface to its gang: a group of workers on several nodes that train the same jobs together.
 
-`WorkerGang` is the interface, and its null object: each method does what is right for a worker by itself. `NodeGang` is
-for a member of a gang of nodes. The leader alone claims jobs, so nothing here reads or writes a job.
+`WorkerGang` is the interface and its null object: each method suits a worker without a gang. `NodeGang` is for a member
+of a gang of nodes. Only the leader claims jobs, so nothing here reads or writes a job.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def gang_of(context: WorkerContext) -> WorkerGang:
 
 
 class WorkerGang:
-    """The interface, for a worker by itself: it never participates, waits for nobody, and leads no round."""
+    """The interface, for a worker without a gang: it never participates, waits for no other worker, and leads no
+    round."""
 
     shutdown_end = TrainerEnd.WORKER_SHUTDOWN
     """How attempts end whose trainer shut down because a worker of the gang does."""
@@ -70,15 +71,15 @@ class WorkerGang:
         """
 
     def rendezvous(self) -> Json:
-        """The settings by which the leader's trainer meets the trainers of the other nodes."""
+        """Return the settings by which the leader's trainer connects to the trainers of the other nodes."""
         return {}
 
     def start(self, trainer: TrainerProcess, *, is_unwanted: Callable[[], bool]) -> None:
         """Wait until all workers have joined and the leader's trainer listens; then let all trainers load.
 
         If the leader's trainer exits, or a member can't take part, the leader's trainer has exited on return, and
-        `exit_end` tells why. Raises NotGathered if a worker does not join in time, or leaves; Abandoned if no user
-        wants the jobs any more; Unavailable if the claims expired in an outage, and the trainer was killed with them.
+        `exit_end` returns the reason. Raises NotGathered if a worker does not join in time, or leaves; Abandoned if all
+        jobs were stopped; Unavailable if the claims expired in an outage, and the trainer was killed with them.
         """
 
     def monitor(self, trainer: TrainerProcess) -> bool:
@@ -94,7 +95,7 @@ class WorkerGang:
         return True
 
     def exit_end(self, trainer: TrainerProcess, *, is_ready: bool) -> End:
-        """How the attempts end, now that the trainer has exited by itself. is_ready: it had loaded its base.
+        """Return how the attempts end after the trainer has exited on its own. is_ready: it had loaded its base model.
 
         In a round, the worker whose trainer failed first decides. Raises Unavailable.
         """
@@ -105,7 +106,8 @@ class WorkerGang:
 class NodeGang(WorkerGang):
     """For a member of a gang of several nodes, which leads rounds or participates in them.
 
-    A round has at least two workers. Between rounds, and if only this worker is there, it acts like one by itself.
+    A round has at least two workers. Between rounds, and if no other worker is present, it acts like a worker without a
+    gang.
     """
 
     shutdown_end = TrainerEnd.GANG_SHUTDOWN
@@ -125,7 +127,7 @@ class NodeGang(WorkerGang):
         with _waiting_after_failure(seat):
             called = seat.to_call()
             if len(called) < seat.fewest:
-                raise NotGathered(f"{len(called)} of the {seat.fewest} workers that its gang needs are there.")
+                raise NotGathered(f"The gang has only {len(called)} of the {seat.fewest} workers that it needs.")
             if len(called) < 2:
                 return
             task: Json = {
@@ -139,7 +141,7 @@ class NodeGang(WorkerGang):
         stack.callback(self._close_round)
 
     def _close_round(self) -> None:
-        """Best effort: if the leader is gone, the round is over once another worker takes the lead."""
+        """End the round if possible. If the database is unavailable, it ends when another worker takes the lead."""
         led, self._seat.round, self._seat.is_broken = self._seat.round, None, False
         if led is not None:
             with suppress(LorryError):
@@ -164,14 +166,14 @@ class NodeGang(WorkerGang):
                         break
                     trainer.wait(POLL_SECONDS)
             if heartbeat.lost.is_set():
-                remedy = "There is nothing to do: it is tried again."
+                remedy = "No action is needed: the job is retried."
                 message = TrainerEnd.DATABASE_UNREACHABLE.value.detail
                 raise Unavailable(message, code="database_unavailable", remedy=remedy)
         finally:
             heartbeat.guard(on_beat=None, on_lost=None)
 
     def _has_started(self, led: Round, trainer: TrainerProcess, is_unwanted: Callable[[], bool]) -> bool:
-        """Poll once. True if all have joined and may load now."""
+        """Poll once. Returns whether all have joined and may load now."""
         seat = self._seat
         if is_unwanted() or self._context.draining:
             raise Abandoned
@@ -190,7 +192,7 @@ class NodeGang(WorkerGang):
                 return False
             gangs.start(seat.place, led.round_id, port=port)
         except OUTAGES as error:
-            log.warning("%s The gang is asked again.", error)
+            log.warning("%s The gang is polled again.", error)
             return False  # if the outage lasts too long, the heartbeat kills the trainer
         seat.has_started = True
         trainer.started_at = time.monotonic()  # loading begins now
@@ -212,10 +214,10 @@ class NodeGang(WorkerGang):
         return found.is_anyone_leaving
 
     def _has_outlived_peers(self, found: RoundState) -> bool:
-        """Whether members exited long ago, each because of a failure elsewhere.
+        """Return whether members exited long ago, each because of a failure elsewhere.
 
-        The leader's own trainer may be the one that failed. It is left some time to exit, because its own exit tells
-        more than that of a killed trainer.
+        The leader's own trainer may be the one that failed. It gets some time to exit, because its own exit shows more
+        than that of a killed trainer.
         """
         seat = self._seat
         if not found.ended:
@@ -224,7 +226,7 @@ class NodeGang(WorkerGang):
         return time.monotonic() - seat.ended_since >= PEER_FAILURE_SECONDS
 
     def _break(self, trainer: TrainerProcess) -> None:
-        """Kill the trainer because of another node, so that its exit status tells nothing."""
+        """Kill the trainer because of another node. Its exit status is then meaningless."""
         self._seat.is_broken |= trainer.returncode is None
         trainer.kill()
 
@@ -248,7 +250,8 @@ class NodeGang(WorkerGang):
         return End(reason=local.reason, detail=local.detail, blamed_worker_id=blamed)
 
     def _peer_end(self, led: Round, trainer: TrainerProcess, local: LocalExit, *, is_ready: bool) -> End:
-        """How the attempts end if another node made the leader's trainer exit. Raises NotGathered, Unavailable."""
+        """Return how the attempts end if another node made the leader's trainer exit. Raises NotGathered,
+        Unavailable."""
         seat = self._seat
         found = self._wait_for_members(led)
         if found is not None and (failure := _failure_in(found)) is not None:
@@ -260,11 +263,11 @@ class NodeGang(WorkerGang):
             gangs.missed(seat.place, led.round_id, led.workers[1:])
             where = f"{seat.address}, port {reported_port(trainer.directory)}"
             detail = (
-                "The workers of the gang reach the database, and their trainers did not reach each other. One listened "
-                f"at {where}. Let these nodes connect to each other at every port."
+                "The workers of the gang reach the database, but their trainers did not reach each other. The leader's "
+                f"trainer listened on {where}. Allow connections between these nodes on all ports."
             )
             return End(reason=EndReason.GANG_INCOMPLETE, detail=detail)
-        return End(reason=EndReason.INFRA_LOST, detail=f"The workers of the gang lost each other. {local.detail}")
+        return End(reason=EndReason.INFRA_LOST, detail=f"The workers of the gang lost their connection. {local.detail}")
 
     def _wait_for_members(self, led: Round) -> RoundState | None:
         """Wait until a member has failed, or all have reported how their parts ended, or for a lease and a heartbeat.
@@ -283,19 +286,20 @@ class NodeGang(WorkerGang):
 
 
 def _failure_in(found: RoundState) -> End | None:
-    """The failure of a member: its own, else its lost heartbeat. None if members only lost each other, so far."""
+    """Return the failure of a member: the one that it reported, or else its missing heartbeats. None if the members
+    have only reported lost connections so far."""
     for worker_id, ended in sorted(found.ended.items()):
         if not ended["is_echo"]:
             detail = f"On {worker_id} of the gang: {ended['detail']}"
             return End(reason=_reason(ended["reason"]), detail=detail, blamed_worker_id=worker_id)
     if not found.lost:
         return None
-    detail = f"Worker {found.lost[0]} of the gang was not heard from any more."
+    detail = f"Worker {found.lost[0]} of the gang stopped sending heartbeats."
     return End(reason=EndReason.INFRA_LOST, detail=detail, blamed_worker_id=found.lost[0])
 
 
 def _reason(name: str) -> EndReason:
-    """A member with newer code may report a reason that this worker does not know."""
+    """Parse a reason. A member with newer code may report one that this worker does not know."""
     try:
         return EndReason(name)
     except ValueError:
@@ -304,7 +308,7 @@ def _reason(name: str) -> EndReason:
 
 @contextmanager
 def _waiting_after_failure(seat: Seat) -> Generator[None]:
-    """Claim nothing for a while if no round came about: the worker at fault may be gone before the next round."""
+    """Claim nothing for a while if no round was formed: the worker at fault may be gone before the next round."""
     try:
         yield
     except NotGathered:

@@ -1,7 +1,7 @@
-"""What a called member of a gang does: it participates in the leader's trainer with its own devices.
+"""The part of a called member of a gang: it participates in the leader's trainer with its own devices.
 
 A member has no claim, and writes nothing about a job except the output of its trainer. Its trainer is one of several
-that train together. The trainer ends with the round, or when this worker can't reach the database any more.
+that train together. It ends with the round, or when this worker can't reach the database any more.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class _Participation:
         self._call = call
 
     def run(self, stack: ExitStack, launch: Launch) -> Json | None:
-        """How the part ended. None if the leader decides that.
+        """Take part. Returns how the part ended, or None if the leader decides that.
 
-        The output of the trainer is stored as the stack ends, so the leader does not wait for the store.
+        The output of the trainer is stored when the stack ends, so the leader does not wait for the store.
         """
         context, task = self._context, self._call.task
         try:
@@ -92,7 +92,7 @@ class _Participation:
             try:
                 return gangs.join(self._seat.place, self._call.round_id)
             except OUTAGES as error:
-                log.warning("%s The worker joins its gang a little later.", error)
+                log.warning("%s The worker will retry to join its gang.", error)
                 self._chores.go_on()
                 time.sleep(POLL_SECONDS)
         return None
@@ -112,7 +112,7 @@ class _Participation:
         return None
 
     def _settings(self, port: int, base_dir: Path) -> Json:
-        """The settings of the leader's trainer, adapted to this node."""
+        """Return the settings of the leader's trainer, adapted to this node."""
         call, task = self._call, self._call.task
         met = meeting_settings(
             address=task["address"],
@@ -141,14 +141,14 @@ class _Participation:
         return _as_json(TrainerEnd.UNKILLABLE.value) if trainer.is_left_behind else end
 
     def _set_aside(self, trainer: TrainerProcess) -> None:
-        """Cordon the worker if its trainer could not be killed. Tried for a lease, because this worker must not be
-        called again."""
+        """Cordon the worker if its trainer could not be killed. Retried for the length of a lease, because this worker
+        must not be called again."""
         deadline = boot_seconds() + self._context.settings.lease_seconds
         while True:
             try:
                 return set_aside(self._context, trainer)
             except OUTAGES as error:
-                log.warning("%s Waiting to record that the worker takes nothing new.", error)
+                log.warning("%s Waiting to cordon the worker.", error)
                 if boot_seconds() >= deadline:
                     return None
             time.sleep(POLL_SECONDS)
@@ -176,7 +176,8 @@ class _Participation:
         return _as_json(local, is_echo=local.is_echo or local.is_of_any)
 
     def _ask_to_leave(self) -> bool:
-        """Returns whether the request is recorded, so that the leader will see it."""
+        """Record that this worker wants to shut down. Returns whether it is recorded, so that the leader will see
+        it."""
         try:
             gangs.ask_to_leave(self._seat.place)
         except OUTAGES:
@@ -185,5 +186,5 @@ class _Participation:
 
 
 def _as_json(end: End | LocalExit, *, is_echo: bool = False) -> Json:
-    """How a part ended, as the leader reads it. is_echo: a failure on another node may have caused it."""
+    """Return how a part ended, as the leader reads it. is_echo: a failure on another node may have caused it."""
     return {"reason": end.reason.value, "detail": end.detail, "is_echo": is_echo}

@@ -1,7 +1,7 @@
-"""The output of a member's trainer, stored in the logs of the jobs that it trains, as on the leader's node.
+"""Stores the output of a member's trainer in the logs of the jobs that it trains, as on the leader's node.
 
-A member holds no claim, so it reads from the database which jobs those are. It polls at intervals: what it stores of a
-job may begin one poll before the job came, and end one poll after the job left.
+A member holds no claim, so it reads from the database which jobs those are. It polls at intervals. Therefore a job's
+log may begin one poll before the job joined, and end one poll after the job left.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ LOOK_SECONDS = 10.0
 
 
 class LentOutput:
-    """Of one member's part in one round."""
+    """The output of one member's part in one round."""
 
     def __init__(self, context: WorkerContext, trainer: TrainerProcess, *, trainer_id: str, first_rank: int) -> None:
-        """trainer_id: of the leader's, by which its attempts are known."""
+        """trainer_id: the leader's trainer, which identifies the attempts."""
         self._context = context
         self._trainer = trainer
         self._trainer_id = trainer_id
         self._output = Output(context, trainer.directory, first_rank=first_rank)
         self._seen: Mapping[int, int] = trainer.directory.log_starts
-        """Where each file ended at the last look."""
+        """The end of each file at the last poll."""
         self._begun: set[str] = set()
-        """Claims whose last words are to come."""
+        """Claims whose output is being stored."""
         self._over: set[str] = set()
-        """Those whose last words are kept, and which the record tells still."""
+        """Claims whose last output is stored, and which the database query still returns."""
         self._ended_after = 0.0
-        """What ended before it was seen to have ended; by the record's clock."""
+        """Attempts that ended before this time, by the database's clock, have been handled."""
         self._look_at = 0.0
 
     def push_due(self) -> None:
-        """Now and then: see which jobs have come and gone, cut what is long, and store what is new of each job."""
+        """At intervals, find the jobs that have joined or left, store the new output, and truncate long files."""
         if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + LOOK_SECONDS
             self._look()
         self._output.push_due()
 
     def end(self) -> None:
-        """The part is over: store the last words."""
+        """Store the last output at the end of the part."""
         self._look()
         for claim_id in self._begun:
             self._output.end(claim_id)
 
     def ask_stacks(self) -> None:
-        """The leader ended its trainer. Where that hung, and this one is still there, it tells where it stands."""
+        """Dump the stacks of this trainer if the leader's trainer was killed because it hung."""
         hung = [attempt for attempt, _ in self._attempts() or () if attempt.reason == EndReason.TIMEOUT]
         if hung:
             exit_status.dump_stacks(self._trainer, f"On the leader's node: {hung[0].detail}")
@@ -71,7 +71,7 @@ class LentOutput:
             if attempt.claim_id not in self._begun | self._over:
                 self._begun.add(attempt.claim_id)
                 self._output.begin_at(_claim(attempt, job), self._seen, worker_id=attempt.worker_id)
-            is_over = attempt.ended_at is not None and attempt.reason != EndReason.TIMEOUT  # else stacks are to come
+            is_over = attempt.ended_at is not None and attempt.reason != EndReason.TIMEOUT  # else stacks follow
             if is_over:
                 self._output.end(attempt.claim_id)
                 self._begun.discard(attempt.claim_id)
@@ -80,17 +80,17 @@ class LentOutput:
         self._seen = now
 
     def _attempts(self) -> list[tuple[Attempt, Job]] | None:
-        """None in an outage: nobody's training waits for what is printed."""
+        """Return the attempts with their jobs. None in an outage: no training waits for logs."""
         try:
             found, now = job_logs.attempts_of(self._context.db, self._trainer_id, ended_after=self._ended_after)
         except OUTAGES as error:
-            log.warning("%s What the trainer prints is kept a little later.", error)
+            log.warning("%s The output of the trainer is stored later.", error)
             return None
         self._ended_after = max(self._ended_after, now - job_logs.LATE_SECONDS)
         return found
 
 
 def _claim(attempt: Attempt, job: Job) -> Claim:
-    """The leader's."""
+    """Return the leader's claim."""
     claim_id, began = attempt.claim_id, attempt.started_at
     return Claim(job=job, claim_id=claim_id, attempt=attempt.number, waited_since=began, resume_candidates=())

@@ -1,1 +1,1 @@
-"""What this machine has: devices, cgroups, utilization, scratch space."""
+"""The resources of this machine: devices, cgroups, utilization, scratch space."""

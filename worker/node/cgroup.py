@@ -1,6 +1,6 @@
-"""What the kernel lets this process's group have of the machine's memory, and whom of it it has killed; both versions.
+"""Reads the memory limit, memory usage and OOM kills of this process's cgroup, of version 1 or 2.
 
-A container sees its own group as the root. Elsewhere, as under systemd, it lies where /proc/self/cgroup says.
+A container sees its own group as the root. Elsewhere, for example under systemd, /proc/self/cgroup names the group.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ OWN = Path("/proc/self/cgroup")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Names:
-    """Of the files of one version."""
+    """The names of one version's files."""
 
     controller: str
-    """As /proc/self/cgroup names it."""
+    """The controller's name in /proc/self/cgroup."""
     folder: str
     limit: str
     used: str
     reclaimable: str
-    """In memory.stat: page cache that the kernel gives back when memory is wanted, which counts as used."""
+    """The entry of memory.stat for page cache that counts as used, but that the kernel frees when memory is needed."""
     events: str
 
 
@@ -49,8 +49,8 @@ VERSIONS = (
 
 
 def free_bytes() -> int | None:
-    """What the group may still take, by its own limit and those of the groups that it lies in; None where nothing
-    limits it."""
+    """Return how many bytes the group may still allocate, by its own limit and those of its parent groups. None if
+    there is no limit."""
     names = _found()[1]
     return min((free for group in _groups() if (free := _free_bytes(group, names)) is not None), default=None)
 
@@ -64,26 +64,26 @@ def _free_bytes(folder: Path, names: Names) -> int | None:
 
 
 def limit_bytes() -> int | None:
-    """What the group may take in all, by the least of the same limits; None where nothing limits it."""
+    """Return the lowest limit of the group and its parent groups. None if there is no limit."""
     names = _found()[1]
     return min((limit for group in _groups() if (limit := _number(group / names.limit)) is not None), default=None)
 
 
 def oom_kills() -> int:
-    """How many of its processes the kernel has killed for want of memory, so far."""
+    """Return how many processes of the group the kernel has killed because memory ran out."""
     folder, names = _found()
     return _entry(folder / names.events, "oom_kill") or 0
 
 
 def _groups() -> list[Path]:
-    """Its own folder, and those of the groups that it lies in."""
+    """Return the folder of the group and those of its parent groups."""
     folder, names = _found()
     top = ROOT / names.folder
     return [folder, *(above for above in folder.parents if above == top or top in above.parents)]
 
 
 def _found() -> tuple[Path, Names]:
-    """The group's folder, and how its files are named; where nothing tells, those of the second version's root."""
+    """Return the group's folder and the names of its files. If the group is unknown, those of version 2's root."""
     return _looked_up(ROOT, OWN)
 
 
@@ -99,7 +99,7 @@ def _looked_up(root: Path, own: Path) -> tuple[Path, Names]:
 
 
 def _paths(own: Path) -> dict[str, str]:
-    """By controller, the group within its tree; the second version's tree has all and names none."""
+    """Return the group's path in each controller's tree. Version 2 has one tree, with an empty controller name."""
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:

@@ -1,6 +1,6 @@
-"""What this machine has and what is free of it: NVML for GPUs, the operating system for the rest. No torch.
+"""Finds the devices of this machine and their free memory: NVML for GPUs, the operating system for the rest. No torch.
 
-Which device group a worker gets is chosen here too, by the text that names it; several at once are in groups.
+This module also parses the text that selects the device group of a worker.
 """
 
 from __future__ import annotations
@@ -28,73 +28,73 @@ CORES = "cpu:"
 NUMBERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""What the kernel calls it on x86 and on ARM."""
+"""The kernel's names of the feature on x86 and ARM."""
 BFLOAT16_CAPABILITY = 8
-"""The first generation of NVIDIA's GPUs (Ampere) that multiplies it in hardware."""
+"""The first compute capability of NVIDIA GPUs (Ampere) that multiplies bfloat16 in hardware."""
 UVM_NODE = Path("/dev/nvidia-uvm")
 MODPROBE_SECONDS = 30.0
 LEAST_BYTES = 64 * 2**10
-"""Of a disk, below which a trainer can't even say what it wants to."""
+"""Free disk space below which a trainer can't even write a message."""
 
 
 class SilentGpu(Exception):
-    """The driver does not tell what is free of a GPU, for the reason that is said."""
+    """The driver does not report the free memory of a GPU. The error's text is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """What one worker trains on, a device group: one GPU, several, the CPU, or some of its cores."""
+    """The device group on which one worker trains: one GPU, several GPUs, the CPU, or some of its cores."""
 
     kind: str
     """cpu or cuda."""
     indices: tuple[int, ...] = ()
-    """NVML's numbers of its GPUs, which are those of the bus; () of a CPU. One is the usual case."""
+    """The numbers of its GPUs in NVML, which are in PCI bus order. () for a CPU. Usually it has one GPU."""
     cores: tuple[int, ...] = ()
-    """Numbers of the CPU's cores that are its own; () where it has all that its process may use."""
+    """The numbers of the CPU cores that are reserved for it. () if it has all cores that its process may use."""
     name: str
     memory_bytes: int
-    """Of several GPUs that of the smallest, times their number: all hold the same, so the smallest is full first. Of
-    some cores their part of the machine's."""
+    """For several GPUs, the memory of the smallest one times their number: all hold the same amount, so the smallest is
+    full first. For some cores, a proportional part of the machine's memory."""
     has_bfloat16: bool = True
-    """Its hardware multiplies bfloat16; without, it is right but slower than float32."""
+    """Whether its hardware multiplies bfloat16. Without it, bfloat16 is correct but slower than float32."""
     quantizations: tuple[str, ...] = ()
-    """Beside none: how a trainer on it can hold a base's linears."""
+    """The quantizations in which a trainer on it can hold a base model's linear layers."""
     host_memory_bytes: int = 0
-    """Of GPUs: their part of the machine's memory, by number."""
+    """For GPUs, a part of the machine's memory that is proportional to their number."""
 
     @property
     def num_processes(self) -> int:
-        """Of a trainer on it: one for each GPU."""
+        """The number of processes of a trainer on it: one for each GPU."""
         return max(1, len(self.indices))
 
     @property
     def bytes_of_each(self) -> int:
-        """Memory that each process of a trainer has, and holds a whole base in: of the smallest GPU, or all of a
-        CPU's."""
+        """The memory of each process of a trainer, in which a replicated base model must fit: that of the smallest GPU,
+        or all of a CPU's."""
         return self.memory_bytes // self.num_processes
 
     @property
     def recomputes(self) -> bool:
-        """Whether an engine on it computes blocks again where memory is short."""
+        """Whether an engine on it uses activation checkpointing if memory is short."""
         return self.kind == "cuda"
 
     def torch_name(self) -> str:
-        """Its name within the trainer, to which the launcher shows no GPU of others."""
+        """Return its name within the trainer, which sees no GPUs of other workers."""
         return "cpu" if self.kind == "cpu" else "cuda:0"
 
     def as_json(self) -> dict[str, Any]:
-        """For its worker's record."""
+        """Return it as JSON, for the worker's row in the database."""
         return asdict(self)
 
 
 def find_devices() -> list[Device]:
-    """The GPUs that NVML reports; where there is none, the CPU."""
+    """Return the GPUs that NVML reports, or the CPU if there are none."""
     return _find_gpus() or [cpu()]
 
 
 def choose_device(wanted: str | None) -> Device:
-    """The device group that `wanted` names: "cpu", cores such as "cpu:0-3,8", GPUs by number such as "2" or "0,1", or
-    the first GPU that there is, else the CPU. Ends the program where there is none such."""
+    """Return the device group that `wanted` names: "cpu", cores such as "cpu:0-3,8", or GPU numbers such as "2" or
+    "0,1". The default is the first GPU, or the CPU if there is no GPU. Raises SystemExit if there is no such group."""
     if wanted == "cpu":
         return cpu()
     if wanted is not None and wanted.startswith(CORES):
@@ -107,16 +107,16 @@ def choose_device(wanted: str | None) -> Device:
 
 
 def settle_on(device: Device) -> None:
-    """Keep this process, and what it starts, to the cores of its device. Before it starts threads."""
+    """Pin this process and its child processes to the cores of its device. Call it before starting threads."""
     if device.cores:
         os.sched_setaffinity(0, device.cores)
 
 
 @cache
 def create_uvm_node() -> None:
-    """Create the device node of CUDA's memory, where it is missing and the driver's program for that is installed.
+    """Create the device node of CUDA's unified memory if it is missing and the driver's program for it is installed.
 
-    CUDA would start this setuid program itself, which a trainer's sandbox prevents (no_new_privs).
+    CUDA would start this setuid program itself, but a trainer's sandbox prevents that (no_new_privs).
     """
     program = shutil.which("nvidia-modprobe")
     if UVM_NODE.exists() or program is None:
@@ -146,21 +146,22 @@ def _together(gpus: Sequence[Device]) -> Device:
 
 
 def _numbers(text: str, wanted: str, found: Collection[int], what: str) -> tuple[int, ...]:
-    """ "0,1" or "0-3,8", each once and each there; in the order given. Ends the program else."""
+    """Return the numbers in a text such as "0,1" or "0-3,8", in its order. Raises SystemExit if a number is repeated or
+    is not in `found`."""
     numbers: list[int] = []
     for part in text.split(","):
         span = NUMBERS.fullmatch(part.strip())
         if span is None:
-            raise SystemExit(f"{wanted!r} names no device group. Say cpu, cpu:0-3, or GPUs by number such as 2 or 0,1.")
+            raise SystemExit(f"{wanted!r} is not a device group. Use cpu, cpu:0-3, or GPU numbers such as 2 or 0,1.")
         numbers += range(int(span[1]), int(span[2] or span[1]) + 1)
     if not numbers:
-        raise SystemExit(f"{wanted!r} names no device group: its last number comes before its first.")
+        raise SystemExit(f"{wanted!r} is not a device group: a range ends before it begins.")
     missing = [number for number in numbers if number not in found]
     if missing:
         names = _listed(sorted(found)) or "none"
-        raise SystemExit(f"There is no {what} {_listed(missing)} here (found: {names}). Choose of these, or say cpu.")
+        raise SystemExit(f"This machine has no {what} {_listed(missing)} (available: {names}). Use these, or cpu.")
     if len(set(numbers)) < len(numbers):
-        raise SystemExit(f"{wanted!r} names a {what} twice. Name each once.")
+        raise SystemExit(f"{wanted!r} lists a {what} twice. List each one once.")
     return tuple(numbers)
 
 
@@ -169,12 +170,13 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def quantizations() -> tuple[str, ...]:
-    """What bitsandbytes gives, on any device; () where it isn't installed. It is not imported."""
+    """Return the quantizations of bitsandbytes, which work on any device. () if it isn't installed. Doesn't import
+    it."""
     return ("nf4", "int8") if find_spec("bitsandbytes") else ()
 
 
 def cpu(*, cores: tuple[int, ...] = ()) -> Device:
-    """cores: those that are its own; none named: all."""
+    """Return the CPU as a device. cores: the cores that are reserved for it; () for all."""
     share = len(cores) / max(1, len(_own_cores())) if cores else 1.0
     return Device(
         kind="cpu",
@@ -187,7 +189,7 @@ def cpu(*, cores: tuple[int, ...] = ()) -> Device:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """By the flags of the first core; taken as True where the system does not tell (macOS)."""
+    """Return whether the flags of the first core include bfloat16. True if the system doesn't list them (macOS)."""
     try:
         found = re.search(r"^(?:flags|Features)\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
     except OSError:
@@ -196,7 +198,7 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(_own_cores())
 
 
@@ -205,14 +207,17 @@ def _own_cores() -> set[int]:
 
 
 def num_threads() -> int:
-    """Threads for a trainer: OMP_NUM_THREADS where somebody has set it, else a thread per core."""
+    """Return the number of threads for a trainer: OMP_NUM_THREADS if it is set, else one thread per core."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() and int(given) > 0 else num_cores()
 
 
 def free_bytes(device: Device) -> int:
-    """Memory that a trainer on `device` may still take: of each of its GPUs, by the one that has the least; or of the
-    machine and its cgroup, where some cores alone may take no more than their part."""
+    """Return the memory that a trainer on `device` may still allocate.
+
+    For GPUs, it is the free memory of the GPU that has the least. For a CPU, it is the free memory of the machine and
+    its cgroup. Reserved cores get at most their part of it.
+    """
     if device.kind == "cuda":
         return min(map(_gpu_free_bytes, device.indices))
     available = psutil.virtual_memory().available
@@ -223,7 +228,7 @@ def free_bytes(device: Device) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result, without importing any."""
+    """Return the versions of the packages that affect results, without importing them."""
     names = ("lorry", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
     optional = ("bitsandbytes",) if find_spec("bitsandbytes") else ()
     return {name: _version(name) for name in (*names, *optional)}
@@ -260,22 +265,22 @@ def _find_gpus() -> list[Device]:
 
 
 def _host_memory_bytes() -> int:
-    """All of the machine's, or what its cgroup is left of it."""
+    """Return the machine's memory, or the limit of the cgroup if that is lower."""
     total, limit = int(psutil.virtual_memory().total), cgroup.limit_bytes()
     return total if limit is None else min(total, limit)
 
 
 def _usable_bytes(nvml: Any, handle: Any) -> int:
-    """All of a GPU's memory but what its driver keeps for itself, which no job ever has."""
+    """Return a GPU's memory without the part that its driver reserves, which is never available to jobs."""
     try:
         memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-    except (AttributeError, nvml.NVMLError):  # a binding or a driver that does not tell
+    except (AttributeError, nvml.NVMLError):  # a binding or a driver that does not report it
         return int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
     return int(memory.total) - int(memory.reserved)
 
 
 def _visible(count: int) -> list[int]:
-    """GPUs that CUDA_VISIBLE_DEVICES leaves, by NVML's numbers. As in CUDA, the first number of none ends the list."""
+    """Return the numbers of the GPUs in CUDA_VISIBLE_DEVICES. As in CUDA, the first invalid number ends the list."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(range(count))
@@ -283,15 +288,15 @@ def _visible(count: int) -> list[int]:
     for name in names:
         if name.startswith(("GPU-", "MIG-")):
             raise SystemExit(
-                f"CUDA_VISIBLE_DEVICES names {name!r}; a worker takes GPUs by their numbers alone. "
-                "Give the numbers that nvidia-smi shows, or leave the variable unset and set LORRY_DEVICE."
+                f"CUDA_VISIBLE_DEVICES contains {name!r}, but a worker accepts GPU numbers only. "
+                "Use the numbers that nvidia-smi shows, or unset the variable and set LORRY_DEVICE."
             )
     shown = itertools.takewhile(lambda name: name.isdecimal() and int(name) < count, names)
     return [int(name) for name in shown]
 
 
 def silence(device: Device) -> str | None:
-    """Of which of its GPUs the driver does not tell now what is free, and why. None: it tells of all."""
+    """Return the GPU whose free memory the driver does not report now, and the reason. None if it reports all."""
     for index in device.indices:
         try:
             _told_free_bytes(index)
@@ -301,7 +306,8 @@ def silence(device: Device) -> str | None:
 
 
 def _gpu_free_bytes(index: int) -> int:
-    """0 where the driver does not tell now: nothing more is taken in, and what trains there goes on."""
+    """Return a GPU's free memory. 0 if the driver does not report it now: no job is admitted, and running jobs
+    continue."""
     try:
         return _told_free_bytes(index)
     except SilentGpu as silent:
@@ -310,7 +316,7 @@ def _gpu_free_bytes(index: int) -> int:
 
 
 def _told_free_bytes(index: int) -> int:
-    """Raises SilentGpu."""
+    """Return the free memory that NVML reports. Raises SilentGpu."""
     nvml = open_nvml()
     if nvml is None:
         raise SilentGpu("NVML can't be opened")
@@ -322,11 +328,11 @@ def _told_free_bytes(index: int) -> int:
 
 @cache
 def _tell_once(index: int, why: str) -> None:
-    log.error("GPU %d does not tell what is free of it, so no job is taken in: %s", index, why)
+    log.error("The driver does not report the free memory of GPU %d, so no job is admitted: %s", index, why)
 
 
 def open_nvml() -> Any:
-    """NVML, initialized; None where the binding or the driver is missing."""
+    """Return NVML, initialized. None if the binding or the driver is missing."""
     try:
         import pynvml  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
@@ -340,7 +346,7 @@ def open_nvml() -> Any:
 
 
 def is_disk_full(folder: Path) -> bool:
-    """Whether there is no room for a message of a trainer's."""
+    """Return whether the disk has too little space for a message of a trainer."""
     try:
         return shutil.disk_usage(folder).free < LEAST_BYTES
     except OSError:

@@ -1,6 +1,6 @@
-"""Folders that live no longer than their owner: a lock on a file beside each tells whether it does.
+"""Folders that are deleted when their owner exits. A lock on a file next to each folder shows whether its owner runs.
 
-A killed worker leaves its folders behind; the next one to start clears those away whose lock is free.
+A killed worker leaves its folders behind. The next worker that starts deletes the folders whose lock is free.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ SUFFIX = ".lock"
 
 @contextmanager
 def owned(path: Path) -> Generator[Path]:
-    """Own `path` (not created here) for the block's length; after it both folder and lock are gone."""
+    """Own `path`, which the caller creates, for the length of the block. Then the folder and its lock are deleted."""
     lock_path = path.with_name(f"{path.name}{SUFFIX}")
     descriptor = _locked(lock_path)
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        with suppress(OSError):  # on a disk that is read-only now: the next worker to start clears it away
+        with suppress(OSError):  # if the disk is read-only now, the next worker that starts deletes it
             lock_path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
 def _locked(lock_path: Path) -> int:
-    """A descriptor that holds the lock. A cleaner may delete the file between its creation and its locking: then this
-    lock would be on a file that has no name, and no cleaner would ever find the folder. So it is taken again."""
+    """Return a descriptor that holds the lock.
+
+    A cleaner may delete the file between its creation and its locking. The lock would then be on a file without a name,
+    and no cleaner would ever find the folder. In this case, the lock is taken again.
+    """
     while True:
         descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -45,7 +48,7 @@ def _locked(lock_path: Path) -> int:
 
 
 def _is_current(descriptor: int, lock_path: Path) -> bool:
-    """Whether the open file is the one that the path names now."""
+    """Return whether the open file is the one that the path names now."""
     try:
         return os.path.samestat(os.fstat(descriptor), lock_path.stat())
     except FileNotFoundError:
@@ -53,7 +56,7 @@ def _is_current(descriptor: int, lock_path: Path) -> bool:
 
 
 def clean(parent: Path) -> list[str]:
-    """Delete the folders in `parent` whose owner has gone. Returns their names."""
+    """Delete the folders in `parent` whose owner has exited. Returns their names."""
     return [lock_path.stem for lock_path in parent.glob(f"*{SUFFIX}") if _clean_one(lock_path)]
 
 

@@ -1,7 +1,7 @@
-"""How busy this worker's device is: utilization, memory, temperature, power. By NVML for a GPU, by the operating system
-for the CPU.
+"""Measures how busy this worker's device is: utilization, memory, temperature, power. It uses NVML for GPUs, and the
+operating system for the CPU.
 
-It is looked at on a thread of its own, for a driver that hangs must cost no heartbeat.
+A separate thread measures, so that a driver that hangs delays no heartbeat.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from worker.node import devices
 
 log = logging.getLogger(__name__)
 Use = dict[str, float]
-"""utilization_ratio (0 to 1), memory_used_bytes, temperature_celsius, power_watts; what isn't known is left out."""
+"""utilization_ratio (0 to 1), memory_used_bytes, temperature_celsius, power_watts. Unknown values are omitted."""
 JOINED: dict[str, Callable[[list[float]], float]] = {
     "utilization_ratio": fmean,
     "memory_used_bytes": sum,
@@ -28,12 +28,13 @@ JOINED: dict[str, Callable[[list[float]], float]] = {
     "power_watts": sum,
 }
 STALE_LOOKS = 3
-"""What was seen so many looks ago is told no more: the driver may hang."""
+"""After this many intervals, a measurement is no longer reported: the driver may hang."""
 NVML_TEMPERATURE_GPU = 0
 
 
 def measure(device: devices.Device) -> Use:
-    """Of the whole device, whoever uses it; of a CPU since the last look. {} where nothing can be told."""
+    """Measure the whole device, including its use by other processes. A CPU's utilization is that since the last call.
+    Returns {} if nothing is known."""
     if device.kind == "cpu":
         memory = psutil.virtual_memory()
         busy = psutil.cpu_percent() / 100
@@ -43,13 +44,13 @@ def measure(device: devices.Device) -> Use:
 
 
 def _together(each: list[Use]) -> Use:
-    """Of a group of GPUs what all of them tell: how busy they are on average, the hottest, and sums of the rest."""
+    """Combine the values that all GPUs of a group report: mean utilization, highest temperature, sums of the rest."""
     known = [name for name in JOINED if all(name in use for use in each)]
     return {name: JOINED[name]([use[name] for use in each]) for name in known}
 
 
 def _of_gpu(nvml: Any, index: int) -> Use:
-    """Each by itself: consumer cards and virtual ones don't tell everything."""
+    """Measure one GPU. Each value is queried separately, because consumer and virtual GPUs don't report all of them."""
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
     except nvml.NVMLError:
@@ -70,10 +71,10 @@ def _of_gpu(nvml: Any, index: int) -> Use:
 
 
 class DeviceWatch:
-    """Looks again and again; `latest` never waits."""
+    """Measures periodically on its own thread. `latest` never waits."""
 
     def __init__(self, look: Callable[[], Use], *, seconds: float) -> None:
-        """seconds: between two looks."""
+        """look: measures the device. seconds: the interval between two measurements."""
         self._look = look
         self._seconds = seconds
         self._seen: tuple[float, Use] | None = None
@@ -81,18 +82,18 @@ class DeviceWatch:
         self._thread = threading.Thread(target=self._watch, name="device-watch", daemon=True)
 
     def latest(self) -> Use | None:
-        """None where there was no look lately."""
+        """Return the last measurement. None if there is no recent one."""
         seen = self._seen
         if seen is None or time.monotonic() - seen[0] > STALE_LOOKS * self._seconds:
             return None
         return seen[1]
 
     def look_once(self) -> None:
-        """It never raises: how busy a device is is worth nobody's job."""
+        """Measure once. Never raises, because a failed measurement must not fail a job."""
         try:
             self._seen = (time.monotonic(), self._look())
-        except Exception:  # whatever a driver meets, the next look may succeed
-            log.exception("The device can't be looked at")
+        except Exception:  # the next measurement may succeed, whatever the driver's error is
+            log.exception("The device can't be measured")
 
     def _watch(self) -> None:
         self.look_once()
@@ -101,7 +102,7 @@ class DeviceWatch:
 
     @contextmanager
     def watching(self) -> Generator[None]:
-        """One that hangs is left behind: the thread doesn't outlive its process."""
+        """Measure during the block. A thread that hangs is left behind: it is a daemon, and ends with the process."""
         self._thread.start()
         try:
             yield

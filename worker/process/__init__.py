@@ -1,1 +1,1 @@
-"""Start, confine, watch and end child processes."""
+"""Starts, confines, watches and kills child processes."""

@@ -1,4 +1,4 @@
-"""The clock of everything that depends on a lease: the database's time goes on while this machine is suspended."""
+"""The clock for everything that depends on a lease. It includes suspensions, because leases expire during them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import time
 
 
 def boot_seconds() -> float:
-    """Seconds since the machine was started, which never go back and include those in which it was suspended.
+    """Return the seconds since the machine started, including the time in which it was suspended. Never decreases.
 
-    `time.monotonic` leaves these out on Linux. On macOS it does so as well, and there is no other clock that Python
-    reaches: a worker there may train until its next heartbeat after it has woken up, whose answer stops it.
+    `time.monotonic` excludes suspensions on Linux and macOS, and Python has no other clock for macOS. After a
+    suspension, a worker on macOS may therefore train until the response to its next heartbeat stops it.
     """
     if sys.platform == "linux":
         return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,9 +1,11 @@
-"""A worker's children, and the two ways in which they end with it.
+"""Confines the child processes of a worker, and ends them together with it.
 
-The kernel kills a direct child whose worker dies (`lorry.local.parent_watch`); here such a child is confined as well:
-`python -m worker.process.confined_child PARENT SANDBOX ARGV…` applies the sandbox and becomes ARGV. A trainer holds a
-lease besides: the read end of a pipe is its standard input, the only descriptor that launchers hand on. It exits when
-that closes, or when the worker sends no sign of life for too long.
+The kernel kills a direct child whose worker dies (`lorry.local.parent_watch`). This module also confines the child:
+`python -m worker.process.confined_child PARENT SANDBOX ARGV…` applies the sandbox and becomes ARGV.
+
+A trainer holds a lease in addition. The read end of a pipe is its standard input, which is the only descriptor that
+launchers pass on. The trainer exits when the pipe closes, or when the worker sends no heartbeat through it for too
+long.
 """
 
 from __future__ import annotations
@@ -21,20 +23,21 @@ from worker.process.sandbox import REFUSAL, REFUSED, Sandbox, apply
 
 OPTION = "--tethered="
 SIGN = struct.Struct("=d")
-"""A sign of life: the `boot_seconds` at which the parent sent it. A pipe takes one whole or not at all."""
+"""A heartbeat: the `boot_seconds` at which the parent sent it. Writing so few bytes to a pipe is atomic."""
 PIPE_BYTES = 2**16
 
 
 def confined(argv: Sequence[str], sandbox: Sandbox) -> list[str]:
-    """`argv` as a command that the kernel kills when the calling thread ends, and confines to the sandbox."""
+    """Return a command that runs `argv` in the sandbox. The kernel kills it when the calling thread ends."""
     return [sys.executable, "-m", "worker.process.confined_child", str(os.getpid()), sandbox.as_argument(), *argv]
 
 
 def hold_on(argv: Sequence[str]) -> None:
-    """Tie this process to its parent if `argv` says `--tethered=SECONDS`: end after so long without a sign.
+    """Tie this process to its parent if `argv` contains `--tethered=SECONDS`: exit after SECONDS without a heartbeat.
 
-    Of several processes that one launcher has started the first reads the pipe, for a sign goes to one reader; the
-    others watch for its end, and end with their launcher, which ends when the first does.
+    If one launcher has started several processes, only the first reads the pipe, because each heartbeat goes to one
+    reader. The others watch for the pipe to close. They also exit with their launcher, which exits when the first
+    process does.
     """
     for argument in argv:
         if argument.startswith(OPTION):
@@ -46,12 +49,12 @@ def hold_on(argv: Sequence[str]) -> None:
 
 
 def is_first() -> bool:
-    """Of the processes that one launcher has started here; true of one that was started alone."""
+    """Return whether this is the first process of its launcher on this machine. True without a launcher."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def watch_pipe(descriptor: int, *, silence_seconds: float) -> threading.Thread:
-    """Start the thread that ends this process when the pipe closes, or brings no sign of life for so long."""
+    """Start a thread that exits this process when the pipe closes, or brings no heartbeat for `silence_seconds`."""
     since = descriptor, silence_seconds, boot_seconds()
     thread = threading.Thread(target=_watch, args=since, name="tether", daemon=True)
     thread.start()
@@ -59,7 +62,7 @@ def watch_pipe(descriptor: int, *, silence_seconds: float) -> threading.Thread:
 
 
 def watch_end(descriptor: int) -> threading.Thread:
-    """Start the thread that ends this process when the pipe closes; it reads nothing."""
+    """Start a thread that exits this process when the pipe closes. It reads nothing."""
     thread = threading.Thread(target=_watch_end, args=(descriptor,), name="tether", daemon=True)
     thread.start()
     return thread
@@ -67,21 +70,22 @@ def watch_end(descriptor: int) -> threading.Thread:
 
 def _watch_end(descriptor: int) -> None:
     poll = select.poll()
-    poll.register(descriptor, 0)  # of itself it tells when the other end has gone
+    poll.register(descriptor, 0)  # poll always reports POLLHUP, so no event is requested
     poll.poll()
     os._exit(LOST_PARENT)
 
 
 def _watch(descriptor: int, silence_seconds: float, sent_at: float) -> None:
-    """End this process when the worker has shown no sign of life for `silence_seconds`, a lease.
+    """Exit this process when the worker has sent no heartbeat for `silence_seconds`, the length of a lease.
 
-    What counts is when the signs were sent, not when they are read: after a suspension the pipe holds old ones, and
-    this thread may run late although its worker lives, for instance while another holds the GIL. Both processes read
-    the machine's clock. A gap between two signs ends the process too, for the lease has ended in it.
+    The time at which a heartbeat was sent counts, not the time at which it is read. After a suspension the pipe holds
+    old heartbeats. This thread may also run late although the worker lives, for example while another thread holds
+    the GIL. Both processes read the machine's clock. Too long a gap between two heartbeats also exits the process,
+    because the lease expired during the gap.
     """
     while True:
         select.select([descriptor], [], [], max(0.0, sent_at + silence_seconds - boot_seconds()))
-        now = boot_seconds()  # before the pipe is read, so that no sign that came by then is missed
+        now = boot_seconds()  # before the pipe is read, so that no heartbeat that arrived by then is missed
         readable, _, _ = select.select([descriptor], [], [], 0)
         signs = os.read(descriptor, PIPE_BYTES) if readable else None
         if signs == b"":
@@ -95,8 +99,8 @@ def _watch(descriptor: int, silence_seconds: float, sent_at: float) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Become `arguments[2:]` in the sandbox `arguments[1]`, unless the parent, whose process id is `arguments[0]`, has
-    died already. Exits with REFUSED if the sandbox can't be applied."""
+    """Become `arguments[2:]` in the sandbox `arguments[1]`, unless the parent with the process id `arguments[0]` has
+    already died. Exits with REFUSED if the sandbox can't be applied."""
     parent, sandbox, *argv = arguments
     die_with_parent(int(parent))
     try:

@@ -1,8 +1,9 @@
-"""Whether one node's processes of a trainer ended by themselves, or for another node's: by what each printed. Pure.
+"""Determines why a trainer exited, from its exit status and from the log of each of its processes.
 
-A process that fails tells the others (lora_core.distributed.failure_broadcast), and they print that as well. A killed
-process can't, and then the others print that they have lost it. So a node is its own cause where any of its processes
-ended otherwise.
+With several nodes, it separates root causes from cascading failures. A process that fails notifies the others
+(lora_core.distributed.failure_broadcast), and they print its error as well. A killed process can't notify them, so the
+others print that they have lost the connection. A node is a root cause if any of its processes exited for another
+reason.
 """
 
 from __future__ import annotations
@@ -32,34 +33,38 @@ ECHO = re.compile(
     r"|Connection (?:closed|reset)|Broken pipe|(?:Socket|[Ww]ait) timeout|does not listen",
     re.IGNORECASE,
 )
-"""Of a process that has lost another one."""
+"""Matches the errors of a process that has lost the connection to another one."""
 SICK = re.compile(r"CUDA error|unhandled cuda error|ncclUnhandledCudaError|out of memory", re.IGNORECASE)
-"""Of one whose own device has failed, whoever tells it."""
+"""Matches the failure of a process's own device, even if the same line matches ECHO."""
 SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID|died with <Signals\.SIG\w+: (\d+)>|exitcode +: (-?\d+)")
-"""What launchers print of their children."""
+"""Matches the lines in which launchers report how their child processes exited."""
 CRASHED = re.compile(r"^Fatal Python error: (?!Aborted)", re.MULTILINE)
 NEUTRAL = frozenset({0, 1, 2, 6, 15})
-"""Signals and exit statuses that follow from others' ends too: libraries abort, launchers terminate."""
+"""Signals and exit statuses that can also follow from the exit of another process: libraries abort, and launchers
+terminate their child processes."""
 OF_LAUNCHERS = ("CalledProcessError", "ChildFailedError")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerFailure:
-    """What the processes of one node tell."""
+    """The cause of a failure, as the processes of one node see it."""
 
     is_own: bool
-    """One of them ended by itself."""
+    """The failure began on this node."""
     is_echo: bool
-    """None did, and they tell of others. Neither is true where they tell nothing."""
+    """The failure began on another node. Both flags are False if the logs don't show where it began."""
     said: str = ""
-    """Of an echo: in what words."""
+    """The error that the processes report, if it began on another node."""
     is_reported: bool = False
-    """By the process that failed first, so all had met by then."""
+    """The process that failed first reported the failure, so the processes of all nodes had connected by then."""
 
 
 def heard(logs: Sequence[str], *, ranks: range, returncode: int | None) -> PeerFailure:
-    """logs: the last lines of each of the node's processes, whose numbers in the trainer are `ranks`. returncode: of
-    the node's trainer; None where its worker has killed it, so that only words count."""
+    """Return where a failure began, from the logs of one node.
+
+    logs: the last lines of each of the node's processes. ranks: their numbers in the trainer. returncode: the exit
+    status of the node's trainer. None if the node's worker killed it, so that only the logs count.
+    """
     if _crashed(logs, returncode):
         return PeerFailure(is_own=True, is_echo=False)
     fellows = [match for log in logs for match in FELLOW.finditer(log)]
@@ -76,20 +81,20 @@ def heard(logs: Sequence[str], *, ranks: range, returncode: int | None) -> PeerF
 
 
 def last_error(log: str) -> str | None:
-    """The last line that names an exception of the trainer itself, not of its launcher."""
+    """Return the last line that names an exception of the trainer itself, not of its launcher."""
     found = _errors(log)
     return found[-1] if found else None
 
 
 def own_error(log: str) -> str | None:
-    """The same, but for those of lost processes where there is another."""
+    """Return the last line that names an exception of this node, or else the last one about a lost process."""
     found = _errors(log)
     own = [error for error in found if not _is_of_another(error)]
     return (own or found)[-1] if found else None
 
 
 def without_others(log: str, ranks: range) -> str:
-    """The log but for what it tells of failures on other nodes."""
+    """Return the log without its reports of failures on other nodes."""
     return FELLOW.sub(lambda match: match[0] if int(match[1]) in ranks else "", log)
 
 
@@ -104,7 +109,8 @@ def _crashed(logs: Sequence[str], returncode: int | None) -> bool:
 
 
 def _statuses(log: str) -> Iterator[int]:
-    """Of signals and exits, their signs left out: a child that was killed has the signal's number below zero."""
+    """Yield the numbers of the signals and exit statuses that launchers report. A negative number is a signal too, so
+    signs are dropped."""
     for match in SIGNAL.finditer(log):
         yield abs(int(next(found for found in match.groups() if found is not None)))
 
@@ -117,18 +123,19 @@ CUDA_OOM = re.compile(
     r"CUDA out of memory|CUDA error: out of memory|torch\.OutOfMemoryError|_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
 PYTHON_OOM = r"^(?:\[rank\d+\]: )?(?!torch\.)[\w.]*MemoryError\b"
-"""Python's own, and NumPy's `numpy._core._exceptions._ArrayMemoryError`; torch's tells of the device."""
+"""Matches Python's own error and NumPy's `numpy._core._exceptions._ArrayMemoryError`. It excludes torch's error,
+which is about the device."""
 HOST_OOM = re.compile(rf"DefaultCPUAllocator: can't allocate memory|{PYTHON_OOM}|std::bad_alloc", re.MULTILINE)
 KILLED = re.compile(r"died with <Signals\.SIGKILL: 9>|Signal 9 \(SIGKILL\) received by PID")
-"""What accelerate's launcher prints of its child, and torchrun's of one of several."""
+"""Matches the reports of accelerate's launcher about its only child process, and of torchrun about one of several."""
 LOST = re.compile(rf"status {LOST_PARENT}\b|exitcode +: {LOST_PARENT}\b")
 DISK_FULL = 114
-"""Exit status of a trainer that could not write: it may have found no room to say so either."""
+"""Exit status of a trainer that could not write. It may have been unable to write an error message as well."""
 NO_ROOM = re.compile(
     rf"status {DISK_FULL}\b|exitcode +: {DISK_FULL}\b|^(?:\[rank\d+\]: )?.*OSError: \[Errno 28\]", re.MULTILINE
 )
 BROKEN = re.compile(r"\bBrokenPass: ")
-"""Of the process that ran out, or of another that ended for it."""
+"""Printed by the process that ran out of memory, or by another one that exited because of it."""
 DIFFER = re.compile(r"^(?:\[rank\d+\]: )?[\w.]*RanksDiffer: (.*)$", re.MULTILINE)
 WAS_KILLED = "The trainer was killed (signal 9)."
 
@@ -136,30 +143,31 @@ WAS_KILLED = "The trainer was killed (signal 9)."
 def classify_exit(
     returncode: int, log_tail: str, *, num_oom_kills: int, device_kind: str, is_disk_full: bool = False
 ) -> tuple[EndReason, str]:
-    """Why every job of that trainer ended, and a sentence.
+    """Return the reason for which the attempts of all jobs of the trainer ended, and a sentence about it.
 
-    num_oom_kills: by the kernel, while it ran. device_kind: cpu or cuda. is_disk_full: the trainers', now.
+    num_oom_kills: processes that the kernel killed while the trainer ran. device_kind: cpu or cuda. is_disk_full:
+    whether the disk with the trainer's directory is full now.
     """
     killed = returncode in (-9, 137) or KILLED.search(log_tail) is not None
     if killed and num_oom_kills > 0:
-        return EndReason.HOST_OOM, "The kernel killed the trainer for want of memory."
+        return EndReason.HOST_OOM, "The kernel killed the trainer because the machine ran out of memory."
     shortage = _shortage(log_tail, device_kind)
     if shortage is not None:
         return shortage
     if killed:
         return EndReason.TRAINER_CRASHED, WAS_KILLED
     if returncode == LOST_PARENT or LOST.search(log_tail) is not None:
-        return EndReason.INFRA_LOST, "The trainer heard nothing from its worker for a whole lease."
+        return EndReason.INFRA_LOST, "The trainer received no heartbeat from its worker for a whole lease."
     return _of_node(returncode, log_tail, is_disk_full=is_disk_full) or _by_itself(returncode, log_tail)
 
 
 def _of_node(returncode: int, log_tail: str, *, is_disk_full: bool) -> tuple[EndReason, str] | None:
-    """What no job is to blame for."""
+    """Return a failure that the node caused and not a job; None if it is another failure."""
     if returncode == REFUSED:
         detail = log_tail.rpartition(REFUSAL)[2].partition("\n")[0]
         return EndReason.NODE_FAILED, f"The sandbox of the trainer could not be applied: {detail.strip()}"
     if returncode and (is_disk_full or returncode == DISK_FULL or NO_ROOM.search(log_tail) is not None):
-        return EndReason.NODE_FAILED, "The worker's disk was full, and the trainer ended."
+        return EndReason.NODE_FAILED, "The trainer exited because the worker's disk was full."
     return None
 
 
@@ -167,15 +175,15 @@ def _by_itself(returncode: int, log_tail: str) -> tuple[EndReason, str]:
     if (differ := DIFFER.search(log_tail)) is not None:
         return EndReason.NODE_FAILED, differ[1]
     if returncode == 0:
-        return EndReason.TRAINER_CRASHED, "The trainer ended without finishing its jobs."
-    detail = f"The trainer ended with exit status {returncode}. {own_error(log_tail) or ''}"
+        return EndReason.TRAINER_CRASHED, "The trainer exited before it finished its jobs."
+    detail = f"The trainer exited with status {returncode}. {own_error(log_tail) or ''}"
     return EndReason.TRAINER_CRASHED, detail.strip()
 
 
 def _shortage(log_tail: str, device_kind: str) -> tuple[EndReason, str] | None:
-    """Of the machine or of the GPU. On a CPU the trainer says torch.OutOfMemoryError as well."""
+    """Return which memory ran out: the machine's or the GPU's. torch raises OutOfMemoryError on a CPU, too."""
     if BROKEN.search(log_tail) is not None:
-        return EndReason.SHARDED_OOM, "Memory ran out amid a pass through the divided base, and the trainer ended."
+        return EndReason.SHARDED_OOM, "The trainer exited: memory ran out during a pass through the sharded base model."
     is_device_short = CUDA_OOM.search(log_tail) is not None
     if HOST_OOM.search(log_tail) or (is_device_short and device_kind == "cpu"):
         return EndReason.HOST_OOM, "The machine ran out of memory."
@@ -183,18 +191,18 @@ def _shortage(log_tail: str, device_kind: str) -> tuple[EndReason, str] | None:
 
 
 DUMP_SECONDS = 3.0
-"""For all processes together. One that is stopped, or waits for a disk, doesn't answer."""
+"""Time limit for all processes together. A process that is stopped, or that waits for a disk, doesn't answer."""
 POLL_SECONDS = 0.1
 
 
 def dump_stacks(trainer: TrainerProcess, why: str) -> None:
-    """`why`, and the stacks of every thread, into the logs of all processes; it takes ANSWER_SECONDS at most."""
+    """Append `why` and the stacks of every thread to the logs of all processes. Waits at most DUMP_SECONDS."""
     asked = [pid for pid in trainer.pids() if _handles_signal(pid)]
     if not asked:
         return
     paths = list(trainer.directory.logs().values())
     for path in paths:
-        _append_text(path, f"{why} Its threads stand here:\n")
+        _append_text(path, f"{why} Stacks of its threads:\n")
     before = _log_sizes(paths)
     for pid in asked:
         with suppress(ProcessLookupError):
@@ -203,17 +211,18 @@ def dump_stacks(trainer: TrainerProcess, why: str) -> None:
 
 
 def _handles_signal(pid: int) -> bool:
-    """Whether it has a handler for the signal: whoever has none yet, or is a launcher, would end by it."""
+    """Return whether the process handles the signal. The signal would kill a launcher, or a process that has not
+    registered its handler yet."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:  # it has gone; or this is no Linux, and nothing can be known
+    except OSError:  # the process has exited, or this is not Linux
         return False
     caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
     return bool(int(caught.split()[1], 16) >> (ASKED_BY - 1) & 1)
 
 
 def _wait_for_growth(paths: list[Path], before: dict[Path, int], *, num_answers: int) -> None:
-    """Until so many logs have grown and none grows any more."""
+    """Wait until `num_answers` logs have grown and none grows any more, at most DUMP_SECONDS."""
     deadline = time.monotonic() + DUMP_SECONDS
     seen = before
     while time.monotonic() < deadline:
@@ -230,6 +239,6 @@ def _log_sizes(paths: Iterable[Path]) -> dict[Path, int]:
 
 
 def _append_text(path: Path, text: str) -> None:
-    """A full disk is no reason not to ask."""
+    """Append to a log if possible. If the disk is full, the stacks are requested without the text."""
     with suppress(OSError), os.fdopen(open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
         file.write(text.encode())

@@ -1,6 +1,6 @@
-"""Starts a trainer: its argv, its environment, its process group, its tether.
+"""Starts trainers and other child processes: command line, environment, process group, heartbeat pipe.
 
-Nothing is read from a configuration file. No secret of the worker reaches the child.
+No configuration file is read. No secret of the worker reaches a trainer.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ SYSTEM = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "
 ALLOWED = frozenset({*SYSTEM, "SSL_CERT_FILE", "SSL_CERT_DIR", "NCCL_IB_PKEY", failpoints.VARIABLE, logs.FORMAT})
 ALLOWED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "MKL_", "OMP_", "GOMP_", "KMP_", "ATEN_", "TORCH_", "PYTORCH_")
 CREDENTIAL_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PEPPER|CREDENTIAL", re.IGNORECASE)
-"""Variables with such a name may hold a credential: NVIDIA_API_KEY. They pass only where ALLOWED or HUB names them;
-NCCL_IB_PKEY is the index of a partition of InfiniBand."""
+"""A variable with such a name may hold a credential, for example NVIDIA_API_KEY. It is passed on only if ALLOWED or
+HUB names it. NCCL_IB_PKEY is allowed because it is the index of an InfiniBand partition."""
 HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "REQUESTS_CA_BUNDLE")
 CUDA = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""GPUs are numbered as NVML numbers them. A fixed workspace makes cuBLAS repeat its sums; that is all we ask of
-determinism by setting: torch's own switch refuses or slows operations that no result of a job depends on, and
-the engine's probe at start-up measures what holds on this machine."""
+"""CUDA numbers GPUs as NVML does. A fixed workspace makes the sums of cuBLAS reproducible. No other setting for
+determinism is needed: torch's own switch rejects or slows operations that no job's result depends on, and the engine's
+probe at start-up measures what this machine guarantees."""
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 LAUNCHED = (
-    "--multi_gpu",  # several processes: also of a CPU, where its own switch would start one alone
+    "--multi_gpu",  # several processes, also on a CPU: accelerate's --cpu would start only one
     "--num_machines=1",
     "--machine_rank=0",
     "--rdzv_backend=c10d",
-    "--rdzv_conf=store_type=file,keep_alive_interval=86400",  # each sign of life is written to the file's end
+    "--rdzv_conf=store_type=file,keep_alive_interval=86400",  # each keep-alive is appended to the file
     "--mixed_precision=no",
     "--dynamo_backend=no",
     "--max_restarts=0",
 )
-"""Said in full, so that nothing is looked for in a configuration file or asked of the GPUs."""
+"""Complete, so that accelerate neither reads a configuration file nor queries the GPUs."""
 ROOT = Path(__file__).resolve().parents[2]
 KILL_SECONDS = 10.0
-"""In which processes that were killed usually are gone."""
+"""Killed processes usually disappear within this time."""
 UNKILLABLE_SECONDS = 60.0
-"""After which one that still is there is left behind. A driver may take long to free what it held."""
+"""After this time, a killed process that still exists is left behind. A driver may take long to free its memory."""
 TEMPORARY = "tmp"
-"""Of a child's own folder: where it has its temporary files."""
+"""Folder for temporary files, in the child's own folder."""
 NICENESS = 10
-"""Of what computes on the cores, above its worker's."""
+"""Niceness of processes that compute on the cores, relative to their worker."""
 
 
 class TrainerProcess:
-    """A running trainer: our child, in a process group of its own."""
+    """A running trainer: a child process in its own process group."""
 
     def __init__(self, process: subprocess.Popen[bytes], directory: TrainerDirectory) -> None:
         self.directory = directory
@@ -71,7 +71,7 @@ class TrainerProcess:
         self._process = process
         self._killed_at: float | None = None
         self._killed: set[psutil.Process] = set()
-        """Of what it has started."""
+        """Processes that the trainer had started when it was killed."""
 
     @property
     def returncode(self) -> int | None:
@@ -80,18 +80,18 @@ class TrainerProcess:
 
     @property
     def is_killed(self) -> bool:
-        """By its worker."""
+        """Whether its worker has killed it."""
         return self._killed_at is not None
 
     @property
     def is_awaited(self) -> bool:
-        """It runs, or was killed and may still end."""
+        """Whether it runs, or was killed and may still exit."""
         return self._is_there() and not self.is_left_behind
 
     @property
     def is_left_behind(self) -> bool:
-        """It was killed long ago and is still there: it waits in the kernel, for a driver or a disk, where no signal
-        reaches it."""
+        """Whether it was killed long ago and still exists. It then waits in the kernel, for a driver or a disk, where
+        no signal reaches it."""
         killed_at = self._killed_at
         return killed_at is not None and time.monotonic() - killed_at > UNKILLABLE_SECONDS and self._is_there()
 
@@ -103,11 +103,11 @@ class TrainerProcess:
         return self._process.pid
 
     def pids(self) -> list[int]:
-        """Of all its processes, the launcher's too."""
+        """Return the ids of all its processes, including the launcher."""
         return [self._process.pid, *(process.pid for process in self._started())]
 
     def memory_bytes(self) -> int:
-        """Of its own, without the pages of files that it has mapped; 0 once it has ended. Costs microseconds."""
+        """Return its own memory, without mapped pages of files. 0 after it has exited. Takes microseconds."""
         try:
             held = psutil.Process(self._process.pid).memory_info()
         except psutil.Error:
@@ -115,19 +115,19 @@ class TrainerProcess:
         return int(held.rss - getattr(held, "shared", 0))
 
     def begin(self, settings: Json) -> None:
-        """Have it load its base model; the time it may take counts from here. Raises OutOfSpace."""
+        """Have it load its base model. The time limit for loading starts now. Raises OutOfSpace."""
         self.directory.begin(settings)
         self.started_at = time.monotonic()
         self.oom_kills_before = cgroup.oom_kills()
 
     def send_heartbeat(self) -> None:
-        """Tell the trainer that its worker lives. Never blocks."""
+        """Show the trainer that its worker lives. Never blocks."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
             os.write(self._process.stdin.fileno(), SIGN.pack(boot_seconds()))
 
     def wait(self, seconds: float) -> bool:
-        """True once it has ended."""
+        """Wait until it exits, for at most `seconds`. Returns whether it has exited."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -135,8 +135,8 @@ class TrainerProcess:
         return True
 
     def kill(self) -> None:
-        """Kill the process group with all that it has started, which have groups of their own, and wait for them a
-        while: see `is_left_behind`."""
+        """Kill the process group and all processes that it has started, which may have their own groups. Waits for
+        them for a limited time; see `is_left_behind`."""
         started = self._started()
         self._killed |= set(started)
         self._killed_at = self._killed_at or time.monotonic()
@@ -157,7 +157,7 @@ class TrainerProcess:
             return []
 
     def close(self) -> None:
-        """End what may be left of it."""
+        """Kill its remaining processes, and close its standard input."""
         self.kill()
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
@@ -165,7 +165,7 @@ class TrainerProcess:
 
 
 def _lives(process: psutil.Process) -> bool:
-    """Not one that has ended, be it that nobody has asked how."""
+    """Return whether the process runs. A zombie does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -183,11 +183,10 @@ def launch(
 ) -> TrainerProcess:
     """Start the trainer of `directory` on `device`. Call it from a thread that outlives the trainer.
 
-    It imports, and waits for its settings where the directory has none yet.
-    The trainer ends itself when it got no `send_heartbeat` for `silence_seconds`. Of `num_processes` each has a GPU of
-    its own, or its share of the cores; when one ends badly, so do all. It is confined by a sandbox, in which it reads
-    no base model but those of `bases_dir`; it has TCP only where it talks to processes here or, `in_gang`, on other
-    machines.
+    The trainer imports its libraries, and waits for its settings if the directory has none yet. It exits if it gets no
+    `send_heartbeat` for `silence_seconds`. Each of its `num_processes` has its own GPU, or an equal part of the cores.
+    If one process fails, all exit. Its sandbox lets it read no base models except those in `bases_dir`. It can use TCP
+    only if it has several processes here or, with `in_gang`, on other machines.
     """
     if device.kind == "cuda":
         devices.create_uvm_node()
@@ -216,23 +215,26 @@ def launch(
 
 
 def give_way(pid: int) -> None:
-    """A process that has just started, with all that it starts, computes in the time that others leave: so the api, the
-    database and the worker's own heartbeats on this machine answer as quickly as they do when nothing trains."""
+    """Lower the priority of a process that has just started, and of all that it starts.
+
+    The API server, the database and the worker's heartbeats on this machine then stay as fast as without training.
+    """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
 
 
 def rendezvous(path: Path, num_processes: int) -> dict[str, str]:
-    """Launcher and processes of one machine meet by files of the trainer's folder, whose names no other launch has:
-    torch would have stores that listen at every address, and its launcher unpickles what one of them says. What the
-    processes say to each other goes by the loopback, by whatever name the machine may call itself."""
+    """Return the variables by which the launcher and the processes on one machine find each other.
+
+    They use files in the trainer's folder, with names that no other launch has. torch's default stores would listen on
+    every address, and torch's launcher unpickles the content of one of them. The processes communicate over the
+    loopback interface, whatever the host name of the machine is.
+    """
     if num_processes == 1:
         return {}
     name = secrets.token_hex(8)
     return {
-        "PET_RDZV_ENDPOINT": str(
-            path / f"launch-{name}"
-        ),  # what torchrun reads where accelerate has no argument for it
+        "PET_RDZV_ENDPOINT": str(path / f"launch-{name}"),  # read by torchrun: accelerate has no argument for it
         "PET_RDZV_ID": name,
         "PET_LOCAL_ADDR": "127.0.0.1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
@@ -243,8 +245,8 @@ def rendezvous(path: Path, num_processes: int) -> dict[str, str]:
 
 
 def trainer_argv(path: Path, *, silence_seconds: float, num_processes: int = 1) -> list[str]:
-    """One process is started as itself: accelerate's launcher would import torch, which takes seconds and memory,
-    to set variables that say no more than ours."""
+    """Return the trainer's command line. A single process is started directly: accelerate's launcher would import
+    torch, which takes seconds and memory, to set variables that are not needed."""
     entry = ["-m", "worker.children.trainer.main", str(path), f"{OPTION}{silence_seconds}"]
     if num_processes == 1:
         return [sys.executable, *entry]
@@ -252,11 +254,11 @@ def trainer_argv(path: Path, *, silence_seconds: float, num_processes: int = 1) 
 
 
 def trainer_environment(path: Path, device: devices.Device, *, num_threads: int) -> dict[str, str]:
-    """What a trainer may know. The hub is closed to it, and its cache folder is its own."""
+    """Return the environment of a trainer. It has no access to the hub, and has its own cache folder."""
     return child_environment() | {
         "OMP_NUM_THREADS": str(num_threads),
         "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(path / "hub"),  # also where accelerate would look for a configuration file
+        "HF_HOME": str(path / "hub"),  # accelerate would also read a configuration file in it
         "TMPDIR": str(path / TEMPORARY),
         **sandbox.environment(),
         **({"CUDA_VISIBLE_DEVICES": ""} if device.kind == "cpu" else CUDA | {"CUDA_VISIBLE_DEVICES": _visible(device)}),
@@ -264,12 +266,12 @@ def trainer_environment(path: Path, device: devices.Device, *, num_threads: int)
 
 
 def _visible(device: devices.Device) -> str:
-    """All GPUs of its group, in its order: the first of them is cuda:0."""
+    """Return all GPUs of the device group, in its order. The first one is cuda:0."""
     return ",".join(map(str, device.indices))
 
 
 def child_environment(*, with_hub: bool = False) -> dict[str, str]:
-    """The allow-listed part of our environment; with the hub's own variables only where a child downloads."""
+    """Return the allow-listed part of the worker's environment. with_hub: also the variables for downloads."""
     wanted = {*ALLOWED, *HUB, *PROXIES} if with_hub else ALLOWED
     kept = {name: value for name, value in os.environ.items() if name in wanted or _is_tuning(name)}
     path = os.pathsep.join(part for part in (str(ROOT), kept.get("PYTHONPATH", "")) if part)
@@ -287,9 +289,10 @@ def _is_tuning(name: str) -> bool:
 
 
 def run_child(module: str, *arguments: str, log_path: Path, box: Sandbox) -> subprocess.Popen[bytes]:
-    """Start `python -m module arguments…`, killed by the kernel when this thread ends, and confined by its sandbox.
+    """Start `python -m module arguments…` in its sandbox. The kernel kills it when the calling thread ends.
 
-    Its temporary files are in the folder of `log_path`. One without TCP knows no hub: neither its token nor its cache.
+    Its temporary files are in the folder of `log_path`. A child without TCP gets neither the hub's token nor its
+    cache.
     """
     sandbox.announce(box)
     temporary = log_path.parent.absolute() / TEMPORARY

@@ -1,8 +1,9 @@
-"""What a child process of the worker may reach, enforced by Linux: Landlock, seccomp and resource limits.
+"""Restricts the files, sockets and resources of a worker's child processes by Landlock, seccomp and resource limits.
 
-`worker.process.confined_child` applies a `Sandbox` to itself before it becomes the child. It holds for all processes
-that the child starts, and needs no privilege. Without Landlock in the kernel the child runs, and the worker's log says
-so; where Landlock can't be applied, no child starts. It restricts no UDP and no reading of file attributes.
+`worker.process.confined_child` applies a `Sandbox` to itself before it becomes the child. The sandbox also confines all
+processes that the child starts, and needs no privilege. On a kernel without Landlock, children run with resource
+limits only, and the worker logs this. If the kernel has Landlock but it can't be applied, no child starts. Landlock
+restricts neither UDP nor the reading of file attributes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ FIRST_ABI_WITH = {"rename": 2, "truncate": 3, "TCP": 4, "device ioctl": 5, "sign
 READ = READ_FILE | READ_DIR
 RUN = READ | EXECUTE
 WRITE = READ | WRITE_FILE | TRUNCATE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_SOCK | REFER
-"""No links and no pipes: nothing that a child writes leads its reader elsewhere."""
+"""Links and pipes are excluded, so that nothing that a child writes redirects its reader."""
 DEVICE = READ | WRITE_FILE | TRUNCATE | IOCTL_DEV
 OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 """The rights that a rule for a file, and not a folder, can have."""
@@ -56,14 +57,14 @@ VENDORS = ("amazon", "amdgpu", "aws-ofi-nccl", "cuda", "hpcx", "intel", "mellano
 DEV = Path("/dev")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 GPU_DEVICES = ("nvidia*", "dri", "kfd", "dxg", "infiniband", "gdrdrv")
-"""Patterns of what CUDA, ROCm and NCCL open in /dev."""
+"""Patterns of the devices that CUDA, ROCm and NCCL open in /dev."""
 ETC = (
     *("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "passwd", "group", "nsswitch.conf", "hosts", "host.conf"),
     *("gai.conf", "resolv.conf", "services", "protocols", "localtime", "timezone", "os-release", "machine-id"),
     *("ssl", "pki", "ca-certificates", "alternatives", "nvidia", "OpenCL", "vulkan", "libibverbs.d"),
     "nccl.conf",
 )
-"""Of /etc, which also holds what an operator keeps from others."""
+"""Readable entries of /etc. Other entries may be an operator's secrets."""
 PATH_VARIABLES = (
     *("LD_LIBRARY_PATH", "LD_PRELOAD", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CUDA_HOME"),
     *("NCCL_CONF_FILE", "NCCL_TOPO_FILE"),
@@ -79,10 +80,10 @@ KERNEL_CACHES = {
 }
 """Where libraries keep compiled code between processes, by the variable that names the folder."""
 ASSUMED_HUB_BYTES = 256 * 2**30
-"""Of a repository of the hub, whose size is not known before it is read."""
+"""Assumed size of a repository of the hub, because it is unknown before the download."""
 LIMITS = {"data": (resource.RLIMIT_DATA, 0), "cpu": (resource.RLIMIT_CPU, 60), "fsize": (resource.RLIMIT_FSIZE, 0)}
-"""The resource, and by how much its hard limit is higher: after SIGXCPU comes SIGKILL. There is no limit of processes:
-Linux counts those of all the user's programs together, trainers and their threads included."""
+"""The resource, and by how much its hard limit exceeds the soft one: SIGKILL follows SIGXCPU. The number of processes
+is not limited, because Linux counts all processes and threads of the user together, including trainers."""
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  (where torch's processes share tensors)
 REFUSED = 115
 """Exit status of a child to which its sandbox could not be applied.
@@ -90,23 +91,23 @@ REFUSED = 115
 worker.process.exit_status and worker.process.confined_child define others.
 """
 REFUSAL = "The sandbox of this process could not be applied: "
-"""What it prints, before the kernel's error."""
+"""Printed by such a child, before the kernel's error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sandbox:
-    """What one child may reach in addition to the system's own files. Paths are absolute; missing ones are skipped."""
+    """The access of one child in addition to the system's own files. Paths are absolute; missing ones are skipped."""
 
     kind: Kind
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
-    """Folders to write in which it may also make symbolic links: the hub's cache is made of them."""
+    """Writable folders in which it may also create symbolic links, of which the hub's cache consists."""
     tcp: bool = False
     """Whether it may connect and listen."""
     gpu: bool = False
-    """Whether it uses a GPU: then it has the GPUs' devices, and Unix sockets, by which CUDA reaches MPS and
-    nvidia-persistenced."""
+    """Whether it uses a GPU. It then has access to the GPUs' devices and to Unix sockets, through which CUDA reaches
+    MPS and nvidia-persistenced."""
     limits: dict[Limit, int] = field(default_factory=dict[Limit, int])
     """By resource: bytes of its own memory (data), seconds of processor time (cpu), bytes of a file (fsize)."""
 
@@ -121,9 +122,10 @@ class Sandbox:
 
 
 def trainer(folder: Path, *, bases_dir: Path, tcp: bool, gpu: bool = False) -> Sandbox:
-    """A trainer reads base models and writes its own folder, shared memory and the caches of compiled code.
+    """Return the sandbox of a trainer: it reads base models, and writes its own folder, shared memory and the caches of
+    compiled code.
 
-    tcp: its processes, on this machine or on others, talk to each other.
+    tcp: its processes, on this machine or on others, communicate with each other.
     """
     mps = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # noqa: S108  (the driver's default)
     caches = (environment()[name] for name in KERNEL_CACHES)
@@ -132,9 +134,11 @@ def trainer(folder: Path, *, bases_dir: Path, tcp: bool, gpu: bool = False) -> S
 
 
 def tokenization(folder: Path, *, base_dir: Path | None, num_bytes: int) -> Sandbox:
-    """A child that works on a data file of `num_bytes`: it reads the base's tokenizer and writes the folder of this one
-    preparation. Its limits leave ten times what a usual file takes, so that only a template or a file without end
-    reaches them."""
+    """Return the sandbox of a child that works on a data file of `num_bytes`: it reads the base model's tokenizer, and
+    writes the folder of this preparation.
+
+    Its limits are ten times the needs of a usual file, so that only a runaway template or an endless file reaches them.
+    """
     limits: dict[Limit, int] = {
         "data": 4 * 2**30 + 16 * num_bytes,
         "cpu": 600 + 60 * (num_bytes // 2**20),
@@ -145,7 +149,8 @@ def tokenization(folder: Path, *, base_dir: Path | None, num_bytes: int) -> Sand
 
 
 def base_import(folder: Path, *, source: Path | None) -> Sandbox:
-    """A child that makes a base model from `source`, a folder or a file here, or from the hub (None).
+    """Return the sandbox of a child that imports a base model from `source`, a local folder or file, or from the hub
+    (None).
 
     A quantized GGUF file grows up to twelvefold in memory while it is converted. Raises OSError, and RuntimeError for a
     loop of links.
@@ -166,21 +171,21 @@ def base_import(folder: Path, *, source: Path | None) -> Sandbox:
 
 
 def environment() -> dict[str, str]:
-    """Folders for compiled code, which outlives a trainer: those that the worker's environment names, else in the
-    user's cache. They are created."""
+    """Return the folders for compiled code, which outlives a trainer, by the variable that names them. They are those
+    of the worker's environment, or else folders in the user's cache. Creates them."""
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorry-kernels"
     with suppress(OSError):
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = {name: os.environ.get(name) or str(own / folder) for name, folder in KERNEL_CACHES.items()}
     for folder in found.values():
-        with suppress(OSError):  # a home that can't be written: the libraries say so if they need it
+        with suppress(OSError):  # a home that can't be written: libraries that need the folder report an error
             Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
     return found
 
 
 def hub_folders() -> tuple[str, ...]:
-    """The hub client's folders, created: HF_HOME, which holds its token and what hf_xet keeps, and the cache of
-    repositories, which HF_HUB_CACHE may place elsewhere. Raises OSError."""
+    """Create and return the folders of the hub's client: HF_HOME, with its token and the data of hf_xet, and the cache
+    of repositories, which HF_HUB_CACHE may place elsewhere. Raises OSError."""
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     home = os.environ.get("HF_HOME") or Path(cache_home) / "huggingface"
     found = [Path(path).expanduser().absolute() for path in (home, os.environ.get("HF_HUB_CACHE")) if path]
@@ -233,7 +238,7 @@ def landlock_abi() -> int:
 
 
 def description(abi: int) -> str:
-    """What a sandbox of this version of Landlock covers, for the log."""
+    """Return what a sandbox with this version of Landlock covers, for the log."""
     if abi == 0:
         return "sandbox: resource limits only, because this kernel offers no Landlock (Linux 5.13, switched on at boot)"
     missing = [what for what, first in FIRST_ABI_WITH.items() if abi < first]
@@ -242,8 +247,8 @@ def description(abi: int) -> str:
 
 
 def handled(abi: int) -> tuple[int, int, int]:
-    """All rights that this version can restrict: of files, of TCP, and the scopes. What is handled and not granted is
-    denied."""
+    """Return all rights that this version can restrict: for files, for TCP, and the scopes. A right that is handled but
+    not granted is denied."""
     files = (MAKE_SYM << 1) - 1
     files |= (REFER if abi >= 2 else 0) | (TRUNCATE if abi >= 3 else 0) | (IOCTL_DEV if abi >= 5 else 0)
     tcp = BIND_TCP | CONNECT_TCP if abi >= 4 else 0
@@ -252,7 +257,7 @@ def handled(abi: int) -> tuple[int, int, int]:
 
 
 def rules(sandbox: Sandbox) -> list[tuple[str, int]]:
-    """Paths, and what may be done with them and all that is in them."""
+    """Return paths with the rights for each of them and for everything in it."""
     named = [part for name in PATH_VARIABLES for part in os.environ.get(name, "").split(os.pathsep) if part]
     packages = [str(ROOT / name) for name in PACKAGES]
     vendors = [f"/opt/{name}" for name in VENDORS]
@@ -263,7 +268,7 @@ def rules(sandbox: Sandbox) -> list[tuple[str, int]]:
         *((path, RUN) for path in (*SYSTEM, *vendors, *_python_folders(), *packages)),
         *((f"/etc/{name}", READ) for name in ETC),
         *((path, READ) for path in (*named, *sandbox.reads)),
-        (str(ROOT), READ_DIR),  # in which Python looks for the packages
+        (str(ROOT), READ_DIR),  # Python lists it to find the packages
         *((path, DEVICE) for path in devices),
         *((path, WRITE) for path in sandbox.writes),
         *((path, WRITE | MAKE_SYM) for path in sandbox.links),
@@ -271,8 +276,10 @@ def rules(sandbox: Sandbox) -> list[tuple[str, int]]:
 
 
 def _python_folders() -> list[str]:
-    """The installation, the virtual environment, and what else is on the path, except the folder that this process was
-    started in and Lorry's own, either of which may hold secrets in addition to its packages."""
+    """Return the folders of Python's installation, its virtual environment and its module path.
+
+    The working directory and Lorry's own folder are excluded, because they may hold secrets next to the packages.
+    """
     sites = [*site.getsitepackages(), site.getusersitepackages()]
     on_path = [entry for entry in sys.path if entry not in ("", str(Path.cwd()), str(ROOT)) and Path(entry) != ROOT]
     return list(dict.fromkeys([sys.prefix, sys.base_prefix, sys.exec_prefix, *sites, *on_path]))

@@ -1,7 +1,7 @@
-"""Denies Unix sockets to a process and to all that it starts, by a filter of system calls (seccomp).
+"""Denies Unix sockets to a process and to all that it starts, by a system call filter (seccomp).
 
-Landlock does not restrict connections to sockets that have a path, such as Docker's, the session bus's or an SSH
-agent's. Pairs of connected sockets stay allowed: they lead to no other process.
+Landlock does not restrict connections to sockets with a path, for example those of Docker, the session bus or an SSH
+agent. Pairs of connected sockets stay allowed, because they lead to no other process.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 PR_SET_NO_NEW_PRIVS = 38
 SET_MODE_FILTER = 1
 SPEC_ALLOW = 1 << 2
-"""Before Linux 5.16 a filter otherwise also switches off speculation, which slows down training."""
+"""Without this flag, a filter on Linux before 5.16 also disables speculation, which slows down training."""
 ALLOW, DENY, KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
 LOAD, MASK, EQUAL, AT_LEAST, RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
 NUMBER, ARCHITECTURE, FIRST_ARGUMENT, SECOND_ARGUMENT = 0, 4, 16, 24
-"""Offsets in `struct seccomp_data`; of arguments the low half, on a little-endian machine."""
+"""Offsets in `struct seccomp_data`. For arguments, the low half on a little-endian machine."""
 SOCK_TYPE = 0xF
 X32 = 0x40000000
-"""The bit in the numbers of x32's system calls, which the filter would otherwise not recognize."""
+"""Set in the numbers of x32's system calls, which would otherwise bypass the filter."""
 IO_URING_SETUP = 425
-"""io_uring opens sockets without a system call for each."""
+"""io_uring can open sockets without a system call for each."""
 ARCHITECTURES = {"x86_64": (0xC000003E, 317, 41, 53), "aarch64": (0xC00000B7, 277, 198, 199)}
-"""By the machine's name: AUDIT_ARCH_*, and the numbers of seccomp, socket and socketpair."""
+"""By machine name: AUDIT_ARCH_*, and the system call numbers of seccomp, socket and socketpair."""
 
 
 class _Instruction(ctypes.Structure):
@@ -42,15 +42,15 @@ class _Program(ctypes.Structure):
 
 @cache
 def is_available() -> bool:
-    """Whether this kernel has such filters, and Lorry knows the system calls of this processor."""
+    """Return whether this kernel has such filters and Lorry knows the system calls of this processor."""
     if sys.platform != "linux" or sys.maxsize < 2**32 or platform.machine() not in ARCHITECTURES:
         return False
-    _seccomp(None)  # EFAULT where filters and SPEC_ALLOW are known
+    _seccomp(None)  # EFAULT if the kernel knows filters and SPEC_ALLOW
     return ctypes.get_errno() == errno.EFAULT
 
 
 def deny_unix_sockets() -> None:
-    """Raises OSError. Needs no privilege, and can't be undone."""
+    """Apply the filter to this process. Needs no privilege and can't be undone. Raises OSError."""
     instructions = _instructions(*ARCHITECTURES[platform.machine()])
     array = (_Instruction * len(instructions))(*instructions)
     if _libc().prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 or _seccomp(_Program(len(array), array)) != 0:
@@ -59,7 +59,8 @@ def deny_unix_sockets() -> None:
 
 
 def _instructions(architecture: int, _: int, open_socket: int, open_pair: int) -> list[tuple[int, int, int, int]]:
-    """A datagram socket of a pair could still be connected to a path, so only pairs of streams are allowed."""
+    """Return the filter's instructions. Only stream and seqpacket pairs are allowed, because a datagram socket of a
+    pair could be connected to a path."""
     to_allow, to_deny, to_kill = 14, 15, 16
     program = [
         (LOAD, ARCHITECTURE),

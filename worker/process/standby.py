@@ -1,7 +1,7 @@
-"""A trainer ahead of its job: a worker that has none keeps one that has imported what takes seconds.
+"""The warm standby: while a worker has no trainer, it keeps a process that has already imported the slow libraries.
 
-It waits for its directory's settings, holds no claim and nothing of anybody's, so it may end at any moment: then the
-next trainer starts as it would have without. Both ends are here, so that they agree.
+The process waits for the settings in its directory. It holds no claim and no data of a job, so it may exit at any time;
+the next trainer then starts without it. This module contains both ends, so that they agree.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class StandbyTrainer:
 
 
 class Standby:
-    """The worker's end: at most one process waits."""
+    """The worker's end. At most one process waits."""
 
     def __init__(
         self,
@@ -57,12 +57,15 @@ class Standby:
         self._is_given_up = False
 
     def prepare(self) -> None:
-        """Have one wait. Call it from a thread that outlives the trainer. It never raises: one that failed, or could
-        not be started, is told once and not tried again before the next trainer was. One that missed its worker while
-        that was stopped has not failed."""
+        """Start a process if none waits. Call it from a thread that outlives the trainer. Never raises.
+
+        If the process failed, or could not be started, this is logged once and not retried before the next trainer
+        starts. A process that exited because it got no heartbeat, for example while its worker was stopped, has not
+        failed.
+        """
         if self._waiting is not None and (status := self._waiting.process.returncode) is not None:
             if status != LOST_PARENT:
-                log.warning("The trainer that stood by has ended.\n%s", self._waiting.process.directory.log_tail())
+                log.warning("The standby trainer has exited.\n%s", self._waiting.process.directory.log_tail())
                 self._is_given_up = True
             self.close()
         if self._waiting is not None or self._is_given_up:
@@ -79,35 +82,35 @@ class Standby:
                     in_gang=self._in_gang,
                 )
             except (OSError, OutOfSpace) as error:
-                log.warning("No trainer stands by: %s", error)
+                log.warning("No standby trainer could be started: %s", error)
                 self._is_given_up = True
             else:
                 self._waiting = StandbyTrainer(process=process, folder=folder.pop_all())
 
     def send_heartbeat(self) -> None:
-        """Tell it that its worker lives. Never blocks."""
+        """Show the waiting process that its worker lives. Never blocks."""
         if (waiting := self._waiting) is not None:
             waiting.process.send_heartbeat()
 
     def memory_bytes(self) -> int:
-        """What it takes of the machine, and will have taken already where it becomes a trainer."""
+        """Return the memory of the waiting process, which it keeps when it becomes a trainer."""
         return self._waiting.process.memory_bytes() if self._waiting is not None else 0
 
     def take(self, stack: ExitStack) -> TrainerProcess | None:
-        """The one that waits, if it still lives; process and directory end with the stack from here on."""
+        """Return the waiting process if it still runs. From now on, the stack kills it and deletes its directory."""
         self._is_given_up = False
         waiting = self._waiting
         if waiting is None or waiting.process.returncode is not None:
             self.close()
             return None
         self._waiting = None
-        waiting.process.send_heartbeat()  # the next one comes with the first beat that guards it
+        waiting.process.send_heartbeat()  # the next one follows only when the worker's heartbeat guards it
         stack.push(waiting.folder)
         stack.callback(waiting.process.close)
         return waiting.process
 
     def close(self) -> None:
-        """End it, and its directory."""
+        """Kill the waiting process and delete its directory."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting.process.close()
@@ -115,14 +118,14 @@ class Standby:
 
 
 def stand_by(directory: TrainerDirectory, warm_up: Callable[[Path], None]) -> None:
-    """The trainer's end: load what the trainer of any base model loads, say so, and wait for the settings.
+    """The trainer's end: load what every trainer needs, report this, and wait for the settings.
 
-    A GPU isn't touched before there is a job for it.
+    Without settings, only a trainer on a CPU warms up: no GPU is used before there is a job for it.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         try:
             warm_up(directory.path / f"warm-up-{os.environ.get('LOCAL_RANK', '0')}")
-        except Exception as error:  # noqa: BLE001  (whatever it is, it comes again with a real base, and is told of it)
+        except Exception as error:  # noqa: BLE001  (a lasting error recurs with a real base model and is reported then)
             print_handled(error)
     if confined_child.is_first():
         events = EventWriter(directory)

@@ -1,1 +1,1 @@
-"""The contract between a worker and its child processes: mailbox, errors, rank logs, rendezvous."""
+"""The protocol between a worker and its child processes: mailbox, errors, logs of ranks, rendezvous."""

@@ -1,4 +1,4 @@
-"""How a child process tells its parent of an error: code, message and remedy."""
+"""How a child process reports an error to its parent: as code, message and remedy, or in its log."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ OUT_OF_SPACE = "out_of_space"
 FULL_DISK = {
     "code": OUT_OF_SPACE,
     "message": "The worker's disk is full.",
-    "remedy": "Free space under the worker's data folder; what waits for it goes on by itself.",
+    "remedy": "Free space in the worker's data folder; waiting work continues automatically.",
 }
 
 
 class ReportedError(Protocol):
-    """One that is meant for a person, be it the engine's or the preparation's."""
+    """An error that is meant for users, from the engine or from data preparation."""
 
     code: str
     message: str
@@ -35,12 +35,12 @@ def described(error: ReportedError) -> dict[str, str]:
 def disk_error(error: OSError) -> dict[str, str]:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return dict(FULL_DISK)
-    remedy = "Look at the worker's disk; what waits for it goes on by itself."
+    remedy = "Check the worker's disk; waiting work continues automatically."
     return {"code": "disk_error", "message": f"The worker's disk failed: {error.strerror}.", "remedy": remedy}
 
 
 def error_report(error: OSError | ReportedError) -> dict[str, str]:
-    """Of either kind."""
+    """Return code, message and remedy of an error of either kind."""
     return disk_error(error) if isinstance(error, OSError) else described(error)
 
 
@@ -49,7 +49,7 @@ MARKED = re.compile(rf"^(?:\[rank\d+\]: )?{re.escape(MARK)}.*\n?", re.MULTILINE)
 
 
 def print_handled(error: BaseException) -> None:
-    """Its traceback, to the process's log."""
+    """Print a traceback to the process's log. A mark on each line distinguishes it from a fatal error."""
     lines = "".join(traceback.format_exception(error)).splitlines()
     sys.stderr.write("".join(f"{MARK}{line}\n" for line in lines))
     sys.stderr.flush()
@@ -60,16 +60,17 @@ def without_handled(log: str) -> str:
 
 
 ASKED_BY = signal.SIGUSR1
-"""All that a process's threads are doing is printed, and it goes on."""
+"""On this signal, a process prints the stacks of all its threads and continues."""
 
 
 def rank_log(directory: Path, rank: int) -> Path:
-    """log.txt is that of the first process and of what has launched them, log-1.txt that of the next."""
+    """Return the path of a process's log. The first process and the launcher share log.txt, the next has log-1.txt."""
     return directory / ("log.txt" if rank == 0 else f"log-{rank}.txt")
 
 
 def begin_rank_log(directory: str) -> None:
-    """The first process goes on with what its launcher prints to. A crash by a signal tells its stacks as well."""
+    """Redirect the output of this process to its own log. The first process keeps its launcher's log. From now on, a
+    crash by a signal prints the stacks of all threads."""
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         _print_to(rank_log(Path(directory), rank))
@@ -78,7 +79,7 @@ def begin_rank_log(directory: str) -> None:
 
 
 def _print_to(path: Path) -> None:
-    """It is appended to, for its worker cuts it where it grows long."""
+    """Redirect standard output and error to the end of a file. Its worker truncates the file when it grows long."""
     sys.stdout.flush()
     sys.stderr.flush()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)

@@ -1,9 +1,9 @@
-"""The messages between a worker and its trainer: files in one directory. Both ends are here, so that they agree.
+"""The messages between a worker and its trainer, which are files in one directory. This module contains both ends.
 
-trainer.json and inbox/NNNN-verb.json go in; events.jsonl and safetensors come out. A message exists whole or not at all
-(temporary file, then rename); an event is one flushed line. An optional field has a question mark. Paths are relative
-to the directory. An `error` has code, message and remedy, `rewards` are those of
-lora_core.events, and a span has name, began_at and ended_at, in seconds since 1970.
+The worker writes trainer.json and inbox/NNNN-verb.json; the trainer writes events.jsonl and safetensors. A message is
+written atomically (temporary file, then rename). An event is one flushed line. An optional field has a question mark.
+Paths are relative to the directory. An `error` has code, message and remedy. `rewards` are those of lora_core.events. A
+span has name, began_at and ended_at, in seconds since 1970.
 
     To the trainer          Body
     admit                   claim_id: str, job_id?: str, base_name: str, spec: JobSpec, num_steps: int,
@@ -15,7 +15,7 @@ lora_core.events, and a span has name, began_at and ended_at, in seconds since 1
     drain                   -
     unload                  -
 
-    From the trainer        Body, besides type: str and seconds: float (the trainer's monotonic clock)
+    From the trainer        Body, in addition to type: str and seconds: float (the trainer's monotonic clock)
     ready                   pid: int, device: str, dtype: str, quantization: str, invariance: str, num_threads: int,
                             num_processes: int, strategy: str, load_seconds: float, probe_seconds: float,
                             versions: dict[str, str], memory: dict[str, int], spans: list[span]
@@ -61,7 +61,7 @@ from worker.protocol.trainer_paths import FolderEntry, UnsafePath, confined, del
 
 Json = dict[str, Any]
 LONGEST_LINE_BYTES = 2**22
-"""Of an event. As much at once is read of a trainer's events."""
+"""Limit for one event, and for what one call reads from a trainer's events."""
 LATEST_SECONDS = 1e12
 Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload"]
 """admit: train a job. cancel: discard it. pause, preempt: save its checkpoint, then discard it. drain: pause all jobs,
@@ -79,7 +79,7 @@ class AdmitBody(TypedDict):
     evaluate_every_steps: int
     checkpoint_every_steps: int
     answered_steps: list[int]
-    """Evaluated steps whose answers to the job's prompts are on record."""
+    """Evaluated steps whose answers to the job's prompts are recorded."""
     asks_as_chat: bool
     """The base model's chat template renders each prompt as a user's turn."""
     shortages: NotRequired[int]
@@ -93,14 +93,13 @@ class AdmitBody(TypedDict):
 
 
 class MalformedEvent(LorryError):
-    """A trainer wrote a line that is no event."""
+    """A trainer wrote a line that is not an event."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
             f"The trainer's events can't be read: a line {reason}.",
             code="malformed_event",
-            remedy="Check the worker's machine and the versions of its libraries; the job starts again in a new "
-            "trainer.",
+            remedy="Check the worker's machine and the versions of its libraries; the job restarts in a new trainer.",
         )
 
 
@@ -111,7 +110,7 @@ class TrainerMessage:
 
 
 class TrainerDirectory:
-    """Paths of one trainer's directory, and the two queues in it."""
+    """The paths in one trainer's directory, which holds the two message queues."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -120,11 +119,11 @@ class TrainerDirectory:
         self.events_path = path / "events.jsonl"
         self.log_path = rank_log(path, 0)
         self.log_starts: dict[int, int] = {}
-        """In bytes, where the log of each process of the trainer of this base begins; of others at the first byte."""
+        """Byte offset, by rank, at which the log for the current base model begins. Missing ranks begin at 0."""
 
     @classmethod
     def create(cls, path: Path, settings: Json | None = None) -> TrainerDirectory:
-        """Without settings its trainer stands by until it is told them."""
+        """Create the directory. Without settings, its trainer is a warm standby until `begin`."""
         directory = cls(path)
         directory.inbox.mkdir(parents=True)
         if settings is not None:
@@ -132,7 +131,8 @@ class TrainerDirectory:
         return directory
 
     def begin(self, settings: Json) -> None:
-        """Tell its trainer which base model to load, and how; its logs count from here. Raises OutOfSpace."""
+        """Send the trainer its settings: which base model to load, and how. Its logs count from here. Raises
+        OutOfSpace."""
         self.log_starts = {rank: _size(log) for rank, log in self.logs().items()}
         with full_disk_named():
             write_json(self.settings_path, settings)
@@ -144,7 +144,8 @@ class TrainerDirectory:
         return read_json(self.settings_path)
 
     def device(self) -> str:
-        """That of this process: of several GPUs, the one of its number among the processes on this machine."""
+        """Return the device of this process. With several GPUs, each process on this machine has the GPU with its own
+        local rank."""
         named = str(self.settings()["device"])
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if named.startswith("cuda") else named
 
@@ -155,16 +156,16 @@ class TrainerDirectory:
         return self.job_path(claim_id) / "checkpoints" / f"step-{step}"
 
     def inside(self, relative: str | None) -> Path | None:
-        """A path that a message names. Raises UnsafePath."""
+        """Return the path that a message names. Raises UnsafePath."""
         return None if relative is None else confined(self.path, relative)
 
     def opened(self, claim_id: str, name: object) -> AbstractContextManager[FolderEntry]:
-        """A path that the trainer reported of a job, in its open parent folder. Raises UnsafePath if it is none of that
-        job's, FileNotFoundError."""
+        """Open the parent folder of a path that the trainer reported for a job. Raises FileNotFoundError, and
+        UnsafePath if the path is not in that job's folder."""
         return opened(self.path, self._of_job(claim_id, name))
 
     def delete(self, claim_id: str, name: object) -> None:
-        """Delete a folder that the trainer reported of a job. Raises UnsafePath if it is none of that job's."""
+        """Delete a folder that the trainer reported for a job. Raises UnsafePath if it is not in that job's folder."""
         delete(self.path, self._of_job(claim_id, name))
 
     def delete_job(self, claim_id: str) -> None:
@@ -178,25 +179,26 @@ class TrainerDirectory:
         return str(name)
 
     def named(self, path: Path) -> str:
-        """As messages name a path in it."""
+        """Return the name of a path in messages, which is relative to the directory."""
         return str(path.relative_to(self.path))
 
     def logs(self) -> dict[int, Path]:
-        """What each process prints, by its rank."""
+        """Return the log of each process, by its rank."""
         others = {int(path.stem.partition("-")[2]): path for path in self.path.glob("log-[0-9]*.txt")}
         return {0: self.log_path, **dict(sorted(others.items()))}
 
     def log_tail(self, max_bytes: int = 4000) -> str:
-        """The last that each process printed since it was told its base model; what launched them speaks last."""
+        """Return the last output of each process since `begin`. The log of the first process, which includes the
+        launcher's output, comes last."""
         first, *others = self.log_tails(max_bytes)
         return "".join((*others, first))
 
     def log_tails(self, max_bytes: int) -> list[str]:
-        """The same of each process, by its rank; the first is of what launched them too."""
+        """Return the last output of each process since `begin`, by rank. The first includes the launcher's output."""
         return [self._tail(rank, log, max_bytes) for rank, log in self.logs().items()]
 
     def _tail(self, rank: int, log: Path, max_bytes: int) -> str:
-        """It may have been cut since it was told, be it right after its last words."""
+        """Return the end of one log. If the log was truncated after `begin`, its end may be in the file `cut_from`."""
         before = cut_from(log)
         is_cut = before.exists()
         last = _end_of(log, max_bytes, begin=0 if is_cut else self.log_starts.get(rank, 0))
@@ -206,7 +208,7 @@ class TrainerDirectory:
 
 
 def cut_from(log: Path) -> Path:
-    """Where what was cut away from a process's log is kept, the newest part of it."""
+    """Return the file for the newest part of what was removed from a process's log."""
     return log.with_name(f"{log.name}.1")
 
 
@@ -227,20 +229,20 @@ class InboxWriter:
         self._number = 0
 
     def send(self, verb: Verb, **body: Any) -> None:
-        """Raises OutOfSpace."""
+        """Send a message. Raises OutOfSpace."""
         self._number += 1
         with full_disk_named():
             write_json(self._directory.inbox / f"{self._number:04d}-{verb}.json", body)
 
 
 class InboxReader:
-    """The trainer's end: each message is taken once, in the order of its number."""
+    """The trainer's end of the inbox. Each message is taken once, in the order of the numbers."""
 
     def __init__(self, directory: TrainerDirectory) -> None:
         self._inbox = directory.inbox
 
     def take(self) -> list[TrainerMessage]:
-        """What has come. A message's file is removed as it is taken."""
+        """Return the new messages, and delete their files."""
         paths = sorted(self._inbox.glob("[0-9]*-*.json"), key=lambda path: int(path.name.partition("-")[0]))
         return [_take(path) for path in paths]
 
@@ -262,20 +264,20 @@ class EventWriter:
 
 
 class SilentWriter(EventWriter):
-    """Of a rank whose leader says all there is to say."""
+    """The writer of a rank that is not the leader. It discards all events, because the leader writes them."""
 
     def __init__(self) -> None:
-        """There is no file."""
+        """Open no file."""
 
     def write(self, *events: Json) -> None:
-        """Nothing."""
+        """Discard the events."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class EventReader:
-    """The worker's end: whole lines only, each once."""
+    """The worker's end of events.jsonl. Each complete line is read once."""
 
     def __init__(self, directory: TrainerDirectory) -> None:
         self._path = directory.events_path
@@ -284,9 +286,9 @@ class EventReader:
         """Whether the last `read` left whole lines unread."""
 
     def read(self) -> list[Json]:
-        """The next events, at most LONGEST_LINE_BYTES of them. Raises MalformedEvent.
+        """Return the next events, at most LONGEST_LINE_BYTES of them. Raises MalformedEvent.
 
-        Nothing where the file can't be read now: a trainer that can't be heard is silent.
+        If the file can't be read now, it returns no events, as if the trainer had written none.
         """
         self.has_more = False
         try:
@@ -304,7 +306,7 @@ class EventReader:
 
 
 def write_json(path: Path, content: Json) -> None:
-    """Write by a temporary file and a rename."""
+    """Write a file atomically, by a temporary file and a rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -315,7 +317,7 @@ def read_json(path: Path) -> Json:
 
 
 def timed(name: str, began_at: float) -> Json:
-    """A span that ends now, as a trainer tells of it in the `spans` of an event; times in seconds since 1970."""
+    """Return a span that ends now, for the `spans` of an event. Times are in seconds since 1970."""
     return {"name": name, "began_at": began_at, "ended_at": time.time()}
 
 
@@ -330,7 +332,7 @@ def _take(path: Path) -> TrainerMessage:
 
 
 def _event(line: bytes) -> Json:
-    """Raises MalformedEvent unless it is an object with a type and a time, which all events have."""
+    """Parse an event. Raises MalformedEvent unless it is an object with a type and a time, which all events have."""
     try:
         parsed: object = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
 """The only place where a path that a trainer reports becomes a path that the worker uses.
 
-A trainer is not trusted: it may name any path, and may replace a folder by a link after it was checked. So a name is
-resolved one component at a time from an open folder, links are followed nowhere, and what was opened is used by its
-descriptor.
+A trainer is not trusted: it may name any path, and may replace a folder by a link after the check. Therefore a name is
+resolved one component at a time from an open folder, no link is followed, and opened files are used by their
+descriptors.
 """
 
 from __future__ import annotations
@@ -21,36 +21,39 @@ from catalog.errors import LorryError
 
 MAX_NAME_CHARS = 1024
 MAX_COMPONENT_BYTES = 255
-"""Of Linux's and macOS's file systems."""
+"""Limit of the file systems of Linux and macOS."""
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 OF_TRAINER = (errno.ELOOP, errno.ENOTDIR, errno.EACCES)
-"""Errors that a trainer causes by what it puts in the place of a folder. All others are the node's."""
+"""Errors that a trainer causes by replacing a folder with something else. The node causes all other errors."""
 NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class UnsafePath(LorryError):
-    """A trainer reported a path that does not lead to a file or a folder of its own."""
+    """A trainer reported a path that does not lead to one of its own files or folders."""
 
     def __init__(self, name: object, reason: str) -> None:
         super().__init__(
             f"The trainer reported the path {str(name)[:200]!r}, which {reason}.",
             code="unsafe_path",
             remedy="Nothing outside the trainer's directory was read or changed. Check the worker's machine and the "
-            "versions of its libraries; the job starts again in a new trainer.",
+            "versions of its libraries; the job restarts in a new trainer.",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderEntry:
-    """A name in an open folder: what `open`, `rmtree` and `fwalk` take as a name and `dir_fd`."""
+    """A name in an open folder, as `open`, `rmtree` and `fwalk` accept it (name and `dir_fd`)."""
 
     name: str
     dir_fd: int
 
 
 def confined(root: Path, name: object) -> Path:
-    """The path of `name`, which is relative to `root`. Raises UnsafePath if it is absolute, has a component `..`, is
-    `root` itself, or leads through a link. The file need not exist. To use it, take `opened` or `delete`."""
+    """Return the path of `name`, which is relative to `root`.
+
+    Raises UnsafePath if `name` is absolute, has a component `..`, is `root` itself, or leads through a link. The file
+    need not exist. To use it, call `opened` or `delete`.
+    """
     with suppress(FileNotFoundError), opened(root, name):
         pass
     return root.joinpath(*_parts(name))
@@ -58,10 +61,10 @@ def confined(root: Path, name: object) -> Path:
 
 @contextmanager
 def opened(root: Path, name: object) -> Generator[FolderEntry]:
-    """The last component of `name` in its parent folder, which stays open for the length of the block. The component
-    may become a link meanwhile: the caller opens it without following links.
+    """Yield the last component of `name` in its parent folder, which stays open for the length of the block. The
+    component may become a link meanwhile, so the caller must open it without following links.
 
-    Raises UnsafePath like `confined`, FileNotFoundError, and OSError for a fault of the node.
+    Raises UnsafePath like `confined`, FileNotFoundError, and OSError for an error of the node.
     """
     *parents, last = _parts(name)
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -83,7 +86,7 @@ def opened(root: Path, name: object) -> Generator[FolderEntry]:
 
 
 def delete(root: Path, name: object) -> None:
-    """Delete the folder `name` with its content; without effect where it is missing. Raises UnsafePath."""
+    """Delete the folder `name` with its content. Does nothing if it is missing. Raises UnsafePath."""
     with suppress(FileNotFoundError), opened(root, name) as entry:
         mode = os.stat(entry.name, dir_fd=entry.dir_fd, follow_symlinks=False).st_mode
         if not stat.S_ISDIR(mode):
@@ -92,10 +95,10 @@ def delete(root: Path, name: object) -> None:
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a plain file that a trainer's process writes, such as its log, whose folder is the worker's.
+    """Return a descriptor of a plain file that a trainer's process writes, such as its log, in a folder of the worker.
 
-    No link is followed, and a pipe is not waited for. Raises OSError: ELOOP for a link, EPERM for what is no plain
-    file with a single name.
+    Follows no link, and does not wait for a pipe. Raises OSError: ELOOP for a link, EPERM if it is not a plain file
+    with a single name.
     """
     descriptor = os.open(path, flags | os.O_NONBLOCK | NO_LINK, 0o600)
     found = os.fstat(descriptor)

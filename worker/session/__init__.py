@@ -1,4 +1,4 @@
-"""One trainer with its jobs, as the worker sees it: messages, events, failures, memory.
+"""One trainer with its jobs, from the worker's side: messages, events, failures, memory.
 
-Runs in the worker's process.
+This code runs in the worker's process.
 """

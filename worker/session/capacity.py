@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def free_capacity(context: WorkerContext, session: TrainerSession | None = None) -> Capacity:
-    """What fits alongside the jobs of the session. None: what fits into a new trainer.
+    """Return the capacity for jobs that join the session, or, without a session, for a new trainer.
 
     The base of an empty trainer counts as free: the next job uses it, or it is unloaded. On a CPU, so does the memory
     of the standby trainer, because it becomes the new trainer.
@@ -57,15 +57,15 @@ def free_capacity(context: WorkerContext, session: TrainerSession | None = None)
 
 
 def capacity_report(capacity: Capacity) -> Json:
-    """The part of the capacity that the next heartbeat reports, for placement decisions and for users."""
+    """Return the part of the capacity that the next heartbeat reports, for placement decisions and for users."""
     names = ("max_jobs", "memory_bytes_free", "holding")
     return {name: getattr(capacity, name) for name in names}
 
 
 def _places(context: WorkerContext, session: TrainerSession | None) -> int:
-    """How many jobs may join before one of the trainer's would be slowed down by more than the operator allows.
+    """Return how many jobs may join before a job of the trainer would slow down by more than the operator allows.
 
-    The next heartbeat reports how that was decided for a trainer, so that users can see why a job waits.
+    The next heartbeat reports the basis of this decision, so that users can see why a job waits.
     """
     settings = context.settings
     num_jobs, speeds = (len(session), session.speeds) if session is not None else (0, throughput.UNKNOWN)
@@ -103,7 +103,7 @@ def announced(
 
 
 def _group(context: WorkerContext) -> Json:
-    """The trainer's devices, and the workers of the gang that participate in it."""
+    """Return the trainer's devices, and the workers of the gang that participate in it."""
     device = context.device.as_json()
     group = {"group": {name: device[name] for name in ("indices", "cores")}}
     if context.led_round is None:
@@ -112,6 +112,6 @@ def _group(context: WorkerContext) -> Json:
 
 
 def _speeds(context: WorkerContext) -> Json:
-    """The trainer's measured throughput, for plans of jobs on its base."""
+    """Return the trainer's measured throughput, for plans of jobs on its base model."""
     speeds = context.heartbeat.status["report"].get("tick_speeds")
     return {"tick_speeds": speeds} if speeds else {}

@@ -1,6 +1,6 @@
-"""What a trainer says about one job, put on record, and what follows from it for the job.
+"""Handles a trainer's events about one job: records them, and decides what happens to the job.
 
-Each event may be followed twice: where the database goes away half way, the same event comes again.
+An event may be handled twice: if the database becomes unavailable in the middle, the same event is handled again.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ RETRYABLE_CODES = {
     "disk_error": EndReason.NODE_FAILED,
 }
 
-RUINED = "training ended on its weights."
-NONE_IS_GOOD = "It has no checkpoint of weights that are known to be good."
+RUINED = "training from its weights diverged."
+NONE_IS_GOOD = "The job has no checkpoint with good weights."
 
 
 class Next(Enum):
-    """What follows where the attempt does not end badly."""
+    """The next step if the attempt does not fail."""
 
-    GO_ON = "go on"
+    GO_ON = "keep training"
     HAND_OVER = "hand over again"
     COMPLETED = "completed"
 
 
 class EventHandlers:
-    """Follows the events of one trainer's jobs, the curve's points excepted: see trainer_session.py."""
+    """Handles the events of one trainer's jobs, except the points of their curves: see trainer_session.py."""
 
     def __init__(self, context: WorkerContext, directory: TrainerDirectory, trainer_id: str) -> None:
         self._context = context
@@ -63,8 +63,11 @@ class EventHandlers:
         }
 
     def follow(self, held: SessionJob, event: Json, *, ready: Json | None) -> End | Next:
-        """Raises StaleClaim, OutOfSpace, Unavailable. ready: what the trainer said when it was."""
-        if "spans" in event:  # taken off: what follows may come again after an outage
+        """Handle an event. Returns how the attempt ends, or the next step. ready: the trainer's `ready` event.
+
+        Raises StaleClaim, OutOfSpace, Unavailable.
+        """
+        if "spans" in event:  # removed, so that they are not recorded again if the event is handled again
             self._context.spans.reported(held.claim.claim_id, event)
             del event["spans"]
         publisher = self._publishers.get(event["type"])
@@ -75,7 +78,7 @@ class EventHandlers:
         return follower(held, event) if follower else Next.GO_ON
 
     def refusal(self, error: Json) -> End:
-        """What a refusal of the trainer means for the job that it refused. error: code, message, remedy."""
+        """Return how the attempt of a job ends that the trainer has refused. error: code, message, remedy."""
         reason = RETRYABLE_CODES.get(error["code"], EndReason.USER_ERROR)
         if reason is EndReason.CUDA_OOM and self._context.device.kind == "cpu":
             reason = EndReason.HOST_OOM
@@ -83,10 +86,11 @@ class EventHandlers:
         return End(reason=reason, detail=error["message"], error=wire)
 
     def load_refusal(self, error: Json, ranks: Sequence[int]) -> End:
-        """How the attempts end when the trainer can't load its base.
+        """Return how the attempts end when the trainer can't load its base model.
 
-        The base or the node may be at fault: its device or its copy of the files may differ from others'. So the jobs
-        are tried again, until catalog.lifecycle.failures knows. ranks: the processes that failed.
+        The cause may be the base model or the node, whose device or copy of the files may differ from other nodes'.
+        Therefore the jobs are retried until catalog.lifecycle.failures has found the cause. ranks: the processes that
+        failed.
         """
         reason = self.refusal(error).reason
         led = self._context.led_round
@@ -114,14 +118,14 @@ class EventHandlers:
         return Next.GO_ON
 
     def _strategy(self, held: SessionJob) -> tuple[str, Json]:
-        """How its base is held among the devices, and why."""
+        """Return how the devices hold the job's base model, and the reason: a sentence and its data."""
         why, job = reason_for(self._context, held.claim.job), held.claim.job
         strategy = strategy_for(self._context, job)
         data = {"strategy": strategy, "num_devices": self._context.num_processes}
         return f"Strategy {strategy}. {why}", data
 
     def _checkpointed(self, held: SessionJob, event: Json, ready: Json) -> Next:
-        """The trainer's copies go once the checkpoint is on record, never before."""
+        """Publish a checkpoint. The trainer's copies are deleted only after it is recorded."""
         if held.recorded_step < event["step"]:
             publishing.checkpoint(self._context, held.claim, self._directory, event, trainer=ready)
             held.recorded_step = event["step"]
@@ -139,11 +143,11 @@ class EventHandlers:
         return Next.GO_ON
 
     def _finished(self, held: SessionJob, event: Json) -> Next:
-        """That it ended early is on its progress while the adapter is verified."""
+        """Record the end of training. The progress shows an early stop while the adapter is verified."""
         self._context.spans.finished(held.claim.claim_id)
         progress = held.curve.progress() | {"stopped_early": event["stopped_early"]}
         recording.record_progress(self._context.db, held.claim.claim_id, progress)
-        if event["kept_step"] == event["step"]:  # else the weights are of before, chosen because they are better
+        if event["kept_step"] == event["step"]:  # else better weights of an earlier step were kept
             self._warn_of_a_loss_that_rose(held)
         return Next.GO_ON
 
@@ -151,8 +155,8 @@ class EventHandlers:
         job = held.claim.job
         risen = held.curve.risen(queries.first_step(self._context.db, project_id=job.project_id, job_id=job.id))
         if risen is not None:
-            message = "Training ended at a loss of {1:.3g}, above {0:.3g} where it began.".format(*risen)
-            remedy = "Try the adapter before you use it, and a lower learning rate."
+            message = "The training loss ended at {1:.3g}, above its initial value of {0:.3g}.".format(*risen)
+            remedy = "Test the adapter before you use it, and try a lower learning rate."
             recording.record_event(self._context.db, held.claim.claim_id, "warn", f"{message} {remedy}")
 
     def _sampled(self, held: SessionJob, event: Json) -> Next:
@@ -174,18 +178,19 @@ class EventHandlers:
             return End(reason=EndReason.PAUSED_BY_USER, detail=f"Paused at step {event['step']}.")
         if "preempt" in held.sent:
             return End(reason=EndReason.PREEMPTED, detail=f"Saved at step {event['step']}.")
-        return End(reason=EndReason.DRAINED, detail=f"The worker left; saved at step {event['step']}.")
+        return End(reason=EndReason.DRAINED, detail=f"The worker shut down; the job was saved at step {event['step']}.")
 
     def _cancelled(self, held: SessionJob, event: Json) -> End:
         return End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
 
     def _diverged(self, held: SessionJob, event: Json) -> End:
-        remedy = f"Lower the learning rate, or look at the data around that step. {self._left_of(held, event)}"
+        remedy = f"Lower the learning rate, or check the data around that step. {self._left_of(held, event)}"
         error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "optimizer.learning_rate"}
         return End(reason=EndReason.DIVERGED, detail=event["message"], error=error)
 
     def _left_of(self, held: SessionJob, event: Json) -> str:
-        """The newest checkpoint of good weights; one that a step had ruined before it was written is taken back."""
+        """Return a sentence about the newest checkpoint with good weights. Newer ones, whose weights were ruined before
+        they were written, are marked as unusable."""
         job = held.claim.job
         rows = queries.checkpoints_page(self._context.db, project_id=job.project_id, job_id=job.id, limit=100).items
         kept = [row for row in rows if row.artifact is not None]
@@ -208,8 +213,8 @@ class EventHandlers:
         report = event["report"]
         if not report["passed"]:
             message = (
-                f"PEFT's logits differ from training's by {report['max_abs_diff']:.3g}; {report['tolerance']:.3g} "
-                f"is allowed. {report.get('explanation', '')}"
+                f"PEFT's logits differ from the training logits by {report['max_abs_diff']:.3g}, but the tolerance is "
+                f"{report['tolerance']:.3g}. {report.get('explanation', '')}"
             ).rstrip()
             error = {"code": "verification_failed", "message": message, "param": None}
             return End(reason=EndReason.VERIFICATION_FAILED, detail=message, error=error)

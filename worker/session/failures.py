@@ -1,6 +1,6 @@
-"""Why trainers end, and how the attempts of their jobs end then.
+"""Maps the causes for which a trainer ends to the ends of its jobs' attempts.
 
-`TrainerEnd` is the table of the causes that are no error and no exit. The functions below it turn an exit status or an
+`TrainerEnd` lists the causes that are neither an error nor an exit. The functions below it turn an exit status or an
 error into an `End`.
 """
 
@@ -25,27 +25,27 @@ from worker.session.session_job import End
 
 log = logging.getLogger(__name__)
 LOG_BYTES = 16_000
-"""Read from the end of each process's log."""
+"""Bytes that are read from the end of each process's log."""
 
 
 class TrainerEnd(Enum):
-    """What ends a trainer, or keeps it from being launched, and how the attempts of its jobs end then."""
+    """Causes that end a trainer or prevent its launch, each with the end of its jobs' attempts."""
 
-    WORKER_SHUTDOWN = End(reason=EndReason.DRAINED, detail="The worker left.")
-    GANG_SHUTDOWN = End(reason=EndReason.DRAINED, detail="The worker, or another of its gang, left.")
-    NOT_LAUNCHED = End(reason=EndReason.DRAINED, detail="The worker left before it began.")
-    UNWANTED = End(reason=EndReason.DRAINED, detail="Nobody wanted it any more.")
+    WORKER_SHUTDOWN = End(reason=EndReason.DRAINED, detail="The worker shut down.")
+    GANG_SHUTDOWN = End(reason=EndReason.DRAINED, detail="The worker, or another worker of its gang, shut down.")
+    NOT_LAUNCHED = End(reason=EndReason.DRAINED, detail="The worker shut down before the job started.")
+    UNWANTED = End(reason=EndReason.DRAINED, detail="The trainer was no longer needed.")
     SLOW_SHUTDOWN = End(
-        reason=EndReason.DRAINED, detail="The trainer did not save its jobs in time; the last checkpoints stand."
+        reason=EndReason.DRAINED, detail="The trainer did not save its jobs in time; their last checkpoints are kept."
     )
-    EMPTY = End(reason=EndReason.INFRA_LOST, detail="It held no job.")
-    """No attempt is left to end."""
+    EMPTY = End(reason=EndReason.INFRA_LOST, detail="The trainer held no job.")
+    """No attempt remains to be ended."""
     DATABASE_UNREACHABLE = End(reason=EndReason.INFRA_LOST, detail="The worker could not reach the database.")
     UNKILLABLE = End(
         reason=EndReason.NODE_FAILED,
-        detail="The trainer could not be killed: it waits in the kernel, for its device's driver or a disk that hangs.",
+        detail="The trainer could not be killed: it is blocked in the kernel, by a device driver or a disk that hangs.",
     )
-    """If the trainer ever continues, nothing that it writes counts: its claims have ended."""
+    """If the trainer ever continues, everything that it writes is ignored, because its claims have ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class LocalExit:
     reason: EndReason
     detail: str
     is_echo: bool = False
-    """A failure on another node caused it, or nothing shows that none did."""
+    """A failure on another node caused it, or this can't be ruled out."""
     is_of_any: bool = False
     """Any node may have caused it, because the trainers of all nodes exit in this way."""
     had_met: bool = True
@@ -65,10 +65,10 @@ class LocalExit:
 def local_exit(
     context: WorkerContext, trainer: TrainerProcess, *, ranks: range | None = None, was_killed: bool = False
 ) -> LocalExit:
-    """How the trainer exited on this node, from what its worker can see: exit status, logs, OOM kills, the disk.
+    """Return how the trainer exited on this node, from its exit status, its logs, OOM kills and the disk's state.
 
-    The end of its log goes to the worker's log. ranks: of the processes on this node, if others run on other nodes.
-    was_killed: by its worker because of another node, so that the exit status is meaningless.
+    The end of its log is copied to the worker's log. ranks: of the processes on this node, if others run on other
+    nodes. was_killed: by its worker because of another node, so that the exit status is meaningless.
     """
     log_tail = without_handled(trainer.directory.log_tail(LOG_BYTES))
     exited = _diagnosed(context, trainer, log_tail, ranks=ranks, was_killed=was_killed)
@@ -85,7 +85,7 @@ def _diagnosed(
         tails = [without_handled(tail) for tail in trainer.directory.log_tails(LOG_BYTES)]
         peer = heard(tails, ranks=ranks, returncode=None if was_killed else returncode)
         if peer.is_echo or not (peer.is_own or is_disk_full):
-            detail = f"It ended with others of its gang. {peer.said}".strip()
+            detail = f"The trainer exited together with others of its gang. {peer.said}".strip()
             return LocalExit(reason=EndReason.INFRA_LOST, detail=detail, is_echo=True, had_met=peer.is_reported)
     reason, detail = classify_exit(
         1 if was_killed else returncode,
@@ -98,10 +98,11 @@ def _diagnosed(
 
 
 def launch_failure(error: LorryError | OSError | Abandoned) -> End:
-    """How the attempts end when no trainer could be launched.
+    """Return how the attempts end when no trainer could be launched.
 
-    A node does not cause an outage of the store or the database. Where a base can't be fetched or loaded, the node or
-    the base is at fault, which catalog.lifecycle.failures decides. The node causes every other failure.
+    An outage of the store or the database is not attributed to the node. If a base model can't be fetched or loaded,
+    catalog.lifecycle.failures decides whether the node or the base model is at fault. The node causes every other
+    failure.
     """
     if isinstance(error, Abandoned):
         return TrainerEnd.UNWANTED.value
@@ -116,7 +117,7 @@ def launch_failure(error: LorryError | OSError | Abandoned) -> End:
 
 
 def job_failure(error: LorryError | OSError) -> End:
-    """How one job's attempt ends when something failed for that job alone.
+    """Return how one job's attempt ends when something failed for that job alone.
 
     A refused file is the user's error, although the preparation before the job would normally have refused it.
     """
@@ -131,7 +132,7 @@ def job_failure(error: LorryError | OSError) -> End:
 
 
 def inbox_failure(error: OutOfSpace | OSError, *, worker_id: str) -> End:
-    """How all attempts of a trainer end when the worker could not send it the message to stop one of its jobs."""
+    """Return how all attempts of a trainer end when the worker could not send it the message to stop a job."""
     why = error.sentence() if isinstance(error, OutOfSpace) else f"{error}."
-    detail = f"The trainer could not be told to let go of a job: {why}"
+    detail = f"The worker could not send the trainer the message to stop a job: {why}"
     return End(reason=EndReason.NODE_FAILED, detail=detail, blamed_worker_id=worker_id)

@@ -1,8 +1,8 @@
-"""What a trainer prints, kept for each job that it holds: from when the job came to it until the job leaves.
+"""Stores the output of a trainer as the log of each of its jobs, from the admission of the job until its end.
 
-A trainer's processes write to files in its directory, which are cut where they grow long. What goes to the store is
-bounded, and holds no secret of the worker and no name of another's job: a trainer may hold several projects' jobs. Nor
-does what is recorded of how it ended.
+A trainer's processes write to files in its directory, which are truncated when they grow long. A stored log is bounded.
+It contains no secret of the worker and no name of another job, because a trainer may hold jobs of several projects. The
+recorded end of an attempt is cleaned in the same way.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from worker.session.session_job import End
 
 log = logging.getLogger(__name__)
 LONGEST_FILE_BYTES = 4 * 2**20
-"""A longer one is cut; as much again is kept of what was before."""
+"""A longer file is truncated. Up to the same number of bytes before it is kept."""
 HEAD_BYTES = job_logs.MAX_BYTES // 4
 LONGEST_LINE = 4000
-"""In letters."""
+"""In characters."""
 PUSH_SECONDS = 60.0
-"""Between two looks at what there is to tell of a job that goes on."""
+"""Interval at which the new output of running jobs is stored."""
 SECRET_NAMES = re.compile(rf"{CREDENTIAL_NAMES.pattern}|_URL$|_URI$")
 SHORTEST_SECRET = 8
 NAMES = re.compile(r"\bft:[^\s'\"]+")
@@ -45,7 +45,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]|\x1b\[[0-9;]*[A-Za-z]")
 
 
 class LogFile:
-    """One process's file. Its places are counted from its first byte, be that cut away or not."""
+    """The log file of one process. Offsets count from the first byte ever written, even after it was removed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,8 +57,8 @@ class LogFile:
         return self._num_cut + _size(self.path)
 
     def keep_short(self) -> None:
-        """Cut it where it is long. Its process appends, so it goes on at the new end; what it writes in this very
-        moment may be lost. Where the disk is full it stays as it is, and what was before goes."""
+        """Truncate the file if it is long. Its process appends, so it continues at the new end. Output that is written
+        in this very moment may be lost. If the disk is full, the file stays, and the part before it is deleted."""
         if _size(self.path) <= LONGEST_FILE_BYTES:
             return
         try:
@@ -78,25 +78,25 @@ class LogFile:
 
     def _warn_once(self, error: OSError) -> None:
         if not self._is_reported:
-            log.warning("What a trainer prints is long and can't be cut: %s", error)
+            log.warning("The log of a trainer is long and can't be truncated: %s", error)
         self._is_reported = True
 
     def read(self, start: int, end: int) -> bytes:
-        """What is still there of it."""
+        """Return the bytes of this range that still exist."""
         first = self._num_cut - _size(self._before)
         before = _part(self._before, start - first, min(end, self._num_cut) - first)
         return before + _part(self.path, start - self._num_cut, end - self._num_cut)
 
 
 class LogFiles:
-    """Of all processes of a trainer, by rank; more may come."""
+    """The log files of all processes of a trainer, by rank. Further processes may appear later."""
 
     def __init__(self, directory: TrainerDirectory) -> None:
         self._directory = directory
         self._files: dict[int, LogFile] = {}
 
     def found(self) -> dict[int, LogFile]:
-        """Those of before, where the folder can't be read now."""
+        """Return all files. If the folder can't be read now, return those that were found earlier."""
         with suppress(OSError):
             for rank, path in self._directory.logs().items():
                 self._files.setdefault(rank, LogFile(path))
@@ -111,18 +111,18 @@ class LogFiles:
 class _OpenLog:
     claim: Claim
     worker_id: str
-    """Whose claim it is."""
+    """The worker that holds the claim."""
     begins_at: Mapping[int, int]
-    """By process. Of one that comes later: at its first byte."""
+    """Offset of the job's first byte, by rank. For a rank that appears later, it is 0."""
     pushed: dict[int, str] = field(default_factory=dict[int, str])
-    """Digest of what was stored last, by process."""
+    """Digest of the content that was stored last, by rank."""
 
 
 class Output:
-    """Of one trainer, for as long as its session lasts."""
+    """The output of one trainer, for the duration of its session."""
 
     def __init__(self, context: WorkerContext, directory: TrainerDirectory, *, first_rank: int = 0) -> None:
-        """first_rank: of the processes here, where others are on other nodes."""
+        """first_rank: the first rank on this node, if other ranks run on other nodes."""
         self._context = context
         self._first_rank = first_rank
         self._directory = directory
@@ -131,20 +131,22 @@ class Output:
         self._due_at = time.monotonic() + PUSH_SECONDS
 
     def begin(self, claim: Claim, *, is_loading: bool) -> None:
-        """is_loading: the trainer loads its base for this job, so what it printed since it began is of the job too."""
+        """Start the log of a job. is_loading: the trainer loads its base model for this job, so its earlier output
+        belongs to the job too."""
         begins_at = self._directory.log_starts if is_loading else self.ends()
         self.begin_at(claim, begins_at, worker_id=self._context.worker_id)
 
     def begin_at(self, claim: Claim, begins_at: Mapping[int, int], *, worker_id: str) -> None:
-        """begins_at: of each process's file the first byte that is the job's. worker_id: whose claim it is."""
+        """Start the log of a job at given offsets. begins_at: the job's first byte in each process's file. worker_id:
+        the worker that holds the claim."""
         self._open[claim.claim_id] = _OpenLog(claim=claim, worker_id=worker_id, begins_at=begins_at)
 
     def ends(self) -> dict[int, int]:
-        """Where each process's file ends now."""
+        """Return the current end of each process's file."""
         return {rank: file.end() for rank, file in self._files.found().items()}
 
     def push_due(self) -> None:
-        """Now and then: cut what is long, and store what is new of each job."""
+        """Every PUSH_SECONDS, store the new output of each job and truncate long files."""
         if time.monotonic() < self._due_at:
             return
         self._due_at = time.monotonic() + PUSH_SECONDS
@@ -153,23 +155,23 @@ class Output:
         self._files.keep_short()
 
     def end(self, claim_id: str) -> None:
-        """The job leaves the trainer."""
+        """Store the job's last output: the job leaves the trainer."""
         if (entry := self._open.pop(claim_id, None)) is not None:
             self._push(entry)
 
     def drop(self, claim_id: str) -> None:
-        """The job is another worker's now: nothing is written of it any more."""
+        """Store nothing more for the job: another worker has it now."""
         self._open.pop(claim_id, None)
 
     def _push(self, entry: _OpenLog) -> None:
-        """Best effort: nobody's training, and no end of an attempt, waits for it."""
+        """Store a job's output if possible: no training, and no end of an attempt, waits for it."""
         try:
             for rank, file in self._files.found().items():
                 content = publishable(file, entry.begins_at.get(rank, 0), entry.claim, self._context.settings.data_dir)
                 if content:
                     self._store(entry, rank, content)
         except (LorryError, StaleClaim, OSError) as error:
-            log.warning("What the trainer printed for %s is not kept: %s", entry.claim.job.id, error)
+            log.warning("The output of the trainer for %s is not stored: %s", entry.claim.job.id, error)
 
     def _store(self, entry: _OpenLog, rank: int, content: bytes) -> None:
         blob: Blob = self._context.store.put_bytes(content)
@@ -182,20 +184,20 @@ class Output:
 
 
 def publishable(file: LogFile, start: int, claim: Claim, data_dir: Path) -> bytes:
-    """At most job_logs.MAX_BYTES of what was printed since `start`: its first lines and its last, of which none holds a
-    secret, another job's name or this machine's paths."""
+    """Return at most job_logs.MAX_BYTES of the output since `start`: its first and last lines, without secrets, names
+    of other jobs and paths of this machine."""
     end = file.end()
-    tail_bytes = job_logs.MAX_BYTES - HEAD_BYTES - 100  # and the line that tells what is left out
+    tail_bytes = job_logs.MAX_BYTES - HEAD_BYTES - 100  # minus the line about the omitted bytes
     if end - start <= HEAD_BYTES + tail_bytes:
         return _bounded("\n".join(_clean(file.read(start, end), claim, data_dir)))
     head = file.read(start, start + HEAD_BYTES).rpartition(b"\n")[0]
     tail = file.read(end - tail_bytes, end).partition(b"\n")[2]
-    left_out = f"[{end - start - len(head) - len(tail)} bytes are left out here]"
+    left_out = f"[{end - start - len(head) - len(tail)} bytes are omitted here]"
     return _bounded("\n".join([*_clean(head, claim, data_dir), left_out, *_clean(tail, claim, data_dir)]))
 
 
 def cleaned(end: End, claim: Claim, data_dir: Path) -> End:
-    """`end` as the job's record may have it: what a trainer said last is told to all that it held."""
+    """Return `end` without secrets and names of other jobs, because all jobs of a trainer may get its last error."""
 
     def clean(text: str) -> str:
         return "\n".join(_clean(text.encode(), claim, data_dir))
@@ -205,7 +207,7 @@ def cleaned(end: End, claim: Claim, data_dir: Path) -> End:
 
 
 def _bounded(text: str) -> bytes:
-    """Whole lines, and a last one that ends. What cleaning made longer is cut at the end."""
+    """Return complete lines only, within job_logs.MAX_BYTES. Cleaning may have made the text longer."""
     content = text.encode()
     if len(content) > job_logs.MAX_BYTES - 1:
         content = content[: job_logs.MAX_BYTES - 1].rpartition(b"\n")[0]
@@ -223,12 +225,13 @@ def _clean(content: bytes, claim: Claim, data_dir: Path) -> Iterator[str]:
     own_names = (claim.job.id[-8:],) if parent is None else (claim.job.id[-8:], parent.name)
     text = NAMES.sub(lambda found: found[0] if found[0].rstrip(".,:;)").endswith(own_names) else "ft:…", text)
     for line in text.removesuffix("\n").split("\n") if text else ():
-        drawn_last = line.rstrip("\r").rpartition("\r")[2]  # of a progress bar
+        drawn_last = line.rstrip("\r").rpartition("\r")[2]  # the final state of a progress bar
         yield CONTROL.sub("", drawn_last)[:LONGEST_LINE]
 
 
 def _secrets() -> list[str]:
-    """Values of this process's environment by whose names they are secret, or may hold one. Longest first."""
+    """Return the values of environment variables that are secret by their name, or may contain a secret. Longest
+    first."""
     named = (value for name, value in os.environ.items() if SECRET_NAMES.search(name))
     return sorted((value for value in named if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
 

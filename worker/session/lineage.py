@@ -1,4 +1,4 @@
-"""Gathers what a finished job's lineage record holds; its form and its id are catalog.registry.lineage's."""
+"""Gathers the content of a finished job's lineage record. catalog.registry.lineage defines its form and its id."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def record(
     results: Json,
     is_final: bool = True,
 ) -> tuple[Json, str]:
-    """(record, its id). trainer: what the one that made the adapter said when it was ready. is_final: false of a
-    checkpoint, whose job goes on: then nothing has finished, and the curves are not digested.
+    """Return the lineage record and its id.
 
-    How exact the arithmetic was is said of all steps: the weakest word of the trainers that computed some.
+    trainer: the `ready` event of the trainer that wrote the adapter. is_final: False for a checkpoint, whose job
+    continues. Such a record has no finish time and no digest of the curves. Its `determinism` holds for all steps: it
+    is the weakest guarantee of the trainers that computed them.
     """
     job = commands.get(context.db, project_id=claim.job.project_id, job_id=claim.job.id)
     with context.db.read() as session:
@@ -65,11 +66,11 @@ def weakest(words: Sequence[str]) -> str:
 
 
 def words_of_earlier_steps(attempts: Sequence[AttemptRecord]) -> list[str]:
-    """How exact those trainers were that computed steps from which the last attempt went on: backwards from it, each
-    attempt that began below the step from which the next of them resumed.
+    """Return the determinism guarantees of the earlier trainers whose steps the last attempt continues.
 
-    One that resumed from no step began at 0, or ended before it was admitted, which its row does not tell: where its
-    trainer has said a word, that counts.
+    Backwards from the last attempt, these are the attempts that began below the step from which the next one of them
+    resumed. An attempt that resumed from no step either began at 0 or ended before it was admitted. Its row does not
+    show which, so it counts if its trainer has reported a guarantee.
     """
     *earlier, last = attempts
     words: list[str] = []
@@ -116,7 +117,7 @@ def _attempts(context: WorkerContext, job: Job) -> list[AttemptRecord]:
 
 
 def _loss_log_digest(context: WorkerContext, job: Job) -> str:
-    """sha256 over every point of both curves, in RFC 8785 JSON: [kind, step, loss]."""
+    """Return the SHA-256 of all points of both curves, in RFC 8785 JSON: [kind, step, loss]."""
     points = [
         [kind, point.step, point.loss]
         for kind in ("train", "valid")

@@ -1,4 +1,4 @@
-"""A job's numbers on their way from trainer to database: points in batches, and how fast it goes. Pure."""
+"""Buffers a job's metrics between trainer and database: batches of points, progress and speed. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 Json = dict[str, Any]
 FLUSH_SECONDS = 0.5
-"""At most two writes a second for a job, however fast it steps."""
+"""Limits the writes of a job to two per second, however fast its steps are."""
 MAX_POINTS = 200
 WINDOW_STEPS = 50
 LAST_STEPS = 5
-"""Whose mean loss tells how a training ended: one batch by itself may be a hard one."""
+"""Number of steps whose mean loss is the final loss, because a single batch may be a hard one."""
 RISEN = 1.2
 LEAPT = 1.5
-"""Of fewer steps than it takes for their mean to say something: batches differ."""
+"""Threshold for trainings that are too short for a meaningful mean, because batches differ."""
 TRAIN_FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens", "rewards")
 
 
@@ -25,7 +25,7 @@ class Curve:
 
     num_steps: int
     steps_per_epoch: float | None = None
-    """None until the trainer has the job's rows."""
+    """None until the trainer has admitted the job."""
     step: int = 0
     loss: float | None = None
     _points: list[Json] = field(default_factory=list[Json])
@@ -59,7 +59,7 @@ class Curve:
         return bool(self._points) and (waited or len(self._points) >= MAX_POINTS)
 
     def points(self) -> list[Json]:
-        """What has not been written yet."""
+        """Return the points that have not been written yet."""
         return list(self._points)
 
     def written(self, num_points: int, now: float) -> None:
@@ -67,10 +67,10 @@ class Curve:
         self._flushed_at = now
 
     def risen(self, began: tuple[int, float] | None) -> tuple[float, float] | None:
-        """(the first loss, the mean of the last ones) where that is clearly higher.
+        """Return the first loss and the mean of the last ones, if the mean is clearly higher; else None.
 
-        began: step and loss of the job's first step on record, which an earlier attempt may have taken. However few
-        the steps are, a loss that has leapt is told.
+        began: step and loss of the job's first recorded step, which may belong to an earlier attempt. A loss that rose
+        by the factor LEAPT is reported for any number of steps.
         """
         if began is None or self.step <= began[0]:
             return None
@@ -82,7 +82,7 @@ class Curve:
         return (first, last) if last > (RISEN if is_long else LEAPT) * first else None
 
     def progress(self) -> Json:
-        """For the job's row: its own speed over the last steps, and the time that this leaves."""
+        """Return the progress for the job's row, with its own speed over the last steps and the remaining time."""
         speed: Json = {"tokens_per_second": None, "seconds_left": None}
         if len(self._window) >= 2:
             seconds = max(1e-6, self._window[-1][0] - self._window[0][0])

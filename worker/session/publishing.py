@@ -1,4 +1,4 @@
-"""Makes what a trainer has written part of the record: checkpoints, and adapters that PEFT has verified."""
+"""Publishes the files of a trainer, in the store and the database: checkpoints, and adapters that PEFT has verified."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from worker.session import lineage as provenance
 
 log = logging.getLogger(__name__)
 MAX_EXPONENT = 700.0
-"""exp of more is no float."""
+"""exp of a larger number overflows a float."""
 
 
 def checkpoint(
     context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, *, trainer: Json
 ) -> None:
-    """Store a checkpoint's files, then its row. A full store costs the checkpoint, not the job.
+    """Store a checkpoint's files, then its row. If the store is full, the checkpoint is lost, but the job continues.
 
-    saved: the trainer's event. trainer: what it said when it was ready.
+    saved: the trainer's event. trainer: its `ready` event.
     """
     failpoints.pass_by("uploading")
     step = saved["step"]
@@ -50,9 +50,9 @@ def checkpoint(
 def model_of_checkpoint(
     context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, *, trainer: Json
 ) -> None:
-    """Store the weights of a checkpoint that is on record already, where the trainer wrote them.
+    """Store the weights of a checkpoint that is already recorded, if the trainer wrote them.
 
-    saved: the trainer's event. trainer: what it said when it was ready.
+    saved: the trainer's event. trainer: its `ready` event.
     """
     exported = _exported_if_it_can_be(context, claim, directory, saved, trainer)
     if exported is not None:
@@ -60,7 +60,7 @@ def model_of_checkpoint(
 
 
 def no_model(context: WorkerContext, claim: Claim, *, step: int, reason: str) -> None:
-    """Tell why a checkpoint that stands has no weights to be used as a model."""
+    """Record why a valid checkpoint can't be used as a model."""
     message = f"The checkpoint of step {step} can't be used as a model. {reason}"
     recording.record_event(context.db, claim.claim_id, "warn", message)
 
@@ -68,16 +68,17 @@ def no_model(context: WorkerContext, claim: Claim, *, step: int, reason: str) ->
 def _exported_if_it_can_be(
     context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, trainer: Json
 ) -> recording.Exported | None:
-    """None where the trainer wrote no adapter, or it can't be published, which costs the checkpoint's model alone."""
+    """Return the checkpoint's adapter. None if the trainer wrote none, or it can't be published; then the checkpoint
+    can be resumed from, but not used as a model."""
     if saved.get("adapter") is None:
         return None
     try:
         return _exported(context, claim, directory, saved, trainer)
     except (StaleClaim, Unavailable, UnsafePath):
         raise
-    except Exception as error:  # whatever is wrong with a model on the way, the job needs none to go on
+    except Exception as error:  # the job continues without the model, whatever the error is
         log.exception("%s", claim.job.id)
-        unforeseen = f"{type(error).__name__}; the worker's log says more."  # its text may hold paths of the server
+        unforeseen = f"{type(error).__name__}; see the worker's log."  # its text may contain paths of the server
         reason = error.sentence() if isinstance(error, LorryError) else unforeseen
         no_model(context, claim, step=saved["step"], reason=reason)
         return None
@@ -86,7 +87,8 @@ def _exported_if_it_can_be(
 def _exported(
     context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, trainer: Json
 ) -> recording.Exported:
-    """The checkpoint's weights as an adapter's files, with their record: of the job as far as it has come."""
+    """Store the checkpoint's weights as an adapter. Returns it with its lineage record, which covers the steps so
+    far."""
     manifest = _stored(context, claim, directory, saved["adapter"], kind="adapter")
     lineage, lineage_id = provenance.record(
         context,
@@ -114,7 +116,7 @@ def adapter(
 ) -> None:
     """Store an adapter's files and the job's curves, then complete the job with them in one transaction.
 
-    exported: the trainer's event, whose report has passed. trainer: what it said when it was ready. Raises UnsafePath.
+    exported: the trainer's event, whose report has passed. trainer: its `ready` event. Raises UnsafePath.
     """
     failpoints.pass_by("uploading")
     manifest = _stored(context, claim, directory, exported["folder"], kind="adapter")
@@ -156,10 +158,10 @@ def adapter(
 
 
 def evaluate(context: WorkerContext, claim: Claim, *, kept_step: int) -> Json | None:
-    """The loss on the validation file of the adapter, and of what the job began with (the base, or its parent
-    adapter), from the recorded curve; None without one.
+    """Return the validation loss of the adapter, and that of the job's start (the base model or its parent adapter),
+    from the recorded curve. None without a curve.
 
-    kept_step: whose weights the adapter has.
+    kept_step: the step whose weights the adapter has.
     """
     points = queries.metrics(context.db, project_id=claim.job.project_id, job_id=claim.job.id, kind="valid")
     if not points:
@@ -177,12 +179,12 @@ def evaluate(context: WorkerContext, claim: Claim, *, kept_step: int) -> Json | 
 
 
 def _of_the_method(first: Point, last: Point, began: str) -> Json:
-    """A loss that compares answers has no perplexity, but rewards."""
+    """Return the rewards if the loss compares answers, and else the perplexities."""
     if last.rewards is not None:
         return {"rewards": last.rewards}
     return {f"{began}_perplexity": perplexity(first.loss), "perplexity": perplexity(last.loss)}
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); where that is beyond a float, the largest that is not."""
+    """Return exp(loss), limited so that it does not overflow a float."""
     return math.exp(min(loss, MAX_EXPONENT))

@@ -1,4 +1,4 @@
-"""What the worker keeps in memory about one job of its trainer, and how that job's attempt can end."""
+"""The state that the worker keeps in memory about one job of its trainer, and the end of that job's attempt."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ class End:
     error: Json | None = None
     """Becomes the job's `error` if the job is not retried."""
     blamed_worker_id: str | None = None
-    """The worker whose node may have caused it, if known. None: see TrainerSession."""
+    """The worker whose node may have caused it, if known. For None, see TrainerSession."""
 
 
 STOPPED: dict[Verb, End] = {
     "cancel": End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled."),
-    "pause": End(reason=EndReason.PAUSED_BY_USER, detail="Paused before it trained here."),
-    "preempt": End(reason=EndReason.PREEMPTED, detail="It had not begun to train here."),
+    "pause": End(reason=EndReason.PAUSED_BY_USER, detail="Paused before training started on this worker."),
+    "preempt": End(reason=EndReason.PREEMPTED, detail="Training had not started on this worker."),
 }
 """How a request to stop ends the attempt if the trainer has nothing to save of the job."""
 
 
 def requested_verb(directive: ClaimDirectives) -> Verb | None:
-    """The request to stop that counts, if there are several. A cancel makes the others pointless."""
+    """Return the request to stop that takes effect. A cancel takes precedence over a pause, and a pause over a
+    preemption."""
     if directive.cancel:
         return "cancel"
     if directive.pause:
@@ -52,34 +53,35 @@ class SessionJob:
     claim: Claim
     curve: Curve
     checkpoints: list[Checkpoint]
-    """Newest first; the first is what the trainer resumes from."""
+    """Newest first. The trainer resumes from the first one."""
     is_handed_over: bool = False
-    """Its files are with the trainer, and the message that says so."""
+    """The trainer has its files and the `admit` message."""
     is_admitted: bool = False
-    """The trainer has made room for it."""
+    """The trainer has allocated its memory."""
     is_to_stop: bool = False
-    """By what it has measured: a trial that its sweep is better without."""
+    """Its sweep has pruned this trial because of its metrics."""
     sent: set[Verb] = field(default_factory=set[Verb])
-    """Since it was handed over."""
+    """Messages that were sent since the job was handed over."""
     news: deque[Json] = field(default_factory=deque[Json])
-    """What the trainer has said about it and is not on record yet. Empty but in an outage."""
+    """Events of the trainer about the job that are not recorded yet. Empty except in an outage."""
     superseded: list[str] = field(default_factory=list[str])
-    """Folders of checkpoints that newer ones have made needless before they were recorded. To be deleted."""
+    """Folders to be deleted: newer checkpoints superseded them before they were recorded."""
     recorded_step: int = 0
-    """Of the newest checkpoint that this attempt has put on record."""
+    """The step of the newest checkpoint that this attempt has recorded."""
 
     @property
     def is_suspect(self) -> bool:
-        """It trains alone, until it has a new checkpoint."""
+        """Whether the job must train alone, because earlier attempts failed. This ends with its next checkpoint."""
         job = self.claim.job
         return not self.recorded_step and is_suspect(job.counted_attempts, job.lost_attempts)
 
     def own_bytes(self, description: Json, *, recomputes: bool) -> int:
-        """What it takes in its trainer, beside its part of a tick. description: the base's. recomputes: the device."""
+        """Return the memory that the job needs in its trainer, without its part of a tick. description: of the base
+        model. recomputes: whether the device uses activation checkpointing."""
         return requirements.own_bytes(self.claim.job, description, recomputes=recomputes)
 
     def drop_outdated(self) -> None:
-        """Take those checkpoints out of the news that newer ones have made needless."""
+        """Remove the unrecorded checkpoints that newer ones have superseded."""
         saved = [event for event in self.news if event["type"] == "checkpointed"]
         for event in saved[:-KEPT_CHECKPOINTS]:
             self.news.remove(event)
@@ -87,5 +89,5 @@ class SessionJob:
 
 
 def folders_of(checkpointed: Json) -> list[str]:
-    """Those of the trainer's directory that its event of a checkpoint names."""
+    """Return the folders in the trainer's directory that its checkpoint event names."""
     return [folder for name in ("folder", "adapter") if (folder := checkpointed.get(name)) is not None]

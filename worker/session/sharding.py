@@ -1,4 +1,4 @@
-"""How a trainer of this worker places the base of a job on the worker's devices, by catalog/resources/sharding.py."""
+"""Chooses how a trainer of this worker holds the base model of a job, by catalog/resources/sharding.py."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from worker.context.context import WorkerContext
 
 
 def strategy_for(context: WorkerContext, job: Job, *, description: Json | None = None) -> Strategy:
-    """How a trainer here holds the base for such a job: the same for all that train with it. description: the base's;
-    it is read where None."""
+    """Return how a trainer on this worker holds the base model for such a job and all its packmates. description: of
+    the base model; read from the database if None."""
     return context.group.strategy(_demand(context, job, description))
 
 
 def reason_for(context: WorkerContext, job: Job) -> str:
-    """Why that is so, for people."""
+    """Return the reason for this strategy, for users."""
     return reason(context.group, _demand(context, job, None))
 
 

@@ -1,4 +1,4 @@
-"""Brings what a claimed job needs into the trainer's directory: its tokens, and the state to resume from."""
+"""Copies the files of a claimed job into the trainer's directory: its tokens, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from worker.protocol.mailbox import AdmitBody, TrainerDirectory
 def bring_files(
     context: WorkerContext, directory: TrainerDirectory, claim: Claim, checkpoints: list[Checkpoint]
 ) -> AdmitBody:
-    """The body of an `admit` message, its files in place. Damaged checkpoints are taken off the list, damaged
-    tokens are made again.
+    """Copy the files of a job, and return the body of its `admit` message. Damaged checkpoints are removed from the
+    list, and damaged token caches are recreated.
 
-    Raises DamagedArtifact where the data file itself or the parent adapter is damaged, FileRefused, Abandoned,
+    Raises DamagedArtifact if the data file itself or the parent adapter is damaged, FileRefused, Abandoned,
     OutOfSpace, Unavailable.
     """
     job, spec = claim.job, JobSpec.model_validate(claim.job.spec)
@@ -58,14 +58,14 @@ def _named(directory: TrainerDirectory, path: Path | None) -> str | None:
 
 
 def _evaluate_every(spec: JobSpec, num_steps: int) -> int:
-    """No more than all steps: the engine refuses what could decide nothing, and the job's events tell of it."""
+    """Return the interval between evaluations, limited to all steps: the engine rejects settings without effect."""
     return min(spec.evaluate_every_steps or math.ceil(num_steps / 10), num_steps)
 
 
 def fall_back(context: WorkerContext, claim: Claim, checkpoints: list[Checkpoint], why: str) -> None:
-    """Take the newest off the list: it is never tried again. Events, so that nobody wonders where the steps went.
+    """Remove the newest checkpoint from the list, and never use it again. Events explain the lost steps to users.
 
-    The list changes last, so that a repetition after an outage takes off no second one.
+    The list changes last, so that a repetition after an outage does not remove a second checkpoint.
     """
     bad, *left = checkpoints
     recording.distrust_checkpoint(context.db, claim.claim_id, checkpoint_id=bad.id, problem=why)
@@ -83,7 +83,7 @@ def _bring_tokens(
     try:
         return _fetch_tokens(context, key, into)
     except DamagedArtifact as error:
-        message = f"The tokens of {file_id} can't be used, and are made again: {error.message}"
+        message = f"The tokens of {file_id} can't be used and are recreated: {error.message}"
         recording.record_event(context.db, claim.claim_id, "warn", message)
     tokenization.make_again(context, claim.job, file_id, key)
     return _fetch_tokens(context, key, into)
@@ -99,8 +99,8 @@ def _fetch_tokens(context: WorkerContext, key: str, into: Path) -> Path:
 
 
 def _bring_parent(context: WorkerContext, spec: JobSpec, into: Path) -> Path | None:
-    """The adapter that the job continues, each file as its digest says; also where it resumes, for pairs of answers
-    are compared with it, and its checkpoint names it."""
+    """Fetch the adapter that the job continues, and verify its digests. A job that resumes needs it too: preference
+    losses use it as the reference, and the checkpoint refers to it."""
     if spec.parent is None:
         return None
     try:
@@ -112,13 +112,13 @@ def _bring_parent(context: WorkerContext, spec: JobSpec, into: Path) -> Path | N
 
 
 def _went_through_template(context: WorkerContext, key: str) -> bool:
-    """Of the training rows: prompts are then asked in the same way."""
+    """Return whether the training rows use the chat template. If they do, prompts use it as well."""
     row = token_cache.get(context.db, key)
     return row is not None and "chat_template" in row.report
 
 
 def _fetch_newest(context: WorkerContext, claim: Claim, checkpoints: list[Checkpoint], into: Path) -> Path | None:
-    """The newest checkpoint whose every file has the digest that was recorded; None where there is none."""
+    """Fetch the newest checkpoint whose files all have their recorded digests. Returns None if there is none."""
     while checkpoints:
         newest = checkpoints[0]
         assert newest.artifact is not None
@@ -127,7 +127,7 @@ def _fetch_newest(context: WorkerContext, claim: Claim, checkpoints: list[Checkp
             if not folder.is_dir():
                 context.store.fetch(context.store.get_manifest(newest.artifact), folder)
         except DamagedArtifact as error:
-            context.store.empty_damaged(newest.artifact)  # the same bytes come again with the same step
+            context.store.empty_damaged(newest.artifact)  # so that the same bytes can be stored again at the same step
             fall_back(context, claim, checkpoints, error.message)
         else:
             return folder

@@ -1,4 +1,4 @@
-"""One trainer's session: the jobs it holds, the messages to it, the events from it, and how each job's attempt ends.
+"""A session of one trainer: its jobs, the messages to it, the events from it, and the end of each job's attempt.
 
 An event leaves its job's queue only once its consequences are recorded, so an outage loses no event. Each job has its
 own queue, so a job whose files can't be stored now does not delay the others.
@@ -43,9 +43,9 @@ from worker.session.sharding import strategy_for
 
 log = logging.getLogger(__name__)
 OUTAGES = (Unavailable, OutOfSpace)
-"""Temporary failures, of the database, the store or the disk: wait, then try the same again."""
+"""Temporary failures of the database, the store or the disk: wait, then retry."""
 NOBODY = ""
-"""No worker is blamed; see Attempt."""
+"""No worker is at fault; see Attempt."""
 
 
 class TrainerSession:
@@ -104,29 +104,31 @@ class TrainerSession:
 
     @property
     def holding(self) -> ShardingStrategy:
-        """How the devices hold the base."""
+        """How the devices hold the base model."""
         if self.strategy == "replicated":
             return "replicated"
         return "offloaded" if self.strategy.endswith("_offload") else "sharded"
 
     @property
     def has_suspect(self) -> bool:
-        """While a suspect job trains, no other job may join."""
+        """Whether it holds a suspect job, which no other job may join."""
         return any(held.is_suspect for held in self._held.values())
 
     def is_for(self, job: Job) -> bool:
-        """Whether this trainer, while empty, can take the job: it holds the job's base, with the job's strategy.
+        """Return whether this trainer, if empty, can train the job: it holds the job's base model, with the job's
+        strategy.
 
-        The job is claimed already. So this reads nothing that could fail, or the claim would belong to no trainer.
+        The job is already claimed. Therefore this method reads nothing that could fail: the claim would then belong to
+        no trainer.
         """
         if self.pack_key != job.pack_key:
             return False
         return self.strategy == strategy_for(self._context, job, description=self._description)
 
     def bytes_to_come(self) -> int:
-        """Memory that the trainer has yet to allocate for the jobs it was given.
+        """Return the memory that the trainer has yet to allocate for its jobs.
 
-        Until it has admitted its first job, that includes the base and the first tick. For each further job, it
+        Until it has admitted its first job, this includes the base model and the first tick. For each further job, it
         includes the slice by which the tick grows.
         """
         to_come = [held for held in self._held.values() if not held.is_admitted]
@@ -134,11 +136,12 @@ class TrainerSession:
         return self._bytes_of(to_come, beside=num_admitted) + (0 if num_admitted else self._trainer_bytes_to_come())
 
     def predicted_bytes(self) -> int:
-        """Estimated memory of the trainer with all its jobs, by the estimate that admitted them."""
+        """Return the estimated memory of the trainer with all its jobs, as estimated for their admission."""
         return self._bytes_of(list(self._held.values()), beside=0) + self._whole_trainer_bytes()
 
     def _bytes_of(self, jobs: list[SessionJob], *, beside: int) -> int:
-        """Of these jobs, and of the slices by which they widen the tick. beside: the number of other jobs."""
+        """Return the memory of these jobs and of the slices by which they widen the tick, given the number of other
+        jobs in the trainer."""
         slice_bytes = memory.slice_bytes(self._description, packing.precision_of(self.pack_key))
         tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
         total = 0
@@ -148,14 +151,15 @@ class TrainerSession:
         return total
 
     def bytes_in_use(self) -> int:
-        """Memory that unloading the trainer would free, by its last report. A GPU's allocator keeps the memory of its
-        largest tick; a CPU's returns what it can."""
+        """Return the memory that unloading the trainer would free, by its last report. A GPU's allocator keeps the
+        memory of its largest tick. A CPU's allocator returns most of it."""
         memory = self._memory
         whole = int(memory.get("base_bytes", 0)) + int(memory.get("adapter_bytes", 0))
         return max(whole, int(memory.get("peak_bytes", 0))) if self._context.device.kind == "cuda" else whole
 
     def _trainer_bytes_to_come(self) -> int:
-        """Of the base and the first tick, before any job is admitted. A trainer that is ready and empty needs none."""
+        """Return the memory that the base model and the first tick still need, before any job is admitted. A trainer
+        that is ready and empty needs none."""
         whole = self._whole_trainer_bytes()
         if self.ready is None:
             return whole + self._context.group.reserve_bytes
@@ -173,7 +177,7 @@ class TrainerSession:
     # To the trainer
 
     def admit(self, claim: Claim) -> None:
-        """Take in a claimed job. `hand_over` brings its files, or ends the attempt if they are not available."""
+        """Add a claimed job. `hand_over` copies its files, or ends the attempt if they are not available."""
         failpoints.pass_by("after_claim")
         if not self._held:
             self.heard_at = time.monotonic()  # an empty trainer sends no events
@@ -184,7 +188,8 @@ class TrainerSession:
         self.idle_since = time.monotonic()
 
     def hand_over(self) -> None:
-        """Bring the files of newly admitted jobs, and tell the trainer of them. Raises OutOfSpace, Unavailable."""
+        """Copy the files of new jobs, and send their `admit` messages to the trainer. Raises OutOfSpace,
+        Unavailable."""
         for held in list(self._held.values()):
             if not held.is_handed_over:
                 self._guarded(held, self._hand_over)
@@ -255,13 +260,13 @@ class TrainerSession:
         self._output.push_due()
 
     def read_all_events(self) -> None:
-        """The same for a trainer that has exited, which may have left more events than one read returns."""
+        """Read all events of a trainer that has exited, which may be more than one read returns."""
         self.read_events()
         while self._reader.has_more:
             self.read_events()
 
     def silent_seconds(self) -> float:
-        """Since the trainer's last event, recorded or not."""
+        """Return the seconds since the trainer's last event, recorded or not."""
         self._receive()
         return time.monotonic() - self.heard_at
 
@@ -301,7 +306,7 @@ class TrainerSession:
             del held.superseded[0]
         while held.news:
             self._handle(held, held.news[0])
-            if held.news:  # its end has cleared them
+            if held.news:  # the end of an attempt clears them
                 held.news.popleft()
         if self._holds(held) and held.curve.is_due(time.monotonic()):
             self._flush(held)
@@ -340,7 +345,7 @@ class TrainerSession:
             self._act(held, action)
 
     def _subjects(self, held: SessionJob) -> Subjects:
-        """The fields of log lines that are written while something is done for this job."""
+        """Return the fields of log lines that are written during an action for this job."""
         claim, trace = held.claim, tracing.trace_id(self._context.spans.of(held.claim.claim_id))
         return {"job": claim.job.id, "claim": claim.claim_id, "trainer": self.trainer_id, "trace": trace}
 
@@ -396,7 +401,8 @@ class TrainerSession:
             self._release(held)
 
     def _blamed(self, end: End) -> str | None:
-        """In a round of several nodes, any of them may have caused what the trainer reported or failed to report."""
+        """Return the worker at fault. In a round of several nodes, any node may have caused the failure of the trainer,
+        so no worker is."""
         if end.blamed_worker_id is None and self._context.led_round is not None:
             return NOBODY
         return end.blamed_worker_id

@@ -1,7 +1,8 @@
-"""When a worker gives up its trainer or its GPU.
+"""Kills a trainer that hangs, and cordons a worker whose device is unusable.
 
-A trainer is killed that loads too long, is silent while it is busy, or shuts down too slowly. Its stacks go into the
-logs of its jobs first. A GPU is given up when its driver has reported nothing for SILENT_GPU_SECONDS.
+A trainer is killed if it takes too long to load, sends no events while it is busy, or shuts down too slowly. Before
+that, its stacks are written to the logs of its jobs. A worker is cordoned if its trainer can't be killed, or if a
+GPU's driver has not reported the free memory for SILENT_GPU_SECONDS.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 TIMES_ITS_PACE = 4
 """A slow trainer may be silent for this multiple of its longest silence so far."""
 SILENT_GPU_SECONDS = 300.0
-"""How long a driver may report nothing, as during its own restart, before an operator has to look at the GPU."""
+"""A driver may report nothing for this time, for example during its own restart. After that, an operator must check the
+GPU."""
 
 
 def watch_clock(
@@ -35,7 +37,7 @@ def watch_clock(
     timeout = _timeout(context, trainer, session, closing_at)
     if timeout is None:
         return
-    log.error("%s Trainer %s is ended.", timeout.detail, session.trainer_id)
+    log.error("%s Trainer %s is killed.", timeout.detail, session.trainer_id)
     session.outcome = timeout
     with suppress(OSError):  # the stacks help users; the trainer is killed with or without them
         exit_status.dump_stacks(trainer, timeout.detail)
@@ -66,7 +68,7 @@ def cordon_silent(context: WorkerContext) -> None:
         context.silent_since = now
     if now - context.silent_since < SILENT_GPU_SECONDS:
         return
-    reason = f"For {SILENT_GPU_SECONDS / 60:.0f} minutes the driver has not told what is free of {why}."
+    reason = f"For {SILENT_GPU_SECONDS / 60:.0f} minutes the driver has not reported the free memory of {why}."
     cordons.cordon_own(context.db, context.worker_id, reason=reason)
     log.error("%s The worker is cordoned.", reason)
     context.silent_since = now
@@ -75,7 +77,8 @@ def cordon_silent(context: WorkerContext) -> None:
 def _timeout(
     context: WorkerContext, trainer: TrainerProcess, session: TrainerSession, closing_at: float | None
 ) -> End | None:
-    """The time limit that the trainer has exceeded: to shut down, to load its base, or between two events."""
+    """Return the time limit that the trainer has exceeded: to shut down, to load its base model, or between two
+    events. None if it has exceeded none."""
     now = time.monotonic()
     if closing_at is not None and now - closing_at > context.drain_seconds:
         return TrainerEnd.SLOW_SHUTDOWN.value
@@ -88,12 +91,12 @@ def _timeout(
     if silent_seconds <= allowed:
         return None
     what = "while it verified an adapter" if session.is_verifying else ""
-    return End(reason=EndReason.TIMEOUT, detail=f"The trainer said nothing for {allowed:.0f} s {what}".strip() + ".")
+    return End(reason=EndReason.TIMEOUT, detail=f"The trainer sent no events for {allowed:.0f} s {what}".strip() + ".")
 
 
 def _allowed_seconds(context: WorkerContext, session: TrainerSession) -> float:
-    """How long the trainer may be silent, by its own pace. During a verification it writes no file and compiles no
-    kernel, so the limit is lower."""
+    """Return how long the trainer may send no events, by its own pace. During a verification it writes no files and
+    compiles no kernels, so the limit is lower."""
     least = (
         min(context.verifying_seconds, context.progress_seconds) if session.is_verifying else context.progress_seconds
     )

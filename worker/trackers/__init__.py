@@ -1,1 +1,1 @@
-"""Curves to W&B, MLflow and others: the worker's side."""
+"""The worker's side of exporting curves to W&B, MLflow and other trackers."""

@@ -1,5 +1,7 @@
-"""Writes jobs' curves to their trackers, from the record, beside all that a worker does: on a thread of its own, with a
-child process for each open run. A tracker that is slow or away holds up nobody, and costs a job a line in its log.
+"""Exports the curves of jobs from the database to their trackers.
+
+The exports run on their own thread, with a child process for each open run. A tracker that is slow or unavailable
+delays nothing else: its job only gets a line in its events.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from worker.trackers.session import ExportFailed, ExportSession, available, plac
 log = logging.getLogger(__name__)
 TURN_SECONDS = 0.25
 LOOK_SECONDS = 2.0
-"""Between two looks for exports that are due, and between two readings of one."""
+"""Interval between two polls for due exports, and between two writes of one export."""
 MAX_OPEN = 8
 LAST_SECONDS = 10.0
-"""What open runs have at the end of a worker, for what is still to be written."""
+"""Time limit for open runs to write their remaining points when the worker exits."""
 
 
 @contextmanager
 def exporting(db: Database, settings: Settings) -> Generator[None]:
-    """For as long as the block lasts; nothing at all where there is no tracker to write to."""
+    """Export during the block. Does nothing if no tracker is available."""
     types = available(settings)
     if not types:
         yield
@@ -45,7 +47,7 @@ def exporting(db: Database, settings: Settings) -> Generator[None]:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Open:
-    """A claimed export, and its run once that is open."""
+    """A claimed export, with its run once that is open."""
 
     export: Export
     session: ExportSession | None = None
@@ -102,12 +104,12 @@ class Exports:
             return
         self._open.remove(one)
         if isinstance(error, LorryError):
-            log.warning("exports code=%s", error.code)  # the claim runs out, and it is begun again
+            log.warning("exports code=%s", error.code)  # the claim expires, and the export starts again
         elif error is not None:
             log.error("crash in an export", exc_info=error)
 
     def _round(self, one: _Open) -> Follows:
-        """Write what is new of one job. Its run is closed where it is not to go on."""
+        """Write the new points of one job. Closes its run unless the export continues."""
         follows = Follows.DONE
         try:
             news = tracker_exports.look(self._db, one.export)
@@ -134,7 +136,7 @@ class Exports:
         return ExportSession(begun)
 
     def _end(self) -> None:
-        """What is new is written once more where that takes no time; the rest is for the next worker."""
+        """Write the remaining points, within the time limit. The next worker writes the rest."""
         wait([one.round for one in self._open if one.round is not None], timeout=LAST_SECONDS)
         for one in self._open:
             if one.round is None:

@@ -1,6 +1,6 @@
-"""An open run of a tracker, from the worker's side: a child process that is asked, and killed where it does not answer.
+"""An open run of a tracker, from the worker's side: a child process that is killed if it does not answer in time.
 
-Credentials come from the worker's environment by an allow-list, and reach this child alone, never a trainer.
+Credentials come from the worker's environment by an allow-list. Only this child gets them, and never a trainer.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from worker.process.launcher import CREDENTIAL_NAMES, PROXIES, ROOT, SYSTEM
 Json = dict[str, Any]
 LIBRARIES = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboardX", "trackio": "trackio"}
 PASSED_ON = {"wandb": ("WANDB_",), "mlflow": ("MLFLOW_",), "tensorboard": (), "trackio": ()}
-"""Beginnings of the variables that a tracker's child is given beside the system's."""
+"""Prefixes of the environment variables that a tracker's child gets in addition to the system's."""
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "DO_NOT_TRACK": "true"}
-"""Libraries tell nobody of their use, unless the operator says so."""
+"""Disables the telemetry of libraries, unless the operator enables it."""
 PASSWORD_IN_ADDRESS = re.compile(r"(://)[^\s/@]+(?=@)")
 ANSWER_SECONDS = 90.0
 CLOSE_SECONDS = 10.0
@@ -33,12 +33,12 @@ MAX_PROBLEM = 300
 
 
 class ExportFailed(Exception):
-    """What the tracker, or its library, has said."""
+    """The tracker, or its library, reported an error, which is the text."""
 
 
 def available(settings: Settings) -> tuple[str, ...]:
-    """Types that this worker can write: their libraries are there and none is imported. W&B needs a key too, or to be
-    told to stay offline."""
+    """Return the tracker types that this worker can write: their libraries are installed. Imports none of them. W&B
+    also needs a key or its offline mode."""
     wanted = settings.named_integrations()
     found = [name for name in INTEGRATION_TYPES if name in wanted and find_spec(LIBRARIES[name]) is not None]
     has_account = "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") == "offline"
@@ -46,7 +46,7 @@ def available(settings: Settings) -> tuple[str, ...]:
 
 
 def places(settings: Settings) -> dict[str, str]:
-    """Where each tracker writes to: the operator's to say."""
+    """Return where each tracker writes to, as the operator has configured it."""
     return {
         "mlflow": settings.resolved_mlflow_tracking_uri(),
         "tensorboard": str(settings.tensorboard_dir or settings.data_dir / "tensorboard"),
@@ -56,7 +56,7 @@ def places(settings: Settings) -> dict[str, str]:
 
 
 class ExportSession:
-    """Not for two threads at once."""
+    """An open run. Not thread-safe."""
 
     def __init__(self, begun: Json, *, answer_seconds: float = ANSWER_SECONDS) -> None:
         """Open the run. Raises ExportFailed."""
@@ -80,11 +80,11 @@ class ExportSession:
             raise
 
     def write(self, points: list[Json], end: Json | None) -> None:
-        """Raises ExportFailed."""
+        """Write points. end: of the job, if it has ended. Raises ExportFailed."""
         self._ask({"points": points, "end": end})
 
     def close(self) -> None:
-        """Let it keep what it has, in bounded time."""
+        """Close the run so that it keeps its points, within a time limit."""
         assert self._process.stdin is not None
         with suppress(OSError, subprocess.TimeoutExpired):
             self._process.stdin.close()
@@ -92,7 +92,7 @@ class ExportSession:
         self.kill()
 
     def kill(self) -> None:
-        """It, and whatever processes its library has started."""
+        """Kill the child and all processes that its library has started."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -115,7 +115,7 @@ class ExportSession:
         finally:
             watch.cancel()
         if not line:
-            raise ExportFailed("its process ended, or did not answer in time.")
+            raise ExportFailed("its process exited, or did not answer in time.")
         answer: Json = json.loads(line)
         if "error" in answer:
             raise ExportFailed(self._without_secrets(str(answer["error"])))

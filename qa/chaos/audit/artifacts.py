@@ -1,6 +1,6 @@
-"""I4: every artifact that can be seen is in the store, each byte as its digest says.
+"""Checks I4: every visible artifact is in the store, and all bytes match its digests.
 
-The store's format, read as it lies there: manifests/DIGEST.json, and blobs/AB/DIGEST, each named by its sha256.
+The store is read directly: manifests/DIGEST.json and blobs/AB/DIGEST, each named by its sha256.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def damaged(found: Record, store_url: str) -> Iterator[Finding]:
             yield Finding(invariant="I4", subject=row["digest"], sentence=problem)
     for owner, digest in _references(found):
         if digest not in visible:
-            yield Finding(invariant="I4", subject=owner, sentence=f"its artifact {digest} can't be seen")
+            yield Finding(invariant="I4", subject=owner, sentence=f"its artifact {digest} is not visible")
     for file in found.files:
         if file["deleted_at"] is None and (why := objects.problem_of_blob(file["digest"], file["num_bytes"])):
             yield Finding(invariant="I4", subject=file["id"], sentence=why)
     for adapter in found.adapters:
         if not adapter["verification"].get("passed"):
-            yield Finding(invariant="I4", subject=adapter["id"], sentence="PEFT has not passed it")
+            yield Finding(invariant="I4", subject=adapter["id"], sentence="PEFT has not verified it")
 
 
 def _references(found: Record) -> Iterator[tuple[str, str]]:
@@ -49,7 +49,7 @@ def _references(found: Record) -> Iterator[tuple[str, str]]:
 
 
 class _Objects:
-    """Read once each: many artifacts share blobs."""
+    """The objects of a store. Each blob is read once, because many artifacts share blobs."""
 
     def __init__(self, store_url: str) -> None:
         plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true"
@@ -82,7 +82,7 @@ def _problems(objects: _Objects, row: Row) -> Iterator[str]:
         yield "its manifest has other bytes in the store"
         return
     if json.loads(content) != {"kind": row["kind"], "files": row["files"]}:
-        yield "its manifest and its row say different things"
+        yield "its manifest differs from its row"
     for file in row["files"]:
         if (why := objects.problem_of_blob(file["digest"], file["num_bytes"])) is not None:
             yield f"{file['path']}: {why}"

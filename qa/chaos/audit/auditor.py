@@ -1,7 +1,7 @@
-"""Holds a database and its store against the invariants of the fault matrix, I1 to I8; see findings.SAYS.
+"""Checks a database and its store against the invariants of the fault matrix, I1 to I8; see findings.py.
 
-He decides nothing as Lorry does: he reads tables, the store's objects and docs/STATE_MACHINE.md, and counts. What is
-stored is looked at in artifacts.py, what is left over in leftovers.py.
+The auditor shares no logic with Lorry: it reads tables, the objects of the store and docs/STATE_MACHINE.md.
+artifacts.py checks stored files, and leftovers.py checks for leaks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STATES_PAGE = Path(__file__).parents[3] / "docs" / "STATE_MACHINE.md"
 ARROW = re.compile(r"^\s*(\S+) --> (\S+?)(?:: (\w+))?\s*$", re.MULTILINE)
 OUTSIDE = "[*]"
 KILL_SECONDS = 10.0
-"""Beside the lease: how long two trainers of one job may be seen together."""
+"""In addition to a lease, the time for which two trainers of one job may be observed together."""
 GENESIS = "0" * 64
 ASKED = {"cancelled_by_user": "job.cancelled", "paused_by_user": "job.paused"}
 HOOKS = {"succeeded", "failed", "cancelled"}
@@ -44,11 +44,11 @@ def audit(
     is_settled: bool = True,
     now: float | None = None,
 ) -> list[Finding]:
-    """What must not be. An empty list is a good report.
+    """Return the violations of invariants. An empty list means that there are none.
 
-    store_url: file:///… or s3://…, as LORRY_STORE_URL. pepper: of the API servers. work_dir: of the workers, all of
-    which have ended; None: no folder and no process is looked at. is_settled: every job has had the time to end. now:
-    of the database, in seconds since 1970.
+    store_url: file:///… or s3://…, as in LORRY_STORE_URL. pepper: of the API servers. work_dir: of the workers, all of
+    which have exited; None: folders and processes are not checked. is_settled: every job has had time to finish. now:
+    the time of the database, in seconds since 1970.
     """
     found = tables.read(database_url)
     known = seen or Seen()
@@ -70,7 +70,7 @@ def audit(
 
 @cache
 def _diagram() -> tuple[frozenset[tuple[str, str, str]], frozenset[str]]:
-    """(state, verb, state) of every move there is, and the final states: as the page draws them."""
+    """Return (state, verb, state) of every transition, and the final states, as drawn in the document."""
     arrows = ARROW.findall(STATES_PAGE.read_text("utf-8"))
     moves = frozenset((start, verb, end) for start, end, verb in arrows if end != OUTSIDE)
     return moves, frozenset(start for start, end, _ in arrows if end == OUTSIDE)
@@ -83,14 +83,14 @@ def _one_end(found: Record, seen: Seen, *, is_settled: bool) -> Iterator[Finding
         told = [move["data"]["to"] for move in found.transitions.get(job["id"], ())]
         ends = [state for state in told if state in final]
         if is_settled and job["state"] not in final:
-            yield _finding("I1", job["id"], f"it is {job['state']}, and will not end by itself")
+            yield _finding("I1", job["id"], f"it is {job['state']}, which is not a final state")
         if len(ends) > 1 or (ends and told[-1] not in final):
-            yield _finding("I1", job["id"], f"it went on after its end: {' → '.join(told)}")
+            yield _finding("I1", job["id"], f"it changed after its final state: {' → '.join(told)}")
         if (job["state"] in final) != (job["finished_at"] is not None):
-            yield _finding("I1", job["id"], f"it is {job['state']}, and finished_at is {job['finished_at']}")
+            yield _finding("I1", job["id"], f"it is {job['state']}, but finished_at is {job['finished_at']}")
     for key, ids in seen.submissions.items():
         for job_id in set(ids) - known:
-            yield _finding("I1", job_id, f"it was accepted, by the key {key}, and is not there")
+            yield _finding("I1", job_id, f"it was accepted with the key {key}, but does not exist")
 
 
 def _one_completion(found: Record) -> Iterator[Finding]:
@@ -107,7 +107,7 @@ def _one_completion(found: Record) -> Iterator[Finding]:
         if len(adapters[job["id"]]) != len(wanted):
             yield _finding("I2", job["id"], f"it is {job['state']}, with {len(adapters[job['id']])} adapters")
         if numbers != list(range(1, len(numbers) + 1)) or job["attempt"] != len(numbers):
-            yield _finding("I2", job["id"], f"its attempts are {numbers}, and the last is said to be {job['attempt']}")
+            yield _finding("I2", job["id"], f"its attempts are {numbers}, but its row has {job['attempt']}")
 
 
 def _one_trainer(found: Record, sightings: Sequence[Sighting], *, lease_seconds: float) -> Iterator[Finding]:
@@ -133,14 +133,14 @@ def _one_job_a_key(found: Record, seen: Seen) -> Iterator[Finding]:
     for key, row in rows.items():
         job = jobs.get(row["job_id"])
         if job is None or (job["body_digest"], job["project_id"]) != (row["body_digest"], row["project_id"]):
-            yield _finding("I5", row["job_id"], f"the key {key} is of another request, or its job is gone")
+            yield _finding("I5", row["job_id"], f"the key {key} is of another request, or has no job")
     for key, ids in seen.submissions.items():
         stands_for = {rows[key]["job_id"]} if key in rows else set[str]()
         if len({*ids, *stands_for}) > 1 or not stands_for:
-            yield _finding("I5", key, f"answers named {sorted(set(ids))}, and the record {sorted(stands_for)}")
+            yield _finding("I5", key, f"responses named {sorted(set(ids))}, but the database has {sorted(stands_for)}")
     for request_id, ids in _made_by_requests(found).items():
         if len(ids) > 1:
-            yield _finding("I5", request_id, f"one request made the jobs {ids}")
+            yield _finding("I5", request_id, f"one request created the jobs {ids}")
 
 
 def _made_by_requests(found: Record) -> dict[str, list[str]]:
@@ -152,7 +152,7 @@ def _made_by_requests(found: Record) -> dict[str, list[str]]:
 
 
 def _hooks(found: Record, seen: Seen, *, is_settled: bool) -> Iterator[Finding]:
-    """Of each job that has ended, to each endpoint that was there and asked for it."""
+    """Check the webhooks of each finished job, to each endpoint that existed and subscribed to the event."""
     events: dict[str, set[str]] = {}
     for job in (job for job in found.jobs if job["state"] in HOOKS):
         mine = [row for row in found.deliveries if row["data"].get("id") == job["id"] and not row["is_test"]]
@@ -162,33 +162,33 @@ def _hooks(found: Record, seen: Seen, *, is_settled: bool) -> Iterator[Finding]:
     tests = {row["event_id"] for row in found.deliveries if row["is_test"]}
     for hook in seen.hooks:
         if hook.event_id not in tests | events.get(hook.job_id, set()):
-            yield _finding("I6", hook.job_id, f"{hook.event_type} came as {hook.event_id}, which is none of its own")
+            yield _finding("I6", hook.job_id, f"{hook.event_type} came with another's id, {hook.event_id}")
 
 
 def _hooks_of(job: Row, mine: list[Row], endpoints: list[Row], *, is_settled: bool) -> Iterator[Finding]:
     event_type = f"fine_tuning.job.{job['state']}"
     ids = sorted({row["event_id"] for row in mine})
     if wrong := [row["event_type"] for row in mine if row["event_type"] != event_type]:
-        yield _finding("I6", job["id"], f"it is {job['state']}, and {wrong} was to be told")
+        yield _finding("I6", job["id"], f"it is {job['state']}, but {wrong} was to be sent")
     if len(ids) > 1:
-        yield _finding("I6", job["id"], f"one end has several ids: {ids}")
+        yield _finding("I6", job["id"], f"one event has several ids: {ids}")
     for endpoint in (endpoint for endpoint in endpoints if _is_due(endpoint, job, event_type)):
         sent = [row for row in mine if row["endpoint_id"] == endpoint["id"]]
         if len(sent) != 1:
-            yield _finding("I6", job["id"], f"{len(sent)} deliveries were written for {endpoint['id']}")
+            yield _finding("I6", job["id"], f"{len(sent)} deliveries were recorded for {endpoint['id']}")
         elif is_settled and endpoint["disabled_at"] is None and sent[0]["status"] != "delivered":
             yield _finding("I6", job["id"], f"{sent[0]['id']} was not delivered to {endpoint['id']}")
 
 
 def _sent(found: Record, seen: Seen) -> Iterator[Finding]:
-    """What is said to be delivered was answered well, and came."""
+    """Check that each delivery with the status `delivered` got a 2xx response, and was received."""
     answered = {row["delivery_id"] for row in found.tries if 200 <= (row["status_code"] or 0) < 300}
     came = {hook.event_id for hook in seen.hooks}
     for row in (row for row in found.deliveries if row["status"] == "delivered"):
         if row["id"] not in answered:
-            yield _finding("I6", row["id"], "it is said to be delivered, and no try of it was answered well")
+            yield _finding("I6", row["id"], "it is recorded as delivered, but no attempt got a 2xx response")
         if seen.hooks and row["event_id"] not in came:
-            yield _finding("I6", row["id"], f"it is said to be delivered, and {row['event_id']} never came")
+            yield _finding("I6", row["id"], f"it is recorded as delivered, but {row['event_id']} never came")
 
 
 def _is_due(endpoint: Row, job: Row, event_type: str) -> bool:
@@ -197,7 +197,8 @@ def _is_due(endpoint: Row, job: Row, event_type: str) -> bool:
 
 
 def _moves(found: Record) -> Iterator[Finding]:
-    """Each state follows from the one before by a move of the diagram, and the last one is where the job is."""
+    """Check that each transition is in the diagram and follows the previous one, and that the last one leads to the
+    job's state."""
     allowed, _ = _diagram()
     for job in found.jobs:
         state = OUTSIDE
@@ -205,46 +206,46 @@ def _moves(found: Record) -> Iterator[Finding]:
         for move in moves:
             data = move["data"]
             if (data["from"] or OUTSIDE) != state or (state, data["verb"], data["to"]) not in allowed:
-                sentence = f"after {state} it is told to {data['verb']} from {data['from']} to {data['to']}"
+                sentence = f"after {state}, an event records {data['verb']} from {data['from']} to {data['to']}"
                 yield _finding("I8", job["id"], sentence)
             state = data["to"]
         if state != job["state"]:
-            yield _finding("I8", job["id"], f"it is {job['state']}, and by its events {state}")
+            yield _finding("I8", job["id"], f"it is {job['state']}, but its events lead to {state}")
         claims = sum(move["data"]["verb"] == "claim" for move in moves)
         if claims != len(found.attempts.get(job["id"], ())):
-            yield _finding("I8", job["id"], f"{claims} claims are told of {len(found.attempts.get(job['id'], ()))}")
+            yield _finding("I8", job["id"], f"{claims} claims, {len(found.attempts.get(job['id'], ()))} attempts")
 
 
 def _people(found: Record) -> Iterator[Finding]:
-    """Whatever somebody asked for is in the audit log, with the job's id."""
+    """Check that every request of a user is in the audit log, with the job's id."""
     noted: dict[tuple[str, str], int] = defaultdict(int)
     for event in found.audit_events:
         noted[event["type"], event["object_id"] or ""] += 1
     for job in found.jobs:
         moves = [move["data"] for move in found.transitions.get(job["id"], ())]
         if noted["job.created", job["id"]] != 1:
-            yield _finding("I8", job["id"], f"its creation is noted {noted['job.created', job['id']]} times")
+            yield _finding("I8", job["id"], f"its creation is recorded {noted['job.created', job['id']]} times")
         if job["sweep_id"] is not None:
             continue
         asked = [ASKED[move["reason"]] for move in moves if move["reason"] in ASKED and move["verb"] != "requeue"]
         asked += ["job.resumed" for move in moves if move["verb"] == "resume"]
         for kind in set(asked):
             if asked.count(kind) > noted[kind, job["id"]]:
-                yield _finding("I8", job["id"], f"{kind} happened {asked.count(kind)} times, and is noted less often")
+                yield _finding("I8", job["id"], f"{kind} happened {asked.count(kind)} times, but has fewer events")
 
 
 def _chain(found: Record, pepper: bytes) -> Iterator[Finding]:
-    """Every sealed event has the digest of what it says and of the one before, to where the head stands."""
+    """Check that every sealed event has the digest of its content and of the previous event, up to the head."""
     sealed = sorted((event for event in found.audit_events if event["link"] is not None), key=lambda row: row["link"])
     digest = GENESIS
     for link, event in enumerate(sealed, start=1):
         if event["link"] != link or event["previous"] != digest or event["digest"] != _digest(event, pepper):
-            yield _finding("I8", event["id"], f"the audit log does not fit at link {link}")
+            yield _finding("I8", event["id"], f"the audit log's chain is broken at link {link}")
             return
         digest = event["digest"]
     heads = [(head["link"], head["digest"]) for head in found.audit_heads]
     if heads != ([(len(sealed), digest)] if sealed else []):
-        yield _finding("I8", "audit_head", f"the audit log ends at {len(sealed)}, and its head says {heads}")
+        yield _finding("I8", "audit_head", f"the audit log ends at {len(sealed)}, but its head is {heads}")
 
 
 def _digest(event: Row, pepper: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What an auditor says, and what he is told of that no table holds: answers, webhooks, and trainers that were seen."""
+"""The findings of an auditor, and observations that no table contains: responses, webhooks and running trainers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SAYS: dict[Invariant, str] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that must not be."""
+    """One violation of an invariant."""
 
     invariant: Invariant
     subject: str
-    """Id of what it is about."""
+    """The id of the object with the violation."""
     sentence: str
 
     def __str__(self) -> str:
@@ -35,7 +35,8 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sighting:
-    """A trainer's process that held a claim's files, from when to when it was seen to live, in seconds since 1970."""
+    """A process of a trainer that held a claim's files, with the time at which it was first and last seen, in seconds
+    since 1970."""
 
     pid: int
     claim_id: str
@@ -45,7 +46,7 @@ class Sighting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hook:
-    """A webhook that came."""
+    """A received webhook."""
 
     event_id: str
     event_type: str
@@ -54,9 +55,9 @@ class Hook:
 
 @dataclass(kw_only=True, slots=True)
 class Seen:
-    """What was seen from outside. Whatever is empty is not held against the record."""
+    """Observations from outside. Empty fields are not compared with the database."""
 
     submissions: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
-    """By Idempotency-Key, the ids of jobs that answers named."""
+    """By Idempotency-Key, the ids of the jobs in the responses."""
     hooks: Sequence[Hook] = ()
     trainers: Sequence[Sighting] = ()

@@ -1,6 +1,6 @@
-"""I7: what nobody needs any more and is still there: leases, open rows, folders whose owner has gone, processes.
+"""Checks I7: no leaked leases, open rows, folders without an owner, or processes.
 
-What lies in the store and no row names is no leak: Lorry's own cleaning takes it once it is a day old.
+An object in the store that no row names is not a leak: Lorry deletes it when it is a day old.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qa.chaos.audit.tables import Record, Row
 
 HELD = ("running", "validating_files")
 OWNED = ("trainers", "scratch", "workers")
-"""Folders of things that live no longer than their owner, who holds a lock beside each."""
+"""Folders whose entries are deleted with their owner, which holds a lock next to each entry."""
 
 
 def rows(found: Record, *, now: float, lease_seconds: float) -> Iterator[Finding]:
@@ -26,21 +26,21 @@ def rows(found: Record, *, now: float, lease_seconds: float) -> Iterator[Finding
     yield from _never_ended(found)
     for row in (*found.plans, *found.bases):
         if row["claim_id"] is not None and (row["lease_expires_at"] or 0.0) < oldest:
-            yield _leak(row.get("id") or row["name"], "the lease on it ran out two leases ago")
+            yield _leak(row.get("id") or row["name"], "its lease expired two leases ago")
 
 
 def _of_job(job: Row, oldest: float) -> Iterator[Finding]:
     is_held = job["claim_id"] is not None
     if is_held and (job["state"] not in HELD or job["lease_expires_at"] is None):
-        yield _leak(job["id"], f"it is {job['state']}, and the claim {job['claim_id']} holds it")
+        yield _leak(job["id"], f"it is {job['state']}, but the claim {job['claim_id']} holds it")
     if job["lease_expires_at"] is not None and (not is_held or job["lease_expires_at"] < oldest):
-        yield _leak(job["id"], "a lease on it ran out two leases ago, or nobody holds it")
+        yield _leak(job["id"], "its lease expired two leases ago, or has no claim")
     if (job["queued_at"] is not None) != (job["state"] == "queued" and not job["is_held"]):
-        yield _leak(job["id"], f"it is {job['state']}, and queued_at is {job['queued_at']}")
+        yield _leak(job["id"], f"it is {job['state']}, but queued_at is {job['queued_at']}")
 
 
 def _never_ended(found: Record) -> Iterator[Finding]:
-    """Attempts without their claim, trainers without their worker."""
+    """Yield open attempts whose claim is gone, and open trainers whose worker has ended."""
     holder = {job["claim_id"]: job["id"] for job in found.jobs if job["claim_id"] is not None}
     for job_id, attempts in found.attempts.items():
         for attempt in attempts:
@@ -49,23 +49,23 @@ def _never_ended(found: Record) -> Iterator[Finding]:
     ended = {worker["id"] for worker in found.workers if worker["ended_at"] is not None}
     for trainer in found.trainers:
         if trainer["ended_at"] is None and trainer["worker_id"] in ended:
-            yield _leak(trainer["id"], f"its worker {trainer['worker_id']} has ended, and it has not")
+            yield _leak(trainer["id"], f"its worker {trainer['worker_id']} has ended, but it has not")
 
 
 def on_machine(work_dir: Path) -> Iterator[Finding]:
-    """Of a work folder whose workers have all ended."""
+    """Yield the leaks in a work folder whose workers have all exited."""
     for name in OWNED:
         for path in sorted((work_dir / name).glob("*")) if (work_dir / name).is_dir() else ():
             if path.suffix != ".lock" and not _is_owned(path):
-                yield _leak(path.name, f"a folder in {name} whose owner has gone")
+                yield _leak(path.name, f"a folder in {name} without an owner")
             if path.suffix == ".lock" and not _is_locked(path):
-                yield _leak(path.name, f"a lock in {name} that nobody holds")
+                yield _leak(path.name, f"a lock in {name} that no process holds")
     for process in processes(work_dir):
         yield _leak(str(process.pid), f"the process still runs: {' '.join(process.cmdline())[:200]}")
 
 
 def processes(work_dir: Path) -> list[psutil.Process]:
-    """Trainers and other children that work in it, their zombies left out."""
+    """Return the trainers and other children that work in the folder, except zombies."""
     found: list[psutil.Process] = []
     for process in psutil.process_iter():
         try:

@@ -1,4 +1,4 @@
-"""The tables as an auditor reads them: rows and nothing of the catalog's own reading or deciding."""
+"""The tables as an auditor reads them: plain rows, without any logic of the catalog."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """Everything that is checked, read in one transaction."""
+    """All rows that are checked, read in one transaction."""
 
     jobs: list[Row]
     attempts: dict[str, list[Row]]
     """By job, in the order of their numbers."""
     transitions: dict[str, list[Row]]
-    """By job, in the order of their writing."""
+    """By job, in the order in which they were written."""
     adapters: list[Row]
     artifacts: list[Row]
     checkpoints: list[Row]
@@ -34,7 +34,7 @@ class Record:
     deliveries: list[Row]
     tries: list[Row]
     audit_events: list[Row]
-    """In the order of their writing."""
+    """In the order in which they were written."""
     audit_heads: list[Row]
     workers: list[Row]
     trainers: list[Row]

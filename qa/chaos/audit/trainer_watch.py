@@ -1,4 +1,4 @@
-"""Looks several times a second which trainers live and whose files they hold: what no table can tell."""
+"""Observes several times a second which trainers run and which jobs' files they hold. No table contains this."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENTRY = "worker.children.trainer.main"
 
 
 class Watch:
-    """Of one work folder, for as long as the block."""
+    """Observes one work folder during the block."""
 
     def __init__(self, work_dir: Path) -> None:
         self._work_dir = work_dir
@@ -56,7 +56,7 @@ class Watch:
 
 
 def _folders(jobs: Path) -> list[Path]:
-    """None where they are gone meanwhile."""
+    """Return the folders of jobs. Empty if the parent folder no longer exists."""
     try:
         return list(jobs.iterdir())
     except OSError:

@@ -1,1 +1,1 @@
-"""The faults of the matrix, by the part of the service that they break."""
+"""The faults of the matrix, by the part of the service that they affect."""

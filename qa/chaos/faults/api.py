@@ -1,4 +1,4 @@
-"""Faults of the api: killed around a commit, asked to end amid a request, killed while it sends a webhook."""
+"""Faults of the API server: killed around a commit, terminated during a request, killed while it sends a webhook."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.worker_site import PEPPER
 
 KEY = "submission-1"
 MARGIN_SECONDS = 20.0
-"""Beside what running requests have (LORRY_SHUTDOWN_SECONDS): what systemd gives an api is 30 s in all."""
+"""Allowed in addition to the time for running requests (LORRY_SHUTDOWN_SECONDS). systemd allows 30 s in total."""
 
 
 def _killed(site: FaultSite, *, failpoint: str, num_jobs: int) -> str:
-    """kill -9 of the api amid a submission, which the client then repeats."""
+    """kill -9 of the API server during a submission, which the client then repeats."""
     file_id = site.upload(NUM_ROWS)
     api = site.start_api(FAILPOINT=f"{failpoint}:kill")
     try:
@@ -36,7 +36,7 @@ def _killed(site: FaultSite, *, failpoint: str, num_jobs: int) -> str:
     except httpx.TransportError as error:
         lost = type(error).__name__
     else:
-        raise AssertionError("there was an answer")
+        raise AssertionError("there was a response")
     assert api.wait(PATIENCE_SECONDS) == -signal.SIGKILL
     there = job_ids(site)
     assert len(there) == num_jobs, f"{len(there)} jobs were left"
@@ -45,14 +45,14 @@ def _killed(site: FaultSite, *, failpoint: str, num_jobs: int) -> str:
     answers = [site.post_job(file_id, idempotency_key=KEY, **SMALL) for _ in range(2)]
 
     named = {answer.json()["id"] for answer in answers}
-    assert named == set(job_ids(site)), f"answers named {named}"
-    assert set(there) <= named, "the retry made another job"
+    assert named == set(job_ids(site)), f"responses named {named}"
+    assert set(there) <= named, "the retry created another job"
     site.cancel(*named)
     return f"{lost}, {num_jobs} jobs left; the retries named one job"
 
 
 def _asked_to_end(site: FaultSite) -> str:
-    """SIGTERM while a submission is in its transaction: it is answered, and nothing new is taken."""
+    """SIGTERM while a submission is in its transaction: it gets a response, and no new request is accepted."""
     file_id = site.upload(NUM_ROWS)
     api = site.start_api(FAILPOINT=f"submit_before_commit:wait={site.gate('commit')}")
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -68,13 +68,13 @@ def _asked_to_end(site: FaultSite) -> str:
     assert api.wait(PATIENCE_SECONDS) == 0, site.log()
     seconds = time.monotonic() - asked_at
     allowed = ApiSettings().shutdown_seconds + MARGIN_SECONDS
-    assert seconds < allowed, f"it took {seconds:.0f} s to end, and had {allowed:.0f}"
+    assert seconds < allowed, f"it took {seconds:.0f} s to exit, but {allowed:.0f} s are allowed"
     site.cancel(answer.json()["id"])
-    return f"the open request was answered 200, then the api ended with status 0, {seconds:.1f} s after it was asked"
+    return f"the open request got a 200; the API server exited with status 0, {seconds:.1f} s after SIGTERM"
 
 
 def _killed_while_it_tells(site: FaultSite) -> str:
-    """kill -9 while a webhook is on its way: it comes again, with the same id."""
+    """kill -9 while a webhook is in flight: it is sent again, with the same id."""
     with receiving() as receiver:
         has_come, may_answer = threading.Event(), threading.Event()
 
@@ -112,7 +112,8 @@ def add_endpoint(site: FaultSite, url: str) -> None:
 
 
 def all_delivered(site: FaultSite) -> bool:
-    """Of the site's own project: the endpoints of another tenant may never answer."""
+    """Return whether all webhooks of the site's own project are delivered. Endpoints of other tenants may never
+    answer."""
     own = select(WebhookDelivery.status).join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
     with site.db.read() as session:
         statuses = session.scalars(own.where(WebhookEndpoint.project_id == site.caller.project_id)).all()
@@ -120,7 +121,7 @@ def all_delivered(site: FaultSite) -> bool:
 
 
 def _is_in_request(site: FaultSite) -> bool:
-    """The submission is at its failpoint: it holds SQLite's lock, or a transaction of PostgreSQL's."""
+    """Return whether the submission is at its failpoint: it holds SQLite's lock, or a transaction of PostgreSQL."""
     return site.is_anybody_writing()
 
 
@@ -135,25 +136,25 @@ def _takes_no_more(site: FaultSite) -> bool:
 ROWS = (
     Row(
         name="api-killed-before-commit",
-        fault="kill -9 api before the commit of a submission",
-        also="no job; the retry makes one",
+        fault="kill -9 of the API server before the commit of a submission",
+        also="no job; the retry creates one",
         act=partial(_killed, failpoint="submit_before_commit", num_jobs=0),
     ),
     Row(
         name="api-killed-after-commit",
-        fault="kill -9 api after the commit of a submission and before the reply",
+        fault="kill -9 of the API server after the commit of a submission and before the response",
         also="the retry returns the same job",
         act=partial(_killed, failpoint="submit_after_commit", num_jobs=1),
     ),
     Row(
         name="api-sigterm",
-        fault="SIGTERM of the api amid a submission",
-        also="answered, then ended well in the grace time",
+        fault="SIGTERM of the API server during a submission",
+        also="the request gets a response; exit status 0 within the grace time",
         act=_asked_to_end,
     ),
     Row(
         name="api-killed-telling",
-        fault="kill -9 api while it sends a webhook",
+        fault="kill -9 of the API server while it sends a webhook",
         also="it is sent again with the same id",
         act=_killed_while_it_tells,
     ),

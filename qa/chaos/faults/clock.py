@@ -1,4 +1,5 @@
-"""Faults of a clock: a worker's, with its trainers', or the api's is an hour off. What decides is the database's."""
+"""Faults of clocks: that of a worker and its trainers, or of the API server, is an hour off. Only the database's clock
+must matter."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from qa.chaos.service import NUM_ROWS, SMALL, FaultSite
 
 HOUR = 3600.0
 LOOKS_SECONDS = 10.0
-"""After the end of a lease, for the api to look, however busy the machine is."""
+"""Time limit after the end of a lease for the API server to detect it, on a busy machine."""
 LONG_LEASE = {"LORRY_LEASE_SECONDS": "20"}
-"""That no worker loses to a machine which is busy with other things: it would look as if the clock were to blame."""
+"""Long enough that no worker loses its lease on a busy machine, which would look like an effect of the clock."""
 LOST_ONCE = [EndReason.INFRA_LOST, EndReason.COMPLETED]
-SHIFTED = '''"""Python runs this before anything else: its clock of the day tells another time. A file says for whom."""
+SHIFTED = '''"""Python runs this first. It shifts the wall clock, and creates a file named by the process id."""
 
 import datetime
 import os
@@ -43,12 +44,12 @@ time.time_ns = lambda: _real_ns() + int(SECONDS * 1e9)
 datetime.datetime = Shifted
 (pathlib.Path(__file__).parent / str(os.getpid())).touch()
 '''
-"""The system's clock is the whole machine's, and what compiled libraries ask (SQLite's own, for one)."""
+"""The system's clock affects the whole machine. Compiled libraries such as SQLite still read the real clock."""
 
 
 def _worker_off(site: FaultSite, *, seconds: float) -> str:
-    """Beside a worker whose clock is right it keeps its job for two leases, and the other one keeps its own; killed, it
-    loses its job after its lease, no sooner and no later."""
+    """Next to a worker with the right clock, both keep their jobs for two leases. After a kill, the worker loses its
+    job after exactly one lease."""
     site.start_api()
     theirs, shifted = site.submit_small(), _shifted(site, seconds)
     off = _worker(site, gate="off", PYTHONPATH=str(shifted))
@@ -70,13 +71,13 @@ def _worker_off(site: FaultSite, *, seconds: float) -> str:
     _assert_told_by_the_databases_clock(site, theirs, ours)
     return (
         "both kept their jobs for two leases; "
-        f"killed, its job was free {lost_after:.0f} s later: {site.attempts_text(theirs)}"
+        f"after the kill, its job was requeued within {lost_after:.0f} s: {site.attempts_text(theirs)}"
     )
 
 
 def _api_off(site: FaultSite, *, seconds: float) -> str:
-    """It takes a job amid others, whose order is that in which they came, and ends the lease of a worker that was
-    killed, no sooner and no later."""
+    """It accepts a job between two others, whose order is preserved. It ends the lease of a killed worker after exactly
+    one lease."""
     shifted = _shifted(site, seconds)
     api = site.start_api(PYTHONPATH=str(shifted))
     _assert_is_off(shifted, api.pid)
@@ -94,14 +95,14 @@ def _api_off(site: FaultSite, *, seconds: float) -> str:
     site.finish(first, second, third, LORRY_MAX_JOBS_PER_TRAINER="1")
 
     began = [site.attempts(job_id)[0].started_at for job_id in (first, second, third)]
-    assert began == sorted(began), f"they began at {began}"
+    assert began == sorted(began), f"they started at {began}"
     assert site.reasons(first) == LOST_ONCE, site.attempts_text(first)
     _assert_told_by_the_databases_clock(site, first, second, third)
-    return f"jobs began in the order in which they came; that of a killed worker was free {lost_after:.0f} s later"
+    return f"jobs started in the order of submission; a killed worker's job was requeued {lost_after:.0f} s later"
 
 
 def _worker(site: FaultSite, *, gate: str, **environment: str) -> subprocess.Popen[bytes]:
-    """That takes one job, and waits with it at step 15."""
+    """Start a worker that takes one job, and waits at step 15."""
     return site.start_worker(LORRY_MAX_JOBS_PER_TRAINER="1", FAILPOINT=f"step_15:wait={site.gate(gate)}", **environment)
 
 
@@ -124,24 +125,24 @@ def _assert_keep_their_jobs(site: FaultSite, *job_ids: str) -> None:
 
 
 def _lost_by_its_lease(site: FaultSite, worker: subprocess.Popen[bytes], job_id: str) -> float:
-    """Killed, the worker renews its lease no more. Returns how long it had the job still."""
+    """Kill the worker, and wait until its job is lost. Returns the seconds."""
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     ends_at = site.job(job_id).lease_expires_at
     assert ends_at is not None
     lost_after = site.seconds_until(lambda: site.reasons(job_id)[:1] == [EndReason.INFRA_LOST])
-    assert site.attempts(job_id)[0].ended_at >= ends_at, "it was taken before its lease had ended"
-    assert lost_after < site.settings.lease_seconds + LOOKS_SECONDS, f"its lease ended {lost_after:.0f} s after it"
+    assert site.attempts(job_id)[0].ended_at >= ends_at, "its job was requeued before the lease had expired"
+    assert lost_after < site.settings.lease_seconds + LOOKS_SECONDS, f"its lease ended {lost_after:.0f} s later"
     return lost_after
 
 
 def _assert_told_by_the_databases_clock(site: FaultSite, *job_ids: str) -> None:
-    """No event, no attempt and no job lies an hour away from the others, whoever has written it."""
+    """Check that the times of all events, attempts and jobs are close to each other, whatever process wrote them."""
     times = [event.created_at for job_id in job_ids for event in site.events(job_id)]
     times += [attempt.started_at for job_id in job_ids for attempt in site.attempts(job_id)]
     times += [site.job(job_id).created_at for job_id in job_ids]
     apart = max(times) - min(times)
-    assert apart < HOUR / 2, f"{apart:.0f} s lie between what they have written"
+    assert apart < HOUR / 2, f"recorded times differ by {apart:.0f} s"
 
 
 ROWS = tuple(
@@ -156,13 +157,13 @@ ROWS = tuple(
         (
             "worker",
             "the clock of a worker and its trainers",
-            "leases and order unchanged: each keeps its job, and a killed one loses it after its lease",
+            "leases and order unchanged: each worker keeps its job, and a killed one loses it after its lease",
             _worker_off,
         ),
         (
             "api",
-            "the api's clock",
-            "leases and order unchanged: jobs begin as they came, and a killed worker loses its job after its lease",
+            "the API server's clock",
+            "leases and order unchanged: jobs start in order, and a killed worker loses its job after its lease",
             _api_off,
         ),
     )

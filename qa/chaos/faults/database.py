@@ -1,4 +1,5 @@
-"""Faults of the database: restarted, killed amid a transaction, locked, read-only, away, parted from a worker."""
+"""Faults of the database: restarted, killed in a transaction, locked, read-only, unavailable, unreachable for one
+worker."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ ONCE = [EndReason.COMPLETED]
 
 
 def _restarted(site: FaultSite) -> str:
-    """While a job trains, for less than a lease; in the meantime somebody submits."""
+    """Restart it while a job trains, for less than a lease. Meanwhile a client submits a job."""
     assert site.under.postgres is not None
     file_id, job_id = site.upload(NUM_ROWS), site.submit_small()
     site.start_api()
@@ -44,7 +45,7 @@ def _restarted(site: FaultSite) -> str:
 
 
 def _killed_in_submission(site: FaultSite) -> str:
-    """Its every process, between a submission's last statement and its commit."""
+    """Kill all its processes between the last statement of a submission and the commit."""
     assert site.under.postgres is not None
     file_id = site.upload(NUM_ROWS)
     site.start_api(FAILPOINT=f"submit_before_commit:wait={site.gate('commit')}")
@@ -60,11 +61,11 @@ def _killed_in_submission(site: FaultSite) -> str:
     answer = _submit(site, file_id, "killed")
 
     _accepts(site, answer)
-    return f"{told}, no job left; the retry made one"
+    return f"{told}, no job left; the retry created one"
 
 
 def _killed_in_completion(site: FaultSite) -> str:
-    """Its every process, between the completion's last statement and its commit."""
+    """Kill all its processes between the last statement of a completion and the commit."""
     assert site.under.postgres is not None
     job_id = site.submit_small()
     site.start_worker(FAILPOINT=f"in_complete:wait={site.gate('commit')}")
@@ -81,7 +82,7 @@ def _killed_in_completion(site: FaultSite) -> str:
 
 
 def _locked(site: FaultSite) -> str:
-    """The jobs can't be written to for longer than SQLite's writers wait."""
+    """Lock the jobs for longer than SQLite's writers wait."""
     file_id, job_id = site.upload(NUM_ROWS), site.submit_small()
     site.start_api()
     site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
@@ -117,7 +118,7 @@ def _lock_of(site: FaultSite) -> Generator[None]:
 
 
 def _read_only(site: FaultSite) -> str:
-    """For a while nobody may write, by the server's own setting."""
+    """Make the database read-only for a while, by a setting of the server."""
     file_id, job_id = site.upload(NUM_ROWS), site.submit_small()
     site.start_api()
     site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
@@ -134,7 +135,7 @@ def _read_only(site: FaultSite) -> str:
 
     assert site.reasons(job_id) == ONCE, site.attempts_text(job_id)
     _accepts(site, _submit(site, file_id, "read-only"))
-    return f"{told}, reading goes on. The running job: {site.attempts_text(job_id)}"
+    return f"{told}, reads still work. The running job: {site.attempts_text(job_id)}"
 
 
 def _set_read_only(site: FaultSite, is_read_only: bool) -> None:
@@ -153,7 +154,7 @@ def _set_read_only(site: FaultSite, is_read_only: bool) -> None:
 
 
 def _away_for_two_leases(site: FaultSite) -> str:
-    """The worker ends its trainer before its lease is over, and goes on once there is a database again."""
+    """The worker kills its trainer before the lease expires, and continues once the database is available again."""
     assert site.under.postgres is not None
     job_id = site.submit_small()
     worker = site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
@@ -167,15 +168,15 @@ def _away_for_two_leases(site: FaultSite) -> str:
     site.under.postgres.start()
     site.gate("go").touch()
 
-    assert is_gone, "the trainer went on after its lease"
+    assert is_gone, "the trainer continued after its lease"
     site.wait_for_success(job_id)
     assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.attempts_text(job_id)
     assert site.attempts(job_id)[1].resumed_from_step == 10, site.attempts_text(job_id)
-    return f"trainer gone before its lease ended; {site.attempts_text(job_id)}"
+    return f"trainer gone before its lease expired; {site.attempts_text(job_id)}"
 
 
 def _cut_off(site: FaultSite) -> str:
-    """A partition between one worker and the database for two leases, then healed. Another worker takes its job."""
+    """Cut the connection between one worker and the database for two leases. Another worker takes its job."""
     url = make_url(site.db.url)
     with fault_proxy(str(url.host), url.port or 0) as proxy:
         job_id = site.submit_small()
@@ -186,7 +187,7 @@ def _cut_off(site: FaultSite) -> str:
         trainer = site.trainer_of(cut_off)
         proxy.part()
         site.wait_seconds(site.settings.lease_seconds)
-        assert is_gone_in_time(trainer), "the trainer went on after its lease"
+        assert is_gone_in_time(trainer), "the trainer continued after its lease"
         site.finish(job_id)
         before = [event.seq for event in site.events(job_id)]
 
@@ -197,7 +198,7 @@ def _cut_off(site: FaultSite) -> str:
         cut_off.terminate()
         assert cut_off.wait(PATIENCE_SECONDS) == 0, site.log()
     assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.attempts_text(job_id)
-    return f"trainer gone before its lease ended; {site.attempts_text(job_id)}; nothing written once healed"
+    return f"trainer gone before its lease expired; {site.attempts_text(job_id)}; nothing written after the outage"
 
 
 def _submit(site: FaultSite, file_id: str, key: str) -> httpx.Response:
@@ -220,8 +221,8 @@ def _accepts(site: FaultSite, response: httpx.Response) -> None:
 ROWS = (
     Row(
         name="database-restarted",
-        fault="database stopped and started again while a job trains",
-        also="submit 503 and Retry-After; nothing reaped",
+        fault="database restarted while a job trains",
+        also="submit 503 and Retry-After; no lease expires",
         act=_restarted,
         databases=POSTGRESQL,
         environment=LONG_LEASE,
@@ -229,7 +230,7 @@ ROWS = (
     Row(
         name="database-killed-submitting",
         fault="database killed in a submission's transaction",
-        also="503, no job; the retry makes one",
+        also="503, no job; the retry creates one",
         act=_killed_in_submission,
         databases=POSTGRESQL,
     ),
@@ -244,29 +245,29 @@ ROWS = (
     Row(
         name="database-locked",
         fault="database locked for 33 s while a job trains",
-        also="submit waits, or 503 and Retry-After; nothing reaped",
+        also="submit waits, or 503 and Retry-After; no lease expires",
         act=_locked,
         environment=LONG_LEASE,
     ),
     Row(
         name="database-read-only",
         fault="database read-only while a job trains",
-        also="submit 503 and Retry-After; nothing reaped",
+        also="submit 503 and Retry-After; no lease expires",
         act=_read_only,
         databases=POSTGRESQL,
         environment=LONG_LEASE,
     ),
     Row(
         name="database-away",
-        fault="database away for two leases",
-        also="the trainer ends before its lease; the job goes on afterwards",
+        fault="database unavailable for two leases",
+        also="the trainer exits before its lease expires; the job continues afterwards",
         act=_away_for_two_leases,
         databases=POSTGRESQL,
     ),
     Row(
         name="worker-cut-off",
-        fault="one worker parted from the database for two leases, then healed",
-        also="refused; its trainer ended before its lease",
+        fault="one worker cut off from the database for two leases, then reconnected",
+        also="its writes are refused; its trainer exited before its lease expired",
         act=_cut_off,
         databases=POSTGRESQL,
     ),

@@ -1,4 +1,4 @@
-"""Faults of the disk: full under the trainers, under the store, under SQLite. Each is a small one of its own."""
+"""Faults of the disk: full for the trainers, for the store, for SQLite. Each of them has its own small disk."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qa.chaos.service import NUM_ROWS, SMALL, FaultSite
 LONG_LEASE = {"LORRY_LEASE_SECONDS": "30"}
 BLOCK_BYTES = 4096
 MAX_ACCEPTED = 500
-"""Submissions that SQLite's log has room for, on a disk that is full."""
+"""Limit for submissions that still fit into SQLite's log on a full disk."""
 
 
 @contextmanager
 def _full(disk: Path) -> Generator[None]:
-    """To the last byte, for as long as the block."""
+    """Fill the disk to the last byte during the block."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file:
         size = BLOCK_BYTES
@@ -44,7 +44,7 @@ def _at_step_15(site: FaultSite) -> str:
 
 
 def _under_trainers(site: FaultSite) -> str:
-    """Their checkpoints, adapters, events and logs."""
+    """Fill the disk of the trainers' checkpoints, adapters, events and logs."""
     job_id = _at_step_15(site)
     with _full(site.settings.work_dir()):
         site.gate("go").touch()
@@ -59,7 +59,7 @@ def _under_trainers(site: FaultSite) -> str:
 
 
 def _under_store(site: FaultSite) -> str:
-    """A checkpoint without room costs the checkpoint; an adapter waits for some."""
+    """Fill the disk of the store. A checkpoint is lost, but an adapter waits for free space."""
     job_id = _at_step_15(site)
     with _full(site.settings.data_dir / "store"):
         site.gate("go").touch()
@@ -72,11 +72,11 @@ def _under_store(site: FaultSite) -> str:
     site.wait_for_success(job_id)
 
     assert site.reasons(job_id) == [EndReason.COMPLETED], site.attempts_text(job_id)
-    return f"“{_warnings(site, job_id)[0]}” The adapter waited for room; {site.attempts_text(job_id)}"
+    return f"“{_warnings(site, job_id)[0]}” The adapter waited for free space; {site.attempts_text(job_id)}"
 
 
 def _under_database(site: FaultSite) -> str:
-    """Its log may have room for a few more submissions."""
+    """Fill the disk of SQLite. Its log may have space for a few more submissions."""
     file_id = site.upload(NUM_ROWS)
     site.start_api()
     job_id = _at_step_15(site)
@@ -98,7 +98,7 @@ def _under_database(site: FaultSite) -> str:
 
     assert site.reasons(job_id) == [EndReason.COMPLETED], site.attempts_text(job_id)
     refusal = f"507 {answer.json()['error']['code']}"
-    told = f"{number} submissions had room, then {refusal}; accepted once there was room again"
+    told = f"{number} submissions fitted, then {refusal}; accepted once there was free space again"
     return f"{told}. The running job: {site.attempts_text(job_id)}"
 
 
@@ -113,24 +113,24 @@ def _warnings(site: FaultSite, job_id: str) -> list[str]:
 ROWS = (
     Row(
         name="disk-full-trainers",
-        fault="disk full under trainers' checkpoints, events and logs",
-        also="told by name; the last good checkpoint kept",
+        fault="disk full for trainers' checkpoints, events and logs",
+        also="reported by name; the last good checkpoint is kept",
         act=_under_trainers,
         small_disk="data/work",
         environment=LONG_LEASE,
     ),
     Row(
         name="disk-full-store",
-        fault="disk full under the store",
-        also="told by name; the last good checkpoint kept",
+        fault="disk full for the store",
+        also="reported by name; the last good checkpoint is kept",
         act=_under_store,
         small_disk="data/store",
         environment=LONG_LEASE,
     ),
     Row(
         name="disk-full-database",
-        fault="disk full under SQLite",
-        also="told by name; nothing lost",
+        fault="disk full for SQLite",
+        also="reported by name; nothing is lost",
         act=_under_database,
         small_disk="database",
         databases=SQLITE,

@@ -1,4 +1,4 @@
-"""Faults of jobs and of what people ask of them: poison, ruined weights, canceling at every moment."""
+"""Faults of jobs, and requests of users: jobs that crash trainers, ruined weights, cancels at every moment."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from qa.chaos.service import FaultSite
 from tests.worker_site import wait_until
 
 FREE_SECONDS = 30.0
-"""A promise: how soon after it was asked to cancel the device is free."""
+"""A guarantee: the time from a cancel request until the device is free."""
 LARGE: dict[str, Any] = {"rank": 1, "alpha": 1e6}
 FAST: dict[str, Any] = {"learning_rate": 1.0, "lora_plus_ratio": 1e6}
 TO_ZERO = {"lora": LARGE, "optimizer": FAST}
-"""What the weights give is so large that a norm's squares of it are infinite, and what it divides by them is zero."""
+"""The output of the weights is so large that its squares in a norm are infinite, and the normalized output is zero."""
 TO_NAN = {
     "lora": {**LARGE, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
     "optimizer": {**FAST, "type": "sgd", "momentum": 0.9, "max_grad_norm": None},
 }
-"""Three matrices one after the other with no norm between them: what they give is itself infinite."""
+"""Three consecutive matrices with no norm between them: their output is infinite."""
 
 
 def _poison(site: FaultSite) -> str:
-    """A job whose trainer dies at its seventh step, each time; others, of five steps, ride with it and come after."""
+    """The trainer dies at the job's seventh step, each time. Other jobs of five steps train with it and after it."""
     poison = site.submit_small()
     beside = [site.submit_small(max_steps=5, checkpoint_every_steps=1000) for _ in range(2)]
     site.start_worker(FAILPOINT="step_7:kill")
@@ -44,12 +44,12 @@ def _poison(site: FaultSite) -> str:
     assert (job.state, (job.error or {}).get("code")) == (JobState.FAILED, "quarantined"), job.error
     assert site.reasons(poison) == [EndReason.TRAINER_CRASHED] * 3, site.attempts_text(poison)
     assert len((job.error or {})["evidence"]) == 3
-    return "quarantined after 3 attempts, with the evidence; 3 others succeeded"
+    return "quarantined after 3 attempts, with evidence; 3 others succeeded"
 
 
 def _bad_node(site: FaultSite) -> str:
-    """Every trainer of a worker dies while it loads, which has room for one job; three wait. An operator takes its
-    place with a good one."""
+    """Every trainer of a worker dies while it loads. The worker takes one job at a time, and three wait. An operator
+    replaces it with a working one."""
     waiting = [site.submit_small() for _ in range(3)]
     bad = site.start_worker(FAILPOINT="loading:kill")
     site.wait_until(lambda: _cordoned(site))
@@ -63,7 +63,7 @@ def _bad_node(site: FaultSite) -> str:
     assert bad.wait(site.patience_seconds) == 0
     cordons.uncordon(site.db, cordoned.id)
     site.finish(*waiting)
-    return f"cordoned after {sum(map(len, ends))} bad ends of 3 jobs; on another: {site.attempts_text(waiting[0])}"
+    return f"cordoned after {sum(map(len, ends))} failures of 3 jobs; then elsewhere: {site.attempts_text(waiting[0])}"
 
 
 def _cordoned(site: FaultSite) -> list[Worker]:
@@ -71,8 +71,8 @@ def _cordoned(site: FaultSite) -> list[Worker]:
 
 
 def _diverged(site: FaultSite, *, fields: dict[str, Any], says: str) -> str:
-    """The highest rate and scale that are taken ruin its weights: that job fails, its packmate's bytes are those of one
-    left alone."""
+    """The highest allowed learning rate and scale ruin a job's weights. That job fails, and its packmate's bytes are
+    those of a job without packmates."""
     good = site.submit_small()
     bad = site.submit_small(**fields)
     site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
@@ -85,13 +85,13 @@ def _diverged(site: FaultSite, *, fields: dict[str, Any], says: str) -> str:
 
     assert (site.job(bad).state, site.reasons(bad)) == (JobState.FAILED, [EndReason.DIVERGED]), site.attempts_text(bad)
     assert says in site.attempts(bad)[0].detail, site.attempts(bad)[0].detail
-    assert site.attempts(bad)[0].trainer_id == site.attempts(good)[0].trainer_id, "they did not ride together"
-    return f"“{site.attempts(bad)[0].detail}” Its packmate's bytes are those of one left alone"
+    assert site.attempts(bad)[0].trainer_id == site.attempts(good)[0].trainer_id, "they did not train together"
+    return f"“{site.attempts(bad)[0].detail}” Its packmate's bytes are those of a job without packmates"
 
 
 def _cancelled(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultSite, str], None]) -> str:
-    """While its trainer stands at a failpoint: in a step until it is told, and in its loading for as long as it lives.
-    The device is free once the trainer, which has no other job, is gone."""
+    """Cancel a job while its trainer waits at a failpoint: in a step until it gets the message, or while it loads. The
+    device is free once the trainer, which has no other job, has exited."""
     job_id = site.submit_small()
     worker = site.start_worker(FAILPOINT=f"{failpoint}:wait={site.gate('go')}")
     is_there(site, job_id)
@@ -105,14 +105,14 @@ def _cancelled(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultSite
             site.gate("go").touch()
         return is_ended and not site.trainers_of(worker)
 
-    late = f"the device was not free {FREE_SECONDS:.0f} s after it was asked"
+    late = f"the device was not free {FREE_SECONDS:.0f} s after the request"
     wait_until(is_free, said=lambda: late, seconds=FREE_SECONDS)
     seconds = time.monotonic() - asked_at
 
     site.gate("go").touch()
     next_job = site.submit_small()
     site.wait_for_success(next_job)
-    return f"cancelled, and the device free, {seconds:.1f} s after it was asked; the next job succeeded"
+    return f"cancelled, and the device free, {seconds:.1f} s after the request; the next job succeeded"
 
 
 def _at_step_15(site: FaultSite, job_id: str) -> None:
@@ -125,11 +125,11 @@ def _loading(site: FaultSite, job_id: str) -> None:
 
 
 def _cancelled_waiting(site: FaultSite) -> str:
-    """In the states in which nobody trains it: before and after its files are prepared, and paused."""
+    """Cancel jobs that don't train: before and after the preparation of their files, and paused."""
     new, queued, paused = (site.submit_small() for _ in range(3))
     site.cancel(new)
     assert site.job(new).state == JobState.CANCELLED
-    for job_id in (queued, paused):  # else it would be claimed before it could be cancelled
+    for job_id in (queued, paused):  # else they would be claimed before they could be cancelled
         queue_position.hold(site.db, project_id=site.caller.project_id, job_id=job_id)
     site.start_worker()
     site.wait_until(lambda: site.job(queued).state == site.job(paused).state == JobState.QUEUED)
@@ -145,7 +145,7 @@ def _cancelled_waiting(site: FaultSite) -> str:
 
 
 def _cancelled_twice(site: FaultSite, job_id: str) -> None:
-    """A final job does not change any more."""
+    """Check that a finished job can't be cancelled."""
     try:
         site.cancel(job_id)
     except Conflict:
@@ -154,7 +154,7 @@ def _cancelled_twice(site: FaultSite, job_id: str) -> None:
 
 
 def _racing(site: FaultSite, *, failpoint: str, wins: JobState) -> str:
-    """Asked for while the completion is under way."""
+    """Cancel a job during its completion."""
     job_id = site.submit_small()
     site.start_worker(FAILPOINT=f"{failpoint}:wait={site.gate('go')}")
     site.wait_for_step(30, job_id)
@@ -173,7 +173,7 @@ def _racing(site: FaultSite, *, failpoint: str, wins: JobState) -> str:
 
 
 def _obeyed_in_time(site: FaultSite) -> str:
-    """Asked for when one step is left, and obeyed before the trainer takes it: there is nothing to complete."""
+    """Cancel a job when one step is left. The request takes effect before that step, so the job does not complete."""
     job_id = site.submit_small()
     site.start_worker(FAILPOINT=f"step_29:wait={site.gate('go')}")
     site.wait_for_step(29, job_id)
@@ -193,27 +193,27 @@ def _obeyed_in_time(site: FaultSite) -> str:
 ROWS = (
     Row(
         name="job-poison",
-        fault="a job that ends its trainer each time",
-        also="quarantine with the evidence; the others go on",
+        fault="a job that crashes its trainer each time",
+        also="quarantined with evidence; the others continue",
         act=_poison,
     ),
     Row(
         name="node-bad",
         fault="a node whose trainers all die",
-        also="cordoned, with no job put aside; the jobs succeed elsewhere",
+        also="cordoned, without a quarantined job; the jobs succeed elsewhere",
         act=_bad_node,
         environment={"LORRY_MAX_JOBS_PER_TRAINER": "1"},
     ),
     Row(
         name="job-diverged",
         fault="a job that ruins its own weights, to a gradient of zero",
-        also="the right class; packmates untouched",
+        also="the right reason; packmates unaffected",
         act=partial(_diverged, fields=TO_ZERO, says="exactly zero"),
     ),
     Row(
         name="job-diverged-nan",
         fault="a job that ruins its own weights, to a loss of NaN or infinity",
-        also="the right class; packmates untouched",
+        also="the right reason; packmates unaffected",
         act=partial(_diverged, fields=TO_NAN, says="is not finite"),
     ),
     Row(
@@ -224,13 +224,13 @@ ROWS = (
     ),
     Row(
         name="cancel-loading",
-        fault="cancel while the base is being loaded",
+        fault="cancel while the base model is being loaded",
         also="device free within 30 s",
         act=partial(_cancelled, failpoint="loading", is_there=_loading),
     ),
     Row(
         name="cancel-training",
-        fault="cancel amid training",
+        fault="cancel during training",
         also="device free within 30 s",
         act=partial(_cancelled, failpoint="step_15", is_there=_at_step_15),
     ),
@@ -242,7 +242,7 @@ ROWS = (
     ),
     Row(
         name="cancel-racing-first",
-        fault="cancel when one step is left, told before the adapter is exported",
+        fault="cancel when one step is left, delivered before the adapter is exported",
         also="one winner: the cancel",
         act=_obeyed_in_time,
     ),

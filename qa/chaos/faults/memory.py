@@ -1,4 +1,4 @@
-"""Faults of memory: the kernel kills the trainer, for its group of processes may have no more."""
+"""Faults of memory: the kernel kills the trainer because its cgroup has reached its limit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 from tests.services.memory_group import memory_group
 
 HEADROOM_BYTES = 64 * 2**20
-"""What a trainer's next ticks may need, and what it suddenly takes is more than."""
+"""Enough for the next ticks of a trainer, but less than it suddenly allocates."""
 TAKEN_BYTES = 8 * HEADROOM_BYTES
 
 
 def _killed_by_the_kernel(site: FaultSite) -> str:
-    """Worker and trainer in a group of their own, whose limit is set amid training. The trainer then takes more."""
+    """Run worker and trainer in their own cgroup, and set its limit during training. The trainer then allocates
+    more."""
     job_id = site.submit_small()
     with memory_group() as group:
         argv = [sys.executable, "-m", "worker.entrypoints.loop", "--device", "cpu"]
@@ -41,8 +42,8 @@ def _killed_by_the_kernel(site: FaultSite) -> str:
 ROWS = (
     Row(
         name="trainer-oom-killed",
-        fault="the kernel kills the trainer for want of memory in its cgroup",
-        also="the right class, job resumes; the worker lives on",
+        fault="the kernel kills the trainer because its cgroup is out of memory",
+        also="the right reason, the job resumes; the worker keeps running",
         act=_killed_by_the_kernel,
     ),
 )

@@ -1,4 +1,4 @@
-"""Faults of Redis, which carries nothing but a ring at the door: emptied, ended, absent, full, flooded."""
+"""Faults of Redis, which carries only notifications: flushed, killed, unavailable, full, flooded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONCE = [EndReason.COMPLETED]
 def _while_training(
     site: FaultSite, *, break_it: Callable[[FaultSite], None], mend: Callable[[FaultSite], None]
 ) -> str:
-    """A job trains, another is submitted meanwhile; the queue drains after."""
+    """Break Redis while a job trains. Another job is submitted meanwhile, and the queue drains afterwards."""
     file_id = site.upload(NUM_ROWS)
     site.start_api()
     first = site.post_job(file_id, idempotency_key="before", **SMALL).json()["id"]
@@ -39,7 +39,7 @@ def _while_training(
     site.wait_for_success(first, answer.json()["id"], later)
 
     assert [site.reasons(job_id) for job_id in (first, answer.json()["id"], later)] == [ONCE] * 3
-    return "submit 200 meanwhile; the running job untouched; the queue drained after"
+    return "submit 200 meanwhile; the running job unaffected; the queue drained afterwards"
 
 
 def _start_celery(site: FaultSite, **environment: str) -> subprocess.Popen[bytes]:
@@ -78,11 +78,11 @@ def _nothing(_site: FaultSite) -> None:
 
 
 def _absent(site: FaultSite) -> str:
-    """From amid a training on, until a job has ended that nobody worked for when it came.
+    """Stop Redis during a training, until a job has finished that was submitted while the worker was idle.
 
-    The matrix asks for ten minutes. After its first half minute no minute differs from the next: the api holds one
-    ring and tries it every 30 s at most, Celery tries without end with pauses that grow to as much, an idle worker
-    looks every 15 s, and nothing counts or piles up meanwhile. So Redis is away for as long as that takes.
+    The matrix requires ten minutes. After the first half minute, all minutes are alike: the API server holds one
+    notification and retries it at least every 30 s, Celery retries forever with pauses of up to 30 s, and an idle
+    worker polls every 15 s. Nothing accumulates meanwhile, so a shorter outage is sufficient.
     """
     file_id = site.upload(NUM_ROWS)
     site.start_api()
@@ -99,20 +99,20 @@ def _absent(site: FaultSite) -> str:
     meanwhile = answer.json()["id"]
     site.wait_for_success(meanwhile)
     seconds = time.monotonic() - began
-    assert not _is_up(site), "it was to be away until both had ended"
+    assert not _is_up(site), "Redis must be unavailable until both jobs have finished"
     _begin(site)
     later = site.post_job(file_id, idempotency_key="after", **SMALL).json()["id"]
     site.wait_for_success(later)
 
     assert [site.reasons(job_id) for job_id in (first, meanwhile, later)] == [ONCE] * 3
     return (
-        "submit 200 meanwhile; the running job untouched; an idle worker took the new one, which ended while Redis was "
-        f"still away, {seconds:.0f} s after it went; the queue drained after"
+        "submit 200 meanwhile; the running job unaffected; an idle worker took the new job, which finished "
+        f"{seconds:.0f} s after Redis stopped, and before it restarted; the queue drained afterwards"
     )
 
 
 def _full(site: FaultSite) -> str:
-    """It takes nothing more. That ends Celery's worker, which whoever keeps it running starts again."""
+    """Make Redis reject writes. Celery's worker exits, and is restarted as a process supervisor would do."""
     file_id = site.upload(NUM_ROWS)
     site.start_api()
     first = site.post_job(file_id, idempotency_key="before", **SMALL).json()["id"]
@@ -137,12 +137,12 @@ def _full(site: FaultSite) -> str:
     allowed = (ONCE, [EndReason.INFRA_LOST, *ONCE])
     attempts = [site.attempts_text(job_id) for job_id in job_ids]
     assert all(site.reasons(job_id) in allowed for job_id in job_ids), attempts
-    ended = f"Celery's worker ended with status {worker.poll()} and was started again" if has_ended else "it went on"
-    return f"submit 200 meanwhile; {ended}; the running job: {site.attempts_text(first)}; the queue drained after"
+    ended = f"Celery's worker exited with status {worker.poll()} and was restarted" if has_ended else "it kept running"
+    return f"submit 200 meanwhile; {ended}; the running job: {site.attempts_text(first)}; the queue drained afterwards"
 
 
 def _flooded(site: FaultSite) -> str:
-    """One message a hundred times, one with forged content, one of a task that there is not."""
+    """Send one message a hundred times, one with forged content, and one for an unknown task."""
     job_id = site.submit_small()
     program = """
 from worker.entrypoints.celery_app import app
@@ -165,20 +165,20 @@ ROWS = (
         Row(
             name=f"redis-{name}",
             fault=f"Redis {words}, while a job trains",
-            also="submits still succeed; running jobs untouched; the queue drains after",
+            also="submits still succeed; running jobs unaffected; the queue drains afterwards",
             act=partial(_while_training, break_it=break_it, mend=mend),
             has_redis=True,
             environment={"LORRY_LEASE_SECONDS": "12"},
         )
         for name, words, break_it, mend in (
             ("flushed", "FLUSHALL", _flush, _nothing),
-            ("killed", "killed and started again", _end, _begin),
+            ("killed", "killed and restarted", _end, _begin),
         )
     ),
     Row(
         name="redis-absent",
-        fault="Redis absent from amid a training until a job has ended that came to an idle worker",
-        also="submits still succeed; running jobs untouched; idle workers find work by looking; the queue drains after",
+        fault="Redis stopped during a training until an idle worker has finished a new job",
+        also="submits succeed; running jobs unaffected; idle workers find work by polling; the queue drains afterwards",
         act=_absent,
         has_redis=True,
         environment={"LORRY_LEASE_SECONDS": "12"},
@@ -186,7 +186,7 @@ ROWS = (
     Row(
         name="redis-full",
         fault="Redis full, while a job trains",
-        also="submits still succeed; no job is lost; the queue drains after",
+        also="submits still succeed; no job is lost; the queue drains afterwards",
         act=_full,
         has_redis=True,
         environment={"LORRY_LEASE_SECONDS": "12"},
@@ -194,7 +194,7 @@ ROWS = (
     Row(
         name="redis-flooded",
         fault="one message a hundred times, and forged content",
-        also="one attempt; ignored",
+        also="one attempt; the other messages are ignored",
         act=_flooded,
         has_redis=True,
     ),

@@ -1,4 +1,5 @@
-"""The database is lost, with or without its machine, and restored from a backup that was taken while a job trained."""
+"""Faults that need a backup: the database is lost, with or without its machine, and restored from a backup that was
+taken while a job trained."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from qa.chaos.service import FaultSite
 
 
 def _lost_and_restored(site: FaultSite) -> str:
-    """What the job did after the backup is lost with the rest. It goes on from the checkpoint that the backup has."""
+    """Lose everything after a backup. The job continues from the checkpoint in the backup."""
     job_id, place = _train_past_a_backup(site)
 
     _lose_all(site)
@@ -45,7 +46,7 @@ def _restored_next_to_log(site: FaultSite) -> str:
 
 
 def _train_past_a_backup(site: FaultSite) -> tuple[str, Path]:
-    """A job with a checkpoint at step 10 in the backup, and one at step 20 after it. Its worker is killed."""
+    """Train a job with a checkpoint at step 10 in the backup, and one at step 20 after it. Its worker is killed."""
     place = site.folder / "backups"
     job_id = site.submit_small()
     worker = site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
@@ -83,7 +84,8 @@ def _command(site: FaultSite, *arguments: str) -> None:
 
 
 def _lose_all(site: FaultSite) -> None:
-    """The data folder: the store, SQLite's file, bases, what a worker left; and what is in PostgreSQL's database."""
+    """Delete the data folder, with the store, SQLite's file, base models and files of workers, and the content of
+    PostgreSQL's database."""
     url = site.settings.resolved_database_url()
     site.db.close()
     shutil.rmtree(site.settings.data_dir)
@@ -98,7 +100,7 @@ ROWS = (
     Row(
         name="lost-and-restored",
         fault="database, store and all nodes are lost; a backup taken while the job trained is restored",
-        also="the job goes on from the backup's checkpoint",
+        also="the job continues from the backup's checkpoint",
         act=_lost_and_restored,
     ),
     Row(

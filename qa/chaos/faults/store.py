@@ -1,4 +1,4 @@
-"""Faults of the store: damaged checkpoints, and an S3 server that fails, loses answers, is slow or lets nobody in."""
+"""Faults of the store: damaged checkpoints, and an S3 server that fails, loses responses, is slow or denies access."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ EXPIRED = http_answer("403 Forbidden", "<Error><Code>ExpiredToken</Code></Error>
 SLOW_BYTES_PER_SECOND = 80_000
 """A checkpoint takes longer than a lease."""
 PART = "partNumber="
-"""In the address of each part of a write in parts, and of no other."""
+"""Occurs only in the URLs of the parts of a multipart upload."""
 ALL = 1000
 NUM_LARGE_ROWS = 60_000
-"""Of a file that is larger than what is written at once."""
+"""Number of rows of a file that is larger than one part."""
 
 
 def _damaged(site: FaultSite, *, spoil: Callable[[FaultSite, Path], None]) -> str:
-    """The newest checkpoint of a job whose worker was killed."""
+    """Damage the newest checkpoint of a job whose worker was killed."""
     job_id = site.submit_small()
     first = site.start_worker(FAILPOINT="step_25:hang")
     site.wait_until(lambda: site.checkpoint_steps(job_id) == [10, 20])
@@ -47,11 +47,11 @@ def _damaged(site: FaultSite, *, spoil: Callable[[FaultSite, Path], None]) -> st
     assert site.attempts(job_id)[1].resumed_from_step == 10, site.attempts_text(job_id)
     warned = [event.message for event in site.events(job_id) if "can't be used" in event.message]
     assert len(warned) == 1, warned
-    return f"told, and resumed from step 10: {site.attempts_text(job_id)}"
+    return f"reported, and resumed from step 10: {site.attempts_text(job_id)}"
 
 
 def _anothers(site: FaultSite, *, put: Callable[[FaultSite, str, str], None], says: str) -> str:
-    """In place of the newest checkpoint of a job whose worker was killed is one of another job's, which is as good."""
+    """Replace the newest checkpoint of a job whose worker was killed with a valid checkpoint of another job."""
     job_id = site.submit_small()
     first = site.start_worker(FAILPOINT=f"step_5:wait={site.gate('beside')},step_25:hang")
     site.wait_for_step(5, job_id)
@@ -76,14 +76,14 @@ def _anothers(site: FaultSite, *, put: Callable[[FaultSite, str, str], None], sa
 
 
 def _put_files(site: FaultSite, job_id: str, other: str) -> None:
-    """The bytes of the other's files, under the digests of this job's."""
+    """Store the bytes of the other job's files under the digests of this job's files."""
     theirs = _blobs_of(site, other, step=10)
     for name, path in _blobs_of(site, job_id, step=20).items():
         path.write_bytes(theirs[name].read_bytes())
 
 
 def _put_row(site: FaultSite, job_id: str, other: str) -> None:
-    """The record names the other's files, each of which is as its digest says."""
+    """Make the row of the checkpoint name the other job's files, which match their digests."""
     steps = {job_id: 20, other: 10}
     with site.db.write() as session:
         mine, theirs = (session.scalars(_of_step(job, step)).one() for job, step in steps.items())
@@ -95,7 +95,7 @@ def _of_step(job_id: str, step: int) -> Select[Checkpoint]:
 
 
 def _blobs_of(site: FaultSite, job_id: str, *, step: int) -> dict[str, Path]:
-    """The files of a checkpoint by their names, as they lie in the store's folder."""
+    """Return the paths of a checkpoint's files in the store, by their names."""
     with site.db.read() as session:
         checkpoint = session.scalars(_of_step(job_id, step)).one()
         files = session.get_one(Artifact, checkpoint.artifact).files
@@ -120,7 +120,7 @@ def _remove(_site: FaultSite, path: Path) -> None:
 def _failing(
     site: FaultSite, *, fault: Callable[[FaultProxy], None], also: Callable[[FaultSite, FaultProxy], str]
 ) -> str:
-    """Between the worker and its store, from the first checkpoint on."""
+    """Inject a fault between the worker and its store, from the first checkpoint on."""
     assert site.under.store is not None
     job_id = site.submit_small()
     site.start_worker(FAILPOINT=f"uploading:wait={site.gate('store')}")
@@ -136,10 +136,10 @@ def _failing(
 
 
 class Some:
-    """A judge of the first few writes, or of those of a part; the others pass."""
+    """A judge that gives its verdict on the first few writes, or the first few writes of parts. All others pass."""
 
     def __init__(self, verdict: Verdict, number: int, *, of: str = "") -> None:
-        """of: what is in the address of each."""
+        """of: a text in the URL of each affected write."""
         self.num_left = number
         self._verdict: Verdict = verdict
         self._of = of
@@ -156,7 +156,7 @@ def _fail_some(proxy: FaultProxy, *, verdict: Verdict) -> None:
 
 
 class Nobody:
-    """A judge who lets nobody in."""
+    """A judge that denies all requests."""
 
     def __init__(self) -> None:
         self.num_refused = 0
@@ -203,8 +203,8 @@ def _slowly(site: FaultSite, _proxy: FaultProxy) -> str:
 
 
 def _in_parts(site: FaultSite) -> str:
-    """A file of several parts, sent to the api three times: the store fails until the api gives up, then a few times,
-    then not."""
+    """Upload a file of several parts three times: the store fails until the API server gives up, then a few times, then
+    never."""
     assert site.under.store is not None
     path = write_chat(site.folder / "large.jsonl", NUM_LARGE_ROWS)
     digest = sha256(path.read_bytes()).hexdigest()
@@ -226,7 +226,7 @@ def _in_parts(site: FaultSite) -> str:
         content = site.ask("GET", f"/v1/files/{answer.json()['id']}/content").content
         assert sha256(content).hexdigest() == digest
     failed = f"503 with Retry-After and nothing visible after {ALL - never.num_left} failed parts"
-    return f"{num_parts} parts: {failed}; then 3 failed, 200; sent again, 200, the same bytes"
+    return f"{num_parts} parts: {failed}; then 3 failed parts, 200; sent again, 200, the same bytes"
 
 
 def _send(site: FaultSite, path: Path) -> httpx.Response:
@@ -244,7 +244,7 @@ ROWS = (
             act=partial(_damaged, spoil=spoil),
         )
         for name, words, spoil in (
-            ("truncated", "is a byte short", _truncate),
+            ("truncated", "is truncated by one byte", _truncate),
             ("flipped", "has one bit flipped", _flip_bit),
             ("missing", "lacks a file", _remove),
         )
@@ -257,13 +257,13 @@ ROWS = (
             act=partial(_anothers, put=put, says=says),
         )
         for name, words, put, says in (
-            ("files", "its files lie in the store under this one's digests", _put_files, "has changed"),
-            ("record", "its whole files are named by this one's record", _put_row, "belongs to another job"),
+            ("files", "its files are in the store under this job's digests", _put_files, "has changed"),
+            ("record", "this checkpoint's row names its intact files", _put_row, "belongs to another job"),
         )
     ),
     Row(
         name="store-500-in-parts",
-        fault="S3: 500 amid parts of a file that is written in parts, until the api gives up, and three times",
+        fault="S3: 500 for parts of a multipart upload, until the API server gives up, and then three times",
         also="no partial file visible; retry idempotent",
         act=_in_parts,
         has_s3=True,
@@ -277,10 +277,10 @@ ROWS = (
             has_s3=True,
         )
         for name, words, fault, also in (
-            ("500", "500 amid a write, five times", partial(_fail_some, verdict=BROKEN), _until_all_failed),
+            ("500", "500 during a write, five times", partial(_fail_some, verdict=BROKEN), _until_all_failed),
             (
                 "answer-lost",
-                "the answer of a write that succeeded is lost, five times",
+                "the response to a successful write is lost, five times",
                 partial(_fail_some, verdict="lose the answer"),
                 _until_all_failed,
             ),

@@ -1,4 +1,4 @@
-"""Faults of a trainer: killed, crashed, ended as if all were well, silent, short of memory."""
+"""Faults of a trainer: killed, crashed, exited with status 0, hanging."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qa.chaos.scenario import Row
 from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 
 STANDS = re.compile(r"Current thread .*\n.* in _fail\n.* in pass_by\n.* in _follow")
-"""In a stack, the failpoint of a step."""
+"""Matches the failpoint of a step in a stack."""
 CRASHED_ONCE = [EndReason.TRAINER_CRASHED, EndReason.COMPLETED]
 
 
 def _signalled(site: FaultSite, *, number: signal.Signals) -> str:
-    """The trainer alone, at step 15; its worker goes on with a new one."""
+    """Send a signal to the trainer only, at step 15. Its worker continues with a new trainer."""
     job_id = site.submit_small()
     worker = site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
     site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
@@ -34,7 +34,7 @@ def _signalled(site: FaultSite, *, number: signal.Signals) -> str:
 
 
 def _ended_as_if_well(site: FaultSite) -> str:
-    """Exit status 0 with a job in hand, before its first checkpoint: three times, and it is put aside."""
+    """Exit with status 0 before the first checkpoint of a job, three times. The job is quarantined."""
     job_id = site.submit_small()
     site.start_worker(FAILPOINT="step_5:exit")
 
@@ -48,7 +48,7 @@ def _ended_as_if_well(site: FaultSite) -> str:
 
 
 def _silent(site: FaultSite) -> str:
-    """It hangs amid training. Its worker has less patience than by itself: 5 s."""
+    """The trainer hangs during training. Its worker's time limit is reduced to 5 s."""
     job_id = site.submit_small()
     argv = [sys.executable, "-m", "qa.chaos.impatient_worker"]
     first = site.start(argv, FAILPOINT="step_15:hang")
@@ -60,44 +60,44 @@ def _silent(site: FaultSite) -> str:
 
     assert site.attempts(job_id)[-1].resumed_from_step == 10, site.attempts_text(job_id)
     ranks = _stacks(site, job_id)
-    assert ranks, "no log of the job's tells where its trainer stood"
+    assert ranks, "no log of the job contains the stacks of its trainer"
     assert all(STANDS.search(text) for text in ranks.values()), ranks
     detail = site.attempts(job_id)[0].detail
     return f"{site.attempts_text(job_id)}: {detail} The stacks of {len(ranks)} process are in its log"
 
 
 def _stacks(site: FaultSite, job_id: str) -> dict[int, str]:
-    """By rank, what the first attempt's logs have from when its worker asked where it stood."""
+    """Return, by rank, the stacks in the logs of the first attempt."""
     told: dict[int, str] = {}
     given = {"project_id": site.caller.project_id, "job_id": job_id, "attempt": 1, "limit": 1000}
     for line in job_logs.lines(site.db, site.store, **given).items:
         told[line.rank] = f"{told.get(line.rank, '')}{line.text}\n"
-    return {rank: text.partition("Its threads stand here:")[2] for rank, text in told.items()}
+    return {rank: text.partition("Stacks of its threads:")[2] for rank, text in told.items()}
 
 
 ROWS = (
     Row(
         name="trainer-killed",
-        fault="kill -9 trainer only",
-        also="exit classed, job resumes",
+        fault="kill -9 of the trainer only",
+        also="the right reason, the job resumes",
         act=partial(_signalled, number=signal.SIGKILL),
     ),
     Row(
         name="trainer-segfault",
-        fault="the trainer ends by SIGSEGV",
-        also="the right class, job resumes",
+        fault="the trainer is killed by SIGSEGV",
+        also="the right reason, the job resumes",
         act=partial(_signalled, number=signal.SIGSEGV),
     ),
     Row(
         name="trainer-exit-0",
-        fault="the trainer ends with status 0 and no adapter",
-        also="the right class; no success without an adapter",
+        fault="the trainer exits with status 0 and no adapter",
+        also="the right reason; no success without an adapter",
         act=_ended_as_if_well,
     ),
     Row(
         name="trainer-hang",
-        fault="the trainer hangs amid training",
-        also="caught by the progress time-out, with its stacks in the job's log; job resumes",
+        fault="the trainer hangs during training",
+        also="the progress timeout kills it, with its stacks in the job's log; the job resumes",
         act=_silent,
     ),
 )

@@ -1,4 +1,4 @@
-"""Faults of a worker: killed at every stage, stopped and woken, asked to leave."""
+"""Faults of a worker: killed at every stage, suspended and resumed, asked to shut down."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ RESUMES = "it resumes at most one checkpoint back, with the same bytes"
 GONE = f"its trainer is gone within a second; {RESUMES}"
 BEFORE_ANY_TRAINER = ("before_claim", "after_claim")
 GRACE_SECONDS = 90.0
-"""A promise: what systemd and Compose give a worker to leave in, before they kill it."""
+"""A guarantee: systemd and Compose kill a worker that takes longer to shut down."""
 
 
 def _kills_itself(site: FaultSite, *, failpoint: str, reasons: list[EndReason], **fields: int) -> str:
-    """kill -9 of the worker where it passes the failpoint."""
+    """kill -9 of the worker when it passes the failpoint."""
     job_id = site.submit_small(**fields)
     first = site.start_worker(FAILPOINT=f"{failpoint}:kill")
     assert first.wait(PATIENCE_SECONDS) == -signal.SIGKILL, site.log()
@@ -38,7 +38,7 @@ def _kills_itself(site: FaultSite, *, failpoint: str, reasons: list[EndReason], 
 
 
 def _killed_while(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultSite, str], None]) -> str:
-    """kill -9 of the worker while its trainer stands at the failpoint."""
+    """kill -9 of the worker while its trainer waits at the failpoint."""
     job_id = site.submit_small()
     first = site.start_worker(FAILPOINT=f"{failpoint}:hang")
     trainer = site.trainer_of(first)
@@ -56,7 +56,7 @@ def _killed_while(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultS
 
 
 def _assert_resumed(site: FaultSite, job_id: str) -> None:
-    """From the newest checkpoint that was on record when the worker was lost."""
+    """Check that each attempt resumed from the newest checkpoint that was recorded when the worker was lost."""
     attempts = site.attempts(job_id)
     told = [event for event in site.events(job_id) if event.message.startswith("Checkpoint created")]
     for lost, after in pairwise(attempts):
@@ -84,7 +84,7 @@ def _stopped_for_two_leases(site: FaultSite) -> str:
     trainer = site.trainer_of(stopped)
     site.stop_between_writes(stopped)
     site.wait_seconds(2 * site.settings.lease_seconds)
-    assert not trainer.is_running() or trainer.status() == "zombie", "the trainer of a silent worker ends by itself"
+    assert not trainer.is_running() or trainer.status() == "zombie", "the trainer of a suspended worker still runs"
     site.finish(job_id)
     before = [event.seq for event in site.events(job_id)]
 
@@ -95,11 +95,11 @@ def _stopped_for_two_leases(site: FaultSite) -> str:
     assert stopped.wait(PATIENCE_SECONDS) == 0, site.log()
     assert [event.seq for event in site.events(job_id)] == before, "it wrote after it had lost its claim"
     assert site.reasons(job_id) == LOST_ONCE, site.attempts_text(job_id)
-    return f"{site.attempts_text(job_id)}; the woken worker wrote nothing and left with status 0"
+    return f"{site.attempts_text(job_id)}; the resumed worker wrote nothing and exited with status 0"
 
 
 def _stopped_amid_its_write(site: FaultSite) -> str:
-    """It holds its job's row, until the server takes it away."""
+    """Suspend a worker that holds the lock on its job's row, until the server ends its transaction."""
     job_id = site.submit_small()
     stopped = site.start_worker(FAILPOINT=f"in_complete:wait={site.gate('commit')}")
     site.wait_for_file("jobs/*/adapter/adapter_model.safetensors")
@@ -115,7 +115,7 @@ def _stopped_amid_its_write(site: FaultSite) -> str:
     assert stopped.wait(PATIENCE_SECONDS) == 0, site.log()
     assert [event.seq for event in site.events(job_id)] == before, "it wrote after it had lost its claim"
     assert site.reasons(job_id) == LOST_ONCE, site.attempts_text(job_id)
-    return f"{site.attempts_text(job_id)}; the woken worker wrote nothing and left with status 0"
+    return f"{site.attempts_text(job_id)}; the resumed worker wrote nothing and exited with status 0"
 
 
 def _asked_to_leave(site: FaultSite, *, with_api: bool) -> str:
@@ -133,26 +133,26 @@ def _asked_to_leave(site: FaultSite, *, with_api: bool) -> str:
 
     assert [process.wait(PATIENCE_SECONDS) for process in leaving] == [0] * len(leaving), site.log()
     seconds = time.monotonic() - asked_at
-    assert seconds < GRACE_SECONDS, f"they took {seconds:.0f} s to leave"
+    assert seconds < GRACE_SECONDS, f"they took {seconds:.0f} s to exit"
 
     job = site.job(job_id)
     assert (job.state, job.counted_attempts, job.claim_id) == (JobState.QUEUED, 0, None)
     site.finish(job_id)
     assert site.reasons(job_id) == [EndReason.DRAINED, EndReason.COMPLETED], site.attempts_text(job_id)
     assert site.attempts(job_id)[1].resumed_from_step == 15
-    return f"gone {seconds:.1f} s later; {site.attempts_text(job_id)}; the first attempt is free"
+    return f"gone {seconds:.1f} s later; {site.attempts_text(job_id)}; the first attempt does not count"
 
 
 ROWS = (
     *(
         Row(
             name=f"worker-killed-{name}",
-            fault=f"kill -9 worker {words}",
+            fault=f"kill -9 of the worker {words}",
             also=also,
             act=partial(_kills_itself, failpoint=failpoint, reasons=reasons, **fields),
         )
         for name, words, failpoint, reasons, fields, also in (
-            ("before-claim", "before it claims", "before_claim", [EndReason.COMPLETED], {}, "nothing was begun"),
+            ("before-claim", "before it claims", "before_claim", [EndReason.COMPLETED], {}, "no job was started"),
             ("after-claim", "after it has claimed", "after_claim", LOST_ONCE, {}, RESUMES),
             ("storing-checkpoint", "while it stores a checkpoint", "uploading", LOST_ONCE, {}, GONE),
             (
@@ -178,12 +178,12 @@ ROWS = (
     *(
         Row(
             name=f"worker-killed-{name}",
-            fault=f"kill -9 worker {words}",
+            fault=f"kill -9 of the worker {words}",
             also=GONE,
             act=partial(_killed_while, failpoint=failpoint, is_there=is_there),
         )
         for name, words, failpoint, is_there in (
-            ("loading", "while its trainer loads the base", "loading", _is_loading),
+            ("loading", "while its trainer loads the base model", "loading", _is_loading),
             ("at-step", "at step 25 of 30", "step_25", _is_at_step_25),
             ("in-checkpoint", "while its trainer writes a checkpoint", "in_checkpoint", _is_in_checkpoint),
         )
@@ -191,26 +191,26 @@ ROWS = (
     Row(
         name="worker-stopped",
         fault="SIGSTOP of a worker for two leases, then SIGCONT",
-        also="refused; it writes nothing, and its trainer ended by itself",
+        also="its writes are refused, and its trainer exits without it",
         act=_stopped_for_two_leases,
     ),
     Row(
         name="worker-stopped-writing",
         fault="SIGSTOP of a worker in the completing transaction, then SIGCONT",
-        also="its row is free again after half a minute; refused",
+        also="its row is unlocked after half a minute; its writes are refused",
         act=_stopped_amid_its_write,
         databases=POSTGRESQL,
     ),
     Row(
         name="worker-sigterm",
-        fault="SIGTERM of a worker amid training",
-        also="drained in the grace time; the attempt is free",
+        fault="SIGTERM of a worker during training",
+        also="drained within the grace time; the attempt does not count",
         act=partial(_asked_to_leave, with_api=False),
     ),
     Row(
         name="all-sigterm",
-        fault="SIGTERM of worker and api together",
-        also="drained in the grace time; the attempt is free",
+        fault="SIGTERM of worker and API server together",
+        also="drained within the grace time; the attempt does not count",
         act=partial(_asked_to_leave, with_api=True),
     ),
 )

@@ -1,1 +1,1 @@
-"""The soak: hundreds of jobs on one service, and every few seconds a fault that chance has drawn."""
+"""The soak: a chaos test with hundreds of jobs on one service and a random fault every few seconds."""

@@ -1,7 +1,7 @@
-"""`python -m qa.chaos.soak`: hundreds of jobs on one service, and a fault drawn by chance every few seconds.
+"""`python -m qa.chaos.soak`: run hundreds of jobs on one service, with a random fault every few seconds.
 
-Ends with tables, a results file, and a status that is not 0 where a job was lost, done twice, or has other
-bytes, the API server took longer than twice its usual time, or a noisy neighbor disturbed other tenants.
+It prints tables and can write a results file. The exit status is 1 if a job was lost, completed twice or has wrong
+bytes, if the API server took longer than twice its usual time, or if a noisy neighbor disturbed other tenants.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.write(f"seed {seed}: {plan.num_jobs} jobs, {plan.num_workers} workers, {plan.minutes:g} minutes\n")
     sys.stdout.flush()
     load_before = os.getloadavg()[0]
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # the S3 server tells each request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # the S3 server logs each request
     works = job_kinds.works(options.seeds)
     with tempfile.TemporaryDirectory(prefix="lorry-soak-") as folder, Ground(Path(folder)) as ground:
         with ground.site(_row("alone", has_servers=False), "sqlite", has_weights=False) as site:
@@ -78,22 +78,27 @@ def _keep_logs(folder: Path, to: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qa.chaos.soak", description=__doc__)
-    parser.add_argument("--seed", type=int, help="Of the faults; else one is drawn, and told.")
-    parser.add_argument("--minutes", type=float, default=20.0, help="Of faults (20).")
-    parser.add_argument("--calm-minutes", type=float, default=4.0, help="Before them, to compare with (4).")
+    parser.add_argument("--seed", type=int, help="Seed of the faults. Default: a random one, which is printed.")
+    parser.add_argument("--minutes", type=float, default=20.0, help="Minutes with faults. Default: 20.")
+    parser.add_argument("--calm-minutes", type=float, default=4.0, help="Minutes before the faults. Default: 4.")
     parser.add_argument(
         "--isolation-minutes",
         type=float,
         default=4.0,
         help="Minutes alone, and again as many next to a noisy neighbor, before the faults. Default: 4; 0: neither.",
     )
-    parser.add_argument("--patience-minutes", type=float, default=20.0, help="After them, until all has ended (20).")
-    parser.add_argument("--jobs", type=int, default=300, help="Submitted amid the faults (300).")
-    parser.add_argument("--workers", type=int, default=4, help="At a time (4).")
-    parser.add_argument("--seeds", type=int, default=5, help="Of each kind of job (5).")
-    parser.add_argument("--out", type=Path, help=f"Folder of the results file, as {ROOT.name}/benchmarks/results.")
-    parser.add_argument("--note", help="What else the results file should say, as what the machine was busy with.")
-    parser.add_argument("--logs", type=Path, help="Folder in which the logs of all processes are kept.")
+    parser.add_argument(
+        "--patience-minutes",
+        type=float,
+        default=20.0,
+        help="Minutes after the faults until all jobs must have finished. Default: 20.",
+    )
+    parser.add_argument("--jobs", type=int, default=300, help="Jobs to submit during the faults. Default: 300.")
+    parser.add_argument("--workers", type=int, default=4, help="Concurrent workers. Default: 4.")
+    parser.add_argument("--seeds", type=int, default=5, help="Seeds of each kind of job. Default: 5.")
+    parser.add_argument("--out", type=Path, help=f"Folder for the results file: {ROOT.name}/benchmarks/results.")
+    parser.add_argument("--note", help="Note for the results file, such as other load on the machine.")
+    parser.add_argument("--logs", type=Path, help="Folder to which the logs of all processes are copied.")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What a soak has shown, from what was seen and what is on record: pure, so that it can be tried on planted records."""
+"""Assesses a soak from its observations and the database. Pure, so that it can be tested with planted records."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from worker.process.exit_status import WAS_KILLED
 WEIGHTS_FILE = "adapter_model.safetensors"
 UNAVAILABLE = 503
 GRACE_SECONDS = 5.0
-"""After what was away has come back: connections are made anew."""
+"""Grace time after an outage, in which connections are reopened."""
 MAX_RATIO = 2.0
-"""A promise: how many times its usual time the api takes while all this goes on, half of the requests of each kind."""
+"""A guarantee: the limit for the median latency of each kind of request during faults, relative to the usual one."""
 MIN_SAMPLES = 20
-"""Of either stretch: the median of fewer says little."""
+"""Minimum number of samples in each stretch, because the median of fewer samples is unreliable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ended:
-    """What became of one job."""
+    """The result of one job."""
 
     job_id: str
     state: str
     error: Mapping[str, Any] | None = None
     reasons: Sequence[str | None] = ()
-    """How its attempts ended, in their order."""
+    """The reasons for which its attempts ended, in their order."""
     crashes: Sequence[str] = ()
-    """What was told of the ends since its furthest checkpoint that count against it."""
+    """The details of the attempts since its furthest checkpoint that count as failures."""
     digests: Sequence[str] = ()
-    """Of its adapters' weights."""
+    """Digests of its adapters' weights."""
 
 
 def ended(found: Record, *, project_id: str) -> dict[str, Ended]:
-    """By job of the project."""
+    """Return the results of the project's jobs, by job id."""
     artifacts = {row["digest"]: row for row in found.artifacts}
     digests: dict[str, list[str]] = defaultdict(list)
     for adapter in found.adapters:
@@ -60,7 +60,8 @@ def ended(found: Record, *, project_id: str) -> dict[str, Ended]:
 
 
 def _crashes(found: Record, job_id: str) -> list[str]:
-    """The count begins anew with a checkpoint that is further than any before."""
+    """Return the details of the counted failures. The count restarts with a checkpoint that is further than all earlier
+    ones."""
     own = [row for row in found.checkpoints if row["job_id"] == job_id]
     furthest = max(own, key=lambda row: row["step"], default={"created_at": 0.0})["created_at"]
     ended_since = [one for one in found.attempts.get(job_id, ()) if (one["ended_at"] or 0.0) > furthest]
@@ -68,16 +69,16 @@ def _crashes(found: Record, job_id: str) -> list[str]:
 
 
 def is_put_aside_by_kills(job: Ended) -> bool:
-    """Whether it is as promised that it failed: its trainer was killed so often with no new checkpoint in between, and
-    nobody but the soak sends SIGKILL. Whoever submits it again gets the adapter."""
+    """Return whether the failure of a job is expected: its trainer was killed too often without a new checkpoint in
+    between, and only the soak sends SIGKILL. If the job is submitted again, it must succeed."""
     is_quarantined = job.state == "failed" and (job.error or {}).get("code") == "quarantined"
-    is_by_the_last = list(job.reasons[-1:]) == [EndReason.TRAINER_CRASHED]  # else too many workers were lost with it
+    is_by_the_last = list(job.reasons[-1:]) == [EndReason.TRAINER_CRASHED]  # else too many of its workers were lost
     are_kills = len(job.crashes) >= MAX_COUNTED_ATTEMPTS and set(job.crashes) == {WAS_KILLED}
     return is_quarantined and is_by_the_last and are_kills
 
 
 def again(key: str) -> str:
-    """The key under which the same work is asked for once more."""
+    """Return the key with which the same work is submitted again."""
     return f"again-{key}"
 
 
@@ -90,10 +91,10 @@ def problems(
     *,
     of_operator: Iterable[Sample] = (),
 ) -> list[str]:
-    """What must not be; an empty list is a good report.
+    """Return the problems of a soak. An empty list means that there are none.
 
-    submitted: by key, the name of the work that was asked for. digests: by work, of what it gives undisturbed.
-    of_operator: answers to requests that may be refused, as a pause of a job that has just ended is.
+    submitted: by key, the name of the submitted work. digests: by work, the digest of its result without any fault.
+    of_operator: responses to requests that may be refused, for example a pause of a job that has just finished.
     """
     asked = list(samples)
     accepted: dict[str, set[str]] = defaultdict(set)
@@ -104,13 +105,13 @@ def problems(
     for key, work in submitted.items():
         found += _of_key(key, accepted[key], jobs, digests[work], submitted)
     named = {job_id for ids in accepted.values() for job_id in ids}
-    found += [f"{job_id}: it is there, and no answer named it" for job_id in sorted(set(jobs) - named)]
+    found += [f"{job_id}: it exists, but no response named it" for job_id in sorted(set(jobs) - named)]
     found += _told_bad(asked, windows, lambda sample: _is_bad(sample, windows) or 400 <= sample.status < 500)
     return [*found, *_told_bad(of_operator, windows, lambda sample: _is_bad(sample, windows))]
 
 
 def refusals(samples: Iterable[Sample]) -> Counter[str]:
-    """How often what was answered with another status than 200, in words."""
+    """Return texts about the responses with other statuses than 200, and how often each occurred."""
     found: Counter[str] = Counter()
     for sample in samples:
         if sample.status != 200:
@@ -123,18 +124,18 @@ def _of_key(
     key: str, ids: set[str], jobs: Mapping[str, Ended], digest: str, asked_again: Collection[str]
 ) -> Iterator[str]:
     if len(ids) != 1:
-        yield f"{key}: answers named {len(ids)} jobs"
+        yield f"{key}: responses named {len(ids)} jobs"
     for job_id in sorted(ids):
         job = jobs.get(job_id)
         if job is None:
-            yield f"{key}: {job_id} was accepted, and is not there"
+            yield f"{key}: {job_id} was accepted, but does not exist"
             continue
         is_asked_again = again(key) in asked_again and is_put_aside_by_kills(job)
         if job.state != "succeeded" and not is_asked_again:
             yield f"{key}: {job_id} is {job.state}, after {_told(job.reasons)}: {(job.error or {}).get('message')}"
         completed = sum(reason == "completed" for reason in job.reasons)
         if completed > 1 or len(job.digests) > 1:
-            yield f"{key}: {job_id} was done {completed} times, with {len(job.digests)} adapters"
+            yield f"{key}: {job_id} was completed {completed} times, with {len(job.digests)} adapters"
         if any(each != digest for each in job.digests):
             yield f"{key}: {job_id} has the bytes {', '.join(job.digests)}, undisturbed {digest}; {_told(job.reasons)}"
 
@@ -152,8 +153,8 @@ def _told_bad(samples: Iterable[Sample], windows: Sequence[Window], is_bad: Call
 
 
 def _is_bad(sample: Sample, windows: Sequence[Window]) -> bool:
-    """503 with advice is the answer of a service that is away or whose database is; any other of 500 and more is a
-    fault, and so is none at all while the api was not itself what was ended."""
+    """Return whether a response is a problem. 503 with Retry-After is right while the service or its database is
+    unavailable. Any other status of 500 or more is a problem, and so is no response while the API server runs."""
     if sample.status == 0:
         return not _is_in(sample, "api", windows)
     if sample.status != UNAVAILABLE or not sample.retry_after:
@@ -168,7 +169,7 @@ def _is_in(sample: Sample, what: str, windows: Sequence[Window]) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """Of one kind of request in one stretch. Milliseconds; 0 where there was none."""
+    """Latencies of one kind of request in one stretch, in milliseconds. 0 if there was no request."""
 
     num: int
     median: float
@@ -179,13 +180,13 @@ class Latency:
 
 @dataclass(kw_only=True, slots=True)
 class Compared:
-    """One kind of request: undisturbed, and amid faults while neither the api nor its database was away."""
+    """One kind of request: undisturbed, and during faults while the API server and its database were available."""
 
     what: str
     calm: Latency
     storm: Latency
     away: dict[str, Counter[str]] = field(default_factory=dict[str, Counter[str]])
-    """What was answered while the database or the api was away: how often each status."""
+    """How often each status was returned while the database or the API server was unavailable."""
 
     def ratio(self, name: str) -> float:
         calm = getattr(self.calm, name)
@@ -199,7 +200,7 @@ def compare(
     calm: tuple[float, float],
     storm: tuple[float, float],
 ) -> list[Compared]:
-    """calm, storm: from when to when, in seconds since 1970."""
+    """Compare the requests of both stretches. calm, storm: beginning and end, in seconds since 1970."""
     by_what: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_what[sample.what].append(sample)
@@ -207,13 +208,13 @@ def compare(
 
 
 def slow(compared: Iterable[Compared]) -> list[str]:
-    """Kinds of request that take longer than is promised; and that nothing could be compared, if so."""
+    """Return texts about the kinds of request that are slower than guaranteed, or about a lack of samples."""
     enough = [each for each in compared if min(each.calm.num, each.storm.num) >= MIN_SAMPLES]
     if not enough:
-        return [f"no kind of request was answered {MIN_SAMPLES} times both undisturbed and amid faults"]
+        return [f"no kind of request was answered {MIN_SAMPLES} times both undisturbed and during faults"]
     return [
-        f"{each.what}: half of the answers took {each.storm.median:.1f} ms and more amid faults, undisturbed "
-        f"{each.calm.median:.1f} ms: {each.ratio('median'):.2f} times as long"
+        f"{each.what}: median {each.storm.median:.1f} ms during faults, {each.calm.median:.1f} ms undisturbed: "
+        f"{each.ratio('median'):.2f} times as long"
         for each in enough
         if each.ratio("median") > MAX_RATIO
     ]

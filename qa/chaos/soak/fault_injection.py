@@ -1,6 +1,6 @@
-"""How each fault of a soak is done, and taken back where it lasts. Whom it would meet may be nobody: that is told too.
+"""Injects the faults of a soak, and reverts those that last. A fault without a target is counted separately.
 
-Nothing here waits: what lasts is taken back at its time by `tick`, while other faults go on.
+Nothing here waits: `tick` reverts lasting faults when they are due, while other faults continue.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ T = TypeVar("T")
 
 
 class Nobody(Exception):
-    """There is nobody whom the fault could meet."""
+    """The fault has no target now."""
 
 
 @dataclass(kw_only=True, slots=True)
 class _Later:
-    """What is due at a monotonic time. It says whether it has to be done again."""
+    """An action that is due at a monotonic time. It returns whether it must be repeated."""
 
     due: float
     act: Callable[[], bool]
@@ -51,7 +51,7 @@ class _Later:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CutShort:
-    """A file of which the last byte was taken. at: in seconds since 1970."""
+    """A file without its last byte. content: of the whole file. at: in seconds since 1970."""
 
     content: bytes
     at: float
@@ -64,11 +64,11 @@ class Acts:
         self.done: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.answers: list[Sample] = []
-        """To each pause and resume."""
+        """Responses to all pauses and resumes."""
         self.failures: list[str] = []
-        """Faults that could not be done, though there was somebody whom they could meet."""
+        """Faults that could not be injected although they had a target."""
         self.truncated: dict[str, CutShort] = {}
-        """By its digest."""
+        """Truncated files, by their digest."""
         self._later: list[_Later] = []
 
     def do(self, fault: Fault) -> None:
@@ -78,14 +78,14 @@ class Acts:
             act(fault)
         except (Nobody, LorryError, httpx.TransportError, psutil.Error, FileNotFoundError):
             self.left_out[name] += 1
-        except Exception as error:  # noqa: BLE001  (a soak of half an hour goes on, and is not a good one)
+        except Exception as error:  # noqa: BLE001  (the soak of half an hour continues, but fails)
             traceback.print_exc()
-            self.failures.append(f"the fault {name} could not be done: {type(error).__name__}: {error}")
+            self.failures.append(f"the fault {name} could not be injected: {type(error).__name__}: {error}")
         else:
             self.done[name] += 1
 
     def tick(self, *, at_once: bool = False) -> None:
-        """Take back what is due; at_once: all that lasts."""
+        """Revert the faults that are due. at_once: all faults."""
         now = time.monotonic()
         due = [later for later in self._later if at_once or later.due <= now]
         self._later = [later for later in self._later if later not in due]
@@ -98,7 +98,7 @@ class Acts:
         return not self._later
 
     def disarm(self) -> list[str]:
-        """Failpoints that nobody has passed since they were armed."""
+        """Remove and return the armed failpoints that no process has passed."""
         names = [name.removeprefix("failpoint ") for name in self.done if name.startswith("failpoint ")]
         left = [name for name in names if self.site.gate(name).exists()]
         for name in left:
@@ -106,8 +106,11 @@ class Acts:
         return left
 
     def put_back(self) -> int:
-        """What was cut short, is so still, and was not stored anew since: the auditor is to find Lorry's doing, and not
-        the soak's. Returns how many files that were. What is gone from the store is left so: Lorry has dropped it."""
+        """Restore the files that are still truncated, so that the auditor finds only faults of Lorry.
+
+        Files that were stored again in the meantime must be intact, so they are not restored. Files that are missing in
+        the store were deleted by Lorry. Returns the number of restored files.
+        """
         store = from_url(self.site.settings.resolved_store_url(), client_options={"allow_http": True})
         stored_at = self._stored_at()
         number = 0
@@ -122,7 +125,7 @@ class Acts:
         return number
 
     def _stored_at(self) -> dict[str, float]:
-        """By file: when a checkpoint or an adapter last named it."""
+        """Return, by file, when the latest checkpoint or adapter with it was created."""
         latest: dict[str, float] = {}
         with self.site.db.read() as session:
             for owner in (Checkpoint, Adapter):
@@ -175,8 +178,8 @@ class Acts:
         psutil.Process(pid).kill()
 
     def _with_two_checkpoints(self) -> list[tuple[int, str]]:
-        """Of jobs that train and have an older checkpoint to fall back on: their trainer's process, and the largest
-        file of the newest one."""
+        """Return, for running jobs with at least two checkpoints, the trainer's process id and the largest file of the
+        newest checkpoint."""
         newest = select(Checkpoint.job_id, func.max(Checkpoint.step).label("step"))
         newest = newest.group_by(Checkpoint.job_id).having(func.count() > 1).subquery()
         found = select(Trainer.report, Artifact.files).join(Job, Job.trainer_id == Trainer.id)
@@ -196,7 +199,7 @@ class Acts:
         self._asked("pause", f"{JOBS}/{job_id}/pause")
 
     def _resume(self, job_id: str) -> bool:
-        """Until it is answered: a job that stays paused would never end."""
+        """Resume a job. Returns whether to retry, because a job that stays paused would never finish."""
         try:
             answer = self._asked("resume", f"{JOBS}/{job_id}/resume")
         except httpx.TransportError:

@@ -1,6 +1,6 @@
-"""Which faults come when: drawn from a seed, all of them before the first, so that a run can be repeated.
+"""Draws the faults of a soak and their times from a seed, before the first fault, so that a run can be repeated.
 
-Whom a fault meets is drawn too, as a place among those who are there at its moment.
+The target of a fault is drawn, too, as a position among the targets that exist at its time.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ SAYS: dict[FaultKind, str] = {
     "worker-killed": "SIGKILL of a worker, then a new one",
     "worker-stopped": "SIGSTOP of a worker, then SIGCONT, half of them longer than a lease",
     "worker-drained": "SIGTERM of a worker, then a new one",
-    "failpoint": "SIGKILL of whoever passes a failpoint next",
-    "checkpoint-truncated": "a running job's newest checkpoint cut short, then SIGKILL of its trainer",
+    "failpoint": "SIGKILL of the next process that passes a failpoint",
+    "checkpoint-truncated": "a running job's newest checkpoint truncated, then SIGKILL of its trainer",
     "job-paused": "a running job paused and resumed over HTTP",
-    "api-killed": "SIGKILL of the api, then a new one",
-    "api-restarted": "SIGTERM of the api, then a new one",
+    "api-killed": "SIGKILL of the API server, then a new one",
+    "api-restarted": "SIGTERM of the API server, then a new one",
     "redis-flushed": "FLUSHALL",
-    "redis-restarted": "Redis killed, empty when it comes again",
-    "postgres-restarted": "PostgreSQL stopped and started again",
-    "postgres-killed": "PostgreSQL killed and started again",
-    "store-failing": "the store answers 500 to everything",
+    "redis-restarted": "Redis killed, and empty after its restart",
+    "postgres-restarted": "PostgreSQL stopped and restarted",
+    "postgres-killed": "PostgreSQL killed and restarted",
+    "store-failing": "the store responds with 500 to every request",
 }
 WEIGHTS: dict[FaultKind, int] = {
     "trainer-killed": 7,
@@ -70,7 +70,7 @@ LASTS: dict[FaultKind, tuple[float, float]] = {
     "postgres-killed": (0.0, 2.0),
     "store-failing": (2.0, 10.0),
 }
-"""Seconds, least and most, until it is taken back; others are over at once."""
+"""Minimum and maximum seconds until the fault is reverted. Other faults don't last."""
 FAILPOINTS = (
     *("before_claim", "after_claim", "uploading", "before_complete", "in_complete", "after_complete"),
     *("loading", "step_20", "step_75", "step_130", "in_checkpoint"),
@@ -81,7 +81,7 @@ GAP_SECONDS = (2.0, 6.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """at: seconds after the faults begin. place: in [0, 1), of whom it meets among those who are there."""
+    """A fault. at: seconds after the faults begin. place: in [0, 1), the position of its target among all targets."""
 
     at: float
     kind: FaultKind
@@ -91,7 +91,7 @@ class Fault:
 
 
 def draw(seed: int, *, seconds: float) -> list[Fault]:
-    """All faults of a run, in their order."""
+    """Return all faults of a run, in their order."""
     choose = random.Random(seed)
     faults: list[Fault] = []
     at = choose.uniform(*GAP_SECONDS)

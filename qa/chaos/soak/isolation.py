@@ -1,8 +1,7 @@
 """A soak's test of isolation: two stretches of equal load, the ordinary project alone, then next to a noisy neighbor.
 
-In both, the ordinary project submits more jobs than the workers finish, so that the processors are equally busy.
-Nothing is broken on purpose in either. `problems` compares what other tenants notice: latency, renewals, cordons and
-shares.
+In both, the ordinary project submits more jobs than the workers finish, so that the processors are equally busy. No
+faults are injected. `problems` compares the effects on other tenants: latency, lease renewals, cordons and shares.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ from tests.worker_site import PEPPER, ROOT
 
 NAME = "neighbor"
 MAX_RATIO = 2.0
-"""Of the p99 of each kind of request, next to the neighbor and alone."""
+"""Limit for the p99 of each kind of request next to the neighbor, relative to the p99 alone."""
 MAX_RENEWAL = 1 / 3
-"""Of a lease: the longest time between two heartbeats of a live worker."""
+"""Limit for the time between two heartbeats of a running worker, as a fraction of a lease."""
 MIN_SHARE = 0.9
-"""Of the project's fair share of the device-seconds, while its jobs wait all the time."""
+"""Minimum fraction of its fair share of device-seconds that a project must get while its jobs wait."""
 MIN_SAMPLES = 100
-"""Of either stretch: a p99 of fewer says little."""
+"""Minimum number of samples in each stretch, because a p99 of fewer samples is unreliable."""
 WATCH_SECONDS = 0.25
 CRASH_SECONDS = 1.0
 HOOK_SECONDS = 14.0
@@ -55,8 +54,8 @@ HOOK_SECONDS = 14.0
 
 @dataclass(kw_only=True, slots=True)
 class Stretch:
-    """since, until: in seconds since 1970. gaps: by worker, the longest time between two of its heartbeats, in seconds.
-    device_seconds: used in the stretch, by project."""
+    """One stretch. since, until: in seconds since 1970. gaps: by worker, the longest time between two heartbeats, in
+    seconds. device_seconds: used in the stretch, by project."""
 
     since: float = 0.0
     until: float = 0.0
@@ -70,14 +69,14 @@ class Stretch:
         return max(self.gaps.values(), default=0.0)
 
     def share(self, project_id: str) -> float:
-        """The project's part of all device-seconds."""
+        """Return the project's fraction of all device-seconds."""
         used = sum(self.device_seconds.values())
         return self.device_seconds.get(project_id, 0.0) / used if used else 0.0
 
 
 @dataclass(kw_only=True, slots=True)
 class Isolated:
-    """What was measured. statuses: of the neighbor's requests, by behavior."""
+    """The measurements of both stretches. statuses: of the neighbor's requests, by behavior."""
 
     project_id: str = ""
     alone: Stretch = field(default_factory=Stretch)
@@ -89,7 +88,8 @@ class Isolated:
 
 
 def problems(isolated: Isolated, compared: Sequence[Compared]) -> Iterator[str]:
-    """What an ordinary tenant must not notice of its neighbor. compared: requests of both stretches."""
+    """Yield the effects of the neighbor on an ordinary tenant that exceed the limits. compared: requests of both
+    stretches."""
     enough = [each for each in compared if min(each.calm.num, each.storm.num) >= MIN_SAMPLES]
     if not enough:
         yield f"no kind of request was answered {MIN_SAMPLES} times both alone and next to the neighbor"
@@ -102,7 +102,7 @@ def problems(isolated: Isolated, compared: Sequence[Compared]) -> Iterator[str]:
     most = isolated.lease_seconds * MAX_RENEWAL
     for worker_id, seconds in isolated.disturbed.gaps.items():
         if seconds > most:
-            yield f"{worker_id}: {seconds:.1f} s between two heartbeats, and a third of a lease is {most:.1f} s"
+            yield f"{worker_id}: {seconds:.1f} s between two heartbeats, but a third of a lease is {most:.1f} s"
     if not isolated.disturbed.gaps:
         yield "no worker sent a heartbeat next to the neighbor"
     if isolated.num_cordons:
@@ -110,13 +110,13 @@ def problems(isolated: Isolated, compared: Sequence[Compared]) -> Iterator[str]:
     if not isolated.num_crashes:
         yield "no trainer crashed because of the neighbor's jobs"
     if not isolated.disturbed.num_waiting:
-        yield "the ordinary project's queue was empty at the end: its share says nothing"
+        yield "the ordinary project's queue was empty at the end, so its share is meaningless"
     num_projects = len(isolated.disturbed.device_seconds)
     share, fair = isolated.disturbed.share(isolated.project_id), 1 / max(1, num_projects)
     if num_projects < 2:
         yield "the neighbor used no device"
     if share < fair * MIN_SHARE:
-        yield f"the ordinary project got {share:.1%} of the device-seconds, and its fair share is {fair:.1%}"
+        yield f"the ordinary project got {share:.1%} of the device-seconds, but its fair share is {fair:.1%}"
 
 
 class Neighborhood:
@@ -128,7 +128,7 @@ class Neighborhood:
         self.found = Isolated(project_id=site.caller.project_id, lease_seconds=site.settings.lease_seconds)
 
     def measure(self, stretch: Stretch, *, seconds: float, warm_seconds: float) -> None:
-        """warm_seconds: at the beginning, which are not measured."""
+        """Measure a stretch. warm_seconds: the time at the beginning that is not measured."""
         began = time.time()
         self.wait(lambda: time.time() < began + warm_seconds)
         used_before = self._device_seconds()
@@ -146,11 +146,11 @@ class Neighborhood:
 
     @contextmanager
     def separate_machines(self, workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-        """While the block lasts, workers with all their processes, and this process, which is the S3 server and the
-        receiver of webhooks, leave the first processor to the API server and its databases.
+        """Reserve the first processor for the API server and its databases during the block. Workers with all their
+        processes don't use it, nor does this process, which is the S3 server and receives webhooks.
 
-        In production they run on other machines. Here a process of the service that wakes up would wait for the end of
-        a trainer's time slice, dozens of times in each request: that is all that would be measured.
+        In production they run on other machines. Here, a process of the service that wakes up would wait for the end of
+        a trainer's time slice, dozens of times in each request, which would dominate the measurement.
         """
         every = os.sched_getaffinity(0)
         try:
@@ -163,7 +163,7 @@ class Neighborhood:
 
     @contextmanager
     def neighbor(self) -> Iterator[None]:
-        """The misbehaving tenant, for as long as the block. Its jobs are cancelled afterwards."""
+        """Run the misbehaving tenant during the block. Its jobs are cancelled afterwards."""
         project_id, key = self._create()
         folder = self.site.folder / NAME
         folder.mkdir()
@@ -192,9 +192,9 @@ class Neighborhood:
         return Answer()
 
     def _create(self) -> tuple[str, str]:
-        """Its project, which an operator lets submit urgent jobs, and the text of its key.
+        """Create the neighbor's project, which may submit urgent jobs. Returns its id and the secret of its key.
 
-        The key has the default limit of requests; the soak's own clients have none.
+        The key has the default rate limit. The soak's own clients have none.
         """
         made = self.site.ask("POST", "/v1/projects", json={"name": NAME})
         assert made.status_code == 200, made.text
@@ -234,7 +234,7 @@ class Neighborhood:
         self.wait(unfinished)
 
     def _disable_endpoints(self, project_id: str) -> None:
-        """Of those that never answer: nothing is delivered to them any more."""
+        """Disable the neighbor's webhook endpoints, so that nothing is delivered to them any more."""
         changes, pepper = endpoints.EndpointChange(enabled=False), Pepper(current=PEPPER.encode())
         for endpoint in endpoints.list_page(self.site.db, project_id=project_id, after=None, limit=100).items:
             given = {"project_id": project_id, "endpoint_id": endpoint.id, "changes": changes, "pepper": pepper}
@@ -253,7 +253,7 @@ class Neighborhood:
 
     @contextmanager
     def _watching_heartbeats(self, stretch: Stretch) -> Iterator[None]:
-        """Notes the longest time between two heartbeats of each live worker, by the database's clock."""
+        """Measure the longest time between two heartbeats of each running worker, by the database's clock."""
         is_over = threading.Event()
         live = select(Worker.id, Worker.heartbeat_at).where(Worker.ended_at.is_(None))
 
@@ -280,7 +280,7 @@ class Neighborhood:
 
 
 def _elsewhere() -> set[int]:
-    """All processors but the first; a machine with one has no other."""
+    """Return all processors except the first one, or the only processor."""
     mine = os.sched_getaffinity(0)
     return mine - {min(mine)} or mine
 
@@ -296,7 +296,7 @@ def _use_processors_of_all(workers: Sequence[subprocess.Popen[bytes]], processor
 
 
 def _use_processors(pid: int, processors: set[int]) -> None:
-    """Each thread by itself; threads and processes that they start later use the same."""
+    """Pin each thread of a process. Threads and processes that they start later inherit this."""
     for thread in Path(f"/proc/{pid}/task").glob("*"):
         with suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread.name), processors)

@@ -1,5 +1,6 @@
-"""The jobs of a soak: a handful of kinds, each with several seeds, and the bytes that each gives where nothing disturbs
-it. A job's bytes are those of its kind and seed, whatever trains beside it and however often it was interrupted.
+"""The jobs of a soak: a few kinds, each with several seeds, and the expected bytes of their adapters.
+
+A job's bytes depend on its kind and seed only, and not on packmates or interruptions.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from tests import tiny_base
 NUM_ROWS = 40
 VALID_ROWS = 8
 EPOCHS = 100
-"""More than any of them trains: max_steps ends them."""
+"""More than any job needs, so that max_steps ends it."""
 Writer = Callable[[Path, int], object]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """A job's body, but for its files and its seed."""
+    """A job's request body, except its files and seed."""
 
     name: str
     body: Mapping[str, Any]
@@ -31,7 +32,7 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """A kind with a seed: what has bytes of its own."""
+    """A kind with a seed, which determine the bytes of the adapter."""
 
     kind: Kind
     seed: int
@@ -43,7 +44,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:
-    """Ids of what the kinds train on, in one project."""
+    """Ids of the kinds' data files, in one project."""
 
     chats: str
     pairs: str
@@ -104,19 +105,19 @@ KINDS = (
 
 @dataclass(kw_only=True, slots=True)
 class Undisturbed:
-    """What each work gives alone, and how long that takes."""
+    """The digest of each work's adapter without packmates and faults, and the training time in seconds."""
 
     digests: dict[str, str] = field(default_factory=dict[str, str])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
 
 def works(seeds: int) -> list[Work]:
-    """In turn by kind, so that neighbors differ."""
+    """Return all works, with alternating kinds."""
     return [Work(kind=kind, seed=seed) for seed in range(1, seeds + 1) for kind in KINDS]
 
 
 def upload(site: FaultSite) -> Files:
-    """Over HTTP, as a person does."""
+    """Upload the data files over HTTP, as a user would."""
 
     def send(name: str, write: Writer, rows: int) -> str:
         path = site.folder / name
@@ -133,13 +134,13 @@ def upload(site: FaultSite) -> Files:
 
 
 def fields(work: Work, files: Files) -> dict[str, Any]:
-    """The job's body but for what `FaultSite.post_job` adds."""
+    """Return the job's request body, except the fields that `FaultSite.post_job` adds."""
     validation = {"validation_file": files.valid} if work.kind.has_validation else {}
     return {**work.kind.body, **validation, "seed": work.seed}
 
 
 def train_alone(site: FaultSite, every: list[Work]) -> Undisturbed:
-    """Each of them in a trainer that holds no other job, with nothing that disturbs it."""
+    """Train each work without packmates and faults."""
     site.start_api()
     files, found = upload(site), Undisturbed()
     ids: dict[str, str] = {}

@@ -1,8 +1,8 @@
-"""`python -m qa.chaos.soak.load_client`: a client in a process of its own, which asks the api at a small steady rate
-and notes each answer as a line of JSON: what, when, how long, which status.
+"""`python -m qa.chaos.soak.load_client`: a client in a separate process that sends requests at a low, constant rate.
 
-It is told by lines of JSON: {"jobs": [{"key", "body"}, …], "every": SECONDS} has it submit those, one after the other;
-it ends with its input. A submission is sent again, by the same key, until it is accepted.
+It records each response as a line of JSON: kind of request, time, latency, status. It reads orders as lines of JSON:
+{"jobs": [{"key", "body"}, …], "every": SECONDS} submits these jobs, one after the other. It exits at the end of its
+input. A submission is repeated with the same key until it is accepted.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 GET_SECONDS, LIST_SECONDS = 0.25, 0.5
-"""Between two of them."""
+"""Intervals between two such requests."""
 TIMEOUT_SECONDS = 60.0
 AGAIN_SECONDS = 0.5
-"""Before a submission without an answer is sent again."""
+"""Pause before a submission without a response is repeated."""
 MAX_WAIT_SECONDS = 5.0
 JOBS = "/v1/fine_tuning/jobs"
 JsonObject = dict[str, Any]
@@ -32,7 +32,7 @@ JsonObject = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One request. at: its beginning, in seconds since 1970. status: 0 where there was no answer."""
+    """One request. at: its beginning, in seconds since 1970. status: 0 if there was no response."""
 
     what: str
     at: float
@@ -40,7 +40,7 @@ class Sample:
     status: int
     retry_after: str | None = None
     told: str = ""
-    """An error's code, or why there was no answer."""
+    """The code of an error, or the reason why there was no response."""
     key: str | None = None
     job_id: str | None = None
 
@@ -50,7 +50,7 @@ class Sample:
 
 
 class Client:
-    """A connection for each request: nothing is left over from an api that has gone."""
+    """Uses a new connection for each request, so that no connection to an exited API server remains."""
 
     def __init__(self, url: str, api_key: str, out: TextIO) -> None:
         self._address = urlsplit(url)
@@ -105,7 +105,7 @@ class Client:
 
 
 def _parsed(content: bytes) -> JsonObject:
-    """{} where it is not JSON: the status tells enough."""
+    """Return the JSON content. {} if it is not JSON, because the status is sufficient."""
     try:
         return json.loads(content)
     except ValueError:
@@ -113,7 +113,8 @@ def _parsed(content: bytes) -> JsonObject:
 
 
 def every(client: Client, seconds: float, act: Callable[[], object]) -> None:
-    """By the clock, and at once where one took longer; those that were missed meanwhile are left out."""
+    """Act at a constant interval. After an action that took longer, the next one follows at once, and missed ones are
+    skipped."""
     due = time.monotonic()
     while not client.is_over.wait(max(0.0, due - time.monotonic())):
         act()

@@ -1,7 +1,7 @@
 """`python -m qa.chaos.soak.neighbor URL KEY FOLDER`: a tenant that behaves as badly as its rights allow.
 
-It sends only requests that its key may send, waits no longer than a second after a 429, and ends when its input ends.
-Then it prints one line of JSON: per behavior, how often each status was answered.
+It sends only requests that its key may send, waits at most a second after a 429, and exits at the end of its input.
+Then it prints one line of JSON: per behavior, how often each status was returned.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Json = dict[str, Any]
 
 
 class Tenant:
-    """One key of the misbehaving project, and what its behaviors share."""
+    """One key of the misbehaving project, and the state that its behaviors share."""
 
     def __init__(self, url: str, key: str, folder: Path) -> None:
         address = urlsplit(url)
@@ -59,12 +59,12 @@ class Tenant:
         self._lock = threading.Lock()
 
     def ask(self, behavior: str, method: str, path: str, body: Json | None = None) -> Json:
-        """The answer's JSON; {} for an error. The status is counted."""
+        """Send a request and count its status. Returns the JSON content; {} for an error."""
         content = None if body is None else json.dumps(body).encode()
         return self._exchange(behavior, method, path, content, "application/json")
 
     def upload(self, behavior: str, path: Path) -> str:
-        """The file's id; "" if it was not accepted."""
+        """Upload a file. Returns its id; "" if it was not accepted."""
         edge = "soak-neighbor"
         head = f'--{edge}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--{edge}\r\n'
         head += f'Content-Disposition: form-data; name="file"; filename="{path.name}"\r\n\r\n'
@@ -100,14 +100,14 @@ class Tenant:
 
 
 def _code(told: bytes) -> str:
-    """The error's code."""
+    """Return the error's code."""
     try:
         return str(json.loads(told)["error"]["code"])
     except (ValueError, KeyError, TypeError):
         return "no JSON"
 
 
-# Each behavior runs again and again in a thread of its own.
+# Each behavior runs repeatedly in its own thread.
 
 
 def send_slow_patterns(tenant: Tenant) -> None:
@@ -129,13 +129,13 @@ def send_slow_patterns(tenant: Tenant) -> None:
 
 
 def send_plans(tenant: Tenant) -> None:
-    """Each for another length, so that the file is tokenized again."""
+    """Create plans with different lengths, so that the file is tokenized again for each."""
     body = {"model": BASE, "training_file": tenant.chats, "max_length": random.randrange(8, 512)}
     tenant.ask("plan", "POST", "/v1/plans", body)
 
 
 def call_webhooks(tenant: Tenant) -> None:
-    """At hosts that do not resolve, and at a server that answers just before the timeout."""
+    """Test webhooks to hosts that do not resolve, and to a server that responds just before the timeout."""
     if len(tenant.endpoints) < NUM_ENDPOINTS:
         number = len(tenant.endpoints)
         url = f"http://soak-{number}-{random.randrange(10**9)}.invalid/" if number % 2 else tenant_hook(tenant)
@@ -161,12 +161,12 @@ def verify(tenant: Tenant) -> None:
 
 
 def upload_and_delete(tenant: Tenant) -> None:
-    """A large file whose last line is wrong: the whole of it is checked, then rejected."""
+    """Upload a large file with an invalid last line, so that it is checked completely and then rejected."""
     tenant.upload("bad file", tenant.folder / "bad.jsonl")
 
 
 def submit_urgent_jobs(tenant: Tenant) -> None:
-    """A queue that never empties."""
+    """Keep the queue full of urgent jobs."""
     counted = tenant.ask("jobs listed", "GET", f"{JOBS}?limit=100").get("data", [])
     waiting = [job for job in counted if job["status"] in ("queued", "validating_files")]
     if len(waiting) < MAX_QUEUED:
@@ -223,7 +223,7 @@ def repeat(tenant: Tenant, behavior: Callable[[Tenant], None]) -> None:
 
 
 def hold_sockets(tenant: Tenant, name: str, number: int, path: Callable[[], str], *, is_read: bool) -> None:
-    """Keeps `number` responses open, and opens each again that ends. is_read: takes what comes; else only the head."""
+    """Keep `number` responses open, and reopen those that end. is_read: read the content; else only the head."""
     selector = selectors.DefaultSelector()
     opened: set[socket.socket] = set()
     while not tenant.is_over.is_set():
@@ -257,7 +257,7 @@ def hold_sockets(tenant: Tenant, name: str, number: int, path: Callable[[], str]
 
 
 def _read(tenant: Tenant, name: str, client: socket.socket, *, is_head: bool) -> bool:
-    """Whether the response goes on."""
+    """Return whether the response continues."""
     try:
         content = client.recv(4096)
     except OSError:
@@ -270,7 +270,7 @@ def _read(tenant: Tenant, name: str, client: socket.socket, *, is_head: bool) ->
 
 
 def prepare(tenant: Tenant) -> None:
-    """Its files: one to train on, a large one to download, and a large one whose last line is wrong."""
+    """Create its files: one to train on, a large one to download, and a large one with an invalid last line."""
     chats = tiny_base.write_chat(tenant.folder / "chats.jsonl", 40, seed=7)
     row = chats.read_text("utf-8").splitlines()[0] + "\n"
     (tenant.folder / "big.jsonl").write_text(row * BIG_ROWS, "utf-8")

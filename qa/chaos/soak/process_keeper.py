@@ -1,5 +1,6 @@
-"""The processes of the soak's service, and who keeps them running: as systemd or Compose do, each that has ended is
-started again. An operator is there too, who takes back the cordons of nodes that look bad while trainers are killed.
+"""Keeps the processes of the soak's service running: it restarts each process that exits, as systemd or Compose do.
+
+It also acts as an operator that uncordons workers. Killed trainers make their nodes look faulty.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from qa.chaos.soak.fault_schedule import FAILPOINTS
 from qa.chaos.soak.load_client import Sample
 
 OPERATOR_SECONDS = 2.0
-"""Between two looks at who is cordoned."""
+"""Interval at which cordoned workers are uncordoned."""
 Away = Literal["api", "database"]
 
 
 @dataclass(kw_only=True, slots=True)
 class Window:
-    """When something the api itself needs was away, in seconds since 1970. until None: it still is."""
+    """A period in which the API server or its database was unavailable, in seconds since 1970. until None: it still
+    is."""
 
     what: Away
     since: float
@@ -41,16 +43,16 @@ class Window:
 
 
 class Kept:
-    """Celery workers and the API server. `tick` is called all the time."""
+    """Celery workers and the API server. `tick` must be called continuously."""
 
     def __init__(self, site: FaultSite, num_workers: int) -> None:
         self.site = site
         self.workers: list[subprocess.Popen[bytes]] = []
         self.windows: list[Window] = []
         self.started: Counter[str] = Counter()
-        """How often each was started again, by what it is and how it had ended."""
+        """Number of restarts, by the kind of process and its exit status."""
         self.answers: list[Sample] = []
-        """To each call that took back a cordon."""
+        """Responses to the requests that uncordon workers."""
         self._names = 0
         self._api_lived_at = time.time()
         self._leaving: subprocess.Popen[bytes] | None = None
@@ -83,12 +85,13 @@ class Kept:
                 window.until = time.time()
 
     def start_api(self) -> None:
-        """Does not wait: `tick` sees when it answers."""
+        """Start the API server without waiting. `tick` detects when it answers."""
         self.opens("api", since=self._api_lived_at)
         self.site.begin_api(FAILPOINT=self._armed)
 
     def end_api(self, *, is_killed: bool) -> None:
-        """It may answer for a while when it is asked to leave, and is away from here on all the same."""
+        """Kill or terminate the API server. It counts as unavailable from now on, although it may still answer for a
+        while after SIGTERM."""
         assert self.site.api is not None
         self.opens("api")
         self._leaving = self.site.api
@@ -98,7 +101,7 @@ class Kept:
             self._leaving.terminate()
 
     def processes_of(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        """A worker's own, its trainers left out."""
+        """Return a worker's processes, except its trainers."""
         trainers = {each.pid for each in self.trainers_of(worker)}
         return [psutil.Process(worker.pid), *(p for p in self._children_of(worker) if p.pid not in trainers)]
 
@@ -143,11 +146,11 @@ class Kept:
                 path = f"/v1/workers/{worker_id}/uncordon"
                 self.answers.append(timed("uncordon", lambda path=path: self.site.ask("POST", path, timeout=10.0)))
         except (LorryError, httpx.TransportError):
-            return  # the next look finds them
+            return  # the next poll finds them
 
 
 def timed(what: str, ask: Callable[[], httpx.Response]) -> Sample:
-    """One request of the operator's."""
+    """Send and measure one request of the operator."""
     began, at = time.monotonic(), time.time()
     answer = ask()
     told = "" if answer.status_code < HTTPStatus.BAD_REQUEST else _code(answer)

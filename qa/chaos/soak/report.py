@@ -1,4 +1,4 @@
-"""What a soak tells: tables for people, and a results file."""
+"""The report of a soak: tables for users, and a results file."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def of_run(plan: Plan, seen: Soaked) -> None:
     for what in ("database", "api"):
         seconds = [(window.until or seen.storm[1]) - window.since for window in seen.windows if window.what == what]
         longest = max(seconds, default=0.0)
-        _say(f"the {what} was away {len(seconds)} times, {sum(seconds):.0f} s in all, {longest:.1f} s at most")
-    _say(f"started again: {_counted(seen.started)}; taken back by the operator: {seen.num_uncordoned} cordons")
-    _say(f"answers to the operator that were no 200: {_counted(seen.refusals)}")
-    _say(f"webhooks that came: {seen.num_hooks}")
-    _say(f"failpoints that nobody passed: {', '.join(seen.not_passed) or 'none'}")
-    _say(f"checkpoint files cut short: {seen.num_truncated}, of them put back by the soak: {seen.num_put_back}")
+        _say(f"{what} unavailable: {len(seconds)} times, {sum(seconds):.0f} s in total, {longest:.1f} s at most")
+    _say(f"restarts: {_counted(seen.started)}; uncordoned by the operator: {seen.num_uncordoned} workers")
+    _say(f"responses to the operator other than 200: {_counted(seen.refusals)}")
+    _say(f"received webhooks: {seen.num_hooks}")
+    _say(f"failpoints that no process passed: {', '.join(seen.not_passed) or 'none'}")
+    _say(f"truncated checkpoint files: {seen.num_truncated}, of them restored by the soak: {seen.num_put_back}")
     _say(f"attempts ended: {_counted(_reasons(seen))}")
     _say(f"states: {_counted(Counter(job.state for job in seen.jobs.values()))}")
     aside = sum(assessment.is_put_aside_by_kills(job) for job in seen.jobs.values())
-    _say(f"put aside, as promised, for their trainers were killed time and again: {aside}; each was asked for again")
-    _say(f"{seen.seconds_after:.0f} s from the last fault until every job had ended")
+    _say(f"quarantined after repeated kills of their trainers, as expected, and submitted again: {aside} jobs")
+    _say(f"{seen.seconds_after:.0f} s from the last fault until every job had finished")
     for problem in [*seen.problems, *map(str, seen.findings)][:SHOWN_PROBLEMS]:
         _say(f"    {problem}")
     num = len(seen.problems) + len(seen.findings)
-    _say(f"seed {plan.seed}: {num or 'no'} problems, of them {len(seen.findings)} by the auditor")
+    _say(f"seed {plan.seed}: {num or 'no'} problems, {len(seen.findings)} of them found by the auditor")
 
 
 def write(
@@ -67,19 +67,19 @@ def write(
     digests = [digest for job in seen.jobs.values() for digest in job.digests]
     result.find("jobs submitted", len(seen.submitted), "")
     result.find("jobs that succeeded", succeeded, "", goal=len(seen.submitted) - aside)
-    result.find("jobs put aside, for their trainers were killed time and again, and asked for again", aside, "")
+    result.find("jobs quarantined after repeated kills of their trainers, and submitted again", aside, "")
     result.find("adapters", len(digests), "", at_most=len(seen.submitted))
     result.find("problems found", len(seen.problems), "", at_most=0)
     result.find("findings of the auditor", len(seen.findings), "", at_most=0)
     result.find("faults", seen.done.total(), "")
     for name in ("database", "api"):
         seconds = [(window.until or seen.storm[1]) - window.since for window in seen.windows if window.what == name]
-        result.find(f"the {name} was away", sum(seconds), "s")
-    result.find("from the last fault until every job had ended", seen.seconds_after, "s")
+        result.find(f"the {name} was unavailable", sum(seconds), "s")
+    result.find("from the last fault until every job had finished", seen.seconds_after, "s")
     for each in _compared(seen):
         for part in ("median", "p95"):
             result.find(
-                f"{each.what}, {part} amid faults / undisturbed", each.ratio(part), "x", at_most=assessment.MAX_RATIO
+                f"{each.what}, {part} during faults / undisturbed", each.ratio(part), "x", at_most=assessment.MAX_RATIO
             )
     if seen.isolated is not None:
         _add_isolation(result, seen, seen.isolated)
@@ -87,7 +87,7 @@ def write(
 
 
 def _add_isolation(result: Result, seen: Soaked, isolated: Isolated) -> None:
-    """What an ordinary project noticed of a noisy neighbor."""
+    """Add the effects of a noisy neighbor on an ordinary project."""
     result.repeats["neighbor_requests"] = [
         {"behavior": name, **counted} for name, counted in sorted(isolated.statuses.items())
     ]
@@ -147,7 +147,7 @@ def _request(each: assessment.Compared) -> dict[str, object]:
 
 
 def _faults_table(seen: Soaked) -> str:
-    lines = ["| Fault | What | Done | Met nobody |", "| --- | --- | --- | --- |"]
+    lines = ["| Fault | What | Done | No target |", "| --- | --- | --- | --- |"]
     for name in _names(seen):
         says = next(said for kind, said in fault_schedule.SAYS.items() if kind == name.split()[0])
         lines.append(f"| {name} | {says} | {seen.done[name]} | {seen.left_out[name]} |")
@@ -156,7 +156,7 @@ def _faults_table(seen: Soaked) -> str:
 
 
 def _latency_table(seen: Soaked) -> str:
-    names = ("Undisturbed: n, median, p95, longest (ms)", "Amid faults", "Median", "p95", "Database away", "Api away")
+    names = ("Undisturbed: n, median, p95, longest (ms)", "With faults", "Median", "p95", "Database down", "API down")
     lines = [f"| Request | {' | '.join(names)} |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for each in _compared(seen):
         both = (each.calm, each.storm)

@@ -1,4 +1,4 @@
-"""A soak from beginning to end: a calm stretch, a storm of faults, and what is left to be done after it."""
+"""A soak from beginning to end: a calm stretch, a storm of faults, and the time until all jobs have finished."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from tests.worker_site import ROOT
 TICK_SECONDS = 0.1
 TELL_SECONDS = 30.0
 WARM_SECONDS = 45.0
-"""Of the calm stretch, while workers start and load: not measured."""
+"""The first part of the calm stretch, which is not measured, because workers start and load."""
 OVERLOAD = 2.0
-"""How many times the storm's rate of submissions the stretches with and without a neighbor have."""
+"""Rate of submissions in the stretches with and without a neighbor, relative to the storm."""
 SUBMITTED_BY = 0.95
-"""The part of the storm in which the jobs are submitted, at a steady rate; the calm stretch has the same rate."""
+"""Fraction of the storm in which the jobs are submitted, at a constant rate. The calm stretch has the same rate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +47,9 @@ class Plan:
     minutes: float
     calm_minutes: float
     isolation_minutes: float
-    """Of each of the two stretches with equal load, alone and next to a noisy neighbor. 0: neither."""
+    """Length of each of the two stretches with equal load, alone and next to a noisy neighbor. 0: no such stretches."""
     patience_minutes: float
-    """After the storm, until all jobs must have ended."""
+    """Time limit after the storm for all jobs to finish."""
     num_jobs: int
     num_workers: int
 
@@ -61,7 +61,7 @@ class Plan:
 
 @dataclass(kw_only=True, slots=True)
 class Soaked:
-    """What was seen."""
+    """The observations of a soak."""
 
     submitted: dict[str, str] = field(default_factory=dict[str, str])
     samples: list[Sample] = field(default_factory=list[Sample])
@@ -71,7 +71,7 @@ class Soaked:
     isolated: Isolated | None = None
     num_calm_jobs: int = 0
     seconds_after: float = 0.0
-    """From the last fault until every job had ended."""
+    """Time from the last fault until every job had finished."""
     done: Counter[str] = field(default_factory=Counter[str])
     left_out: Counter[str] = field(default_factory=Counter[str])
     refusals: Counter[str] = field(default_factory=Counter[str])
@@ -81,13 +81,13 @@ class Soaked:
     num_truncated: int = 0
     num_uncordoned: int = 0
     num_hooks: int = 0
-    """Webhooks that came."""
+    """Received webhooks."""
     jobs: dict[str, assessment.Ended] = field(default_factory=dict[str, assessment.Ended])
     problems: list[str] = field(default_factory=list[str])
     findings: Sequence[Finding] = ()
 
     def compare_isolated(self) -> list[assessment.Compared]:
-        """Requests of the ordinary project, alone and next to the noisy neighbor."""
+        """Compare the requests of the ordinary project, alone and next to the noisy neighbor."""
         assert self.isolated is not None
         alone, disturbed = self.isolated.alone, self.isolated.disturbed
         stretches = {"calm": (alone.since, alone.until), "storm": (disturbed.since, disturbed.until)}
@@ -112,7 +112,7 @@ class Soak:
             return self._run()
 
     def _told(self, request: Received) -> Answer:
-        """A webhook that came."""
+        """Note a received webhook."""
         self.site.heard(request.body, event_id=request.headers["webhook-id"])
         return Answer()
 
@@ -143,7 +143,7 @@ class Soak:
         self.seen.calm = (began + min(WARM_SECONDS, seconds / 3), time.time())
 
     def _isolate(self, asking: subprocess.Popen[str], files: Files) -> None:
-        """Alone and next to a noisy neighbor, each time with more jobs than the workers finish."""
+        """Run both stretches, alone and next to a noisy neighbor, each with more jobs than the workers finish."""
         near, seconds = Neighborhood(self.site, self._while), self.plan.isolation_minutes * 60
         number, every = int(seconds / (self.plan.every / OVERLOAD)), self.plan.every / OVERLOAD
         stretch = {"seconds": seconds, "warm_seconds": min(WARM_SECONDS, seconds / 3)}
@@ -168,7 +168,7 @@ class Soak:
         self.seen.storm = (began_at, time.time())
 
     def _rest(self, path: Path, asking: subprocess.Popen[str], files: Files) -> None:
-        """Nothing more is broken, and all goes on until it is done: what was put aside is asked for again."""
+        """Wait until everything is finished, without further faults. Quarantined jobs are submitted again."""
         began = time.monotonic()
         while not self.acts.is_over:
             self.acts.tick(at_once=True)
@@ -189,7 +189,7 @@ class Soak:
         return is_ended and all_delivered(self.site)
 
     def _asked_again(self, path: Path, files: Files) -> list[dict[str, Any]]:
-        """For what was put aside, as its remedy says."""
+        """Return the orders for quarantined jobs, which are submitted again as their remedy recommends."""
         works, jobs = {work.name: work for work in self.works}, self._ended()
         key_of = {sample.job_id: sample.key for sample in _read(path) if sample.key and sample.job_id}
         aside = [job_id for job_id, job in jobs.items() if job_id in key_of and assessment.is_put_aside_by_kills(job)]
@@ -216,11 +216,11 @@ class Soak:
             slow += isolation.problems(seen.isolated, seen.compare_isolated())
         seen.problems = [*assessment.problems(*args, of_operator=of_operator), *self.acts.failures, *slow]
         if not seen.num_hooks or not seen.done:
-            seen.problems.append(f"{seen.done.total()} faults were done, and {seen.num_hooks} webhooks came")
+            seen.problems.append(f"{seen.done.total()} faults were injected, and {seen.num_hooks} webhooks came")
         self.site.stop()
         seen.findings = self.site.audit()
 
-    # What goes on all the time
+    # Continuous actions
 
     def _while(self, condition: Callable[[], object]) -> None:
         while condition():

@@ -289,5 +289,5 @@ def test_celerys_own_command_starts_no_worker_of_a_gang(tmp_path: Path, redis_ur
         worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
 
         assert worker.wait(WAIT_SECONDS) == UNFIT, site.log()
-        assert "start it by `lorry worker`" in site.log()
+        assert "Start it with `lorry worker`" in site.log()
         assert workers.list_workers(site.db) == []

@@ -165,10 +165,10 @@ def test_groups_are_named_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("named", "told"),
     [
-        (["0,1", "1,2"], "GPU 1 is in two groups, 0,1 and 1,2. Each belongs to one worker."),
+        (["0,1", "1,2"], "GPU 1 is in two groups, 0,1 and 1,2. Assign each device to one worker."),
         (["cpu:0-2", "cpu:2-3"], "Core 2 is in two groups"),
         (["cpu", "cpu:2-3"], "The CPU is in two groups"),
-        (["4"], "There is no GPU 4 here"),
+        (["4"], "This machine has no GPU 4"),
     ],
 )
 def test_two_groups_that_share_a_device_are_refused(named: list[str], told: str) -> None:

@@ -29,7 +29,7 @@ from worker.protocol.mailbox import Json
 from worker.protocol.rendezvous import report_port
 from worker.session import staging
 
-ECHOED = {"reason": "infra_lost", "detail": "It ended with others of its gang.", "is_echo": True}
+ECHOED = {"reason": "infra_lost", "detail": "The trainer exited together with others of its gang.", "is_echo": True}
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_leaders_trainer_that_dies_before_it_listens_ends_as_any_trainer(gang:
 
     attempt, job = attempt_of(gang, job_id), gang.site.world.job(job_id)
     assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.TRAINER_CRASHED, "w1")
-    assert attempt.detail == "The trainer ended with exit status 1. KeyError: 'step'"
+    assert attempt.detail == "The trainer exited with status 1. KeyError: 'step'"
     assert (job.state, job.counted_attempts) == (JobState.QUEUED, 0)
     assert job.run_after is not None
 
@@ -96,7 +96,11 @@ def test_a_leader_that_failed_is_blamed_though_the_others_end_first(gang: GangSi
 
 
 def test_a_member_is_asked_where_the_leader_prints_what_another_lacked(gang: GangSite) -> None:
-    full = {"reason": "node_failed", "detail": "The worker's disk was full, and the trainer ended.", "is_echo": False}
+    full = {
+        "reason": "node_failed",
+        "detail": "The trainer exited because the worker's disk was full.",
+        "is_echo": False,
+    }
 
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context)

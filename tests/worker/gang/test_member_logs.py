@@ -30,7 +30,7 @@ from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
 from worker.session import job_logs as session_job_logs
 
-HUNG = "The trainer said nothing for 300 s."
+HUNG = "The trainer sent no events for 300 s."
 
 
 class Lent:

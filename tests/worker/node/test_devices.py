@@ -146,14 +146,14 @@ def test_each_gpu_of_a_group_has_a_process_with_the_memory_of_the_smallest(
 @pytest.mark.parametrize(
     ("wanted", "told"),
     [
-        ("0,3", "There is no GPU 3 here (found: 0, 1, 2)"),
-        ("1,1", "'1,1' names a GPU twice"),
-        ("first", "'first' names no device group"),
-        ("0;1", "'0;1' names no device group"),
-        ("", "'' names no device group"),
-        ("cpu:9999", "There is no core 9999 here"),
-        ("cpu:", "'cpu:' names no device group"),
-        ("cpu:1-0", "'cpu:1-0' names no device group"),
+        ("0,3", "This machine has no GPU 3 (available: 0, 1, 2)"),
+        ("1,1", "'1,1' lists a GPU twice"),
+        ("first", "'first' is not a device group"),
+        ("0;1", "'0;1' is not a device group"),
+        ("", "'' is not a device group"),
+        ("cpu:9999", "This machine has no core 9999"),
+        ("cpu:", "'cpu:' is not a device group"),
+        ("cpu:1-0", "'cpu:1-0' is not a device group"),
     ],
 )
 def test_a_group_that_is_none_is_refused_with_what_there_is(

@@ -149,4 +149,4 @@ def test_a_node_that_crashed_is_not_told_what_others_lacked(site: PackSite) -> N
 def test_the_error_that_is_told_is_that_of_the_process_that_failed(site: PackSite, is_alone: bool) -> None:
     end = ended(site, GLOO + "\n" + LAUNCHER.format(1), KEY, is_alone=is_alone)
 
-    assert end.detail == "The trainer ended with exit status 1. KeyError: 'step'"
+    assert end.detail == "The trainer exited with status 1. KeyError: 'step'"

@@ -82,7 +82,7 @@ def test_the_kernel_is_named_only_where_it_counted_a_kill() -> None:
 
     assert told == [
         (EndReason.HOST_OOM, "The machine ran out of memory."),
-        (EndReason.HOST_OOM, "The kernel killed the trainer for want of memory."),
+        (EndReason.HOST_OOM, "The kernel killed the trainer because the machine ran out of memory."),
     ]
 
 
@@ -99,7 +99,7 @@ BROKEN = "lora_core.errors.BrokenPass: Memory ran out during a pass through a sh
     ],
 )
 def test_memory_that_runs_out_amid_a_divided_base_is_told_apart(log_tail: str, device_kind: str) -> None:
-    told = "Memory ran out amid a pass through the divided base, and the trainer ended."
+    told = "The trainer exited: memory ran out during a pass through the sharded base model."
 
     assert classify_exit(1, log_tail, num_oom_kills=0, device_kind=device_kind) == (EndReason.SHARDED_OOM, told)
     assert classify_exit(-9, log_tail, num_oom_kills=1, device_kind=device_kind)[0] is EndReason.HOST_OOM
@@ -122,7 +122,7 @@ OF_TORCHRUN = "  exitcode  : 114 (pid: 71)"
 def test_a_disk_that_was_full_is_the_nodes_fault(returncode: int, log_tail: str, is_disk_full: bool) -> None:
     ended = classify_exit(returncode, log_tail, num_oom_kills=0, device_kind="cpu", is_disk_full=is_disk_full)
 
-    assert ended == (EndReason.NODE_FAILED, "The worker's disk was full, and the trainer ended.")
+    assert ended == (EndReason.NODE_FAILED, "The trainer exited because the worker's disk was full.")
 
 
 def test_a_full_disk_is_not_blamed_for_a_trainer_that_somebody_killed() -> None:

@@ -377,7 +377,7 @@ def test_a_chat_template_without_bounds_ends_in_a_user_error(
     assert status == 0, (work / "log.txt").read_text()
     refusal = json.loads((work / "report").read_text())["refusal"]
     assert refusal["code"] == "preparation_limit"
-    assert f"more {resource_name} to tokenize" in refusal["message"]
+    assert f"Tokenizing the file takes more {resource_name}" in refusal["message"]
 
 
 def test_the_limits_of_a_child_grow_with_its_input_and_it_can_not_raise_them(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_where_none_can_be_started_the_worker_goes_on_without(
     waiting.prepare()
     waiting.prepare()
 
-    assert caplog.text.count("No trainer stands by") == 1
+    assert caplog.text.count("No standby trainer could be started") == 1
     assert folders(tmp_path) == []
 
 

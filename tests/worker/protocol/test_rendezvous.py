@@ -13,10 +13,10 @@ from worker.protocol.rendezvous import place_of
 @pytest.mark.parametrize(
     ("address", "why"),
     [
-        ("10.0.0.12", "would listen at 10.0.0.11, the first address of eth0"),
-        ("fd00::2", "has to be an address of IPv4"),
-        ("node-a", "has to be an address of IPv4"),
-        ("10.0.0.13", "no network interface of this node has it"),
+        ("10.0.0.12", "would listen on 10.0.0.11, the first address of eth0"),
+        ("fd00::2", "must be an IPv4 address"),
+        ("node-a", "must be an IPv4 address"),
+        ("10.0.0.13", "no network interface of this node has that address"),
     ],
 )
 def test_an_address_at_which_a_trainer_would_not_listen_is_refused_at_the_start(address: str, why: str) -> None:

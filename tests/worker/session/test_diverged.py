@@ -47,7 +47,7 @@ def test_a_job_that_diverges_fails_with_a_remedy_and_the_name_of_the_good_checkp
     assert job.error == {
         "code": "diverged",
         "message": "The loss of train slice 1 is not finite. "
-        f"Lower the learning rate, or look at the data around that step. {left}",
+        f"Lower the learning rate, or check the data around that step. {left}",
         "param": "optimizer.learning_rate",
     }
     kept = {row.step: row.artifact for row in site.checkpoints(bad) if row.artifact is not None}
@@ -91,8 +91,8 @@ def test_a_job_whose_loss_has_risen_is_told_so_before_its_adapter_is_used(
 
     events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     warnings = [event.message for event in events if event.level == "warn"]
-    said = "Training ended at a loss of 17, above 4 where it began. Try the adapter before you use it, and a lower "
-    assert warnings == ([said + "learning rate."] if warned else [])
+    said = "The training loss ended at 17, above its initial value of 4. Test the adapter before you use it, and try "
+    assert warnings == ([said + "a lower learning rate."] if warned else [])
 
 
 def test_where_a_loss_began_is_told_of_the_job_not_of_its_attempt(site: PackSite) -> None:
@@ -108,4 +108,4 @@ def test_where_a_loss_began_is_told_of_the_job_not_of_its_attempt(site: PackSite
 
     events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     (warning,) = [event.message for event in events if event.level == "warn"]
-    assert warning.startswith("Training ended at a loss of 3, above 2 where it began.")
+    assert warning.startswith("The training loss ended at 3, above its initial value of 2.")

@@ -191,7 +191,7 @@ def test_a_long_log_keeps_its_first_and_its_last_lines(site: PackSite) -> None:
     session.end_all(CRASH)
 
     text = told(site, claim.job.id)
-    (left_out,) = [line for line in text if "left out" in line]
+    (left_out,) = [line for line in text if "are omitted" in line]
     assert (text[0], text[-1]) == ("line 0000000", "line 0099999")
     assert sum(len(line) + 1 for line in text) <= MAX_BYTES
     kept = [line for line in text if line != left_out]
@@ -320,7 +320,7 @@ def test_a_disk_without_room_for_what_is_cut_ends_nothing_and_is_told_once(
     monkeypatch.setattr(shutil, "copyfileobj", half_of_it)
     for _ in range(2):
         session.read_events()
-    told_of_it = [record for record in caplog.records if "can't be cut" in record.getMessage()]
+    told_of_it = [record for record in caplog.records if "can't be truncated" in record.getMessage()]
     monkeypatch.setattr(shutil, "copyfileobj", copy)
     printed(session.directory, "cd")
     assert session.directory.log_tail() == "0123456789abcd"

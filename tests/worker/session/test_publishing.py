@@ -94,7 +94,7 @@ def test_a_jobs_curves_are_stored_beside_its_adapter(site: PackSite, monkeypatch
             OutOfSpace("The disk is full.", code="disk_full", remedy="Free some space."),
             "The disk is full. Free some space.",
         ),
-        (FileNotFoundError("/srv/lorry/store"), "FileNotFoundError; the worker's log says more."),
+        (FileNotFoundError("/srv/lorry/store"), "FileNotFoundError; see the worker's log."),
     ],
 )
 def test_a_checkpoint_that_cannot_be_made_a_model_is_kept_and_costs_the_job_nothing(

@@ -18,7 +18,7 @@ from worker.gang.gang import gang_of
 from worker.node import devices
 from worker.session import watchdog
 
-REASON = "For 5 minutes the driver has not told what is free of GPU 7 (GPU is lost)."
+REASON = "For 5 minutes the driver has not reported the free memory of GPU 7 (GPU is lost)."
 
 
 class DriverError(Exception):

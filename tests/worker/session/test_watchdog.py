@@ -103,7 +103,7 @@ def test_amid_a_verification_in_which_it_speaks_at_every_linear_it_may_be_silent
     assert session.outcome is not None
     assert (session.outcome.reason, session.outcome.detail) == (
         EndReason.TIMEOUT,
-        "The trainer said nothing for 2000 s while it verified an adapter.",
+        "The trainer sent no events for 2000 s while it verified an adapter.",
     )
 
 

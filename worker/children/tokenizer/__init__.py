@@ -1,1 +1,1 @@
-"""The child process that turns a data file into tokens."""
+"""The child process that tokenizes a data file."""

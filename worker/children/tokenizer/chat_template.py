@@ -1,8 +1,7 @@
-"""A base model's chat template: turns to text, and which characters of the text are learnt.
+"""A base model's chat template: it renders turns as text, and finds the characters of the text that are trained on.
 
-The environment is the one that transformers renders in, so the text is the same, with one difference: the
-clock. A template that asks for the date always gets TEMPLATE_DATE, or the same file would give other tokens
-tomorrow.
+The environment is that of transformers, so the text is the same, with one exception. A template that asks for the date
+always gets TEMPLATE_DATE, because otherwise the same file would result in other tokens on another day.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from catalog.datasets.chat import ChatMessage, only_last_learnt
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
-"""The date that widespread templates name where there is no clock."""
+"""The date that common templates use if there is no clock."""
 NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PRIVATE_USE = range(0xF0002, 0xF0100)
@@ -34,7 +33,7 @@ MAX_MESSAGE_CHARS = 200
 
 
 class Refused(Exception):
-    """The file can't be prepared for this base: the template, the tokenizer or a row stands in the way."""
+    """The file can't be prepared for this base model because of the template, the tokenizer or a row."""
 
     def __init__(self, code: str, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -45,26 +44,26 @@ class Refused(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendered:
-    """A row as text, and the half-open ranges of its characters that are learnt."""
+    """A row as text, with the half-open ranges of its characters that are trained on."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
     is_plain: bool = False
-    """No chat template wrote it, so it lacks the tokens that begin and end a text."""
+    """No chat template rendered it, so it lacks the tokens that begin and end a text."""
     is_desirable: bool | None = None
-    """Of a single answer with a label."""
+    """The label of a single answer. None without a label."""
     line: int = 0
-    """Of the file, from 1; 0 where it came from none."""
+    """The line in the file, from 1. 0 if it comes from no file."""
 
 
 class ChatTemplate:
-    """One template with the special tokens that it may name."""
+    """One template with the special tokens that it may use."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
         self.digest = sha256(source.encode()).hexdigest()
         self.marks_spans = GENERATION.search(source) is not None
-        """The template itself says what the model generates, by {% generation %} blocks."""
+        """The template marks the text that the model generates with {% generation %} blocks."""
         self.asks_for_date = "strftime_now" in source
         self._special_tokens = dict(special_tokens)
         self._marks: tuple[str, str] = ("", "")
@@ -75,21 +74,21 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, base_dir: Path) -> ChatTemplate:
-        """From chat_template.jinja, or else tokenizer_config.json. Raises Refused."""
+        """Load it from chat_template.jinja, or else from tokenizer_config.json. Raises Refused."""
         config = _read_json(base_dir / "tokenizer_config.json")
         separate = base_dir / "chat_template.jinja"
         source = separate.read_text("utf-8") if separate.is_file() else _default(config.get("chat_template"))
         if not source:
             raise Refused(
                 "base_has_no_chat_template",
-                "The base model has no chat template, so there is no telling how its turns are written.",
-                "Train on the base's instruction-tuned sibling, add the base again with a chat_template.jinja, or give "
-                'rows without turns: {"prompt": "...", "completion": "..."} or {"text": "..."}.',
+                "The base model has no chat template, which is required to render messages as text.",
+                "Use the instruction-tuned variant of the model, add the model again with a chat_template.jinja, or "
+                'use rows without messages: {"prompt": "...", "completion": "..."} or {"text": "..."}.',
             )
         return cls(source, special_tokens(base_dir))
 
     def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation. Raises Refused where the template refuses it."""
+        """Return the text of a conversation. Raises Refused if the template rejects it."""
         turns = [_turn(message) for message in messages]
         try:
             return self._compiled.render(
@@ -102,23 +101,23 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise Refused(
                 "template_refused_row",
-                f"The base's chat template does not take this conversation: {_short(error)}",
-                "Write the turns as the base expects them, or train another base.",
+                f"The base model's chat template rejects this conversation: {_short(error)}",
+                "Write the turns as the base model expects them, or train another base model.",
             ) from error
 
     def render_supervised(self, messages: Sequence[ChatMessage]) -> Rendered:
-        """The text, and the assistant turns in it, without those of weight 0."""
+        """Return the text and its assistant turns, except those of weight 0."""
         return self._by_marks(messages) if self.marks_spans else self._by_prefixes(messages)
 
     def render_last(self, messages: Sequence[ChatMessage]) -> Rendered:
-        """The text, and in it the last turn alone, which is an assistant's."""
+        """Return the text and only its last turn, which is an assistant turn."""
         if self.marks_spans:
             rendered = self._by_marks(messages)
             return Rendered(text=rendered.text, spans=rendered.spans[-1:])
         return self._by_prefixes(only_last_learnt(list(messages)))
 
     def _by_marks(self, messages: Sequence[ChatMessage]) -> Rendered:
-        """Render with two characters that occur nowhere else around each {% generation %} block."""
+        """Find the {% generation %} blocks by rendering them between two characters that occur nowhere else."""
         plain = self.render(messages)
         self._marks = _unused_characters(plain)
         try:
@@ -128,11 +127,11 @@ class ChatTemplate:
             self._marks = ("", "")
         spans, text = _take_marks(marked, start, stop)
         if text != plain:
-            raise _unusable("treats the text of its generation blocks in a way that hides where they are")
+            raise _unusable("changes the text of its generation blocks, so their positions can't be determined")
         return Rendered(text=plain, spans=_weighted(spans, messages))
 
     def _by_prefixes(self, messages: Sequence[ChatMessage]) -> Rendered:
-        """A turn is what its prompt lacks: render up to before it, with the prompt, and up to its end."""
+        """Find each turn by rendering the text up to its start, with the generation prompt, and up to its end."""
         text = self.render(messages)
         spans: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
@@ -146,7 +145,8 @@ class ChatTemplate:
         return Rendered(text=text, spans=tuple(spans))
 
     def _prompt(self, messages: Sequence[ChatMessage], index: int) -> str:
-        """What stands before the answer. A conversation that opens with it has no prompt to render."""
+        """Return the text before the answer. A conversation that begins with the answer has no messages to render, so
+        this text is found by rendering a mark as the answer."""
         if index > 0:
             return self.render(messages[:index], add_generation_prompt=True)
         mark, _ = _unused_characters(messages[0]["content"])
@@ -155,23 +155,24 @@ class ChatTemplate:
 
 
 def _not_prefix_stable(index: int, *, is_last: bool) -> Refused:
-    """index: of the answer whose place in the text can't be told."""
-    with_marks = "dd the base again with a template that marks its answers with {% generation %}."
+    """Return the error for an answer whose position in the text can't be determined. index: of the answer."""
+    with_marks = "dd the base model again with a template that marks its answers with {% generation %}."
     if is_last:
-        sentence = "writes what stands before an answer differently once the answer follows it"
+        sentence = "renders the text before an answer differently once the answer follows it"
         remedy = f"A{with_marks}"
     else:
-        sentence = f"writes message {index + 1} differently once others follow it"
-        remedy = f"Say data.loss 'last_turn', use one assistant turn for each row, or a{with_marks}"
+        sentence = f"renders message {index + 1} differently once other messages follow it"
+        remedy = f"Set data.loss to 'last_turn', use one assistant turn per row, or a{with_marks}"
     return Refused(
         "template_not_prefix_stable",
-        f"The base's chat template {sentence}, so there is no telling which tokens are the answer.",
+        f"The base model's chat template {sentence}, so the tokens of the answer can't be identified.",
         remedy,
     )
 
 
 def _turn(message: ChatMessage) -> dict[str, str]:
-    """As a template sees it: no weight, and `developer` under its older name, which templates know."""
+    """Return a message for a template: without its weight, and with `system` for `developer`, because templates know
+    only the older name."""
     turn = {key: value for key, value in message.items() if isinstance(value, str)}
     return {**turn, "role": "system"} if message["role"] == "developer" else turn
 
@@ -183,15 +184,15 @@ def _weighted(spans: list[tuple[int, int]], messages: Sequence[ChatMessage]) -> 
     if len(spans) != len(weights):
         raise Refused(
             "template_hides_turns",
-            f"The base's chat template marks {len(spans)} answers in a conversation of {len(weights)}, so there is "
-            "no telling which has weight 0.",
-            "Leave out weights, or split the conversation into several rows.",
+            f"The base model's chat template marks {len(spans)} answers in a conversation of {len(weights)}, so the "
+            "answers with weight 0 can't be identified.",
+            "Remove the weights, or split the conversation into several rows.",
         )
     return tuple(span for span, weight in zip(spans, weights, strict=True) if weight)
 
 
 def _take_marks(marked: str, start: str, stop: str) -> tuple[list[tuple[int, int]], str]:
-    """The ranges between marks, and the text without them; ranges count in the text without them."""
+    """Return the ranges between the marks, and the text without the marks. The ranges refer to that text."""
     spans: list[tuple[int, int]] = []
     parts: list[str] = []
     length = 0
@@ -213,12 +214,12 @@ def _unused_characters(text: str) -> tuple[str, str]:
     used = set(text)
     free = [chr(code) for code in PRIVATE_USE if chr(code) not in used]
     if len(free) < 2:
-        raise _unusable("can't be followed through a text that uses every private character")
+        raise _unusable("can't be analyzed, because the text contains every private-use character")
     return free[0], free[1]
 
 
 def _default(template: Any) -> str | None:
-    """tokenizer_config.json holds one template, or a list of named ones."""
+    """Return the default template. tokenizer_config.json holds one template, or a list of named ones."""
     if isinstance(template, list):
         named = {str(entry.get("name")): entry.get("template") for entry in cast(list[dict[str, Any]], template)}
         template = named.get("default")
@@ -226,13 +227,13 @@ def _default(template: Any) -> str | None:
 
 
 def special_tokens(base_dir: Path) -> dict[str, str]:
-    """bos_token and so on, as a base's folder names them."""
+    """Return the special tokens of a base model, such as bos_token, from the files in its folder."""
     maps = (_read_json(base_dir / name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
     return {name: text for found in maps for name, text in _special_tokens(found).items()}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token and so on, each as a text or as an object with `content`."""
+    """Return the special tokens in one file. Each is a text or an object with `content`."""
     found: dict[str, str] = {}
     for name in (f"{short}_token" for short in NAMED_TOKENS):
         value = config.get(name)
@@ -247,8 +248,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _unusable(reason: str) -> Refused:
-    remedy = "Add the base again with a corrected chat_template.jinja."
-    return Refused("unusable_chat_template", f"The base's chat template {reason}.", remedy)
+    remedy = "Add the base model again with a corrected chat_template.jinja."
+    return Refused("unusable_chat_template", f"The base model's chat template {reason}.", remedy)
 
 
 def _short(error: Exception) -> str:
@@ -257,7 +258,7 @@ def _short(error: Exception) -> str:
 
 
 def _environment(marks: Callable[[], tuple[str, str]]) -> jinja2.Environment:
-    """Everything a template of the hub may rely on, and nothing by which it could reach out."""
+    """Return a sandboxed environment with everything that templates of the hub may rely on."""
     environment: Any = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -273,7 +274,7 @@ def _environment(marks: Callable[[], tuple[str, str]]) -> jinja2.Environment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}: its text, between the current marks."""
+    """Renders {% generation %} … {% endgeneration %} as its text between the current marks."""
 
     tags = {"generation"}
 
@@ -298,7 +299,7 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace` whose names don't begin with an underscore."""
+    """`namespace` that rejects names that begin with an underscore."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):

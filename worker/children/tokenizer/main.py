@@ -1,7 +1,8 @@
-"""A data file to tokens: one safetensors file that a trainer reads, and a report that a person reads.
+"""Tokenizes a data file: writes a safetensors file for trainers, and a report for users.
 
-Runs as a child, `python -m worker.children.tokenizer.main ARGUMENTS.json`, without torch. A file that can't be trained
-on is no failure: the report then holds a `refusal`. The same file, base and length give the same bytes.
+Runs as a child process, `python -m worker.children.tokenizer.main ARGUMENTS.json`, without torch. If the file can't be
+trained on, the report contains a `refusal`, and the exit status is 0. The same file, base model and length result in
+the same bytes.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ FORMAT = 1
 BATCH_ROWS = 512
 BATCH_CHARS = 2**21
 MAX_LINE_BYTES = 2**30
-"""The upload was held to less."""
+"""Not a limit in practice: uploads have a lower limit."""
 EXIT_DISK_FULL = 75
-"""EX_TEMPFAIL: the file is not to blame, try again."""
+"""EX_TEMPFAIL: the file is not at fault, and a retry may succeed."""
 
 
 class Refusal(TypedDict):
@@ -57,49 +58,49 @@ class Refusal(TypedDict):
 
 
 class DatasetReport(TypedDict):
-    """What a file holds, as the base's tokenizer counts it.
+    """The content of a file, as counted with the base model's tokenizer.
 
-    In a file of pairs a row is a pair: what is said of it holds where it does of one of the answers.
+    In a preference file, a row is a pair. A property of the pair holds if it holds for one of its answers.
     """
 
     format: int
     max_length: int
     rows: int
     usable_rows: int
-    """Rows that are trained on: all but the empty and the dropped ones, with each piece of a split one."""
+    """Rows that are trained on: all except empty and dropped ones. Each piece of a split row counts."""
     tokens: int
-    """Of the usable rows, as cut to max_length."""
+    """Tokens of the usable rows, after truncation to max_length."""
     supervised_tokens: int
     truncated_rows: int
-    """Rows of more than max_length tokens, of which the start is kept."""
+    """Rows of more than max_length tokens that are truncated."""
     dropped_rows: int
-    """Rows of more than max_length tokens that are left out."""
+    """Rows of more than max_length tokens that are dropped."""
     split_rows: int
-    """Rows of more than max_length tokens that are cut into pieces; each counts as a usable row of its own."""
+    """Rows of more than max_length tokens that are split into pieces. Each piece counts as a usable row."""
     empty_rows: int
-    """Rows, or pieces of one, with nothing to learn, because it has weight 0 or was cut off. Of a pair one such answer
-    is enough, or that both are the same once cut."""
+    """Rows, or pieces of rows, without trainable tokens, because they have weight 0 or were truncated. A pair is empty
+    if one of its answers is, or if both are equal after truncation."""
     loss: Loss
     overflow: Overflow
     duplicate_rows: int
-    """Rows that an earlier one equals. They are kept."""
+    """Rows that are equal to an earlier one. They are kept."""
     longest_row: int
-    """Tokens, before any cut. Of a pair, the prompt with the longer answer."""
+    """Tokens of the longest row before truncation. For a pair, of the prompt with the longer answer."""
     longest_example: int
-    """Tokens of the longest usable row, as cut to max_length; of a pair, both its rows together."""
+    """Tokens of the longest usable row after truncation to max_length. For a pair, of both rows together."""
     median_row: int
     tokenizer: str
     """sha256 of tokenizer.json."""
     kind: NotRequired[DataKind]
-    """What the rows are."""
+    """The kind of the rows."""
     desirable_rows: NotRequired[int]
-    """Usable rows with the label true, where rows have labels."""
+    """Usable rows with the label true, if rows have labels."""
     chat_template: NotRequired[str]
-    """sha256 of the template's text, where rows went through it."""
+    """sha256 of the template's text, if it has rendered rows."""
     opens_with: NotRequired[str | None]
-    """What the tokenizer puts before each plain text."""
+    """The text that the tokenizer adds before each plain text."""
     ends_with: NotRequired[str | None]
-    """The token that ends each plain text, and is learnt with it."""
+    """The token that ends each plain text, and is trained on with it."""
     answers_by: NotRequired[str]
     """How the answers were found: by the template's `generation blocks`, or by `prefixes`."""
     template_date: NotRequired[str]
@@ -115,10 +116,10 @@ def prepare(
     data: DataSpec | None = None,
     shown: ShownRows | None = None,
 ) -> DatasetReport:
-    """Tokenize the checked file `source` into `out`, which is not written where the report has a refusal.
+    """Tokenize the checked file `source` into `out`, which is not written if the report has a refusal.
 
-    No row keeps more than `max_length` tokens. data: what is learnt, and what becomes of longer rows. shown: is told
-    of each row. Raises OutOfSpace.
+    No row keeps more than `max_length` tokens. data: defines the trained tokens, and the handling of longer rows.
+    shown: collects rows for the preview. Raises OutOfSpace.
     """
     counts, data, shown = Counts(), data or DataSpec(), shown or ShownRows()
     base = BaseText(base_dir)
@@ -140,16 +141,17 @@ def prepare(
 
 
 def _beyond_limit(what: str) -> Refused:
-    """The worker limits a preparation to many times what a usual file of its size takes: see sandbox.tokenization."""
+    """Return the error for an exceeded limit. The limits of the worker are many times the needs of a usual file of this
+    size: see sandbox.tokenization."""
     return Refused(
         "preparation_limit",
-        f"The file takes more {what} to tokenize than the worker allows for its size.",
-        "Look at the base's chat template, which may repeat text or loop without end; or split the file.",
+        f"Tokenizing the file takes more {what} than the worker allows for its size.",
+        "Check the base model's chat template, which may repeat text or loop endlessly, or split the file.",
     )
 
 
 def _out_of_time(_number: int, _frame: FrameType | None) -> None:
-    """The handler of SIGXCPU, which is sent again every second until the process is killed."""
+    """Handle SIGXCPU, which the kernel sends again every second until it kills the process."""
     signal.signal(signal.SIGXCPU, signal.SIG_IGN)
     raise _beyond_limit("processor time")
 
@@ -167,7 +169,7 @@ def _fill(
     for example in _examples(source, base, counts, data):
         flaws = counts.count(example, max_length=max_length)
         fitting = [fit_tokens((row.ids, row.mask), max_length=max_length, overflow=data.overflow) for row in example]
-        for rows in zip(*fitting, strict=False):  # the pieces of a row, one by one; a pair whole, or not at all
+        for rows in zip(*fitting, strict=False):  # the pieces of a row, one by one; a pair is never split
             if all(learnt.any() for _, learnt in rows) and not are_equal(rows):
                 for ids, learnt in rows:
                     tokens.add_row(ids.astype(np.int32), learnt, example[0].label)
@@ -183,7 +185,7 @@ def _fill(
 
 
 def _examples(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[tuple[EncodedRow, ...]]:
-    """One row each, or the two of a pair."""
+    """Yield each example: one row, or the two rows of a pair."""
     rows = _encoded(source, base, counts, data)
     for row in rows:
         yield (row, next(rows)) if counts.kind is PREFERENCE else (row,)
@@ -217,12 +219,12 @@ def _render(base: BaseText, counts: Counts, data: DataSpec, number: int, line: b
         raise Refused(problem.code, f"Line {number}: {problem.reason}.", problem.remedy) from problem
     except Refused as error:
         if error.code == "base_has_no_chat_template":
-            raise  # no row is to blame
+            raise  # the row is not at fault
         raise Refused(error.code, f"Line {number}: {error.message}", error.remedy) from error
 
 
 def _batches(rows: Iterator[Rendered]) -> Iterator[list[Rendered]]:
-    """Rows for one call of the tokenizer, bounded in number and in text."""
+    """Yield batches of rows for the tokenizer, limited by the number of rows and characters."""
     batch: list[Rendered] = []
     num_chars = 0
     for row in rows:
@@ -240,23 +242,23 @@ def _nothing_to_learn(counts: Counts, max_length: int, data: DataSpec) -> Refuse
     if data.overflow == "drop" and counts.too_long:
         return Refused(
             "nothing_to_learn",
-            f"Of {num_rows} rows {counts.too_long} have more than {max_length} tokens and are left out, and the others "
-            "have nothing to learn.",
-            f"Raise max_length (the longest row has {longest} tokens), say 'truncate', or give shorter rows.",
+            f"No rows are left to train on: of {num_rows} rows, {counts.too_long} have more than {max_length} tokens "
+            "and are dropped, and the others have no trainable tokens.",
+            f"Raise max_length (the longest row has {longest} tokens), set overflow to 'truncate', or shorten rows.",
         )
     if counts.kind is not None and counts.kind.name == "text":
         return Refused(
             "nothing_to_learn",
-            f"None of the {num_rows} texts has a token that another one stands before.",
-            f"Give longer texts: the longest has {longest} tokens.",
+            f"None of the {num_rows} texts has trainable tokens: the first token of a text is never trained on.",
+            f"Use longer texts: the longest has {longest} tokens.",
         )
     if counts.kind is PREFERENCE:
         return nothing_to_compare(num_rows, longest, max_length)
     return Refused(
         "nothing_to_learn",
-        f"None of the {num_rows} rows has anything to learn in its first {max_length} tokens: every answer has "
-        "weight 0, or begins after that.",
-        f"Give answers a weight other than 0, shorten what stands before them, or raise max_length (the longest row "
+        f"None of the {num_rows} rows has trainable tokens in its first {max_length} tokens: every answer has "
+        "weight 0 or begins later.",
+        f"Give answers a weight other than 0, shorten the text before them, or raise max_length (the longest row "
         f"has {longest} tokens).",
     )
 
@@ -307,7 +309,8 @@ def _report(
 
 
 def main(arguments_path: Path) -> int:
-    """Read {source, base_dir, max_length, data, out, report, details}, write the last two. Returns the exit status."""
+    """Read {source, base_dir, max_length, data, out, report, details} from a file, and write the last three files.
+    Returns the exit status."""
     signal.signal(signal.SIGXCPU, _out_of_time)
     arguments = json.loads(arguments_path.read_text("utf-8"))
     shown = ShownRows()
@@ -330,7 +333,7 @@ def main(arguments_path: Path) -> int:
 
 
 def _write_json(path: Path, report: DatasetReport | PreviewDetails) -> None:
-    """Whole or not at all: whoever waits for it may look at any time."""
+    """Write a file atomically, because its reader may check for it at any time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", "utf-8")

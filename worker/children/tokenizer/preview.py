@@ -1,4 +1,4 @@
-"""Single answers with labels as text: each after its prompt, and nothing but the answer learnt."""
+"""Renders pairs and labeled answers as text, and collects sample rows for the preview of a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worker.children.tokenizer.token_file import EncodedRow, Flaw, Tokens
 
 
 def render_labeled(base: BaseText, row: LabeledAnswer) -> Rendered:
-    """Raises Refused."""
+    """Render an answer with a label after its prompt. Only the answer is trained on. Raises Refused."""
     turns = turns_of(row["answer"])
     if turns is None:
         rendered = base.render("completion", row["answer"], loss="assistant")
@@ -25,44 +25,44 @@ def render_labeled(base: BaseText, row: LabeledAnswer) -> Rendered:
 
 
 def refuse_one_label(num_rows: int, num_desirable: int) -> None:
-    """Where all answers are called the same there is nothing to tell apart, and training would only make all of them
-    likelier, which plain answers teach better, or all of them unlikely. Raises Refused."""
+    """Raise Refused if all answers have the same label. Training would then make all of them more likely, for which the
+    supervised method is better, or all of them less likely."""
     if 0 < num_desirable < num_rows:
         return
     label = "true" if num_desirable else "false"
-    instead = "or learn these by the method supervised, without labels" if num_desirable else "or remove the file"
+    instead = "or train on these with the method supervised, without labels" if num_desirable else "or remove the file"
     raise Refused(
         "single_label_dataset",
-        f"All {num_rows} answers that are trained on have the label {label}, so there is nothing to tell apart.",
+        f"All {num_rows} answers that are trained on have the label {label}, but both labels are required.",
         f"Add answers with the other label, {instead}.",
     )
 
 
 def render_pair(template: ChatTemplate, pair: PreferencePair) -> tuple[Rendered, Rendered]:
-    """(chosen, rejected). Raises Refused."""
+    """Render a pair. Returns (chosen, rejected). Raises Refused."""
     chosen, rejected = (
         template.render_last([*pair["prompt"], answer]) for answer in (pair["preferred"], pair["rejected"])
     )
     if _prompt(chosen) != _prompt(rejected):
         raise Refused(
             "template_changes_prompt",
-            "The base's chat template writes the prompt differently for each of the two answers.",
-            "Remove the row, or add the base again with a template that doesn't look ahead.",
+            "The base model's chat template renders the prompt differently for each of the two answers.",
+            "Remove the row, or add the base model again with a template that renders prompts regardless of answers.",
         )
     return chosen, rejected
 
 
 def are_equal(rows: Sequence[Tokens]) -> bool:
-    """Of a pair, that nothing is left to compare once it was cut; one row alone is never so."""
+    """Return whether the rows of a pair are equal after truncation. False for a single row."""
     return len(rows) == 2 and np.array_equal(rows[0][0], rows[1][0])
 
 
 def nothing_to_compare(num_pairs: int, longest: int, max_length: int) -> Refused:
-    """longest: tokens of the longest prompt with an answer."""
+    """Return the error for a file without usable pairs. longest: tokens of the longest prompt with an answer."""
     return Refused(
         "nothing_to_learn",
-        f"None of the {num_pairs} pairs has two answers that differ within the first {max_length} tokens, the prompt "
-        "included.",
+        f"None of the {num_pairs} pairs has two answers that differ within the first {max_length} tokens, including "
+        "the prompt.",
         f"Shorten the prompts, or raise max_length (the longest prompt with its answer has {longest} tokens).",
     )
 
@@ -72,13 +72,14 @@ def _prompt(rendered: Rendered) -> str:
 
 
 NUM_SAMPLES = 3
-"""The first rows; beside them the first that is too long and the first with nothing to learn."""
+"""Number of first rows that are shown. The first row with each flaw is shown in addition."""
 MAX_LINES = 20
-"""That are named of each flaw."""
+"""Maximum number of lines that are listed for each flaw."""
 MAX_SHOWN = 240
-"""Tokens of one row that are shown."""
+"""Maximum number of tokens that are shown of one row."""
 HEAD, BEFORE_LEARNT = 60, 30
-"""Of a longer row: so many of its first tokens, and then from so many before the first that is learnt."""
+"""For a longer row: the number of its first tokens that are shown, and the number of tokens that are shown before the
+first trained token."""
 MAX_PIECE_CHARS = 200
 
 
@@ -89,7 +90,7 @@ class ShownToken(TypedDict):
 
 
 class Segment(TypedDict):
-    """Tokens that follow each other. start: the place of the first in its row, from 0."""
+    """Consecutive tokens. start: the position of the first one in its row, from 0."""
 
     start: int
     tokens: list[ShownToken]
@@ -97,11 +98,11 @@ class Segment(TypedDict):
 
 class ShownRow(TypedDict):
     part: str | None
-    """Of a pair: chosen or rejected."""
+    """For a pair: chosen or rejected."""
     num_tokens: int
-    """As trained: after the cut."""
+    """Tokens after truncation."""
     whole_tokens: int
-    """Before it."""
+    """Tokens before truncation."""
     trained_tokens: int
     segments: list[Segment]
 
@@ -115,7 +116,7 @@ class PreviewSample(TypedDict):
 class PreviewDetails(TypedDict):
     samples: list[PreviewSample]
     lines: dict[Flaw, list[int]]
-    """The first of each flaw."""
+    """The first lines with each flaw."""
 
 
 class ShownRows:
@@ -123,12 +124,16 @@ class ShownRows:
         self._samples: list[PreviewSample] = []
         self._lines: dict[Flaw, list[int]] = {flaw: [] for flaw in get_args(Flaw)}
         self._shown: set[Flaw] = {"duplicate"}
-        """Flaws of which a sample is there. One of a row that is there twice would show nothing new."""
+        """Flaws that need no further sample. A sample of a duplicate would show nothing new."""
 
     def see(
         self, base: BaseText, example: Sequence[EncodedRow], kept: Sequence[list[Tokens]], flaws: set[Flaw]
     ) -> None:
-        """example: one row, or the two of a pair. kept: the pieces of each, as trained; none where it is left out."""
+        """Add an example to the preview if it is one of the first, or the first with a flaw.
+
+        example: one row, or the two rows of a pair. kept: the pieces of each row that are trained on; none if the row
+        is dropped.
+        """
         line = example[0].rendered.line
         for flaw in flaws:
             if len(self._lines[flaw]) < MAX_LINES:
@@ -144,7 +149,8 @@ class ShownRows:
 
 
 def _shown(base: BaseText, row: EncodedRow, kept: list[Tokens], part: str | None) -> ShownRow:
-    """Of a row that is split the first piece; of one that is left out all, and none of it learnt."""
+    """Return a row for the preview. For a split row, it is the first piece. A dropped row is complete, without trained
+    tokens."""
     ids, mask = kept[0] if kept else (row.ids, np.zeros_like(row.mask))
     texts = base.pieces(row.rendered, num_tokens=len(row.ids))
     tokens = [
@@ -161,7 +167,7 @@ def _shown(base: BaseText, row: EncodedRow, kept: list[Tokens], part: str | None
 
 
 def _spans(mask: Sequence[int]) -> list[tuple[int, int]]:
-    """Half-open ranges of a row's tokens that are shown."""
+    """Return the half-open ranges of a row's tokens that are shown."""
     length = len(mask)
     if length <= MAX_SHOWN:
         return [(0, length)]

@@ -1,7 +1,7 @@
-"""What preparation knows of a base model: how it writes a row as text, and the text as tokens.
+"""Encodes rows for a base model: it renders a row as text, and tokenizes the text.
 
-A row of messages goes through the base's chat template, which says where tokens begin and end. Plain text has
-what the tokenizer puts around a text by its own convention, and the base's end-of-text token behind it.
+The base model's chat template renders a row of messages, including all special tokens. Plain text gets the special
+tokens that the tokenizer adds by default, and the base model's end-of-text token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from worker.children.tokenizer.chat_template import ChatTemplate, Refused, Rende
 
 
 class BaseText:
-    """One base's tokenizer and chat template."""
+    """The tokenizer and chat template of one base model."""
 
     def __init__(self, base_dir: Path) -> None:
         content = (base_dir / "tokenizer.json").read_bytes()
@@ -36,7 +36,7 @@ class BaseText:
         self._tokenizer.no_padding()
         tokens, config = special_tokens(base_dir), _read_json(base_dir / "config.json")
         self.eos = _end_of_text(self._tokenizer, tokens, config)
-        """(id, text) of the token that ends a text; None where the base has none."""
+        """(id, text) of the token that ends a text. None if the base model has none."""
         self.digest = sha256(content).hexdigest()
         self._num_ids: int | None = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
         added = cast(dict[int, Any], self._tokenizer.get_added_tokens_decoder())
@@ -44,24 +44,24 @@ class BaseText:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Only rows of messages need it. Raises Refused where the base has none."""
+        """The chat template, which only rows of messages need. Raises Refused if the base model has none."""
         return ChatTemplate.load(self._base_dir)
 
     @property
     def used_template(self) -> ChatTemplate | None:
-        """The template, if a row has needed it."""
+        """The template if a row has used it, else None."""
         return self.__dict__.get("template")
 
     @property
     def opens_with(self) -> str | None:
-        """What the tokenizer puts before a plain text; None where it puts nothing there."""
+        """The text that the tokenizer adds before a plain text. None if it adds nothing."""
         encoding = self._tokenizer.encode("a")
         mask = encoding.special_tokens_mask
         before = encoding.tokens[: mask.index(0)] if 0 in mask else []
         return "".join(before) or None
 
     def render(self, kind: DataKind, row: Any, *, loss: Loss) -> Rendered:
-        """A row as its kind's `check` gave it. Raises Refused."""
+        """Render a row that its kind's `check` has returned. Raises Refused."""
         if kind == "chat":
             return self.template.render_supervised(only_last_learnt(row) if loss == "last_turn" else row)
         if kind == "text":
@@ -74,7 +74,8 @@ class BaseText:
         return Rendered(text=text, spans=((len(prompt), len(text)),), is_plain=True)
 
     def encode(self, rows: list[Rendered]) -> list[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-        """(ids, mask) of each row; mask 1 for what is learnt. Raises Refused for a token that the base lacks."""
+        """Return (ids, mask) of each row, with mask 1 for trained tokens. Raises Refused for a token that the base
+        model lacks."""
         found: list[tuple[NDArray[np.int64], NDArray[np.uint8]]] = []
         for is_plain, group in groupby(rows, key=lambda row: row.is_plain):
             alike = list(group)
@@ -86,7 +87,7 @@ class BaseText:
         return found
 
     def prompt_ids(self, prompt: str, *, as_chat: bool) -> tuple[int, ...]:
-        """A prompt up to where an answer begins. Raises Refused."""
+        """Return the tokens of a prompt up to the start of the answer. Raises Refused."""
         if as_chat:
             text = self.template.render([ChatMessage(role="user", content=prompt)], add_generation_prompt=True)
             return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -94,7 +95,7 @@ class BaseText:
         return tuple(ids[:-1] if self.eos is not None and ids and ids[-1] == self.eos[0] else ids)
 
     def end_ids(self, *, as_chat: bool) -> frozenset[int]:
-        """Tokens after which an answer is over: the end of a text, and the end of an assistant's turn."""
+        """Return the tokens that end an answer: the end of a text, and the end of an assistant turn."""
         ends = {self.eos[0]} if self.eos is not None else set[int]()
         if as_chat:
             turns = [ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="b")]
@@ -105,12 +106,12 @@ class BaseText:
         return frozenset(ends)
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Without special tokens."""
+        """Decode tokens to text, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def pieces(self, row: Rendered, *, num_tokens: int) -> list[str]:
-        """The text of each token as `encode` gave them: joined they are the row's text, and around it what the
-        tokenizer has added. A character of several tokens stands with its first."""
+        """Return the text of each token that `encode` returns. Joined, they are the row's text and the special tokens
+        that the tokenizer has added. A character of several tokens belongs to the first of them."""
         encoding = self._tokenizer.encode(row.text, add_special_tokens=row.is_plain)
         found: list[str] = []
         upto = 0
@@ -127,10 +128,10 @@ class BaseText:
         return ids, _mask(ids, encoding, row, self.special, trims=not self.template.marks_spans)
 
     def _plain(self, row: Rendered, encoding: Encoding) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """The end of the text is learnt with it, and stands there once.
+        """Return (ids, mask) of plain text. The end-of-text token occurs once, and is trained on.
 
-        What is learnt begins with the first token that reaches into it. By offsets alone a token of white space
-        could not be told to be inside: some tokenizers give it none.
+        The trained tokens begin with the first token that overlaps the trained text, and continue to the end. Offsets
+        can't be used for each token, because some tokenizers give white space no offsets.
         """
         ids = np.array(encoding.ids, dtype=np.int64)
         ((start, _),) = row.spans
@@ -146,13 +147,13 @@ class BaseText:
         if self._num_ids is not None and len(ids) and int(ids.max()) >= self._num_ids:
             raise Refused(
                 "tokenizer_exceeds_base",
-                f"The base's tokenizer gave the token {int(ids.max())}, and the base knows {self._num_ids} of them.",
-                "Add the base again with the tokenizer that it was trained with.",
+                f"The tokenizer returned the token id {int(ids.max())}, but the base model has {self._num_ids} tokens.",
+                "Add the base model again with the tokenizer that it was trained with.",
             )
 
 
 def _end_of_text(tokenizer: Tokenizer, tokens: Mapping[str, str], config: Mapping[str, Any]) -> tuple[int, str] | None:
-    """As the tokenizer's configuration names it, else the model's."""
+    """Return the end-of-text token of the tokenizer's configuration, or else of the model's."""
     text = tokens.get("eos_token")
     ident = tokenizer.token_to_id(text) if text else None
     if text is not None and ident is not None:
@@ -166,9 +167,10 @@ def _end_of_text(tokenizer: Tokenizer, tokens: Mapping[str, str], config: Mappin
 def _mask(
     ids: NDArray[np.int64], encoding: Encoding, rendered: Rendered, special: NDArray[np.int64], *, trims: bool
 ) -> NDArray[np.uint8]:
-    """1 for each token that overlaps an answer, but never for a row's first: nothing predicts it.
+    """Return a mask with 1 for each token that overlaps an answer, except the first token of a row, which nothing
+    predicts.
 
-    trims: end an answer at its end-of-turn token, leaving the white space that a template puts after it.
+    trims: end an answer at its end-of-turn token, without the white space that a template adds after it.
     """
     mask = np.zeros(len(ids), dtype=np.uint8)
     if not len(ids):

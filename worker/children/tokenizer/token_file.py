@@ -1,7 +1,7 @@
-"""Writes the safetensors file of tokenized rows, row by row: memory holds no more than the row offsets.
+"""Writes the safetensors file of tokenized rows, row by row. Only the row offsets and labels are kept in memory.
 
-input_ids int32 [N], loss_mask uint8 [N], row_offsets int64 [rows + 1], and where rows have labels fp32 [rows]; what
-lora_core.data.token_dataset reads.
+The file contains input_ids int32 [N], loss_mask uint8 [N], row_offsets int64 [rows + 1], and for rows with labels also
+labels fp32 [rows]. lora_core.data.token_dataset reads it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COPY_BYTES = 2**20
 
 
 class TokenFile:
-    """A context manager. `finish` makes the file appear, whole; leaving without it leaves nothing."""
+    """A context manager that writes the file. `finish` creates it atomically. Without `finish`, no file is left."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -58,7 +58,7 @@ class TokenFile:
         return self._offsets[-1]
 
     def add_row(self, ids: NDArray[np.int32], mask: NDArray[np.uint8], label: float | None = None) -> None:
-        """One row: ids int32 [T], mask uint8 [T]. All rows have a label, or none."""
+        """Add a row: ids int32 [T], mask uint8 [T]. Either all rows have a label, or none has."""
         if label is not None:
             self._labels.append(label)
         self._ids.write(_little(ids).tobytes())
@@ -67,7 +67,7 @@ class TokenFile:
         self.num_supervised += int(mask.sum())
 
     def finish(self) -> None:
-        """Write header and tensors beside the path, then rename."""
+        """Write header and tensors to a temporary file, then rename it."""
         assert len(self._labels) in (0, self.num_rows)
         offsets = _little(np.array(self._offsets, dtype=np.int64)).tobytes()
         labels = _little(np.array(self._labels, dtype=np.float32)).tobytes()
@@ -89,7 +89,7 @@ class TokenFile:
 
 
 def _header(num_rows: int, num_tokens: int, *, has_labels: bool) -> bytes:
-    """As the safetensors library writes it: widest type first, padded to 8 bytes."""
+    """Return the header as the safetensors library writes it: widest type first, padded to 8 bytes."""
     tensors: list[tuple[str, str, int, int]] = [
         ("row_offsets", "I64", num_rows + 1, 8),
         *([("labels", "F32", num_rows, 4)] if has_labels else []),
@@ -112,13 +112,13 @@ def _little(values: NDArray[np.generic]) -> NDArray[np.generic]:
 
 
 Flaw = Literal["too_long", "empty", "duplicate"]
-"""What a person will want to know of a row: more tokens than are kept, nothing learnt in it or a piece of it, equal to
-an earlier one."""
+"""A problem of a row for the preview: it has more tokens than max_length, it or a piece of it has no trainable tokens,
+or it is equal to an earlier row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedRow:
-    """ids int64 [T]; mask uint8 [T], 1 where the token is learnt. Before any cut."""
+    """A row before truncation: ids int64 [T]; mask uint8 [T], 1 for trained tokens."""
 
     rendered: Rendered
     ids: NDArray[np.int64]
@@ -130,16 +130,16 @@ class EncodedRow:
 
     @property
     def label(self) -> float | None:
-        """As a trainer reads it; None where the row has none."""
+        """The label for the trainer: 1.0 or 0.0. None if the row has no label."""
         return None if self.rendered.is_desirable is None else float(self.rendered.is_desirable)
 
 
 @dataclass(kw_only=True, slots=True)
 class Counts:
-    """What is counted row by row; of a pair, whatever holds for one of its answers."""
+    """Counts over all rows. A property of a pair holds if it holds for one of its answers."""
 
     kind: RowKind | None = None
-    """Of all rows, once the first was read."""
+    """The kind of all rows. None until the first row is read."""
     lengths: array[int] = field(default_factory=lambda: array("q"))
     seen: set[bytes] = field(default_factory=set[bytes])
     too_long: int = 0
@@ -147,10 +147,10 @@ class Counts:
     duplicates: int = 0
     desirable: int = 0
     longest_example: int = 0
-    """Tokens of the longest row that is kept, as cut, or of the longest pair of rows."""
+    """Tokens of the longest row, or pair of rows, that is kept, after truncation."""
 
     def count(self, rows: Sequence[EncodedRow], *, max_length: int) -> set[Flaw]:
-        """One row, or the two of a pair. Returns what is the matter with it."""
+        """Count one row, or the two rows of a pair. Returns its flaws."""
         length = max(len(row.ids) for row in rows)
         self.lengths.append(length)
         is_too_long = length > max_length
@@ -164,20 +164,20 @@ class Counts:
         return {flaw for flaw, is_there in flaws.items() if is_there}
 
     def keep(self, num_tokens: int, *, label: float | None = None) -> None:
-        """A row or pair of so many tokens is trained on."""
+        """Count a row, or a pair, of `num_tokens` tokens that is trained on."""
         self.longest_example = max(self.longest_example, num_tokens)
         self.desirable += int(label or 0)
 
 
 Tokens = tuple[NDArray[np.int64], NDArray[np.uint8]]
-"""(ids, mask) of a row; both [T], mask 1 for what is learnt."""
+"""(ids, mask) of a row, both [T]. The mask is 1 for trained tokens."""
 
 
 def fit_tokens(row: Tokens, *, max_length: int, overflow: Overflow) -> list[Tokens]:
-    """The row as rows of at most `max_length` tokens.
+    """Return the row as rows of at most `max_length` tokens.
 
-    Each piece of a split row stands for itself: its first token is read and not learnt, as nothing in the piece
-    predicts it. So of a long text one label is lost for every max_length tokens.
+    The pieces of a split row are independent. The first token of a piece is not trained on, because nothing in the
+    piece predicts it. Therefore a long text loses one trained token for every max_length tokens.
     """
     ids, mask = row
     if len(ids) <= max_length:

@@ -1,6 +1,6 @@
-"""A process that writes one run to a tracker: told what by lines of JSON, each of which it answers with one.
+"""A process that writes one run to a tracker. It reads requests as lines of JSON, and answers each with one line.
 
-It has the tracker's library, and no database and nothing of the trainer. It ends with its standard input.
+It has access to the tracker's library, but not to the database or the trainer. It exits when its standard input closes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ OPENERS: dict[str, Any] = {
 def main() -> int:
     deny_inspection()  # its environment holds the tracker's credentials
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # libraries print to the standard output, which is ours
+    os.dup2(2, 1)  # libraries print to standard output, which carries the answers
     try:
         _serve(sys.stdin, answers)
-    except Exception as error:  # noqa: BLE001  (whatever a library raises is told, and ends the run's process)
+    except Exception as error:  # noqa: BLE001  (any error of a library is reported, and ends the process)
         _say(answers, {"error": f"{type(error).__name__}: {error}"})
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""A run of MLflow, by mlflow-skinny's client: a server, or a database that the operator names."""
+"""A run of MLflow, written with mlflow-skinny's client to a server or database that the operator has configured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from worker.children.tracker.run import Json, said
 
 BATCH = 1000
-"""Metrics that MLflow takes at once."""
+"""Maximum number of metrics in one request to MLflow."""
 PARAMS = 100
 VALUE_CHARACTERS = 5000
 ENDS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
@@ -18,7 +18,7 @@ ENDS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 
 class MlflowRun:
     def __init__(self, begun: Json) -> None:
-        """Raises ImportError, and whatever MLflow does."""
+        """Open the run. Raises ImportError and errors of MLflow."""
         self._entities: Any = import_module("mlflow.entities")
         self._client: Any = import_module("mlflow").MlflowClient(tracking_uri=begun["places"]["mlflow"])
         self.run_id: str = begun["run_id"] or self._create(begun["run"])
@@ -29,7 +29,7 @@ class MlflowRun:
         experiment = self._client.get_experiment_by_name(name)
         ident = experiment.experiment_id if experiment is not None else self._client.create_experiment(name)
         found = self._client.search_runs([ident], filter_string=f"tags.`lorry.job_id` = '{job_id}'", max_results=1)
-        if found:  # which an attempt made that died before it could say so
+        if found:  # created by an attempt that died before it reported the id
             return found[0].info.run_id
         tags: Json = {**(options.get("tags") or {}), "lorry.job_id": job_id, "lorry.project": run["project"]}
         made = self._client.create_run(ident, run_name=options.get("run_name") or job_id, tags=tags)
@@ -55,7 +55,7 @@ class MlflowRun:
         self._client.set_terminated(self.run_id, ENDS[ending["status"]])
 
     def close(self) -> None:
-        """The run stays as it is: it is running, or waits for its job."""
+        """Leave the run in its state: it is running, or waits for its job."""
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What every tracker's run can do."""
+"""The interface of every tracker's run."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ Json = dict[str, Any]
 
 
 class TrackerRun(Protocol):
-    """An open run. What goes wrong is raised."""
+    """An open run. Its methods may raise any error of the tracker's library."""
 
     @property
     def run_id(self) -> str:
-        """By which it is opened again."""
+        """The id with which the run can be opened again."""
         ...
 
     def write(self, points: Sequence[Json]) -> None:
-        """Points in the order of their steps: kind, step, at (seconds since 1970), values by name."""
+        """Write points in the order of their steps: kind, step, at (seconds since 1970), values by name."""
         ...
 
     def end(self, ending: Json) -> None:
-        """The job has ended: status, reason, adapter, lineage_id, error, numbers."""
+        """Write the end of the job: status, reason, adapter, lineage_id, error, numbers."""
         ...
 
     def close(self) -> None:
-        """The job goes on later, perhaps elsewhere: keep what was written."""
+        """Close the run and keep its points. The job continues later, perhaps on another worker."""
         ...
 
 
 def said(ending: Json) -> dict[str, str]:
-    """What of an ending is text."""
+    """Return the text fields of an ending."""
     names = ("status", "reason", "adapter", "lineage_id", "error")
     return {name: str(ending[name]) for name in names if ending.get(name) is not None}

@@ -1,4 +1,4 @@
-"""A folder of TensorBoard's event files, by tensorboardX, which needs neither TensorFlow nor torch."""
+"""A folder of TensorBoard event files, written with tensorboardX, which needs neither TensorFlow nor torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from worker.children.tracker.run import Json, said
 
 class TensorBoardRun:
     def __init__(self, begun: Json) -> None:
-        """Raises ImportError, OSError."""
-        absent: dict[str, Any] = {"torch": None}  # which it would import where it finds it: seconds, and half a GB
+        """Open the run. Raises ImportError, OSError."""
+        absent: dict[str, Any] = {"torch": None}  # tensorboardX would import it, which takes seconds and half a GB
         sys.modules.update(absent)
         library: Any = import_module("tensorboardX")
         run = begun["run"]
         name = "-".join(part for part in (run["options"].get("name"), run["job_id"]) if part)
         folder = Path(begun["places"]["tensorboard"]) / run["project"] / name
         is_new = begun["run_id"] is None
-        # What a process wrote and could not note before it died is written again: the newer file hides it.
+        # Points that a process wrote but did not record before it died are written again: the newer file hides them.
         purge_step = None if is_new else begun["next_step"]
         self.run_id = f"{run['project']}/{name}"
         self._writer = library.SummaryWriter(str(folder), purge_step=purge_step)
@@ -46,6 +46,6 @@ class TensorBoardRun:
 
 
 def _table(values: Json) -> str:
-    """Markdown, which TensorBoard shows."""
+    """Return a Markdown table, which TensorBoard renders."""
     lines = [f"| {name} | {json.dumps(value).replace('|', '&#124;')} |" for name, value in values.items()]
     return "\n".join(("| | |", "|---|---|", *lines))

@@ -12,8 +12,8 @@ from worker.children.tracker.run import Json, said
 
 class TrackioRun:
     def __init__(self, begun: Json) -> None:
-        """Raises ImportError, and whatever Trackio does."""
-        os.environ["TRACKIO_DIR"] = begun["places"]["trackio"]  # which it reads when it is imported
+        """Open the run. Raises ImportError and errors of Trackio."""
+        os.environ["TRACKIO_DIR"] = begun["places"]["trackio"]  # Trackio reads it when it is imported
         library: Any = import_module("trackio")
         run, options = begun["run"], begun["run"]["options"]
         self.run_id = "-".join(part for part in (options.get("name"), run["job_id"]) if part)

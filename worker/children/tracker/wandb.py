@@ -1,6 +1,6 @@
-"""A run of Weights & Biases. The run's id is made of the job's, so every attempt goes on in the same one.
+"""A run of Weights & Biases. Its id is the job's id, so every attempt continues the same run.
 
-Its entity is the operator's to say (WANDB_ENTITY, which wandb reads itself), and never a job's.
+The operator sets the entity (WANDB_ENTITY, which wandb reads itself). A job can't set it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from worker.children.tracker.run import Json, said
 
 MAX_PROJECT_CHARS = 128
-"""Of W&B. No name of a project of ours has a space, so that none is the beginning of another's."""
+"""Limit of W&B. Lorry's project names contain no space, so that names with the separator " - " are unambiguous."""
 
 
 class WandbRun:
     def __init__(self, begun: Json) -> None:
-        """Raises ImportError, and whatever wandb does."""
+        """Open the run. Raises ImportError and errors of wandb."""
         library: Any = import_module("wandb")
         run, options = begun["run"], begun["run"]["options"]
         self.run_id: str = begun["run_id"] or run["job_id"]
@@ -36,7 +36,7 @@ class WandbRun:
             config={**run["config"], "lorry": {"job_id": run["job_id"], "project": run["project"]}},
             settings=quiet,
         )
-        for kind in ("train", "valid"):  # an evaluation may come after later steps: each curve has steps of its own
+        for kind in ("train", "valid"):  # an evaluation may follow later training steps: each curve has its own steps
             self._run.define_metric(f"{kind}/step", hidden=True)
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
 

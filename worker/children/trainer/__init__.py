@@ -1,1 +1,1 @@
-"""The child process that trains. Imports lora_core."""
+"""The child process that trains. It imports lora_core."""

@@ -1,7 +1,7 @@
-"""What a trainer does whose processes are on several machines: they meet, and hand files on. In the trainer alone.
+"""Connects the processes of a trainer on several machines, and copies files between them. Runs in the trainer only.
 
-The leader's worker brings the files of a job, and its trainer hands them on: so all nodes have the same bytes, and
-no job is admitted before every one has them. On one machine nothing is to be done.
+The leader's worker provides the files of a job, and its trainer broadcasts them. Therefore all nodes have the same
+bytes, and no job is admitted before every node has them. On one machine there is nothing to do.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ NAMES: tuple[Literal["train", "valid", "resume", "parent"], ...] = ("train", "va
 """The fields of an `admit` message that name a file or a folder."""
 CHUNK_BYTES = 16 * 2**20
 RENDEZVOUS_SECONDS = 300.0
-"""For which the trainers wait for each other, once the first listens."""
+"""Time limit for the trainers to connect to each other."""
 LOOK_SECONDS = 0.05
 T = TypeVar("T")
 
 
 def meeting_of(directory: TrainerDirectory) -> Meeting | None:
-    """Where it meets those of other machines; None where there are none."""
+    """Return how this trainer connects to those of other machines. None if there are none."""
     meeting = directory.settings().get("meeting")
     if meeting is None:
         return None
@@ -55,7 +55,8 @@ def meeting_of(directory: TrainerDirectory) -> Meeting | None:
 
 
 class _End:
-    """A machine's end of a file. Once it has failed it does nothing more: the others must not be left waiting."""
+    """A machine's end of a transfer. After an error it does nothing more, but the transfer continues, so that the other
+    machines don't wait forever."""
 
     def __init__(self) -> None:
         self.problem: OSError | None = None
@@ -70,15 +71,15 @@ class _End:
 
 
 def brought(directory: TrainerDirectory, body: AdmitBody, ranks: Ranks) -> list[Path | None]:
-    """Of every rank: the paths of NAMES in a job's admission, where each is by then. Raises OSError and LoraCoreError,
-    on all of them."""
+    """Return, on every rank, the paths of NAMES in a job's admission, after the files have been copied. Raises OSError
+    and LoraCoreError, on all ranks."""
     if ranks.is_apart:
         _bring(directory, body, ranks)
     return [directory.inside(body[name]) for name in NAMES]
 
 
 def forget(directory: TrainerDirectory, claim_id: str, ranks: Ranks) -> None:
-    """A job has gone: so do the copies of its files. The leader's own are its worker's business."""
+    """Delete the copies of a job's files after the job has left. The leader's worker deletes the leader's files."""
     if ranks.is_first_elsewhere:
         shutil.rmtree(directory.job_path(claim_id), ignore_errors=True)
 
@@ -94,7 +95,7 @@ def _bring(directory: TrainerDirectory, body: AdmitBody, ranks: Ranks) -> None:
 
 
 def _files(directory: TrainerDirectory, body: AdmitBody) -> list[tuple[str, int]]:
-    """Relative names, and bytes of each."""
+    """Return the relative name and the size in bytes of each file."""
     named = [path for name in NAMES if (path := directory.inside(body[name])) is not None]
     paths = [file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     return [(directory.named(path), path.stat().st_size) for path in paths if path.is_file()]

@@ -1,6 +1,6 @@
-"""The only bridge from what a person asked for (catalog.spec.job.JobSpec) to what the engine is told.
+"""Converts a user's job specification (catalog.spec.job.JobSpec) to the configuration of the engine.
 
-Only the trainer imports it.
+Only the trainer imports this module. No other code does this conversion.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from lora_core.engine_config import EngineConfig
 from worker.protocol.mailbox import Json
 
 TICKS_ALONE = 3
-"""Of each size, so that the trainer knows what jobs cost each other; see catalog/resources/throughput.py."""
+"""Ticks of each size that a job computes alone, to measure how jobs slow each other down; see
+catalog/resources/throughput.py."""
 
 
 def engine_config(settings: Json, *, num_threads: int, folder: Path) -> EngineConfig:
-    """settings: the trainer's. num_threads: cores that it may use. On a CPU each is a lane of its own.
+    """Return the configuration of the engine. settings: the trainer's. num_threads: cores that it may use. On a CPU,
+    each core is a lane.
 
-    Frozen prefixes are kept in files of `folder`: the kernel's cache holds those that are read, so no memory is taken
-    that placement doesn't know. Processes of one machine share the budget.
+    Cached prefix activations are stored in files in `folder`. They use the kernel's page cache, and no memory that
+    placement doesn't account for. The processes of one machine share the budget.
     """
     is_cpu = settings["device"] == "cpu"
     num_lanes = num_threads if is_cpu else 1
@@ -49,7 +51,7 @@ def engine_config(settings: Json, *, num_threads: int, folder: Path) -> EngineCo
 
 
 def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | None) -> JobConfig:
-    """Everything that decides the job's result. Raises lora_core's ConfigError."""
+    """Return everything that determines the job's result. Raises lora_core's ConfigError."""
     return JobConfig(
         lora=_lora_config(spec.lora),
         optimizer=OptimizerConfig(kind=spec.optimizer.type, **spec.optimizer.model_dump(exclude={"type"})),
@@ -67,14 +69,15 @@ def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | Non
 
 
 def _schedule_config(schedule: ScheduleSpec, num_steps: int) -> ScheduleConfig:
-    """A decay takes ⌈ratio · num_steps⌉ steps, and no more than the warm-up leaves."""
+    """Return the schedule. The decay takes ⌈ratio · num_steps⌉ steps, but at most the steps after the warm-up."""
     num_warmup = warmup_steps(schedule.warmup_ratio, num_steps)
     num_decay = min(num_steps - num_warmup, math.ceil((schedule.decay_ratio or 0) * num_steps))
     return ScheduleConfig(kind=schedule.type, warmup_steps=num_warmup, decay_steps=num_decay, num_steps=num_steps)
 
 
 def _lora_config(lora: LoraSpec) -> LoraConfig:
-    """Patterns go by their keys: JSON keeps no order of its own, and no two keys disagree on a layer."""
+    """Return the LoRA configuration. Patterns are sorted by their keys, because JSON objects have no order. Two keys
+    never conflict for the same layer."""
     targets, layers = lora.target_modules, lora.layers_to_transform
     return LoraConfig(
         rank=lora.rank,
@@ -91,10 +94,10 @@ def _lora_config(lora: LoraSpec) -> LoraConfig:
 
 
 def objective_config(spec: JobSpec) -> ObjectiveConfig:
-    """What the job minimizes."""
+    """Return the loss that the job minimizes."""
     return ObjectiveConfig(kind=spec.method, **spec.method_hyperparameters.model_dump(exclude={"neftune_alpha"}))
 
 
 def warmup_steps(ratio: float, num_steps: int) -> int:
-    """⌈ratio · num_steps⌉, but never all: the last step of a warm-up is followed by one at the peak rate."""
+    """Return ⌈ratio · num_steps⌉, but at most num_steps - 1, so that a step at the peak learning rate follows."""
     return min(num_steps - 1, math.ceil(ratio * num_steps))

@@ -1,8 +1,8 @@
 """The trainer: a child process that loads one base model and trains the jobs that its inbox admits.
 
-`python -m worker.children.trainer.main DIR` also runs by hand on a trainer directory. This module starts the process,
-loads the base model, waits and ends; message_handlers.py handles the messages. The process has no database, no store
-and no network. Only it and worker.children.base_importer import lora_core.
+`python -m worker.children.trainer.main DIR` can also be run manually on a trainer directory. This module starts the
+process, loads the base model, waits and exits; message_handlers.py handles the messages. The process has no access to
+the database, the store or the internet. Only it and worker.children.base_importer import lora_core.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from worker.protocol.mailbox import EventWriter, SilentWriter, TrainerDirectory,
 from worker.protocol.rendezvous import ranks_file
 
 POLL_SECONDS = 0.03
-"""Between two looks of an idle trainer at its inbox. At 0.02 seconds they took up to 2.3% of a slow core."""
+"""Interval at which an idle trainer polls its inbox. Polling every 0.02 seconds took up to 2.3% of a slow core."""
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
-"""Handles the messages of a trainer's inbox and the events of its engine; worker/protocol/mailbox.py lists both.
+"""Handles the messages in a trainer's inbox and the events of its engine; worker/protocol/mailbox.py lists both.
 
-main.py calls `read_inbox`, `tick` and `report` in turn. Messages are handled between two ticks, in their order.
+main.py calls `read_inbox`, `tick` and `report` in a loop. Messages are handled between two ticks, in their order.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class MessageHandlers:
     # Messages of the worker
 
     def read_inbox(self) -> None:
-        """Handle the new messages in their order. Jobs that are to leave, one right after the other, leave together."""
+        """Handle the new messages in their order. Consecutive messages that make jobs leave are handled together."""
         for releases, messages in groupby(taken(self._inbox, self._ranks), lambda message: message.verb in RELEASING):
             if releases:
                 self._release(messages)
@@ -298,7 +298,8 @@ class MessageHandlers:
     # Reports
 
     def report(self, *, verifying: bool = False) -> None:
-        """Every REPORT_SECONDS: memory and speed. The worker's watchdog takes it as a sign of life during long work."""
+        """Report memory and speed every REPORT_SECONDS. The worker's watchdog uses this as a heartbeat during long
+        work."""
         if verifying != self._reported_verifying or time.monotonic() - self._reported_at >= REPORT_SECONDS:
             self._reported_at, self._reported_verifying = time.monotonic(), verifying
             self.events.write(

@@ -1,4 +1,4 @@
-"""What the trainer reads and writes for one job: data sets, the adapter, prompts and answers, events and log lines."""
+"""Inputs and outputs of the trainer for one job: data sets, the adapter, prompts and answers, events and log lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVENT_TYPES = {JobStepped: "stepped", JobEvaluated: "evaluated", JobFinished: "f
 
 
 def taken(inbox: InboxReader, ranks: Ranks) -> list[TrainerMessage]:
-    """What has come since, on every rank."""
+    """Return the new messages, on every rank."""
     found = inbox.take() if ranks.leads else []
     messages = ranks.broadcast([[message.verb, message.body] for message in found])
     return [TrainerMessage(verb=verb, body=body) for verb, body in messages]
@@ -39,7 +39,7 @@ def taken(inbox: InboxReader, ranks: Ranks) -> list[TrainerMessage]:
 def datasets_of(
     job: str, train: Path | None, valid: Path | None, ranks: Ranks
 ) -> tuple[TokenDataset, TokenDataset | None]:
-    """Its training and held-out data. Raises LoraCoreError, on every rank."""
+    """Return a job's training and validation data. Raises LoraCoreError, on every rank."""
     assert train is not None
     with ranks.together(), shortage_of(job, part="data"):
         return TokenDataset.load(train), TokenDataset.load(valid) if valid else None
@@ -48,12 +48,13 @@ def datasets_of(
 def exported(
     engine: Engine, job: str, folder: Path, *, base_name: str, between: Between, amid: Between, spans: list[Json]
 ) -> Json | None:
-    """Export a job's adapter to `folder`, and PEFT's verdict on it; of another rank than the leader None.
+    """Export a job's adapter to `folder`, and verify it with PEFT. Returns the report; None on ranks other than the
+    leader.
 
-    between: called after each linear of the export, and amid after each of the verification. spans: what was done is
-    added to it, for traces. A base that is divided computes nothing but on all ranks, so each of them exports, to a
-    folder of its own; and none begins a part of it before all have done the one before. Raises LoraCoreError and
-    OSError, on every rank; BrokenPass on one that ran out of memory, for which the others wait.
+    `between` is called after each linear layer of the export, and the next parameter after each one of the
+    verification. Spans for traces are added to `spans`. A sharded base model computes only on all ranks together, so
+    each rank exports, to its own folder, and all ranks begin each part together. Raises LoraCoreError and OSError, on
+    every rank; BrokenPass on a rank that ran out of memory while the others wait for it.
     """
     ranks = engine.ranks
     engine.compare_ranks(job)
@@ -64,7 +65,7 @@ def exported(
         spans.append(timed("export", began_at))
 
     def verified(place: Path) -> Json:
-        from lora_core.peft_format.verify import verify_export  # brings PEFT, a second: not before the first job
+        from lora_core.peft_format.verify import verify_export  # imports PEFT, which takes a second
 
         def tell() -> None:
             amid()
@@ -93,7 +94,8 @@ def exported(
 
 @contextmanager
 def _blamed_on_adapter() -> Generator[None]:
-    """Whatever is wrong with one adapter is no fault of its packmates; that of a device is everybody's."""
+    """Convert an unexpected error to one of this adapter, so that its packmates are not affected. A fault of the device
+    is raised unchanged, because it affects all jobs."""
     try:
         yield
     except (LoraCoreError, OSError, BrokenPass):
@@ -108,7 +110,8 @@ def _blamed_on_adapter() -> Generator[None]:
 
 
 def steps_to_sample(events: list[Event]) -> dict[str, int]:
-    """By job, the step whose weights the row holds now: a finished job may have gone back to its best."""
+    """Return, by job, the step whose weights the engine holds now. A finished job may have gone back to its best
+    step."""
     steps = {event.job: event.step for event in events if isinstance(event, JobEvaluated)}
     kept = {event.job: event.kept_step for event in events if isinstance(event, JobFinished) and event.job in steps}
     return steps | kept
@@ -133,18 +136,18 @@ class AdmittedJob:
     base_name: str
     num_steps: int
     sample_request: SampleRequest | None = None
-    """What it answers at each evaluation."""
+    """The prompts that it answers at each evaluation."""
     saved_step: int
-    """Step of the newest checkpoint that was reported, or of the one that the job resumed from; 0: none."""
+    """The step of the newest checkpoint that was reported, or of the one from which the job resumed. 0: none."""
 
     def is_checkpoint_due(self, step: int) -> bool:
-        """The last step needs none, because the adapter is exported after it."""
+        """Return whether a checkpoint is due. The last step needs none, because the adapter is exported after it."""
         return step % self.checkpoint_every_steps == 0 and step < self.num_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
-    """One job's prompts, with what ends an answer."""
+    """One job's prompts, with the tokens that end an answer."""
 
     texts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
@@ -153,7 +156,8 @@ class SampleRequest:
 
 
 def sample_request(base: BaseText, samples: Samples, *, as_chat: bool) -> SampleRequest:
-    """as_chat: each prompt is a user's turn in the base's template. Raises Refused where that takes none."""
+    """Encode a job's prompts. as_chat: render each prompt as a user turn with the chat template. Raises Refused if the
+    template rejects it."""
     return SampleRequest(
         texts=tuple(samples.prompts),
         ids=tuple(base.prompt_ids(prompt, as_chat=as_chat) for prompt in samples.prompts),
@@ -163,7 +167,7 @@ def sample_request(base: BaseText, samples: Samples, *, as_chat: bool) -> Sample
 
 
 def sample_records(base: BaseText, request: SampleRequest, answers: list[tuple[int, ...]]) -> list[Json]:
-    """Prompts with answers, for people. `is_complete`: the answer has come to its end within max_tokens."""
+    """Return prompts with answers, for users. `is_complete`: the answer ended within max_tokens."""
     return [
         {
             "prompt": prompt,
@@ -177,25 +181,25 @@ def sample_records(base: BaseText, request: SampleRequest, answers: list[tuple[i
 
 log = logging.getLogger("worker.trainer")
 NUMBERS = ("step", "num_steps", "kept_step", "num_parameters", "trained_tokens")
-"""What of an event is in its line."""
+"""The fields of an event that its log line contains."""
 
 
 def open_log() -> None:
-    """For all that is logged in this process, by libraries too."""
+    """Configure the log of this process, including that of libraries."""
     logs.configure("info")
 
 
 class TrainerLog:
-    """By claim, what its lines are about."""
+    """Writes log lines about the events of jobs, with the subjects of their claims."""
 
     def __init__(self, settings: Json, *, speaks: bool) -> None:
-        """settings: the trainer's. speaks: False of a rank whose leader says all there is to say."""
+        """settings: the trainer's. speaks: False for ranks other than the leader, which log no events."""
         self._trainer_id = str(settings.get("trainer_id", ""))
         self._speaks = speaks
         self._subjects: dict[str, Subjects] = {}
 
     def knows(self, admit: Mapping[str, Any]) -> str:
-        """The claim of a job that is to be admitted, of which lines may tell from here on."""
+        """Register the job of an `admit` message, so that lines may refer to it. Returns its claim."""
         claim_id = str(admit["claim_id"])
         trace = tracing.trace_id(admit.get("trace"))
         self._subjects[claim_id] = {
@@ -204,7 +208,7 @@ class TrainerLog:
         return claim_id
 
     def record_event(self, claim_id: str, event_type: str, body: Mapping[str, Any]) -> None:
-        """An event of a job."""
+        """Log an event of a job."""
         if not self._speaks:
             return
         error: Json | None = body.get("error")

@@ -1,6 +1,6 @@
-"""How a trainer's process ends where something is raised that nobody has thought of: at once, with all the others.
+"""Exits a trainer's process on an unexpected error: at once, and together with all other processes.
 
-Runs in the trainer alone.
+Runs only in the trainer.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from lora_core.distributed.ranks import Meeting, Ranks
 from worker.process.exit_status import DISK_FULL
 
 SILENCE_SECONDS = 3600.0
-"""For which a rank waits for another, who may be verifying an adapter. Our parent notices a hang sooner."""
+"""Time limit of a rank that waits for another one, which may be verifying an adapter. The worker detects a hang
+earlier."""
 
 
 @contextmanager
 def joined(device: str, *, meeting: Meeting | None = None, file: Path | None = None) -> Generator[Ranks]:
-    """The ranks that this process was launched among, and those of other machines where it meets them, for as long as
-    the block lasts. file: as of `distributed.join`.
+    """Yield the ranks of this process's launch, joined with those of other machines if there are any, for the duration
+    of the block. file: see `distributed.join`.
 
-    Of several one that fails doesn't wait at its end for threads and devices in which the others wait for it. A full
-    disk is told by the exit status, for there may be no room for words.
+    If one of several ranks fails, it exits without waiting for threads and devices that may themselves wait for other
+    ranks. The exit status reports a full disk, because there may be no space for a message.
     """
     ranks = distributed.join(device, silence_seconds=SILENCE_SECONDS, meeting=meeting, file=file)
     try:
@@ -46,7 +47,7 @@ def joined(device: str, *, meeting: Meeting | None = None, file: Path | None = N
 
 
 def _is_of_full_disk(error: BaseException | None) -> bool:
-    """It, or what it was raised for."""
+    """Return whether the error, or one of its causes, is a full disk."""
     while error is not None:
         if isinstance(error, OSError) and is_full(error):
             return True

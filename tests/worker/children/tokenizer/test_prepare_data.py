@@ -53,7 +53,7 @@ def test_where_all_rows_are_left_out_the_file_is_refused(make_base: Any) -> None
 
     refused = report.get("refusal")
     assert refused is not None
-    assert refused["message"].startswith("Of 1 rows 1 have more than 20 tokens and are left out")
+    assert refused["message"].startswith("No rows are left to train on: of 1 rows, 1 have more than 20 tokens")
     assert not out.exists()
 
 

@@ -151,7 +151,9 @@ def test_texts_of_one_token_are_refused_together(plain: Base) -> None:
     refused = plain.prepare({"text": "a"}, {"text": "b"})[0].get("refusal")
 
     assert refused is not None
-    assert refused["message"] == "None of the 2 texts has a token that another one stands before."
+    assert refused["message"] == (
+        "None of the 2 texts has trainable tokens: the first token of a text is never trained on."
+    )
 
 
 def test_a_tokenizer_may_begin_texts_with_nothing(plain: Base) -> None:
