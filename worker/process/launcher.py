@@ -279,7 +279,7 @@ def child_environment(*, with_hub: bool = False) -> dict[str, str]:
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELIZM": "false",
+        "TOKENIZERS_PARALLELISM": "false",
     }
 
 

@@ -46,7 +46,7 @@ def test_no_secret_of_the_worker_reaches_a_trainer(tmp_path: Path, monkeypatch: 
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environment["OMP_NUM_THREADS"] == "2"
-    assert environment["TOKENIZERS_PARALLELIZM"] == "false"
+    assert environment["TOKENIZERS_PARALLELISM"] == "false"
 
 
 def test_a_variable_that_tunes_a_library_passes_and_one_that_may_hold_a_credential_does_not(
