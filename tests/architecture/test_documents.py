@@ -112,11 +112,31 @@ def _leads_somewhere(target: Path, anchor: str) -> bool:
     return anchor[1:] in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_test_that_the_security_page_names_is_there() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", (ROOT / "docs" / "SECURITY.md").read_text("utf-8"))
+@EACH
+def test_every_test_that_a_document_names_exists(document: Path) -> None:
+    named = _named_tests(document.read_text("utf-8"))
 
-    assert len(named) > 20
-    assert [name for file, name in named if f"def {name}(" not in (ROOT / file).read_text("utf-8")] == []
+    assert [name for file, name in named if f"def {name}(" not in _read(file)] == []
+
+
+def test_the_page_of_security_tests_names_a_test_for_each_control() -> None:
+    rows = re.findall(r"^\| (.+?) \| (`.+) \|$", _read("docs/contributing/security-tests.md"), re.MULTILINE)
+
+    assert len(rows) > 100
+    assert [control for control, tests in rows if not re.search(r"`tests/[\w/]+\.py", tests)] == []
+    assert len(_named_tests(_read("docs/contributing/security-tests.md"))) > 200
+
+
+def test_each_guarantee_names_a_test() -> None:
+    guarantees = re.findall(r"^\| \*\*(.+?)\.\*\* .*$", _read("docs/explanation/equivalence.md"), re.MULTILINE)
+    rows = re.findall(r"^\| \*\*.+$", _read("docs/explanation/equivalence.md"), re.MULTILINE)
+
+    assert len(guarantees) == 5
+    assert [row for row in rows if not _named_tests(row)] == []
+
+
+def _named_tests(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", text)
 
 
 def test_the_security_page_names_every_event_of_the_audit_log() -> None:
