@@ -1,6 +1,7 @@
 """Writes the reference pages that are generated from the code: `make docs-generate`. `--check` compares instead."""
 
 import argparse
+import html
 import json
 import sys
 import tempfile
@@ -56,12 +57,37 @@ def errors() -> str:
         "messages may change. `{name}` stands for a value. Plans and jobs return the warnings in `warnings`.",
         "",
     ]
-    for code, entries in groupby(error_messages(), key=lambda entry: entry.code):
+    for code, entries in _by_code():
         parts += [f"## {code}", ""]
-        for message, remedy in dict.fromkeys((entry.message, entry.remedy) for entry in entries):
+        for message, remedy in entries:
             parts.append(f"- {_escape(message)}" + (f"  \n  *Fix:* {_escape(remedy)}" if remedy else ""))
         parts.append("")
     return "\n".join(parts)
+
+
+def errors_page() -> str:
+    """The same entries as a page of the dashboard, to which every error's `doc_url` points."""
+    parts = [
+        "<!doctype html>",
+        '<html lang="en">',
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        "<title>Errors - Lorry</title>",
+        '<link rel="stylesheet" href="style/theme.css">',
+        '<link rel="stylesheet" href="style/errors.css">',
+        "<h1>Errors and warnings</h1>",
+    ]
+    for code, entries in _by_code():
+        parts.append(f'<section id="{code}"><h2><code>{code}</code></h2><dl>')
+        parts += [f"<dt>{html.escape(message)}<dd>{html.escape(remedy)}" for message, remedy in entries]
+        parts.append("</dl></section>")
+    return "\n".join([*parts, "</html>"]) + "\n"
+
+
+def _by_code() -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield (code, [(message, remedy)])."""
+    for code, entries in groupby(error_messages(), key=lambda entry: entry.code):
+        yield code, list(dict.fromkeys((_line(entry.message), _line(entry.remedy)) for entry in entries))
 
 
 def api() -> str:
@@ -181,16 +207,21 @@ def _finding(finding: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return _line(text).replace("|", "\\|")
 
 
 def _escape(text: str) -> str:
-    return " ".join(text.split()).replace("<", "&lt;").replace("*", "\\*")
+    return text.replace("<", "&lt;").replace("*", "\\*")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/cli.md": cli,
     "docs/reference/errors.md": errors,
+    "dashboard/errors.html": errors_page,
     "docs/reference/api.md": api,
     "docs/benchmarks.md": benchmarks,
 }

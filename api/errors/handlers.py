@@ -1,4 +1,4 @@
-"""Turns every failure of a request into {"error": {message, remedy, type, param, code}}.
+"""Turns every failure of a request into {"error": {message, remedy, type, param, code, doc_url}}.
 
 Errors that a client can act on come from catalog.errors. No response reveals internals of the service.
 """
@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import unsupported
+from api.errors.links import doc_url
 from api.errors.validation import AGAIN, explain
 from api.rate_limits.limits import retry_headers
 from catalog.disk import is_full, out_of_space
@@ -38,8 +39,14 @@ def error_response(
     quota: Mapping[str, Any] | None = None,
 ) -> Response:
     """Return an error response. The body is ASCII, because a message may quote a lone surrogate."""
-    told = f"{message} {remedy}".strip()
-    error: dict[str, Any] = {"message": told, "remedy": remedy, "type": type, "param": param, "code": code}
+    error: dict[str, Any] = {
+        "message": f"{message} {remedy}".strip(),
+        "remedy": remedy,
+        "type": type,
+        "param": param,
+        "code": code,
+        "doc_url": doc_url(code),
+    }
     if quota is not None:
         error["quota"] = quota
     content = json.dumps({"error": error}).encode("ascii")

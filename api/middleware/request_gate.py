@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.deps import Services
 from api.errors.handlers import error_response, internal_error, refusal
+from api.errors.links import serving
 from api.middleware import client_address
 from api.middleware.http import HostPolicy, RequestBody, security_headers
 from api.telemetry import Telemetry, route_template
@@ -93,7 +95,7 @@ class Gate:
         scope.setdefault("state", {}).update(request_id=exchange.request_id, client_address=address)
         body = RequestBody(scope, receive, max_bytes=self._max_body_bytes if _is_bounded(scope) else None)
         sender = _decorated(send, exchange, body)
-        with logs.about({"request": exchange.request_id}):
+        with logs.about({"request": exchange.request_id}), serving(self._url(scope)):
             await self._answer(exchange, body, receive, sender)
 
     async def _answer(self, exchange: _Exchange, body: RequestBody, receive: Receive, sender: Send) -> None:
@@ -117,6 +119,13 @@ class Gate:
             await refusal(_shutting_down())(scope, receive, sender)
         finally:
             self._note(exchange)
+
+    def _url(self, scope: Scope) -> str | None:
+        """Return the service's URL for links in the response; None if the Host header is not a name of the service."""
+        services: Services = scope["app"].state.services
+        if services.api_settings.public_url:
+            return services.api_settings.public_url
+        return str(Request(scope).base_url) if self._hosts.admits(Headers(scope=scope).get("host", "")) else None
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)

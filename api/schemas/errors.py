@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+from api.errors.links import doc_url
 
 
 class QuotaReached(BaseModel):
@@ -22,7 +24,22 @@ class ErrorBody(BaseModel):
     type: str = Field(description="Class of the error, such as invalid_request_error.")
     param: str | None = Field(description="Dotted path of the invalid field.")
     code: str | None = Field(description="Stable name of the error for programs.")
+    doc_url: str = Field(description="Entry of the code in the error reference.")
     quota: QuotaReached | None = Field(default=None, description="The quota that is reached; only with quota_exceeded.")
+
+
+class StoredError(BaseModel):
+    """The error of a job, a plan, a sweep or an import."""
+
+    model_config = ConfigDict(extra="allow")
+    code: str
+    message: str
+    param: str | None = None
+
+    @computed_field(description="Entry of the code in the error reference.")
+    @property
+    def doc_url(self) -> str:
+        return doc_url(self.code)
 
 
 class ErrorResponse(BaseModel):
@@ -37,6 +54,7 @@ class ErrorResponse(BaseModel):
                     "type": "invalid_request_error",
                     "param": "lora.rank",
                     "code": "invalid_value",
+                    "doc_url": "https://lorry.example.com/dashboard/errors.html#invalid_value",
                 }
             }
         }

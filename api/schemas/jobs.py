@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi.openapi.models import Example
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from api.schemas.errors import StoredError
 from catalog.spec.job import JobRequest, JobSpec, PlannedJob
 from catalog.spec.methods import MethodType, method_object
 from catalog.spec.strict import Strict
@@ -76,15 +77,6 @@ JobBody = Annotated[Annotated[JobRequest, Tag("job")] | Annotated[PlannedJob, Ta
 """A body with `plan` creates the job of that plan; any other body contains the fields of the job."""
 
 Phase = Literal["loading", "training", "verifying"]
-
-
-class JobError(BaseModel):
-    """The error with which a job failed."""
-
-    model_config = ConfigDict(extra="allow")
-    code: str
-    message: str
-    param: str | None = None
 
 
 class ResolvedHyperparameters(BaseModel):
@@ -234,7 +226,7 @@ class FineTuningJob(BaseModel):
     hyperparameters: ResolvedHyperparameters
     method: MethodObject
     suffix: str | None
-    error: JobError | None
+    error: StoredError | None
     integrations: list[dict[str, Any]] = Field(description="Trackers to which the job's metrics are exported.")
     metadata: dict[str, str] | None
     tags: list[str]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas.errors import StoredError
 from catalog.registry import checkpoints
 from catalog.registry.base_models import SOURCE_PATTERN
 from catalog.spec.strict import LABEL_PATTERN, Strict
@@ -34,10 +35,7 @@ class AddModelRequest(Strict):
     revision: str | None = Field(default=None, max_length=255, description="Commit, for a Hub id.")
 
 
-class ModelError(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    code: str
-    message: str
+class ModelError(StoredError):
     remedy: str = ""
 
 

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas.errors import StoredError
 from api.schemas.jobs import (
     DataObject,
     EvaluationObject,
-    JobError,
     LoraObject,
     MethodObject,
     OptimizerObject,
@@ -219,7 +219,7 @@ class PlanObject(BaseModel):
     validation_file: str | None
     requested: dict[str, Any] = Field(description="The request as received.")
     configuration: PlanConfiguration
-    error: JobError | None = Field(description="Reason why no job can train on these files.")
+    error: StoredError | None = Field(description="Reason why no job can train on these files.")
     computed_at: int | None = Field(description="Time of the results below. All are null until the plan is ready.")
     data: PlannedData | None = None
     num_steps: int | None = None

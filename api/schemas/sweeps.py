@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas.errors import StoredError
 from api.schemas.jobs import Phase, phase_of
 from catalog.search.fields import VARIABLE
 from catalog.search.spec import Goal, Metric, Objective, SearchType, SweepState
@@ -104,14 +105,6 @@ class ObjectiveObject(BaseModel):
     goal: Goal
 
 
-class SweepError(BaseModel):
-    """Reason why no further trial could be created."""
-
-    code: str
-    message: str
-    param: str | None = None
-
-
 class SweepObject(BaseModel):
     model_config = ConfigDict(json_schema_extra={"example": SWEEP_EXAMPLE})
 
@@ -141,7 +134,7 @@ class SweepObject(BaseModel):
     fine_tuned_model: str | None = Field(
         description="Name of the best adapter. `/v1/adapters` also accepts the sweep's id for it."
     )
-    error: SweepError | None
+    error: StoredError | None
     requested: dict[str, Any] = Field(description="The request as received.")
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from pydantic import SecretStr
 from starlette.testclient import TestClient
 
 from api.app import create_app
+from api.dashboard import FOLDER
 from api.deps import Services
 from api.settings import ApiSettings
 from api.webhooks import delivery_loop
@@ -95,6 +98,7 @@ def stranger_key(services: Services, world: World) -> str:
 def anonymous(app: FastAPI) -> Iterator[TestClient]:
     """In process, from this machine, with no key."""
     with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50000), follow_redirects=False) as client:
+        client.event_hooks = CHECKED
         yield client
 
 
@@ -124,7 +128,23 @@ def site(app: FastAPI, key: str) -> Iterator[Site]:
 def with_key(app: FastAPI, key: str) -> TestClient:
     """Shares the lifespan of `anonymous`."""
     headers = {"authorization": f"Bearer {key}"}
-    return TestClient(app, base_url="http://127.0.0.1", headers=headers, client=("127.0.0.1", 50001))
+    client = TestClient(app, base_url="http://127.0.0.1", headers=headers, client=("127.0.0.1", 50001))
+    client.event_hooks = CHECKED
+    return client
+
+
+def check_error(response: httpx.Response) -> None:
+    """Every error response links to an existing entry of the error reference."""
+    if response.status_code < 400 or not response.headers.get("content-type", "").startswith("application/json"):
+        return
+    response.read()
+    error = response.json()["error"]
+    assert error["doc_url"].endswith(f"/dashboard/errors.html#{error['code']}")
+    assert f'<section id="{error["code"]}">' in ERROR_REFERENCE, f"run `make docs`: no entry for {error['code']}"
+
+
+CHECKED: dict[str, list[Callable[..., Any]]] = {"response": [check_error]}
+ERROR_REFERENCE = (FOLDER / "errors.html").read_text("utf-8")
 
 
 def new_key(services: Services, project_id: str, *, is_operator: bool = False) -> str:
