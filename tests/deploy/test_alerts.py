@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy/prometheus/rules.yml"
 DASHBOARD = ROOT / "deploy/grafana/lorry.json"
 PAGE = (ROOT / "docs/OBSERVABILITY.md").read_text("utf-8")
+GUIDE = (ROOT / "docs/how-to/monitor.md").read_text("utf-8")
 NAME = re.compile(r"\blorry_\w+")
 SELECTOR = re.compile(r"\b(lorry_\w+)\{([^}]*)\}")
 EXPOSED = {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in re.findall(
@@ -86,7 +87,7 @@ def test_panels_have_numbers_of_their_own_and_do_not_overlap() -> None:
 
 
 def test_every_alert_is_explained_on_the_page_and_no_other() -> None:
-    section = PAGE.partition("\n## Alerts")[2].partition("\n## ")[0]
+    section = GUIDE.partition("\n## Respond to alerts")[2].partition("\n## ")[0]
 
     assert re.findall(r"^\| `(Lorry\w+)` \| \w+ \| \S", section, re.MULTILINE) == [rule["alert"] for rule in rules()]
     told = dict(re.findall(r"^\| `(Lorry\w+)` \| (\w+) \|", section, re.MULTILINE))
@@ -103,7 +104,7 @@ def test_every_alert_is_tested() -> None:
 @needs_promtool
 def test_prometheus_takes_the_pages_configurations_and_in_kubernetes_finds_the_apis_pods(tmp_path: Path) -> None:
     assert PROMTOOL is not None
-    told = re.findall(r"^```yaml\n(scrape_configs:\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    told = re.findall(r"^```yaml\n(scrape_configs:\n.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
     for number, text in enumerate(told):
         (tmp_path / f"{number}.yml").write_text(text)
         words = [PROMTOOL, "check", "config", "--syntax-only", str(tmp_path / f"{number}.yml")]

@@ -18,7 +18,7 @@ LOCKED = {"api": "[telemetry]", "worker": "[worker,telemetry]", "demo": "[demo]"
 ENTRY = re.compile(
     r"^(?P<requirement>[A-Za-z0-9].*?) \\\n(?P<hashes>(?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
 )
-INSTALLERS = [".ci/set-up", "Dockerfile", "deploy/README.md"]
+INSTALLERS = [".ci/set-up", "Dockerfile", "docs/how-to/deploy.md"]
 
 
 def entries(name: str) -> list[Requirement]:

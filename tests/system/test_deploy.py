@@ -157,9 +157,9 @@ def test_a_machines_workers_have_the_groups_that_its_file_names_or_one_for_each_
     ]
 
 
-@pytest.mark.parametrize("page", ["deploy/README.md", "docs/FLEET.md", "docs/OPERATIONS.md", "docs/UPGRADING.md"])
+@pytest.mark.parametrize("page", ["deploy", "multi-gpu", "drain-and-cordon", "upgrade"])
 def test_pages_tell_the_time_that_a_worker_has_to_leave(page: str) -> None:
-    text = (ROOT / page).read_text("utf-8")
+    text = (ROOT / f"docs/how-to/{page}.md").read_text("utf-8")
     told = r"TimeoutStopSec=(\d+)|stop_grace_period: (\d+)s|Give a worker (\d+)|a worker has \[?(\d+) seconds"
 
     found = [int(seconds) for match in re.findall(told, text, re.IGNORECASE) for seconds in match if seconds]
@@ -337,7 +337,7 @@ def test_a_backup_is_made_each_night_one_at_a_time_and_not_into_the_services_own
     place = api_parser().parse_args(pod["containers"][0]["command"][3:]).place
 
     assert cron["concurrencyPolicy"] == "Forbid"
-    assert cron["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 18 * 3600, "docs/OPERATIONS.md, why it is consistent"
+    assert cron["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 18 * 3600, "docs/explanation/backups.md"
     assert place.startswith("s3://")
     assert place.split("/")[2] != named("ConfigMap", "lorry")["data"]["LORRY_STORE_URL"].split("/")[2]
     assert pod["restartPolicy"] == "Never"

@@ -1,5 +1,8 @@
-"""The whole distributed stack, as docs/OPERATIONS.md starts it by hand: twelve jobs over three workers, of which one is
-killed and one drained, while Redis forgets everything. `pytest -s` tells what each fault cost."""
+"""The whole distributed stack, as docs/how-to/run-the-stack-by-hand.md starts it.
+
+Twelve jobs run on three workers. One worker is killed and one drained, and Redis loses all data. `pytest -s` prints the
+cost of each fault.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ JOB = {
     **{"checkpoint_every_steps": 10, "seed": 1, "precision": "float32"},
 }
 DRAIN_SECONDS = 60.0
-"""What docs/OPERATIONS.md and deploy/ give a worker to leave."""
+"""Less than the 90 s that docs/how-to/deploy.md and deploy/ give a worker to exit."""
 
 
 class Stack:

@@ -1,5 +1,6 @@
-"""What docs/UPGRADING.md promises: a migration after the first only adds, so that processes of the version before go on
-beside the new tables. What takes something away comes a release later, and is named here."""
+"""docs/how-to/upgrade.md promises that a migration after the first only adds, so that processes of the version before
+continue with the new tables. A removal follows one release later, and is named here.
+"""
 
 from __future__ import annotations
 

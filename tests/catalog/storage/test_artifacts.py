@@ -260,7 +260,7 @@ def test_damaged_files_come_again_without_a_permission_to_delete(
 
 
 def test_no_worker_deletes_an_object() -> None:
-    """docs/OPERATIONS.md shows a policy for its credentials that does not let it."""
+    """docs/how-to/deploy.md shows a policy for its credentials that does not let it."""
     root = Path(__file__).parents[3] / "worker"
     deleting = re.compile(r"store\.delete\w*\(|objects\.delete\w*\(")
 
