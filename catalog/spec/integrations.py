@@ -56,7 +56,7 @@ class Trackio(Strict):
 class Integration(Strict):
     """A tracker, and what is said to it under its own name."""
 
-    type: IntegrationType
+    type: IntegrationType = Field(description="Tracker.")
     wandb: Wandb | None = None
     mlflow: Mlflow | None = None
     tensorboard: TensorBoard | None = None

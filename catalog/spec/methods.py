@@ -122,7 +122,13 @@ class KtoMethod(Strict):
 class Method(Strict):
     """A type, and its numbers under its own name."""
 
-    type: MethodType = "supervised"
+    type: MethodType = Field(
+        default="supervised",
+        description=(
+            "supervised: train on answers. dpo, orpo, simpo: on pairs of answers. kto: on answers labeled as desirable "
+            "or undesirable."
+        ),
+    )
     supervised: SupervisedMethod | None = None
     dpo: DpoMethod | None = None
     orpo: OrpoMethod | None = None
