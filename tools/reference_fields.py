@@ -168,12 +168,11 @@ def _type(schema: Json) -> str:
         case "boolean":
             return "`true` or `false`"
         case "array":
-            of = _type(schema.get("items", {}))
-            return f"list{_count(schema, 'minItems', 'maxItems')}, each: {of}"
+            return f"list{_count(schema, 'Items', 'items')}; each: {_type(schema.get('items', {}))}"
         case "object":
             keys = _characters(schema.get("propertyNames", {}))
             values = _type(schema.get("additionalProperties") or _pattern_values(schema))
-            return f"object{_count(schema, 'minProperties', 'maxProperties')}; keys: {keys}; values: {values}"
+            return f"object{_count(schema, 'Properties', 'pairs')}; keys: {keys}; values: {values}"
         case _:
             return _characters(schema) if schema.get("format") != "path" else "path"
 
@@ -189,10 +188,11 @@ def _characters(schema: Json) -> str:
     return "text"
 
 
-def _count(schema: Json, least: str, most: str) -> str:
-    if most not in schema:
+def _count(schema: Json, of: str, noun: str) -> str:
+    least, most = schema.get(f"min{of}"), schema.get(f"max{of}")
+    if most is None:
         return ""
-    return f" of {schema[least]:,} to {schema[most]:,}" if schema.get(least) else f" of at most {schema[most]:,}"
+    return f" of {least:,} to {most:,} {noun}" if least else f" of at most {most:,} {noun}"
 
 
 def number_limits(schema: Json) -> str | None:
