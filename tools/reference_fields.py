@@ -161,20 +161,21 @@ def _type(schema: Json) -> str:
     if "const" in schema or "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     match schema.get("type"):
-        case "integer" | "number":
+        case "integer" | "number" as kind:
             limits = number_limits(schema)
-            kind = "whole number" if schema["type"] == "integer" else "number"
-            return f"{kind}, {limits}" if limits else kind
+            text = "whole number" if kind == "integer" else "number"
+            text += f", {limits}" if limits else ""
         case "boolean":
-            return "`true` or `false`"
+            text = "`true` or `false`"
         case "array":
-            return f"list{_count(schema, 'Items', 'items')}; each: {_type(schema.get('items', {}))}"
+            text = f"list{_count(schema, 'Items', 'items')}; each: {_type(schema.get('items', {}))}"
         case "object":
             keys = _characters(schema.get("propertyNames", {}))
             values = _type(schema.get("additionalProperties") or _pattern_values(schema))
-            return f"object{_count(schema, 'Properties', 'pairs')}; keys: {keys}; values: {values}"
+            text = f"object{_count(schema, 'Properties', 'pairs')}; keys: {keys}; values: {values}"
         case _:
-            return _characters(schema) if schema.get("format") != "path" else "path"
+            text = _characters(schema) if schema.get("format") != "path" else "path"
+    return text
 
 
 def _pattern_values(schema: Json) -> Json:

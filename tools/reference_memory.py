@@ -104,7 +104,7 @@ def packs() -> str:
     titles = [f"{card.gigabytes} GB, {how}" for card in cards for how in ("`bfloat16`", "`nf4`")]
     parts = [f"| Base model | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for shape in SHAPES:
-        counts = [str(_jobs(shape, how, card) or "–") for card in cards for how in ("none", "nf4")]
+        counts = [str(_jobs(shape, how, card) or "no") for card in cards for how in ("none", "nf4")]
         parts.append(f"| {shape.name} | {' | '.join(counts)} |")
     return "\n".join(parts)
 
@@ -150,7 +150,7 @@ def _smallest(shape: Shape, quantization: str) -> str:
 
 
 def _fit(fit: Fit) -> str:
-    return f"{fit.card.gigabytes} GB" if fit.num_devices == 1 else f"{fit.num_devices} × {fit.card.gigabytes} GB"
+    return f"{fit.card.gigabytes} GB" if fit.num_devices == 1 else f"{fit.num_devices} x {fit.card.gigabytes} GB"
 
 
 def _jobs(shape: Shape, quantization: str, card: Card) -> int:
