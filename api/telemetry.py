@@ -1,7 +1,7 @@
 """Numbers for Prometheus, by its naming conventions: what this process did, and what the whole fleet is doing.
 
 Labels are bounded: a route's template, never a path that somebody sent; never a job, a project or a user.
-docs/reference/metrics.md says what each means, and a test compares the two.
+docs/OBSERVABILITY.md says what each means, and a test compares the two.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
 }
 """Generated parts of pages that are otherwise written by hand, by the name in their comments."""
-BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n\n).*?(\n\n<!-- end of \2 -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->)\n.*?\n(<!-- end of \2 -->)", re.DOTALL)
 
 
 def with_blocks(text: str, blocks: dict[str, Callable[[], str]]) -> str:
@@ -223,7 +223,7 @@ def with_blocks(text: str, blocks: dict[str, Callable[[], str]]) -> str:
     named = [match[2] for match in BLOCK.finditer(text)]
     if sorted(named) != sorted(blocks):
         raise ValueError(f"the page has the generated parts {named}, not {list(blocks)}")
-    return BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]]()}{match[3]}", text)
+    return BLOCK.sub(lambda match: f"{match[1]}\n\n{blocks[match[2]]()}\n\n{match[3]}", text)
 
 
 def _page_with_blocks(path: Path, blocks: dict[str, Callable[[], str]]) -> str:
