@@ -54,6 +54,7 @@ SETTINGS: Mapping[str, Sequence[str]] = {
 WITHOUT_DESCRIPTION: Mapping[str, str] = {
     "seed": "Seed of everything random in the job. null: drawn at random, and recorded.",
 }
+"""Descriptions of fields whose model has none. Any other field without a description is an error."""
 DEFAULT = re.compile(r"(?:^|(?<=[.!?]) )(?:auto|null|Default): ([^.]*(?:\.\d[^.]*)*)\.")
 """The sentence of a description that explains the default; a dot before a digit does not end it."""
 
