@@ -10,7 +10,7 @@ RESOURCES = ROOT / "lorry" / "resources"
 MODELS = ROOT / "lorry" / "models"
 MODULES = ("jobs", "plans", "sweeps", "accounts", "webhooks")
 MAX_WIDTH = 100
-"""Of a signature on one line."""
+"""Maximum length of a signature on one line."""
 
 
 def resources() -> str:
