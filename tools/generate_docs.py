@@ -3,9 +3,11 @@
 import argparse
 import html
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from api.settings import ApiSettings
 from catalog.db.database import Database
 from catalog.settings import Settings
 from lorry.cli.main import app
+from tools import reference_fields, reference_memory, reference_sdk
 from tools.error_catalog import error_messages
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +228,37 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/api.md": api,
     "docs/benchmarks.md": benchmarks,
 }
+JOB_FIELD_BLOCKS = {name: partial(reference_fields.job_fields, name) for name in reference_fields.JOB_FIELDS}
+SETTING_BLOCKS = {name: partial(reference_fields.settings, name) for name in reference_fields.SETTINGS}
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "docs/reference/job-fields.md": {**JOB_FIELD_BLOCKS},
+    "docs/reference/settings.md": {**SETTING_BLOCKS, "api-server": reference_fields.api_settings},
+    "docs/reference/python-sdk.md": {
+        "resources": reference_sdk.resources,
+        "functions": reference_sdk.functions,
+        "errors": reference_sdk.errors,
+        "objects": reference_sdk.objects,
+    },
+    "docs/reference/supported-models.md": {
+        "one-job": reference_memory.one_job,
+        "packs": reference_memory.packs,
+        "cards": reference_memory.cards,
+    },
+}
+"""Generated parts of pages that are otherwise written by hand, by the name in their comments."""
+BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->)\n.*?\n(<!-- end of \2 -->)", re.DOTALL)
+
+
+def with_blocks(text: str, blocks: dict[str, Callable[[], str]]) -> str:
+    """Return a page with its generated parts replaced. Raises ValueError unless it has each of them once."""
+    named = [match[2] for match in BLOCK.finditer(text)]
+    if sorted(named) != sorted(blocks):
+        raise ValueError(f"the page has the generated parts {named}, not {list(blocks)}")
+    return BLOCK.sub(lambda match: f"{match[1]}\n\n{blocks[match[2]]()}\n\n{match[3]}", text)
+
+
+def _page_with_blocks(path: Path, blocks: dict[str, Callable[[], str]]) -> str:
+    return with_blocks(path.read_text(encoding="utf-8"), blocks)
 
 
 def main() -> int:
@@ -232,7 +266,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a page differs from the code")
     is_check = parser.parse_args().check
     outdated: list[str] = []
-    for name, write in PAGES.items():
+    partly = {name: partial(_page_with_blocks, ROOT / name, blocks) for name, blocks in BLOCKS.items()}
+    for name, write in (PAGES | partly).items():
         path, text = ROOT / name, write()
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue

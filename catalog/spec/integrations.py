@@ -60,7 +60,7 @@ class Trackio(Strict):
 class Integration(Strict):
     """A tracker type, and its options under the name of the type."""
 
-    type: IntegrationType
+    type: IntegrationType = Field(description="Tracker.")
     wandb: Wandb | None = None
     mlflow: Mlflow | None = None
     tensorboard: TensorBoard | None = None

@@ -82,8 +82,10 @@ class JobRequest(Strict):
     model: ModelName = Field(
         description="Name of a base model, or of an adapter (ft:…) to continue, which is the same as parent_adapter."
     )
-    training_file: Id
-    validation_file: Id | None = None
+    training_file: Id = Field(description="Id of a file with the purpose fine-tune.")
+    validation_file: Id | None = Field(
+        default=None, description="Id of another such file, for the validation loss. null: no evaluations."
+    )
     method: Method | None = None
     hyperparameters: Hyperparameters | None = Field(
         default=None, description="Deprecated by OpenAI. Use the hyperparameters of `method` instead."
@@ -92,6 +94,7 @@ class JobRequest(Strict):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: dict[str, Annotated[str, Field(json_schema_extra={"maxLength": MAX_VALUE_LENGTH})]] | None = Field(
         default=None,
+        description="Labels of the job, as key-value pairs.",
         json_schema_extra={
             "maxProperties": MAX_PAIRS,
             "propertyNames": {"minLength": 1, "maxLength": MAX_KEY_LENGTH},
@@ -142,7 +145,9 @@ class JobRequest(Strict):
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = Field(
         default="auto", description=f"Optimizer steps between checkpoints. auto: {AUTO_CHECKPOINT_STEPS}."
     )
-    priority: Priority = "normal"
+    priority: Priority = Field(
+        default="normal", description="Priority class, up to the highest priority of the project and of the API key."
+    )
     deadline: Annotated[int, Field(ge=0, le=253_402_300_799)] | None = Field(
         default=None,
         description=(

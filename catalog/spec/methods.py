@@ -137,7 +137,13 @@ class KtoMethod(Strict):
 class Method(Strict):
     """A method type, and its hyperparameters under the name of the type."""
 
-    type: MethodType = "supervised"
+    type: MethodType = Field(
+        default="supervised",
+        description=(
+            "supervised: train on answers. dpo, orpo, simpo: on pairs of answers. kto: on answers labeled as desirable "
+            "or undesirable."
+        ),
+    )
     supervised: SupervisedMethod | None = None
     dpo: DpoMethod | None = None
     orpo: OrpoMethod | None = None

@@ -32,7 +32,7 @@ Keep = Literal["last", "best"]
 class OptimizerRequest(Strict):
     """AdamW (arXiv 1711.05101), SGD with momentum, or Adafactor (arXiv 1804.04235), as implemented by torch."""
 
-    type: OptimizerType = "adamw"
+    type: OptimizerType = Field(default="adamw", description="Optimizer.")
     learning_rate: Annotated[float, Field(gt=0, le=HIGHEST_RATE, allow_inf_nan=False)] | Auto = Field(
         default="auto",
         description=(

@@ -1,4 +1,4 @@
-"""What is exposed is what docs/OBSERVABILITY.md says, by Prometheus' conventions, with labels that can't grow."""
+"""What is exposed is what docs/reference/metrics.md says, by Prometheus' conventions, with labels that can't grow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from catalog.fleet import metrics, workers
 from catalog.lifecycle import recovery
 from tests.catalog.world import World
 
-PAGE = (Path(__file__).parents[2] / "docs/OBSERVABILITY.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/reference/metrics.md").read_text("utf-8")
 ROW = re.compile(r"^\| `(lorry_\w+)` \| (\w+) \| [^|]+ \| ([^|]*)\| \S", re.MULTILINE)
 BASE_UNITS = ("seconds", "bytes", "ratio", "celsius", "watts")
 OTHER_UNITS = ("milliseconds", "minutes", "hours", "megabytes", "gigabytes", "percent", "milliwatts")

@@ -25,7 +25,7 @@ EACH = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.rela
 
 
 def test_the_diagram_of_states_is_the_table_of_transitions() -> None:
-    arrows = ARROW.findall(_read("docs/STATE_MACHINE.md"))
+    arrows = ARROW.findall(_read("docs/reference/job-states.md"))
 
     moves = {(start, verb): end for start, end, verb in arrows if end != "[*]"}
     ends = {start for start, end, _ in arrows if end == "[*]"}
@@ -35,7 +35,7 @@ def test_the_diagram_of_states_is_the_table_of_transitions() -> None:
 
 def test_the_table_of_endings_is_the_one_that_is_obeyed() -> None:
     rows = re.findall(
-        r"^\| `(\w+)` \| `(\w+)` \| (yes|no) \| (yes|no) \|", _read("docs/STATE_MACHINE.md"), re.MULTILINE
+        r"^\| `(\w+)` \| `(\w+)` \| (yes|no) \| (yes|no) \|", _read("docs/reference/job-states.md"), re.MULTILINE
     )
 
     words = {True: "yes", False: "no"}
@@ -44,7 +44,7 @@ def test_the_table_of_endings_is_the_one_that_is_obeyed() -> None:
 
 
 def test_the_glossary_has_every_word() -> None:
-    defined = set(re.findall(r"^\*\*(.+?)\*\*", _read("docs/GLOSSARY.md"), re.MULTILINE))
+    defined = set(re.findall(r"^### (.+)$", _read("docs/reference/glossary.md"), re.MULTILINE))
 
     assert {" ".join(word.split()) for word in WORDS.split(",")} <= defined
 
@@ -139,8 +139,8 @@ def _named_tests(text: str) -> list[tuple[str, str]]:
     return re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", text)
 
 
-def test_the_security_page_names_every_event_of_the_audit_log() -> None:
-    page = (ROOT / "docs/SECURITY.md").read_text("utf-8")
+def test_the_reference_names_every_event_of_the_audit_log() -> None:
+    page = _read("docs/reference/audit-events.md")
     named: set[str] = set()
     for line in page.splitlines():
         of = ""

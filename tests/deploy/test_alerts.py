@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy/prometheus/rules.yml"
 DASHBOARD = ROOT / "deploy/grafana/lorry.json"
-PAGE = (ROOT / "docs/OBSERVABILITY.md").read_text("utf-8")
+PAGE = (ROOT / "docs/reference/metrics.md").read_text("utf-8")
 GUIDE = (ROOT / "docs/how-to/monitor.md").read_text("utf-8")
 NAME = re.compile(r"\blorry_\w+")
 SELECTOR = re.compile(r"\b(lorry_\w+)\{([^}]*)\}")

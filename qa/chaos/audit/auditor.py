@@ -23,7 +23,7 @@ from qa.chaos.audit import artifacts, leftovers, tables
 from qa.chaos.audit.findings import Finding, Invariant, Seen, Sighting
 from qa.chaos.audit.tables import Record, Row
 
-STATES_PAGE = Path(__file__).parents[3] / "docs" / "STATE_MACHINE.md"
+STATES_PAGE = Path(__file__).parents[3] / "docs/reference/job-states.md"
 ARROW = re.compile(r"^\s*(\S+) --> (\S+?)(?:: (\w+))?\s*$", re.MULTILINE)
 OUTSIDE = "[*]"
 KILL_SECONDS = 10.0

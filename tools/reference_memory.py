@@ -1,0 +1,170 @@
+"""The memory tables of the page on supported models, calculated with the planner's own functions."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from catalog.resources import memory
+from catalog.resources.gpus import CARDS, CUDA_BYTES, Card
+from catalog.resources.sharding import Demand, Fit, block_bytes, would_fit
+
+RANK, LONGEST_ROW, BATCH_SIZE = 16, 2048, 8
+MAX_JOBS = 16
+"""Default of LORRY_MAX_JOBS_PER_TRAINER."""
+SIZES = (24, 80)
+"""Gigabytes of the cards in the table of packs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """The sizes in config.json of a Llama-like decoder: gated feed-forward, grouped keys and values."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    vocabulary: int
+    is_tied: bool
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of the linear layers of one block."""
+        queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
+        return {
+            "q_proj": (queries, self.hidden),
+            "k_proj": (keys, self.hidden),
+            "v_proj": (keys, self.hidden),
+            "o_proj": (self.hidden, queries),
+            "gate_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.intermediate, self.hidden),
+            "down_proj": (self.hidden, self.intermediate),
+        }
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """As `lora_core.base_model.model.describe_base` describes a base model; biases are negligible."""
+        block = sum(rows * columns for rows, columns in self.linears.values()) + 2 * self.hidden
+        embeddings = (1 if self.is_tied else 2) * self.vocabulary * self.hidden
+        return {
+            "num_parameters": self.layers * block + embeddings + self.hidden,
+            "num_layers": self.layers,
+            "hidden_size": self.hidden,
+            "vocab_size": self.vocabulary,
+            "linear_shapes": {name: [list(shape), self.layers] for name, shape in self.linears.items()},
+            "blocks": {"count": self.layers, "num_parameters": self.layers * block, "largest_parameters": block},
+        }
+
+
+def _shape(name: str, *sizes: int, is_tied: bool) -> Shape:
+    hidden, intermediate, layers, heads, key_heads, head_dim, vocabulary = sizes
+    return Shape(
+        name=name,
+        hidden=hidden,
+        intermediate=intermediate,
+        layers=layers,
+        heads=heads,
+        key_heads=key_heads,
+        head_dim=head_dim,
+        vocabulary=vocabulary,
+        is_tied=is_tied,
+    )
+
+
+SHAPES = (
+    _shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 64, 49_152, is_tied=True),
+    _shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128_256, is_tied=True),
+    _shape("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128, 128_256, is_tied=True),
+    _shape("Qwen3-4B", 2560, 9728, 36, 32, 8, 128, 151_936, is_tied=True),
+    _shape("Llama-3.1-8B", 4096, 14_336, 32, 32, 8, 128, 128_256, is_tied=False),
+    _shape("Qwen3-14B", 5120, 17_408, 40, 40, 8, 128, 151_936, is_tied=False),
+    _shape("Qwen3-32B", 5120, 25_600, 64, 64, 8, 128, 151_936, is_tied=False),
+    _shape("Llama-3.3-70B", 8192, 28_672, 80, 64, 8, 128, 128_256, is_tied=False),
+)
+
+
+def one_job() -> str:
+    """The memory of one job that trains alone, by quantization, and the smallest GPUs for it."""
+    parts = [
+        "| Base model | Parameters | `bfloat16` | `int8` | `nf4` | Each further job |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape in SHAPES:
+        cells = [f"{memory.readable(_total(shape, how))} ({_smallest(shape, how)})" for how in ("none", "int8", "nf4")]
+        count = f"{shape.description['num_parameters'] / 1e9:.2f} billion"
+        parts.append(f"| {shape.name} | {count} | {' | '.join(cells)} | {memory.readable(_further(shape))} |")
+    return "\n".join(parts)
+
+
+def packs() -> str:
+    """The number of jobs that fit in one trainer on common cards."""
+    cards = [next(card for card in CARDS if card.gigabytes == size) for size in SIZES]
+    titles = [f"{card.gigabytes} GB, {how}" for card in cards for how in ("`bfloat16`", "`nf4`")]
+    parts = [f"| Base model | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for shape in SHAPES:
+        counts = [str(_jobs(shape, how, card) or "no") for card in cards for how in ("none", "nf4")]
+        parts.append(f"| {shape.name} | {' | '.join(counts)} |")
+    return "\n".join(parts)
+
+
+def cards() -> str:
+    """The card sizes that the planner knows."""
+    parts = ["| Size | Usable memory | Examples |", "|---|---|---|"]
+    parts += [f"| {card.gigabytes} GB | {memory.readable(card.memory_bytes)} | {card.examples} |" for card in CARDS]
+    return "\n".join(parts)
+
+
+def _own(shape: Shape) -> int:
+    """Bytes of the job in addition to its part of a tick, on a GPU, which recomputes blocks if memory is short."""
+    num_parameters = shape.layers * sum(RANK * (rows + columns) for rows, columns in shape.linears.values())
+    own = memory.own_parts(
+        shape.description,
+        "bfloat16",
+        num_parameters=num_parameters,
+        dropout=0.0,
+        batch_size=BATCH_SIZE,
+        longest_example=LONGEST_ROW,
+        lowest_rank=RANK,
+        recomputes=True,
+    )
+    return sum(own.values())
+
+
+def _total(shape: Shape, quantization: str) -> int:
+    return memory.trainer_bytes(shape.description, "bfloat16", quantization) + _own(shape) + CUDA_BYTES
+
+
+def _further(shape: Shape) -> int:
+    return _own(shape) + memory.slice_bytes(shape.description, "bfloat16")
+
+
+def _smallest(shape: Shape, quantization: str) -> str:
+    """The smallest card, and groups of smaller ones. Quantized base models are not sharded."""
+    shardable, gathered = block_bytes(shape.description, "bfloat16") if quantization == "none" else (0, 0)
+    whole = _total(shape, quantization) - CUDA_BYTES
+    found = would_fit(Demand(whole_bytes=whole, shardable_bytes=shardable, gathered_bytes=gathered))
+    texts = [_fit(fit) for fit in found if not fit.host_bytes]
+    return ", ".join(texts) or "no common GPU"
+
+
+def _fit(fit: Fit) -> str:
+    return f"{fit.card.gigabytes} GB" if fit.num_devices == 1 else f"{fit.num_devices} x {fit.card.gigabytes} GB"
+
+
+def _jobs(shape: Shape, quantization: str, card: Card) -> int:
+    left = card.memory_bytes - _total(shape, quantization)
+    return sum(1 for _ in _fitting(shape, left))
+
+
+def _fitting(shape: Shape, left: int) -> Iterator[int]:
+    """Yield the jobs that fit. `left`: bytes that the first job leaves; negative if it does not fit."""
+    limit = memory.tick_tokens("cuda", num_lanes=1)
+    for number in range(MAX_JOBS):
+        if left < 0:
+            return
+        yield number
+        left -= _own(shape)
+        if memory.widens_tick(number + 1, tick_tokens=limit):
+            left -= memory.slice_bytes(shape.description, "bfloat16")
