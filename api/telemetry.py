@@ -1,7 +1,7 @@
 """Prometheus metrics, named by its conventions: counters of this process and gauges of the whole fleet.
 
 Label values are bounded: the template of a route, never a path that a client sent; never a job, project or user.
-docs/OBSERVABILITY.md describes each metric, and a test compares the two.
+docs/reference/metrics.md describes each metric, and a test compares the two.
 """
 
 from __future__ import annotations

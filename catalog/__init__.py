@@ -1,4 +1,4 @@
 """The system of record and its rules: valid job requests, scheduling decisions, and history.
 
-It does not depend on HTTP, message delivery or tensors. docs/ARCHITECTURE.md shows its packages as layers.
+It does not depend on HTTP, message delivery or tensors. docs/explanation/architecture.md shows its packages as layers.
 """

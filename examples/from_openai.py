@@ -50,7 +50,7 @@ def translated(job: Json, *, model: str, keep_rate: bool = False) -> tuple[Json,
     body["suffix"] = _suffix(job.get("fine_tuned_model"), left_out)
     body["metadata"] = job.get("metadata") or None
     if job.get("integrations"):
-        left_out.append("integrations: configure them on Lorry, if its workers have them (docs/INTEGRATIONS.md).")
+        left_out.append("integrations: configure them on Lorry, if its workers have them (docs/how-to/trackers.md).")
     return {name: value for name, value in body.items() if value is not None}, left_out
 
 

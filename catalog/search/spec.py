@@ -1,6 +1,6 @@
 """The body of a sweep request (`SweepRequest`): a job, the fields that vary, and the search method.
 
-Each field states its unit and limits. docs/SWEEPS.md explains them.
+Each field states its unit and limits. docs/how-to/sweeps.md explains them.
 """
 
 from __future__ import annotations

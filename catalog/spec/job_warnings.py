@@ -19,7 +19,7 @@ MOST_EPOCHS = 100
 UNUSUAL_RATE = 10.0
 """Factor above or below the usual learning rate."""
 LOWEST_ADAFACTOR = 0.05
-"""Below this learning rate, a B that starts at zero barely changes; see docs/CONFIGURATION.md."""
+"""Below this learning rate, a B that starts at zero barely changes; see docs/reference/job-fields.md."""
 LITTLE_LEARNT = 0.05
 """Fraction of a file's tokens that are trained on."""
 MUCH_CUT = 0.05

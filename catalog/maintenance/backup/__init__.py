@@ -1,4 +1,4 @@
 """Backup and restore of a service's database and artifact store.
 
-docs/OPERATIONS.md explains why a backup is consistent although the service keeps writing during it.
+docs/explanation/backups.md explains why a backup is consistent although the service keeps writing during it.
 """

@@ -207,7 +207,7 @@ def _run(name: str, url: URL, options: Sequence[str]) -> None:
             f"{name} is not installed, but is required to back up or restore a PostgreSQL database.",
             code="pg_dump_missing",
             remedy="Install PostgreSQL's client programs of the server's version or later (Debian: postgresql-client), "
-            "or copy the database manually as described in docs/OPERATIONS.md.",
+            "or copy the database manually as described in docs/how-to/back-up-and-restore.md.",
         )
     query = dict(url.query)
     password = query.pop("password", url.password)

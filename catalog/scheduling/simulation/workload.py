@@ -1,4 +1,4 @@
-"""Generates the trace of the day in docs/SCHEDULING.md, for `catalog.scheduling.simulation.simulator`.
+"""Generates the trace of the day in docs/explanation/scheduling.md, for `catalog.scheduling.simulation.simulator`.
 
 `python -m catalog.scheduling.simulation.workload > day.csv`
 

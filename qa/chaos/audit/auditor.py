@@ -1,6 +1,6 @@
 """Checks a database and its store against the invariants of the fault matrix, I1 to I8; see findings.py.
 
-The auditor shares no logic with Lorry: it reads tables, the objects of the store and docs/STATE_MACHINE.md.
+The auditor shares no logic with Lorry: it reads tables, the objects of the store and docs/reference/job-states.md.
 artifacts.py checks stored files, and leftovers.py checks for leaks.
 """
 
