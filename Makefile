@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help demo up test test-slow test-postgres test-deepspeed test-faults soak fuzz bench bench-gpu bench-api check audit lock clean \
-	check-lint check-format check-types check-imports check-migrations check-documents
+	check-lint check-format check-types check-imports check-migrations check-words check-documents
 .SUFFIXES:
 
 BIN := .venv/bin
@@ -83,7 +83,7 @@ bench-api: .venv/.installed
 	$(BIN)/python -m benchmarks.api $(BENCH_ARGS)
 
 # `make -k check` continues after a failing part.
-check: check-lint check-format check-types check-imports check-migrations check-documents
+check: check-lint check-format check-types check-imports check-migrations check-words check-documents
 
 check-lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -100,7 +100,14 @@ check-imports: .venv/.installed
 check-migrations: .venv/.installed
 	$(BIN)/python .ci/check_migrations.py
 
+# The sentences of generated pages come from messages and descriptions, which have limits of their own.
+check-words: .venv/.installed
+	$(BIN)/python tools/check_words.py
+	$(BIN)/python tools/sentence_lengths.py README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md $$(find docs -name '*.md')
+
 check-documents: .venv/.installed
+	$(BIN)/python -m tools.generate_docs --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(PYTEST) -q tests/architecture
 
 audit: .venv/.installed
