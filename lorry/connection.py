@@ -1,6 +1,11 @@
-"""Which service to talk to: LORRY_URL with LORRY_API_KEY, else DATA/connection.json that `lorry up` wrote.
+"""Finding the service and the API key. The first of these that exists names the service:
 
-The file holds secrets: it is written with mode 0600, whole or not at all.
+1. LORRY_URL (with LORRY_API_KEY)
+2. connection.json in LORRY_DATA_DIR
+3. connection.json in the user's configuration folder, which `lorry login` wrote
+4. connection.json in ~/.lorry, which `lorry up` wrote
+
+A set LORRY_API_KEY replaces the key of a file. The files hold secrets: they are written atomically with mode 0600.
 """
 
 from __future__ import annotations
@@ -45,7 +50,7 @@ def find(
     data_dir: Path | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Connection:
-    """Arguments win over the environment, and that over the file of a local service.
+    """Arguments take precedence over the environment, the environment over `lorry login`, and that over `lorry up`.
 
     LORRY_API_KEY is shown to no other service than LORRY_URL names, where that is set; a folder that is named comes
     with its own key, and the key of the file is shown to no other service than the file names. Raises NotConfigured,
@@ -55,15 +60,15 @@ def find(
     if url is not None:
         url = normalize_url(url)
         return Connection(url=url, api_key=api_key or _key_of_environment(environ, url))
-    if environ.get("LORRY_URL") and data_dir is None:
-        return _named_by_environment(environ, api_key)
+    if data_dir is None and (named := _named(environ, api_key)) is not None:
+        return named
     folder = data_dir or default_data_dir(environ)
     local = read(folder)
     if local is None:
         raise NotConfigured(
             f"No service is known: LORRY_URL is not set, and there is no {folder / FILE_NAME}.",
             code="not_configured",
-            remedy="Start one with `lorry up`, or set LORRY_URL and LORRY_API_KEY.",
+            remedy="Start one with `lorry up`, connect to one with `lorry login`, or set LORRY_URL and LORRY_API_KEY.",
         )
     local = _verifiable(local, folder)
     given = _key_of_environment(environ, local.url)
@@ -77,8 +82,14 @@ def default_data_dir(environ: Mapping[str, str] | None = None) -> Path:
     return Path(given).expanduser() if given else Path.home() / ".lorry"
 
 
+def login_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Return the folder of the file that `lorry login` writes: XDG_CONFIG_HOME/lorry, else ~/.config/lorry."""
+    given = (os.environ if environ is None else environ).get("XDG_CONFIG_HOME")
+    return (Path(given) if given else Path.home() / ".config") / "lorry"
+
+
 def read(data_dir: Path) -> Connection | None:
-    """What `lorry up` wrote into `data_dir`; None if it wrote nothing."""
+    """Return what `lorry up` or `lorry login` wrote into the folder; None if there is no file."""
     path = data_dir / FILE_NAME
     try:
         content = path.read_bytes()
@@ -151,14 +162,26 @@ def _key_of_environment(environ: Mapping[str, str], url: str) -> str | None:
     return (environ.get("LORRY_API_KEY") or None) if not named or normalize_url(named) == url else None
 
 
-def _named_by_environment(environ: Mapping[str, str], api_key: str | None) -> Connection:
-    """A variable that was exported long ago is easily forgotten: `origin` names the local service that it hides.
+def _named(environ: Mapping[str, str], api_key: str | None) -> Connection | None:
+    """Return the service that LORRY_URL or `lorry login` names. None: the file of a data folder names it.
 
-    An explicit key is sent to the address even if the file of an earlier version holds no secret to verify it by.
+    `origin` names the local service that is hidden, because a user forgets a variable or a login of long ago. An
+    explicit key is sent to the address even if the file of an earlier version holds no secret to verify it by.
     """
-    url = normalize_url(environ["LORRY_URL"])
-    key, secret = api_key or environ.get("LORRY_API_KEY") or None, None
-    origin = "The address is from the variable LORRY_URL."
+    has_url = bool(environ.get("LORRY_URL"))
+    if not has_url and environ.get("LORRY_DATA_DIR"):
+        return None
+    login = None
+    with contextlib.nullcontext() if not has_url else contextlib.suppress(NotConfigured):
+        login = read(login_dir(environ))
+    if has_url:
+        url, source = normalize_url(environ["LORRY_URL"]), "the variable LORRY_URL"
+    elif login is not None:
+        url, source = login.url, f"{login_dir(environ) / FILE_NAME}, which `lorry login` wrote"
+    else:
+        return None
+    key = api_key or environ.get("LORRY_API_KEY") or (login.api_key if login is not None and login.url == url else None)
+    secret, origin = None, f"The address is from {source}."
     folder = default_data_dir(environ)
     local = None
     with contextlib.suppress(NotConfigured):
@@ -172,7 +195,7 @@ def _named_by_environment(environ: Mapping[str, str], api_key: str | None) -> Co
 
 
 def _verifiable(local: Connection, folder: Path) -> Connection:
-    """Over http, the file's address alone does not tell who listens there. (Over https, the certificate does.)"""
+    """Over http, the file's address alone does not prove which process listens. (Over https, the certificate does.)"""
     if local.identity_secret is None and urlsplit(local.url).scheme == "http":
         raise _unreadable(folder / FILE_NAME, "it has no identity_secret, since an earlier version of Lorry wrote it")
     return local
@@ -182,5 +205,5 @@ def _unreadable(path: Path, why: str) -> NotConfigured:
     return NotConfigured(
         f"{path} cannot be used: {why}.",
         code="bad_connection_file",
-        remedy="Restart `lorry up`, which rewrites it, or set LORRY_URL and LORRY_API_KEY.",
+        remedy="Restart `lorry up` or run `lorry login` again, which rewrites it, or set LORRY_URL and LORRY_API_KEY.",
     )

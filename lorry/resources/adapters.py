@@ -47,6 +47,10 @@ class Adapters:
         """The public keys of the lineage signatures, for `lorry.verification.adapter_folder.verify_folder`."""
         return self._transport.get("keys.json")["keys"]
 
+    def delete(self, name: str) -> None:
+        """Delete an adapter with its files."""
+        self._transport.request("DELETE", _of(name))
+
     def share(self, name: str, projects: Sequence[str]) -> builtins.list[Permission]:
         """For operators: let other projects, by id or name, read it, download it and continue it."""
         answer = self._transport.request("POST", _permissions(name), body={"project_ids": [*projects]})

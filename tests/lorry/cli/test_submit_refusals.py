@@ -84,7 +84,7 @@ def test_a_field_that_is_said_twice_is_refused_with_both_names(
     result = submit("m", "train.jsonl", *typed)
 
     assert result.exit_code == 2
-    assert f"{first} and {second} say the same field." in result.stderr
+    assert f"{first} and {second} set the same field." in result.stderr
     assert service.seen == []
 
 
@@ -128,8 +128,8 @@ def test_the_files_that_were_uploaded_for_a_refused_job_are_deleted_again(servic
     result = submit("m", "train.jsonl", "--valid", "valid.jsonl")
 
     assert result.stderr.splitlines() == [
-        "file-1, uploaded for this job, is deleted again.",
-        "file-2 was uploaded for this job and stays: In use.",
+        "Deleted file file-1, which was uploaded for this job.",
+        "File file-2 was uploaded for this job and could not be deleted: In use.",
         "Error: No. (at MODEL)",
     ]
 
@@ -216,10 +216,10 @@ def test_a_refusal_is_told_in_the_words_that_were_typed(
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        (("--rank", "4", "--rank", "8"), "--rank is given 2 times"),
-        (("--lr", "0.1", "--learning-rate", "0.2"), "--learning-rate is given 2 times"),
-        (("--metadata", "a=b", "--metadata", "a=c"), "'a' is given twice"),
-        (("--rank-pattern", "q=4", "--rank-pattern", "q=8"), "'q' is given twice"),
+        (("--rank", "4", "--rank", "8"), "--rank was passed twice"),
+        (("--lr", "0.1", "--learning-rate", "0.2"), "--learning-rate was passed twice"),
+        (("--metadata", "a=b", "--metadata", "a=c"), "'a' was passed twice"),
+        (("--rank-pattern", "q=4", "--rank-pattern", "q=8"), "'q' was passed twice"),
     ],
 )
 def test_an_option_or_a_key_that_is_given_twice_is_refused(
@@ -283,7 +283,7 @@ def test_a_file_that_was_uploaded_before_is_used_again(service: Script, run: Run
     used, said = submitted_again(service, run, tmp_path)
 
     assert (used, deleted(service)) == ("file-1", ["file-2"])
-    assert "train.jsonl was uploaded before, as file-1: that is used." in said
+    assert "train.jsonl is already uploaded as file-1; using that file." in said
 
 
 @pytest.mark.parametrize("earlier", [{"expires_at": 1790000000}, {"purpose": "user_data"}])

@@ -167,7 +167,7 @@ def test_the_help_lays_options_out_in_groups(submit: Run) -> None:
     lines = submit("--help").stdout.splitlines()
 
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["Arguments:", "Adapter:", "Training:", "Evaluation and checkpoints:", "The job:", "Options:"]
+    assert titles == ["Arguments:", "Adapter:", "Training:", "Evaluation and checkpoints:", "Job:", "Options:"]
     assert any(line.startswith("  --rank") for line in lines[lines.index("Adapter:") : lines.index("Training:")])
 
 
@@ -181,7 +181,7 @@ def test_the_job_is_named_before_it_is_watched(service: Script, submit: Run) -> 
 
     assert result.exit_code == 1
     first, second, *_ = result.stderr.splitlines()
-    assert (first, "jobs:read" in second) == ("Job ftjob-1 was created.", True)
+    assert (first, "jobs:read" in second) == ("Created job ftjob-1.", True)
 
 
 def test_the_learning_rate_has_a_short_name(service: Script, submit: Run) -> None:

@@ -134,7 +134,7 @@ def test_after_a_lost_connection_file_a_new_key_is_made_and_works(data_dir: Path
         _check_sign_in(told["sign_in_url"])
         with Lorry(data_dir=data_dir) as lorry:
             assert list(lorry.jobs.list()) == []
-        assert "held no API key: a new one was made" in (data_dir.parent / "stderr.txt").read_text()
+        assert "had no API key. A new key was created" in (data_dir.parent / "stderr.txt").read_text()
         process.terminate()
         assert process.wait(60) == 0
 
