@@ -1,9 +1,6 @@
-"""Finding the service and the API key. The first of these that exists names the service:
-
-1. LORRY_URL (with LORRY_API_KEY)
-2. connection.json in LORRY_DATA_DIR
-3. connection.json in the user's configuration folder, which `lorry login` wrote
-4. connection.json in ~/.lorry, which `lorry up` wrote
+"""Finding the service and the API key, in this order: LORRY_URL with LORRY_API_KEY; connection.json in LORRY_DATA_DIR;
+connection.json in the user's configuration folder, which `lorry login` wrote; connection.json in ~/.lorry, which
+`lorry up` wrote.
 
 A set LORRY_API_KEY replaces the key of a file. The files hold secrets: they are written atomically with mode 0600.
 """

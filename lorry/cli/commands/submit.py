@@ -18,43 +18,58 @@ from lorry.cli.app import client
 from lorry.cli.commands.with_files import send_with_files
 from lorry.cli.parsing.durations import UNITS
 from lorry.cli.parsing.job_options import (
-    ADAPTER,
-    RUN,
-    TRAINING,
-    WATCHING,
+    Alpha,
     AlphaPattern,
     Base,
+    BatchSize,
+    Beta,
+    CheckpointEvery,
     Deadline,
+    Decay,
+    Dora,
+    Dropout,
+    Epochs,
     EvaluateEvery,
+    Gamma,
     Held,
+    Init,
     KeepOption,
     Layers,
+    LearningRate,
+    LoraPlusRatio,
     LossOption,
+    MaxLength,
+    MaxSteps,
     Metadata,
     Methods,
     ModelOption,
     Neftune,
+    OptimizerOption,
     Others,
     OverflowOption,
     Parent,
     Patience,
     Planned,
+    PrecisionOption,
+    PriorityOption,
+    Rank,
     RankPattern,
+    Rslora,
+    ScheduleOption,
+    Seed,
     Smoothing,
+    Suffix,
     Tags,
     Targets,
     Training,
     TrainingOption,
+    Valid,
     Warmup,
-    option,
+    WeightDecay,
 )
 from lorry.cli.parsing.option_names import FIELDS, NAMES, in_typed_words
 from lorry.cli.parsing.option_values import (
     Method,
-    OptimizerName,
-    Precision,
-    Priority,
-    ScheduleName,
     json_or_text,
     nested,
     pair,
@@ -83,81 +98,44 @@ def submit(
     model_option: ModelOption = None,
     training_option: TrainingOption = None,
     parent: Parent = None,
-    rank: Annotated[int | None, option(ADAPTER, "Rank of the adapter, 1 to 256 (default: 16).")] = None,
-    alpha: Annotated[
-        float | None, option(ADAPTER, "Scaling: updates are multiplied by alpha / rank (default: 2 * rank).")
-    ] = None,
-    rslora: Annotated[
-        bool, option(ADAPTER, "Use rank-stabilized LoRA: scale by alpha / sqrt(rank).", "--rslora")
-    ] = False,
-    dropout: Annotated[
-        float | None, option(ADAPTER, "Dropout probability of LoRA inputs, 0 to 0.9 (default: 0).")
-    ] = None,
+    rank: Rank = None,
+    alpha: Alpha = None,
+    rslora: Rslora = False,
+    dropout: Dropout = None,
     target: Targets = None,
     layer: Layers = None,
     rank_pattern: RankPattern = None,
     alpha_pattern: AlphaPattern = None,
-    dora: Annotated[bool, option(ADAPTER, "Use DoRA (train weight magnitudes).", "--dora")] = False,
-    init: Annotated[
-        str | None, option(ADAPTER, "Weight initialization: default, gaussian, pissa, pissa_niter_N or olora.")
-    ] = None,
+    dora: Dora = False,
+    init: Init = None,
     method: Methods = None,
-    beta: Annotated[
-        float | None, option(TRAINING, "Beta of the preference loss (dpo, orpo, simpo, kto; default: 0.1, simpo: 2).")
-    ] = None,
-    gamma: Annotated[float | None, option(TRAINING, "Target reward margin (simpo only; default: beta / 2).")] = None,
+    beta: Beta = None,
+    gamma: Gamma = None,
     label_smoothing: Smoothing = None,
     neftune_alpha: Neftune = None,
     loss: LossOption = None,
-    learning_rate: Annotated[
-        float | None,
-        option(
-            TRAINING,
-            "Peak learning rate, above 0 to 1 (default: 2e-4; 2e-5 for preference methods).",
-            "--learning-rate",
-            "--lr",
-        ),
-    ] = None,
-    lora_plus_ratio: Annotated[
-        float | None, option(TRAINING, "LoRA+: learning rate of B divided by that of A (default: 1).")
-    ] = None,
-    schedule: Annotated[
-        ScheduleName | None, option(TRAINING, "Learning rate schedule after the warm-up (default: cosine).")
-    ] = None,
+    learning_rate: LearningRate = None,
+    lora_plus_ratio: LoraPlusRatio = None,
+    schedule: ScheduleOption = None,
     warmup: Warmup = None,
-    decay: Annotated[
-        float | None,
-        option(TRAINING, "Fraction of steps spent decaying the learning rate (wsd schedule only; default: 0.2)."),
-    ] = None,
-    optimizer: Annotated[
-        OptimizerName | None, option(TRAINING, "Optimizer; sgd and adafactor require --learning-rate (default: adamw).")
-    ] = None,
-    weight_decay: Annotated[float | None, option(TRAINING, "Weight decay, 0 to 1 (default: 0).")] = None,
-    epochs: Annotated[int | None, option(TRAINING, "Passes over the training file, 1 to 100 (default: 3).")] = None,
-    max_steps: Annotated[int | None, option(TRAINING, "Stop after N optimizer steps (default: all epochs).")] = None,
-    batch_size: Annotated[
-        int | None, option(TRAINING, "Sequences or pairs per optimizer step (default: 0.5% of the rows, 4 to 32).")
-    ] = None,
-    max_length: Annotated[
-        int | None, option(TRAINING, "Maximum tokens per row (default: the base model's limit, at most 4096).")
-    ] = None,
+    decay: Decay = None,
+    optimizer: OptimizerOption = None,
+    weight_decay: WeightDecay = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
     overflow: OverflowOption = None,
-    precision: Annotated[
-        Precision | None, option(TRAINING, "Precision of the base model's weights (default: auto).")
-    ] = None,
+    precision: PrecisionOption = None,
     quantization: Held = None,
-    seed: Annotated[
-        int | None, option(TRAINING, "Random seed; the same seed gives the same adapter (default: random).")
-    ] = None,
-    valid: Annotated[str | None, option(WATCHING, "Validation file: a path or the ID of an uploaded file.")] = None,
+    seed: Seed = None,
+    valid: Valid = None,
     evaluate_every: EvaluateEvery = None,
     keep: KeepOption = None,
     patience: Patience = None,
-    checkpoint_every: Annotated[int | None, option(WATCHING, "Write a checkpoint every N steps (default: 50).")] = None,
-    suffix: Annotated[
-        str | None, option(RUN, "Suffix of the adapter's name: up to 64 letters, digits, dots, underscores, hyphens.")
-    ] = None,
-    priority: Annotated[Priority | None, option(RUN, "Priority in the queue (default: normal).")] = None,
+    checkpoint_every: CheckpointEvery = None,
+    suffix: Suffix = None,
+    priority: PriorityOption = None,
     deadline: Deadline = None,
     metadata: Metadata = None,
     tag: Tags = None,
@@ -168,15 +146,18 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Submit a fine-tuning job. Local files are uploaded first. Omitted options use the service defaults."""
+    lorry, job = _submitted(ctx, plan, quiet=quiet)
+    _report(lorry, job, watch=watch, as_json=as_json)
+
+
+def _submitted(ctx: typer.Context, plan: str | None, *, quiet: bool) -> tuple[Lorry, Job]:
     if plan is not None:
         _check_alone(ctx)
         lorry = client()
-        job = lorry.jobs.create(plan=lookup.plan(lorry, plan))
-        return _report(lorry, job, watch=watch, as_json=as_json)
-    asked = read(ctx)
+        return lorry, lorry.jobs.create(plan=lookup.plan(lorry, plan))
+    options = read(ctx)
     lorry = client()
-    job = asked.send(lorry, lorry.jobs.create, quiet=quiet)
-    return _report(lorry, job, watch=watch, as_json=as_json)
+    return lorry, options.send(lorry, lorry.jobs.create, quiet=quiet)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

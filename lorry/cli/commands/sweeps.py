@@ -58,6 +58,29 @@ Others = Annotated[
         TRIALS, "Any other field of the API, as for `lorry jobs submit` (repeatable).", "--set", metavar="PATH=VALUE"
     ),
 ]
+MetricOption = Annotated[Metric | None, _option(SEARCH, "Metric by which trials are compared (default: valid_loss).")]
+Seed = Annotated[int | None, _option(SEARCH, "Seed for sampling parameters and for every trial (default: random).")]
+LearningRate = Annotated[
+    float | None,
+    _option(
+        TRIALS,
+        "Peak learning rate, above 0 to 1 (default: 2e-4; 2e-5 for preference methods).",
+        "--learning-rate",
+        "--lr",
+    ),
+]
+BatchSize = Annotated[
+    int | None, _option(TRIALS, "Sequences or pairs per optimizer step (default: 0.5% of the rows, 4 to 32).")
+]
+Suffix = Annotated[
+    str | None,
+    _option(TRIALS, "Suffix of each adapter's name: up to 64 letters, digits, dots, underscores, hyphens."),
+]
+KeepBest = Annotated[bool, _option(RUN, "Delete all adapters except the best one at the end.", "--keep-best")]
+MaxConcurrent = Annotated[
+    int | None, _option(RUN, "Maximum number of unfinished trials at a time (default: no limit).")
+]
+Watch = Annotated[bool, typer.Option("--watch", help="Show the live leaderboard until the sweep is finished.")]
 OPTIONS = {
     "rank": "lora.rank",
     "learning_rate": "optimizer.learning_rate",
@@ -88,44 +111,21 @@ def run(
     trials: Annotated[int | None, _option(SEARCH, "Number of trials (required with --random and --asha).")] = None,
     min_steps: MinSteps = None,
     reduction_factor: Reduction = None,
-    metric: Annotated[
-        Metric | None, _option(SEARCH, "Metric by which trials are compared (default: valid_loss).")
-    ] = None,
-    seed: Annotated[
-        int | None, _option(SEARCH, "Seed for sampling parameters and for every trial (default: random).")
-    ] = None,
+    metric: MetricOption = None,
+    seed: Seed = None,
     valid: Annotated[str | None, _option(TRIALS, "Validation file: a path or the ID of an uploaded file.")] = None,
     rank: Annotated[int | None, _option(TRIALS, "Rank of the adapters, 1 to 256 (default: 16).")] = None,
-    learning_rate: Annotated[
-        float | None,
-        _option(
-            TRIALS,
-            "Peak learning rate, above 0 to 1 (default: 2e-4; 2e-5 for preference methods).",
-            "--learning-rate",
-            "--lr",
-        ),
-    ] = None,
+    learning_rate: LearningRate = None,
     method: Annotated[Method | None, _option(TRIALS, "Training method (default: supervised).")] = None,
     epochs: Annotated[int | None, _option(TRIALS, "Passes over the training file, 1 to 100 (default: 3).")] = None,
     max_steps: Annotated[int | None, _option(TRIALS, "Stop after N optimizer steps (default: all epochs).")] = None,
-    batch_size: Annotated[
-        int | None, _option(TRIALS, "Sequences or pairs per optimizer step (default: 0.5% of the rows, 4 to 32).")
-    ] = None,
-    suffix: Annotated[
-        str | None,
-        _option(TRIALS, "Suffix of each adapter's name: up to 64 letters, digits, dots, underscores, hyphens."),
-    ] = None,
+    batch_size: BatchSize = None,
+    suffix: Suffix = None,
     other: Others = None,
-    keep_best: Annotated[
-        bool, _option(RUN, "Delete all adapters except the best one at the end.", "--keep-best")
-    ] = False,
-    max_concurrent: Annotated[
-        int | None, _option(RUN, "Maximum number of unfinished trials at a time (default: no limit).")
-    ] = None,
+    keep_best: KeepBest = False,
+    max_concurrent: MaxConcurrent = None,
     priority: Annotated[Priority | None, _option(RUN, "Priority in the queue (default: batch).")] = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Show the live leaderboard until the sweep is finished.")
-    ] = False,
+    watch: Watch = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

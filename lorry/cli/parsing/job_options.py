@@ -1,4 +1,4 @@
-"""The options of `lorry jobs submit` and `lorry plans create` whose help takes more than a line, and their groups."""
+"""The options of `lorry jobs submit` and `lorry plans create` and their groups in the help."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from lorry.cli.parsing.option_values import Keep, Loss, Method, Overflow, Quantization
+from lorry.cli.parsing.option_values import (
+    Keep,
+    Loss,
+    Method,
+    OptimizerName,
+    Overflow,
+    Precision,
+    Priority,
+    Quantization,
+    ScheduleName,
+)
 
 ARGUMENTS, ADAPTER, TRAINING, WATCHING, RUN = "Arguments", "Adapter", "Training", "Evaluation and checkpoints", "Job"
 
@@ -127,3 +137,56 @@ Others = Annotated[
         metavar="PATH=VALUE",
     ),
 ]
+Rank = Annotated[int | None, option(ADAPTER, "Rank of the adapter, 1 to 256 (default: 16).")]
+Alpha = Annotated[float | None, option(ADAPTER, "Scaling: updates are multiplied by alpha / rank (default: 2 * rank).")]
+Rslora = Annotated[bool, option(ADAPTER, "Use rank-stabilized LoRA: scale by alpha / sqrt(rank).", "--rslora")]
+Dropout = Annotated[float | None, option(ADAPTER, "Dropout probability of LoRA inputs, 0 to 0.9 (default: 0).")]
+Dora = Annotated[bool, option(ADAPTER, "Use DoRA (train weight magnitudes).", "--dora")]
+Init = Annotated[
+    str | None, option(ADAPTER, "Weight initialization: default, gaussian, pissa, pissa_niter_N or olora.")
+]
+Beta = Annotated[
+    float | None, option(TRAINING, "Beta of the preference loss (dpo, orpo, simpo, kto; default: 0.1, simpo: 2).")
+]
+Gamma = Annotated[float | None, option(TRAINING, "Target reward margin (simpo only; default: beta / 2).")]
+LearningRate = Annotated[
+    float | None,
+    option(
+        TRAINING,
+        "Peak learning rate, above 0 to 1 (default: 2e-4; 2e-5 for preference methods).",
+        "--learning-rate",
+        "--lr",
+    ),
+]
+LoraPlusRatio = Annotated[
+    float | None, option(TRAINING, "LoRA+: learning rate of B divided by that of A (default: 1).")
+]
+ScheduleOption = Annotated[
+    ScheduleName | None, option(TRAINING, "Learning rate schedule after the warm-up (default: cosine).")
+]
+Decay = Annotated[
+    float | None,
+    option(TRAINING, "Fraction of steps spent decaying the learning rate (wsd schedule only; default: 0.2)."),
+]
+OptimizerOption = Annotated[
+    OptimizerName | None, option(TRAINING, "Optimizer; sgd and adafactor require --learning-rate (default: adamw).")
+]
+WeightDecay = Annotated[float | None, option(TRAINING, "Weight decay, 0 to 1 (default: 0).")]
+Epochs = Annotated[int | None, option(TRAINING, "Passes over the training file, 1 to 100 (default: 3).")]
+MaxSteps = Annotated[int | None, option(TRAINING, "Stop after N optimizer steps (default: all epochs).")]
+BatchSize = Annotated[
+    int | None, option(TRAINING, "Sequences or pairs per optimizer step (default: 0.5% of the rows, 4 to 32).")
+]
+MaxLength = Annotated[
+    int | None, option(TRAINING, "Maximum tokens per row (default: the base model's limit, at most 4096).")
+]
+PrecisionOption = Annotated[
+    Precision | None, option(TRAINING, "Precision of the base model's weights (default: auto).")
+]
+Seed = Annotated[int | None, option(TRAINING, "Random seed; the same seed gives the same adapter (default: random).")]
+Valid = Annotated[str | None, option(WATCHING, "Validation file: a path or the ID of an uploaded file.")]
+CheckpointEvery = Annotated[int | None, option(WATCHING, "Write a checkpoint every N steps (default: 50).")]
+Suffix = Annotated[
+    str | None, option(RUN, "Suffix of the adapter's name: up to 64 letters, digits, dots, underscores, hyphens.")
+]
+PriorityOption = Annotated[Priority | None, option(RUN, "Priority in the queue (default: normal).")]
