@@ -53,7 +53,8 @@ def status(as_json: AsJson = False) -> None:
     from lorry.local import lock
 
     lorry = client()
-    jobs = Counter(str(entry.get("state")) for entry in lorry.queue.get().get("jobs") or [])
+    entries: list[dict[str, Any]] = lorry.queue.get().get("jobs") or []
+    jobs = Counter(str(entry.get("state")) for entry in entries)
     workers = Counter(worker.state for worker in lorry.workers.list())
     folder = connection.default_data_dir()
     pid = lock.holder(folder)

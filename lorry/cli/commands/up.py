@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -194,7 +194,7 @@ def _next_command(data_dir: Path, known: Connection) -> str:
     with suppress(httpx.TransportError), verified_client(known, seconds=10) as client:
         key = connection.read(data_dir) or known
         answer = client.get("/v1/models", headers={"authorization": f"Bearer {key.api_key}"})
-        models = answer.json().get("data") or [] if answer.is_success else []
+        models: list[dict[str, Any]] = answer.json().get("data") or [] if answer.is_success else []
         if names := [model["id"] for model in models if model.get("state") == "ready" and model.get("kind") == "base"]:
             command = f"lorry jobs submit {names[0]} chats.jsonl"
     try:

@@ -153,6 +153,31 @@ def test_a_first_start_that_was_cut_off_before_it_noted_its_key_is_made_good(tmp
         assert process.wait(60) == 0
 
 
+def test_a_detached_service_runs_until_it_is_taken_down(data_dir: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "LORRY_DATA_DIR": str(data_dir)}
+
+    def lorry(*arguments: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-P", "-m", "lorry", *arguments]
+        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=200, env=env)
+
+    started = lorry("up", "--detach", "--devices", "cpu")
+    try:
+        status = json.loads(lorry("status", "--json").stdout)
+        refused = lorry("up", "--detach", "--devices", "cpu")
+    finally:
+        stopped = lorry("down", "--json")
+
+    assert started.returncode == 0, started.stderr
+    assert "Next: lorry models add smollm2-135m" in started.stdout
+    assert started.stdout.endswith("Stop the service with: lorry down\n")
+    assert (refused.returncode, "Lorry already runs on" in refused.stderr) == (1, True)
+    assert json.loads(stopped.stdout)["stopped_pid"] == status["data_dir_pid"]
+    until(lambda: not is_alive(status["data_dir_pid"]))
+    log = (data_dir / "logs" / "up.log").read_text()
+    assert "Stopping" in log
+    assert "sign-in" not in log
+
+
 def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         argv = [*UP, "--data-dir", str(tmp_path / "d"), "--port", str(taken.getsockname()[1])]
