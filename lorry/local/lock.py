@@ -1,4 +1,4 @@
-"""One `lorry up` per data folder: a lock that the kernel lets go of when its holder dies."""
+"""One `lorry up` per data folder: a lock that the kernel releases when its holder dies."""
 
 from __future__ import annotations
 

@@ -223,8 +223,8 @@ def test_events_are_the_messages_oldest_first(service: Script, run: Run) -> None
 def test_following_the_events_goes_on_after_the_last_line_and_leaves_metrics_out(service: Script, run: Run) -> None:
     events = [{"id": f"ftevent-{i}", "created_at": 1, "message": f"m{i}"} for i in (8, 7)]
     service.on("GET", f"{JOBS}/ftjob-1/events", {"data": events, "has_more": False})
-    told = [{"id": "9", "message": "loss", "type": "metrics"}, {"id": "10", "message": "end", "type": "message"}]
-    body = "".join(f"event: event\nid: {event['id']}\ndata: {json.dumps(event)}\n\n" for event in told)
+    printed = [{"id": "9", "message": "loss", "type": "metrics"}, {"id": "10", "message": "end", "type": "message"}]
+    body = "".join(f"event: event\nid: {event['id']}\ndata: {json.dumps(event)}\n\n" for event in printed)
     final = stream_of("succeeded").body
     service.on("GET", f"{JOBS}/ftjob-1/stream", Reply(body=body.encode() + final))
 
@@ -259,9 +259,9 @@ def test_a_verb_says_what_came_of_it(service: Script, run: Run, verb: str) -> No
 def test_a_hold_and_a_release_say_what_came_of_it(service: Script, run: Run, verb: str) -> None:
     service.on("POST", f"{JOBS}/j/{verb}", {**JOB, "id": "j", "status": "queued", "is_held": verb == "hold"})
 
-    said = run("jobs", verb, "j").stderr
+    expected = run("jobs", verb, "j").stderr
 
-    assert said == (
+    assert expected == (
         "Job j is queued and held. Release it with: lorry jobs release j\n" if verb == "hold" else "Job j is queued.\n"
     )
 
@@ -309,9 +309,9 @@ def test_a_sign_in_link_is_printed_alone_and_opened_only_where_that_is_asked(
     link = {"url": "http://h/dashboard/#/sign-in/t", "expires_at": 1790000900}
     service.on("POST", "/v1/sign_in_links", link, link, link)
 
-    told = run("sign-in-link")
-    assert told.stdout == "http://h/dashboard/#/sign-in/t\n"
-    assert "The link is valid once, until" in told.stderr
+    printed = run("sign-in-link")
+    assert printed.stdout == "http://h/dashboard/#/sign-in/t\n"
+    assert "The link is valid once, until" in printed.stderr
     assert json.loads(run("sign-in-link", "--json").stdout) == link
     assert opened == []
 

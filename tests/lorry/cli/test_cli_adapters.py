@@ -1,4 +1,4 @@
-"""Adapters by the command line: pulled, checked, and told how to use."""
+"""Adapters on the command line: pulling, verifying and using them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_pulling_and_verifying_without_the_service(service: Script, run: Run, tm
 
 
 @pytest.mark.parametrize(
-    ("base", "told"),
+    ("base", "printed"),
     [
         (
             {"source": "org/tiny", "revision": "abc", "local_path": "/nowhere/on/this/machine"},
@@ -48,13 +48,13 @@ def test_pulling_and_verifying_without_the_service(service: Script, run: Run, tm
         (Reply(status=404, body={}), "base is m, loaded with Transformers from its folder or Hub ID."),
     ],
 )
-def test_pulling_tells_how_peft_loads_the_folder(service: Script, run: Run, base: Any, told: str) -> None:
+def test_pulling_tells_how_peft_loads_the_folder(service: Script, run: Run, base: Any, printed: str) -> None:
     serve(service, tar())
     service.on("GET", "/v1/models/m", base)
 
     assert run("adapters", "pull", "a", "mine").stderr.splitlines() == [
         'Load it with PEFT: PeftModel.from_pretrained(base, "mine")',
-        told,
+        printed,
     ]
 
 
@@ -97,16 +97,16 @@ def test_of_a_job_without_an_adapter_it_is_told_how_it_stands(service: Script, r
 
 def test_a_sweep_that_has_no_best_yet_is_looked_at_by_a_command(service: Script, run: Run) -> None:
     error = {
-        "message": "No adapter with the id 'sweep-1'. GET /v1/sweeps/{id} tells.",
-        "remedy": "GET /v1/sweeps/{id} tells.",
+        "message": "No adapter with the id 'sweep-1'. See GET /v1/sweeps/{id}.",
+        "remedy": "See GET /v1/sweeps/{id}.",
         "code": "adapter_not_found",
     }
     service.on("GET", "/v1/adapters/sweep-1", Reply(status=404, body={"error": error}))
 
-    told = run("adapters", "pull", "sweep-1").stderr
+    printed = run("adapters", "pull", "sweep-1").stderr
 
-    assert "lorry sweeps show sweep-1" in told
-    assert "/v1/" not in told
+    assert "lorry sweeps show sweep-1" in printed
+    assert "/v1/" not in printed
 
 
 def test_a_signature_of_another_service_is_of_an_unknown_key_and_the_adapter_is_not_called_forged(
@@ -114,9 +114,11 @@ def test_a_signature_of_another_service_is_of_an_unknown_key_and_the_adapter_is_
 ) -> None:
     artifact = manifest()["artifact"]
     mine, other = b"m" * 32, b"o" * 32
-    told = lineage(artifact)
-    told["signature"] = lineage_signatures.sign_lineage(lineage_id=told["lineage_id"], artifact=artifact, pepper=other)
-    service.on("GET", "/v1/adapters/a/lineage", told)
+    printed = lineage(artifact)
+    printed["signature"] = lineage_signatures.sign_lineage(
+        lineage_id=printed["lineage_id"], artifact=artifact, pepper=other
+    )
+    service.on("GET", "/v1/adapters/a/lineage", printed)
     serve(service, tar())
     keys = [{"keys": [lineage_signatures.public_key(pepper)]} for pepper in (mine, other)]
     service.on("GET", "/v1/keys.json", *keys)
@@ -169,9 +171,9 @@ def test_pulling_an_adapter_of_a_quantized_base_tells_how_transformers_holds_it_
     serve(service, tar(), quantization="nf4", precision="float32")
     service.on("GET", "/v1/models/m", {"source": "org/tiny"})
 
-    said = run("adapters", "pull", "a", "mine").stderr
+    expected = run("adapters", "pull", "a", "mine").stderr
 
-    (call,) = [line.removeprefix("base is m: ") for line in said.splitlines() if line.startswith("base is")]
+    (call,) = [line.removeprefix("base is m: ") for line in expected.splitlines() if line.startswith("base is")]
     assert call == (
         'AutoModelForCausalLM.from_pretrained("org/tiny", dtype=torch.float32, quantization_config=BitsAndBytesConfig('
         'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '

@@ -62,7 +62,7 @@ def test_a_time_among_the_details_is_shown_as_one(service: Script, run: Run) -> 
 
 
 @pytest.mark.parametrize(
-    ("typed", "told"),
+    ("typed", "printed"),
     [
         ("job.canceled", "Did you mean job.cancelled?"),
         ("job.*", "Event types of job: job.created, job.cancelled,"),
@@ -71,7 +71,9 @@ def test_a_time_among_the_details_is_shown_as_one(service: Script, run: Run) -> 
         ("nonsense", "Groups of event types: adapter.*, api_key.*,"),
     ],
 )
-def test_of_an_unknown_type_the_nearest_is_told_or_its_group(service: Script, run: Run, typed: str, told: str) -> None:
+def test_of_an_unknown_type_the_nearest_is_told_or_its_group(
+    service: Script, run: Run, typed: str, printed: str
+) -> None:
     listed = [{"type": "literal_error", "loc": ("query", "event_types[]", 1), "input": typed}]
     expected = {"expected": ", ".join(map(repr, get_args(AuditType)))}
     refused = explain([{**problem, "msg": "", "ctx": expected} for problem in listed], body=None, route=None)
@@ -83,7 +85,7 @@ def test_of_an_unknown_type_the_nearest_is_told_or_its_group(service: Script, ru
     assert result.exit_code == 1
     first, second = result.stderr.splitlines()
     assert first == f"Error: Unknown event type {typed!r}. (at --type)"
-    assert second.startswith(told)
+    assert second.startswith(printed)
 
 
 def test_another_refusal_of_the_log_stays_as_it_is(service: Script, run: Run) -> None:

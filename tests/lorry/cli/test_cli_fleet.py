@@ -1,4 +1,4 @@
-"""What commands tell of workers, and of what trainers printed."""
+"""Workers, and the logs of trainers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Run = Callable[..., Result]
 
 def test_logs_are_what_trainers_printed_by_attempt_and_process(service: Script, run: Run) -> None:
     rows = [("1-0-1", 1, 0, "Loading"), ("1-1-1", 1, 1, "Loading too"), ("2-0-1", 2, 0, "[bold]Again[/bold]")]
-    told = [{"id": i, "attempt": a, "rank": r, "number": 1, "text": text} for i, a, r, text in rows]
-    service.on("GET", f"{JOBS}/j/logs", {"data": told, "has_more": False})
+    printed = [{"id": i, "attempt": a, "rank": r, "number": 1, "text": text} for i, a, r, text in rows]
+    service.on("GET", f"{JOBS}/j/logs", {"data": printed, "has_more": False})
     service.on("GET", f"{JOBS}/none/logs", {"data": [], "has_more": False})
 
     shown = run("jobs", "logs", "j", "--attempt", "1", "--rank", "0", "--contains", "load").stdout.split("\n")

@@ -176,7 +176,7 @@ def test_projects_are_made_listed_renamed_archived_and_restored(service: Script,
     for verb in ("archive", "restore"):
         service.on("POST", f"/v1/projects/find/{verb}", {**PROJECT, "name": "find"})
 
-    told = [
+    printed = [
         run("projects", "create", "search").stderr,
         run("projects", "list").stdout,
         run("projects", "rename", "search", "find").stderr,
@@ -193,7 +193,7 @@ def test_projects_are_made_listed_renamed_archived_and_restored(service: Script,
         "restore find",
         "Restored project find",
     )
-    assert [word in text for word, text in zip(words, told, strict=True)] == [True] * 6
+    assert [word in text for word, text in zip(words, printed, strict=True)] == [True] * 6
     assert run("projects", "archive", "find").exit_code != 0  # there is no terminal to ask at
 
 
@@ -232,12 +232,12 @@ def test_a_key_is_given_limits_and_those_of_the_service_back(service: Script, ru
     answers = ({**KEY, "requests_per_minute": 600}, {**KEY, "jobs_per_day": 0}, {**KEY, "highest_priority": "urgent"})
     service.on("POST", path, *answers)
 
-    told = run("keys", "limit", "key-1", "--requests-per-minute", "600").stderr
+    printed = run("keys", "limit", "key-1", "--requests-per-minute", "600").stderr
     run("keys", "limit", "key-1", "--requests-per-minute", "service", "--jobs-per-day", "0")
     run("keys", "limit", "key-1", "--highest-priority", "urgent")
     wrong = run("keys", "limit", "key-1", "--jobs-per-day", "many")
 
-    assert "600 requests/minute, jobs/day: service default" in told
+    assert "600 requests/minute, jobs/day: service default" in printed
     sent = [json.loads(request.body) for request in service.requests("POST", path)]
     assert sent == [
         {"requests_per_minute": 600},

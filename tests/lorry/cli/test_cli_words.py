@@ -1,4 +1,4 @@
-"""What commands tell of a state: of a pause, a worker, a failed import, a file nobody prepared."""
+"""Messages about states: a pause, a worker, a failed import, a file that no worker has prepared."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_wa
 
     lines = [line.split(maxsplit=1) for line in run("jobs", "show", "j").stdout.splitlines()]
 
-    told = [" ".join(" ".join(line).split()) for line in lines]
+    printed = [" ".join(" ".join(line).split()) for line in lines]
     assert {
         "why No worker lives.",
         "suffix mine",
@@ -100,17 +100,17 @@ def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_wa
         "method dpo",
         "beta 0.25",
         "label smoothing 0.5",
-    } <= set(told)
-    assert [line for line in told if "epochs" in line] == ["epochs 3"]
-    assert not any("live_workers" in line for line in told)
+    } <= set(printed)
+    assert [line for line in printed if "epochs" in line] == ["epochs 3"]
+    assert not any("live_workers" in line for line in printed)
 
 
 def test_why_a_job_waits_is_a_sentence_or_all_that_decided_it(service: Script, run: Run) -> None:
-    told = {"explanation": "No worker lives.", "state": "queued", "live_workers": 0}
-    service.on("GET", f"{JOBS}/j/why", told)
+    printed = {"explanation": "No worker lives.", "state": "queued", "live_workers": 0}
+    service.on("GET", f"{JOBS}/j/why", printed)
 
     assert run("jobs", "why", "j").stdout == "No worker lives.\n"
-    assert json.loads(run("jobs", "why", "j", "--json").stdout) == told
+    assert json.loads(run("jobs", "why", "j", "--json").stdout) == printed
 
 
 def test_a_list_and_a_job_tell_the_loss_on_held_out_data_and_the_time_that_workers_spent(
@@ -172,7 +172,7 @@ def test_a_list_tells_suffixes_where_a_job_has_one(service: Script, run: Run) ->
 
 
 @pytest.mark.parametrize(
-    ("max_steps", "num_steps", "usable_rows", "told"),
+    ("max_steps", "num_steps", "usable_rows", "printed"),
     [
         (None, 300, None, "3"),
         (40, 30, None, "3"),
@@ -183,7 +183,7 @@ def test_a_list_tells_suffixes_where_a_job_has_one(service: Script, run: Run) ->
     ],
 )
 def test_epochs_are_those_that_max_steps_leave(
-    service: Script, run: Run, max_steps: int | None, num_steps: int, usable_rows: int | None, told: str
+    service: Script, run: Run, max_steps: int | None, num_steps: int, usable_rows: int | None, printed: str
 ) -> None:
     numbers = {"n_epochs": 3, "batch_size": 8}
     progress = {"step": 0, "num_steps": num_steps}
@@ -192,7 +192,7 @@ def test_epochs_are_those_that_max_steps_leave(
 
     lines = run("jobs", "show", "j").stdout.splitlines()
 
-    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("epochs")] == [told]
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("epochs")] == [printed]
 
 
 def test_watching_tells_the_loss_on_held_out_data() -> None:
@@ -202,7 +202,7 @@ def test_watching_tells_the_loss_on_held_out_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_width", "told"),
+    ("max_width", "printed"),
     [
         (67, "running  step 3/9  loss 1.500  valid 1.750  480 tokens/s  1:01 left"),
         (66, "running  step 3/9  loss 1.500  valid 1.750  1:01 left"),
@@ -211,10 +211,10 @@ def test_watching_tells_the_loss_on_held_out_data() -> None:
         (5, "running  step 3/9"),
     ],
 )
-def test_beside_a_bar_the_least_is_left_out_where_it_is_narrow(max_width: int, told: str) -> None:
+def test_beside_a_bar_the_least_is_left_out_where_it_is_narrow(max_width: int, printed: str) -> None:
     job = Job.of({**JOB, "progress": {**JOB["progress"], "valid_loss": 1.75}})
 
-    assert progress_bars.facts(job, max_width=max_width) == told
+    assert progress_bars.facts(job, max_width=max_width) == printed
 
 
 def test_the_list_of_models_says_briefly_why_one_failed_and_showing_it_says_all(service: Script, run: Run) -> None:
@@ -249,7 +249,7 @@ def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Scri
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "printed"),
     [
         (["{]"], ["Error: Line 1: "]),
         (["{]", '{"messages": 3}'], ["Error (at file):", "  Line 1: ", "  Line 2: ", ""]),
@@ -257,7 +257,7 @@ def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Scri
     ],
 )
 def test_each_bad_line_of_an_upload_is_told_on_a_line(
-    service: Script, run: Run, tmp_path: Path, lines: list[str], told: list[str]
+    service: Script, run: Run, tmp_path: Path, lines: list[str], printed: list[str]
 ) -> None:
     content = "\n".join(lines).encode()
     with pytest.raises(InvalidRequest) as refused:
@@ -266,11 +266,11 @@ def test_each_bad_line_of_an_upload_is_told_on_a_line(
     service.on("POST", "/v1/files", Reply(status=400, body={"error": {**error, "remedy": refused.value.remedy}}))
     (tmp_path / "chats.jsonl").write_bytes(content)
 
-    said = run("files", "upload", "chats.jsonl").stderr.splitlines()
+    expected = run("files", "upload", "chats.jsonl").stderr.splitlines()
 
-    assert len(said) == len(told)
-    assert len(said) == 1 or said[-1] == refused.value.remedy
-    assert all(line.startswith(start) for line, start in zip(said, told, strict=True))
+    assert len(expected) == len(printed)
+    assert len(expected) == 1 or expected[-1] == refused.value.remedy
+    assert all(line.startswith(start) for line, start in zip(expected, printed, strict=True))
 
 
 @pytest.mark.parametrize("command", ["files delete --yes", "adapters delete -y", "models delete --yes"])

@@ -29,7 +29,7 @@ with DataLock(Path(sys.argv[1])):
     while len(asked) < int(sys.argv[2]):
         time.sleep(0.01)
 """
-"""Stops after so many signals, as `lorry up` does after its first or second."""
+"""Stops after a number of signals, as `lorry up` does after its first or second."""
 
 
 @contextmanager

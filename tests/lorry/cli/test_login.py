@@ -117,10 +117,10 @@ def test_a_local_service_that_can_not_prove_its_identity_gets_no_key(
 def test_a_login_over_plain_http_to_another_machine_warns(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorry.resources.sign_in.SignInLinks.identity", lambda _: IDENTITY)
 
-    told = CliRunner().invoke(app, ["login", "http://lorry.example"], input=f"{SECRET}\n").stderr
+    printed = CliRunner().invoke(app, ["login", "http://lorry.example"], input=f"{SECRET}\n").stderr
     quiet = CliRunner().invoke(app, ["login", "https://lorry.example"], input=f"{SECRET}\n").stderr
 
-    assert "Warning: the connection to http://lorry.example is not encrypted." in told
+    assert "Warning: the connection to http://lorry.example is not encrypted." in printed
     assert "Warning" not in quiet
 
 

@@ -94,17 +94,17 @@ def test_a_plan_takes_the_options_of_a_job(service: Script, plan: Run) -> None:
 def test_a_guessed_time_is_told_as_a_rough_one(submit: Run, service: Script, run: Run) -> None:
     service.on("POST", PLANS, {**READY, "training_time": {**ESTIMATE, "basis_kind": "guess", "basis": "A guess."}})
 
-    told = run("plan", "m", "file-9").stdout
+    printed = run("plan", "m", "file-9").stdout
 
-    assert "about 1:40, or several times more (guess: no job has trained on this device yet)" in told
-    assert "About 1:40. A guess." in told
+    assert "about 1:40, or several times more (guess: no job has trained on this device yet)" in printed
+    assert "About 1:40. A guess." in printed
 
 
 def test_a_plan_is_drawn_with_what_it_comes_to_and_how_to_go_on(plan: Run) -> None:
     result = plan("m", "file-9")
 
     assert result.exit_code == 0, result.stderr
-    for told in (
+    for printed in (
         "4,884,480 in 210 layers",
         "1,000, of which 250 are trained on (25%)",
         "2 rows, truncated (line 3, 4)",
@@ -118,7 +118,7 @@ def test_a_plan_is_drawn_with_what_it_comes_to_and_how_to_go_on(plan: Run) -> No
         "91 tokens, cut from 120, 3 trained on",
         "Q: 1+1? A: >2<end>< [... 86 tokens ...] >tail<",
     ):
-        assert told in result.stdout, told
+        assert printed in result.stdout, printed
     assert "on a GPU" not in result.stdout, "no worker that fits has one"
     assert "lorry jobs submit --plan plan-1" in result.stderr
 

@@ -1,4 +1,4 @@
-"""`lorry jobs submit`: every field of a job can be said."""
+"""`lorry jobs submit`: every field of a job can be set."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NO_OPTION = {
     "method.kto.hyperparameters.desirable_weight",
     "method.kto.hyperparameters.undesirable_weight",
 }
-"""Fields that few people set: by `--set`."""
+"""Rarely used fields, for `--set`."""
 EVERY_OPTION = (
     "--valid valid.jsonl --rank 4 --alpha 8 --rslora --dropout 0 --target q_proj --learning-rate 0.001 "
     "--layer 0 --layer 3 --rank-pattern q_proj=8 --alpha-pattern (?=q).*=2.5 --dora --lora-plus-ratio 16 "
@@ -159,8 +159,8 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
 
     assert submit("m", "train.jsonl", *EVERY_OPTION.split()).stdout == "ftjob-1\n"
 
-    told = JobRequest.model_validate(sent(service)).model_dump(exclude_unset=True)
-    assert told == WHAT_THEY_SAY
+    printed = JobRequest.model_validate(sent(service)).model_dump(exclude_unset=True)
+    assert printed == WHAT_THEY_SAY
 
 
 def test_the_help_lays_options_out_in_groups(submit: Run) -> None:

@@ -1,4 +1,4 @@
-"""`lorry adapters lineage`: a record for people, of an adapter at the service or in a folder."""
+"""`lorry adapters lineage`: the record of an adapter at the service or in a folder."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run(run: Run) -> Run:
     return partial(run, "adapters")
 
 
-def told(result: Result) -> list[str]:
+def printed(result: Result) -> list[str]:
     return [" ".join(line.split()) for line in result.stdout.splitlines()]
 
 
@@ -82,7 +82,7 @@ def test_a_record_is_laid_out_in_sections_with_units_and_short_digests(service: 
     service.on("GET", "/v1/adapters/a/lineage", {"adapter_id": "a", "lineage_id": DIGEST, "lineage": RECORD})
 
     result = run("lineage", "a")
-    lines = told(result)
+    lines = printed(result)
 
     titles = ["BASE MODEL", "TRAINING DATA", "CONFIGURATION", "ATTEMPT 2", "RESULTS", "CODE", "FILES"]
     assert [line for line in lines if line.isupper() or line == "ATTEMPT 2"] == titles
@@ -114,7 +114,7 @@ def test_a_child_tells_its_parent_and_a_parent_its_children(service: Script, run
     answer = {"adapter_id": "a", "lineage_id": DIGEST, "lineage": record, "children": ["ft:m:p::3", "ft:m:p::4"]}
     service.on("GET", "/v1/adapters/a/lineage", answer)
 
-    lines = told(run("lineage", "a"))
+    lines = printed(run("lineage", "a"))
 
     assert {
         "continues ft:m:p::1",

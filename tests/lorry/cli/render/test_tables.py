@@ -23,7 +23,7 @@ JOB = {
 }
 FILE = {
     "id": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
-    "filename": "a name of a file that goes on\nand on.jsonl",
+    "filename": "a name of a file that continues\non a second line.jsonl",
     "bytes": 123456789,
     "purpose": "fine-tune",
     "created_at": 1790000000,
@@ -120,7 +120,7 @@ def test_a_time_of_today_tells_seconds_where_they_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "told"),
+    ("num_bytes", "printed"),
     [
         (0, "0 B"),
         (999, "999 B"),
@@ -132,5 +132,5 @@ def test_a_time_of_today_tells_seconds_where_they_matter() -> None:
         (5_000_000_000_000_000, "5000 TB"),
     ],
 )
-def test_a_size_is_in_decimal_units_like_the_dashboards(num_bytes: int, told: str) -> None:
-    assert output.size(num_bytes) == told
+def test_a_size_is_in_decimal_units_like_the_dashboards(num_bytes: int, printed: str) -> None:
+    assert output.size(num_bytes) == printed
