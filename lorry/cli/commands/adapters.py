@@ -37,7 +37,9 @@ Name = Annotated[
 ]
 NameOrFolder = Annotated[
     str,
-    typer.Argument(metavar="ADAPTER|FOLDER", help="Name or ID as above, or the folder of a pulled adapter (offline)."),
+    typer.Argument(
+        metavar="ADAPTER|FOLDER", help="Name, ID or suffix of the adapter, or the folder of a pulled adapter (offline)."
+    ),
 ]
 NONE_YET = "No adapters yet. A job that succeeds creates one."
 
