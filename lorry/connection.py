@@ -1,6 +1,8 @@
-"""Selects the service: LORRY_URL with LORRY_API_KEY, else DATA/connection.json, which `lorry up` writes.
+"""Selects the service and the API key, in this order: LORRY_URL with LORRY_API_KEY; connection.json in LORRY_DATA_DIR;
+connection.json in the user's configuration folder, which `lorry login` wrote; connection.json in ~/.lorry, which
+`lorry up` wrote.
 
-The file contains secrets. It is written atomically, with mode 0600.
+A set LORRY_API_KEY replaces the key of a file. The files contain secrets: they are written atomically with mode 0600.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def find(
     data_dir: Path | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Connection:
-    """Return the connection. Arguments override the environment, which overrides the file of a local service.
+    """Return the connection. Arguments override the environment, then follow the files of `lorry login` and `lorry up`.
+
 
     LORRY_API_KEY is only sent to the address in LORRY_URL, if that is set. An explicit `data_dir` provides its own key.
     The key of the file is only sent to the address in the file. Raises NotConfigured, also for a file without the
@@ -55,15 +58,15 @@ def find(
     if url is not None:
         url = normalize_url(url)
         return Connection(url=url, api_key=api_key or _key_of_environment(environ, url))
-    if environ.get("LORRY_URL") and data_dir is None:
-        return _named_by_environment(environ, api_key)
+    if data_dir is None and (named := _named(environ, api_key)) is not None:
+        return named
     folder = data_dir or default_data_dir(environ)
     local = read(folder)
     if local is None:
         raise NotConfigured(
             f"No service is configured: LORRY_URL is not set, and {folder / FILE_NAME} does not exist.",
             code="not_configured",
-            remedy="Start a service with `lorry up`, or set LORRY_URL and LORRY_API_KEY.",
+            remedy="Start one with `lorry up`, connect to one with `lorry login`, or set LORRY_URL and LORRY_API_KEY.",
         )
     local = _verifiable(local, folder)
     given = _key_of_environment(environ, local.url)
@@ -77,8 +80,14 @@ def default_data_dir(environ: Mapping[str, str] | None = None) -> Path:
     return Path(given).expanduser() if given else Path.home() / ".lorry"
 
 
+def login_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Return the folder of the file that `lorry login` writes: XDG_CONFIG_HOME/lorry, else ~/.config/lorry."""
+    given = (os.environ if environ is None else environ).get("XDG_CONFIG_HOME")
+    return (Path(given) if given else Path.home() / ".config") / "lorry"
+
+
 def read(data_dir: Path) -> Connection | None:
-    """Return the connection that `lorry up` wrote to `data_dir`; None if there is none."""
+    """Return the connection that `lorry up` or `lorry login` wrote to the folder; None if there is no file."""
     path = data_dir / FILE_NAME
     try:
         content = path.read_bytes()
@@ -151,15 +160,26 @@ def _key_of_environment(environ: Mapping[str, str], url: str) -> str | None:
     return (environ.get("LORRY_API_KEY") or None) if not named or normalize_url(named) == url else None
 
 
-def _named_by_environment(environ: Mapping[str, str], api_key: str | None) -> Connection:
-    """Return the connection of LORRY_URL. `origin` mentions the local service that it overrides, because users forget
-    exported variables.
+def _named(environ: Mapping[str, str], api_key: str | None) -> Connection | None:
+    """Return the connection of LORRY_URL or `lorry login`. None: the file of a data folder selects the service.
 
-    An explicit key is sent to the address even if the file of an older version has no secret to verify the address.
+    `origin` mentions the local service that it overrides, because users forget exported variables and old logins. An
+    explicit key is sent to the address even if the file of an older version has no secret to verify the address.
     """
-    url = normalize_url(environ["LORRY_URL"])
-    key, secret = api_key or environ.get("LORRY_API_KEY") or None, None
-    origin = "The address is from the variable LORRY_URL."
+    has_url = bool(environ.get("LORRY_URL"))
+    if not has_url and environ.get("LORRY_DATA_DIR"):
+        return None
+    login = None
+    with contextlib.nullcontext() if not has_url else contextlib.suppress(NotConfigured):
+        login = read(login_dir(environ))
+    if has_url:
+        url, source = normalize_url(environ["LORRY_URL"]), "the variable LORRY_URL"
+    elif login is not None:
+        url, source = login.url, f"{login_dir(environ) / FILE_NAME}, which `lorry login` wrote"
+    else:
+        return None
+    key = api_key or environ.get("LORRY_API_KEY") or (login.api_key if login is not None and login.url == url else None)
+    secret, origin = None, f"The address is from {source}."
     folder = default_data_dir(environ)
     local = None
     with contextlib.suppress(NotConfigured):
@@ -184,5 +204,5 @@ def _unreadable(path: Path, why: str) -> NotConfigured:
     return NotConfigured(
         f"{path} cannot be used: {why}.",
         code="bad_connection_file",
-        remedy="Restart `lorry up`, which rewrites it, or set LORRY_URL and LORRY_API_KEY.",
+        remedy="Restart `lorry up` or run `lorry login` again, which rewrites it, or set LORRY_URL and LORRY_API_KEY.",
     )

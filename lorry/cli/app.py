@@ -1,12 +1,15 @@
-"""How every group of commands is built: errors become a sentence and an exit code, never a traceback."""
+"""The base of every group of commands: help with examples, and errors as a sentence with an exit code."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
 from contextlib import ExitStack
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -14,32 +17,45 @@ from typer.core import TyperCommand, TyperGroup
 from lorry.cli.render import output
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lorry.client import Lorry
 
 EXIT_REFUSED = 1
 EXIT_USAGE = 2
 EXIT_NOT_CHECKED = 3
 EXIT_INTERRUPTED = 130
-ALIKE = (
-    ("remove", "delete", "revoke", "archive", "cancel", "rm"),
+SYNONYMS = (
     ("create", "add", "new"),
-    ("show", "get"),
+    ("delete", "remove", "rm"),
     ("list", "ls"),
-    ("change", "update", "rename"),
+    ("show", "get", "view", "describe"),
+    ("update", "change", "edit", "set"),
 )
-"""Of commands that do the same to different things, a group has one."""
+"""Verbs that a group accepts for its own verb of the same row."""
+RELATED = (("delete", "revoke", "archive", "cancel"), ("create", "submit", "run", "upload"))
+"""Verbs that act differently: a group suggests its own verb of the same row, and runs nothing."""
+Function = TypeVar("Function", bound="Callable[..., Any]")
 _closed_at_the_end: ContextVar[ExitStack] = ContextVar("closed_at_the_end")
 
 
 class CommandGroup(TyperGroup):
-    """Runs a command and says what went wrong on stderr. For a command that another group has, it names its own."""
+    """Accepts synonyms of its verbs, and prints an error as a sentence on stderr."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, self._own_verb(SYNONYMS, cmd_name) or cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        typed = args[0]
-        if typed not in self.commands and not ctx.resilient_parsing:
-            for own in (word for words in ALIKE if typed in words for word in words if word in self.commands):
-                ctx.fail(f"No such command {typed!r}. Did you mean {own!r}?")
+        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
+            verb = next((row[0] for row in SYNONYMS if args[0] in row), args[0])
+            if own := self._own_verb(RELATED, verb):
+                ctx.fail(f"No such command {args[0]!r}. Did you mean {own!r}?")
         return super().resolve_command(ctx, args)
+
+    def _own_verb(self, rows: tuple[tuple[str, ...], ...], verb: str) -> str | None:
+        if verb in self.commands:
+            return None
+        return next((own for row in rows if verb in row for own in row if own in self.commands), None)
 
     def invoke(self, ctx: Any) -> Any:
         from lorry.errors import LorryError
@@ -49,7 +65,7 @@ class CommandGroup(TyperGroup):
                 _closed_at_the_end.set(stack)
                 return super().invoke(ctx)
         except LorryError as error:
-            _say_error(error)
+            _print_error(error)
             raise typer.Exit(EXIT_REFUSED) from None
         except BrokenPipeError:
             raise
@@ -58,10 +74,10 @@ class CommandGroup(TyperGroup):
             raise typer.Exit(EXIT_REFUSED) from None
 
 
-class Sectioned(TyperCommand):
-    """A command whose help lays out its options by their `rich_help_panel`; those without one come last.
+class Command(TyperCommand):
+    """A command whose help groups its options by their `rich_help_panel`; options without one come last.
 
-    An option of one value may be given once: of two values none is the right one.
+    An option that takes one value may be passed only once.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -70,7 +86,8 @@ class Sectioned(TyperCommand):
         for param in dict.fromkeys(order):
             takes_one = param.param_type_name == "option" and not param.multiple and not param.is_flag
             if takes_one and order.count(param) > 1:
-                ctx.fail(f"{param.opts[0]} is given {order.count(param)} times. Say it once.")
+                times = "twice" if order.count(param) == 2 else f"{order.count(param)} times"
+                ctx.fail(f"{param.opts[0]} was passed {times}. Pass it only once.")
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
@@ -86,53 +103,114 @@ class Sectioned(TyperCommand):
                 title = "Arguments" if param.param_type_name == "argument" else getattr(param, "rich_help_panel", None)
                 (sections.setdefault(title, []) if title else rest).append(record)
         for title, records in {**sections, "Options": rest}.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
-def _in_plain_words(message: str) -> str:
-    """Of a value that is no number: what the parser says of it is for programmers."""
-    message = re.sub(r"Input should be a valid number\b.*", "that is not a number.", message)
-    return re.sub(r"Input should be a valid integer\b.*", "that is not a whole number.", message)
+class Verbs(typer.Typer):
+    """A group of commands, each with examples."""
+
+    def verb(self, name: str, *examples: str, hidden: bool = False) -> Callable[[Function], Function]:
+        """Register a function as a command. A hidden one keeps the name of an earlier version."""
+
+        def register(function: Function) -> Function:
+            command = self.command(name, cls=Command, epilog=example_text(*examples), hidden=hidden)
+            command(_with_output_option(function))
+            return function
+
+        return register
 
 
-def group(help_text: str) -> typer.Typer:
-    """A Typer app in the house's way."""
-    return typer.Typer(
-        cls=CommandGroup, help=help_text, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+def example_text(*examples: str) -> str:
+    """Return an epilog. Click does not wrap the lines of a paragraph that begins with `\\b`."""
+    return "\n".join(("\b", "Examples:", *(f"  {example}" for example in examples))) if examples else ""
+
+
+def group(help_text: str, *examples: str) -> Verbs:
+    """Return an empty group. Without a subcommand it prints its help."""
+    return Verbs(
+        cls=CommandGroup,
+        help=help_text,
+        epilog=example_text(*examples),
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
     )
 
 
+class Format(StrEnum):
+    """The formats of `-o`."""
+
+    json = "json"
+
+
+_FormatOption = Annotated[
+    Format | None, typer.Option("--output", "-o", help="Output format; `-o json` is the same as --json.")
+]
+
+
+def _with_output_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `-o json` to a command that has `--json`."""
+    signature = inspect.signature(function)
+    if "as_json" not in signature.parameters:
+        return function
+
+    @functools.wraps(function)
+    def run(*args: Any, **given: Any) -> Any:
+        given["as_json"] |= given.pop("output_format") is not None
+        if given["as_json"] and given.get("quiet"):
+            raise typer.BadParameter("--quiet can't be combined with JSON output.")
+        return function(*args, **given)
+
+    hints = get_type_hints(function, include_extras=True)
+    added = inspect.Parameter("output_format", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_FormatOption)
+    resolved = [
+        parameter.replace(annotation=hints.get(name, parameter.annotation))
+        for name, parameter in signature.parameters.items()
+    ]
+    wrapper = cast("Any", run)
+    wrapper.__signature__ = signature.replace(parameters=[*resolved, added])
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*resolved, added)}
+    return run
+
+
 def client() -> Lorry:
-    """Of the service that the environment or the connection file names; closed when the command ends."""
+    """Return a client of the service that `lorry.connection.find` finds; it is closed when the command ends."""
     from lorry.client import Lorry
 
     return _closed_at_the_end.get().enter_context(Lorry())
 
 
 def run(app: typer.Typer) -> None:
-    """The entry point's last net: our own mistake is one sentence too, unless LORRY_TRACEBACK is set."""
+    """Run the command line. A bug in lorry is one sentence too, unless LORRY_TRACEBACK is set."""
     try:
         app(prog_name="lorry")
     except Exception as error:
         if os.environ.get("LORRY_TRACEBACK"):
             raise
-        output.say(f"Error: lorry made a mistake ({type(error).__name__}: {error}).")
-        output.say("Run it again with LORRY_TRACEBACK=1 and report what it prints.")
+        output.say(f"Error: unexpected error ({type(error).__name__}: {error}). This is a bug in lorry.")
+        output.say("Run the command again with LORRY_TRACEBACK=1 and report the output.")
         raise SystemExit(EXIT_REFUSED) from None
 
 
-def _bad_lines(message: str) -> list[str]:
-    """A refused file's message begins a sentence with `Line 7: ` for each of its bad lines: those, each by itself.
+def _in_plain_words(message: str) -> str:
+    """Replace the parser's message for a value that is not a number; it is meant for programmers."""
+    message = re.sub(r"Input should be a valid number\b.*", "that is not a number.", message)
+    return re.sub(r"Input should be a valid integer\b.*", "that is not a whole number.", message)
 
-    Any other message is one.
+
+def _bad_lines(message: str) -> list[str]:
+    """Split the message of a rejected file into one sentence for each bad line (`Line 7: …`).
+
+    Any other message is one item.
     """
     if not message.startswith("Line "):
         return [message]
     return re.split(r" (?=Line \d+: |Reading stopped at )", message)
 
 
-def _say_error(error: Any) -> None:
+def _print_error(error: Any) -> None:
     from lorry.errors import APIError
 
     param = error.param if isinstance(error, APIError) else None

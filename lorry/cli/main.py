@@ -1,4 +1,4 @@
-"""Puts the groups of commands together."""
+"""Assembles the groups of commands."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from typing import Annotated
 
 import typer
 
-from lorry.cli.app import Sectioned, group, run
+from lorry.cli.app import group, run
 from lorry.cli.commands import (
+    account,
     adapters,
     audit,
+    down,
     files,
     fleet,
     jobs,
     keys,
     models,
     organizations,
+    plans,
     projects,
     sweeps,
     up,
@@ -24,31 +27,41 @@ from lorry.cli.commands import (
     worker,
     workers,
 )
-from lorry.cli.commands.plan import plan
 
 app = group(
-    "Trains many LoRA adapters at once on the GPUs you own.\n\n"
-    "Talks to the service that LORRY_URL and LORRY_API_KEY name, or to the local one that `lorry up` started.\n\n"
-    "Exit codes: 0 done; 1 the service or a check refused; 2 wrong usage; 3 a signature was not checked; "
-    "130 interrupted."
+    "Fine-tune many LoRA adapters at once on your own GPUs.\n\n"
+    "Commands use the service that LORRY_URL and LORRY_API_KEY name, else the one of `lorry login`, else the local "
+    "one of `lorry up`.\n\n"
+    "Exit codes: 0 success; 1 the service or a check failed; 2 wrong usage; 3 a signature was not checked; "
+    "130 interrupted.",
+    "lorry up",
+    "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M-Instruct",
+    "lorry jobs submit smollm2-135m chats.jsonl --suffix support --watch",
+    "lorry adapters pull support",
 )
-app.command("up")(up.up)
-app.command("worker")(worker.worker)
+app.verb("up", *up.EXAMPLES)(up.up)
+app.verb("down", *down.EXAMPLES)(down.down)
+app.verb("status", *fleet.STATUS_EXAMPLES)(fleet.status)
+app.verb("login", *account.LOGIN_EXAMPLES)(account.login)
+app.verb("whoami", *account.WHOAMI_EXAMPLES)(account.whoami)
 app.add_typer(models.app, name="models")
 app.add_typer(files.app, name="files")
-app.command("plan", cls=Sectioned)(plan)
+app.add_typer(plans.app, name="plans")
+app.verb("plan", *plans.EXAMPLES, hidden=True)(plans.create)
 app.add_typer(jobs.app, name="jobs")
-app.add_typer(sweeps.app, name="sweep")
+app.add_typer(sweeps.app, name="sweeps")
+app.add_typer(sweeps.app, name="sweep", hidden=True)
 app.add_typer(adapters.app, name="adapters")
+app.verb("queue", *fleet.QUEUE_EXAMPLES)(fleet.queue)
+app.verb("usage", *usage.EXAMPLES)(usage.usage)
 app.add_typer(keys.app, name="keys")
-app.add_typer(organizations.app, name="organizations")
 app.add_typer(projects.app, name="projects")
-app.add_typer(audit.app, name="audit")
+app.add_typer(organizations.app, name="organizations")
 app.add_typer(webhooks.app, name="webhooks")
-app.command("usage")(usage.usage)
-app.command("queue")(fleet.queue)
+app.add_typer(audit.app, name="audit")
 app.add_typer(workers.app, name="workers")
-app.command("sign-in-link")(fleet.sign_in_link)
+app.verb("worker", *worker.EXAMPLES)(worker.worker)
+app.verb("sign-in-link", *account.LINK_EXAMPLES)(account.sign_in_link)
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,5 +82,5 @@ def _options(  # pyright: ignore[reportUnusedFunction] - typer calls it
 
 
 def main() -> None:
-    """What the command `lorry` runs."""
+    """Run the command `lorry`."""
     run(app)

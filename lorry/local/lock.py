@@ -39,9 +39,41 @@ class DataLock:
         os.close(self._descriptor)  # keep the file: after a removal, two processes could lock two different files
 
 
+def holder(data_dir: Path) -> int | None:
+    """Return the id of the process that holds the lock of a data folder; None if none does.
+
+    The kernel releases the lock when its holder dies. The id in the file alone is no proof, because a process that
+    has just taken the lock has not yet replaced the id of the previous holder. So the process must also have the file
+    open, where /proc can show that.
+    """
+    try:
+        descriptor = os.open(data_dir / FILE_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        written = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+        return int(written) if written.isdecimal() and _has_open(int(written), os.fstat(descriptor)) else None
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    descriptors = Path(f"/proc/{pid}/fd")
+    if not Path("/proc/self/fd").is_dir():
+        return True  # macOS
+    try:
+        return any(os.path.samestat(entry.stat(), file) for entry in descriptors.iterdir() if entry.exists())
+    except OSError:  # it has exited, or belongs to another user
+        return False
+
+
 def _held(data_dir: Path, holder: str) -> LorryError:
     return LorryError(
         f"Lorry is already running on {data_dir}{f' (process {holder})' if holder else ''}.",
         code="already_running",
-        remedy="Use the running service, stop it first, or set another folder with --data-dir.",
+        remedy="Use that one, stop it with `lorry down`, or pass another folder with --data-dir.",
     )

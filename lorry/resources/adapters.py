@@ -47,6 +47,10 @@ class Adapters:
         """Return the public keys of lineage signatures, for `lorry.verification.adapter_folder.verify_folder`."""
         return self._transport.get("keys.json")["keys"]
 
+    def delete(self, name: str) -> None:
+        """Delete an adapter with its files."""
+        self._transport.request("DELETE", _of(name))
+
     def share(self, name: str, projects: Sequence[str]) -> builtins.list[Permission]:
         """Allow other projects, by id or name, to read, download and continue it. Requires an operator key."""
         answer = self._transport.request("POST", _permissions(name), body={"project_ids": [*projects]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -90,16 +90,16 @@ def _commands(document: Path) -> list[str]:
 
 
 def _is_command(words: list[str]) -> bool:
-    command: object = typer.main.get_command(app)
+    """An alias is a command too."""
+    command: Any = typer.main.get_command(app)
     for word in words[1:]:
-        commands: dict[str, object] | None = getattr(command, "commands", None)
-        if commands is None:
+        if not hasattr(command, "commands"):
             return True
         if word.startswith("-"):
             continue
-        if word not in commands:
+        command = command.get_command(None, word)
+        if command is None:
             return False
-        command = commands[word]
     return True
 
 

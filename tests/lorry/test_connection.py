@@ -172,3 +172,46 @@ def test_an_explicit_key_works_with_a_file_of_an_earlier_version(tmp_path: Path)
 
     assert connection.find(environ={**local, "LORRY_API_KEY": "mine"}).api_key == "mine"
     assert connection.find(environ=local, api_key="given").api_key == "given"
+
+
+def test_a_login_wins_over_the_default_data_folder_and_the_environment_over_both(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (tmp_path / ".lorry", tmp_path / "named", tmp_path / ".config" / "lorry"):
+        folder.mkdir(parents=True)
+    connection.write(tmp_path / ".lorry", Connection(url="http://127.0.0.1:1", api_key="up", identity_secret=SECRET))
+    connection.write(tmp_path / "named", Connection(url="http://127.0.0.1:2", api_key="named", identity_secret=SECRET))
+    path = connection.write(tmp_path / ".config" / "lorry", Connection(url="https://lorry.example", api_key="login"))
+
+    found = connection.find(environ={})
+    assert found == Connection(url="https://lorry.example", api_key="login")
+    assert found.origin == (
+        f"The address is from {path}, which `lorry login` wrote; without it, it would be http://127.0.0.1:1, "
+        f"from {tmp_path / '.lorry' / 'connection.json'}."
+    )
+    assert connection.find(environ={"LORRY_API_KEY": "mine"}) == Connection(url="https://lorry.example", api_key="mine")
+    assert connection.find(environ={"LORRY_DATA_DIR": str(tmp_path / "named")}).api_key == "named"
+    assert connection.find(data_dir=tmp_path / ".lorry", environ={}).api_key == "up"
+    by_url = {"LORRY_URL": "https://other.example"}
+    assert connection.find(environ=by_url) == Connection(url="https://other.example", api_key=None)
+    path.unlink()
+    assert connection.find(environ={}).api_key == "up"
+
+
+def test_the_key_of_a_login_is_sent_where_the_variable_names_the_same_service(tmp_path: Path) -> None:
+    environ = {"XDG_CONFIG_HOME": str(tmp_path), "LORRY_DATA_DIR": str(tmp_path / "none")}
+    (tmp_path / "lorry").mkdir()
+    connection.write(tmp_path / "lorry", Connection(url="https://lorry.example", api_key="login"))
+
+    assert connection.find(environ={**environ, "LORRY_URL": "https://lorry.example/v1"}).api_key == "login"
+    assert connection.find(environ={**environ, "LORRY_URL": "https://other.example"}).api_key is None
+
+
+def test_a_broken_login_is_refused_by_name_with_the_fix(tmp_path: Path) -> None:
+    (tmp_path / "lorry").mkdir()
+    (tmp_path / "lorry" / "connection.json").write_text("[]")
+
+    with pytest.raises(NotConfigured, match=r"lorry/connection\.json") as refused:
+        connection.find(environ={"XDG_CONFIG_HOME": str(tmp_path)})
+    assert "`lorry login`" in refused.value.remedy

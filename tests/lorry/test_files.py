@@ -101,7 +101,7 @@ def test_a_file_that_was_there_already_is_pointed_out_and_taken(service: Script,
     again, new = run("files", "upload", path), run("files", "upload", path)
 
     assert (again.stdout, new.stdout) == ("file-2\n", "file-3\n")
-    assert again.stderr == f"{path.name} was there already, as file-1; it is kept a second time, as file-2.\n"
+    assert again.stderr == f"{path.name} has the same content as file-1; a second copy is stored as file-2.\n"
     assert new.stderr == ""
 
 

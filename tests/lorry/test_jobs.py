@@ -179,8 +179,8 @@ def test_a_running_job_says_what_it_does_beside_training() -> None:
     }
 
     assert said == {
-        "loading": "running: its base model is being loaded",
+        "loading": "running: loading the base model",
         "training": "running",
-        "verifying": "running: its adapter is being verified",
+        "verifying": "running: verifying the adapter",
         None: "running",
     }

@@ -36,7 +36,7 @@ def test_from_a_folder_to_a_verified_adapter(tmp_path: Path) -> None:
         assert [attempt.reason for attempt in client.jobs.attempts(job.id)] == ["completed"]
         assert "rows" in run("files", "report", job.training_file, "--model", "tiny")
         assert "succeeded" in run("jobs", "show", job.id)
-        assert "Traceback" not in run("jobs", "cancel", job.id, code=1)
+        assert "Traceback" not in run("jobs", "cancel", job.id, "--yes", code=1)
         assert str(job.fine_tuned_model) in run("adapters", "list")
         assert json.loads(run("adapters", "verify", job.fine_tuned_model, "--json"))["passed"] is True
         folder = tmp_path / run("adapters", "pull", job.fine_tuned_model).strip()
@@ -47,7 +47,7 @@ def test_from_a_folder_to_a_verified_adapter(tmp_path: Path) -> None:
         assert process.wait(60) == 0
 
     unchecked = run("adapters", "verify", folder, code=3)  # without the service, and without a file of its keys
-    assert "the digests are right, but the signature was not checked" in " ".join(unchecked.split())
+    assert "all digests match, but the signature was not checked" in " ".join(unchecked.split())
 
 
 def _check_refusals(client: Lorry, training_file: str) -> None:

@@ -31,7 +31,7 @@ def test_one_line_searches_and_the_best_adapter_is_pulled_by_the_sweeps_id(tmp_p
     with up(data_dir, "--port", str(free_port())), Lorry(data_dir=data_dir) as client:
         run("models", "add", "tiny", base)
         search = "--asha --trials 5 --min-steps 3 --reduction-factor 2 --seed 1 --watch --json"
-        lines = run("sweep", "run", "tiny", train, "--valid", valid, *FLAGS.split(), *search.split()).splitlines()
+        lines = run("sweeps", "run", "tiny", train, "--valid", valid, *FLAGS.split(), *search.split()).splitlines()
         sweep = client.sweeps.get(json.loads(lines[-1])["id"])
 
         board = list(client.sweeps.trials(sweep.id))
@@ -39,10 +39,10 @@ def test_one_line_searches_and_the_best_adapter_is_pulled_by_the_sweeps_id(tmp_p
         assert any(trial.reason == "pruned" for trial in board)
         assert len({client.jobs.get(trial.id).trainer_id for trial in board}) == 1
         assert sweep.fine_tuned_model == next(trial for trial in board if trial.status == "succeeded").fine_tuned_model
-        assert f"{board[0].value:.4g}" in run("sweep", "show", sweep.id)
+        assert f"{board[0].value:.4g}" in run("sweeps", "show", sweep.id)
         folder = tmp_path / run("adapters", "pull", sweep.id, "best").strip()
         assert json.loads(run("adapters", "verify", folder, "--json"))["passed"] is True
-        assert "lora.rnak" in run("sweep", "run", "tiny", train, "--valid", valid, "--over", "lora.rnak=1,2", code=1)
+        assert "lora.rnak" in run("sweeps", "run", "tiny", train, "--valid", valid, "--over", "lora.rnak=1,2", code=1)
         _drive(client, client.jobs.get(board[0].id).raw)
 
 

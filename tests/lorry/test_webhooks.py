@@ -38,8 +38,8 @@ def sent(service: Script, path: str, method: str = "POST") -> list[Any]:
 def test_the_secret_of_a_new_endpoint_stands_alone_on_stdout(service: Script, run: Run) -> None:
     service.on("POST", HOOKS, {**HOOK, "signing_secret": "whsec_abc"})
 
-    all_ends = run("webhooks", "add", "https://example.com/hooks")
-    run("webhooks", "add", "https://example.com/hooks", "--events", "fine_tuning.job.failed", "--name", "ops")
+    all_ends = run("webhooks", "create", "https://example.com/hooks")
+    run("webhooks", "create", "https://example.com/hooks", "--events", "fine_tuning.job.failed", "--name", "ops")
 
     assert all_ends.stdout == "whsec_abc\n"
     assert "not shown again" in all_ends.stderr
@@ -77,8 +77,8 @@ def test_a_test_tells_the_answer_and_its_exit_says_whether_that_was_a_success(se
 
     good, bad, none = (run("webhooks", "test", "webhook-1") for _ in range(3))
 
-    assert (good.exit_code, "answered 204." in good.stderr) == (0, True)
-    assert (bad.exit_code, "answered 500: oh no." in bad.stderr) == (1, True)
+    assert (good.exit_code, "responded with 204." in good.stderr) == (0, True)
+    assert (bad.exit_code, "responded with 500: oh no." in bad.stderr) == (1, True)
     assert (none.exit_code, "did not answer" in none.stderr) == (1, True)
 
 
@@ -89,8 +89,8 @@ def test_one_delivery_is_replayed_or_all_that_failed(service: Script, run: Run) 
     one = run("webhooks", "replay", "delivery-1").stderr
     many = run("webhooks", "replay", "webhook-1", "--failed-since", "12h").stderr
 
-    assert "delivery-1 is sent again." in one
-    assert "3 deliveries are sent again." in many
+    assert "Replaying delivery-1." in one
+    assert "Replaying 3 deliveries." in many
     (asked,) = sent(service, f"{HOOKS}/webhook-1/replay")
     assert isinstance(asked["since"], int)
 
@@ -99,11 +99,11 @@ def test_a_rotation_overlaps_for_a_day_where_nothing_is_said(service: Script, ru
     path = f"{HOOKS}/webhook-1/rotate_secret"
     service.on("POST", path, {**HOOK, "signing_secret": "whsec_new", "old_secret_until": 1790086400})
 
-    told = run("webhooks", "rotate", "webhook-1")
-    run("webhooks", "rotate", "webhook-1", "--overlap", "0s")
+    told = run("webhooks", "rotate-secret", "webhook-1")
+    run("webhooks", "rotate-secret", "webhook-1", "--overlap", "0s")
 
     assert told.stdout == "whsec_new\n"
-    assert "old secret too until" in told.stderr
+    assert "also signed with the old secret until" in told.stderr
     assert sent(service, path) == [{"overlap_seconds": 86400}, {"overlap_seconds": 0}]
 
 
@@ -113,13 +113,18 @@ def test_an_endpoint_is_changed_disabled_enabled_and_removed(service: Script, ru
     service.on("DELETE", path, {"id": "webhook-1", "deleted": True})
 
     told = [
-        run("webhooks", "change", "webhook-1", "--url", "https://new.example.com/").stderr,
+        run("webhooks", "update", "webhook-1", "--url", "https://new.example.com/").stderr,
         run("webhooks", "disable", "webhook-1").stderr,
         run("webhooks", "enable", "webhook-1").stderr,
-        run("webhooks", "remove", "webhook-1", "--yes").stderr,
+        run("webhooks", "delete", "webhook-1", "--yes").stderr,
     ]
 
     assert sent(service, path) == [{"url": "https://new.example.com/"}, {"enabled": False}, {"enabled": True}]
-    words = ("is sent fine_tuning.job.failed", "webhooks enable webhook-1", "--failed-since 1d", "is removed")
+    words = (
+        "receives fine_tuning.job.failed",
+        "webhooks enable webhook-1",
+        "--failed-since 1d",
+        "Deleted webhook webhook-1.",
+    )
     assert [word in text for word, text in zip(words, told, strict=True)] == [True] * 4
-    assert run("webhooks", "remove", "webhook-1").exit_code != 0  # nobody is there to be asked
+    assert run("webhooks", "delete", "webhook-1").exit_code != 0  # there is no terminal to ask at

@@ -1,4 +1,4 @@
-"""`lorry adapters`: what was trained; download it, check it, trace it."""
+"""`lorry adapters`: list, download, verify, trace, share and delete trained adapters."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorry.cli import lookup
 from lorry.cli.app import EXIT_NOT_CHECKED, EXIT_REFUSED, client, group
-from lorry.cli.commands import sharing
 from lorry.cli.commands.files import byte_bar
 from lorry.cli.render import output
-from lorry.cli.render.output import AsJson
+from lorry.cli.render.output import AsJson, Quiet, Yes, YesAccepted
 from lorry.cli.render.tables import Column, table
 from lorry.errors import LorryError, NotFound
 
@@ -25,29 +25,38 @@ if TYPE_CHECKING:
     from lorry.client import Lorry
     from lorry.models.jobs import Adapter
 
-app = group("Trained adapters.")
-for command in (sharing.share, sharing.shares, sharing.unshare):
-    app.command()(command)
+app = group("Manage trained adapters.")
 
-Name = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's name or id.")]
-LOOKED_AT = 500
-"""Of the newest adapters, for one whose name has a part that was given."""
-NONE_YET = "There is no adapter yet. A job that succeeds makes one."
-NameOrFolder = Annotated[
-    str, typer.Argument(metavar="ADAPTER|FOLDER", help="A name or id, or a pulled folder (offline).")
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="Name or ID of the adapter, or a unique part of the name such as its suffix. Also the ID of its job, or "
+        "of a sweep for the best adapter.",
+    ),
 ]
+NameOrFolder = Annotated[
+    str,
+    typer.Argument(
+        metavar="ADAPTER|FOLDER", help="Name, ID or suffix of the adapter, or the folder of a pulled adapter (offline)."
+    ),
+]
+NONE_YET = "No adapters yet. A job that succeeds creates one."
 
 
-@app.command("list")
+@app.verb("list", "lorry adapters list", "lorry adapters list --shared", "lorry adapters list -q --limit 5")
 def list_(
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
-    shared: Annotated[bool, typer.Option("--shared", help="Those that other projects share with yours.")] = False,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Maximum number of adapters to list.")] = 50,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="List adapters that other projects share with yours instead of your own.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only names, one per line.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Newest first."""
+    """List adapters, newest first."""
     adapters = list(client().adapters.list(limit=limit, shared=shared))
-    if as_json:
-        return output.print_json([adapter.raw for adapter in adapters])
+    if output.is_printed(adapters, as_json=as_json, quiet=quiet, key="name"):
+        return None
     rows = [
         (
             a.name,
@@ -62,64 +71,73 @@ def list_(
     ]
     columns = (
         Column(title="NAME"),
-        Column(title="BASE", goes=6, narrowest=12),
-        Column(title="RANK", goes=5),
-        Column(title="SIZE", goes=4),
-        Column(title="LOSS BEFORE", goes=3),
-        Column(title="LOSS", goes=1),
-        Column(title="VERIFIED", goes=2),
+        Column(title="BASE", priority=6, min_width=12),
+        Column(title="RANK", priority=5),
+        Column(title="SIZE", priority=4),
+        Column(title="LOSS BEFORE", priority=3),
+        Column(title="LOSS", priority=1),
+        Column(title="VERIFIED", priority=2),
     )
-    none = "No adapter is shared with your project." if shared else NONE_YET
+    none = "No adapters are shared with your project." if shared else NONE_YET
     return table(columns, rows, empty=none)
 
 
-@app.command()
+@app.verb("show", "lorry adapters show support", "lorry adapters show ftjob-3f2b --json")
 def show(adapter: Name, as_json: AsJson = False) -> None:
-    """One adapter, with what its verification measured."""
-    found = _get(client(), adapter)
+    """Show an adapter's details and verification results."""
+    lorry = client()
+    found = _get(lorry, adapter)
     if as_json:
         output.print_json(found.raw)
     else:
         output.pairs(_facts(found))
 
 
-@app.command()
+@app.verb(
+    "pull",
+    "lorry adapters pull support",
+    "lorry adapters pull ft:smollm2-135m:default:support:1a2b3c4d ./support",
+    "lorry adapters pull sweep-3f2b ./best",
+)
 def pull(
     adapter: Name,
-    directory: Annotated[Path | None, typer.Argument(help="Where to; a new folder. Default: ./NAME.")] = None,
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="New folder to download into (default: ./NAME).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download, checking every digest; PEFT loads the folder as it is.
-
-    A job's id will do for its adapter, and a sweep's for its best.
-    """
+    """Download an adapter to a folder that PEFT loads, and verify every digest."""
     _check_name(adapter)
     lorry = client()
-    adapter = _of_job(lorry, adapter)
     found = _get(lorry, adapter)
     target = directory or Path(folder_name(found.name))
-    with byte_bar(f"Pulling {adapter}") as on_progress:
-        path = lorry.adapters.pull(adapter, target, on_progress=on_progress)
+    with byte_bar(f"Pulling {found.name}") as on_progress:
+        path = lorry.adapters.pull(found.id, target, on_progress=on_progress)
     if as_json:
         output.print_json({"object": "adapter.folder", "path": str(path.resolve())})
     else:
         output.console().print(str(path), soft_wrap=True)
-        _say_how_to_use(path, found, _source_of(lorry, found.base_model))
+        _print_usage(path, found, _source_of(lorry, found.base_model))
 
 
-@app.command()
+@app.verb(
+    "verify",
+    "lorry adapters verify support",
+    "lorry adapters verify ./support",
+    "lorry adapters verify ./support --keys keys.json",
+)
 def verify(
     adapter: NameOrFolder,
     keys: Annotated[
         Path | None,
-        typer.Option(help="File with the service's public keys (GET /v1/keys.json). Default: ask the service."),
+        typer.Option(help="File with the service's public keys, from GET /v1/keys.json (default: ask the service)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check an adapter's files, lineage record and signature. Exit code 1 if a check fails.
+    """Verify an adapter's files, lineage record and signature. Exits with 1 if a check fails.
 
-    A folder's signature is checked with the keys of the connected service, or of --keys without any service. Exit
-    code 3 if the digests are right, but there were no keys.
+    The signature of a folder is verified with the keys of the connected service, or offline with --keys. Exits with 3
+    if all digests match but no keys are available.
     """
     folder = _folder(adapter)
     owner = None
@@ -127,23 +145,24 @@ def verify(
         result, owner = _verify_folder(folder, keys)
     elif keys is not None:
         raise typer.BadParameter(
-            "--keys applies to a folder; the service checks its own adapters.", param_hint="--keys"
+            "--keys applies only to a folder; the service verifies its own adapters.", param_hint="--keys"
         )
     else:
-        with _no_folder_either(adapter):
-            result = client().adapters.verify(adapter)
+        with _mentioning_folder(adapter):
+            lorry = client()
+            result = lorry.adapters.verify(lookup.adapter(lorry, adapter))
     if as_json:
         output.print_json(result)
-    _say_verdict(adapter, result, owner=owner, as_json=as_json)
+    _report_verdict(adapter, result, owner=owner, as_json=as_json)
     if result.get("signature") == "not_checked":
         raise typer.Exit(EXIT_NOT_CHECKED)
 
 
-@app.command()
+@app.verb("lineage", "lorry adapters lineage support", "lorry adapters lineage ./support --json")
 def lineage(adapter: NameOrFolder, as_json: AsJson = False) -> None:
-    """Where it comes from: base, data, configuration, attempts, code, results.
+    """Show an adapter's origin: base model, data, configuration, attempts, code and results.
 
-    Of a folder, its files are checked too. Exit code 1 if something is off.
+    The files of a folder are verified too. Exits with 1 if a check fails.
     """
     from lorry.cli.render.lineage import render
 
@@ -155,14 +174,77 @@ def lineage(adapter: NameOrFolder, as_json: AsJson = False) -> None:
         output.say(f"Read from {folder / 'lineage.json'}, without the service.")
         result = verify_folder(folder)
     else:
-        with _no_folder_either(adapter):
-            record, result = client().adapters.lineage(adapter), None
+        with _mentioning_folder(adapter):
+            lorry = client()
+            record, result = lorry.adapters.lineage(lookup.adapter(lorry, adapter)), None
     if as_json:
         output.print_json(record)
     else:
         render(record)
     if result is not None:
-        _say_verdict(adapter, result)
+        _report_verdict(adapter, result)
+
+
+@app.verb(
+    "delete", "lorry adapters delete support", "lorry adapters delete ft:smollm2-135m:default:support:1a2b3c4d --yes"
+)
+def delete(adapter: Name, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Delete an adapter. This can't be undone.
+
+    Fails while an unfinished job continues it. For a checkpoint's name, only its weights are deleted.
+    """
+    lorry = client()
+    found = _get(lorry, adapter)
+    output.confirm(f"Delete adapter {found.name}? This can't be undone.", yes=yes)
+    lorry.adapters.delete(found.name)
+    output.print_deleted("adapter", found.name, as_json=as_json)
+
+
+@app.verb("share", "lorry adapters share support search", "lorry adapters share support search proj-3f2b")
+def share(
+    adapter: Name,
+    projects: Annotated[list[str], typer.Argument(metavar="PROJECT...", help="Names or IDs of projects.")],
+    as_json: AsJson = False,
+) -> None:
+    """Share an adapter: other projects may read, download and continue it (operator key required).
+
+    They see nothing else of its job.
+    """
+    lorry = client()
+    name = lookup.adapter(lorry, adapter)
+    given = lorry.adapters.share(name, [lookup.project(lorry, project) for project in projects])
+    if as_json:
+        return output.print_json([permission.raw for permission in given])
+    return output.say(f"Shared {name} with {', '.join(projects)}. Undo it with: lorry adapters unshare {name} PROJECT")
+
+
+@app.verb("shares", "lorry adapters shares support", "lorry adapters shares support --json")
+def shares(adapter: Name, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """List the projects that an adapter is shared with, newest first (operator key required)."""
+    lorry = client()
+    given = list(lorry.adapters.permissions(lookup.adapter(lorry, adapter)))
+    if output.is_printed(given, as_json=as_json, quiet=quiet):
+        return None
+    rows = [(one.id, one.project_id, output.briefly(one.created_at)) for one in given]
+    columns = Column(title="PERMISSION"), Column(title="PROJECT"), Column(title="SINCE", priority=1)
+    return table(columns, rows, empty="Not shared with any project.")
+
+
+@app.verb("unshare", "lorry adapters unshare support search", "lorry adapters unshare support cp-3f2b")
+def unshare(
+    adapter: Name,
+    project: Annotated[
+        str,
+        typer.Argument(metavar="PROJECT|PERMISSION", help="Name or ID of the project, or ID of the permission."),
+    ],
+    _yes: YesAccepted = False,
+) -> None:
+    """Stop sharing an adapter with a project. Jobs that began with the adapter continue (operator key required)."""
+    lorry = client()
+    name = lookup.adapter(lorry, adapter)
+    permission = lookup.permission(lorry, name, project)
+    lorry.adapters.unshare(name, permission)
+    output.say(f"{name} is no longer shared with {project}.")
 
 
 def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
@@ -179,7 +261,7 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
     yield "created", output.when(adapter.created_at or None)
     began = "base" if adapter.parent is None else "parent"
     for label, base, parent, after in (
-        ("held-out loss", measured.base_loss, measured.parent_loss, measured.loss),
+        ("validation loss", measured.base_loss, measured.parent_loss, measured.loss),
         ("perplexity", measured.base_perplexity, measured.parent_perplexity, measured.perplexity),
     ):
         if after is not None:
@@ -187,9 +269,9 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
             yield label, f"{output.cell(before)} for the {began}, {output.cell(after)} with the adapter"
     if measured.rewards is not None:
         by_label = measured.rewards.get("kl") is not None
-        title, what = ("answers as labeled", "answers") if by_label else ("preferred answers win", "pairs")
-        yield title, f"{measured.rewards['accuracy'] or 0:.1%} of the held-out {what}"
-    yield "PEFT agrees", check.passed
+        title, unit = ("answers match label", "answers") if by_label else ("preferred answer wins", "pairs")
+        yield title, f"{measured.rewards['accuracy'] or 0:.1%} of the validation {unit}"
+    yield "verified with PEFT", check.passed
     yield "largest difference", check.max_abs_diff
     yield "allowed", check.tolerance
     yield "why", check.explanation
@@ -199,73 +281,54 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
 
 
 def _check_name(adapter: str) -> None:
-    """Where it is left out, the folder stands in its place."""
+    """Reject a folder where the name is missing."""
     if _looks_like_a_path(adapter):
         raise typer.BadParameter(
-            f"{adapter!r} is no name of an adapter. Write: lorry adapters pull ADAPTER {adapter}", param_hint="ADAPTER"
+            f"{adapter!r} is a path, not an adapter. Use: lorry adapters pull ADAPTER {adapter}", param_hint="ADAPTER"
         )
 
 
 def _looks_like_a_path(adapter: str) -> bool:
-    """A name of an adapter has no slash and begins with no dot."""
+    """An adapter's name has no slash, and does not begin with a dot."""
     return "/" in adapter or adapter.startswith((".", "~"))
 
 
-def _of_job(lorry: Lorry, adapter: str) -> str:
-    """What was given, or the name of the adapter of the job whose id was."""
-    if not adapter.startswith("ftjob-"):
-        return adapter
-    job = lorry.jobs.get(adapter)
-    if job.fine_tuned_model is None:
-        raise LorryError(
-            f"{job.id} has made no adapter: it is {job.status}.",
-            code="adapter_not_found",
-            remedy=f"A job that succeeds makes one. Checkpoints that can be pulled: lorry jobs checkpoints {job.id}",
-        )
-    return job.fine_tuned_model
-
-
 def _get(lorry: Lorry, adapter: str) -> Adapter:
-    """A part of a name, such as a job's suffix, is no name: then those that have it are told."""
+    name = lookup.adapter(lorry, adapter)
     try:
-        return lorry.adapters.get(adapter)
+        return lorry.adapters.get(name)
     except NotFound as error:
-        if adapter.startswith("sweep-"):
+        if name.startswith("sweep-"):
             error.message = error.message.removesuffix(error.remedy).rstrip()
-            error.remedy = f"A sweep has one when it has ended and a trial has succeeded: lorry sweep show {adapter}"
-            raise
-        names = [a.name for a in lorry.adapters.list(limit=LOOKED_AT) if adapter in (*a.name.split(":"), a.job_id)]
-        if names:
-            error.message = error.message.removesuffix(error.remedy).rstrip()
-            error.remedy = f"Did you mean {' or '.join(names[:3])}?"
+            error.remedy = f"A finished sweep with a successful trial has one. Check it with: lorry sweeps show {name}"
         raise
 
 
 def _folder(adapter: str) -> Path | None:
-    """The folder that was named, if it was one."""
+    """Return the folder, if the argument names one."""
     path = Path(adapter).expanduser()
     if path.is_dir():
         return path
     if _looks_like_a_path(adapter):
-        raise typer.BadParameter(f"there is no folder {adapter!r}.", param_hint="ADAPTER|FOLDER")
+        raise typer.BadParameter(f"folder {adapter!r} does not exist.", param_hint="ADAPTER|FOLDER")
     return None
 
 
 @contextmanager
-def _no_folder_either(adapter: str) -> Generator[None]:
-    """A refusal of the service tells that a folder was looked for, too."""
+def _mentioning_folder(adapter: str) -> Generator[None]:
+    """Add to the service's error that no such folder exists either."""
     try:
         yield
     except NotFound as error:
         error.message = error.message.removesuffix(error.remedy).rstrip()
-        error.remedy = f"{error.remedy} Nor is there a folder {adapter!r} here."
+        error.remedy = f"{error.remedy} There is no folder {adapter!r} here either."
         raise
 
 
 def _verify_folder(folder: Path, keys: Path | None) -> tuple[dict[str, Any], str | None]:
-    """Checks the signature with the keys of the file, else of the service; says so if it has neither.
+    """Verify a folder, and its signature with the keys of the file, else of the service.
 
-    Returns also whose keys were used.
+    Returns the result and the source of the keys. Prints a message if there are none.
     """
     from lorry.verification.adapter_folder import verify_folder
     from lorry.verification.signatures import read_keys
@@ -280,13 +343,13 @@ def _verify_folder(folder: Path, keys: Path | None) -> tuple[dict[str, Any], str
         found = lorry.adapters.signing_keys()
     except LorryError as error:
         output.say(f"The signature was not checked: the service returned no public keys. {error.message}")
-        output.say("Pass --keys FILE, with the answer of GET /v1/keys.json, to check it offline.")
+        output.say("To verify it offline, pass --keys FILE with the response of GET /v1/keys.json.")
         return result, None
     return verify_folder(folder, keys=found), lorry.url
 
 
-def _say_verdict(adapter: str, result: dict[str, Any], *, owner: str | None = None, as_json: bool = False) -> None:
-    """What a check found; exits with 1 if it is bad. owner: the service or the file whose keys were used."""
+def _report_verdict(adapter: str, result: dict[str, Any], *, owner: str | None = None, as_json: bool = False) -> None:
+    """Print the result of a verification, and exit with 1 if it failed. owner: the source of the public keys."""
     from lorry.verification.signatures import UNKNOWN_KEY
 
     problems: list[str] = result.get("problems") or []
@@ -294,32 +357,33 @@ def _say_verdict(adapter: str, result: dict[str, Any], *, owner: str | None = No
         for problem in problems:
             output.say(problem)
         if result.get("signature") == "valid":
-            output.say(f"The signature is valid: a key of {owner} made it, and it belongs to this lineage record.")
+            output.say(f"The signature is valid: it was made with a key of {owner} for this lineage record.")
         if (retired_at := result.get("key_retired_at")) is not None:
             day = datetime.fromtimestamp(retired_at, UTC).date().isoformat()
             output.say(f"This key was retired on {day}. If its secret has leaked, pull the adapter again.")
-        output.say(f"{adapter}: {_verdict(result, is_unknown=problems == [UNKNOWN_KEY], owner=owner)}.")
+        output.say(f"{adapter}: {_verdict(result, problems, is_unknown=problems == [UNKNOWN_KEY], owner=owner)}.")
     if not result.get("passed"):
         raise typer.Exit(EXIT_REFUSED)
 
 
-def _verdict(result: dict[str, Any], *, is_unknown: bool, owner: str | None) -> str:
+def _verdict(result: dict[str, Any], problems: list[str], *, is_unknown: bool, owner: str | None) -> str:
     if is_unknown:
         return (
-            f"the digests are right, but the signature is of a key that {owner} does not have. If another service "
-            "trained it, pass --keys FILE with the answer of that service's GET /v1/keys.json"
+            f"all digests match, but the signature was made with a key that {owner} does not have. If another service "
+            "trained the adapter, pass --keys FILE with the response of that service's GET /v1/keys.json"
         )
     if not result.get("passed"):
-        return "NOT what its record says"
+        number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        return f"FAILED: {number}; the files, the manifest and the lineage record do not match"
     if result.get("signature") == "not_checked":
-        return "the digests are right, but the signature was not checked"
-    return "OK, it is what its record says"
+        return "all digests match, but the signature was not checked"
+    return "OK: all files match the manifest and the lineage record"
 
 
 def _source_of(lorry: Lorry, base_model: str) -> str | None:
-    """What Transformers loads a base from, as Python's arguments: a folder of this machine, or a hub id.
+    """Return the arguments with which Transformers loads the base model: a local folder or a Hub ID.
 
-    None where the base was deleted, or only an operator may know.
+    None if the base model was deleted, or if its source is visible only to operators.
     """
     try:
         base = lorry.models.get(base_model)
@@ -333,20 +397,20 @@ def _source_of(lorry: Lorry, base_model: str) -> str | None:
     return json.dumps(base.source) + revision
 
 
-def _say_how_to_use(folder: Path, adapter: Adapter, source: str | None) -> None:
+def _print_usage(folder: Path, adapter: Adapter, source: str | None) -> None:
     """The base_model_name_or_path of adapter_config.json is Lorry's own name: Transformers can't load that."""
-    output.say(f"PEFT loads it: PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
+    output.say(f"Load it with PEFT: PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
     held = _sharding_text(adapter)
     if source is None:
         given = f", with {held}" if held else ""
-        output.say(f"base is {adapter.base_model}, loaded by Transformers from its folder or its hub id{given}.")
+        output.say(f"base is {adapter.base_model}, loaded with Transformers from its folder or Hub ID{given}.")
     else:
         given = f", {held}" if held else ""
         output.say(f"base is {adapter.base_model}: AutoModelForCausalLM.from_pretrained({source}{given})")
 
 
 def _sharding_text(adapter: Adapter) -> str | None:
-    """The arguments with which Transformers holds a base as training did; None for plain weights."""
+    """Return the arguments with which Transformers loads the base as in training; None if it was not quantized."""
     dtype = f"torch.{adapter.precision or 'bfloat16'}"
     how = {
         "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
@@ -357,5 +421,5 @@ def _sharding_text(adapter: Adapter) -> str | None:
 
 
 def folder_name(name: str) -> str:
-    """A name of the service as one harmless part of a path."""
+    """Return a name as one safe component of a path."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "adapter"

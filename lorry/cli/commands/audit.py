@@ -1,4 +1,4 @@
-"""`lorry audit`: who changed what, and whether the log of it is complete and unchanged."""
+"""`lorry audit`: list, verify and export the audit log."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorry.cli import lookup
 from lorry.cli.app import EXIT_REFUSED, client, group
-from lorry.cli.commands.keys import duration
+from lorry.cli.parsing.durations import duration
 from lorry.cli.render import output
-from lorry.cli.render.output import AsJson
+from lorry.cli.render.output import AsJson, Quiet
 from lorry.cli.render.tables import Column, table
 from lorry.errors import InvalidRequest
 
@@ -25,58 +26,78 @@ if TYPE_CHECKING:
     from lorry.models.accounts import AuditEvent, AuditVerification
 
 DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
-app = group("The audit log: who changed what.")
+app = group("Query, verify and export the audit log.")
 
 
-@app.command("list")
+@app.verb(
+    "list",
+    "lorry audit list",
+    "lorry audit list --type job.cancelled --since 7d",
+    "lorry audit list --actor key-3f2b --json",
+)
 def list_(
     *,
     kind: Annotated[
-        list[str] | None, typer.Option("--type", help="Such as job.cancelled; may be repeated.", metavar="TYPE")
+        list[str] | None,
+        typer.Option("--type", help="Show only this event type, such as job.cancelled (repeatable).", metavar="TYPE"),
     ] = None,
-    actor: Annotated[list[str] | None, typer.Option(help="Id of a key; may be repeated.")] = None,
-    project: Annotated[list[str] | None, typer.Option(help="Id of a project; may be repeated.")] = None,
-    since: Annotated[int | None, duration("How far back: 12h, 30d. Left out: all.")] = None,
-    limit: Annotated[int, typer.Option(help="How many at most.", min=1)] = 50,
+    actor: Annotated[
+        list[str] | None,
+        typer.Option(help="Show only events caused by this API key, by ID (repeatable).", metavar="KEY"),
+    ] = None,
+    project: Annotated[
+        list[str] | None, typer.Option(help="Show only events of this project, by ID (repeatable).")
+    ] = None,
+    since: Annotated[
+        int | None, duration("Show only events of this last time, such as 12h or 30d (default: all).")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", help="Maximum number of events to list.", min=1)] = 50,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """What was changed of late: of your project; for operators, of all."""
+    """List recent events, newest first: of your project or, with an operator key, of all projects."""
     started = None if since is None else time.time() - since
-    found = client().audit.list(types=kind or (), actor_ids=actor or (), project_ids=project or (), since=started)
+    lorry = client()
+    actors = [lookup.key(lorry, typed) for typed in actor or ()]
+    projects = [lookup.project(lorry, typed) for typed in project or ()]
+    found = lorry.audit.list(types=kind or (), actor_ids=actors, project_ids=projects, since=started)
     with _suggesting_types(kind or []):
         events = list(islice(found, limit))
-    if as_json:
-        return output.print_json([event.raw for event in events])
+    if output.is_printed(events, as_json=as_json, quiet=quiet):
+        return None
     columns = (
         Column(title="WHEN"),
         Column(title="WHAT"),
-        Column(title="ABOUT", narrowest=16),
-        Column(title="BY", goes=1, narrowest=12),
-        Column(title="FROM", goes=3),
-        Column(title="DETAILS", goes=2, narrowest=16),
+        Column(title="ABOUT", min_width=16),
+        Column(title="BY", priority=1, min_width=12),
+        Column(title="FROM", priority=3),
+        Column(title="DETAILS", priority=2, min_width=16),
     )
-    return table(columns, map(_row, events), empty="Nothing was changed, or not by whom and when you say.")
+    return table(columns, map(_row, events), empty="No matching events.")
 
 
-@app.command()
+@app.verb("verify", "lorry audit verify", "lorry audit verify --json")
 def verify(*, as_json: AsJson = False) -> None:
-    """Have the server verify every event of the log and the chain's anchors (an operator's key only)."""
+    """Verify the audit log's hash chain and its anchors on the server (operator key required).
+
+    Exits with 1 if it fails.
+    """
     found = client().audit.verify()
     if as_json:
         output.print_json({**found.raw, "is_sound": found.is_sound, "num_events": found.num_events})
     elif found.misfit is None:
-        output.say(f"{found.num_events} events are as they were sealed; {found.num_unsealed} are not sealed yet.")
+        output.say(f"OK: {found.num_events} sealed events are unchanged; {found.num_unsealed} are not sealed yet.")
     else:
         output.say(_misfit_sentence(found))
     if not found.is_sound:
         raise typer.Exit(EXIT_REFUSED)
 
 
-@app.command()
+@app.verb("export", "lorry audit export > audit.jsonl", "lorry audit export | gzip > audit.jsonl.gz")
 def export() -> None:
-    """Write every sealed event to stdout, one a line (an operator's key only).
+    """Write every sealed event to stdout, one JSON object per line (operator key required).
 
-    The server's `python -m api verify-export FILE` verifies it.
+    On the server, `python -m api verify-export FILE` verifies the output.
     """
     for event in client().audit.export():
         sys.stdout.write(json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n")
@@ -84,14 +105,14 @@ def export() -> None:
 
 @contextmanager
 def _suggesting_types(typed: Sequence[str]) -> Generator[None]:
-    """A refusal that lists every type there is tells the nearest one instead, or those of the group that was typed."""
+    """Replace an error that lists every event type: suggest the nearest type, or the types of the same group."""
     try:
         yield
     except InvalidRequest as error:
         field, _, index = (error.param or "").rpartition(".")
         known = re.findall(r"'([a-z_]+\.[a-z_]+)'", error.message)
         if field == "event_types[]" and index.isdecimal() and int(index) < len(typed) and known:
-            error.message = f"There is no type {typed[int(index)]!r}."
+            error.message = f"Unknown event type {typed[int(index)]!r}."
             error.remedy = _near(typed[int(index)], known)
             error.param = "--type"
         raise
@@ -103,26 +124,27 @@ def _near(typed: str, known: Sequence[str]) -> str:
         return f"Did you mean {near[0]}?"
     of_group = [name for name in known if name.partition(".")[0] == group]
     if of_group:
-        return f"Those of {group} are {', '.join(of_group)}."
+        return f"Event types of {group}: {', '.join(of_group)}."
     groups = sorted({name.partition(".")[0] for name in known})
-    told = ", ".join(f"{name}.*" for name in groups)
-    return f"Types are named {told}. Those of one: lorry audit list --type {groups[0]}"
+    shown = ", ".join(f"{name}.*" for name in groups)
+    return f"Groups of event types: {shown}. List the types of a group: lorry audit list --type {groups[0]}"
 
 
 def _misfit_sentence(found: AuditVerification) -> str:
     assert found.misfit is not None
     if found.misfit.fault == "anchor_changed":
         return (
-            f"The anchor {found.misfit.id} is not what the server wrote. All {found.num_events} events fit each other."
+            f"FAILED: anchor {found.misfit.id} is not what the server wrote. "
+            f"All {found.num_events} events match the chain."
         )
     what = {
-        "changed": "is not what was sealed: its content or its digest was changed",
+        "changed": "was changed after it was sealed",
         "missing": "is missing",
-        "misplaced": "does not follow the one before it: events were exchanged, or the end was cut off",
+        "misplaced": "does not follow the previous event: events were swapped, or the end was cut off",
     }
     named = f" ({found.misfit.id})" if found.misfit.id else ""
-    told = what.get(found.misfit.fault, found.misfit.fault)
-    return f"Event {found.misfit.link}{named} {told}. {found.num_events} before it fit."
+    fault = what.get(found.misfit.fault, found.misfit.fault)
+    return f"FAILED: event {found.misfit.link}{named} {fault}. The {found.num_events} events before it match the chain."
 
 
 def _detail(name: str, value: object) -> str:

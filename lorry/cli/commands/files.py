@@ -1,18 +1,20 @@
-"""`lorry files`: data sets, what preparation found in them, and the curves of jobs."""
+"""`lorry files`: data sets, the reports of their preparation, and the curves of jobs."""
 
 from __future__ import annotations
 
-import re
 import sys
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorry.cli import lookup
 from lorry.cli.app import client, group
+from lorry.cli.parsing.durations import duration
 from lorry.cli.render import output
-from lorry.cli.render.output import AsJson, YesTaken
+from lorry.cli.render.output import AsJson, Quiet, Yes
 from lorry.cli.render.tables import Column, table
 
 if TYPE_CHECKING:
@@ -22,44 +24,66 @@ if TYPE_CHECKING:
     from lorry.models.jobs import File
     from lorry.resources.files import OnBytes
 
-app = group("Data sets, and the curves of jobs.")
+app = group("Manage data sets and the result files of jobs.")
+FileId = Annotated[str, typer.Argument(metavar="FILE", help="ID of the file, or a unique prefix of it.")]
+NOT_PREPARED = "No worker has prepared {file} for {model} yet. A job prepares it: lorry jobs submit {model} {file}"
 
 
-def _seconds(time: str) -> int:
-    found = re.fullmatch(r"(\d{1,9})([smhd])", time)
-    if found is None:
-        raise typer.BadParameter("Say a number and its unit (s, m, h or d), such as 12h or 30d.")
-    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+class Purpose(StrEnum):
+    """The purposes of an upload."""
+
+    fine_tune = "fine-tune"
+    user_data = "user_data"
 
 
-@app.command()
+class ListedPurpose(StrEnum):
+    """The purposes of a file."""
+
+    fine_tune = "fine-tune"
+    results = "fine-tune-results"
+    user_data = "user_data"
+
+
+@app.verb(
+    "upload",
+    "lorry files upload chats.jsonl",
+    "lorry files upload chats.jsonl --expires-after 30d",
+    "lorry files upload notes.pdf --purpose user_data",
+)
 def upload(
-    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="JSON Lines.")],
-    purpose: Annotated[str, typer.Option(help="fine-tune, unless you know better.")] = "fine-tune",
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH", exists=True, dir_okay=False, readable=True, help="File to upload; training data is JSONL."
+        ),
+    ],
+    purpose: Annotated[Purpose, typer.Option(help="Purpose of the file.")] = Purpose.fine_tune,
     expires_after: Annotated[
         int | None,
-        typer.Option(parser=_seconds, metavar="<duration>", help="Let it go by itself, such as after 12h or 30d."),
+        duration("Delete the file automatically after this time, such as 12h or 30d; 1h to 30d (default: never)."),
     ] = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a file; every line is checked."""
-    file = upload_with_bar(client(), path, purpose=purpose, expires_after_seconds=expires_after)
+    """Upload a file. Every line of training data is checked."""
+    file = upload_with_bar(client(), path, purpose=purpose.value, expires_after_seconds=expires_after, reuses=quiet)
     if as_json:
         output.print_json(file.raw)
     else:
-        output.console().print(file.id)
+        output.print_ids([file.id])
 
 
-@app.command("list")
+@app.verb("list", "lorry files list", "lorry files list --purpose fine-tune-results", "lorry files list -q --limit 5")
 def list_(
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
-    purpose: Annotated[str | None, typer.Option(help="Only these: fine-tune, fine-tune-results, user_data.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Maximum number of files to list.")] = 50,
+    purpose: Annotated[ListedPurpose | None, typer.Option(help="Show only files with this purpose.")] = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Uploaded files and the curves of jobs, newest first."""
-    files = list(client().files.list(limit=limit, purpose=purpose))
-    if as_json:
-        return output.print_json([file.raw for file in files])
+    """List uploaded files and the curves of jobs, newest first."""
+    files = list(client().files.list(limit=limit, purpose=purpose and purpose.value))
+    if output.is_printed(files, as_json=as_json, quiet=quiet):
+        return None
     rows = [
         (
             f.id,
@@ -74,65 +98,97 @@ def list_(
     ]
     columns = (
         Column(title="ID"),
-        Column(title="NAME", narrowest=16),
-        Column(title="SIZE", goes=1),
-        Column(title="KIND", goes=2),
-        Column(title="PURPOSE", goes=4),
-        Column(title="CREATED", goes=3),
-        Column(title="EXPIRES", goes=5),
+        Column(title="NAME", min_width=16),
+        Column(title="SIZE", priority=1),
+        Column(title="KIND", priority=2),
+        Column(title="PURPOSE", priority=4),
+        Column(title="CREATED", priority=3),
+        Column(title="EXPIRES", priority=5),
     )
     if not any(file.expires_at for file in files):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    return table(columns, rows, empty="There is no file yet. Upload one with `lorry files upload PATH`.")
+    return table(columns, rows, empty="No files yet. Upload one with `lorry files upload PATH`.")
 
 
-@app.command()
+@app.verb("show", "lorry files show file-3f2b", "lorry files show file-3f2b --json")
+def show(file_id: FileId, as_json: AsJson = False) -> None:
+    """Show a file's details."""
+    lorry = client()
+    file = lorry.files.get(lookup.file(lorry, file_id))
+    if as_json:
+        output.print_json(file.raw)
+    else:
+        output.pairs(_facts(file))
+
+
+@app.verb(
+    "download",
+    "lorry files download file-3f2b",
+    "lorry files download file-3f2b curves.csv",
+    "lorry files download file-3f2b - | head",
+)
 def download(
-    file_id: Annotated[str, typer.Argument(help="The file's id.")],
+    file_id: FileId,
     path: Annotated[
-        Path | None, typer.Argument(allow_dash=True, help="A new file, or - for standard output. Default: ./NAME.")
+        Path | None,
+        typer.Argument(metavar="PATH", allow_dash=True, help="New file, or - for stdout (default: ./NAME)."),
     ] = None,
 ) -> None:
-    """Save the bytes of a file: of an upload, or of a job's curves."""
-    files = client().files
+    """Download an uploaded file or the curves of a job."""
+    lorry = client()
+    file_id = lookup.file(lorry, file_id)
     if path == Path("-"):
-        for piece in files.content(file_id):
+        for piece in lorry.files.content(file_id):
             sys.stdout.buffer.write(piece)
     else:
-        output.console().print(str(files.download(file_id, path)), soft_wrap=True)
+        output.console().print(str(lorry.files.download(file_id, path)), soft_wrap=True)
 
 
-@app.command()
+@app.verb(
+    "report",
+    "lorry files report file-3f2b --model smollm2-135m",
+    "lorry files report file-3f2b --model smollm2-135m --json",
+)
 def report(
-    file_id: Annotated[str, typer.Argument(help="The file's id.")],
-    model: Annotated[str, typer.Option(help="The base model whose tokenizer counts.")],
+    file_id: FileId,
+    model: Annotated[str, typer.Option(help="Base model whose tokenizer counts the tokens.")],
     as_json: AsJson = False,
 ) -> None:
-    """Rows, tokens, truncated rows, rows with nothing to learn, duplicates."""
-    found = client().files.report(file_id, model=model)
+    """Show rows, tokens, truncated rows, rows without trainable tokens, and duplicates of a file."""
+    lorry = client()
+    file_id = lookup.file(lorry, file_id)
+    found = lorry.files.report(file_id, model=model)
     if as_json:
         output.print_json(found)
     elif not found.get("report"):
-        output.say(f"No worker has prepared {file_id} for {model} yet, so there is nothing to report.")
-        output.say(f"A job prepares it: lorry jobs submit {model} {file_id}")
+        output.say(NOT_PREPARED.format(file=file_id, model=model))
     else:
         from lorry.cli.render.lineage import prepared
 
         output.pairs((("file", file_id), ("model", model), *prepared(found["report"])))
 
 
-@app.command()
-def delete(
-    file_id: Annotated[str, typer.Argument(help="The file's id.")],
-    _yes: YesTaken = False,
-    as_json: AsJson = False,
-) -> None:
-    """Delete an uploaded file."""
-    client().files.delete(file_id)
-    if as_json:
-        output.print_json({"id": file_id, "deleted": True})
-    else:
-        output.say(f"{file_id} is deleted.")
+@app.verb("delete", "lorry files delete file-3f2b", "lorry files delete file-3f2b --yes")
+def delete(file_id: FileId, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Delete a file. This can't be undone."""
+    lorry = client()
+    file_id = lookup.file(lorry, file_id)
+    output.confirm(f"Delete file {file_id}? This can't be undone.", yes=yes)
+    lorry.files.delete(file_id)
+    output.print_deleted("file", file_id, as_json=as_json)
+
+
+def _facts(file: File) -> Iterator[tuple[str, object]]:
+    yield "id", file.id
+    yield "name", file.filename
+    yield "purpose", file.purpose
+    yield "status", file.status
+    yield "size", output.size(file.bytes)
+    yield "rows", file.rows
+    yield "kind of rows", file.kind
+    yield "digest", file.digest
+    yield "created", output.when(file.created_at or None)
+    yield "expires", output.when(file.expires_at)
 
 
 def upload_with_bar(
@@ -143,20 +199,22 @@ def upload_with_bar(
     expires_after_seconds: int | None = None,
     reuses: bool = False,
 ) -> File:
-    """Uploads with a bar on stderr, where that is a terminal. reuses: the caller takes an earlier one of the same
-    content, and says so."""
+    """Upload a file, with a progress bar if stderr is a terminal.
+
+    reuses: don't print that an earlier file has the same content.
+    """
     with byte_bar(f"Uploading {path.name}") as on_progress:
         file = lorry.files.upload(
             path, purpose=purpose, expires_after_seconds=expires_after_seconds, on_progress=on_progress
         )
     if file.same_content_as is not None and not reuses:
-        output.say(f"{path.name} was there already, as {file.same_content_as}; it is kept a second time, as {file.id}.")
+        output.say(f"{path.name} has the same content as {file.same_content_as}; a second copy is stored as {file.id}.")
     return file
 
 
 @contextmanager
 def byte_bar(label: str) -> Generator[OnBytes | None]:
-    """A bar of bytes that goes away when it is full."""
+    """Show a progress bar of bytes, which is removed at the end."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -169,7 +227,7 @@ def byte_bar(label: str) -> Generator[OnBytes | None]:
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Nested objects as dotted labels."""
+    """Yield the values of nested objects with dotted labels."""
     for name, inner in value.items():
         if isinstance(inner, dict):
             yield from flatten(inner, f"{prefix}{name}.")  # pyright: ignore[reportUnknownArgumentType]

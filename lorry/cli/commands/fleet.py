@@ -1,51 +1,77 @@
-"""`lorry queue` and `lorry sign-in-link`."""
+"""`lorry queue` and `lorry status`: jobs and workers of a service."""
 
 from __future__ import annotations
 
-import webbrowser
-from typing import Annotated, Any
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorry.cli.app import client
 from lorry.cli.render import output
-from lorry.cli.render.output import AsJson
+from lorry.cli.render.output import AsJson, Quiet
 from lorry.cli.render.tables import Column, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+QUEUE_EXAMPLES = ("lorry queue", "lorry queue --all --json")
+STATUS_EXAMPLES = ("lorry status", "lorry status -o json")
 
 
 def queue(
-    everything: Annotated[bool, typer.Option("--all", help="Of all projects (an operator's key only).")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show the jobs of all projects (operator key required).")
+    ] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """What trains and what waits, and why."""
+    """Show running and queued jobs, with the reason for their order."""
     snapshot = client().queue.get(all_projects=everything)
+    entries: list[dict[str, Any]] = snapshot.get("jobs") or []
     if as_json:
         return output.print_json(snapshot)
-    entries: list[dict[str, Any]] = snapshot.get("jobs") or []
+    if quiet:
+        return output.print_ids(str(entry.get("job_id")) for entry in entries)
     shown = ("job_id", "state", "base_model", "priority", "position", "trainer_id", "reason")
     rows = [tuple(entry.get(name) for name in shown) for entry in entries]
     columns = (
         Column(title="JOB"),
         Column(title="STATE"),
-        Column(title="BASE", goes=2, narrowest=12),
-        Column(title="PRIORITY", goes=3),
-        Column(title="PLACE", goes=1),
-        Column(title="TRAINER", goes=4),
-        Column(title="WHY ITS TURN", narrowest=20),
+        Column(title="BASE", priority=2, min_width=12),
+        Column(title="PRIORITY", priority=3),
+        Column(title="POSITION", priority=1),
+        Column(title="TRAINER", priority=4),
+        Column(title="REASON", min_width=20),
     )
-    return table(columns, rows, empty="Nothing runs and nothing waits.")
+    return table(columns, rows, empty="No running or queued jobs.")
 
 
-def sign_in_link(
-    open_browser: Annotated[bool, typer.Option("--open", help="Open it in this machine's browser.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make a link that signs one browser in to the dashboard, once, with the rights of your key."""
-    link = client().sign_in_links.create()
+def status(as_json: AsJson = False) -> None:
+    """Show the address of the service, its workers and its jobs. Exits with 1 if it does not respond."""
+    from lorry import connection
+    from lorry.local import lock
+
+    lorry = client()
+    entries: list[dict[str, Any]] = lorry.queue.get().get("jobs") or []
+    jobs = Counter(str(entry.get("state")) for entry in entries)
+    workers = Counter(worker.state for worker in lorry.workers.list())
+    folder = connection.default_data_dir()
+    pid = lock.holder(folder)
     if as_json:
-        output.print_json(link)
-    else:
-        output.console().print(link["url"], soft_wrap=True)
-        output.say(f"It works once, until {output.when(link['expires_at'])}; keep it to yourself.")
-    if open_browser and not webbrowser.open(link["url"]):
-        output.say("There is no browser here to open it in: open the link by hand.")
+        return output.print_json({"url": lorry.url, "jobs": jobs, "workers": workers, "data_dir_pid": pid})
+    origin = connection.find().origin.removeprefix("The address is from ").rstrip(".")
+    output.pairs(
+        (
+            ("service", lorry.url),
+            ("address from", origin),
+            ("jobs", _counts(jobs.items()) or "none running or queued"),
+            ("workers", _counts(workers.items()) or "none"),
+            ("local service", f"process {pid} in {folder}" if pid is not None else f"not running in {folder}"),
+        )
+    )
+    return None
+
+
+def _counts(numbers: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{number} {state}" for state, number in sorted(numbers))

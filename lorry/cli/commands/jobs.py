@@ -1,59 +1,83 @@
-"""`lorry jobs`: submit, look, watch, steer."""
+"""`lorry jobs`: submit, inspect and control fine-tuning jobs."""
 
 from __future__ import annotations
 
 from collections import deque
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorry.cli.app import Sectioned, client, group
+from lorry.cli import lookup
+from lorry.cli.app import client, group
 from lorry.cli.commands.submit import submit
 from lorry.cli.parsing.option_values import pair
 from lorry.cli.render import job_view, output, progress_bars
-from lorry.cli.render.output import AsJson, YesTaken
+from lorry.cli.render.output import AsJson, Quiet, Yes
 from lorry.cli.render.tables import Column, table
 
 if TYPE_CHECKING:
-    from lorry.client import Lorry
-    from lorry.models.jobs import Job, JobEvent
+    from collections.abc import Iterable
 
-app = group("Fine-tuning jobs.")
+    from lorry.client import Lorry
+    from lorry.models.jobs import Job, JobEvent, LogLine
+
+app = group("Submit, inspect and control fine-tuning jobs.")
 
 _SUFFIX = "SUFFIX"
 _COLUMNS = (
     Column(title="ID"),
     Column(title="STATUS"),
-    Column(title=_SUFFIX, goes=3, narrowest=8),
-    Column(title="MODEL", goes=4, narrowest=10),
+    Column(title=_SUFFIX, priority=3, min_width=8),
+    Column(title="MODEL", priority=4, min_width=10),
     Column(title="STEP"),
-    Column(title="LOSS", goes=2),
-    Column(title="HELD-OUT", goes=1),
-    Column(title="TOOK", goes=5),
-    Column(title="CREATED", goes=6),
+    Column(title="LOSS", priority=2),
+    Column(title="VALID", priority=1),
+    Column(title="TOOK", priority=5),
+    Column(title="CREATED", priority=6),
 )
 
 NO_CHECKPOINT = (
-    "The job has no checkpoint. One is made every 50 steps, or as `lorry jobs submit --checkpoint-every` said."
+    "The job has no checkpoint yet. Jobs write one every 50 steps, or as set with `lorry jobs submit "
+    "--checkpoint-every`."
 )
-JobId = Annotated[str, typer.Argument(help="The job's id.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="ID of the job, or a unique prefix of it.")]
+Last = Annotated[
+    int | None, typer.Option("--limit", "-n", min=1, help="Show only the last N lines (default: all).", metavar="N")
+]
 
 
-app.command(cls=Sectioned)(submit)
+class Curve(StrEnum):
+    """The curves of a job."""
+
+    train = "train"
+    valid = "valid"
 
 
-@app.command("list")
+app.verb(
+    "submit",
+    "lorry jobs submit smollm2-135m chats.jsonl --suffix support",
+    "lorry jobs submit smollm2-135m chats.jsonl --valid valid.jsonl --rank 32 --epochs 3 --watch",
+    "lorry jobs submit -m smollm2-135m -F file-3f2b --method dpo --beta 0.2",
+)(submit)
+
+
+@app.verb("list", "lorry jobs list", "lorry jobs list --tag nightly --limit 100", "lorry jobs list -q -n 5")
 def list_(
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
-    tag: Annotated[list[str] | None, typer.Option(help="Only those with this tag. Again for more.")] = None,
-    metadata: Annotated[list[str] | None, typer.Option(help="Only those with KEY=VALUE. Again for more.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Maximum number of jobs to list.")] = 20,
+    tag: Annotated[list[str] | None, typer.Option(help="Show only jobs with this tag (repeatable).")] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(help="Show only jobs with this metadata (repeatable).", metavar="KEY=VALUE"),
+    ] = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Newest first."""
+    """List jobs, newest first."""
     pairs = dict(pair(entry, "--metadata", "KEY=VALUE") for entry in metadata or [])
     jobs = list(client().jobs.list(limit=limit, tags=tag or (), metadata=pairs))
-    if as_json:
-        return output.print_json([job.raw for job in jobs])
+    if output.is_printed(jobs, as_json=as_json, quiet=quiet):
+        return
     rows = [
         (
             j.id,
@@ -62,7 +86,7 @@ def list_(
             j.model,
             job_view.steps(j),
             j.progress.loss,
-            progress_bars.held_out_loss(j),
+            progress_bars.validation_loss(j),
             output.duration(j.seconds_running or None),
             output.briefly(j.created_at),
         )
@@ -73,17 +97,17 @@ def list_(
         at = [column.title for column in columns].index(_SUFFIX)
         columns = columns[:at] + columns[at + 1 :]
         rows = [row[:at] + row[at + 1 :] for row in rows]
-    none = "There is no job yet. Start one with `lorry jobs submit MODEL TRAIN`."
-    table(columns, rows, empty="No job has all of these." if tag or pairs else none)
+    none = "No jobs yet. Submit one with `lorry jobs submit MODEL TRAIN`."
+    table(columns, rows, empty="No jobs match." if tag or pairs else none)
     if any(job.status == "paused" for job in jobs):
-        output.say("A paused job goes on with: lorry jobs resume ID")
-    return None
+        output.say("Resume a paused job with: lorry jobs resume ID")
 
 
-@app.command()
+@app.verb("show", "lorry jobs show ftjob-3f2b", "lorry jobs show ftjob-3f2b -o json")
 def show(job_id: JobId, as_json: AsJson = False) -> None:
-    """Everything about one job, and why it waits."""
+    """Show a job's details."""
     lorry = client()
+    job_id = lookup.job(lorry, job_id)
     job = lorry.jobs.get(job_id)
     if as_json:
         return output.print_json(job.raw)
@@ -93,78 +117,174 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
     return None
 
 
-@app.command()
+@app.verb("why", "lorry jobs why ftjob-3f2b", "lorry jobs why ftjob-3f2b --json")
 def why(job_id: JobId, as_json: AsJson = False) -> None:
-    """What a job waits for, in a sentence."""
-    told = client().jobs.why(job_id)
+    """Explain why a job is waiting."""
+    lorry = client()
+    found = lorry.jobs.why(lookup.job(lorry, job_id))
     if as_json:
-        output.print_json(told)
+        output.print_json(found)
     else:
-        output.console().print(output.clean(str(told.get("explanation", ""))), soft_wrap=True)
+        output.console().print(output.clean(str(found.get("explanation", ""))), soft_wrap=True)
 
 
-@app.command()
+@app.verb(
+    "watch",
+    "lorry jobs watch ftjob-3f2b",
+    "lorry jobs watch ftjob-3f2b ftjob-77aa",
+    "lorry jobs watch ftjob-3f2b --json",
+)
 def watch(
-    job_ids: Annotated[list[str], typer.Argument(metavar="JOB...", help="One or more ids.")],
+    job_ids: Annotated[
+        list[str], typer.Argument(metavar="JOB...", help="IDs of one or more jobs, or unique prefixes of them.")
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Draw live bars until all are done. Exit code 1 if one did not succeed."""
-    progress_bars.stay(client(), job_ids, as_json=as_json)
+    """Show live progress until all jobs are finished. Exits with 1 if a job did not succeed."""
+    lorry = client()
+    progress_bars.stay(lorry, [lookup.job(lorry, typed) for typed in job_ids], as_json=as_json)
 
 
-@app.command()
-def cancel(job_id: JobId, _yes: YesTaken = False, as_json: AsJson = False) -> None:
-    """End a job for good."""
-    _print_result(client().jobs.cancel(job_id), as_json=as_json)
-
-
-@app.command()
-def pause(job_id: JobId, as_json: AsJson = False) -> None:
-    """Stop a job at its last checkpoint; `resume` goes on from there."""
-    _print_result(client().jobs.pause(job_id), as_json=as_json)
-
-
-@app.command()
-def resume(job_id: JobId, as_json: AsJson = False) -> None:
-    """Put a paused job back into the queue."""
-    _print_result(client().jobs.resume(job_id), as_json=as_json)
-
-
-@app.command()
-def hold(job_id: JobId, as_json: AsJson = False) -> None:
-    """Keep a job in the queue, and out of every trainer, until it is released."""
-    _print_result(client().jobs.hold(job_id), as_json=as_json)
-
-
-@app.command()
-def release(job_id: JobId, as_json: AsJson = False) -> None:
-    """Let a held job train when its turn comes."""
-    _print_result(client().jobs.release(job_id), as_json=as_json)
-
-
-@app.command()
-def move(
+@app.verb(
+    "logs",
+    "lorry jobs logs ftjob-3f2b",
+    "lorry jobs logs ftjob-3f2b -f",
+    "lorry jobs logs ftjob-3f2b -n 50 --contains error",
+)
+def logs(
     job_id: JobId,
     *,
-    before: Annotated[str | None, typer.Option("--before", metavar="JOB", help="Go before this one.")] = None,
-    after: Annotated[str | None, typer.Option("--after", metavar="JOB", help="Go behind this one.")] = None,
-    first: Annotated[bool, typer.Option("--first", help="Go before all.")] = False,
-    last: Annotated[bool, typer.Option("--last", help="Go behind all.")] = False,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Show only this attempt (default: all).")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Show only this process of the trainer (default: all).")
+    ] = None,
+    contains: Annotated[
+        str | None, typer.Option(help="Show only lines that contain this text, ignoring case.", metavar="TEXT")
+    ] = None,
+    limit: Last = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print new lines until the job is finished; up to a minute late.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Give a job another place among the project's jobs of its class that wait."""
-    if sum((before is not None, after is not None, first, last)) != 1:
-        raise typer.BadParameter("say one of --before JOB, --after JOB, --first and --last.")
-    to = "first" if first else "last" if last else None
-    _print_result(client().jobs.move(job_id, before=before, after=after, to=to), as_json=as_json)
+    """Show what the job's trainers printed. For what happened to the job, see `lorry jobs events`."""
+    lorry = client()
+    job_id = lookup.job(lorry, job_id)
+
+    def printed() -> Iterable[LogLine]:
+        return lorry.jobs.logs(job_id, attempt=attempt, rank=rank, contains=contains)
+
+    found = deque(printed(), maxlen=None if follow else limit)
+    place = _print_lines(list(found)[-(limit or 0) :], as_json=as_json)
+    if not follow:
+        if not found and not as_json:
+            output.say(f"No logs for job {job_id}. For what happened to it, run: lorry jobs events {job_id}")
+        return
+    seen = {line.id for line in found}  # the last id is no cursor: lines of several processes arrive interleaved
+
+    def print_new(_job: object) -> None:
+        nonlocal place
+        new = [line for line in printed() if line.id not in seen]
+        seen.update(line.id for line in new)
+        place = _print_lines(new, as_json=as_json, place=place)
+
+    print_new(lorry.jobs.wait(job_id, on_progress=print_new, poll_seconds=FOLLOW_SECONDS))
 
 
-@app.command()
-def checkpoints(job: JobId, as_json: AsJson = False) -> None:
-    """Newest first. One that is kept can be pulled, and continued, by its name."""
-    found = list(client().jobs.checkpoints(job))
+FOLLOW_SECONDS = 10.0
+"""Between two requests of `logs -f`. Workers upload logs at most once a minute."""
+
+
+def _print_lines(
+    lines: Iterable[LogLine], *, as_json: bool, place: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
+    """Print a heading for each change of attempt or process. Returns the last one; `place` is the previous one."""
+    for line in lines:
+        if as_json:
+            output.print_json_line(line.raw)
+            continue
+        if place != (line.attempt, line.rank):
+            place = (line.attempt, line.rank)
+            output.heading(f"attempt {line.attempt}" + (f", process {line.rank}" if line.rank else ""))
+        output.console().print(output.clean(line.text), soft_wrap=True)
+    return place
+
+
+@app.verb(
+    "events",
+    "lorry jobs events ftjob-3f2b",
+    "lorry jobs events ftjob-3f2b -f",
+    "lorry jobs events ftjob-3f2b -n 20 --metrics",
+)
+def events(
+    job_id: JobId,
+    limit: Last = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new events until the job is finished.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Include the loss of each step.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a job's events, oldest first."""
+    lorry = client()
+    job_id = lookup.job(lorry, job_id)
+    past = list(lorry.jobs.events(job_id, type=None if metrics else "message", limit=limit))
+    for event in reversed(past):
+        _print_event(event, as_json=as_json)
+    if follow:
+        for update in lorry.jobs.follow(job_id, after_event=past[0].id if past else None):
+            if update.event is not None and (metrics or update.event.type != "metrics"):
+                _print_event(update.event, as_json=as_json)
+
+
+@app.verb(
+    "metrics",
+    "lorry jobs metrics ftjob-3f2b",
+    "lorry jobs metrics ftjob-3f2b --kind valid",
+    "lorry jobs metrics ftjob-3f2b --json",
+)
+def metrics(
+    job_id: JobId,
+    kind: Annotated[Curve, typer.Option(help="Curve to show: training or validation.")] = Curve.train,
+    as_json: AsJson = False,
+) -> None:
+    """Show a job's loss curve by step; long curves are thinned to 2,000 points."""
+    lorry = client()
+    found = lorry.jobs.metrics(lookup.job(lorry, job_id), kind=kind.value)
     if as_json:
-        return output.print_json([checkpoint.raw for checkpoint in found])
+        return output.print_json(found)
+    names = ("step", "loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens")
+    shown = [name for name in names if any(point.get(name) is not None for point in found)]
+    columns = [Column(title=name.removeprefix("num_").replace("_", " ").upper()) for name in shown]
+    rows = [[point.get(name) for name in shown] for point in found]
+    return table(columns, rows, empty="No metrics for this job yet.")
+
+
+@app.verb("samples", "lorry jobs samples ftjob-3f2b", "lorry jobs samples ftjob-3f2b --json")
+def samples(job_id: JobId, as_json: AsJson = False) -> None:
+    """Show the answers to the job's sample prompts at each evaluation, latest last."""
+    lorry = client()
+    job_id = lookup.job(lorry, job_id)
+    found = list(lorry.jobs.samples(job_id))
+    if as_json:
+        return output.print_json([sample.raw for sample in found])
+    if not found:
+        output.say(f"No samples for job {job_id} yet. A job generates samples if it has a validation file and prompts:")
+        output.say("""lorry jobs submit ... --valid FILE --set 'evaluation.samples.prompts=["..."]'""")
+    for step in sorted({sample.step for sample in found}):
+        output.heading(f"step {step}")
+        for sample in found:
+            if sample.step == step:
+                more = "" if sample.is_complete else " ..."
+                output.console().print(output.clean(f"> {sample.prompt}\n{sample.answer}{more}\n"), soft_wrap=True)
+    return None
+
+
+@app.verb("checkpoints", "lorry jobs checkpoints ftjob-3f2b", "lorry jobs checkpoints ftjob-3f2b -q")
+def checkpoints(job_id: JobId, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """List a job's checkpoints, newest first. A kept checkpoint can be pulled and continued by its name."""
+    lorry = client()
+    found = list(lorry.jobs.checkpoints(lookup.job(lorry, job_id)))
+    if output.is_printed(found, as_json=as_json, quiet=quiet):
+        return None
     rows = [
         (
             c.fine_tuned_model_checkpoint,
@@ -178,78 +298,72 @@ def checkpoints(job: JobId, as_json: AsJson = False) -> None:
     columns = (
         Column(title="NAME"),
         Column(title="STEP"),
-        Column(title="LOSS", goes=2),
+        Column(title="LOSS", priority=2),
         Column(title="KEPT"),
-        Column(title="CREATED", goes=1),
+        Column(title="CREATED", priority=1),
     )
     return table(columns, rows, empty=NO_CHECKPOINT)
 
 
-@app.command()
-def logs(
+@app.verb("cancel", "lorry jobs cancel ftjob-3f2b", "lorry jobs cancel ftjob-3f2b --yes")
+def cancel(job_id: JobId, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Cancel a job. It can't be resumed."""
+    lorry = client()
+    job_id = lookup.job(lorry, job_id)
+    output.confirm(f"Cancel job {job_id}? It can't be resumed.", yes=yes)
+    _print_result(lorry.jobs.cancel(job_id), as_json=as_json)
+
+
+@app.verb("pause", "lorry jobs pause ftjob-3f2b", "lorry jobs pause ftjob-3f2b --json")
+def pause(job_id: JobId, as_json: AsJson = False) -> None:
+    """Pause a job. `lorry jobs resume` continues it from its last checkpoint."""
+    lorry = client()
+    _print_result(lorry.jobs.pause(lookup.job(lorry, job_id)), as_json=as_json)
+
+
+@app.verb("resume", "lorry jobs resume ftjob-3f2b", "lorry jobs resume ftjob-3f2b --json")
+def resume(job_id: JobId, as_json: AsJson = False) -> None:
+    """Return a paused job to the queue."""
+    lorry = client()
+    _print_result(lorry.jobs.resume(lookup.job(lorry, job_id)), as_json=as_json)
+
+
+@app.verb("hold", "lorry jobs hold ftjob-3f2b", "lorry jobs hold ftjob-3f2b --json")
+def hold(job_id: JobId, as_json: AsJson = False) -> None:
+    """Hold a queued job: it keeps its position but won't start until released."""
+    lorry = client()
+    _print_result(lorry.jobs.hold(lookup.job(lorry, job_id)), as_json=as_json)
+
+
+@app.verb("release", "lorry jobs release ftjob-3f2b", "lorry jobs release ftjob-3f2b --json")
+def release(job_id: JobId, as_json: AsJson = False) -> None:
+    """Release a held job, so that it can start."""
+    lorry = client()
+    _print_result(lorry.jobs.release(lookup.job(lorry, job_id)), as_json=as_json)
+
+
+@app.verb("move", "lorry jobs move ftjob-3f2b --first", "lorry jobs move ftjob-3f2b --after ftjob-77aa")
+def move(
     job_id: JobId,
     *,
-    attempt: Annotated[int | None, typer.Option(min=1, help="Only of this attempt.")] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="Only of this process of its trainer.")] = None,
-    contains: Annotated[str | None, typer.Option(help="Only lines that hold this, in whichever case.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="The last so many. Default: all.")] = None,
+    before: Annotated[str | None, typer.Option("--before", metavar="JOB", help="Move before this job.")] = None,
+    after: Annotated[str | None, typer.Option("--after", metavar="JOB", help="Move after this job.")] = None,
+    first: Annotated[bool, typer.Option("--first", help="Move to the front.")] = False,
+    last: Annotated[bool, typer.Option("--last", help="Move to the end.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What the job's trainers printed. For what happened to it: lorry jobs events."""
-    found = deque(client().jobs.logs(job_id, attempt=attempt, rank=rank, contains=contains), maxlen=limit)
-    if not found and not as_json:
-        output.say("Its trainers have printed nothing that is kept. What happened to it: lorry jobs events ID")
-    place: tuple[int, int] | None = None
-    for line in found:
-        if as_json:
-            output.print_json_line(line.raw)
-            continue
-        if place != (line.attempt, line.rank):
-            place = (line.attempt, line.rank)
-            output.heading(f"attempt {line.attempt}" + (f", process {line.rank}" if line.rank else ""))
-        output.console().print(output.clean(line.text), soft_wrap=True)
-
-
-@app.command()
-def events(
-    job_id: JobId,
-    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="The last so many. Default: all.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the job is done.")] = False,
-    metrics: Annotated[bool, typer.Option("--metrics", help="The losses of single steps too.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """The job's events, oldest first."""
+    """Change a job's position among the project's queued jobs of the same priority."""
+    if sum((before is not None, after is not None, first, last)) != 1:
+        raise typer.BadParameter("pass exactly one of --before JOB, --after JOB, --first and --last.")
     lorry = client()
-    past = list(lorry.jobs.events(job_id, type=None if metrics else "message", limit=limit))
-    for event in reversed(past):
-        _print_event(event, as_json=as_json)
-    if follow:
-        for update in lorry.jobs.follow(job_id, after_event=past[0].id if past else None):
-            if update.event is not None and (metrics or update.event.type != "metrics"):
-                _print_event(update.event, as_json=as_json)
-
-
-@app.command()
-def samples(job_id: JobId, as_json: AsJson = False) -> None:
-    """Answers to the job's own prompts at each evaluation, the latest last."""
-    lorry = client()
-    found = list(lorry.jobs.samples(job_id))
-    if as_json:
-        return output.print_json([sample.raw for sample in found])
-    if not found:
-        output.say(f"{job_id} has answered no prompt yet. A job gets prompts beside a held-out file:")
-        output.say("""lorry jobs submit ... --valid FILE --set 'evaluation.samples.prompts=["..."]'""")
-    for step in sorted({sample.step for sample in found}):
-        output.heading(f"step {step}")
-        for sample in found:
-            if sample.step == step:
-                more = "" if sample.is_complete else " ..."
-                output.console().print(output.clean(f"> {sample.prompt}\n{sample.answer}{more}\n"), soft_wrap=True)
-    return None
+    job_id = lookup.job(lorry, job_id)
+    before, after = (one and lookup.job(lorry, one) for one in (before, after))
+    to = "first" if first else "last" if last else None
+    _print_result(lorry.jobs.move(job_id, before=before, after=after, to=to), as_json=as_json)
 
 
 def _usable_rows(lorry: Lorry, job: Job) -> int | None:
-    """Of the training file; asked for where it is needed to say how many epochs come to max_steps."""
+    """Return the usable rows of the training file; requested only if `max_steps` limits the number of epochs."""
     if job.max_steps is None or job.progress.num_steps != job.max_steps:
         return None
     training: dict[str, Any] = lorry.jobs.data_report(job.id).get("training") or {}
@@ -260,8 +374,8 @@ def _print_result(job: Job, *, as_json: bool) -> None:
     if as_json:
         output.print_json(job.raw)
     else:
-        end = "" if job.status == "paused" or job.is_held else "."  # a dot would be taken for part of the command
-        output.say(f"{job.id} is {job_view.status(job)}{end}")
+        end = "" if job.status == "paused" or job.is_held else "."  # a period would look like part of the command
+        output.say(f"Job {job.id} is {job_view.status(job)}{end}")
 
 
 def _print_event(event: JobEvent, *, as_json: bool) -> None:

@@ -1,25 +1,27 @@
-"""`lorry keys`: who may do what."""
+"""`lorry keys`: create, limit, rotate and revoke API keys."""
 
 from __future__ import annotations
 
-import re
 import time
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lorry.cli import lookup
 from lorry.cli.app import client, group
+from lorry.cli.parsing.durations import duration
 from lorry.cli.parsing.option_values import Priority
 from lorry.cli.render import output
-from lorry.cli.render.output import AsJson, YesTaken
+from lorry.cli.render.output import AsJson, Quiet, Yes
 from lorry.cli.render.tables import Column, table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lorry.client import Lorry
     from lorry.models.accounts import ApiKey
 
-app = group("API keys: who may do what.")
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+app = group("Manage API keys.")
 SCOPES = frozenset(
     {
         "files:read",
@@ -36,8 +38,8 @@ SCOPES = frozenset(
         "usage:read",
     }
 )
-"""What a key of a project can have; an operator's has more."""
-OF_OPERATORS = frozenset(
+"""The scopes of a project key. An operator key may also have OPERATOR_SCOPES."""
+OPERATOR_SCOPES = frozenset(
     {
         "models:write",
         "projects:write",
@@ -47,96 +49,114 @@ OF_OPERATORS = frozenset(
         "workers:write",
     }
 )
-KeyId = Annotated[str, typer.Argument(help="The key's id, such as key-3f2b….")]
+KeyId = Annotated[
+    str, typer.Argument(metavar="KEY", help="ID of the key, such as key-3f2b…, or a unique prefix of it.")
+]
+ExpiresIn = Annotated[
+    int | None, duration("Time until the key expires, such as 12h or 90d (default: when your own key expires).")
+]
+ProjectOption = Annotated[
+    str | None, typer.Option(help="Project of the key, by name or ID (default: your own; operator key required).")
+]
 
 
-def seconds(text: str) -> int:
-    """90s, 15m, 12h, 30d."""
-    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
-    if found is None:
-        raise typer.BadParameter(f"{text!r} is no length of time: write 90s, 15m, 12h or 30d.")
-    return int(found[1]) * UNITS[found[2]]
-
-
-def duration(help_text: str, *names: str) -> Any:
-    """An option that takes a length of time."""
-    return typer.Option(*names, help=help_text, parser=seconds, metavar="<duration>")
-
-
-ExpiresIn = Annotated[int | None, duration("How long it is good for: 12h, 90d. Left out: as long as yours.")]
-
-
-@app.command()
+@app.verb(
+    "create",
+    "lorry keys create ci --scope jobs:read --scope jobs:write --expires-in 90d",
+    "lorry keys create ops --operator",
+    "lorry keys create search-team --project search > key.txt",
+)
 def create(
-    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name that describes the use of the key.")],
     *,
     scope: Annotated[
-        list[str] | None, typer.Option(help="What it may do, such as jobs:write; may be repeated. None: all of yours.")
+        list[str] | None,
+        typer.Option(help="Scope to grant, such as jobs:write (repeatable; default: all scopes of your key)."),
     ] = None,
     expires_in: ExpiresIn = None,
-    operator: Annotated[bool, typer.Option("--operator", help="May do what reaches beyond a project.")] = False,
-    project: Annotated[str | None, typer.Option(help="Another than yours, for operators.")] = None,
+    operator: Annotated[bool, typer.Option("--operator", help="Create an operator (admin) key.")] = False,
+    project: ProjectOption = None,
     highest_priority: Annotated[
-        Priority | None, typer.Option(help="Highest priority of its jobs, for operators. Default: normal.")
+        Priority | None,
+        typer.Option(help="Highest priority of the key's jobs (default: normal; operator key required)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key. It is shown this once, alone on stdout."""
-    key = client().keys.create(
+    """Create an API key. Stdout has only the secret, which is not shown again."""
+    lorry = client()
+    key = lorry.keys.create(
         name,
         scopes=scope,
         expires_at=None if expires_in is None else int(time.time()) + expires_in,
         is_operator=operator,
-        project=project,
+        project=project and lookup.project(lorry, project),
         highest_priority=None if highest_priority is None else highest_priority.value,
     )
     _show_once(key, as_json=as_json)
 
 
-@app.command("list")
+@app.verb("list", "lorry keys list", "lorry keys list --all --project search", "lorry keys list -q")
 def list_(
-    every: Annotated[bool, typer.Option("--all", help="Those that were revoked or have expired, too.")] = False,
-    project: Annotated[str | None, typer.Option(help="Another than yours, for operators.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Include revoked and expired keys.")] = False,
+    project: ProjectOption = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """The project's keys, without what it takes to use them."""
-    keys = [key for key in client().keys.list(project=project) if every or key.status == "active"]
-    if as_json:
-        return output.print_json([key.raw for key in keys])
+    """List API keys (secrets are never shown)."""
+    lorry = client()
+    found = lorry.keys.list(project=project and lookup.project(lorry, project))
+    keys = [key for key in found if every or key.status == "active"]
+    if output.is_printed(keys, as_json=as_json, quiet=quiet):
+        return None
     columns = (
         Column(title="ID"),
-        Column(title="NAME", narrowest=8),
-        Column(title="ENDS", goes=4),
-        Column(title="STATUS", goes=1),
-        Column(title="MAY", goes=2, narrowest=16),
-        Column(title="CREATED", goes=5),
+        Column(title="NAME", min_width=8),
+        Column(title="SECRET", priority=4),
+        Column(title="STATUS", priority=1),
+        Column(title="SCOPES", priority=2, min_width=16),
+        Column(title="CREATED", priority=5),
         Column(title="EXPIRES"),
-        Column(title="LAST USE", goes=3),
+        Column(title="LAST USED", priority=3),
     )
-    return table(columns, map(_row, keys), empty="There is no key here. `lorry keys list --all` shows those of before.")
+    return table(columns, map(_row, keys), empty="No active keys. Use --all to include revoked and expired keys.")
 
 
-@app.command()
+@app.verb("show", "lorry keys show key-3f2b", "lorry keys show key-3f2b --json")
+def show(key_id: KeyId, as_json: AsJson = False) -> None:
+    """Show an API key's rights and limits (secrets are never shown)."""
+    lorry = client()
+    key = lorry.keys.get(lookup.key(lorry, key_id))
+    if as_json:
+        output.print_json(key.raw)
+    else:
+        output.pairs(_facts(key))
+
+
+@app.verb("revoke", "lorry keys revoke key-3f2b", "lorry keys revoke key-3f2b --cancel --with-descendants --yes")
 def revoke(
     key_id: KeyId,
     *,
     cancel: Annotated[
-        bool, typer.Option("--cancel", help="Cancel the jobs and sweeps that it created and that have not finished.")
+        bool, typer.Option("--cancel", help="Also cancel the unfinished jobs and sweeps that the key created.")
     ] = False,
     with_descendants: Annotated[
         bool, typer.Option("--with-descendants", help="Also revoke the keys that it created, and theirs, and so on.")
     ] = False,
-    _yes: YesTaken = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Revoke a key now, and the browser sessions made from it."""
-    key = client().keys.revoke(key_id, cancel=cancel, with_descendants=with_descendants)
+    """Revoke a key immediately, together with its browser sessions. This can't be undone."""
+    lorry = client()
+    key_id = lookup.key(lorry, key_id)
+    also = " and the keys that descend from it" if with_descendants else ""
+    work = " Its unfinished jobs and sweeps are cancelled." if cancel else ""
+    output.confirm(f"Revoke key {key_id}{also}? This can't be undone.{work}", yes=yes)
+    key = lorry.keys.revoke(key_id, cancel=cancel, with_descendants=with_descendants)
     if as_json:
         return output.print_json(key.raw)
     others = len(key.revoked_keys) - 1
     descendants = "1 key that descends" if others == 1 else f"{others} keys that descend"
-    also = f", and {descendants} from it," if others > 0 else ""
-    output.say(f"{key.id} ({key.name}){also} {'are' if also else 'is'} not valid any more.")
+    output.say(f"Revoked {key.id} ({key.name}){f' and {descendants} from it' if others > 0 else ''}.")
     if cancel:
         output.say("Its unfinished jobs and sweeps are being cancelled.")
     elif key.unfinished_jobs or key.unfinished_sweeps:
@@ -148,77 +168,109 @@ def revoke(
     return None
 
 
-@app.command()
+@app.verb("rotate", "lorry keys rotate key-3f2b", "lorry keys rotate key-3f2b --overlap 0s --expires-in 90d > key.txt")
 def rotate(
     key_id: KeyId,
     *,
-    overlap: Annotated[int | None, duration("How long the old key is still good: 0s, 12h. Left out: 1d.")] = None,
+    overlap: Annotated[
+        int | None, duration("Time for which the old key remains valid, such as 0s or 12h (default: 1d).")
+    ] = None,
     expires_in: ExpiresIn = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key that takes the place of another. For a while both are good."""
+    """Replace a key by a new one with the same rights. Both are valid during the overlap."""
     lorry = client()
+    key_id = lookup.key(lorry, key_id)
     expires_at = None if expires_in is None else int(time.time()) + expires_in
     key = lorry.keys.rotate(key_id, overlap_seconds=overlap, expires_at=expires_at)
     _show_once(key, as_json=as_json)
-    _note_own(lorry, key_id, key)
+    _store_own(lorry, key_id, key)
     if not as_json:
-        still = "a day" if overlap is None else f"{overlap} s"
-        output.say(f"The old key, {key_id}, is good for {still} more at most.")
+        still = "1 day" if overlap is None else f"{overlap} s"
+        output.say(f"The old key {key_id} remains valid for at most {still}.")
 
 
-@app.command()
-def limit(
+@app.verb("limit", hidden=True)
+@app.verb(
+    "update",
+    "lorry keys update key-3f2b --requests-per-minute 600 --jobs-per-day 50",
+    "lorry keys update key-3f2b --requests-per-minute service",
+    "lorry keys update key-3f2b --highest-priority urgent",
+)
+def update(
     key_id: KeyId,
     *,
     requests_per_minute: Annotated[
-        str | None, typer.Option(help="A number; 0: any number; service: as the service says.")
+        str | None,
+        typer.Option(help="Maximum requests per minute; 0: unlimited; service: the service's default.", metavar="N"),
     ] = None,
-    jobs_per_day: Annotated[str | None, typer.Option(help="The same, of jobs that it creates.")] = None,
-    highest_priority: Annotated[Priority | None, typer.Option(help="Highest priority of its jobs.")] = None,
+    jobs_per_day: Annotated[
+        str | None,
+        typer.Option(help="Maximum jobs created per day; 0: unlimited; service: the service's default.", metavar="N"),
+    ] = None,
+    highest_priority: Annotated[Priority | None, typer.Option(help="Highest priority of the key's jobs.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Set the limits of a key (an operator's key only). What is left out stays as it is."""
-    key = client().keys.limit(
-        key_id,
+    """Set a key's limits (operator key required). Omitted limits stay unchanged."""
+    lorry = client()
+    key = lorry.keys.limit(
+        lookup.key(lorry, key_id),
         requests_per_minute=_number(requests_per_minute),
         jobs_per_day=_number(jobs_per_day),
         highest_priority=None if highest_priority is None else highest_priority.value,
     )
     if as_json:
         return output.print_json(key.raw)
-    told = [_limit_text(key.requests_per_minute, "requests a minute"), _limit_text(key.jobs_per_day, "jobs a day")]
-    told += [f"priority at most {key.highest_priority}"] if key.highest_priority else []
-    return output.say(f"{key.id} ({key.name}): {', '.join(told)}.")
+    limits = [_limit_text(key.requests_per_minute, "requests/minute"), _limit_text(key.jobs_per_day, "jobs/day")]
+    limits += [f"highest priority {key.highest_priority}"] if key.highest_priority else []
+    return output.say(f"Updated {key.id} ({key.name}): {', '.join(limits)}.")
 
 
 def _show_once(key: ApiKey, *, as_json: bool) -> None:
     if as_json:
         return output.print_json(key.raw)
     output.console().print(key.value, soft_wrap=True)
-    until = f" It is good until {output.when(key.expires_at)}." if key.expires_at else ""
-    return output.say(f"This is {key.id} ({key.name}). It is not shown again: keep it now.{until}")
+    until = f" It expires at {output.when(key.expires_at)}." if key.expires_at else ""
+    return output.say(f"Created {key.id} ({key.name}). The secret is not shown again: store it now.{until}")
 
 
-def _note_own(lorry: Lorry, old_id: str, key: ApiKey) -> None:
-    """The key that this command itself came with: a local service's file gets the new one."""
+def _store_own(lorry: Lorry, old_id: str, key: ApiKey) -> None:
+    """Store the new key in the file that the rotated key came from, if this command uses that key."""
     from dataclasses import replace
 
     from lorry import connection
 
     if (lorry.api_key or "").split("_")[1:2] != [old_id]:
         return
-    folder = connection.default_data_dir()
-    local = connection.read(folder)
-    if local is not None and local.api_key == lorry.api_key:
-        path = connection.write(folder, replace(local, api_key=key.value))
-        output.say(f"The new key is in {path}.")
-    else:
-        output.say("That was the key that you use: put the new one into LORRY_API_KEY.")
+    for folder in (connection.login_dir(), connection.default_data_dir()):
+        known = connection.read(folder)
+        if known is not None and known.api_key == lorry.api_key:
+            path = connection.write(folder, replace(known, api_key=key.value))
+            return output.say(f"Stored the new key in {path}.")
+    return output.say("You rotated the key that you use. Set LORRY_API_KEY to the new one.")
+
+
+def _facts(key: ApiKey) -> Iterator[tuple[str, object]]:
+    yield "id", key.id
+    yield "name", key.name
+    yield "secret", key.redacted_value
+    yield "status", key.status
+    yield "project", key.project_id
+    yield "operator", key.is_operator
+    yield "scopes", " ".join(key.scopes)
+    yield "requests/minute", _limit_text(key.requests_per_minute, "").strip(" :")
+    yield "jobs/day", _limit_text(key.jobs_per_day, "").strip(" :")
+    yield "highest priority", key.highest_priority
+    yield "created", output.when(key.created_at or None)
+    yield "created by", key.created_by
+    yield "last used", output.when(key.last_used_at)
+    yield "expires", output.when(key.expires_at)
+    yield "revoked", output.when(key.revoked_at)
+    yield "replaced by", key.replaced_by
 
 
 def _row(key: ApiKey) -> tuple[object, ...]:
-    every = SCOPES | OF_OPERATORS if key.is_operator else SCOPES
+    every = SCOPES | OPERATOR_SCOPES if key.is_operator else SCOPES
     scopes = "all" if every.issubset(key.scopes) else " ".join(key.scopes)
     may = f"operator: {scopes}" if key.is_operator else scopes
     ends = f"…{key.redacted_value.rpartition('…')[2]}"
@@ -233,9 +285,9 @@ def _number(text: str | None) -> int | Literal["service"] | None:
     if text == "service":
         return "service"
     if not text.isdecimal():
-        raise typer.BadParameter(f"{text!r} is neither a number nor the word service.")
+        raise typer.BadParameter(f"{text!r} is neither a number nor 'service'.")
     return int(text)
 
 
 def _limit_text(limit: int | None, what: str) -> str:
-    return f"{what} as the service says" if limit is None else f"{limit} {what}" if limit else f"any {what}"
+    return f"{what}: service default" if limit is None else f"{limit} {what}" if limit else f"{what}: unlimited"

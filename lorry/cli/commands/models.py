@@ -9,7 +9,7 @@ import typer
 
 from lorry.cli.app import client, group
 from lorry.cli.render import output
-from lorry.cli.render.output import AsJson
+from lorry.cli.render.output import AsJson, Quiet, Yes
 from lorry.cli.render.tables import Column, table
 
 if TYPE_CHECKING:
@@ -17,28 +17,39 @@ if TYPE_CHECKING:
 
     from lorry.models.jobs import Model
 
-app = group("Base models and adapters.")
+app = group("Manage base models.")
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model.")]
 
 
 class Kind(StrEnum):
-    """What a source is."""
+    """The types of a source."""
 
     hub = "hub"
     folder = "folder"
     gguf = "gguf"
 
 
-@app.command()
+@app.verb(
+    "add",
+    "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M-Instruct",
+    "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M-Instruct --revision main --no-wait",
+    "lorry models add tiny ./models/tiny.gguf",
+)
 def add(
-    name: Annotated[str, typer.Argument(help="What jobs will call the base.")],
-    source: Annotated[str, typer.Argument(help="A hub id, a folder of safetensors, or a GGUF file.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name to give the base model.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Hugging Face Hub ID, folder of safetensors files, or GGUF file.")
+    ],
     *,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id.")] = None,
-    kind: Annotated[Kind | None, typer.Option(help="Where it can't be seen from SOURCE.")] = None,
-    wait: Annotated[bool, typer.Option(help="Wait until the import is done.")] = True,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of a Hub ID (default: the main branch).")
+    ] = None,
+    kind: Annotated[Kind | None, typer.Option(help="Source type, if it can't be inferred.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until the import is finished.")] = True,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Import a base model, and record its digest."""
+    """Import a base model and record its digest (operator key required)."""
     lorry = client()
     model = lorry.models.add(name, source, kind=None if kind is None else kind.value, revision=revision)
     if wait:
@@ -46,45 +57,43 @@ def add(
             model = lorry.models.wait(name)
     if as_json:
         output.print_json(model.raw)
+    elif quiet:
+        output.print_ids([model.id or name])
     elif model.state == "ready":
-        output.say(f"{name} is ready, digest {model.digest}.")
+        output.say(f"Model {name} is ready, digest {model.digest}.")
     else:
-        output.say(f"{name} is being imported; `lorry models list` shows when it is ready.")
+        output.say(f"Importing model {name}. Check its state with: lorry models show {name}")
 
 
-@app.command("list")
-def list_(as_json: AsJson = False) -> None:
-    """What jobs can train on, and what they made."""
+@app.verb("list", "lorry models list", "lorry models list -q", "lorry models list --json")
+def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """List base models and the adapters trained on them."""
     models = list(client().models.list())
-    if as_json:
-        return output.print_json([model.raw for model in models])
+    if output.is_printed(models, as_json=as_json, quiet=quiet):
+        return
     rows = [(m.id, m.kind, m.state, m.base, output.short(m.digest), output.briefly(m.created)) for m in models]
     table(
         (
             Column(title="NAME"),
-            Column(title="KIND", goes=1),
+            Column(title="KIND", priority=1),
             Column(title="STATE"),
-            Column(title="BASE", goes=3, narrowest=12),
-            Column(title="DIGEST", goes=2),
-            Column(title="CREATED", goes=4),
+            Column(title="BASE", priority=3, min_width=12),
+            Column(title="DIGEST", priority=2),
+            Column(title="CREATED", priority=4),
         ),
         rows,
-        empty="There is no model yet. Add one with `lorry models add NAME SOURCE`.",
+        empty="No models yet. Add one with `lorry models add NAME SOURCE`.",
     )
     for model in models:
         if model.error:
             output.say(f"{model.id} {model.state}: {output.brief(model.error.message)}")
     if any(model.error for model in models):
-        output.say("All of it, and what to do: lorry models show NAME")
-    return None
+        output.say("Show the whole error and its fix with: lorry models show NAME")
 
 
-@app.command()
-def show(
-    name: Annotated[str, typer.Argument(help="The model's name.")],
-    as_json: AsJson = False,
-) -> None:
-    """One model, and why its import failed."""
+@app.verb("show", "lorry models show smollm2-135m", "lorry models show smollm2-135m --json")
+def show(name: Name, as_json: AsJson = False) -> None:
+    """Show a model's details, and why its import failed."""
     model = client().models.get(name)
     if as_json:
         output.print_json(model.raw)
@@ -92,24 +101,17 @@ def show(
         output.pairs(_facts(model))
 
 
-@app.command()
-def delete(
-    name: Annotated[str, typer.Argument(help="The model's name.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Delete an adapter or a base model.
+@app.verb("delete", "lorry models delete smollm2-135m", "lorry models delete smollm2-135m --yes")
+def delete(name: Name, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Delete a base model or an adapter. This can't be undone.
 
-    A base takes an operator's key and stays while a job uses it. Adapters that were trained on it stay.
+    Deleting a base model requires an operator key, and fails while a job uses it. Adapters trained on it are kept.
     """
     is_adapter = name.startswith("ft:")
-    what = "the adapter" if is_adapter else "the base model"
-    output.confirm(f"Delete {what} {name}?", yes=yes)
+    kind = "adapter" if is_adapter else "base model"
+    output.confirm(f"Delete {kind} {name}? This can't be undone.", yes=yes)
     client().models.delete(name)
-    if as_json:
-        output.print_json({"id": name, "deleted": True})
-    else:
-        output.say(f"{name} is deleted.{'' if is_adapter else ' What was trained on it stays.'}")
+    output.print_deleted(kind, name, as_json=as_json, note="" if is_adapter else " Adapters trained on it are kept.")
 
 
 def _facts(model: Model) -> Iterator[tuple[str, object]]:
@@ -117,7 +119,7 @@ def _facts(model: Model) -> Iterator[tuple[str, object]]:
     yield "kind", model.kind
     yield "state", model.state
     yield "error", model.error and model.error.message
-    yield "what to do", model.error and model.error.remedy
+    yield "fix", model.error and model.error.remedy
     yield "base", model.base
     yield "source", model.source
     yield "revision", model.revision

@@ -1,4 +1,4 @@
-"""`lorry organizations`: whose projects are whose."""
+"""`lorry organizations`: groups of projects that share no models with each other."""
 
 from __future__ import annotations
 
@@ -6,47 +6,80 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorry.cli import lookup
 from lorry.cli.app import client, group
 from lorry.cli.render import output
-from lorry.cli.render.output import AsJson
+from lorry.cli.render.output import AsJson, Quiet
 from lorry.cli.render.tables import Column, table
 
 if TYPE_CHECKING:
     from lorry.models.accounts import Organization
 
-app = group("Organizations: whose projects are whose.")
+app = group("Manage organizations.")
+OrganizationName = Annotated[
+    str, typer.Argument(metavar="ORGANIZATION", help="Name of the organization, its ID, or a unique prefix of the ID.")
+]
 
 
-@app.command("create")
-def create_organization(
-    name: Annotated[str, typer.Argument(help="Letters, digits, dot, underscore and hyphen.")], as_json: AsJson = False
-) -> None:
-    """Make an organization (an operator's key only)."""
-    made = client().organizations.create(name)
-    _print_result(
-        made, f"{made.name} is made. Give it a project: lorry projects create NAME --organization {made.name}", as_json
-    )
-
-
-@app.command("list")
-def list_organizations(as_json: AsJson = False) -> None:
-    """Your organization; for operators, all."""
-    found = list(client().organizations.list())
-    if as_json:
-        return output.print_json([one.raw for one in found])
-    rows = [(one.name, one.id, output.briefly(one.created_at)) for one in found]
-    return table([Column(title=title) for title in ("NAME", "ID", "CREATED")], rows, empty="There is no organization.")
-
-
-@app.command("rename")
-def rename_organization(
-    organization: Annotated[str, typer.Argument(help="The organization's name or id.")],
-    name: Annotated[str, typer.Argument(help="Its new name.")],
+@app.verb("create", "lorry organizations create research", "lorry organizations create research -q")
+def create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name: letters, digits, dots, underscores and hyphens.")],
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Give an organization another name (an operator's key only). Its projects keep theirs."""
-    renamed = client().organizations.rename(organization, name)
-    _print_result(renamed, f"{output.clean(organization)} is {renamed.name} now.", as_json)
+    """Create an organization (operator key required)."""
+    made = client().organizations.create(name)
+    if quiet:
+        return output.print_ids([made.id])
+    following = f"lorry projects create NAME --organization {made.name}"
+    return _print_result(made, f"Created organization {made.name}. Create a project in it: {following}", as_json)
+
+
+@app.verb("list", "lorry organizations list", "lorry organizations list --json")
+def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """List your organization or, with an operator key, all organizations."""
+    found = list(client().organizations.list())
+    if output.is_printed(found, as_json=as_json, quiet=quiet):
+        return None
+    rows = [(one.name, one.id, output.briefly(one.created_at)) for one in found]
+    return table([Column(title=title) for title in ("NAME", "ID", "CREATED")], rows, empty="No organizations.")
+
+
+@app.verb("show", "lorry organizations show research", "lorry organizations show org-3f2b --json")
+def show(organization: OrganizationName, as_json: AsJson = False) -> None:
+    """Show an organization's details."""
+    lorry = client()
+    found = lorry.organizations.get(lookup.organization(lorry, organization))
+    if as_json:
+        return output.print_json(found.raw)
+    facts = ("name", found.name), ("id", found.id), ("created", output.when(found.created_at))
+    return output.pairs((*facts, ("created by", found.created_by)))
+
+
+@app.verb(
+    "update",
+    "lorry organizations update research --name science",
+    "lorry organizations update org-3f2b --name science --json",
+)
+def update(
+    organization: OrganizationName,
+    name: Annotated[str, typer.Option(help="New name.")],
+    as_json: AsJson = False,
+) -> None:
+    """Rename an organization (operator key required). The names of its projects don't change."""
+    rename(organization, name, as_json)
+
+
+@app.verb("rename", hidden=True)
+def rename(
+    organization: OrganizationName,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="New name.")],
+    as_json: AsJson = False,
+) -> None:
+    """Rename an organization. Use `lorry organizations update` instead."""
+    lorry = client()
+    renamed = lorry.organizations.rename(lookup.organization(lorry, organization), name)
+    _print_result(renamed, f"Renamed organization {organization} to {renamed.name}.", as_json)
 
 
 def _print_result(organization: Organization, sentence: str, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""`lorry sweep`: search over fields of a job in one line, look at the leaderboard, cancel."""
+"""`lorry sweeps`: hyperparameter sweeps over fields of a job, with a leaderboard."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorry.cli.app import Sectioned, client, group
+from lorry.cli import lookup
+from lorry.cli.app import client, group
 from lorry.cli.commands.with_files import send_with_files
 from lorry.cli.parsing.option_names import in_typed_words
 from lorry.cli.parsing.option_values import Method, Priority, json_or_text, nested, pair
 from lorry.cli.parsing.sweep_syntax import Metric, check_space, parameter, search_of
 from lorry.cli.render import output, sweep_leaderboard
-from lorry.cli.render.output import AsJson, YesTaken
+from lorry.cli.render.output import AsJson, Quiet, Yes
 from lorry.cli.render.tables import Column, table
 from lorry.errors import APIError
 
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from lorry.client import Lorry
     from lorry.models.sweeps import Sweep
 
-app = group("Sweeps: several jobs that differ in stated fields, and which of them is best.")
-SEARCH, TRIALS, RUN = "The search", "What all trials share", "The sweep"
-SweepId = Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep's id.")]
+app = group("Run and manage hyperparameter sweeps.")
+SEARCH, TRIALS, RUN = "Search", "All trials", "Sweep"
+SweepId = Annotated[str, typer.Argument(metavar="SWEEP", help="ID of the sweep, or a unique prefix of it.")]
 
 
 def _option(panel: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
@@ -35,23 +36,51 @@ Over = Annotated[
     list[str],
     _option(
         SEARCH,
-        "A field that varies, such as lora.rank=4,8,16, optimizer.learning_rate=1e-5..1e-3:log, or in a grid "
-        "lora.dropout=0..0.2:5; may be repeated.",
+        "Field to vary, such as lora.rank=4,8,16 or optimizer.learning_rate=1e-5..1e-3:log; in a grid with the number "
+        "of points, as in lora.dropout=0..0.2:5 (repeatable).",
         metavar="FIELD=VALUES",
     ),
 ]
-Random = Annotated[bool, _option(SEARCH, "Draw --trials of them.", "--random")]
-Asha = Annotated[bool, _option(SEARCH, "Draw them, and stop bad ones early, at rungs.", "--asha")]
-MinSteps = Annotated[
-    int | None, _option(SEARCH, "Of --asha: step of the first rung. Default: so that three come before the end.")
+Random = Annotated[
+    bool, _option(SEARCH, "Random search with --trials samples (default: a grid of all combinations).", "--random")
 ]
-Reduction = Annotated[int | None, _option(SEARCH, "Of --asha: the best 1 of so many go on from a rung. Default: 3.")]
+Asha = Annotated[
+    bool,
+    _option(SEARCH, "Asynchronous successive halving: random search that stops bad trials early, at rungs.", "--asha"),
+]
+MinSteps = Annotated[
+    int | None, _option(SEARCH, "ASHA: steps before the first rung (default: chosen so that there are three rungs).")
+]
+Reduction = Annotated[int | None, _option(SEARCH, "ASHA: the best 1 of N trials continue at each rung (default: 3).")]
 Others = Annotated[
     list[str] | None,
     _option(
-        TRIALS, "Any other field of a job, as of `lorry jobs submit`. May be repeated.", "--set", metavar="PATH=VALUE"
+        TRIALS, "Any other field of the API, as for `lorry jobs submit` (repeatable).", "--set", metavar="PATH=VALUE"
     ),
 ]
+MetricOption = Annotated[Metric | None, _option(SEARCH, "Metric by which trials are compared (default: valid_loss).")]
+Seed = Annotated[int | None, _option(SEARCH, "Seed for sampling parameters and for every trial (default: random).")]
+LearningRate = Annotated[
+    float | None,
+    _option(
+        TRIALS,
+        "Peak learning rate, above 0 to 1 (default: 2e-4; 2e-5 for preference methods).",
+        "--learning-rate",
+        "--lr",
+    ),
+]
+BatchSize = Annotated[
+    int | None, _option(TRIALS, "Sequences or pairs per optimizer step (default: 0.5% of the rows, 4 to 32).")
+]
+Suffix = Annotated[
+    str | None,
+    _option(TRIALS, "Suffix of each adapter's name: up to 64 letters, digits, dots, underscores, hyphens."),
+]
+KeepBest = Annotated[bool, _option(RUN, "Delete all adapters except the best one at the end.", "--keep-best")]
+MaxConcurrent = Annotated[
+    int | None, _option(RUN, "Maximum number of unfinished trials at a time (default: no limit).")
+]
+Watch = Annotated[bool, typer.Option("--watch", help="Show the live leaderboard until the sweep is finished.")]
 OPTIONS = {
     "rank": "lora.rank",
     "learning_rate": "optimizer.learning_rate",
@@ -61,71 +90,78 @@ OPTIONS = {
     "priority": "priority",
     "max_concurrent": "max_concurrent",
 }
-"""The field of the body that each option stands for; epochs and batch_size are the method's."""
+"""The field of the body that each option sets; epochs and batch_size belong to the method."""
 NUMBERS = {"epochs": "n_epochs", "batch_size": "batch_size"}
 
 
-@app.command(cls=Sectioned)
+@app.verb(
+    "run",
+    "lorry sweeps run smollm2-135m chats.jsonl --valid valid.jsonl --over lora.rank=4,8,16",
+    "lorry sweeps run smollm2-135m chats.jsonl --valid valid.jsonl "
+    "--over optimizer.learning_rate=1e-5..1e-3:log --asha --trials 20 --watch",
+)
 def run(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A base model's name.")],
-    training: Annotated[str, typer.Argument(metavar="TRAIN", help="A JSONL file's path, or an uploaded one's id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a base model.")],
+    training: Annotated[str, typer.Argument(metavar="TRAIN", help="Path of a JSONL file, or ID of an uploaded file.")],
     *,
     over: Over,
     random: Random = False,
     asha: Asha = False,
-    trials: Annotated[int | None, _option(SEARCH, "How many, of --random and --asha.")] = None,
+    trials: Annotated[int | None, _option(SEARCH, "Number of trials (required with --random and --asha).")] = None,
     min_steps: MinSteps = None,
     reduction_factor: Reduction = None,
-    metric: Annotated[Metric | None, _option(SEARCH, "What trials are compared by. Default: valid_loss.")] = None,
-    seed: Annotated[int | None, _option(SEARCH, "Of what is drawn, and of each trial.")] = None,
-    valid: Annotated[str | None, _option(TRIALS, "Held-out file: a path or an id.")] = None,
-    rank: Annotated[int | None, _option(TRIALS, "Rank of the adapters.")] = None,
-    learning_rate: Annotated[float | None, _option(TRIALS, "Peak learning rate.", "--learning-rate", "--lr")] = None,
-    method: Annotated[Method | None, _option(TRIALS, "What the adapters learn by.")] = None,
-    epochs: Annotated[int | None, _option(TRIALS, "Passes over the training file.")] = None,
-    max_steps: Annotated[int | None, _option(TRIALS, "End after so many optimizer steps.")] = None,
-    batch_size: Annotated[int | None, _option(TRIALS, "Sequences per optimizer step.")] = None,
-    suffix: Annotated[str | None, _option(TRIALS, "Becomes part of each adapter's name.")] = None,
+    metric: MetricOption = None,
+    seed: Seed = None,
+    valid: Annotated[str | None, _option(TRIALS, "Validation file: a path or the ID of an uploaded file.")] = None,
+    rank: Annotated[int | None, _option(TRIALS, "Rank of the adapters, 1 to 256 (default: 16).")] = None,
+    learning_rate: LearningRate = None,
+    method: Annotated[Method | None, _option(TRIALS, "Training method (default: supervised).")] = None,
+    epochs: Annotated[int | None, _option(TRIALS, "Passes over the training file, 1 to 100 (default: 3).")] = None,
+    max_steps: Annotated[int | None, _option(TRIALS, "Stop after N optimizer steps (default: all epochs).")] = None,
+    batch_size: BatchSize = None,
+    suffix: Suffix = None,
     other: Others = None,
-    keep_best: Annotated[bool, _option(RUN, "At the end, delete all adapters but the best.", "--keep-best")] = False,
-    max_concurrent: Annotated[int | None, _option(RUN, "Trials unfinished at one time, at most.")] = None,
-    priority: Annotated[Priority | None, _option(RUN, "Class in the queue. Default: batch.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Stay, and draw the leaderboard.")] = False,
+    keep_best: KeepBest = False,
+    max_concurrent: MaxConcurrent = None,
+    priority: Annotated[Priority | None, _option(RUN, "Priority in the queue (default: batch).")] = None,
+    watch: Watch = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search: every combination of what is listed, or --random or --asha with --trials. Files are uploaded first."""
+    """Run a sweep: a grid of all combinations, or --random or --asha with --trials. Local files are uploaded first."""
     search = search_of(random, asha, trials=trials, seed=seed, min_steps=min_steps, reduction_factor=reduction_factor)
     varied = dict(parameter(given) for given in over)
     if len(varied) < len(over):
-        raise typer.BadParameter("a field is given twice. Say it once.", param_hint="--over")
+        raise typer.BadParameter("a field was passed twice. Pass it only once.", param_hint="--over")
     check_space(varied, kind=search["type"], method=method or Method.supervised)
     fields = _fields(ctx.params, method or Method.supervised) | _others(other)
     body = {**nested(list(fields.items())), "parameters": varied, "search": search}
     body |= {"keep_adapters": "best"} if keep_best else {}
     body |= {"objective": {"metric": metric}} if metric else {}
     lorry = client()
-    sweep = _send(lorry, model, training, valid, body)
-    _tell(lorry, sweep, watch=watch, as_json=as_json)
+    sweep = _send(lorry, model, training, valid, body, quiet=quiet)
+    _report(lorry, sweep, watch=watch, quiet=quiet, as_json=as_json)
 
 
-@app.command("list")
+@app.verb("list", "lorry sweeps list", "lorry sweeps list -q --limit 5")
 def list_(
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Maximum number of sweeps to list.")] = 20,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Newest first."""
+    """List sweeps, newest first."""
     sweeps = list(client().sweeps.list(limit=limit))
-    if as_json:
-        return output.print_json([sweep.raw for sweep in sweeps])
+    if output.is_printed(sweeps, as_json=as_json, quiet=quiet):
+        return None
     columns = (
         Column(title="ID"),
         Column(title="STATUS"),
-        Column(title="SEARCH", goes=3),
-        Column(title="MODEL", goes=4, narrowest=10),
+        Column(title="SEARCH", priority=3),
+        Column(title="MODEL", priority=4, min_width=10),
         Column(title="TRIALS"),
-        Column(title="BEST", goes=1),
-        Column(title="CREATED", goes=5),
+        Column(title="BEST", priority=1),
+        Column(title="CREATED", priority=5),
     )
     rows = [
         (
@@ -133,24 +169,25 @@ def list_(
             sweep.status,
             sweep.search.get("type"),
             sweep.model,
-            f"{sweep_leaderboard.num_ended(sweep)}/{sweep.num_trials}",
+            f"{sweep_leaderboard.num_finished(sweep)}/{sweep.num_trials}",
             sweep.best_trial.value if sweep.best_trial else None,
             output.briefly(sweep.created_at),
         )
         for sweep in sweeps
     ]
-    empty = "There is no sweep yet. Start one with `lorry sweep run MODEL TRAIN --valid FILE --over lora.rank=4,8,16`."
+    empty = "No sweeps yet. Run one with `lorry sweeps run MODEL TRAIN --valid FILE --over lora.rank=4,8,16`."
     return table(columns, rows, empty=empty)
 
 
-@app.command()
+@app.verb("show", "lorry sweeps show sweep-3f2b", "lorry sweeps show sweep-3f2b -n 10 --json")
 def show(
     sweep_id: SweepId,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Trials at most.")] = 50,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Maximum number of trials to show.")] = 50,
     as_json: AsJson = False,
 ) -> None:
-    """One sweep, and its trials from the best to the worst."""
+    """Show a sweep and its trials, best first."""
     lorry = client()
+    sweep_id = lookup.sweep(lorry, sweep_id)
     sweep = lorry.sweeps.get(sweep_id)
     trials = list(lorry.sweeps.trials(sweep_id, limit=limit))
     if as_json:
@@ -161,19 +198,35 @@ def show(
     return None
 
 
-@app.command()
+@app.verb("watch", "lorry sweeps watch sweep-3f2b", "lorry sweeps watch sweep-3f2b --json")
 def watch(sweep_id: SweepId, as_json: AsJson = False) -> None:
-    """Draw the leaderboard until all trials have ended. Exit code 1 if none has succeeded."""
-    sweep_leaderboard.stay(client(), sweep_id, as_json=as_json)
+    """Show the live leaderboard until all trials are finished. Exits with 1 if no trial succeeded."""
+    lorry = client()
+    sweep_leaderboard.stay(lorry, lookup.sweep(lorry, sweep_id), as_json=as_json)
 
 
-@app.command()
-def cancel(sweep_id: SweepId, _yes: YesTaken = False, as_json: AsJson = False) -> None:
-    """Make no further trial and end those that have not ended. Adapters that were trained stay."""
-    sweep = client().sweeps.cancel(sweep_id)
+@app.verb("close", "lorry sweeps close sweep-3f2b", "lorry sweeps close sweep-3f2b --yes")
+def close(sweep_id: SweepId, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Create no more trials; existing trials continue, and then the best one wins. This can't be undone."""
+    lorry = client()
+    sweep_id = lookup.sweep(lorry, sweep_id)
+    output.confirm(f"Close sweep {sweep_id}? It creates no more trials, which can't be undone.", yes=yes)
+    sweep = lorry.sweeps.close(sweep_id)
     if as_json:
         return output.print_json(sweep.raw)
-    return output.say(f"{sweep.id} is {'cancelled' if sweep.is_final else 'being cancelled'}.")
+    return output.say(f"Closed sweep {sweep.id}. Its existing trials continue.")
+
+
+@app.verb("cancel", "lorry sweeps cancel sweep-3f2b", "lorry sweeps cancel sweep-3f2b --yes")
+def cancel(sweep_id: SweepId, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Cancel a sweep and its unfinished trials. Trained adapters are kept."""
+    lorry = client()
+    sweep_id = lookup.sweep(lorry, sweep_id)
+    output.confirm(f"Cancel sweep {sweep_id} and its unfinished trials? This can't be undone.", yes=yes)
+    sweep = lorry.sweeps.cancel(sweep_id)
+    if as_json:
+        return output.print_json(sweep.raw)
+    return output.say(f"Sweep {sweep.id} is {'cancelled' if sweep.is_final else 'being cancelled'}.")
 
 
 def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -188,9 +241,9 @@ def _others(given: list[str] | None) -> dict[str, Any]:
     return {path: json_or_text(text) for path, text in pairs}
 
 
-def _send(lorry: Lorry, model: str, training: str, valid: str | None, body: Mapping[str, Any]) -> Sweep:
+def _send(lorry: Lorry, model: str, training: str, valid: str | None, body: Mapping[str, Any], *, quiet: bool) -> Sweep:
     given = {"TRAIN": training} | ({} if valid is None else {"--valid": valid})
-    with send_with_files(lorry, model, given) as ids:
+    with send_with_files(lorry, model, given, quiet=quiet) as ids:
         try:
             return lorry.sweeps.create(
                 model=model,
@@ -205,11 +258,12 @@ def _send(lorry: Lorry, model: str, training: str, valid: str | None, body: Mapp
             raise
 
 
-def _tell(lorry: Lorry, sweep: Sweep, *, watch: bool, as_json: bool) -> None:
+def _report(lorry: Lorry, sweep: Sweep, *, watch: bool, quiet: bool, as_json: bool) -> None:
     if watch:
         sweep_leaderboard.stay(lorry, sweep.id, as_json=as_json)
     elif as_json:
         output.print_json(sweep.raw)
     else:
-        output.console().print(sweep.id)
-        output.say(f"{sweep.num_trials} trials. Look at them with: lorry sweep show {sweep.id}")
+        output.print_ids([sweep.id])
+        if not quiet:
+            output.say(f"{sweep.num_trials} trials. Show them with: lorry sweeps show {sweep.id}")

@@ -1,15 +1,20 @@
-"""`lorry up`: a whole service on this machine, until Ctrl-C."""
+"""`lorry up`: runs a whole service on this machine, until Ctrl-C or `lorry down`."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorry.cli.app import EXIT_INTERRUPTED
+from lorry.cli.app import EXIT_INTERRUPTED, EXIT_REFUSED
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson
 
@@ -20,20 +25,29 @@ if TYPE_CHECKING:
     from lorry.local.service import LocalService
 
 
+EXAMPLES = ("lorry up", "lorry up --devices 0,1", "lorry up --detach --data-dir /srv/lorry")
+FIRST_MODEL = "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 def up(
+    *,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of everything that is kept. Default: LORRY_DATA_DIR, else ~/.lorry.")
+        Path | None, typer.Option(help="Folder of all data of the service (default: LORRY_DATA_DIR, else ~/.lorry).")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Default: 8472, or the next one that is free.")
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on (default: 8472, or the next free one).")
     ] = None,
     devices: Annotated[
-        str | None, typer.Option(help="cpu, or GPU numbers such as 0,1. Default: every GPU, else the CPU.")
+        str | None,
+        typer.Option(help="Devices to train on: cpu, or GPU numbers such as 0,1 (default: every GPU, else the CPU)."),
     ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Run in the background; `lorry down` stops the service.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Start the service: api, database, store and a worker per device. Ctrl-C drains and ends it."""
+    """Start a service on this machine: API server, database, store and a worker per device. Ctrl-C stops it."""
     from lorry import connection
     from lorry.local import devices as device_names
     from lorry.local import ports, privacy, service
@@ -46,22 +60,66 @@ def up(
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (message := privacy.make_private(folder)) is not None:
         output.say(message)
+    if detach:
+        listening_at = ["--host", host, *(["--port", str(port)] if port is not None else [])]
+        return _detach(folder, [*listening_at, "--devices", ",".join(chosen)], chosen, as_json=as_json)
     with DataLock(folder), ports.listen(host, port) as listening:
-        if (told := ports.moved(listening, port)) is not None:
-            output.say(told)
+        if (message := ports.moved(listening, port)) is not None:
+            output.say(message)
         running = service.LocalService(folder, host=host, listening=listening)
         running.logs.mkdir(mode=0o700, exist_ok=True)
         known = _bootstrap(running, ports.url(host, listening))
         num_signals = _supervise(running, known, chosen, as_json=as_json)
     if num_signals > 1:
         raise typer.Exit(EXIT_INTERRUPTED)
+    return None
+
+
+def _detach(folder: Path, arguments: list[str], devices: list[str], *, as_json: bool) -> None:
+    """Start `lorry up` in a session of its own, and return when it is ready.
+
+    It announces itself as JSON in a pipe, because the announcement has a sign-in link, which is secret. Its messages go
+    to logs/up.log.
+    """
+    from lorry.local.child import keep_short
+
+    logs = folder / "logs"
+    logs.mkdir(mode=0o700, exist_ok=True)
+    log = logs / "up.log"
+    keep_short(log)
+    argv = [sys.executable, "-P", "-m", "lorry", "up", "--json", "--data-dir", str(folder), *arguments]
+    with log.open("ab") as messages:
+        start = messages.tell()
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            cwd=folder,
+            start_new_session=True,
+        )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    if not line:
+        process.wait()
+        output.say(log.read_bytes()[start:].decode("utf-8", "replace").rstrip())
+        raise typer.Exit(EXIT_REFUSED)
+    ready: dict[str, str] = json.loads(line)
+    if as_json:
+        output.print_json_line(ready)
+    else:
+        _announce(folder, ready["url"], ready["sign_in_url"], devices, ready["next"], is_detached=True)
 
 
 def _bootstrap(running: LocalService, url: str) -> Connection:
-    """The connection file keeps the key of the first start; a later start renews the address and the identity secret.
+    """Write the connection file. It keeps the key of the first start, with the current address and identity secret.
 
-    A key is shown only once. Where the file was lost, or the first start was cut off before it wrote it, another
-    key is made: whoever has the data folder may.
+    A key is shown only once. If the file was lost, or the first start was interrupted before it wrote the file, a new
+    key is created: access to the data folder is enough for that.
     """
     from lorry import connection
     from lorry.errors import NotConfigured
@@ -75,7 +133,7 @@ def _bootstrap(running: LocalService, url: str) -> Connection:
     api_key = made.api_key or (before.api_key if before else None)
     if api_key is None:
         api_key = running.new_key()
-        output.say(f"{running.data_dir / connection.FILE_NAME} held no API key: a new one was made and is in there.")
+        output.say(f"{running.data_dir / connection.FILE_NAME} had no API key. A new key was created and saved there.")
     known = connection.Connection(url=url, api_key=api_key, identity_secret=made.identity_secret)
     connection.write(running.data_dir, known)
     return known
@@ -86,11 +144,12 @@ def _supervise(running: LocalService, known: Connection, devices: list[str], *, 
 
     def announce() -> None:
         keep_key_good(running, known)
-        link = running.sign_in_link()
+        link, command = running.sign_in_link(), _next_command(running.data_dir, known)
         if as_json:
-            output.print_json_line({"url": known.url, "sign_in_url": link, "data_dir": str(running.data_dir)})
+            announcement = {"url": known.url, "sign_in_url": link, "data_dir": str(running.data_dir), "next": command}
+            output.print_json_line(announcement)
         else:
-            _announce(running, known.url, link, devices)
+            _announce(running.data_dir, known.url, link, devices, command)
 
     return ServiceSupervisor(
         running.api(),
@@ -118,23 +177,65 @@ def keep_key_good(running: LocalService, known: Connection) -> None:
     if answer.status_code == 401:
         connection.write(running.data_dir, replace(known, api_key=running.new_key()))
         path = running.data_dir / connection.FILE_NAME
-        output.say(f"The API key in {path} is no longer valid. A new one was made and is in there.")
+        output.say(f"The API key in {path} is no longer valid. A new key was created and saved there.")
 
 
-def _announce(running: LocalService, url: str, link: str, devices: list[str]) -> None:
+def _next_command(data_dir: Path, known: Connection) -> str:
+    """Return a command to continue with: it adds a base model, or submits a job if there is one.
+
+    Variables before the command make it use this service, if `lorry` finds another one by default.
+    """
+    import httpx
+
+    from lorry import connection
+    from lorry.errors import LorryError
+
+    command = FIRST_MODEL
+    with suppress(httpx.TransportError), verified_client(known, seconds=10) as client:
+        key = connection.read(data_dir) or known
+        answer = client.get("/v1/models", headers={"authorization": f"Bearer {key.api_key}"})
+        models: list[dict[str, Any]] = answer.json().get("data") or [] if answer.is_success else []
+        if names := [model["id"] for model in models if model.get("state") == "ready" and model.get("kind") == "base"]:
+            command = f"lorry jobs submit {names[0]} chats.jsonl"
+    try:
+        is_found = connection.find().url == known.url
+    except LorryError:
+        is_found = False
+    if is_found:
+        return command
+    no_url = "LORRY_URL= " if os.environ.get("LORRY_URL") else ""
+    return f"{no_url}LORRY_DATA_DIR={shlex.quote(str(data_dir))} {command}"
+
+
+def _announce(
+    data_dir: Path, url: str, link: str, devices: list[str], command: str, *, is_detached: bool = False
+) -> None:
+    if is_detached:
+        stopping = "Stop the service with: lorry down" + (
+            "" if data_dir == _default_folder() else f" --data-dir {shlex.quote(str(data_dir))}"
+        )
+    else:
+        stopping = "Press Ctrl-C to stop; jobs continue at the next start." if os.isatty(0) else "Send SIGTERM to stop."
     lines = (
-        f"Lorry runs at {url}",
+        f"Lorry is running at {url}",
         f"  dashboard   {link}",
         "              (this link signs in once, within 15 minutes)",
-        f"  data        {running.data_dir}",
+        f"  data        {data_dir}",
         f"  devices     {', '.join(devices)}",
-        f"  logs        {running.logs}",
-        "Ctrl-C stops it; jobs go on at the next start." if os.isatty(0) else "SIGTERM stops it.",
+        f"  logs        {data_dir / 'logs'}",
+        f"Next{'' if is_detached else ', in another terminal'}: {command}",
+        stopping,
     )
     out = output.console()
     for line in lines:
         out.print(line, soft_wrap=True)
     out.file.flush()
+
+
+def _default_folder() -> Path:
+    from lorry import connection
+
+    return connection.default_data_dir().expanduser().resolve()
 
 
 def is_ready(known: Connection) -> bool:
@@ -149,11 +250,11 @@ def is_ready(known: Connection) -> bool:
 
 
 def verified_client(known: Connection, *, seconds: float) -> httpx.Client:
-    """Sends nothing but the challenge before the listener has proved that it is this installation's API server."""
+    """Return a client that sends only the challenge until the listener has proved its identity."""
     import httpx
 
     from lorry.transport.service_identity import VerifiedTransport
 
-    assert known.identity_secret is not None, "bootstrap gives it"
+    assert known.identity_secret is not None, "bootstrap returns it"
     transport = VerifiedTransport(known.identity_secret)
     return httpx.Client(base_url=known.url, transport=transport, timeout=seconds, trust_env=False)

@@ -1,15 +1,17 @@
-"""`lorry usage`: what was used, by day."""
+"""`lorry usage`: usage by day."""
 
 from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lorry.cli import lookup
 from lorry.cli.app import client
-from lorry.cli.commands.keys import duration
+from lorry.cli.parsing.durations import duration
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson
 from lorry.cli.render.tables import Column, table
@@ -17,55 +19,70 @@ from lorry.cli.render.tables import Column, table
 if TYPE_CHECKING:
     from lorry.models.accounts import UsageBucket, UsageResult
 
-GROUPS: dict[str, tuple[Literal["organization_id", "project_id", "model"], ...]] = {
-    "project": ("project_id",),
-    "model": ("model",),
-    "both": ("project_id", "model"),
-    "organization": ("organization_id",),
+
+class By(StrEnum):
+    """The groupings of usage."""
+
+    project = "project"
+    model = "model"
+    both = "both"
+    organization = "organization"
+
+
+GROUPS: dict[By, tuple[Literal["organization_id", "project_id", "model"], ...]] = {
+    By.project: ("project_id",),
+    By.model: ("model",),
+    By.both: ("project_id", "model"),
+    By.organization: ("organization_id",),
 }
+
+
+EXAMPLES = ("lorry usage", "lorry usage --since 30d --by model", "lorry usage --by organization --json")
 
 
 def usage(
     *,
-    since: Annotated[int, duration("How far back: 7d, 30d.")] = "7d",  # pyright: ignore
-    by: Annotated[str, typer.Option(help="project, model, or both; or organization.")] = "project",
-    project: Annotated[list[str] | None, typer.Option(help="Name or id; may be repeated.")] = None,
-    organization: Annotated[list[str] | None, typer.Option(help="Name or id; may be repeated.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="A base model; may be repeated.")] = None,
+    since: Annotated[int, duration("Show usage of this last time, such as 7d or 30d.")] = "7d",  # pyright: ignore
+    by: Annotated[By, typer.Option(help="Grouping of the usage of a day.")] = By.project,
+    project: Annotated[
+        list[str] | None, typer.Option(help="Show only this project, by name or ID (repeatable).")
+    ] = None,
+    organization: Annotated[
+        list[str] | None, typer.Option(help="Show only this organization, by name or ID (repeatable).")
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Show only this base model (repeatable).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What was used on each day (UTC): by your project; for operators, by all."""
-    if by not in GROUPS:
-        raise typer.BadParameter(f"{by!r} is none of project, model, both and organization.")
+    """Show usage per UTC day: of your project or, with an operator key, of all projects."""
     lorry = client()
     begin = int(time.time()) - since
     days = lorry.usage.list(
         start_time=begin,
         group_by=GROUPS[by],
-        project_ids=project or (),
-        organization_ids=organization or (),
+        project_ids=[lookup.project(lorry, typed) for typed in project or ()],
+        organization_ids=[lookup.organization(lorry, typed) for typed in organization or ()],
         models=model or (),
     )
     found = list(days)
     if as_json:
         return output.print_json([bucket.raw for bucket in found])
-    is_by_organization = by == "organization"
+    is_by_organization = by is By.organization
     owners = lorry.organizations.list() if is_by_organization else lorry.projects.list(archived=True)
     names = {one.id: one.name for one in owners}
     columns = (
         Column(title="DAY"),
-        Column(title="ORGANIZATION" if is_by_organization else "PROJECT", narrowest=8),
-        Column(title="MODEL", narrowest=8),
+        Column(title="ORGANIZATION" if is_by_organization else "PROJECT", min_width=8),
+        Column(title="MODEL", min_width=8),
         Column(title="DEVICE-HOURS"),
-        Column(title="TOKENS", goes=2),
-        Column(title="CREATED", goes=3),
+        Column(title="TOKENS", priority=2),
+        Column(title="CREATED", priority=3),
         Column(title="SUCCEEDED"),
-        Column(title="FAILED", goes=1),
-        Column(title="CANCELLED", goes=4),
+        Column(title="FAILED", priority=1),
+        Column(title="CANCELLED", priority=4),
         Column(title="STORED"),
     )
     rows = [_row(bucket, result, names) for bucket in found for result in bucket.results]
-    return table(columns, rows, empty="Nothing was used in that time.")
+    return table(columns, rows, empty="No usage in this time.")
 
 
 def _row(bucket: UsageBucket, result: UsageResult, names: dict[str, str]) -> tuple[object, ...]:

@@ -1,186 +1,259 @@
-"""`lorry webhooks`: who is told of what, and what was sent."""
+"""`lorry webhooks`: endpoints that receive events, and the log of deliveries."""
 
 from __future__ import annotations
 
 import time
+from enum import StrEnum
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
+from lorry.cli import lookup
 from lorry.cli.app import client, group
-from lorry.cli.commands.keys import duration
+from lorry.cli.parsing.durations import duration
 from lorry.cli.render import output
-from lorry.cli.render.output import AsJson, YesTaken
+from lorry.cli.render.output import AsJson, Quiet, Yes, YesAccepted
 from lorry.cli.render.tables import Column, table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lorry.models.webhooks import WebhookDelivery, WebhookEndpoint
 
-app = group("Webhooks: who is told when a job has ended.")
-EndpointId = Annotated[str, typer.Argument(help="The endpoint's id, such as webhook-3f2b….")]
+app = group("Manage webhook endpoints.")
+EndpointId = Annotated[
+    str, typer.Argument(metavar="WEBHOOK", help="ID of the endpoint, such as webhook-3f2b…, or a unique prefix of it.")
+]
 Events = Annotated[
     list[str] | None,
-    typer.Option(help="A type of events, such as fine_tuning.job.failed; may be repeated. None: all ends of jobs."),
+    typer.Option(
+        help="Event type to send, such as fine_tuning.job.failed (repeatable; default: the three final states of jobs)."
+    ),
 ]
 
 
-@app.command()
-def add(
-    url: Annotated[str, typer.Argument(help="Where events are posted: https://….")],
+class DeliveryStatus(StrEnum):
+    """The states of a delivery."""
+
+    pending = "pending"
+    delivered = "delivered"
+    failed = "failed"
+
+
+@app.verb(
+    "create",
+    "lorry webhooks create https://example.com/hooks",
+    "lorry webhooks create https://example.com/hooks --events fine_tuning.job.failed --name ops > secret.txt",
+)
+def create(
+    url: Annotated[str, typer.Argument(metavar="URL", help="HTTPS address that events are posted to.")],
     *,
     events: Events = None,
-    name: Annotated[str | None, typer.Option(help="For people. Left out: the URL's host.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the endpoint (default: the host of the URL).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Have events sent to an address. The secret that verifies them is shown this once, alone on stdout."""
+    """Create an endpoint. Stdout has only its signing secret, which is not shown again."""
     given = {} if events is None else {"event_types": events}
     endpoint = client().webhooks.create(url, name=name or urlsplit(url).hostname or "webhook", **given)
     _show_once(endpoint, as_json=as_json)
     if not as_json:
-        output.say(f"Try it: lorry webhooks test {endpoint.id}")
+        output.say(f"Test it with: lorry webhooks test {endpoint.id}")
 
 
-@app.command("list")
-def list_(as_json: AsJson = False) -> None:
-    """The project's endpoints."""
+@app.verb("list", "lorry webhooks list", "lorry webhooks list --json")
+def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """List the project's endpoints."""
     found = list(client().webhooks.list())
-    if as_json:
-        return output.print_json([endpoint.raw for endpoint in found])
+    if output.is_printed(found, as_json=as_json, quiet=quiet):
+        return None
     columns = (
         Column(title="ID"),
-        Column(title="NAME", narrowest=8),
+        Column(title="NAME", min_width=8),
         Column(title="STATUS"),
-        Column(title="URL", narrowest=16),
-        Column(title="EVENTS", goes=2, narrowest=16),
-        Column(title="CREATED", goes=1),
+        Column(title="URL", min_width=16),
+        Column(title="EVENTS", priority=2, min_width=16),
+        Column(title="CREATED", priority=1),
     )
-    return table(columns, map(_row, found), empty="There is no webhook. Add one: lorry webhooks add URL")
+    return table(columns, map(_row, found), empty="No webhooks yet. Create one with `lorry webhooks create URL`.")
 
 
-@app.command("test")
+@app.verb("show", "lorry webhooks show webhook-3f2b", "lorry webhooks show webhook-3f2b --json")
+def show(endpoint_id: EndpointId, as_json: AsJson = False) -> None:
+    """Show an endpoint's details (secrets are never shown)."""
+    lorry = client()
+    endpoint = lorry.webhooks.get(lookup.webhook(lorry, endpoint_id))
+    if as_json:
+        output.print_json(endpoint.raw)
+    else:
+        output.pairs(_facts(endpoint))
+
+
+@app.verb(
+    "test",
+    "lorry webhooks test webhook-3f2b",
+    "lorry webhooks test webhook-3f2b --event fine_tuning.job.failed",
+)
 def try_(
     endpoint_id: EndpointId,
     *,
-    event: Annotated[str, typer.Option(help="The type of the sample.")] = "fine_tuning.job.succeeded",
+    event: Annotated[str, typer.Option(help="Event type of the sample.")] = "fine_tuning.job.succeeded",
     as_json: AsJson = False,
 ) -> None:
-    """Send a sample now, and tell how it was answered. Exits with 1 where that was no success."""
-    told = client().webhooks.test(endpoint_id, event_type=event)
+    """Send a sample event and show the response. Exits with 1 unless the status is 2xx."""
+    lorry = client()
+    endpoint_id = lookup.webhook(lorry, endpoint_id)
+    answer = lorry.webhooks.test(endpoint_id, event_type=event)
     if as_json:
-        output.print_json(told.raw)
+        output.print_json(answer.raw)
     else:
-        output.say(f"{endpoint_id} answered {told.status_code}{_quoted(told.reply)}.")
-    if not 200 <= told.status_code < 300:
+        output.say(f"{endpoint_id} responded with {answer.status_code}{_quoted(answer.reply)}.")
+    if not 200 <= answer.status_code < 300:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.verb(
+    "deliveries",
+    "lorry webhooks deliveries webhook-3f2b",
+    "lorry webhooks deliveries webhook-3f2b --status failed --limit 100",
+)
 def deliveries(
     endpoint_id: EndpointId,
     *,
-    status: Annotated[str | None, typer.Option(help="pending, delivered or failed.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
+    status: Annotated[DeliveryStatus | None, typer.Option(help="Show only deliveries with this status.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Maximum number of deliveries to list.")] = 20,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """What was sent to an endpoint, the newest first, and how it was answered."""
-    found = [
-        one for one, _ in zip(client().webhooks.deliveries(endpoint_id, status=status), range(limit), strict=False)
-    ]
-    if as_json:
-        return output.print_json([delivery.raw for delivery in found])
+    """List the deliveries to an endpoint with the responses, newest first."""
+    lorry = client()
+    sent = lorry.webhooks.deliveries(lookup.webhook(lorry, endpoint_id), status=status and status.value)
+    found = list(islice(sent, limit))
+    if output.is_printed(found, as_json=as_json, quiet=quiet):
+        return None
     columns = (
         Column(title="ID"),
         Column(title="STATUS"),
-        Column(title="EVENT", narrowest=10),
-        Column(title="ABOUT", goes=1),
-        Column(title="TRIES"),
-        Column(title="LAST ANSWER", narrowest=8),
-        Column(title="NEXT TRY", goes=2),
-        Column(title="CREATED", goes=3),
+        Column(title="EVENT", min_width=10),
+        Column(title="ABOUT", priority=1),
+        Column(title="ATTEMPTS"),
+        Column(title="LAST RESPONSE", min_width=8),
+        Column(title="NEXT ATTEMPT", priority=2),
+        Column(title="CREATED", priority=3),
     )
-    return table(columns, map(_delivery_row, found), empty="Nothing was sent there yet.")
+    return table(columns, map(_delivery_row, found), empty="No deliveries to this endpoint yet.")
 
 
-@app.command()
+@app.verb(
+    "replay",
+    "lorry webhooks replay delivery-3f2b0c9d8e7f6a5b4c3d2e1f",
+    "lorry webhooks replay webhook-3f2b --failed-since 12h",
+)
 def replay(
-    ident: Annotated[str, typer.Argument(help="A delivery's id; with --failed-since an endpoint's.")],
+    ident: Annotated[
+        str,
+        typer.Argument(metavar="DELIVERY|WEBHOOK", help="ID of a delivery; with --failed-since, ID of an endpoint."),
+    ],
     *,
-    failed_since: Annotated[int | None, duration("All of an endpoint that failed in the last 30m, 12h, 3d.")] = None,
+    failed_since: Annotated[
+        int | None,
+        duration("Replay all deliveries of the endpoint that failed in this last time, such as 30m, 12h or 3d."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send a delivery again, or all of an endpoint that have failed for some time. Their ids stay the same."""
-    webhooks = client().webhooks
+    """Send a delivery again, or all recently failed deliveries of an endpoint. The event IDs stay the same."""
+    lorry = client()
     if failed_since is None:
-        delivery = webhooks.replay(ident)
-        return output.print_json(delivery.raw) if as_json else output.say(f"{delivery.id} is sent again.")
-    number = webhooks.replay_failed(ident, since=int(time.time()) - failed_since)
+        delivery = lorry.webhooks.replay(ident)
+        return output.print_json(delivery.raw) if as_json else output.say(f"Replaying {delivery.id}.")
+    ident = lookup.webhook(lorry, ident)
+    number = lorry.webhooks.replay_failed(ident, since=int(time.time()) - failed_since)
     if as_json:
         return output.print_json({"webhook_endpoint_id": ident, "replayed": number})
-    return output.say(f"{number} deliver{'y is' if number == 1 else 'ies are'} sent again.")
+    return output.say(f"Replaying {number} deliver{'y' if number == 1 else 'ies'}.")
 
 
-@app.command()
-def rotate(
+@app.verb("rotate", hidden=True)
+@app.verb(
+    "rotate-secret",
+    "lorry webhooks rotate-secret webhook-3f2b > secret.txt",
+    "lorry webhooks rotate-secret webhook-3f2b --overlap 12h",
+)
+def rotate_secret(
     endpoint_id: EndpointId,
     *,
-    overlap: Annotated[int, duration("How long messages are signed with the old secret too: 0s, 12h.")] = "1d",  # pyright: ignore[reportArgumentType] - the parser reads it
+    overlap: Annotated[
+        int, duration("Time for which events are also signed with the old secret, such as 0s or 12h.")
+    ] = "1d",  # pyright: ignore[reportArgumentType] - the parser reads it
     as_json: AsJson = False,
 ) -> None:
-    """Make a new secret. It is shown this once, alone on stdout."""
-    endpoint = client().webhooks.rotate_secret(endpoint_id, overlap_seconds=overlap)
+    """Replace an endpoint's signing secret. Stdout has only the new one, which is not shown again."""
+    lorry = client()
+    endpoint = lorry.webhooks.rotate_secret(lookup.webhook(lorry, endpoint_id), overlap_seconds=overlap)
     _show_once(endpoint, as_json=as_json)
     if not as_json and endpoint.old_secret_until:
-        output.say(f"Messages are signed with the old secret too until {output.when(endpoint.old_secret_until)}.")
+        output.say(f"Events are also signed with the old secret until {output.when(endpoint.old_secret_until)}.")
 
 
-@app.command()
-def change(
+@app.verb(
+    "update",
+    "lorry webhooks update webhook-3f2b --url https://example.com/new",
+    "lorry webhooks update webhook-3f2b --events fine_tuning.job.failed --events fine_tuning.job.succeeded",
+)
+def update(
     endpoint_id: EndpointId,
     *,
-    url: Annotated[str | None, typer.Option(help="Another address.")] = None,
-    name: Annotated[str | None, typer.Option(help="Another name.")] = None,
-    events: Annotated[list[str] | None, typer.Option(help="All types that are sent from now on.")] = None,
+    url: Annotated[str | None, typer.Option(help="New HTTPS address.")] = None,
+    name: Annotated[str | None, typer.Option(help="New name.")] = None,
+    events: Annotated[
+        list[str] | None, typer.Option(help="Event types to send instead of the current ones (repeatable).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Change an endpoint. What is left out stays as it is."""
-    endpoint = client().webhooks.change(endpoint_id, url=url, name=name, event_types=events)
-    _print_result(endpoint, f"{endpoint.id} ({endpoint.name}) is sent {', '.join(endpoint.event_types)}.", as_json)
+    """Update an endpoint. Omitted settings stay unchanged."""
+    lorry = client()
+    endpoint_id = lookup.webhook(lorry, endpoint_id)
+    endpoint = lorry.webhooks.change(endpoint_id, url=url, name=name, event_types=events)
+    message = f"Updated {endpoint.id} ({endpoint.name}). It receives {', '.join(endpoint.event_types)}."
+    _print_result(endpoint, message, as_json)
 
 
-@app.command()
+@app.verb("enable", "lorry webhooks enable webhook-3f2b", "lorry webhooks enable webhook-3f2b --json")
 def enable(endpoint_id: EndpointId, as_json: AsJson = False) -> None:
-    """Send events again to an endpoint that is disabled."""
-    endpoint = client().webhooks.change(endpoint_id, enabled=True)
+    """Enable a disabled endpoint."""
+    lorry = client()
+    endpoint = lorry.webhooks.change(lookup.webhook(lorry, endpoint_id), enabled=True)
     missed = f"lorry webhooks replay {endpoint.id} --failed-since 1d"
-    _print_result(endpoint, f"{endpoint.id} ({endpoint.name}) is enabled. Send what it has missed: {missed}", as_json)
+    _print_result(endpoint, f"Enabled {endpoint.id} ({endpoint.name}). Replay missed events with: {missed}", as_json)
 
 
-@app.command()
-def disable(endpoint_id: EndpointId, _yes: YesTaken = False, as_json: AsJson = False) -> None:
-    """Send nothing to an endpoint until it is enabled. Events are kept, to be replayed."""
-    endpoint = client().webhooks.change(endpoint_id, enabled=False)
-    _print_result(
-        endpoint, f"{endpoint.id} ({endpoint.name}) is sent nothing until: lorry webhooks enable {endpoint.id}", as_json
-    )
+@app.verb("disable", "lorry webhooks disable webhook-3f2b", "lorry webhooks disable webhook-3f2b --json")
+def disable(endpoint_id: EndpointId, _yes: YesAccepted = False, as_json: AsJson = False) -> None:
+    """Disable an endpoint. Events are kept and can be replayed later."""
+    lorry = client()
+    endpoint = lorry.webhooks.change(lookup.webhook(lorry, endpoint_id), enabled=False)
+    enabling = f"lorry webhooks enable {endpoint.id}"
+    _print_result(endpoint, f"Disabled {endpoint.id} ({endpoint.name}). Enable it with: {enabling}", as_json)
 
 
-@app.command()
-def remove(
-    endpoint_id: EndpointId,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
-) -> None:
-    """Delete an endpoint, and with it the log of what was sent there."""
-    output.confirm(f"Remove {endpoint_id}, and the log of what was sent there?", yes=yes)
-    client().webhooks.delete(endpoint_id)
-    output.say(f"{endpoint_id} is removed.")
+@app.verb("delete", "lorry webhooks delete webhook-3f2b", "lorry webhooks delete webhook-3f2b --yes")
+def delete(endpoint_id: EndpointId, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Delete an endpoint and its log of deliveries. This can't be undone."""
+    lorry = client()
+    endpoint_id = lookup.webhook(lorry, endpoint_id)
+    output.confirm(f"Delete webhook {endpoint_id} and its log of deliveries? This can't be undone.", yes=yes)
+    lorry.webhooks.delete(endpoint_id)
+    output.print_deleted("webhook", endpoint_id, as_json=as_json)
 
 
 def _show_once(endpoint: WebhookEndpoint, *, as_json: bool) -> None:
     if as_json:
         return output.print_json(endpoint.raw)
     output.console().print(endpoint.signing_secret, soft_wrap=True)
-    return output.say(f"This is the secret of {endpoint.id} ({endpoint.name}). It is not shown again: keep it now.")
+    return output.say(
+        f"This is the signing secret of {endpoint.id} ({endpoint.name}). It is not shown again: store it now."
+    )
 
 
 def _print_result(endpoint: WebhookEndpoint, sentence: str, as_json: bool) -> None:
@@ -190,12 +263,28 @@ def _print_result(endpoint: WebhookEndpoint, sentence: str, as_json: bool) -> No
         output.say(sentence)
 
 
-def _row(endpoint: WebhookEndpoint) -> tuple[object, ...]:
+def _facts(endpoint: WebhookEndpoint) -> Iterator[tuple[str, object]]:
+    yield "id", endpoint.id
+    yield "name", endpoint.name
+    yield "status", _status(endpoint)
+    yield "url", endpoint.url
+    yield "events", "\n".join(endpoint.event_types)
+    yield "secret", endpoint.signing_secret_hint
+    yield "old secret until", output.when(endpoint.old_secret_until)
+    yield "created", output.when(endpoint.created_at or None)
+    yield "failing since", output.when(endpoint.failing_since)
+    yield "disabled", output.when(endpoint.disabled_at)
+
+
+def _status(endpoint: WebhookEndpoint) -> str:
     why = f" ({endpoint.disabled_reason})" if endpoint.disabled_reason else ""
     failing = " (failing)" if endpoint.failing_since and not endpoint.disabled_at else ""
-    status = f"{endpoint.status}{why}{failing}"
+    return f"{endpoint.status}{why}{failing}"
+
+
+def _row(endpoint: WebhookEndpoint) -> tuple[object, ...]:
     events = " ".join(endpoint.event_types)
-    return endpoint.id, endpoint.name, status, endpoint.url, events, output.briefly(endpoint.created_at)
+    return endpoint.id, endpoint.name, _status(endpoint), endpoint.url, events, output.briefly(endpoint.created_at)
 
 
 def _delivery_row(delivery: WebhookDelivery) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""The files that a command names, uploaded for what it makes of them, and deleted again where that is refused."""
+"""Upload of the local files of a job or sweep; they are deleted again if the service rejects it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from lorry.cli import lookup
 from lorry.cli.commands.files import upload_with_bar
 from lorry.cli.render import output
 from lorry.errors import APIError, LorryError
@@ -21,35 +22,36 @@ if TYPE_CHECKING:
 
 @contextmanager
 def send_with_files(
-    lorry: Lorry, model: str, given: Mapping[str, str], *, kept_seconds: int | None = None
+    lorry: Lorry, model: str, given: Mapping[str, str], *, kept_seconds: int | None = None, quiet: bool = False
 ) -> Generator[Mapping[str, str]]:
-    """The ids of what is given, paths or ids, by what a person typed them for. model: looked at before an upload.
+    """Yield the ids of files that are given as paths or ids, by the argument that they were passed for.
 
-    kept_seconds: so long, what is uploaded; None: until somebody deletes it.
+    model: checked before an upload. kept_seconds: the time after which uploaded files are deleted; None: they are
+    kept. quiet: print no messages about reused files.
     """
     sources = {name: _path_or_id(path_or_id, name) for name, path_or_id in given.items()}
     if any(isinstance(source, Path) for source in sources.values()):
         _check_model(lorry, model)
-    with _uploaded(lorry, sources, kept_seconds) as ids:
+    with _uploaded(lorry, sources, kept_seconds, quiet) as ids:
         yield ids
 
 
 def _path_or_id(given: str, name: str) -> Path | str:
-    """A path that is there wins over an id that looks like it."""
+    """An existing path takes precedence over an id."""
     path = Path(given).expanduser()
     if path.is_file():
         return path
     if given.startswith("file-") and "/" not in given:
         return given
     raise typer.BadParameter(
-        f"{given!r} is neither a file here nor the id of an uploaded one (file-…).", param_hint=name
+        f"{given!r} is neither an existing file nor the ID of an uploaded one (file-…).", param_hint=name
     )
 
 
 def _check_model(lorry: Lorry, name: str) -> None:
-    """A misspelt name must not cost an upload; what else may be wrong with a model is the service's to say.
+    """Reject an unknown model before an upload. The service checks the rest.
 
-    So is the name itself, where the key may not look models up: what is sent needs no such scope.
+    A key without the scope to read models may still submit a job: then the service checks the name too.
     """
     try:
         lorry.models.get(name)
@@ -62,11 +64,11 @@ def _check_model(lorry: Lorry, name: str) -> None:
 
 @contextmanager
 def _uploaded(
-    lorry: Lorry, sources: Mapping[str, Path | str], kept_seconds: int | None
+    lorry: Lorry, sources: Mapping[str, Path | str], kept_seconds: int | None, quiet: bool
 ) -> Generator[Mapping[str, str]]:
-    """The ids of the files. What was uploaded for a job that the service refuses is deleted again.
+    """Yield the ids of the files. Files uploaded for a rejected job are deleted again.
 
-    Where the connection is lost, or the service fails, the job may be there all the same: then they stay.
+    If the connection is lost or the service fails, the job may exist: then the files are kept.
     """
     uploaded: list[str] = []
     ids: dict[str, str] = {}
@@ -75,9 +77,9 @@ def _uploaded(
             if isinstance(source, Path):
                 file = _upload(lorry, source, name, kept_seconds)
                 uploaded.append(file.id)
-                ids[name] = _earlier(lorry, file, source, uploaded) or file.id
+                ids[name] = _earlier(lorry, file, source, uploaded, quiet=quiet) or file.id
             else:
-                ids[name] = source
+                ids[name] = lookup.file(lorry, source)
         yield ids
     except APIError as error:
         if 400 <= error.status < 500 and error.status != 408:
@@ -94,8 +96,8 @@ def _upload(lorry: Lorry, path: Path, name: str, kept_seconds: int | None) -> Fi
         raise
 
 
-def _earlier(lorry: Lorry, file: File, path: Path, uploaded: list[str]) -> str | None:
-    """The id of a file that holds the same and stays, instead of which no second is kept."""
+def _earlier(lorry: Lorry, file: File, path: Path, uploaded: list[str], *, quiet: bool) -> str | None:
+    """Return the id of an existing file with the same content, and delete the new copy; None if there is none."""
     if file.same_content_as is None:
         return None
     try:
@@ -106,7 +108,8 @@ def _earlier(lorry: Lorry, file: File, path: Path, uploaded: list[str]) -> str |
     except APIError:
         return None
     uploaded.remove(file.id)
-    output.say(f"{path.name} was uploaded before, as {earlier.id}: that is used.")
+    if not quiet:
+        output.say(f"{path.name} is already uploaded as {earlier.id}; using that file.")
     return earlier.id
 
 
@@ -114,6 +117,6 @@ def _delete_again(lorry: Lorry, file_id: str) -> None:
     try:
         lorry.files.delete(file_id)
     except LorryError as error:
-        output.say(f"{file_id} was uploaded for this job and stays: {error.message}")
+        output.say(f"File {file_id} was uploaded for this job and could not be deleted: {error.message}")
     else:
-        output.say(f"{file_id}, uploaded for this job, is deleted again.")
+        output.say(f"Deleted file {file_id}, which was uploaded for this job.")

@@ -1,4 +1,4 @@
-"""`lorry workers`: who trains, and who is to take no more."""
+"""`lorry workers`: list, cordon and drain workers."""
 
 from __future__ import annotations
 
@@ -6,37 +6,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorry.cli.app import CommandGroup, client
+from lorry.cli import lookup
+from lorry.cli.app import client, group
 from lorry.cli.render import output
-from lorry.cli.render.output import AsJson
+from lorry.cli.render.output import AsJson, Quiet
 from lorry.cli.render.tables import Column, table
+from lorry.errors import LorryError
 
 if TYPE_CHECKING:
-    from lorry.models.jobs import Worker
+    from collections.abc import Iterator
 
-app = typer.Typer(
-    cls=CommandGroup,
-    help="Who trains, and what each holds resident; cordon, uncordon and drain one.",
-    invoke_without_command=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-WorkerId = Annotated[str, typer.Argument(help="The worker's id, as in the list.")]
+    from lorry.models.jobs import Cordon, Worker
+
+app = group("List and manage workers.")
+WorkerId = Annotated[str, typer.Argument(metavar="WORKER", help="ID of the worker, or a unique prefix of it.")]
 
 
-@app.callback()
-def _workers(ctx: typer.Context, as_json: AsJson = False) -> None:  # pyright: ignore[reportUnusedFunction]
-    """Who trains, and what each holds resident; cordon, uncordon and drain one."""
-    if ctx.invoked_subcommand is None:
-        list_workers(as_json=as_json)
-
-
-@app.command("list")
-def list_workers(as_json: AsJson = False) -> None:
-    """Who trains, and what each holds resident. The same as `lorry workers`."""
+@app.verb("list", "lorry workers list", "lorry workers list -o json", "lorry workers list -q")
+def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """List workers with their state, devices and loaded base model."""
     found = list(client().workers.list())
-    if as_json:
-        return output.print_json([worker.raw for worker in found])
+    if output.is_printed(found, as_json=as_json, quiet=quiet):
+        return
     rows = [
         (
             worker.id,
@@ -45,61 +36,87 @@ def list_workers(as_json: AsJson = False) -> None:
             ", ".join(map(_device, worker.devices)),
             ", ".join(worker.resident_base_names) or worker.resident_base,
             worker.trainer_id,
-            output.lately(worker.last_seen_at),
+            output.recent(worker.last_seen_at),
         )
         for worker in found
     ]
     columns = (
         Column(title="ID"),
         Column(title="STATE"),
-        Column(title="HOST", goes=4),
-        Column(title="DEVICES", goes=2, narrowest=12),
-        Column(title="HOLDS", goes=1, narrowest=12),
-        Column(title="TRAINER", goes=5),
-        Column(title="SEEN", goes=3),
+        Column(title="HOST", priority=4),
+        Column(title="DEVICES", priority=2, min_width=12),
+        Column(title="BASE", priority=1, min_width=12),
+        Column(title="TRAINER", priority=5),
+        Column(title="LAST SEEN", priority=3),
     )
     table(
         columns,
         rows,
-        empty="No worker is registered. `lorry worker` starts one on its node, `lorry up` a whole service.",
+        empty="No workers are registered. Start one with `lorry worker`, or a whole service with `lorry up`.",
     )
     for worker in found:
         if worker.cordon is not None and worker.state != "ended":
-            by = "the service's doing" if worker.cordon.by == "service" else "an operator's wish"
-            output.say(f"{worker.id} takes no new job ({by}): {worker.cordon.reason or 'no reason was given.'}")
+            output.say(_cordon_sentence(worker.id, worker.cordon))
+
+
+@app.verb("show", "lorry workers show worker-3f2b", "lorry workers show worker-3f2b --json")
+def show(worker_id: WorkerId, as_json: AsJson = False) -> None:
+    """Show a worker's details."""
+    typed = worker_id
+    lorry = client()
+    worker_id = lookup.worker(lorry, typed)
+    worker = next((one for one in lorry.workers.list() if one.id == worker_id), None)
+    if worker is None:
+        raise LorryError(
+            f"Worker {typed} does not exist.", code="worker_not_found", remedy="List the workers: lorry workers list"
+        )
+    if as_json:
+        return output.print_json(worker.raw)
+    output.pairs(_facts(worker))
     return None
 
 
-@app.command()
+@app.verb(
+    "cordon",
+    "lorry workers cordon worker-3f2b",
+    "lorry workers cordon worker-3f2b --reason 'Replacing its fan'",
+)
 def cordon(
     worker_id: WorkerId,
-    reason: Annotated[str | None, typer.Option("--reason", help="Why, for whoever asks. Every key sees it.")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="Reason, visible to every API key.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let it finish what it holds and take nothing new (an operator's key only).
+    """Stop a worker from accepting new jobs; it finishes its current jobs (operator key required).
 
-    What starts in its place, on this host with these devices, takes nothing either.
+    A worker that is restarted on the same host with the same devices is cordoned too.
     """
-    worker = client().workers.cordon(worker_id, reason=reason)
-    _print_result(worker, f"It takes no new job. Take that back: lorry workers uncordon {worker.id}", as_json=as_json)
+    lorry = client()
+    worker = lorry.workers.cordon(lookup.worker(lorry, worker_id), reason=reason)
+    undo = f"lorry workers uncordon {worker.id}"
+    _print_result(worker, f"Cordoned {worker.id}: it accepts no new jobs. Undo it with: {undo}", as_json=as_json)
 
 
-@app.command()
+@app.verb("uncordon", "lorry workers uncordon worker-3f2b", "lorry workers uncordon worker-3f2b --json")
 def uncordon(worker_id: WorkerId, as_json: AsJson = False) -> None:
-    """Let it take jobs again (an operator's key only)."""
-    worker = client().workers.uncordon(worker_id)
-    _print_result(worker, f"{worker.id} takes jobs again.", as_json=as_json)
+    """Let a cordoned worker accept jobs again (operator key required)."""
+    lorry = client()
+    worker = lorry.workers.uncordon(lookup.worker(lorry, worker_id))
+    _print_result(worker, f"Uncordoned {worker.id}: it accepts jobs again.", as_json=as_json)
 
 
-@app.command()
+@app.verb("drain", "lorry workers drain worker-3f2b", "lorry workers drain worker-3f2b --json")
 def drain(worker_id: WorkerId, as_json: AsJson = False) -> None:
-    """Have it save its jobs, give them back and end (an operator's key only). Their attempts don't count.
+    """Stop a worker: it saves its jobs, requeues them and exits (operator key required).
 
-    What starts in its place takes no job before you uncordon it.
+    The interrupted attempts don't count as failed. The worker that replaces it is cordoned until you uncordon it.
     """
-    worker = client().workers.drain(worker_id)
-    told = "It saves what it holds and ends. What starts in its place is cordoned: lorry workers uncordon ID"
-    _print_result(worker, told, as_json=as_json)
+    lorry = client()
+    worker = lorry.workers.drain(lookup.worker(lorry, worker_id))
+    undo = "lorry workers uncordon ID"
+    message = (
+        f"Draining {worker.id}: it requeues its jobs and exits. Its replacement is cordoned; undo that with: {undo}"
+    )
+    _print_result(worker, message, as_json=as_json)
 
 
 def _print_result(worker: Worker, sentence: str, *, as_json: bool) -> None:
@@ -109,11 +126,29 @@ def _print_result(worker: Worker, sentence: str, *, as_json: bool) -> None:
         output.say(sentence)
 
 
+def _cordon_sentence(worker_id: str, cordon: Cordon) -> str:
+    by = "the service" if cordon.by == "service" else "an operator"
+    return f"{worker_id} is cordoned by {by}: {cordon.reason or 'no reason given.'}"
+
+
+def _facts(worker: Worker) -> Iterator[tuple[str, object]]:
+    yield "id", worker.id
+    yield "state", _state(worker)
+    yield "cordoned", worker.cordon and _cordon_sentence(worker.id, worker.cordon)
+    yield "host", worker.host
+    yield "version", worker.version
+    yield "devices", ", ".join(map(_device, worker.devices))
+    yield "memory", output.size(worker.memory_bytes) if worker.memory_bytes else None
+    yield "base model", ", ".join(worker.resident_base_names) or worker.resident_base
+    yield "trainer", worker.trainer_id
+    yield "last seen", output.when(worker.last_seen_at)
+
+
 def _state(worker: Worker) -> str:
     is_shown = worker.cordon is not None and worker.state not in ("draining", "ended")
     return f"{worker.state}, cordoned" if is_shown else worker.state
 
 
 def _device(device: Any) -> str:
-    """A device's name, in whichever form the service tells it."""
+    """Return a device's name; services of several versions return it in different forms."""
     return str(device.get("name") or device) if isinstance(device, dict) else str(device)  # pyright: ignore

@@ -1,4 +1,4 @@
-"""The options of `lorry jobs submit` and `lorry plan` that take more than a line to say, and their groups."""
+"""The options of `lorry jobs submit` and `lorry plans create` and their groups in the help."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from lorry.cli.parsing.option_values import Keep, Loss, Method, Overflow, Quantization
+from lorry.cli.parsing.option_values import (
+    Keep,
+    Loss,
+    Method,
+    OptimizerName,
+    Overflow,
+    Precision,
+    Priority,
+    Quantization,
+    ScheduleName,
+)
 
-ADAPTER, TRAINING, WATCHING, RUN = "Adapter", "Training", "Evaluation and checkpoints", "The job"
+ARGUMENTS, ADAPTER, TRAINING, WATCHING, RUN = "Arguments", "Adapter", "Training", "Evaluation and checkpoints", "Job"
 
 
 def option(group: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
@@ -17,31 +27,41 @@ def option(group: str, help_text: str, *names: str, metavar: str | None = None) 
 
 Base = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="A base model's name, or an adapter's to continue.", show_default=False),
+    typer.Argument(metavar="MODEL", help="Name of a base model, or of an adapter to continue.", show_default=False),
 ]
 Training = Annotated[
     str | None,
-    typer.Argument(metavar="TRAIN", help="A JSONL file's path, or the id of an uploaded one.", show_default=False),
+    typer.Argument(metavar="TRAIN", help="Path of a JSONL file, or ID of an uploaded file.", show_default=False),
+]
+ModelOption = Annotated[
+    str | None, option(ARGUMENTS, "Same as MODEL, as in OpenAI's CLI.", "--model", "-m", metavar="MODEL")
+]
+TrainingOption = Annotated[
+    str | None, option(ARGUMENTS, "Same as TRAIN, as in OpenAI's CLI.", "--training-file", "-F", metavar="TRAIN")
 ]
 Planned = Annotated[
-    str | None, option(RUN, "Create the job that this plan has planned, just so; nothing else is said.", metavar="PLAN")
+    str | None,
+    option(
+        RUN, "Create the job from an existing plan, unchanged. Can't be combined with other options.", metavar="PLAN"
+    ),
 ]
 Methods = Annotated[
     Method | None,
     option(
         TRAINING,
-        "Learn from answers (supervised, the default), from pairs of a better and a worse one, or from labels (kto).",
+        "Training method: answers (supervised), preference pairs (dpo, orpo, simpo) or labels (kto); default: "
+        "supervised.",
     ),
 ]
 Held = Annotated[
     Quantization | None,
-    option(TRAINING, "Hold the base model in 4 or 8 bits.", "--quantization"),
+    option(TRAINING, "Load the base model in 4 or 8 bits (nf4, int8; default: none).", "--quantization"),
 ]
 Parent = Annotated[
     str | None,
     option(
         ADAPTER,
-        "Continue this adapter of the same base model: its id or name. Its shape is then the parent's.",
+        "Continue this adapter, by name, ID or suffix; rank and targets are taken from it (default: a new adapter).",
         metavar="ADAPTER",
     ),
 ]
@@ -49,55 +69,124 @@ Targets = Annotated[
     list[str] | None,
     option(
         ADAPTER,
-        "Linear layer to adapt; may be repeated. Or one re:PATTERN, for paths. Default: all but the output head.",
+        "Linear layer to adapt (repeatable), or re:PATTERN for whole paths (default: all except the output head).",
         metavar="NAME",
     ),
 ]
 Layers = Annotated[
-    list[int] | None, option(ADAPTER, "Only in the block of this number, from 0; may be repeated.", metavar="NUMBER")
+    list[int] | None,
+    option(ADAPTER, "Adapt only this block, numbered from 0 (repeatable; default: all blocks).", metavar="NUMBER"),
 ]
 RankPattern = Annotated[
     list[str] | None,
-    option(ADAPTER, "Another rank for layers whose path ends in KEY; may be repeated.", metavar="KEY=RANK"),
+    option(ADAPTER, "Different rank for layers whose path ends in KEY (repeatable).", metavar="KEY=RANK"),
 ]
 AlphaPattern = Annotated[
-    list[str] | None, option(ADAPTER, "Another alpha, in the same way; may be repeated.", metavar="KEY=ALPHA")
+    list[str] | None,
+    option(ADAPTER, "Different alpha for layers whose path ends in KEY (repeatable).", metavar="KEY=ALPHA"),
 ]
 Smoothing = Annotated[
-    float | None, option(TRAINING, "Of labels, or of dpo the part of swapped pairs; from 0 to below 0.5.")
+    float | None,
+    option(TRAINING, "Label smoothing, 0 <= x < 0.5 (default: 0). For dpo: assumed fraction of mislabeled pairs."),
 ]
 Neftune = Annotated[
-    float | None, option(TRAINING, "Scale of noise on input embeddings, of supervised; 5 is common, 0 is none.")
+    float | None, option(TRAINING, "NEFTune noise scale (supervised only). Typical: 5. Default: 0 (off).")
 ]
 LossOption = Annotated[
-    Loss | None, option(TRAINING, "Of a chat: learn every answer (assistant, the default), or only the last one.")
+    Loss | None,
+    option(TRAINING, "Chat messages to train on: every assistant message or only the last one (default: assistant)."),
 ]
 OverflowOption = Annotated[
     Overflow | None,
-    option(TRAINING, "What becomes of a row above --max-length; only plain texts are split. Default: truncate."),
+    option(TRAINING, "Handling of rows longer than --max-length; split works only for plain text (default: truncate)."),
 ]
-Warmup = Annotated[float | None, option(TRAINING, "Part of all steps in which the rate rises, from 0 to 1.")]
-EvaluateEvery = Annotated[
-    int | None, option(WATCHING, "Steps between two readings of the held-out file. Default: a tenth of the job.")
-]
+Warmup = Annotated[float | None, option(TRAINING, "Warm-up fraction of all steps, 0 to 1 (default: 0.03).")]
+EvaluateEvery = Annotated[int | None, option(WATCHING, "Evaluate every N steps (default: 10 times over the job).")]
 KeepOption = Annotated[
-    Keep | None, option(WATCHING, "Whose weights become the adapter. Default: best with --patience, else last.")
+    Keep | None,
+    option(
+        WATCHING,
+        "Weights to export: best (lowest validation loss) or last (default: last; best with --patience).",
+    ),
 ]
 Patience = Annotated[
-    int | None, option(WATCHING, "End early after so many readings in a row without a fall of the loss.")
+    int | None,
+    option(
+        WATCHING,
+        "Early stopping: stop after N evaluations without improvement in validation loss (default: never).",
+    ),
 ]
-Tags = Annotated[list[str] | None, option(RUN, "Find the job by it: `lorry jobs list --tag`. Again for more.")]
-Metadata = Annotated[list[str] | None, option(RUN, "Kept with the job; may be repeated.", metavar="KEY=VALUE")]
+Tags = Annotated[list[str] | None, option(RUN, "Tag to find the job by with `lorry jobs list --tag` (repeatable).")]
+Metadata = Annotated[
+    list[str] | None, option(RUN, "Metadata to store with the job (repeatable, at most 16).", metavar="KEY=VALUE")
+]
 Deadline = Annotated[
     str | None,
-    option(RUN, "When it should have ended: 12h from now, or a local time such as 2026-12-01T08:00.", metavar="WHEN"),
+    option(
+        RUN,
+        "Time by which the job should finish: 12h from now, or a local time such as 2026-12-01T08:00 (default: none).",
+        metavar="WHEN",
+    ),
 ]
 Others = Annotated[
     list[str] | None,
     option(
         RUN,
-        "Any other field, such as optimizer.beta1=0.95; the value is JSON or text. May be repeated.",
+        "Any other field of the API, such as optimizer.beta1=0.95; the value is JSON or text (repeatable).",
         "--set",
         metavar="PATH=VALUE",
     ),
 ]
+Rank = Annotated[int | None, option(ADAPTER, "Rank of the adapter, 1 to 256 (default: 16).")]
+Alpha = Annotated[float | None, option(ADAPTER, "Scaling: updates are multiplied by alpha / rank (default: 2 * rank).")]
+Rslora = Annotated[bool, option(ADAPTER, "Use rank-stabilized LoRA: scale by alpha / sqrt(rank).", "--rslora")]
+Dropout = Annotated[float | None, option(ADAPTER, "Dropout probability of LoRA inputs, 0 to 0.9 (default: 0).")]
+Dora = Annotated[bool, option(ADAPTER, "Use DoRA (train weight magnitudes).", "--dora")]
+Init = Annotated[
+    str | None, option(ADAPTER, "Weight initialization: default, gaussian, pissa, pissa_niter_N or olora.")
+]
+Beta = Annotated[
+    float | None, option(TRAINING, "Beta of the preference loss (dpo, orpo, simpo, kto; default: 0.1, simpo: 2).")
+]
+Gamma = Annotated[float | None, option(TRAINING, "Target reward margin (simpo only; default: beta / 2).")]
+LearningRate = Annotated[
+    float | None,
+    option(
+        TRAINING,
+        "Peak learning rate, above 0 to 1 (default: 2e-4; 2e-5 for preference methods).",
+        "--learning-rate",
+        "--lr",
+    ),
+]
+LoraPlusRatio = Annotated[
+    float | None, option(TRAINING, "LoRA+: learning rate of B divided by that of A (default: 1).")
+]
+ScheduleOption = Annotated[
+    ScheduleName | None, option(TRAINING, "Learning rate schedule after the warm-up (default: cosine).")
+]
+Decay = Annotated[
+    float | None,
+    option(TRAINING, "Fraction of steps spent decaying the learning rate (wsd schedule only; default: 0.2)."),
+]
+OptimizerOption = Annotated[
+    OptimizerName | None, option(TRAINING, "Optimizer; sgd and adafactor require --learning-rate (default: adamw).")
+]
+WeightDecay = Annotated[float | None, option(TRAINING, "Weight decay, 0 to 1 (default: 0).")]
+Epochs = Annotated[int | None, option(TRAINING, "Passes over the training file, 1 to 100 (default: 3).")]
+MaxSteps = Annotated[int | None, option(TRAINING, "Stop after N optimizer steps (default: all epochs).")]
+BatchSize = Annotated[
+    int | None, option(TRAINING, "Sequences or pairs per optimizer step (default: 0.5% of the rows, 4 to 32).")
+]
+MaxLength = Annotated[
+    int | None, option(TRAINING, "Maximum tokens per row (default: the base model's limit, at most 4096).")
+]
+PrecisionOption = Annotated[
+    Precision | None, option(TRAINING, "Precision of the base model's weights (default: auto).")
+]
+Seed = Annotated[int | None, option(TRAINING, "Random seed; the same seed gives the same adapter (default: random).")]
+Valid = Annotated[str | None, option(WATCHING, "Validation file: a path or the ID of an uploaded file.")]
+CheckpointEvery = Annotated[int | None, option(WATCHING, "Write a checkpoint every N steps (default: 50).")]
+Suffix = Annotated[
+    str | None, option(RUN, "Suffix of the adapter's name: up to 64 letters, digits, dots, underscores, hyphens.")
+]
+PriorityOption = Annotated[Priority | None, option(RUN, "Priority in the queue (default: normal).")]

@@ -1,4 +1,4 @@
-"""What a person types at `lorry jobs submit` for each field of the service, and a refusal in those words."""
+"""The option of `lorry jobs submit` for each field of the API, and errors that name the option."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lorry.errors import APIError
 
 NUMBERS = "method.METHOD.hyperparameters"
-"""Where a method's numbers are; METHOD stands for its name."""
+"""The path of a method's hyperparameters; METHOD stands for its name."""
 FIELDS = {
     "parent": "parent_adapter",
     "rank": "lora.rank",
@@ -55,7 +55,7 @@ FIELDS = {
     "priority": "priority",
     "deadline": "deadline",
 }
-"""The field that each option stands for, by the option's name in `submit`."""
+"""The field that each option sets, by the option's name in `submit`."""
 NAMES = {
     "model": "MODEL",
     "training_file": "TRAIN",
@@ -68,20 +68,20 @@ NAMES = {
         for method in Method
     },
 }
-"""What a person typed for a field."""
+"""The argument or option that sets each field."""
 
 
 def in_typed_words(error: APIError, typed: Mapping[str, str]) -> None:
-    """A refusal names the option where the service names the field. typed: what set each field, by dotted path."""
+    """Make an error name the option instead of the field. typed: the option that set each field, by dotted path."""
     words = {"validation_file": NAMES["validation_file"], "method.type": NAMES["method.type"]}
     if error.param:
-        said = _said(error.param, typed)
-        words[error.param], error.param = said, said
+        name = _name_of(error.param, typed)
+        words[error.param], error.param = name, name
     error.message, error.remedy = _with_option_names(error.message, words), _with_option_names(error.remedy, words)
 
 
-def _said(param: str, typed: Mapping[str, str]) -> str:
-    """The option or argument that set the field, or a field around it; else those that set fields in it."""
+def _name_of(param: str, typed: Mapping[str, str]) -> str:
+    """Return the option that set the field or an object that contains it; else the options that set fields in it."""
     for path, name in [*typed.items(), *NAMES.items()]:
         if param == path or param.startswith(f"{path}."):
             return name
@@ -90,8 +90,10 @@ def _said(param: str, typed: Mapping[str, str]) -> str:
 
 
 def _with_option_names(text: str, words: Mapping[str, str]) -> str:
-    """A field's name is one where it stands in quotes, or can be no other word. All in one look: what was typed for it
-    may hold the name itself."""
+    """Replace field names that are in quotes or that can't be ordinary words.
+
+    One pass replaces all, because the name of an option may contain the name of its field.
+    """
     if not words:
         return text
     patterns = [_pattern(field) for field in sorted(words, key=len, reverse=True)]

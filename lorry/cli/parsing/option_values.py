@@ -1,4 +1,4 @@
-"""What an option of `lorry jobs submit` may be where it is one of a few words."""
+"""Allowed values of options of `lorry jobs submit`, and parsing of PATH=VALUE."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 class Method(StrEnum):
-    """What the adapter learns by: answers, pairs of a better and a worse one, or answers with labels."""
+    """Training methods: on answers, on preference pairs, or on answers with labels."""
 
     supervised = "supervised"
     dpo = "dpo"
@@ -20,7 +20,7 @@ class Method(StrEnum):
 
 
 class Priority(StrEnum):
-    """Whose turn comes first."""
+    """Priorities in the queue."""
 
     urgent = "urgent"
     normal = "normal"
@@ -28,7 +28,7 @@ class Priority(StrEnum):
 
 
 class Precision(StrEnum):
-    """Of the base model's weights."""
+    """Precisions of the base model's weights."""
 
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -36,7 +36,7 @@ class Precision(StrEnum):
 
 
 class Quantization(StrEnum):
-    """How the base model's linear layers are held."""
+    """Quantizations of the base model's linear layers."""
 
     none = "none"
     nf4 = "nf4"
@@ -44,7 +44,7 @@ class Quantization(StrEnum):
 
 
 class ScheduleName(StrEnum):
-    """How the learning rate goes down from its peak."""
+    """Learning rate schedules after the warm-up."""
 
     constant = "constant"
     linear = "linear"
@@ -53,7 +53,7 @@ class ScheduleName(StrEnum):
 
 
 class OptimizerName(StrEnum):
-    """What turns gradients into updates."""
+    """Optimizers."""
 
     adamw = "adamw"
     sgd = "sgd"
@@ -61,14 +61,14 @@ class OptimizerName(StrEnum):
 
 
 class Loss(StrEnum):
-    """Which answers of a chat are learnt."""
+    """Assistant messages of a chat that are trained on."""
 
     assistant = "assistant"
     last_turn = "last_turn"
 
 
 class Overflow(StrEnum):
-    """What becomes of a row that is too long."""
+    """Handling of rows that are too long."""
 
     truncate = "truncate"
     drop = "drop"
@@ -76,7 +76,7 @@ class Overflow(StrEnum):
 
 
 class Keep(StrEnum):
-    """Whose weights become the adapter."""
+    """Weights that become the adapter."""
 
     last = "last"
     best = "best"
@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 def pair(given: str, option: str, form: str) -> tuple[str, str]:
     name, equals, value = given.partition("=")
     if not (name and equals):
-        raise typer.BadParameter(f"{given!r} is not of the form {form}.", param_hint=option)
+        raise typer.BadParameter(f"{given!r} does not have the form {form}.", param_hint=option)
     return name, value
 
 
@@ -101,7 +101,7 @@ def json_or_text(text: str) -> Any:
 
 
 def nested(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Dotted paths as objects in objects. No path is another one or lies in it."""
+    """Turn dotted paths into nested objects. No path may be equal to another one or lie in it."""
     body: dict[str, Any] = {}
     for path, value in fields:
         *groups, name = path.split(".")

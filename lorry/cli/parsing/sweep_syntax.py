@@ -1,4 +1,4 @@
-"""What a person types of a sweep: `lora.rank=4,8,16`, `optimizer.learning_rate=1e-5..1e-3:log`."""
+"""The syntax of a sweep's parameters: `lora.rank=4,8,16`, `optimizer.learning_rate=1e-5..1e-3:log`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from lorry.cli.parsing.option_values import Method
 
 OTHER_NAMES = {"lr": "learning_rate"}
-"""Of options."""
+"""Short names of options, and the names that FIELDS has."""
 FORM = "FIELD=A,B,C or FIELD=LOW..HIGH[:log][:POINTS]"
 
 
 class Metric(StrEnum):
-    """What trials are compared by."""
+    """Metrics by which trials are compared."""
 
     valid_loss = "valid_loss"
     valid_mean_token_accuracy = "valid_mean_token_accuracy"  # noqa: S105
@@ -32,12 +32,12 @@ class Metric(StrEnum):
 
 
 def parameter(given: str) -> tuple[str, dict[str, Any]]:
-    """The field's path, and what it may be. A list in brackets is JSON, for values that hold commas themselves."""
+    """Return the field's path and its values or range. A list in brackets is JSON, for values that contain commas."""
     path, text = pair(given, "--over", FORM)
     if text.startswith("["):
         values = json_or_text(text)
         if not isinstance(values, list):
-            raise typer.BadParameter(f"{text!r} is not a list in JSON.", param_hint="--over")
+            raise typer.BadParameter(f"{text!r} is not a JSON list.", param_hint="--over")
         return path, {"values": values}
     if ".." in text:
         return path, _range(given, text)
@@ -48,12 +48,12 @@ def _range(given: str, text: str) -> dict[str, Any]:
     limits, *more = text.split(":")
     low, _, high = limits.partition("..")
     try:
-        told: dict[str, Any] = {"min": _number(low), "max": _number(high)}
+        space: dict[str, Any] = {"min": _number(low), "max": _number(high)}
         for word in more:
-            told |= {"scale": word} if word in ("log", "linear") else {"points": int(word)}
+            space |= {"scale": word} if word in ("log", "linear") else {"points": int(word)}
     except ValueError:
-        raise typer.BadParameter(f"{given!r} is not of the form {FORM}.", param_hint="--over") from None
-    return told
+        raise typer.BadParameter(f"{given!r} does not have the form {FORM}.", param_hint="--over") from None
+    return space
 
 
 def _number(text: str) -> float:
@@ -61,38 +61,38 @@ def _number(text: str) -> float:
 
 
 def check_space(varied: Mapping[str, Mapping[str, Any]], *, kind: str, method: Method) -> None:
-    """What needs no service to be refused, so that no file is uploaded for it."""
-    for path, told in varied.items():
+    """Reject invalid spaces without a request, so that no file is uploaded for them."""
+    for path, space in varied.items():
         name = path.lstrip("-").replace("-", "_")
         field = FIELDS.get(OTHER_NAMES.get(name, name), path).replace("METHOD", method)
-        has_objects = any(isinstance(value, dict) for value in told.get("values", ()))
+        has_objects = any(isinstance(value, dict) for value in space.get("values", ()))
         if field != path and not has_objects:
+            raise typer.BadParameter(f"{path!r} is not a field of a job. Use --over {field}=…", param_hint="--over")
+        if kind == "grid" and "min" in space and "points" not in space:
             raise typer.BadParameter(
-                f"{path!r} is no field of a job by itself: write --over {field}=…", param_hint="--over"
-            )
-        if kind == "grid" and "min" in told and "points" not in told:
-            raise typer.BadParameter(
-                f"a grid takes a number of points of a range, such as 8: --over {path}={_typed(told)}:8. "
-                "Or draw from it: add --random or --asha, with --trials.",
+                f"a grid needs the number of points of a range, such as 8: --over {path}={_typed(space)}:8. "
+                "Or sample from the range with --random or --asha, and --trials.",
                 param_hint="--over",
             )
 
 
-def _typed(told: Mapping[str, Any]) -> str:
-    """As a person types a range, without its points."""
-    return f"{told['min']:g}..{told['max']:g}" + (f":{told['scale']}" if "scale" in told else "")
+def _typed(space: Mapping[str, Any]) -> str:
+    """Return a range in the syntax of --over, without its points."""
+    return f"{space['min']:g}..{space['max']:g}" + (f":{space['scale']}" if "scale" in space else "")
 
 
 def search_of(random: bool, asha: bool, **numbers: int | None) -> dict[str, Any]:
-    """A grid, unless something else is asked for."""
+    """Return the search of a sweep; a grid by default."""
     if random and asha:
-        raise typer.BadParameter("--random and --asha exclude each other.", param_hint="--asha")
+        raise typer.BadParameter("--random and --asha can't be combined.", param_hint="--asha")
     kind = "asha" if asha else "random" if random else "grid"
     if kind != "grid" and numbers["trials"] is None:
-        raise typer.BadParameter(f"say how many: --{kind} --trials 20", param_hint="--trials")
+        raise typer.BadParameter(f"--{kind} needs the number of trials, such as --trials 20.", param_hint="--trials")
     for name, number in numbers.items():
         needed = {"trials": kind != "grid", "seed": True}.get(name, kind == "asha")
         if number is not None and not needed:
             option = f"--{name.replace('_', '-')}"
-            raise typer.BadParameter(f"a {kind} sweep has none: leave it out, or add --asha.", param_hint=option)
+            raise typer.BadParameter(
+                f"{option} does not apply to a {kind} sweep. Remove it, or add --asha.", param_hint=option
+            )
     return {"type": kind, **{name: number for name, number in numbers.items() if number is not None}}

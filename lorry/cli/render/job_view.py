@@ -1,4 +1,4 @@
-"""One job on a page: what has become of it, and what it was asked to do."""
+"""The details of one job: its state and its configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def sheet(job: Job, *, why: str | None, usable_rows: int | None) -> Iterator[tuple[str, object]]:
-    """Label and value. why: the sentence why it waits. usable_rows: of the training file, where they are known."""
+    """Yield labels and values. why: the explanation of its waiting. usable_rows: of the training file, if known."""
     yield "id", job.id
     yield "status", status(job)
     yield "why", why
@@ -22,17 +22,17 @@ def sheet(job: Job, *, why: str | None, usable_rows: int | None) -> Iterator[tup
     yield from _configuration(job, usable_rows)
 
 
-_PHASES = {"loading": "its base model is being loaded", "verifying": "its adapter is being verified"}
+_PHASES = {"loading": "loading the base model", "verifying": "verifying the adapter"}
 
 
 def status(job: Job) -> str:
     for wanted, verb in ((job.cancel_requested, "cancelled"), (job.pause_requested, "paused")):
         if wanted and job.status == "running":
-            return f"running, and will be {verb} within some seconds"
+            return f"running, and will be {verb} within seconds"
     if job.status == "running" and job.phase in _PHASES:
         return f"running: {_PHASES[job.phase]}"
     if job.is_held and not job.is_final:
-        return f"{job.status}, held: lorry jobs release {job.id}"
+        return f"{job.status} and held. Release it with: lorry jobs release {job.id}"
     return progress_bars.how_to_resume(job) if job.status == "paused" else job.status
 
 
@@ -41,32 +41,32 @@ def steps(job: Job) -> str | None:
 
 
 def epochs(job: Job, usable_rows: int | None) -> str | None:
-    """Passes over the training file. `max_steps` may end a job long before those that were asked for."""
-    asked, batch_size = job.hyperparameters.get("n_epochs"), job.hyperparameters.get("batch_size")
+    """Return the passes over the training file; `max_steps` may stop a job before the requested epochs."""
+    requested, batch_size = job.hyperparameters.get("n_epochs"), job.hyperparameters.get("batch_size")
     num_steps = job.progress.num_steps
-    if asked is None or job.max_steps is None or 0 < num_steps < job.max_steps:
-        return None if asked is None else str(asked)
+    if requested is None or job.max_steps is None or 0 < num_steps < job.max_steps:
+        return None if requested is None else str(requested)
     if usable_rows and batch_size and num_steps:
         trained = job.max_steps * batch_size / usable_rows
-        return str(asked) if trained >= asked else f"{trained:.2g} of {asked}: max steps end it first"
-    return f"{asked}, or fewer: max steps end it"
+        return str(requested) if trained >= requested else f"{trained:.2g} of {requested} (limited by max steps)"
+    return f"{requested} or fewer (limited by max steps)"
 
 
 def _run(job: Job) -> Iterator[tuple[str, object]]:
-    """What has become of it."""
+    """Yield the state and the progress."""
     progress = job.progress
-    moves = not job.is_final and job.status != "paused"
+    is_active = not job.is_final and job.status != "paused"
     yield "error", job.error and f"{job.error.message} {job.error.remedy}".strip()
     yield "model", job.model
     yield "continues", job.parent_adapter
     yield "adapter", job.fine_tuned_model
     yield "curves", ", ".join(job.result_files)
     yield "step", steps(job)
-    yield "ended early", progress.stopped_early
+    yield "stopped early", progress.stopped_early
     yield "weights of step", progress.kept_step
     yield "loss", progress.loss
-    yield from _held_out_losses(job)
-    yield "time left", output.duration(progress.seconds_left) if moves else None
+    yield from _validation_losses(job)
+    yield "time left", output.duration(progress.seconds_left) if is_active else None
     yield "trained tokens", None if job.trained_tokens is None else f"{job.trained_tokens:,}"
     yield "attempt", job.attempt or None
     yield "trainer", job.trainer_id
@@ -78,21 +78,21 @@ def _run(job: Job) -> Iterator[tuple[str, object]]:
     )
 
 
-def _held_out_losses(job: Job) -> Iterator[tuple[str, object]]:
-    """The adapter's own comes first, where its weights are not those of the last step."""
+def _validation_losses(job: Job) -> Iterator[tuple[str, object]]:
+    """Yield the adapter's own loss first, if its weights are not those of the last step."""
     progress = job.progress
-    result = progress_bars.held_out_loss(job)
+    result = progress_bars.validation_loss(job)
     if progress.kept_valid_loss is None or progress.kept_step == progress.step:
-        yield "held-out loss", result
+        yield "validation loss", result
     else:
-        yield "held-out loss", f"{output.cell(result)} at step {progress.kept_step}, whose weights the adapter has"
-        yield "held-out loss of the last step", progress.valid_loss
+        yield "validation loss", f"{output.cell(result)} at step {progress.kept_step} (used for the adapter)"
+        yield "validation loss of the last step", progress.valid_loss
     if progress.best_valid_loss != result:
-        yield "best held-out loss", progress.best_valid_loss
+        yield "best validation loss", progress.best_valid_loss
 
 
 def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, object]]:
-    """What it was asked to do, in full."""
+    """Yield the whole configuration."""
     yield "training file", job.training_file
     yield "validation file", job.validation_file
     yield "suffix", job.suffix
@@ -104,7 +104,7 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
     yield "max length", job.max_length and f"{job.max_length} tokens"
     yield "max steps", job.max_steps
     yield "method", job.method.get("type")
-    yield from _numbers_of_the_method(job)
+    yield from _method_hyperparameters(job)
     yield "epochs", epochs(job, usable_rows)
     yield "batch size", job.hyperparameters.get("batch_size")
     yield "learning rate multiplier", job.hyperparameters.get("learning_rate_multiplier")
@@ -122,7 +122,7 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
     yield "tags", ", ".join(job.tags)
 
 
-def _numbers_of_the_method(job: Job) -> Iterator[tuple[str, object]]:
-    """Those that it has beside the three of every method."""
+def _method_hyperparameters(job: Job) -> Iterator[tuple[str, object]]:
+    """Yield the hyperparameters that not every method has."""
     given: dict[str, Any] = job.method.get(job.method.get("type", ""), {}).get("hyperparameters", {})
     return ((name.replace("_", " "), value) for name, value in given.items() if name not in job.hyperparameters)

@@ -1,6 +1,6 @@
-"""A lineage record on a page: where an adapter comes from, in sections, with digests cut to their first twelve digits.
+"""A lineage record: the origin of an adapter, in sections, with digests cut to their first twelve digits.
 
-Whatever a record lacks is left out. What this client doesn't know of one is not shown: `--json` has all of it.
+Missing fields and fields that this client doesn't know are not shown; `--json` prints the whole record.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _COUNTS = (
     *("rows", "usable_rows", "tokens", "supervised_tokens"),
     *("truncated_rows", "dropped_rows", "split_rows", "duplicate_rows", "empty_rows"),
 )
-_TOLD_WITH_UNITS = {"version", "n_epochs", "max_length", "evaluate_every_steps", "checkpoint_every_steps"}
+_SHOWN_WITH_UNITS = {"version", "n_epochs", "max_length", "evaluate_every_steps", "checkpoint_every_steps"}
 _LABEL_WIDTH = 24
 
 
-def render(told: Json) -> None:
-    """Prints the record that `adapters lineage` gets: `lineage` and `lineage_id`."""
-    record = _part(told, "lineage")
-    _section(None, _identity(told, record))
+def render(answer: Json) -> None:
+    """Print the response of `adapters lineage`: `lineage` and `lineage_id`."""
+    record = _part(answer, "lineage")
+    _section(None, _identity(answer, record))
     _section("base model", _base(_part(record, "base")))
     for source in _parts(record, "data"):
         _section(f"{source.get('role', '')} data".strip(), _data(source))
@@ -34,23 +34,23 @@ def render(told: Json) -> None:
         _section(f"attempt {attempt.get('number', '')}".strip(), _attempt(attempt))
     _section("results", _results(_part(record, "results")))
     _section("code", _part(record, "code").items())
-    _section("people", _people(_part(record, "people")))
+    _section("requested by", _requested_by(_part(record, "people")))
     _section("files", _files(_part(record, "outputs")))
 
 
 def prepared(report: Json) -> Pairs:
-    """What preparation found in a data set."""
+    """Yield the results of a data set's preparation."""
     yield "kind of rows", report.get("kind")
-    yield "learnt", report.get("loss") if report.get("kind") == "chat" else None
+    yield "trained on", report.get("loss") if report.get("kind") == "chat" else None
     for name in _COUNTS:
-        yield name.replace("_", " "), _count(report.get(name))
+        yield name.replace("supervised", "trained").replace("_", " "), _count(report.get(name))
     yield "median row", _unit(report.get("median_row"), "tokens")
     yield "longest row", _unit(report.get("longest_row"), "tokens")
-    yield "cut after", _unit(report.get("max_length"), "tokens")
+    yield "truncated after", _unit(report.get("max_length"), "tokens")
     yield "tokenizer", _short(report.get("tokenizer"))
     yield "chat template", _short(report.get("chat_template"))
-    yield "a text begins with", report.get("opens_with")
-    yield "a text ends with", report.get("ends_with")
+    yield "texts begin with", report.get("opens_with")
+    yield "texts end with", report.get("ends_with")
 
 
 def _section(title: str | None, pairs: Iterable[tuple[str, object]]) -> None:
@@ -62,17 +62,17 @@ def _section(title: str | None, pairs: Iterable[tuple[str, object]]) -> None:
     output.pairs(shown, label_width=_LABEL_WIDTH)
 
 
-def _identity(told: Json, record: Json) -> Pairs:
+def _identity(answer: Json, record: Json) -> Pairs:
     outputs = _part(record, "outputs")
-    yield "adapter", told.get("adapter_id")
+    yield "adapter", answer.get("adapter_id")
     yield "job", record.get("job")
-    yield "lineage", _short(told.get("lineage_id"))
+    yield "lineage", _short(answer.get("lineage_id"))
     yield "artifact", _short(outputs.get("artifact"))
     yield "parameters", _count(outputs.get("num_parameters"))
     yield "size", _size(outputs.get("num_bytes"))
     parent = _part(_part(_part(record, "config"), "resolved"), "parent")
     yield "continues", parent.get("name") or _list(_part(record, "graph").get("parents"))
-    yield "continued by", _list(told.get("children"))
+    yield "continued by", _list(answer.get("children"))
 
 
 def _base(base: Json) -> Pairs:
@@ -88,7 +88,7 @@ def _base(base: Json) -> Pairs:
     yield "parameters", _count(about.get("num_parameters"))
     yield "layers", about.get("num_layers")
     yield "dtype", about.get("dtype")
-    yield "trained on it as", base.get("quantization")
+    yield "quantization in training", base.get("quantization")
     yield "tokenizer", _short(base.get("tokenizer"))
     yield "chat template", _short(base.get("chat_template"))
 
@@ -103,9 +103,9 @@ def _data(source: Json) -> Pairs:
 
 
 def _configuration(spec: Json) -> Pairs:
-    for name, value in flatten({name: value for name, value in spec.items() if name not in _TOLD_WITH_UNITS}):
+    for name, value in flatten({name: value for name, value in spec.items() if name not in _SHOWN_WITH_UNITS}):
         yield name.replace("_", " "), _list(value) or value
-    yield "epochs, at most" if spec.get("max_steps") else "epochs", spec.get("n_epochs")
+    yield "maximum epochs" if spec.get("max_steps") else "epochs", spec.get("n_epochs")
     yield "max length", _unit(spec.get("max_length"), "tokens")
     yield "evaluation every", _unit(spec.get("evaluate_every_steps"), "steps")
     yield "checkpoint every", _unit(spec.get("checkpoint_every_steps"), "steps")
@@ -115,7 +115,7 @@ def _attempt(attempt: Json) -> Pairs:
     machine = _part(attempt, "machine")
     begun, ended = _moment(attempt.get("started_at")), _moment(attempt.get("ended_at"))
     yield "end", attempt.get("end")
-    yield "began", begun and output.when(int(begun.timestamp()))
+    yield "started", begun and output.when(int(begun.timestamp()))
     yield "took", output.duration((ended - begun).total_seconds()) if begun and ended else None
     yield "from step", attempt.get("resumed_from_step")
     yield "worker", attempt.get("worker")
@@ -130,24 +130,24 @@ def _attempt(attempt: Json) -> Pairs:
 def _results(results: Json) -> Pairs:
     evaluation, check = _part(results, "evaluation"), _part(results, "verification")
     yield "steps", _count(results.get("steps"))
-    yield "ended early", results.get("stopped_early")
+    yield "stopped early", results.get("stopped_early")
     yield "weights of step", _count(results.get("kept_step"))
     yield "trained tokens", _count(results.get("trained_tokens"))
     yield "packed equals solo", results.get("determinism")
-    yield "held-out loss", _change(evaluation, "loss")
+    yield "validation loss", _change(evaluation, "loss")
     yield "perplexity", _change(evaluation, "perplexity")
     yield "token accuracy", _change(evaluation, "token_accuracy")
-    yield "PEFT agrees", check.get("passed")
+    yield "verified with PEFT", check.get("passed")
     yield "largest difference", check.get("max_abs_diff")
     yield "allowed", check.get("tolerance")
     yield "why", check.get("explanation")
     yield "losses' digest", _short(results.get("loss_log"))
 
 
-def _people(people: Json) -> Pairs:
-    yield "project", people.get("project")
+def _requested_by(requester: Json) -> Pairs:
+    yield "project", requester.get("project")
     for name in ("requested_at", "started_at", "finished_at"):
-        moment = _moment(people.get(name))
+        moment = _moment(requester.get(name))
         yield name.removesuffix("_at"), moment and output.when(int(moment.timestamp()))
 
 

@@ -1,10 +1,10 @@
-"""How commands speak: results on stdout (text, or JSON with --json), messages and errors on stderr."""
+"""Output of commands: results on stdout (text, ids or JSON), messages and errors on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
 
 _WIDTH_OF_A_PIPE = 10_000
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
-
-YesTaken = Annotated[bool, typer.Option("--yes", "-y", hidden=True, help="Taken; there is no question.")]
-"""Of a command that acts at once: a script may say --yes to whatever deletes or ends something."""
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only IDs, one per line.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation prompt.")]
+YesAccepted = Annotated[bool, typer.Option("--yes", "-y", hidden=True, help="Has no effect.")]
+"""For a command that can be undone and never asks: a script may pass --yes to every command that stops something."""
 
 
 class Unattended(typer.BadParameter):
-    """Wrong usage: a question that nobody can answer. Its message is all that is printed, without a parameter."""
+    """Wrong usage: a confirmation without a terminal. Only its message is printed, without a parameter."""
 
     def format_message(self) -> str:
         return self.message
 
 
 def console() -> Console:
-    """For results: as wide as they are where no person's terminal cuts them. Text is never markup."""
+    """Return the console for results. Without a terminal, lines are not wrapped. Text is never markup."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE
@@ -38,7 +39,7 @@ def console() -> Console:
 
 
 def messages() -> Console:
-    """For messages, progress and errors."""
+    """Return the console for messages, progress and errors."""
     from rich.console import Console
 
     return Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
@@ -53,37 +54,58 @@ def print_json(value: Any) -> None:
 
 
 def print_json_line(value: Any) -> None:
-    """One object per line, for what goes on over time."""
+    """Print one object per line, for output that continues over time."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
     sys.stdout.flush()
 
 
+def is_printed(found: Sequence[Any], *, as_json: bool, quiet: bool, key: str = "id") -> bool:
+    """Print a list as JSON or as ids, if that was requested. Returns whether it was."""
+    if as_json:
+        print_json([one.raw for one in found])
+    elif quiet:
+        print_ids(getattr(one, key) for one in found)
+    return as_json or quiet
+
+
+def print_ids(ids: Iterable[str]) -> None:
+    for one in ids:
+        console().print(clean(one), soft_wrap=True)
+
+
+def print_deleted(kind: str, name: str, *, as_json: bool, note: str = "") -> None:
+    if as_json:
+        print_json({"id": name, "deleted": True})
+    else:
+        say(f"Deleted {kind} {name}.{note}")
+
+
 def confirm(question: str, *, yes: bool) -> None:
-    """Goes on where a person says so, or --yes did. Else it exits: a script that forgot --yes with wrong usage."""
+    """Ask the user to confirm, unless `yes`. Exits if the answer is no, or if there is no terminal to ask at."""
     if yes:
         return
     if not is_attended():
-        raise Unattended("Say --yes: nobody is there to be asked.")
+        raise Unattended("Confirmation required. Pass --yes to run non-interactively.")
     messages().print(f"{clean(question)} [y/N] ", end="", soft_wrap=True)
     try:
         answer = sys.stdin.readline()
     except KeyboardInterrupt:
-        say("")  # the cursor stands behind the question
+        say("")  # the cursor is behind the question
         raise
     if answer.strip().lower() not in {"y", "yes"}:
-        say("Nothing was done.")
+        say("Aborted.")
         raise typer.Exit(1)
 
 
 def is_attended() -> bool:
-    """A person can answer."""
+    """Whether a user can answer."""
     return sys.stdin.isatty()
 
 
 def pairs(values: Iterable[tuple[str, object]], *, label_width: int = 0) -> None:
-    """Label and value, one a line; a None and an empty text are left out.
+    """Print a label and a value per line; None and empty texts are skipped.
 
-    Where a terminal is too narrow, values fold under themselves. label_width: cells that labels take at least.
+    In a narrow terminal, values wrap below themselves. label_width: minimum width of the labels, in cells.
     """
     from rich.table import Table
     from rich.text import Text
@@ -104,19 +126,19 @@ def pairs(values: Iterable[tuple[str, object]], *, label_width: int = 0) -> None
 
 
 def heading(title: str) -> None:
-    """Of a section of pairs."""
+    """Print the title of a section of pairs."""
     from rich.text import Text
 
     console().print(Text(f"\n{clean(title).upper()}", style="bold"))
 
 
 def brief(text: str) -> str:
-    """The first line, cut between words where it is long."""
+    """Return the first line, cut between words if it is long."""
     return shorten(text.strip().partition("\n")[0], 160, placeholder=" …")
 
 
 def clean(text: str) -> str:
-    """Without control characters, so that a message of the service can't steer the terminal."""
+    """Remove control characters, so that a message of the service can't control the terminal."""
     return "".join(c if c in "\n\t" or (c.isprintable() or c == "\u00a0") else "\ufffd" for c in text)
 
 
@@ -126,28 +148,28 @@ def when(timestamp: int | None) -> str | None:
 
 
 def briefly(timestamp: int | None) -> str | None:
-    """Local time of a Unix time, for a table: `11-24 16:39`; of another year, the date alone."""
+    """Local time of a Unix time, for a table: `11-24 16:39`; for another year, only the date."""
     if timestamp is None:
         return None
-    told = datetime.fromtimestamp(timestamp, UTC).astimezone()
-    return f"{told:%m-%d %H:%M}" if told.year == datetime.now().astimezone().year else f"{told:%Y-%m-%d}"
+    local = datetime.fromtimestamp(timestamp, UTC).astimezone()
+    return f"{local:%m-%d %H:%M}" if local.year == datetime.now().astimezone().year else f"{local:%Y-%m-%d}"
 
 
-def lately(timestamp: int | None) -> str | None:
-    """The same of what matters by the second while it is fresh: of today, `16:39:05`."""
+def recent(timestamp: int | None) -> str | None:
+    """Local time of a Unix time; for today with seconds: `16:39:05`."""
     if timestamp is None:
         return None
-    told = datetime.fromtimestamp(timestamp, UTC).astimezone()
-    return f"{told:%H:%M:%S}" if told.date() == datetime.now().astimezone().date() else briefly(timestamp)
+    local = datetime.fromtimestamp(timestamp, UTC).astimezone()
+    return f"{local:%H:%M:%S}" if local.date() == datetime.now().astimezone().date() else briefly(timestamp)
 
 
 def short(digest: str | None) -> str | None:
-    """Enough of a digest to tell it from the others."""
+    """Return the first 12 digits of a digest."""
     return digest[:12] if digest else None
 
 
 def size(num_bytes: float) -> str:
-    """Three digits and a decimal unit, as the dashboard has it: 812 B, 31.5 kB, 1.23 GB."""
+    """Return three digits and a decimal unit, as in the dashboard: 812 B, 31.5 kB, 1.23 GB."""
     unit, rest = "B", float(num_bytes)
     for larger in ("kB", "MB", "GB", "TB"):
         if rest < 999.5:
@@ -157,7 +179,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """1:02:03, 2:03, or - where it is not known."""
+    """1:02:03, 2:03, or - if unknown."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
@@ -166,7 +188,7 @@ def duration(seconds: float | None) -> str:
 
 
 def cell(value: object) -> str:
-    """A value as a person reads it."""
+    """Return a value as text for a user."""
     if value is None:
         return "-"
     if isinstance(value, bool):

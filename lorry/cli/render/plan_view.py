@@ -1,4 +1,4 @@
-"""A plan on a page: the sum of it, the data, memory as bars, times, where it can be used, warnings, sample rows."""
+"""A plan: summary, configuration, data, memory as bars, times, deployment options, warnings and sample rows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _LABEL_CELLS = 22
 
 
 def draw(plan: Plan) -> None:
-    """On stdout."""
-    output.pairs(_sum(plan), label_width=_LABEL_CELLS)
+    """Print a plan on stdout."""
+    output.pairs(_summary(plan), label_width=_LABEL_CELLS)
     if plan.status != "ready":
         return
     output.heading("configuration")
@@ -31,14 +31,14 @@ def draw(plan: Plan) -> None:
     _draw_memory(plan)
     output.heading("time")
     output.pairs(_times(plan), label_width=_LABEL_CELLS)
-    output.heading("where the adapter can be used")
+    output.heading("serving")
     for server, answer in plan.servable.items():
         output.pairs([(_SERVERS.get(server, server), _used(answer))], label_width=_LABEL_CELLS)
     _draw_warnings(plan)
     _draw_samples(plan)
 
 
-def _sum(plan: Plan) -> Iterator[tuple[str, object]]:
+def _summary(plan: Plan) -> Iterator[tuple[str, object]]:
     yield "id", plan.id
     yield "status", plan.status
     yield "error", plan.error and f"{plan.error.message} {plan.error.remedy}".strip()
@@ -49,22 +49,22 @@ def _sum(plan: Plan) -> Iterator[tuple[str, object]]:
         return
     yield "steps", plan.num_steps
     yield "trainable parameters", f"{plan.trainable_parameters or 0:,} in {plan.adapted_layers} layers"
-    yield "trains", _trains(plan.training_time)
-    yield "starts", _brief(plan.expected_start)
+    yield "training time", _training_time(plan.training_time)
+    yield "expected start", _brief(plan.expected_start)
     yield "warnings", len(plan.warnings) or "none"
 
 
-def _trains(estimate: Estimate) -> str:
-    """A guess at a device's speed is not to be read as a figure."""
+def _training_time(estimate: Estimate) -> str:
+    """Mark a guess, so that it is not read as a measurement."""
     if estimate.seconds is None or estimate.basis_kind != "guess":
         return _brief(estimate)
-    reason = "nothing has trained on this device yet"
-    return f"about {output.duration(estimate.seconds)}, or several times more (a guess: {reason})"
+    reason = "no job has trained on this device yet"
+    return f"about {output.duration(estimate.seconds)}, or several times more (guess: {reason})"
 
 
 def _brief(estimate: Estimate) -> str:
     if estimate.seconds is None:
-        return "not known"
+        return "unknown"
     return f"{output.duration(estimate.seconds)} ({estimate.basis_kind})"
 
 
@@ -88,19 +88,19 @@ def _configuration(spec: Json) -> Iterator[tuple[str, object]]:
 
 
 def _data(report: Json) -> Iterator[tuple[str, object]]:
-    tokens, learnt = report["tokens"], report["supervised_tokens"]
-    yield "rows", f"{report['rows']:,}, of which {report['usable_rows']:,} are trained on"
-    yield "tokens", f"{tokens:,}, of which {learnt:,} have loss ({learnt / max(1, tokens):.0%})"
+    tokens, trained = report["tokens"], report["supervised_tokens"]
+    yield "rows", f"{report['rows']:,}, of which {report['usable_rows']:,} are usable"
+    yield "tokens", f"{tokens:,}, of which {trained:,} are trained on ({trained / max(1, tokens):.0%})"
     yield "longest row", f"{report['longest_row']:,} tokens"
     lines: Json = report.get("lines") or {}
-    cut = {"truncated_rows": "cut off", "dropped_rows": "left out", "split_rows": "split"}
-    for name, told in cut.items():
+    cut = {"truncated_rows": "truncated", "dropped_rows": "dropped", "split_rows": "split"}
+    for name, handling in cut.items():
         if report.get(name):
-            yield "too long", f"{report[name]:,} rows, {told}{_lines(lines.get('too_long'))}"
+            yield "too long", f"{report[name]:,} rows, {handling}{_lines(lines.get('too_long'))}"
     if report.get("empty_rows"):
-        yield "nothing to learn", f"{report['empty_rows']:,} rows{_lines(lines.get('empty'))}"
+        yield "no trainable tokens", f"{report['empty_rows']:,} rows{_lines(lines.get('empty'))}"
     if report.get("duplicate_rows"):
-        yield "there before", f"{report['duplicate_rows']:,} rows{_lines(lines.get('duplicate'))}"
+        yield "duplicates", f"{report['duplicate_rows']:,} rows{_lines(lines.get('duplicate'))}"
 
 
 def _lines(numbers: list[int] | None) -> str:
@@ -111,8 +111,8 @@ def _lines(numbers: list[int] | None) -> str:
 
 
 def _draw_memory(plan: Plan) -> None:
-    """Of a GPU, by part; of a CPU the sum."""
-    output.heading("memory of one device")
+    """Print the parts of the memory of each kind of device that fits."""
+    output.heading("memory per device")
     fitting = plan.devices.get("workers_that_fit", [])
     wanted = {_way(worker) for worker in fitting} or {_way({"kind": "cuda"})}
     for memory in (memory for memory in plan.memory if _way(memory) in wanted):
@@ -125,29 +125,29 @@ def _draw_memory(plan: Plan) -> None:
                 soft_wrap=True,
             )
         host_bytes: int = memory.get("host_bytes") or 0
-        on_host = f", and {output.size(host_bytes)} of the host's memory" if host_bytes else ""
-        output.pairs([("in all", f"{output.size(total)} on {_where(memory)}{on_host}")])
+        on_host = f", and {output.size(host_bytes)} of host memory" if host_bytes else ""
+        output.pairs([("total", f"{output.size(total)} on {_where(memory)}{on_host}")])
     output.pairs(_devices(plan.devices), label_width=_LABEL_CELLS)
 
 
-def _way(told: Json) -> tuple[str, int, str]:
-    """Kind of device, and of a group that divides the base how many and by what."""
-    strategy: str = told.get("strategy", "replicated")
-    return told["kind"], told.get("num_devices", 1) if strategy != "replicated" else 1, strategy
+def _way(memory: Json) -> tuple[str, int, str]:
+    """Return the kind of device; for a sharded base model also the number of devices and the strategy."""
+    strategy: str = memory.get("strategy", "replicated")
+    return memory["kind"], memory.get("num_devices", 1) if strategy != "replicated" else 1, strategy
 
 
 def _where(memory: Json) -> str:
     kind, number, strategy = _way(memory)
     if number == 1:
         return "a GPU" if kind == "cuda" else "a CPU"
-    return f"each of {number} {'GPUs' if kind == 'cuda' else 'processes'} that divide the base ({strategy})"
+    return f"each of {number} {'GPUs' if kind == 'cuda' else 'processes'} that shard the base model ({strategy})"
 
 
 def _devices(devices: Json) -> Iterator[tuple[str, object]]:
     card: Json | None = devices.get("smallest_gpu")
     yield (
         "smallest GPU that fits",
-        f"{card['gigabytes']} GB ({card['examples']})" if card else "none of the common sizes",
+        f"{card['gigabytes']} GB ({card['examples']})" if card else "no common size",
     )
     groups: list[Json] = devices.get("groups", [])
     if groups:
@@ -160,15 +160,15 @@ def _devices(devices: Json) -> Iterator[tuple[str, object]]:
 
 def _group(group: Json) -> str:
     host_bytes: int = group.get("host_bytes") or 0
-    with_host = f" with {output.size(host_bytes)} of the host's memory" if host_bytes else ""
+    with_host = f" with {output.size(host_bytes)} of host memory" if host_bytes else ""
     return f"{group['num_devices']} of {group['gigabytes']} GB{with_host}"
 
 
 def _times(plan: Plan) -> Iterator[tuple[str, object]]:
-    for label, estimate in (("trains", plan.training_time), ("starts", plan.expected_start)):
+    for label, estimate in (("training time", plan.training_time), ("expected start", plan.expected_start)):
         about = "About " if estimate.basis_kind == "guess" else ""
-        told = "" if estimate.seconds is None else f"{about}{output.duration(estimate.seconds)}. "
-        yield label, f"{told}{estimate.basis}"
+        shown = "" if estimate.seconds is None else f"{about}{output.duration(estimate.seconds)}. "
+        yield label, f"{shown}{estimate.basis}"
 
 
 def _used(answer: Json) -> str:
@@ -189,7 +189,7 @@ def _draw_warnings(plan: Plan) -> None:
 
 
 def _draw_samples(plan: Plan) -> None:
-    """What has loss is green where there is color, and stands between > and < where there is none."""
+    """Print trained tokens in green, or between > and < without color."""
     for name in ("training", "validation"):
         report: Json = plan.data.get(name) or {}
         samples: list[Json] = report.get("samples") or []
@@ -208,15 +208,15 @@ def _draw_row(row: Json) -> None:
     has_color = out.is_terminal and out.color_system is not None
     cut = f", cut from {row['whole_tokens']}" if row["whole_tokens"] != row["num_tokens"] else ""
     part = f"{row['part']}: " if row["part"] else ""
-    out.print(Text(f"{part}{row['num_tokens']} tokens{cut}, {row['trained_tokens']} with loss", style="dim"))
+    out.print(Text(f"{part}{row['num_tokens']} tokens{cut}, {row['trained_tokens']} trained on", style="dim"))
     text = Text()
     upto = 0
     for segment in row["segments"]:
         if segment["start"] > upto:
             text.append(f" [... {segment['start'] - upto} tokens ...] ", style="dim")
-        for learnt, said in _runs(segment["tokens"]):
-            marked = f">{said}<" if learnt and not has_color else said
-            text.append(output.clean(marked), style="bold green" if learnt else "")
+        for is_trained, run in _runs(segment["tokens"]):
+            marked = f">{run}<" if is_trained and not has_color else run
+            text.append(output.clean(marked), style="bold green" if is_trained else "")
         upto = segment["start"] + len(segment["tokens"])
     if upto < row["num_tokens"]:
         text.append(f" [... {row['num_tokens'] - upto} tokens ...]", style="dim")
@@ -224,13 +224,13 @@ def _draw_row(row: Json) -> None:
 
 
 def _runs(tokens: list[Json]) -> Iterator[tuple[bool, str]]:
-    """Tokens that follow each other and have loss, or have none, as one text."""
-    run, is_learnt = "", False
+    """Yield consecutive tokens that are all trained on, or all not, as one text."""
+    run, is_trained = "", False
     for token in tokens:
-        if token["is_trained"] != is_learnt and run:
-            yield is_learnt, run
+        if token["is_trained"] != is_trained and run:
+            yield is_trained, run
             run = ""
-        is_learnt = token["is_trained"]
+        is_trained = token["is_trained"]
         run += token["text"]
     if run:
-        yield is_learnt, run
+        yield is_trained, run

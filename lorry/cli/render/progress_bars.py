@@ -23,32 +23,32 @@ if TYPE_CHECKING:
 
 _BAR_CELLS = 24
 _CELLS_OF_ALL_FACTS = 106
-"""An id of 30 and everything that is told beside it, for a job of some thousand steps."""
+"""An id of 30 and all facts next to it, for a job of several thousand steps."""
 Message = tuple[str, "Job | LorryError"]
 
 
 def stay(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> None:
-    """Watches, and exits with 1 if a job did not succeed. Ctrl-C ends the watching alone."""
+    """Watch jobs, and exit with 1 if one did not succeed. Ctrl-C stops only the watching."""
     try:
         jobs = watch(lorry, job_ids, as_json=as_json)
     except KeyboardInterrupt:
-        output.say(f"No longer watching; training goes on. Watch again: lorry jobs watch {' '.join(job_ids)}")
+        output.say(f"Stopped watching; training continues. Watch again with: lorry jobs watch {' '.join(job_ids)}")
         raise
     if any(job.status != "succeeded" for job in jobs):
         raise typer.Exit(EXIT_REFUSED)
 
 
 def watch(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> list[Job]:
-    """Until all are final; returns them as they ended. With JSON, every change is one line on stdout."""
+    """Watch until all jobs are final, and return them. With JSON, every change is one line on stdout."""
     unique = list(dict.fromkeys(job_ids))
     if as_json:
         return _drain(lorry, unique, lambda job: output.print_json_line(job.raw))
     if not sys.stderr.isatty():
-        return _drain(lorry, unique, _telling_of_a_pause(_Lines().show, output.say))
+        return _drain(lorry, unique, _reporting_pauses(_Lines().show, output.say))
     with _bars() as progress:
         bars = {job_id: progress.add_task(job_id, total=None, facts="") for job_id in unique}
         above = progress.console
-        show = _telling_of_a_pause(
+        show = _reporting_pauses(
             lambda job: _draw(progress, bars[job.id], job),
             lambda sentence: above.print(output.clean(sentence), soft_wrap=True),
         )
@@ -59,39 +59,39 @@ def watch(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> list[Job]:
 
 
 def ending(job: Job) -> str:
-    """One sentence on how a job ended."""
+    """Return a sentence about a final job."""
     if job.status == "succeeded":
-        return f"{job.id} succeeded: {job.fine_tuned_model}"
+        return f"Job {job.id} succeeded: {job.fine_tuned_model}"
     why = f": {job.error.message} {job.error.remedy}".rstrip() if job.error else "."
-    return f"{job.id} {job.status}{why}"
+    return f"Job {job.id} {job.status}{why}"
 
 
 def how_to_resume(job: Job) -> str:
-    return f"paused; go on with: lorry jobs resume {job.id}"
+    return f"paused. Resume it with: lorry jobs resume {job.id}"
 
 
 def facts(job: Job, *, max_width: int | None = None) -> str:
-    """What stands beside a bar. Where there is no room for all, the least go first; room: in cells."""
+    """Return the text next to a bar. If it is wider than max_width cells, the least important facts are dropped."""
     progress = job.progress
-    moves = not job.is_final and job.status != "paused"  # else what was measured last is no news of now
+    is_active = not job.is_final and job.status != "paused"  # else the last measurement is out of date
     parts = [(0, job.status)]
     if progress.num_steps:
         parts.append((0, f"step {progress.step}/{progress.num_steps}"))
     if progress.loss is not None:
         parts.append((1, f"loss {progress.loss:.3f}"))
-    if (valid_loss := held_out_loss(job)) is not None:
-        parts.append((2, f"held-out {valid_loss:.3f}"))
-    if progress.tokens_per_second is not None and moves:
+    if (valid_loss := validation_loss(job)) is not None:
+        parts.append((2, f"valid {valid_loss:.3f}"))
+    if progress.tokens_per_second is not None and is_active:
         parts.append((4, f"{progress.tokens_per_second:,.0f} tokens/s"))
-    if progress.seconds_left is not None and moves:
+    if progress.seconds_left is not None and is_active:
         parts.append((3, f"{output.duration(progress.seconds_left)} left"))
     while max_width is not None and len(_joined(parts)) > max_width and max(parts)[0] > 0:
         parts.remove(max(parts))
     return _joined(parts)
 
 
-def held_out_loss(job: Job) -> float | None:
-    """The adapter's own, once there is one; before that the latest."""
+def validation_loss(job: Job) -> float | None:
+    """Return the adapter's own validation loss, once it has one; before that the latest."""
     kept = job.progress.kept_valid_loss
     return job.progress.valid_loss if kept is None else kept
 
@@ -100,8 +100,8 @@ def _joined(parts: list[tuple[int, str]]) -> str:
     return "  ".join(text for _, text in parts)
 
 
-def _telling_of_a_pause(show: Callable[[Job], None], say: Callable[[str], None]) -> Callable[[Job], None]:
-    """Shows as `show` does, and says once in each pause how to end it."""
+def _reporting_pauses(show: Callable[[Job], None], say: Callable[[str], None]) -> Callable[[Job], None]:
+    """Call `show`, and print once per pause how to resume the job."""
     paused: set[str] = set()
 
     def shown(job: Job) -> None:
@@ -110,13 +110,13 @@ def _telling_of_a_pause(show: Callable[[Job], None], say: Callable[[str], None])
             paused.discard(job.id)
         elif job.id not in paused:
             paused.add(job.id)
-            say(f"{job.id} is {how_to_resume(job)}")
+            say(f"Job {job.id} is {how_to_resume(job)}")
 
     return shown
 
 
 class _Lines:
-    """For logs and pipes: one line when a job's status or step has changed."""
+    """For logs and pipes: one line whenever a job's status or step changes."""
 
     def __init__(self) -> None:
         self._last: dict[str, str] = {}
@@ -130,22 +130,22 @@ class _Lines:
 
 
 def _drain(lorry: Lorry, job_ids: list[str], show: Callable[[Job], None]) -> list[Job]:
-    """Shows each new state of each job, in the main thread, so that Ctrl-C ends it at once."""
-    ended: dict[str, Job] = {}
+    """Show each new state of each job in the main thread, so that Ctrl-C works at once."""
+    final: dict[str, Job] = {}
     for message in _messages(lorry, job_ids):
         job_id, seen = message
         if isinstance(seen, LorryError):
             raise seen
         show(seen)
         if seen.is_final:
-            ended[job_id] = seen
-        if len(ended) == len(job_ids):
+            final[job_id] = seen
+        if len(final) == len(job_ids):
             break
-    return [ended[job_id] for job_id in job_ids]
+    return [final[job_id] for job_id in job_ids]
 
 
 def _messages(lorry: Lorry, job_ids: list[str]) -> Iterator[Message]:
-    if len(job_ids) == 1:  # no thread where none is needed
+    if len(job_ids) == 1:  # needs no thread
         yield from ((job_ids[0], update.job) for update in lorry.jobs.follow(job_ids[0]) if update.job is not None)
         return
     inbox: SimpleQueue[Message] = SimpleQueue()

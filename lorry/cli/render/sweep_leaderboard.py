@@ -1,4 +1,4 @@
-"""A sweep's leaderboard: once as a table, or drawn anew until all trials have ended."""
+"""A sweep's leaderboard: a table, or a live view until all trials are finished."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lorry.models.sweeps import Sweep, Trial
 
 POLL_SECONDS = 2.0
-ENDED = ("succeeded", "failed", "cancelled")
+FINISHED = ("succeeded", "failed", "cancelled")
 
 
-def num_ended(sweep: Sweep) -> int:
-    return sum(sweep.counts.get(status, 0) for status in ENDED)
+def num_finished(sweep: Sweep) -> int:
+    return sum(sweep.counts.get(status, 0) for status in FINISHED)
 
 
 def facts(sweep: Sweep) -> Iterator[tuple[str, object]]:
@@ -38,20 +38,20 @@ def facts(sweep: Sweep) -> Iterator[tuple[str, object]]:
         yield "best finished" if not sweep.is_final else "best", _best(sweep.best_trial)
     yield "adapter", sweep.fine_tuned_model
     if sweep.error is not None:
-        yield "no further trial", sweep.error.message
+        yield "stopped creating trials", sweep.error.message
 
 
 def print_board(sweep: Sweep, trials: Sequence[Trial]) -> None:
-    """Best first."""
+    """Print the trials, best first."""
     paths = list(dict.fromkeys(path for trial in trials for path in trial.parameters))
     columns = (
         Column(title="TRIAL"),
-        *(Column(title=path, narrowest=10) for path in _short(paths)),
+        *(Column(title=path, min_width=10) for path in _short(paths)),
         Column(title=str(sweep.objective.get("metric") or "value").upper()),
-        Column(title="STEP", goes=3),
+        Column(title="STEP", priority=3),
         Column(title="STATUS"),
-        Column(title="RUNG", goes=4),
-        Column(title="JOB", goes=2),
+        Column(title="RUNG", priority=4),
+        Column(title="JOB", priority=2),
     )
     rows = [
         (
@@ -65,15 +65,15 @@ def print_board(sweep: Sweep, trials: Sequence[Trial]) -> None:
         )
         for trial in trials
     ]
-    table(columns, rows, empty="It has no trial yet.")
+    table(columns, rows, empty="No trials yet.")
 
 
 def stay(lorry: Lorry, sweep_id: str, *, as_json: bool) -> None:
-    """Until all trials have ended; exits with 1 if none has succeeded. Ctrl-C ends the watching alone."""
+    """Watch until all trials are finished; exits with 1 if none succeeded. Ctrl-C stops only the watching."""
     try:
         sweep = _watch(lorry, sweep_id, as_json=as_json)
     except KeyboardInterrupt:
-        output.say(f"No longer watching; the sweep goes on. Watch again: lorry sweep watch {sweep_id}")
+        output.say(f"Stopped watching; the sweep continues. Watch again with: lorry sweeps watch {sweep_id}")
         raise
     if sweep.status != "succeeded":
         raise typer.Exit(EXIT_REFUSED)
@@ -85,14 +85,14 @@ def _watch(lorry: Lorry, sweep_id: str, *, as_json: bool) -> Sweep:
     sweep = _drawn(lorry, sweep_id) if sys.stderr.isatty() else _print_progress(lorry, sweep_id)
     print_board(sweep, list(lorry.sweeps.trials(sweep_id)))
     if sweep.fine_tuned_model:
-        output.say(f"The best adapter is {sweep.fine_tuned_model}; get it with: lorry adapters pull {sweep.id}")
+        output.say(f"The best adapter is {sweep.fine_tuned_model}. Pull it with: lorry adapters pull {sweep.id}")
     else:
-        output.say(f"{sweep.id} {sweep.status}, and has no adapter.")
+        output.say(f"Sweep {sweep.id} {sweep.status} and has no adapter.")
     return sweep
 
 
 def _until_final(lorry: Lorry, sweep_id: str) -> Sweep:
-    """Each change is a line."""
+    """Print each change as a line."""
     last: list[Any] = []
 
     def show(sweep: Sweep) -> None:
@@ -104,16 +104,16 @@ def _until_final(lorry: Lorry, sweep_id: str) -> Sweep:
 
 
 def _print_progress(lorry: Lorry, sweep_id: str) -> Sweep:
-    """For logs and pipes: a line when a count or the best has changed."""
-    said: list[str] = []
+    """For logs and pipes: a line whenever a count or the best trial changes."""
+    printed: list[str] = []
 
-    def tell(sweep: Sweep) -> None:
+    def show(sweep: Sweep) -> None:
         line = f"{sweep.id}  {_trials(sweep)}" + (f"  best: {_best(sweep.best_trial)}" if sweep.best_trial else "")
-        if said != [line]:
-            said[:] = [line]
+        if printed != [line]:
+            printed[:] = [line]
             output.say(line)
 
-    return lorry.sweeps.wait(sweep_id, on_progress=tell, poll_seconds=POLL_SECONDS)
+    return lorry.sweeps.wait(sweep_id, on_progress=show, poll_seconds=POLL_SECONDS)
 
 
 def _drawn(lorry: Lorry, sweep_id: str) -> Sweep:
@@ -123,12 +123,12 @@ def _drawn(lorry: Lorry, sweep_id: str) -> Sweep:
 
         def draw(sweep: Sweep) -> None:
             height = max(3, live.console.height - 6)
-            live.update(_picture(sweep, list(lorry.sweeps.trials(sweep_id, limit=height))))
+            live.update(_live_table(sweep, list(lorry.sweeps.trials(sweep_id, limit=height))))
 
         return lorry.sweeps.wait(sweep_id, on_progress=draw, poll_seconds=POLL_SECONDS)
 
 
-def _picture(sweep: Sweep, trials: Sequence[Trial]) -> Any:
+def _live_table(sweep: Sweep, trials: Sequence[Trial]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
@@ -145,13 +145,13 @@ def _picture(sweep: Sweep, trials: Sequence[Trial]) -> Any:
 
 
 def _short(paths: Sequence[str]) -> list[str]:
-    """The last name of each, where that tells them apart."""
+    """Return the last name of each path, if that is unique."""
     names = [path.rpartition(".")[2] for path in paths]
     return [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
 
 
 def _status(trial: Trial) -> str:
-    """Of one that runs without training, what it does instead."""
+    """Return the phase of a running trial that does not train at the moment, else its status."""
     if trial.status == "running" and trial.phase in ("loading", "verifying"):
         return trial.phase
     return "pruned" if trial.reason == "pruned" else trial.status
@@ -164,7 +164,7 @@ def _steps(trial: Trial) -> str:
 
 def _trials(sweep: Sweep) -> str:
     counts = ", ".join(f"{number} {status}" for status, number in sorted(sweep.counts.items()))
-    return f"{num_ended(sweep)} of {sweep.num_trials} ended" + (f" ({counts})" if counts else "")
+    return f"{num_finished(sweep)} of {sweep.num_trials} finished" + (f" ({counts})" if counts else "")
 
 
 def _best(trial: Trial) -> str:
@@ -174,7 +174,7 @@ def _best(trial: Trial) -> str:
 
 def _search(sweep: Sweep) -> str:
     search = sweep.search
-    told = f"{search.get('type')}, seed {search.get('seed')}"
+    text = f"{search.get('type')}, seed {search.get('seed')}"
     if search.get("min_steps"):
-        told += f"; rungs from step {search['min_steps']}, the best 1 of {search['reduction_factor']} go on"
-    return told
+        text += f"; rungs from step {search['min_steps']}, the best 1 of {search['reduction_factor']} continue"
+    return text

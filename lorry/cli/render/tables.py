@@ -1,4 +1,4 @@
-"""Tables for people: one line a row, at whatever width. Where it is narrow, columns shrink, then the least go."""
+"""Tables: one line per row at any width. In a narrow terminal, columns shrink first, then the least important drop."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _GAP = "  "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """The first column of a table is shown whole, whatever its numbers are."""
+    """A column of a table. The first column is never cut or dropped."""
 
     title: str
-    goes: int = 0
-    """Where it is narrow, the highest is left out first; 0 stays."""
-    narrowest: int | None = None
-    """In cells; may be cut to it, with an ellipsis. None: never cut."""
+    priority: int = 0
+    """In a narrow terminal, the column with the highest number is dropped first; 0 is never dropped."""
+    min_width: int | None = None
+    """In cells. The column may be cut to this width, with an ellipsis. None: never cut."""
 
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, empty: str) -> None:
-    """A plain table; where there is no row, the sentence `empty` on stderr."""
+    """Print a plain table, or the sentence `empty` on stderr if there is no row."""
     from rich.text import Text
 
     cells = [[" ".join(output.clean(output.cell(value)).split()) for value in row] for row in rows]
@@ -37,15 +37,15 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, empty:
 
 
 def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], max_width: int) -> dict[int, int]:
-    """Of each column that is shown, by its index."""
+    """Return the width of each column that is shown, by index."""
     from rich.cells import cell_len
 
     widths = {
         index: max(cell_len(text) for text in (column.title, *(row[index] for row in cells)))
         for index, column in enumerate(columns)
     }
-    least = {index: min(width, columns[index].narrowest or width) for index, width in widths.items()}
-    going = sorted((i for i in widths if i and columns[i].goes), key=lambda i: columns[i].goes, reverse=True)
+    least = {index: min(width, columns[index].min_width or width) for index, width in widths.items()}
+    going = sorted((i for i in widths if i and columns[i].priority), key=lambda i: columns[i].priority, reverse=True)
     while going and _total(least) > max_width:
         dropped = going.pop(0)
         del widths[dropped], least[dropped]

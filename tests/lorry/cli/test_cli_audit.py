@@ -62,16 +62,18 @@ def test_a_time_among_the_details_is_shown_as_one(service: Script, run: Run) -> 
 
 
 @pytest.mark.parametrize(
-    ("typed", "told"),
+    ("typed", "printed"),
     [
         ("job.canceled", "Did you mean job.cancelled?"),
-        ("job.*", "Those of job are job.created, job.cancelled,"),
-        ("job", "Those of job are job.created, job.cancelled,"),
-        ("file.x", "Those of file are file.created, file.deleted, file.downloaded."),
-        ("nonsense", "Types are named adapter.*, api_key.*,"),
+        ("job.*", "Event types of job: job.created, job.cancelled,"),
+        ("job", "Event types of job: job.created, job.cancelled,"),
+        ("file.x", "Event types of file: file.created, file.deleted, file.downloaded."),
+        ("nonsense", "Groups of event types: adapter.*, api_key.*,"),
     ],
 )
-def test_of_an_unknown_type_the_nearest_is_told_or_its_group(service: Script, run: Run, typed: str, told: str) -> None:
+def test_of_an_unknown_type_the_nearest_is_told_or_its_group(
+    service: Script, run: Run, typed: str, printed: str
+) -> None:
     listed = [{"type": "literal_error", "loc": ("query", "event_types[]", 1), "input": typed}]
     expected = {"expected": ", ".join(map(repr, get_args(AuditType)))}
     refused = explain([{**problem, "msg": "", "ctx": expected} for problem in listed], body=None, route=None)
@@ -82,8 +84,8 @@ def test_of_an_unknown_type_the_nearest_is_told_or_its_group(service: Script, ru
 
     assert result.exit_code == 1
     first, second = result.stderr.splitlines()
-    assert first == f"Error: There is no type {typed!r}. (at --type)"
-    assert second.startswith(told)
+    assert first == f"Error: Unknown event type {typed!r}. (at --type)"
+    assert second.startswith(printed)
 
 
 def test_another_refusal_of_the_log_stays_as_it_is(service: Script, run: Run) -> None:
@@ -100,7 +102,7 @@ def test_a_sound_log_is_said_to_be_sound(service: Script, run: Run) -> None:
     result = run("audit", "verify")
 
     assert result.exit_code == 0
-    assert "6 events are as they were sealed; 1 are not sealed yet." in result.stderr
+    assert "OK: 6 sealed events are unchanged; 1 are not sealed yet." in result.stderr
 
 
 def test_an_anchor_that_is_not_the_servers_is_named(service: Script, run: Run) -> None:
@@ -110,7 +112,7 @@ def test_an_anchor_that_is_not_the_servers_is_named(service: Script, run: Run) -
     result = run("audit", "verify")
 
     assert result.exit_code == 1
-    assert "The anchor audit/anchors/2026-11-28.json is not what the server wrote." in result.stderr
+    assert "FAILED: anchor audit/anchors/2026-11-28.json is not what the server wrote." in result.stderr
 
 
 def test_the_first_event_that_does_not_fit_is_named(service: Script, run: Run) -> None:
@@ -120,7 +122,7 @@ def test_the_first_event_that_does_not_fit_is_named(service: Script, run: Run) -
     result = run("audit", "verify")
 
     assert result.exit_code == 1
-    assert "Event 5 (audit-5) is not what was sealed" in result.stderr
+    assert "FAILED: event 5 (audit-5) was changed after it was sealed" in result.stderr
 
 
 def test_an_export_is_written_a_line_an_event(service: Script, run: Run) -> None:

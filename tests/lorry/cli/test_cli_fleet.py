@@ -1,4 +1,4 @@
-"""What commands tell of workers, and of what trainers printed."""
+"""Workers, and the logs of trainers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Run = Callable[..., Result]
 
 def test_logs_are_what_trainers_printed_by_attempt_and_process(service: Script, run: Run) -> None:
     rows = [("1-0-1", 1, 0, "Loading"), ("1-1-1", 1, 1, "Loading too"), ("2-0-1", 2, 0, "[bold]Again[/bold]")]
-    told = [{"id": i, "attempt": a, "rank": r, "number": 1, "text": text} for i, a, r, text in rows]
-    service.on("GET", f"{JOBS}/j/logs", {"data": told, "has_more": False})
+    printed = [{"id": i, "attempt": a, "rank": r, "number": 1, "text": text} for i, a, r, text in rows]
+    service.on("GET", f"{JOBS}/j/logs", {"data": printed, "has_more": False})
     service.on("GET", f"{JOBS}/none/logs", {"data": [], "has_more": False})
 
     shown = run("jobs", "logs", "j", "--attempt", "1", "--rank", "0", "--contains", "load").stdout.split("\n")
@@ -47,14 +47,13 @@ def test_a_cordoned_worker_is_listed_with_its_reason_and_told_how_it_takes_jobs_
     for verb in ("cordon", "uncordon", "drain"):
         service.on("POST", f"/v1/workers/one/{verb}", one)
 
-    for arguments in (("workers",), ("workers", "list")):
-        listed = run(*arguments)
-        _, first, second = listed.stdout.splitlines()
-        assert "busy, cordoned" in first
-        assert second.split()[:2] == ["two", "idle"]
-        assert listed.stderr == "one takes no new job (the service's doing): 3 jobs failed on it.\n"
-    assert json.loads(run("workers", "--json").stdout)[0]["cordon"] == cordon
+    listed = run("workers", "list")
+    _, first, second = listed.stdout.splitlines()
+    assert "busy, cordoned" in first
+    assert second.split()[:2] == ["two", "idle"]
+    assert listed.stderr == "one is cordoned by the service: 3 jobs failed on it.\n"
+    assert json.loads(run("workers", "list", "--json").stdout)[0]["cordon"] == cordon
     assert "lorry workers uncordon one\n" in run("workers", "cordon", "one", "--reason", "Loud.").stderr
     assert json.loads(service.seen[-1].body) == {"reason": "Loud."}
-    assert run("workers", "uncordon", "one").stderr == "one takes jobs again.\n"
-    assert "saves what it holds and ends" in run("workers", "drain", "one").stderr
+    assert run("workers", "uncordon", "one").stderr == "Uncordoned one: it accepts jobs again.\n"
+    assert "it requeues its jobs and exits" in run("workers", "drain", "one").stderr

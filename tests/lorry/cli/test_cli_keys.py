@@ -14,8 +14,8 @@ from typer.testing import Result
 
 from catalog.tenancy.scopes import granted
 from lorry import connection
-from lorry.cli.commands.keys import seconds
 from lorry.cli.commands.up import keep_key_good
+from lorry.cli.parsing.durations import seconds
 from lorry.connection import Connection
 from tests.lorry.scripted_server import Reply, Script
 
@@ -66,7 +66,7 @@ def test_a_rotation_tells_until_when_the_old_key_is_good(service: Script, run: R
 
     assert json.loads(service.requests("POST", "/v1/api_keys/key-1/rotate")[0].body) == {"overlap_seconds": 43200}
     assert result.stdout == "lorry_key-2_secret\n"
-    assert "The old key, key-1, is good for" in result.stderr
+    assert "The old key key-1 remains valid for at most 43200 s." in result.stderr
 
 
 def test_a_rotated_key_of_ones_own_goes_into_the_connection_file_or_is_told(
@@ -84,8 +84,8 @@ def test_a_rotated_key_of_ones_own_goes_into_the_connection_file_or_is_told(
 
     here = run("keys", "rotate", "key-1").stderr
 
-    assert "put the new one into LORRY_API_KEY" in elsewhere
-    assert f"The new key is in {tmp_path / 'connection.json'}." in here
+    assert "Set LORRY_API_KEY to the new one" in elsewhere
+    assert f"Stored the new key in {tmp_path / 'connection.json'}." in here
     assert connection.read(tmp_path) == replace(known, api_key="lorry_key-2_secret")
 
 
@@ -129,7 +129,7 @@ def test_help_shows_a_length_of_time_as_such(run: Run, command: str) -> None:
 def test_a_key_is_revoked(service: Script, run: Run) -> None:
     service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", "revoked_keys": ["key-1"]})
 
-    assert run("keys", "revoke", "key-1").stderr == "key-1 (ci) is not valid any more.\n"
+    assert run("keys", "revoke", "key-1", "--yes").stderr == "Revoked key-1 (ci).\n"
 
     (sent,) = service.requests("POST", "/v1/api_keys/key-1/revoke")
     assert sent.body == b""
@@ -139,7 +139,7 @@ def test_a_revocation_shows_what_is_left_and_how_to_end_it(service: Script, run:
     left = {"revoked_keys": ["key-1"], "valid_descendants": 2, "unfinished_jobs": 3, "unfinished_sweeps": 1}
     service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
 
-    shown = run("keys", "revoke", "key-1").stderr
+    shown = run("keys", "revoke", "key-1", "-y").stderr
 
     assert "3 jobs and 1 sweeps. Cancel them: lorry keys revoke key-1 --cancel" in shown
     assert "2. Revoke them: lorry keys revoke key-1 --with-descendants" in shown
@@ -149,19 +149,19 @@ def test_one_descendant_is_named_in_the_singular(service: Script, run: Run) -> N
     left = {"revoked_keys": ["key-1", "key-2"]}
     service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
 
-    shown = run("keys", "revoke", "key-1", "--with-descendants").stderr
+    shown = run("keys", "revoke", "key-1", "--with-descendants", "--yes").stderr
 
-    assert shown == "key-1 (ci), and 1 key that descends from it, are not valid any more.\n"
+    assert shown == "Revoked key-1 (ci) and 1 key that descends from it.\n"
 
 
 def test_a_key_is_revoked_with_its_descendants_and_its_work(service: Script, run: Run) -> None:
     left = {"revoked_keys": ["key-1", "key-2", "key-3"]}
     service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
 
-    shown = run("keys", "revoke", "key-1", "--cancel", "--with-descendants").stderr
+    shown = run("keys", "revoke", "key-1", "--cancel", "--with-descendants", "--yes").stderr
 
     assert shown.splitlines() == [
-        "key-1 (ci), and 2 keys that descend from it, are not valid any more.",
+        "Revoked key-1 (ci) and 2 keys that descend from it.",
         "Its unfinished jobs and sweeps are being cancelled.",
     ]
     (sent,) = service.requests("POST", "/v1/api_keys/key-1/revoke")
@@ -176,7 +176,7 @@ def test_projects_are_made_listed_renamed_archived_and_restored(service: Script,
     for verb in ("archive", "restore"):
         service.on("POST", f"/v1/projects/find/{verb}", {**PROJECT, "name": "find"})
 
-    told = [
+    printed = [
         run("projects", "create", "search").stderr,
         run("projects", "list").stdout,
         run("projects", "rename", "search", "find").stderr,
@@ -188,13 +188,13 @@ def test_projects_are_made_listed_renamed_archived_and_restored(service: Script,
     words = (
         "lorry keys create NAME --project search",
         "proj-1",
-        "search is find now",
-        "weight 2.5 now",
+        "Renamed project search to find",
+        "has weight 2.5",
         "restore find",
-        "open again",
+        "Restored project find",
     )
-    assert [word in text for word, text in zip(words, told, strict=True)] == [True] * 6
-    assert run("projects", "archive", "find").exit_code != 0  # nobody is there to be asked
+    assert [word in text for word, text in zip(words, printed, strict=True)] == [True] * 6
+    assert run("projects", "archive", "find").exit_code != 0  # there is no terminal to ask at
 
 
 def test_organizations_are_made_listed_and_renamed_and_projects_say_whose_they_are(service: Script, run: Run) -> None:
@@ -214,7 +214,7 @@ def test_organizations_are_made_listed_and_renamed_and_projects_say_whose_they_a
 
     assert "lorry projects create NAME --organization research" in made
     assert line.split()[:2] == ["research", "org-1"]
-    assert "research is science now" in renamed
+    assert "Renamed organization research to science" in renamed
     (sent,) = service.requests("POST", "/v1/projects")
     assert json.loads(sent.body) == {"name": "search", "organization": "research"}
     assert listed.split()[:3] == ["search", "proj-1", "research"]
@@ -224,7 +224,7 @@ def test_a_length_of_time_has_a_unit(run: Run) -> None:
     assert [seconds(text) for text in ("90s", "15m", "12h", "30d")] == [90, 900, 43_200, 2_592_000]
     refused = run("keys", "create", "ci", "--expires-in", "soon")
     assert refused.exit_code == 2
-    assert "write 90s, 15m, 12h or 30d" in refused.stderr
+    assert "90s, 15m, 12h or 30d" in refused.stderr
 
 
 def test_a_key_is_given_limits_and_those_of_the_service_back(service: Script, run: Run) -> None:
@@ -232,12 +232,12 @@ def test_a_key_is_given_limits_and_those_of_the_service_back(service: Script, ru
     answers = ({**KEY, "requests_per_minute": 600}, {**KEY, "jobs_per_day": 0}, {**KEY, "highest_priority": "urgent"})
     service.on("POST", path, *answers)
 
-    told = run("keys", "limit", "key-1", "--requests-per-minute", "600").stderr
+    printed = run("keys", "limit", "key-1", "--requests-per-minute", "600").stderr
     run("keys", "limit", "key-1", "--requests-per-minute", "service", "--jobs-per-day", "0")
     run("keys", "limit", "key-1", "--highest-priority", "urgent")
     wrong = run("keys", "limit", "key-1", "--jobs-per-day", "many")
 
-    assert "600 requests a minute, jobs a day as the service says" in told
+    assert "600 requests/minute, jobs/day: service default" in printed
     sent = [json.loads(request.body) for request in service.requests("POST", path)]
     assert sent == [
         {"requests_per_minute": 600},
@@ -277,7 +277,7 @@ def test_a_project_is_limited_and_its_limits_are_shown(service: Script, run: Run
     }
     assert set_.stdout == shown.stdout
     _, first, second, third = shown.stdout.splitlines()
-    assert first.split()[:5] == ["device-hours", "a", "month", "100", "12.5"]
+    assert first.split()[:5] == ["device-hours", "per", "month", "100", "12.5"]
     assert second.split() == ["stored", "bytes", "any", "2.00", "MB", "-"]
     assert third.split() == ["priority", "normal", "-", "-"]
     assert [one.exit_code for one in wrong] == [2, 2]

@@ -45,4 +45,4 @@ def test_it_is_told_by_organization_too(service: Script, run: Run) -> None:
 
 
 def test_what_it_can_not_be_told_by_is_refused(run: Run) -> None:
-    assert run("usage", "--by", "person").exit_code == 2
+    assert run("usage", "--by", "device").exit_code == 2

@@ -1,4 +1,4 @@
-"""What commands tell of a state: of a pause, a worker, a failed import, a file nobody prepared."""
+"""Messages about states: a pause, a worker, a failed import, a file that no worker has prepared."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_worker_is_what_the_service_says_and_nothing_else_is_asked(service: Sc
     rows = [{"id": "one", "state": "busy"}, {"id": "two", "state": "idle", "trainer_id": "t-two"}]
     service.on("GET", "/v1/workers", {"data": rows, "has_more": False})
 
-    _, *lines = run("workers").stdout.splitlines()
+    _, *lines = run("workers", "list").stdout.splitlines()
 
     assert [line.split()[:2] for line in lines] == [["one", "busy"], ["two", "idle"]]
     assert len(service.seen) == 1
@@ -48,9 +48,9 @@ def test_a_paused_job_shows_how_to_go_on_and_nothing_stale(service: Script, run:
 
     shown, listed = run("jobs", "show", "j").stdout, run("jobs", "list")
 
-    assert "paused; go on with: lorry jobs resume j\n" in shown
+    assert "paused. Resume it with: lorry jobs resume j\n" in shown
     assert "time left" not in shown
-    assert listed.stderr == "A paused job goes on with: lorry jobs resume ID\n"
+    assert listed.stderr == "Resume a paused job with: lorry jobs resume ID\n"
 
 
 def test_watching_a_paused_job_says_so_once(service: Script, run: Run) -> None:
@@ -60,9 +60,9 @@ def test_watching_a_paused_job_says_so_once(service: Script, run: Run) -> None:
 
     assert run("jobs", "watch", "j").stderr.splitlines() == [
         "j  paused  step 3/9  loss 1.500",
-        "j is paused; go on with: lorry jobs resume j",
+        "Job j is paused. Resume it with: lorry jobs resume j",
         "j  paused  step 4/9  loss 1.500",
-        "j cancelled.",
+        "Job j cancelled.",
     ]
 
 
@@ -85,7 +85,7 @@ def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_wa
 
     lines = [line.split(maxsplit=1) for line in run("jobs", "show", "j").stdout.splitlines()]
 
-    told = [" ".join(" ".join(line).split()) for line in lines]
+    printed = [" ".join(" ".join(line).split()) for line in lines]
     assert {
         "why No worker lives.",
         "suffix mine",
@@ -100,17 +100,17 @@ def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_wa
         "method dpo",
         "beta 0.25",
         "label smoothing 0.5",
-    } <= set(told)
-    assert [line for line in told if "epochs" in line] == ["epochs 3"]
-    assert not any("live_workers" in line for line in told)
+    } <= set(printed)
+    assert [line for line in printed if "epochs" in line] == ["epochs 3"]
+    assert not any("live_workers" in line for line in printed)
 
 
 def test_why_a_job_waits_is_a_sentence_or_all_that_decided_it(service: Script, run: Run) -> None:
-    told = {"explanation": "No worker lives.", "state": "queued", "live_workers": 0}
-    service.on("GET", f"{JOBS}/j/why", told)
+    printed = {"explanation": "No worker lives.", "state": "queued", "live_workers": 0}
+    service.on("GET", f"{JOBS}/j/why", printed)
 
     assert run("jobs", "why", "j").stdout == "No worker lives.\n"
-    assert json.loads(run("jobs", "why", "j", "--json").stdout) == told
+    assert json.loads(run("jobs", "why", "j", "--json").stdout) == printed
 
 
 def test_a_list_and_a_job_tell_the_loss_on_held_out_data_and_the_time_that_workers_spent(
@@ -124,10 +124,10 @@ def test_a_list_and_a_job_tell_the_loss_on_held_out_data_and_the_time_that_worke
     head, first, second = run("jobs", "list").stdout.splitlines()
     shown = [" ".join(line.split()) for line in run("jobs", "show", "j").stdout.splitlines()]
 
-    assert head.split() == ["ID", "STATUS", "MODEL", "STEP", "LOSS", "HELD-OUT", "TOOK", "CREATED"]
+    assert head.split() == ["ID", "STATUS", "MODEL", "STEP", "LOSS", "VALID", "TOOK", "CREATED"]
     assert first.split()[4:7] == ["1.5", "1.75", "1:02:03"]
     assert second.split()[4:7] == ["1.5", "-", "-"]
-    assert {"held-out loss 1.75", "best held-out loss 1.25", "took 1:02:03"} <= set(shown)
+    assert {"validation loss 1.75", "best validation loss 1.25", "took 1:02:03"} <= set(shown)
 
 
 def test_the_result_of_a_job_is_the_loss_of_the_step_whose_weights_are_kept(service: Script, run: Run) -> None:
@@ -140,9 +140,9 @@ def test_the_result_of_a_job_is_the_loss_of_the_step_whose_weights_are_kept(serv
     shown = [" ".join(line.split()) for line in run("jobs", "show", "j").stdout.splitlines()]
 
     assert listed.split()[5] == "1.25"
-    assert "held-out loss 1.25 at step 6, whose weights the adapter has" in shown
-    assert "held-out loss of the last step 2.5" in shown
-    assert not any(line.startswith("best held-out loss") for line in shown)
+    assert "validation loss 1.25 at step 6 (used for the adapter)" in shown
+    assert "validation loss of the last step 2.5" in shown
+    assert not any(line.startswith("best validation loss") for line in shown)
 
 
 def test_a_job_is_shown_with_its_method_and_the_prompts_that_it_answers(service: Script, run: Run) -> None:
@@ -172,18 +172,18 @@ def test_a_list_tells_suffixes_where_a_job_has_one(service: Script, run: Run) ->
 
 
 @pytest.mark.parametrize(
-    ("max_steps", "num_steps", "usable_rows", "told"),
+    ("max_steps", "num_steps", "usable_rows", "printed"),
     [
         (None, 300, None, "3"),
         (40, 30, None, "3"),
-        (40, 40, 400, "0.8 of 3: max steps end it first"),
+        (40, 40, 400, "0.8 of 3 (limited by max steps)"),
         (150, 150, 400, "3"),
-        (40, 40, None, "3, or fewer: max steps end it"),
-        (40, 0, None, "3, or fewer: max steps end it"),
+        (40, 40, None, "3 or fewer (limited by max steps)"),
+        (40, 0, None, "3 or fewer (limited by max steps)"),
     ],
 )
 def test_epochs_are_those_that_max_steps_leave(
-    service: Script, run: Run, max_steps: int | None, num_steps: int, usable_rows: int | None, told: str
+    service: Script, run: Run, max_steps: int | None, num_steps: int, usable_rows: int | None, printed: str
 ) -> None:
     numbers = {"n_epochs": 3, "batch_size": 8}
     progress = {"step": 0, "num_steps": num_steps}
@@ -192,29 +192,29 @@ def test_epochs_are_those_that_max_steps_leave(
 
     lines = run("jobs", "show", "j").stdout.splitlines()
 
-    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("epochs")] == [told]
+    assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("epochs")] == [printed]
 
 
 def test_watching_tells_the_loss_on_held_out_data() -> None:
     job = {**JOB, "status": "succeeded", "progress": {**JOB["progress"], "valid_loss": 1.75}}
 
-    assert progress_bars.facts(Job.of(job)) == "succeeded  step 3/9  loss 1.500  held-out 1.750"
+    assert progress_bars.facts(Job.of(job)) == "succeeded  step 3/9  loss 1.500  valid 1.750"
 
 
 @pytest.mark.parametrize(
-    ("max_width", "told"),
+    ("max_width", "printed"),
     [
-        (70, "running  step 3/9  loss 1.500  held-out 1.750  480 tokens/s  1:01 left"),
-        (69, "running  step 3/9  loss 1.500  held-out 1.750  1:01 left"),
-        (50, "running  step 3/9  loss 1.500  held-out 1.750"),
+        (67, "running  step 3/9  loss 1.500  valid 1.750  480 tokens/s  1:01 left"),
+        (66, "running  step 3/9  loss 1.500  valid 1.750  1:01 left"),
+        (47, "running  step 3/9  loss 1.500  valid 1.750"),
         (30, "running  step 3/9  loss 1.500"),
         (5, "running  step 3/9"),
     ],
 )
-def test_beside_a_bar_the_least_is_left_out_where_it_is_narrow(max_width: int, told: str) -> None:
+def test_beside_a_bar_the_least_is_left_out_where_it_is_narrow(max_width: int, printed: str) -> None:
     job = Job.of({**JOB, "progress": {**JOB["progress"], "valid_loss": 1.75}})
 
-    assert progress_bars.facts(job, max_width=max_width) == told
+    assert progress_bars.facts(job, max_width=max_width) == printed
 
 
 def test_the_list_of_models_says_briefly_why_one_failed_and_showing_it_says_all(service: Script, run: Run) -> None:
@@ -227,8 +227,8 @@ def test_the_list_of_models_says_briefly_why_one_failed_and_showing_it_says_all(
 
     assert briefly[0].startswith("m failed: There is no such such")
     assert briefly[0].endswith("such …")
-    assert briefly[1:] == ["All of it, and what to do: lorry models show NAME"]
-    assert "repository.\n            Traceback\nwhat to do  Check the name.\n" in all_of_it
+    assert briefly[1:] == ["Show the whole error and its fix with: lorry models show NAME"]
+    assert "repository.\n       Traceback\nfix    Check the name.\n" in all_of_it
     assert json.loads(run("models", "show", "m", "--json").stdout) == model
 
 
@@ -249,7 +249,7 @@ def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Scri
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "printed"),
     [
         (["{]"], ["Error: Line 1: "]),
         (["{]", '{"messages": 3}'], ["Error (at file):", "  Line 1: ", "  Line 2: ", ""]),
@@ -257,7 +257,7 @@ def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Scri
     ],
 )
 def test_each_bad_line_of_an_upload_is_told_on_a_line(
-    service: Script, run: Run, tmp_path: Path, lines: list[str], told: list[str]
+    service: Script, run: Run, tmp_path: Path, lines: list[str], printed: list[str]
 ) -> None:
     content = "\n".join(lines).encode()
     with pytest.raises(InvalidRequest) as refused:
@@ -266,23 +266,25 @@ def test_each_bad_line_of_an_upload_is_told_on_a_line(
     service.on("POST", "/v1/files", Reply(status=400, body={"error": {**error, "remedy": refused.value.remedy}}))
     (tmp_path / "chats.jsonl").write_bytes(content)
 
-    said = run("files", "upload", "chats.jsonl").stderr.splitlines()
+    expected = run("files", "upload", "chats.jsonl").stderr.splitlines()
 
-    assert len(said) == len(told)
-    assert len(said) == 1 or said[-1] == refused.value.remedy
-    assert all(line.startswith(start) for line, start in zip(said, told, strict=True))
+    assert len(expected) == len(printed)
+    assert len(expected) == 1 or expected[-1] == refused.value.remedy
+    assert all(line.startswith(start) for line, start in zip(expected, printed, strict=True))
 
 
-@pytest.mark.parametrize("command", ["files delete", "files delete --yes", "models delete --yes"])
+@pytest.mark.parametrize("command", ["files delete --yes", "adapters delete -y", "models delete --yes"])
 def test_deleting_says_so_and_a_refusal_is_the_services_sentence(service: Script, run: Run, command: str) -> None:
     refused = {"error": {"message": "A job uses it.", "type": "x", "param": None, "code": "c"}}
-    group = command.split(maxsplit=1)[0]
+    group, kind = command.split(maxsplit=1)[0], {"files": "file"}.get(command.split(maxsplit=1)[0], "adapter")
+    service.on("GET", "/v1/adapters/ft%3Ax", {"name": "ft:x"})
+    service.on("GET", "/v1/adapters/used", {"name": "used"})
     service.on("DELETE", f"/v1/{group}/ft%3Ax", {"id": "ft:x", "deleted": True})
     service.on("DELETE", f"/v1/{group}/used", Reply(status=409, body=refused))
 
     done, machine, kept = (run(*command.split(), *more) for more in (("ft:x",), ("ft:x", "--json"), ("used",)))
 
-    assert (done.exit_code, done.stderr) == (0, "ft:x is deleted.\n")
+    assert (done.exit_code, done.stderr) == (0, f"Deleted {kind} ft:x.\n")
     assert json.loads(machine.stdout) == {"id": "ft:x", "deleted": True}
     assert (kept.exit_code, kept.stderr) == (1, "Error: A job uses it.\n")
 
@@ -319,14 +321,14 @@ def test_deleting_a_model_in_a_script_needs_the_option(service: Script, run: Run
     result = run("models", "delete", "tiny")
 
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == "Error: Say --yes: nobody is there to be asked."
+    assert result.stderr.splitlines()[-1] == "Error: Confirmation required. Pass --yes to run non-interactively."
     assert service.seen == []
 
 
 def test_deleting_a_base_says_that_its_adapters_stay(service: Script, run: Run) -> None:
     service.on("DELETE", "/v1/models/tiny", {})
 
-    assert run("models", "delete", "tiny", "-y").stderr == "tiny is deleted. What was trained on it stays.\n"
+    assert run("models", "delete", "tiny", "-y").stderr == "Deleted base model tiny. Adapters trained on it are kept.\n"
 
 
 def test_pairs_in_a_pipe_end_where_their_text_ends(service: Script, run: Run) -> None:
@@ -351,8 +353,8 @@ def test_an_adapter_is_shown_with_units_and_what_it_gained(service: Script, run:
         "name ft:x",
         "parameters 4,884,480",
         "size 9.78 MB",
-        "held-out loss 2.91 for the base, 1.87 with the adapter",
-        "PEFT agrees yes",
+        "validation loss 2.91 for the base, 1.87 with the adapter",
+        "verified with PEFT yes",
         "largest difference 0",
         "allowed 0.01",
         "why Three roundings.",
@@ -361,17 +363,46 @@ def test_an_adapter_is_shown_with_units_and_what_it_gained(service: Script, run:
 
 @pytest.mark.parametrize(
     ("typed", "own"),
-    [
-        ("webhooks delete", "remove"),
-        ("webhooks create", "add"),
-        ("files remove", "delete"),
-        ("keys delete", "revoke"),
-        ("keys add", "create"),
-        ("jobs get", "show"),
-    ],
+    [("keys delete", "revoke"), ("keys rm", "revoke"), ("jobs delete", "cancel"), ("projects remove", "archive")],
 )
-def test_a_command_of_another_group_is_answered_with_this_groups_own(run: Run, typed: str, own: str) -> None:
+def test_a_verb_that_acts_differently_is_only_suggested(service: Script, run: Run, typed: str, own: str) -> None:
     result = run(*typed.split(), "x")
 
     assert result.exit_code == 2
     assert f"No such command '{typed.split()[1]}'. Did you mean '{own}'?" in result.stderr
+    assert service.seen == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "own"),
+    [
+        ("webhooks add", "create"),
+        ("webhooks change", "update"),
+        ("webhooks remove", "delete"),
+        ("webhooks rotate", "rotate-secret"),
+        ("models create", "add"),
+        ("files rm", "delete"),
+        ("keys limit", "update"),
+        ("keys add", "create"),
+        ("jobs get", "show"),
+        ("jobs ls", "list"),
+    ],
+)
+def test_old_verbs_and_synonyms_run_the_groups_own_command(run: Run, typed: str, own: str) -> None:
+    group, verb = typed.split()
+    old, new = run(group, verb, "--help").stdout, run(group, own, "--help").stdout
+
+    assert old.partition("\n\n")[2].partition("  Examples:")[0].strip() in new
+    assert f"{verb} " not in run(group, "--help").stdout.partition("Commands:")[2].replace(f" {own} ", "")
+
+
+def test_the_old_names_of_groups_are_hidden_aliases(run: Run) -> None:
+    shown = run("--help").stdout
+
+    assert " sweep " not in shown
+    assert " plan " not in shown
+    assert "lorry sweeps run" in run("sweep", "run", "--help").stdout
+    assert (
+        run("plan", "--help").stdout.partition("Arguments:")[2]
+        == (run("plans", "create", "--help").stdout.partition("Arguments:")[2])
+    )

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import Result
 
 from lorry import Lorry
-from lorry.cli.commands.plan import plan as plan_command
+from lorry.cli.commands.plans import create as plan_command
 from lorry.cli.commands.submit import submit as submit_command
 from lorry.errors import WaitTimeout
 from lorry.requests import JobFields
@@ -94,20 +94,20 @@ def test_a_plan_takes_the_options_of_a_job(service: Script, plan: Run) -> None:
 def test_a_guessed_time_is_told_as_a_rough_one(submit: Run, service: Script, run: Run) -> None:
     service.on("POST", PLANS, {**READY, "training_time": {**ESTIMATE, "basis_kind": "guess", "basis": "A guess."}})
 
-    told = run("plan", "m", "file-9").stdout
+    printed = run("plan", "m", "file-9").stdout
 
-    assert "about 1:40, or several times more (a guess: nothing has trained on this device yet)" in told
-    assert "About 1:40. A guess." in told
+    assert "about 1:40, or several times more (guess: no job has trained on this device yet)" in printed
+    assert "About 1:40. A guess." in printed
 
 
 def test_a_plan_is_drawn_with_what_it_comes_to_and_how_to_go_on(plan: Run) -> None:
     result = plan("m", "file-9")
 
     assert result.exit_code == 0, result.stderr
-    for told in (
+    for printed in (
         "4,884,480 in 210 layers",
-        "1,000, of which 250 have loss (25%)",
-        "2 rows, cut off (line 3, 4)",
+        "1,000, of which 250 are trained on (25%)",
+        "2 rows, truncated (line 3, 4)",
         "2 rows (line 7, 8)",
         "500 B on a CPU",
         "8 GB (RTX 4060)",
@@ -115,10 +115,10 @@ def test_a_plan_is_drawn_with_what_it_comes_to_and_how_to_go_on(plan: Run) -> No
         "3 jobs are ahead, and no job has ended yet.",
         "vLLM does not support DoRA.",
         "! The job has 8 optimizer steps. Use more epochs.",
-        "91 tokens, cut from 120, 3 with loss",
+        "91 tokens, cut from 120, 3 trained on",
         "Q: 1+1? A: >2<end>< [... 86 tokens ...] >tail<",
     ):
-        assert told in result.stdout, told
+        assert printed in result.stdout, printed
     assert "on a GPU" not in result.stdout, "no worker that fits has one"
     assert "lorry jobs submit --plan plan-1" in result.stderr
 
@@ -154,7 +154,7 @@ def test_a_job_is_submitted_from_a_plan_and_then_nothing_else_is_said(service: S
     assert json.loads(service.requests("POST", JOBS)[0].body) == {"plan": "plan-1"}
     refused = run("jobs", "submit", "--plan", "plan-1", "--rank", "8")
     assert refused.exit_code == 2
-    assert "leave out rank" in refused.stderr
+    assert "--plan can't be combined with --rank." in refused.stderr
 
 
 @pytest.mark.parametrize("command", [("jobs", "submit"), ("plan",)])

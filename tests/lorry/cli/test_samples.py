@@ -1,4 +1,4 @@
-"""Answers to a job's own prompts, as a person reads them."""
+"""Answers to a job's own prompts, as a table."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_answers_are_told_by_step_the_latest_last(service: Script, run: Run) -> 
         "> p1",
         f"{output.clean(chr(27))}[31mred ...",
     ]
-    told = json.loads(run("jobs", "samples", "j", "--json").stdout)
-    assert [each["step"] for each in told] == [4, 4, 0]
+    printed = json.loads(run("jobs", "samples", "j", "--json").stdout)
+    assert [each["step"] for each in printed] == [4, 4, 0]
 
 
 def test_a_job_without_answers_is_told_how_to_ask(service: Script, run: Run) -> None:
     service.on("GET", EVENTS, {"data": [], "has_more": False})
 
-    told = run("jobs", "samples", "j")
+    printed = run("jobs", "samples", "j")
 
-    assert told.stdout == ""
-    assert "--set 'evaluation.samples.prompts=" in told.stderr
+    assert printed.stdout == ""
+    assert "--set 'evaluation.samples.prompts=" in printed.stderr

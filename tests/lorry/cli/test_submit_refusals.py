@@ -23,7 +23,7 @@ def refusal(status: int, param: str | None, message: str = "No.") -> Reply:
 
 
 @pytest.mark.parametrize(
-    ("param", "said"),
+    ("param", "expected"),
     [
         ("lora.rank", "--rank"),
         ("lora.target_modules.0", "--target"),
@@ -36,16 +36,16 @@ def refusal(status: int, param: str | None, message: str = "No.") -> Reply:
         ("Idempotency-Key", "Idempotency-Key"),
     ],
 )
-def test_a_refusal_names_what_was_typed(service: Script, submit: Run, param: str, said: str) -> None:
+def test_a_refusal_names_what_was_typed(service: Script, submit: Run, param: str, expected: str) -> None:
     service.on("POST", JOBS, refusal(400, param))
 
     result = submit("m", "file-9", "--set", "optimizer.beta1=3")
 
-    assert (result.exit_code, result.stderr) == (1, f"Error: No. (at {said})\n")
+    assert (result.exit_code, result.stderr) == (1, f"Error: No. (at {expected})\n")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (("m", "gone.jsonl"), "TRAIN"),
         (("m", "train.jsonl", "--valid", "gone.jsonl"), "--valid"),
@@ -57,12 +57,12 @@ def test_a_refusal_names_what_was_typed(service: Script, submit: Run, param: str
     ],
 )
 def test_what_can_not_be_sent_is_named_before_anything_is_uploaded(
-    service: Script, submit: Run, arguments: tuple[str, ...], said: str
+    service: Script, submit: Run, arguments: tuple[str, ...], expected: str
 ) -> None:
     result = submit(*arguments)
 
     assert result.exit_code == 2
-    assert said in result.stderr.splitlines()[-1]
+    assert expected in result.stderr.splitlines()[-1]
     assert service.seen == []
 
 
@@ -84,7 +84,7 @@ def test_a_field_that_is_said_twice_is_refused_with_both_names(
     result = submit("m", "train.jsonl", *typed)
 
     assert result.exit_code == 2
-    assert f"{first} and {second} say the same field." in result.stderr
+    assert f"{first} and {second} set the same field." in result.stderr
     assert service.seen == []
 
 
@@ -128,8 +128,8 @@ def test_the_files_that_were_uploaded_for_a_refused_job_are_deleted_again(servic
     result = submit("m", "train.jsonl", "--valid", "valid.jsonl")
 
     assert result.stderr.splitlines() == [
-        "file-1, uploaded for this job, is deleted again.",
-        "file-2 was uploaded for this job and stays: In use.",
+        "Deleted file file-1, which was uploaded for this job.",
+        "File file-2 was uploaded for this job and could not be deleted: In use.",
         "Error: No. (at MODEL)",
     ]
 
@@ -161,7 +161,7 @@ def test_a_misspelt_model_costs_no_upload(service: Script, submit: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "param", "said"),
+    ("typed", "param", "expected"),
     [
         (("--set", "lora.rank=0"), "lora.rank", "--set lora.rank"),
         (("--set", 'lora={"rank": 0}'), "lora.rank", "--set lora"),
@@ -174,15 +174,15 @@ def test_a_misspelt_model_costs_no_upload(service: Script, submit: Run) -> None:
     ],
 )
 def test_a_field_that_came_by_set_is_blamed_on_set(
-    service: Script, submit: Run, typed: tuple[str, ...], param: str, said: str
+    service: Script, submit: Run, typed: tuple[str, ...], param: str, expected: str
 ) -> None:
     service.on("POST", JOBS, refusal(400, param))
 
-    assert submit("m", "file-9", *typed).stderr == f"Error: No. (at {said})\n"
+    assert submit("m", "file-9", *typed).stderr == f"Error: No. (at {expected})\n"
 
 
 @pytest.mark.parametrize(
-    ("typed", "param", "message", "said"),
+    ("typed", "param", "message", "expected"),
     [
         (
             ("--patience", "3"),
@@ -206,29 +206,29 @@ def test_a_field_that_came_by_set_is_blamed_on_set(
     ],
 )
 def test_a_refusal_is_told_in_the_words_that_were_typed(
-    service: Script, submit: Run, typed: tuple[str, ...], param: str | None, message: str, said: str
+    service: Script, submit: Run, typed: tuple[str, ...], param: str | None, message: str, expected: str
 ) -> None:
     service.on("POST", JOBS, refusal(400, param, message))
 
-    assert submit("m", "file-9", *typed).stderr == f"Error: {said}\n"
+    assert submit("m", "file-9", *typed).stderr == f"Error: {expected}\n"
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "expected"),
     [
-        (("--rank", "4", "--rank", "8"), "--rank is given 2 times"),
-        (("--lr", "0.1", "--learning-rate", "0.2"), "--learning-rate is given 2 times"),
-        (("--metadata", "a=b", "--metadata", "a=c"), "'a' is given twice"),
-        (("--rank-pattern", "q=4", "--rank-pattern", "q=8"), "'q' is given twice"),
+        (("--rank", "4", "--rank", "8"), "--rank was passed twice"),
+        (("--lr", "0.1", "--learning-rate", "0.2"), "--learning-rate was passed twice"),
+        (("--metadata", "a=b", "--metadata", "a=c"), "'a' was passed twice"),
+        (("--rank-pattern", "q=4", "--rank-pattern", "q=8"), "'q' was passed twice"),
     ],
 )
 def test_an_option_or_a_key_that_is_given_twice_is_refused(
-    service: Script, submit: Run, typed: tuple[str, ...], said: str
+    service: Script, submit: Run, typed: tuple[str, ...], expected: str
 ) -> None:
     result = submit("m", "train.jsonl", *typed)
 
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert expected in result.stderr
     assert service.seen == []
 
 
@@ -247,8 +247,8 @@ def test_files_stay_where_the_job_may_have_been_made(service: Script, submit: Ru
 
 
 def test_what_was_typed_is_told_once_though_it_holds_the_fields_name(service: Script, submit: Run) -> None:
-    told = "'optimizer.beta1' must be less than 1. Correct optimizer.beta1."
-    service.on("POST", JOBS, refusal(400, "optimizer.beta1", told))
+    printed = "'optimizer.beta1' must be less than 1. Correct optimizer.beta1."
+    service.on("POST", JOBS, refusal(400, "optimizer.beta1", printed))
 
     result = submit("m", "file-9", "--set", "optimizer.beta1=3")
 
@@ -257,17 +257,17 @@ def test_what_was_typed_is_told_once_though_it_holds_the_fields_name(service: Sc
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "expected"),
     [(("--lr", "fast"), "'--lr': that is not a number."), (("--rank", "4.5"), "'--rank': that is not a whole number.")],
 )
-def test_a_word_in_a_numbers_place_is_told_in_plain_words(submit: Run, typed: tuple[str, str], said: str) -> None:
+def test_a_word_in_a_numbers_place_is_told_in_plain_words(submit: Run, typed: tuple[str, str], expected: str) -> None:
     result = submit("m", "train.jsonl", *typed)
 
-    assert (result.exit_code, said in result.stderr) == (2, True)
+    assert (result.exit_code, expected in result.stderr) == (2, True)
 
 
 def submitted_again(service: Script, run: Run, folder: Path, **earlier: Any) -> tuple[str, str]:
-    """(the file that the job reads, what is said) where the service has had the bytes as file-1."""
+    """(the file that the job reads, what is expected) where the service has had the bytes as file-1."""
     (folder / "train.jsonl").write_text("{}\n")
     service.on("GET", "/v1/models/m", {"id": "m", "state": "ready"})
     service.on("POST", "/v1/files", {"id": "file-2", "purpose": "fine-tune", "same_content_as": "file-1"})
@@ -280,10 +280,10 @@ def submitted_again(service: Script, run: Run, folder: Path, **earlier: Any) -> 
 
 
 def test_a_file_that_was_uploaded_before_is_used_again(service: Script, run: Run, tmp_path: Path) -> None:
-    used, said = submitted_again(service, run, tmp_path)
+    used, expected = submitted_again(service, run, tmp_path)
 
     assert (used, deleted(service)) == ("file-1", ["file-2"])
-    assert "train.jsonl was uploaded before, as file-1: that is used." in said
+    assert "train.jsonl is already uploaded as file-1; using that file." in expected
 
 
 @pytest.mark.parametrize("earlier", [{"expires_at": 1790000000}, {"purpose": "user_data"}])

@@ -1,4 +1,4 @@
-"""`lorry sweep`: one line becomes one request, and the answer a leaderboard."""
+"""`lorry sweeps`: one line becomes one request, and the answer a leaderboard."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def data(service: Script, tmp_path: Path) -> None:
     service.on("POST", "/v1/files", {"id": "file-1"}, {"id": "file-2"})
 
 
-LINE = "sweep run m train.jsonl --valid valid.jsonl --over lora.rank=4,8 --over optimizer.learning_rate=1e-5..1e-3:log"
+LINE = "sweeps run m train.jsonl --valid valid.jsonl --over lora.rank=4,8 --over optimizer.learning_rate=1e-5..1e-3:log"
 
 
 def test_one_line_becomes_one_request(service: Script, run: Run, data: None) -> None:
     service.on("POST", "/v1/sweeps", SWEEP)
 
-    told = run(*LINE.split(), "--asha", "--trials", 20, "--epochs", 2, "--set", "lora.alpha=32", "--keep-best")
+    printed = run(*LINE.split(), "--asha", "--trials", 20, "--epochs", 2, "--set", "lora.alpha=32", "--keep-best")
 
-    assert told.exit_code == 0
-    assert told.stdout == "sweep-1\n"
-    assert "lorry sweep show sweep-1" in told.stderr
+    assert printed.exit_code == 0
+    assert printed.stdout == "sweep-1\n"
+    assert "lorry sweeps show sweep-1" in printed.stderr
     (sent,) = service.requests("POST", "/v1/sweeps")
     assert json.loads(sent.body) == {
         "model": "m",
@@ -86,10 +86,10 @@ def test_a_refusal_names_what_was_typed_and_takes_the_uploads_back(service: Scri
     service.on("DELETE", "/v1/files/file-1", {"deleted": True})
     service.on("DELETE", "/v1/files/file-2", {"deleted": True})
 
-    told = run(*LINE.split(), "--random", "--trials", 3)
+    printed = run(*LINE.split(), "--random", "--trials", 3)
 
-    assert told.exit_code == 1
-    assert "(at --over lora.rank)" in told.stderr
+    assert printed.exit_code == 1
+    assert "(at --over lora.rank)" in printed.stderr
     assert len(service.requests("DELETE", "/v1/files/file-1")) == 1
 
 
@@ -106,19 +106,21 @@ def test_a_refusal_names_what_was_typed_and_takes_the_uploads_back(service: Scri
 def test_a_space_that_cannot_be_is_refused_before_an_upload(
     service: Script, run: Run, data: None, over: str, remedy: str
 ) -> None:
-    told = run("sweep", "run", "m", "train.jsonl", "--method", "dpo", "--over", over)
+    printed = run("sweeps", "run", "m", "train.jsonl", "--method", "dpo", "--over", over)
 
-    assert told.exit_code == 2
-    assert remedy in " ".join(told.stderr.replace("│", " ").split())
+    assert printed.exit_code == 2
+    assert remedy in " ".join(printed.stderr.replace("│", " ").split())
     assert service.seen == []
 
 
 def test_whole_groups_and_fields_named_like_options_may_vary(service: Script, run: Run, data: None) -> None:
     service.on("POST", "/v1/sweeps", SWEEP)
 
-    told = run("sweep", "run", "m", "train.jsonl", "--over", 'optimizer=[{"type": "sgd"}]', "--over", "max_steps=4,8")
+    printed = run(
+        "sweeps", "run", "m", "train.jsonl", "--over", 'optimizer=[{"type": "sgd"}]', "--over", "max_steps=4,8"
+    )
 
-    assert told.exit_code == 0
+    assert printed.exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -126,9 +128,9 @@ def test_whole_groups_and_fields_named_like_options_may_vary(service: Script, ru
     ["--asha", "--random --asha --trials 2", "--trials 3", "--random --trials 3 --min-steps 4", "--over lora.rank=2"],
 )
 def test_what_does_not_go_together_is_wrong_usage(service: Script, run: Run, data: None, flags: str) -> None:
-    told = run(*LINE.split(), *flags.split())
+    printed = run(*LINE.split(), *flags.split())
 
-    assert told.exit_code == 2
+    assert printed.exit_code == 2
     assert service.requests("POST", "/v1/files") == []
 
 
@@ -136,10 +138,10 @@ def test_a_sweep_is_shown_with_its_leaderboard(service: Script, run: Run) -> Non
     service.on("GET", "/v1/sweeps/sweep-1", SWEEP)
     service.on("GET", "/v1/sweeps/sweep-1/trials", {"data": TRIALS, "has_more": False})
 
-    told = run("sweep", "show", "sweep-1")
+    printed = run("sweeps", "show", "sweep-1")
 
-    lines = told.stdout.splitlines()
-    assert "1 of 2 ended (1 cancelled, 1 running)" in told.stdout
+    lines = printed.stdout.splitlines()
+    assert "1 of 2 finished (1 cancelled, 1 running)" in printed.stdout
     assert lines[-3].split() == ["TRIAL", "rank", "VALID_LOSS", "STEP", "STATUS", "RUNG", "JOB"]
     assert lines[-2].split() == ["1", "8", "1.25", "-", "running", "0", "ftjob-a"]
     assert lines[-1].split() == ["0", "4", "-", "-", "pruned", "-", "ftjob-b"]
@@ -150,10 +152,10 @@ def test_the_best_that_has_ended_is_no_claim_about_those_that_run(service: Scrip
     service.on("GET", "/v1/sweeps/sweep-1", {**SWEEP, "best_trial": {**TRIALS[1], "value": 1.75}})
     service.on("GET", "/v1/sweeps/sweep-1/trials", {"data": [verifying], "has_more": False})
 
-    told = run("sweep", "show", "sweep-1")
+    printed = run("sweeps", "show", "sweep-1")
 
-    assert "best finished" in told.stdout
-    assert told.stdout.splitlines()[-1].split() == ["1", "8", "1.25", "9/9", "verifying", "0", "ftjob-a"]
+    assert "best finished" in printed.stdout
+    assert printed.stdout.splitlines()[-1].split() == ["1", "8", "1.25", "9/9", "verifying", "0", "ftjob-a"]
 
 
 def test_a_watched_sweep_ends_with_its_best_adapter(service: Script, run: Run) -> None:
@@ -161,25 +163,25 @@ def test_a_watched_sweep_ends_with_its_best_adapter(service: Script, run: Run) -
     service.on("GET", "/v1/sweeps/sweep-1", done)
     service.on("GET", "/v1/sweeps/sweep-1/trials", {"data": TRIALS, "has_more": False})
 
-    told = run("sweep", "watch", "sweep-1")
+    printed = run("sweeps", "watch", "sweep-1")
 
-    assert told.exit_code == 0
-    assert "trial 1, 1.25 with lora.rank=8" in told.stderr
-    assert "lorry adapters pull sweep-1" in told.stderr
+    assert printed.exit_code == 0
+    assert "trial 1, 1.25 with lora.rank=8" in printed.stderr
+    assert "lorry adapters pull sweep-1" in printed.stderr
 
 
 def test_a_watched_sweep_without_an_adapter_ends_with_code_1(service: Script, run: Run) -> None:
     service.on("GET", "/v1/sweeps/sweep-1", {**SWEEP, "status": "failed"})
     service.on("GET", "/v1/sweeps/sweep-1/trials", {"data": [], "has_more": False})
 
-    assert run("sweep", "watch", "sweep-1").exit_code == 1
+    assert run("sweeps", "watch", "sweep-1").exit_code == 1
 
 
 def test_sweeps_are_listed_and_cancelled(service: Script, run: Run) -> None:
     service.on("GET", "/v1/sweeps", {"data": [{**SWEEP, "best_trial": TRIALS[0]}], "has_more": False})
     service.on("POST", "/v1/sweeps/sweep-1/cancel", {**SWEEP, "cancel_requested": True})
 
-    listed, cancelled = run("sweep", "list"), run("sweep", "cancel", "sweep-1")
+    listed, cancelled = run("sweeps", "list"), run("sweeps", "cancel", "sweep-1", "--yes")
 
     assert listed.stdout.splitlines()[1].split()[:6] == ["sweep-1", "running", "asha", "m", "1/2", "1.25"]
-    assert cancelled.stderr == "sweep-1 is being cancelled.\n"
+    assert cancelled.stderr == "Sweep sweep-1 is being cancelled.\n"

@@ -1,4 +1,4 @@
-"""`lorry jobs submit`: every field of a job can be said."""
+"""`lorry jobs submit`: every field of a job can be set."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NO_OPTION = {
     "method.kto.hyperparameters.desirable_weight",
     "method.kto.hyperparameters.undesirable_weight",
 }
-"""Fields that few people set: by `--set`."""
+"""Rarely used fields, for `--set`."""
 EVERY_OPTION = (
     "--valid valid.jsonl --rank 4 --alpha 8 --rslora --dropout 0 --target q_proj --learning-rate 0.001 "
     "--layer 0 --layer 3 --rank-pattern q_proj=8 --alpha-pattern (?=q).*=2.5 --dora --lora-plus-ratio 16 "
@@ -159,15 +159,15 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
 
     assert submit("m", "train.jsonl", *EVERY_OPTION.split()).stdout == "ftjob-1\n"
 
-    told = JobRequest.model_validate(sent(service)).model_dump(exclude_unset=True)
-    assert told == WHAT_THEY_SAY
+    printed = JobRequest.model_validate(sent(service)).model_dump(exclude_unset=True)
+    assert printed == WHAT_THEY_SAY
 
 
 def test_the_help_lays_options_out_in_groups(submit: Run) -> None:
     lines = submit("--help").stdout.splitlines()
 
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["Arguments:", "Adapter:", "Training:", "Evaluation and checkpoints:", "The job:", "Options:"]
+    assert titles == ["Arguments:", "Adapter:", "Training:", "Evaluation and checkpoints:", "Job:", "Options:"]
     assert any(line.startswith("  --rank") for line in lines[lines.index("Adapter:") : lines.index("Training:")])
 
 
@@ -181,7 +181,7 @@ def test_the_job_is_named_before_it_is_watched(service: Script, submit: Run) -> 
 
     assert result.exit_code == 1
     first, second, *_ = result.stderr.splitlines()
-    assert (first, "jobs:read" in second) == ("Job ftjob-1 was created.", True)
+    assert (first, "jobs:read" in second) == ("Created job ftjob-1.", True)
 
 
 def test_the_learning_rate_has_a_short_name(service: Script, submit: Run) -> None:

@@ -28,7 +28,7 @@ UP = [sys.executable, "-P", "-m", "lorry", "up", "--devices", "cpu", "--json"]
 
 @contextmanager
 def up(data_dir: Path, *arguments: str, **environ: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """A running service and what it told; killed at the end if it still is there."""
+    """A running service and its announcement; killed at the end if it is still running."""
     argv = [*UP, "--data-dir", str(data_dir), *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
     with (data_dir.parent / "stderr.txt").open("a") as errors:
@@ -60,12 +60,12 @@ def both(pid: int) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all, in the order in which a person would come by."""
+    """One folder for all, in the order in which a user would use it."""
     return tmp_path_factory.mktemp("up") / "data"
 
 
 def test_a_first_start_makes_everything_and_a_client_finds_it(data_dir: Path) -> None:
-    with up(data_dir) as (process, told):
+    with up(data_dir) as (process, printed):
         children = both(process.pid)
         path = data_dir / connection.FILE_NAME
 
@@ -73,11 +73,11 @@ def test_a_first_start_makes_everything_and_a_client_finds_it(data_dir: Path) ->
         assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
         database = data_dir / "lorry.db"
         assert not database.exists() or not stat.S_IMODE(database.stat().st_mode) & 0o077
-        assert told["url"] == json.loads(path.read_text())["url"]
+        assert printed["url"] == json.loads(path.read_text())["url"]
         with Lorry(data_dir=data_dir) as lorry:
             until(lambda: list(lorry.workers.list()))
             assert list(lorry.models.list()) == []
-        _check_sign_in(told["sign_in_url"])
+        _check_sign_in(printed["sign_in_url"])
         _check_second_is_refused(data_dir, process.pid)
 
         process.terminate()
@@ -91,9 +91,9 @@ def test_a_later_start_keeps_the_key_and_tells_the_new_address(data_dir: Path) -
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
 
-    with up(data_dir, "--port", str(port)) as (process, told):
+    with up(data_dir, "--port", str(port)) as (process, printed):
         assert connection.read(data_dir) == replace(before, url=f"http://127.0.0.1:{port}")
-        assert told["url"] == f"http://127.0.0.1:{port}"
+        assert printed["url"] == f"http://127.0.0.1:{port}"
 
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
@@ -130,11 +130,11 @@ def test_an_api_that_is_killed_ends_all_with_its_log(data_dir: Path) -> None:
 def test_after_a_lost_connection_file_a_new_key_is_made_and_works(data_dir: Path) -> None:
     (data_dir / connection.FILE_NAME).unlink()
 
-    with up(data_dir) as (process, told):
-        _check_sign_in(told["sign_in_url"])
+    with up(data_dir) as (process, printed):
+        _check_sign_in(printed["sign_in_url"])
         with Lorry(data_dir=data_dir) as lorry:
             assert list(lorry.jobs.list()) == []
-        assert "held no API key: a new one was made" in (data_dir.parent / "stderr.txt").read_text()
+        assert "had no API key. A new key was created" in (data_dir.parent / "stderr.txt").read_text()
         process.terminate()
         assert process.wait(60) == 0
 
@@ -151,6 +151,31 @@ def test_a_first_start_that_was_cut_off_before_it_noted_its_key_is_made_good(tmp
         assert list(lorry.jobs.list()) == []
         process.terminate()
         assert process.wait(60) == 0
+
+
+def test_a_detached_service_runs_until_it_is_taken_down(data_dir: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "LORRY_DATA_DIR": str(data_dir)}
+
+    def lorry(*arguments: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-P", "-m", "lorry", *arguments]
+        return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=200, env=env)
+
+    started = lorry("up", "--detach", "--devices", "cpu")
+    try:
+        status = json.loads(lorry("status", "--json").stdout)
+        refused = lorry("up", "--detach", "--devices", "cpu")
+    finally:
+        stopped = lorry("down", "--json")
+
+    assert started.returncode == 0, started.stderr
+    assert "Next: lorry models add smollm2-135m" in started.stdout
+    assert started.stdout.endswith("Stop the service with: lorry down\n")
+    assert (refused.returncode, "Lorry already runs on" in refused.stderr) == (1, True)
+    assert json.loads(stopped.stdout)["stopped_pid"] == status["data_dir_pid"]
+    until(lambda: not is_alive(status["data_dir_pid"]))
+    log = (data_dir / "logs" / "up.log").read_text()
+    assert "Stopping" in log
+    assert "sign-in" not in log
 
 
 def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:

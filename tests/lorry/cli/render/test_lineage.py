@@ -1,4 +1,4 @@
-"""`lorry adapters lineage`: a record for people, of an adapter at the service or in a folder."""
+"""`lorry adapters lineage`: the record of an adapter at the service or in a folder."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run(run: Run) -> Run:
     return partial(run, "adapters")
 
 
-def told(result: Result) -> list[str]:
+def printed(result: Result) -> list[str]:
     return [" ".join(line.split()) for line in result.stdout.splitlines()]
 
 
@@ -82,7 +82,7 @@ def test_a_record_is_laid_out_in_sections_with_units_and_short_digests(service: 
     service.on("GET", "/v1/adapters/a/lineage", {"adapter_id": "a", "lineage_id": DIGEST, "lineage": RECORD})
 
     result = run("lineage", "a")
-    lines = told(result)
+    lines = printed(result)
 
     titles = ["BASE MODEL", "TRAINING DATA", "CONFIGURATION", "ATTEMPT 2", "RESULTS", "CODE", "FILES"]
     assert [line for line in lines if line.isupper() or line == "ATTEMPT 2"] == titles
@@ -91,15 +91,15 @@ def test_a_record_is_laid_out_in_sections_with_units_and_short_digests(service: 
         "license apache-2.0",
         "size 390 kB in 2 files",
         "size 61.3 kB",
-        "supervised tokens 3,816",
+        "trained tokens 3,816",
         "longest row 50 tokens",
         "lora.target modules q_proj, v_proj",
-        "epochs, at most 3",
+        "maximum epochs 3",
         "max length 256 tokens",
         "took 1:21",
         "trained with other jobs 2",
         "peak memory 480 MB",
-        "held-out loss 5.957 for the base, 2.361 with the adapter",
+        "validation loss 5.957 for the base, 2.361 with the adapter",
         "torch 2.13.0+cpu\ufffd[31m",
         f"adapter_model.safetensors {SHORT} 19.9 MB",
     } <= set(lines)
@@ -114,13 +114,13 @@ def test_a_child_tells_its_parent_and_a_parent_its_children(service: Script, run
     answer = {"adapter_id": "a", "lineage_id": DIGEST, "lineage": record, "children": ["ft:m:p::3", "ft:m:p::4"]}
     service.on("GET", "/v1/adapters/a/lineage", answer)
 
-    lines = told(run("lineage", "a"))
+    lines = printed(run("lineage", "a"))
 
     assert {
         "continues ft:m:p::1",
         "continued by ft:m:p::3, ft:m:p::4",
         "parent.name ft:m:p::1",
-        "held-out loss 2.5 for the parent, 2 with the adapter",
+        "validation loss 2.5 for the parent, 2 with the adapter",
     } <= set(lines)
 
 
@@ -166,11 +166,11 @@ def test_of_a_pulled_folder_the_record_is_read_offline_and_the_files_are_checked
     assert (whole.exit_code, machine.exit_code, changed.exit_code) == (0, 0, 1)
     assert whole.stderr.splitlines() == [
         f"Read from {folder / 'lineage.json'}, without the service.",
-        f"{folder}: the digests are right, but the signature was not checked.",
+        f"{folder}: all digests match, but the signature was not checked.",
     ]
     assert json.loads(machine.stdout) == json.loads((folder / "lineage.json").read_text())
     assert "adapter_config.json does not match its digest." in changed.stderr
-    assert "NOT what its record says" in changed.stderr
+    assert "FAILED: 1 problem" in changed.stderr
     assert service.seen == []
 
 
@@ -196,5 +196,5 @@ def test_a_folder_that_is_not_there_is_not_asked_of_the_service(service: Script,
     result = run(command, "./gone")
 
     assert result.exit_code == 2
-    assert "there is no folder './gone'" in result.stderr
+    assert "folder './gone' does not exist" in result.stderr
     assert service.seen == []

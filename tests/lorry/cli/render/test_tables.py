@@ -23,7 +23,7 @@ JOB = {
 }
 FILE = {
     "id": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
-    "filename": "a name of a file that goes on\nand on.jsonl",
+    "filename": "a name of a file that continues\non a second line.jsonl",
     "bytes": 123456789,
     "purpose": "fine-tune",
     "created_at": 1790000000,
@@ -79,7 +79,7 @@ def run(service: Script, monkeypatch: pytest.MonkeyPatch) -> Run:
         ("files list", "/v1/files", FILE, "id"),
         ("models list", "/v1/models", MODEL, "id"),
         ("adapters list", "/v1/adapters", ADAPTER, "name"),
-        ("workers", "/v1/workers", WORKER, "id"),
+        ("workers list", "/v1/workers", WORKER, "id"),
         ("queue", "/v1/queue", TURN, "job_id"),
     ],
 )
@@ -99,9 +99,9 @@ def test_at_80_columns_each_row_is_one_line_that_begins_with_its_whole_name(
 def test_where_there_is_room_every_column_is_shown_uncut(service: Script, run: Run) -> None:
     service.on("GET", "/v1/workers", {"data": [WORKER], "has_more": False})
 
-    head, line = run("workers").stdout.splitlines()
+    head, line = run("workers", "list").stdout.splitlines()
 
-    assert head.split() == ["ID", "STATE", "HOST", "DEVICES", "HOLDS", "TRAINER", "SEEN"]
+    assert head.split() == ["ID", "STATE", "HOST", "DEVICES", "BASE", "TRAINER", "LAST", "SEEN"]
     assert "NVIDIA H100 80GB HBM3, NVIDIA H100 80GB HBM3  smollm2-135m-instruct" in line
     assert "…" not in line
 
@@ -114,13 +114,13 @@ def test_a_time_in_a_table_is_short() -> None:
 def test_a_time_of_today_tells_seconds_where_they_matter() -> None:
     now = datetime.now().astimezone().replace(hour=12, minute=5, second=9)
 
-    assert output.lately(int(now.timestamp())) == "12:05:09"
-    assert output.lately(86400 * 200) == "1970-07-20"
-    assert output.lately(None) is None
+    assert output.recent(int(now.timestamp())) == "12:05:09"
+    assert output.recent(86400 * 200) == "1970-07-20"
+    assert output.recent(None) is None
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "told"),
+    ("num_bytes", "printed"),
     [
         (0, "0 B"),
         (999, "999 B"),
@@ -132,5 +132,5 @@ def test_a_time_of_today_tells_seconds_where_they_matter() -> None:
         (5_000_000_000_000_000, "5000 TB"),
     ],
 )
-def test_a_size_is_in_decimal_units_like_the_dashboards(num_bytes: int, told: str) -> None:
-    assert output.size(num_bytes) == told
+def test_a_size_is_in_decimal_units_like_the_dashboards(num_bytes: int, printed: str) -> None:
+    assert output.size(num_bytes) == printed

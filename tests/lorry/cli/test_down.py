@@ -1,0 +1,105 @@
+"""`lorry down` stops the process that holds the data folder, and no other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from lorry.cli.commands import down
+from lorry.local import lock
+
+Run = Callable[..., Result]
+HOLDS = """
+import signal, sys, time
+from pathlib import Path
+from lorry.local.lock import DataLock
+
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+with DataLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    while len(asked) < int(sys.argv[2]):
+        time.sleep(0.01)
+"""
+"""Stops after a number of signals, as `lorry up` does after its first or second."""
+
+
+@contextmanager
+def holding(folder: Path, *, num_signals: int = 1) -> Iterator[subprocess.Popen[str]]:
+    argv = [sys.executable, "-c", HOLDS, str(folder), str(num_signals)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_holder_of_the_folder_is_stopped(run: Run, tmp_path: Path) -> None:
+    with holding(tmp_path) as process:
+        result = run("down", "--data-dir", tmp_path)
+
+        assert result.exit_code == 0
+        assert process.wait(10) == 0
+    assert f"(process {process.pid})" in result.stderr
+    assert result.stderr.endswith("Stopped.\n")
+
+
+def test_without_a_service_nothing_is_stopped(run: Run, tmp_path: Path) -> None:
+    result, machine = run("down", "--data-dir", tmp_path), run("down", "--data-dir", tmp_path, "--json")
+
+    assert (result.exit_code, result.stderr) == (0, f"No service is running in {tmp_path}.\n")
+    assert json.loads(machine.stdout) == {"data_dir": str(tmp_path), "stopped_pid": None}
+
+
+def test_a_process_whose_id_is_left_in_the_file_is_not_stopped(run: Run, tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        (tmp_path / lock.FILE_NAME).write_text(f"{other.pid}\n")
+
+        assert lock.holder(tmp_path) is None
+        assert "No service is running" in run("down", "--data-dir", tmp_path).stderr
+        assert other.poll() is None
+        other.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Only /proc shows the open files of a process.")
+def test_an_id_of_a_process_that_has_not_opened_the_file_is_no_holder(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        with holding(tmp_path) as process:
+            assert lock.holder(tmp_path) == process.pid
+            (tmp_path / lock.FILE_NAME).write_text(f"{other.pid}\n")  # as between two writes of a start
+            assert lock.holder(tmp_path) is None
+            (tmp_path / lock.FILE_NAME).write_text("no id\n")
+            assert lock.holder(tmp_path) is None
+        other.kill()
+
+
+def test_a_service_that_takes_too_long_is_stopped_at_once_by_a_second_call(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with holding(tmp_path, num_signals=2) as process:
+        with monkeypatch.context() as patched:
+            patched.setattr(down, "PATIENCE_SECONDS", 0.0)
+            first = run("down", "--data-dir", tmp_path)
+        second = run("down", "--data-dir", tmp_path)
+
+        assert (first.exit_code, second.exit_code) == (1, 0)
+        assert "Run `lorry down` again" in first.stderr
+        assert process.wait(10) == 0
+
+
+def test_the_folder_is_that_of_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
+
+    with holding(tmp_path) as process:
+        assert json.loads(run("down", "--json").stdout)["stopped_pid"] == process.pid
+    assert process.pid != os.getpid()

@@ -1,0 +1,185 @@
+"""Unique prefixes of ids and unique parts of adapters' names stand for the whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from lorry.cli import lookup
+from tests.lorry.scripted_server import Reply, Script
+
+JOBS = "/v1/fine_tuning/jobs"
+FULL = "ftjob-3f2b8c9d0a1e4f5a6b7c8d9e"
+OTHER = "ftjob-3f77aa9d0a1e4f5a6b7c8d9e"
+Run = Callable[..., Result]
+
+
+def listed(*ids: str, **fields: Any) -> dict[str, Any]:
+    return {"data": [{"id": one, **fields} for one in ids], "has_more": False}
+
+
+@pytest.fixture
+def jobs(service: Script) -> None:
+    service.on("GET", JOBS, listed(FULL, OTHER))
+    service.on("POST", f"{JOBS}/{FULL}/pause", {"id": FULL, "status": "paused"})
+
+
+@pytest.mark.usefixtures("jobs")
+def test_a_unique_prefix_of_an_id_stands_for_it(service: Script, run: Run) -> None:
+    assert run("jobs", "pause", "ftjob-3f2").exit_code == 0
+    assert len(service.requests("POST", f"{JOBS}/{FULL}/pause")) == 1
+
+
+@pytest.mark.usefixtures("jobs")
+def test_an_ambiguous_prefix_lists_the_candidates_and_changes_nothing(service: Script, run: Run) -> None:
+    result = run("jobs", "pause", "ftjob-3f")
+
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "Error: 'ftjob-3f' matches 2 jobs:",
+        f"  {FULL}",
+        f"  {OTHER}",
+        "Pass more characters or the full ID.",
+    ]
+    assert service.requests("POST", f"{JOBS}/{FULL}/pause") == []
+
+
+@pytest.mark.usefixtures("jobs")
+def test_a_full_id_costs_no_request(service: Script, run: Run) -> None:
+    run("jobs", "pause", FULL)
+
+    assert [request.method for request in service.seen] == ["POST"]
+
+
+@pytest.mark.usefixtures("jobs")
+def test_an_id_that_is_a_prefix_of_another_stands_for_itself(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/workers", listed("box", "box-2"))
+    service.on("POST", "/v1/workers/box/cordon", {"id": "box"})
+
+    assert run("workers", "cordon", "box").exit_code == 0
+
+
+def test_without_a_match_the_service_answers(service: Script, run: Run) -> None:
+    error = {"message": "No job with the id 'x'.", "code": "job_not_found", "remedy": "Check it."}
+    service.on("GET", JOBS, listed(FULL))
+    service.on("GET", f"{JOBS}/x", Reply(status=404, body={"error": error}))
+
+    assert run("jobs", "show", "x").stderr == "Error: No job with the id 'x'.\nCheck it.\n"
+
+
+def test_a_key_without_the_scope_to_list_may_still_act(service: Script, run: Run) -> None:
+    service.on("GET", JOBS, Reply(status=403, body={"error": {"message": "No.", "code": "missing_scope"}}))
+    service.on("POST", f"{JOBS}/j/pause", {"id": "j", "status": "paused"})
+
+    assert run("jobs", "pause", "j").exit_code == 0
+
+
+def test_a_prefix_is_not_unique_if_not_all_objects_were_searched(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "SEARCHED", 1)
+    service.on("GET", JOBS, listed(FULL, "ftjob-9"))
+
+    result = run("jobs", "show", "ftjob-3f")
+
+    assert result.exit_code == 1
+    assert "may match more than one job: only the newest 1 were searched" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "listing", "item", "asked"),
+    [
+        ("files show file-3", "/v1/files", "file-3f2b", ("GET", "/v1/files/file-3f2b")),
+        ("files delete file-3 -y", "/v1/files", "file-3f2b", ("DELETE", "/v1/files/file-3f2b")),
+        ("keys show key-3", "/v1/api_keys", "key-3f2b", ("GET", "/v1/api_keys/key-3f2b")),
+        ("keys revoke key-3 -y", "/v1/api_keys", "key-3f2b", ("POST", "/v1/api_keys/key-3f2b/revoke")),
+        ("plans show plan-3", "/v1/plans", "plan-3f2b", ("GET", "/v1/plans/plan-3f2b")),
+        ("plans delete plan-3 -y", "/v1/plans", "plan-3f2b", ("DELETE", "/v1/plans/plan-3f2b")),
+        ("sweeps close sweep-3 -y", "/v1/sweeps", "sweep-3f2b", ("POST", "/v1/sweeps/sweep-3f2b/close")),
+        (
+            "webhooks show webhook-3",
+            "/v1/webhook_endpoints",
+            "webhook-3f2b",
+            ("GET", "/v1/webhook_endpoints/webhook-3f2b"),
+        ),
+        ("workers drain work", "/v1/workers", "worker-a", ("POST", "/v1/workers/worker-a/drain")),
+        ("projects restore proj-3", "/v1/projects", "proj-3f2b", ("POST", "/v1/projects/proj-3f2b/restore")),
+        (
+            "organizations show org-3",
+            "/v1/organizations",
+            "org-3f2b",
+            ("GET", "/v1/organizations/org-3f2b"),
+        ),
+    ],
+)
+def test_every_kind_of_id_may_be_shortened(
+    service: Script, run: Run, arguments: str, listing: str, item: str, asked: tuple[str, str]
+) -> None:
+    service.on("GET", listing, listed(item))
+    service.on(*asked, {"id": item})
+
+    result = run(*arguments.split())
+
+    assert result.exit_code == 0, result.stderr
+    assert len(service.requests(*asked)) == 1
+
+
+def test_an_adapters_unique_suffix_stands_for_its_name(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/adapters/t", Reply(status=404, body={}))
+    service.on("GET", "/v1/adapters", {"data": [{"id": "a", "name": "ft:m:p:s:1"}, {"id": "b", "name": "ft:m:p:t:2"}]})
+    service.on("GET", "/v1/adapters/ft%3Am%3Ap%3At%3A2", {"id": "b", "name": "ft:m:p:t:2", "rank": 4})
+
+    assert "ft:m:p:t:2" in run("adapters", "show", "t").stdout
+
+
+def test_an_adapters_ambiguous_suffix_lists_the_candidates(service: Script, run: Run) -> None:
+    names = ("ft:m:p:docs:1", "ft:m:p:docs:2")
+    service.on("GET", "/v1/adapters/docs", Reply(status=404, body={}))
+    service.on("GET", "/v1/adapters", {"data": [{"id": f"adapter-{name[-1]}", "name": name} for name in names]})
+
+    result = run("adapters", "delete", "docs", "--yes")
+
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[:3] == ["Error: 'docs' matches 2 adapters:", *(f"  {name}" for name in names)]
+    assert not any(request.method == "DELETE" for request in service.seen)
+
+
+def test_a_job_id_is_accepted_as_the_parent_of_a_job(service: Script, submit: Run) -> None:
+    service.on("GET", f"{JOBS}/{FULL}", {"id": FULL, "status": "succeeded", "fine_tuned_model": "ft:m:p:s:1"})
+    service.on("POST", JOBS, {"id": "ftjob-new"})
+
+    submit("m", "train.jsonl", "--parent", FULL)
+
+    (sent,) = service.requests("POST", JOBS)
+    assert json.loads(sent.body)["parent_adapter"] == "ft:m:p:s:1"
+
+
+def test_a_file_of_a_job_and_a_plan_may_be_shortened(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/files", listed("file-3f2b"))
+    service.on("GET", "/v1/plans", listed("plan-3f2b"))
+    service.on("POST", JOBS, {"id": "ftjob-new"})
+
+    run("jobs", "submit", "m", "file-3")
+    run("jobs", "submit", "--plan", "plan-3")
+
+    first, second = (json.loads(sent.body) for sent in service.requests("POST", JOBS))
+    assert first["training_file"] == "file-3f2b"
+    assert second == {"plan": "plan-3f2b"}
+
+
+@pytest.mark.parametrize("typed", ["search", "proj-2", "cp-1"])
+def test_sharing_is_undone_by_project_or_permission(service: Script, run: Run, typed: str) -> None:
+    path = "/v1/fine_tuning/checkpoints/a/permissions"
+    service.on("GET", "/v1/adapters/a", {"id": "a", "name": "a"})
+    service.on("GET", path, {"data": [{"id": "cp-1", "project_id": "proj-2f"}, {"id": "cp-2", "project_id": "proj-9"}]})
+    service.on("GET", "/v1/projects/search", {"id": "proj-2f", "name": "search"})
+    service.on("DELETE", f"{path}/cp-1", {})
+
+    result = run("adapters", "unshare", "a", typed)
+
+    assert result.exit_code == 0, result.stderr
+    assert len(service.requests("DELETE", f"{path}/cp-1")) == 1
