@@ -47,8 +47,7 @@ def find(
     data_dir: Path | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Connection:
-    """Return the connection. Arguments override the environment, then follow the files of `lorry login` and `lorry up`.
-
+    """Return the connection. Arguments override the environment, and the environment overrides the files.
 
     LORRY_API_KEY is only sent to the address in LORRY_URL, if that is set. An explicit `data_dir` provides its own key.
     The key of the file is only sent to the address in the file. Raises NotConfigured, also for a file without the

@@ -203,7 +203,7 @@ def _refused(standing: BucketState) -> RateLimited:
     return RateLimited(
         f"The API key has reached its limit of {standing.rate.limit} requests per minute.",
         code="rate_limit_exceeded",
-        remedy=f"{remedy} An operator can raise the key's limit: lorry keys limit.",
+        remedy=f"{remedy} An operator can raise the key's limit: lorry keys update.",
         retry_after_seconds=after,
         headers=headers(standing),
     )

@@ -129,7 +129,7 @@ def ended(worker_id: str, verb: str) -> Conflict:
     return Conflict(
         f"Worker {worker_id} has stopped.",
         code="worker_ended",
-        remedy=f"Choose a running worker to {verb}: `lorry workers` lists them.",
+        remedy=f"Choose a running worker to {verb}: `lorry workers list` lists them.",
     )
 
 
@@ -409,7 +409,7 @@ def _put(worker: Worker, *, by: By, reason: str | None, now: float, evidence: Se
 def _locked_worker(session: Session, worker_id: str) -> Worker:
     worker = session.get(Worker, worker_id, with_for_update=True)
     if worker is None:
-        raise NotFound("worker", worker_id, remedy="Run `lorry workers` to list the workers.")
+        raise NotFound("worker", worker_id, remedy="Run `lorry workers list` to list the workers.")
     return worker
 
 

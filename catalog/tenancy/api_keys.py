@@ -296,7 +296,7 @@ def _check_limits(caller: Caller, limits: Collection[str]) -> None:
         raise Forbidden(
             "Only an operator can set the limits of an API key.",
             code="operator_required",
-            remedy="Omit the limits, or ask an operator to set them with `lorry keys limit`.",
+            remedy="Omit the limits, or ask an operator to set them with `lorry keys update`.",
             param=next(iter(limits)),
         )
 

@@ -173,10 +173,10 @@ def check_priority(session: Session, caller: Caller, priority: Priority) -> None
             f"project {project.name!r}",
             project.highest_priority,
             priority,
-            f"lorry projects limit {project.name} {raised}",
+            f"lorry projects update {project.name} {raised}",
         )
     if key is not None and PriorityClass[priority] < key.highest_priority:
-        raise _too_high(f"API key {key.name!r}", key.highest_priority, priority, f"lorry keys limit {key.id} {raised}")
+        raise _too_high(f"API key {key.name!r}", key.highest_priority, priority, f"lorry keys update {key.id} {raised}")
 
 
 def project_of(session: Session, project_id: str) -> Project:
@@ -264,7 +264,7 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
     serialize(session, f"jobs a day {caller.api_key_id}")
     promised = 0 if is_promised else _promised(session, caller.api_key_id)  # before jobs: trials become jobs
     since = (Job.created_by == caller.api_key_id, Job.created_at > now - DAY_SECONDS)
-    raised = "An operator can raise the limit of the key: lorry keys limit."
+    raised = "An operator can raise the limit of the key: lorry keys update."
     message, code = f"The API key has reached its limit of {most} jobs per day.", "rate_limit_exceeded"
     message += f" This includes {promised:,} trials that its sweeps have not created yet." if promised else ""
     num_more = num_jobs + promised
@@ -339,7 +339,7 @@ def refusal(project: Project, standing: QuotaStatus, message: str, remedy: str, 
     return QuotaExceeded(
         message,
         code="quota_exceeded",
-        remedy=f"{remedy} An operator can raise the limit: lorry projects limit {project.name}.",
+        remedy=f"{remedy} An operator can raise the limit: lorry projects update {project.name}.",
         retry_after_seconds=math.inf if standing.resets_at is None else standing.resets_at - now,
         quota={
             "name": standing.name,

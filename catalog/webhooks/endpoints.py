@@ -212,5 +212,5 @@ def _too_many() -> Conflict:
     return Conflict(
         f"The project has {MAX_ENDPOINTS} webhook endpoints, which is the maximum.",
         code="too_many_webhook_endpoints",
-        remedy="Delete an unneeded one: lorry webhooks remove ID.",
+        remedy="Delete an unneeded one: lorry webhooks delete ID.",
     )

@@ -38,7 +38,7 @@ class UrlLost(Conflict):
         super().__init__(
             "The URL of the webhook endpoint can't be decrypted, because the pepper of the service has changed.",
             code="webhook_url_lost",
-            remedy="Set the URL again: lorry webhooks change ID --url URL.",
+            remedy="Set the URL again: lorry webhooks update ID --url URL.",
         )
 
 

@@ -34,7 +34,7 @@ class SecretLost(Conflict):
         super().__init__(
             "The secret of the webhook endpoint can't be recreated, because the pepper of the service has changed.",
             code="webhook_secret_lost",
-            remedy="Create a new secret: lorry webhooks rotate ID.",
+            remedy="Create a new secret: lorry webhooks rotate-secret ID.",
         )
 
 

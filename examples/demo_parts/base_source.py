@@ -24,7 +24,7 @@ _HUB_SECONDS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """The arguments of `lorry models create`."""
+    """The arguments of `lorry models add`."""
 
     kind: Literal["hub", "gguf"]
     source: str

@@ -60,8 +60,8 @@ def planned(world: World, priority: Priority) -> None:
 
 WAYS = [submitted, swept, planned]
 LIMITS = [
-    (limit_project, "project 'ours'", "lorry projects limit ours"),
-    (limit_key, "API key 'key'", "lorry keys limit"),
+    (limit_project, "project 'ours'", "lorry projects update ours"),
+    (limit_key, "API key 'key'", "lorry keys update"),
 ]
 
 

@@ -66,7 +66,7 @@ def test_a_job_beyond_those_that_may_wait_is_refused_until_one_trains(world: Wor
 
     assert error.quota == {"name": "queued_jobs", "limit": 2, "used": 2, "resets_at": None}
     assert error.message == "Project 'ours' is limited to 2 queued jobs. Current usage: 2."
-    assert "lorry projects limit ours" in error.remedy
+    assert "lorry projects update ours" in error.remedy
     assert error.retry_after_seconds == math.inf
     world.claim()
     world.submit()
