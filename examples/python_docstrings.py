@@ -2,8 +2,8 @@
 
     python examples/python_docstrings.py TRAIN.jsonl HELD_OUT.jsonl
 
-The files are chat JSONL with the same bytes on the same Python. Each module goes to one file, so that no function of the
-validation file has a similar function of its module in the training file.
+The files are chat JSONL with the same bytes on the same Python. Each module goes to one file. So no function
+of the validation file has a similar function of its module in the training file.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # pyright: strict
-"""Train many LoRA adapters concurrently on one frozen base model. See docs/explanation/engine.md. Does not import torch."""
+"""Train many LoRA adapters concurrently on one frozen base model; see docs/explanation/engine.md. No torch here."""
 
 import logging
 

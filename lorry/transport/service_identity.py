@@ -1,8 +1,8 @@
 """Verifies that a local server is the user's own Lorry service before an API key is sent to it.
 
 Each new connection begins with a challenge. The client sends a nonce. The server answers with an HMAC over the nonce
-and over the address and port of this connection, keyed with the secret of `connection.json`. docs/explanation/security-model.md explains
-the threat.
+and over the address and port of this connection, keyed with the secret of `connection.json`.
+docs/explanation/security-model.md explains the threat.
 """
 
 from __future__ import annotations

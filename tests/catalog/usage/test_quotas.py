@@ -147,8 +147,8 @@ def test_a_month_that_is_used_up_refuses_new_jobs_and_holds_those_that_wait(worl
     assert "0.01 device-hours per month" in error.message
     assert world.claim() == []
     assert why["explanation"] == (
-        "Its project has reached its limit of 0.01 device-hours per month. It waits until the end of the month, or until "
-        "an operator raises the limit."
+        "Its project has reached its limit of 0.01 device-hours per month. "
+        "It waits until the end of the month, or until an operator raises the limit."
     )
     assert why["quota"]["name"] == "device_hours_per_month"
     world.clock.now = NEXT_MONTH + 1
