@@ -22,6 +22,7 @@ export KEEP PYTHON TORCH_INDEX
 help:
 	@echo "make demo        train three adapters at once and show the results (KEEP=1 leaves the service running)"
 	@echo "make up          start Lorry on this machine: API server, dashboard and one worker, until Ctrl-C"
+	@echo "make docs        build the documentation site in site/"
 	@echo "make test        run the fast tests; starts its own Redis, PostgreSQL and Chromium"
 	@echo "make test-slow   run the tests that take minutes; downloads a real language model, 100 MB"
 	@echo "make test-postgres    run the tests of API server, catalog and clients on PostgreSQL instead of SQLite"
@@ -42,6 +43,10 @@ demo: .venv/.installed-demo
 
 up: .venv/.installed-demo
 	$(BIN)/lorry up
+
+.PHONY: docs
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: .venv/.installed
 	$(PYTEST) -m "not slow" $(SHARED_OUT) $(PYTEST_ARGS)
@@ -117,7 +122,7 @@ lock:
 	.ci/lock
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info client/build client/dist client/*.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist site *.egg-info client/build client/dist client/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: $(SET_UP)
