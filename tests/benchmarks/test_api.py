@@ -1,4 +1,4 @@
-"""`make bench-api` runs from end to end at toy sizes; what it measures there means nothing."""
+"""`make bench-api` runs end to end at toy sizes. The measured values are meaningless."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.api.__main__ import main
 
 @pytest.mark.slow
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
-def test_every_measure_of_the_api_is_taken(tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_api_measurement_is_reported(tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
 
     main(["--quick", "--databases", database, "--folder", str(tmp_path), "--out", str(out)])

@@ -1,4 +1,4 @@
-"""A time of eight scripts that follows from fewer is told as such."""
+"""A time of eight scripts that is extrapolated from fewer scripts is labeled as such."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.benchmarks.toy_plan import toy_plan
 
 
 class Script:
-    """Stands in for a script's process."""
+    """Replaces a script's process."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -33,7 +33,7 @@ def table_of(num_jobs: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
     return capsys.readouterr().out
 
 
-def test_the_time_of_eight_scripts_says_that_two_were_run(tmp_path, monkeypatch, capsys) -> None:
+def test_extrapolated_script_times_name_the_number_of_measured_scripts(tmp_path, monkeypatch, capsys) -> None:
     table = table_of(8, tmp_path, monkeypatch, capsys)
 
     for name in ("scripts one after another", "scripts two at a time"):
@@ -42,7 +42,7 @@ def test_the_time_of_eight_scripts_says_that_two_were_run(tmp_path, monkeypatch,
     assert "lorry, from" not in table
 
 
-def test_nothing_is_said_where_every_script_was_run(tmp_path, monkeypatch, capsys) -> None:
+def test_measured_script_times_have_no_extrapolation_note(tmp_path, monkeypatch, capsys) -> None:
     table = table_of(2, tmp_path, monkeypatch, capsys)
 
     assert "eight_jobs: scripts one after another, seconds" in table

@@ -1,4 +1,4 @@
-"""`make bench-gpu` runs from end to end at toy size on a CPU; what it measures there means nothing."""
+"""`make bench-gpu` runs end to end at toy size on a CPU. The measured values are meaningless."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.results import Result
 from lora_core.kernels.selection import Kernels
 from lora_core.layers.activation_checkpointing import ActivationMemory
 
-# PEFT asks transformers by a name that transformers has renamed.
+# PEFT reads an attribute of transformers under a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 LOAD = Load(num_jobs=1, batch_size=2, shortest=8, longest=24, rank=4)
@@ -36,8 +36,8 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path, capsys: pytest.
     }
     assert found.keys() == {"gpu_steady_state_toy", "gpu_kernels_toy", "gpu_tick_sizes_toy"}
     table = capsys.readouterr().out
-    for said in ("lorry over peft, 3 jobs", "MFU by the datasheet, 3 jobs", "recomputed blocks", "lora: loop"):
-        assert said in table
+    for text in ("lorry over peft, 3 jobs", "MFU by the datasheet, 3 jobs", "recomputed blocks", "lora: loop"):
+        assert text in table
     steady = found["gpu_steady_state_toy"]["repeats"]
     assert steady.keys() == {"lorry_1 job", "lorry_3 jobs", "peft", "matrix"}
     assert steady["lorry_3 jobs"][0]["ticks"] == 1
@@ -48,7 +48,7 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path, capsys: pytest.
     assert {name: reports[0]["tokens"] for name, reports in ticks.items()} == {"32 tokens": 32, "64 tokens": 64}
 
 
-def test_both_contenders_train_on_the_same_tokens_and_leave_the_base_as_it_was() -> None:
+def test_contenders_train_on_the_same_tokens_and_leave_the_base_unchanged() -> None:
     base = build(TOY, device="cpu")
     before = {name: weight.clone() for name, weight in base.model.named_parameters()}
 
@@ -56,7 +56,7 @@ def test_both_contenders_train_on_the_same_tokens_and_leave_the_base_as_it_was()
         assert any("lora_A" in name for name, _ in model.named_parameters())
     lorry, peft = Lorry(base, LOAD, Kernels()), Peft(base, LOAD)
     lorry.turn()
-    ours, theirs = lorry.turn(), peft.turn()  # the second step of each: PEFT's first isn't counted
+    ours, theirs = lorry.turn(), peft.turn()  # the second step of each, because PEFT's first is not counted
 
     assert (ours["tokens"], ours["ticks"]) == (theirs["tokens"], 1)
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
@@ -65,22 +65,22 @@ def test_both_contenders_train_on_the_same_tokens_and_leave_the_base_as_it_was()
     assert all(torch.equal(weight, before[name]) for name, weight in after.items())
 
 
-def test_a_turns_peak_is_that_of_all_its_ticks_and_of_no_turn_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_of_a_turn_covers_all_its_ticks_and_no_earlier_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     card = {"allocated": 10, "peak": 10}
-    for name, told in {
+    for name, replacement in {
         "synchronize": lambda device: None,
         "memory_allocated": lambda device: card["allocated"],
         "max_memory_allocated": lambda device: card["peak"],
         "reset_peak_memory_stats": lambda device: card.update(peak=card["allocated"]),
     }.items():
-        monkeypatch.setattr(torch.cuda, name, told)
+        monkeypatch.setattr(torch.cuda, name, replacement)
     memory = ActivationMemory({}, device="cuda:0", item_bytes=2, mode="auto")
     clock = Clock("cuda:0", memory)
 
     def turn(*taken: int) -> int:
         clock.start()
         for bytes_taken in taken:
-            with memory.observed(1024, kind="train", checkpointed=False):  # which begins the card's peak anew
+            with memory.observed(1024, kind="train", checkpointed=False):  # which resets the card's peak
                 card["peak"] = card["allocated"] + bytes_taken
         return clock.stop()["peak_bytes"]
 
@@ -88,17 +88,17 @@ def test_a_turns_peak_is_that_of_all_its_ticks_and_of_no_turn_before(monkeypatch
     assert memory.peak_bytes() == 15
 
 
-def test_lorrys_clock_asks_who_measures_its_ticks() -> None:
+def test_lorry_clock_restarts_the_peak_through_the_engine() -> None:
     lorry = Lorry(build(TOY, device="cpu"), LOAD, Kernels())
-    asked: list[str] = []
-    lorry.engine.activations.restart_peak = lambda: asked.append("restart_peak")  # pyright: ignore[reportAttributeAccessIssue]
+    calls: list[str] = []
+    lorry.engine.activations.restart_peak = lambda: calls.append("restart_peak")  # pyright: ignore[reportAttributeAccessIssue]
 
     lorry.turn()
 
-    assert asked == ["restart_peak"]
+    assert calls == ["restart_peak"]
 
 
-def test_without_a_gpu_it_is_refused_with_a_remedy(
+def test_missing_gpu_is_rejected_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -107,12 +107,12 @@ def test_without_a_gpu_it_is_refused_with_a_remedy(
         main([])
 
     assert refused.value.code == 2
-    said = capsys.readouterr().err
-    assert "torch finds none here" in said
-    assert "--quick" in said
+    text = capsys.readouterr().err
+    assert "torch finds none here" in text
+    assert "--quick" in text
 
 
-def test_who_has_no_room_is_left_out_with_the_reason() -> None:
+def test_out_of_memory_contender_is_left_out_with_the_reason() -> None:
     result = Result(theme="any", settings={}, repeats={"large": [{"seconds": 1.0}]})
 
     with left_out(result, "large"):
@@ -122,7 +122,7 @@ def test_who_has_no_room_is_left_out_with_the_reason() -> None:
     assert result.repeats == {}
 
 
-def test_a_cards_datasheet_is_known_by_its_name_and_an_unknown_ones_is_none() -> None:
+def test_datasheet_flops_are_found_by_card_name_and_none_if_unknown() -> None:
     assert datasheet_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert datasheet_flops("NVIDIA H100 PCIe") == 756e12
     assert datasheet_flops("NVIDIA Unheard Of") is None

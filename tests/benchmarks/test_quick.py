@@ -1,4 +1,4 @@
-"""`make bench` runs from end to end at toy sizes; what it measures there means nothing."""
+"""`make bench` runs end to end at toy sizes. The measured values are meaningless."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ THEMES = (
 )
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
-def test_every_contender_gets_the_same_rows_and_finds_the_same_loss(
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # raised inside PEFT
+def test_contenders_get_the_same_rows_and_compute_the_same_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(steady_state, "Contender", ThreadContender)
@@ -44,7 +44,7 @@ def test_every_contender_gets_the_same_rows_and_finds_the_same_loss(
 
 
 @pytest.mark.slow
-def test_kept_prefixes_give_the_losses_of_those_that_are_computed_again(tmp_path: Path) -> None:
+def test_cached_prefixes_give_the_losses_of_recomputed_prefixes(tmp_path: Path) -> None:
     table = quick_bench(tmp_path, "frozen_prefix")
 
     (path,) = (tmp_path / "out").glob("frozen_prefix_*.json")
@@ -63,7 +63,7 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
 
     found = {json.loads(path.read_text())["theme"] for path in (tmp_path / "out").iterdir()}
     assert found == set(THEMES)
-    for said in (
+    for text in (
         "message to admission",
         "submission to first step, new file",
         "jobs let in",
@@ -71,7 +71,7 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
         "scripts one after another, over lorry",
         "lanes over processes",
     ):
-        assert said in table
+        assert text in table
     shares = json.loads(next((tmp_path / "out").glob("steady_state_*.json")).read_text())["profile"]
     assert "lorry over peft_loop, 1 thread" in table
     assert sum(share["share"] for share in shares) == pytest.approx(1, abs=0.01)

@@ -1,4 +1,4 @@
-"""The parts of a step's profile are what they say, on a tiny base."""
+"""Each part of a step's profile contains the operations that it names, on a tiny base."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM_LAYERS = 2
 def stepping(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     torch.set_num_threads(1)
     base = load_base(tiny_base.make(tmp_path_factory.mktemp("tiny") / "base"), dtype="float32", device="cpu")
-    engine = Engine(base, EngineConfig(batch_invariant=False))  # one product each, whatever the CPU
+    engine = Engine(base, EngineConfig(batch_invariant=False))  # one matmul per linear on every CPU
     rows = next(iter(submissions("llama").values())).train
     engine.admit("job", job_config({"rank": 4, "batch_size": 2}), rows)
     events = iter_events(engine)
@@ -38,20 +38,20 @@ def stepping(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return base, step
 
 
-def test_lora_has_the_products_of_all_its_linears_and_the_base_no_more_than_its_own(stepping: tuple[Any, Any]) -> None:
+def test_lora_and_base_parts_contain_the_matmuls_of_their_own_linears(stepping: tuple[Any, Any]) -> None:
     events, _, _ = events_of(*stepping)
 
     products = Counter(part for part, event in events if event.name in PRODUCTS)
     forward = NUM_LAYERS * 7
-    unwanted = 3  # the input of the lowest q, k and v has no gradient
+    unwanted = 3  # the input of the lowest q, k and v needs no gradient
     assert products["base matmuls"] == 2 * forward - unwanted
-    # Forward x A once for q, k and v, once for gate and up, once each for o and down; and h B for each of the seven.
-    # Backward dy B and dB for each of the seven; dA and dx as often as x A.
+    # Forward: x A once for q, k and v, once for gate and up, once each for o and down; h B for each of the seven.
+    # Backward: dy B and dB for each of the seven; dA and dx as often as x A.
     assert products["LoRA"] == NUM_LAYERS * (4 + 7 + 2 * 7 + 2 * 4) - 1
     assert products["linears: other operations"] == 0
 
 
-def test_what_blocks_of_ours_apply_themselves_is_in_its_part_both_ways(stepping: tuple[Any, Any]) -> None:
+def test_custom_autograd_functions_are_in_their_part_in_both_directions(stepping: tuple[Any, Any]) -> None:
     events, _, _ = events_of(*stepping)
 
     found = {event.name: set[str]() for _, event in events}
@@ -78,7 +78,7 @@ def test_the_parts_add_up_to_the_step_and_none_is_empty(stepping: tuple[Any, Any
     assert all(seconds > 0 for seconds in parts.values())
 
 
-def test_every_function_that_is_given_a_range_is_there() -> None:
+def test_every_profiled_function_exists() -> None:
     names = {
         name
         for module, content in list(sys.modules.items())

@@ -1,4 +1,4 @@
-"""Contenders as threads of the test's process, in place of processes that each import torch anew."""
+"""Contenders that run as threads of the test's process. Processes would each import torch again."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from benchmarks.workload import SEED
 
 
 class ThreadGate:
-    """What the code of a contender sees of gate.Gate."""
+    """The part of gate.Gate that a contender's code uses."""
 
     num_steps = None
 
     def __init__(self) -> None:
-        self.asked: Queue[Json | None] = Queue()
+        self.requests: Queue[Json | None] = Queue()
         self.reports: Queue[Json | None] = Queue()
 
     def wait(self) -> Json:
-        request = self.asked.get()
+        request = self.requests.get()
         if request is None:
             raise SystemExit
         return request
@@ -35,8 +35,10 @@ class ThreadGate:
 
 
 class ThreadContender:
-    """gate.Contender as far as contenders that go step by step need it. One begins at its first step: it is alone
-    while it sets up, so that its random numbers are its own."""
+    """The part of gate.Contender that contenders with separate steps use.
+
+    The thread starts at the first step, so a contender sets up alone and its random numbers are its own.
+    """
 
     def __init__(self, name: str, **options: Any) -> None:
         self.name = name
@@ -47,19 +49,19 @@ class ThreadContender:
     def step(self) -> Json:
         if self._thread.ident is None:
             self._thread.start()
-        self._gate.asked.put({})
+        self._gate.requests.put({})
         report = self._gate.reports.get()
-        assert report is not None, f"{self.name} ended"
+        assert report is not None, f"{self.name} exited"
         return report
 
     def close(self) -> None:
-        self._gate.asked.put(None)
+        self._gate.requests.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         torch.manual_seed(SEED)
         try:
-            with suppress(SystemExit):  # nobody asks any more
+            with suppress(SystemExit):  # the test sends no more requests
                 getattr(import_module(CONTENDERS[self.name]), self.name)(self._gate, self._options)
         finally:
             self._gate.reports.put(None)

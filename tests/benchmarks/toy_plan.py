@@ -1,4 +1,4 @@
-"""A plan for comparisons whose processes are stood in for: nothing of its workload is read."""
+"""A plan for comparisons whose processes are replaced. Nothing reads its workload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random bases of each family that classifies, and jobs on them."""
+"""Tiny random base models of each classification family, and jobs on them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ FAMILIES = {
 
 
 def save(family: str, folder: Path) -> Path:
-    """A checkpoint as one would find it: of a language model, causal or masked, but for BERT's, which has a pooler."""
+    """Save a typical checkpoint: a causal or masked language model, or BERT's pretraining model, which has a pooler."""
     torch.manual_seed(0)
     settings = AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
     kinds = {"llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM, "bert": AutoModelForPreTraining}
@@ -39,7 +39,7 @@ def classifier(family: str, folder: Path, dtype: str = "float32") -> BaseModel:
 
 
 def classified(seed: int, lengths: list[int], *, num_labels: int, with_types: bool = False) -> TokenDataset:
-    """Rows whose first tokens tell the class; the numbers of a regression lie between -1 and 1."""
+    """Return rows whose second token determines the class. Targets of a regression lie between -1 and 1."""
     rows = dataset(seed, lengths)
     ids, starts = rows.input_ids.copy(), rows.row_offsets[:-1]
     random = np.random.default_rng(seed)
@@ -57,7 +57,7 @@ def classified(seed: int, lengths: list[int], *, num_labels: int, with_types: bo
 
 
 def classification_jobs(*, with_types: bool = False) -> dict[str, Submission]:
-    """Classes of unequal number, a regression and a reward: each with a head of its own."""
+    """Return jobs with different numbers of classes, a regression and a reward model, each with its own head."""
     three = ObjectiveConfig(kind="classification", num_labels=3)
     many = ObjectiveConfig(kind="classification", num_labels=17)
     number = ObjectiveConfig(kind="classification", num_labels=1)

@@ -1,4 +1,4 @@
-"""Tiny random base models on disk, made once a session; one thread, as a worker on a CPU uses."""
+"""Tiny random base models on disk, made once per session. Tests use one thread, like a worker on a CPU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,8 +24,10 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second engine that a test makes on a base takes over what the first has found of it: the probe of a tiny base
-    costs more than many a job. tests/lora_core/engine/test_invariance_probe.py turns this off."""
+    """Reuse the probe result of the first engine for later engines on the same base.
+
+    The probe of a tiny base costs more than many jobs. tests/lora_core/engine/test_invariance_probe.py turns this off.
+    """
     known: list[tuple[BaseModel, Invariance]] = []
 
     def measure(base: BaseModel, lanes: Lanes) -> Invariance:
@@ -40,7 +42,7 @@ def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def base_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of an untied Llama with grouped heads and a tied GPT-2: fp32, sizes multiples of 64."""
+    """Folders of an untied Llama with grouped-query attention and a tied GPT-2, in fp32. Sizes are multiples of 64."""
     torch.manual_seed(0)
     llama = LlamaForCausalLM(
         LlamaConfig(

@@ -1,7 +1,7 @@
-"""Small jobs by number: each a mixture of whatever a job may ask for, over a few short rows.
+"""Small random jobs by number. Each mixes the options that a job can have, over a few short rows.
 
-The first six have between them whatever changes the way of computing. Of the others everything is drawn, and two of
-eight come to nothing: one whose first pass gives NaN, and one whose rate ruins it after a step.
+The first six jobs together cover every option that changes the computation. All options of later jobs are random. Two
+of every eight jobs diverge: the first pass of one gives NaN, and the learning rate of the other ruins it after a step.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from lora_core.data.token_dataset import TokenDataset
 from tests.lora_core.scenarios import Submission, dataset, rated
 
 NUM_PLANNED = 6
-NAN_AT_ONCE, ABSURD = 6, 7  # of a number's last three bits
+NAN_AT_ONCE, ABSURD = 6, 7  # values of a number's last three bits
 TARGETS = {
     "llama": ("all-linear", ("q_proj", "v_proj"), "down_proj", "layers.1.self_attn.o_proj", r"re:.*\.1\.mlp\..*"),
     "gpt2": ("all-linear", ("c_attn",), "mlp.c_fc", "h.1.attn.c_proj", r"re:.*\.1\.mlp\..*"),
@@ -39,7 +39,7 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "sgd", "adafactor")
 HEAD = {"modules_to_save": ("lm_head",)}
 TOKENS = {"trainable_token_indices": (300, 2, 17, *range(100, 140))}
-IN_FULL = {  # where head and embeddings are one matrix, a job trains either
+IN_FULL = {  # with tied head and embeddings, a job trains only one of them
     "llama": ({}, HEAD, TOKENS, {}, HEAD | TOKENS),
     "gpt2": ({}, HEAD, TOKENS, {}, TOKENS),
 }
@@ -49,18 +49,18 @@ NOISES = (5.0, 0.0)
 STEPS = (3, 2, 3, 1, 2)
 BATCH_SIZES = (3, 1, 4, 2)
 SLICES = (1, 30, 1024)
-"""Tokens of a slice: 1 makes each row, or pair, a slice of its own; with three of them their order can be told."""
+"""Tokens of a slice. With 1, each row or pair is a separate slice; with three slices, their order is visible."""
 
 
 def drawn_job(family: str, number: int) -> Submission:
-    """A job of one to three steps; the same number gives the same job."""
+    """Return a job of one to three steps. The same number gives the same job."""
     draw = Random(number)
     num_steps = take(draw, STEPS, number)
     longest = draw.choice([5, 25])
     lengths = [draw.randint(2, longest) for _ in range(draw.choice([4, 6]))]
     objective, keep = take(draw, OBJECTIVES, number), take(draw, KEEPS, number)
     early_stopping = _early_stopping(draw) if take(draw, STOPPED_EARLY, number) else None
-    is_by_the_held_out = keep == "best" or early_stopping is not None
+    needs_validation = keep == "best" or early_stopping is not None
     fewest = 2 if objective.kind == "kto" else 1
     config = JobConfig(
         lora=_lora(draw, family, number),
@@ -69,7 +69,7 @@ def drawn_job(family: str, number: int) -> Submission:
         batch_size=max(fewest, take(draw, BATCH_SIZES, number)),
         num_steps=num_steps,
         seed=draw.randrange(1000),
-        evaluate_every_steps=1 if is_by_the_held_out else draw.choice([None, 1, 2]),
+        evaluate_every_steps=1 if needs_validation else draw.choice([None, 1, 2]),
         slice_tokens=take(draw, SLICES, number),
         objective=objective,
         early_stopping=early_stopping,
@@ -77,7 +77,7 @@ def drawn_job(family: str, number: int) -> Submission:
         neftune_alpha=0.0 if objective.is_preference else take(draw, NOISES, number),
     )
     train = dataset(number, lengths)
-    valid = dataset(number + 1, lengths[:2]) if is_by_the_held_out or draw.random() < 0.4 else None
+    valid = dataset(number + 1, lengths[:2]) if needs_validation or draw.random() < 0.4 else None
     if objective.kind == "kto":
         train, valid = _rated(draw, train), None if valid is None else _rated(draw, valid)
     submission = Submission(config=config, train=train, valid=valid)
@@ -85,7 +85,7 @@ def drawn_job(family: str, number: int) -> Submission:
 
 
 def _ruined(submission: Submission, number: int) -> Submission:
-    """It diverges in training where nothing is held out, as of the first two, and else in an evaluation."""
+    """Make the job diverge: in training if it has no validation set, like the first two, else in an evaluation."""
     config = submission.config
     if number % 8 == NAN_AT_ONCE:
         config = replace(config, lora=replace(config.lora, alpha=1e40))
@@ -119,7 +119,7 @@ def _optimizer(draw: Random, number: int, keep: str) -> OptimizerConfig:
     kind = take(draw, OPTIMIZERS, number)
     return OptimizerConfig(
         kind=kind,
-        learning_rate=draw.choice([1e-3, 3e-2]) if keep == "last" else 0.1,  # soon too far
+        learning_rate=draw.choice([1e-3, 3e-2]) if keep == "last" else 0.1,  # overshoots soon
         lora_plus_ratio=draw.choice([1.0, 8.0]),
         beta2=draw.choice([0.99, 0.999]),
         momentum=draw.choice([0.5, 0.9]) if kind == "sgd" else 0.0,
@@ -140,6 +140,6 @@ def _early_stopping(draw: Random) -> EarlyStoppingConfig:
 
 
 def _rated(draw: Random, answers: TokenDataset) -> TokenDataset:
-    """Some desirable and some not, the first being the one and the last the other."""
+    """Rate answers randomly, except the first as desirable and the last as undesirable."""
     marks = "".join(draw.choices("01", k=answers.num_rows - 2))
     return rated(answers, f"1{marks}0")

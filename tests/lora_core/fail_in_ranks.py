@@ -1,8 +1,8 @@
 """`python -m tests.lora_core.fail_in_ranks BASE OUT STRATEGY WAY`: one of two processes of which the second fails.
 
-Each writes OUT/RANK.json: what became of jobs whose memory ran out on the second one alone, what was said of weights
-that differ and of a job that diverged on one or both, and how it ended when the second failed in that WAY, which it
-does last.
+Each writes OUT/RANK.json: the outcome of jobs when only the second process ran out of memory, the messages about
+differing weights and about a job that diverged on one rank or both, and how the process ended when the second failed
+in that WAY. That failure comes last.
 """
 
 import json
@@ -53,7 +53,7 @@ LARGE = {
 
 
 def fails_at(number: int, act: Callable[..., Any], error: Exception) -> Callable[..., Any]:
-    """`act`, but for the call of that number."""
+    """Return `act`, except that call `number` raises `error`."""
     calls = iter(range(1, 10**9))
 
     def failing(*given: Any, **named: Any) -> Any:
@@ -66,7 +66,7 @@ def fails_at(number: int, act: Callable[..., Any], error: Exception) -> Callable
 
 @contextmanager
 def failing(ranks: Ranks, module: Any, name: str, number: int, error: Exception) -> Iterator[None]:
-    """On the second rank alone."""
+    """Make call `number` of `module.name` raise `error`, on the second rank only."""
     usual = getattr(module, name)
     if ranks.rank == 1:
         setattr(module, name, fails_at(number, usual, error))
@@ -78,7 +78,7 @@ def failing(ranks: Ranks, module: Any, name: str, number: int, error: Exception)
 
 @contextmanager
 def starved(ranks: Ranks, most_tokens: dict[int, int]) -> Iterator[None]:
-    """Passes of more tokens than that run out of memory, by rank, each time."""
+    """Make every pass of more tokens than `most_tokens` of the rank run out of memory."""
     usual = passes.run_training
 
     def starving(base: BaseModel, pack: PackedBatch) -> Any:
@@ -95,16 +95,15 @@ def starved(ranks: Ranks, most_tokens: dict[int, int]) -> Iterator[None]:
 
 @contextmanager
 def planned(engine: Engine) -> Iterator[list[tuple[int, bool]]]:
-    """What is added to it meanwhile: of each tick of training, how many slices it has and whether blocks are computed
-    again."""
+    """Yield a list that collects, for each training tick, the number of slices and whether blocks are recomputed."""
     run, found = engine._passes.run, list[tuple[int, bool]]()
 
-    def telling(plan: TickPlan, jobs: Any) -> Any:
+    def recording(plan: TickPlan, jobs: Any) -> Any:
         if plan.kind == "train":
             found.append((len(plan.ranks), plan.checkpointed))
         return run(plan, jobs)
 
-    engine._passes.run = telling
+    engine._passes.run = recording
     try:
         yield found
     finally:
@@ -112,11 +111,11 @@ def planned(engine: Engine) -> Iterator[list[tuple[int, bool]]]:
 
 
 def after_shortages(base: BaseModel, ranks: Ranks, shortages: int) -> dict[str, Any]:
-    """What ends so where memory ran out for one job before, and its ticks: while it is there, and once it has gone."""
+    """Return the outcomes if job "one" has run out of memory before, and the ticks with it and after its eviction."""
     engine = Engine(base, EngineConfig(token_budget=200), ranks)
     for name, submission in JOBS.items():
         admit(engine, name, submission, shortages=shortages if name == "one" else 0)
-    with planned(engine) as beside:
+    with planned(engine) as with_job:
         while engine._jobs["one"].unit is not None:
             engine.tick()
     ended = {"one": sha256(state_bytes(engine, "one")).hexdigest()}
@@ -126,11 +125,11 @@ def after_shortages(base: BaseModel, ranks: Ranks, shortages: int) -> dict[str, 
         while not engine.idle:
             engine.tick()
     ended |= {name: sha256(state_bytes(engine, name)).hexdigest() for name in ("two", "three")}
-    return {"ended": ended, "beside": beside, "after": after}
+    return {"ended": ended, "with_job": with_job, "after": after}
 
 
 def trained(base: BaseModel, ranks: Ranks, jobs: dict[str, Submission] = JOBS) -> dict[str, Any]:
-    """Digests of what ended well, and who was refused at which tick."""
+    """Return digests of the jobs that finished, and the tick and step at which each other job ran out of memory."""
     engine = Engine(base, EngineConfig(token_budget=200), ranks)
     for name, submission in jobs.items():
         admit(engine, name, submission)
@@ -148,41 +147,41 @@ def trained(base: BaseModel, ranks: Ranks, jobs: dict[str, Submission] = JOBS) -
 
 
 def differ(base: BaseModel, ranks: Ranks) -> list[str]:
-    """What is said of weights before one bit of the second rank's is turned, and after."""
+    """Return the messages of `compare_ranks` before and after one bit of the second rank's state is flipped."""
     engine = Engine(base, EngineConfig(), ranks)
     admit(engine, "one", JOBS["one"])
     engine.tick()
-    said: list[str] = []
+    messages: list[str] = []
     for _ in range(2):
         try:
             engine.compare_ranks("one")
-            said.append("")
+            messages.append("")
         except RanksDiffer as error:
-            said.append(str(error))
+            messages.append(str(error))
         if ranks.rank == 1:
             engine._jobs["one"].adapter.m.view(torch.int32)[7] ^= 1
-    return said
+    return messages
 
 
 def diverge(base: BaseModel, ranks: Ranks) -> dict[str, str]:
-    """What is said of a job that diverges, by where it does: in weights or a step of the second alone, or of both."""
+    """Return the outcome of a job that diverges in the weights or in a step of the second rank, or of both ranks."""
     own_steps = {
         "norm of one": ("gradient_norm", math.nan, {1}),
         "update of one": ("stays_finite", False, {1}),
         "norm of both": ("gradient_norm", math.nan, {0, 1}),
     }
-    said = {"weights of one": _said_of_one(base, ranks, breaks={1})}
+    messages = {"weights of one": _outcome_of_one(base, ranks, breaks={1})}
     for where, (name, value, breaks) in own_steps.items():
         usual = getattr(job_module, name)
         if ranks.rank in breaks:
             setattr(job_module, name, lambda *_, value=value, **__: value)
-        said[where] = _said_of_one(base, ranks)
+        messages[where] = _outcome_of_one(base, ranks)
         setattr(job_module, name, usual)
-    return said
+    return messages
 
 
-def _said_of_one(base: BaseModel, ranks: Ranks, *, breaks: Set[int] = frozenset()) -> str:
-    """breaks: ranks whose weights are no numbers from the second tick on."""
+def _outcome_of_one(base: BaseModel, ranks: Ranks, *, breaks: Set[int] = frozenset()) -> str:
+    """breaks: ranks whose weights are NaN from the second tick on."""
     engine = Engine(base, EngineConfig(), ranks)
     admit(engine, "one", JOBS["one"])
     try:
@@ -198,8 +197,8 @@ def _said_of_one(base: BaseModel, ranks: Ranks, *, breaks: Set[int] = frozenset(
 
 
 def end(base: BaseModel, ranks: Ranks, way: str) -> str:
-    """How this rank ended when the second failed: amid a pass of the engine's probe, of a tick, of PEFT's verification,
-    of answers to prompts."""
+    """Return how this rank ended when the second failed: during a pass of the engine's probe, of a tick, of PEFT's
+    verification, or of answers to prompts."""
     short = torch.OutOfMemoryError("simulated")
     failures = {
         "error": (language_model, "loss_by_head", 3, ValueError("the number 7\nagain")),
@@ -210,13 +209,13 @@ def end(base: BaseModel, ranks: Ranks, way: str) -> str:
     }
     try:
         with broadcast_failures(ranks), failing(ranks, *failures[way]):
-            goes_to_its_end(base, ranks, way)
-    except Exception as error:  # noqa: BLE001  (which one is the question)
+            run_to_its_end(base, ranks, way)
+    except Exception as error:  # noqa: BLE001  (the test checks which one)
         return f"{type(error).__name__}: {error}"
     return "well"
 
 
-def goes_to_its_end(base: BaseModel, ranks: Ranks, way: str) -> None:
+def run_to_its_end(base: BaseModel, ranks: Ranks, way: str) -> None:
     if way in ("error", "memory at the start", "memory in a tick"):
         trained(base, ranks)
         return
@@ -260,7 +259,7 @@ def main(base_dir: Path, out: Path, strategy: Strategy, way: str) -> None:
     found["diverge"] = diverge(base, ranks)
     found["end"] = end(base, ranks, way)
     (out / f"{ranks.rank}.json").write_text(json.dumps(found))
-    os._exit(0)  # as a process does that fails: it says goodbye to nobody
+    os._exit(0)  # like a process that fails: without a shutdown of the process group
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""`python -m tests.lora_core.hang_in_ranks`: the first of two processes waits for ever, and hears no answer of a device
-that could end it; the second fails."""
+"""`python -m tests.lora_core.hang_in_ranks`: the first of two processes waits forever, and the second fails.
+
+The first one waits outside any device operation, so no device error can end its wait.
+"""
 
 import os
 import threading
@@ -22,4 +24,4 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError:
-        os._exit(3)  # as a process does that fails: it says goodbye to nobody
+        os._exit(3)  # like a process that fails: without a shutdown of the process group

@@ -1,4 +1,4 @@
-"""A hub of model repositories on loopback, as much of it as its client asks for; and a process that imports from it."""
+"""A hub of model repositories on loopback that serves what its client requests, and a process that imports from it."""
 
 import hashlib
 import json
@@ -21,33 +21,36 @@ IMPORTS = textwrap.dedent("""
     from lora_core.errors import LoraCoreError
     for line in sys.stdin:
         folder, names = json.loads(line)
-        told = []
+        results = []
         for name in names:
             try:
                 target = Path(folder) / "base"
                 imported = import_base(source=f"org/{name}", kind="hub", revision="main", target_dir=target)
-                told.append(f"{imported.commit} {imported.license}")
+                results.append(f"{imported.commit} {imported.license}")
             except LoraCoreError as error:
-                told.append(f"{error} {error.remedy}")
-        print("told", json.dumps(told), flush=True)
+                results.append(f"{error} {error.remedy}")
+        print("results", json.dumps(results), flush=True)
 """)
 
 
 class Importer:
-    """Imports bases from hubs in one child process: the hub's client reads where the hub is when it is imported, and
-    that takes seconds. So all hubs have one address, and take turns at it."""
+    """Imports base models from hubs in one child process.
+
+    The hub's client reads the hub's address when Python imports the client, which takes seconds. So all hubs use one
+    address, one after the other.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """folder: for the cache of the hub's client."""
+        """folder: contains the cache of the hub's client."""
         self._cache = folder / "hub"
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{self._server.server_port}"
-        surroundings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(self._cache), "HF_HUB_OFFLINE": "0"}
+        environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(self._cache), "HF_HUB_OFFLINE": "0"}
         self._log = (folder / "log").open("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-c", IMPORTS],
-            env=os.environ | surroundings,
+            env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -55,8 +58,10 @@ class Importer:
         )
 
     def import_from(self, hub: type["Hub"], folder: Path, *names: str) -> list[str]:
-        """Each org/NAME at main into `folder`/base: commit and license, or why not. Nothing is cached
-        but what a commit has: name one once."""
+        """Import each org/NAME at main into `folder`/base. Return commit and license, or the error, of each.
+
+        The client caches the files of a commit within a call, so pass each name only once.
+        """
         self._server.RequestHandlerClass = hub
         shutil.rmtree(self._cache, ignore_errors=True)
         assert self._process.stdin is not None
@@ -64,12 +69,12 @@ class Importer:
         self._process.stdin.write(json.dumps([str(folder), names]) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
-            if line.startswith("told "):
-                return json.loads(line.removeprefix("told "))
-        raise AssertionError(self.said())
+            if line.startswith("results "):
+                return json.loads(line.removeprefix("results "))
+        raise AssertionError(self.output())
 
-    def said(self) -> str:
-        """What the process printed beside its answers."""
+    def output(self) -> str:
+        """Return the process's output apart from its answers."""
         self._log.seek(0)
         return self._log.read()
 
@@ -93,7 +98,7 @@ def importer(folder: Path) -> Generator[Importer]:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The parts of its HTTP interface that its client asks for."""
+    """Request handler with helpers for the responses of a hub."""
 
     def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -111,12 +116,12 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def hub_that_serves(folder: Path, commit: str, asked: list[str]) -> type[Hub]:
-    """One repository, org/model, with the files of `folder`; the paths that were asked for are added to `asked`."""
+def hub_that_serves(folder: Path, commit: str, requested: list[str]) -> type[Hub]:
+    """Serve one repository, org/model, with the files of `folder`. Requested paths are appended to `requested`."""
 
     class Serving(Hub):
         def do_GET(self):
-            if self.path == "/api/agent-harnesses":  # asked for by the client of itself, in some environments
+            if self.path == "/api/agent-harnesses":  # the client requests it unprompted in some environments
                 self.answer(404)
                 return
             kind, _, path = self.path.removeprefix("/api/models").removeprefix("/org/model/").partition("/")
@@ -132,7 +137,7 @@ def hub_that_serves(folder: Path, commit: str, asked: list[str]) -> type[Hub]:
                 return
             assert (kind, path.partition("/")[0]) == ("resolve", commit), self.path
             name = path.partition("/")[2]
-            asked.append(name)
+            requested.append(name)
             content = (folder / name).read_bytes()
             self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit)
 

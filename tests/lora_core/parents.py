@@ -1,4 +1,4 @@
-"""Adapters to continue: trained here, or made by PEFT with numbers of chance."""
+"""Adapters to continue: trained here, or saved by PEFT with random weights."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,14 +41,14 @@ def train(base: BaseModel, job: Submission) -> Engine:
 
 
 def make_parent(base: BaseModel, folder: Path, method: str = "lora") -> Engine:
-    """Train one and export it into `folder`; returns its engine."""
+    """Train an adapter, export it into `folder` and return its engine."""
     engine = train(base, parent_job(method))
     engine.export("job", folder, base_name="tiny")
     return engine
 
 
 def child_of(parent: Path, *, seed: int = 60, dropout: float = 0.1, **options: Any) -> Submission:
-    """A job that continues `parent`, with evaluations, several slices a step, and other data."""
+    """Return a job that continues `parent`, with evaluations, several slices per step and other data."""
     job = config(
         **{
             "batch_size": 3,
@@ -72,7 +72,7 @@ DPO = ObjectiveConfig(kind="dpo", beta=0.5)
 
 
 def stateless(lora: LoraConfig, *, num_steps: int, batch_size: int = 2) -> JobConfig:
-    """A job whose next step is a function of weights, rate and rows alone: SGD without momentum, at a constant rate."""
+    """Return a job whose next step depends only on weights, learning rate and rows: SGD without momentum."""
     return JobConfig(
         lora=lora,
         optimizer=OptimizerConfig(kind="sgd", learning_rate=0.05, weight_decay=0.01, lora_plus_ratio=2.0),
@@ -85,7 +85,7 @@ def stateless(lora: LoraConfig, *, num_steps: int, batch_size: int = 2) -> JobCo
 
 
 def save_by_peft(model: torch.nn.Module, folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    """A PeftModel with all its numbers drawn, saved as any PEFT user would."""
+    """Save a PeftModel with random weights as PEFT does by default, and return it."""
     torch.manual_seed(4)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **fields))  # pyright: ignore[reportArgumentType]
     for parameter in adapted.parameters():

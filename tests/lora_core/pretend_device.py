@@ -1,8 +1,8 @@
-"""A device that is none: its tensors compute on the CPU, and refuse what a GPU's refuse.
+"""A simulated device. Its tensors compute on the CPU and reject what tensors on a GPU reject.
 
-A tensor of `pretend:0` mixes with no tensor of the CPU, but for those that torch lets mix: a number without
-dimensions, an index, and a copy. Its backward runs in a thread of its own. A grouped product asks for alignment as on
-a GPU. Only for a process of its own: torch knows the device from then on.
+An operator rejects tensors of `pretend:0` mixed with CPU tensors, except where torch allows it: a tensor without
+dimensions, an index, and a copy. The backward runs in a separate thread. A grouped GEMM requires alignment as on a GPU.
+Use it only in a dedicated process, because torch keeps the device registered.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 KIND = "pretend"
 DEVICE = f"{KIND}:0"
 MIXING = ("aten::copy_", "aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::_to_copy")
-"""Operators of which one argument may be the CPU's."""
+"""Operators that accept a CPU tensor as one argument."""
 GROUPED = "aten::_grouped_mm"
 ALIGNMENT_BYTES = 16
 
 
 class OnDevice(Tensor):
-    """`held`: the CPU's tensor that it stands for."""
+    """A tensor of the device. `held` is the CPU tensor that computes for it."""
 
     held: Tensor
 
@@ -65,21 +65,21 @@ class OnDevice(Tensor):
 
 @contextmanager
 def pretending() -> Iterator[None]:
-    """Within the block the device is there."""
+    """Simulate the device within the block."""
     _setup_privateuseone_for_python_backend(KIND, backend_module=_Backend())
     with _Making(), _Computing():
         yield
 
 
 class _Backend(_DummyBackendModule):
-    """Checkpointing asks for autocast, which is off."""
+    """Reports autocast types, which checkpointing queries. Autocast is off."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 
 
 class _Making(TorchFunctionMode):
-    """What torch makes of Python's numbers it makes on a device before any dispatch."""
+    """Creates tensors from Python numbers, because torch creates them on a device before any dispatch."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
@@ -133,4 +133,4 @@ def _refuse_unaligned(args: tuple[Any, ...]) -> None:
     """CUTLASS reads 16 bytes at a time."""
     for matrix in args[:2]:
         if matrix.data_ptr() % ALIGNMENT_BYTES:
-            raise RuntimeError(f"a matrix {tuple(matrix.shape)} of a grouped product begins at an unaligned address")
+            raise RuntimeError(f"a matrix {tuple(matrix.shape)} of a grouped GEMM starts at an unaligned address")

@@ -1,4 +1,4 @@
-"""Jobs that differ in everything that may differ in one pack, and how tests run them."""
+"""Jobs that differ in everything that can differ in one pack, and helpers that run them."""
 
 import random
 from dataclasses import dataclass, replace
@@ -25,11 +25,11 @@ from lora_core.events import Event, JobFinished
 
 VOCAB = 320
 DTYPES = ("float32", pytest.param("bfloat16", marks=pytest.mark.slow))
-"""For tests that are dear twice, where others hold bfloat16 to the same law in each run."""
+"""For tests that are too expensive in both types. Other tests check the same invariant in bfloat16 in each run."""
 
 
 def dataset(seed: int, lengths: list[int]) -> TokenDataset:
-    """Rows of the given lengths: random ids, the second half of each row supervised."""
+    """Return rows of the given lengths with random ids. The second half of each row is supervised."""
     numbers = np.random.default_rng(seed)
     masks = [np.arange(length) >= max(1, length // 2) for length in lengths]
     return TokenDataset(
@@ -74,7 +74,7 @@ class Submission:
 
 
 def submissions(family: str) -> dict[str, Submission]:
-    """Mixed ranks, targets, dropout, lengths (down to 2 tokens), batch sizes, slices and evaluations."""
+    """Return jobs with mixed ranks, targets, dropout, lengths (at least 2 tokens), batch sizes, slices, evaluations."""
     attention = {"llama": ("q_proj", "v_proj"), "gpt2": ("c_attn",)}[family]
     feed_forward = {"llama": "down_proj", "gpt2": "mlp.c_fc"}[family]
     top = {"llama": "layers.1.self_attn.o_proj", "gpt2": "h.1.attn.c_proj"}[family]
@@ -105,7 +105,7 @@ def submissions(family: str) -> dict[str, Submission]:
 
 
 def preferences() -> dict[str, Submission]:
-    """Pairs of answers of unequal length, cut into slices of one and of several pairs; and single ones."""
+    """Return jobs on pairs of answers of unequal length, in slices of one or several pairs, and on single answers."""
     return {
         "dpo": Submission(
             config=config(
@@ -149,12 +149,12 @@ def preferences() -> dict[str, Submission]:
 
 
 def rated(answers: TokenDataset, marks: str) -> TokenDataset:
-    """Each answer with its label: 1 for desirable, else 0."""
+    """Return `answers` with their labels: 1 for desirable, else 0."""
     return replace(answers, labels=np.array([float(mark) for mark in marks], np.float32))
 
 
 def methods() -> dict[str, Submission]:
-    """DoRA with and without dropout, LoRA+, ranks by pattern, some layers: each by itself and mixed."""
+    """Return jobs with DoRA with and without dropout, LoRA+, ranks by pattern and selected layers, alone and mixed."""
     dora = config(rank=3, num_steps=3, seed=10, slice_tokens=40)
     dropped = config(rank=5, dropout=0.3, batch_size=3, num_steps=2, seed=11)
     uneven = config(rank=4, targets=r"re:.*\d\.(mlp|self_attn|attn)\..*", num_steps=3, seed=12)
@@ -184,8 +184,10 @@ def methods() -> dict[str, Submission]:
 
 
 def numbers() -> dict[str, Submission]:
-    """Other optimizers and schedules, a job that ends early with the weights of an earlier evaluation, noise on
-    embeddings and smoothed labels."""
+    """Return jobs with other optimizers and schedules, noise on embeddings, smoothed labels, and early stopping.
+
+    The job with early stopping keeps the weights of an earlier evaluation.
+    """
     sgd = config(rank=6, dropout=0.1, batch_size=3, num_steps=5, seed=13, slice_tokens=50)
     factored = config(rank=3, dropout=0.1, batch_size=3, num_steps=5, seed=17, slice_tokens=40)
     momentum = OptimizerConfig(kind="sgd", learning_rate=0.5, momentum=0.9, weight_decay=0.01, lora_plus_ratio=2.0)
@@ -238,7 +240,7 @@ def numbers() -> dict[str, Submission]:
 
 
 def trained_in_full(family: str) -> dict[str, Submission]:
-    """An output head of the job's own, of the tied base too; embeddings of tokens; and both where they don't share."""
+    """Return jobs that train the output head (also of the tied base), token embeddings, and both on the untied base."""
     lora = {
         "head": {"modules_to_save": ("lm_head",)},
         "tokens": {"trainable_token_indices": (300, 2, 17, *range(100, 140))},
@@ -259,7 +261,7 @@ def trained_in_full(family: str) -> dict[str, Submission]:
 
 
 def starts() -> dict[str, Submission]:
-    """Adapters that begin with a part of the base model: with ranks by pattern, and with DoRA and dropout."""
+    """Return jobs initialized from base weights (PiSSA, OLoRA): with ranks by pattern, and with DoRA and dropout."""
     pissa = config(num_steps=3, seed=15, slice_tokens=20, learning_rate=2e-3)
     olora = config(rank=2, dropout=0.2, num_steps=3, seed=16, slice_tokens=16, learning_rate=2e-3)
     return {
@@ -285,7 +287,7 @@ def admit(engine: Engine, name: str, submission: Submission, **options) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """All that a run leaves of a job: the bytes of weights and moments, and its events."""
+    """The result of a job: the bytes of its weights and optimizer state, and its events."""
 
     vectors: bytes
     events: tuple[Event, ...]
@@ -310,7 +312,7 @@ def run_alone(base: BaseModel, submission: Submission, *, token_budget: int = 40
 
 
 def rename(events: list[Event], job: str) -> tuple[Event, ...]:
-    """Events of `job`, under the one name that outcomes are compared by."""
+    """Return the events of `job` under one common name, so that outcomes can be compared."""
     return tuple(replace(event, job="job") for event in events if event.job == job)
 
 
@@ -324,9 +326,9 @@ def run_elastically(
     ranks: Ranks = ALONE,
     **options,
 ) -> dict[str, Outcome]:
-    """Shuffled joins at every other tick; the finished leave at once; `victim` is evicted after one step.
+    """Admit the jobs in random order at every other tick. Finished jobs leave at once; `victim` leaves after one step.
 
-    options: further ones of the engine.
+    options: further options of the engine.
     """
     engine = Engine(base, EngineConfig(token_budget=token_budget, **options), ranks)
     order = sorted(jobs)
@@ -352,7 +354,7 @@ def run_elastically(
 
 
 def text_dataset(base_dir) -> TokenDataset:
-    """A few English sentences through the base model's own tokenizer, all but the first token supervised."""
+    """Return a few English sentences, tokenized for the base model. All tokens except the first are supervised."""
     from transformers import AutoTokenizer
 
     sentences = [

@@ -1,4 +1,4 @@
-"""An engine in a process that may not grow: `python -m tests.lora_core.starved BASE_DIR` prints what came of its jobs.
+"""An engine in a process with limited memory: `python -m tests.lora_core.starved BASE_DIR` prints the jobs' outcomes.
 
 The limit is the kernel's, on this process's address space, so the allocators fail as they do on a full machine.
 """
@@ -18,7 +18,7 @@ from lora_core.errors import OutOfMemory
 from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, state_bytes
 
 HEADROOM_BYTES = 96 * 2**20
-"""A slice of 2,048 tokens takes about half of it, three together and one of 16,384 tokens more than all."""
+"""A slice of 2,048 tokens takes about half of it. Three such slices, or one of 16,384 tokens, exceed it."""
 LARGE = Submission(config=config(batch_size=64, num_steps=2, slice_tokens=16_384, seed=9), train=dataset(9, [256] * 64))
 MEDIUM = [
     Submission(config=config(batch_size=8, num_steps=2, slice_tokens=2048, seed=seed), train=dataset(seed, [256] * 8))

@@ -1,4 +1,4 @@
-"""Configurations refuse numbers out of range, with the field's name and what it should be."""
+"""Configurations reject values out of range. The error names the field and its allowed values."""
 
 from dataclasses import replace
 
@@ -58,14 +58,14 @@ NAN, INF = float("nan"), float("inf")
         (EngineConfig(), "num_lanes", [0]),
     ],
 )
-def test_numbers_out_of_range_are_refused_by_name(make, field, bad):
+def test_out_of_range_values_are_rejected_with_the_field_name(make, field, bad):
     for value in bad:
         with pytest.raises(ConfigError, match=field) as caught:
             replace(make, **{field: value})
         assert field in caught.value.remedy
 
 
-def test_a_schedule_that_ends_before_the_job_is_refused():
+def test_schedule_shorter_than_the_job_is_rejected():
     schedule = ScheduleConfig(kind="linear", num_steps=5)
     with pytest.raises(ConfigError, match=r"schedule\.num_steps is 5") as caught:
         replace(config(num_steps=5), schedule=schedule, num_steps=10)
@@ -74,7 +74,7 @@ def test_a_schedule_that_ends_before_the_job_is_refused():
 
 
 @pytest.mark.parametrize("fields", [{"keep": "best"}, {"early_stopping": EarlyStoppingConfig(patience=1)}])
-def test_what_evaluations_decide_is_refused_where_none_comes_in_time(fields):
+def test_options_that_need_an_evaluation_are_rejected_without_one(fields):
     for every in (None, 5):
         with pytest.raises(ConfigError, match=f"evaluate_every_steps is {every}") as caught:
             replace(config(num_steps=4, evaluate_every_steps=every), **fields)
@@ -84,13 +84,13 @@ def test_what_evaluations_decide_is_refused_where_none_comes_in_time(fields):
         assert replace(config(num_steps=4, evaluate_every_steps=every), **fields).needs_evaluation
 
 
-def test_an_error_shows_its_remedy_once():
-    for error in (ConfigError("It is wrong.", remedy="Mend it."), OutOfMemory("j")):
+def test_error_text_contains_its_remedy_once():
+    for error in (ConfigError("It is wrong.", remedy="Fix it."), OutOfMemory("j")):
         assert str(error) == f"{error.message} {error.remedy}"
         assert error.remedy not in error.message
 
 
-def test_the_digest_follows_every_field():
+def test_digest_changes_with_the_fields():
     assert config().digest() == config().digest()
     assert config(seed=1).digest() != config(seed=2).digest()
     whole = replace(config(), optimizer=OptimizerConfig(learning_rate=1))
@@ -101,12 +101,12 @@ def test_the_digest_follows_every_field():
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank():
+def test_rank_stabilized_scaling_divides_by_the_root_of_the_rank():
     assert LoraConfig(rank=16, alpha=32).scale_of("layers.0.q_proj") == 2
     assert LoraConfig(rank=16, alpha=32, use_rslora=True).scale_of("layers.0.q_proj") == 8
 
 
-def test_the_first_key_that_matches_gives_a_module_its_rank_and_alpha():
+def test_first_matching_pattern_sets_rank_and_alpha_of_a_module():
     config = LoraConfig(
         rank=8,
         alpha=16,

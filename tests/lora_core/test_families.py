@@ -1,6 +1,6 @@
-"""Families that transformers builds on its attention interface are packed; others are refused by name.
+"""Model families built on the attention interface of transformers can be packed. Others are rejected by name.
 
-Each is a tiny random model: it trains beside a packmate, is exported and served by PEFT, and equals itself alone.
+Each base is a tiny random model. It trains with a packmate, PEFT serves the export, and the result equals a solo run.
 """
 
 import re
@@ -70,7 +70,7 @@ def save(family: str, folder: Path, **options) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_trains_packed_as_alone_and_its_adapter_serves_as_trained(tmp_path, family):
+def test_family_trains_packed_as_alone_and_peft_serves_its_adapter(tmp_path, family):
     base = load_base(save(family, tmp_path / "base", **FAMILIES[family]), dtype="float32", device="cpu")
     jobs = {
         "job": Submission(config=config(num_steps=3, dropout=0.1), train=dataset(1, [20, 33, 15])),
@@ -93,8 +93,8 @@ def test_a_family_trains_packed_as_alone_and_its_adapter_serves_as_trained(tmp_p
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi", "gpt_neox"])
-def test_in_bfloat16_too_a_family_trains_packed_as_alone(tmp_path, family):
-    """Those that differ: capped scores and windows; a part of each head rotated; attention beside the feed-forward."""
+def test_family_trains_packed_as_alone_in_bfloat16(tmp_path, family):
+    """Special cases: capped scores and windows, partial rotary embeddings, attention parallel to the feed-forward."""
     base = load_base(save(family, tmp_path / "base", **FAMILIES[family]), dtype="bfloat16", device="cpu")
     jobs = {
         "job": Submission(config=config(num_steps=3, dropout=0.1, slice_tokens=40), train=dataset(1, [20, 33, 15])),
@@ -118,7 +118,7 @@ def test_in_bfloat16_too_a_family_trains_packed_as_alone(tmp_path, family):
         ("gpt_oss", HEADS | {"num_local_experts": 4}),
     ],
 )
-def test_experts_and_recurrent_models_are_refused_by_name(tmp_path, family, options):
+def test_mixture_of_experts_and_recurrent_models_are_rejected_by_name(tmp_path, family, options):
     AutoConfig.for_model(family, **(COMMON | options)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=family) as caught:
         load_base(tmp_path, dtype="float32", device="cpu")
@@ -137,21 +137,19 @@ TOWERS = {
 
 @pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
 @pytest.mark.parametrize("family", TOWERS)
-def test_a_model_that_reads_more_than_text_is_refused_for_that_and_before_it_is_built(
-    tmp_path, monkeypatch, family, task
-):
-    options, said = TOWERS[family]
+def test_multimodal_model_is_rejected_before_it_is_built(tmp_path, monkeypatch, family, task):
+    options, reason = TOWERS[family]
     AutoConfig.for_model(family, **options).save_pretrained(tmp_path)
     monkeypatch.setattr("lora_core.base_model.model.build_model", None)
 
-    with pytest.raises(UnsupportedModel, match=re.escape(said)) as caught:
+    with pytest.raises(UnsupportedModel, match=re.escape(reason)) as caught:
         load_base(tmp_path, dtype="float32", device="cpu", task=task)
 
     assert repr(family) in str(caught.value)
     assert "'gemma3_text'" in caught.value.remedy
 
 
-def test_an_encoder_is_refused(tmp_path):
+def test_encoder_is_rejected(tmp_path):
     base = load_base(save("bert", tmp_path / "base"), dtype="float32", device="cpu")
     with pytest.raises(UnsupportedModel, match="can't be packed"):
         Engine(base, EngineConfig())

@@ -1,4 +1,4 @@
-"""On a real language model: fifty steps as PEFT takes them, a ruined packmate, a stop at every step, drawn courses."""
+"""Long tests on a real model: fifty steps as in PEFT, a ruined packmate, a stop at each step, random operations."""
 
 from dataclasses import replace
 
@@ -52,9 +52,13 @@ def base(request, real_base_dir) -> BaseModel:
 
 
 def job_of(method: str) -> JobConfig:
-    """At 2e-4 losses hold as well, but one number in millions is off by 1.1e-4 with rsLoRA: AdamW divides each gradient
-    by its own size, so where one is nothing but rounding, its update is as large as any, and goes with the rate. With
-    LoRA+ B has the higher one, here 1.6e-4; at 4e-4 four of fifty losses were off by 1.06e-5."""
+    """Return a job of `method` at a learning rate whose rounding errors stay within the tolerances.
+
+    At 2e-4 the losses match too, but with rsLoRA one number in millions is off by 1.1e-4. AdamW divides each gradient
+    by its own size. So a gradient that is only rounding gives as large an update as any other, proportional to the
+    learning rate. With LoRA+, B has the higher learning rate, here 1.6e-4. At 4e-4, four of fifty losses were off by
+    1.06e-5.
+    """
     plain = config(rank=4, num_steps=50, seed=7, learning_rate=1e-4)
     plain = replace(plain, schedule=ScheduleConfig(kind="cosine", warmup_steps=3, num_steps=50))
     if method == "lora_plus":
@@ -64,7 +68,7 @@ def job_of(method: str) -> JobConfig:
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "lora_plus", "dora"])
-def test_fifty_steps_of_each_method_equal_those_of_peft_on_a_real_model(real_base_dir, tmp_path, method):
+def test_fifty_steps_of_each_method_equal_peft_on_a_real_model(real_base_dir, tmp_path, method):
     def load(_family: str) -> BaseModel:
         return load_base(real_base_dir, dtype="float32", device="cpu")
 
@@ -72,9 +76,9 @@ def test_fifty_steps_of_each_method_equal_those_of_peft_on_a_real_model(real_bas
 
 
 @pytest.mark.parametrize("ruin", ["nan", "absurd rate", "infinite scale"])
-def test_a_ruined_job_leaves_its_packmates_as_they_were_on_a_real_model(base, alone, monkeypatch, ruin):
+def test_diverged_job_does_not_change_its_packmates_on_a_real_model(base, alone, monkeypatch, ruin):
     monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 16)
-    bad = replace(MATES["evaluated"], valid=None)  # it diverges in training, beside the others
+    bad = replace(MATES["evaluated"], valid=None)  # diverges in training, together with the others
     if ruin == "absurd rate":
         bad = at_an_absurd_rate(bad)
     if ruin == "infinite scale":
@@ -99,8 +103,8 @@ def alone(base):
     return {name: run_alone(base, job) for name, job in {**MATES, "stopped": STOPPED}.items()}
 
 
-def test_a_job_that_was_stopped_after_any_step_ends_with_the_same_bytes_on_a_real_model(base, alone, tmp_path):
-    """In another pack, whose ticks take one slice; and the first stop is in the middle of a step."""
+def test_job_resumed_after_any_step_gives_the_same_bytes_on_a_real_model(base, alone, tmp_path):
+    """The job resumes in another pack, whose ticks take one slice. The first stop is in the middle of a step."""
     whole, before = alone["stopped"], []
     engine = Engine(base, EngineConfig(token_budget=4096, job_tokens=1))
     admit(engine, "job", STOPPED)
@@ -120,11 +124,11 @@ def test_a_job_that_was_stopped_after_any_step_ends_with_the_same_bytes_on_a_rea
 
         assert state_bytes(other, "job") == whole.vectors, saved
         assert rename(before, "job") + rename(after, "job") == whole.events, saved
-    assert saved == 4  # after which there is an evaluation yet
+    assert saved == 4  # an evaluation still follows step 4
 
 
 def affordable_job(family: str, number: int) -> Submission:
-    """As it is drawn, but for decompositions of all weights, and a head as large as this base's."""
+    """Return the drawn job without decompositions of all weights and without a head as large as this base's."""
     job = drawn_job(family, number)
     lora = replace(job.config.lora, modules_to_save=())
     if lora.subtracts_start:
@@ -132,7 +136,7 @@ def affordable_job(family: str, number: int) -> Submission:
     return replace(job, config=replace(job.config, lora=lora))
 
 
-def test_drawn_courses_give_the_bytes_of_solo_runs_on_a_real_model(real_base_dir, monkeypatch):
+def test_random_operations_give_the_bytes_of_solo_runs_on_a_real_model(real_base_dir, monkeypatch):
     monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 16)
     base = load_base(real_base_dir, dtype="bfloat16", device="cpu")
 

@@ -26,7 +26,7 @@ STEPS_BEFORE_THE_MOVE = 1
 
 
 def mixed_jobs() -> dict[str, Submission]:
-    """LoRA with dropout, evaluations and several slices a step; DoRA with LoRA+; pairs; OLoRA; SGD."""
+    """LoRA with dropout, evaluations and several slices per step; DoRA with LoRA+; preference pairs; OLoRA; SGD."""
     lora = config(rank=16, dropout=0.1, num_steps=2, seed=1, evaluate_every_steps=1, slice_tokens=48)
     dora = config(rank=5, targets=("q_proj", "down_proj"), num_steps=2, seed=2)
     dpo = config(rank=8, num_steps=2, seed=3, objective=ObjectiveConfig(kind="dpo", beta=0.5))
@@ -57,9 +57,7 @@ def mixed_jobs() -> dict[str, Submission]:
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_pack_of_mixed_methods_has_the_bytes_of_each_job_alone_though_it_moves_house_half_way(
-    real_base_dir, tmp_path, dtype
-):
+def test_mixed_pack_gives_the_bytes_of_solo_runs_even_if_moved_midway(real_base_dir, tmp_path, dtype):
     base = load_base(real_base_dir, dtype=dtype, device="cpu")
     jobs = mixed_jobs()
     alone = {name: run_alone(base, job) for name, job in jobs.items()}
@@ -72,7 +70,7 @@ def test_a_pack_of_mixed_methods_has_the_bytes_of_each_job_alone_though_it_moves
 
 
 def run_and_move(base: BaseModel, jobs: dict[str, Submission], folder: Path) -> dict[str, Outcome]:
-    """Each job leaves the first pack after its first step, and goes on in a second one from its checkpoint."""
+    """Run each job in one pack for its first step, then in a second pack from its checkpoint."""
     first, second = Engine(base, EngineConfig()), Engine(base, EngineConfig(token_budget=64))
     events: list[Event] = []
     for name, job in jobs.items():

@@ -1,4 +1,4 @@
-"""What a GPU would refuse is found without one: a device that is none, in a child process, runs whole jobs."""
+"""Whole jobs run on a simulated device in a child process, to find without a GPU what a GPU would reject."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
         ("roberta", "bfloat16", "sequence-classification"),
     ],
 )
-def test_no_job_mixes_devices_from_its_admission_to_its_verified_adapter(
+def test_no_job_mixes_devices_from_admission_to_verified_adapter(
     base_dirs: dict[str, Path], tmp_path: Path, family: str, dtype: str, task: str
 ) -> None:
     is_causal = task == "causal-lm"

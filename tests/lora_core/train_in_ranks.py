@@ -1,7 +1,7 @@
-"""`python -m tests.lora_core.train_in_ranks BASE OUT STRATEGY JOBS`: one of several processes that train jobs together:
-of all kinds, or a few on a real model.
+"""`python -m tests.lora_core.train_in_ranks BASE OUT STRATEGY JOBS`: one of several processes that train jobs together.
 
-Each writes OUT/RANK.json: of every job what it ended with, and what PEFT found of an adapter.
+JOBS selects jobs of all kinds ("kinds"), or a few on a real model. Each process writes OUT/RANK.json: the outcome of
+every job, and PEFT's verdict on an adapter.
 """
 
 import inspect
@@ -30,11 +30,11 @@ from tests.lora_core.scenarios import Outcome, Submission, admit, config, datase
 from tests.lora_core.test_laws_on_a_real_model import mixed_jobs
 
 TOKEN_BUDGET = 120
-"""Of a rank: no tick holds all slices of the widest steps."""
+"""Token budget of a rank. No tick holds all slices of the widest steps."""
 
 
-def told(outcome: Outcome) -> dict[str, Any]:
-    """Digest of weights and moments, all events as they print, to the last bit of a float, and the losses in them."""
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """Return the digest of weights and optimizer state, the repr of all events (exact floats), and their losses."""
     return {
         "vectors": sha256(outcome.vectors).hexdigest(),
         "events": [repr(event) for event in outcome.events],
@@ -43,7 +43,7 @@ def told(outcome: Outcome) -> dict[str, Any]:
 
 
 def jobs_called(name: str, *, is_sharded: bool) -> dict[str, Submission]:
-    """On a divided base those that read no weight of it but by computing with it."""
+    """Return the jobs of a set. On a sharded base, omit those that read base weights directly."""
     jobs = submissions("llama") if name == "kinds" else mixed_jobs()
     return {
         name: job
@@ -55,14 +55,14 @@ def jobs_called(name: str, *, is_sharded: bool) -> dict[str, Submission]:
 def main(base_dir: Path, out: Path, strategy: Strategy, jobs_name: str) -> None:
     torch.set_num_threads(1)
     lanes_module.MIN_LANE_TOKENS = 8
-    distributed.CARRIED_NUMBERS = 1000  # so that a sum goes from rank to rank in several pieces
+    distributed.CARRIED_NUMBERS = 1000  # so that a sum travels between ranks in several pieces
     ranks = distributed.join("cpu", silence_seconds=120)
     base = load_base(base_dir, dtype="float32", device="cpu", strategy=strategy, ranks=ranks)
     jobs = jobs_called(jobs_name, is_sharded=base.is_sharded)
     found: dict[str, Any] = {"outcomes": {}, "is_offloaded": is_offloaded(base)}
     for name, options in {"by_lanes": {"num_lanes": 2, "job_tokens": 80}, "bound": {"num_lanes": 1}}.items():
         ended = run_elastically(base, jobs, token_budget=TOKEN_BUDGET, seed=3, victim="plain", ranks=ranks, **options)
-        found["outcomes"][name] = {job: told(outcome) for job, outcome in ended.items()}
+        found["outcomes"][name] = {job: summary(outcome) for job, outcome in ended.items()}
     found |= exported(base, ranks, out / f"adapter-{ranks.rank}")
     found |= refused(base, ranks) | {"num_ticks": ticks_of_two_small_jobs(base, ranks)}
     (out / f"{ranks.rank}.json").write_text(json.dumps(found))
@@ -70,19 +70,19 @@ def main(base_dir: Path, out: Path, strategy: Strategy, jobs_name: str) -> None:
 
 
 def is_offloaded(base: BaseModel) -> bool:
-    """What the library that divides the base says of where its shares are: on a CPU all are in one memory."""
+    """Return the offload setting of the sharding library. On a CPU, offloaded shards are in the same memory."""
     block: Any = find_blocks(base.model).modules[0]
     if base.strategy == "replicated":
         return False
     if base.strategy.startswith("fsdp2"):
         (group,) = block._get_fsdp_state()._fsdp_param_groups
         return isinstance(group.offload_policy, CPUOffloadPolicy)
-    divided_by = inspect.getclosurevars(next(block.parameters()).all_gather).nonlocals["self"]
-    return divided_by.remote_device == "cpu"
+    sharded_by = inspect.getclosurevars(next(block.parameters()).all_gather).nonlocals["self"]
+    return sharded_by.remote_device == "cpu"
 
 
 def exported(base: BaseModel, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Of one job: the digest of its adapter, PEFT's verdict, and an answer."""
+    """Return the digest of one job's adapter, PEFT's verdict, and an answer."""
     engine = Engine(base, EngineConfig(), ranks)
     admit(engine, "job", submissions("llama")["plain"])
     while not engine.idle:
@@ -97,7 +97,7 @@ def exported(base: BaseModel, ranks: Ranks, folder: Path) -> dict[str, Any]:
         again.tick()
     return {
         "adapter": report.sha256,
-        "with_blocks_computed_again": again.export(
+        "with_recomputed_blocks": again.export(
             "job", folder.with_name(f"{folder.name}-again"), base_name="tiny"
         ).sha256,
         "verified": verify_export(base, folder).passed,
@@ -107,7 +107,7 @@ def exported(base: BaseModel, ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 
 def ticks_of_two_small_jobs(base: BaseModel, ranks: Ranks) -> int:
-    """Each of six steps of one slice, of which some are to be computed alone at first."""
+    """Return the number of ticks of two jobs with six one-slice steps. The first ticks compute a job alone."""
     engine = Engine(base, EngineConfig(ticks_alone=2), ranks)
     for name in ("one", "other"):
         engine.admit(name, config(num_steps=6, batch_size=1), dataset(1, [20, 20, 20]))
@@ -119,7 +119,7 @@ def ticks_of_two_small_jobs(base: BaseModel, ranks: Ranks) -> int:
 
 
 def refused(base: BaseModel, ranks: Ranks) -> dict[str, Any]:
-    """What all say of a job that one of them alone can't admit."""
+    """Return the error that every rank raises for a job that only one of them can't admit."""
     engine = Engine(base, EngineConfig(), ranks)
     job = submissions("llama")["plain"]
     resume = Path("/nowhere") if ranks.rank == 1 else None

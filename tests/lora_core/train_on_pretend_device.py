@@ -1,8 +1,7 @@
-"""`python -m tests.lora_core.train_on_pretend_device FOLDER FAMILY DTYPE TASK`: what a job asks of a GPU, on
-pretend_device.py.
+"""`python -m tests.lora_core.train_on_pretend_device FOLDER FAMILY DTYPE TASK`: runs whole jobs on pretend_device.py.
 
-Jobs that differ in everything are trained in one pack with the kernels of a GPU, resumed after their first step,
-asked, exported and verified, and one begins with another's adapter. Prints a line of JSON for each that was.
+Jobs that differ in everything train in one pack with GPU kernels, resume after their first step, answer prompts, and
+are exported and verified. One job continues another's adapter. Prints a line of JSON for each verified job.
 """
 
 import json
@@ -42,7 +41,7 @@ def main(folder: Path, family: str, dtype: str, task: str) -> None:
     STRIP_NUMBERS[KIND] = STRIP_NUMBERS["cuda"]
     compiled_elementwise.compiled = cast(Any, lambda function: function)
     jobs = submissions(family) if task == "causal-lm" else classification_jobs(with_types=family == "bert")
-    whole = set_checkpoint_early_stop(False)  # by an exception, which the device's guard in Python can't be passed by
+    whole = set_checkpoint_early_stop(False)  # it raises an exception, which can't pass the device's guard in Python
     with pretending(), whole, TemporaryDirectory() as scratch:
         base = load_base(folder, dtype=cast(Any, dtype), device=DEVICE, task=cast(Any, task))
         base.attachment = Attachment(base.model, AS_ON_A_GPU)

@@ -1,4 +1,4 @@
-"""Adafactor over the flat row is torch's, matrix by matrix; what it remembers is small, and is resumed exactly."""
+"""Adafactor on the flat adapter equals torch's for each matrix. Its state is small and resumes exactly."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def new_adapter(*, use_dora: bool = True, rank: int = 3) -> FlatAdapter:
 
 
 def parameters(adapter: FlatAdapter) -> list[torch.nn.Parameter]:
-    """Each tensor of the row by itself, as a person's own loop would hold them."""
+    """Return each tensor of the flat adapter as a separate parameter, as in a usual training loop."""
     return [torch.nn.Parameter(adapter.p[block.numbers].view(block.shape).clone()) for block in adapter.blocks]
 
 
@@ -56,10 +56,10 @@ def flat(tensors: list[torch.nn.Parameter]) -> torch.Tensor:
         ({}, 1e-6),
         ({}, 1e-15),
     ],
-    ids=["usual", "decay and clip", "its own numbers", "gradients near epsilon", "gradients far below it"],
+    ids=["usual", "decay and clip", "custom options", "gradients near epsilon", "gradients far below epsilon"],
 )
 @pytest.mark.parametrize("rank", [1, 3])
-def test_steps_equal_torch_adafactor_with_a_rate_for_each_part(options, gradient_size, rank):
+def test_steps_equal_torch_adafactor_with_separate_learning_rates(options, gradient_size, rank):
     torch.manual_seed(0)
     adapter = new_adapter(rank=rank)
     numbers = replace(USUAL, lora_plus_ratio=4, **options)
@@ -90,7 +90,7 @@ def test_steps_equal_torch_adafactor_with_a_rate_for_each_part(options, gradient
     assert not torch.equal(flat(parameters(new_adapter(rank=rank))), adapter.p)
 
 
-def test_a_matrix_remembers_its_rows_and_columns_a_vector_each_number_and_there_is_no_momentum():
+def test_state_is_factored_for_matrices_full_for_vectors_without_momentum():
     adapter = new_adapter()
 
     matrices = (3 + 12) + (3 + 4) + (8 + 3) + (20 + 3) + (5 + 8)
@@ -104,12 +104,12 @@ def test_a_matrix_remembers_its_rows_and_columns_a_vector_each_number_and_there_
 @pytest.mark.parametrize(
     "options",
     [{"learning_rate": 1e30, "weight_decay": 0.1}, {"scale_floor": 1e38, "learning_rate": 1.0}],
-    ids=["a factor of decay", "a step of its whole size"],
+    ids=["weight decay factor", "unclipped step size"],
 )
-def test_adafactor_that_would_overflow_is_seen_before_the_step(options):
+def test_adafactor_overflow_is_detected_before_the_step(options):
     adapter = new_adapter(use_dora=False)
     adapter.p.fill_(1e36)
-    adapter.g[::7] = -1.0  # a part of each matrix, whose updates are above the mean
+    adapter.g[::7] = -1.0  # part of each matrix, with updates above the mean
     numbers = replace(USUAL, clip_threshold=20.0, **options)
     norm = gradient_norm(adapter)
 
@@ -121,8 +121,8 @@ def test_adafactor_that_would_overflow_is_seen_before_the_step(options):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-9, 1e9, 1e17])
-def test_no_gradient_that_has_a_norm_is_lost_to_overflow_on_the_way(size):
-    """The direction is kept: at 1e10 the product of rows and columns alone would be infinite, and the step none."""
+def test_gradients_with_a_finite_norm_survive_intermediate_overflow(size):
+    """The direction is kept. At 1e10 the product of rows and columns alone would be infinite, and the step zero."""
     adapter = new_adapter(use_dora=False)
     before = adapter.p.clone()
     adapter.g.copy_(torch.randn(adapter.num_parameters) * size)
@@ -145,7 +145,7 @@ def job() -> Submission:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_job_that_is_resumed_at_any_step_ends_with_the_same_bytes(load, tmp_path, dtype):
+def test_job_resumed_at_any_step_ends_with_the_same_bytes(load, tmp_path, dtype):
     base = load("llama", dtype)
     uninterrupted = run_alone(base, job())
 
@@ -163,7 +163,7 @@ def test_a_job_that_is_resumed_at_any_step_ends_with_the_same_bytes(load, tmp_pa
         assert state_bytes(resumed, "job") == uninterrupted.vectors
 
 
-def test_it_learns(load):
+def test_adafactor_reduces_the_loss(load):
     long = replace(config(rank=3, batch_size=2, num_steps=25), optimizer=job().config.optimizer)
 
     events = run_alone(load("llama"), Submission(config=long, train=dataset(3, [14, 9]))).events

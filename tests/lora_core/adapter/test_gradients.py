@@ -1,4 +1,4 @@
-"""A job's slices side by side: the adapter's bits don't tell in how many lanes and ticks they were computed."""
+"""Parallel slices of a job: the adapter's bits do not depend on the number of lanes and ticks."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def trained(base, job: Submission, *, job_tokens: int, num_lanes: int) -> tuple[
 
 @pytest.mark.parametrize("name", JOBS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_lanes_and_ticks_of_one_job_cannot_be_seen_in_its_row(load, monkeypatch, name, dtype):
+def test_adapter_bits_do_not_depend_on_lanes_and_ticks(load, monkeypatch, name, dtype):
     monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 8)
     used = spy_on_lanes(monkeypatch)
     base = load("llama", dtype)
@@ -49,7 +49,7 @@ def test_lanes_and_ticks_of_one_job_cannot_be_seen_in_its_row(load, monkeypatch,
         assert max(used) == num_lanes
 
 
-def test_gradients_of_slices_add_up_in_their_order_and_leave_their_vectors_empty():
+def test_slice_gradients_are_added_in_order_and_their_buffers_freed():
     lora = LoraConfig(rank=2, alpha=2)
     adapter = FlatAdapter(
         (AdaptedModule(name="a", in_features=3, out_features=4),), lora, dtype=torch.float32, device="cpu"
@@ -78,7 +78,7 @@ def test_gradients_of_slices_add_up_in_their_order_and_leave_their_vectors_empty
     assert not adapter.g.any()
 
 
-def test_further_slices_are_dealt_out_in_turn_while_there_is_room():
+def test_further_slices_are_added_round_robin_within_the_budget():
     one = ReadySlice(job="one", kind="train", num_tokens=10, served=0, further=(10, 10, 10))
     two = ReadySlice(job="two", kind="train", num_tokens=20, served=5, further=(20, 5))
 

@@ -1,4 +1,4 @@
-"""Where adapters begin: PEFT's gaussian, PiSSA and OLoRA, on a base model that never changes."""
+"""Initialization of adapters: PEFT's gaussian, PiSSA and OLoRA, on a base model that never changes."""
 
 import json
 import warnings
@@ -39,7 +39,7 @@ def started(init: str, weight_OD: torch.Tensor | None = None, **options) -> Flat
 
 
 def product(adapter: FlatAdapter) -> torch.Tensor:
-    """scale·B A of the row itself, without what is subtracted."""
+    """Return scale·B·A of the flat adapter, without the subtracted initial product."""
     a_RD, b_OR = (
         adapter.p[span].view(shape)
         for span, shape in ((adapter.spans["w"].a, (8, 40)), (adapter.spans["w"].b, (48, 8)))
@@ -47,7 +47,7 @@ def product(adapter: FlatAdapter) -> torch.Tensor:
     return adapter.sites["w"].scale * b_OR @ a_RD
 
 
-def test_gaussian_has_the_deviation_of_peft_and_no_update():
+def test_gaussian_has_the_standard_deviation_of_peft_and_no_update():
     adapter = started("gaussian")
 
     assert float(adapter.p[: adapter.num_a].std()) == pytest.approx(1 / 8, rel=0.15)
@@ -57,7 +57,7 @@ def test_gaussian_has_the_deviation_of_peft_and_no_update():
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16"])
-def test_pissa_begins_with_the_best_matrix_of_its_rank(init, use_rslora):
+def test_pissa_starts_with_the_best_matrix_of_its_rank(init, use_rslora):
     weight_OD = torch.randn(48, 40, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(weight_OD, full_matrices=False)
 
@@ -79,7 +79,7 @@ def test_more_iterations_come_closer_to_the_exact_decomposition():
     assert errors[2] < errors[0] / 10
 
 
-def test_olora_begins_with_orthonormal_columns_in_b():
+def test_olora_starts_with_orthonormal_columns_in_b():
     weight_OD = torch.randn(48, 40, generator=torch.Generator().manual_seed(0))
     a_RD, b_OR = decomposed(LoraConfig(rank=8, alpha=8, init_lora_weights="olora"), "w", weight_OD, seed=0)
 
@@ -89,9 +89,9 @@ def test_olora_begins_with_orthonormal_columns_in_b():
 
 @pytest.mark.parametrize(
     ("family", "init"),
-    [("llama", "pissa"), ("gpt2", "pissa"), ("llama", "olora")],  # PEFT's OLoRA doesn't know Conv1D
+    [("llama", "pissa"), ("gpt2", "pissa"), ("llama", "olora")],  # PEFT's OLoRA doesn't support Conv1D
 )
-def test_losses_equal_those_of_peft_which_changes_its_base(load, family, init, tmp_path):
+def test_losses_equal_peft_which_changes_its_base(load, family, init, tmp_path):
     lora = replace(CALM.lora, init_lora_weights=init)
     engine = Engine(load(family), EngineConfig())
     admit(engine, "job", replace(JOB, config=replace(CALM, lora=lora)))
@@ -131,7 +131,7 @@ def test_losses_equal_those_of_peft_which_changes_its_base(load, family, init, t
         ("llama", "float32", {"init_lora_weights": "olora", "use_dora": True}),
     ],
 )
-def test_the_adapter_is_plain_lora_of_twice_the_rank_that_peft_serves_on_the_unchanged_base(
+def test_export_is_plain_lora_of_twice_the_rank_on_the_unchanged_base(
     load, base_dirs, tmp_path, family, dtype, options
 ):
     base = load(family, dtype)
@@ -160,7 +160,7 @@ def test_the_adapter_is_plain_lora_of_twice_the_rank_that_peft_serves_on_the_unc
     assert all(torch.equal(before[name], weight) for name, weight in base.model.state_dict().items())
 
 
-def test_a_rank_above_a_weights_smaller_side_and_an_unknown_name_are_refused(load):
+def test_too_high_rank_and_unknown_initialization_are_rejected(load):
     job = config(rank=33)
     pissa = replace(job, lora=replace(job.lora, init_lora_weights="pissa"))
     with pytest.raises(NoTargets, match=r"rank 33 of .*k_proj, which is 32 by 64") as caught:

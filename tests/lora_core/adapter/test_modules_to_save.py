@@ -1,4 +1,4 @@
-"""Output heads and token embeddings that a job trains beside A and B: as PEFT does it, in PEFT's files."""
+"""Output heads and token embeddings that a job trains in addition to A and B, as in PEFT and in PEFT's files."""
 
 import json
 from dataclasses import replace
@@ -40,7 +40,7 @@ def trained(base: BaseModel, job: Submission) -> Engine:
 
 
 @pytest.mark.parametrize(("family", "fields"), CASES)
-def test_twenty_steps_equal_those_of_peft(load, tmp_path, family, fields):
+def test_twenty_steps_equal_peft(load, tmp_path, family, fields):
     calm = replace(LONG, num_steps=20, optimizer=replace(LONG.optimizer, learning_rate=1e-3))
 
     assert_equal_to_peft(load, family, replace(calm, lora=replace(calm.lora, **fields)), tmp_path)
@@ -55,7 +55,7 @@ def test_twenty_steps_equal_those_of_peft(load, tmp_path, family, fields):
         ("gpt2", EMBEDDINGS, "bfloat16"),
     ],
 )
-def test_peft_serves_what_was_trained_in_full_and_a_changed_tensor_is_noticed(load, tmp_path, family, fields, dtype):
+def test_fully_trained_modules_are_verified_and_changed_tensors_detected(load, tmp_path, family, fields, dtype):
     base = load(family, dtype)
     folder = tmp_path / "adapter"
     report = trained(base, job_with(fields)).export("job", folder, base_name="tiny")
@@ -65,7 +65,7 @@ def test_peft_serves_what_was_trained_in_full_and_a_changed_tensor_is_noticed(lo
 
     assert verdict.passed, verdict
     for name, parameter in base.model.named_parameters(remove_duplicate=False):
-        assert parameter is before[name], "the base is left without a trace"
+        assert parameter is before[name], "verification must leave no trace in the base"
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     in_full = [name for name in tensors if "lora_" not in name]
@@ -77,7 +77,7 @@ def test_peft_serves_what_was_trained_in_full_and_a_changed_tensor_is_noticed(lo
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_each_of_a_few_trained_tokens_is_noticed_where_its_embedding_is_changed(load, tmp_path, dtype):
+def test_verification_detects_a_change_of_each_trained_token(load, tmp_path, dtype):
     base, folder = load("llama", dtype), tmp_path / "adapter"
     tokens = [token for token in range(VOCAB) if token not in pseudo_random_ids(base, "probe", PROBE_SEED)][:3]
     trained(base, job_with({"trainable_token_indices": tuple(tokens)})).export("job", folder, base_name="tiny")
@@ -99,7 +99,7 @@ def test_each_of_a_few_trained_tokens_is_noticed_where_its_embedding_is_changed(
     ("family", "fields"),
     [("llama", HEAD), ("llama", {"trainable_token_indices": tuple(range(40, 240))}), ("gpt2", EMBEDDINGS)],
 )
-def test_one_wrong_row_among_many_is_noticed_and_named(load, tmp_path, family, fields, dtype):
+def test_verification_detects_and_names_one_wrong_row_among_many(load, tmp_path, family, fields, dtype):
     base, folder = load(family, dtype), tmp_path / "adapter"
     trained(base, job_with(fields)).export("job", folder, base_name="tiny")
     path = folder / "adapter_model.safetensors"
@@ -119,7 +119,7 @@ def test_one_wrong_row_among_many_is_noticed_and_named(load, tmp_path, family, f
         assert damaged.worst_linear in ("the output head", "a trained embedding", "a trained row of the head")
 
 
-def test_a_probe_holds_as_many_trained_tokens_as_half_of_its_places():
+def test_probe_holds_trained_tokens_in_up_to_half_of_its_positions():
     ids = np.full((2, 48), -1)
 
     few, many = with_tokens(ids, [7, 8, 9]), with_tokens(ids, list(range(1000)))
@@ -132,7 +132,7 @@ def test_a_probe_holds_as_many_trained_tokens_as_half_of_its_places():
 
 
 @pytest.mark.parametrize("fields", [HEAD, EMBEDDINGS])
-def test_the_base_stays_as_it_is_and_a_packmate_sees_the_base(load, fields):
+def test_base_stays_unchanged_and_usable_after_full_training(load, fields):
     base = load("llama")
     before = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
     ids = torch.arange(40)[None]
@@ -150,11 +150,11 @@ def test_the_base_stays_as_it_is_and_a_packmate_sees_the_base(load, fields):
         assert torch.isfinite(model(input_ids=ids).logits).all()
 
 
-def test_only_chosen_tokens_that_occur_get_another_embedding(load):
+def test_only_selected_tokens_that_occur_change_their_embedding(load):
     engine = trained(load("llama"), job_with({"trainable_token_indices": (*TOKENS, 7)}))
     job = engine._jobs["job"]
     (tensor,) = job.adapter.trained.tensors
-    decay = 0.01 * 1e-2 * 6  # of the weights themselves, at most
+    decay = 0.01 * 1e-2 * 6  # maximum relative change by weight decay
 
     change = (job.adapter.tensors[tensor.name].value - tensor.start(0)).abs().amax(1)
 
@@ -166,7 +166,7 @@ def test_only_chosen_tokens_that_occur_get_another_embedding(load):
 
 
 @pytest.mark.parametrize(("family", "fields"), [("llama", HEAD | EMBEDDINGS), ("gpt2", EMBEDDINGS)])
-def test_merged_equals_adapted_with_what_was_trained_in_full(load, base_dirs, tmp_path, family, fields):
+def test_merged_model_equals_adapted_model_with_fully_trained_modules(load, base_dirs, tmp_path, family, fields):
     base = load(family)
     trained(base, job_with(fields)).export("job", tmp_path / "adapter", base_name="tiny")
 
@@ -182,7 +182,7 @@ def test_merged_equals_adapted_with_what_was_trained_in_full(load, base_dirs, tm
     assert report.max_abs_effect > 10 * report.tolerance
 
 
-def test_a_head_that_the_base_shares_with_its_embeddings_is_not_merged(load, base_dirs, tmp_path):
+def test_head_tied_to_the_embeddings_is_not_merged(load, base_dirs, tmp_path):
     trained(load("gpt2"), job_with(HEAD)).export("job", tmp_path / "adapter", base_name="tiny")
 
     with pytest.raises(BadAdapter, match="shares with its embeddings"):
@@ -191,7 +191,7 @@ def test_a_head_that_the_base_shares_with_its_embeddings_is_not_merged(load, bas
     assert not (tmp_path / "merged").exists()
 
 
-def test_the_exported_configuration_names_what_was_trained_in_full(load, tmp_path):
+def test_exported_configuration_names_the_fully_trained_modules(load, tmp_path):
     for name, fields in {"both": HEAD | EMBEDDINGS, "neither": {}}.items():
         trained(load("llama"), job_with(fields)).export("job", tmp_path / name, base_name="tiny")
     both, neither = (_configuration(tmp_path / name) for name in ("both", "neither"))
@@ -214,7 +214,7 @@ def _configuration(folder: Path) -> dict:
         ("gpt2", HEAD | EMBEDDINGS, "two embeddings"),
     ],
 )
-def test_what_cannot_be_trained_in_full_is_refused_by_name(load, family, fields, sentence):
+def test_modules_that_cannot_be_fully_trained_are_rejected_by_name(load, family, fields, sentence):
     engine = Engine(load(family), EngineConfig())
 
     with pytest.raises(NoTargets, match=sentence) as refusal:
@@ -228,6 +228,6 @@ def test_what_cannot_be_trained_in_full_is_refused_by_name(load, family, fields,
     "fields",
     [{"trainable_token_indices": (-1,)}, {"trainable_token_indices": (3, 3)}, {"modules_to_save": ("a", "a")}],
 )
-def test_numbers_and_names_that_make_no_sense_are_refused(fields):
+def test_invalid_token_ids_and_duplicate_names_are_rejected(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))):
         LoraConfig(rank=1, alpha=1, **fields)

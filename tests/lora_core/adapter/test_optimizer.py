@@ -1,4 +1,4 @@
-"""The optimizers over the flat row are torch's; schedules are those of transformers."""
+"""Optimizers on the flat adapter equal torch's, and schedules equal those of transformers."""
 
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ def test_steps_of_lora_plus_equal_torch_adamw_with_two_groups():
     torch.testing.assert_close(adapter.p, torch.cat([a, b]).detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_with_lora_plus_magnitudes_have_the_rate_of_b_and_what_is_trained_in_full_that_of_a():
+def test_lora_plus_rate_of_b_applies_to_magnitudes_but_not_full_modules():
     torch.manual_seed(0)
     trained = TrainedTensors(
         tensors=tuple(
@@ -102,7 +102,7 @@ def test_with_lora_plus_magnitudes_have_the_rate_of_b_and_what_is_trained_in_ful
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_steps_of_sgd_equal_torch_sgd_with_a_rate_for_each_part(momentum, max_grad_norm):
+def test_steps_equal_torch_sgd_with_separate_learning_rates(momentum, max_grad_norm):
     torch.manual_seed(0)
     adapter = new_adapter()
     config = OptimizerConfig(
@@ -137,7 +137,7 @@ def test_steps_of_sgd_equal_torch_sgd_with_a_rate_for_each_part(momentum, max_gr
         {"learning_rate": 1e-30, "momentum": 0.9, "weight_decay": 1e37},
     ],
 )
-def test_sgd_that_would_overflow_a_weight_or_its_momentum_is_seen_before_the_step(options):
+def test_sgd_overflow_is_detected_before_the_step(options):
     adapter = new_adapter()
     adapter.p.fill_(100)
     adapter.g.fill_(1e18)
@@ -157,9 +157,9 @@ def test_sgd_that_would_overflow_a_weight_or_its_momentum_is_seen_before_the_ste
         (1e-3, {"learning_rate": 1e-3, "weight_decay": 1e42}),
         (1e-22, {"learning_rate": 1e25, "eps": 1e-37}),
     ],
-    ids=["a product on the way", "a clip too high to help", "a factor of decay", "squares that are 0"],
+    ids=["intermediate product", "clip too high to help", "weight decay factor", "squares that are 0"],
 )
-def test_adamw_that_would_overflow_anything_is_seen_before_the_step(gradient, options):
+def test_adamw_overflow_is_detected_before_the_step(gradient, options):
     adapter = new_adapter()
     adapter.g.fill_(gradient)
     config = OptimizerConfig(**options)
@@ -171,7 +171,7 @@ def test_adamw_that_would_overflow_anything_is_seen_before_the_step(gradient, op
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": 1e39}, {"learning_rate": 1e-40, "weight_decay": 1e39}])
-def test_a_factor_that_fp32_does_not_hold_is_seen_before_sgd_takes_it(options):
+def test_sgd_factor_outside_fp32_is_detected_before_the_step(options):
     adapter = new_adapter()
     adapter.p.fill_(1e-20)
     adapter.g.fill_(1e-20)
@@ -184,7 +184,7 @@ def test_a_factor_that_fp32_does_not_hold_is_seen_before_sgd_takes_it(options):
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0, 1e38])
-def test_adamw_at_a_usual_rate_stays_finite_with_a_large_gradient_however_it_is_clipped(max_grad_norm):
+def test_adamw_at_a_usual_rate_stays_finite_with_a_large_gradient(max_grad_norm):
     adapter = new_adapter()
     adapter.g.fill_(1e18)
     config = OptimizerConfig(learning_rate=1e-3, max_grad_norm=max_grad_norm)
@@ -198,7 +198,7 @@ def test_sgd_at_a_usual_rate_stays_finite_with_a_large_gradient():
     assert stays_finite(adapter, config, learning_rate=0.1, norm=gradient_norm(adapter))
 
 
-def test_the_compute_copy_follows_the_master():
+def test_compute_copy_is_updated_with_the_master_weights():
     adapter = new_adapter(torch.bfloat16)
     adapter.g.fill_(1)
     optimizer_step(adapter, OptimizerConfig(learning_rate=0.1), step=1, learning_rate=0.1, norm=gradient_norm(adapter))
@@ -207,7 +207,7 @@ def test_the_compute_copy_follows_the_master():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_a_gradient_that_is_not_finite_or_overflows_is_seen_in_its_norm(value):
+def test_non_finite_or_overflowing_gradient_is_detected_in_its_norm(value):
     adapter = new_adapter()
     adapter.g[7] = value
     assert not stays_finite(adapter, OptimizerConfig(learning_rate=0.1), learning_rate=0.1, norm=gradient_norm(adapter))
@@ -227,7 +227,7 @@ def test_schedules_equal_those_of_transformers_without_their_first_step(kind, wa
     make["wsd"] = lambda: get_wsd_schedule(optimizer, warmup_steps + 1, 4, 11, decay_type="linear")
     reference = make[kind]()
     optimizer.step()
-    reference.step()  # past their step of rate 0
+    reference.step()  # skips their step at learning rate 0
     for step in range(1, 11):
         rate = learning_rate_at(step, peak=0.5, schedule=schedule)
         assert rate == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
@@ -236,7 +236,7 @@ def test_schedules_equal_those_of_transformers_without_their_first_step(kind, wa
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
-def test_every_step_of_every_job_has_a_rate_above_zero(kind):
+def test_every_step_of_every_job_has_a_learning_rate_above_zero(kind):
     for num_steps in (1, 2, 3, 10):
         for warmup_steps in range(num_steps + 1):
             schedule = ScheduleConfig(kind=kind, warmup_steps=warmup_steps, num_steps=num_steps)
@@ -245,13 +245,13 @@ def test_every_step_of_every_job_has_a_rate_above_zero(kind):
             assert all(learning_rate_at(step, peak=1, schedule=longest) > 0 for step in range(1, num_steps + 1))
 
 
-def test_wsd_keeps_the_peak_and_then_goes_down_in_a_line_to_zero_one_step_past_the_end():
+def test_wsd_keeps_the_peak_then_decays_linearly_to_zero_past_the_end():
     schedule = ScheduleConfig(kind="wsd", warmup_steps=1, decay_steps=4, num_steps=8)
     rates = [learning_rate_at(step, peak=1, schedule=schedule) for step in range(1, 9)]
     assert rates == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
-def test_a_row_is_one_vector_of_exact_size_and_starts_as_peft_starts():
+def test_flat_adapter_has_exact_size_and_the_initialization_of_peft():
     adapter = new_adapter()
     assert adapter.num_parameters == 3 * (12 + 8) + 3 * (4 + 20)
     assert float(adapter.sites["a"].a_RD.abs().max()) <= 12**-0.5

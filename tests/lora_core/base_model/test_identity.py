@@ -1,4 +1,4 @@
-"""A checkpoint knows its base model: how it is held, what for, and which one of those that have its shape."""
+"""A checkpoint identifies its base model by dtype, quantization, task and the digest of its weights and config."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def saved_on(base: BaseModel, folder: Path) -> Path:
 
 
 def refusal_on(base: BaseModel, checkpoint: Path) -> BadCheckpoint:
-    """Why the job can't go on there; it is not admitted."""
+    """Return the error of resuming the job on `base`, which doesn't admit it."""
     engine = Engine(base, EngineConfig())
     with pytest.raises(BadCheckpoint) as caught:
         admit(engine, "job", JOB, resume_from=checkpoint)
@@ -42,7 +42,7 @@ def copied(base_dir: Path, folder: Path) -> Path:
 
 
 def changed(base_dir: Path, folder: Path, name: str, *, place: int) -> Path:
-    """A copy in which one number of one tensor is another."""
+    """Copy the base with one changed value in one tensor."""
     copied(base_dir, folder)
     tensors = load_file(folder / "model.safetensors")
     tensors[name].view(-1)[place] += 1e-3
@@ -54,7 +54,7 @@ def digest_of(folder: Path) -> str | None:
     return load_base(folder, dtype="float32", device="cpu").digest
 
 
-def test_a_checkpoint_of_a_base_in_another_dtype_is_refused(load, tmp_path):
+def test_checkpoint_of_a_base_in_another_dtype_is_rejected(load, tmp_path):
     saved = saved_on(load("llama", "bfloat16"), tmp_path / "saved")
 
     error = refusal_on(load("llama", "float32"), saved)
@@ -64,7 +64,7 @@ def test_a_checkpoint_of_a_base_in_another_dtype_is_refused(load, tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [("none", "nf4"), ("int8", "nf4"), ("nf4", "none")])
-def test_a_checkpoint_of_a_base_that_is_held_otherwise_is_refused(
+def test_checkpoint_of_a_base_with_another_quantization_is_rejected(
     base_dirs, tmp_path, before: Literal["none", "int8", "nf4"], after: Literal["nf4", "none"]
 ):
     pytest.importorskip("bitsandbytes")
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_a_base_that_is_held_otherwise_is_refused(
     assert f"quantization='{before}'" in error.remedy
 
 
-def test_a_checkpoint_of_a_base_for_another_task_is_refused(load, tmp_path):
+def test_checkpoint_of_a_base_for_another_task_is_rejected(load, tmp_path):
     base = load("llama")
     saved = saved_on(base, tmp_path / "saved")
     state = json.loads((saved / "state.json").read_text())
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_a_base_for_another_task_is_refused(load, tmp_path):
     assert "with task 'sequence-classification', but this base model has 'causal-lm'" in error.message
 
 
-def test_a_checkpoint_of_another_model_of_the_same_shape_is_refused(base_dirs, load, tmp_path):
+def test_checkpoint_of_another_model_of_the_same_shape_is_rejected(base_dirs, load, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     other = changed(base_dirs["llama"], tmp_path / "tuned", name, place=0)
     saved = saved_on(load("llama"), tmp_path / "saved")
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_model_of_the_same_shape_is_refused(base_dirs, l
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_checkpoint_of_another_model_is_refused_on_a_quantized_base_too(base_dirs, tmp_path, kind):
+def test_checkpoint_of_another_model_is_rejected_on_a_quantized_base(base_dirs, tmp_path, kind):
     pytest.importorskip("bitsandbytes")
     other = changed(base_dirs["llama"], tmp_path / "tuned", "model.norm.weight", place=0)
     first, second = (
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_another_model_is_refused_on_a_quantized_base_too(base_d
     assert "another base model" in error.message
 
 
-def test_a_checkpoint_goes_on_where_the_folder_has_another_place(base_dirs, load, tmp_path):
+def test_checkpoint_resumes_after_the_base_folder_has_moved(base_dirs, load, tmp_path):
     saved = saved_on(load("llama"), tmp_path / "saved")
     moved = load_base(copied(base_dirs["llama"], tmp_path / "elsewhere"), dtype="float32", device="cpu")
     engine = Engine(moved, EngineConfig())
@@ -124,7 +124,7 @@ def test_a_checkpoint_goes_on_where_the_folder_has_another_place(base_dirs, load
     assert engine.progress("job") == (1, 2)
 
 
-def test_the_digest_is_the_same_in_another_process_and_however_the_weights_are_cut_into_files(base_dirs, tmp_path):
+def test_digest_does_not_depend_on_the_process_or_the_split_into_files(base_dirs, tmp_path):
     folder = copied(base_dirs["llama"], tmp_path / "cut")
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -136,22 +136,22 @@ def test_the_digest_is_the_same_in_another_process_and_however_the_weights_are_c
         "folder = Path(sys.argv[1]); print(base_digest(folder, list(folder.glob('*.safetensors'))))"
     )
 
-    told = subprocess.run(
+    found = subprocess.run(
         [sys.executable, "-c", code, str(base_dirs["llama"])], capture_output=True, text=True, check=True
     )
 
-    assert told.stdout.strip() == digest_of(base_dirs["llama"]) == digest_of(folder)
+    assert found.stdout.strip() == digest_of(base_dirs["llama"]) == digest_of(folder)
 
 
 @pytest.mark.parametrize("place", [0, -1])
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"])
-def test_the_digest_changes_with_the_first_and_the_last_number_of_a_tensor(base_dirs, tmp_path, name, place):
+def test_digest_changes_with_the_first_and_the_last_value_of_a_tensor(base_dirs, tmp_path, name, place):
     other = changed(base_dirs["llama"], tmp_path / "tuned", name, place=place)
 
     assert digest_of(other) != digest_of(base_dirs["llama"])
 
 
-def test_the_digest_changes_with_the_config_and_not_with_its_layout(base_dirs, tmp_path):
+def test_digest_changes_with_the_config_and_not_with_its_layout(base_dirs, tmp_path):
     laid_out, rotated = copied(base_dirs["llama"], tmp_path / "a"), copied(base_dirs["llama"], tmp_path / "b")
     written = json.loads((laid_out / "config.json").read_text())
     (laid_out / "config.json").write_text(json.dumps(dict(reversed(written.items()))))
@@ -163,16 +163,16 @@ def test_the_digest_changes_with_the_config_and_not_with_its_layout(base_dirs, t
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_the_digest_does_not_tell_which_library_wrote_the_config(base_dirs, tmp_path):
+def test_digest_does_not_depend_on_the_library_that_wrote_the_config(base_dirs, tmp_path):
     folder = copied(base_dirs["llama"], tmp_path / "copy")
-    told = json.loads((folder / "config.json").read_text())
+    found = json.loads((folder / "config.json").read_text())
 
-    (folder / "config.json").write_text(json.dumps(told | {"transformers_version": "99.0", "_name_or_path": "there"}))
+    (folder / "config.json").write_text(json.dumps(found | {"transformers_version": "99.0", "_name_or_path": "there"}))
 
     assert digest_of(folder) == digest_of(base_dirs["llama"])
 
 
-def test_of_a_large_tensor_a_bounded_part_is_read(tmp_path):
+def test_digest_reads_a_bounded_part_of_a_large_tensor(tmp_path):
     from lora_core.base_model.identity import RUN_BYTES, RUNS, base_digest
 
     (tmp_path / "config.json").write_text("{}")
@@ -186,5 +186,5 @@ def test_of_a_large_tensor_a_bounded_part_is_read(tmp_path):
         save_file({"weight": tensor}, path)
         digests.append(base_digest(tmp_path, [path]))
 
-    assert digests[0] == digests[1], "between the places that are read"
+    assert digests[0] == digests[1], "the value lies between the positions that are read"
     assert len(set(digests)) == 3

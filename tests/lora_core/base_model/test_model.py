@@ -33,7 +33,7 @@ def test_a_base_is_described_from_its_config_alone(base_dirs, tmp_path):
     assert description["num_parameters"] == loaded.model.num_parameters()
 
 
-def test_the_paths_of_linears_are_told_once_for_all_blocks(base_dirs):
+def test_paths_of_linears_are_listed_once_for_all_blocks(base_dirs):
     assert describe_base(base_dirs["llama"])["linear_paths"][0] == {
         "path": "model.layers.*.self_attn.q_proj",
         "shape": [64, 64],
@@ -41,28 +41,28 @@ def test_the_paths_of_linears_are_told_once_for_all_blocks(base_dirs):
     }
 
 
-def test_conv1d_shapes_are_given_as_out_and_in(base_dirs):
+def test_conv1d_shapes_are_reported_as_out_and_in_features(base_dirs):
     assert describe_base(base_dirs["gpt2"])["linear_shapes"]["c_attn"] == [[192, 64], 2]
 
 
 @pytest.mark.parametrize(("name", "value"), [("dtype", "float16"), ("quantization", "int4"), ("task", "SEQ_CLS")])
-def test_an_unknown_name_is_refused(base_dirs, name, value):
+def test_unknown_dtype_quantization_or_task_is_rejected(base_dirs, name, value):
     given = {"dtype": "float32", name: value}
     with pytest.raises(ConfigError, match=f"{name} is '{value}'") as refusal:
         load_base(base_dirs["llama"], device="cpu", **given)
     assert f"{name} must be one of" in refusal.value.remedy
 
 
-def test_a_folder_may_be_a_string_and_must_be_there(base_dirs, tmp_path):
+def test_folder_can_be_a_string_and_must_exist(base_dirs, tmp_path):
     assert load_base(str(base_dirs["llama"]), dtype="float32", device="cpu").vocab_size == 320
-    for path, said in ((tmp_path / "none", "does not exist"), (base_dirs["llama"] / "config.json", "is a file")):
-        with pytest.raises(UnreachableSource, match=said):
+    for path, reason in ((tmp_path / "none", "does not exist"), (base_dirs["llama"] / "config.json", "is a file")):
+        with pytest.raises(UnreachableSource, match=reason):
             load_base(path, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_loaded_base_is_frozen_tied_and_equal_to_that_of_transformers(base_dirs, family, dtype):
+def test_loaded_base_is_frozen_tied_and_equal_to_transformers(base_dirs, family, dtype):
     from transformers import AutoModelForCausalLM
 
     base = load_base(base_dirs[family], dtype=dtype, device="cpu")
@@ -107,9 +107,9 @@ def test_a_real_gguf_is_imported_trained_and_served(real_base_dir, tmp_path):
     assert verify_export(base, tmp_path / "adapter").passed
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="tells by the kernel's own account, on Linux")
-def test_a_plain_base_is_the_files_own_pages_and_two_processes_share_them(base_dirs):
-    """Nothing of a mapped weight is a copy: all are pages of the file, which the kernel can share or drop."""
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads the memory maps of the Linux kernel")
+def test_plain_base_uses_the_pages_of_its_file_without_copies(base_dirs):
+    """No mapped weight is a copy. All weights are pages of the file, which the kernel can share or drop."""
     path = base_dirs["llama"] / "model.safetensors"
     other, base = (load_base(base_dirs["llama"], dtype="float32", device="cpu") for _ in range(2))
     assert all(parameter.isfinite().all() for parameter in base.model.parameters())  # every page has been read
@@ -121,7 +121,7 @@ def test_a_plain_base_is_the_files_own_pages_and_two_processes_share_them(base_d
     assert mapped.copied_bytes == 0
 
     next(base.model.parameters()).data.flatten()[0] += 1
-    assert mapping_around(addresses[0], path).copied_bytes > 0  # a write would have shown
+    assert mapping_around(addresses[0], path).copied_bytes > 0  # a write is detected
     assert mapping_around(next(other.model.parameters()).data_ptr(), path).copied_bytes == 0
 
 
@@ -133,7 +133,7 @@ class Mapping:
 
 
 def mapping_around(address: int, path: Path) -> Mapping:
-    """Of this process, by /proc/self/smaps: the mapping of the file that holds the address, of several there may be."""
+    """Return the mapping of the file that contains the address, according to /proc/self/smaps."""
     found, inside = [], False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if header := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -146,7 +146,7 @@ def mapping_around(address: int, path: Path) -> Mapping:
     return mapping
 
 
-def test_a_gpu_that_torch_does_not_find_is_said(base_dirs, monkeypatch):
+def test_gpu_that_torch_does_not_find_is_rejected(base_dirs, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     with pytest.raises(ConfigError, match="finds no GPU"):

@@ -1,4 +1,4 @@
-"""What a rank holds of a base, and what is done about memory of the host, without any other rank."""
+"""Memory of a base on one rank, CPU offload and pinned memory, tested without other ranks."""
 
 import pytest
 import torch
@@ -10,18 +10,18 @@ from lora_core.errors import ConfigError
 from lora_core.peft_format import verify
 
 
-def test_bytes_are_counted_in_the_memory_that_they_are_in():
+def test_bytes_are_counted_on_their_own_device():
     weight = torch.zeros(3, 5)
     assert (allocated_bytes(weight, "cpu"), allocated_bytes(weight, "cuda")) == (60, 0)
 
 
-def test_a_base_that_is_emptied_counts_by_its_share():
+def test_sharded_weight_counts_the_bytes_of_its_shard():
     weight = torch.zeros(0)
     weight.ds_tensor = torch.zeros(7)  # pyright: ignore[reportAttributeAccessIssue]
     assert allocated_bytes(weight, "cpu") == 28
 
 
-def test_memory_is_pinned_exactly_beside_what_else_is_set():
+def test_exact_pinning_keeps_other_allocator_settings():
     before = torch._C._accelerator_getAllocatorSettings()
     try:
         torch._C._accelerator_setAllocatorSettings("max_split_size_mb:64")
@@ -32,19 +32,19 @@ def test_memory_is_pinned_exactly_beside_what_else_is_set():
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload", "zero3_offload"])
-def test_one_rank_alone_divides_nothing(load, strategy):
+def test_sharding_on_one_rank_is_rejected(load, strategy):
     with pytest.raises(ConfigError, match="there is one"):
         shard(load("llama").model, strategy, Ranks(), device="cpu", dtype=torch.float32)
 
 
-def test_which_strategies_use_the_host_is_in_their_names():
+def test_offloading_strategies_are_recognized_by_name():
     assert [offloads(name) for name in ("replicated", "fsdp2", "zero3")] == [False] * 3
     assert offloads("fsdp2_offload")
     assert offloads("zero3_offload")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_to_be_verified_an_adapter_is_brought_to_the_device_though_the_base_is_elsewhere(load):
+def test_verification_moves_the_adapter_but_not_the_base_to_the_device(load):
     model = load("llama").model
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
     try:

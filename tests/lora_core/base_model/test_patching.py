@@ -1,4 +1,4 @@
-"""Targets are found as PEFT finds them, refused by name, and attaching leaves no trace."""
+"""Targets match those of PEFT, invalid targets are rejected by name, and detaching leaves no trace."""
 
 import re
 from dataclasses import replace
@@ -22,7 +22,7 @@ from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset,
     "wanted", ["all-linear", ("c_attn", "q_proj"), ("c_proj", "o_proj"), ("mlp.c_proj", "up_proj")]
 )
 @pytest.mark.filterwarnings("ignore")
-def test_the_same_modules_are_adapted_as_by_peft(load, family, wanted):
+def test_adapted_modules_equal_those_of_peft(load, family, wanted):
     base = load(family)
     if wanted != "all-linear":
         wanted = tuple(name for name in wanted if name.rpartition(".")[2].startswith("c_") == (family == "gpt2"))
@@ -44,7 +44,7 @@ def lora(targets, **fields) -> OurConfig:
     [("llama", [1], r"model\.layers\.1\.(mlp|self_attn)\..*_proj"), ("gpt2", [0], r".*h\.0\.(attn|mlp)\.c_.*")],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_layers_and_regular_expressions_choose_what_they_choose_in_peft(load, family, layers, pattern):
+def test_layers_and_regular_expressions_select_the_modules_of_peft(load, family, layers, pattern):
     linears = find_linears(load(family).model)
     short = sorted({name.rpartition(".")[2] for name in linears})
     by_layer = [
@@ -59,7 +59,7 @@ def test_layers_and_regular_expressions_choose_what_they_choose_in_peft(load, fa
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "reason"),
     [
         ({"targets": "re:.*w_proj"}, "w_proj"),
         ({"targets": r"re:((\w|\w\w|\.)+)+[XY]"}, "too long"),
@@ -68,12 +68,12 @@ def test_layers_and_regular_expressions_choose_what_they_choose_in_peft(load, fa
         ({"targets": ("q_proj",), "alpha_pattern": ((".*k_proj", 4.0),)}, "alpha_pattern names '.*k_proj'"),
     ],
 )
-def test_patterns_and_layers_that_match_nothing_or_take_for_ever_are_refused(load, fields, said):
-    with pytest.raises(NoTargets, match=re.escape(said)):
+def test_patterns_without_a_match_or_with_excessive_runtime_are_rejected(load, fields, reason):
+    with pytest.raises(NoTargets, match=re.escape(reason)):
         choose_targets(find_linears(load("llama").model), lora(**fields))
 
 
-def test_dora_is_refused_by_name_where_the_weights_cannot_be_read(load):
+def test_dora_on_unreadable_weights_is_rejected_by_name(load):
     class Quantized(torch.nn.Linear):
         pass
 
@@ -88,7 +88,7 @@ def test_dora_is_refused_by_name_where_the_weights_cannot_be_read(load):
 
 
 @pytest.mark.parametrize("wanted", ["lm_head", "w_proj", ("q_proj", "nope"), ".*", "proj", "self_attn"])
-def test_targets_that_match_nothing_are_refused_with_the_names_that_exist(load, wanted):
+def test_targets_without_a_match_are_rejected_with_the_existing_names(load, wanted):
     engine = Engine(load("llama"), EngineConfig())
     with pytest.raises(NoTargets) as caught:
         admit(engine, "job", Submission(config=config(targets=wanted), train=dataset(1, [10])))
@@ -106,7 +106,7 @@ def test_detaching_leaves_no_trace(load, family):
     assert snapshot(base) == before
 
 
-def test_an_attached_model_outside_a_pack_computes_what_it_did(load):
+def test_attached_model_outside_a_pack_computes_the_same_logits(load):
     base = load("llama")
     ids = torch.randint(VOCAB, (2, 20))
     before = base.model(input_ids=ids).logits
@@ -114,7 +114,7 @@ def test_an_attached_model_outside_a_pack_computes_what_it_did(load):
     torch.testing.assert_close(base.model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
 
 
-def test_data_that_the_base_model_cannot_take_is_refused(load):
+def test_data_that_does_not_fit_the_base_model_is_rejected(load):
     engine = Engine(load("llama"), EngineConfig())
     with pytest.raises(BadDataset, match="300 tokens"):
         admit(engine, "job", Submission(config=config(), train=dataset(1, [300])))
@@ -124,8 +124,8 @@ def test_data_that_the_base_model_cannot_take_is_refused(load):
         admit(engine, "job", Submission(config=config(), train=foreign))
 
 
-def test_a_linear_with_its_own_forward_takes_the_general_path_to_the_same_result(load):
-    """As a quantized or sharded linear would: its product is its own, the adapter's part is ours."""
+def test_linear_with_a_custom_forward_gives_the_same_result(load):
+    """Like a quantized or sharded linear, it computes its own matmul, and lora_core adds the adapter's part."""
 
     class Strange(torch.nn.Linear):
         pass

@@ -1,4 +1,4 @@
-"""Which families are entered between their blocks, and what a trial of it that fails means."""
+"""Passes that enter a model family between its blocks, and failures of the trial that checks such an entry."""
 
 import itertools
 from dataclasses import replace
@@ -22,9 +22,7 @@ from tests.lora_core.test_families import FAMILIES, save
 @pytest.mark.parametrize(
     "shortage", [torch.OutOfMemoryError("simulated"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_memory_that_is_short_while_a_block_is_tried_refuses_that_job_alone_and_the_next_enters(
-    load, monkeypatch, num_passes, shortage
-):
+def test_out_of_memory_in_the_entry_trial_rejects_only_that_job(load, monkeypatch, num_passes, shortage):
     base, job = load("llama"), upper_jobs()["dropped"]
     engine = Engine(base, EngineConfig(**AMPLE))
     passes, run = itertools.count(), prefix_cache.hidden_states
@@ -78,7 +76,7 @@ def test_every_classifier_can_be_entered_between_its_blocks(tmp_path, family):
 
 
 def is_never_entered(base: BaseModel) -> bool:
-    """Whether a job that adapts the upper block passes the whole base, and ends as where nothing is kept."""
+    """Return whether a job on the upper block runs all blocks and ends with the bytes of a run without a cache."""
     job = Submission(config=top(config(batch_size=4, num_steps=3)), train=dataset(1, [20, 28, 15, 17]))
     engine = Engine(base, EngineConfig(**AMPLE))
     admit(engine, "job", job)
@@ -87,7 +85,7 @@ def is_never_entered(base: BaseModel) -> bool:
     return engine.prefixes.reused_tokens == 0 and is_as_alone(engine, "job", base, job)
 
 
-def test_a_family_whose_blocks_hand_on_more_than_hidden_states_is_never_entered(load, monkeypatch):
+def test_family_whose_blocks_pass_on_more_than_hidden_states_is_not_entered(load, monkeypatch):
     base = load("llama")
     handed: list[torch.Tensor] = []
     block = type(base.model.model.layers[0])
@@ -101,14 +99,14 @@ def test_a_family_whose_blocks_hand_on_more_than_hidden_states_is_never_entered(
         return found + handed[0]
 
     monkeypatch.setattr(block, "forward", with_a_side_door)
-    monkeypatch.setattr(patching, "faster_blocks", lambda *_: [])  # which knows that Llama's have none
+    monkeypatch.setattr(patching, "faster_blocks", lambda *_: [])  # it assumes that Llama's blocks have no side channel
 
     assert is_never_entered(base)
 
 
-def test_a_family_whose_blocks_share_by_name_what_a_lower_one_made_is_never_entered(load, monkeypatch):
+def test_family_whose_blocks_share_state_of_a_lower_one_is_not_entered(load, monkeypatch):
     base = load("llama")
-    shared: dict[int, torch.Tensor] = {}  # by the tokens of a pass, which no part of it has as many of
+    shared: dict[int, torch.Tensor] = {}  # by number of tokens of a pass; every part of the pass has fewer
     block = type(base.model.model.layers[0])
     forward = block.forward
 
@@ -120,13 +118,13 @@ def test_a_family_whose_blocks_share_by_name_what_a_lower_one_made_is_never_ente
         return found + shared.pop(hidden.shape[1])
 
     monkeypatch.setattr(block, "forward", with_a_shelf)
-    monkeypatch.setattr(patching, "faster_blocks", lambda *_: [])  # which knows that Llama's have none
+    monkeypatch.setattr(patching, "faster_blocks", lambda *_: [])  # it assumes that Llama's blocks have no side channel
 
     assert is_never_entered(base)
 
 
 @pytest.mark.parametrize("num_passes", [1, 2])
-def test_a_device_that_fails_while_a_block_is_tried_is_no_answer(load, monkeypatch, num_passes):
+def test_device_failure_in_the_entry_trial_is_raised(load, monkeypatch, num_passes):
     engine = Engine(load("llama"), EngineConfig(**AMPLE))
     passes, run = itertools.count(), prefix_cache.hidden_states
 

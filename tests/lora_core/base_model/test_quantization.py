@@ -1,4 +1,4 @@
-"""Bases of 4 and 8 bits: the laws hold on them as on plain ones, and PEFT serves the adapter on the same base."""
+"""4-bit and 8-bit bases: the invariants of plain bases hold, and PEFT serves the adapter on the same base."""
 
 import json
 import shutil
@@ -46,19 +46,19 @@ def load(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_base_whose_weights_are_a_pickle_is_refused_unread(base_dirs, tmp_path, kind, monkeypatch):
+def test_pickled_weights_are_rejected_without_being_read(base_dirs, tmp_path, kind, monkeypatch):
     folder = tmp_path / "pickled"
     shutil.copytree(base_dirs["llama"], folder)
     (folder / "model.safetensors").unlink()
     torch.save(load_file(base_dirs["llama"] / "model.safetensors"), folder / "pytorch_model.bin")
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle is read"))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
 
     with pytest.raises(UnsupportedModel, match="no safetensors weights"):
         load_base(folder, dtype="bfloat16", device="cpu", quantization=kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_on_a_quantized_base_writes_nothing_into_the_log_of_its_trainer(base_dirs, caplog, kind):
+def test_training_on_a_quantized_base_logs_nothing(base_dirs, caplog, kind):
     engine = Engine(load(base_dirs, "llama", kind), EngineConfig())
     admit(engine, "job", JOB)
     caplog.clear()
@@ -71,7 +71,7 @@ def test_training_on_a_quantized_base_writes_nothing_into_the_log_of_its_trainer
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16")])
-def test_an_adapter_of_a_quantized_base_serves_as_trained_and_names_its_base(base_dirs, tmp_path, family, dtype, kind):
+def test_adapter_of_a_quantized_base_is_verified_and_names_its_base(base_dirs, tmp_path, family, dtype, kind):
     base = load(base_dirs, family, kind, dtype)
     engine = Engine(base, EngineConfig())
     admit(engine, "job", JOB)
@@ -94,7 +94,7 @@ def test_an_adapter_of_a_quantized_base_serves_as_trained_and_names_its_base(bas
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_packed_equals_solo_on_a_quantized_base(base_dirs, family, kind):
     base = load(base_dirs, family, kind)
-    # DoRA, PiSSA and OLoRA need the base's weights as plain numbers
+    # DoRA, PiSSA and OLoRA need unquantized base weights
     jobs = {
         name: job
         for name, job in submissions(family).items()
@@ -126,7 +126,7 @@ def test_resumed_equals_uninterrupted_on_a_quantized_base(base_dirs, tmp_path, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pass_without_gradients_leaves_the_gradients_of_later_ones_as_they_were(base_dirs, kind):
+def test_evaluation_pass_does_not_change_gradients_of_later_passes(base_dirs, kind):
     base = load(base_dirs, "llama", kind)
     engine = Engine(base, EngineConfig())
     admit(engine, "job", JOB)
@@ -147,7 +147,7 @@ def test_a_pass_without_gradients_leaves_the_gradients_of_later_ones_as_they_wer
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_far_outlier_of_a_packmate_changes_nothing(base_dirs, kind):
+def test_outlier_of_a_packmate_changes_no_result(base_dirs, kind):
     base = load(base_dirs, "llama", kind)
     linear = base.model.get_submodule("model.layers.0.mlp.up_proj")
     torch.manual_seed(0)
@@ -155,12 +155,12 @@ def test_a_far_outlier_of_a_packmate_changes_nothing(base_dirs, kind):
     loud_TD = x_TD.clone()
     loud_TD[32:] *= 1000
 
-    quiet, beside = linear.forward(x_TD)[:32], linear.forward(loud_TD)[:32]
+    quiet, with_outlier = linear.forward(x_TD)[:32], linear.forward(loud_TD)[:32]
 
-    assert torch.equal(quiet, beside)
+    assert torch.equal(quiet, with_outlier)
 
 
-def test_a_base_counts_its_weights_and_their_scales(base_dirs):
+def test_base_bytes_include_quantized_weights_and_their_scales(base_dirs):
     plain = load_base(base_dirs["llama"], dtype="bfloat16", device="cpu")
     shapes = [plain.model.get_parameter(f"{name}.weight").shape for name in plain.linear_names()]
     linears, rows, num_linears = sum(shape.numel() for shape in shapes), sum(shape[0] for shape in shapes), len(shapes)
@@ -176,14 +176,14 @@ def test_a_base_counts_its_weights_and_their_scales(base_dirs):
     assert int8.num_bytes == before == others + linears + 4 * rows
 
 
-def test_without_bitsandbytes_a_quantized_base_is_refused_and_the_extra_named(base_dirs, monkeypatch):
+def test_missing_bitsandbytes_is_rejected_with_the_extra_to_install(base_dirs, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UnsupportedModel) as caught:
         load(base_dirs, "llama", "nf4")
     assert "quant" in caught.value.remedy
 
 
-def test_nf4_is_that_of_qlora_and_int8_has_no_outlier_columns():
+def test_nf4_matches_qlora_and_int8_has_no_outlier_columns():
     nf4 = quantization_config("nf4", torch.bfloat16)
     assert (nf4.bnb_4bit_quant_type, nf4.bnb_4bit_use_double_quant) == ("nf4", True)
     assert quantization_config("int8", torch.bfloat16).llm_int8_threshold == 0.0
@@ -191,8 +191,8 @@ def test_nf4_is_that_of_qlora_and_int8_has_no_outlier_columns():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16")])
-def test_a_job_is_placed_by_the_bytes_that_a_quantized_base_takes(base_dirs, family, dtype, kind):
-    """What the service reckons from the description alone, before anything is loaded."""
-    reckoned = memory.base_bytes(describe_base(base_dirs[family]), dtype, kind)
+def test_estimated_bytes_match_those_of_a_loaded_quantized_base(base_dirs, family, dtype, kind):
+    """The service estimates the bytes from the description alone, before anything is loaded."""
+    estimated = memory.base_bytes(describe_base(base_dirs[family]), dtype, kind)
 
-    assert reckoned == pytest.approx(load(base_dirs, family, kind, dtype).num_bytes, rel=0.02)
+    assert estimated == pytest.approx(load(base_dirs, family, kind, dtype).num_bytes, rel=0.02)

@@ -1,5 +1,7 @@
-"""What dividing a base asks of the memory of each process. What it computes is tested in
-tests/lora_core/distributed/test_ranks.py."""
+"""Memory of each process while a base is sharded.
+
+The results of sharded bases are tested in tests/lora_core/distributed/test_ranks.py.
+"""
 
 import weakref
 from typing import Any
@@ -14,25 +16,25 @@ from lora_core.distributed.ranks import Ranks
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_of_a_base_that_is_divided_one_block_at_a_time_is_held_as_the_job_wants_it(base_dirs, monkeypatch, family):
-    """In the library's place stands what replaces a block's parameters by shares of them, as it does."""
+def test_sharding_converts_one_block_at_a_time_to_the_dtype_of_the_job(base_dirs, monkeypatch, family):
+    """A stub takes the library's place. Like the library, it replaces the parameters of a block by shards."""
     blocks: list[nn.Module] = []
-    divided: list[weakref.ref[nn.Parameter]] = []
+    sharded: list[weakref.ref[nn.Parameter]] = []
 
     def keep(model: nn.Module, requires_grad: bool) -> nn.Module:
         blocks.extend(find_blocks(model).modules)  # pyright: ignore[reportArgumentType]
         return usual(model, requires_grad)
 
     def divide(module: nn.Module, **_: Any) -> None:
-        assert not any(weight() is not None for weight in divided), "a block that is divided is held whole as well"
+        assert not any(weight() is not None for weight in sharded), "a sharded block is also kept in full"
         if module not in blocks:
             return
         assert dtypes_of(module) == {torch.bfloat16}
         blocks.remove(module)
-        assert all(dtypes_of(later) == {torch.float32} for later in blocks), "it is not its turn"
+        assert all(dtypes_of(later) == {torch.float32} for later in blocks), "a later block was converted too early"
         for part in module.modules():
             for name, weight in list(part.named_parameters(recurse=False)):
-                divided.append(weakref.ref(weight))
+                sharded.append(weakref.ref(weight))
                 setattr(part, name, nn.Parameter(weight.flatten()[:1].clone(), requires_grad=False))
 
     usual = nn.Module.requires_grad_
@@ -42,7 +44,7 @@ def test_of_a_base_that_is_divided_one_block_at_a_time_is_held_as_the_job_wants_
 
     base = load_base(base_dirs[family], dtype="bfloat16", device="cpu", strategy="fsdp2", ranks=Ranks(rank=0, size=2))
 
-    assert divided
+    assert sharded
     assert blocks == []
     assert dtypes_of(base.model) == {torch.bfloat16}
 

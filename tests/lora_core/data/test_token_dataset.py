@@ -1,4 +1,4 @@
-"""Token files are exactly what they should be; order and slices are functions of the job alone."""
+"""Token files must match their format exactly. Order and slices depend on the job alone."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def test_a_token_file_is_loaded_row_by_row(tmp_path):
         {"row_offsets": np.array([0, 9, 5], np.int64)},
     ],
 )
-def test_anything_else_is_refused(tmp_path, changes):
+def test_token_file_with_any_defect_is_rejected(tmp_path, changes):
     with pytest.raises(BadDataset):
         TokenDataset.load(write(tmp_path / "d.safetensors", **changes))
 
@@ -71,40 +71,40 @@ def hostile_files(tmp_path: Path) -> dict[str, Path]:
     return {name: tmp_path / name for name in contents}
 
 
-def test_hostile_safetensors_are_refused_before_they_are_parsed(tmp_path):
+def test_hostile_safetensors_are_rejected_before_parsing(tmp_path):
     for name, path in hostile_files(tmp_path).items():
         with pytest.raises(UnsafeFile) as caught:
             TokenDataset.load(path)
         assert caught.value.remedy, name
 
 
-def test_each_epoch_is_a_permutation_and_batches_run_on_across_epochs():
+def test_each_epoch_is_a_permutation_and_batches_span_epochs():
     rows = [row for step in range(7) for row in rows_of_step(num_rows=7, batch_size=3, seed=5, step=step)]
     epochs = [rows[0:7], rows[7:14], rows[14:21]]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_the_order_depends_on_seed_and_epoch_and_never_changes():
+def test_order_depends_on_the_seed_and_never_changes():
     assert rows_of_step(num_rows=10, batch_size=10, seed=1, step=0) == [2, 6, 7, 1, 0, 5, 4, 3, 9, 8]
     assert rows_of_step(num_rows=10, batch_size=10, seed=2, step=0) != rows_of_step(
         num_rows=10, batch_size=10, seed=1, step=0
     )
 
 
-def test_slices_keep_the_order_and_the_bound_and_a_long_row_is_alone():
+def test_slices_keep_order_and_limit_and_a_long_row_is_alone():
     lengths = dataset(0, [30, 20, 90, 10, 40, 50]).row_lengths()
     assert cut_slices([0, 1, 2, 3, 4, 5], lengths, slice_tokens=50) == [(0, 1), (2,), (3, 4), (5,)]
     assert cut_slices([4], lengths, slice_tokens=1) == [(4,)]
 
 
 @pytest.mark.parametrize("module", ["config", "errors", "events", "data.token_dataset", "engine.fair_queue"])
-def test_what_others_read_needs_no_torch(module):
+def test_modules_that_other_packages_import_need_no_torch(module):
     program = f"import sys, lora_core.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_every_error_has_a_code_a_sentence_and_a_remedy(tmp_path):
+def test_error_has_a_code_a_sentence_and_a_remedy(tmp_path):
     with pytest.raises(LoraCoreError) as caught:
         TokenDataset.load(tmp_path / "missing")
     assert caught.value.code == "unsafe_file"

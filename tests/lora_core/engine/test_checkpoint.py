@@ -1,4 +1,4 @@
-"""A checkpoint is whole, names what it belongs to, and is refused when it lies."""
+"""A checkpoint is complete, names what it belongs to, and is rejected if it is inconsistent."""
 
 import errno
 import json
@@ -57,7 +57,7 @@ def test_a_failed_write_leaves_nothing_behind(engine, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_an_os_error_leaves_nothing_behind_and_spares_the_job(engine, tmp_path):
+def test_full_disk_raises_os_error_leaves_no_file_and_keeps_the_job(engine, tmp_path):
     admit(engine, "job", JOB)
     with small_disk(tmp_path / "disk", 64 * 1024) as disk:
         with pytest.raises(OSError, match="No space left") as caught:
@@ -68,7 +68,7 @@ def test_a_full_disk_is_an_os_error_leaves_nothing_behind_and_spares_the_job(eng
     engine.save_checkpoint("job", tmp_path / "saved")
 
 
-def test_a_file_too_large_for_the_system_is_an_os_error_that_leaves_nothing_behind(engine, tmp_path):
+def test_file_above_the_size_limit_raises_os_error_and_leaves_no_file(engine, tmp_path):
     admit(engine, "job", JOB)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
@@ -81,19 +81,19 @@ def test_a_file_too_large_for_the_system_is_an_os_error_that_leaves_nothing_behi
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_configuration_is_refused_and_the_job_not_admitted(engine, saved):
+def test_checkpoint_of_another_configuration_is_rejected(engine, saved):
     other = replace(JOB, config=replace(JOB.config, seed=99))
     with pytest.raises(BadCheckpoint, match="config_digest"):
         admit(engine, "job", other, resume_from=saved)
     assert engine.jobs() == ()
 
 
-def test_other_data_is_refused(engine, saved):
+def test_checkpoint_of_other_data_is_rejected(engine, saved):
     with pytest.raises(BadCheckpoint, match="data_digest"):
         admit(engine, "job", replace(JOB, train=dataset(2, [10, 12, 8])), resume_from=saved)
 
 
-def test_a_changed_row_is_refused(engine, saved):
+def test_checkpoint_with_changed_weights_is_rejected(engine, saved):
     vectors = load_file(saved / "row.safetensors")
     vectors["p"][5] += 1
     save_file(vectors, saved / "row.safetensors")
@@ -101,13 +101,13 @@ def test_a_changed_row_is_refused(engine, saved):
         admit(engine, "job", JOB, resume_from=saved)
 
 
-def test_a_row_of_another_size_is_refused(engine, saved):
+def test_checkpoint_with_vectors_of_another_size_is_rejected(engine, saved):
     save_file({name: torch.zeros(7) for name in ("p", "m", "v")}, saved / "row.safetensors")
     with pytest.raises(BadCheckpoint, match="p, m, v of"):
         admit(engine, "job", JOB, resume_from=saved)
 
 
-def test_best_weights_are_a_vector_of_the_checkpoint_and_their_lack_is_refused(engine, tmp_path):
+def test_checkpoint_without_its_best_weights_is_rejected(engine, tmp_path):
     job = numbers()["early_best"]
     admit(engine, "job", job)
     while engine.progress("job")[0] < 2:
@@ -123,7 +123,7 @@ def test_best_weights_are_a_vector_of_the_checkpoint_and_their_lack_is_refused(e
         admit(engine, "job", job, resume_from=tmp_path / "saved")
 
 
-def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(engine, saved):
+def test_checkpoint_of_an_older_format_is_rejected_by_its_number(engine, saved):
     state = json.loads((saved / "state.json").read_text())
     del state["progress"]["selection"]
     (saved / "state.json").write_text(json.dumps(state | {"format": 2}))
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(engine, saved)
 
 
 @pytest.mark.parametrize("name", ["parent_sha256", "base_digest"])
-def test_a_checkpoint_that_does_not_say_what_it_belongs_to_is_refused(engine, saved, name):
+def test_checkpoint_without_parent_or_base_digest_is_rejected(engine, saved, name):
     state = json.loads((saved / "state.json").read_text())
     assert name in state
     del state[name]
@@ -144,7 +144,7 @@ def test_a_checkpoint_that_does_not_say_what_it_belongs_to_is_refused(engine, sa
 
 
 @pytest.mark.parametrize("name", ["state.json", "row.safetensors"])
-def test_a_missing_or_cut_file_is_refused(engine, saved, name):
+def test_missing_or_truncated_checkpoint_file_is_rejected(engine, saved, name):
     content = (saved / name).read_bytes()
     (saved / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(BadCheckpoint):

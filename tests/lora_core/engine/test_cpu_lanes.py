@@ -1,4 +1,4 @@
-"""Parts of a tick on cores of their own: nobody can tell from a result."""
+"""Parts of a tick run on separate cores without any effect on results."""
 
 import threading
 from dataclasses import replace
@@ -39,11 +39,11 @@ def test_every_slice_is_in_one_lane_and_no_lane_is_empty_or_too_full(
     assert fullest <= sum(costs) / len(lanes) + max(costs)
 
 
-def test_few_tokens_stay_together() -> None:
+def test_few_tokens_stay_in_one_lane() -> None:
     assert split([MIN_LANE_TOKENS // 2] * 2, num_tokens=MIN_LANE_TOKENS, num_lanes=4) == [[0, 1]]
 
 
-def test_lanes_run_side_by_side() -> None:
+def test_lanes_run_concurrently() -> None:
     meeting = threading.Barrier(3, timeout=30)
 
     def meet(part: int) -> int:
@@ -54,7 +54,7 @@ def test_lanes_run_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, 2])
-def test_a_lane_that_fails_is_told_when_all_have_ended(bad: int) -> None:
+def test_failure_of_a_lane_is_raised_after_all_lanes_have_finished(bad: int) -> None:
     ended: list[int] = []
     others_may_end = threading.Event()
 
@@ -86,7 +86,7 @@ def test_packed_equals_solo_with_three_lanes(load, monkeypatch, family, dtype):
 
 
 def spy_on_lanes(monkeypatch) -> list[int]:
-    """How many parts each tick was cut into, collected as it happens."""
+    """Return a list that collects the number of parts of each tick."""
     used: list[int] = []
     run = Lanes.run
 
@@ -99,7 +99,7 @@ def spy_on_lanes(monkeypatch) -> list[int]:
 
 
 def test_a_slow_machine_still_fills_every_lane(load, monkeypatch):
-    """A slice that lasts longer than a tick should lasts as long alone: it keeps no other lane empty."""
+    """A slice that takes longer than max_tick_seconds takes as long alone, so it keeps no other lane empty."""
     monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 8)
     used = spy_on_lanes(monkeypatch)
     engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=1e-9, num_lanes=2))
@@ -112,8 +112,8 @@ def test_a_slow_machine_still_fills_every_lane(load, monkeypatch):
     assert used == [2] * (1 + 3), "the probe at start, then every tick"
 
 
-def test_slices_on_kept_rows_fill_as_many_lanes_as_when_their_rows_were_new(load, monkeypatch):
-    """Their tokens, not what is left of their work, say whether another pass over the base's weights is worth it."""
+def test_slices_on_cached_rows_fill_as_many_lanes_as_on_new_rows(load, monkeypatch):
+    """Their tokens, not their remaining work, decide whether another pass over the base's weights pays off."""
     monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 20)
     engine = Engine(load("llama"), EngineConfig(max_tick_seconds=3600, num_lanes=2, prefix_memory_bytes=1 << 24))
     used = spy_on_lanes(monkeypatch)

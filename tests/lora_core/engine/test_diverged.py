@@ -1,4 +1,4 @@
-"""What a job that diverges leaves: the newest weights from which somebody can go on."""
+"""A diverged job names the newest weights from which training can continue."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ UNCLIPPED = replace(JOB, config=replace(JOB.config, optimizer=replace(JOB.config
 
 
 def a_rate_of(learning_rate: float) -> Callable[[Engine, pytest.MonkeyPatch], None]:
-    """In the fourth step alone."""
+    """Return a function that sets this learning rate in the fourth step only."""
 
     def damage(engine: Engine, patch: pytest.MonkeyPatch) -> None:
         usual = job_module.learning_rate_at
@@ -33,7 +33,7 @@ def a_rate_of(learning_rate: float) -> Callable[[Engine, pytest.MonkeyPatch], No
 
 
 def an_infinite_gradient(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    """In the fourth step alone."""
+    """Make the gradient norm infinite in the fourth step only."""
     usual = job_module.gradient_norm
     patch.setattr(
         job_module, "gradient_norm", lambda adapter: float("inf") if engine.progress("bad")[0] == 3 else usual(adapter)
@@ -53,7 +53,7 @@ RUINS = {
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ruin", RUINS)
-def test_from_the_weights_that_are_called_good_a_job_goes_on_at_a_sane_rate(load, tmp_path, monkeypatch, dtype, ruin):
+def test_diverged_job_continues_from_its_good_step_at_a_sane_rate(load, tmp_path, monkeypatch, dtype, ruin):
     job, damage, last_step, good_step = RUINS[ruin]
     engine = Engine(load("llama", dtype), EngineConfig())
     admit(engine, "bad", job)
@@ -75,7 +75,7 @@ def test_from_the_weights_that_are_called_good_a_job_goes_on_at_a_sane_rate(load
 
 
 def with_a_checkpoint_of_each_step(engine: Engine, folder: Path) -> list[Event]:
-    """All that is told of `bad`; a checkpoint is written right after each step, as one that is due then."""
+    """Return all events of `bad`. Write a checkpoint right after each step, as if it were due then."""
     events: list[Event] = []
     while not engine.idle:
         new = engine.tick()

@@ -1,6 +1,6 @@
-"""Weights that are finite and worthless: the loss stands, its gradient is exactly zero, and the job ends as diverged.
+"""Finite but worthless weights: the loss is constant, its gradient is exactly zero, and the job ends as diverged.
 
-Beside them what is no ruin: a set learnt by heart, and steps that have no gradient by their nature.
+Two cases are not a divergence: a memorized dataset, and steps that never have a gradient.
 """
 
 from dataclasses import replace
@@ -62,7 +62,7 @@ def events_of(base: BaseModel, job: Submission) -> list[Event]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ruin", RUINED)
-def test_a_job_whose_gradient_dies_while_its_loss_stands_ends_there_as_diverged(load, ruin, dtype):
+def test_job_with_a_vanished_gradient_ends_as_diverged(load, ruin, dtype):
     engine = Engine(load("llama", dtype), EngineConfig())
     admit(engine, "job", RUINED[ruin])
     events: list[Event] = []
@@ -80,7 +80,7 @@ def test_a_job_whose_gradient_dies_while_its_loss_stands_ends_there_as_diverged(
     assert torch.isfinite(weights(engine, "job")).all()
 
 
-def test_a_classifier_whose_gradient_dies_ends_as_diverged(tmp_path):
+def test_classifier_with_a_vanished_gradient_ends_as_diverged(tmp_path):
     job = classification_jobs()["three"]
     sound = replace(job.config, evaluate_every_steps=None, num_steps=3)
     base = classifier("llama", tmp_path / "llama")
@@ -91,9 +91,11 @@ def test_a_classifier_whose_gradient_dies_ends_as_diverged(tmp_path):
     assert "is exactly zero at a loss of 1.099" in events[-1].message  # ln 3
 
 
-def test_a_job_that_knows_its_rows_by_heart_finishes_without_a_gradient(load):
+def test_job_with_memorized_rows_finishes_without_a_gradient(load):
     base = load("llama")
-    base.model.lm_head.weight.data.mul_(1e4)  # so sure of each token that the next likeliest has no chance in fp32
+    base.model.lm_head.weight.data.mul_(
+        1e4
+    )  # saturates the softmax: the second most likely token has probability 0 in fp32
     row = greedy(base, [5, 9], num_tokens=10)
 
     events = events_of(base, Submission(config=config(batch_size=1, num_steps=3), train=row))
@@ -104,7 +106,7 @@ def test_a_job_that_knows_its_rows_by_heart_finishes_without_a_gradient(load):
 
 
 def greedy(base: BaseModel, prompt: list[int], *, num_tokens: int) -> TokenDataset:
-    """One row: the prompt, and what the base model itself answers, which is what is learnt."""
+    """Return one row: the prompt and the base model's own answer, which is supervised."""
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(num_tokens):
@@ -116,7 +118,7 @@ def greedy(base: BaseModel, prompt: list[int], *, num_tokens: int) -> TokenDatas
 
 
 def following(*before: int) -> TokenDataset:
-    """Two rows, each of whose label stands after these tokens."""
+    """Return two equal rows with one label each, after the given tokens."""
     row = [*before, 11]
     return TokenDataset(
         input_ids=np.array(row * 2, np.int32),
@@ -126,15 +128,15 @@ def following(*before: int) -> TokenDataset:
 
 
 @pytest.mark.parametrize(("before", "expected"), [((7,), False), ((7, 7, 7), False), ((7, 7, 8), True)])
-def test_a_gradient_of_zero_is_a_ruin_only_where_attention_could_choose(before, expected):
+def test_zero_gradient_is_a_divergence_only_if_attention_has_a_choice(before, expected):
     row = SimpleNamespace(g=torch.zeros(3))
     step: dict[str, Any] = {"dataset": following(*before), "slices": [(0,), (1,)], "norm": 0.0, "loss": 2.0}
 
     assert is_dead(cast(FlatAdapter, row), ObjectiveConfig(), **step) is expected
 
 
-def test_a_step_in_which_attention_can_choose_nothing_is_no_ruin_of_queries_and_keys(load):
-    """After one token all that is attended to is the same."""
+def test_zero_gradient_of_queries_and_keys_without_a_choice_is_valid(load):
+    """After one token, attention has only one position to attend to."""
     job = Submission(
         config=config(targets=r"re:.*0\.self_attn\.(q|k)_proj", batch_size=1, num_steps=3), train=following(7)
     )
@@ -146,7 +148,7 @@ def test_a_step_in_which_attention_can_choose_nothing_is_no_ruin_of_queries_and_
     assert all(isinstance(event, JobStepped) and event.loss > 1 and event.grad_norm == 0 for event in steps)
 
 
-def test_a_preference_that_is_saturated_has_no_gradient_and_finishes(load):
+def test_saturated_preference_has_no_gradient_and_finishes(load):
     job = preferences()["kto"]
     certain = replace(job.config, objective=ObjectiveConfig(kind="kto", beta=1e6), evaluate_every_steps=None)
 
@@ -157,7 +159,7 @@ def test_a_preference_that_is_saturated_has_no_gradient_and_finishes(load):
 
 
 def test_a_gradient_too_small_for_its_norm_is_not_zero(load):
-    """The squares of 1e-25 are below the smallest fp32, whose sum is 0."""
+    """The squares of 1e-25 underflow to 0 in fp32, so the norm is 0."""
     tiny = replace(config(num_steps=3), lora=LoraConfig(rank=4, alpha=1e-24))
 
     events = events_of(load("llama"), Submission(config=tiny, train=PLAIN.train))

@@ -1,4 +1,4 @@
-"""Which evaluation is the best, when a job ends early, and which weights it ends with."""
+"""Selection of the best evaluation, early stopping, and the weights that a job keeps."""
 
 from dataclasses import replace
 
@@ -22,14 +22,12 @@ EARLY = numbers()["early_best"]
         ([3.0, 2.0, 1.0], 0.0, 3, None),
         ([3.0, 3.0, 3.0], 0.0, 1, 3),
         ([3.0, 2.0, 2.5, 1.5, 1.6, 1.7], 0.0, 4, 6),
-        ([3.0, 2.9, 2.8, 2.7], 0.15, 4, None),  # a slow fall adds up
+        ([3.0, 2.9, 2.8, 2.7], 0.15, 4, None),  # slow decreases add up
         ([3.0, 2.99, 2.98, 2.97], 0.15, 3, 3),
-        ([3.0, 2.75, 2.75], 0.25, 2, 3),  # the fall must be greater
+        ([3.0, 2.75, 2.75], 0.25, 2, 3),  # the decrease must be greater than min_delta
     ],
 )
-def test_training_ends_after_two_evaluations_without_a_fall_and_the_lowest_loss_is_the_best(
-    losses, min_delta, best_step, stops_at
-):
+def test_training_stops_after_two_evaluations_without_improvement(losses, min_delta, best_step, stops_at):
     rule, selection = EarlyStoppingConfig(patience=2, min_delta=min_delta), Selection()
     stopped = None
     for step, loss in enumerate(losses, start=1):
@@ -43,7 +41,7 @@ def test_training_ends_after_two_evaluations_without_a_fall_and_the_lowest_loss_
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_a_job_that_stops_early_ends_with_the_weights_it_keeps_and_says_why(load, dtype, keep):
+def test_early_stopped_job_keeps_the_chosen_weights_and_reports_why(load, dtype, keep):
     base = load("llama", dtype)
     engine = Engine(base, EngineConfig())
     admit(engine, "job", replace(EARLY, config=replace(EARLY.config, keep=keep)))
@@ -72,7 +70,7 @@ def test_a_job_that_stops_early_ends_with_the_weights_it_keeps_and_says_why(load
         assert not weights(engine, "job").equal(seen[best])
 
 
-def test_a_job_that_keeps_its_best_weights_and_is_not_stopped_takes_all_its_steps(load):
+def test_job_with_best_weights_but_no_early_stopping_runs_all_steps(load):
     job = replace(EARLY, config=replace(EARLY.config, num_steps=6, early_stopping=None))
     (*_, finished) = run_alone(load("llama"), job).events
     assert isinstance(finished, JobFinished)
@@ -80,14 +78,14 @@ def test_a_job_that_keeps_its_best_weights_and_is_not_stopped_takes_all_its_step
     assert 0 < finished.kept_step < 6
 
 
-def test_memory_counts_the_best_weights(load):
+def test_memory_includes_the_best_weights(load):
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", EARLY)
     assert engine.memory()["adapter_bytes"] == 20 * engine.num_parameters("job")
 
 
 @pytest.mark.parametrize("options", [{"keep": "best"}, {"early_stopping": EarlyStoppingConfig(patience=1)}])
-def test_what_evaluations_decide_is_refused_without_a_held_out_set(load, options):
+def test_options_that_need_evaluations_are_rejected_without_validation_set(load, options):
     engine = Engine(load("llama"), EngineConfig())
     job = Submission(config=replace(config(evaluate_every_steps=2), **options), train=dataset(1, [9, 7]))
     with pytest.raises(ConfigError, match="need a validation set"):

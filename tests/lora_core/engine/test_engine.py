@@ -1,4 +1,4 @@
-"""What a job reports, and when: steps, evaluations, the end."""
+"""Events that a job reports: steps, evaluations and the end."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def run(engine: Engine) -> list:
     return events
 
 
-def test_a_name_is_taken_while_its_job_is_resident(load):
+def test_name_is_in_use_while_its_job_is_loaded(load):
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", JOB)
     with pytest.raises(ConfigError, match="'job' is already loaded"):
@@ -35,7 +35,7 @@ def test_a_name_is_taken_while_its_job_is_resident(load):
     admit(engine, "job", JOB)
 
 
-def test_the_held_out_set_is_scored_at_the_start_every_so_many_steps_and_at_the_end(load):
+def test_validation_set_is_evaluated_at_start_at_intervals_and_at_end(load):
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", JOB)
 
@@ -48,7 +48,7 @@ def test_the_held_out_set_is_scored_at_the_start_every_so_many_steps_and_at_the_
     assert events[-1] == JobFinished(job="job", step=5, kept_step=5)
 
 
-def test_the_first_evaluation_is_the_loss_of_the_base_itself(load):
+def test_first_evaluation_is_the_loss_of_the_base_model(load):
     losses, correct = [], 0
     model = load("llama").model
     for index in range(VALID.num_rows):
@@ -68,7 +68,7 @@ def test_the_first_evaluation_is_the_loss_of_the_base_itself(load):
     assert first.num_supervised_tokens == len(losses) == VALID.num_supervised_tokens
 
 
-def test_a_step_counts_its_tokens_and_names_its_learning_rate(load):
+def test_step_event_reports_its_tokens_and_learning_rate(load):
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", JOB)
 
@@ -82,13 +82,13 @@ def test_a_step_counts_its_tokens_and_names_its_learning_rate(load):
     ]
 
 
-def test_trained_tokens_count_each_step_once_though_the_job_resumes(load, tmp_path):
+def test_trained_tokens_count_each_step_once_across_a_resume(load, tmp_path):
     job = Submission(config=config(num_steps=6, batch_size=3, slice_tokens=20), train=JOB.train, valid=JOB.train)
     first, second = Engine(load("llama"), EngineConfig(job_tokens=1)), Engine(load("llama"), EngineConfig())
     admit(first, "job", job)
     while first.progress("job")[0] < 3:
         first.tick()
-    first.tick()  # into the fourth step, which the checkpoint leaves out
+    first.tick()  # into the fourth step, which the checkpoint omits
     first.save_checkpoint("job", tmp_path / "checkpoint")
 
     admit(second, "job", job, resume_from=tmp_path / "checkpoint")
@@ -108,7 +108,7 @@ def test_jobs_of_one_engine_share_ticks(load):
     assert {event.job for event in engine.tick()} == {"a", "b", "c"}
 
 
-def test_without_room_for_both_jobs_take_turns(load):
+def test_jobs_alternate_if_the_budget_is_too_small_for_both(load):
     engine = Engine(load("llama"), EngineConfig(token_budget=1))
     job = Submission(config=config(num_steps=2, batch_size=1), train=dataset(1, [20]))
     for name in ("a", "b"):
@@ -119,21 +119,21 @@ def test_without_room_for_both_jobs_take_turns(load):
     assert order == ["a", "b", "a", "b"]
 
 
-def test_after_the_last_job_a_gpus_kept_memory_is_given_back(load, monkeypatch):
-    given_back = []
+def test_cached_gpu_memory_is_released_after_the_last_job(load, monkeypatch):
+    released = []
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "first", JOB)
     admit(engine, "last", JOB)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(engine.jobs()))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append(engine.jobs()))
     engine.base.device = "cuda:0"
 
     engine.evict("first")
     engine.evict("last")
 
-    assert given_back == [()]
+    assert released == [()]
 
 
-def test_a_job_that_is_not_resident_is_named_with_those_that_are(load, tmp_path):
+def test_error_for_a_job_that_is_not_loaded_names_the_loaded_jobs(load, tmp_path):
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "here", submissions("llama")["tiny"])
 

@@ -12,7 +12,7 @@ from lora_core.engine import engine as engine_module
 from tests.lora_core.scenarios import dataset
 
 
-def test_the_example_in_the_engine_module_prints_what_it_shows(base_dirs, tmp_path, monkeypatch) -> None:
+def test_example_in_the_engine_module_prints_the_documented_output(base_dirs, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").symlink_to(base_dirs["llama"])
     for seed, name in enumerate(("first", "second")):

@@ -1,6 +1,6 @@
-"""Law: however jobs join, leave, pause and move between engines, each ends with the bytes of its solo run.
+"""Invariant: however jobs join, leave, pause and move between engines, each ends with the bytes of its solo run.
 
-Some of them diverge, alone as in company: at the same step, and with the bytes of the last one that was whole.
+Some jobs diverge. Alone and in a pack, they diverge at the same step, with the bytes of their last completed step.
 """
 
 import shutil
@@ -45,7 +45,7 @@ engine_configs = st.builds(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """The exported files by name, none of a job that diverged; the bytes of weights and moments; and the events."""
+    """Exported files by name (none for a diverged job), the bytes of weights and optimizer state, and the events."""
 
     files: dict[str, bytes]
     state: bytes
@@ -54,7 +54,7 @@ class Result:
 
 @dataclass(kw_only=True, slots=True)
 class Course:
-    """One job on its way: where it is resident, or which checkpoint it has, and what it has reported."""
+    """State of one job: the engine that holds it or its checkpoint, and the events so far."""
 
     submission: Submission
     engine: int | None
@@ -63,7 +63,7 @@ class Course:
 
 
 class SoloRuns:
-    """What each job gives alone and uninterrupted; computed once for all examples. Without `exports` no files."""
+    """Results of uninterrupted solo runs, computed once for all examples. Without `exports` they have no files."""
 
     def __init__(self, load: Callable[..., BaseModel], *, exports: bool = True) -> None:
         self.load = load
@@ -97,11 +97,11 @@ def exported(engine: Engine, job: str) -> dict[str, bytes]:
 
 
 class Trainers(RuleBasedStateMachine):
-    """Two engines on one resident base; `courses` holds the jobs that have not ended yet."""
+    """Two engines on one loaded base. `courses` contains the unfinished jobs."""
 
     alone: SoloRuns
     num_kinds: int
-    """Jobs are drawn of so many kinds; each that is drawn costs a solo run."""
+    """Number of distinct jobs to draw from. Each distinct job that is drawn costs a solo run."""
     draw = staticmethod(drawn_job)
 
     def __init__(self) -> None:
@@ -163,7 +163,7 @@ class Trainers(RuleBasedStateMachine):
     @precondition(lambda self: self.resident())
     @rule(data=st.data(), engine=st.integers(0, 1), config=engine_configs)
     def restart(self, data: st.DataObject, engine: int, config: EngineConfig) -> None:
-        """Another trainer takes over what one held, in another order, with another budget and other lanes."""
+        """Replace an engine by one that resumes its jobs in another order, with another budget and other lanes."""
         names = data.draw(st.permutations(self.resident(engine)))
         for name in names:
             self.park(name)
@@ -206,7 +206,7 @@ class Trainers(RuleBasedStateMachine):
         assert found.files == alone.files
 
     def teardown(self) -> None:
-        """Whatever is left is resumed and runs to its end."""
+        """Resume all remaining jobs and run them to their end."""
         try:
             for index, name in enumerate(self.paused()):
                 self.unpark(name, index % 2)
@@ -220,7 +220,7 @@ class Trainers(RuleBasedStateMachine):
 
 @pytest.fixture
 def alone(load, monkeypatch) -> SoloRuns:
-    """Lanes are opened for a few tokens already, so that tiny jobs are spread over them."""
+    """Solo runs with a low minimum of tokens per lane, so that tiny jobs are spread over lanes."""
     monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 16)
     bases = {base: load(*base) for base in BASES}
     return SoloRuns(lambda family, dtype: bases[family, dtype])
@@ -234,11 +234,11 @@ def trainers(alone_: SoloRuns, num_kinds_: int) -> type[Trainers]:
     return Bound
 
 
-def test_any_course_of_joins_leaves_pauses_and_moves_gives_the_bytes_of_solo_runs(alone):
+def test_any_sequence_of_operations_gives_the_bytes_of_solo_runs(alone):
     run_state_machine_as_test(trainers(alone, FEW_KINDS), settings=BOUNDED)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_many_long_courses_give_the_bytes_of_solo_runs(alone):
+def test_many_long_sequences_of_operations_give_the_bytes_of_solo_runs(alone):
     run_state_machine_as_test(trainers(alone, MANY_KINDS), settings=LARGE)

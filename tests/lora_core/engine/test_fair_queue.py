@@ -1,4 +1,4 @@
-"""Turns are fair in tokens, starve nobody, and fill the budget."""
+"""Scheduling is fair in tokens, starves no job, and fills the token budget."""
 
 from collections import Counter
 
@@ -14,19 +14,19 @@ def names(turns: list[ReadySlice]) -> list[str]:
     return [turn.job for turn in turns]
 
 
-def test_all_go_when_all_fit():
+def test_all_slices_are_selected_if_all_fit():
     assert names(select_slices([turn("a", 10), turn("b", 20)], token_budget=30)) == ["a", "b"]
 
 
-def test_nothing_waits_nothing_goes():
+def test_empty_queue_selects_nothing():
     assert select_slices([], token_budget=10) == []
 
 
-def test_a_slice_above_the_budget_goes_alone():
+def test_slice_above_the_budget_runs_alone():
     assert names(select_slices([turn("big", 99), turn("small", 1, served=5)], token_budget=10)) == ["big"]
 
 
-def test_the_least_served_is_first_and_smaller_ones_fill_the_rest():
+def test_least_served_job_is_first_and_smaller_slices_fill_the_budget():
     waiting = [
         turn("a", 40, served=90),
         turn("b", 70, served=0),
@@ -45,13 +45,13 @@ def test_an_evaluation_is_never_mixed_with_training():
     assert names(select_slices(waiting, token_budget=100)) == ["b", "c"]
 
 
-def test_over_time_a_large_job_and_small_ones_get_the_same_tokens():
+def test_large_and_small_jobs_get_similar_tokens_over_time():
     served = Counter({"large": 0, "small": 0, "tiny": 0})
     sizes = {"large": 900, "small": 200, "tiny": 30}
     for _ in range(3000):
         waiting = [turn(job, sizes[job], served[job]) for job in served]
         for chosen in select_slices(waiting, token_budget=1000):
             served[chosen.job] += chosen.num_tokens
-    # tiny goes in every tick that it fits beside others, so it is bounded by one slice a tick
+    # tiny runs in every tick where it fits next to others, so it is limited to one slice per tick
     assert min(served["large"], served["small"]) > 0.5 * max(served["large"], served["small"])
     assert served["tiny"] >= 30 * 2500

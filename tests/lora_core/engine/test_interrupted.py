@@ -1,5 +1,4 @@
-"""A tick that breaks off, by a failure or by Ctrl-C, leaves its jobs as if it had not been: they end with the same
-bytes."""
+"""A tick interrupted by a failure or by Ctrl-C does not affect its jobs: they end with the same bytes."""
 
 import itertools
 import signal
@@ -35,14 +34,14 @@ JOBS = {"long": LONG, "short": SHORT}
 
 
 class Failure(Exception):
-    """Of whatever kind a tick may meet."""
+    """Any kind of failure during a tick."""
 
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Failure])
 @pytest.mark.parametrize("num_lanes", [2, 1])
 @pytest.mark.parametrize("part", ["run_training", "run_evaluation"])
-def test_a_tick_that_breaks_off_in_a_lane_changes_no_byte(load, monkeypatch, error, num_lanes, part):
+def test_tick_interrupted_in_a_lane_changes_no_byte(load, monkeypatch, error, num_lanes, part):
     monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 8)
     base = load("llama")
     alone = {name: run_alone(base, job) for name, job in JOBS.items()}
@@ -51,60 +50,60 @@ def test_a_tick_that_breaks_off_in_a_lane_changes_no_byte(load, monkeypatch, err
         admit(engine, name, job)
     run, num_passes = getattr(passes_module, part), itertools.count()
 
-    def breaking_off(*arguments):
+    def interrupted(*arguments):
         scores = run(*arguments)
         if next(num_passes) in (1, 5):
             raise error
         return scores
 
-    monkeypatch.setattr(passes_module, part, breaking_off)
-    events, num_broken = ticked_to_the_end(engine, error)
+    monkeypatch.setattr(passes_module, part, interrupted)
+    events, num_interrupted = run_to_the_end(engine, error)
 
-    assert num_broken == 2
+    assert num_interrupted == 2
     for name, outcome in alone.items():
         assert (state_bytes(engine, name), rename(events, name)) == (outcome.vectors, outcome.events)
 
 
-def ticked_to_the_end(engine: Engine, error: type[BaseException]) -> tuple[list[Event], int]:
-    """All events, and how many ticks broke off with that error."""
+def run_to_the_end(engine: Engine, error: type[BaseException]) -> tuple[list[Event], int]:
+    """Return all events, and the number of ticks that raised `error`."""
     events: list[Event] = []
-    num_broken = 0
+    num_interrupted = 0
     while not engine.idle:
         try:
             events += engine.tick()
         except error:
-            num_broken += 1
-            assert num_broken < 10, "a tick breaks off for ever"
+            num_interrupted += 1
+            assert num_interrupted < 10, "the tick fails forever"
             assert not any(job.adapter.g.any() for job in engine._jobs.values())
-    return events, num_broken
+    return events, num_interrupted
 
 
-def test_a_tick_that_breaks_off_between_lanes_and_books_changes_no_byte(load, monkeypatch):
+def test_tick_interrupted_between_lanes_and_bookkeeping_changes_no_byte(load, monkeypatch):
     alone = run_alone(load("llama"), LONG)
     engine = Engine(load("llama"), EngineConfig(token_budget=64))
     admit(engine, "long", LONG)
     learn, calls = engine._throughput.learn, itertools.count()
 
-    def breaking_off(**measured):
+    def interrupted(**measured):
         if next(calls) in (1, 5):
             raise KeyboardInterrupt
         learn(**measured)
 
-    monkeypatch.setattr(engine._throughput, "learn", breaking_off)
-    events, num_broken = ticked_to_the_end(engine, KeyboardInterrupt)
+    monkeypatch.setattr(engine._throughput, "learn", interrupted)
+    events, num_interrupted = run_to_the_end(engine, KeyboardInterrupt)
 
-    assert num_broken == 2
+    assert num_interrupted == 2
     assert (state_bytes(engine, "long"), rename(events, "long")) == (alone.vectors, alone.events)
 
 
-def test_ctrl_c_amid_an_update_waits_for_its_end(load, monkeypatch):
+def test_ctrl_c_during_an_update_waits_for_its_end(load, monkeypatch):
     alone = run_alone(load("llama"), SHORT)
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "short", SHORT)
     sqrt, is_first = torch.sqrt, [True]
 
     def pressed(*arguments, **options):
-        """When the first moment is new, and the weights are old."""
+        """Press Ctrl-C when the first moment is updated and the weights are not."""
         if is_first:
             is_first.clear()
             signal.raise_signal(signal.SIGINT)
@@ -115,12 +114,12 @@ def test_ctrl_c_amid_an_update_waits_for_its_end(load, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             engine.tick()
     assert engine.progress("short") == (1, 5)
-    events, _ = ticked_to_the_end(engine, KeyboardInterrupt)
+    events, _ = run_to_the_end(engine, KeyboardInterrupt)
 
     assert (state_bytes(engine, "short"), rename(events, "short")) == (alone.vectors, alone.events)
 
 
-def test_a_job_whose_update_breaks_off_gives_nothing_more_and_no_packmate_can_tell(load, monkeypatch, tmp_path):
+def test_interrupted_update_makes_only_its_own_job_unusable(load, monkeypatch, tmp_path):
     alone = run_alone(load("llama"), SHORT)
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "bad", replace(SHORT, config=replace(SHORT.config, seed=7)))
@@ -134,24 +133,24 @@ def test_a_job_whose_update_breaks_off_gives_nothing_more_and_no_packmate_can_te
         update(adapter, *arguments, **options)
 
     monkeypatch.setattr(job_module, "optimizer_step", limited)
-    events, num_broken = ticked_to_the_end(engine, Failure)
+    events, num_interrupted = run_to_the_end(engine, Failure)
 
-    assert num_broken == 1
+    assert num_interrupted == 1
     assert engine.progress("bad") == (0, 5)
     assert (state_bytes(engine, "short"), rename(events, "short")) == (alone.vectors, alone.events)
-    made_of_it = (
+    operations = (
         lambda: engine.save_checkpoint("bad", tmp_path / "checkpoint"),
         lambda: engine.export("bad", tmp_path / "adapter", base_name="base"),
         lambda: engine.generation({"bad": Prompts(prompts=((1,),), max_tokens=1)}),
     )
-    for make in made_of_it:
+    for make in operations:
         with pytest.raises(BadCheckpoint, match="'bad' has undefined weights"):
             make()
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [Failure, KeyboardInterrupt])
-def test_a_start_that_breaks_off_is_made_again(load, monkeypatch, error):
+def test_interrupted_initialization_is_repeated(load, monkeypatch, error):
     lora = replace(SHORT.config.lora, init_lora_weights="pissa_niter_2")
     job = replace(SHORT, config=replace(SHORT.config, lora=lora))
     alone = run_alone(load("llama"), job)
@@ -164,7 +163,7 @@ def test_a_start_that_breaks_off_is_made_again(load, monkeypatch, error):
         with pytest.raises(error):
             engine.tick()
 
-    events, _ = ticked_to_the_end(engine, error)
+    events, _ = run_to_the_end(engine, error)
 
     assert (state_bytes(engine, "job"), rename(events, "job")) == (alone.vectors, alone.events)
 
@@ -176,7 +175,7 @@ def raising(error: type[BaseException]) -> Callable[..., None]:
     return fail
 
 
-def test_lanes_that_were_left_by_two_interrupts_can_still_be_waited_for(monkeypatch):
+def test_lanes_abandoned_by_two_interrupts_can_still_be_awaited(monkeypatch):
     lanes_of_two, may_end, ended = Lanes(2), threading.Event(), []
 
     def compute(part):
@@ -197,7 +196,7 @@ def test_lanes_that_were_left_by_two_interrupts_can_still_be_waited_for(monkeypa
     assert ended == [1]
 
 
-def test_a_part_that_can_not_be_handed_out_leaves_no_other_unwaited_for(monkeypatch):
+def test_failed_submission_of_a_part_leaves_no_other_part_unawaited(monkeypatch):
     lanes_of_three, ended = Lanes(3), []
     submit = ThreadPoolExecutor.submit
 

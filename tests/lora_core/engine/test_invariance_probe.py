@@ -1,4 +1,4 @@
-"""The start-up probe says what this machine's kernels really do, and refuses models that mix sequences."""
+"""The start-up probe reports the actual behavior of this machine's kernels and rejects models that mix sequences."""
 
 import gc
 from typing import Any
@@ -25,12 +25,12 @@ from lora_core.module_paths import layer_of
 from lora_core.packing import packed_batch
 
 MOST_ROWS = 128
-"""Of the probe's products: its largest pack has 112 tokens, and the head takes labels 32 at a time."""
+"""Maximum rows of the probe's matmuls: its largest pack has 112 tokens, and the head processes 32 labels at a time."""
 
 
 @pytest.fixture
 def probed_once() -> None:
-    """Here each engine probes."""
+    """Overrides the shared fixture, so that each engine runs its own probe."""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -39,13 +39,13 @@ def test_one_thread_and_sizes_of_64_give_bitwise_equality(load, family, dtype):
     assert Engine(load(family, dtype), EngineConfig()).invariance == "bitwise"
 
 
-def test_small_differences_are_called_allclose(load, monkeypatch):
+def test_small_differences_are_reported_as_allclose(load, monkeypatch):
     disturbed(monkeypatch, size=1e-4, losses=1e-4)
     assert Engine(load("llama"), EngineConfig()).invariance == "allclose"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_as_they_are_make_no_record_bitwise_though_all_packs_of_the_probe_are_equal(load, dtype, monkeypatch):
+def test_plain_matmuls_are_reported_as_allclose_even_if_the_probe_is_equal(load, dtype, monkeypatch):
     linear, seen = batch_invariant.linear, []
 
     def changes_with_many_rows(x_TK, weight_NK, bias_N, exact):
@@ -60,7 +60,7 @@ def test_products_as_they_are_make_no_record_bitwise_though_all_packs_of_the_pro
     assert engine.invariance == "allclose"
 
 
-def test_several_threads_to_a_lane_make_no_record_bitwise(load):
+def test_several_threads_per_lane_are_reported_as_allclose(load):
     torch.set_num_threads(2)
 
     alone, dealt = (Engine(load("llama"), EngineConfig(num_lanes=number)) for number in (1, 2))
@@ -69,13 +69,13 @@ def test_several_threads_to_a_lane_make_no_record_bitwise(load):
 
 
 @pytest.mark.parametrize(("gradients", "losses"), [(0.5, 0.5), (0.2, 0), (0, 0.2), (-2, 0)])
-def test_large_differences_are_refused(load, monkeypatch, gradients, losses):
+def test_large_differences_are_rejected(load, monkeypatch, gradients, losses):
     disturbed(monkeypatch, size=gradients, losses=losses)
     with pytest.raises(UnsupportedModel, match="change with the packmates"):
         Engine(load("llama"), EngineConfig())
 
 
-def test_attention_across_sequences_is_refused(load, monkeypatch):
+def test_attention_across_sequences_is_rejected(load, monkeypatch):
     original = packed_batch.build_pack
 
     def merged(slices, *, device):
@@ -89,7 +89,7 @@ def test_attention_across_sequences_is_refused(load, monkeypatch):
         Engine(load("llama"), EngineConfig())
 
 
-def test_attention_to_later_tokens_is_refused(load):
+def test_attention_to_later_tokens_is_rejected(load):
     base = load("llama")
     for module in base.model.modules():
         if hasattr(module, "is_causal"):
@@ -99,7 +99,7 @@ def test_attention_to_later_tokens_is_refused(load):
 
 
 def disturbed(monkeypatch, *, size: float, losses: float) -> None:
-    """Kernels whose gradients and losses change by these shares where jobs are packed."""
+    """Simulate kernels whose gradients and losses change by these fractions if jobs are packed."""
     original = invariance_probe._gradients
 
     def gradients(base, slices):
@@ -111,9 +111,9 @@ def disturbed(monkeypatch, *, size: float, losses: float) -> None:
     monkeypatch.setattr(invariance_probe, "_gradients", gradients)
 
 
-def test_a_probe_leaves_no_memory_and_no_trace_in_the_model(load):
+def test_probe_leaves_no_memory_and_no_trace_in_the_model(load):
     base = load("llama")
-    Engine(base, EngineConfig())  # attached, and every cache of a library filled
+    Engine(base, EngineConfig())  # attaches the base, and fills all library caches
     before = tensor_bytes()
 
     Engine(base, EngineConfig())
@@ -124,13 +124,13 @@ def test_a_probe_leaves_no_memory_and_no_trace_in_the_model(load):
 
 
 def tensor_bytes() -> int:
-    """Of all tensors that live."""
+    """Return the bytes of all live tensors."""
     gc.collect()
     living = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in living}.values())
 
 
-def test_a_probe_adapts_a_block_of_each_kind_and_one_below_it():
+def test_probe_adapts_a_block_of_each_kind_and_one_below_it():
     alike = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=6))
     unlike = Gemma3ForCausalLM(
         Gemma3TextConfig(**SIZES, num_hidden_layers=8, layer_types=["sliding_attention"] * 3 + KINDS)
@@ -141,7 +141,7 @@ def test_a_probe_adapts_a_block_of_each_kind_and_one_below_it():
     assert adapted == {alike: {4, 5}, unlike: {4, 5, 6, 7}}
 
 
-def test_a_probe_adapts_linears_that_are_in_no_block():
+def test_probe_adapts_linears_that_are_in_no_block():
     model = OPTForCausalLM(
         OPTConfig(
             vocab_size=64,

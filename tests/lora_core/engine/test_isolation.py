@@ -1,4 +1,4 @@
-"""One job's ruin stays its own: its packmates can't tell that it was ever there."""
+"""A diverged job or one that runs out of memory has no effect on its packmates."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def scaled(**options) -> Submission:
 def with_weights_of_nan(engine: Engine) -> None:
     adapter = engine._jobs["bad"].adapter
     adapter.p[7] = float("nan")
-    adapter.refresh_compute()  # in bf16 passes read the rounded weights
+    adapter.refresh_compute()  # in bf16, passes read the rounded weights
 
 
 def with_an_infinite_gradient(engine: Engine) -> None:
@@ -62,7 +62,7 @@ RUINS = {
     "pairs": (preferences()["orpo"], with_weights_of_nan),
     "adamw at 1e30": (rated(1e30, weight_decay=0.1), as_it_is),
     "adamw at 1e38 unclipped": (rated(1e38, max_grad_norm=None), as_it_is),
-    "adamw at 1e9, where the loss stands": (rated(1e9, weight_decay=0.0), as_it_is),
+    "adamw at 1e9 with a constant loss": (rated(1e9, weight_decay=0.0), as_it_is),
     "sgd at 1e30": (rated(1e30, kind="sgd", momentum=0.9), as_it_is),
     "sgd at 1e300": (rated(1e300, kind="sgd", max_grad_norm=1e-30), as_it_is),
     "adafactor at 1e30": (rated(1e30, kind="adafactor", weight_decay=0.1), as_it_is),
@@ -75,7 +75,7 @@ RUINS = {
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize(("num_lanes", "dtype"), [(1, "float32"), (2, "bfloat16")])
 @pytest.mark.parametrize("ruin", RUINS)
-def test_a_ruined_job_ends_as_diverged_and_no_packmate_can_tell(load, solo, monkeypatch, ruin, num_lanes, dtype):
+def test_ruined_job_ends_as_diverged_and_does_not_affect_packmates(load, solo, monkeypatch, ruin, num_lanes, dtype):
     monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 8)
     bad, damage = RUINS[ruin]
 
@@ -98,7 +98,7 @@ def test_a_ruined_job_ends_as_diverged_and_no_packmate_can_tell(load, solo, monk
 
 @pytest.fixture(scope="module")
 def solo(base_dirs) -> dict[tuple[str, str], Outcome]:
-    """What the good jobs of a pack are alone."""
+    """Outcomes of solo runs of the good jobs of a pack."""
     torch.set_num_threads(1)
     outcomes = {}
     for dtype in ("float32", "bfloat16"):
@@ -108,9 +108,7 @@ def solo(base_dirs) -> dict[tuple[str, str], Outcome]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
-def test_a_diverged_job_leaves_its_last_completed_step_from_which_it_goes_on_as_if_nothing_had_been(
-    load, tmp_path, optimizer
-):
+def test_diverged_job_resumes_from_its_last_completed_step(load, tmp_path, optimizer):
     job = replace(GOOD, config=replace(GOOD.config, optimizer=OptimizerConfig(kind=optimizer, learning_rate=1e-2)))
     undisturbed = run_alone(load("llama"), job)
     engine = Engine(load("llama"), EngineConfig())
@@ -133,7 +131,7 @@ def test_a_diverged_job_leaves_its_last_completed_step_from_which_it_goes_on_as_
 
 
 @pytest.mark.parametrize("ruin", [name for name in RUINS if " at 1e" in name])
-def test_whatever_its_rate_the_checkpoint_of_a_diverged_job_can_be_loaded(load, tmp_path, ruin):
+def test_checkpoint_of_a_diverged_job_can_be_loaded_at_any_learning_rate(load, tmp_path, ruin):
     job, _ = RUINS[ruin]
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "bad", job)
@@ -151,7 +149,7 @@ def test_whatever_its_rate_the_checkpoint_of_a_diverged_job_can_be_loaded(load, 
 
 
 @pytest.mark.parametrize(("learning_rate", "ending"), [(1e1, JobFinished), (1e3, JobDiverged)])
-def test_a_high_rate_ends_its_job_only_where_it_has_ruined_the_weights_which_stay_finite(load, learning_rate, ending):
+def test_high_learning_rate_ends_a_job_only_if_it_ruins_the_weights(load, learning_rate, ending):
     engine = Engine(load("llama", "bfloat16"), EngineConfig())
     admit(engine, "bad", rated(learning_rate, weight_decay=0.1))
     events = []
@@ -165,7 +163,7 @@ def test_a_high_rate_ends_its_job_only_where_it_has_ruined_the_weights_which_sta
     assert torch.isfinite(weights(engine, "bad")).all()
 
 
-def test_a_row_of_nan_reaches_no_packmate_and_the_job_can_be_evicted(load):
+def test_nan_weights_reach_no_packmate_and_the_job_can_be_evicted(load):
     base = load("gpt2")
     alone = run_alone(base, GOOD)
 
@@ -182,7 +180,7 @@ def test_a_row_of_nan_reaches_no_packmate_and_the_job_can_be_evicted(load):
     assert state_bytes(engine, "good") == alone.vectors
 
 
-def test_running_out_of_memory_splits_the_tick_and_changes_no_result(load, monkeypatch):
+def test_out_of_memory_splits_the_tick_and_changes_no_result(load, monkeypatch):
     base = load("llama")
     jobs = submissions("llama")
     alone = {name: run_alone(base, job) for name, job in jobs.items()}
@@ -199,7 +197,7 @@ def test_running_out_of_memory_splits_the_tick_and_changes_no_result(load, monke
     }
 
 
-def test_a_slice_that_does_not_fit_alone_fails_its_job_and_no_other(load, monkeypatch):
+def test_slice_that_does_not_fit_alone_fails_only_its_job(load, monkeypatch):
     base = load("llama")
     alone = run_alone(base, GOOD)
     limit_token_memory(monkeypatch, num_tokens=96)
@@ -220,7 +218,7 @@ def test_a_slice_that_does_not_fit_alone_fails_its_job_and_no_other(load, monkey
 
 
 def limit_token_memory(monkeypatch, *, num_tokens: int) -> None:
-    """A device that fails in the backward, when gradients are partial already, above so many tokens."""
+    """Simulate a device that runs out of memory above `num_tokens`, after the backward has changed gradients."""
     from lora_core.engine import step as passes
 
     def limited(run):
@@ -240,7 +238,7 @@ def out_of_memory(*_arguments, **_options):
     raise torch.OutOfMemoryError("simulated")
 
 
-def test_a_job_whose_row_does_not_fit_is_refused_and_changes_nothing(load, monkeypatch):
+def test_job_whose_adapter_does_not_fit_is_rejected_without_side_effects(load, monkeypatch):
     alone = run_alone(load("llama"), GOOD)
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "good", GOOD)
@@ -255,7 +253,7 @@ def test_a_job_whose_row_does_not_fit_is_refused_and_changes_nothing(load, monke
 
 
 @pytest.mark.parametrize("position", ["first", "last"])
-def test_a_job_whose_update_does_not_fit_ends_alone_and_no_event_of_a_packmate_is_lost(load, monkeypatch, position):
+def test_job_whose_update_does_not_fit_fails_alone_and_no_event_is_lost(load, monkeypatch, position):
     alone = run_alone(load("llama"), GOOD)
     engine = Engine(load("llama"), EngineConfig(token_budget=4096))
     for name in ("large", "good") if position == "first" else ("good", "large"):
@@ -280,7 +278,7 @@ def test_a_job_whose_update_does_not_fit_ends_alone_and_no_event_of_a_packmate_i
     assert rename(events, "good") == alone.events
 
 
-def test_an_export_that_does_not_fit_is_said_of_its_job(load, monkeypatch, tmp_path):
+def test_out_of_memory_in_an_export_names_its_job(load, monkeypatch, tmp_path):
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", GOOD)
     monkeypatch.setattr("lora_core.peft_format.export.packed_logits", out_of_memory)
@@ -290,7 +288,7 @@ def test_an_export_that_does_not_fit_is_said_of_its_job(load, monkeypatch, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tick_grows_again_after_memory_was_short_for_a_while(load, monkeypatch):
+def test_tick_grows_again_after_a_temporary_memory_shortage(load, monkeypatch):
     engine = Engine(load("llama"), EngineConfig(token_budget=200))
     jobs = {f"job-{index}": Submission(config=config(num_steps=60), train=dataset(index, [20])) for index in range(3)}
     for name, job in jobs.items():

@@ -1,4 +1,4 @@
-"""Law: what else was in the pack can't be seen in the result."""
+"""Invariant: the result of a job does not depend on the other jobs in the pack."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ from tests.lora_core.scenarios import (
 
 @pytest.fixture(scope="module")
 def solo_runs() -> dict[tuple[str, str], dict[str, Outcome]]:
-    """What `submissions` give alone, by family and dtype: computed once for all tests here."""
+    """Outcomes of solo runs of `submissions`, by family and dtype, computed once for all tests here."""
     return {}
 
 
@@ -41,7 +41,7 @@ def alone(load, solo_runs) -> Callable[[str, str], dict[str, Outcome]]:
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize(
     ("family", "dtype", "token_budget"),
-    [  # each pair of any two; test_engine_state_machine.py draws from all
+    [  # all pairs of any two parameters; test_engine_state_machine.py draws from all
         ("llama", "bfloat16", 96),
         ("llama", "float32", 1),
         ("llama", "bfloat16", 4096),
@@ -65,8 +65,8 @@ def test_packed_equals_solo_bit_for_bit_under_joins_leaves_and_evictions(load, a
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("gpt2", "float32")])
-def test_each_of_these_jobs_has_a_gradient_at_every_step_and_ends_by_itself(alone, family, dtype):
-    """At usual rates nothing looks like a ruin (lora_core/engine/early_stopping.py), whatever a job trains."""
+def test_each_job_has_a_gradient_at_every_step_and_finishes(alone, family, dtype):
+    """At usual learning rates no job looks diverged (lora_core/engine/divergence.py), whatever it trains."""
     for name, outcome in alone(family, dtype).items():
         *others, last = outcome.events
         assert isinstance(last, JobFinished), name
@@ -74,7 +74,7 @@ def test_each_of_these_jobs_has_a_gradient_at_every_step_and_ends_by_itself(alon
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_equals_solo_with_two_threads_where_sizes_are_multiples_of_64(load, dtype):
+def test_packed_equals_solo_with_two_threads_if_sizes_are_multiples_of_64(load, dtype):
     torch.set_num_threads(2)
     base = load("llama", dtype)
     jobs = submissions("llama")
@@ -89,7 +89,7 @@ def test_packed_equals_solo_with_two_threads_where_sizes_are_multiples_of_64(loa
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_packed_equals_solo_beside_forty_others(load, alone, family):
+def test_packed_equals_solo_among_forty_others(load, alone, family):
     base = load(family, "bfloat16")
     crowd = {f"{name}-{index}": job for name, job in submissions(family).items() for index in range(2)}
 
@@ -103,7 +103,7 @@ def test_packed_equals_solo_beside_forty_others(load, alone, family):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
-def test_packed_equals_solo_on_a_real_model_and_its_probe_says_so(real_base_dir):
+def test_packed_equals_solo_on_a_real_model_with_a_bitwise_probe(real_base_dir):
     base = load_base(real_base_dir, dtype="bfloat16", device="cpu")
     jobs = {
         "long": Submission(config=config(rank=16, num_steps=2, seed=1), train=dataset(1, [301, 222, 97])),

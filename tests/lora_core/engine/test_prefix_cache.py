@@ -1,6 +1,6 @@
-"""Law: what was kept of a frozen prefix can't be seen in a result; and lower blocks run once a sequence.
+"""Invariant: cached prefix activations do not change results, and frozen lower layers run once per sequence.
 
-What ran is counted, as rows through linears: not timed.
+The tests count rows that pass through linears. They measure no time.
 """
 
 import itertools
@@ -35,7 +35,7 @@ from tests.lora_core.test_families import save
 
 AMPLE: dict[str, Any] = {"prefix_memory_bytes": 1 << 24}
 ROOM_FOR_SOME = 6000
-"""Bytes: of a few short sequences."""
+"""Bytes of a few short sequences."""
 
 
 def top(job: JobConfig, *layers: int, **fields) -> JobConfig:
@@ -43,7 +43,7 @@ def top(job: JobConfig, *layers: int, **fields) -> JobConfig:
 
 
 def upper_jobs() -> dict[str, Submission]:
-    """Jobs that adapt the upper block alone: with dropout, noise, pairs, a head of their own, rows in common."""
+    """Return jobs that adapt only the upper block, with dropout, noise, pairs, a trained head, and common rows."""
     dpo = ObjectiveConfig(kind="dpo", beta=0.5)
     shared = dataset(81, [22, 9, 31, 14])
     return {
@@ -70,11 +70,11 @@ def upper_jobs() -> dict[str, Submission]:
 
 
 def is_as_alone(engine: Engine, name: str, base: BaseModel, job: Submission) -> bool:
-    """Whether a job ended with the bytes that it ends with where nothing is kept."""
+    """Return whether a job ended with the bytes of a solo run without a cache."""
     return state_bytes(engine, name) == run_alone(base, job).vectors
 
 
-def test_memory_that_is_short_while_a_prefix_is_kept_changes_no_byte(load, monkeypatch):
+def test_memory_shortage_while_caching_a_prefix_changes_no_byte(load, monkeypatch):
     base, job = load("llama"), upper_jobs()["dropped"]
     engine = Engine(base, EngineConfig(**AMPLE))
     admit(engine, "job", job)
@@ -107,7 +107,7 @@ def test_memory_that_is_short_while_a_prefix_is_kept_changes_no_byte(load, monke
         pytest.param("gpt2", "some", 2, marks=pytest.mark.slow),
     ],
 )
-def test_keeping_prefixes_changes_no_bit_in_any_company(load, tmp_path, family, dtype, kept, num_lanes):
+def test_prefix_cache_changes_no_bit_in_any_pack(load, tmp_path, family, dtype, kept, num_lanes):
     base = load(family, dtype)
     jobs = {name: submissions(family)[name] for name in ("plain", "top_only", "dora_dropout", "dpo")} | upper_jobs()
     kto = submissions(family)["kto"]
@@ -126,7 +126,7 @@ def test_keeping_prefixes_changes_no_bit_in_any_company(load, tmp_path, family, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_keeping_prefixes_changes_no_bit_of_a_job_alone(load, dtype):
+def test_prefix_cache_changes_no_bit_of_a_job_alone(load, dtype):
     base = load("llama", dtype)
     for name, job in upper_jobs().items():
         is_same = run_alone(base, job, **AMPLE) == run_alone(base, job)
@@ -135,7 +135,7 @@ def test_keeping_prefixes_changes_no_bit_of_a_job_alone(load, dtype):
 
 @pytest.fixture
 def rows_by_block(monkeypatch) -> Counter[str]:
-    """Rows that went through a linear of each block of the tiny bases, fillers included."""
+    """Number of rows through one linear of each block of the tiny bases, including padding."""
     counted: Counter[str] = Counter()
     forward = patching.forward_linear
 
@@ -151,7 +151,7 @@ def rows_by_block(monkeypatch) -> Counter[str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_lower_blocks_run_in_the_first_epoch_alone(rows_by_block, load, family, dtype):
+def test_lower_blocks_run_only_in_the_first_epoch(rows_by_block, load, family, dtype):
     job = Submission(config=top(config(batch_size=2, num_steps=9)), train=dataset(1, [20, 28, 15, 17, 30, 18]))
     engine = Engine(load(family, dtype), EngineConfig(**AMPLE))
     admit(engine, "job", job)
@@ -168,13 +168,13 @@ def test_the_lower_blocks_run_in_the_first_epoch_alone(rows_by_block, load, fami
 
 
 def tick(engine: Engine, rows_by_block: Counter[str]) -> tuple[int, int]:
-    """Rows through the lower and the upper block in one step."""
+    """Return the number of rows through the lower and the upper block in one step."""
     rows_by_block.clear()
     assert [type(event) for event in engine.tick()][:1] == [JobStepped]
     return rows_by_block["0"], rows_by_block["1"]
 
 
-def test_the_same_rows_are_computed_once_for_all_jobs_and_for_both_passes_of_dpo(rows_by_block, load):
+def test_common_rows_are_computed_once_for_all_jobs_and_both_dpo_passes(rows_by_block, load):
     train = dataset(1, [20, 28, 15, 17])
     plain = top(config(batch_size=4, num_steps=3))
     dpo = top(config(batch_size=2, num_steps=3, objective=ObjectiveConfig(kind="dpo")))
@@ -191,7 +191,7 @@ def test_the_same_rows_are_computed_once_for_all_jobs_and_for_both_passes_of_dpo
     assert engine.prefixes.computed_tokens == 80
 
 
-def test_evaluations_read_what_the_first_one_computed_and_noise_keeps_training_out(rows_by_block, load):
+def test_evaluations_reuse_the_cache_and_noisy_training_bypasses_it(rows_by_block, load):
     job = Submission(
         config=replace(top(config(batch_size=2, num_steps=4, evaluate_every_steps=1)), neftune_alpha=5.0),
         train=dataset(1, [16, 16]),
@@ -244,7 +244,7 @@ def once(job: JobConfig) -> JobConfig:
         ("nothing may be kept", top(config(num_steps=9))),
     ],
 )
-def test_nothing_is_kept_where_it_could_not_be_used(load, why, job):
+def test_nothing_is_cached_if_it_could_not_be_reused(load, why, job):
     options = {} if why == "nothing may be kept" else AMPLE
     engine = Engine(load("llama"), EngineConfig(**options))
     admit(engine, "job", Submission(config=job, train=dataset(1, [20, 28, 15, 17])))
@@ -255,7 +255,7 @@ def test_nothing_is_kept_where_it_could_not_be_used(load, why, job):
     assert (engine.prefixes.computed_tokens, engine.prefixes.memory_bytes) == (0, 0)
 
 
-def test_damaged_files_are_computed_again_and_change_nothing(load, tmp_path):
+def test_damaged_files_are_recomputed_and_change_nothing(load, tmp_path):
     base = load("llama", "bfloat16")
     job = Submission(config=top(config(batch_size=2, num_steps=6)), train=dataset(1, [20, 28, 15, 17]))
     engine = Engine(base, EngineConfig(prefix_disk_bytes=1 << 24, prefix_folder=tmp_path))
@@ -277,7 +277,7 @@ def test_damaged_files_are_computed_again_and_change_nothing(load, tmp_path):
     assert is_as_alone(engine, "job", base, job)
 
 
-def test_an_evicted_job_comes_back_to_what_it_left(load):
+def test_evicted_job_reuses_its_cached_rows_on_return(load):
     base = load("llama")
     job = Submission(config=top(config(batch_size=4, num_steps=6)), train=dataset(1, [20, 28, 15, 17]))
     engine = Engine(base, EngineConfig(**AMPLE))
@@ -293,7 +293,7 @@ def test_an_evicted_job_comes_back_to_what_it_left(load):
     assert is_as_alone(engine, "job", base, job)
 
 
-def test_types_of_tokens_are_a_part_of_what_is_kept(tmp_path):
+def test_token_types_are_part_of_the_cache_key(tmp_path):
     base = classifiers.classifier("bert", tmp_path / "base")
     job = classifiers.classification_jobs(with_types=True)["three"]
     job = replace(job, config=top(replace(job.config, batch_size=6, num_steps=3)))
@@ -319,7 +319,7 @@ def test_types_of_tokens_are_a_part_of_what_is_kept(tmp_path):
         {"prefix_disk_bytes": 1, "prefix_folder": Path("nowhere/at/all")},
     ],
 )
-def test_a_budget_that_makes_no_sense_is_refused(options):
+def test_invalid_cache_budget_is_rejected(options):
     with pytest.raises(ConfigError, match="prefix_") as caught:
         EngineConfig(**options)
     assert "must be" in caught.value.remedy or "or prefix_disk_bytes" in caught.value.remedy

@@ -1,4 +1,4 @@
-"""Kept hidden states come back bit for bit or not at all, whatever becomes of the disk."""
+"""Stored hidden states are returned bit for bit or not at all, whatever happens to the disk."""
 
 import gc
 import shutil
@@ -35,7 +35,7 @@ def taken(store: PrefixStore, key: bytes, job: str) -> torch.Tensor:
     return state
 
 
-def test_what_memory_has_no_room_for_is_on_disk_and_both_give_the_same_bits(tmp_path, states) -> None:
+def test_states_beyond_the_memory_budget_go_to_disk_with_the_same_bits(tmp_path, states) -> None:
     store = PrefixStore(memory_bytes=2 * states[0].nbytes, disk_bytes=1 << 20, folder=tmp_path)
 
     for key, state in zip(KEYS, states, strict=True):
@@ -50,7 +50,7 @@ def test_what_memory_has_no_room_for_is_on_disk_and_both_give_the_same_bits(tmp_
         assert torch.equal(found, state)
 
 
-def test_what_goes_from_memory_for_another_job_goes_to_disk(tmp_path, states) -> None:
+def test_states_evicted_from_memory_for_another_job_go_to_disk(tmp_path, states) -> None:
     store = PrefixStore(memory_bytes=2 * states[0].nbytes, disk_bytes=1 << 20, folder=tmp_path)
     store.keep(KEYS[0], states[0], "first")
     store.keep(KEYS[1], states[1], "first")
@@ -62,7 +62,7 @@ def test_what_goes_from_memory_for_another_job_goes_to_disk(tmp_path, states) ->
         assert torch.equal(taken(store, key, "first"), state)
 
 
-def test_a_part_of_a_larger_tensor_is_kept_without_the_whole(states) -> None:
+def test_part_of_a_larger_tensor_is_stored_without_the_rest(states) -> None:
     whole = torch.cat(states)
     store = PrefixStore(memory_bytes=1 << 20, disk_bytes=0, folder=None)
 
@@ -76,7 +76,7 @@ def test_a_part_of_a_larger_tensor_is_kept_without_the_whole(states) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "empty", "gone"])
-def test_a_damaged_file_is_noticed_and_forgotten(tmp_path, states, damage) -> None:
+def test_damaged_file_is_detected_and_removed(tmp_path, states, damage) -> None:
     store = on_disk(tmp_path)
     store.keep(KEYS[0], states[0], "job")
     (path,) = files(tmp_path)
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_noticed_and_forgotten(tmp_path, states, damage) -> No
     assert torch.equal(taken(store, KEYS[0], "job"), states[0])
 
 
-def test_a_nearly_full_disk_and_one_that_fails_keep_nothing(tmp_path, states, monkeypatch) -> None:
+def test_nearly_full_disk_and_failing_disk_store_nothing(tmp_path, states, monkeypatch) -> None:
     usage = namedtuple("usage", "free")
     store = on_disk(tmp_path)
     monkeypatch.setattr(prefix_cache.shutil, "disk_usage", lambda _: usage(prefix_cache.LEAST_FREE_BYTES - 1))
@@ -108,7 +108,7 @@ def test_a_nearly_full_disk_and_one_that_fails_keep_nothing(tmp_path, states, mo
 
 
 @pytest.mark.parametrize("raised", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt])
-def test_a_copy_that_memory_is_too_short_for_leaves_no_entry_without_its_states(states, monkeypatch, raised) -> None:
+def test_failed_copy_leaves_no_entry_without_its_states(states, monkeypatch, raised) -> None:
     store = PrefixStore(memory_bytes=2 * states[0].nbytes, disk_bytes=0, folder=None)
     store.keep(KEYS[0], states[0], "gone")
     store.keep(KEYS[1], states[1], "gone")
@@ -123,7 +123,7 @@ def test_a_copy_that_memory_is_too_short_for_leaves_no_entry_without_its_states(
             store.keep(KEYS[2], states[2], "job")
 
     assert store.take(KEYS[2], "job") is None
-    assert store.take(KEYS[0], "job") is None  # it had made room
+    assert store.take(KEYS[0], "job") is None  # it was evicted for the new entry
     assert len(store._tensors) * states[0].nbytes == store.memory_bytes == states[0].nbytes
     for key, state in zip(KEYS[1:3], states[1:3], strict=True):
         store.keep(key, state, "job")
@@ -132,9 +132,7 @@ def test_a_copy_that_memory_is_too_short_for_leaves_no_entry_without_its_states(
 
 @pytest.mark.parametrize("raised", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("has_victims", [False, True])
-def test_a_file_that_memory_is_too_short_to_write_is_forgotten(
-    tmp_path, states, monkeypatch, raised, has_victims
-) -> None:
+def test_partly_written_file_is_removed(tmp_path, states, monkeypatch, raised, has_victims) -> None:
     num_bytes = 2 * states[0].nbytes if has_victims else 0
     store = PrefixStore(memory_bytes=num_bytes, disk_bytes=1 << 20, folder=tmp_path)
     if has_victims:
@@ -161,7 +159,7 @@ def test_a_file_that_memory_is_too_short_to_write_is_forgotten(
     assert torch.equal(taken(store, KEYS[2], "job"), wide)
 
 
-def test_ctrl_c_while_a_copy_is_made_waits_for_the_store_to_be_whole(states, monkeypatch) -> None:
+def test_ctrl_c_during_a_copy_waits_until_the_store_is_consistent(states, monkeypatch) -> None:
     store, copy = PrefixStore(memory_bytes=1 << 20, disk_bytes=0, folder=None), torch.Tensor.to
 
     def pressed(*arguments, **options):
@@ -176,7 +174,7 @@ def test_ctrl_c_while_a_copy_is_made_waits_for_the_store_to_be_whole(states, mon
     assert torch.equal(taken(store, KEYS[0], "job"), states[0])
 
 
-def test_a_disk_is_never_filled_beyond_its_budget(tmp_path, states) -> None:
+def test_disk_usage_never_exceeds_its_budget(tmp_path, states) -> None:
     store = on_disk(tmp_path, disk_bytes=2 * states[0].nbytes)
     for key, state in zip(KEYS, states, strict=True):
         store.keep(key, state, "job")
@@ -189,7 +187,7 @@ def test_a_disk_is_never_filled_beyond_its_budget(tmp_path, states) -> None:
     assert sum(path.stat().st_size for path in files(tmp_path)) == 2 * states[0].nbytes
 
 
-def test_the_folder_goes_with_the_store(tmp_path, states) -> None:
+def test_folder_is_deleted_with_the_store(tmp_path, states) -> None:
     store = on_disk(tmp_path)
     store.keep(KEYS[0], states[0], "job")
     assert files(tmp_path)

@@ -1,4 +1,4 @@
-"""Law: a job that was stopped anywhere continues elsewhere, and ends with the same bytes."""
+"""Invariant: a job stopped at any tick continues in another engine and ends with the same bytes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +57,7 @@ def run_until(engine: Engine, *, ticks: int) -> list[Event]:
 
 
 def finish_elsewhere(base, checkpoint: Path, job: Submission = JOB) -> tuple[bytes, list[Event]]:
-    """Resume beside another job, under a token budget that lets one slice a tick through."""
+    """Resume together with another job, under a token budget of one slice per tick."""
     engine = Engine(base, EngineConfig(token_budget=30))
     admit(engine, "packmate", PACKMATE)
     admit(engine, "job", job, resume_from=checkpoint)
@@ -88,7 +88,7 @@ def test_resumed_equals_uninterrupted_from_every_tick_into_another_pack(load, tm
     num_ticks = 0
     mid_step_saves = 0
 
-    engine = Engine(base, EngineConfig(token_budget=4096, job_tokens=1))  # one slice a tick; alone it had several
+    engine = Engine(base, EngineConfig(token_budget=4096, job_tokens=1))  # one slice per tick; the solo run has several
     admit(engine, "job", job)
     before: list[Event] = []
     while not engine.idle:
@@ -119,7 +119,7 @@ def test_resumed_equals_uninterrupted_after_the_last_step(load, tmp_path, job):
     assert [type(event).__name__ for event in events if event.job == "job"] == ["JobFinished"]
 
 
-def test_saving_a_checkpoint_changes_nothing_of_the_run(load, tmp_path):
+def test_saving_a_checkpoint_does_not_change_the_run(load, tmp_path):
     base = load("llama")
     whole = run_alone(base, JOB)
 

@@ -1,6 +1,6 @@
-"""One job's ruin stays its own, whatever the job trains: DoRA's lengths, a head or rows of its own, KTO, a classifier.
+"""A ruined job of any method does not affect its packmates: DoRA magnitudes, a head, embeddings, KTO, a classifier.
 
-Beside each is a sound job of the same method and a plain one, whose bytes are those of their solo runs.
+Each pack also has a sound job of the same method and a plain one. Their bytes equal those of their solo runs.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ ABSURD = OptimizerConfig(learning_rate=1e30, weight_decay=0.1)
 
 
 def spoil(engine: Engine, place: str) -> None:
-    """One number, or all of a tensor, of a kind that the method has, where forward and backward read it."""
+    """Set one value, or a whole tensor, to NaN where forward and backward read it."""
     adapter = engine._jobs["bad"].adapter
     adapter.p[PLACES[place](adapter)] = NAN
     adapter.refresh_compute()
@@ -73,7 +73,7 @@ def classifiers(tmp_path_factory) -> Callable[[str], BaseModel]:
 @pytest.mark.parametrize("is_absurd", [False, True], ids=["nan", "absurd rate"])
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("gpt2", "bfloat16")])
 @pytest.mark.parametrize("method", ["dora", "head", "tokens", "kto"])
-def test_a_ruined_job_of_any_method_leaves_its_packmates_as_they_were(
+def test_ruined_job_of_any_method_does_not_affect_its_packmates(
     load, alone, monkeypatch, method, family, dtype, is_absurd
 ):
     monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 8)
@@ -91,9 +91,7 @@ def test_a_ruined_job_of_any_method_leaves_its_packmates_as_they_were(
 @pytest.mark.parametrize("is_absurd", [False, True], ids=["nan", "absurd rate"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["three", "reward"])
-def test_a_ruined_classifier_leaves_its_packmates_as_they_were(
-    classifiers, alone, monkeypatch, method, dtype, is_absurd
-):
+def test_ruined_classifier_does_not_affect_its_packmates(classifiers, alone, monkeypatch, method, dtype, is_absurd):
     monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 8)
     base = classifiers(dtype)
     jobs = classification_jobs(with_types=True)
@@ -108,7 +106,7 @@ def test_a_ruined_classifier_leaves_its_packmates_as_they_were(
 def pack_with_a_ruin(
     base: BaseModel, job: Submission, mates: dict[str, Submission], place: str, *, is_absurd: bool, num_lanes: int
 ) -> tuple[Engine, list[Event]]:
-    """The engine after all has ended, and its events. The ruined job is the middle one of the pack."""
+    """Return the engine after all jobs have ended, and its events. The ruined job is the middle one of the pack."""
     engine = Engine(base, EngineConfig(num_lanes=num_lanes))
     first, *others = mates
     admit(engine, first, mates[first])

@@ -1,4 +1,4 @@
-"""A start that takes long is computed between the ticks of others, and no bit tells it."""
+"""A long initialization runs between the ticks of other jobs and changes no bit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +28,12 @@ def beginning(init: str) -> Submission:
 
 @pytest.fixture
 def in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One weight a tick."""
+    """Initialize one weight per tick."""
     monkeypatch.setattr(engine, "START_WORK", 1)
 
 
 def ticked(training: Engine, until: str) -> list[Event]:
-    """All events until that job has finished."""
+    """Return all events until job `until` has finished."""
     events: list[Event] = []
     while not any(isinstance(event, JobFinished) and event.job == until for event in events):
         events += training.tick()
@@ -43,7 +43,7 @@ def ticked(training: Engine, until: str) -> list[Event]:
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("init", ["pissa", "olora", "gaussian"])
-def test_packmates_train_while_a_job_starts_and_all_end_with_their_bytes(load, monkeypatch, init, dtype) -> None:
+def test_packmates_train_during_an_initialization_with_unchanged_bytes(load, monkeypatch, init, dtype) -> None:
     base: BaseModel = load("llama", dtype)
     expected = {"slow": run_alone(base, beginning(init)), "plain": run_alone(base, PLAIN)}
     monkeypatch.setattr(engine, "START_WORK", 1)
@@ -56,12 +56,12 @@ def test_packmates_train_while_a_job_starts_and_all_end_with_their_bytes(load, m
     ticked(training, "plain")
 
     steps = [event.job for event in events if isinstance(event, JobStepped)]
-    assert steps.index("slow") >= len(base.linear_names()) - 1  # one weight a tick, the first of which at admission
+    assert steps.index("slow") >= len(base.linear_names()) - 1  # one weight per tick, the first one at admission
     assert slow == expected["slow"].vectors
     assert state_bytes(training, "plain") == expected["plain"].vectors
 
 
-def test_a_job_alone_is_not_idle_while_it_starts(load, in_small_pieces) -> None:
+def test_engine_is_not_idle_during_an_initialization(load, in_small_pieces) -> None:
     training = Engine(load("llama"), EngineConfig())
 
     admit(training, "slow", beginning("pissa"))
@@ -71,7 +71,7 @@ def test_a_job_alone_is_not_idle_while_it_starts(load, in_small_pieces) -> None:
     assert training.progress("slow") == (0, 3)
 
 
-def test_one_that_is_saved_while_it_starts_goes_on_from_there(load, in_small_pieces, tmp_path: Path) -> None:
+def test_job_saved_during_its_initialization_resumes_from_there(load, in_small_pieces, tmp_path: Path) -> None:
     base: BaseModel = load("llama")
     submission = beginning("pissa_niter_2")
     training = Engine(base, EngineConfig())
@@ -87,7 +87,7 @@ def test_one_that_is_saved_while_it_starts_goes_on_from_there(load, in_small_pie
 
 
 @pytest.mark.parametrize("fails_at", [1, 5])
-def test_a_start_that_does_not_fit_is_told_as_such_and_ends_that_job_alone(
+def test_out_of_memory_in_an_initialization_fails_only_that_job(
     load, in_small_pieces, monkeypatch, fails_at: int
 ) -> None:
     training = Engine(load("llama"), EngineConfig())

@@ -1,4 +1,4 @@
-"""What the engine learns of its own speed, and what it does to learn it."""
+"""The engine's measurements of its own speed, and the ticks that it spends on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.lora_core.engine.test_prefix_cache import AMPLE, top
 from tests.lora_core.scenarios import config, dataset
 
 
-def test_the_first_tick_of_a_size_is_forgotten_and_later_ones_are_averaged() -> None:
+def test_first_tick_of_a_size_is_ignored_and_later_ones_are_averaged() -> None:
     speeds = Throughput()
     for seconds in (10.0, 1.0, 2.0):
         speeds.learn(num_tokens=100, cost=100, fullest_lane=100, num_jobs=1, seconds=seconds)
@@ -17,7 +17,7 @@ def test_the_first_tick_of_a_size_is_forgotten_and_later_ones_are_averaged() -> 
     assert speeds.table() == {"alone": [(100, 90.0)], "together": []}
 
 
-def test_a_size_of_which_only_the_first_tick_was_seen_is_not_told() -> None:
+def test_size_with_only_a_first_tick_is_not_reported() -> None:
     speeds = Throughput()
     speeds.learn(num_tokens=100, cost=100, fullest_lane=100, num_jobs=2, seconds=1)
     speeds.learn(num_tokens=300, cost=300, fullest_lane=300, num_jobs=2, seconds=1)
@@ -26,7 +26,7 @@ def test_a_size_of_which_only_the_first_tick_was_seen_is_not_told() -> None:
     assert speeds.table()["together"] == [(310, 310.0)]
 
 
-def test_of_each_size_the_wanted_number_of_ticks_goes_to_one_job_alone(load) -> None:
+def test_each_size_gets_the_configured_number_of_solo_ticks(load) -> None:
     engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=3600, ticks_alone=2))
     for job in ("a", "b"):
         engine.admit(job, config(num_steps=8, batch_size=1), dataset(seed=1, lengths=[20, 20]))
@@ -39,7 +39,7 @@ def test_of_each_size_the_wanted_number_of_ticks_goes_to_one_job_alone(load) -> 
     assert steps == [(1, 0), (1, 1), (2, 2), (3, 3)]
 
 
-def test_slices_above_kept_prefixes_are_no_faster_for_there_is_less_of_them_to_compute() -> None:
+def test_cached_prefixes_do_not_count_as_higher_speed() -> None:
     speeds = Throughput()
     speeds.learn(num_tokens=100, cost=100, fullest_lane=100, num_jobs=1, seconds=10)
     for cost in (100, 50, 25):
@@ -52,7 +52,7 @@ ROWS = dataset(seed=1, lengths=[20, 20, 20, 20])
 
 
 def steps_of_ticks(engine: Engine, num_ticks: int) -> list[dict[str, int]]:
-    """Completed steps of each job after each tick."""
+    """Return the completed steps of each job after each tick."""
     found = []
     for _ in range(num_ticks):
         engine.tick()
@@ -60,7 +60,7 @@ def steps_of_ticks(engine: Engine, num_ticks: int) -> list[dict[str, int]]:
     return found
 
 
-def test_jobs_whose_rows_were_kept_before_they_came_share_ticks_after_those_alone(load) -> None:
+def test_jobs_with_cached_rows_share_ticks_after_the_solo_ticks(load) -> None:
     engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=3600, ticks_alone=1, **AMPLE))
     engine.admit("before", top(config(num_steps=2, batch_size=4)), ROWS)
     engine.tick()
@@ -71,10 +71,10 @@ def test_jobs_whose_rows_were_kept_before_they_came_share_ticks_after_those_alon
     steps = steps_of_ticks(engine, 3)
 
     assert steps == [{"a": 1, "b": 0}, {"a": 2, "b": 1}, {"a": 3, "b": 2}]
-    assert engine.prefixes.computed_tokens == 80, "none of it for these two"
+    assert engine.prefixes.computed_tokens == 80, "these two jobs compute no prefix"
 
 
-def test_a_job_whose_epoch_has_fewer_steps_than_ticks_alone_are_wanted_comes_to_share_them(load) -> None:
+def test_job_with_an_epoch_shorter_than_the_solo_ticks_shares_ticks(load) -> None:
     engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=3600, ticks_alone=3, **AMPLE))
     engine.admit("a", top(config(num_steps=8, batch_size=2)), ROWS)
     alone = steps_of_ticks(engine, 4)
@@ -86,7 +86,7 @@ def test_a_job_whose_epoch_has_fewer_steps_than_ticks_alone_are_wanted_comes_to_
     assert steps == [{"a": 5, "b": 1}, {"a": 6, "b": 2}]
 
 
-def test_of_a_tick_on_kept_rows_the_size_is_in_tokens_and_the_work_in_those_that_it_costs(load, monkeypatch) -> None:
+def test_tick_on_cached_rows_is_measured_by_tokens_and_by_actual_work(load, monkeypatch) -> None:
     engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=3600, **AMPLE))
     engine.admit("a", top(config(num_steps=4, batch_size=2)), ROWS)
     measured: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""The library's examples do what they say."""
+"""The library's examples work as documented."""
 
 import inspect
 import json
@@ -26,25 +26,25 @@ from tests.lora_core.scenarios import config
 ROOT = Path(__file__).parents[3]
 
 
-def test_two_adapters_are_trained_on_a_base_of_its_own_and_loaded_by_peft(tmp_path, capsys):
+def test_two_adapters_train_on_a_generated_base_and_load_in_peft(tmp_path, capsys):
     torch.set_num_threads(1)
 
     assert two_adapters.main(["--out", str(tmp_path / "out")]) == 0
 
-    assert_both_are_told_and_loaded(capsys.readouterr().out, tmp_path / "out")
+    assert_both_are_printed_and_loaded(capsys.readouterr().out, tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_two_adapters_are_trained_by_one_command_that_prints_no_warnings_of_libraries(tmp_path):
+def test_two_adapters_command_prints_no_library_warnings(tmp_path):
     command = [sys.executable, "-m", "lora_core.examples.two_adapters", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
     assert done.returncode == 0, done.stderr
     assert "gemm_4bit_forward" not in done.stderr
-    assert_both_are_told_and_loaded(done.stdout, tmp_path / "out")
+    assert_both_are_printed_and_loaded(done.stdout, tmp_path / "out")
 
 
-def assert_both_are_told_and_loaded(printed: str, out: Path) -> None:
+def assert_both_are_printed_and_loaded(printed: str, out: Path) -> None:
     assert printed.count("JobFinished") == 2
     for name, rank in (("narrow", 4), ("wide", 16)):
         assert f"{name}: {out / name}" in printed
@@ -55,7 +55,7 @@ def assert_both_are_told_and_loaded(printed: str, out: Path) -> None:
         assert verify_export(load_base(str(base_dir), dtype="float32", device="cpu"), out / name).passed
 
 
-def test_two_adapters_take_a_folder_and_its_tokenizer(tmp_path):
+def test_two_adapters_accept_a_folder_with_its_tokenizer(tmp_path):
     tiny_base._build(tmp_path / "source")
     torch.set_num_threads(1)
     source, out = tmp_path / "source", tmp_path / "out"
@@ -68,24 +68,24 @@ def test_two_adapters_take_a_folder_and_its_tokenizer(tmp_path):
     assert verify_export(load_base(base_dir, dtype="float32", device="cpu"), tmp_path / "out" / "wide").passed
 
 
-def test_a_folder_with_something_in_it_is_refused_before_training(tmp_path, capsys, monkeypatch):
+def test_non_empty_output_folder_is_rejected_before_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(two_adapters, "train_two", pytest.fail)
     (tmp_path / "out" / "wide").mkdir(parents=True)
 
     assert two_adapters.main(["--out", str(tmp_path / "out")]) == 1
 
-    said = capsys.readouterr().err
-    assert f"{str(tmp_path / 'out')!r} is not empty" in said
-    assert "--out" in said
+    message = capsys.readouterr().err
+    assert f"{str(tmp_path / 'out')!r} is not empty" in message
+    assert "--out" in message
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["wide"]
 
 
-def test_a_base_that_is_missing_is_told_in_a_line(tmp_path, capsys):
+def test_missing_base_is_reported(tmp_path, capsys):
     assert two_adapters.main(["--base", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_the_page_says_how_a_text_becomes_a_dataset(tmp_path, monkeypatch):
+def test_engine_page_shows_how_to_make_a_dataset_of_a_text(tmp_path, monkeypatch):
     tiny_base._build(tmp_path / "BASE")
     (tmp_path / "my_text.txt").write_text("The red lorry is at the harbour.\n\nThe bridge is green.\n")
     code, continued = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ENGINE.md").read_text(), re.DOTALL)
@@ -105,7 +105,7 @@ def test_the_page_says_how_a_text_becomes_a_dataset(tmp_path, monkeypatch):
     assert isinstance(events[-1], JobFinished)
 
 
-def test_of_bitsandbytes_one_line_is_left_out(caplog):
+def test_one_bitsandbytes_warning_is_suppressed(caplog):
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
 
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "none")
@@ -120,7 +120,7 @@ def test_the_example_is_short_enough_to_copy():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_two_adapters_take_a_gguf_file(real_gguf, tmp_path):
+def test_two_adapters_accept_a_gguf_file(real_gguf, tmp_path):
     train_two(base_folder(real_gguf, tmp_path), tmp_path / "out", base_name="", num_steps=1)
 
     assert (tmp_path / "out" / "wide" / "adapter_model.safetensors").is_file()

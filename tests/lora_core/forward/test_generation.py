@@ -1,4 +1,4 @@
-"""Answers: those of transformers and PEFT, the same in any company, and without a trace in training."""
+"""Answers equal those of transformers and PEFT, do not depend on other jobs, and do not affect training."""
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ from tests.lora_core.test_families import FAMILIES, save
 ASKED = Prompts(prompts=((3, 14, 15, 92, 65), (7,), tuple(range(40, 75))), max_tokens=9)
 
 
-def answered(engine: Engine, asked: dict[str, Prompts]) -> dict[str, list[tuple[int, ...]]]:
-    generation = engine.generation(asked)
+def answered(engine: Engine, requests: dict[str, Prompts]) -> dict[str, list[tuple[int, ...]]]:
+    generation = engine.generation(requests)
     while not generation.is_complete:
         generation.advance()
     return generation.answers()
@@ -37,15 +37,15 @@ def trained(base, names: list[str], *, token_budget: int = 4096) -> Engine:
     return engine
 
 
-def greedy(model, asked: Prompts) -> list[tuple[int, ...]]:
+def greedy(model, requests: Prompts) -> list[tuple[int, ...]]:
     answers = []
-    for prompt in asked.prompts:
+    for prompt in requests.prompts:
         ids = torch.tensor([prompt])
         whole = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=asked.max_tokens,
+            max_new_tokens=requests.max_tokens,
             eos_token_id=None,
             pad_token_id=0,
         )
@@ -55,7 +55,7 @@ def greedy(model, asked: Prompts) -> list[tuple[int, ...]]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_trained_adapter_answers_as_peft_and_transformers_do(load, base_dirs, tmp_path, family):
+def test_trained_adapter_gives_the_answers_of_peft_and_transformers(load, base_dirs, tmp_path, family):
     engine = trained(load(family), ["plain"])
     engine.export("plain", tmp_path / "adapter", base_name="base")
     reference = AutoModelForCausalLM.from_pretrained(base_dirs[family])
@@ -69,7 +69,7 @@ def test_a_trained_adapter_answers_as_peft_and_transformers_do(load, base_dirs, 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_base_of_any_family_answers_as_transformers_does(tmp_path, family):
+def test_base_of_any_family_gives_the_answers_of_transformers(tmp_path, family):
     folder = save(family, tmp_path / "base", **FAMILIES[family])
     engine = Engine(load_base(folder, dtype="float32", device="cpu"), EngineConfig())
     admit(engine, "fresh", submissions("llama")["wide"])
@@ -82,7 +82,7 @@ def test_a_base_of_any_family_answers_as_transformers_does(tmp_path, family):
 @pytest.mark.parametrize("window", [None, 1, 5, 99])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)])
-def test_the_last_token_sees_what_it_sees_in_a_whole_sequence(window, softcap, heads):
+def test_attention_of_the_last_token_equals_that_in_a_full_sequence(window, softcap, heads):
     generator = torch.Generator().manual_seed(2)
     query, key, value = (
         torch.randn(count, 17, size, generator=generator)
@@ -95,7 +95,7 @@ def test_the_last_token_sees_what_it_sees_in_a_whole_sequence(window, softcap, h
     torch.testing.assert_close(attend_last(query[:, -1:], key, value, **options), whole[:, -1:])
 
 
-def test_each_token_but_the_first_is_a_pass_of_one_token_an_answer(load, monkeypatch):
+def test_each_token_after_the_first_takes_a_one_token_pass_per_answer(load, monkeypatch):
     engine = trained(load("llama"), ["plain"])
     passes = spy_on_passes(monkeypatch)
 
@@ -104,7 +104,7 @@ def test_each_token_but_the_first_is_a_pass_of_one_token_an_answer(load, monkeyp
     assert passes == [(5, 1, 35, 7), *[(1, 1, 1, 13)] * 8]
 
 
-def test_jobs_whose_answers_do_not_fit_together_are_answered_one_after_another(load, monkeypatch):
+def test_jobs_whose_answers_do_not_fit_together_are_answered_in_sequence(load, monkeypatch):
     engine = trained(load("llama"), ["plain", "tiny"], token_budget=100)
     passes = spy_on_passes(monkeypatch)
 
@@ -114,7 +114,7 @@ def test_jobs_whose_answers_do_not_fit_together_are_answered_one_after_another(l
 
 
 def spy_on_passes(monkeypatch) -> list[tuple[int, ...]]:
-    """The tokens of each sequence of each pass, the filler's last."""
+    """Return a list that collects the sequence lengths of each pass, with the padding last."""
     passes: list[tuple[int, ...]] = []
     original = generate.hidden_states
 
@@ -127,14 +127,14 @@ def spy_on_passes(monkeypatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("failing", [1, 2, 5])
-def test_memory_that_runs_out_at_any_token_can_not_be_seen_in_an_answer(load, monkeypatch, failing):
+def test_out_of_memory_at_any_token_does_not_change_an_answer(load, monkeypatch, failing):
     engine = trained(load("llama", "bfloat16"), ["plain", "tiny", "dora"])
-    asked: dict[str, Prompts] = dict.fromkeys(["plain", "tiny", "dora"], ASKED)
-    expected, calls = answered(engine, asked), []
+    requests: dict[str, Prompts] = dict.fromkeys(["plain", "tiny", "dora"], ASKED)
+    expected, calls = answered(engine, requests), []
     original = generate.hidden_states
 
     def starved(base, pack):
-        h_TD = original(base, pack)  # keys are written, and the pass fails behind them
+        h_TD = original(base, pack)  # the pass fails after the keys are written
         calls.append(pack.sequence_lengths)
         if len(calls) == failing:
             raise torch.OutOfMemoryError("no memory")
@@ -142,23 +142,23 @@ def test_memory_that_runs_out_at_any_token_can_not_be_seen_in_an_answer(load, mo
 
     monkeypatch.setattr(generate, "hidden_states", starved)
 
-    assert answered(engine, asked) == expected
-    assert calls[failing][:3] == (5, 1, 35), "the answers begin again"
+    assert answered(engine, requests) == expected
+    assert calls[failing][:3] == (5, 1, 35), "the answers start again"
 
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("token_budget", [4096, 1])
-def test_who_else_is_answered_can_not_be_seen_in_an_answer(load, dtype, token_budget):
+def test_answer_does_not_depend_on_other_answered_jobs(load, dtype, token_budget):
     names = ["plain", "dropout", "dora", "head", "tokens"]
     engine = trained(load("llama", dtype), names, token_budget=token_budget)
-    asked = {
+    requests = {
         name: Prompts(prompts=ASKED.prompts[index % 3 :], max_tokens=3 + index) for index, name in enumerate(names)
     }
 
-    together = answered(engine, asked)
+    together = answered(engine, requests)
 
-    assert together == {name: answered(engine, {name: prompts})[name] for name, prompts in asked.items()}
+    assert together == {name: answered(engine, {name: prompts})[name] for name, prompts in requests.items()}
     assert len({tuple(answers[-1][:3]) for answers in together.values()}) > 1
 
 
@@ -182,7 +182,7 @@ def test_answers_at_every_evaluation_change_no_bit_of_training(load, family):
     assert samples[0] != samples[-1]
 
 
-def test_an_answer_ends_with_the_end_token_and_the_others_go_on(load):
+def test_answer_stops_at_the_end_token_and_others_continue(load):
     engine = trained(load("llama"), ["plain"])
     (whole, *others) = answered(engine, {"plain": ASKED})["plain"]
     end = whole[4]
@@ -195,7 +195,7 @@ def test_an_answer_ends_with_the_end_token_and_the_others_go_on(load):
     assert [answer for answer in rest if end not in answer] == [answer for answer in others if end not in answer]
 
 
-def test_it_goes_token_by_token_and_a_job_may_leave_at_any(load):
+def test_generation_advances_by_token_and_a_job_can_leave_at_any(load):
     engine = trained(load("llama"), ["plain", "tiny"])
     generation = engine.generation({"plain": ASKED, "tiny": ASKED})
     generation.advance()
@@ -209,7 +209,7 @@ def test_it_goes_token_by_token_and_a_job_may_leave_at_any(load):
     assert generation.answers() == answered(engine, {"plain": ASKED})
 
 
-def test_where_memory_runs_out_fewer_jobs_are_answered_at_once(load, monkeypatch):
+def test_out_of_memory_reduces_the_number_of_jobs_answered_at_once(load, monkeypatch):
     engine = trained(load("llama"), ["plain", "tiny"])
     expected = answered(engine, {"plain": ASKED, "tiny": ASKED})
 
@@ -229,7 +229,7 @@ def test_where_memory_runs_out_fewer_jobs_are_answered_at_once(load, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("prompts", "max_tokens", "said"),
+    ("prompts", "max_tokens", "reason"),
     [
         ((), 1, "nothing to answer"),
         (((1,),), 0, "nothing to answer"),
@@ -239,8 +239,8 @@ def test_where_memory_runs_out_fewer_jobs_are_answered_at_once(load, monkeypatch
         (((1,) * 200,), 57, "exceeds the base model's maximum of 256"),
     ],
 )
-def test_what_can_not_be_answered_is_refused(load, prompts, max_tokens, said):
+def test_invalid_prompts_are_rejected(load, prompts, max_tokens, reason):
     engine = trained(load("llama"), ["tiny"])
 
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=reason):
         engine.generation({"tiny": Prompts(prompts=prompts, max_tokens=max_tokens)})

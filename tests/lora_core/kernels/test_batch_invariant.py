@@ -1,4 +1,4 @@
-"""Products over tokens: the numbers of plain ones, and no row's bits depend on how many others there are."""
+"""Batch-invariant matmuls give the values of plain ones, and no row's bits depend on the number of rows."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -39,12 +39,12 @@ PRODUCTS: dict[str, Callable[[Tensor, ExactProducts | None], Tensor]] = {
     "linear with bias": lambda x, exact: linear(x, drawn(24, 48, seed=1), drawn(24, seed=2), exact),
     "times": lambda x, exact: times(x, drawn(48, 24, seed=1), exact),
     "add_times": lambda x, exact: add_times(drawn(len(x), 24, seed=3), x, drawn(48, 24, seed=1), exact),
-    "a forward of its own": lambda x, exact: own_forward(OWN, x, 24, exact),
+    "custom forward": lambda x, exact: own_forward(OWN, x, 24, exact),
 }
 
 
 def compute_by_number(self: Product, x_TK: Tensor, matrix_KN: Tensor, bias_N: Tensor | None, y_TN: Tensor) -> None:
-    """A kernel that sums few rows in another order than many, and very many in a third."""
+    """A kernel that sums few rows, more rows and many rows in three different orders."""
     parts = 1 if len(x_TK) in range(24, 70) else 2 if len(x_TK) < 24 else 3
     total = y_TN.float() if self.operation == "addmm_" else torch.zeros(()) if bias_N is None else bias_N.float()
     for x_Tk, matrix_kN in zip(x_TK.float().chunk(parts, 1), matrix_KN.float().chunk(parts, 0), strict=True):
@@ -72,7 +72,7 @@ def always_in_blocks(monkeypatch):
 
 @pytest.mark.parametrize("name", PRODUCTS)
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 96, 100])
-def test_pieces_give_the_numbers_of_a_plain_product(name, rows, always_in_blocks):
+def test_blocks_give_the_values_of_a_plain_matmul(name, rows, always_in_blocks):
     x = drawn(rows, 48)
 
     in_blocks = PRODUCTS[name](x, ExactProducts(BLOCK))
@@ -80,8 +80,8 @@ def test_pieces_give_the_numbers_of_a_plain_product(name, rows, always_in_blocks
     torch.testing.assert_close(in_blocks, PRODUCTS[name](x, None), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in PRODUCTS if name not in ("add_times", "a forward of its own")])
-def test_a_row_keeps_its_bits_in_any_place_and_number_where_a_kernel_does_not(name, depends_on_rows):
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if name not in ("add_times", "custom forward")])
+def test_row_keeps_its_bits_at_any_position_and_row_count(name, depends_on_rows):
     rows, exact = drawn(100, 48), ExactProducts(BLOCK)
     whole = PRODUCTS[name](rows, exact)
 
@@ -95,7 +95,7 @@ def test_a_row_keeps_its_bits_in_any_place_and_number_where_a_kernel_does_not(na
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("operation", ["mm", "addmm", "addmm_"])
 @pytest.mark.parametrize("columns", [8, 24])
-def test_a_trial_finds_every_number_of_rows_that_is_summed_in_another_order(operation, dtype, columns, depends_on_rows):
+def test_trial_finds_every_row_count_with_another_summation_order(operation, dtype, columns, depends_on_rows):
     product = Product(operation=operation, shape=(48, columns), stride=(1, 48), dtype=dtype)
 
     same = {rows for rows in range(FEWEST_ROWS, 100) if product.gives_the_bits_of_blocks(rows, BLOCK)}
@@ -103,8 +103,8 @@ def test_a_trial_finds_every_number_of_rows_that_is_summed_in_another_order(oper
     assert same == set(range(24, 70))
 
 
-def test_a_trial_finds_a_number_of_rows_at_which_products_are_rounded_before_they_are_added(monkeypatch):
-    """In the same order: with multiply and add where other numbers of rows have the fused operation."""
+def test_trial_finds_a_row_count_without_fused_multiply_add(monkeypatch):
+    """The order is the same: this row count multiplies and adds where others use a fused operation."""
 
     def compute(_: Product, x_TK: Tensor, matrix_KN: Tensor, _bias: Tensor | None, y_TN: Tensor) -> None:
         y_TN.zero_()
@@ -118,7 +118,7 @@ def test_a_trial_finds_a_number_of_rows_at_which_products_are_rounded_before_the
     assert [product.gives_the_bits_of_blocks(rows, BLOCK) for rows in (36, 40)] == [True, False]
 
 
-def test_rows_are_computed_at_once_where_that_gives_the_bits_and_else_in_the_fewest_pieces(depends_on_rows):
+def test_rows_are_computed_in_the_fewest_pieces_that_keep_the_bits(depends_on_rows):
     exact, product = ExactProducts(BLOCK), product_of("mm", drawn(48, 24))
 
     pieces = {rows: exact.pieces((product,), rows) for rows in (4, 16, 24, 69, 72, 90)}
@@ -126,7 +126,7 @@ def test_rows_are_computed_at_once_where_that_gives_the_bits_and_else_in_the_few
     assert pieces == {4: (32,), 16: (32,), 24: (24,), 69: (69,), 72: (32, 32, 32), 90: (32, 32, 26)}
 
 
-def test_a_kernel_that_depends_on_no_number_computes_everything_at_once(monkeypatch):
+def test_batch_invariant_kernel_computes_all_rows_at_once(monkeypatch):
     exact, product = ExactProducts(BLOCK), product_of("mm", drawn(64, 64))
     monkeypatch.setattr(Product, "compute", lambda _, x, matrix, __, y: y.copy_(in_order(x, matrix)))
 
@@ -135,7 +135,7 @@ def test_a_kernel_that_depends_on_no_number_computes_everything_at_once(monkeypa
     assert pieces == [(16,), (300,), (2000,)]
 
 
-def test_fewer_rows_than_a_block_are_filled_up_to_the_least_number_that_gives_the_bits(depends_on_rows, monkeypatch):
+def test_few_rows_are_padded_to_the_smallest_count_that_keeps_the_bits(depends_on_rows, monkeypatch):
     monkeypatch.setattr(batch_invariant, "FILLED_ROWS", (20, 24, 28))
     exact, product = ExactProducts(BLOCK), product_of("mm", drawn(48, 24))
 
@@ -144,8 +144,8 @@ def test_fewer_rows_than_a_block_are_filled_up_to_the_least_number_that_gives_th
     assert pieces == {4: (24,), 16: (24,), 25: (25,), 76: (32, 32, 24), 90: (32, 32, 26)}
 
 
-@pytest.mark.parametrize("name", [name for name in PRODUCTS if name not in ("add_times", "a forward of its own")])
-def test_a_row_keeps_its_bits_in_pieces_that_are_filled_up_a_little(name, depends_on_rows, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if name not in ("add_times", "custom forward")])
+def test_row_keeps_its_bits_in_padded_pieces(name, depends_on_rows, monkeypatch):
     monkeypatch.setattr(batch_invariant, "FILLED_ROWS", (20, 24, 28))
     rows, exact = drawn(100, 48), ExactProducts(BLOCK)
     whole = PRODUCTS[name](rows, exact)
@@ -155,7 +155,7 @@ def test_a_row_keeps_its_bits_in_pieces_that_are_filled_up_a_little(name, depend
     assert all(torch.equal(y, whole[:number]) for number, y in few.items())
 
 
-def test_what_is_left_of_wide_pieces_is_divided_by_itself(monkeypatch):
+def test_remainder_of_wide_pieces_is_split_separately(monkeypatch):
     monkeypatch.setattr(Product, "gives_the_bits_of_blocks", lambda _, rows, __: rows in (512, 60))
     exact, product = ExactProducts(256), product_of("mm", drawn(48, 24))
 
@@ -164,7 +164,7 @@ def test_what_is_left_of_wide_pieces_is_divided_by_itself(monkeypatch):
     assert pieces == {512: (512,), 1023: (512, 256, 256), 572: (512, 60), 800: (512, 256, 256)}
 
 
-def test_of_a_large_matrix_no_more_rows_than_a_block_are_tried(monkeypatch):
+def test_large_matrix_is_tried_with_at_most_one_block_of_rows(monkeypatch):
     monkeypatch.setattr(batch_invariant, "LARGE", 48 * 24 - 1)
     monkeypatch.setattr(batch_invariant, "UNTRIED_TIMES", 0)
     tried: list[int] = []
@@ -178,7 +178,7 @@ def test_of_a_large_matrix_no_more_rows_than_a_block_are_tried(monkeypatch):
     assert exact.pieces((product_of("mm", drawn(48, 23)),), 48) == (48,)
 
 
-def test_a_large_matrix_is_tried_where_a_number_of_rows_keeps_coming(monkeypatch):
+def test_large_matrix_is_tried_with_frequent_row_counts(monkeypatch):
     monkeypatch.setattr(batch_invariant, "LARGE", 48 * 24 - 1)
     tried: list[int] = []
     monkeypatch.setattr(Product, "gives_the_bits_of_blocks", lambda _, rows, __: tried.append(rows) is None)
@@ -192,7 +192,7 @@ def test_a_large_matrix_is_tried_where_a_number_of_rows_keeps_coming(monkeypatch
     assert tried == [16]
 
 
-def test_a_matrix_whose_trial_would_take_too_much_memory_is_never_tried(monkeypatch):
+def test_matrix_whose_trial_needs_too_much_memory_is_never_tried(monkeypatch):
     monkeypatch.setattr(batch_invariant, "MOST_BYTES", 48 * 24 * 4 - 1)
     exact = ExactProducts(BLOCK)
 
@@ -201,7 +201,7 @@ def test_a_matrix_whose_trial_would_take_too_much_memory_is_never_tried(monkeypa
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(3072, 8192), (49152, 576)])
-def test_the_linears_of_a_base_of_3b_and_a_small_head_are_tried(monkeypatch, rows, columns):
+def test_linears_of_a_3b_base_and_a_small_head_are_tried(monkeypatch, rows, columns):
     monkeypatch.setattr(Product, "gives_the_bits_of_blocks", lambda *_: True)
     monkeypatch.setattr(batch_invariant, "UNTRIED_TIMES", 0)
     product = product_of("mm", torch.empty(rows, columns, dtype=torch.bfloat16))
@@ -211,7 +211,7 @@ def test_the_linears_of_a_base_of_3b_and_a_small_head_are_tried(monkeypatch, row
     assert pieces == [(32,), (112,), (256, 16)]
 
 
-def test_a_number_of_rows_is_tried_once(monkeypatch):
+def test_row_count_is_tried_once(monkeypatch):
     tried: list[int] = []
     monkeypatch.setattr(Product, "gives_the_bits_of_blocks", lambda _, rows, __: tried.append(rows) is None)
     exact = ExactProducts(BLOCK)
@@ -222,7 +222,7 @@ def test_a_number_of_rows_is_tried_once(monkeypatch):
     assert tried == [48, 80]
 
 
-def test_a_forward_of_its_own_can_be_differentiated(always_in_blocks):
+def test_custom_forward_can_be_differentiated(always_in_blocks):
     x = drawn(40, 48).requires_grad_()
 
     own_forward(OWN, x, 24, ExactProducts(BLOCK)).sum().backward()
@@ -231,7 +231,7 @@ def test_a_forward_of_its_own_can_be_differentiated(always_in_blocks):
 
 
 class RowsOfFrozenProducts(TorchDispatchMode):
-    """How many rows each product by one of the base's weights has, forward and backward."""
+    """Counts the rows of each matmul by a base weight, forward and backward."""
 
     def __init__(self, base: BaseModel) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class RowsOfFrozenProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_no_product_over_tokens_of_several_jobs_goes_round_the_pieces(load, always_in_blocks, family):
+def test_all_matmuls_over_tokens_of_several_jobs_use_blocks(load, always_in_blocks, family):
     base = load(family)
     engine = Engine(base, EngineConfig(token_budget=512))
     shared = {**dict(list(submissions(family).items())[:4]), **preferences()}
@@ -275,7 +275,7 @@ def test_packed_equals_solo_in_blocks(load, always_in_blocks, family, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_packed_equals_solo_where_a_kernel_sums_by_the_number_of_rows(load, depends_on_rows, monkeypatch, dtype):
+def test_packed_equals_solo_with_a_kernel_that_depends_on_row_counts(load, depends_on_rows, monkeypatch, dtype):
     monkeypatch.setattr(patching, "ExactProducts", lambda: ExactProducts(BLOCK))
     base = load("llama", dtype)
     jobs = dict(list(submissions("llama").items())[:4])
@@ -286,7 +286,7 @@ def test_packed_equals_solo_where_a_kernel_sums_by_the_number_of_rows(load, depe
     assert {name: packed[name] == alone[name] for name in jobs} == dict.fromkeys(jobs, True)
 
 
-def test_whoever_wants_speed_gets_products_as_they_are_and_another_engine_its_own(load):
+def test_each_engine_chooses_whether_matmuls_are_batch_invariant(load):
     base = load("llama")
 
     Engine(base, EngineConfig(batch_invariant=False))

@@ -1,4 +1,4 @@
-"""Compiled kernels are kept between processes and made anew where their code has changed; a full disk loses none."""
+"""Compiled kernels are cached between processes and recompiled after code changes. A full disk is no failure."""
 
 import errno
 from typing import Any
@@ -23,7 +23,7 @@ def doubled(numbers):
 
 
 def cached() -> dict[str, int]:
-    """How often a process that starts now finds the kernel, and how often it compiles it."""
+    """Return how often a new process finds the kernel in the cache, and how often it compiles the kernel."""
     kernel: Any = compiled(doubled)
     numbers = np.ones(3, np.float32)
     kernel(numbers)
@@ -35,7 +35,7 @@ def test_a_kernel_is_compiled_once_for_all_processes(kept_in):
     assert [cached(), cached()] == [{"found": 0, "compiled": 1}, {"found": 1, "compiled": 0}]
 
 
-def test_a_kernel_is_made_anew_where_code_that_kernels_share_has_changed(kept_in, monkeypatch):
+def test_kernel_is_recompiled_after_a_change_of_shared_code(kept_in, monkeypatch):
     cached()
 
     monkeypatch.setattr(numba_jit, "shared_digest", lambda: "of other sources")
@@ -43,7 +43,7 @@ def test_a_kernel_is_made_anew_where_code_that_kernels_share_has_changed(kept_in
     assert cached() == {"found": 0, "compiled": 1}
 
 
-def test_every_file_of_kernels_is_in_the_digest_of_what_they_share(tmp_path, monkeypatch):
+def test_shared_digest_covers_every_kernel_file(tmp_path, monkeypatch):
     names = ("kernels/numba_jit.py", "kernels/elementwise.py", "engine.py")
     (tmp_path / "kernels").mkdir()
     for name in names:
@@ -61,7 +61,7 @@ def test_every_file_of_kernels_is_in_the_digest_of_what_they_share(tmp_path, mon
 
 
 @pytest.mark.parametrize("moment", ["load", "save"])
-def test_a_disk_that_fails_costs_a_compilation_and_nothing_else(kept_in, monkeypatch, moment):
+def test_failing_disk_costs_only_a_compilation(kept_in, monkeypatch, moment):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""A compiled kernel is one piece of code: the same whether a process compiled it or found it compiled."""
+"""A compiled kernel is one piece of code, identical whether a process compiled it or found it in the cache."""
 
 import re
 from typing import Any
@@ -21,7 +21,7 @@ def kernels() -> dict[str, Any]:
 
 
 def arguments(stored: type) -> dict[str, tuple[Any, ...]]:
-    """What each kernel is called with, as far as its types go."""
+    """Return arguments with the types that each kernel is called with."""
     row, rows, place, none = np.ones(32, stored), np.ones((2, 16), stored), (0, 0, 2), np.ones(0, np.float32)
     return {
         "visible_softmax": (row, row, 2, 16, 1, place, 0.5, 0.0, True, 2),
@@ -40,12 +40,15 @@ def arguments(stored: type) -> dict[str, tuple[Any, ...]]:
 
 
 def functions_apart(kernel: Any, given: tuple[Any, ...]) -> list[str]:
-    """What it is compiled to beside itself and its ways in from Python: the linker may take another's instead."""
-    anew: Any = compiled(kernel.py_func)
-    anew._cache = NullCache()
+    """Return the functions that a kernel compiles to, apart from itself and its entry points from Python.
+
+    The linker may replace such a function by that of another kernel.
+    """
+    fresh: Any = compiled(kernel.py_func)
+    fresh._cache = NullCache()
     signature = tuple(numba.typeof(argument) for argument in given)
-    anew.compile(signature)
-    defined = re.findall(r"^define linkonce_odr .*?@\"?([\w.$]+)", anew.inspect_llvm(signature), re.MULTILINE)
+    fresh.compile(signature)
+    defined = re.findall(r"^define linkonce_odr .*?@\"?([\w.$]+)", fresh.inspect_llvm(signature), re.MULTILINE)
     return [name for name in defined if not name.startswith("NRT_")]
 
 
@@ -62,17 +65,17 @@ def calls_another(row, rows):
         row[place] = total(rows[place]) + total(rows[place, ::2])
 
 
-def test_a_kernel_that_calls_another_is_found():
+def test_kernel_that_calls_another_function_is_detected():
     assert functions_apart(compiled(calls_another), (FLOATS, np.ones((2, 16), np.float32))) != []
 
 
-def test_every_kernel_is_looked_at():
+def test_every_kernel_has_arguments_here():
     assert kernels().keys() == arguments(np.float32).keys()
 
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("name", kernels())
-def test_a_kernel_is_one_function_that_calls_no_other_of_its_own(name, dtype):
-    """Found by an adapter whose bytes depended on whether its process had compiled the kernels."""
+def test_kernel_is_one_function_without_helper_functions(name, dtype):
+    """Regression test: the bytes of an adapter depended on whether its process had compiled the kernels."""
     assert functions_apart(kernels()[name], arguments(STORED[dtype])[name]) == []

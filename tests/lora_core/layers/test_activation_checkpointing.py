@@ -1,4 +1,4 @@
-"""Gradient checkpointing computes blocks twice and changes no bit; on a GPU memory decides whether it is done."""
+"""Activation checkpointing recomputes blocks and changes no bit. On a GPU, free memory decides whether it is used."""
 
 import threading
 from collections.abc import Callable
@@ -22,7 +22,7 @@ GIB = 2**30
 
 
 def jobs(family: str) -> dict[str, Submission]:
-    """Mixed ranks and targets, dropout, several slices a step; one that adapts the last block alone."""
+    """Return jobs with mixed ranks and targets, dropout, several slices per step, and the last block only."""
     top = {"llama": "layers.1.self_attn.o_proj", "gpt2": "h.1.attn.c_proj"}[family]
     return {
         "plain": Submission(config=config(seed=1, num_steps=2), train=dataset(1, [7, 12, 30, 5])),
@@ -35,7 +35,7 @@ def jobs(family: str) -> dict[str, Submission]:
 
 
 def trained(base: BaseModel, mode: str, kernels: Kernels | None = None) -> tuple[dict[str, Tensor], list[JobStepped]]:
-    """The weights of each job in the end, and its steps; which of them share a tick, the clock decides as well."""
+    """Return the final weights of each job and sorted steps, because timing affects which steps share a tick."""
     base.attachment = Attachment(base.model, kernels)
     engine = Engine(base, EngineConfig(checkpoint_blocks=mode))  # pyright: ignore[reportArgumentType]
     for name, job in jobs(base.model.config.model_type).items():
@@ -50,7 +50,7 @@ def trained(base: BaseModel, mode: str, kernels: Kernels | None = None) -> tuple
 
 @pytest.fixture
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of blocks whose own forward ran under a pack with autograd on, in order."""
+    """ "checkpointed" or "kept" for each block forward in a pack with autograd enabled, in order."""
     ran: list[str] = []
     original = activation_checkpointing.checkpointed
 
@@ -66,7 +66,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_checkpointed_or_not_the_bits_are_the_same(
+def test_checkpointing_changes_no_bit(
     load: Callable[..., BaseModel], forwards: list[str], family: str, dtype: str
 ) -> None:
     kept, kept_steps = trained(load(family, dtype), "never")
@@ -81,7 +81,7 @@ def test_checkpointed_or_not_the_bits_are_the_same(
         assert torch.equal(checkpointed[name], weights), name
 
 
-def test_grouped_segments_are_computed_again_to_the_same_bits(load: Callable[..., BaseModel]) -> None:
+def test_grouped_segments_are_recomputed_with_the_same_bits(load: Callable[..., BaseModel]) -> None:
     grouped = Kernels(lora="grouped_mm")
 
     kept, _ = trained(load("llama", "bfloat16"), "never", grouped)
@@ -90,15 +90,14 @@ def test_grouped_segments_are_computed_again_to_the_same_bits(load: Callable[...
     assert all(torch.equal(checkpointed[name], weights) for name, weights in kept.items())
 
 
-def test_a_checkpointed_tick_keeps_less_between_forward_and_backward(load: Callable[..., BaseModel]) -> None:
+def test_checkpointed_tick_saves_less_between_forward_and_backward(load: Callable[..., BaseModel]) -> None:
     kept = {mode: largest_kept(load("llama"), mode) for mode in ("never", "always")}
 
     assert kept["always"] < 0.5 * kept["never"]
 
 
 def largest_kept(base: BaseModel, mode: str) -> int:
-    """Bytes that autograd was given to save in one tick's forward; what a block saves is not given while it is
-    checkpointed."""
+    """Return the bytes that autograd saves in one tick's forward. A checkpointed block saves nothing of its own."""
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -113,7 +112,7 @@ def largest_kept(base: BaseModel, mode: str) -> int:
 
 
 def test_a_backward_in_another_thread_finds_its_pack(load: Callable[..., BaseModel], monkeypatch) -> None:
-    """As on a GPU, where autograd has a thread for each device."""
+    """On a GPU, autograd has one thread per device."""
     original = Tensor.backward
 
     def elsewhere(tensor: Tensor) -> None:
@@ -128,24 +127,24 @@ def test_a_backward_in_another_thread_finds_its_pack(load: Callable[..., BaseMod
     assert all(torch.equal(found[name], weights) for name, weights in expected.items())
 
 
-def test_an_unknown_way_is_refused_by_name() -> None:
+def test_unknown_mode_is_rejected_by_name() -> None:
     with pytest.raises(ConfigError, match="checkpoint_blocks"):
         EngineConfig(checkpoint_blocks="sometimes")  # pyright: ignore[reportArgumentType]
 
 
 class Card:
-    """What torch says of a GPU's memory."""
+    """Simulates torch's memory statistics of a GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, free: int) -> None:
         self.free, self.reserved, self.allocated, self.peak = free, 0, 0, 0
-        for name, told in {
+        for name, replacement in {
             "mem_get_info": lambda device: (self.free, 80 * GIB),
             "memory_reserved": lambda device: self.reserved,
             "memory_allocated": lambda device: self.allocated,
             "max_memory_allocated": lambda device: self.peak,
             "reset_peak_memory_stats": lambda device: setattr(self, "peak", self.allocated),
         }.items():
-            monkeypatch.setattr(torch.cuda, name, told)
+            monkeypatch.setattr(torch.cuda, name, replacement)
 
     def tick(self, memory: ActivationMemory, num_tokens: int, *, taken: int) -> None:
         with memory.observed(num_tokens, kind="train", checkpointed=False):
@@ -153,11 +152,11 @@ class Card:
 
 
 def on_a_gpu(mode: str = "auto") -> ActivationMemory:
-    linears: dict[str, nn.Module] = {"layer": nn.Linear(600, 424, device="meta")}  # 1,024 numbers
+    linears: dict[str, nn.Module] = {"layer": nn.Linear(600, 424, device="meta")}  # 1,024 inputs and outputs
     return ActivationMemory(linears, device="cuda:0", item_bytes=2, mode=mode)  # pyright: ignore[reportArgumentType]
 
 
-def test_until_a_tick_has_shown_it_a_token_takes_what_enters_and_leaves_every_linear(monkeypatch) -> None:
+def test_initial_estimate_per_token_is_inputs_and_outputs_of_linears(monkeypatch) -> None:
     Card(monkeypatch, free=GIB)
     memory = on_a_gpu()
 
@@ -166,7 +165,7 @@ def test_until_a_tick_has_shown_it_a_token_takes_what_enters_and_leaves_every_li
     assert memory.checkpoints(380_000)
 
 
-def test_ticks_show_what_a_token_takes_and_small_or_failed_ones_show_nothing(monkeypatch) -> None:
+def test_ticks_measure_bytes_per_token_unless_small_or_failed(monkeypatch) -> None:
     card = Card(monkeypatch, free=GIB)
     memory = on_a_gpu()
     card.allocated = 5 * GIB
@@ -185,7 +184,7 @@ def test_ticks_show_what_a_token_takes_and_small_or_failed_ones_show_nothing(mon
     assert memory.peak_bytes() == 9 * GIB
 
 
-def test_what_torch_keeps_for_later_counts_as_free(monkeypatch) -> None:
+def test_memory_cached_by_torch_counts_as_free(monkeypatch) -> None:
     card = Card(monkeypatch, free=0)
     memory = on_a_gpu()
     assert memory.checkpoints(1000)
@@ -195,7 +194,7 @@ def test_what_torch_keeps_for_later_counts_as_free(monkeypatch) -> None:
     assert not memory.checkpoints(1000)
 
 
-def test_the_rank_that_has_least_decides_for_all(monkeypatch) -> None:
+def test_rank_with_the_least_memory_decides_for_all(monkeypatch) -> None:
     card = Card(monkeypatch, free=4 * GIB)
     memory = on_a_gpu()
     own = memory.own_memory()
@@ -212,16 +211,16 @@ def test_the_rank_that_has_least_decides_for_all(monkeypatch) -> None:
 
     card.free = 2 * GIB
     memory.heed((4 * GIB, own[1]), [(4 * GIB, own[1]), (3 * GIB, own[1])])
-    assert not memory.checkpoints(360_000), "what the other lacked then is taken off what is free now"
+    assert not memory.checkpoints(360_000), "the other rank's shortfall is subtracted from the memory that is free now"
     assert memory.checkpoints(450_000)
 
 
-def test_memory_that_ran_out_makes_a_tick_of_that_size_a_checkpointed_one(monkeypatch) -> None:
+def test_out_of_memory_makes_later_ticks_of_that_size_checkpointed(monkeypatch) -> None:
     card = Card(monkeypatch, free=GIB)
     memory = on_a_gpu()
     assert not memory.checkpoints(1000)
 
-    card.free = 0  # the error holds what the tick took
+    card.free = 0  # the error keeps the tick's memory alive
     assert memory.gives_way(1000)
     card.free = GIB
 
@@ -229,7 +228,7 @@ def test_memory_that_ran_out_makes_a_tick_of_that_size_a_checkpointed_one(monkey
     assert not memory.checkpoints(900)
 
 
-def test_what_ticks_showed_is_forgotten_when_a_job_leaves(load: Callable[..., BaseModel], monkeypatch) -> None:
+def test_measurements_are_discarded_when_a_job_leaves(load: Callable[..., BaseModel], monkeypatch) -> None:
     card = Card(monkeypatch, free=GIB)
     engine, memory = Engine(load("llama"), EngineConfig()), on_a_gpu()
     engine._memory._activations = memory
@@ -248,7 +247,7 @@ def test_what_ticks_showed_is_forgotten_when_a_job_leaves(load: Callable[..., Ba
     assert memory.bytes_per_token == 2**19 / 1024
 
 
-def test_a_cpu_never_does_it_by_itself_and_who_is_told_asks_nobody() -> None:
+def test_cpu_never_checkpoints_in_auto_mode_and_other_modes_are_fixed() -> None:
     linears: dict[str, nn.Module] = {"layer": nn.Linear(8, 8)}
 
     on_a_cpu = ActivationMemory(linears, device="cpu", item_bytes=2, mode="auto")
@@ -260,7 +259,7 @@ def test_a_cpu_never_does_it_by_itself_and_who_is_told_asks_nobody() -> None:
     assert not on_a_gpu("never").gives_way(1)
 
 
-def test_a_tick_that_ran_out_of_memory_is_tried_again_checkpointed_before_it_is_cut(
+def test_out_of_memory_tick_is_retried_checkpointed_before_it_is_split(
     load: Callable[..., BaseModel], monkeypatch, forwards: list[str]
 ) -> None:
     base = load("llama")

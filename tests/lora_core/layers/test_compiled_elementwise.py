@@ -1,4 +1,4 @@
-"""Norms and gated activations for a GPU. Uncompiled here but for one slow test; a CPU computes them otherwise."""
+"""Norms and gated activations for a GPU. They run uncompiled here, except in one slow test. A CPU uses other code."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradients_pass_gradcheck_in_float64(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # the widest there is
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # keeps float64
     torch.manual_seed(0)
     x, gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(3))
     weight = torch.randn(7, dtype=torch.float64)
@@ -37,7 +37,7 @@ def test_gradients_pass_gradcheck_in_float64(uncompiled: None, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_norm_and_gated_part_of_a_llama_is_replaced_and_gives_what_the_library_gives(
+def test_norms_and_gated_mlps_are_replaced_with_the_results_of_the_library(
     uncompiled: None, load: Callable[..., BaseModel], dtype: str
 ) -> None:
     base = load("llama", dtype)
@@ -59,11 +59,11 @@ def test_every_norm_and_gated_part_of_a_llama_is_replaced_and_gives_what_the_lib
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_outside_a_pack_each_part_computes_exactly_what_it_did_before(
+def test_replaced_modules_compute_the_original_outside_a_pack(
     uncompiled: None, monkeypatch: pytest.MonkeyPatch, load: Callable[..., BaseModel], dtype: str
 ) -> None:
-    def asked(_function: Callable[..., Any]) -> None:
-        raise AssertionError("a kernel was asked for outside a pack")
+    def requested(_function: Callable[..., Any]) -> None:
+        raise AssertionError("a kernel was requested outside a pack")
 
     base = load("llama", dtype)
     parts = [(module, type(module).forward) for module, _ in fused_parts(base.model)]
@@ -71,7 +71,7 @@ def test_outside_a_pack_each_part_computes_exactly_what_it_did_before(
     expected = [forward(module, x) for (module, forward), x in zip(parts, inputs, strict=True)]
 
     attachment = Attachment(base.model, Kernels(elementwise="compiled"))
-    monkeypatch.setattr(layer_compiled_elementwise, "compiled", asked)
+    monkeypatch.setattr(layer_compiled_elementwise, "compiled", requested)
     found = [module(x) for (module, _), x in zip(parts, inputs, strict=True)]
     attachment.detach()
 
@@ -79,21 +79,21 @@ def test_outside_a_pack_each_part_computes_exactly_what_it_did_before(
 
 
 def whole(ids: torch.Tensor) -> SliceInput:
-    """One sequence, of nobody."""
+    """Return one sequence with an empty adapter."""
     adapter = FlatAdapter((), LoraConfig(rank=1, alpha=1), dtype=torch.float32, device="cpu")
     sequence = ids[0].numpy().astype(np.int32), np.zeros(ids.shape[1], np.uint8)
     return SliceInput(adapter=adapter, sequences=(sequence,), label_weight=0.0, dropout=None)
 
 
 def gradients(base: BaseModel, ids: torch.Tensor) -> torch.Tensor:
-    """Of the sum of squared logits by the embeddings."""
+    """Return the gradient of the sum of squared logits with respect to the embeddings."""
     embedded = base.model.get_input_embeddings()(ids).detach().requires_grad_()
     base.model(inputs_embeds=embedded).logits.float().square().sum().backward()
     assert embedded.grad is not None
     return embedded.grad
 
 
-def test_a_part_that_computes_something_else_is_left_alone(uncompiled: None, load: Callable[..., BaseModel]) -> None:
+def test_module_that_computes_something_else_is_not_replaced(uncompiled: None, load: Callable[..., BaseModel]) -> None:
     base = load("llama")
 
     class OffsetRMSNorm(nn.Module):
@@ -115,7 +115,7 @@ def test_a_part_that_computes_something_else_is_left_alone(uncompiled: None, loa
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Cannot find a working triton installation\nmore"), OSError("no gcc")])
-def test_a_machine_that_cant_compile_says_why_and_goes_without(
+def test_machine_that_cannot_compile_logs_the_reason_and_falls_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, load: Callable[..., BaseModel], error: Exception
 ) -> None:
     def fails(*_: Any) -> None:
@@ -135,21 +135,21 @@ def test_a_machine_that_cant_compile_says_why_and_goes_without(
     assert reason in caplog.text
 
 
-def test_a_machine_that_can_compile_has_it_and_a_cpu_is_never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_that_can_compile_does_so_and_a_cpu_is_never_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    asked: list[torch.device] = []
-    monkeypatch.setattr(selection, "why_not", asked.append)
+    requested: list[torch.device] = []
+    monkeypatch.setattr(selection, "why_not", requested.append)
 
     assert choose_kernels(torch.device("cpu"), torch.bfloat16).elementwise == "eager"
-    assert asked == []
+    assert requested == []
     assert choose_kernels(torch.device("cuda:0"), torch.bfloat16) == Kernels(
         lora="grouped_mm", attention="varlen", elementwise="compiled"
     )
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch's compiler imports
-def test_torchs_compiler_gives_the_same_for_any_number_of_tokens() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from imports of torch's compiler
+def test_torch_compiler_gives_the_same_for_any_number_of_tokens() -> None:
     torch.manual_seed(0)
     for tokens in (16, 33):
         gate, up = torch.randn(2, tokens, 24)

@@ -1,4 +1,4 @@
-"""Gated MLPs and residual blocks by kernels: the library's numbers and gradients, and only where both agree."""
+"""Kernels for gated MLPs and residual blocks give the library's values and gradients, and replace only what agrees."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def block_of(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> nn.Modul
 
 
 @DTYPES
-def test_a_gated_mlp_gives_the_librarys_numbers_and_gradients(dtype: torch.dtype, tolerance: float):
+def test_gated_mlp_gives_the_values_and_gradients_of_the_library(dtype: torch.dtype, tolerance: float):
     mlp, dy = mlp_of(dtype), drawn(2, dtype)
     ours, theirs = (drawn(1, dtype).requires_grad_() for _ in range(2))
 
@@ -61,7 +61,7 @@ def test_a_gated_mlp_gives_the_librarys_numbers_and_gradients(dtype: torch.dtype
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)
 
 
-def test_only_gates_of_silu_are_replaced():
+def test_only_silu_gates_are_replaced():
     gated, other = mlp_of(torch.float32), mlp_of(torch.float32, "gelu")
 
     assert [module for module, _ in faster_mlps(nn.ModuleList([gated, other]))] == [gated]
@@ -69,7 +69,7 @@ def test_only_gates_of_silu_are_replaced():
 
 
 class NearlyLlamaMLP(LlamaMLP):
-    """Off by a hundredth."""
+    """The gate is off by one percent."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x) * 1.01) * self.up_proj(x))
@@ -77,7 +77,7 @@ class NearlyLlamaMLP(LlamaMLP):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e-3, 1, 1e3])
-def test_an_mlp_is_replaced_whatever_the_size_of_its_numbers(dtype: torch.dtype, size: float):
+def test_mlp_is_replaced_at_any_magnitude_of_its_values(dtype: torch.dtype, size: float):
     torch.manual_seed(0)
     config = LlamaConfig(**WIDE)
     right, wrong = (kind(config).to(dtype).requires_grad_(False) for kind in (LlamaMLP, NearlyLlamaMLP))
@@ -87,7 +87,7 @@ def test_an_mlp_is_replaced_whatever_the_size_of_its_numbers(dtype: torch.dtype,
     assert [module for module, _ in faster_mlps(nn.ModuleList([right, wrong]))] == [right]
 
 
-def test_numbers_differ_where_a_small_row_stands_beside_a_large_one():
+def test_values_are_compared_relative_to_their_row():
     theirs = torch.tensor([[900.0, -700.0, 0.001], [0.5, 0.25, -0.001]])
     rounded, wrong = theirs.clone(), theirs.clone()
     rounded[0, 2] += 1e-4
@@ -97,20 +97,20 @@ def test_numbers_differ_where_a_small_row_stands_beside_a_large_one():
     assert not same_numbers(theirs, wrong)
 
 
-def test_one_mlp_of_each_kind_is_asked(monkeypatch):
-    asked: list[nn.Module] = []
-    monkeypatch.setattr(swiglu, "_agrees", lambda module: asked.append(module) or module is not wide)
+def test_one_mlp_of_each_kind_is_checked(monkeypatch):
+    checked: list[nn.Module] = []
+    monkeypatch.setattr(swiglu, "_agrees", lambda module: checked.append(module) or module is not wide)
     first, second, half = mlp_of(torch.float32), mlp_of(torch.float32), mlp_of(torch.bfloat16)
     wide = LlamaMLP(LlamaConfig(**WIDE))
 
     found = faster_mlps(nn.ModuleList([first, second, half, wide]))
 
-    assert asked == [first, half, wide]
+    assert checked == [first, half, wide]
     assert [module for module, _ in found] == [first, second, half]
 
 
 @DTYPES
-def test_a_block_gives_the_librarys_numbers_and_gradients(dtype: torch.dtype, tolerance: float):
+def test_block_gives_the_values_and_gradients_of_the_library(dtype: torch.dtype, tolerance: float):
     block, dy = block_of(LlamaDecoderLayer, LlamaConfig(**SIZES), dtype), drawn(2, dtype)
     angles = torch.randn(1, 48, 32).to(dtype)
     options: dict[str, Any] = {"position_embeddings": (angles.cos(), angles.sin()), "attention_mask": None}
@@ -133,9 +133,9 @@ def test_a_block_gives_the_librarys_numbers_and_gradients(dtype: torch.dtype, to
         (Olmo2DecoderLayer, Olmo2Config(**SIZES), False),
         (Gemma2DecoderLayer, Gemma2Config(**SIZES), False),
     ],
-    ids=["llama", "scaled sums", "norms behind", "four norms"],
+    ids=["llama", "scaled sums", "norms after sublayers", "four norms"],
 )
-def test_only_blocks_that_add_as_ours_do_are_replaced(dtype: torch.dtype, kind, config, is_replaced: bool):
+def test_only_blocks_with_the_same_residual_sums_are_replaced(dtype: torch.dtype, kind, config, is_replaced: bool):
     model = nn.ModuleList([block_of(kind, config, dtype)])
 
     found = faster_blocks(model, [norm for norm, _ in faster_norms(model)])

@@ -1,4 +1,4 @@
-"""Linears of one input as one node: the gradients are the formula's, and a row's A are one matrix where they can be."""
+"""Linears of one input as one autograd node: exact gradients, and one joint A matrix per adapter where possible."""
 
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ def single_piece(start: int, stop: int, a_RD: Tensor, b_OR: Tensor) -> Piece:
 
 
 class ThroughAutograd(torch.autograd.Function):
-    """The siblings as a function of x and all adapters, so that gradcheck sees every gradient."""
+    """The sibling linears as a function of x and all adapters, so that gradcheck covers every gradient."""
 
     @staticmethod
     def forward(ctx, linears, x, *adapters):
@@ -95,7 +95,7 @@ def adapter_of(**options) -> FlatAdapter:
     )
 
 
-def test_the_joint_views_of_a_row_lie_in_its_vectors_and_those_of_a_twin_in_its_own_gradient():
+def test_joint_views_use_the_vectors_of_the_adapter_and_of_its_twin():
     adapter = adapter_of(rank_pattern=((r"k_proj", 4),), alpha_pattern=((r"k_proj", 8),))
     twin = with_own_gradient(adapter)
     adapter.compute.copy_(torch.arange(adapter.num_parameters))
@@ -115,13 +115,13 @@ def test_the_joint_views_of_a_row_lie_in_its_vectors_and_those_of_a_twin_in_its_
 @pytest.mark.parametrize(
     "options",
     [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"alpha_pattern": ((r"k_proj", 6.0),)}],
-    ids=["another norm", "a start that is subtracted", "other scales"],
+    ids=["another norm", "subtracted initialization", "other scales"],
 )
-def test_what_no_common_matrix_can_express_goes_linear_by_linear(options):
+def test_adapters_without_a_joint_matrix_run_linear_by_linear(options):
     assert adapter_of(**options).joint(MODULES) is None
 
 
-def test_only_whole_sets_of_plain_linears_are_siblings():
+def test_only_complete_sets_of_plain_linears_are_siblings():
     names = ("a.q_proj", "a.k_proj", "a.v_proj", "b.q_proj", "b.k_proj", "c.gate_proj", "c.up_proj")
     linears: dict[str, nn.Module] = {name: nn.Linear(4, 4) for name in names}
 
@@ -135,7 +135,7 @@ def mixed() -> dict[str, Submission]:
     return methods() | {name: plain} | others
 
 
-def test_siblings_train_as_linears_one_by_one_do(load, monkeypatch):
+def test_siblings_train_like_separate_linears(load, monkeypatch):
     ahead = train_all(Engine(load("llama"), EngineConfig(token_budget=4096)))
 
     monkeypatch.setattr(patching, "find_siblings", lambda _: {})

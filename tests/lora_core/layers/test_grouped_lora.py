@@ -1,4 +1,4 @@
-"""Grouped segments give what the loop gives, in one launch for all of them. CPU kernels stand in for a GPU's."""
+"""Grouped segments give the results of the loop in one launch for all segments. CPU kernels replace those of a GPU."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +37,7 @@ def piece(start: int, stop: int, rank: int, dtype: torch.dtype, *, trained_rank:
 
 
 def mixed(dtype: torch.dtype) -> tuple[Piece, ...]:
-    """Equal ranks and unequal ones, one above the others, a frozen half, and rows between that have no adapter."""
+    """Return pieces of equal and unequal ranks, one of a high rank, one half frozen, and gaps without an adapter."""
     return (
         piece(2, 9, 4, dtype),
         piece(9, 14, 8, dtype),
@@ -55,7 +55,7 @@ def gradients_of(pieces: tuple[Piece, ...]) -> list[Tensor]:
 def computed(
     op: GroupedLora, pieces: tuple[Piece, ...], x_TD: Tensor, dy_TO: Tensor, weight_OD: Tensor, *, fused: bool
 ) -> list[Tensor]:
-    """y, dx and the gradients of all pieces, which start from zero."""
+    """Return y, dx and the gradients of all pieces, which start from zero."""
     for gradient in gradients_of(pieces):
         gradient.zero_()
     x_TD = x_TD.clone().requires_grad_()
@@ -72,7 +72,7 @@ def computed(
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_segments_give_the_loops_output_and_gradients(dtype: torch.dtype, fused: bool) -> None:
+def test_grouped_segments_give_the_output_and_gradients_of_the_loop(dtype: torch.dtype, fused: bool) -> None:
     torch.manual_seed(0)
     pieces, weight_OD = mixed(dtype), torch.randn(OUT, D).to(dtype)
     x_TD, dy_TO = torch.randn(T, D).to(dtype), torch.randn(T, OUT).to(dtype)
@@ -87,20 +87,20 @@ def test_grouped_segments_give_the_loops_output_and_gradients(dtype: torch.dtype
     assert torch.equal(grouped[0][untouched], (x_TD @ weight_OD.T)[untouched])
 
 
-def test_ranks_are_grouped_with_ranks_of_the_same_width_and_one_alone_stays_in_the_loop() -> None:
+def test_ranks_of_the_same_width_are_grouped_and_single_ones_loop() -> None:
     pieces = mixed(torch.float32)
 
     alone, runs = GroupedLora("grouped_mm").divide("layer", pieces, torch.zeros(T, D))
 
     assert [(run.rows, run.stacks.a_GWD.shape) for run in runs] == [
-        (slice(2, 27), (4, 8, D)),  # with the rows between, which have zeros
+        (slice(2, 27), (4, 8, D)),  # including the gap, whose rows have zeros
         (slice(27, 41), (2, 16, D)),
     ]
     assert alone == pieces[-1:]
     assert [width_of(rank) for rank in (1, 8, 9, 16, 33, 64, 65, 1024)] == [8, 8, 16, 16, 64, 64, 128, 1024]
 
 
-def test_dropout_and_learned_lengths_and_odd_sizes_stay_in_the_loop() -> None:
+def test_dropout_and_odd_sizes_stay_in_the_loop() -> None:
     plain = mixed(torch.float32)
     key = DropoutKey(probability=0.5, seed=0, step=0, slice_index=0)
     odd = tuple(
@@ -117,7 +117,7 @@ def test_dropout_and_learned_lengths_and_odd_sizes_stay_in_the_loop() -> None:
 
 
 @pytest.mark.parametrize("sick", ["x", "dy", "weights"])
-def test_a_jobs_numbers_that_are_none_reach_no_other_jobs_rows(sick: str) -> None:
+def test_nan_values_of_a_job_do_not_reach_rows_of_other_jobs(sick: str) -> None:
     torch.manual_seed(1)
     dtype = torch.bfloat16
     pieces, weight_OD = mixed(dtype)[:3], torch.randn(OUT, D).to(dtype)
@@ -137,7 +137,7 @@ def test_a_jobs_numbers_that_are_none_reach_no_other_jobs_rows(sick: str) -> Non
         assert torch.equal(found[index], healthy[index])
 
 
-def test_padded_weights_are_made_once_until_a_rows_weights_change() -> None:
+def test_padded_weights_are_reused_until_weights_change() -> None:
     pieces, x_TD = mixed(torch.float32)[:3], torch.zeros(T, D)
     op = GroupedLora("grouped_mm")
     first = op.divide("layer", pieces, x_TD)[1][0].stacks
@@ -154,7 +154,7 @@ def test_padded_weights_are_made_once_until_a_rows_weights_change() -> None:
     assert len(fewer.a_GWD) == 2
 
 
-def test_a_cpu_computes_by_the_loop_and_misses_nothing() -> None:
+def test_cpu_uses_the_loop_and_reports_no_reason() -> None:
     assert choose_kernels(torch.device("cpu"), torch.bfloat16) == Kernels(lora="loop", reasons=())
 
 
@@ -169,7 +169,7 @@ def test_a_cpu_computes_by_the_loop_and_misses_nothing() -> None:
         ((9, 0), torch.float32, "loop", "bfloat16"),
     ],
 )
-def test_a_gpu_groups_where_its_kernel_can_and_says_why_where_not(
+def test_gpu_groups_if_its_kernel_can_or_reports_a_reason(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, lora: str, reason: str | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -178,11 +178,11 @@ def test_a_gpu_groups_where_its_kernel_can_and_says_why_where_not(
     chosen = choose_kernels(torch.device("cuda:0"), dtype)
 
     assert chosen.lora == lora
-    assert any(reason in told for told in chosen.reasons) if reason else not chosen.reasons
+    assert any(reason in given for given in chosen.reasons) if reason else not chosen.reasons
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_engine_that_groups_trains_as_one_that_loops(load: Callable[..., BaseModel], dtype: str) -> None:
+def test_grouping_engine_trains_like_a_looping_engine(load: Callable[..., BaseModel], dtype: str) -> None:
     losses = {kernel: trained(load("llama", dtype), Kernels(lora=kernel)) for kernel in ("loop", "grouped_mm")}
 
     assert losses["loop"].keys() == losses["grouped_mm"].keys()
@@ -191,7 +191,7 @@ def test_an_engine_that_groups_trains_as_one_that_loops(load: Callable[..., Base
 
 
 def trained(base: BaseModel, kernels: Kernels) -> dict[tuple[str, int], float]:
-    """Losses by job and step, of jobs that differ in rank and targets."""
+    """Return losses by job and step, of jobs that differ in rank and targets."""
     base.attachment = Attachment(base.model, kernels)
     engine = Engine(base, EngineConfig())
     jobs = {

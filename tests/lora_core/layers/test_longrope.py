@@ -1,6 +1,6 @@
-"""Where rotary factors depend on a sequence's length, each sequence has those of its own, whatever else is in a pass.
+"""Rotary factors that depend on sequence length: each sequence gets its own factors, whatever else is in a pass.
 
-Tiny bases of 64 tokens in pretraining, in which jobs have rows of fewer tokens, of more, and of just as many.
+The tiny bases have a pretraining length of 64 tokens. Jobs have shorter, longer and equally long rows.
 """
 
 from dataclasses import replace
@@ -40,8 +40,8 @@ def longrope(num_factors: int, **fields: Any) -> dict[str, Any]:
 PHI3: dict[str, Any] = {"original_max_position_embeddings": BOUND, "rope_parameters": longrope(8)}
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", PHI3),
-    "a part of each head": ("phi3", PHI3 | {"rope_parameters": longrope(6, partial_rotary_factor=0.75)}),
-    "by type of layer": (
+    "partial rotary embeddings": ("phi3", PHI3 | {"rope_parameters": longrope(6, partial_rotary_factor=0.75)}),
+    "factors per layer type": (
         "gemma3_text",
         HEADS
         | {
@@ -71,7 +71,7 @@ def top(job: JobConfig) -> JobConfig:
 
 
 def jobs() -> dict[str, Submission]:
-    """Short rows alone, long ones among them, pairs and single answers that are compared, and a frozen prefix."""
+    """Return jobs with short rows only, short and long rows, pairs, single rated answers, and frozen lower layers."""
     dpo, kto = ObjectiveConfig(kind="dpo", beta=0.5), ObjectiveConfig(kind="kto", beta=0.4)
     rated = replace(dataset(5, [30, 80, 65, 12]), labels=np.array([1, 0, 1, 0], np.float32))
     return {
@@ -96,7 +96,7 @@ def jobs() -> dict[str, Submission]:
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_lanes", [1, 2])
-def test_packed_equals_solo_whatever_the_lengths_of_packmates(folders, dtype, num_lanes):
+def test_packed_equals_solo_with_packmates_of_any_length(folders, dtype, num_lanes):
     base = load_base(folders["phi3"], dtype=dtype, device="cpu")
     alone = {name: run_alone(base, job) for name, job in jobs().items()}
     options: dict[str, Any] = {"num_lanes": num_lanes, "prefix_memory_bytes": 1 << 24}
@@ -124,7 +124,7 @@ def packed_states(base: BaseModel, rows: list[np.ndarray]) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("lengths", [(20, BOUND, 100, BOUND + 1, 7), (80, 90), (30, 12)], ids=["both", "long", "short"])
-def test_a_sequence_has_the_numbers_that_transformers_gives_it_alone(folders, kind, lengths):
+def test_packed_sequence_has_the_states_of_transformers_alone(folders, kind, lengths):
     base = load_base(folders[kind], dtype="float32", device="cpu")
     rows = sequences(*lengths)
 
@@ -137,7 +137,7 @@ def test_a_sequence_has_the_numbers_that_transformers_gives_it_alone(folders, ki
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_a_pass_of_a_pack_writes_nothing_into_the_base(folders, kind):
+def test_pass_of_a_pack_writes_nothing_to_the_base(folders, kind):
     base = load_base(folders[kind], dtype="float32", device="cpu")
     packed_states(base, sequences(7))
     before = {name: buffer._version for name, buffer in base.model.named_buffers()}
@@ -149,7 +149,7 @@ def test_a_pass_of_a_pack_writes_nothing_into_the_base(folders, kind):
 
 
 def greedy(base: BaseModel, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """By transformers, which computes all anew for each token."""
+    """Return the answer of transformers, which recomputes everything for each token."""
     ids = list(prompt)
     with base.untouched() as model, torch.no_grad():
         for _ in range(count):
@@ -158,7 +158,7 @@ def greedy(base: BaseModel, prompt: tuple[int, ...], count: int) -> tuple[int, .
     return tuple(ids[len(prompt) :])
 
 
-def test_an_answer_changes_its_factors_where_it_outgrows_the_original_length(folders):
+def test_answer_changes_its_factors_beyond_the_original_length(folders):
     base = load_base(folders["phi3"], dtype="float32", device="cpu")
     engine = Engine(base, EngineConfig())
     admit(engine, "untrained", Submission(config=config(), train=dataset(1, [5])))
@@ -177,9 +177,9 @@ def test_an_answer_changes_its_factors_where_it_outgrows_the_original_length(fol
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     ],
-    ids=["as now", "as formerly"],
+    ids=["current format", "former format"],
 )
-def test_frequencies_that_remember_former_passes_are_refused_by_name(tmp_path, options):
+def test_frequencies_that_depend_on_earlier_passes_are_rejected_by_name(tmp_path, options):
     save("llama", tmp_path, **options)
 
     with pytest.raises(UnsupportedModel, match=r"'llama'.*'dynamic'") as caught:

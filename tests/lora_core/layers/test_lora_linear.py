@@ -1,4 +1,4 @@
-"""The hand-written gradients are those of the formula, checked by finite differences in float64."""
+"""The hand-written gradients match the formula, checked by finite differences in float64."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def dora_piece(start: int, stop: int, adapter: list[Tensor], dropout: float, nor
 
 
 class ThroughAutograd(torch.autograd.Function):
-    """The packed linear as a function of x and both adapters, so that gradcheck sees all gradients."""
+    """The packed linear as a function of x and all adapters, so that gradcheck covers every gradient."""
 
     @staticmethod
     def forward(ctx, make, x, *adapters):
@@ -80,7 +80,7 @@ def test_gradients_of_input_and_adapters_pass_gradcheck_in_float64(fused, dropou
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_gradients_of_input_adapters_and_magnitudes_pass_gradcheck_with_the_norm_held(with_bias, dropout):
+def test_gradients_with_magnitudes_pass_gradcheck_at_a_fixed_norm(with_bias, dropout):
     torch.manual_seed(3)
     weight_OD, norms = numbers(OUT, D), [1 + numbers(OUT).abs() for _ in range(2)]
     plain = PlainWeight(weight_OD=weight_OD, bias_O=numbers(OUT) if with_bias else None)
@@ -100,7 +100,7 @@ def test_gradients_of_input_adapters_and_magnitudes_pass_gradcheck_with_the_norm
     assert torch.autograd.gradcheck(lambda *args: ThroughAutograd.apply(make, *args), inputs)
 
 
-def test_the_output_with_dora_is_that_of_weights_with_the_learned_lengths():
+def test_dora_output_equals_that_of_merged_weights():
     torch.manual_seed(4)
     x, weight_OD, bias_O = numbers(T, D).float(), numbers(OUT, D).float(), numbers(OUT).float()
     a_RD, b_OR, m_O = numbers(R, D).float(), numbers(OUT, R).float(), numbers(OUT).float()
@@ -115,7 +115,7 @@ def test_the_output_with_dora_is_that_of_weights_with_the_learned_lengths():
     torch.testing.assert_close(y, expected)
 
 
-def test_the_output_is_the_formula():
+def test_output_matches_the_formula():
     torch.manual_seed(2)
     x, weight_OD, a_RD, b_OR = numbers(T, D), numbers(OUT, D), numbers(R, D), numbers(OUT, R)
 
@@ -128,7 +128,7 @@ def test_the_output_is_the_formula():
     torch.testing.assert_close(y, expected)
 
 
-def test_gradients_accumulate_over_slices_and_no_gradient_of_the_weight_is_made():
+def test_gradients_accumulate_over_slices_without_a_weight_gradient():
     weight_OD = numbers(OUT, D).requires_grad_()
     part = piece(0, T, numbers(R, D), numbers(OUT, R), 0.0, seed=0)
     leaf = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -143,7 +143,7 @@ def test_gradients_accumulate_over_slices_and_no_gradient_of_the_weight_is_made(
     assert leaf.grad is None
 
 
-def test_dropout_is_a_function_of_its_key_and_keeps_the_mean():
+def test_dropout_depends_only_on_its_key_and_keeps_the_mean():
     key = DropoutKey(probability=0.25, seed=3, step=4, slice_index=5)
     ones = torch.ones(400, 100)
 
@@ -156,7 +156,7 @@ def test_dropout_is_a_function_of_its_key_and_keeps_the_mean():
     assert float(dropped.mean()) == pytest.approx(1, abs=0.01)
 
 
-def test_the_mask_of_a_piece_is_made_once_for_forward_and_backward(monkeypatch):
+def test_mask_of_a_piece_is_computed_once_for_forward_and_backward(monkeypatch):
     made = []
     original = DropoutKey.keep_TD
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The norm by kernels: the library's numbers forward, autograd's backward, and only where both agree."""
+"""The norm kernel gives the library's values and autograd's gradients, and replaces only norms that agree."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def norm_of(kind: type[nn.Module], dtype: torch.dtype) -> nn.Module:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_forward_gives_the_librarys_numbers_and_backward_its_gradient(dtype: torch.dtype, tolerance: float):
+def test_norm_gives_the_values_and_gradient_of_the_library(dtype: torch.dtype, tolerance: float):
     norm = norm_of(LlamaRMSNorm, dtype)
     x, dy = (torch.randn(1, 48, 64, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (1, 2))
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -26,12 +26,12 @@ def test_forward_gives_the_librarys_numbers_and_backward_its_gradient(dtype: tor
     expected.backward(dy)
 
     assert same_numbers(expected, y)
-    assert torch.equal(ours, theirs), "the input is left as it was"
+    assert torch.equal(ours, theirs), "the input must not change"
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_norms_that_compute_the_same_numbers_are_replaced(dtype: torch.dtype):
+def test_only_norms_that_compute_the_same_values_are_replaced(dtype: torch.dtype):
     plain, shifted = norm_of(LlamaRMSNorm, dtype), norm_of(GemmaRMSNorm, dtype)
     model = nn.ModuleList([plain, shifted, nn.LayerNorm(64, dtype=dtype), nn.Linear(64, 64, dtype=dtype)])
 

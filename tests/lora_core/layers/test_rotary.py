@@ -1,4 +1,4 @@
-"""Rotation in one pass gives the library's numbers, on one model at a time, and only where it was asked and agreed."""
+"""The rotation kernel gives the library's values. Only attached models whose rotation agrees use it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ def drawn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def inputs(num_tokens: int, rotated: int, dtype: torch.dtype, by_token: bool) -> list[Tensor]:
-    """query [1, 6, T, 20] and key [1, 2, T, 20] in memory by token or by head, cos and sin."""
+    """Return query [1, 6, T, 20] and key [1, 2, T, 20], stored by token or by head, cos and sin."""
     heads = []
     for seed, count in ((1, 6), (2, 2)):
         x = drawn(1, num_tokens, count, 20, seed=seed, dtype=dtype).transpose(1, 2)
@@ -54,7 +54,7 @@ def with_gradients(rotate: Callable[..., tuple[Tensor, Tensor]], tensors: list[T
 @pytest.mark.parametrize("by_token", [True, False], ids=["by token", "by head"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 15, 17])
 @pytest.mark.parametrize(("kind", "rotated"), [("whole", 20), ("part", 6)])
-def test_values_and_gradients_are_the_librarys(kind, rotated, num_tokens, by_token):
+def test_values_and_gradients_equal_those_of_the_library(kind, rotated, num_tokens, by_token):
     tensors = inputs(num_tokens, rotated, torch.float32, by_token)
 
     found = with_gradients(Rotate.apply, tensors)
@@ -63,7 +63,7 @@ def test_values_and_gradients_are_the_librarys(kind, rotated, num_tokens, by_tok
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_in_bfloat16_values_have_the_librarys_bits_and_gradients_one_rounding():
+def test_bfloat16_values_have_the_library_bits_and_gradients_round_once():
     tensors = inputs(17, 20, torch.bfloat16, by_token=True)
     exact = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in tensors]
 
@@ -105,7 +105,7 @@ def pack_of_one() -> PackedBatch:
     )
 
 
-def test_only_a_running_pack_of_an_attached_model_is_rotated_by_ours(monkeypatch):
+def test_only_a_running_pack_of_an_attached_model_uses_the_kernel(monkeypatch):
     calls: list[str] = []
     monkeypatch.setattr(rotary, "rotate", lambda *_: calls.append("ours"))
     original = modeling_llama.apply_rotary_pos_emb
@@ -130,7 +130,7 @@ def test_only_a_running_pack_of_an_attached_model_is_rotated_by_ours(monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_families_that_rotate_by_the_same_numbers_are_replaced(dtype):
+def test_only_families_with_the_same_rotation_are_replaced(dtype):
     interleaved = CohereForCausalLM(CohereConfig(**SIZES, pad_token_id=0, eos_token_id=1, bos_token_id=2))
     partial = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES))
 
@@ -140,14 +140,14 @@ def test_only_families_that_rotate_by_the_same_numbers_are_replaced(dtype):
 
 
 def rotated_at_the_end(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As the library's where heads are rotated whole; else their last features instead of their first."""
+    """Rotate full heads like the library, but partial ones at their last features instead of their first."""
     kept = query.shape[-1] - cos.shape[-1]
     turned = modeling_llama.apply_rotary_pos_emb(query[..., kept:], key[..., kept:], cos, sin)
     return torch.cat([query[..., :kept], turned[0]], -1), torch.cat([key[..., :kept], turned[1]], -1)
 
 
 @pytest.mark.parametrize(("share", "is_ours"), [(1.0, True), (0.25, False)])
-def test_a_family_is_asked_for_the_part_of_a_head_that_it_rotates(monkeypatch, share, is_ours):
+def test_family_is_checked_with_its_rotated_part_of_a_head(monkeypatch, share, is_ours):
     monkeypatch.setattr(modeling_gpt_neox, "apply_rotary_pos_emb", rotated_at_the_end)
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES | {"rotary_pct": share})).requires_grad_(False).eval()
     Attachment(model)

@@ -1,4 +1,4 @@
-"""Classifiers of sequences: each family packed as alone, served by PEFT as trained, and equal to PEFT's training."""
+"""Sequence classifiers: packed equals solo for each family, PEFT serves the export, and training equals PEFT's."""
 
 import json
 import warnings
@@ -52,7 +52,7 @@ def trained(base, job: Submission) -> Engine:
         pytest.param("modernbert", "bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_classifiers_and_rewards_are_packed_as_alone_to_the_bit(folders, family, dtype):
+def test_packed_equals_solo_for_classifiers_and_rewards(folders, family, dtype):
     base = classifier(family, folders[family], dtype)
     jobs = classification_jobs(with_types=family == "bert")
     alone = {name: run_alone(base, job) for name, job in jobs.items()}
@@ -66,7 +66,7 @@ def test_classifiers_and_rewards_are_packed_as_alone_to_the_bit(folders, family,
 
 
 @pytest.mark.parametrize(("family", "name"), [("bert", "three"), ("llama", "reward")])
-def test_a_classifier_that_was_stopped_anywhere_ends_with_the_same_bytes(folders, tmp_path, family, name):
+def test_classifier_resumed_from_any_tick_ends_with_the_same_bytes(folders, tmp_path, family, name):
     base = classifier(family, folders[family])
     jobs = classification_jobs(with_types=family == "bert")
     whole = run_alone(base, jobs[name])
@@ -87,7 +87,7 @@ def test_a_classifier_that_was_stopped_anywhere_ends_with_the_same_bytes(folders
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_serves_a_classifier_as_trained_and_a_changed_head_is_noticed(folders, tmp_path, family):
+def test_exported_classifier_is_verified_and_a_changed_head_detected(folders, tmp_path, family):
     base = classifier(family, folders[family])
     jobs = classification_jobs()
     trained(base, jobs["many"]).export("job", tmp_path / "adapter", base_name="tiny")
@@ -108,7 +108,7 @@ def test_peft_serves_a_classifier_as_trained_and_a_changed_head_is_noticed(folde
 
 
 def reference_losses(model, job: Submission) -> list[float]:
-    """PEFT with a plain loop; the model is in evaluation mode, as a base is here."""
+    """Return the losses of PEFT in a plain loop. The model is in evaluation mode, like a base in the engine."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=job.config.optimizer.weight_decay)
     losses: list[float] = []
@@ -144,7 +144,7 @@ def reference_loss(model, train: TokenDataset, row: int, objective: ObjectiveCon
 @pytest.mark.parametrize(
     ("family", "num_labels"), [*((family, 3) for family in FAMILIES), ("llama", 1), ("roberta", 1)]
 )
-def test_twenty_steps_of_a_classifier_equal_those_of_peft(folders, tmp_path, family, num_labels):
+def test_twenty_steps_of_a_classifier_equal_peft(folders, tmp_path, family, num_labels):
     base = classifier(family, folders[family])
     objective = replace(THREE, num_labels=num_labels)
     job = Submission(
@@ -169,7 +169,9 @@ def test_twenty_steps_of_a_classifier_equal_those_of_peft(folders, tmp_path, fam
         load_file(tmp_path / "end" / "adapter_model.safetensors"),
         get_peft_model_state_dict(adapted, save_embedding_layers=False),
     )
-    small_squares = 1e-6 if num_labels == 1 else 0.0  # of differences that cancel, whose rounding is that of the scores
+    small_squares = (
+        1e-6 if num_labels == 1 else 0.0
+    )  # for differences that cancel; their rounding is that of the scores
     assert losses == pytest.approx(expected_losses, rel=1e-5, abs=small_squares)
     assert losses[-1] < losses[0]
     assert trained.keys() == expected.keys()
@@ -177,7 +179,7 @@ def test_twenty_steps_of_a_classifier_equal_those_of_peft(folders, tmp_path, fam
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_evaluation_tells_loss_and_accuracy(folders):
+def test_evaluation_reports_loss_and_accuracy(folders):
     job = Submission(
         config=config(num_steps=25, batch_size=8, seed=3, learning_rate=1e-2, objective=THREE),
         train=classified(3, [12, 5, 9, 3, 17, 8, 6, 4], num_labels=3),
@@ -193,7 +195,7 @@ def test_evaluation_tells_loss_and_accuracy(folders):
     assert last.num_supervised_tokens == 8
 
 
-def test_a_head_begins_by_the_seed_of_its_job(folders):
+def test_head_is_initialized_by_the_seed_of_its_job(folders):
     base = classifier("roberta", folders["roberta"])
     engine = Engine(base, EngineConfig())
     for name, seed in {"one": 1, "same": 1, "other": 2}.items():
@@ -209,8 +211,8 @@ def test_a_head_begins_by_the_seed_of_its_job(folders):
 
 
 @pytest.mark.parametrize("center", [0.0, 0.1])
-def test_the_loss_of_rewards_is_that_of_trl(folders, center):
-    """Its formulas in trl.RewardTrainer.compute_loss, on the rewards that the model gives to each answer."""
+def test_reward_loss_equals_trl(folders, center):
+    """Apply the formulas of trl.RewardTrainer.compute_loss to the model's rewards of each answer."""
     base = classifier("llama", folders["llama"])
     objective = ObjectiveConfig(kind="reward", center_rewards_coefficient=center)
     pairs = dataset(2, [12, 13, 20, 18])
@@ -248,7 +250,7 @@ def test_reward_training_orders_the_pairs(folders):
     assert steps[-1].loss < 0.1
 
 
-def test_a_task_that_does_not_fit_the_base_is_refused_both_ways(folders, load):
+def test_objective_that_does_not_fit_the_base_task_is_rejected(folders, load):
     classifying = Engine(classifier("llama", folders["llama"]), EngineConfig())
     speaking = Engine(load("llama"), EngineConfig())
 
@@ -258,7 +260,7 @@ def test_a_task_that_does_not_fit_the_base_is_refused_both_ways(folders, load):
         speaking.admit("job", config(objective=THREE), classified(1, [5, 6], num_labels=3))
 
 
-def test_labels_that_are_no_classes_are_refused(folders):
+def test_labels_that_are_not_classes_are_rejected(folders):
     engine = Engine(classifier("llama", folders["llama"]), EngineConfig())
 
     with pytest.raises(BadDataset, match="no labels"):
@@ -270,7 +272,7 @@ def test_labels_that_are_no_classes_are_refused(folders):
             engine.admit("job", config(objective=THREE), replace(rows, labels=rows.labels * 0 + label))
 
 
-def test_token_types_that_the_base_does_not_know_are_refused(tmp_path):
+def test_token_types_unknown_to_the_base_are_rejected(tmp_path):
     options = COMMON | FAMILIES["roberta"] | {"type_vocab_size": 1}
     AutoModelForMaskedLM.from_config(AutoConfig.for_model("roberta", **options)).save_pretrained(tmp_path / "roberta")
     typed = classified(1, [5, 6], num_labels=3, with_types=True)
@@ -304,7 +306,7 @@ def test_labels_and_token_types_are_read_from_their_file(tmp_path):
 
 
 @pytest.mark.parametrize(("family", "options"), [("distilbert", {}), ("deberta-v2", {}), ("electra", {})])
-def test_families_whose_head_or_attention_is_not_known_are_refused_by_name(tmp_path, family, options):
+def test_families_with_unknown_head_or_attention_are_rejected_by_name(tmp_path, family, options):
     AutoConfig.for_model(family, **(COMMON | options)).save_pretrained(tmp_path)
 
     with pytest.raises(UnsupportedModel, match=family) as refusal:
@@ -313,7 +315,7 @@ def test_families_whose_head_or_attention_is_not_known_are_refused_by_name(tmp_p
     assert "modernbert" in refusal.value.remedy
 
 
-def test_a_file_without_the_pooler_that_a_classifier_reads_is_refused(tmp_path):
+def test_checkpoint_without_the_pooler_of_a_classifier_is_rejected(tmp_path):
     from transformers import AutoModelForMaskedLM
 
     model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **COMMON))
@@ -323,7 +325,7 @@ def test_a_file_without_the_pooler_that_a_classifier_reads_is_refused(tmp_path):
         load_base(tmp_path, dtype="float32", device="cpu", task="sequence-classification")
 
 
-def test_a_classifier_is_asked_for_no_answers(folders):
+def test_classifier_rejects_prompts(folders):
     engine = Engine(classifier("llama", folders["llama"]), EngineConfig())
     admit(engine, "job", classification_jobs()["number"])
 
@@ -331,7 +333,7 @@ def test_a_classifier_is_asked_for_no_answers(folders):
         engine.generation({"job": Prompts(prompts=((5, 6),), max_tokens=1)})
 
 
-def test_a_quantized_classifier_is_refused(folders):
+def test_quantized_classifier_is_rejected(folders):
     with pytest.raises(UnsupportedModel, match="quantized"):
         load_base(folders["llama"], dtype="float32", device="cpu", quantization="nf4", task="sequence-classification")
 

@@ -1,6 +1,6 @@
-"""Losses over pairs and rewards against TRL's own code, whose trainers' methods run here on logits that a test gives.
+"""Losses of pairs and rewards compared with TRL's own code: methods of its trainers run on logits of the tests.
 
-test_kto.py does so for KTO.
+test_kto.py does the same for KTO.
 """
 
 from collections import defaultdict
@@ -25,14 +25,14 @@ from tests.lora_core.scenarios import Submission, admit, config, dataset
 
 NUM_PAIRS, NUM_TOKENS, VOCAB = 3, 9, 13
 ANSWERS = [(3, 9), (2, 7), (4, 8), (5, 9), (2, 4), (6, 9)]
-"""Of the chosen answers and then of the rejected: the first token, and the end."""
+"""First token and end of each answer, the chosen answers before the rejected ones."""
 ACCELERATOR = SimpleNamespace(
     device="cpu", gather=lambda value: value, gather_for_metrics=lambda value: value, unwrap_model=lambda model: model
 )
 
 
 def as_batches(answers: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, attention mask, mask of the answers), chosen ones first."""
+    """Return (ids, attention mask, mask of the answers), chosen answers first."""
     ids = torch.randint(1, VOCAB, (len(answers), NUM_TOKENS))
     places = torch.arange(NUM_TOKENS)
     attended = torch.stack([places < end for _, end in answers]).long()
@@ -41,7 +41,7 @@ def as_batches(answers: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def token_logps(logits: Tensor, ids: Tensor, answered: Tensor) -> Tensor:
-    """Of each answer's tokens, else 0."""
+    """Return log probabilities of the tokens of answers, and 0 for other tokens."""
     logps = F.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
     return logps * answered[:, 1:]
 
@@ -51,7 +51,7 @@ def paired(values: Tensor) -> Tensor:
 
 
 def as_dpo_of_trl(objective: ObjectiveConfig, logps: Tensor, reference: Tensor, masks: tuple[Tensor, Tensor]):
-    """(loss, metrics) of the trainer whose model gives `logps` to tokens; `reference` is summed."""
+    """Return (loss, metrics) of TRL's trainer if its model gives `logps` to tokens. `reference` contains sums."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
     attended, answered = masks
@@ -81,7 +81,7 @@ def as_dpo_of_trl(objective: ObjectiveConfig, logps: Tensor, reference: Tensor, 
 
 
 @pytest.mark.parametrize("objective", [DPO, IPO], ids=["sigmoid", "ipo"])
-def test_dpo_has_loss_gradient_and_rewards_of_trl(objective):
+def test_dpo_loss_gradient_and_rewards_equal_trl(objective):
     torch.manual_seed(1)
     ids, attended, answered = as_batches(ANSWERS)
     logits = torch.randn(2 * NUM_PAIRS, NUM_TOKENS, VOCAB, dtype=torch.float64)
@@ -99,15 +99,17 @@ def test_dpo_has_loss_gradient_and_rewards_of_trl(objective):
     assert float(found.loss_P.mean()) == pytest.approx(float(loss.detach()), rel=1e-12)
     of_tokens = found.slopes_P2.T.reshape(-1, 1).expand_as(logps) / NUM_PAIRS
     torch.testing.assert_close(of_tokens, logps.grad, rtol=1e-10, atol=1e-14)
-    if objective is DPO:  # of IPO TRL tells sums, and the engine the means that its loss compares
-        told = {side: metrics[f"rewards/{side}"] for side in ("chosen", "rejected", "margins")}
+    if objective is DPO:  # for IPO, TRL reports sums, and the engine the means that its loss compares
+        reported = {side: metrics[f"rewards/{side}"] for side in ("chosen", "rejected", "margins")}
         chosen, rejected = (float(side) for side in found.rewards_P2.mean(0))
-        assert told == pytest.approx({"chosen": chosen, "rejected": rejected, "margins": chosen - rejected}, rel=1e-12)
+        assert reported == pytest.approx(
+            {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected}, rel=1e-12
+        )
 
 
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
-def test_smoothed_labels_are_those_of_trl():
-    """Its DPO trainer smooths no labels of this loss any longer; that of CPO does, where log ratios are given it."""
+def test_label_smoothing_equals_trl():
+    """TRL's DPO trainer no longer smooths labels of this loss. Its CPO trainer does, and gets log ratios here."""
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
     torch.manual_seed(2)
@@ -131,7 +133,7 @@ def test_smoothed_labels_are_those_of_trl():
 
 
 def as_trainer_of_trl(trainer_class, logits: Tensor, batches: tuple[Tensor, Tensor, Tensor], **options):
-    """(loss, metrics) of a trainer without a reference, whose model gives `logits`."""
+    """Return (loss, metrics) of a trainer without a reference, whose model gives `logits`."""
     ids, attended, answered = batches
     labels = torch.where(answered == 1, ids, -100)
     batch: dict[str, Tensor] = {}
@@ -155,7 +157,7 @@ def as_trainer_of_trl(trainer_class, logits: Tensor, batches: tuple[Tensor, Tens
 
 
 def scored_logits(objective: ObjectiveConfig, logits: Tensor, batches: tuple[Tensor, Tensor, Tensor]):
-    """(mean loss, its gradient by the logits, means of log probabilities) as the engine has them."""
+    """Return the engine's (mean loss, gradient with respect to the logits, means of log probabilities)."""
     ids, _, answered = batches
     logits = logits.detach().clone().requires_grad_()
     logps, lengths = token_logps(logits, ids, answered).sum(1), answered.sum(1).double()
@@ -166,7 +168,7 @@ def scored_logits(objective: ObjectiveConfig, logits: Tensor, batches: tuple[Ten
 
 
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
-def test_simpo_has_loss_and_gradient_of_trl():
+def test_simpo_loss_and_gradient_equal_trl():
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
     torch.manual_seed(3)
@@ -183,9 +185,11 @@ def test_simpo_has_loss_and_gradient_of_trl():
 
 
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
-def test_the_odds_ratio_of_orpo_is_that_of_trl():
-    """TRL adds to it the mean cross-entropy of all the batch's tokens, the prompts' too; the engine, as the paper's
-    equations 2 and 6, that of each pair's answer."""
+def test_orpo_odds_ratio_equals_trl():
+    """TRL adds the mean cross-entropy of all tokens of the batch, including prompts.
+
+    The engine adds that of each pair's answer, as in equations 2 and 6 of the paper.
+    """
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 
     torch.manual_seed(4)
@@ -196,12 +200,12 @@ def test_the_odds_ratio_of_orpo_is_that_of_trl():
 
     found, _, means_P2 = scored_logits(ORPO, logits, batches)
     odds_of_trl = float(loss) - metrics["nll_loss"]
-    assert found + float(means_P2[:, 0].mean()) == pytest.approx(odds_of_trl, rel=2e-6)  # it is computed in fp32 there
+    assert found + float(means_P2[:, 0].mean()) == pytest.approx(odds_of_trl, rel=2e-6)  # TRL computes it in fp32
     assert metrics["rewards/margins"] == pytest.approx(ORPO.beta * float(means_P2.diff().neg().mean()), rel=2e-6)
 
 
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
-def test_where_prompts_are_one_token_and_chosen_answers_equally_long_all_of_orpo_is_trls():
+def test_orpo_equals_trl_with_one_token_prompts_and_equal_answer_lengths():
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 
     torch.manual_seed(5)
@@ -232,7 +236,7 @@ def as_rewards_of_trl(model, batch: dict[str, Tensor], center: float) -> tuple[T
 
 
 @pytest.mark.parametrize("center", [0.0, 0.1])
-def test_rewards_have_loss_gradient_and_margin_of_trl(center):
+def test_reward_loss_gradient_and_margin_equal_trl(center):
     torch.manual_seed(6)
     rewards = torch.randn(2 * NUM_PAIRS, dtype=torch.float64).requires_grad_()
     batch = {"attention_mask": torch.ones(2 * NUM_PAIRS, 2)}
@@ -252,15 +256,15 @@ def test_rewards_have_loss_gradient_and_margin_of_trl(center):
     assert scores.rewards.num_ordered / NUM_PAIRS == pytest.approx(metrics["accuracy"])
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT calls what transformers deprecates
+@pytest.mark.filterwarnings("ignore")  # PEFT calls deprecated code of transformers
 @pytest.mark.parametrize("slice_tokens", [1, 1024])
-def test_a_step_on_rewards_moves_adapter_and_head_by_trls_gradient_through_peft(tmp_path, slice_tokens):
-    """TRL's batch is padded on the right, chosen answers first; the engine's is neither, and may be cut in slices."""
+def test_reward_step_uses_the_gradient_of_trl_through_peft(tmp_path, slice_tokens):
+    """TRL's batch is padded on the right, chosen answers first. The engine's is not, and can be cut into slices."""
     from peft import PeftModel
 
     base = classifier("llama", tmp_path / "base")
     pairs = dataset(7, [9, 14, 23, 12])
-    pairs.input_ids[pairs.input_ids == 0] = 5  # 0 pads
+    pairs.input_ids[pairs.input_ids == 0] = 5  # 0 is the padding token
     objective = ObjectiveConfig(kind="reward", center_rewards_coefficient=0.1)
     job = Submission(config=config(num_steps=3, seed=5, objective=objective, slice_tokens=slice_tokens), train=pairs)
     engine = Engine(base, EngineConfig())

@@ -1,4 +1,4 @@
-"""The chunked loss is cross-entropy, its gradient included, for every head that a family has."""
+"""The chunked loss and its gradient equal cross-entropy, for every kind of output head."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_loss_scores_and_gradient_equal_torch_cross_entropy(monkeypatch, options
 
 
 @pytest.mark.parametrize("options", [{}, {"multiplier": 2.0, "softcap": 5.0}])
-def test_smoothed_labels_equal_torch_and_leave_the_bits_of_others_alone(monkeypatch, options):
+def test_label_smoothing_equals_torch_and_keeps_the_bits_of_other_labels(monkeypatch, options):
     monkeypatch.setattr(chunked_cross_entropy, "CHUNK_LABELS", 16)
     torch.manual_seed(0)
     head = Head(weight_VD=torch.randn(V, D), bias_V=None, **options)
@@ -63,7 +63,7 @@ def test_smoothed_labels_equal_torch_and_leave_the_bits_of_others_alone(monkeypa
     assert torch.equal(h.grad[~is_smooth], plain.grad[~is_smooth])
 
 
-def test_the_order_of_labels_and_their_neighbors_change_no_bit():
+def test_no_bit_depends_on_the_neighbors_of_a_label():
     torch.manual_seed(0)
     head = Head(weight_VD=torch.randn(V, 64), bias_V=None, softcap=3.0)
     h, labels = torch.randn(300, 64), torch.randint(V, (300,))
@@ -93,7 +93,7 @@ def test_kernels_and_torch_give_the_same_scores_and_gradients(monkeypatch, dtype
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_a_logit_that_is_no_number_is_seen_in_the_loss_of_its_label_alone(wrong):
+def test_non_finite_logit_affects_only_the_loss_of_its_label(wrong):
     logits, labels = torch.zeros(32, 40, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.int64)
     logits[3, 7] = wrong
 

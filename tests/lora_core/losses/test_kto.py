@@ -1,4 +1,4 @@
-"""KTO: the paper's formula and TRL's own code, and a reference point that is the whole step's however it is cut."""
+"""KTO equals the paper's formula and TRL's code. Its reference point covers the whole step, however slices are cut."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -35,15 +35,15 @@ KTO = ObjectiveConfig(kind="kto", beta=0.3, desirable_weight=1.2, undesirable_we
 TRAIN = rated(dataset(5, [9, 14, 23, 12]), "1001")
 
 
-def as_the_paper_has_it(ratios: Tensor, desirable: Tensor, z0: float) -> Tensor:
-    """2402.01306, equations 7 and 8, with nothing rearranged: λ_y - v(x, y)."""
+def paper_loss(ratios: Tensor, desirable: Tensor, z0: float) -> Tensor:
+    """Compute λ_y - v(x, y) by equations 7 and 8 of 2402.01306, without rearranging them."""
     good = KTO.desirable_weight / (1 + torch.exp(-KTO.beta * (ratios - z0)))
     bad = KTO.undesirable_weight / (1 + torch.exp(-KTO.beta * (z0 - ratios)))
     return torch.where(desirable, KTO.desirable_weight - good, KTO.undesirable_weight - bad)
 
 
-def as_trl_has_it(logps: Tensor, reference: Tensor, kl_logps: Tensor, kl_reference: Tensor, desirable: Tensor):
-    """(loss, kl) of TRL's trainer, whose model is one that gives these numbers."""
+def trl_loss(logps: Tensor, reference: Tensor, kl_logps: Tensor, kl_reference: Tensor, desirable: Tensor):
+    """Return (loss, metrics) of TRL's trainer with a model that gives these log probabilities."""
     from trl.trainer.kto_trainer import KTOTrainer
 
     def model(input_ids: Tensor, **_: object) -> SimpleNamespace:
@@ -74,12 +74,12 @@ def as_trl_has_it(logps: Tensor, reference: Tensor, kl_logps: Tensor, kl_referen
     return loss, trainer._metrics["train"]
 
 
-def test_each_loss_and_its_slope_are_those_of_the_papers_formula():
+def test_losses_and_slopes_equal_the_formula_of_the_paper():
     torch.manual_seed(3)
     ratios = (3 * torch.randn(8, dtype=torch.float64)).requires_grad_()
     desirable = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0]).bool()
 
-    expected = as_the_paper_has_it(ratios, desirable, 0.8)
+    expected = paper_loss(ratios, desirable, 0.8)
     expected.sum().backward()
 
     answers = SingleAnswers(ratios_S=ratios.detach(), desirable_S=desirable, reference_point=0.8)
@@ -89,8 +89,8 @@ def test_each_loss_and_its_slope_are_those_of_the_papers_formula():
 
 
 @pytest.mark.parametrize("marks", ["101101", "111111", "000000"])
-@pytest.mark.parametrize("shift", [2.0, -2.0], ids=["far from the base", "nearer than chance: z0 is 0"])
-def test_loss_gradient_rewards_and_reference_point_are_those_of_trl(marks, shift):
+@pytest.mark.parametrize("shift", [2.0, -2.0], ids=["positive KL", "negative KL: z0 is 0"])
+def test_loss_gradient_rewards_and_reference_point_equal_trl(marks, shift):
     torch.manual_seed(4)
     reference, kl_reference = -10 * torch.rand(2, 6, dtype=torch.float64)
     logps = (reference + torch.randn(6).double()).requires_grad_()
@@ -98,7 +98,7 @@ def test_loss_gradient_rewards_and_reference_point_are_those_of_trl(marks, shift
     desirable = torch.tensor([mark == "1" for mark in marks])
     z0 = max(0.0, float((kl_logps - kl_reference).mean()))
 
-    loss, metrics = as_trl_has_it(logps, reference, kl_logps, kl_reference, desirable)
+    loss, metrics = trl_loss(logps, reference, kl_logps, kl_reference, desirable)
     loss.backward()
 
     answers = SingleAnswers(ratios_S=logps.detach() - reference, desirable_S=desirable, reference_point=z0)
@@ -107,11 +107,11 @@ def test_loss_gradient_rewards_and_reference_point_are_those_of_trl(marks, shift
     torch.testing.assert_close(found.slopes_S / 6, logps.grad, rtol=1e-10, atol=1e-12)
     assert metrics["kl"] == [pytest.approx(z0, rel=1e-12)]
     for side, chosen in (("chosen", desirable), ("rejected", ~desirable)):
-        told = metrics.get(f"rewards/{side}")
-        assert told == ([pytest.approx(float(found.rewards_S[chosen].mean()))] if chosen.any() else None)
+        reported = metrics.get(f"rewards/{side}")
+        assert reported == ([pytest.approx(float(found.rewards_S[chosen].mean()))] if chosen.any() else None)
 
 
-def test_no_loss_is_lost_to_overflow_where_an_answer_is_certain():
+def test_certain_answers_do_not_overflow_the_loss():
     ratios = torch.tensor([-5000.0, 5000.0, -5000.0, 5000.0], dtype=torch.float64)
     answers = SingleAnswers(ratios_S=ratios, desirable_S=torch.tensor([True, True, False, False]), reference_point=0.0)
 
@@ -125,7 +125,7 @@ def tokens_of(data: TokenDataset) -> list[tuple[list[int], list[int]]]:
     return [(ids.tolist(), mask.tolist()) for ids, mask in map(data.row, range(data.num_rows))]
 
 
-def test_answers_go_round_by_one_and_keep_their_labels_however_the_rows_lie():
+def test_mismatched_answers_are_rotated_by_one_with_their_labels():
     data = TokenDataset(
         input_ids=np.array([1, 2, 31, 32, 4, 51, 6, 7, 8, 91, 92, 93], np.int32),
         loss_mask=np.array([0, 0, 1, 1, 0, 1, 0, 0, 0, 1, 0, 1], np.uint8),
@@ -141,7 +141,7 @@ def test_answers_go_round_by_one_and_keep_their_labels_however_the_rows_lie():
     ]
 
 
-def test_an_answer_to_a_longer_prompt_is_cut_at_the_longest_row_of_the_data():
+def test_mismatched_answer_is_cut_at_the_longest_row_of_the_data():
     data = TokenDataset(
         input_ids=np.arange(16, dtype=np.int32),
         loss_mask=np.array([0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1], np.uint8),
@@ -154,11 +154,13 @@ def test_an_answer_to_a_longer_prompt_is_cut_at_the_longest_row_of_the_data():
     assert tokens_of(others)[0] == ([0, 1, 2, 3, 4, 5, 6, 9], [0, 0, 0, 0, 0, 0, 0, 1])
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT calls what transformers deprecates
+@pytest.mark.filterwarnings("ignore")  # PEFT calls deprecated code of transformers
 @pytest.mark.parametrize("slice_tokens", [1, 1024])
-def test_a_step_moves_the_adapter_by_the_gradient_of_autograd_through_peft(load, tmp_path, slice_tokens):
-    """After some steps, when z0 is above 0: most answers are desirable, and all become likelier. It is that of the
-    whole batch."""
+def test_step_uses_the_gradient_of_autograd_through_peft(load, tmp_path, slice_tokens):
+    """Check the sixth step, when z0 of the whole batch is above 0.
+
+    Most answers are desirable, so training makes all of them likelier.
+    """
     from peft import PeftModel
 
     base = load("llama")
@@ -193,7 +195,7 @@ def test_a_step_moves_the_adapter_by_the_gradient_of_autograd_through_peft(load,
         z0 = max(0.0, float(kl.mean()))
         logps = torch.stack([logps_of(adapted, train, row) for row in order])
         desirable = torch.tensor([train.row_label(row) == 1 for row in order])
-        loss = as_the_paper_has_it(logps - reference, desirable, z0).mean()
+        loss = paper_loss(logps - reference, desirable, z0).mean()
         loss.backward()
         expected = {key: part.grad.clone() for key, part in adapted.named_parameters() if part.grad is not None}
         adapted.unload()
@@ -209,7 +211,7 @@ def test_a_step_moves_the_adapter_by_the_gradient_of_autograd_through_peft(load,
             torch.testing.assert_close(gradient[span], other, rtol=5e-3, atol=2e-6)
 
 
-def test_before_the_first_step_nothing_is_gained_and_the_reference_point_is_zero_to_the_bit(load):
+def test_rewards_and_reference_point_are_exactly_zero_before_training(load):
     first = run_alone(load("gpt2"), preferences()["kto"]).events[0]
 
     assert isinstance(first, JobEvaluated)
@@ -217,7 +219,7 @@ def test_before_the_first_step_nothing_is_gained_and_the_reference_point_is_zero
     assert first.loss == pytest.approx((2 * 1.5 + 1.0) / 2 / 3, abs=1e-15)
 
 
-def test_training_raises_the_desirable_answers_over_the_others_and_says_so(load):
+def test_training_raises_desirable_answers_and_reports_the_rewards(load):
     job = Submission(config=config(num_steps=15, batch_size=4, objective=ObjectiveConfig(kind="kto")), train=TRAIN)
 
     stepped = [event for event in run_alone(load("llama"), job).events if isinstance(event, JobStepped)]
@@ -234,7 +236,7 @@ def test_training_raises_the_desirable_answers_over_the_others_and_says_so(load)
     assert stepped[-1].loss < 0.35
 
 
-def test_where_a_batch_has_no_answer_of_a_kind_its_mean_is_not_told(load):
+def test_batch_without_rejected_answers_reports_no_mean_of_them(load):
     job = Submission(config=config(num_steps=2, objective=KTO), train=rated(dataset(2, [9, 14]), "11"))
 
     last = run_alone(load("llama"), job).events[1]
@@ -245,11 +247,11 @@ def test_where_a_batch_has_no_answer_of_a_kind_its_mean_is_not_told(load):
     assert last.rewards.chosen is not None
 
 
-def test_how_a_step_and_an_evaluation_are_cut_into_slices_changes_their_numbers_by_rounding_alone(load):
+def test_slicing_changes_losses_and_kl_only_by_rounding(load):
     job = preferences()["kto"]
-    plain = replace(job.config, lora=replace(job.config.lora, dropout=0.0))  # masks follow the slices
+    plain = replace(job.config, lora=replace(job.config.lora, dropout=0.0))  # dropout masks depend on the slices
 
-    told = [
+    reported = [
         [
             (event.loss, event.rewards.kl)
             for event in run_alone(load("llama"), replace(job, config=replace(plain, slice_tokens=tokens))).events
@@ -258,13 +260,13 @@ def test_how_a_step_and_an_evaluation_are_cut_into_slices_changes_their_numbers_
         for tokens in (1, 60, 1024)
     ]
 
-    assert len(told[0]) == 6
-    assert max(kl for _, kl in told[0] if kl is not None) > 0.01
-    for other in told[1:]:
-        np.testing.assert_allclose(np.array(other, float), np.array(told[0], float), atol=2e-5)
+    assert len(reported[0]) == 6
+    assert max(kl for _, kl in reported[0] if kl is not None) > 0.01
+    for other in reported[1:]:
+        np.testing.assert_allclose(np.array(other, float), np.array(reported[0], float), atol=2e-5)
 
 
-def test_every_pass_counts_for_turns_and_only_the_step_as_trained(load):
+def test_every_pass_counts_for_scheduling_but_only_the_step_as_trained(load):
     job = Submission(config=config(num_steps=1, batch_size=2, objective=KTO), train=rated(dataset(2, [12, 13]), "10"))
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", job)
@@ -274,14 +276,14 @@ def test_every_pass_counts_for_turns_and_only_the_step_as_trained(load):
     while not engine.idle:
         engine.tick()
 
-    assert (unit.kind, waiting[0]) == ("evaluate", 2 * 25)  # of adapter and base, nothing of it is differentiated
+    assert (unit.kind, waiting[0]) == ("evaluate", 2 * 25)  # passes of adapter and base without gradients
     assert engine._jobs["job"].served == 2 * (25 + 25)
     assert engine.trained_tokens("job") == 25
 
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_packmates_joins_and_leaves_cannot_be_seen_in_a_kto_job(load, dtype):
+def test_kto_job_does_not_depend_on_packmates_joins_and_leaves(load, dtype):
     base = load("llama", dtype)
     other = replace(preferences()["kto"].config, seed=7, batch_size=4, slice_tokens=25)
     jobs = {**preferences(), "more": replace(preferences()["kto"], config=other)}
@@ -293,8 +295,8 @@ def test_packmates_joins_and_leaves_cannot_be_seen_in_a_kto_job(load, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_job_that_is_resumed_after_any_tick_ends_with_the_same_bytes(load, tmp_path, dtype):
-    """Between the pass that measures the reference point and the step it is for, too."""
+def test_job_resumed_after_any_tick_ends_with_the_same_bytes(load, tmp_path, dtype):
+    """This includes ticks between the pass that measures the reference point and its step."""
     base, job = load("llama", dtype), preferences()["kto"]
     uninterrupted = run_alone(base, job)
     interrupted = Engine(base, EngineConfig(token_budget=1))
@@ -330,7 +332,7 @@ def test_a_job_that_is_resumed_after_any_tick_ends_with_the_same_bytes(load, tmp
         ),
     ],
 )
-def test_rows_that_are_no_labeled_answers_are_refused(load, wrong, message):
+def test_rows_that_are_not_labeled_answers_are_rejected(load, wrong, message):
     engine = Engine(load("llama"), EngineConfig())
 
     with pytest.raises(BadDataset, match=message):
@@ -341,14 +343,14 @@ def test_rows_that_are_no_labeled_answers_are_refused(load, wrong, message):
     assert engine.jobs() == ()
 
 
-def test_a_batch_of_one_answer_is_refused_since_it_has_no_other_prompt():
+def test_batch_of_one_answer_is_rejected():
     with pytest.raises(ConfigError, match="batch_size is 1") as caught:
         config(batch_size=1, objective=KTO)
     assert "at least 2" in caught.value.remedy
 
 
 @pytest.mark.parametrize("name", ["desirable_weight", "undesirable_weight"])
-def test_a_weight_that_makes_no_sense_is_refused(name):
+def test_invalid_weight_is_rejected(name):
     for wrong in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ConfigError, match=f"objective.{name}"):
             replace(KTO, **{name: wrong})

@@ -1,4 +1,4 @@
-"""Losses over pairs: the papers' formulas, their gradients, and what the engine makes of them."""
+"""Losses of pairs: the papers' formulas, their gradients, and their use in the engine."""
 
 import math
 
@@ -27,8 +27,8 @@ def sigmoid(z: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-z))
 
 
-def as_the_paper_has_it(name: str, logps: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
-    """Each loss written as its paper writes it, with nothing rearranged."""
+def paper_loss(name: str, logps: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+    """Compute each loss as its paper writes it, without rearranging the formula."""
     objective = OBJECTIVES[name]
     (w, x), (ref_w, ref_x), (len_w, len_x) = logps.T, reference.T, lengths.T
     beta = objective.beta
@@ -58,12 +58,12 @@ def scored(objective: ObjectiveConfig, given: Answers) -> PairScores:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_each_loss_and_its_slopes_are_those_of_the_papers_formula(name):
+def test_losses_and_slopes_equal_the_formulas_of_the_papers(name):
     given = answers()
     logps = given.logps_P2.clone().requires_grad_()
     assert given.reference_P2 is not None
 
-    expected = as_the_paper_has_it(name, logps, given.reference_P2, given.num_labels_P2)
+    expected = paper_loss(name, logps, given.reference_P2, given.num_labels_P2)
     expected.sum().backward()
 
     found = scored(OBJECTIVES[name], given)
@@ -72,7 +72,7 @@ def test_each_loss_and_its_slopes_are_those_of_the_papers_formula(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_no_loss_is_lost_to_overflow_where_one_answer_is_certain(name):
+def test_certain_answers_do_not_overflow_the_loss(name):
     given = Answers(
         logps_P2=torch.tensor([[0.0, -5000.0], [-5000.0, 0.0]], dtype=torch.float64),
         reference_P2=torch.zeros(2, 2, dtype=torch.float64),
@@ -92,10 +92,10 @@ def logps_of(model, train, row: int) -> Tensor:
     return logps[mask[1:].bool()].sum()
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT calls what transformers deprecates
+@pytest.mark.filterwarnings("ignore")  # PEFT calls deprecated code of transformers
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_step_moves_the_adapter_by_the_gradient_of_autograd_through_peft(load, tmp_path, name):
-    """B's gradient after a first step has made the adapter differ from the base."""
+def test_step_uses_the_gradient_of_autograd_through_peft(load, tmp_path, name):
+    """Check the second step, because the first one makes the adapter differ from the base."""
     from peft import PeftModel
 
     base = load("llama")
@@ -116,7 +116,7 @@ def test_a_step_moves_the_adapter_by_the_gradient_of_autograd_through_peft(load,
             reference = torch.stack([logps_of(model, train, index) for index in range(4)]).view(2, 2)
         adapted = PeftModel.from_pretrained(model, str(tmp_path / "adapter"), is_trainable=True).eval()
         logps = torch.stack([logps_of(adapted, train, index) for index in range(4)]).view(2, 2)
-        loss = as_the_paper_has_it(name, logps, reference, lengths.double()).mean()
+        loss = paper_loss(name, logps, reference, lengths.double()).mean()
         loss.backward()
         expected = {key: part.grad.clone() for key, part in adapted.named_parameters() if part.grad is not None}
         adapted.unload()
@@ -128,7 +128,7 @@ def test_a_step_moves_the_adapter_by_the_gradient_of_autograd_through_peft(load,
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_before_the_first_step_adapter_and_reference_are_one_to_the_bit(load, family):
+def test_adapter_and_reference_are_bitwise_equal_before_training(load, family):
     job = preferences()["dpo"]
 
     first = run_alone(load(family), job).events[0]
@@ -139,7 +139,7 @@ def test_before_the_first_step_adapter_and_reference_are_one_to_the_bit(load, fa
     assert (first.rewards.margin, first.rewards.chosen, first.rewards.accuracy) == (0.0, 0.0, 0.0)
 
 
-def test_training_widens_the_margin_and_says_so(load):
+def test_training_widens_the_margin_and_reports_it(load):
     job = Submission(
         config=config(num_steps=12, batch_size=4, objective=ObjectiveConfig(kind="dpo", beta=0.1)),
         train=dataset(2, [12, 13, 20, 18, 9, 15, 30, 22]),
@@ -157,13 +157,13 @@ def test_training_widens_the_margin_and_says_so(load):
     assert last.rewards.margin == pytest.approx(last.rewards.chosen - last.rewards.rejected)
 
 
-def test_supervised_jobs_tell_no_rewards(load):
+def test_supervised_jobs_report_no_rewards(load):
     events = run_alone(load("llama"), Submission(config=config(num_steps=1), train=dataset(1, [5, 6]))).events
 
     assert all(event.rewards is None for event in events if isinstance(event, JobStepped))
 
 
-def test_a_pair_is_never_parted_however_small_a_slice(load):
+def test_pair_is_never_split_by_small_slices(load):
     job = Submission(
         config=config(num_steps=1, batch_size=3, slice_tokens=1, objective=DPO),
         train=dataset(2, [12, 13, 20, 18, 9, 15]),
@@ -178,7 +178,7 @@ def test_a_pair_is_never_parted_however_small_a_slice(load):
 
 
 @pytest.mark.parametrize(("objective", "passes"), [(DPO, 2), (ORPO, 1)])
-def test_the_pass_of_the_base_counts_for_turns_and_not_as_trained(load, objective, passes):
+def test_reference_pass_counts_for_scheduling_but_not_as_trained(load, objective, passes):
     job = Submission(config=config(num_steps=1, batch_size=1, objective=objective), train=dataset(2, [12, 13]))
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", job)
@@ -191,7 +191,7 @@ def test_the_pass_of_the_base_counts_for_turns_and_not_as_trained(load, objectiv
     assert engine.trained_tokens("job") == 25
 
 
-def test_how_a_step_is_cut_into_slices_changes_its_loss_by_rounding_alone(load):
+def test_slicing_changes_the_loss_only_by_rounding(load):
     pairs = dataset(2, [12, 13, 20, 18, 9, 15, 30, 22])
     losses = [
         [
@@ -211,7 +211,7 @@ def test_how_a_step_is_cut_into_slices_changes_its_loss_by_rounding_alone(load):
     assert losses[0] == pytest.approx(losses[2], abs=1e-4)
 
 
-def test_rows_that_are_no_pairs_are_refused(load):
+def test_rows_that_are_not_pairs_are_rejected(load):
     engine = Engine(load("llama"), EngineConfig())
 
     with pytest.raises(BadDataset, match="3 rows can't be grouped into pairs"):
@@ -223,7 +223,7 @@ def test_rows_that_are_no_pairs_are_refused(load):
 @pytest.mark.parametrize(
     "wrong", [{"kind": "ppo"}, {"beta": 0.0}, {"label_smoothing": 0.5}, {"loss_type": "hinge"}, {"gamma": -1.0}]
 )
-def test_an_objective_that_makes_no_sense_is_refused(wrong):
+def test_invalid_objective_is_rejected(wrong):
     with pytest.raises(ConfigError, match=f"objective.{next(iter(wrong))}"):
         ObjectiveConfig(**wrong)
 
@@ -239,14 +239,14 @@ def test_an_objective_that_makes_no_sense_is_refused(wrong):
         ("undesirable_weight", 0.5, ["simpo", "reward", "classification"]),
     ],
 )
-def test_a_number_that_an_objective_does_not_read_is_refused(field, value, others):
+def test_field_that_an_objective_does_not_use_is_rejected(field, value, others):
     for kind in others:
         with pytest.raises(ConfigError, match=f"objective.{field}") as caught:
             ObjectiveConfig(kind=kind, **{field: value})
         assert f"omitted: {kind} does not use it" in caught.value.remedy
 
 
-def test_the_squared_loss_takes_no_smoothing():
+def test_ipo_loss_rejects_label_smoothing():
     with pytest.raises(ConfigError, match="label_smoothing") as caught:
         ObjectiveConfig(kind="dpo", loss_type="ipo", label_smoothing=0.1)
     assert "ipo does not use it" in caught.value.remedy

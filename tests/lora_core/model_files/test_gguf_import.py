@@ -1,4 +1,4 @@
-"""A GGUF file as a base: what is told of it, and what would be lost in reading it is refused before it is read."""
+"""A GGUF file as a base model: its metadata, and rejection of files whose import would lose information."""
 
 import re
 
@@ -12,7 +12,7 @@ from lora_core.model_files.import_base import import_base
 from lora_core.model_files.license import license_of_gguf
 
 
-def test_the_license_of_a_gguf_file_is_in_its_metadata(tmp_path):
+def test_license_of_a_gguf_file_is_read_from_its_metadata(tmp_path):
     for name, expected in {"with": "apache-2.0", "without": None}.items():
         writer = GGUFWriter(tmp_path / name, "llama")
         if expected is not None:
@@ -24,25 +24,25 @@ def test_the_license_of_a_gguf_file_is_in_its_metadata(tmp_path):
         assert license_of_gguf(tmp_path / name) == expected
 
 
-def test_a_gguf_file_that_is_not_there_is_said(tmp_path):
+def test_missing_gguf_file_is_rejected(tmp_path):
     with pytest.raises(UnreachableSource, match="There is no file"):
         import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+def test_file_that_is_not_gguf_is_rejected(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"\x80\x04 pickle")
     with pytest.raises(UnsupportedModel, match="not a GGUF"):
         import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
 
 
-def test_a_gguf_file_that_is_cut_off_is_refused(tmp_path):
+def test_truncated_gguf_file_is_rejected(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(3))
     with pytest.raises(UnsupportedModel, match="can't be read"):
         import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
 
 
 @pytest.mark.parametrize(
-    ("tensor", "told", "said"),
+    ("tensor", "metadata", "entry"),
     [
         ("rope_freqs.weight", {}, "rope_freqs.weight"),
         ("rope_factors_long.weight", {}, "rope_factors_long.weight"),
@@ -55,10 +55,10 @@ def test_a_gguf_file_that_is_cut_off_is_refused(tmp_path):
         (None, {}, None),
     ],
 )
-def test_a_gguf_file_whose_rotation_is_scaled_is_refused_by_what_would_be_lost(tmp_path, tensor, told, said):
+def test_gguf_file_with_scaled_rotation_is_rejected_by_its_entry(tmp_path, tensor, metadata, entry):
     writer = GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor(tensor or "blk.0.attn_q.weight", np.ones(8, np.float32))
-    for name, value in told.items():
+    for name, value in metadata.items():
         if isinstance(value, str):
             writer.add_string(f"llama.rope.{name}", value)
         else:
@@ -68,9 +68,9 @@ def test_a_gguf_file_whose_rotation_is_scaled_is_refused_by_what_would_be_lost(t
     writer.write_tensors_to_file()
     writer.close()
 
-    if said is None:
+    if entry is None:
         refuse_scaled_rotation(tmp_path / "model.gguf")
         return
-    with pytest.raises(UnsupportedModel, match=re.escape(said)):
+    with pytest.raises(UnsupportedModel, match=re.escape(entry)):
         import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
     assert not (tmp_path / "base").exists()

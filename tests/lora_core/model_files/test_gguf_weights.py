@@ -1,6 +1,6 @@
-"""A GGUF file with numbers: a tiny Llama is written as llama.cpp writes one, imported, trained and served.
+"""A GGUF file with weights: a tiny Llama is written as llama.cpp writes it, imported, trained and served.
 
-The real one, of 135M parameters, is for slow tests (tests/lora_core/base_model/test_model.py).
+Slow tests use a real model of 135M parameters (tests/lora_core/base_model/test_model.py).
 """
 
 import re
@@ -24,7 +24,7 @@ from lora_core.peft_format.verify import verify_export
 from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset
 
 NUM_HEADS, NUM_KV_HEADS = 4, 2
-ROPE_THETA, RMS_EPS = 50_000.0, 1e-3  # neither is what transformers takes where nothing is said
+ROPE_THETA, RMS_EPS = 50_000.0, 1e-3  # both differ from the defaults of transformers
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -62,12 +62,12 @@ def original() -> LlamaForCausalLM:
     )
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # else each is 1, whichever it is
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # otherwise all are 1 and can't be distinguished
     return model.eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gguf_file_becomes_a_base_of_its_own_numbers_that_trains_and_is_served(original, tmp_path, kind):
+def test_gguf_file_becomes_a_base_with_its_weights_that_trains_and_serves(original, tmp_path, kind):
     write_llama(tmp_path / "model.gguf", original, KINDS[kind])
 
     import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
@@ -96,21 +96,24 @@ def test_a_gguf_file_becomes_a_base_of_its_own_numbers_that_trains_and_is_served
 
 
 def stored(weight: Tensor, kind: GGMLQuantizationType) -> Tensor:
-    """What the file holds of it, in fp32."""
+    """Return the weight as the file stores it, in fp32."""
     kind = GGMLQuantizationType.F32 if weight.ndim == 1 else kind
     return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind))
 
 
 def largest_error(weight: Tensor) -> Tensor:
-    """Of Q8_0 half a step of a block, the largest of 32 numbers over 127, which is held as F16; and half of the last
-    place of bf16. F16 is nearer."""
+    """Return the maximum error of Q8_0 and bf16. F16 has a smaller error.
+
+    Q8_0: half a step of a block. The step is the largest of 32 values divided by 127, stored as F16. bf16: half a unit
+    in the last place.
+    """
     blocks = weight.view(-1, 32)
     steps = (blocks.abs().amax(dim=1, keepdim=True) / 127).expand_as(blocks).reshape(weight.shape)
     return steps / 2 * (1 + 2**-8) + weight.abs() * (2**-11 + 2**-8)
 
 
 def assert_computes_as(original: LlamaForCausalLM, folder: Path) -> None:
-    """With the same numbers: so heads, rotation and the epsilon of norms are those of the file."""
+    """Check that the same weights give the same logits, so heads, rotation and norm epsilon are those of the file."""
     model = load_base(folder, dtype="float32", device="cpu").model
     reference = deepcopy(original)
     reference.load_state_dict(model.state_dict())
@@ -124,7 +127,7 @@ MERGES = ["t h", "th e", "h e"]
 
 
 def write_llama(path: Path, model: LlamaForCausalLM, kind: GGMLQuantizationType) -> None:
-    """Matrices of `kind`, norms in F32, a byte-level BPE of a few merges."""
+    """Write matrices as `kind`, norms as F32, and a byte-level BPE with a few merges."""
     settings = model.config
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(settings.num_hidden_layers)
@@ -145,7 +148,7 @@ def write_llama(path: Path, model: LlamaForCausalLM, kind: GGMLQuantizationType)
     writer.add_bos_token_id(259)
     writer.add_eos_token_id(259)
     for name, weight in model.state_dict().items():
-        numbers = permuted(name, weight).numpy()  # row by row, so that what is stored of a row is the same
+        numbers = permuted(name, weight).numpy()  # permutes full rows, so that the stored values of a row don't change
         as_kind = GGMLQuantizationType.F32 if weight.ndim == 1 else kind
         writer.add_tensor(gguf_name(name), gguf.quants.quantize(numbers, as_kind), raw_dtype=as_kind)
     writer.write_header_to_file()
@@ -162,7 +165,7 @@ def gguf_name(name: str) -> str:
 
 
 def permuted(name: str, weight: Tensor) -> Tensor:
-    """llama.cpp rotates neighboring pairs of a head's rows, where transformers rotates its halves."""
+    """Permute rows for llama.cpp, which rotates neighboring pairs of a head's rows. transformers rotates its halves."""
     num_heads = {"q_proj": NUM_HEADS, "k_proj": NUM_KV_HEADS}.get(name.split(".")[-2])
     if num_heads is None:
         return weight

@@ -1,4 +1,4 @@
-"""A base model comes from safetensors or GGUF alone, and what the engine can't train is refused by name."""
+"""Base models are imported only from safetensors or GGUF, and unsupported models are rejected by name."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_at
 
 
 def copy_source(base_dir: Path, folder: Path) -> Path:
-    """A folder as a user might give it: the tiny Llama with a tokenizer and a chat template."""
+    """Make a folder as a user might provide it: the tiny Llama with a tokenizer and a chat template."""
     folder.mkdir()
     for path in base_dir.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -73,7 +73,7 @@ def test_a_folder_is_imported_with_the_same_bytes_each_time(source, tmp_path):
 
 
 @pytest.mark.parametrize(("given", "stored"), [("float32", "F32"), ("bfloat16", "BF16"), ("float16", "BF16")])
-def test_fp32_stays_fp32_and_all_else_becomes_bf16(source, tmp_path, given, stored):
+def test_fp32_stays_fp32_and_other_dtypes_become_bf16(source, tmp_path, given, stored):
     weights = load_file(source / "model.safetensors")
     weights = {name: weight.to(getattr(torch, given)) for name, weight in weights.items()}
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
@@ -87,14 +87,14 @@ def test_fp32_stays_fp32_and_all_else_becomes_bf16(source, tmp_path, given, stor
     assert describe_base(base_dir)["dtype"] == str(expected).removeprefix("torch.")
 
 
-def test_pickles_are_refused(source, tmp_path):
+def test_pickles_are_rejected(source, tmp_path):
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     with pytest.raises(UnsupportedModel, match=r"pickles \(pytorch_model.bin\)"):
         import_folder(source, tmp_path / "base")
     assert not (tmp_path / "base").exists()
 
 
-def test_a_label_that_looks_like_a_repository_is_no_reference(source):
+def test_label_that_looks_like_a_repository_is_not_a_reference(source):
     edit_json(source / "config.json", id2label={"0": "N/A", "1": "yes/no"}, label2id={"N/A": 0, "yes/no": 1})
 
     refuse_code(source)
@@ -108,7 +108,7 @@ def test_a_label_that_looks_like_a_repository_is_no_reference(source):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
-def test_code_in_the_repository_is_refused(source, tmp_path, name):
+def test_code_in_the_repository_is_rejected(source, tmp_path, name):
     edit_json(source / name, auto_map={"AutoModelForCausalLM": "evil.Model"})
     with pytest.raises(UnsupportedModel, match="auto_map"):
         import_folder(source, tmp_path / "base")
@@ -140,8 +140,8 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_no_kernel_is_loaded_by_a_config_that_names_one(source, tmp_path):
-    """Native code, which a package that is common on machines with GPUs fetches from the hub."""
+def test_kernel_named_by_a_config_is_not_loaded(source, tmp_path):
+    """Kernels are native code from the hub. A package that is common on machines with GPUs fetches them."""
     entries = [
         {"_attn_implementation": "kernels-community/flash-attn2"},
         {"attn_implementation": "someone/evil-kernel@main:attend"},
@@ -162,10 +162,10 @@ def test_no_kernel_is_loaded_by_a_config_that_names_one(source, tmp_path):
     argv = [sys.executable, "-c", REFUSE_BY_CONFIG, *(str(tmp_path / str(number)) for number in range(len(entries)))]
     ended = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    told = ended.stdout.splitlines()
+    results = ended.stdout.splitlines()
     assert "LOADED" not in ended.stdout
-    assert [line.split()[0] for line in told] == ["REFUSED"] * len(entries), ended.stderr
-    assert all("attn_implementation" in line for line in told)
+    assert [line.split()[0] for line in results] == ["REFUSED"] * len(entries), ended.stderr
+    assert all("attn_implementation" in line for line in results)
 
 
 @pytest.mark.parametrize(
@@ -180,14 +180,14 @@ def test_no_kernel_is_loaded_by_a_config_that_names_one(source, tmp_path):
         ({"of": [{"auto_map": {"AutoConfig": "evil.Config"}}]}, "tokenizer_config.json"),
     ],
 )
-def test_what_may_have_code_loaded_is_refused_by_name_however_deep(source, tmp_path, entry, file):
+def test_entries_that_may_load_code_are_rejected_by_name_at_any_depth(source, tmp_path, entry, file):
     edit_json(source / file, **entry)
 
     with pytest.raises(UnsupportedModel, match=f"{file} has '(_?experts_|use_kernels|loads_from|auto_map)"):
         import_folder(source, tmp_path / "base")
 
 
-def test_entries_that_say_where_a_model_is_from_or_load_nothing_are_accepted(source, tmp_path):
+def test_entries_that_name_the_origin_or_load_nothing_are_accepted(source, tmp_path):
     origin = {"_name_or_path": "someone/model", "model_name": "someone/model", "base_model_name_or_path": "a/b"}
     loads_nothing = {"_attn_implementation": "sdpa", "_attn_implementation_autoset": True, "use_kernels": False}
     edit_json(source / "config.json", **origin, **loads_nothing)
@@ -210,7 +210,7 @@ def test_entries_that_say_where_a_model_is_from_or_load_nothing_are_accepted(sou
         ({"rope_parameters": {"rope_type": "nonsense"}}, "no model can be made.*'nonsense'"),
     ],
 )
-def test_models_that_cannot_be_trained_here_are_refused(source, tmp_path, changes, reason):
+def test_models_that_cannot_be_trained_are_rejected(source, tmp_path, changes, reason):
     edit_json(source / "config.json", **changes)
     with pytest.raises(UnsupportedModel, match=f"(?s){reason}"):
         import_folder(source, tmp_path / "base")
@@ -219,13 +219,13 @@ def test_models_that_cannot_be_trained_here_are_refused(source, tmp_path, change
 @pytest.mark.parametrize(
     ("family", "num_layers", "name"),
     [
-        ("bert", 2, "BertLMHeadModel"),  # reads both ways
+        ("bert", 2, "BertLMHeadModel"),  # bidirectional
         ("electra", 2, "ElectraForCausalLM"),  # has layers between the last hidden states and the head
-        ("bloom", 2, "bloom"),  # has an attention of its own
+        ("bloom", 2, "bloom"),  # has a custom attention
         ("llama", 0, "llama"),  # has nothing to adapt
     ],
 )
-def test_an_architecture_that_cannot_be_trained_is_refused_by_name(tmp_path, family, num_layers, name):
+def test_architecture_that_cannot_be_trained_is_rejected_by_name(tmp_path, family, num_layers, name):
     config = AutoConfig.for_model(family, num_hidden_layers=num_layers, **SIZES)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
     give_tokenizer(tmp_path / "source")
@@ -237,7 +237,7 @@ def test_an_architecture_that_cannot_be_trained_is_refused_by_name(tmp_path, fam
     assert not (tmp_path / "base").exists()
 
 
-def test_weights_that_give_no_finite_logits_are_refused(source, tmp_path):
+def test_weights_without_finite_logits_are_rejected(source, tmp_path):
     weights = load_file(source / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
@@ -245,7 +245,7 @@ def test_weights_that_give_no_finite_logits_are_refused(source, tmp_path):
         import_folder(source, tmp_path / "base")
 
 
-def test_a_folder_without_config_or_weights_is_refused(source, tmp_path):
+def test_folder_without_config_or_weights_is_rejected(source, tmp_path):
     (source / "model.safetensors").unlink()
     with pytest.raises(UnsupportedModel, match="no safetensors"):
         import_folder(source, tmp_path / "base")
@@ -254,14 +254,14 @@ def test_a_folder_without_config_or_weights_is_refused(source, tmp_path):
         import_folder(source, tmp_path / "base")
 
 
-def test_a_folder_without_a_tokenizer_is_refused(source, tmp_path):
+def test_folder_without_a_tokenizer_is_rejected(source, tmp_path):
     for path in source.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(UnsupportedModel, match="tokenizer"):
         import_folder(source, tmp_path / "base")
 
 
-def test_a_safetensors_bomb_is_refused_on_import_and_on_load(source, base_dirs, tmp_path):
+def test_safetensors_bomb_is_rejected_on_import_and_on_load(source, base_dirs, tmp_path):
     (source / "model.safetensors").write_bytes((2**30).to_bytes(8, "little") + b"{")
     with pytest.raises(UnsafeFile, match="header of 1073741824 bytes"):
         import_folder(source, tmp_path / "base")
@@ -270,7 +270,7 @@ def test_a_safetensors_bomb_is_refused_on_import_and_on_load(source, base_dirs, 
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
-def test_weights_that_do_not_match_the_config_are_refused(source, tmp_path, change):
+def test_weights_that_do_not_match_the_config_are_rejected(source, tmp_path, change):
     weights = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     if change == "missing":
@@ -304,13 +304,13 @@ def test_weights_that_do_not_match_the_config_are_refused(source, tmp_path, chan
         (None, None),
     ],
 )
-def test_the_license_is_the_one_that_the_model_card_names(tmp_path, card, expected):
+def test_license_is_read_from_the_model_card(tmp_path, card, expected):
     if card is not None:
         (tmp_path / "README.md").write_text(card)
     assert license_of_folder(tmp_path) == expected
 
 
-def test_the_model_read_from_gguf_is_let_go_before_the_written_one_is_tried(source, tmp_path, monkeypatch):
+def test_model_read_from_gguf_is_released_before_the_result_is_tested(source, tmp_path, monkeypatch):
     held = []
 
     def load(folder, *, dtype, gguf_file):
@@ -340,7 +340,7 @@ def child(tmp_path_factory) -> Iterator[Importer]:
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
-def test_only_the_weights_that_count_are_fetched_of_one_commit(source, tmp_path, child, num_shards):
+def test_only_needed_files_of_one_commit_are_downloaded(source, tmp_path, child, num_shards):
     commit, expected = f"{num_shards}" * 40, import_folder(source, tmp_path / "expected")
     if num_shards > 1:
         split_weights(source, num_shards)
@@ -355,29 +355,29 @@ def test_only_the_weights_that_count_are_fetched_of_one_commit(source, tmp_path,
         "other.json",
     )
     for name in others:
-        (source / name).write_bytes(b"not what it says")
-    asked: list[str] = []
+        (source / name).write_bytes(b"something else")
+    requested: list[str] = []
 
-    told = child.import_from(hub_that_serves(source, commit, asked), tmp_path, "model")
+    results = child.import_from(hub_that_serves(source, commit, requested), tmp_path, "model")
 
-    assert told == [f"{commit} apache-2.0"], child.said()
-    assert {name for name in asked if name in {*needed, *others}} == needed
+    assert results == [f"{commit} apache-2.0"], child.output()
+    assert {name for name in requested if name in {*needed, *others}} == needed
     assert digests(tmp_path / "base") == digests(expected)
 
 
-def test_of_a_repository_whose_config_is_refused_no_weights_are_fetched(source, tmp_path, child):
+def test_no_weights_are_downloaded_if_the_config_is_rejected(source, tmp_path, child):
     edit_json(source / "config.json", vision_config={"hidden_size": 64})
-    asked: list[str] = []
+    requested: list[str] = []
 
-    (told,) = child.import_from(hub_that_serves(source, "a" * 40, asked), tmp_path, "model")
+    (results,) = child.import_from(hub_that_serves(source, "a" * 40, requested), tmp_path, "model")
 
-    assert "also reads images (vision_config)" in told, child.said()
-    assert "config.json" in asked
-    assert not [name for name in asked if name.endswith(".safetensors")]
+    assert "also reads images (vision_config)" in results, child.output()
+    assert "config.json" in requested
+    assert not [name for name in requested if name.endswith(".safetensors")]
 
 
 def split_weights(folder: Path, num_shards: int) -> None:
-    """As a repository of a large model has them: shards, and an index that says which tensor is where."""
+    """Split the weights like the repository of a large model, into shards and an index of tensors."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     weight_map = {}
@@ -391,36 +391,36 @@ def split_weights(folder: Path, num_shards: int) -> None:
 
 
 @pytest.mark.parametrize("named", ["../elsewhere.safetensors", "original/model.safetensors", "pytorch_model.bin"])
-def test_an_index_that_names_other_files_is_refused(source, tmp_path, named):
+def test_index_that_names_other_files_is_rejected(source, tmp_path, named):
     split_weights(source, 2)
     edit_json(source / "model.safetensors.index.json", weight_map={"lm_head.weight": named})
     with pytest.raises(UnsupportedModel, match="index"):
         import_folder(source, tmp_path / "base")
 
 
-def test_what_lies_beside_the_weights_does_not_decide_their_dtype(source, tmp_path):
+def test_other_files_do_not_affect_the_dtype_of_the_weights(source, tmp_path):
     expected = import_folder(source, tmp_path / "expected")
     weights = load_file(source / "model.safetensors")
     save_file({name: weight.bfloat16() for name, weight in weights.items()}, source / "consolidated.safetensors")
     assert digests(import_folder(source, tmp_path / "base")) == digests(expected)
 
 
-def test_a_branch_is_resolved_to_its_commit_and_an_unreachable_hub_is_said(source, tmp_path, monkeypatch):
-    asked = []
+def test_branch_is_resolved_to_a_commit_and_an_unreachable_hub_is_reported(source, tmp_path, monkeypatch):
+    requested = []
     commit = SimpleNamespace(sha="b" * 40)
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, revision: asked.append(revision) or commit)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, revision: requested.append(revision) or commit)
 
     def snapshot_download(_, *, revision, **__):
-        asked.append(revision)
+        requested.append(revision)
         raise OSError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(UnreachableSource, match="'org/model' at main can't be downloaded: the worker can't"):
         import_base(source="org/model", kind="hub", revision="main", target_dir=tmp_path / "base")
-    assert asked == ["main", "b" * 40]
+    assert requested == ["main", "b" * 40]
 
 
-def test_why_the_hub_gives_nothing_is_said(tmp_path, child):
+def test_reason_of_a_failed_hub_request_is_reported(tmp_path, child):
     cases = {
         "closed": (403, "GatedRepo", "gated"),
         "absent": (404, "RepoNotFound", "does not exist or is private"),
@@ -429,15 +429,15 @@ def test_why_the_hub_gives_nothing_is_said(tmp_path, child):
     }
 
     hub = hub_that_refuses({name: case[:2] for name, case in cases.items()})
-    told = child.import_from(hub, tmp_path, *cases)
+    results = child.import_from(hub, tmp_path, *cases)
 
-    found = [reason in line for (*_, reason), line in zip(cases.values(), told, strict=True)]
-    assert found == [True] * 4, (told, child.said())
+    found = [reason in line for (*_, reason), line in zip(cases.values(), results, strict=True)]
+    assert found == [True] * 4, (results, child.output())
     assert not (tmp_path / "base").exists()
 
 
-def test_a_model_whose_own_pass_fails_by_its_sizes_is_refused_by_name(tmp_path):
-    """MiniCPM3 expands its keys twice where heads share them."""
+def test_model_whose_forward_pass_fails_is_rejected_by_name(tmp_path):
+    """MiniCPM3 expands its keys twice if heads share them."""
     config = MiniCPM3Config.from_dict(
         {**SIZES, "num_hidden_layers": 1, "num_key_value_heads": 2, "max_position_embeddings": 64}
     )

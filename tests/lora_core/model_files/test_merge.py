@@ -1,4 +1,4 @@
-"""Law: merged equals adapted. W + B A gives the logits of W with the adapter, within the rounding of the dtype."""
+"""Invariant: merged equals adapted. W + B A gives the logits of W with the adapter, up to rounding of the dtype."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def adapter_of(tmp_path: Path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_an_adapter_with_dora_is_merged_as_peft_reads_it(base_dirs, adapter_of, tmp_path, family):
+def test_dora_adapter_is_merged_as_peft_reads_it(base_dirs, adapter_of, tmp_path, family):
     report = merge_adapter(adapter_of(base_dirs[family], use_dora=True), base_dirs[family], tmp_path / "merged")
 
     assert report.max_abs_diff <= report.tolerance < report.max_abs_effect / 2, report
@@ -90,7 +90,7 @@ def test_merged_equals_adapted(base_dirs, tied_dir, adapter_of, tmp_path, family
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_sum_is_made_in_fp32_and_rounded_once(base_dirs, adapter_of, tmp_path, family):
+def test_merge_adds_in_fp32_and_rounds_once(base_dirs, adapter_of, tmp_path, family):
     adapter_dir = adapter_of(base_dirs[family], "bfloat16")
 
     merge_adapter(adapter_dir, base_dirs[family], tmp_path / "merged", dtype="bfloat16")
@@ -106,7 +106,7 @@ def test_the_sum_is_made_in_fp32_and_rounded_once(base_dirs, adapter_of, tmp_pat
     assert torch.equal(merged, expected)
 
 
-def test_a_merged_model_is_a_whole_folder_and_the_base_is_as_it_was(tied_dir, adapter_of, tmp_path):
+def test_merged_model_is_a_complete_folder_and_the_base_is_unchanged(tied_dir, adapter_of, tmp_path):
     before = {path.name: path.read_bytes() for path in tied_dir.iterdir()}
     report = merge_adapter(adapter_of(tied_dir), tied_dir, tmp_path / "merged")
 
@@ -125,14 +125,14 @@ def test_a_merged_model_is_a_whole_folder_and_the_base_is_as_it_was(tied_dir, ad
 
 
 def products(done: list[Operation]) -> Counter[Operation]:
-    """How many matrix products there are of each kind and shape."""
+    """Count the matmuls of each kind and shape."""
     kinds = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten._scaled_dot_product")
     return Counter(operation for operation in done if operation[0].startswith(kinds))
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("dtype", "use_dora"), [("float32", False), ("bfloat16", False), ("float32", True)])
-def test_a_pass_of_a_merged_model_is_its_bases_operation_by_operation(tied_dir, adapter_of, tmp_path, dtype, use_dora):
+def test_pass_of_a_merged_model_has_the_operations_of_its_base(tied_dir, adapter_of, tmp_path, dtype, use_dora):
     adapter_dir = adapter_of(tied_dir, dtype, use_dora=use_dora)
     merge_adapter(adapter_dir, tied_dir, tmp_path / "merged", dtype=dtype)
 
@@ -150,7 +150,7 @@ def test_a_pass_of_a_merged_model_is_its_bases_operation_by_operation(tied_dir, 
     assert of_base.total() >= 14 + 1  # the head
 
 
-def test_a_wider_model_of_the_same_layers_is_noticed(tied_dir, tmp_path):
+def test_wider_model_with_the_same_layers_is_detected(tied_dir, tmp_path):
     settings = json.loads((tied_dir / "config.json").read_text()) | {"intermediate_size": 192}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).save_pretrained(tmp_path / "wider")
 
@@ -171,7 +171,7 @@ def test_an_adapter_of_another_base_is_not_merged(base_dirs, tied_dir, adapter_o
     assert not [path for path in tmp_path.iterdir() if path.name != "adapter"]
 
 
-def test_a_file_that_is_not_the_one_of_the_manifest_is_refused(tied_dir, adapter_of, tmp_path):
+def test_file_that_does_not_match_the_manifest_is_rejected(tied_dir, adapter_of, tmp_path):
     adapter_dir = adapter_of(tied_dir)
     path = adapter_dir / "adapter_model.safetensors"
     entries = [{"path": path.name, "digest": hashlib.sha256(path.read_bytes()).hexdigest(), "num_bytes": 1}]
@@ -187,7 +187,7 @@ def test_a_file_that_is_not_the_one_of_the_manifest_is_refused(tied_dir, adapter
         merge_adapter(adapter_dir, tied_dir, tmp_path / "merged")
 
 
-def test_weights_that_peft_would_pass_over_are_refused(tied_dir, adapter_of, tmp_path):
+def test_missing_weights_that_peft_would_ignore_are_rejected(tied_dir, adapter_of, tmp_path):
     adapter_dir = adapter_of(tied_dir)
     (adapter_dir / "probe.safetensors").unlink()
     tensors = load_file(adapter_dir / "adapter_model.safetensors")
@@ -202,7 +202,7 @@ def test_weights_that_peft_would_pass_over_are_refused(tied_dir, adapter_of, tmp
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_on_a_tied_head_is_refused(tied_dir, tmp_path):
+def test_adapter_on_a_tied_head_is_rejected(tied_dir, tmp_path):
     model = load_base(tied_dir, dtype="float32", device="cpu").model
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
     adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
@@ -213,7 +213,7 @@ def test_an_adapter_on_a_tied_head_is_refused(tied_dir, tmp_path):
     assert "on the base model with PEFT" in caught.value.remedy
 
 
-def test_a_weight_that_is_not_finite_is_refused(tied_dir, adapter_of, tmp_path):
+def test_weight_that_is_not_finite_is_rejected(tied_dir, adapter_of, tmp_path):
     adapter_dir = adapter_of(tied_dir)
     (adapter_dir / "probe.safetensors").unlink()
     tensors = load_file(adapter_dir / "adapter_model.safetensors")
@@ -224,7 +224,7 @@ def test_a_weight_that_is_not_finite_is_refused(tied_dir, adapter_of, tmp_path):
         merge_adapter(adapter_dir, tied_dir, tmp_path / "merged")
 
 
-def test_a_quantized_file_is_merged_only_where_its_loss_is_accepted(tied_dir, adapter_of, tmp_path):
+def test_quantized_file_is_merged_only_with_dequantize(tied_dir, adapter_of, tmp_path):
     path = tmp_path / "quantized.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     block = gguf.quants.quantize(np.ones((1, 32), np.float32), gguf.GGMLQuantizationType.Q8_0)
@@ -240,7 +240,7 @@ def test_a_quantized_file_is_merged_only_where_its_loss_is_accepted(tied_dir, ad
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_an_adapter_of_a_quantized_base_is_merged_only_where_its_loss_is_accepted(tied_dir, adapter_of, tmp_path, kind):
+def test_adapter_of_a_quantized_base_is_merged_only_with_dequantize(tied_dir, adapter_of, tmp_path, kind):
     pytest.importorskip("bitsandbytes")
     adapter = adapter_of(tied_dir, quantization=kind)
 
@@ -257,8 +257,8 @@ def test_an_adapter_of_a_quantized_base_is_merged_only_where_its_loss_is_accepte
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["trained_on"] == kind
 
 
-def test_an_adapter_on_int8_may_differ_by_a_step_of_an_input_and_by_no_weight_of_its_own(tied_dir, adapter_of):
-    """What the engine and PEFT compute falls on either side of the middle between two steps of a linear's input."""
+def test_int8_verification_tolerates_input_rounding_but_no_changed_weight(tied_dir, adapter_of):
+    """The engine and PEFT can round the input of a linear to two neighboring int8 steps."""
     pytest.importorskip("bitsandbytes")
     adapter = adapter_of(tied_dir, quantization="int8")
     base = load_base(tied_dir, dtype="float32", device="cpu", quantization="int8")
@@ -266,13 +266,13 @@ def test_an_adapter_on_int8_may_differ_by_a_step_of_an_input_and_by_no_weight_of
     report = verify_export(base, adapter)
 
     assert report.passed
-    assert report.tolerance < report.max_abs_effect / 2, "the adapter can't be told from none"
+    assert report.tolerance < report.max_abs_effect / 2, "the adapter can't be distinguished from none"
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(weights | {name: 1.001 * weights[name] for name in [min(weights)]}, adapter / "adapter_model.safetensors")
     assert not verify_export(base, adapter).passed
 
 
-def test_an_adapter_of_another_base_is_refused_though_its_loss_is_accepted(tied_dir, base_dirs, adapter_of, tmp_path):
+def test_adapter_of_another_base_is_rejected_even_with_dequantize(tied_dir, base_dirs, adapter_of, tmp_path):
     pytest.importorskip("bitsandbytes")
     adapter = adapter_of(base_dirs["llama"], quantization="nf4")
 
@@ -280,7 +280,7 @@ def test_an_adapter_of_another_base_is_refused_though_its_loss_is_accepted(tied_
         merge_adapter(adapter, tied_dir, tmp_path / "merged", dequantize=True)
 
 
-def test_a_quantized_folder_is_refused(tied_dir, adapter_of, tmp_path):
+def test_quantized_folder_is_rejected(tied_dir, adapter_of, tmp_path):
     shutil.copytree(tied_dir, tmp_path / "base")
     content = json.loads((tmp_path / "base/config.json").read_text())
     content["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -301,7 +301,7 @@ def test_merged_equals_adapted_on_a_quantized_real_model(real_gguf, real_base_di
     assert (cost.same_layers, cost.same_operations) == (True, True)
 
 
-def test_the_command_writes_the_folder_and_says_what_rounding_took(tied_dir, adapter_of, tmp_path, capsys):
+def test_command_writes_the_folder_and_reports_difference_and_cost(tied_dir, adapter_of, tmp_path, capsys):
     arguments = [str(adapter_of(tied_dir)), str(tied_dir), str(tmp_path / "merged"), "--measure"]
 
     assert main(arguments) == 0
@@ -315,8 +315,8 @@ def test_the_command_writes_the_folder_and_says_what_rounding_took(tied_dir, ada
     assert "exists already" in capsys.readouterr().err
 
 
-def test_the_command_measures_a_gguf_file_as_well(tied_dir, adapter_of, tmp_path, capsys, monkeypatch):
-    """The file is a stand-in: how one is read is test_import_base.py's."""
+def test_command_measures_a_gguf_file(tied_dir, adapter_of, tmp_path, capsys, monkeypatch):
+    """The file is a stub. test_import_base.py tests how a GGUF file is read."""
     path = tmp_path / "base.gguf"
     gguf.GGUFWriter(path, "llama").close()
 
@@ -334,7 +334,7 @@ def test_the_command_measures_a_gguf_file_as_well(tied_dir, adapter_of, tmp_path
     assert answer["cost"]["base_seconds"] > 0 < answer["cost"]["merged_seconds"]
 
 
-def test_the_command_says_what_is_wrong_and_what_to_do(tied_dir, tmp_path, capsys):
+def test_command_reports_what_is_missing(tied_dir, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
 
     assert main([str(tmp_path / "empty"), str(tied_dir), str(tmp_path / "merged")]) == 1

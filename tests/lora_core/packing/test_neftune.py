@@ -1,4 +1,4 @@
-"""Noise on embeddings has the paper's scale, depends on its key alone, and is there in training only."""
+"""Noise on embeddings has the paper's scale, depends only on its key, and is applied only in training."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def test_noise_is_uniform_within_the_bounds_of_the_paper_for_each_sequence():
         assert abs(float(part.mean())) < bound / 10
 
 
-def test_noise_has_the_scale_of_the_hook_of_transformers():
+def test_noise_has_the_scale_of_the_transformers_hook():
     torch.manual_seed(0)
     embedding = nn.Embedding(3, D)
     setattr(embedding, "neftune_noise_alpha", 5.0)  # noqa: B010 - as transformers does
@@ -48,7 +48,7 @@ def test_noise_depends_on_seed_step_and_slice(other):
     assert not torch.equal(KEY.noise_tD(D), replace(KEY, **other).noise_tD(D))
 
 
-def test_others_keep_the_bits_of_their_embeddings():
+def test_other_rows_keep_the_bits_of_their_embeddings():
     y_1TD = torch.full((1, 60, D), -0.0)
     noisy = with_noise(y_1TD, [(slice(5, 55), KEY)])
     assert noisy[0, 5:55].all()
@@ -57,7 +57,7 @@ def test_others_keep_the_bits_of_their_embeddings():
     assert torch.signbit(y_1TD).all()
 
 
-def test_training_is_noisy_and_its_held_out_loss_is_not(load):
+def test_training_is_noisy_and_the_validation_loss_is_not(load):
     base = load("llama")
     plain = Submission(
         config=config(num_steps=1, seed=1, learning_rate=1e-30), train=dataset(1, [20, 9]), valid=dataset(2, [15])

@@ -1,4 +1,4 @@
-"""A peft.LoraConfig is trained as it says, or refused by the name of the field that the engine doesn't support."""
+"""A peft.LoraConfig is converted exactly, or rejected with the name of the unsupported field."""
 
 from dataclasses import fields
 
@@ -12,7 +12,7 @@ from lora_core.peft_format import config as from_peft
 from lora_core.peft_format.config import lora_config_from
 
 
-def test_what_both_know_is_taken_over():
+def test_supported_fields_are_converted():
     config = peft.LoraConfig(
         r=12,
         lora_alpha=24,
@@ -52,14 +52,14 @@ def test_a_string_is_a_regular_expression_as_in_peft():
 
 
 @pytest.mark.parametrize("init", ["gaussian", "pissa", "pissa_niter_16", "olora"])
-def test_where_an_adapter_begins_has_the_names_of_peft(init):
+def test_initializations_have_the_names_of_peft(init):
     config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=init)
 
     assert lora_config_from(config).init_lora_weights == init
     assert lora_config_from(peft.LoraConfig(target_modules="all-linear")).init_lora_weights == "default"
 
 
-def test_each_field_of_peft_is_taken_ignored_or_refused():
+def test_each_field_of_peft_is_converted_ignored_or_rejected():
     sets = (from_peft.TAKEN, from_peft.COMPARED, from_peft.WITHOUT_EFFECT, from_peft.REFUSED)
 
     assert sum(map(len, sets)) == len(set().union(*sets)), "no field is in two sets"
@@ -85,7 +85,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-def test_what_the_engine_does_not_do_is_refused_by_name(name):
+def test_unsupported_fields_are_rejected_by_name(name):
     config = peft.LoraConfig(target_modules="all-linear")
     setattr(config, name, UNSUPPORTED[name])
 
@@ -94,18 +94,18 @@ def test_what_the_engine_does_not_do_is_refused_by_name(name):
     assert refusal.value.remedy
 
 
-def test_targets_that_peft_would_look_up_are_refused():
+def test_targets_that_peft_would_look_up_are_rejected():
     with pytest.raises(ConfigError, match="target_modules"):
         lora_config_from(peft.LoraConfig(target_modules=None))
 
 
-def test_another_task_is_refused():
+def test_another_task_is_rejected():
     with pytest.raises(ConfigError, match="task_type"):
         lora_config_from(peft.LoraConfig(target_modules="all-linear", task_type="TOKEN_CLS"))
 
 
 @pytest.mark.parametrize(("task_type", "task"), [("SEQ_CLS", "causal-lm"), ("CAUSAL_LM", "sequence-classification")])
-def test_the_task_is_that_of_the_base_model(task_type: str, task: Task):
+def test_task_must_be_that_of_the_base_model(task_type: str, task: Task):
     config = peft.LoraConfig(target_modules="all-linear", task_type=task_type)
 
     with pytest.raises(ConfigError, match=f"task_type='{task_type}'") as refusal:
@@ -116,11 +116,11 @@ def test_the_task_is_that_of_the_base_model(task_type: str, task: Task):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_start_is_blamed_and_not_what_peft_fills_in_for_it():
+def test_error_names_the_initialization_and_not_its_defaults_in_peft():
     with pytest.raises(ConfigError, match="init_lora_weights='eva'"):
         lora_config_from(peft.LoraConfig(target_modules="all-linear", init_lora_weights="eva"))
 
 
-def test_numbers_out_of_range_are_refused_as_anywhere():
+def test_out_of_range_values_are_rejected():
     with pytest.raises(ConfigError, match=r"lora\.rank"):
         lora_config_from(peft.LoraConfig(r=2048, target_modules="all-linear"))

@@ -1,4 +1,4 @@
-"""Law: served equals trained. What is exported gives, in PEFT on the base, the logits that training saw."""
+"""Invariant: served equals trained. In PEFT, an exported adapter gives the logits of training on the same base."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def test_served_equals_trained_under_peft_on_the_resident_base(load, tmp_path, f
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_dora_is_served_by_peft_as_trained_and_its_magnitudes_count(load, tmp_path, family, dtype, dropout):
+def test_dora_is_served_by_peft_as_trained_including_its_magnitudes(load, tmp_path, family, dtype, dropout):
     base = load(family, dtype)
     job = config(num_steps=6, learning_rate=2e-2, dropout=dropout)
     job = replace(job, lora=replace(job.lora, use_dora=True))
@@ -69,7 +69,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("more", [{}, {"layers_to_transform": (1,)}, {"use_rslora": True}])
-def test_patterns_of_rank_and_alpha_and_layers_are_loaded_by_peft_as_trained(load, tmp_path, family, more):
+def test_rank_and_alpha_patterns_and_layers_are_served_as_trained(load, tmp_path, family, more):
     base = load(family)
     shape = SHAPES[family] if "layers_to_transform" not in more else {"rank_pattern": (("c_fc|up_proj", 2),)}
     job = replace(JOB.config, lora=replace(JOB.config.lora, **shape, **more))
@@ -85,7 +85,7 @@ def test_patterns_of_rank_and_alpha_and_layers_are_loaded_by_peft_as_trained(loa
 
 
 def high_rate(learning_rate: float, seed: int) -> Submission:
-    """A job that learns eight rows by heart at a rate far above the usual."""
+    """Return a job that memorizes eight rows at a learning rate far above the usual."""
     job = config(rank=16, num_steps=100, batch_size=4, learning_rate=learning_rate, seed=seed)
     return Submission(config=job, train=dataset(seed, [20, 33, 15, 40, 25, 31, 18, 22]))
 
@@ -94,9 +94,7 @@ def high_rate(learning_rate: float, seed: int) -> Submission:
 @pytest.mark.parametrize(
     ("family", "learning_rate", "seed"), [("llama", 0.05, 5), ("llama", 0.05, 8), ("gpt2", 0.05, 2)]
 )
-def test_adapters_of_a_high_rate_in_bf16_pass_and_wrong_ones_of_theirs_do_not(
-    load, tmp_path, family, learning_rate, seed
-):
+def test_bf16_adapters_of_a_high_rate_pass_and_damaged_ones_fail(load, tmp_path, family, learning_rate, seed):
     base = load(family, "bfloat16")
     directory = tmp_path / "adapter"
     trained(base, high_rate(learning_rate, seed)).export("job", directory, base_name="tiny")
@@ -113,7 +111,7 @@ def test_adapters_of_a_high_rate_in_bf16_pass_and_wrong_ones_of_theirs_do_not(
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dora", [False, True])
-def test_each_matrix_that_is_wrong_by_a_tenth_is_noticed_and_named(load, tmp_path, dora):
+def test_each_matrix_off_by_a_tenth_is_detected_and_named(load, tmp_path, dora):
     base = load("llama", "bfloat16")
     directory = tmp_path / "adapter"
     job = JOB.config if not dora else replace(JOB.config, lora=replace(JOB.config.lora, use_dora=True))
@@ -129,7 +127,7 @@ def test_each_matrix_that_is_wrong_by_a_tenth_is_noticed_and_named(load, tmp_pat
         assert str(verdict.worst_linear) in verdict.explanation
 
 
-def test_an_adapter_of_an_older_version_is_verified_by_its_logits_and_the_report_says_so(exported):
+def test_adapter_of_an_older_version_is_verified_only_by_its_logits(exported):
     base, directory = exported
     probe = load_file(directory / "probe.safetensors")
     save_file({name: tensor for name, tensor in probe.items() if "." not in name}, directory / "probe.safetensors")
@@ -142,11 +140,11 @@ def test_an_adapter_of_an_older_version_is_verified_by_its_logits_and_the_report
 
 
 CHANGES = {"scale": 0.5, "one matrix": -1, "zero": 0}
-NOT_FINITE = {"overflow": 1e38, "infinity": float("inf"), "no number": float("nan")}
+NOT_FINITE = {"overflow": 1e38, "infinity": float("inf"), "not a number": float("nan")}
 
 
 def damaged(tensors: dict[str, torch.Tensor], change: str) -> dict[str, torch.Tensor]:
-    """Every B, or one, times a number."""
+    """Return a copy with every B, or one, multiplied by a factor."""
     wrong = {name: tensor.clone() for name, tensor in tensors.items()}
     for name, tensor in wrong.items():
         if "lora_B" in name and (change != "one matrix" or "layers.1.mlp.down" in name or "h.1.mlp.c_proj" in name):
@@ -156,7 +154,7 @@ def damaged(tensors: dict[str, torch.Tensor], change: str) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("change", ["scale", "one matrix", "zero"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_adapter_that_is_not_the_trained_one_fails_verification(load, tmp_path, dtype, change):
+def test_adapter_that_is_not_the_trained_one_fails_verification(load, tmp_path, dtype, change):
     base = load("llama", dtype)
     trained(base).export("job", tmp_path / "adapter", base_name="tiny")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -168,7 +166,7 @@ def test_an_adapter_that_is_not_the_trained_one_fails_verification(load, tmp_pat
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("evidence", [True, False])
 @pytest.mark.parametrize("change", ["zero", *NOT_FINITE])
-def test_the_report_on_a_hopeless_adapter_is_json_without_infinity(exported, change, evidence):
+def test_report_on_a_damaged_adapter_is_json_without_infinity(exported, change, evidence):
     base, directory = exported
     tensors, probe = load_file(directory / "adapter_model.safetensors"), load_file(directory / "probe.safetensors")
     save_file(damaged(tensors, change), directory / "adapter_model.safetensors")
@@ -182,7 +180,7 @@ def test_the_report_on_a_hopeless_adapter_is_json_without_infinity(exported, cha
     assert (verdict.worst_linear_error or 0) > 1 if evidence else verdict.worst_linear_error is None
 
 
-def test_a_rounding_that_is_not_finite_allows_nothing(exported, monkeypatch):
+def test_rounding_that_is_not_finite_gives_no_tolerance(exported, monkeypatch):
     base, directory = exported
     shape = load_file(directory / "probe.safetensors")["logits"].shape
     monkeypatch.setattr("lora_core.peft_format.verify._nudged_logits", lambda *_, **__: torch.full(shape, float("inf")))
@@ -194,7 +192,7 @@ def test_a_rounding_that_is_not_finite_allows_nothing(exported, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_verification_leaves_the_resident_base_without_a_trace_and_in_service(load, tmp_path, family):
+def test_verification_leaves_the_loaded_base_unchanged_and_usable(load, tmp_path, family):
     base = load(family)
     engine = trained(base)
     engine.export("job", tmp_path / "adapter", base_name="tiny")
@@ -209,21 +207,21 @@ def test_verification_leaves_the_resident_base_without_a_trace_and_in_service(lo
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_export_and_verification_tell_at_each_linear_of_each_pass_that_they_go_on(load, tmp_path, family):
+def test_export_and_verification_report_progress_at_each_linear(load, tmp_path, family):
     base = load(family)
     engine = trained(base)
     before = snapshot(base)
-    told: dict[str, int] = {"export": 0, "verification": 0}
+    calls: dict[str, int] = {"export": 0, "verification": 0}
 
     def count(part: str) -> None:
-        told[part] += 1
+        calls[part] += 1
 
     engine.export("job", tmp_path / "adapter", base_name="tiny", between=lambda: count("export"))
     verify_export(base, tmp_path / "adapter", between=lambda: count("verification"))
 
     num_linears = len(base.linear_names())
-    assert told["export"] == 2 * num_linears  # with the adapter, and without
-    assert told["verification"] == 7 * num_linears  # six passes, and each linear by itself
+    assert calls["export"] == 2 * num_linears  # with the adapter, and without
+    assert calls["verification"] == 7 * num_linears  # six passes, and each linear separately
     assert snapshot(base) == before
 
 
@@ -231,7 +229,7 @@ def test_a_process_without_an_engine_can_verify(exported, load):
     assert verify_export(load("llama"), exported[1]).passed
 
 
-def test_the_exported_weights_are_those_that_training_computed_with(load, tmp_path):
+def test_exported_weights_are_those_that_training_computed_with(load, tmp_path):
     base = load("llama", "bfloat16")
     engine = trained(base)
     engine.export("job", tmp_path / "adapter", base_name="tiny")
@@ -245,7 +243,7 @@ def ordered(tensors, engine):
     return [tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB" for name in names]
 
 
-def test_the_configuration_is_minimal_and_says_what_servers_expect(exported):
+def test_configuration_is_minimal_and_has_the_fields_that_servers_expect(exported):
     content = json.loads((exported[1] / "adapter_config.json").read_text())
     assert content["base_model_name_or_path"] == "tiny/llama"
     assert (content["r"], content["lora_alpha"], content["peft_type"]) == (4, 8, "LORA")
@@ -255,14 +253,14 @@ def test_the_configuration_is_minimal_and_says_what_servers_expect(exported):
     }  # fmt: skip
 
 
-def test_targets_that_no_short_name_describes_are_written_in_full(load, tmp_path):
+def test_targets_without_a_common_short_name_are_written_in_full(load, tmp_path):
     job = replace(JOB, config=config(targets="layers.1.self_attn.q_proj"))
     trained(load("llama"), job).export("job", tmp_path / "adapter", base_name="tiny")
     content = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert content["target_modules"] == ["model.layers.1.self_attn.q_proj"]
 
 
-def test_whoever_may_read_the_folder_may_read_its_files(exported):
+def test_files_have_the_read_permissions_of_their_folder(exported):
     _, folder = exported
 
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}

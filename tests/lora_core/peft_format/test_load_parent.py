@@ -1,4 +1,4 @@
-"""Laws of a job that continues an adapter: it begins as that adapter, and goes on as any other job."""
+"""Invariants of a job that continues an adapter: it starts as that adapter, and trains like any other job."""
 
 import math
 from dataclasses import replace
@@ -50,10 +50,10 @@ def begun(base, job: Submission) -> Engine:
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("gpt2", "float32")])
 @pytest.mark.parametrize("method", METHODS)
-def test_before_its_first_step_a_child_is_its_parent(load, tmp_path, monkeypatch, family, dtype, method):
+def test_child_equals_its_parent_before_its_first_step(load, tmp_path, monkeypatch, family, dtype, method):
     base = load(family, dtype)
     parent = make_parent(base, tmp_path / "parent", method)
-    if method == "pissa":  # multiplies the A of siblings one by one, and its child in one product
+    if method == "pissa":  # multiplies the A of siblings one by one, and its child multiplies them jointly
         joined = logits(begun(base, child_of(tmp_path / "parent")))
         monkeypatch.setattr(flat_adapter, "_joint", lambda _sites: None)
         torch.testing.assert_close(joined, logits(parent), rtol=1e-5, atol=1e-5 if dtype == "float32" else 1e-2)
@@ -67,8 +67,8 @@ def test_before_its_first_step_a_child_is_its_parent(load, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("method", ["lora", "patterns", "dora", "in_full", "tokens"])
-def test_a_parent_of_one_epoch_and_a_child_of_another_have_the_bytes_of_one_job_of_two_epochs(load, tmp_path, method):
-    """The second epoch's order is another than the first's, so the child's rows are laid out to come in that order."""
+def test_parent_and_child_of_one_epoch_each_equal_one_job_of_two_epochs(load, tmp_path, method):
+    """The second epoch has another order than the first, so the child's rows are arranged to follow that order."""
     base, rows = load("llama"), dataset(52, [14, 31, 9, 22, 17, 40])
     lora = replace(config().lora, **METHODS[method])
     whole = train(base, Submission(config=stateless(lora, num_steps=6), train=rows))
@@ -99,7 +99,7 @@ def rows_in_order_of_second_epoch(rows: TokenDataset, *, seed: int, batch_size: 
 
 
 def children(base, folder: Path) -> dict[str, Submission]:
-    """One of each method, and pairs that are compared with the parent."""
+    """Return a child of each method, and pairs that are compared with the parent."""
     jobs: dict[str, Submission] = {}
     for index, method in enumerate(METHODS):
         make_parent(base, folder / method, method)
@@ -116,7 +116,7 @@ def children(base, folder: Path) -> dict[str, Submission]:
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("gpt2", "float32")])
-def test_children_are_packed_as_alone_to_the_bit(load, tmp_path, family, dtype):
+def test_packed_equals_solo_for_children(load, tmp_path, family, dtype):
     base = load(family, dtype)
     jobs = children(base, tmp_path)
     jobs["orphan"] = Submission(config=config(rank=4, seed=70), train=dataset(70, [7, 12, 30]))
@@ -138,7 +138,7 @@ def test_children_are_packed_as_alone_to_the_bit(load, tmp_path, family, dtype):
         ("llama", "float32", "lora", DPO),
     ],
 )
-def test_a_child_that_was_stopped_anywhere_ends_with_the_same_bytes(load, tmp_path, family, dtype, method, objective):
+def test_child_resumed_from_any_tick_ends_with_the_same_bytes(load, tmp_path, family, dtype, method, objective):
     base = load(family, dtype)
     make_parent(base, tmp_path / "parent", method)
     job = child_of(tmp_path / "parent", objective=objective)
@@ -157,7 +157,7 @@ def test_a_child_that_was_stopped_anywhere_ends_with_the_same_bytes(load, tmp_pa
         num_ticks += 1
 
 
-def test_a_checkpoint_continues_with_its_own_parent_alone(load, tmp_path):
+def test_checkpoint_resumes_only_with_its_own_parent(load, tmp_path):
     base = load("llama")
     make_parent(base, tmp_path / "parent")
     job = child_of(tmp_path / "parent")
@@ -192,7 +192,7 @@ def test_a_checkpoint_continues_with_its_own_parent_alone(load, tmp_path):
         ("pissa", "bfloat16"),
     ],
 )
-def test_a_child_is_served_by_peft_as_it_was_trained(load, tmp_path, dtype, method):
+def test_child_is_served_by_peft_as_trained(load, tmp_path, dtype, method):
     base = load("llama", dtype)
     make_parent(base, tmp_path / "parent", method)
     job = child_of(tmp_path / "parent", num_steps=6, learning_rate=2e-2)
@@ -216,8 +216,8 @@ def test_a_grandchild_continues_a_child(load, tmp_path):
 PEFT_FOLDERS = {
     "names": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
     "pattern": ("llama", {"target_modules": r".*\.1\.mlp\..*_proj", "alpha_pattern": {"up_proj": 3}}),
-    "all but one": ("llama", {"target_modules": "all-linear", "exclude_modules": ["k_proj"], "use_rslora": True}),
-    "its own choice": ("llama", {"rank_pattern": {r"layers\.1\..*": 2}}),
+    "all except one": ("llama", {"target_modules": "all-linear", "exclude_modules": ["k_proj"], "use_rslora": True}),
+    "default targets": ("llama", {"rank_pattern": {r"layers\.1\..*": 2}}),
     "dora": ("llama", {"target_modules": ["o_proj"], "use_dora": True}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     "tokens": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "trainable_token_indices": [7, 3, 90]}),
@@ -234,7 +234,7 @@ PEFT_FOLDERS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PEFT_FOLDERS)
-def test_an_adapter_that_peft_made_is_continued_from_where_it_was(load, base_dirs, tmp_path, name):
+def test_adapter_saved_by_peft_is_continued(load, base_dirs, tmp_path, name):
     family, fields = PEFT_FOLDERS[name]
     model = AutoModelForCausalLM.from_pretrained(base_dirs[family], dtype=torch.float32)
     adapted = save_by_peft(model, tmp_path / "parent", task_type="CAUSAL_LM", **fields)
@@ -255,7 +255,7 @@ NARROW = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_folder_of_half_precision_begins_with_the_numbers_that_it_holds(load, base_dirs, tmp_path):
+def test_half_precision_parent_is_loaded_with_its_exact_values(load, base_dirs, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_dirs["llama"], dtype=torch.float32)
     adapted = save_by_peft(model, tmp_path / "parent", dtype=torch.float16, **NARROW)
 
@@ -268,7 +268,7 @@ def test_a_folder_of_half_precision_begins_with_the_numbers_that_it_holds(load, 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_classifier_of_peft_is_continued_with_its_head(base_dirs, tmp_path):
+def test_classifier_saved_by_peft_is_continued_with_its_head(base_dirs, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(base_dirs["llama"], num_labels=3, pad_token_id=0)
     adapted = save_by_peft(model, tmp_path / "parent", target_modules=["q_proj"], task_type="SEQ_CLS")
     base = load_base(base_dirs["llama"], dtype="float32", device="cpu", task="sequence-classification")
@@ -284,7 +284,7 @@ def test_a_classifier_of_peft_is_continued_with_its_head(base_dirs, tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_reward_model_begins_with_the_layers_of_a_language_model_and_a_head_by_its_seed(load, base_dirs, tmp_path):
+def test_reward_model_starts_with_language_model_layers_and_a_new_head(load, base_dirs, tmp_path):
     parent = make_parent(load("llama"), tmp_path / "parent")
     base = load_base(base_dirs["llama"], dtype="float32", device="cpu", task="sequence-classification")
     job = replace(
@@ -301,7 +301,7 @@ def test_a_reward_model_begins_with_the_layers_of_a_language_model_and_a_head_by
     assert weights(child, "job")[head].any()
 
 
-def test_what_a_child_trains_in_full_besides_begins_as_the_base_has_it(load, tmp_path):
+def test_additional_full_modules_of_a_child_start_as_in_the_base(load, tmp_path):
     base = load("llama")
     parent = make_parent(base, tmp_path / "parent")
     job = child_of(tmp_path / "parent")
@@ -330,7 +330,7 @@ def test_pairs_are_compared_with_the_parent_not_with_the_base(load, tmp_path, me
     assert last.loss < first.loss
 
 
-def test_the_configuration_of_a_child_is_read_from_the_folder(load, tmp_path):
+def test_configuration_of_a_child_is_read_from_the_folder(load, tmp_path):
     make_parent(load("llama"), tmp_path / "plain")
     make_parent(load("llama"), tmp_path / "pissa", "pissa")
 
@@ -342,7 +342,7 @@ def test_the_configuration_of_a_child_is_read_from_the_folder(load, tmp_path):
     assert plain == replace(LoraConfig(rank=4, alpha=8), target_modules=plain.target_modules)
 
 
-def test_a_child_that_is_compared_with_its_parent_enters_the_base_where_both_begin(load, tmp_path):
+def test_child_compared_with_its_parent_reuses_the_prefix_of_both(load, tmp_path):
     base = load("llama")
     plain = parent_job("lora")
     top = replace(plain.config.lora, target_modules=("layers.1.mlp.up_proj", "layers.1.mlp.down_proj"))

@@ -1,4 +1,4 @@
-"""What isn't continued: folders that can't be trusted or used, and jobs that are other than their parent."""
+"""Rejected parents: folders that can't be trusted or used, and jobs that differ from their parent."""
 
 import json
 import shutil
@@ -38,17 +38,19 @@ def good_parent(base_dirs, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def child(good_parent, tmp_path: Path) -> Submission:
-    """One that would be admitted."""
+    """A child that would be admitted."""
     shutil.copytree(good_parent, tmp_path / "parent")
     return child_of(tmp_path / "parent")
 
 
-def said(folder: Path, **fields: Any) -> None:
+def edit_config(folder: Path, **fields: Any) -> None:
     path = folder / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def held(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], **metadata: str) -> None:
+def edit_weights(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], **metadata: str
+) -> None:
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata=metadata or None)
 
 
@@ -65,61 +67,73 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "is a pickle": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "pickle"),
     "has no weights": (lambda f: (f / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
     "has no configuration": (lambda f: (f / CONFIG).unlink(), "missing"),
-    "has a huge configuration": (lambda f: said(f, x="y" * MAX_CONFIG_BYTES), f"exceeds {MAX_CONFIG_BYTES}"),
+    "has a huge configuration": (lambda f: edit_config(f, x="y" * MAX_CONFIG_BYTES), f"exceeds {MAX_CONFIG_BYTES}"),
     "isn't JSON": (lambda f: (f / CONFIG).write_bytes(b"\x80\x04"), "not valid JSON"),
-    "nests without end": (lambda f: (f / CONFIG).write_text("[" * 100_000), "not valid JSON"),
-    "is no object": (lambda f: (f / CONFIG).write_text("[]"), "plain LoRA"),
-    "is of another method": (lambda f: said(f, peft_type="LOHA"), "plain LoRA"),
-    "names classes": (lambda f: said(f, auto_mapping={"parent_library": "evil"}), "auto_mapping"),
+    "nests too deeply": (lambda f: (f / CONFIG).write_text("[" * 100_000), "not valid JSON"),
+    "is not an object": (lambda f: (f / CONFIG).write_text("[]"), "plain LoRA"),
+    "is of another method": (lambda f: edit_config(f, peft_type="LOHA"), "plain LoRA"),
+    "names classes": (lambda f: edit_config(f, auto_mapping={"parent_library": "evil"}), "auto_mapping"),
     "has a huge header": (
         lambda f: (f / WEIGHTS).write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}"),
         f"header of {MAX_HEADER_BYTES + 1}",
     ),
     "has too many tensors": (
-        lambda f: held(f, lambda _: {f"t{index}": torch.zeros(1) for index in range(MAX_TENSORS + 1)}),
+        lambda f: edit_weights(f, lambda _: {f"t{index}": torch.zeros(1) for index in range(MAX_TENSORS + 1)}),
         f"{MAX_TENSORS + 1} tensors",
     ),
-    "is cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "safetensors"),
-    "has foreign names": (lambda f: held(f, plus(lm_head=torch.zeros(3))), "'lm_head'"),
-    "holds whole numbers": (lambda f: held(f, plus(**{f"{Q}.x": torch.zeros(3, dtype=torch.int64)})), "dtype I64"),
-    "holds nothing": (lambda f: held(f, lambda _: {}), "no linear layer"),
-    "lacks a matrix": (lambda f: held(f, without(f"{Q}.lora_B.weight")), "q_proj.lora_B.weight is missing"),
+    "is truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "safetensors"),
+    "has foreign names": (lambda f: edit_weights(f, plus(lm_head=torch.zeros(3))), "'lm_head'"),
+    "contains integers": (
+        lambda f: edit_weights(f, plus(**{f"{Q}.x": torch.zeros(3, dtype=torch.int64)})),
+        "dtype I64",
+    ),
+    "contains no tensors": (lambda f: edit_weights(f, lambda _: {}), "no linear layer"),
+    "lacks a matrix": (lambda f: edit_weights(f, without(f"{Q}.lora_B.weight")), "q_proj.lora_B.weight is missing"),
     "has another shape": (
-        lambda f: held(f, plus(**{f"{Q}.lora_B.weight": torch.zeros(32, 4)})),
+        lambda f: edit_weights(f, plus(**{f"{Q}.lora_B.weight": torch.zeros(32, 4)})),
         r"\[32, 4\], but this base model or job needs \[64, 4\]",
     ),
-    "has another rank": (lambda f: held(f, plus(**{f"{Q}.lora_A.weight": torch.zeros(5, 64)})), "the rank 4"),
-    "isn't finite": (lambda f: held(f, plus(**NOT_FINITE)), "not finite"),
+    "has another rank": (lambda f: edit_weights(f, plus(**{f"{Q}.lora_A.weight": torch.zeros(5, 64)})), "the rank 4"),
+    "isn't finite": (lambda f: edit_weights(f, plus(**NOT_FINITE)), "not finite"),
     "adapts an embedding": (
-        lambda f: held(f, plus(base_model__model__embed_tokens__lora_embedding_A=torch.zeros(4, 320))),
+        lambda f: edit_weights(f, plus(base_model__model__embed_tokens__lora_embedding_A=torch.zeros(4, 320))),
         "embed_tokens.lora_embedding_A",
     ),
-    "has biases": (lambda f: held(f, plus(**{f"{Q}.lora_B.bias": torch.zeros(64)})), "lora_B.bias"),
+    "has biases": (lambda f: edit_weights(f, plus(**{f"{Q}.lora_B.bias": torch.zeros(64)})), "lora_B.bias"),
     "was trained on another precision": (
-        lambda f: held(f, lambda t: t, base_quantization_config='{"load_in_4bit": true}'),
+        lambda f: edit_weights(f, lambda t: t, base_quantization_config='{"load_in_4bit": true}'),
         "quantization nf4 in training, but this one has none",
     ),
-    "lies about its base": (lambda f: held(f, lambda t: t, base_quantization_config="["), "base_quantization_config"),
-    "began as PiSSA": (lambda f: said(f, init_lora_weights="pissa"), "changed copy of the base"),
-    "has a method of its own": (lambda f: said(f, use_qalora=True), "use_qalora=True"),
-    "has trained biases": (lambda f: said(f, bias="all"), "bias='all'"),
-    "has a field of the future": (lambda f: said(f, use_wonder=True), "use_wonder=True"),
-    "has no number for a rank": (lambda f: said(f, r="8"), "r='8'"),
-    "has an alpha of infinity": (lambda f: said(f, lora_alpha=1e400), "lora_alpha=inf"),
-    "has an alpha longer than a float": (lambda f: said(f, lora_alpha=10**400), "lora_alpha=1000"),
-    "has a rank longer than a float": (lambda f: said(f, r=10**400), "r=1000"),
-    "has a truth for a token": (lambda f: said(f, trainable_token_indices=[True]), "trainable_token_indices"),
-    "has an alpha below zero": (lambda f: said(f, lora_alpha=-1), "lora.alpha is -1"),
-    "has a pattern that isn't one": (lambda f: said(f, alpha_pattern=[1]), "alpha_pattern"),
-    "has a pattern without end": (lambda f: said(f, alpha_pattern={r"((\w|\w\w|\.)+)+[XY]": 3}), "takes too long"),
-    "has a pattern that doesn't compile": (lambda f: said(f, rank_pattern={"(": 3}), "rank_pattern={'\\('"),
-    "contradicts itself on dora": (lambda f: said(f, use_dora=True), "about use_dora"),
-    "has tokens of three tables": (lambda f: said(f, trainable_token_indices={"a": [1], "b": [2]}), "one list"),
+    "has invalid metadata of its base": (
+        lambda f: edit_weights(f, lambda t: t, base_quantization_config="["),
+        "base_quantization_config",
+    ),
+    "was initialized by PiSSA": (lambda f: edit_config(f, init_lora_weights="pissa"), "changed copy of the base"),
+    "has an unsupported method": (lambda f: edit_config(f, use_qalora=True), "use_qalora=True"),
+    "has trained biases": (lambda f: edit_config(f, bias="all"), "bias='all'"),
+    "has an unknown field": (lambda f: edit_config(f, use_wonder=True), "use_wonder=True"),
+    "has a string as a rank": (lambda f: edit_config(f, r="8"), "r='8'"),
+    "has an alpha of infinity": (lambda f: edit_config(f, lora_alpha=1e400), "lora_alpha=inf"),
+    "has an alpha longer than a float": (lambda f: edit_config(f, lora_alpha=10**400), "lora_alpha=1000"),
+    "has a rank longer than a float": (lambda f: edit_config(f, r=10**400), "r=1000"),
+    "has a boolean as a token": (lambda f: edit_config(f, trainable_token_indices=[True]), "trainable_token_indices"),
+    "has an alpha below zero": (lambda f: edit_config(f, lora_alpha=-1), "lora.alpha is -1"),
+    "has patterns of the wrong type": (lambda f: edit_config(f, alpha_pattern=[1]), "alpha_pattern"),
+    "has a pattern that takes too long": (
+        lambda f: edit_config(f, alpha_pattern={r"((\w|\w\w|\.)+)+[XY]": 3}),
+        "takes too long",
+    ),
+    "has a pattern that doesn't compile": (lambda f: edit_config(f, rank_pattern={"(": 3}), "rank_pattern={'\\('"),
+    "contradicts itself on dora": (lambda f: edit_config(f, use_dora=True), "about use_dora"),
+    "has tokens of several tables": (
+        lambda f: edit_config(f, trainable_token_indices={"a": [1], "b": [2]}),
+        "one list",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_is_refused_that(engine, child, name):
+def test_invalid_parent_folder_is_rejected(engine, child, name):
     damage, reason = FOLDERS[name]
     damage(child.parent)
 
@@ -131,8 +145,10 @@ def test_a_folder_is_refused_that(engine, child, name):
     assert engine.jobs() == ()
 
 
-def test_new_fields_of_peft_that_ask_for_nothing_are_no_obstacle(engine, child):
-    said(child.parent, use_wonder=False, wonder_config=None, loftq_config={}, peft_version="99.0", corda_config=None)
+def test_unknown_fields_without_effect_are_accepted(engine, child):
+    edit_config(
+        child.parent, use_wonder=False, wonder_config=None, loftq_config={}, peft_version="99.0", corda_config=None
+    )
 
     admit(engine, "job", child)
 
@@ -149,7 +165,7 @@ JOBS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("field", JOBS)
-def test_a_job_that_asks_for_another_adapter_than_its_parent_is_refused_by_the_field(engine, child, field):
+def test_job_that_differs_from_its_parent_is_rejected_by_field(engine, child, field):
     fields, reason = JOBS[field]
     other = replace(child.config, lora=replace(child.config.lora, **fields))
 
@@ -160,14 +176,14 @@ def test_a_job_that_asks_for_another_adapter_than_its_parent_is_refused_by_the_f
     assert engine.jobs() == ()
 
 
-def test_layers_that_the_parent_has_not_are_refused_by_name(engine, load, tmp_path, child):
-    held(child.parent, lambda tensors: {name: tensors[name] for name in tensors if "q_proj" in name})
+def test_layers_that_the_parent_lacks_are_rejected_by_name(engine, load, tmp_path, child):
+    edit_weights(child.parent, lambda tensors: {name: tensors[name] for name in tensors if "q_proj" in name})
 
     with pytest.raises(ConfigError, match=r"the job adapts model.layers.0.mlp.down_proj, but its parent doesn't"):
         admit(engine, "job", child)
 
 
-def test_another_start_than_the_parents_is_refused(engine, child):
+def test_initialization_other_than_the_parent_is_rejected(engine, child):
     other = replace(child.config, lora=replace(child.config.lora, init_lora_weights="pissa"))
 
     with pytest.raises(ConfigError, match=r"init_lora_weights is 'pissa', but the job starts with its parent's"):
@@ -175,7 +191,7 @@ def test_another_start_than_the_parents_is_refused(engine, child):
 
 
 @pytest.mark.parametrize(("method", "field"), [("in_full", "modules_to_save"), ("tokens", "trainable_token_indices")])
-def test_what_the_parent_trained_in_full_is_not_left_behind(engine, load, tmp_path, method, field):
+def test_omitting_a_fully_trained_module_of_the_parent_is_rejected(engine, load, tmp_path, method, field):
     make_parent(load("llama"), tmp_path / "parent", method)
     child = child_of(tmp_path / "parent")
     less = replace(child.config.lora, modules_to_save=(), trainable_token_indices=())
@@ -184,7 +200,7 @@ def test_what_the_parent_trained_in_full_is_not_left_behind(engine, load, tmp_pa
         admit(engine, "job", replace(child, config=replace(child.config, lora=less)))
 
 
-def test_trained_tokens_in_another_order_are_other_tokens(engine, load, tmp_path):
+def test_trained_tokens_in_another_order_are_rejected(engine, load, tmp_path):
     make_parent(load("llama"), tmp_path / "parent", "tokens")
     child = child_of(tmp_path / "parent")
     tokens = child.config.lora.trainable_token_indices[::-1]
@@ -194,21 +210,21 @@ def test_trained_tokens_in_another_order_are_other_tokens(engine, load, tmp_path
         admit(engine, "job", replace(child, config=turned))
 
 
-def test_numbers_that_overflow_the_dtype_of_training_are_refused(load, child):
-    held(child.parent, plus(**{f"{Q}.lora_B.weight": torch.full((64, 4), 3.4e38)}))
+def test_values_that_overflow_the_dtype_of_training_are_rejected(load, child):
+    edit_weights(child.parent, plus(**{f"{Q}.lora_B.weight": torch.full((64, 4), 3.4e38)}))
 
     admit(Engine(load("llama"), EngineConfig()), "job", child)
     with pytest.raises(BadParent, match="not finite in the dtype of training"):
         admit(Engine(load("llama", "bfloat16"), EngineConfig()), "job", child)
 
 
-def test_a_parent_of_another_base_model_is_refused(load, child):
+def test_parent_of_another_base_model_is_rejected(load, child):
     engine = Engine(load("gpt2"), EngineConfig())
 
     with pytest.raises(BadParent, match=r"adapts model\..*, which this base model doesn't have"):
         admit(engine, "job", replace(child, config=replace(child.config, lora=LoraConfig(rank=4, alpha=8))))
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
+def test_missing_folder_is_rejected(tmp_path):
     with pytest.raises(BadParent, match="is missing"):
         lora_config_of(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""PEFT with a plain torch loop is the reference: same start, same order, same losses, same adapter."""
+"""PEFT with a plain torch loop is the reference: same initialization, same order, same losses, same adapter."""
 
 import warnings
 from dataclasses import replace
@@ -25,7 +25,7 @@ PATTERNS = {"llama": (("q_proj", 2), (r".*\.1\.mlp\.\w+", 6)), "gpt2": (("c_fc",
 
 
 def methods(family: str) -> dict[str, JobConfig]:
-    """At rates where training is not chaotic: a difference in the last bits must not grow by itself."""
+    """Return jobs at learning rates without chaotic training, where a difference in the last bits doesn't grow."""
     calm = replace(LONG, optimizer=replace(LONG.optimizer, learning_rate=1e-3))
     return {
         "lora": calm,
@@ -48,7 +48,7 @@ def reference_run(
 def run_reference(
     model, job: JobConfig, train: TokenDataset = JOB.train
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train what of a PEFT model requires a gradient: the losses, and the adapter."""
+    """Train the parameters of a PEFT model that require a gradient. Return the losses and the adapter."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(
         [
@@ -102,11 +102,11 @@ def assert_equal_to_peft(load, family: str, job: JobConfig, folder, train: Token
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_losses_and_adapter_equal_those_of_peft_with_a_plain_loop(load, tmp_path, family):
+def test_losses_and_adapter_equal_peft_with_a_plain_loop(load, tmp_path, family):
     assert_equal_to_peft(load, family, JOB.config, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "lora_plus", "dora", "patterns"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_fifty_steps_of_each_method_equal_those_of_peft(load, tmp_path, family, method):
+def test_fifty_steps_of_each_method_equal_peft(load, tmp_path, family, method):
     assert_equal_to_peft(load, family, methods(family)[method], tmp_path)

@@ -1,4 +1,4 @@
-"""What a verification refuses, and what of an adapter's base, files and device it tells apart."""
+"""Rejections by verification, and its distinction between errors of the base, the files and the device."""
 
 import json
 from dataclasses import replace
@@ -14,9 +14,9 @@ from tests.lora_core.exports import snapshot, trained
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "probe.safetensors"])
-def test_missing_or_damaged_files_are_refused(exported, name):
+def test_missing_or_damaged_files_are_rejected(exported, name):
     base, directory = exported
-    (directory / name).write_bytes(b"\x80\x04 not what it says")
+    (directory / name).write_bytes(b"\x80\x04 something else")
     with pytest.raises(BadAdapter):
         verify_export(base, directory)
     (directory / name).unlink()
@@ -24,7 +24,7 @@ def test_missing_or_damaged_files_are_refused(exported, name):
         verify_export(base, directory)
 
 
-def test_an_adapter_that_asks_for_foreign_code_is_refused(exported):
+def test_adapter_that_requests_foreign_code_is_rejected(exported):
     base, directory = exported
     content = json.loads((directory / "adapter_config.json").read_text())
     content["auto_mapping"] = {"parent_library": "evil", "base_model_class": "Model"}
@@ -33,7 +33,7 @@ def test_an_adapter_that_asks_for_foreign_code_is_refused(exported):
         verify_export(base, directory)
 
 
-def test_an_adapter_of_another_base_model_is_refused(exported, load):
+def test_adapter_of_another_base_model_is_rejected(exported, load):
     with pytest.raises(BadAdapter):
         verify_export(load("gpt2"), exported[1])
 
@@ -50,7 +50,7 @@ def test_another_base_model_of_the_same_shape_fails_verification(load, tmp_path,
     assert not verify_export(other, tmp_path / "adapter").passed
 
 
-def test_an_adapter_that_makes_every_logit_zero_is_not_passed_and_the_record_says_why(exported, monkeypatch):
+def test_adapter_with_only_zero_logits_fails_with_an_explanation(exported, monkeypatch):
     base, folder = exported
     load_probe, last_logits = verify._load_probe, verify._last_logits
 
@@ -67,7 +67,7 @@ def test_an_adapter_that_makes_every_logit_zero_is_not_passed_and_the_record_say
     assert "Every logit is zero" in report.explanation
 
 
-def test_where_peft_fails_half_way_the_base_has_its_own_modules_again(exported, monkeypatch):
+def test_base_is_restored_if_peft_fails_midway(exported, monkeypatch):
     base, folder = exported
     before, load = snapshot(base), verify.PeftModel.from_pretrained
 
@@ -85,7 +85,7 @@ def test_where_peft_fails_half_way_the_base_has_its_own_modules_again(exported, 
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("error", "expected"),
     [
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
         (torch.OutOfMemoryError("CUDA out of memory."), OutOfMemory),
@@ -93,13 +93,11 @@ def test_where_peft_fails_half_way_the_base_has_its_own_modules_again(exported, 
         (RuntimeError("Error(s) in loading state_dict: size mismatch"), BadAdapter),
     ],
 )
-def test_what_the_device_lacks_while_peft_loads_an_adapter_is_not_said_of_the_adapter(
-    exported, monkeypatch, said, expected
-):
+def test_device_errors_while_peft_loads_are_not_attributed_to_the_adapter(exported, monkeypatch, error, expected):
     base, folder = exported
 
     def failing(*_arguments, **_options):
-        raise said
+        raise error
 
     monkeypatch.setattr(verify.PeftModel, "from_pretrained", failing)
 
@@ -107,7 +105,7 @@ def test_what_the_device_lacks_while_peft_loads_an_adapter_is_not_said_of_the_ad
         verify_export(base, folder)
 
 
-def test_logits_are_compared_where_they_are_brought_whatever_the_device(exported):
+def test_logits_are_compared_on_the_cpu_for_any_device(exported):
     base, folder = exported
 
     probe = verify._load_probe(replace(base, device="meta"), folder)
@@ -115,7 +113,7 @@ def test_logits_are_compared_where_they_are_brought_whatever_the_device(exported
     assert {tensor.device.type for tensor in probe.values()} == {"cpu"}
 
 
-def test_evidence_for_other_linears_than_peft_adapts_is_refused(exported):
+def test_evidence_for_other_linears_than_peft_adapts_is_rejected(exported):
     base, directory = exported
     probe = load_file(directory / "probe.safetensors")
     del probe["added.model.layers.0.mlp.up_proj"]

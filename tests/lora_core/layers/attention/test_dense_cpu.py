@@ -1,4 +1,4 @@
-"""Attention by compiled kernels equals attention that torch differentiates: values and gradients, by sequence."""
+"""Attention by compiled kernels has the values and gradients of torch, for each sequence."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ LENGTHS = {
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
-    """[H, T, E] and [K, T, E] to [T, H, E], one sequence at a time, as one would write it down."""
+    """[H, T, E] and [K, T, E] to [T, H, E], one sequence at a time, in the textbook form."""
     outputs = []
     parts = (tensor.split(sight.lengths, dim=1) for tensor in (q, k, v))
     for q_part, k_part, v_part in zip(*parts, strict=True):
@@ -36,7 +36,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
 
 
 def inputs(heads: str, num_tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Views of projections, token by token, as a model passes them; and what flows back into the output."""
+    """Return views of projections, token by token, as a model passes them, and the gradient of the output."""
     generator = torch.Generator().manual_seed(1)
     num_heads, num_key_heads = HEADS[heads]
     rows = [
@@ -55,7 +55,7 @@ def with_gradients(attend, tensors: list[Tensor], sight: Sight) -> list[Tensor]:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("sees", SIGHTS)
-def test_values_and_gradients_are_those_of_torch(sees, lengths, heads):
+def test_values_and_gradients_equal_those_of_torch(sees, lengths, heads):
     causal, window = SIGHTS[sees]
     sight = Sight(lengths=LENGTHS[lengths], scale=0.4, causal=causal, window=window or UNLIMITED)
     tensors = inputs(heads, sum(sight.lengths))
@@ -67,7 +67,7 @@ def test_values_and_gradients_are_those_of_torch(sees, lengths, heads):
 
 
 @pytest.mark.parametrize("sees", SIGHTS)
-def test_in_bfloat16_they_differ_by_its_rounding_alone(sees):
+def test_bfloat16_differs_only_by_rounding(sees):
     causal, window = SIGHTS[sees]
     sight = Sight(lengths=(17, 70), scale=0.4, causal=causal, window=window or UNLIMITED)
     tensors = inputs("grouped", 87, torch.bfloat16)
@@ -96,8 +96,8 @@ def test_no_bit_depends_on_the_packmates(dtype):
             assert torch.equal(one, other[:, start : start + length])
 
 
-def test_heads_may_be_parts_of_one_projection():
-    """As where queries, keys and values are one matrix's outputs, and where rotated heads lie one behind the other."""
+def test_heads_can_be_parts_of_one_projection():
+    """Queries, keys and values can be outputs of one matrix, and rotated heads can be contiguous."""
     sight = Sight(lengths=(20, 9), scale=0.4, causal=True)
     fused = torch.randn(29, 10, 8, generator=torch.Generator().manual_seed(2))
     q, k, v = (part.transpose(0, 1) for part in fused.split((6, 2, 2), dim=1))
@@ -107,7 +107,7 @@ def test_heads_may_be_parts_of_one_projection():
     torch.testing.assert_close(output, plain(q, k, v, sight), rtol=2e-5, atol=2e-6)
 
 
-def test_a_later_token_is_not_seen_even_if_it_is_no_number():
+def test_later_token_is_not_seen_even_if_it_is_nan():
     q, k, v = inputs("grouped", 20)[:3]
     sight = Sight(lengths=(20,), scale=0.4, causal=True)
     expected = attend_by_matrices(q, k, v, sight)
@@ -120,7 +120,7 @@ def test_a_later_token_is_not_seen_even_if_it_is_no_number():
     assert output[12:].isnan().all()
 
 
-def test_scores_far_apart_give_weights_of_one_and_nothing():
+def test_distant_scores_give_weights_of_one_and_zero():
     q, k = torch.full((1, 3, 8), 30.0), torch.zeros(1, 3, 8)
     k[:, 1] = 30.0
     v = torch.arange(3.0).view(1, 3, 1).expand(1, 3, 8)
@@ -131,7 +131,7 @@ def test_scores_far_apart_give_weights_of_one_and_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_of_long_sequences_are_computed_again_with_the_same_bits_and_take_no_memory(dtype, monkeypatch):
+def test_weights_of_long_sequences_are_recomputed_with_the_same_bits(dtype, monkeypatch):
     sight = Sight(lengths=(7, 300, 40), scale=0.4, causal=True)
     tensors = inputs("grouped", 347, dtype)
 
@@ -144,7 +144,7 @@ def test_weights_of_long_sequences_are_computed_again_with_the_same_bits_and_tak
 
 
 def with_saved_bytes(tensors: list[Tensor], sight: Sight) -> tuple[list[Tensor], int]:
-    """Output and gradients, and the bytes that were kept between the two passes."""
+    """Return output and gradients, and the bytes saved between forward and backward."""
     kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:

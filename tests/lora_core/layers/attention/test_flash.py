@@ -1,6 +1,6 @@
-"""Attention of all sequences at once: what the kernel of a GPU is asked for, and that it is what each needs by itself.
+"""Attention of all sequences at once: the arguments of the GPU kernel, and equality with each sequence alone.
 
-The kernel itself needs a GPU; varlen_stand_in.py computes what torch documents of it.
+The kernel itself needs a GPU. varlen_stand_in.py computes what torch documents.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from lora_core.packing.packed_batch import PackedBatch, SliceInput, build_pack, 
 from tests.lora_core.varlen_stand_in import StandIn
 
 H, K, E = 4, 2, 8
-LENGTHS = (5, 1, 20, 6)  # 32: no filler
+LENGTHS = (5, 1, 20, 6)  # 32 in total: no padding
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def pack_of(lengths: tuple[int, ...], adapter: FlatAdapter | None = None) -> Pac
 
 
 def attended(inputs: list[Tensor], choice: Kernels, **options: Any) -> list[Tensor]:
-    """The output and the gradients of q, k and v."""
+    """Return the output and the gradients of q, k and v."""
     q, k, v = (part.clone().requires_grad_() for part in inputs)
     with running(pack_of(LENGTHS), choice):
         output, _ = packed_attention(nn.Module(), q, k, v, None, scaling=0.4, **options)
@@ -60,7 +60,7 @@ def attended(inputs: list[Tensor], choice: Kernels, **options: Any) -> list[Tens
         {"is_causal": False, "sliding_window": 3},
     ],
 )
-def test_all_at_once_is_what_each_sequence_gives_alone(stand_in: StandIn, options: dict[str, Any]) -> None:
+def test_all_sequences_at_once_equal_each_sequence_alone(stand_in: StandIn, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, sum(LENGTHS), E).bfloat16() for heads in (H, K, K)]
 
@@ -73,7 +73,7 @@ def test_all_at_once_is_what_each_sequence_gives_alone(stand_in: StandIn, option
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
-def test_the_kernel_is_told_bounds_in_int32_scale_and_grouped_heads(stand_in: StandIn) -> None:
+def test_kernel_gets_int32_bounds_scale_and_grouped_heads(stand_in: StandIn) -> None:
     inputs = [torch.randn(1, heads, sum(LENGTHS), E).bfloat16() for heads in (H, K, K)]
 
     attended(inputs, Kernels(attention="varlen"), is_causal=True, sliding_window=4)
@@ -90,7 +90,7 @@ def test_the_kernel_is_told_bounds_in_int32_scale_and_grouped_heads(stand_in: St
     ]
 
 
-def test_a_window_counts_the_querys_own_token_and_is_told_only_where_it_hides_something() -> None:
+def test_window_includes_the_query_token_and_is_passed_only_if_needed() -> None:
     assert window_size(causal=True, window=None, longest=9) == (-1, 0)
     assert window_size(causal=True, window=9, longest=9) == (-1, 0)
     assert window_size(causal=True, window=8, longest=9) == (7, 0)
@@ -102,7 +102,7 @@ def test_a_window_counts_the_querys_own_token_and_is_told_only_where_it_hides_so
     ("width", "dtype", "softcap"),
     [(8, torch.bfloat16, 30.0), (12, torch.bfloat16, None), (264, torch.bfloat16, None), (8, torch.float32, None)],
 )
-def test_what_the_kernel_has_no_way_for_goes_sequence_by_sequence(
+def test_unsupported_attention_runs_sequence_by_sequence(
     stand_in: StandIn, width: int, dtype: torch.dtype, softcap: float | None
 ) -> None:
     inputs = [torch.randn(1, heads, sum(LENGTHS), width).to(dtype) for heads in (H, K, K)]
@@ -112,11 +112,11 @@ def test_what_the_kernel_has_no_way_for_goes_sequence_by_sequence(
     assert stand_in.calls == []
 
 
-def test_a_pass_asks_the_kernel_once_a_layer_and_gives_the_same_states(
+def test_pass_calls_the_kernel_once_per_layer_with_equal_states(
     load: Callable[..., BaseModel], stand_in: StandIn
 ) -> None:
     base = load("llama", "bfloat16")
-    lengths = (7, 12, 3)  # 22: a filler of 10
+    lengths = (7, 12, 3)  # 22 in total: 10 padding tokens
     states = {}
 
     for attention in ("sequences", "varlen"):
@@ -129,7 +129,7 @@ def test_a_pass_asks_the_kernel_once_a_layer_and_gives_the_same_states(
     torch.testing.assert_close(states["varlen"], states["sequences"], rtol=0.05, atol=0.05)
 
 
-def test_a_cpu_never_asks_for_it() -> None:
+def test_cpu_never_uses_the_varlen_kernel() -> None:
     assert choose_kernels(torch.device("cpu"), torch.bfloat16).attention == "sequences"
 
 
@@ -143,7 +143,7 @@ def test_a_cpu_never_asks_for_it() -> None:
         ((9, 0), torch.bfloat16, False, "needs torch 2.12"),
     ],
 )
-def test_a_gpu_takes_all_sequences_at_once_where_its_kernel_can_and_says_why_where_not(
+def test_gpu_uses_the_varlen_kernel_or_reports_a_reason(
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
     dtype: torch.dtype,
@@ -158,6 +158,6 @@ def test_a_gpu_takes_all_sequences_at_once_where_its_kernel_can_and_says_why_whe
     chosen = choose_kernels(torch.device("cuda:0"), dtype)
 
     assert chosen.attention == ("varlen" if reason is None else "sequences")
-    told = [sentence for sentence in chosen.reasons if sentence.startswith("attention")]
-    assert len(told) == (reason is not None)
-    assert all(reason in sentence for sentence in told if reason)
+    found = [sentence for sentence in chosen.reasons if sentence.startswith("attention")]
+    assert len(found) == (reason is not None)
+    assert all(reason in sentence for sentence in found if reason)

@@ -1,5 +1,7 @@
-"""Packed equals solo and resumed equals uninterrupted where rows are long: attention takes another path for them, and
-the loss head more than one chunk of labels."""
+"""Packed equals solo and resumed equals uninterrupted with long rows.
+
+Attention has a separate path for long rows, and the loss head processes more than one chunk of labels.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +42,7 @@ UNHURRIED = {"job_tokens": 8192, "max_tick_seconds": 3600.0}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Small matrices: what a tick of thousands of tokens costs is mostly attention."""
+    """Matrices are small, so that attention dominates the cost of a tick of thousands of tokens."""
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     return save("llama", tmp_path_factory.mktemp("long") / "base", max_position_embeddings=2048, **SMALL, **heads)
 
@@ -50,8 +52,11 @@ def sparsely_labeled(data: TokenDataset, every: int) -> TokenDataset:
 
 
 def long_jobs() -> dict[str, Submission]:
-    """Two with a row beyond LONGEST_MATRIX, of which one has three chunks of labels and one none full; pairs whose
-    answers lie on both sides of the limit; and short rows with many labels in one slice."""
+    """Return jobs with rows on both sides of LONGEST_MATRIX.
+
+    Two jobs have a row above it: one has three chunks of labels, the other no full chunk. One job has pairs with an
+    answer on each side of the limit. The last one has short rows with many labels in one slice.
+    """
     dpo = ObjectiveConfig(kind="dpo", beta=0.5)
     return {
         "labels": Submission(
@@ -83,7 +88,7 @@ def alone(base):
 
 
 @pytest.mark.parametrize("num_lanes", [1, 2])
-def test_packed_equals_solo_with_rows_beyond_the_longest_matrix_and_many_labels(base, alone, monkeypatch, num_lanes):
+def test_packed_equals_solo_with_long_rows_and_many_labels(base, alone, monkeypatch, num_lanes):
     monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 64)
     packs = packs_of_the_fused_path(monkeypatch)
 
@@ -106,7 +111,7 @@ def test_packed_equals_solo_with_rows_beyond_the_longest_matrix_and_many_labels(
 
 
 def packs_of_the_fused_path(monkeypatch) -> list[tuple[int, ...]]:
-    """The lengths of the sequences of each pack of which one took that path."""
+    """Return a list that collects the sequence lengths of each pack with a sequence on that path."""
     packs: list[tuple[int, ...]] = []
     fused = attention._attend_fused
 
@@ -120,7 +125,7 @@ def packs_of_the_fused_path(monkeypatch) -> list[tuple[int, ...]]:
     return packs
 
 
-def test_a_job_with_long_rows_is_resumed_in_another_pack_as_if_uninterrupted(base, alone, tmp_path):
+def test_resumed_equals_uninterrupted_with_long_rows_in_another_pack(base, alone, tmp_path):
     jobs = long_jobs()
     first = Engine(base, EngineConfig(token_budget=8192, **UNHURRIED))
     admit(first, "job", jobs["labels"])
@@ -139,7 +144,7 @@ def test_a_job_with_long_rows_is_resumed_in_another_pack_as_if_uninterrupted(bas
     assert rename(before, "job") == alone["labels"].events
 
 
-def test_the_rows_have_the_labels_that_these_laws_are_about():
+def test_rows_have_the_numbers_of_labels_that_these_tests_need():
     jobs = long_jobs()
     assert int(jobs["labels"].train.row(0)[1].sum()) > 2 * CHUNK_LABELS
     assert int(jobs["short"].train.loss_mask.sum()) > CHUNK_LABELS
@@ -148,17 +153,15 @@ def test_the_rows_have_the_labels_that_these_laws_are_about():
 
 @pytest.fixture(scope="module")
 def capped_folder(tmp_path_factory) -> Path:
-    """Gemma 2: scores are capped in each layer, and one of the two has a window."""
+    """A Gemma 2 base whose two layers cap scores. One of them has a window."""
     heads = HEADS | {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 100}
     options = heads | {"query_pre_attn_scalar": 1, "attn_logit_softcapping": 2.0, "max_position_embeddings": 2048}
     return save("gemma2", tmp_path_factory.mktemp("capped") / "base", **SMALL, **options)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_of_capped_scores_and_windows_are_packed_and_resumed_to_the_bit(
-    capped_folder, dtype, tmp_path, monkeypatch
-):
-    numbers = 1 << 18  # so that a row has many strips
+def test_capped_scores_and_windows_are_packed_and_resumed_bit_for_bit(capped_folder, dtype, tmp_path, monkeypatch):
+    numbers = 1 << 18  # so that a row has many query chunks
     monkeypatch.setitem(tiled_cpu.STRIP_NUMBERS, "cpu", numbers)
     monkeypatch.setattr(cpu_lanes, "MIN_LANE_TOKENS", 64)
     base, jobs = load_base(capped_folder, dtype=dtype, device="cpu"), capped_jobs()
@@ -182,7 +185,7 @@ def test_rows_of_capped_scores_and_windows_are_packed_and_resumed_to_the_bit(
 
 
 def capped_jobs() -> dict[str, Submission]:
-    """Of one strip, of a few, and of many."""
+    """Return jobs whose rows have one, a few and many query chunks."""
     return {
         "long": Submission(
             config=config(dropout=0.1, num_steps=2, seed=1, slice_tokens=2048), train=dataset(1, [LONG, 30])

@@ -24,7 +24,7 @@ def textbook(q: Tensor, k: Tensor, v: Tensor, *, scale, causal, window, softcap)
     return outputs
 
 
-@pytest.mark.parametrize("longest_matrix", [1024, 0], ids=["matrix", "fused or strips"])
+@pytest.mark.parametrize("longest_matrix", [1024, 0], ids=["matrix", "fused or query chunks"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -48,7 +48,7 @@ def test_one_sequence_equals_the_textbook(monkeypatch, options, longest_matrix):
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_its_gradients_pass_gradcheck_in_float64(window, softcap):
+def test_gradients_pass_gradcheck_in_float64(window, softcap):
     torch.manual_seed(0)
     inputs = [torch.randn(heads, 7, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     options = {"scale": 0.5, "causal": True, "window": window, "softcap": softcap}

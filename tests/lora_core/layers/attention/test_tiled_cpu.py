@@ -1,4 +1,4 @@
-"""Attention in strips equals attention that is written down: values, gradients, what it keeps and what it takes."""
+"""Query-chunked attention equals textbook attention: values, gradients, saved tensors and peak memory."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def written_down(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-    """In float64, differentiated by torch."""
+    """Textbook attention in float64, differentiated by torch."""
     q, k, v = q.double(), *(part.double().repeat_interleave(len(q) // len(k), 0) for part in (k, v))
     scores = scoring.scale * q @ k.transpose(1, 2)
     if scoring.softcap is not None:
@@ -34,7 +34,7 @@ def written_down(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
 
 
 def inputs(groups: str, num_tokens: int, dtype: torch.dtype, size: int = 8) -> list[Tensor]:
-    """Heads of one sequence, and what flows back into the output."""
+    """Return the heads of one sequence, and the gradient of the output."""
     generator = torch.Generator().manual_seed(1)
     num_heads, num_key_heads = GROUPS[groups]
     sizes = (num_heads, size), (num_key_heads, size), (num_key_heads, size + 4), (num_heads, size + 4)
@@ -48,7 +48,7 @@ def with_gradients(attended, tensors: list[Tensor], scoring: Scoring) -> list[Te
     return [output.detach(), *torch.autograd.grad(output, heads, received.to(output.dtype))]
 
 
-@pytest.fixture(params=[1, 1 << 21], ids=["many strips", "one strip"])
+@pytest.fixture(params=[1, 1 << 21], ids=["many chunks", "one chunk"])
 def strip_numbers(request, monkeypatch) -> int:
     monkeypatch.setitem(tiled_cpu.STRIP_NUMBERS, "cpu", request.param)
     return request.param
@@ -59,7 +59,7 @@ def strip_numbers(request, monkeypatch) -> int:
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("sees", SIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_values_and_gradients_are_those_of_torch(strip_numbers, dtype, sees, softcap, num_tokens, groups):
+def test_values_and_gradients_equal_those_of_torch(strip_numbers, dtype, sees, softcap, num_tokens, groups):
     causal, window = SIGHTS[sees]
     scoring = Scoring(scale=0.4, causal=causal, window=window or UNLIMITED, softcap=softcap)
     tensors = inputs(groups, num_tokens, dtype)
@@ -72,7 +72,7 @@ def test_values_and_gradients_are_those_of_torch(strip_numbers, dtype, sees, sof
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_in_bfloat16_they_differ_by_its_rounding_alone(strip_numbers, softcap):
+def test_bfloat16_differs_only_by_rounding(strip_numbers, softcap):
     scoring = Scoring(scale=0.4, causal=True, window=40, softcap=softcap)
     tensors = inputs("grouped", 90, torch.bfloat16)
 
@@ -84,7 +84,7 @@ def test_in_bfloat16_they_differ_by_its_rounding_alone(strip_numbers, softcap):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_its_gradients_pass_gradcheck_in_float64(monkeypatch, causal):
+def test_gradients_pass_gradcheck_in_float64(monkeypatch, causal):
     monkeypatch.setitem(tiled_cpu.STRIP_NUMBERS, "cpu", 1)
     heads = inputs("grouped", 37, torch.float64, size=3)[:3]
     scoring = Scoring(scale=0.5, causal=causal, window=11, softcap=1.2)
@@ -93,7 +93,7 @@ def test_its_gradients_pass_gradcheck_in_float64(monkeypatch, causal):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_bit_tells_where_in_a_pack_the_sequence_stands(strip_numbers, dtype):
+def test_no_bit_depends_on_the_position_in_a_pack(strip_numbers, dtype):
     scoring = Scoring(scale=0.4, causal=True, window=30, softcap=1.5)
     alone = inputs("grouped", 75, dtype)
     in_pack = [torch.randn(len(part), 203, part.shape[2]).to(dtype) for part in alone]
@@ -108,8 +108,8 @@ def test_no_bit_tells_where_in_a_pack_the_sequence_stands(strip_numbers, dtype):
 
 
 @pytest.mark.parametrize("options", [{"softcap": 2.0}, {"window": 100}, {"dtype": torch.float64}, {"head": 12}])
-def test_between_the_passes_nothing_is_kept_that_grows_with_the_square_of_a_row(options):
-    """Capped scores, a window, a dtype without compiled loops, and values of another width than keys."""
+def test_saved_tensors_do_not_grow_with_the_square_of_a_row(options):
+    """Cases: capped scores, a window, a dtype without compiled loops, and values of another width than keys."""
     dtype, width = options.get("dtype", torch.bfloat16), options.get("head", 8)
     scores = {"scale": 0.4, "causal": True, "window": options.get("window"), "softcap": options.get("softcap")}
 
@@ -130,7 +130,7 @@ def test_between_the_passes_nothing_is_kept_that_grows_with_the_square_of_a_row(
 
 @pytest.mark.parametrize("window", [UNLIMITED, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_pass_takes_a_few_times_the_scores_of_a_strip(monkeypatch, dtype, window):
+def test_pass_needs_a_few_times_the_memory_of_one_chunk(monkeypatch, dtype, window):
     num_numbers, num_heads, num_tokens = 1 << 16, 4, 1024
     monkeypatch.setitem(tiled_cpu.STRIP_NUMBERS, "cpu", num_numbers)
     q, k, v = (torch.randn(num_heads, num_tokens, 8).to(dtype).requires_grad_() for _ in range(3))
@@ -143,7 +143,7 @@ def test_a_pass_takes_a_few_times_the_scores_of_a_strip(monkeypatch, dtype, wind
     assert peak < 0.7 * num_heads * num_tokens**2 * dtype.itemsize
 
 
-def test_strips_cover_every_query_once_and_every_key_that_it_sees(strip_numbers):
+def test_chunks_cover_every_query_once_and_every_key_that_it_sees(strip_numbers):
     for num_tokens in (1, 16, 17, 250):
         for causal, window in SIGHTS.values():
             scoring = Scoring(scale=1.0, causal=causal, window=window or UNLIMITED)
@@ -155,7 +155,7 @@ def test_strips_cover_every_query_once_and_every_key_that_it_sees(strip_numbers)
                 assert strip.last >= (strip.stop if causal else min(num_tokens, strip.stop - 1 + reach))
 
 
-def test_the_hyperbolic_tangent_is_off_by_four_units_at_most_and_keeps_what_is_no_number():
+def test_hyperbolic_tangent_is_off_by_at_most_four_units_and_keeps_nan():
     @compiled
     def each(numbers, found):
         for index in range(numbers.size):
@@ -175,12 +175,12 @@ def test_the_hyperbolic_tangent_is_off_by_four_units_at_most_and_keeps_what_is_n
 
 @pytest.fixture(scope="module")
 def gemma2(tmp_path_factory) -> Path:
-    """With one layer of a window and one without, and scores that the cap bends."""
+    """A Gemma 2 base with a window in one of two layers, and scores large enough for the cap."""
     options = HEADS | {"sliding_window": 40, "query_pre_attn_scalar": 1, "attn_logit_softcapping": 1.5}
     return save("gemma2", tmp_path_factory.mktemp("gemma2") / "base", **options)
 
 
-def test_gemma_2_gives_the_states_and_gradients_of_transformers_own_attention(gemma2, strip_numbers):
+def test_gemma_2_gives_the_logits_and_gradients_of_transformers(gemma2, strip_numbers):
     ours, theirs = (AutoModelForCausalLM.from_pretrained(gemma2, attn_implementation="eager").eval() for _ in range(2))
     register()
     ours.set_attn_implementation(NAME)
