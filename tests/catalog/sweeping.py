@@ -19,13 +19,13 @@ ON_ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=T
 FOUR = {"lora.rank": {"values": [2, 4, 8, 16]}}
 
 
-def asked(world: World, **fields: Any) -> SweepRequest:
+def sweep_request(world: World, **fields: Any) -> SweepRequest:
     usual = {"model": "smol", "training_file": world.file_id, "validation_file": world.file_id, "parameters": FOUR}
     return SweepRequest.model_validate({**usual, "search": {"type": "grid"}, **fields})
 
 
 def make(world: World, **fields: Any) -> str:
-    return send(world, asked(world, **fields)).id
+    return send(world, sweep_request(world, **fields)).id
 
 
 def send(world: World, request: SweepRequest, **given: Any) -> Sweep:

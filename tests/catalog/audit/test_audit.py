@@ -224,9 +224,7 @@ def test_log_is_verified_in_pages(world: World) -> None:
     assert (found.misfit, found.last_link, number) == (None, len(rows), (len(rows) - 1) // 4)
 
 
-def test_sealing_is_idempotent_and_resumes_at_the_last_link(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sealing_is_idempotent_and_resumes_at_the_last_link(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     before = [(event.id, event.digest) for event in sealed(world)]
     assert chain.seal(world.db, pepper=PEPPER.current) == 0
     monkeypatch.setattr(chain, "SEALED_AT_ONCE", 2)
@@ -366,7 +364,7 @@ def test_edited_export_is_detected(world: World) -> None:
     sealed(world)
     whole = list(chain.lines(world.db))
     edited = [{**event, "details": {}} if event["link"] == 4 else event for event in whole]
-    odd = [*whole[:3], {**whole[3], "actor": "nobody"}]
+    odd = [*whole[:3], {**whole[3], "actor": "another"}]
     logs = (edited, odd, whole[:3] + whole[4:], [*whole[:3], whole[4]])
 
     faults = [chain.check_export(log, peppers=PEPPER.all()).misfit for log in logs]

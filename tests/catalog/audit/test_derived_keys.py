@@ -64,9 +64,7 @@ def reseal(world: World, pepper: bytes, *, after: int) -> None:
             session.flush()
 
 
-def test_new_pepper_alone_verifies_log_anchors_and_export_after_rotation(
-    world: World, objects: Objects
-) -> None:
+def test_new_pepper_alone_verifies_log_anchors_and_export_after_rotation(world: World, objects: Objects) -> None:
     sealed_event(world.db, "anchored", OLD)
     audit_anchors.anchor(world.db, objects, pepper=OLD)
 
@@ -113,9 +111,7 @@ def test_replaced_pepper_cannot_forge_earlier_or_later_events(world: World, firs
     assert (found.link, found.fault) == (max(start, last), "changed")
 
 
-def test_anchor_written_under_a_replaced_pepper_is_rejected(
-    world: World, objects: Objects
-) -> None:
+def test_anchor_written_under_a_replaced_pepper_is_rejected(world: World, objects: Objects) -> None:
     rotated(world)
     rows = rows_of(world)
     with world.db.write() as session:

@@ -70,9 +70,7 @@ def test_repeated_downloads_are_recorded_once_per_interval(world: World) -> None
     assert len(downloads(world.db)) == 5
 
 
-def test_remembered_downloads_are_bounded(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remembered_downloads_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_audit, "MAX_REMEMBERED", 2)
     reads = ReadAudit(world.db)
 

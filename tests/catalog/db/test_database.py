@@ -143,7 +143,7 @@ def test_upsert_replaces_by_primary_key_and_keeps_other_rows(world: World) -> No
 
 
 def test_unreachable_database_is_unavailable(tmp_path: Path) -> None:
-    database = Database("postgresql+psycopg://nobody@127.0.0.1:1/none")
+    database = Database("postgresql+psycopg://lorry@127.0.0.1:1/none")
 
     with pytest.raises(Unavailable) as refusal, database.read() as session:
         read_clock(session)
@@ -196,9 +196,7 @@ def test_postgresql_jit_is_off(shared_postgres_url: str) -> None:
     database.close()
 
 
-def test_waits_for_threads_and_for_processes_share_one_deadline(
-    tmp_path: Path, migrated_database: Path
-) -> None:
+def test_waits_for_threads_and_for_processes_share_one_deadline(tmp_path: Path, migrated_database: Path) -> None:
     (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
     database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
     reported: list[int] = []
@@ -303,9 +301,7 @@ def test_sqlite_commits_are_synced_to_disk(db: Database) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_dead_idle_connections_are_replaced_before_use(
-    db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dead_idle_connections_are_replaced_before_use(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("catalog.db.database.IDLE_SECONDS", 0.0)
     with db.read(), db.read() as second, db.read() as third:  # opens three connections
         second.execute(text("select 1"))

@@ -136,9 +136,7 @@ def test_lease_extension_after_an_outage_does_not_hold_the_worker_row(world: Wor
     assert world.job(other.job.id).lease_extended
 
 
-def test_export_that_goes_idle_while_its_job_starts_is_woken(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_that_goes_idle_while_its_job_starts_is_woken(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.worker(integrations=("tensorboard",))
     job = world.queued(integrations=[{"type": "tensorboard"}])
     with world.db.write() as session:

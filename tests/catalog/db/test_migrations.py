@@ -81,7 +81,7 @@ def test_upgrade_creates_every_table_and_downgrade_leaves_nothing(empty_url: str
 
 
 def test_every_revision_is_named_after_its_file_and_not_a_bare_number() -> None:
-    """`revisions` treats a bare number as a build from before the first release."""
+    """`revisions` treats a bare number as a build older than the first release."""
     files = sorted(path.stem for path in (ROOT / "migrations" / "versions").glob("[!_]*.py"))
 
     assert list(revisions.known()) == files

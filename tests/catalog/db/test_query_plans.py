@@ -119,9 +119,7 @@ ACTS: dict[str, Act] = {
     "checkpoints of a job": lambda w, ids: history_queries.checkpoints_page(w.db, **w.of(ids["ended"])),
     "metrics at checkpoints": lambda w, ids: history_queries.points_at(w.db, **w.of(ids["ended"]), steps=[1]),
     "a curve of a job": lambda w, ids: history_queries.metrics(w.db, **w.of(ids["ended"]), kind="train"),
-    "a thinned curve": lambda w, ids: history_queries.metrics(
-        w.db, **w.of(ids["ended"]), kind="train", max_points=100
-    ),
+    "a thinned curve": lambda w, ids: history_queries.metrics(w.db, **w.of(ids["ended"]), kind="train", max_points=100),
     "first step of a curve": lambda w, ids: history_queries.first_step(w.db, **w.of(ids["ended"])),
     "recording metrics": lambda w, ids: recording.record_metrics(
         w.db, ids["claim"], [{"kind": kind, "step": 3, "loss": 1.0} for kind in ("train", "valid")]
@@ -134,7 +132,9 @@ ACTS: dict[str, Act] = {
     "attempts of a job": lambda w, ids: history_queries.attempts(w.db, **w.of(ids["ended"])),
     "packmates of a job": lambda w, ids: history_queries.packmates(w.db, **w.of(ids["ended"])),
     "running seconds of jobs": lambda w, ids: history_queries.seconds_running(w.db, [ids["ended"], ids["running"]]),
-    "changes of one job": lambda w, ids: changes.look(w.db, changes.start(w.db, **w.of(ids["running"]), last_seen=None)),
+    "changes of one job": lambda w, ids: changes.look(
+        w.db, changes.start(w.db, **w.of(ids["running"]), last_seen=None)
+    ),
     "changes of many jobs": lambda w, ids: changes.look_at_many(
         w.db, {(w.caller.project_id, ids[name]): changes.WatchedJob(seq=0) for name in ("ended", "running", "first")}
     ),
@@ -204,12 +204,19 @@ ACTS: dict[str, Act] = {
     ),
     "a claim": lambda w, _: w.claim("w2"),
     "expiring leases": lambda w, _: recovery.expire(w.db, lease_seconds=LEASE),
-    "expiring leases after an outage": lambda w, _: (w.clock.advance(10 * LEASE), recovery.expire(w.db, lease_seconds=LEASE)),
+    "expiring leases after an outage": lambda w, _: (
+        w.clock.advance(10 * LEASE),
+        recovery.expire(w.db, lease_seconds=LEASE),
+    ),
     "ending a worker": lambda w, _: workers.end_worker(w.db, "w2"),
     "a lost worker": lambda w, _: workers.declare_lost(w.db, "w1"),
     "a page of the audit log": lambda w, _: log.list_page(w.db, caller=w.caller, filters=Filters()),
-    "a page of the audit log of all projects": lambda w, _: log.list_page(w.db, caller=_operator(w), filters=Filters(since=1.0)),
-    "audit events of a key": lambda w, _: log.list_page(w.db, caller=_operator(w), filters=Filters(actor_ids=["key-00007"])),
+    "a page of the audit log of all projects": lambda w, _: log.list_page(
+        w.db, caller=_operator(w), filters=Filters(since=1.0)
+    ),
+    "audit events of a key": lambda w, _: log.list_page(
+        w.db, caller=_operator(w), filters=Filters(actor_ids=["key-00007"])
+    ),
     "audit events of a type": lambda w, _: log.list_page(
         w.db, caller=_operator(w), filters=Filters(types=["job.cancelled"])
     ),
@@ -296,9 +303,7 @@ def test_frequent_statements_never_scan_growing_tables(world: World) -> None:
         with listening(world.db) as sent:
             act(world, ids)
         assert sent, what
-        found = {
-            statement: tables for statement, values in sent if (tables := read_whole(world.db, statement, values))
-        }
+        found = {statement: tables for statement, values in sent if (tables := read_whole(world.db, statement, values))}
         whole |= {what: found} if found else {}
 
     assert whole == {}

@@ -132,7 +132,7 @@ def test_explanation_of_a_queued_job_mentions_the_cordon(world: World) -> None:
 
 def test_successor_of_a_cordoned_worker_is_cordoned(world: World) -> None:
     world.worker("first")
-    world.worker("beside")
+    world.worker("neighbor")
     cordons.cordon(world.db, "first", reason="Its fan is loud.")
 
     world.worker("comes while the first is there")
@@ -232,8 +232,8 @@ def test_unknown_or_ended_worker_is_rejected_by_name(world: World) -> None:
         with pytest.raises(Conflict, match="Worker gone has ended"):
             act(world.db, "gone")
     for act in (cordons.cordon, cordons.uncordon, cordons.drain):
-        with pytest.raises(NotFound, match="nobody"):
-            act(world.db, "nobody")
+        with pytest.raises(NotFound, match="missing"):
+            act(world.db, "missing")
 
 
 def test_node_that_fails_three_jobs_in_a_row_is_cordoned_with_evidence(world: World) -> None:

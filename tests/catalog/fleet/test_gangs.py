@@ -264,9 +264,7 @@ def test_started_round_clears_missed_joins(gang: Gang) -> None:
 
 
 @pytest.mark.parametrize("hours", [1, -1])
-def test_member_liveness_survives_a_database_clock_change(
-    gang: Gang, clock: Clock, hours: int
-) -> None:
+def test_member_liveness_survives_a_database_clock_change(gang: Gang, clock: Clock, hours: int) -> None:
     own = [0.0]
     heard = LivenessTracker(silent_seconds=SILENT, clock=lambda: own[0])
     gang.lead("w1")

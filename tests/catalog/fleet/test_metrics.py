@@ -143,9 +143,7 @@ def test_trainer_and_device_metrics_follow_worker_reports(world: World) -> None:
         ({"kind": "cuda", "indices": [0, 1]}, "cuda:0+1"),
     ],
 )
-def test_workers_of_one_host_are_distinguished_by_device(
-    world: World, device: dict[str, Any], name: str
-) -> None:
+def test_workers_of_one_host_are_distinguished_by_device(world: World, device: dict[str, Any], name: str) -> None:
     about: dict[str, Any] = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
     workers.register_worker(world.db, worker_id="w1", devices=[device], **about)
 

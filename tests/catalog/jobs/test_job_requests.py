@@ -304,9 +304,16 @@ def test_sample_prompts_need_a_validation_file_and_are_bounded(world: World) -> 
 
 
 def test_only_integral_numbers_are_accepted_as_integers() -> None:
-    requested = request(training_file="f", lora={"rank": 8.0, "alpha": 4, "layers_to_transform": [1.0]}, max_length=64.0)
+    requested = request(
+        training_file="f", lora={"rank": 8.0, "alpha": 4, "layers_to_transform": [1.0]}, max_length=64.0
+    )
 
-    assert (requested.lora.rank, requested.lora.alpha, requested.lora.layers_to_transform, requested.max_length) == (8, 4.0, [1], 64)
+    assert (requested.lora.rank, requested.lora.alpha, requested.lora.layers_to_transform, requested.max_length) == (
+        8,
+        4.0,
+        [1],
+        64,
+    )
     assert isinstance(requested.lora.alpha, float)
     for rank in (8.5, "8", True, 1e300):
         with pytest.raises(ValidationError):

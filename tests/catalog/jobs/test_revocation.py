@@ -19,7 +19,7 @@ from catalog.tables.audit import AuditEvent
 from catalog.tables.sweeps import Sweep
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
-from tests.catalog.sweeping import add, advance, asked
+from tests.catalog.sweeping import add, advance, sweep_request
 from tests.catalog.world import PEPPER, World, opens, sha
 
 HOUR = 3600.0
@@ -38,7 +38,7 @@ def revoke(world: World, key: Caller, *, by: Caller | None = None, **given: Any)
 
 def sweep_of(world: World, caller: Caller, **fields: Any) -> str:
     search = {"search": {"type": "random", "trials": 30, "seed": 0}, "parameters": {"lora.rank": {"min": 1, "max": 64}}}
-    request = asked(world, **{**search, **fields})
+    request = sweep_request(world, **{**search, **fields})
     return creation.create(world.db, caller=caller, request=request, body_digest=sha(caller.api_key_id)).id
 
 
@@ -75,9 +75,7 @@ def test_revocation_reports_and_records_unfinished_work(world: World) -> None:
     assert states(world, key) == {(JobState.VALIDATING_FILES, False), (JobState.CANCELLED, False)}
 
 
-def test_cancel_ends_only_jobs_and_sweeps_of_the_key(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cancel_ends_only_jobs_and_sweeps_of_the_key(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(revocation, "JOBS_AT_ONCE", 2)
     key, _ = child_of(world, world.caller)
     world.worker()

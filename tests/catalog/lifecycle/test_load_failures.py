@@ -182,9 +182,7 @@ def test_node_that_fails_a_proven_base_is_cordoned_after_three_jobs(world: World
 
 
 @pytest.mark.parametrize("has_loaded_another", [True, False])
-def test_failing_base_is_at_fault_if_the_only_worker_loaded_another(
-    world: World, has_loaded_another: bool
-) -> None:
+def test_failing_base_is_at_fault_if_the_only_worker_loaded_another(world: World, has_loaded_another: bool) -> None:
     world.worker("w1")
     world.base("another")
     world.queued(model="another")

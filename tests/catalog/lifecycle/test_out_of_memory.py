@@ -32,9 +32,7 @@ def rung(world: World, job_id: str) -> int:
 
 
 @pytest.mark.parametrize("reason", OOM)
-def test_out_of_memory_leads_to_smaller_ticks_then_isolation_then_failure(
-    world: World, reason: EndReason
-) -> None:
+def test_out_of_memory_leads_to_smaller_ticks_then_isolation_then_failure(world: World, reason: EndReason) -> None:
     job, mate = world.queued(), world.queued()
     assert rung(world, job.id) == 0
 
@@ -91,9 +89,7 @@ def test_suggested_gpu_exceeds_the_memory_that_was_insufficient(world: World) ->
 
 
 @pytest.mark.parametrize("reason", OOM)
-def test_crashes_do_not_skip_the_smallest_tick_before_failure(
-    world: World, reason: EndReason
-) -> None:
+def test_crashes_do_not_skip_the_smallest_tick_before_failure(world: World, reason: EndReason) -> None:
     job = world.queued()
     states: list[JobState] = []
     for ended in (EndReason.TRAINER_CRASHED, EndReason.TRAINER_CRASHED, reason, reason, reason):

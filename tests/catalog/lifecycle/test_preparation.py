@@ -46,9 +46,7 @@ def test_preparation_is_leased_to_one_worker_and_can_be_released(world: World) -
 
 
 @pytest.mark.parametrize(("num_steps", "num_warnings"), [(39, 1), (40, 0)])
-def test_job_without_a_timely_evaluation_trains_with_a_warning(
-    world: World, num_steps: int, num_warnings: int
-) -> None:
+def test_job_without_a_timely_evaluation_trains_with_a_warning(world: World, num_steps: int, num_warnings: int) -> None:
     job = world.submit(validation_file=world.file(), evaluation={"every_steps": 40, "keep": "best"})
     unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None

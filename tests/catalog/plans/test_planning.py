@@ -59,9 +59,7 @@ def test_few_steps_cause_a_warning_with_a_remedy() -> None:
         ({"optimizer": {"type": "adafactor", "learning_rate": 0.5}}, False),
     ],
 )
-def test_unusual_learning_rate_causes_a_warning(
-    fields: dict[str, Any], warned: bool
-) -> None:
+def test_unusual_learning_rate_causes_a_warning(fields: dict[str, Any], warned: bool) -> None:
     found = codes(job_warnings.of_course(spec(**fields), num_steps=100, has_held_out=True))
 
     assert found == (["unusual_learning_rate"] if warned else [])

@@ -231,7 +231,9 @@ def test_expired_plan_and_its_row_are_removed(world: World) -> None:
 
     with world.db.read() as session:
         assert session.scalar(select(func.count()).select_from(Plan)) == 0
-        assert session.scalar(select(func.count()).select_from(FileOverlap)) == 0, "its token caches are gone: no file here has them"
+        assert session.scalar(select(func.count()).select_from(FileOverlap)) == 0, (
+            "its token caches are gone: no file here has them"
+        )
 
 
 def test_plan_of_another_project_is_not_found(world: World) -> None:

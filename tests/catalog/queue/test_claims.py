@@ -310,9 +310,7 @@ def test_draining_or_ended_worker_claims_nothing(world: World) -> None:
         assert orders.drain
 
 
-def test_worker_drained_during_its_decision_claims_nothing(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_drained_during_its_decision_claims_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     job = world.queued()
     world.worker()
 
@@ -390,7 +388,7 @@ def _copy(job: Job, job_id: str) -> Job:
 
 def test_early_stopped_job_succeeds_and_reports_the_kept_step(world: World) -> None:
     claim = world.running()
-    course = claims.Course(steps=40, kept_step=20, stopped_early="The held-out loss has not fallen.")
+    course = claims.Course(steps=40, kept_step=20, stopped_early="The validation loss has not fallen.")
     curve = [{"kind": "valid", "step": step, "loss": loss} for step, loss in ((0, 1.0), (20, 1.5), (40, 2.5))]
     recording.record_metrics(world.db, claim.claim_id, curve)
 
@@ -398,7 +396,7 @@ def test_early_stopped_job_succeeds_and_reports_the_kept_step(world: World) -> N
 
     job = world.job(claim.job.id)
     assert job.state == "succeeded"
-    reported = {"step": 40, "kept_step": 20, "stopped_early": "The held-out loss has not fallen."}
+    reported = {"step": 40, "kept_step": 20, "stopped_early": "The validation loss has not fallen."}
     assert reported.items() <= (job.progress or {}).items()
     assert (job.progress or {})["kept_valid_loss"] == 1.5
     messages = "\n".join(event.message for event in queries.events_since(world.db, **world.of(claim.job.id), seq=0))

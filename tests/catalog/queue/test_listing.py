@@ -50,9 +50,7 @@ def test_project_sees_how_many_foreign_jobs_are_ahead_but_not_which(world: World
     assert theirs.id not in str(why)
 
 
-def test_large_project_uses_the_listing_space_that_others_leave(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_project_uses_the_listing_space_that_others_leave(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "MAX_SHOWN", 40)
     last = world.queued()
     world.flood(last, 29)
@@ -66,9 +64,7 @@ def test_large_project_uses_the_listing_space_that_others_leave(
     assert [entry["position"] for entry in shown["jobs"] if entry["position"] is None] == []
 
 
-def test_explanation_of_a_distant_job_counts_jobs_of_its_project(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explanation_of_a_distant_job_counts_jobs_of_its_project(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.worker()
     monkeypatch.setattr(listing, "MAX_SHOWN", 10)
     world.flood(world.queued(), 30)

@@ -1,4 +1,4 @@
-"""The doorbell with a Redis server, without one, and with one that starts late."""
+"""The notifier of workers with a Redis server, without one, and with one that starts late."""
 
 import json
 import socket
@@ -142,7 +142,7 @@ def test_file_doorbell_notifies_each_waiting_process_once(tmp_path: Path) -> Non
 
 def test_file_doorbell_that_cannot_be_written_stays_silent(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    bell = FileDoorbell(tmp_path / "file" / "bell")
+    bell = FileDoorbell(tmp_path / "file" / "notified")
 
     bell.ring()
 
@@ -172,7 +172,7 @@ def test_worker_consumes_the_queue_of_the_doorbell() -> None:
 
 
 def test_unread_rings_stay_bounded(redis_url: str, broker: Any) -> None:
-    """All workers train while several API servers ring for days."""
+    """All workers train while several API servers send notifications for days."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(notifier, "MAX_QUEUED", 3)
         for _ in range(8):

@@ -73,9 +73,7 @@ def test_urgent_job_of_a_project_above_its_share_waits_its_turn(
     assert world.beat(mine.claim_id)[mine.claim_id].preempt == is_preempted
 
 
-def test_no_preemption_while_a_job_of_another_project_is_ahead(
-    world: World, batch: Claim
-) -> None:
+def test_no_preemption_while_a_job_of_another_project_is_ahead(world: World, batch: Claim) -> None:
     file_id = world.file(caller=world.stranger)
     world.submit(caller=world.stranger, training_file=file_id)
     world.prepare_all()
@@ -92,9 +90,7 @@ def test_no_preemption_while_a_job_of_another_project_is_ahead(
     assert world.job(urgent.id).preemption_requested_at is not None
 
 
-def test_freed_slot_goes_to_the_preempting_job_not_to_a_loaded_base(
-    world: World, batch: Claim
-) -> None:
+def test_freed_slot_goes_to_the_preempting_job_not_to_a_loaded_base(world: World, batch: Claim) -> None:
     urgent = world.queued(model=world.base("another"), priority="urgent")
     world.clock.advance(LATE)
     assert world.beat(batch.claim_id)[batch.claim_id].preempt
@@ -136,7 +132,12 @@ def test_preemption_is_explained_without_naming_other_projects(world: World, bat
     assert "Jobs of lower classes are being preempted for it" in waiting["explanation"]
     assert left["explanation"].startswith("It was preempted by a job of class urgent that had waited for 31 s")
     reported = left["preemption"]
-    assert (reported["for_class"], reported["makes"], reported["num_leaving"], reported["effective_priority"]) == (0, "a place", 1, 2)
+    assert (reported["for_class"], reported["makes"], reported["num_leaving"], reported["effective_priority"]) == (
+        0,
+        "a place",
+        1,
+        2,
+    )
     assert (reported["num_preemptions_before"], reported["policy"]["max_preemptions"]) == (0, USUAL.max_preemptions)
     assert reported["trained_seconds"] > SPARED
     events = queries.events_since(world.db, **world.of(batch.job.id), seq=0)
@@ -200,9 +201,7 @@ def test_preemption_is_withdrawn_once_the_urgent_job_starts_elsewhere(world: Wor
 
 
 @pytest.mark.parametrize("kept_back", ["held", "limited"])
-def test_preemption_is_withdrawn_while_the_urgent_job_cannot_start(
-    world: World, batch: Claim, kept_back: str
-) -> None:
+def test_preemption_is_withdrawn_while_the_urgent_job_cannot_start(world: World, batch: Claim, kept_back: str) -> None:
     urgent = world.queued(model=world.base("another"), priority="urgent")
     world.clock.advance(LATE)
     assert preemption.look(world.db, policy=USUAL) == 1

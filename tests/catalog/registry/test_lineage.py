@@ -172,7 +172,15 @@ def test_location_of_a_local_base_is_omitted(kind: str) -> None:
     assert made["base"]["digest"] == base().digest
 
 
-HOST_PATHS = ["/home/anna/x", "see /tmp/a/b", "file:///srv/x", "C:\\data", "\\\\host\\share", "~/models/x", "path=/srv/x/y"]
+HOST_PATHS = [
+    "/home/anna/x",
+    "see /tmp/a/b",
+    "file:///srv/x",
+    "C:\\data",
+    "\\\\host\\share",
+    "~/models/x",
+    "path=/srv/x/y",
+]
 NO_HOST_PATHS = ["HuggingFaceTB/SmolLM2", "and/or", "1/2", "https://huggingface.co/a/b", "a: b", "ft:base:proj::x"]
 
 

@@ -290,7 +290,9 @@ def test_gang_never_shards_a_base(wanted: Wanted) -> None:
 
 def test_group_is_read_from_the_worker_report_and_defaults_to_replicated() -> None:
     device = {"kind": "cuda", "indices": [0, 1], "num_processes": 2, "strategy": "auto", "host_bytes": 7}
-    assert sharding.reported_group([device], 5) == DeviceGroup(kind="cuda", num_devices=2, bytes_of_each=5, host_bytes=7)
+    assert sharding.reported_group([device], 5) == DeviceGroup(
+        kind="cuda", num_devices=2, bytes_of_each=5, host_bytes=7
+    )
     old = {"kind": "cuda", "indices": [0, 1]}
     assert sharding.reported_group([old], 5).shards_when == "never"
     assert sharding.reported_group([], 5) == DeviceGroup(bytes_of_each=5, wanted="replicated")

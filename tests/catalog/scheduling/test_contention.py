@@ -96,9 +96,7 @@ def flooded(world: World, number: int) -> None:
 
 @pytest.mark.both_databases
 @pytest.mark.parametrize("max_jobs", [1, 3])
-def test_concurrent_claims_share_like_consecutive_ones(
-    world: World, max_jobs: int
-) -> None:
+def test_concurrent_claims_share_like_consecutive_ones(world: World, max_jobs: int) -> None:
     flooded(world, 40)
     start, capacity = Barrier(8), replace(WIDE, max_jobs=max_jobs)
 
@@ -180,9 +178,7 @@ def test_joining_worker_that_lost_a_race_claims_what_is_left(world: World, monke
     assert (len(mine), len(looks)) == (2, 1)
 
 
-def test_decision_is_repeated_when_all_fallbacks_are_taken(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decision_is_repeated_when_all_fallbacks_are_taken(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.flood(world.queued(), MAX_FALLBACKS + 4)
     looks = racing(
         world,

@@ -30,9 +30,7 @@ def test_jobs_share_the_device_seconds_of_their_trainer() -> None:
 
 
 @given(st.floats(0, 1e9), st.floats(0, 1e6), st.floats(0, 1e6))
-def test_usage_halves_per_half_life_at_any_read_times(
-    amount: float, first: float, then: float
-) -> None:
+def test_usage_halves_per_half_life_at_any_read_times(amount: float, first: float, then: float) -> None:
     looked = ordering.decay(ordering.decay(amount, first, half_life_seconds=DAY), then, half_life_seconds=DAY)
 
     assert looked == pytest.approx(ordering.decay(amount, first + then, half_life_seconds=DAY))
@@ -53,9 +51,7 @@ def test_project_with_lower_normalized_usage_goes_first() -> None:
 
 
 @pytest.mark.parametrize(("of_a", "of_b", "steps"), [(0, 1, 1), (1, 2, 1), (0, 2, 2)])
-def test_priority_class_outweighs_a_limited_usage_difference(
-    of_a: int, of_b: int, steps: int
-) -> None:
+def test_priority_class_outweighs_a_limited_usage_difference(of_a: int, of_b: int, steps: int) -> None:
     waiting = [candidate("a", 0, "a", of_a), candidate("b", 0, "b", of_b)]
     head_start = steps * POLICY.class_step_seconds
 
@@ -90,8 +86,12 @@ def test_batch_job_is_promoted_after_the_aging_time() -> None:
     assert [first(2 * P - 1), first(2 * P)] == ["new", "old"]
     entry = WorkerService(at={("p", 2): 1.0}, memory_bytes=11)
     assert first(2 * P, served=[entry]) == "new", "its class had a turn since the job was queued"
-    assert first(2 * P, served=[replace(entry, at={("other", 2): 1.0})]) == "old", "the turn of another project does not count"
-    assert first(2 * P, served=[replace(entry, memory_bytes=10)]) == "old", "a turn on a worker too small for the job does not count"
+    assert first(2 * P, served=[replace(entry, at={("other", 2): 1.0})]) == "old", (
+        "the turn of another project does not count"
+    )
+    assert first(2 * P, served=[replace(entry, memory_bytes=10)]) == "old", (
+        "a turn on a worker too small for the job does not count"
+    )
     ahead = WorkerService(at={("p", 2): 2 * P + 9}, memory_bytes=11)
     assert first(2 * P, served=[ahead]) == "old", "a future turn, from a clock that was set back, does not count"
 
@@ -107,7 +107,9 @@ def test_promotion_gains_nothing_over_other_projects() -> None:
 
     assert firsts(order(waiting, 99 * P, shares={"a": Share(device_seconds=1)})) == ["normal", "risen"]
     pressing = candidate("urgent", 98 * P, "a", 0)
-    assert firsts(order([*waiting, pressing], 99 * P)) == ["risen", "urgent", "normal"], "the promoted job takes the position of the urgent one"
+    assert firsts(order([*waiting, pressing], 99 * P)) == ["risen", "urgent", "normal"], (
+        "the promoted job takes the position of the urgent one"
+    )
 
 
 PAUSES = st.lists(st.floats(0, 2 * P), min_size=30, max_size=40)
@@ -191,7 +193,12 @@ def test_share_description_names_no_other_project() -> None:
 
     described = ordering.describe_share(had, "mine", POLICY)
 
-    assert (described["weight"], described["num_projects"], described["projects_ahead"], described["normalized_usage"]) == (1, 2, 1, 300)
+    assert (
+        described["weight"],
+        described["num_projects"],
+        described["projects_ahead"],
+        described["normalized_usage"],
+    ) == (1, 2, 1, 300)
     assert ordering.share_sentence(described) == (
         "2 projects have queued jobs: 1 was recently charged less, relative to weight."
     )

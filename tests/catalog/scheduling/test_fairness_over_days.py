@@ -13,7 +13,12 @@ from catalog.scheduling.snapshot import Candidate, Share
 
 
 def candidate(job_id: str, created_at: float = 0, project_id: str = "p", priority: int = 1, **more: Any) -> Candidate:
-    fields: dict[str, Any] = {"base_digest": "b", "pack_key": "b:bfloat16:causal-lm", "own_bytes": 1, "trainer_bytes": 10}
+    fields: dict[str, Any] = {
+        "base_digest": "b",
+        "pack_key": "b:bfloat16:causal-lm",
+        "own_bytes": 1,
+        "trainer_bytes": 10,
+    }
     fields["queued_at"] = created_at
     return Candidate(job_id=job_id, place=created_at, project_id=project_id, priority=priority, **{**fields, **more})
 

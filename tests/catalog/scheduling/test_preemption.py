@@ -1,4 +1,4 @@
-"""The preemption rule: the choice of the jobs that make room for an urgent one."""
+"""The preemption rule: the choice of the jobs to preempt for an urgent one."""
 
 from __future__ import annotations
 

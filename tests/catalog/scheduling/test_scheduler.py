@@ -160,9 +160,7 @@ def test_chosen_jobs_fit(jobs: list[Candidate]) -> None:
 
 
 @given(QUEUE, st.integers(1, 4))
-def test_first_jobs_per_group_suffice_to_choose_the_anchor(
-    jobs: list[Candidate], max_jobs: int
-) -> None:
+def test_first_jobs_per_group_suffice_to_choose_the_anchor(jobs: list[Candidate], max_jobs: int) -> None:
     """The part that is read from the database is sufficient."""
     fitting = [job for job in jobs if Capacity(max_jobs=1, memory_bytes_free=100).alone(job) <= 100]
     whole = snapshot(*fitting, now=100, max_jobs=max_jobs)

@@ -248,9 +248,7 @@ def test_unreachable_rungs_are_rejected() -> None:
     factor=st.integers(2, 6),
     maximizes=st.booleans(),
 )
-def test_rung_decision_equals_the_optuna_pruner(
-    values: list[float], factor: int, maximizes: bool
-) -> None:
+def test_rung_decision_equals_the_optuna_pruner(values: list[float], factor: int, maximizes: bool) -> None:
     direction = StudyDirection.MAXIMIZE if maximizes else StudyDirection.MINIMIZE
     rule = Rungs(min_steps=1, reduction_factor=factor)
 

@@ -91,9 +91,7 @@ def test_old_spec_without_a_method_is_supervised(world: World) -> None:
         ("supervised", "completion", "unpaired"),
     ],
 )
-def test_file_of_the_wrong_kind_is_rejected(
-    world: World, param: str, name: str, fits: str, other: str
-) -> None:
+def test_file_of_the_wrong_kind_is_rejected(world: World, param: str, name: str, fits: str, other: str) -> None:
     files: dict[str, Any] = {"training_file": world.file(kind=fits), "validation_file": world.file(kind=fits)}
 
     with pytest.raises(InvalidRequest) as caught:
@@ -116,9 +114,7 @@ def test_file_of_the_wrong_kind_is_rejected(
         ("dpo", "unpaired", "Use method kto, or a file of pairs, one per line: "),
     ],
 )
-def test_remedy_names_a_fitting_method_and_a_fitting_file(
-    world: World, name: str, kind: str, remedy: str
-) -> None:
+def test_remedy_names_a_fitting_method_and_a_fitting_file(world: World, name: str, kind: str, remedy: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         world.submit(training_file=world.file(kind=kind), method=method(name))
 

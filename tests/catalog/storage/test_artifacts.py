@@ -122,7 +122,9 @@ def test_unreadable_subfolder_publishes_nothing(
         store.put_folder(root, kind="adapter")
 
 
-def test_storing_the_same_folder_again_writes_nothing(store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storing_the_same_folder_again_writes_nothing(
+    store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = store.put_folder(folder, kind="adapter")
 
     def never(key: str, chunks: Any) -> None:
@@ -205,9 +207,7 @@ def test_digest_that_is_a_path_is_rejected(store: ArtifactStore) -> None:
             store.get_manifest(digest)
 
 
-def test_fetch_does_not_touch_a_non_empty_folder(
-    store: ArtifactStore, folder: Path, tmp_path: Path
-) -> None:
+def test_fetch_does_not_touch_a_non_empty_folder(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
     manifest = store.put_folder(folder, kind="adapter")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "mine").write_text("kept")
@@ -346,9 +346,7 @@ def test_cleanup_continues_despite_an_unreadable_live_manifest(
     assert keys(store) == before - {blob_key(garbage.digest)}
 
 
-def test_cleanup_keeps_old_files_of_a_recent_manifest(
-    store: ArtifactStore, folder: Path, clock: Clock
-) -> None:
+def test_cleanup_keeps_old_files_of_a_recent_manifest(store: ArtifactStore, folder: Path, clock: Clock) -> None:
     """A worker has stored an artifact whose row is not committed yet."""
     in_flight = store.put_folder(folder, kind="adapter")
     store.objects.put(manifest_key("0" * 64), b"{}")

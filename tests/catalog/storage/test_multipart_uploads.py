@@ -177,9 +177,7 @@ def test_failed_completion_may_be_retried_at_once(sender: Sender) -> None:
     assert sender.complete(upload_id, part).file is not None
 
 
-def test_rejected_completions_are_limited(
-    sender: Sender, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rejected_completions_are_limited(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multipart_uploads, "MAX_COMPLETIONS", 2)
     upload_id = sender.begin(len(ONE))
     part = sender.part(upload_id, ONE)
@@ -212,9 +210,7 @@ def test_crashed_check_counts_as_a_completion(sender: Sender, monkeypatch: pytes
     assert refused.value.code == "too_many_completions"
 
 
-def test_completion_that_the_service_failed_does_not_count(
-    sender: Sender, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_completion_that_the_service_failed_does_not_count(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: Any, **__: Any) -> None:
         raise Unavailable("The store does not answer.", code="store_unavailable", remedy="Try again.")
 

@@ -195,9 +195,7 @@ def test_cache_without_a_project_is_kept_while_needed_and_never_charged(
     assert stored(world) == before
 
 
-def test_wrong_counters_of_an_older_worker_are_corrected(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_wrong_counters_of_an_older_worker_are_corrected(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.running()
     stored_bytes.reconcile(world.db)
     with world.db.write() as session:

@@ -74,9 +74,7 @@ def test_restored_service_is_complete_and_verifies(service: Service, elsewhere: 
     db.close()
 
 
-def test_backup_during_writes_deletions_and_cleanup_is_consistent(
-    service: Service, elsewhere: Settings
-) -> None:
+def test_backup_during_writes_deletions_and_cleanup_is_consistent(service: Service, elsewhere: Settings) -> None:
     records: list[BackupRecord] = []
     for number in range(3):
         service.finish(service.running(), f"before {number}")
@@ -112,9 +110,7 @@ def test_backup_during_writes_deletions_and_cleanup_is_consistent(
     db.close()
 
 
-def test_files_deleted_during_the_copy_do_no_harm(
-    service: Service, elsewhere: Settings
-) -> None:
+def test_files_deleted_during_the_copy_do_no_harm(service: Service, elsewhere: Settings) -> None:
     old = service.finish(service.running(), "old adapter")
     service.finish(service.running(), "z adapter that stays")
     service.age()
@@ -173,9 +169,7 @@ def world_capacity() -> Any:
     return WIDE
 
 
-def test_damaged_file_is_reported_by_backup_and_verify(
-    service: Service, elsewhere: Settings
-) -> None:
+def test_damaged_file_is_reported_by_backup_and_verify(service: Service, elsewhere: Settings) -> None:
     name = service.finish(service.running(), "to be damaged")
     blob = service.folder / "store" / blob_key(sha("to be damaged"))
     blob.write_bytes(b"something else")
@@ -315,9 +309,7 @@ def test_restore_never_overwrites_existing_data(service: Service, elsewhere: Set
         restore(elsewhere, service.place)
 
 
-def test_backup_of_newer_unreleased_or_foreign_tables_is_rejected(
-    service: Service, elsewhere: Settings
-) -> None:
+def test_backup_of_newer_unreleased_or_foreign_tables_is_rejected(service: Service, elsewhere: Settings) -> None:
     service.backup()
     (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
     text = path.read_text()

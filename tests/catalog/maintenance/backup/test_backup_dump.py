@@ -41,9 +41,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return seen
 
 
-def test_password_in_the_url_query_is_not_on_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_password_in_the_url_query_is_not_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = stand_in(tmp_path, monkeypatch)
 
     database_dump._run("pg_dump", make_url("postgresql://lorry@db/lorry?password=canary-8&sslmode=require"), [])

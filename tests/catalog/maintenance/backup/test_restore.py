@@ -234,9 +234,7 @@ def test_backup_records_row_counts_of_each_table(service: Service) -> None:
     assert service.place.find(record.name) == record
 
 
-def test_restore_reports_differences_from_the_recorded_backup(
-    service: Service, elsewhere: Settings
-) -> None:
+def test_restore_reports_differences_from_the_recorded_backup(service: Service, elsewhere: Settings) -> None:
     service.backup()
     (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
     changed = json.loads(path.read_text())
@@ -333,8 +331,8 @@ def test_tables_of_another_owner_are_not_backed_up_and_do_not_block(
         for name in [*Table.metadata.tables, "alembic_version"]:
             connection.execute(text(f"grant select on {name} to {owner}"))
         connection.execute(text(f"grant select on all sequences in schema public to {owner}"))
-        connection.execute(text('create table "Of ""another.*" (x int)'))
-        for name in ("of_another", '"Of ""another.*"'):
+        connection.execute(text('create table "By ""another.*" (x int)'))
+        for name in ("of_another", '"By ""another.*"'):
             connection.execute(text(f"alter table {name} owner to {another}"))
     reader = Database(as_role(db.url, owner))
     try:

@@ -34,9 +34,7 @@ few = settings(max_examples=5)
 @few
 @given(WEIGHTS, st.lists(SECONDS, min_size=20, max_size=40), st.integers(2, 4))
 @example((1.0, 1.0, 2.0), [300.0] * 20, 2)  # a project ran out of jobs before the day ended
-def test_daily_shares_are_close_to_the_weights(
-    weights: tuple[float, ...], lengths: list[float], max_jobs: int
-) -> None:
+def test_daily_shares_are_close_to_the_weights(weights: tuple[float, ...], lengths: list[float], max_jobs: int) -> None:
     due = dict(zip("abc", weights, strict=True))
     cluster = Cluster(num_workers=3, max_jobs=max_jobs, weights=due)
     most_seconds = MOST_DUE * DAY * cluster.num_workers * max_jobs  # a packed job may be as fast as one alone

@@ -113,9 +113,7 @@ def test_same_trace_gives_the_same_result() -> None:
     assert day() == day()
 
 
-def test_command_reads_a_trace_and_prints_a_summary(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_reads_a_trace_and_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text(f"{HEADER}\n0,a,normal,x,10\n1,b,batch,x,10\n")
 
